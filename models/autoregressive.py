@@ -1,0 +1,310 @@
+r"""The law of a completion given its prompt, as a Pyro distribution.
+
+    p(x | c) = \prod_{t=1}^{\tau} p(x_t | c, x_{<t}),     \tau = min(first t with x_t = EOS, max_new_tokens)
+
+A completion ends at its first EOS token, which counts, or at ``max_new_tokens``; after that it is padded, and
+padding carries no probability. So the law is normalised over completions: every sequence that has not ended
+by the limit is a completion of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Size, Tensor
+from torch.distributions import constraints
+
+from .network import CausalNetwork, Prefix, extend, prefill
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .language_model import LanguageModel
+
+
+class Autoregressive(TorchDistribution):
+    """Completions of a batch of prompts.
+
+    ``batch_shape`` is the prompts', or more after `expand`; ``event_shape`` is ``(max_new_tokens,)``; values
+    are ``int64`` token ids.
+
+    :param lm: the language model.
+    :param prompt_ids: left-padded token ids, shape (*prompts, length).
+    :param prompt_mask: 1 where a prompt token is real, same shape; None if no prompt is padded.
+    :param max_new_tokens: the longest completion.
+    :param temperature: divides the logits; the law is that of the tempered network.
+    :raises ValueError: if ``max_new_tokens`` < 1 or ``temperature`` is not positive and finite.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    has_rsample = False
+    has_enumerate_support = True
+    max_support = 2**22  # completions that `enumerate_support` will list at most
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor | None,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+    ) -> None:
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        self.lm = lm
+        self.prompt_ids = prompt_ids
+        self.prompt_mask = prompt_mask
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self._scored: tuple[Tensor, tuple[int, ...], Tensor] | None = None  # a value, versions, token scores
+        super().__init__(prompt_ids.shape[:-1], Size([max_new_tokens]), validate_args=False)
+
+    # -- the distribution ------------------------------------------------------------------------------------
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Autoregressive:
+        """The same law over a larger batch. The prompts stay as they are and are prefilled once."""
+        new = self.with_model(self.lm)
+        TorchDistribution.__init__(new, Size(batch_shape), self.event_shape, validate_args=False)
+        return new
+
+    def with_model(self, lm: LanguageModel) -> Autoregressive:
+        """The same prompts under another language model: how a policy takes the prior's place."""
+        new = Autoregressive(lm, self.prompt_ids, self.prompt_mask, self.max_new_tokens, self.temperature)
+        TorchDistribution.__init__(new, self.batch_shape, self.event_shape, validate_args=False)
+        return new
+
+    @constraints.dependent_property(is_discrete=True, event_dim=1)
+    def support(self) -> constraints.Constraint:
+        return _WellFormed(self)
+
+    def sample(self, sample_shape: Any = Size()) -> Tensor:
+        """Completions, shape (*sample_shape, *batch_shape, max_new_tokens). Their scores are kept."""
+        shape = Size(sample_shape) + self.batch_shape
+        rows = self._rows(shape)
+        value = rows.new_full((len(rows), self.max_new_tokens), self.lm.pad_token_id)
+        scores = torch.zeros(value.shape, device=value.device)
+        with torch.no_grad():
+            for part, prefix in self._prefixes(rows):
+                value[part], scores[part] = _sample(self, prefix)
+        value = value.reshape(shape + self.event_shape)
+        self._keep(value, scores.reshape(value.shape))
+        return value
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(value | prompt), shape of the batch; -inf for a malformed completion."""
+        return self.token_log_prob(value).sum(-1)
+
+    def token_log_prob(self, value: Tensor) -> Tensor:
+        """log p(x_t | prompt, x_<t), shape (*batch, max_new_tokens); 0 on padding, -inf where malformed.
+
+        A value that `sample` has just drawn is not scored again, unless a gradient is wanted.
+        """
+        network = self.lm.causal
+        wants_grad = torch.is_grad_enabled() and network.requires_grad
+        if not wants_grad and self._scored is not None:
+            known, versions, scores = self._scored
+            if known is value and versions == self._versions(value):
+                return scores
+        if value.shape[-1:] != self.event_shape:
+            raise ValueError(f"expected completions of {self.max_new_tokens} tokens, got shape {tuple(value.shape)}")
+        # The law depends on the prompt alone, so a value shared by particles (an observation) is scored once.
+        shape = torch.broadcast_shapes(value.shape[:-1], self.prompt_ids.shape[:-1])
+        flat = value.expand(shape + self.event_shape).reshape(-1, self.max_new_tokens)
+        rows = self._rows(shape)
+        with torch.set_grad_enabled(wants_grad):
+            parts = [(part, _score(self, prefix, flat[part])) for part, prefix in self._prefixes(rows)]
+            scores = torch.cat([scores for _, scores in parts])
+            order = torch.cat([part for part, _ in parts])
+            scores = scores[order.argsort()].reshape(shape + self.event_shape)
+        scores = scores.expand(torch.broadcast_shapes(shape, self.batch_shape) + self.event_shape)
+        if not wants_grad:
+            self._keep(value, scores)
+        return scores
+
+    # -- the support -----------------------------------------------------------------------------------------
+
+    @property
+    def support_size(self) -> int:
+        """How many completions there are: sum over ends t of (V-E)^(t-1) E, plus (V-E)^T that never end."""
+        vocab, ends = self.lm.vocab_size, len(self.lm.eos_token_ids)
+        alive = vocab - ends
+        return sum(alive ** (t - 1) * ends for t in range(1, self.max_new_tokens + 1)) + alive**self.max_new_tokens
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """Every completion, shape (support_size, *batch_shape, max_new_tokens) (batch dims 1 if not expanded).
+
+        :raises ValueError: if there are more than `max_support` completions.
+        """
+        if self.support_size > self.max_support:
+            raise ValueError(
+                f"{self.support_size:,} completions are too many to enumerate (limit {self.max_support:,}): "
+                "use a smaller vocabulary or max_new_tokens, or another engine"
+            )
+        device = self.lm.device
+        tokens = torch.arange(self.lm.vocab_size, device=device)
+        is_end = self._is_eos(tokens)
+        alive = torch.empty((1, 0), dtype=torch.long, device=device)
+        done = []
+        for t in range(self.max_new_tokens):
+            longer = torch.cat([alive.repeat_interleave(len(tokens), 0), tokens.repeat(len(alive))[:, None]], dim=-1)
+            ended = is_end.repeat(len(alive))
+            padding = (0, self.max_new_tokens - t - 1)
+            done.append(torch.nn.functional.pad(longer[ended], padding, value=self.lm.pad_token_id))
+            alive = longer[~ended]
+        values = torch.cat([*done, alive])
+        values = values.reshape((-1,) + (1,) * len(self.batch_shape) + self.event_shape)
+        return values.expand((-1, *self.batch_shape, -1)) if expand else values
+
+    def arbitrary(self) -> Tensor:
+        """A well-formed batch of completions without a forward pass, to see what a program does with one."""
+        generator = torch.Generator().manual_seed(0)
+        shape = self.batch_shape + self.event_shape
+        value = torch.randint(self.lm.vocab_size, shape, generator=generator).to(self.lm.device)
+        return value.masked_fill(~self._is_live(value), self.lm.pad_token_id)
+
+    @property
+    def max_rows(self) -> int:
+        """How many completions one forward pass of bounded memory takes."""
+        length = self.prompt_ids.shape[-1] + self.max_new_tokens
+        return self.lm.batch_size or self.lm.causal.rows_per_batch(length)
+
+    def lengths(self, value: Tensor) -> Tensor:
+        """Tokens of each completion before its padding, the EOS counted; shape of the batch."""
+        return self._is_live(value).sum(-1)
+
+    def decode(self, value: Tensor) -> np.ndarray:
+        """The texts of completions, an object array of the batch's shape."""
+        return self.lm.decode(value)
+
+    def prompt_texts(self) -> list[str]:
+        """What the prompts say, one text a prompt (their ids, where there is no tokenizer to read them)."""
+        ids = self.prompt_ids.reshape(-1, self.prompt_ids.shape[-1])
+        mask = torch.ones_like(ids) if self.prompt_mask is None else self.prompt_mask.reshape(ids.shape)
+        rows = [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
+        if self.lm.tokenizer is None:
+            return [" ".join(map(str, row)) for row in rows]
+        return list(self.lm.tokenizer.batch_decode(rows, skip_special_tokens=True))
+
+    # -- inside ----------------------------------------------------------------------------------------------
+
+    def _versions(self, value: Tensor) -> tuple[int, ...]:
+        """Torch's counts of changes in place, of the value and of the weights: a kept score holds while they do."""
+        return (value._version, sum(p._version for p in self.lm.causal.parameters))
+
+    def _keep(self, value: Tensor, scores: Tensor) -> None:
+        self._scored = None if value.is_inference() else (value, self._versions(value), scores)
+
+    def _is_eos(self, value: Tensor) -> Tensor:
+        return torch.isin(value, value.new_tensor(self.lm.eos_token_ids))
+
+    def _is_live(self, value: Tensor) -> Tensor:
+        """True up to and including the first EOS."""
+        ends = self._is_eos(value).long()
+        return (ends.cumsum(-1) - ends) == 0
+
+    def _is_well_formed(self, value: Tensor) -> Tensor:
+        """Per token: an id in range, or the pad id after the end."""
+        in_range = (value >= 0) & (value < self.lm.vocab_size)
+        return torch.where(self._is_live(value), in_range, value == self.lm.pad_token_id)
+
+    def _rows(self, shape: Size) -> Tensor:
+        """Which prompt each completion of a batch of this shape continues, flat."""
+        prompts = self.prompt_ids.shape[:-1]
+        return torch.arange(prompts.numel(), device=self.lm.device).reshape(prompts).expand(shape).reshape(-1)
+
+    def _prefixes(self, rows: Tensor) -> Iterator[tuple[Tensor, Prefix]]:
+        """Micro-batches of bounded memory: (indices into rows, their prompts' prefix).
+
+        Prompts come in blocks; each is prefilled once, however many completions continue it.
+        """
+        network = self.lm.causal
+        ids = self.prompt_ids.reshape(-1, self.prompt_ids.shape[-1])
+        mask = None if self.prompt_mask is None else self.prompt_mask.reshape(ids.shape)
+        size = self.max_rows
+        for first in range(0, len(ids), size):
+            block = slice(first, first + size)
+            prefix = prefill(network, ids[block], None if mask is None else mask[block])
+            members = ((rows >= first) & (rows < first + size)).nonzero().squeeze(-1)
+            for part in members.split(size):
+                yield part, prefix.fork(rows[part] - first)
+
+
+def _sample(law: Autoregressive, prefix: Prefix) -> tuple[Tensor, Tensor]:
+    """Draw one completion a row, token by token: ids and token log-probabilities, (rows, max_new_tokens)."""
+    network: CausalNetwork = law.lm.causal
+    hidden, rows = prefix.hidden, len(prefix.hidden)
+    values = torch.full((rows, law.max_new_tokens), law.lm.pad_token_id, dtype=torch.long, device=hidden.device)
+    scores = torch.zeros(values.shape, device=hidden.device)
+    finished = torch.zeros(rows, dtype=torch.bool, device=hidden.device)
+    # Asking whether all have ended makes the host wait for an accelerator, so there it is asked less often.
+    ask_every = 1 if hidden.device.type == "cpu" else 8
+    for t in range(law.max_new_tokens):
+        token, score = _categorical(network.logits(hidden, law.temperature))
+        values[:, t] = torch.where(finished, law.lm.pad_token_id, token)  # what the network reads then is idle
+        scores[:, t] = score.masked_fill(finished, 0.0)
+        finished |= law._is_eos(token)
+        if t + 1 == law.max_new_tokens or ((t + 1) % ask_every == 0 and bool(finished.all())):
+            break
+        hidden = extend(network, prefix, token[:, None], done=t)[:, -1]
+    return values, scores
+
+
+def _categorical(logits: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
+    """Draw from softmax(logits) (rows, vocabulary) by inverting its CDF; give the draws and their log-probabilities.
+
+    One uniform a row picks a block of the vocabulary and then a token in it: some ten times faster than one
+    exponential or Gumbel variate a token, and float64 sums over blocks keep the CDF exact to float32.
+    """
+    top = logits.amax(-1, keepdim=True)
+    mass = (logits - top).exp_()
+    padding = -mass.shape[-1] % block
+    blocks = torch.nn.functional.pad(mass, (0, padding)) if padding else mass
+    blocks = blocks.unflatten(-1, (-1, block))
+    wide = torch.float32 if mass.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    cdf = blocks.sum(-1, dtype=wide).cumsum(-1)
+    u = torch.rand((len(mass), 1), dtype=wide, device=mass.device) * cdf[:, -1:]
+    which = torch.searchsorted(cdf, u, right=True).clamp_max(cdf.shape[-1] - 1)
+    inside = blocks.gather(1, which[:, :, None].expand(-1, -1, block)).squeeze(1).to(wide).cumsum(-1)
+    # the block's mass below u, kept under its own total so that rounding never picks a token of no mass
+    rest = (u - (cdf.gather(-1, which) - inside[:, -1:])).clamp_min(0.0)
+    rest = torch.minimum(rest, torch.nextafter(inside[:, -1:], torch.zeros_like(rest)))
+    token = which * block + torch.searchsorted(inside, rest, right=True)
+    score = logits.gather(-1, token) - top - cdf[:, -1:].log().to(logits.dtype)
+    return token.squeeze(-1), score.squeeze(-1)
+
+
+def _score(law: Autoregressive, prefix: Prefix, values: Tensor) -> Tensor:
+    """Token log-probabilities (rows, max_new_tokens) of given completions (rows, max_new_tokens)."""
+    network: CausalNetwork = law.lm.causal
+    live = law._is_live(values)
+    well_formed = law._is_well_formed(values)
+    ids = values.clamp(0, law.lm.vocab_size - 1)
+    longest = int(live.any(0).sum())  # columns that are padding in every row need no forward pass
+    hidden = prefix.hidden[:, None]
+    if longest > 1:
+        hidden = torch.cat([hidden, extend(network, prefix, ids[:, : longest - 1])], dim=1)
+    wanted = live[:, :longest]
+    scores = network.token_log_prob(hidden[wanted], ids[:, :longest][wanted], law.temperature)
+    out = torch.zeros(values.shape, device=values.device).masked_scatter(
+        torch.nn.functional.pad(wanted, (0, values.shape[-1] - longest)), scores
+    )
+    return out.masked_fill(~well_formed, -torch.inf)
+
+
+class _WellFormed(constraints.Constraint):
+    """Completions of in-range ids that are padded after their first EOS."""
+
+    is_discrete = True
+    event_dim = 1
+
+    def __init__(self, law: Autoregressive) -> None:
+        self._law = law
+        super().__init__()
+
+    def check(self, value: Tensor) -> Tensor:
+        return self._law._is_well_formed(value).all(-1)

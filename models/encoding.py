@@ -1,0 +1,92 @@
+"""Prompts of every kind to one left-padded batch of token ids."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Prompt = str | Sequence[dict[str, Any]] | Sequence[int] | Tensor
+
+
+class Encoded(NamedTuple):
+    """``ids`` (*prompts, length), left-padded; ``mask`` of the same shape, None where nothing is padded."""
+
+    ids: Tensor
+    mask: Tensor | None
+
+
+def encode(
+    prompts: Sequence[Prompt] | np.ndarray | Tensor,
+    tokenizer: Any,
+    *,
+    bos_token_id: int | None,
+    vocab_size: int,
+    room: int | None,
+    device: torch.device,
+) -> Encoded:
+    """Encode a batch of prompts.
+
+    :param prompts: a sequence of strings, chats (lists of ``{"role", "content"}``, through the tokenizer's chat
+        template) or token ids; or an object array of them, whose shape becomes the batch's. An array or tensor
+        of integers is a row of token ids a prompt.
+    :param room: the most tokens a prompt may have, None for no limit.
+    :raises TypeError: for one prompt alone where a list of prompts belongs, or strings without a tokenizer.
+    :raises ValueError: for no prompts, an empty prompt without a BOS, ids out of range, or a prompt over ``room``.
+    """
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts must be a list of prompts, got one string: write [{prompts[:40]!r}]")
+    if isinstance(prompts, np.ndarray) and prompts.dtype.kind in "iu":
+        prompts = list(prompts)
+    shape = prompts.shape if isinstance(prompts, np.ndarray) else (len(prompts),)
+    flat = list(prompts.reshape(-1)) if isinstance(prompts, np.ndarray) else list(prompts)
+    if not flat:
+        raise ValueError("prompts is empty: give at least one prompt")
+    rows = [_one(i, prompt, tokenizer, bos_token_id) for i, prompt in enumerate(flat)]
+    for i, row in enumerate(rows):
+        if min(row) < 0 or max(row) >= vocab_size:
+            raise ValueError(f"prompts[{i}] holds token ids outside 0..{vocab_size - 1}")
+        if room is not None and len(row) > room:
+            raise ValueError(
+                f"prompts[{i}] has {len(row)} tokens, and the model's context leaves room for {max(room, 0)} "
+                "beside max_new_tokens: shorten the prompt or max_new_tokens"
+            )
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])  # masked, so any id in range will do
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    padded = any(len(row) < longest for row in rows)
+    return Encoded(
+        ids.reshape(*shape, longest).to(device),
+        mask.reshape(*shape, longest).to(device) if padded else None,
+    )
+
+
+def _one(i: int, prompt: Prompt, tokenizer: Any, bos_token_id: int | None) -> list[int]:
+    """The token ids of one prompt."""
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise TypeError(f"prompts[{i}] is a string, and this LanguageModel has no tokenizer: give token ids")
+        row = list(tokenizer(prompt)["input_ids"])
+    elif isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], dict):
+        if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
+            raise TypeError(f"prompts[{i}] is a chat, and this LanguageModel's tokenizer has no chat template")
+        chat = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+        row = list(tokenizer(chat, add_special_tokens=False)["input_ids"])
+    else:
+        try:
+            ids: Any = prompt
+            row = [operator.index(token) for token in ids]
+        except TypeError as error:
+            raise TypeError(
+                f"prompts[{i}] is {prompt!r:.60}: a prompt is a string, a chat (a list of messages) or a sequence of "
+                "token ids, and a single one goes into a list: [prompt]"
+            ) from error
+    if row:
+        return row
+    if bos_token_id is None:
+        raise ValueError(f"prompts[{i}] is empty, and the model has no BOS token to start from")
+    return [bos_token_id]

@@ -1,0 +1,225 @@
+"""What a distribution over texts asks of a Hugging Face causal language model.
+
+Three things, each done once here for sampling, scoring and (later) particle methods:
+
+* **prefill**: run every prompt through the network once and keep its key-value cache;
+* **fork**: give the cache of prompt ``rows[i]`` to row ``i``, so that particles share the prefill;
+* **head**: turn hidden states into float32 log-probabilities a block of tokens at a time, so that
+  (rows x tokens x vocabulary) logits are never held at once.
+
+The head is applied apart from the body where ``head(body(x)) == network(x).logits`` holds for the network
+at hand (checked once, on a real forward pass); for architectures with something before or after the head (logit
+soft-capping, scaling) the network's own logits stand in for the hidden states, and the head is the identity.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import DynamicLayer
+
+# Elements of one float32 block of logits: 2**25 is 128 MB, some 680 tokens of a 49k vocabulary.
+LOGITS_BLOCK = 2**25
+
+
+@dataclass
+class Usage:
+    """What the networks did: forward passes, and token positions pushed through them."""
+
+    model_calls: int = 0
+    tokens: int = 0
+
+
+_usage: ContextVar[tuple[Usage, ...]] = ContextVar("bayeslm_usage", default=())
+
+
+@contextlib.contextmanager
+def count_usage() -> Iterator[Usage]:
+    """Count the forward passes and tokens of every network used inside the block."""
+    usage = Usage()
+    token = _usage.set((*_usage.get(), usage))
+    try:
+        yield usage
+    finally:
+        _usage.reset(token)
+
+
+class CausalNetwork:
+    """A causal network seen as body and head.
+
+    :param network: any module with the call convention of ``transformers``' causal language models.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        inside_peft: Any = getattr(network, "get_base_model", None)
+        causal: Any = inside_peft() if inside_peft else network
+        self.network = causal
+        self.parameters = list(causal.parameters())
+        accepted = inspect.signature(causal.forward).parameters
+        self._takes_positions = "position_ids" in accepted
+        self._body, self._head = self._split()
+
+    def _split(self) -> tuple[nn.Module | None, nn.Module | None]:
+        """Body and head, if head(body(x)) is the whole network; else (None, None).
+
+        Seen on a forward pass whose head answers noise: the body's output must reach the head as it is, and the
+        head's answer must come out as it is. Noise, since soft-capping does not show on small logits.
+        """
+        body = getattr(self.network, "base_model", None)
+        head = self.network.get_output_embeddings() if hasattr(self.network, "get_output_embeddings") else None
+        if body is None or head is None or body is self.network:
+            return None, None
+        probe = (torch.arange(4, device=self.device) % self.vocab_size)[None]
+        noise = 100.0 * torch.randn((1, 4, self.vocab_size), generator=torch.Generator().manual_seed(0))
+        given: list[Tensor] = []
+        said: list[Tensor] = []
+
+        def answer(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            given.extend(inputs)
+            said.append(noise.to(output))
+            return said[-1]
+
+        hook = head.register_forward_hook(answer)
+        try:
+            with torch.no_grad():
+                whole = self.network(input_ids=probe, use_cache=False).logits
+                hidden = getattr(body(input_ids=probe, use_cache=False), "last_hidden_state", None)
+        finally:
+            hook.remove()
+        if hidden is None or len(given) != 1 or len(said) != 1 or given[0].shape != hidden.shape:
+            return None, None
+        untouched = torch.allclose(given[0], hidden, rtol=1e-3) and torch.equal(whole.to(said[0]), said[0])
+        return (body, head) if untouched else (None, None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameters[0].device if self.parameters else torch.device("cpu")
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(p.requires_grad for p in self.parameters)
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits, which may be more than the tokenizer's tokens."""
+        return int(self.network.config.get_text_config().vocab_size)
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens the network can attend to, None if it does not say."""
+        config = self.network.config.get_text_config()
+        return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+    def rows_per_batch(self, length: int) -> int:
+        """How many sequences of ``length`` tokens fit a forward pass of bounded memory."""
+        config = self.network.config.get_text_config()
+        width = max(self.vocab_size, 32 * int(getattr(config, "hidden_size", 0) or 0))
+        return max(1, 2**27 // (length * width))
+
+    def hidden(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+        """Hidden states (rows, tokens, width) of ``ids`` (rows, tokens) that follow ``cache``, and the cache grown.
+
+        ``mask`` (rows, cached + tokens) marks the tokens that are not padding; None where none is.
+        """
+        for usage in _usage.get():
+            usage.model_calls += 1
+            usage.tokens += ids.numel()
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+        if self._takes_positions:
+            inputs["position_ids"] = positions
+        if self._body is None:
+            out = self.network(**inputs, use_cache=True)
+            return out.logits, getattr(out, "past_key_values", None)
+        out = self._body(**inputs, use_cache=True)
+        return out.last_hidden_state, getattr(out, "past_key_values", None)
+
+    def logits(self, hidden: Tensor, temperature: float) -> Tensor:
+        """Float32 logits (..., vocabulary) of hidden states (..., width)."""
+        logits = hidden if self._head is None else self._head(hidden)
+        return logits.float() / temperature if temperature != 1.0 else logits.float()
+
+    def token_log_prob(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        """log p(target | hidden) for hidden (tokens, width) and targets (tokens,), in blocks of bounded memory.
+
+        With gradients and more than one block, the logits of a block are computed anew in the backward pass
+        rather than kept.
+        """
+
+        def block(h: Tensor, x: Tensor) -> Tensor:
+            logits = self.logits(h, temperature)
+            return logits.gather(-1, x[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+        size = max(1, LOGITS_BLOCK // self.vocab_size)
+        if len(targets) <= size:
+            return block(hidden, targets)
+        blocks = zip(hidden.split(size), targets.split(size), strict=True)
+        if torch.is_grad_enabled():
+            return torch.cat([checkpoint(block, h, x, use_reentrant=False) for h, x in blocks])
+        return torch.cat([block(h, x) for h, x in blocks])
+
+
+@dataclass
+class Prefix:
+    """Prompts after their forward pass: what every continuation starts from.
+
+    ``hidden`` (rows, width) predicts the first new token; ``mask`` (rows, length) is None without padding;
+    ``lengths`` (rows,) counts the real tokens.
+    """
+
+    hidden: Tensor
+    cache: Any
+    mask: Tensor | None
+    lengths: Tensor
+
+    def fork(self, rows: Tensor) -> Prefix:
+        """The prefix of prompt ``rows[i]`` as row i. The cache is copied, never changed in place."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        cache.batch_select_indices(rows)
+        mask = None if self.mask is None else self.mask[rows]
+        return Prefix(self.hidden[rows], cache, mask, self.lengths[rows])
+
+
+def prefill(network: CausalNetwork, ids: Tensor, mask: Tensor | None) -> Prefix:
+    """Run left-padded prompts ``ids`` (rows, length) through the network once.
+
+    :raises TypeError: if the network keeps anything but the keys and values of attention layers.
+    """
+    rows, length = ids.shape
+    if mask is None:
+        positions = torch.arange(length, device=ids.device).expand(rows, -1)
+        lengths = torch.full((rows,), length, device=ids.device)
+    else:
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)  # padding's own position is never attended to
+        lengths = mask.sum(-1)
+    hidden, cache = network.hidden(ids, mask, positions)
+    layers = getattr(cache, "layers", [])
+    if not layers or not all(isinstance(layer, DynamicLayer) and not hasattr(layer, "conv_states") for layer in layers):
+        raise TypeError(
+            f"{type(network.network).__name__} keeps more than the keys and values of attention layers "
+            "(recurrent and hybrid networks do): completions cannot share the prefill of their prompt"
+        )
+    return Prefix(hidden[:, -1], cache, mask, lengths)
+
+
+def extend(network: CausalNetwork, prefix: Prefix, ids: Tensor, done: int = 0) -> Tensor:
+    """Hidden states (rows, new, width) of ``ids`` (rows, new) that follow a prefix and ``done`` earlier tokens.
+
+    The prefix's cache grows by the new tokens.
+    """
+    rows, new = ids.shape
+    steps = torch.arange(done, done + new, device=ids.device)
+    mask = prefix.mask
+    if mask is not None:
+        mask = torch.cat([mask, mask.new_ones((rows, done + new))], dim=-1)
+    hidden, prefix.cache = network.hidden(ids, mask, prefix.lengths[:, None] + steps, prefix.cache)
+    return hidden

@@ -1,0 +1,105 @@
+"""Prompts, completions and columns of any shape to flat lists, by numpy's broadcasting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+
+def broadcast(
+    prompts: Any, completions: Any, columns: Mapping[str, Any]
+) -> tuple[tuple[int, ...], list[Any], list[str], dict[str, Any]]:
+    """The common shape, and flat lists of equal length.
+
+    :raises TypeError: if one prompt or text stands where a list of them belongs, or a completion is no text.
+    :raises ValueError: if shapes do not broadcast, or nested completions are ragged.
+    """
+    prompt_array, text_array = _prompts(prompts), _completions(completions)
+    try:
+        shape = np.broadcast_shapes(prompt_array.shape, text_array.shape)
+    except ValueError:
+        raise ValueError(
+            f"shapes of prompts {prompt_array.shape} and completions {text_array.shape} do not broadcast"
+        ) from None
+
+    def flat(array: np.ndarray) -> list[Any]:
+        return list(np.broadcast_to(array, shape).flat)
+
+    flat_columns = {}
+    for name, values in columns.items():
+        if isinstance(values, (str, bytes)):
+            raise TypeError(f"column {name!r} must hold one value a prompt, got one string: write [{values!r}]")
+        if not isinstance(values, (Tensor, np.ndarray)) and (
+            not hasattr(values, "__len__") or isinstance(values, Mapping)
+        ):
+            flat_columns[name] = values  # a callback or a setting, which TRL hands to every reward
+            continue
+        column = _objects(values)
+        try:
+            flat_columns[name] = flat(column)
+        except ValueError:
+            raise ValueError(f"column {name!r} of shape {column.shape} does not broadcast to {shape}") from None
+    return shape, flat(prompt_array), flat(text_array), flat_columns
+
+
+def _objects(values: Any) -> np.ndarray:
+    """An object array; the elements of what is no array or tensor stay whole."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().numpy()
+    if isinstance(values, np.ndarray):
+        return values.astype(object)
+    return np.fromiter(values, dtype=object, count=len(values))
+
+
+def _prompts(prompts: Any) -> np.ndarray:
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts must be a list of prompts, got one string: write [{prompts[:40]!r}]")
+    array = _objects(list(prompts) if isinstance(prompts, Tensor) else prompts)  # a tensor's rows are prompts
+    for prompt in array.flat:
+        if isinstance(prompt, (Mapping, Integral)):
+            raise TypeError("prompts must be a list of prompts, got one chat or one prompt's token ids: write [prompt]")
+    return array
+
+
+def _completions(completions: Any) -> np.ndarray:
+    if isinstance(completions, str):
+        raise TypeError(f"completions must be a list of texts, got one string: write [{completions[:40]!r}]")
+    array = _nested(completions)
+    texts = np.empty(array.shape, dtype=object)
+    for index, completion in np.ndenumerate(array):
+        texts[index] = _text(completion)
+    return texts
+
+
+def _nested(value: Any) -> np.ndarray:
+    """Nested lists to an object array whose elements are texts or conversations."""
+    if isinstance(value, np.ndarray):
+        return value.astype(object)
+    if isinstance(value, str) or _is_chat(value) or not isinstance(value, Sequence):
+        leaf = np.empty((), dtype=object)
+        leaf[()] = value
+        return leaf
+    rows = [_nested(row) for row in value]
+    if len({row.shape for row in rows}) > 1:
+        raise ValueError(f"nested completions are ragged: rows of shapes {sorted({row.shape for row in rows})}")
+    return np.stack(rows) if rows else np.empty(0, dtype=object)
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, Sequence) and len(value) > 0 and isinstance(value[0], Mapping)
+
+
+def _text(completion: Any) -> str:
+    """A completion's text; TRL writes those of a conversation as messages."""
+    if isinstance(completion, str):
+        return completion
+    contents = [message.get("content") for message in completion] if _is_chat(completion) else [None]
+    if not all(isinstance(content, str) for content in contents):
+        raise TypeError(
+            f"completions must hold texts, got {type(completion).__name__}; lm.decode makes token ids texts"
+        )
+    return "".join(map(str, contents))

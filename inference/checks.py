@@ -1,0 +1,22 @@
+"""Settings of engines, checked where they are made."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def check_counts(engine: Any, *names: str) -> None:
+    """:raises ValueError: if a named setting is neither None nor a positive whole number."""
+    for name in names:
+        value = getattr(engine, name)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{type(engine).__name__}: {name} must be a positive whole number, got {value!r}")
+
+
+def check_positive(engine: Any, *names: str) -> None:
+    """:raises ValueError: if a named setting is neither None nor positive and finite."""
+    for name in names:
+        value = getattr(engine, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{type(engine).__name__}: {name} must be positive and finite, got {value!r}")

@@ -1,0 +1,159 @@
+"""Guides made for a program: the program itself, up to its last latent, under other laws.
+
+A guide draws the program's latents and nothing else. So it runs the program with every latent's law replaced (a
+prior language model by a policy, a continuous latent by a normal, a discrete one by free logits), hides factors and
+observations, and stops at the last latent: rewards that come after are not evaluated for the guide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+from pyro import poutine
+from pyro.distributions import Bernoulli, Categorical, Independent, OneHotCategorical
+from pyro.infer.autoguide import AutoNormal
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+
+from ..models import LanguageModel
+from .program import Arbitrary, Program, ProgramError, Site
+
+
+class _Drawn(Exception):
+    """The last latent has its value: the guide is done."""
+
+
+class _Laws(Messenger):
+    """Replaces the laws of latent sites, hides all other sites, and stops at the last latent.
+
+    :param laws: site name -> what its distribution becomes.
+    :param values: values that some sites have already, drawn elsewhere in the guide.
+    """
+
+    def __init__(
+        self, program: Program, laws: dict[str, Callable[[Any], Any]], values: dict[str, Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        self._program = program
+        self._laws = laws
+        self._values = values or {}
+        self._last = program.latents[-1].name
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        site = self._program.sites.get(name)
+        if site is None:  # a plate's subsample
+            return
+        if site.kind != "latent":
+            msg["stop"] = True
+        elif name in self._values:
+            msg["value"] = self._values[name]
+            msg["stop"] = True
+        elif name in self._laws:
+            msg["fn"] = self._laws[name](msg["fn"])
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] == self._last:
+            raise _Drawn
+
+
+def _draw_latents(
+    program: Program,
+    laws: dict[str, Callable[[Any], Any]],
+    values: dict[str, Tensor] | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    try:
+        with _Laws(program, laws, values):
+            program.model(*args, **kwargs)
+    except _Drawn:
+        pass
+
+
+class PolicyGuide:
+    """The program with one language model in the place of its own, as a proposal."""
+
+    def __init__(self, program: Program, policy: LanguageModel) -> None:
+        if not program.completions:
+            raise ProgramError("the program has no completion site: a LanguageModel cannot be its guide")
+        self._program = program
+        self._laws = {site.name: lambda fn: fn.with_model(policy) for site in program.completions}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        _draw_latents(self._program, self._laws, None, args, kwargs)
+
+
+class AutoPolicy(nn.Module):
+    """The default guide: trainable copies of the program's language models, and mean-field laws of its other latents.
+
+    A completion's law is a policy's (`LanguageModel.policy`); continuous latents have Pyro's `AutoNormal`;
+    categorical and Bernoulli latents have free logits, which begin at the prior's.
+
+    :param lora_rank: as in `LanguageModel.policy`; "auto" gives rank 16 to models that were loaded by name, and
+        trains every weight of the others.
+    :raises ProgramError: if a discrete latent is of another family.
+    """
+
+    def __init__(self, program: Program, lora_rank: int | str | None = "auto") -> None:
+        super().__init__()
+        self._program = program
+        priors: dict[int, LanguageModel] = {id(site.fn.lm): site.fn.lm for site in program.completions}
+        policies = {
+            key: lm.policy((16 if lm.name else None) if lora_rank == "auto" else lora_rank)  # type: ignore[arg-type]
+            for key, lm in priors.items()
+        }
+        self.policies = nn.ModuleList(policies.values())
+        self.logits = nn.ParameterDict()
+        self._laws: dict[str, Callable[[Any], Any]] = {}
+        continuous = []
+        for site in program.latents:
+            if site.is_completion:
+                self._laws[site.name] = _with_model(policies[id(site.fn.lm)])
+            elif site.fn.support.is_discrete:
+                self.logits[site.name] = _initial_logits(site)
+                self._laws[site.name] = self._with_logits(site.name)
+            else:
+                continuous.append(site.name)
+        self.eval()  # a law has no dropout; and Pyro stays silent about frozen weights
+        self.continuous: AutoNormal | None = None
+        if continuous:  # its prototype is a run of the program, which needs no network
+            self.continuous = AutoNormal(poutine.block(Arbitrary()(program.model), expose=continuous))
+
+    @property
+    def policy(self) -> LanguageModel | None:
+        """The trained language model: the first, if the program has several."""
+        return self.policies[0] if len(self.policies) else None  # type: ignore[return-value]
+
+    def _with_logits(self, name: str) -> Callable[[Any], Any]:
+        return lambda fn: _replace_logits(fn, self.logits[name])
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        pyro.module("policies", self.policies)
+        pyro.module("logits", self.logits)
+        values = None if self.continuous is None else self.continuous(*args, **kwargs)
+        _draw_latents(self._program, self._laws, values, args, kwargs)
+
+
+def _with_model(policy: LanguageModel) -> Callable[[Any], Any]:
+    return lambda fn: fn.with_model(policy)
+
+
+def _initial_logits(site: Site) -> nn.Parameter:
+    fn = site.fn
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
+    if not isinstance(fn, Categorical | Bernoulli | OneHotCategorical):
+        raise ProgramError(
+            f"no default guide for the discrete latent {site.name!r} ({type(fn).__name__}): give SVI your own guide"
+        )
+    return nn.Parameter(fn.logits.detach().clone())
+
+
+def _replace_logits(fn: Any, logits: Tensor) -> Any:
+    """The same family with other logits; batch dims that plates added to ``fn`` are broadcast."""
+    if isinstance(fn, Independent):
+        return _replace_logits(fn.base_dist, logits).to_event(fn.reinterpreted_batch_ndims)
+    return type(fn)(logits=logits).expand(fn.batch_shape)

@@ -1,0 +1,78 @@
+r"""Importance sampling: weigh draws of a proposal q by what they miss of the posterior.
+
+    x_i ~ q,    w_i = p(x_i) exp(r(x_i)/beta) / q(x_i),    \hat Z = (1/n) \sum_i w_i,    E[\hat Z] = Z
+
+With the prior as the proposal the weight is the likelihood alone. The k-hat of Pareto-smoothed importance sampling
+(Vehtari, Simpson, Gelman, Yao and Gabry, arXiv 1507.02646) says whether the weights can be trusted: below 0.7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from bayeslm import diagnostics
+from bayeslm.posterior import Posterior
+
+from ..models import LanguageModel
+from .checks import check_counts
+from .guides import PolicyGuide
+from .program import inspect, seeded
+from .results import Stopwatch, draw, posterior
+
+
+@dataclass(frozen=True)
+class ImportanceSampling:
+    """Weighted draws of a proposal.
+
+    :param num_particles: draws in each chain.
+    :param num_chains: independent replicates.
+    :param guide: the proposal: a Pyro guide of the program, or a `LanguageModel` that takes the place of the
+        program's own (a policy trained by `SVI`). None proposes from the prior.
+    :param batch_size: particles run at once; by default what bounded memory takes.
+    :param vectorize: run all particles of a batch as one program run; False for programs whose Python code
+        depends on single latent values.
+    :param seed: reproduces the run; None leaves the global random state in charge.
+    """
+
+    num_particles: int = 256
+    num_chains: int = 1
+    guide: Callable[..., Any] | LanguageModel | None = None
+    batch_size: int | None = None
+    vectorize: bool = True
+    seed: int | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        check_counts(self, "num_particles", "num_chains", "batch_size")
+
+    def run(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> Posterior:
+        """Sample the posterior of ``model(*args, **kwargs)``. ``stats``: ``ess`` and ``khat`` a prompt.
+
+        :raises EvidenceError: if no draw has positive probability.
+        """
+        with seeded(self.seed), Stopwatch() as watch:
+            program = inspect(model, *args, **kwargs)
+            guide = PolicyGuide(program, self.guide) if isinstance(self.guide, LanguageModel) else self.guide
+            particles, interrupted = draw(
+                program,
+                guide,
+                self.num_particles * self.num_chains,
+                batch_size=self.batch_size,
+                vectorize=self.vectorize,
+                progress=self.progress,
+                what="importance sampling",
+            )
+            result = posterior(
+                program,
+                particles,
+                engine="ImportanceSampling",
+                kind="weighted",
+                num_chains=self.num_chains,
+                stats=watch.read() | {"interrupted": interrupted},
+                prior=particles if guide is None else None,
+            )
+        result.stats["ess"] = diagnostics.ess(result.log_weights)
+        result.stats["khat"] = diagnostics.psis(result.log_weights)[1]
+        return result

@@ -1,0 +1,159 @@
+r"""Objectives of variational inference, as Pyro ELBOs.
+
+`ReverseKL` maximises the ELBO, which times beta is the KL-penalised expected reward (Korbak, Perez and Buckley 2022,
+arXiv 2205.11275):
+
+    L(q) = E_q[ log p(x) + l(x) - log q(x) ] = log Z - KL(q || \pi^*),      l = r / beta
+
+Its gradient in the parameters of q is the score-function gradient. With particles x_1..x_n of q and
+f_i = log p(x_i) + l(x_i) - log q(x_i),
+
+    \hat g = (1/n) \sum_i (f_i - b_i) \nabla log q(x_i),     b_i = 1/(n-1) \sum_{j != i} f_j
+
+is unbiased, since b_i does not depend on x_i: the leave-one-out baseline (Kool, van Hoof and Welling 2019; RLOO,
+Ahmadian et al. 2024, arXiv 2402.14740), which is also the gradient of the log-variance divergence (VarGrad, Richter
+et al. 2020, arXiv 2010.10436). The term -\nabla log q inside f has mean zero and is left out.
+
+The plate ``prompts`` is used: the score of a completion is multiplied by the terms of its own prompt only.
+Reparametrised latents of the same program get the pathwise gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from .program import PROMPTS, Program, ProgramError, inspect, sample_sites, site_terms, traces
+
+
+class ReverseKL(ELBO):
+    """The ELBO, with a leave-one-out baseline a prompt.
+
+    :param num_particles: completions of each prompt in a step; all run at once. One particle has no baseline.
+    :param program: the program, where it has been looked at already.
+
+    After each call ``last`` holds what the particles saw, one value a prompt: ``elbo``, ``log_likelihood``
+    (r / beta), ``kl`` (to the prior), and ``score`` where the program records one.
+    """
+
+    def __init__(self, num_particles: int = 8, program: Program | None = None) -> None:
+        super().__init__(num_particles=num_particles, vectorize_particles=True)
+        self.last: dict[str, Tensor] = {}
+        self._program = program
+
+    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+        """The negative ELBO, summed over prompts."""
+        with torch.no_grad():
+            self._surrogate(model, guide, *args, **kwargs)
+        return -float(self.last["elbo"].sum())
+
+    def differentiable_loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """A scalar with the negative ELBO's value and its estimated gradient."""
+        surrogate = self._surrogate(model, guide, *args, **kwargs)
+        return surrogate.detach() - surrogate - self.last["elbo"].sum()
+
+    def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+        """The negative ELBO; adds its gradient to the parameters'."""
+        surrogate = self._surrogate(model, guide, *args, **kwargs)
+        if surrogate.requires_grad:
+            (-surrogate).backward(retain_graph=self.retain_graph)
+        return -float(self.last["elbo"].sum())
+
+    def _get_trace(self, *args: Any) -> Any:
+        raise NotImplementedError("ReverseKL runs all particles in one trace")
+
+    def _surrogate(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+        """A scalar whose gradient estimates the ELBO's."""
+        program = self._look(model, args, kwargs)
+        n = self.num_particles
+        model_trace, guide_trace = traces(program, guide, n)
+        assert guide_trace is not None
+        guide_sites = dict(sample_sites(guide_trace))
+        log_p = site_terms(program, model_trace, n)
+        log_q = site_terms(program, guide_trace, n)
+        device = next(iter(log_q.values())).device
+        log_p = {name: term.to(device) for name, term in log_p.items()}
+        for name, term in log_p.items():
+            if torch.isneginf(term).any():
+                raise ProgramError(
+                    f"site {name!r} is -inf under the policy: the KL to the posterior is infinite, and SVI cannot "
+                    "follow it. Use ImportanceSampling or RejectionSampling for hard constraints, or a finite penalty"
+                )
+        # A latent that the guide leaves out is drawn from the prior, which is then its law in q as well.
+        log_q |= {site.name: log_p[site.name].detach() for site in program.latents if site.name not in log_q}
+
+        zero = torch.zeros((n, 1), device=device)
+        latents = {site.name for site in program.latents}
+        inside = {name for name in log_p if _in_prompts(model_trace, name)}
+        inside |= {name for name in log_q if name in guide_trace and _in_prompts(guide_trace, name)}
+        # f = log p + l - log q in two parts: of single prompts (particle, prompt), and of all (particle, 1)
+        local = sum((t for name, t in log_p.items() if name in inside), zero)
+        local = local - sum((t for name, t in log_q.items() if name in inside), zero)
+        common = sum((t for name, t in log_p.items() if name not in inside), zero)
+        common = common - sum((t for name, t in log_q.items() if name not in inside), zero)
+        total = common + local.sum(-1, keepdim=True)
+        # What follows a completion: its own prompt's terms, and factors on all prompts; everything, if a latent
+        # of all prompts is drawn after it.
+        after = local + sum((t for name, t in log_p.items() if name not in inside | latents), zero)
+        if not _common_first(program):
+            after = total.expand_as(local)
+
+        surrogate = sum(
+            (term.sum(-1) for term in log_p.values()), zero[:, 0]
+        )  # pathwise, through reparametrised latents
+        for name, term in log_q.items():
+            if not term.requires_grad:
+                continue
+            if guide_sites[name]["fn"].has_rsample:
+                surrogate = surrogate - term.sum(-1)
+            else:
+                f = after if name in inside else total
+                surrogate = surrogate + (_leave_one_out(f.detach()) * term).sum(-1)
+        self._note(program, model_trace, log_p, log_q, latents, total if program.shared else local)
+        return surrogate.mean()
+
+    def _look(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+        """The program, looked at anew when the model or its arguments have changed."""
+        p = self._program
+        same = p is not None and p.model is model and len(p.args) == len(args) and p.kwargs.keys() == kwargs.keys()
+        if p is None or not (
+            same
+            and all(a is b for a, b in zip(p.args, args, strict=True))
+            and all(p.kwargs[k] is kwargs[k] for k in kwargs)
+        ):
+            self._program = p = inspect(model, *args, **kwargs)
+        return p
+
+    def _note(self, program: Program, trace: Trace, log_p: Any, log_q: Any, latents: set[str], f: Tensor) -> None:
+        terms = [term.detach() for name, term in log_p.items() if name not in latents]
+        if program.shared:
+            terms = [term.sum(-1, keepdim=True) for term in terms]
+        likelihood = sum(terms, torch.zeros_like(f)).mean(0)
+        elbo = f.detach().mean(0)
+        self.last = {"elbo": elbo, "log_likelihood": likelihood, "kl": likelihood - elbo}
+        sites = dict(sample_sites(trace))
+        if "score" in sites:
+            self.last["score"] = sites["score"]["value"].detach().reshape(self.num_particles, -1).mean(0)
+
+
+def _in_prompts(trace: Trace, name: str) -> bool:
+    return any(frame.name == PROMPTS for frame in trace.nodes[name]["cond_indep_stack"])
+
+
+def _common_first(program: Program) -> bool:
+    """Whether every latent of all prompts is drawn before every latent of one prompt."""
+    inside = [site.in_prompts for site in program.latents]
+    return inside == sorted(inside)
+
+
+def _leave_one_out(f: Tensor) -> Tensor:
+    """f (particle, ...) less the mean of the other particles."""
+    n = len(f)
+    return f if n == 1 else (f - f.mean(0)) * (n / (n - 1))

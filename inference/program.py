@@ -1,0 +1,332 @@
+"""A Pyro program as the engines see it: its sites, its plates, and many runs of it at once.
+
+A program is looked at once (`inspect`): which sites are latent, which sit inside the plate ``prompts``, and so
+whether its posterior factorises over prompts. It is then run with all particles in one outermost plate
+(`run_particles`), as Pyro's own vectorised ELBOs do, and every term of the log-joint is brought to the shape
+(particle, prompt).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import get_rng_state, set_rng_seed, set_rng_state
+from torch import Tensor
+
+from ..models import Autoregressive
+
+PROMPTS = "prompts"  # the plate whose elements are posteriors of their own
+PARTICLES = "_particles"
+
+
+class ProgramError(ValueError):
+    """The program is not one that inference can run, or a term of its log-joint is not a number."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A sample statement: ``kind`` is "latent", "observed" (factors too) or "deterministic"."""
+
+    name: str
+    kind: str
+    fn: Any
+    shape: tuple[int, ...]
+    plates: dict[int, str]  # negative batch dim -> plate
+    batch_dims: int
+
+    @property
+    def in_prompts(self) -> bool:
+        return PROMPTS in self.plates.values()
+
+    @property
+    def is_completion(self) -> bool:
+        return isinstance(self.fn, Autoregressive)
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """Names of the axes of a value, (*batch, *event)."""
+        event = len(self.shape) - self.batch_dims
+        names = {dim: "prompt" if plate == PROMPTS else plate for dim, plate in self.plates.items()}
+        batch = [names.get(i - self.batch_dims, f"{self.name}_batch_{i}") for i in range(self.batch_dims)]
+        if self.is_completion:
+            return (*batch, "token")
+        return (*batch, *(f"{self.name}_dim_{i}" for i in range(event)))
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model with its arguments, looked at.
+
+    ``shared``: some latent or factor sits outside the plate ``prompts``, so all prompts are one posterior and
+    the prompt axis of weights has length 1.
+    """
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    sites: dict[str, Site]
+    max_plate_nesting: int
+    prompt_dim: int | None
+    num_prompts: int
+    shared: bool
+
+    @property
+    def latents(self) -> list[Site]:
+        return [site for site in self.sites.values() if site.kind == "latent"]
+
+    @property
+    def completions(self) -> list[Site]:
+        return [site for site in self.latents if site.is_completion]
+
+    @property
+    def weight_prompts(self) -> int:
+        """Length of the prompt axis of weights."""
+        return 1 if self.shared else self.num_prompts
+
+    @property
+    def max_particles(self) -> int:
+        """Particles that one vectorised run takes in bounded memory."""
+        rows = [site.fn.max_rows // max(1, site.fn.batch_shape.numel()) for site in self.completions]
+        return max(1, min(rows, default=8192))
+
+    def terms(self, log_prob: Tensor, num_particles: int) -> Tensor:
+        """A site's log_prob, batch-shaped under the particle plate, as (particle, prompt); prompt 1 if outside."""
+        particles = (num_particles,) + (1,) * self.max_plate_nesting
+        log_prob = log_prob.expand(torch.broadcast_shapes(log_prob.shape, particles))
+        if self.prompt_dim is None:
+            return log_prob.reshape(num_particles, -1).sum(-1, keepdim=True)
+        log_prob = log_prob.movedim(self.prompt_dim, 1)
+        return log_prob.reshape(num_particles, log_prob.shape[1], -1).sum(-1)
+
+
+class Arbitrary(Messenger):
+    """Gives completions arbitrary tokens instead of running the network."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if isinstance(msg["fn"], Autoregressive) and msg["value"] is None:
+            msg["value"] = msg["fn"].arbitrary()
+
+
+def sample_sites(trace: Trace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and nodes of a trace's sample statements (factors and observations among them)."""
+    return ((name, dict(node)) for name, node in trace.nodes.items() if node["type"] == "sample")
+
+
+def inspect(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Program:
+    """Run the program once, without its networks, and note its sites.
+
+    :raises ProgramError: if it has no latent site.
+    """
+    with torch.no_grad(), poutine.block(), Arbitrary():
+        trace = prune_subsample_sites(poutine.trace(model).get_trace(*args, **kwargs))
+    sites: dict[str, Site] = {}
+    sizes: dict[int, int] = {}
+    for name, node in sample_sites(trace):
+        frames = [frame for frame in node["cond_indep_stack"] if frame.vectorized]
+        deterministic = node["infer"].get("_deterministic", False)
+        kind = "deterministic" if deterministic else "observed" if node["is_observed"] else "latent"
+        shape = tuple(node["value"].shape)
+        batch_dims = len(node["fn"].batch_shape)
+        if deterministic:  # Pyro counts a deterministic value's batch dims as event dims unless told
+            batch_dims = max((-f.dim for f in frames), default=0)
+            shape = (1,) * (batch_dims - len(shape)) + shape
+        plates = {frame.dim: frame.name for frame in frames}
+        stray = [size for i, size in enumerate(node["fn"].batch_shape) if size > 1 and i - batch_dims not in plates]
+        if stray and not deterministic:
+            raise ProgramError(
+                f"site {name!r} has a batch dimension of size {stray[0]} that no plate declares: "
+                "put it inside a pyro.plate, or make it part of the event with .to_event(1)"
+            )
+        sites[name] = Site(name, kind, node["fn"], shape, plates, batch_dims)
+        sizes |= {frame.dim: frame.size for frame in frames if frame.name == PROMPTS}
+    if not any(site.kind == "latent" for site in sites.values()):
+        raise ProgramError("the program has no latent site: nothing to infer (is every pyro.sample observed?)")
+    dims = [dim for site in sites.values() for dim in site.plates]
+    prompt_dim, num_prompts = next(iter(sizes.items()), (None, 1))
+    random = [site for site in sites.values() if site.kind != "deterministic"]
+    return Program(
+        model=model,
+        args=args,
+        kwargs=kwargs,
+        sites=sites,
+        # a batch dim of size 1 needs no plate, and still keeps the particles one dim further out
+        max_plate_nesting=max([-dim for dim in dims] + [site.batch_dims for site in random]),
+        prompt_dim=prompt_dim,
+        num_prompts=num_prompts,
+        shared=not all(site.in_prompts for site in random),
+    )
+
+
+@dataclass
+class Particles:
+    """Runs of a program, particle first.
+
+    ``values[name]`` (particle, *batch, *event); ``log_prior`` and ``log_proposal`` of all latents and each
+    ``log_likelihood`` term (particle, prompt).
+    """
+
+    values: dict[str, Tensor]
+    log_prior: Tensor
+    log_proposal: Tensor
+    log_likelihood: dict[str, Tensor]
+
+    @property
+    def log_joint(self) -> Tensor:
+        return self.log_prior + sum(self.log_likelihood.values(), torch.zeros_like(self.log_prior))
+
+    @property
+    def log_weights(self) -> Tensor:
+        """log p(x, reward) - log q(x)."""
+        return self.log_joint - self.log_proposal
+
+    def __getitem__(self, index: Any) -> Particles:
+        return Particles(
+            {name: value[index] for name, value in self.values.items()},
+            self.log_prior[index],
+            self.log_proposal[index],
+            {name: term[index] for name, term in self.log_likelihood.items()},
+        )
+
+    def gather(self, program: Program, index: Tensor) -> Particles:
+        """New particles that have, for each prompt, the particles that ``index`` (draw, prompt) names."""
+        if program.shared:
+            return self[index[:, 0].to(self.log_prior.device)]
+
+        def along(x: Tensor, axis: int) -> Tensor:
+            shape = [1] * x.dim()
+            shape[0], shape[axis] = index.shape
+            return x.gather(0, index.to(x.device).reshape(shape).expand(len(index), *x.shape[1:]))
+
+        inside = [s for s in program.sites.values() if s.name in self.values and "prompt" in s.dims]
+        return Particles(
+            {s.name: along(self.values[s.name], 1 + s.dims.index("prompt")) for s in inside},
+            along(self.log_prior, 1),
+            along(self.log_proposal, 1),
+            {name: along(term, 1) for name, term in self.log_likelihood.items()},
+        )
+
+    @staticmethod
+    def concatenate(parts: list[Particles]) -> Particles:
+        return Particles(
+            {name: torch.cat([p.values[name] for p in parts]) for name in parts[0].values},
+            torch.cat([p.log_prior for p in parts]),
+            torch.cat([p.log_proposal for p in parts]),
+            {name: torch.cat([p.log_likelihood[name] for p in parts]) for name in parts[0].log_likelihood},
+        )
+
+
+def traces(
+    program: Program, guide: Callable[..., Any] | None, num_particles: int, *, vectorize: bool = True
+) -> tuple[Trace, Trace | None]:
+    """Model and guide traces of particles in one outermost plate; without a guide the model proposes."""
+
+    def in_plate(fn: Callable[..., Any]) -> Callable[..., Any]:
+        if not vectorize:
+            return fn
+        return pyro.plate(PARTICLES, num_particles, dim=-1 - program.max_plate_nesting)(fn)
+
+    guide_trace = None
+    model = program.model
+    if guide is not None:
+        guide_trace = poutine.trace(in_plate(guide)).get_trace(*program.args, **program.kwargs)
+        guide_trace = prune_subsample_sites(guide_trace)
+        for name, node in sample_sites(guide_trace):
+            if name not in program.sites and not node["infer"].get("is_auxiliary"):
+                raise ProgramError(f"the guide samples {name!r}, which the program does not have")
+        model = poutine.replay(model, trace=guide_trace)
+    model_trace = poutine.trace(in_plate(model)).get_trace(*program.args, **program.kwargs)
+    return prune_subsample_sites(model_trace), guide_trace
+
+
+def site_terms(program: Program, trace: Trace, num_particles: int) -> dict[str, Tensor]:
+    """The log_prob of every site of a trace, (particle, prompt), checked: no NaN, no +inf."""
+    trace.compute_log_prob()
+    terms = {}
+    for name, node in sample_sites(trace):
+        if node["infer"].get("_deterministic", False):
+            continue
+        term = program.terms(node["log_prob"], num_particles)
+        bad = torch.isnan(term) | (term == torch.inf)
+        if bad.any():
+            particle, prompt = (int(i) for i in bad.nonzero()[0])
+            raise ProgramError(
+                f"site {name!r} has log-probability {term[particle, prompt].item()} at particle {particle}"
+                + (f", prompt {prompt}" if term.shape[1] > 1 else "")
+                + (": a reward must be finite or -inf, and beta positive" if node["is_observed"] else "")
+            )
+        terms[name] = term
+    return terms
+
+
+def run_particles(
+    program: Program, guide: Callable[..., Any] | None, num_particles: int, *, vectorize: bool = True
+) -> Particles:
+    """Run the program for ``num_particles`` particles, latents proposed by the guide or, without one, the prior.
+
+    ``vectorize=False`` runs them one by one, for programs whose Python code depends on a single latent value.
+    """
+    if not vectorize and num_particles > 1:
+        return Particles.concatenate([run_particles(program, guide, 1, vectorize=False) for _ in range(num_particles)])
+    with torch.no_grad():
+        model_trace, guide_trace = traces(program, guide, num_particles, vectorize=vectorize)
+        terms = site_terms(program, model_trace, num_particles)
+        nodes = dict(sample_sites(model_trace))
+        guide_terms = {} if guide_trace is None else site_terms(program, guide_trace, num_particles)
+    unseen = [name for name in terms if name not in program.sites]
+    if unseen or len(terms) < sum(site.kind != "deterministic" for site in program.sites.values()):
+        raise ProgramError(
+            "the program's sites changed between runs: a site that is only sometimes there cannot be a latent "
+            f"(seen now: {sorted(terms)}; first: {sorted(program.sites)})"
+        )
+    device = next(iter(terms.values())).device
+    for site in program.latents:  # all sums on the device of the latents, wherever a reward was computed
+        device = terms[site.name].device
+    zero = torch.zeros((num_particles, program.weight_prompts), device=device)
+
+    def total(term: Tensor) -> Tensor:
+        term = term.to(device)
+        return zero + (term.sum(-1, keepdim=True) if program.shared else term)
+
+    latent = {site.name for site in program.latents}
+    auxiliary = sum((total(t) for n, t in guide_terms.items() if n not in program.sites), zero)
+    return Particles(
+        values={
+            site.name: _value(site, nodes[site.name]["value"], num_particles)
+            for site in program.sites.values()
+            if site.kind != "observed"
+        },
+        log_prior=sum((total(terms[name]) for name in latent), zero),
+        log_proposal=sum((total(guide_terms.get(name, terms[name])) for name in latent), auxiliary),
+        log_likelihood={name: total(term) for name, term in terms.items() if name not in latent},
+    )
+
+
+def _value(site: Site, value: Tensor, num_particles: int) -> Tensor:
+    """A site's value (particle, *batch, *event), without the axes that vectorisation put between."""
+    shape = (num_particles, *site.shape)
+    if value.numel() == torch.Size(shape).numel():
+        return value.reshape(shape)
+    return value.expand(shape)
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Run with torch, numpy and random seeded, and put their states back after; None changes nothing."""
+    if seed is None:
+        yield
+        return
+    state = get_rng_state()
+    set_rng_seed(seed)
+    try:
+        yield
+    finally:
+        set_rng_state(state)

@@ -1,0 +1,175 @@
+"""From particles to a `Posterior`: what every engine does at its end, in one place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayeslm import diagnostics
+from bayeslm.posterior import Posterior
+
+from ..models.network import count_usage
+from ..models.progress import track
+from .program import Particles, Program, ProgramError, run_particles
+
+
+class EvidenceError(ProgramError):
+    """No particle has positive posterior probability: there is nothing to give draws of."""
+
+
+class Stopwatch:
+    """Seconds inside its block, with what the networks did meanwhile: the start of every engine's ``stats``."""
+
+    def __enter__(self) -> Stopwatch:
+        self._counting = count_usage()
+        self._usage = self._counting.__enter__()
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._counting.__exit__(None, None, None)
+
+    def read(self) -> dict[str, Any]:
+        seconds = time.perf_counter() - self._start
+        return {"seconds": seconds, "tokens": self._usage.tokens, "model_calls": self._usage.model_calls}
+
+
+def draw(
+    program: Program,
+    guide: Callable[..., Any] | None,
+    num_particles: int,
+    *,
+    batch_size: int | None = None,
+    vectorize: bool = True,
+    progress: bool = False,
+    what: str = "particles",
+) -> tuple[Particles, bool]:
+    """Particles, run in batches of bounded memory, and whether Ctrl-C cut them short (what is drawn is kept).
+
+    An exception on the way (a reward that raises) carries the particles drawn before it as ``error.particles``.
+    """
+    size = batch_size or program.max_particles
+    parts: list[Particles] = []
+    with track(what, num_particles, progress) as report:
+        for done in range(0, num_particles, size):
+            n = min(size, num_particles - done)
+            try:
+                parts.append(run_particles(program, guide, n, vectorize=vectorize))
+            except KeyboardInterrupt:
+                if not parts:
+                    raise
+                return Particles.concatenate(parts), True
+            except Exception as error:
+                if parts:
+                    error.particles = Particles.concatenate(parts)  # type: ignore[attr-defined]
+                    error.add_note(f"the {done} particles drawn before are kept in this error's .particles")
+                raise
+            report(n)
+    return Particles.concatenate(parts), False
+
+
+def posterior(
+    program: Program,
+    particles: Particles,
+    *,
+    engine: str,
+    kind: str,
+    num_chains: int,
+    stats: dict[str, Any],
+    evidence: tuple[np.ndarray, np.ndarray] | None = None,
+    log_weights: Tensor | None = None,
+    prior: Particles | None = None,
+    policy: Any = None,
+) -> Posterior:
+    """Particles as a `Posterior` of ``num_chains`` chains, chain-major; a remainder is dropped.
+
+    :param log_weights: (particle, prompt), if not the particles' own log p - log q.
+    :param evidence: log Z and its standard error, if not from the weights.
+    :raises EvidenceError: if every weight of a prompt is zero.
+    """
+    draws = len(particles.log_prior) // num_chains
+    if draws == 0:
+        raise EvidenceError(f"interrupted before each of the {num_chains} chains had a draw")
+
+    def split(x: Tensor) -> np.ndarray:
+        # bfloat16 has no numpy twin; ids stay integers
+        x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        x = x.detach()[: draws * num_chains].cpu()
+        return x.numpy().reshape(num_chains, draws, *x.shape[1:])
+
+    weights = split(particles.log_weights if log_weights is None else log_weights)
+    labels = prompt_labels(program)
+    check_evidence(weights if evidence is None else split(particles.log_weights), labels)
+    if evidence is None:
+        evidence = diagnostics.log_evidence(weights)
+    values = {name: split(particles.values[name]) for name in _kept(program)}
+    texts, lengths = {}, {}
+    for site in program.completions:
+        value = particles.values[site.name][: draws * num_chains]
+        lengths[site.name] = split(site.fn.lengths(value))
+        if site.fn.lm.tokenizer is not None:
+            texts[site.name] = site.fn.decode(value).reshape(lengths[site.name].shape)
+    observed = {
+        site.name: site.fn.value.cpu().numpy()
+        for site in program.sites.values()
+        if site.kind == "observed" and hasattr(site.fn, "value")
+    }
+    return Posterior(
+        samples=values,
+        log_weights=weights,
+        log_joint=split(particles.log_joint),
+        log_likelihood={name: split(term) for name, term in particles.log_likelihood.items()},
+        log_evidence=evidence[0],
+        log_evidence_stderr=evidence[1],
+        kind=kind,
+        engine=engine,
+        dims={name: program.sites[name].dims for name in values},
+        prompts=labels,
+        texts=texts,
+        lengths=lengths,
+        prior=prior_draws(program, prior),
+        observed=observed,
+        stats=stats,
+        policy=policy,
+    )
+
+
+def _kept(program: Program) -> list[str]:
+    """Latent and deterministic sites; where prompts are posteriors of their own, those inside the plate."""
+    sites = [site for site in program.sites.values() if site.kind != "observed"]
+    return [site.name for site in sites if program.shared or "prompt" in site.dims]
+
+
+def prior_draws(program: Program, particles: Particles | None) -> dict[str, np.ndarray]:
+    """Draws of the prior (1, draw, *batch, *event) by site, factor values and completion lengths beside them."""
+    if particles is None:
+        return {}
+    out = {name: particles.values[name] for name in _kept(program)} | particles.log_likelihood
+    for site in program.completions:
+        out[f"{site.name}_length"] = site.fn.lengths(particles.values[site.name])
+    return {name: value.cpu().numpy()[None] for name, value in out.items()}
+
+
+def prompt_labels(program: Program) -> list[str]:
+    """What to call each prompt: its text, where a completion site has one a prompt."""
+    for site in program.completions:
+        if site.fn.prompt_ids.shape[:-1].numel() == program.num_prompts:
+            return site.fn.prompt_texts()
+    return [str(i) for i in range(program.num_prompts)]
+
+
+def check_evidence(log_weights: np.ndarray, labels: list[str]) -> None:
+    """:raises EvidenceError: if all weights (chain, draw, prompt) of a prompt are -inf."""
+    dead = np.atleast_1d(np.isneginf(log_weights).all(axis=(0, 1)))
+    if dead.any():
+        i = int(dead.argmax())
+        of = f"for prompt {i} ({labels[i]!r}) " if len(labels) == len(dead) else ""
+        raise EvidenceError(
+            f"every reward is -inf {of}in all {log_weights[..., i].size} draws: the posterior does not exist, or the "
+            "constraint is too rare to be met by chance. Draw more, loosen the constraint, or use a better proposal"
+        )

@@ -1,0 +1,227 @@
+"""The theorem, and gradients against gradients by enumeration."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from helpers import table_lm, tiny_llama
+from programs import PROMPTS, score_table, tilted
+from pyro.infer import Trace_ELBO
+from torch import Tensor, nn
+
+from bayeslm.inference import Exact, ProgramError, ReverseKL
+
+REPEATS = 250
+COPIES = 20  # of each prompt in a batch: more independent terms a gradient
+LIMIT = 4.5  # standard errors; false alarm 7e-6 a check, 7e-5 a gradient
+
+
+def perturbed(lm, seed: int = 0, scale: float = 0.5):
+    """A policy that is neither the prior nor the posterior."""
+    policy = lm.policy()
+    generator = torch.Generator().manual_seed(seed)
+    for p in policy.network.parameters():
+        p.data += scale * p.data.std() * torch.randn(p.shape, generator=generator)
+    return policy
+
+
+def policy_guide(policy, tokens: int):
+    def guide(prompts):
+        pyro.module("policy", policy)
+        with pyro.plate("prompts", len(prompts)):
+            pyro.sample("completion", policy(prompts, max_new_tokens=tokens))
+
+    return guide
+
+
+def exact_elbo(lm, policy, table: Tensor, beta: float, prompts) -> Tensor:
+    """sum_x q(x) (log p(x) + r(x) / beta - log q(x)), (prompt,), differentiable in q."""
+    law = policy(prompts, max_new_tokens=len(table))
+    x = law.enumerate_support()
+    log_q = law.log_prob(x)
+    log_p = lm(prompts, max_new_tokens=len(table)).log_prob(x)
+    reward = table[torch.arange(len(table)), x].sum(-1)
+    return (log_q.exp() * (log_p + reward / beta - log_q)).sum(0)
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0, 5.0])
+@pytest.mark.parametrize("make", [lambda: table_lm(order=3, seed=1), lambda: tiny_llama(seed=2)])
+def test_beta_times_elbo_is_kl_penalised_reward(make, beta):
+    """The theorem: beta L(q) = E_q[r] - beta KL(q || p), and L(q) = log Z - KL(q || posterior)."""
+    lm, table = make(), score_table(0)
+    policy = perturbed(lm)
+    posterior = Exact(num_prior_samples=1).run(tilted(lm, table, beta), PROMPTS)
+    law, prior = policy(PROMPTS, max_new_tokens=5), lm(PROMPTS, max_new_tokens=5)
+    x = law.enumerate_support()
+    log_q, log_p = law.log_prob(x).detach().double(), prior.log_prob(x).double()
+    reward = table[torch.arange(5), x].sum(-1).double()
+    q = log_q.exp()
+    elbo = (q * (log_p + reward / beta - log_q)).sum(0)
+    penalised = (q * reward).sum(0) - beta * (q * (log_q - log_p)).sum(0)
+    torch.testing.assert_close(beta * elbo, penalised, atol=1e-5, rtol=0)
+    # the engine's own terms on the same atoms: log joint and log Z
+    log_posterior = torch.tensor(posterior.log_joint[0] - posterior.log_evidence).double()
+    torch.testing.assert_close(torch.tensor(posterior.samples["completion"][0]), x)
+    gap = (q * (log_q - log_posterior)).sum(0)
+    torch.testing.assert_close(elbo, torch.tensor(posterior.log_evidence).double() - gap, atol=1e-5, rtol=1e-6)
+
+
+def test_elbo_estimate_is_unbiased():
+    lm, table = table_lm(order=2, seed=4), score_table(1)
+    policy = perturbed(lm)
+    guide, model = policy_guide(policy, 5), tilted(lm, table, 0.5)
+    objective = ReverseKL(num_particles=4000)
+    torch.manual_seed(0)
+    objective.loss(model, guide, PROMPTS)
+    expected = exact_elbo(lm, policy, table, 0.5, PROMPTS).detach()
+    law = policy(PROMPTS, max_new_tokens=5)
+    x = law.enumerate_support()
+    f = lm(PROMPTS, max_new_tokens=5).log_prob(x) + table[torch.arange(5), x].sum(-1) / 0.5 - law.log_prob(x)
+    spread = ((law.log_prob(x).exp() * (f - expected) ** 2).sum(0) / 4000).sqrt().detach()
+    assert ((objective.last["elbo"] - expected).abs() < LIMIT * spread).all()
+    last = objective.last
+    torch.testing.assert_close(last["log_likelihood"] - last["kl"], last["elbo"])
+    torch.testing.assert_close(last["score"] / 0.5, last["log_likelihood"])
+
+
+def gradients(objective, model, guide, parameters, args, repeats: int = REPEATS) -> Tensor:
+    """Many gradient estimates, (repeat, coordinate)."""
+    rows = []
+    for _ in range(repeats):
+        for p in parameters:
+            p.grad = None
+        with pyro.get_param_store().scope():
+            objective.loss_and_grads(model, guide, *args)
+        rows.append(torch.cat([p.grad.reshape(-1) for p in parameters]))
+    return torch.stack(rows)
+
+
+def assert_unbiased(estimates: Tensor, expected: Tensor) -> None:
+    """Projections on the true gradient and on 9 random directions (sums, so nearly normal): each within LIMIT."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.stack([expected, *torch.randn(9, len(expected), generator=generator)])
+    projected = estimates @ directions.T
+    stderr = projected.std(0) / len(estimates) ** 0.5
+    error = projected.mean(0) - directions @ expected
+    assert (error.abs() <= LIMIT * stderr).all(), error / stderr
+    # A gradient of the wrong size would show: one shrunk by a quarter misses by more than LIMIT.
+    assert 0.25 * expected @ expected > LIMIT * stderr[0], (expected @ expected / stderr[0]).item()
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+@pytest.mark.parametrize(
+    "objective",
+    [ReverseKL(num_particles=4), Trace_ELBO(num_particles=16, vectorize_particles=True)],
+    ids=["leave-one-out", "stock Trace_ELBO"],
+)
+def test_gradient_is_unbiased(objective, seed):
+    """Against the gradient by enumeration: vocabulary 4, 3 tokens, bigram."""
+    lm, table = table_lm(order=2, seed=seed, vocab=4), score_table(seed, vocab=4, tokens=3, scale=1.0)
+    policy = perturbed(lm, seed, scale=1.0)
+    prompts = [[1], [2, 3]]
+    parameters = list(policy.network.parameters())
+    (-COPIES * exact_elbo(lm, policy, table, 0.5, prompts).sum()).backward()
+    expected = torch.cat([p.grad.reshape(-1) for p in parameters])
+    torch.manual_seed(seed)
+    model, guide = tilted(lm, table, 0.5), policy_guide(policy, 3)
+    assert_unbiased(gradients(objective, model, guide, parameters, (prompts * COPIES,)), expected)
+
+
+def test_leave_one_out_reduces_the_variance():
+    lm, table = table_lm(order=2, seed=0, vocab=4), score_table(0, vocab=4, tokens=3) + 3.0
+    policy = perturbed(lm)
+    model, guide = tilted(lm, table, 0.5), policy_guide(policy, 3)
+    parameters = list(policy.network.parameters())
+    spread = {}
+    for name, objective in {
+        "leave-one-out": ReverseKL(num_particles=4),
+        "stock": Trace_ELBO(num_particles=4, vectorize_particles=True),
+    }.items():
+        torch.manual_seed(0)
+        spread[name] = gradients(objective, model, guide, parameters, ([[1]],), repeats=100).std(0).norm()
+    assert spread["leave-one-out"] < 0.5 * spread["stock"]
+
+
+def test_gradient_with_a_latent_shared_between_prompts():
+    """theta ~ N(0, 1) shared, factor theta c(x) / 2 a prompt; guide theta ~ N(m, s), x ~ policy. The ELBO is closed:
+
+    L = -KL(N(m, s) || N(0, 1)) + sum_prompts E_q[ log p(x) - log q(x) + m c(x) / 2 ]
+    """
+    lm = table_lm(order=2, seed=5, vocab=4)
+    policy, prompts = perturbed(lm), [[1], [2, 3]]
+    m, log_s = nn.Parameter(torch.tensor(0.8)), nn.Parameter(torch.tensor(-0.5))
+
+    def c(x):
+        return (x == 1).sum(-1).float()
+
+    def model(prompts):
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        with pyro.plate("prompts", len(prompts)):
+            x = pyro.sample("completion", lm(prompts, max_new_tokens=3))
+            pyro.factor("reward", 0.5 * theta * c(x))
+
+    def guide(prompts):
+        pyro.module("policy", policy)
+        loc, scale = pyro.param("m", m), pyro.param("log_s", log_s).exp()
+        pyro.sample("theta", dist.Normal(loc, scale))
+        with pyro.plate("prompts", len(prompts)):
+            pyro.sample("completion", policy(prompts, max_new_tokens=3))
+
+    law = policy(prompts, max_new_tokens=3)
+    x = law.enumerate_support()
+    log_q = law.log_prob(x)
+    local = (log_q.exp() * (lm(prompts, max_new_tokens=3).log_prob(x) - log_q + 0.5 * m * c(x))).sum()
+    kl = torch.distributions.kl_divergence(dist.Normal(m, log_s.exp()), dist.Normal(0.0, 1.0))
+    parameters = [*policy.network.parameters(), m, log_s]
+    (kl - COPIES * local).backward()
+    expected = torch.cat([p.grad.reshape(-1) for p in parameters])
+    torch.manual_seed(0)
+    assert_unbiased(gradients(ReverseKL(num_particles=8), model, guide, parameters, (prompts * COPIES,)), expected)
+
+
+def test_rewards_of_minus_infinity_are_refused_by_name():
+    lm = table_lm(order=2, seed=0, vocab=4)
+
+    def model(prompts):
+        with pyro.plate("prompts", len(prompts)):
+            x = pyro.sample("completion", lm(prompts, max_new_tokens=3))
+            pyro.factor("constraint", torch.where(x[..., 0] == 1, 0.0, -torch.inf))
+
+    with pytest.raises(ProgramError, match="'constraint' is -inf"):
+        ReverseKL(num_particles=64).loss_and_grads(model, policy_guide(lm.policy(), 3), [[1]])
+
+
+def test_gradient_with_a_discrete_latent_shared_between_prompts():
+    """mood ~ Bernoulli shared, a free logit in the guide; the ELBO is a finite sum over mood and completions."""
+    lm = table_lm(order=2, seed=6, vocab=4)
+    policy, prompts = perturbed(lm), [[1], [2, 3]]
+    logit = nn.Parameter(torch.tensor(0.4))
+
+    def c(x, mood):
+        return (x == 1).sum(-1) * (0.5 + mood)
+
+    def model(prompts):
+        mood = pyro.sample("mood", dist.Bernoulli(0.3))
+        with pyro.plate("prompts", len(prompts)):
+            x = pyro.sample("completion", lm(prompts, max_new_tokens=3))
+            pyro.factor("reward", c(x, mood))
+
+    def guide(prompts):
+        pyro.module("policy", policy)
+        pyro.sample("mood", dist.Bernoulli(logits=pyro.param("logit", logit)))
+        with pyro.plate("prompts", len(prompts)):
+            pyro.sample("completion", policy(prompts, max_new_tokens=3))
+
+    law = policy(prompts, max_new_tokens=3)
+    x = law.enumerate_support()
+    log_q, log_p = law.log_prob(x), lm(prompts, max_new_tokens=3).log_prob(x)
+    on = logit.sigmoid()
+    local = [(log_q.exp() * (log_p - log_q + c(x, mood))).sum() for mood in (0, 1)]
+    kl = torch.distributions.kl_divergence(dist.Bernoulli(logits=logit), dist.Bernoulli(0.3))
+    parameters = [*policy.network.parameters(), logit]
+    (kl - COPIES * ((1 - on) * local[0] + on * local[1])).backward()
+    expected = torch.cat([p.grad.reshape(-1) for p in parameters])
+    torch.manual_seed(0)
+    assert_unbiased(gradients(ReverseKL(num_particles=8), model, guide, parameters, (prompts * COPIES,)), expected)

@@ -1,0 +1,5 @@
+"""`python -m bayeslm`."""
+
+from bayeslm.cli import app
+
+app()

@@ -1,0 +1,287 @@
+"""The command line: `bayeslm demo`, `bayeslm infer`, `bayeslm show`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from bayeslm import report
+from bayeslm.posterior import Posterior
+
+app = typer.Typer(
+    name="bayeslm",
+    help="Reinforcement learning of language models as Bayesian inference: a prior, a reward, a posterior.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+out_console = Console()
+err_console = Console(stderr=True)
+
+# Exit codes, beside 0 and typer's own 2 for wrong usage.
+FAILED, NO_POSTERIOR, INTERRUPTED = 1, 3, 130
+
+
+@contextlib.contextmanager
+def _clear_errors() -> Iterator[None]:
+    """One line instead of a traceback for everything that a user can mend."""
+    from bayeslm.inference import EvidenceError
+
+    code = FAILED
+    try:
+        yield
+        return
+    except EvidenceError as error:
+        message, code = str(error), NO_POSTERIOR
+    except KeyboardInterrupt:
+        message, code = "interrupted before there was anything to keep", INTERRUPTED
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
+        message = f"{error}{notes}"
+    err_console.print(f"bayeslm: {message}", style="red", markup=False, highlight=False)
+    raise typer.Exit(code)
+
+
+@app.command()
+def infer(
+    prompt: Annotated[list[str] | None, typer.Argument(help="Prompts, each completed on its own.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help='A file of prompts: one a line, or JSONL with "prompt" and columns for the reward.'),
+    ] = None,
+    prior: Annotated[str, typer.Option(help="smollm2, a folder, or a name on the Hugging Face hub.")] = "smollm2",
+    reward: Annotated[
+        str, typer.Option(help="sentiment, toxicity, length, ... or your own as package.module:function.")
+    ] = "sentiment",
+    reward_settings: Annotated[str, typer.Option(help="Settings of the reward, as JSON: '{\"target\": 20}'.")] = "{}",
+    scale: Annotated[float, typer.Option(help="Multiplies the reward; -1 for less toxicity, say.")] = 1.0,
+    beta: Annotated[float, typer.Option(help="KL coefficient: small is sharp, large is near the prior.")] = 0.1,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(help="exact, importance, rejection, bestofn or svi; several are compared. Default: importance."),
+    ] = None,
+    particles: Annotated[
+        int | None,
+        typer.Option(help="importance: draws; rejection: proposals at most; bestofn: n; svi: completions a step."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="rejection, bestofn, svi: draws to keep.")] = None,
+    chains: Annotated[int, typer.Option(help="Independent replicates.")] = 1,
+    steps: Annotated[int | None, typer.Option(help="svi: gradient steps.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="svi: of Adam.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest completion.")] = 24,
+    temperature: Annotated[float, typer.Option(help="Of the prior's sampling law.")] = 1.0,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda where there is one.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Reproduces the run.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="A new folder for posteriors, adapter and picture.")] = None,
+) -> None:
+    """Infer the posterior over completions of prompts under a reward.
+
+    [bold]Examples[/bold]
+
+      bayeslm infer "My dinner at the restaurant was" --beta 0.1
+
+      bayeslm infer "The weather will be" --engine importance --engine svi --steps 40 --out runs/weather
+
+      bayeslm infer --prompts prompts.jsonl --reward my_rewards:politeness --engine rejection
+    """
+    with _clear_errors():
+        from bayeslm.models import TiltedLM, rewards
+
+        names = engine or ["importance"]
+        sizes = {"particles": particles, "samples": samples, "steps": steps, "learning_rate": learning_rate}
+        engines = {name: _engine(name, seed=seed, chains=chains, **sizes) for name in names}
+        texts, columns = _read_prompts(prompt or [], prompts)
+        sys.path.insert(0, str(Path.cwd()))  # package.module:function is looked for where the user stands
+        given = rewards.load(reward) if ":" in reward else rewards.get(reward, **json.loads(reward_settings))
+        _reserve(out)
+        lm = _language_model(prior, device)
+        model = TiltedLM(lm, scale * given, beta, max_new_tokens=max_new_tokens, temperature=temperature)
+        _run(model, texts, columns, engines, out)
+
+
+@app.command()
+def show(
+    directory: Annotated[Path, typer.Argument(help="What `infer --out` or `demo` wrote, or one posterior in it.")],
+    texts: Annotated[int, typer.Option(help="How many of the best completions.")] = 3,
+) -> None:
+    """Show saved posteriors: the comparison, the best completions, and warnings."""
+    with _clear_errors():
+        found = {path.parent.name: path.parent for path in sorted(directory.glob("*/posterior.json"))}
+        if (directory / "posterior.json").is_file() or not found:
+            found = {directory.name: directory}
+        posteriors = {name: Posterior.load(path) for name, path in found.items()}
+        order = sorted(posteriors, key=lambda name: posteriors[name].policy_path is not None)  # policies last
+        report.show({name: posteriors[name] for name in order}, out_console, texts)
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(help="A new folder for what it makes; default: demo, or demo-2, demo-3, ...")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Reproduces the run.")] = 0,
+) -> None:
+    """The main job: SmolLM2-135M's posterior under a sentiment reward, by three engines that agree.
+
+    Takes some minutes on two cores: importance sampling, rejection sampling (exact draws), and SVI, which
+    trains a LoRA policy. Compare their log Z and rewards.
+    """
+    with _clear_errors():
+        from bayeslm.inference import SVI, ImportanceSampling, RejectionSampling
+        from bayeslm.models import TiltedLM, rewards
+
+        out = out or next(path for path in _numbered("demo") if not path.exists())
+        _reserve(out)
+        prompts = ["My dinner at the restaurant was", "The weather this weekend will be"]
+        model = TiltedLM(_language_model("smollm2", None), rewards.Sentiment(), beta=0.2)
+        engines = {
+            "importance": ImportanceSampling(num_particles=192, seed=seed),
+            "rejection": RejectionSampling(num_samples=24, max_proposals=1000, seed=seed + 1),
+            "svi": SVI(num_steps=30, num_particles=8, num_samples=96, learning_rate=1e-3, seed=seed + 2),
+        }
+        out_console.print(
+            "prior SmolLM2-135M-Instruct · reward VADER sentiment in [-1, 1] · beta 0.2 · 24 tokens\n"
+            "posterior p(x | prompt) exp(reward / beta) / Z, by " + ", ".join(engines),
+            highlight=False,
+        )
+        _run(model, prompts, {}, engines, out)
+
+
+# -- what the commands share -----------------------------------------------------------------------------------
+
+
+def _engine(name: str, *, seed: int, chains: int, **sizes: Any) -> Any:
+    """An engine by name; each option goes to the field that means it there."""
+    from bayeslm.inference import ENGINES
+
+    if name not in ENGINES:
+        near = difflib.get_close_matches(name, ENGINES, n=1, cutoff=0.4)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no engine is called {name!r}{hint}; there are {', '.join(ENGINES)}")
+    fields = {field.name for field in dataclasses.fields(ENGINES[name])}
+    particles = {"rejection": "max_proposals", "bestofn": "n"}.get(name, "num_particles")
+    meant = {
+        particles: sizes["particles"],
+        "num_samples": sizes["samples"],
+        "num_steps": sizes["steps"],
+        "learning_rate": sizes["learning_rate"],
+        "num_chains": chains,
+        "seed": seed,
+    }
+    return ENGINES[name](**{field: value for field, value in meant.items() if field in fields and value is not None})
+
+
+def _read_prompts(given: list[str], path: Path | None) -> tuple[list[str], dict[str, list[Any]]]:
+    """Prompts of the command line and of a file, and the file's other columns."""
+    if path is None:
+        if not given:
+            raise ValueError('no prompts: give one, as in bayeslm infer "The weather is", or --prompts FILE')
+        return given, {}
+    if given:
+        raise ValueError("give prompts either on the command line or by --prompts, not both")
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} holds no prompts")
+    if path.suffix != ".jsonl":
+        return lines, {}
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(row, dict) or "prompt" not in row:
+            raise ValueError(f'{path}, line {number}: needs an object with a "prompt"')
+        if rows and row.keys() != rows[0].keys():
+            raise ValueError(f"{path}, line {number}: has columns {sorted(row)}, the first line {sorted(rows[0])}")
+        rows.append(row)
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    return columns.pop("prompt"), columns
+
+
+def _language_model(name: str, device: str | None) -> Any:
+    import torch
+    from transformers.utils import logging
+
+    from bayeslm.models import LanguageModel
+
+    logging.disable_progress_bar()
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with err_console.status(f"loading {name} (the first time, its weights are converted)"):
+        return LanguageModel.from_pretrained(name, device=chosen)
+
+
+def _numbered(name: str) -> Iterator[Path]:
+    """name, name-2, name-3, ..."""
+    yield Path(name)
+    yield from (Path(f"{name}-{i}") for i in itertools.count(2))
+
+
+def _reserve(out: Path | None) -> None:
+    """Make the output folder before the work, so that a bad place costs nothing. Never an existing one."""
+    if out is None:
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not empty: choose another --out, or remove it first")
+    out.mkdir(parents=True, exist_ok=True)
+    probe = out / ".writable"
+    probe.touch()
+    probe.unlink()
+
+
+def _run(
+    model: Any, prompts: list[str], columns: dict[str, list[Any]], engines: dict[str, Any], out: Path | None
+) -> None:
+    """Run the engines one after another, keep each result as soon as it is there, and report."""
+    posteriors: dict[str, Posterior] = {}
+    for name, engine in engines.items():
+        try:
+            posteriors[name] = engine.run(model, prompts, **columns)
+        except Exception as error:
+            policy = getattr(error, "policy", None)
+            if out is not None and policy is not None:
+                policy.save_pretrained(out / f"{name}-policy-so-far")
+                error.add_note(f"the policy trained so far is in {out / f'{name}-policy-so-far'}")
+            raise
+        if out is not None:
+            posteriors[name].save(out / name)
+        seconds = posteriors[name].stats["seconds"]
+        err_console.print(f"{name}: {seconds:.0f} s", highlight=False)
+        if posteriors[name].stats.get("interrupted"):
+            err_console.print("interrupted: what there is follows", style="yellow")
+            break
+    report.show(posteriors, out_console)
+    if out is not None:
+        _picture(posteriors, out / "rewards.png")
+        out_console.print(
+            f"written to {out}: posteriors (NetCDF for ArviZ in each), policy, rewards.png", highlight=False
+        )
+        out_console.print(f"see them again: bayeslm show {out}", highlight=False)
+    if any(posterior.stats.get("interrupted") for posterior in posteriors.values()):
+        raise typer.Exit(INTERRUPTED)
+
+
+def _picture(posteriors: dict[str, Posterior], path: Path) -> None:
+    try:
+        from bayeslm.plots import plot_rewards
+
+        plot_rewards(posteriors).savefig(path, dpi=120)
+    except ImportError as error:
+        err_console.print(f"no picture: {error}", style="yellow", markup=False)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,122 @@
+"""Posteriors side by side on a terminal: the comparison, and the best texts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bayeslm import diagnostics
+from bayeslm.posterior import Posterior
+
+KHAT_LIMIT = 0.7  # above it, importance weights mislead (Vehtari et al., arXiv 1507.02646)
+ESS_LIMIT = 20.0  # below it, neither do their standard errors mean much
+
+
+def comparison(posteriors: Mapping[str, Posterior]) -> Table:
+    """One row a prompt and engine; a trained policy has one more, for its own draws without weights."""
+    table = Table(title="The posterior, by engine", title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.add_column("engine", no_wrap=True)
+    for name in ("reward", "KL to\nprior", "KL to\nposterior", "log Z", "ESS", "k̂", "sec.", "tokens\na sec."):
+        table.add_column(name, justify="right", no_wrap=True)  # all in 80 columns
+    labels = next(iter(posteriors.values())).prompt_labels
+    for i, label in enumerate(labels):
+        if i:
+            table.add_section()
+        table.add_row(Text(label, style="bold"))
+        before = next((p.prior_rewards for p in posteriors.values() if p.prior_rewards is not None), None)
+        if before is not None:
+            table.add_row(" prior", f"{before[..., i].mean():.2f}", "0")
+        for name, posterior in posteriors.items():
+            if _has_policy(posterior):
+                table.add_row(*_row(f" {name}: policy", posterior, i, weighted=False))
+                name = f"{name}: weighted"
+            table.add_row(*_row(f" {name}", posterior, i, weighted=True))
+    table.caption = (
+        "Means ± one standard error; KL in nats. A policy's rows: its own law, and its draws weighted towards the "
+        f"posterior. Trust weights with k̂ < {KHAT_LIMIT} and an ESS over {ESS_LIMIT:.0f}."
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _row(name: str, posterior: Posterior, prompt: int, *, weighted: bool) -> list[str]:
+    row = diagnostics.summary(posterior, weighted=weighted).iloc[prompt].to_dict()
+
+    def value(column: str, digits: int = 2) -> str:
+        number = row.get(column, math.nan)
+        if not math.isfinite(number):
+            return "–"
+        error = row.get(f"{column}_se", math.nan)
+        shown = f"±{error:.{digits}f}".replace("±0.", "±.") if math.isfinite(error) and error > 0 else ""
+        return f"{number:.{digits}f}{shown}"
+
+    is_policy = not weighted
+    repeated = weighted and _has_policy(posterior)  # the cost stands in the policy's row
+    return [
+        name,
+        value("reward"),
+        value("kl_to_prior"),
+        value("kl_to_posterior") if is_policy else "–",
+        "–" if is_policy else value("log_evidence"),
+        "–" if is_policy else value("ess", 0),
+        "–" if is_policy else value("khat"),
+        "" if repeated else value("seconds", 0),
+        "" if repeated else value("tokens_per_second", 0),
+    ]
+
+
+def _has_policy(posterior: Posterior) -> bool:
+    return posterior.policy is not None or posterior.policy_path is not None
+
+
+def best_texts(posteriors: Mapping[str, Posterior], k: int = 3) -> Table | None:
+    """The k completions of highest reward by each engine, for each prompt; None if no engine kept texts."""
+    table = Table(title="Best completions", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("engine", no_wrap=True)
+    table.add_column("reward", justify="right")
+    table.add_column("prompt and completion")
+    labels = next(iter(posteriors.values())).prompts
+    for i, prompt in enumerate(labels):
+        for name, posterior in posteriors.items():
+            if not posterior.texts:
+                continue
+            for text, reward in posterior.best(i, k):
+                whole = Text(" ".join(prompt.split()), style="dim") + Text(
+                    " " + " ".join(text.split()), style="default"
+                )
+                table.add_row(name, f"{reward:.3f}", whole)
+                name = ""
+    return table if table.row_count else None
+
+
+def show(posteriors: Mapping[str, Posterior], console: Console, k: int = 3) -> None:
+    """Print the comparison, the best texts, and what deserves a second look."""
+    console.print(comparison(posteriors))
+    texts = best_texts(posteriors, k)
+    if texts is not None:
+        console.print(texts)
+    for line in warnings(posteriors):
+        console.print(Text("! " + line, style="yellow"))
+
+
+def warnings(posteriors: Mapping[str, Posterior]) -> list[str]:
+    """What the diagnostics say against these posteriors, in sentences."""
+    lines = []
+    for name, posterior in posteriors.items():
+        if posterior.kind == "uncorrected":
+            lines.append(f"{name} is a baseline: its draws are not from the posterior, and log Z is the prior draws'.")
+        if posterior.stats.get("interrupted"):
+            lines.append(f"{name} was interrupted: its figures are of what it had.")
+        if posterior.kind != "weighted":
+            continue
+        khat = diagnostics.psis(posterior.log_weights)[1]
+        ess = diagnostics.ess(posterior.log_weights)
+        for label, k, size in zip(posterior.prompt_labels, khat, ess, strict=False):
+            if k > KHAT_LIMIT or size < ESS_LIMIT:
+                lines.append(f"{name}, {label!r}: k̂ {k:.2f}, ESS {size:.0f}: draw more, or use a better proposal.")
+    return lines

@@ -1,0 +1,162 @@
+"""The command line, on a tiny model in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import tiny_llama
+from typer.testing import CliRunner
+
+from bayeslm.cli import app
+from bayeslm.models import LanguageModel
+from bayeslm.posterior import Posterior
+
+REWARDS = """
+calls = 0
+
+def letters(completions, **kwargs):
+    return [float(text.count("a")) for text in completions]
+
+def target(completions, answer, **kwargs):
+    return [float(a in text) for text, a in zip(completions, answer)]
+
+def broken(completions, **kwargs):
+    return [float("nan") for _ in completions]
+
+def hopeless(completions, **kwargs):
+    return [float("-inf") for _ in completions]
+
+def breaks_later(completions, **kwargs):
+    global calls
+    calls += 1
+    if calls > 4:
+        raise RuntimeError("the judge went home")
+    return [0.1 * len(text) for text in completions]
+
+def interrupts(completions, **kwargs):
+    global calls
+    calls += 1
+    if calls > 4:
+        raise KeyboardInterrupt
+    return [0.1 * len(text) for text in completions]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A working directory with a model and a module of rewards."""
+    tiny_llama(scale=1.0).save_pretrained(tmp_path / "model")
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    sys.modules.pop("my_rewards", None)
+    return tmp_path
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result.output
+
+
+def infer(*arguments: str, code: int = 0) -> str:
+    settings = {"--prior": "model", "--reward": "my_rewards:letters", "--beta": "0.5", "--max-new-tokens": "4"}
+    missing = (word for pair in settings.items() if pair[0] not in arguments for word in pair)
+    return run("infer", *arguments, *missing, code=code)
+
+
+def test_infer_compares_engines_and_show_repeats_it(folder):
+    out = infer(
+        "a b", "c", *["--engine", "exact", "--engine", "importance", "--engine", "svi", "--steps", "3", "--out", "run"]
+    )
+    for word in ("exact", "importance", "svi: policy", "svi: weighted", "log Z", "written to run"):
+        assert word in out
+    assert {p.name for p in Path("run").iterdir()} == {"exact", "importance", "svi", "rewards.png"}
+    posterior = Posterior.load("run/svi")
+    assert posterior.prompts == ["a b", "c"]
+    again = LanguageModel.from_pretrained(posterior.policy_path)
+    assert again(["a b"], max_new_tokens=2).support_size == 57
+    assert "svi: policy" in run("show", "run")
+    assert "importance" in run("show", "run/importance")
+
+
+def test_a_seed_reproduces_the_run(folder):
+    for seed in ("7", "7", "8"):
+        infer("a", "--particles", "30", "--seed", seed, "--out", f"run{len(list(Path().glob('run*')))}")
+    first, same, other = (Posterior.load(f"run{i}/importance").samples["completion"] for i in range(3))
+    assert (first == same).all()
+    assert (first != other).any()
+
+
+def test_a_file_of_prompts_with_columns(folder):
+    rows = [{"prompt": "a b", "answer": "c"}, {"prompt": "d", "answer": "e"}]
+    Path("prompts.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    Path("prompts.txt").write_text("a b\n\nd\n")
+    infer("--prompts", "prompts.jsonl", "--reward", "my_rewards:target", "--out", "json")
+    assert Posterior.load("json/importance").prompts == ["a b", "d"]
+    infer("--prompts", "prompts.txt", "--out", "plain")
+    assert Posterior.load("plain/importance").prompts == ["a b", "d"]
+    Path("bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}')
+    assert "line 2" in infer("--prompts", "bad.jsonl", code=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["a", "--engine", "importanc"], 1, "did you mean 'importance'"),
+        (["a", "--reward", "sentimnt"], 1, "did you mean 'sentiment'"),
+        (["a", "--reward", "my_rewards:leters"], 1, "did you mean 'letters'"),
+        (["a", "--prior", "smolm2"], 1, "did you mean 'smollm2'"),
+        (["a", "--beta", "0"], 1, "beta must be positive"),
+        (["a", "--beta", "nan"], 1, "beta must be positive"),
+        ([], 1, "no prompts"),
+        (["a", "--particles", "0"], 1, "num_particles must be a positive whole number"),
+        (["a " * 70], 1, "prompts[0] has 70 tokens"),
+        (["a", "--reward", "my_rewards:broken"], 1, "nan"),
+        (["a", "--reward", "my_rewards:hopeless"], 3, "the posterior does not exist"),
+        (["a", "--engine", "rejection"], 1, "upper bound"),
+        (["a", "--max-new-tokens", "12", "--engine", "exact"], 1, "are more than max_atoms"),
+        (["--no-such-option"], 2, "No such option"),
+    ],
+    ids=lambda x: " ".join(x)[:40] if isinstance(x, list) else None,
+)
+def test_mistakes_are_one_clear_line(folder, arguments, code, says):
+    out = infer(*arguments, code=code)
+    assert says in " ".join(out.split()), out
+    assert "Traceback" not in out
+
+
+def test_results_are_never_overwritten(folder):
+    Path("run").mkdir()
+    Path("run/mine.txt").write_text("precious")
+    assert "exists and is not empty" in " ".join(infer("a", "--out", "run", code=1).split())
+    assert [p.name for p in Path("run").iterdir()] == ["mine.txt"]
+
+
+def test_an_error_in_mid_training_keeps_the_policy(folder):
+    out = infer("a", "--engine", "svi", "--reward", "my_rewards:breaks_later", "--out", "run", code=1)
+    assert "the judge went home" in out
+    assert "SVI stopped at step" in out
+    kept = LanguageModel.from_pretrained("run/svi-policy-so-far")
+    assert kept(["a"], max_new_tokens=2).support_size == 57
+
+
+def test_ctrl_c_in_training_ends_it_and_keeps_what_there_is(folder):
+    """Interrupted in the third step; the draws after it are of the policy trained so far."""
+    Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 4"))
+    out = infer(
+        "a", *["--engine", "svi", "--samples", "8", "--reward", "my_rewards:interrupts", "--out", "run"], code=130
+    )
+    assert "was interrupted" in out
+    posterior = Posterior.load("run/svi")
+    assert posterior.stats["interrupted"]
+    assert posterior.stats["steps"] == 2
+    assert posterior.policy_path is not None
+
+
+def test_help_teaches():
+    assert "bayeslm infer" in run("infer", "--help")
+    assert {"demo", "infer", "show"} <= set(run("--help").split())

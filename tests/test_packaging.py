@@ -1,0 +1,25 @@
+"""The list of packages in pyproject.toml is written by hand: it must match the folders."""
+
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+
+
+def test_every_folder_with_code_is_a_listed_package() -> None:
+    found = {
+        ".".join((name, *module.parent.relative_to(ROOT / folder).parts))
+        for name, folder in SETUPTOOLS["package-dir"].items()
+        for module in (ROOT / folder).rglob("*.py")
+    }
+    assert found == set(SETUPTOOLS["packages"])
+
+
+def test_every_listed_package_is_regular() -> None:
+    """A folder without __init__.py would install as a namespace package, whose types are not checked."""
+    folders = SETUPTOOLS["package-dir"]
+    for package in SETUPTOOLS["packages"]:
+        name = max((n for n in folders if f"{package}.".startswith(f"{n}.")), key=len)
+        parts = package.removeprefix(name).strip(".").split(".")
+        assert ROOT.joinpath(folders[name], *parts, "__init__.py").is_file(), package

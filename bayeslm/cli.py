@@ -48,7 +48,7 @@ def _clear_errors() -> Iterator[None]:
         message, code = "interrupted before there was anything to keep", INTERRUPTED
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
-        message = f"{error}{notes}"
+        message = str(error).partition("\nTrace Shapes:")[0].strip() + notes  # Pyro appends a trace to errors
     err_console.print(f"bayeslm: {message}", style="red", markup=False, highlight=False)
     raise typer.Exit(code)
 
@@ -105,7 +105,10 @@ def infer(
         engines = {name: _engine(name, seed=seed, chains=chains, **sizes) for name in names}
         texts, columns = _read_prompts(prompt or [], prompts)
         sys.path.insert(0, str(Path.cwd()))  # package.module:function is looked for where the user stands
-        given = rewards.load(reward) if ":" in reward else rewards.get(reward, **json.loads(reward_settings))
+        settings = _settings(reward_settings)
+        if ":" in reward and settings:
+            raise ValueError("--reward-settings are for the ready rewards: a function of your own has none")
+        given = rewards.load(reward) if ":" in reward else rewards.get(reward, **settings)
         _reserve(out)
         lm = _language_model(prior, device)
         model = TiltedLM(lm, scale * given, beta, max_new_tokens=max_new_tokens, temperature=temperature)
@@ -148,9 +151,9 @@ def demo(
         prompts = ["My dinner at the restaurant was", "The weather this weekend will be"]
         model = TiltedLM(_language_model("smollm2", None), rewards.Sentiment(), beta=0.2)
         engines = {
-            "importance": ImportanceSampling(num_particles=192, seed=seed),
+            "importance": ImportanceSampling(num_particles=160, seed=seed),
             "rejection": RejectionSampling(num_samples=24, max_proposals=1000, seed=seed + 1),
-            "svi": SVI(num_steps=30, num_particles=8, num_samples=96, learning_rate=1e-3, seed=seed + 2),
+            "svi": SVI(num_steps=16, num_particles=8, num_samples=64, learning_rate=5e-4, seed=seed + 2),
         }
         out_console.print(
             "prior SmolLM2-135M-Instruct · reward VADER sentiment in [-1, 1] · beta 0.2 · 24 tokens\n"
@@ -212,6 +215,16 @@ def _read_prompts(given: list[str], path: Path | None) -> tuple[list[str], dict[
     return columns.pop("prompt"), columns
 
 
+def _settings(text: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--reward-settings is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f'--reward-settings must be a JSON object, such as {{"target": 20}}, got {text}')
+    return settings
+
+
 def _language_model(name: str, device: str | None) -> Any:
     import torch
     from transformers.utils import logging
@@ -220,6 +233,10 @@ def _language_model(name: str, device: str | None) -> Any:
 
     logging.disable_progress_bar()
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {chosen}: {str(error).splitlines()[0]}") from None
     with err_console.status(f"loading {name} (the first time, its weights are converted)"):
         return LanguageModel.from_pretrained(name, device=chosen)
 
@@ -250,11 +267,13 @@ def _run(
     for name, engine in engines.items():
         try:
             posteriors[name] = engine.run(model, prompts, **columns)
-        except Exception as error:
+        except BaseException as error:
             policy = getattr(error, "policy", None)
             if out is not None and policy is not None:
                 policy.save_pretrained(out / f"{name}-policy-so-far")
                 error.add_note(f"the policy trained so far is in {out / f'{name}-policy-so-far'}")
+            if posteriors:
+                report.show(posteriors, out_console)
             raise
         if out is not None:
             posteriors[name].save(out / name)

@@ -17,30 +17,21 @@ KHAT_LIMIT = 0.7  # above it, importance weights mislead (Vehtari et al., arXiv 
 ESS_LIMIT = 20.0  # below it, neither do their standard errors mean much
 
 
-def comparison(posteriors: Mapping[str, Posterior]) -> Table:
-    """One row a prompt and engine; a trained policy has one more, for its own draws without weights."""
-    table = Table(title="The posterior, by engine", title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+def comparison(posteriors: Mapping[str, Posterior], prompt: int) -> Table:
+    """One row an engine; a trained policy has one more, for its own draws without weights."""
+    title = next(iter(posteriors.values())).prompt_labels[prompt]
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("engine", no_wrap=True)
     for name in ("reward", "KL to\nprior", "KL to\nposterior", "log Z", "ESS", "k̂", "sec.", "tokens\na sec."):
         table.add_column(name, justify="right", no_wrap=True)  # all in 80 columns
-    labels = next(iter(posteriors.values())).prompt_labels
-    for i, label in enumerate(labels):
-        if i:
-            table.add_section()
-        table.add_row(Text(label, style="bold"))
-        before = next((p.prior_rewards for p in posteriors.values() if p.prior_rewards is not None), None)
-        if before is not None:
-            table.add_row(" prior", f"{before[..., i].mean():.2f}", "0")
-        for name, posterior in posteriors.items():
-            if _has_policy(posterior):
-                table.add_row(*_row(f" {name}: policy", posterior, i, weighted=False))
-                name = f"{name}: weighted"
-            table.add_row(*_row(f" {name}", posterior, i, weighted=True))
-    table.caption = (
-        "Means ± one standard error; KL in nats. A policy's rows: its own law, and its draws weighted towards the "
-        f"posterior. Trust weights with k̂ < {KHAT_LIMIT} and an ESS over {ESS_LIMIT:.0f}."
-    )
-    table.caption_justify = "left"
+    before = next((p.prior_rewards for p in posteriors.values() if p.prior_rewards is not None), None)
+    if before is not None:
+        table.add_row("prior", f"{before[..., prompt].mean():.2f}", "0")
+    for name, posterior in posteriors.items():
+        if _has_policy(posterior):
+            table.add_row(*_row(f"{name}: policy", posterior, prompt, weighted=False))
+            name = f"{name}: weighted"
+        table.add_row(*_row(name, posterior, prompt, weighted=True))
     return table
 
 
@@ -96,7 +87,14 @@ def best_texts(posteriors: Mapping[str, Posterior], k: int = 3) -> Table | None:
 
 def show(posteriors: Mapping[str, Posterior], console: Console, k: int = 3) -> None:
     """Print the comparison, the best texts, and what deserves a second look."""
-    console.print(comparison(posteriors))
+    for prompt in range(len(next(iter(posteriors.values())).prompts)):
+        console.print(comparison(posteriors, prompt))
+    console.print(
+        "Means ± one standard error; KL in nats. A policy's rows: its own law, and its draws weighted towards the "
+        f"posterior. Trust weights with k̂ < {KHAT_LIMIT} and an ESS over {ESS_LIMIT:.0f}.\n",
+        style="dim",
+        highlight=False,
+    )
     texts = best_texts(posteriors, k)
     if texts is not None:
         console.print(texts)

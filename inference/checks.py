@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 
 def check_counts(engine: Any, *names: str) -> None:
-    """:raises ValueError: if a named setting is neither None nor a positive whole number."""
+    """:raises ValueError: if a named setting is not a positive whole number; ``batch_size`` may be None."""
     for name in names:
         value = getattr(engine, name)
-        if value is not None and (not isinstance(value, int) or value < 1):
+        if name == "batch_size" and value is None:
+            continue
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) < 1:
             raise ValueError(f"{type(engine).__name__}: {name} must be a positive whole number, got {value!r}")
 
 

@@ -42,7 +42,7 @@ class Exact:
     def __post_init__(self) -> None:
         check_counts(self, "max_atoms", "num_prior_samples")
 
-    def run(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> Posterior:
+    def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Enumerate ``model(*args, **kwargs)``: one chain whose draws are the atoms, log Z without error.
 
         :raises ProgramError: if a latent cannot be enumerated, or there are more than ``max_atoms`` atoms.
@@ -102,6 +102,8 @@ class Exact:
 
 def _support_size(site: Site) -> int:
     """How many values one element of a site has."""
+    if site.masked:
+        raise ProgramError(f"Exact cannot enumerate site {site.name!r}: masked, its values have no probabilities")
     if isinstance(site.fn, Autoregressive):
         return site.fn.support_size
     try:

@@ -44,9 +44,7 @@ class _Laws(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
         site = self._program.sites.get(name)
-        if site is None:  # a plate's subsample
-            return
-        if site.kind != "latent":
+        if site is None or site.kind != "latent":  # None: a plate's subsample
             msg["stop"] = True
         elif name in self._values:
             msg["value"] = self._values[name]
@@ -120,7 +118,7 @@ class AutoPolicy(nn.Module):
         self.eval()  # a law has no dropout; and Pyro stays silent about frozen weights
         self.continuous: AutoNormal | None = None
         if continuous:  # its prototype is a run of the program, which needs no network
-            self.continuous = AutoNormal(poutine.block(Arbitrary()(program.model), expose=continuous))
+            self.continuous = AutoNormal(poutine.block(Arbitrary()(program.model), expose=continuous), init_scale=0.5)
 
     @property
     def policy(self) -> LanguageModel | None:

@@ -47,7 +47,7 @@ class ImportanceSampling:
     def __post_init__(self) -> None:
         check_counts(self, "num_particles", "num_chains", "batch_size")
 
-    def run(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> Posterior:
+    def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Sample the posterior of ``model(*args, **kwargs)``. ``stats``: ``ess`` and ``khat`` a prompt.
 
         :raises EvidenceError: if no draw has positive probability.

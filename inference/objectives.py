@@ -28,7 +28,7 @@ from pyro.infer import ELBO
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from .program import PROMPTS, Program, ProgramError, inspect, sample_sites, site_terms, traces
+from .program import Program, ProgramError, in_prompts, inspect, sample_sites, site_terms, site_value, traces
 
 
 class ReverseKL(ELBO):
@@ -75,11 +75,8 @@ class ReverseKL(ELBO):
         n = self.num_particles
         model_trace, guide_trace = traces(program, guide, n)
         assert guide_trace is not None
-        guide_sites = dict(sample_sites(guide_trace))
         log_p = site_terms(program, model_trace, n)
         log_q = site_terms(program, guide_trace, n)
-        device = next(iter(log_q.values())).device
-        log_p = {name: term.to(device) for name, term in log_p.items()}
         for name, term in log_p.items():
             if torch.isneginf(term).any():
                 raise ProgramError(
@@ -87,12 +84,13 @@ class ReverseKL(ELBO):
                     "follow it. Use ImportanceSampling or RejectionSampling for hard constraints, or a finite penalty"
                 )
         # A latent that the guide leaves out is drawn from the prior, which is then its law in q as well.
-        log_q |= {site.name: log_p[site.name].detach() for site in program.latents if site.name not in log_q}
+        left_out = [site.name for site in program.latents if site.name not in log_q]
+        log_q |= {name: log_p[name] for name in left_out}
+        sites = dict(sample_sites(model_trace)) | dict(sample_sites(guide_trace))
 
-        zero = torch.zeros((n, 1), device=device)
+        zero = torch.zeros((n, 1), device=program.device)
         latents = {site.name for site in program.latents}
-        inside = {name for name in log_p if _in_prompts(model_trace, name)}
-        inside |= {name for name in log_q if name in guide_trace and _in_prompts(guide_trace, name)}
+        inside = {name for name in {**log_p, **log_q} if in_prompts(sites[name])}
         # f = log p + l - log q in two parts: of single prompts (particle, prompt), and of all (particle, 1)
         local = sum((t for name, t in log_p.items() if name in inside), zero)
         local = local - sum((t for name, t in log_q.items() if name in inside), zero)
@@ -102,7 +100,8 @@ class ReverseKL(ELBO):
         # What follows a completion: its own prompt's terms, and factors on all prompts; everything, if a latent
         # of all prompts is drawn after it.
         after = local + sum((t for name, t in log_p.items() if name not in inside | latents), zero)
-        if not _common_first(program):
+        drawn = [name for name, _ in sample_sites(guide_trace)] + left_out
+        if not _common_first([name in inside for name in drawn]):
             after = total.expand_as(local)
 
         surrogate = sum(
@@ -111,7 +110,7 @@ class ReverseKL(ELBO):
         for name, term in log_q.items():
             if not term.requires_grad:
                 continue
-            if guide_sites[name]["fn"].has_rsample:
+            if sites[name]["fn"].has_rsample:
                 surrogate = surrogate - term.sum(-1)
             else:
                 f = after if name in inside else total
@@ -140,16 +139,12 @@ class ReverseKL(ELBO):
         self.last = {"elbo": elbo, "log_likelihood": likelihood, "kl": likelihood - elbo}
         sites = dict(sample_sites(trace))
         if "score" in sites:
-            self.last["score"] = sites["score"]["value"].detach().reshape(self.num_particles, -1).mean(0)
+            value = site_value(program.sites["score"], sites["score"]["value"], self.num_particles)
+            self.last["score"] = value.detach().float().mean(0).reshape(-1)
 
 
-def _in_prompts(trace: Trace, name: str) -> bool:
-    return any(frame.name == PROMPTS for frame in trace.nodes[name]["cond_indep_stack"])
-
-
-def _common_first(program: Program) -> bool:
-    """Whether every latent of all prompts is drawn before every latent of one prompt."""
-    inside = [site.in_prompts for site in program.latents]
+def _common_first(inside: list[bool]) -> bool:
+    """Whether, in the order drawn, every latent of all prompts comes before every latent of one prompt."""
     return inside == sorted(inside)
 
 

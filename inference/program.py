@@ -16,6 +16,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
@@ -42,6 +43,8 @@ class Site:
     shape: tuple[int, ...]
     plates: dict[int, str]  # negative batch dim -> plate
     batch_dims: int
+    value: Tensor  # in the first look
+    masked: bool
 
     @property
     def in_prompts(self) -> bool:
@@ -78,6 +81,7 @@ class Program:
     prompt_dim: int | None
     num_prompts: int
     shared: bool
+    device: torch.device  # where sums are taken, whichever device a reward was computed on
 
     @property
     def latents(self) -> list[Site]:
@@ -98,11 +102,12 @@ class Program:
         rows = [site.fn.max_rows // max(1, site.fn.batch_shape.numel()) for site in self.completions]
         return max(1, min(rows, default=8192))
 
-    def terms(self, log_prob: Tensor, num_particles: int) -> Tensor:
+    def terms(self, log_prob: Tensor, num_particles: int, in_prompts: bool) -> Tensor:
         """A site's log_prob, batch-shaped under the particle plate, as (particle, prompt); prompt 1 if outside."""
         particles = (num_particles,) + (1,) * self.max_plate_nesting
         log_prob = log_prob.expand(torch.broadcast_shapes(log_prob.shape, particles))
-        if self.prompt_dim is None:
+        log_prob = log_prob.to(self.device)
+        if self.prompt_dim is None or not in_prompts:
             return log_prob.reshape(num_particles, -1).sum(-1, keepdim=True)
         log_prob = log_prob.movedim(self.prompt_dim, 1)
         return log_prob.reshape(num_particles, log_prob.shape[1], -1).sum(-1)
@@ -121,10 +126,16 @@ def sample_sites(trace: Trace) -> Iterator[tuple[str, dict[str, Any]]]:
     return ((name, dict(node)) for name, node in trace.nodes.items() if node["type"] == "sample")
 
 
-def inspect(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Program:
+def in_prompts(node: dict[str, Any]) -> bool:
+    """Whether a trace's node stands inside the plate of prompts."""
+    return any(frame.name == PROMPTS for frame in node["cond_indep_stack"])
+
+
+def inspect(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Program:
     """Run the program once, without its networks, and note its sites.
 
-    :raises ProgramError: if it has no latent site.
+    :raises ProgramError: if it has no latent site, or one that engines would weigh wrongly: in a subsampled plate,
+        under `poutine.scale`, or with a batch dimension that no plate declares.
     """
     with torch.no_grad(), poutine.block(), Arbitrary():
         trace = prune_subsample_sites(poutine.trace(model).get_trace(*args, **kwargs))
@@ -139,6 +150,8 @@ def inspect(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Program:
         if deterministic:  # Pyro counts a deterministic value's batch dims as event dims unless told
             batch_dims = max((-f.dim for f in frames), default=0)
             shape = (1,) * (batch_dims - len(shape)) + shape
+            sizes_here = {batch_dims + frame.dim: frame.size for frame in frames}
+            shape = tuple(sizes_here.get(i, size) if size == 1 else size for i, size in enumerate(shape))
         plates = {frame.dim: frame.name for frame in frames}
         stray = [size for i, size in enumerate(node["fn"].batch_shape) if size > 1 and i - batch_dims not in plates]
         if stray and not deterministic:
@@ -146,13 +159,20 @@ def inspect(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Program:
                 f"site {name!r} has a batch dimension of size {stray[0]} that no plate declares: "
                 "put it inside a pyro.plate, or make it part of the event with .to_event(1)"
             )
-        sites[name] = Site(name, kind, node["fn"], shape, plates, batch_dims)
+        if any(frame.full_size not in (None, frame.size) for frame in frames) or (
+            kind == "latent" and not _is_one(node["scale"])
+        ):
+            raise ProgramError(f"site {name!r} is subsampled or scaled: its particles cannot be weighed")
+        masked = node["mask"] is not None or isinstance(node["fn"], MaskedDistribution)
+        sites[name] = Site(name, kind, node["fn"], shape, plates, batch_dims, node["value"], masked)
         sizes |= {frame.dim: frame.size for frame in frames if frame.name == PROMPTS}
     if not any(site.kind == "latent" for site in sites.values()):
         raise ProgramError("the program has no latent site: nothing to infer (is every pyro.sample observed?)")
     dims = [dim for site in sites.values() for dim in site.plates]
     prompt_dim, num_prompts = next(iter(sizes.items()), (None, 1))
     random = [site for site in sites.values() if site.kind != "deterministic"]
+    latents = [site for site in random if site.kind == "latent"]
+    home = next((site for site in latents if site.is_completion), latents[0])
     return Program(
         model=model,
         args=args,
@@ -163,6 +183,7 @@ def inspect(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Program:
         prompt_dim=prompt_dim,
         num_prompts=num_prompts,
         shared=not all(site.in_prompts for site in random),
+        device=home.value.device,
     )
 
 
@@ -242,6 +263,11 @@ def traces(
         for name, node in sample_sites(guide_trace):
             if name not in program.sites and not node["infer"].get("is_auxiliary"):
                 raise ProgramError(f"the guide samples {name!r}, which the program does not have")
+            if not program.shared and not in_prompts(node):
+                raise ProgramError(
+                    f"the guide samples {name!r} outside the plate 'prompts', and the program's prompts are posteriors "
+                    "of their own: put it inside the plate (AutoNormal does), or a latent of the program outside"
+                )
         model = poutine.replay(model, trace=guide_trace)
     model_trace = poutine.trace(in_plate(model)).get_trace(*program.args, **program.kwargs)
     return prune_subsample_sites(model_trace), guide_trace
@@ -254,7 +280,7 @@ def site_terms(program: Program, trace: Trace, num_particles: int) -> dict[str, 
     for name, node in sample_sites(trace):
         if node["infer"].get("_deterministic", False):
             continue
-        term = program.terms(node["log_prob"], num_particles)
+        term = program.terms(node["log_prob"], num_particles, in_prompts(node))
         bad = torch.isnan(term) | (term == torch.inf)
         if bad.any():
             particle, prompt = (int(i) for i in bad.nonzero()[0])
@@ -287,20 +313,16 @@ def run_particles(
             "the program's sites changed between runs: a site that is only sometimes there cannot be a latent "
             f"(seen now: {sorted(terms)}; first: {sorted(program.sites)})"
         )
-    device = next(iter(terms.values())).device
-    for site in program.latents:  # all sums on the device of the latents, wherever a reward was computed
-        device = terms[site.name].device
-    zero = torch.zeros((num_particles, program.weight_prompts), device=device)
+    zero = torch.zeros((num_particles, program.weight_prompts), device=program.device)
 
     def total(term: Tensor) -> Tensor:
-        term = term.to(device)
         return zero + (term.sum(-1, keepdim=True) if program.shared else term)
 
-    latent = {site.name for site in program.latents}
+    latent = [site.name for site in program.latents]  # in order: sums must not depend on a set's
     auxiliary = sum((total(t) for n, t in guide_terms.items() if n not in program.sites), zero)
     return Particles(
         values={
-            site.name: _value(site, nodes[site.name]["value"], num_particles)
+            site.name: site_value(site, nodes[site.name]["value"], num_particles)
             for site in program.sites.values()
             if site.kind != "observed"
         },
@@ -310,12 +332,16 @@ def run_particles(
     )
 
 
-def _value(site: Site, value: Tensor, num_particles: int) -> Tensor:
+def site_value(site: Site, value: Tensor, num_particles: int) -> Tensor:
     """A site's value (particle, *batch, *event), without the axes that vectorisation put between."""
     shape = (num_particles, *site.shape)
     if value.numel() == torch.Size(shape).numel():
         return value.reshape(shape)
     return value.expand(shape)
+
+
+def _is_one(scale: Any) -> bool:
+    return bool(torch.as_tensor(scale == 1.0).all())
 
 
 @contextlib.contextmanager
@@ -325,8 +351,9 @@ def seeded(seed: int | None) -> Iterator[None]:
         yield
         return
     state = get_rng_state()
-    set_rng_seed(seed)
-    try:
-        yield
-    finally:
-        set_rng_state(state)
+    with torch.random.fork_rng():  # the accelerators' states, which Pyro's leaves out
+        set_rng_seed(seed)
+        try:
+            yield
+        finally:
+            set_rng_state(state)

@@ -51,7 +51,7 @@ class RejectionSampling:
     def __post_init__(self) -> None:
         check_counts(self, "num_samples", "num_chains", "max_proposals", "batch_size")
 
-    def run(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> Posterior:
+    def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Sample the posterior of ``model(*args, **kwargs)``. ``stats``: ``acceptance`` a prompt, ``proposals``.
 
         log Z comes from all proposals, accepted or not.
@@ -108,6 +108,7 @@ class RejectionSampling:
         parts: list[Particles] = []
         accepted: list[torch.Tensor] = []
         least = done = 0
+        counts = torch.zeros((), dtype=torch.long, device=program.device)
         interrupted = False
         with track("rejection sampling", wanted, self.progress) as report:
             while least < wanted and done < self.max_proposals and not interrupted:
@@ -130,7 +131,8 @@ class RejectionSampling:
                 parts.append(part)
                 accepted.append(torch.rand_like(log_ratio).log() < log_ratio)
                 done += n
-                now = int(torch.cat(accepted).sum(0).min())
+                counts = counts + accepted[-1].sum(0)
+                now = int(counts.min())
                 report(min(now, wanted) - min(least, wanted), values={"proposals": done})
                 least = now
         return Particles.concatenate(parts), torch.cat(accepted), interrupted
@@ -156,7 +158,7 @@ class BestOfN:
     def __post_init__(self) -> None:
         check_counts(self, "n", "num_samples", "num_chains", "batch_size")
 
-    def run(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> Posterior:
+    def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Best-of-n draws of ``model(*args, **kwargs)`` by summed log-likelihood.
 
         ``stats``: ``kl_bound`` of KL(best-of-n || prior). Weights are 0 and mean nothing; log Z is the true

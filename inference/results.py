@@ -97,14 +97,12 @@ def posterior(
         raise EvidenceError(f"interrupted before each of the {num_chains} chains had a draw")
 
     def split(x: Tensor) -> np.ndarray:
-        # bfloat16 has no numpy twin; ids stay integers
-        x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        x = x.detach()[: draws * num_chains].cpu()
-        return x.numpy().reshape(num_chains, draws, *x.shape[1:])
+        x = x[: draws * num_chains]
+        return to_numpy(x).reshape(num_chains, draws, *x.shape[1:])
 
     weights = split(particles.log_weights if log_weights is None else log_weights)
     labels = prompt_labels(program)
-    check_evidence(weights if evidence is None else split(particles.log_weights), labels)
+    check_evidence(split(particles.log_joint), labels)
     if evidence is None:
         evidence = diagnostics.log_evidence(weights)
     values = {name: split(particles.values[name]) for name in _kept(program)}
@@ -114,11 +112,9 @@ def posterior(
         lengths[site.name] = split(site.fn.lengths(value))
         if site.fn.lm.tokenizer is not None:
             texts[site.name] = site.fn.decode(value).reshape(lengths[site.name].shape)
-    observed = {
-        site.name: site.fn.value.cpu().numpy()
-        for site in program.sites.values()
-        if site.kind == "observed" and hasattr(site.fn, "value")
-    }
+    # a factor is an observation of nothing: its value has no elements
+    seen = [site for site in program.sites.values() if site.kind == "observed" and site.value.numel()]
+    observed = {site.name: to_numpy(site.value) for site in seen}
     return Posterior(
         samples=values,
         log_weights=weights,
@@ -152,7 +148,12 @@ def prior_draws(program: Program, particles: Particles | None) -> dict[str, np.n
     out = {name: particles.values[name] for name in _kept(program)} | particles.log_likelihood
     for site in program.completions:
         out[f"{site.name}_length"] = site.fn.lengths(particles.values[site.name])
-    return {name: value.cpu().numpy()[None] for name, value in out.items()}
+    return {name: to_numpy(value)[None] for name, value in out.items()}
+
+
+def to_numpy(x: Tensor) -> np.ndarray:
+    """A tensor as an array; half precisions, which NumPy lacks or computes badly in, as float32."""
+    return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).detach().cpu().numpy()
 
 
 def prompt_labels(program: Program) -> list[str]:

@@ -9,8 +9,9 @@ an objective's (`objectives`), each step is `pyro.infer.SVI`'s.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,31 +42,44 @@ class ScheduledAdam(PyroOptim):
     """Adam over all parameters at once, with the gradient clipped by its global norm and a learning-rate schedule.
 
     (Pyro's own optimisers hold one optimiser a parameter, and clip each parameter by itself.)
+
+    :param rate_of: the learning rate of a parameter, by its name in Pyro's store.
     """
 
-    def __init__(self, learning_rate: float, num_steps: int, schedule: str, clip_norm: float | None) -> None:
-        super().__init__(torch.optim.Adam, {"lr": learning_rate})
-        self._learning_rate = learning_rate
+    def __init__(self, rate_of: Callable[[str], float], num_steps: int, schedule: str, clip_norm: float | None) -> None:
+        super().__init__(torch.optim.Adam, {})
+        self._rate_of = rate_of
         self._num_steps = num_steps
         self._factor = SCHEDULES[schedule]
         self._clip = math.inf if clip_norm is None else clip_norm
         self._adam: torch.optim.Adam | None = None
         self._params: list[Tensor] = []
+        self._known: set[Tensor] = set()
         self._step = 0
         self.gradient_norm = 0.0
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
-        if self._adam is None:  # params are a set: in a fixed order, so that a seed reproduces the run
-            self._params = sorted(params, key=lambda p: str(pyro.get_param_store().param_name(p)))
-            self._adam = torch.optim.Adam(self._params, lr=self._learning_rate)
-        for group in self._adam.param_groups:
-            group["lr"] = self._learning_rate * self._factor(self._step / self._num_steps)
-        norm = torch.nn.utils.clip_grad_norm_(self._params, self._clip)
-        self.gradient_norm = float(norm)
-        if math.isfinite(self.gradient_norm):
-            self._adam.step()
-        else:
+        names = {p: str(pyro.get_param_store().param_name(p)) for p in set(params) - self._known}
+        new = sorted(
+            names, key=names.__getitem__
+        )  # params are a set: in a fixed order, so that a seed reproduces the run
+        for rate, group in itertools.groupby(
+            sorted(new, key=lambda p: self._rate_of(names[p])), lambda p: self._rate_of(names[p])
+        ):
+            settings = {"params": list(group), "lr": rate, "rate": rate}
+            self._params += settings["params"]
+            if self._adam is None:
+                self._adam = torch.optim.Adam([settings])
+            else:
+                self._adam.add_param_group(settings)
+        self._known.update(new)
+        assert self._adam is not None
+        for settings in self._adam.param_groups:
+            settings["lr"] = settings["rate"] * self._factor(self._step / self._num_steps)
+        self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(self._params, self._clip))
+        if not math.isfinite(self.gradient_norm):
             raise FloatingPointError(f"the gradient is {self.gradient_norm} at step {self._step}")
+        self._adam.step()
         self._step += 1
 
 
@@ -76,19 +90,22 @@ class SVI:
     :param num_steps: gradient steps.
     :param num_particles: completions of each prompt in a step.
     :param learning_rate: of Adam, at the start.
+    :param latent_learning_rate: that of the default guide's laws of latents that are not completions, whose few
+        parameters have further to go than a network's.
     :param schedule: "constant", or "linear" or "cosine" decay to 0.
     :param clip_norm: the largest norm of a gradient; None clips nothing.
     :param num_samples: draws of the trained policy in each chain; as many of the prior are drawn for comparison.
     :param num_chains: independent replicates: policies trained from seeds of their own. ``policy`` is the best's.
     :param guide: a Pyro guide of the program; None makes an `AutoPolicy`. A ``policy`` attribute of it is kept.
     :param lora_rank: for the default guide, see `AutoPolicy`.
-    :param objective: a Pyro ELBO; None is `ReverseKL`.
+    :param objective: a Pyro ELBO, with its own number of particles; None is `ReverseKL`.
     :param seed, progress, batch_size: as in `ImportanceSampling`.
     """
 
     num_steps: int = 200
     num_particles: int = 8
     learning_rate: float = 1e-3
+    latent_learning_rate: float = 3e-2
     schedule: str = "linear"
     clip_norm: float | None = 1.0
     num_samples: int = 256
@@ -102,37 +119,44 @@ class SVI:
 
     def __post_init__(self) -> None:
         check_counts(self, "num_steps", "num_particles", "num_samples", "num_chains", "batch_size")
-        check_positive(self, "learning_rate", "clip_norm")
+        check_positive(self, "learning_rate", "latent_learning_rate", "clip_norm")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"SVI: schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         if self.guide is not None and self.num_chains > 1:
             raise ValueError("SVI: a guide of your own goes on from chain to chain: use num_chains=1, or no guide")
 
-    def run(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> Posterior:
+    def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Train on ``model(*args, **kwargs)``, then draw from the policy with weights log p - log q.
 
         ``stats``: ``elbo``, ``kl``, ``log_likelihood`` (chain, step, prompt), ``gradient_norm`` (chain, step),
         ``ess`` and ``khat`` a prompt. Ctrl-C ends the training, and the policy so far is kept; so is it on an
         error, as the exception's ``policy``.
 
+        The program's own ``pyro.param`` statements are trained too, as in Pyro; with the default guide they are
+        forgotten after.
+
         :raises ProgramError: if a reward is -inf under the policy.
         :raises FloatingPointError: if a gradient is not finite.
         """
         # A guide of the user's keeps its parameters where Pyro's users look for them; the default one's are its own.
-        store = contextlib.nullcontext() if self.guide else pyro.get_param_store().scope()
+        own_guide = self.guide is not None
+        store = contextlib.nullcontext() if own_guide else pyro.get_param_store().scope()
         with seeded(self.seed), store, Stopwatch() as watch:
             program = inspect(model, *args, **kwargs)
             chains, parts = [], []
             for chain in range(self.num_chains):
-                if self.guide is None:
+                if not own_guide:
                     pyro.clear_param_store()
-                guide = self.guide or AutoPolicy(program, self.lora_rank)
-                history = self._train(program, guide, chain)
-                chains.append((history, getattr(guide, "policy", None)))
-                parts.append(self._draw(program, guide, "draws of the policy"))
+                guide = self.guide if self.guide is not None else AutoPolicy(program, self.lora_rank)
+                policy = getattr(guide, "policy", None)
+                with _keeping(policy):
+                    history = self._train(program, guide, chain)
+                    parts.append(self._draw(program, guide, "draws of the policy"))
+                chains.append((history, policy))
                 if history["interrupted"]:
                     break
-            prior = self._draw(program, None, "draws of the prior")
+            with _keeping(policy):
+                prior = self._draw(program, None, "draws of the prior")
             shortest = min(len(part.log_prior) for part in parts)
             parts = [part[:shortest] for part in parts]
             best = max(range(len(chains)), key=lambda c: float(parts[c].log_weights.mean()))
@@ -157,7 +181,12 @@ class SVI:
     def _train(self, program: Program, guide: Callable[..., Any], chain: int) -> dict[str, Any]:
         """Gradient steps; what was seen in each."""
         objective = self.objective or ReverseKL(self.num_particles, program)
-        optimizer = ScheduledAdam(self.learning_rate, self.num_steps, self.schedule, self.clip_norm)
+
+        def rate_of(name: str) -> float:
+            is_latent = self.guide is None and not name.startswith("policies")
+            return self.latent_learning_rate if is_latent else self.learning_rate
+
+        optimizer = ScheduledAdam(rate_of, self.num_steps, self.schedule, self.clip_norm)
         svi = pyro.infer.SVI(program.model, guide, optimizer, loss=objective)
         history: dict[str, Any] = {"elbo": [], "kl": [], "log_likelihood": [], "gradient_norm": []}
         interrupted = False
@@ -170,8 +199,7 @@ class SVI:
                     interrupted = True
                     break
                 except Exception as error:
-                    error.policy = getattr(guide, "policy", None)  # type: ignore[attr-defined]
-                    error.add_note(f"SVI stopped at step {step}; the policy so far is kept in this error's .policy")
+                    error.add_note(f"SVI stopped at step {step}")
                     raise
                 seen = getattr(objective, "last", None) or {"elbo": torch.tensor([-loss])}
                 for key in ("elbo", "kl", "log_likelihood"):
@@ -181,6 +209,18 @@ class SVI:
                 shown = {"elbo": "elbo", "score": "reward", "kl": "kl"}
                 report(values={label: float(seen[key].mean()) for key, label in shown.items() if key in seen})
         return history | {"interrupted": interrupted}
+
+
+@contextlib.contextmanager
+def _keeping(policy: Any) -> Iterator[None]:
+    """Whatever is raised inside carries the policy trained so far."""
+    try:
+        yield
+    except BaseException as error:
+        error.policy = policy  # type: ignore[attr-defined]
+        if policy is not None:
+            error.add_note("the policy trained so far is kept in this error's .policy")
+        raise
 
 
 def _stack(histories: list[dict[str, Any]]) -> dict[str, Any]:

@@ -73,7 +73,16 @@ class Autoregressive(TorchDistribution):
         return new
 
     def with_model(self, lm: LanguageModel) -> Autoregressive:
-        """The same prompts under another language model: how a policy takes the prior's place."""
+        """The same prompts under another language model: how a policy takes the prior's place.
+
+        :raises ValueError: if its completions are not this one's: another vocabulary, EOS or pad token.
+        """
+        for name in ("vocab_size", "eos_token_ids", "pad_token_id"):
+            if getattr(lm, name) != getattr(self.lm, name):
+                raise ValueError(
+                    f"the language models' {name} differ, {getattr(self.lm, name)} and {getattr(lm, name)}: "
+                    "one cannot propose completions of the other"
+                )
         new = Autoregressive(lm, self.prompt_ids, self.prompt_mask, self.max_new_tokens, self.temperature)
         TorchDistribution.__init__(new, self.batch_shape, self.event_shape, validate_args=False)
         return new
@@ -87,7 +96,7 @@ class Autoregressive(TorchDistribution):
         shape = Size(sample_shape) + self.batch_shape
         rows = self._rows(shape)
         value = rows.new_full((len(rows), self.max_new_tokens), self.lm.pad_token_id)
-        scores = torch.zeros(value.shape, device=value.device)
+        scores = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
         with torch.no_grad():
             for part, prefix in self._prefixes(rows):
                 value[part], scores[part] = _sample(self, prefix)
@@ -117,7 +126,7 @@ class Autoregressive(TorchDistribution):
         flat = value.expand(shape + self.event_shape).reshape(-1, self.max_new_tokens)
         rows = self._rows(shape)
         with torch.set_grad_enabled(wants_grad):
-            parts = [(part, _score(self, prefix, flat[part])) for part, prefix in self._prefixes(rows)]
+            parts = [(part, _score(self, prefix, flat[part], flat.numel())) for part, prefix in self._prefixes(rows)]
             scores = torch.cat([scores for _, scores in parts])
             order = torch.cat([part for part, _ in parts])
             scores = scores[order.argsort()].reshape(shape + self.event_shape)
@@ -200,7 +209,10 @@ class Autoregressive(TorchDistribution):
         self._scored = None if value.is_inference() else (value, self._versions(value), scores)
 
     def _is_eos(self, value: Tensor) -> Tensor:
-        return torch.isin(value, value.new_tensor(self.lm.eos_token_ids))
+        found = torch.zeros_like(value, dtype=torch.bool)
+        for token in self.lm.eos_token_ids:  # compared with numbers: nothing is sent to the device a token
+            found |= value == token
+        return found
 
     def _is_live(self, value: Tensor) -> Tensor:
         """True up to and including the first EOS."""
@@ -239,7 +251,7 @@ def _sample(law: Autoregressive, prefix: Prefix) -> tuple[Tensor, Tensor]:
     network: CausalNetwork = law.lm.causal
     hidden, rows = prefix.hidden, len(prefix.hidden)
     values = torch.full((rows, law.max_new_tokens), law.lm.pad_token_id, dtype=torch.long, device=hidden.device)
-    scores = torch.zeros(values.shape, device=hidden.device)
+    scores = torch.zeros(values.shape, dtype=torch.float32, device=hidden.device)
     finished = torch.zeros(rows, dtype=torch.bool, device=hidden.device)
     # Asking whether all have ended makes the host wait for an accelerator, so there it is asked less often.
     ask_every = 1 if hidden.device.type == "cpu" else 8
@@ -278,8 +290,8 @@ def _categorical(logits: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
     return token.squeeze(-1), score.squeeze(-1)
 
 
-def _score(law: Autoregressive, prefix: Prefix, values: Tensor) -> Tensor:
-    """Token log-probabilities (rows, max_new_tokens) of given completions (rows, max_new_tokens)."""
+def _score(law: Autoregressive, prefix: Prefix, values: Tensor, total: int) -> Tensor:
+    """Token log-probabilities (rows, max_new_tokens) of completions (rows, max_new_tokens), ``total`` tokens in all."""
     network: CausalNetwork = law.lm.causal
     live = law._is_live(values)
     well_formed = law._is_well_formed(values)
@@ -289,8 +301,8 @@ def _score(law: Autoregressive, prefix: Prefix, values: Tensor) -> Tensor:
     if longest > 1:
         hidden = torch.cat([hidden, extend(network, prefix, ids[:, : longest - 1])], dim=1)
     wanted = live[:, :longest]
-    scores = network.token_log_prob(hidden[wanted], ids[:, :longest][wanted], law.temperature)
-    out = torch.zeros(values.shape, device=values.device).masked_scatter(
+    scores = network.token_log_prob(hidden[wanted], ids[:, :longest][wanted], law.temperature, total)
+    out = scores.new_zeros(values.shape).masked_scatter(
         torch.nn.functional.pad(wanted, (0, values.shape[-1] - longest)), scores
     )
     return out.masked_fill(~well_formed, -torch.inf)

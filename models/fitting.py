@@ -38,6 +38,8 @@ def fit(
     """
     if lm.tokenizer is None:
         raise TypeError("fit needs a tokenizer")
+    if batch_size < 1 or num_steps < 1:
+        raise ValueError(f"num_steps and batch_size must be at least 1, got {num_steps} and {batch_size}")
     if not texts:
         raise ValueError("texts is empty: give at least one text to fit")
     sequences = [_sequence(lm, i, text, max_tokens) for i, text in enumerate(texts)]

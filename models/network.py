@@ -147,11 +147,11 @@ class CausalNetwork:
         logits = hidden if self._head is None else self._head(hidden)
         return logits.float() / temperature if temperature != 1.0 else logits.float()
 
-    def token_log_prob(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    def token_log_prob(self, hidden: Tensor, targets: Tensor, temperature: float, total: int = 0) -> Tensor:
         """log p(target | hidden) for hidden (tokens, width) and targets (tokens,), in blocks of bounded memory.
 
-        With gradients and more than one block, the logits of a block are computed anew in the backward pass
-        rather than kept.
+        With gradients, if these tokens or the ``total`` of all micro-batches are more than one block, the logits
+        of a block are computed anew in the backward pass rather than kept.
         """
 
         def block(h: Tensor, x: Tensor) -> Tensor:
@@ -159,10 +159,8 @@ class CausalNetwork:
             return logits.gather(-1, x[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
         size = max(1, LOGITS_BLOCK // self.vocab_size)
-        if len(targets) <= size:
-            return block(hidden, targets)
         blocks = zip(hidden.split(size), targets.split(size), strict=True)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and max(len(targets), total) > size:
             return torch.cat([checkpoint(block, h, x, use_reentrant=False) for h, x in blocks])
         return torch.cat([block(h, x) for h, x in blocks])
 

@@ -27,7 +27,7 @@ class TiltedLM:
     :param beta: the KL coefficient, or temperature of the likelihood; small is sharp.
     :param max_new_tokens: the longest completion.
     :param temperature: of the prior's sampling law.
-    :raises ValueError: if ``beta`` is not positive and finite.
+    :raises ValueError: if ``beta`` or ``temperature`` is not positive and finite, or ``max_new_tokens`` < 1.
     """
 
     def __init__(
@@ -41,6 +41,10 @@ class TiltedLM:
     ) -> None:
         if not (beta > 0 and math.isfinite(beta)):
             raise ValueError(f"beta must be positive and finite, got {beta}")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise ValueError(f"temperature must be positive and finite, got {temperature}")
         self.prior = prior
         self.reward = reward if isinstance(reward, Reward) else Reward(reward)
         self.beta = beta
@@ -52,7 +56,7 @@ class TiltedLM:
         """An upper bound of the log-likelihood r / beta, for rejection sampling; inf if the reward has none."""
         return self.reward.upper_bound / self.beta
 
-    def __call__(self, prompts: Sequence[Prompt], **columns: Sequence[Any]) -> None:
+    def __call__(self, prompts: Sequence[Prompt], /, **columns: Sequence[Any]) -> None:
         """Run the program; ``columns`` are handed to the reward."""
         law = self.prior(prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature)
         with pyro.plate("prompts", len(prompts)):

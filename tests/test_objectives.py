@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from helpers import table_lm, tiny_llama
 from programs import PROMPTS, score_table, tilted
+from pyro import poutine
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 from bayeslm.inference import Exact, ProgramError, ReverseKL
+from bayeslm.inference.program import inspect, site_terms, traces
 
 REPEATS = 250
 COPIES = 20  # of each prompt in a batch: more independent terms a gradient
@@ -57,11 +61,18 @@ def test_beta_times_elbo_is_kl_penalised_reward(make, beta):
     x = law.enumerate_support()
     log_q, log_p = law.log_prob(x).detach().double(), prior.log_prob(x).double()
     reward = table[torch.arange(5), x].sum(-1).double()
+    # the machinery's own terms: the program run on every atom, as the objective runs it on draws
+    program = inspect(tilted(lm, table, beta), PROMPTS)
+    atoms = poutine.trace(lambda prompts: pyro.sample("completion", law.expand((len(x), 2)), obs=x)).get_trace(PROMPTS)
+    atoms.nodes["completion"]["is_observed"] = False
+    trace, _ = traces(dataclasses.replace(program, model=poutine.replay(program.model, trace=atoms)), None, len(x))
+    terms = {name: term.double() for name, term in site_terms(program, trace, len(x)).items()}
+    torch.testing.assert_close(terms["completion"], log_p)
     q = log_q.exp()
-    elbo = (q * (log_p + reward / beta - log_q)).sum(0)
+    elbo = (q * (terms["completion"] + terms["reward"] - log_q)).sum(0)
     penalised = (q * reward).sum(0) - beta * (q * (log_q - log_p)).sum(0)
     torch.testing.assert_close(beta * elbo, penalised, atol=1e-5, rtol=0)
-    # the engine's own terms on the same atoms: log joint and log Z
+    # and Exact's: log joint and log Z
     log_posterior = torch.tensor(posterior.log_joint[0] - posterior.log_evidence).double()
     torch.testing.assert_close(torch.tensor(posterior.samples["completion"][0]), x)
     gap = (q * (log_q - log_posterior)).sum(0)

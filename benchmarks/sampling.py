@@ -1,6 +1,6 @@
 """Tokens a second of sampling SmolLM2-135M: `Autoregressive.sample` and `model.generate` of transformers, in turn.
 
-    python benchmarks/sampling.py [--repeats 5]
+    python benchmarks/sampling.py [--repeats 5] [--particles 8 32 96]
 
 Same network, prompt, number of completions, length and law (temperature 1, the whole vocabulary); each draws its
 completions and no more (generate gives no log-probabilities; ours come with theirs). Medians over alternating runs.
@@ -36,17 +36,21 @@ def seconds(run: Callable[[], object]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--particles", type=int, nargs="+", default=[8, 32, 96])
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     lm = LanguageModel.from_pretrained("smollm2", device=options.device)
     network, tokenizer = lm.network, lm.tokenizer
+    # Neither stops at EOS, so that both do the same work.
+    endless = LanguageModel(network, tokenizer, eos_token_ids=(), pad_token_id=lm.pad_token_id)
+    network.generation_config.eos_token_id = None
     print(f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads, {options.tokens} tokens\n")
     print("| prompt | particles | generate, tokens/s | bayeslm, tokens/s | ratio (median; min to max) |")
     print("|---|---|---|---|---|")
     for name, prompt in PROMPTS.items():
         batch = tokenizer([prompt], return_tensors="pt").to(options.device)
-        for particles in (8, 32, 96):
+        for particles in options.particles:
 
             def peer(batch=batch, particles=particles) -> object:
                 return network.generate(
@@ -56,12 +60,9 @@ def main() -> None:
                     top_p=1.0,
                     temperature=1.0,
                     num_return_sequences=particles,
-                    min_new_tokens=options.tokens,  # both run to the end: equal work
                     max_new_tokens=options.tokens,
                     pad_token_id=lm.pad_token_id,
                 )
-
-            endless = LanguageModel(network, tokenizer, eos_token_ids=(), pad_token_id=lm.pad_token_id)
 
             def ours(endless=endless, prompt=prompt, particles=particles) -> object:
                 return endless([prompt], max_new_tokens=options.tokens).expand((particles, 1)).sample()

@@ -9,7 +9,6 @@ an objective's (`objectives`), each step is `pyro.infer.SVI`'s.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -59,20 +58,19 @@ class ScheduledAdam(PyroOptim):
         self.gradient_norm = 0.0
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
+        # Params are a set: taken in the order of their names, so that a seed reproduces the run.
         names = {p: str(pyro.get_param_store().param_name(p)) for p in set(params) - self._known}
-        new = sorted(
-            names, key=names.__getitem__
-        )  # params are a set: in a fixed order, so that a seed reproduces the run
-        for rate, group in itertools.groupby(
-            sorted(new, key=lambda p: self._rate_of(names[p])), lambda p: self._rate_of(names[p])
-        ):
-            settings = {"params": list(group), "lr": rate, "rate": rate}
-            self._params += settings["params"]
+        groups: dict[float, list[Tensor]] = {}
+        for p in sorted(names, key=names.__getitem__):
+            groups.setdefault(self._rate_of(names[p]), []).append(p)
+        for rate, group in groups.items():
+            settings: dict[str, Any] = {"params": group, "lr": rate, "rate": rate}
             if self._adam is None:
                 self._adam = torch.optim.Adam([settings])
             else:
                 self._adam.add_param_group(settings)
-        self._known.update(new)
+            self._params += group
+            self._known.update(group)
         assert self._adam is not None
         for settings in self._adam.param_groups:
             settings["lr"] = settings["rate"] * self._factor(self._step / self._num_steps)

@@ -57,6 +57,9 @@ def test_log_evidence_and_expectations_of_each_prompt():
     np.testing.assert_allclose(mean, [r for _, r in expected], atol=1e-5)
     assert posterior.samples["completion"].shape == (1, 40, 3, 3)
     assert posterior.stats["atoms"] == 40
+    # as if drawn uniformly from the atoms: the mean weight is Z, as for every engine
+    mean_weight = np.logaddexp.reduce(posterior.log_weights, axis=(0, 1)) - math.log(40)
+    np.testing.assert_allclose(mean_weight, posterior.log_evidence, atol=1e-5)
 
 
 def test_a_discrete_latent_beside_the_completion():

@@ -125,14 +125,14 @@ def test_gradient_of_a_guide_that_draws_the_shared_latent_last():
     parameters = [*policy.network.parameters(), slope]
     expected = torch.cat([g.reshape(-1) for g in torch.autograd.grad(-total, parameters)])
     rows = []
-    for _ in range(300):
+    for _ in range(150):
         for p in parameters:
             p.grad = None
         with pyro.get_param_store().scope():
-            ReverseKL(num_particles=16).loss_and_grads(model, guide, prompts)
+            ReverseKL(num_particles=400).loss_and_grads(model, guide, prompts)
         rows.append(torch.cat([p.grad.reshape(-1) for p in parameters]))
-    estimates = torch.stack(rows) @ expected
-    assert abs(estimates.mean() - expected @ expected) < LIMIT * estimates.std() / 300**0.5
+    estimates = torch.stack(rows)
+    assert ((estimates.mean(0) - expected).abs() <= LIMIT * estimates.std(0) / 150**0.5 + 1e-6).all()
 
 
 @pytest.mark.parametrize("raters", [2, 3])

@@ -9,8 +9,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers import table_lm
-from programs import score_table, tilted
+from helpers import table_lm, tiny_llama
+from programs import PROMPTS, score_table, tilted
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 
@@ -236,3 +236,20 @@ def test_a_default_dtype_of_float64_changes_nothing():
     finally:
         torch.set_default_dtype(torch.float32)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_network_in_bfloat16_has_float32_log_probabilities():
+    """Sampled and scored, normalised up to bfloat16's rounding of the hidden states; and SVI trains it."""
+    lm = tiny_llama(scale=1.0)
+    lm.network.to(torch.bfloat16)
+    law = lm(PROMPTS, max_new_tokens=4)
+    atoms = law.enumerate_support()
+    scores = law.log_prob(atoms)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores.logsumexp(0), torch.zeros(2), atol=0.05, rtol=0)
+    drawn = law.expand((64, 2)).sample()
+    sampled = law.expand((64, 2)).log_prob(drawn.clone())
+    assert sampled.dtype == torch.float32
+    posterior = SVI(num_steps=2, num_samples=8, progress=False).run(tilted(lm, score_table(0)), PROMPTS)
+    assert np.isfinite(posterior.log_weights).all()
+    assert {p.dtype for p in posterior.policy.network.parameters()} == {torch.bfloat16}

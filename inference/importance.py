@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from bayeslm import diagnostics
 from bayeslm.posterior import Posterior
 
 from ..models import LanguageModel
@@ -64,7 +63,7 @@ class ImportanceSampling:
                 progress=self.progress,
                 what="importance sampling",
             )
-            result = posterior(
+            return posterior(
                 program,
                 particles,
                 engine="ImportanceSampling",
@@ -73,6 +72,3 @@ class ImportanceSampling:
                 stats=watch.read() | {"interrupted": interrupted},
                 prior=particles if guide is None else None,
             )
-        result.stats["ess"] = diagnostics.ess(result.log_weights)
-        result.stats["khat"] = diagnostics.psis(result.log_weights)[1]
-        return result

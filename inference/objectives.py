@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from pyro.infer import ELBO
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from .program import Program, ProgramError, in_prompts, inspect, sample_sites, site_terms, site_value, traces
@@ -104,9 +103,8 @@ class ReverseKL(ELBO):
         if not _common_first([name in inside for name in drawn]):
             after = total.expand_as(local)
 
-        surrogate = sum(
-            (term.sum(-1) for term in log_p.values()), zero[:, 0]
-        )  # pathwise, through reparametrised latents
+        # log p has a gradient through reparametrised latents alone: the pathwise one
+        surrogate = sum((term.sum(-1) for term in log_p.values()), zero[:, 0])
         for name, term in log_q.items():
             if not term.requires_grad:
                 continue
@@ -115,7 +113,7 @@ class ReverseKL(ELBO):
             else:
                 f = after if name in inside else total
                 surrogate = surrogate + (_leave_one_out(f.detach()) * term).sum(-1)
-        self._note(program, model_trace, log_p, log_q, latents, total if program.shared else local)
+        self._note(program, sites, log_p, latents, total if program.shared else local)
         return surrogate.mean()
 
     def _look(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
@@ -130,14 +128,16 @@ class ReverseKL(ELBO):
             self._program = p = inspect(model, *args, **kwargs)
         return p
 
-    def _note(self, program: Program, trace: Trace, log_p: Any, log_q: Any, latents: set[str], f: Tensor) -> None:
+    def _note(
+        self, program: Program, sites: dict[str, Any], log_p: dict[str, Tensor], latents: set[str], f: Tensor
+    ) -> None:
+        """Keep what the particles saw in ``last``."""
         terms = [term.detach() for name, term in log_p.items() if name not in latents]
         if program.shared:
             terms = [term.sum(-1, keepdim=True) for term in terms]
         likelihood = sum(terms, torch.zeros_like(f)).mean(0)
         elbo = f.detach().mean(0)
         self.last = {"elbo": elbo, "log_likelihood": likelihood, "kl": likelihood - elbo}
-        sites = dict(sample_sites(trace))
         if "score" in sites:
             value = site_value(program.sites["score"], sites["score"]["value"], self.num_particles)
             self.last["score"] = value.detach().float().mean(0).reshape(-1)

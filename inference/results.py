@@ -88,6 +88,7 @@ def posterior(
 ) -> Posterior:
     """Particles as a `Posterior` of ``num_chains`` chains, chain-major; a remainder is dropped.
 
+    :param stats: what the engine saw; weighted draws add ``ess`` and ``khat``, one a prompt.
     :param log_weights: (particle, prompt), if not the particles' own log p - log q.
     :param evidence: log Z and its standard error, if not from the weights.
     :raises EvidenceError: if every weight of a prompt is zero.
@@ -105,6 +106,8 @@ def posterior(
     check_evidence(split(particles.log_joint), labels)
     if evidence is None:
         evidence = diagnostics.log_evidence(weights)
+    if kind == "weighted":
+        stats |= {"ess": diagnostics.ess(weights), "khat": diagnostics.psis(weights)[1]}
     values = {name: split(particles.values[name]) for name in _kept(program)}
     texts, lengths = {}, {}
     for site in program.completions:

@@ -20,7 +20,6 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from bayeslm import diagnostics
 from bayeslm.posterior import Posterior
 
 from ..models.progress import track
@@ -158,7 +157,7 @@ class SVI:
             shortest = min(len(part.log_prior) for part in parts)
             parts = [part[:shortest] for part in parts]
             best = max(range(len(chains)), key=lambda c: float(parts[c].log_weights.mean()))
-            result = posterior(
+            return posterior(
                 program,
                 Particles.concatenate(parts),
                 engine="SVI",
@@ -168,9 +167,6 @@ class SVI:
                 prior=prior,
                 policy=chains[best][1],
             )
-        result.stats["ess"] = diagnostics.ess(result.log_weights)
-        result.stats["khat"] = diagnostics.psis(result.log_weights)[1]
-        return result
 
     def _draw(self, program: Program, guide: Callable[..., Any] | None, what: str) -> Particles:
         size, shown = self.batch_size, self.progress

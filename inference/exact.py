@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from bayeslm.posterior import Posterior
 
 from ..models import Autoregressive
 from .checks import check_counts
-from .program import PROMPTS, Particles, Program, ProgramError, Site, inspect, run_particles, seeded
+from .program import PROMPTS, Assign, Particles, Program, ProgramError, Site, inspect, run_particles, seeded
 from .results import Stopwatch, posterior
 
 
@@ -89,7 +88,7 @@ class Exact:
         parts = []
         for i in range(0, total, step):
             some = {name: value[i : i + step] for name, value in values.items()}
-            with _Assign(program, some):
+            with Assign(program, some):
                 parts.append(run_particles(program, None, min(step, total - i)))
         return Particles.concatenate(parts)
 
@@ -133,18 +132,3 @@ def _atoms(program: Program, site: Site, elements: int) -> Tensor:
     one = torch.arange(len(support), device=support.device)
     index = torch.cartesian_prod(*[one] * elements).reshape(-1, *_free_dims(program, site))
     return support[index.expand(-1, *batch)]
-
-
-class _Assign(Messenger):
-    """Gives latent sites their enumerated values instead of sampling them."""
-
-    def __init__(self, program: Program, values: dict[str, Tensor]) -> None:
-        super().__init__()
-        self._values = {}
-        for name, value in values.items():  # (particle, *batch, *event) under the particle plate
-            between = (1,) * (program.max_plate_nesting - program.sites[name].batch_dims)
-            self._values[name] = value.reshape(len(value), *between, *value.shape[1:])
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self._values:
-            msg["value"] = self._values[msg["name"]]

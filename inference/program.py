@@ -102,6 +102,11 @@ class Program:
         rows = [site.fn.max_rows // max(1, site.fn.batch_shape.numel()) for site in self.completions]
         return max(1, min(rows, default=8192))
 
+    def under_plate(self, name: str, value: Tensor) -> Tensor:
+        """A site's value (particle, *batch, *event) as the program sees it, particles in the outermost plate."""
+        between = (1,) * (self.max_plate_nesting - self.sites[name].batch_dims)
+        return value.reshape(len(value), *between, *value.shape[1:])
+
     def terms(self, log_prob: Tensor, num_particles: int, in_prompts: bool) -> Tensor:
         """A site's log_prob, batch-shaped under the particle plate, as (particle, prompt); prompt 1 if outside."""
         particles = (num_particles,) + (1,) * self.max_plate_nesting
@@ -119,6 +124,44 @@ class Arbitrary(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if isinstance(msg["fn"], Autoregressive) and msg["value"] is None:
             msg["value"] = msg["fn"].arbitrary()
+
+
+class Assign(Messenger):
+    """Gives latent sites their values instead of sampling them.
+
+    :param values: (particle, *batch, *event) by site; a site that is not among them is sampled as ever.
+    :param token_scores: (particle, *batch, token) of completions whose log p is known: where their prompts are those
+        of the first look, so that particles cannot have changed their law, the network does not score them again.
+    """
+
+    def __init__(
+        self, program: Program, values: dict[str, Tensor], token_scores: dict[str, Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        self._program = program
+        self._values = {name: program.under_plate(name, value) for name, value in values.items()}
+        scores = token_scores or {}
+        self._scores = {name: program.under_plate(name, scores[name]) for name in scores if name in values}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if name not in self._values or msg["value"] is not None:
+            return
+        msg["value"] = self._values[name]
+        if name in self._scores and same_law(self._program, name, msg["fn"]):
+            msg["fn"].know(msg["value"], self._scores[name])
+
+
+def same_law(program: Program, name: str, fn: Any) -> bool:
+    """Whether a completion's law is the one of the first look, whatever the particles' other values."""
+    first = program.sites[name].fn
+    return (
+        isinstance(fn, Autoregressive)
+        and fn.lm is first.lm
+        and fn.temperature == first.temperature
+        and fn.prompt_ids.shape == first.prompt_ids.shape
+        and bool((fn.prompt_ids == first.prompt_ids).all())
+    )
 
 
 def sample_sites(trace: Trace) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -192,13 +235,15 @@ class Particles:
     """Runs of a program, particle first.
 
     ``values[name]`` (particle, *batch, *event); ``log_prior`` and ``log_proposal`` of all latents and each
-    ``log_likelihood`` term (particle, prompt).
+    ``log_likelihood`` term (particle, prompt); ``token_scores[name]`` (particle, *batch, token), log p of each token
+    of a completion.
     """
 
     values: dict[str, Tensor]
     log_prior: Tensor
     log_proposal: Tensor
     log_likelihood: dict[str, Tensor]
+    token_scores: dict[str, Tensor]
 
     @property
     def log_joint(self) -> Tensor:
@@ -215,6 +260,7 @@ class Particles:
             self.log_prior[index],
             self.log_proposal[index],
             {name: term[index] for name, term in self.log_likelihood.items()},
+            {name: scores[index] for name, scores in self.token_scores.items()},
         )
 
     def gather(self, program: Program, index: Tensor) -> Particles:
@@ -227,12 +273,13 @@ class Particles:
             shape[0], shape[axis] = index.shape
             return x.gather(0, index.to(x.device).reshape(shape).expand(len(index), *x.shape[1:]))
 
-        inside = [s for s in program.sites.values() if s.name in self.values and "prompt" in s.dims]
+        axes = {s.name: 1 + s.dims.index("prompt") for s in program.sites.values() if "prompt" in s.dims}
         return Particles(
-            {s.name: along(self.values[s.name], 1 + s.dims.index("prompt")) for s in inside},
+            {name: along(value, axes[name]) for name, value in self.values.items() if name in axes},
             along(self.log_prior, 1),
             along(self.log_proposal, 1),
             {name: along(term, 1) for name, term in self.log_likelihood.items()},
+            {name: along(scores, axes[name]) for name, scores in self.token_scores.items()},
         )
 
     @staticmethod
@@ -242,6 +289,7 @@ class Particles:
             torch.cat([p.log_prior for p in parts]),
             torch.cat([p.log_proposal for p in parts]),
             {name: torch.cat([p.log_likelihood[name] for p in parts]) for name in parts[0].log_likelihood},
+            {name: torch.cat([p.token_scores[name] for p in parts]) for name in parts[0].token_scores},
         )
 
 
@@ -329,6 +377,9 @@ def run_particles(
         log_prior=sum((total(terms[name]) for name in latent), zero),
         log_proposal=sum((total(guide_terms.get(name, terms[name])) for name in latent), auxiliary),
         log_likelihood={name: total(term) for name, term in terms.items() if name not in latent},
+        token_scores={
+            site.name: site_value(site, _token_scores(nodes[site.name]), num_particles) for site in program.completions
+        },
     )
 
 
@@ -338,6 +389,12 @@ def site_value(site: Site, value: Tensor, num_particles: int) -> Tensor:
     if value.numel() == torch.Size(shape).numel():
         return value.reshape(shape)
     return value.expand(shape)
+
+
+@torch.no_grad()
+def _token_scores(node: dict[str, Any]) -> Tensor:
+    """What `site_terms` has just had scored."""
+    return node["fn"].token_log_prob(node["value"])
 
 
 def _is_one(scale: Any) -> bool:

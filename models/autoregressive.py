@@ -101,7 +101,7 @@ class Autoregressive(TorchDistribution):
             for part, prefix in self._prefixes(rows):
                 value[part], scores[part] = _sample(self, prefix)
         value = value.reshape(shape + self.event_shape)
-        self._keep(value, scores.reshape(value.shape))
+        self.know(value, scores.reshape(value.shape))
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class Autoregressive(TorchDistribution):
             scores = scores[order.argsort()].reshape(shape + self.event_shape)
         scores = scores.expand(torch.broadcast_shapes(shape, self.batch_shape) + self.event_shape)
         if not wants_grad:
-            self._keep(value, scores)
+            self.know(value, scores)
         return scores
 
     # -- the support -----------------------------------------------------------------------------------------
@@ -199,14 +199,15 @@ class Autoregressive(TorchDistribution):
             return [" ".join(map(str, row)) for row in rows]
         return list(self.lm.tokenizer.batch_decode(rows, skip_special_tokens=True))
 
+    def know(self, value: Tensor, scores: Tensor) -> None:
+        """Note the token log-probabilities (*batch, max_new_tokens) of a value: `token_log_prob` then gives them."""
+        self._scored = None if value.is_inference() else (value, self._versions(value), scores)
+
     # -- inside ----------------------------------------------------------------------------------------------
 
     def _versions(self, value: Tensor) -> tuple[int, ...]:
         """Torch's counts of changes in place, of the value and of the weights: a kept score holds while they do."""
         return (value._version, sum(p._version for p in self.lm.causal.parameters))
-
-    def _keep(self, value: Tensor, scores: Tensor) -> None:
-        self._scored = None if value.is_inference() else (value, self._versions(value), scores)
 
     def _is_eos(self, value: Tensor) -> Tensor:
         found = torch.zeros_like(value, dtype=torch.bool)

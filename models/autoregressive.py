@@ -18,6 +18,7 @@ from torch import Size, Tensor
 from torch.distributions import constraints
 
 from .network import CausalNetwork, Prefix, extend, prefill
+from .stepping import Steps, categorical
 
 if TYPE_CHECKING:
     import numpy as np
@@ -156,7 +157,7 @@ class Autoregressive(TorchDistribution):
             )
         device = self.lm.device
         tokens = torch.arange(self.lm.vocab_size, device=device)
-        is_end = self._is_eos(tokens)
+        is_end = self.is_eos(tokens)
         alive = torch.empty((1, 0), dtype=torch.long, device=device)
         done = []
         for t in range(self.max_new_tokens):
@@ -182,6 +183,13 @@ class Autoregressive(TorchDistribution):
         length = self.prompt_ids.shape[-1] + self.max_new_tokens
         return self.lm.batch_size or self.lm.causal.rows_per_batch(length)
 
+    def is_eos(self, value: Tensor) -> Tensor:
+        """Which tokens end a completion."""
+        found = torch.zeros_like(value, dtype=torch.bool)
+        for token in self.lm.eos_token_ids:  # compared with numbers: nothing is sent to the device a token
+            found |= value == token
+        return found
+
     def lengths(self, value: Tensor) -> Tensor:
         """Tokens of each completion before its padding, the EOS counted; shape of the batch."""
         return self._is_live(value).sum(-1)
@@ -203,21 +211,22 @@ class Autoregressive(TorchDistribution):
         """Note the token log-probabilities (*batch, max_new_tokens) of a value: `token_log_prob` then gives them."""
         self._scored = None if value.is_inference() else (value, self._versions(value), scores)
 
+    def steps(self) -> Steps:
+        """Completions of every element of the batch, to be written token by token (particle methods do)."""
+        ids = self.prompt_ids.reshape(-1, self.prompt_ids.shape[-1])
+        mask = None if self.prompt_mask is None else self.prompt_mask.reshape(ids.shape)
+        with torch.no_grad():
+            return Steps(self, prefill(self.lm.causal, ids, mask).fork(self._rows(self.batch_shape)))
+
     # -- inside ----------------------------------------------------------------------------------------------
 
     def _versions(self, value: Tensor) -> tuple[int, ...]:
         """Torch's counts of changes in place, of the value and of the weights: a kept score holds while they do."""
         return (value._version, sum(p._version for p in self.lm.causal.parameters))
 
-    def _is_eos(self, value: Tensor) -> Tensor:
-        found = torch.zeros_like(value, dtype=torch.bool)
-        for token in self.lm.eos_token_ids:  # compared with numbers: nothing is sent to the device a token
-            found |= value == token
-        return found
-
     def _is_live(self, value: Tensor) -> Tensor:
         """True up to and including the first EOS."""
-        ends = self._is_eos(value).long()
+        ends = self.is_eos(value).long()
         return (ends.cumsum(-1) - ends) == 0
 
     def _is_well_formed(self, value: Tensor) -> Tensor:
@@ -249,46 +258,10 @@ class Autoregressive(TorchDistribution):
 
 def _sample(law: Autoregressive, prefix: Prefix) -> tuple[Tensor, Tensor]:
     """Draw one completion a row, token by token: ids and token log-probabilities, (rows, max_new_tokens)."""
-    network: CausalNetwork = law.lm.causal
-    hidden, rows = prefix.hidden, len(prefix.hidden)
-    values = torch.full((rows, law.max_new_tokens), law.lm.pad_token_id, dtype=torch.long, device=hidden.device)
-    scores = torch.zeros(values.shape, dtype=torch.float32, device=hidden.device)
-    finished = torch.zeros(rows, dtype=torch.bool, device=hidden.device)
-    # Asking whether all have ended makes the host wait for an accelerator, so there it is asked less often.
-    ask_every = 1 if hidden.device.type == "cpu" else 8
-    for t in range(law.max_new_tokens):
-        token, score = _categorical(network.logits(hidden, law.temperature))
-        values[:, t] = torch.where(finished, law.lm.pad_token_id, token)  # what the network reads then is idle
-        scores[:, t] = score.masked_fill(finished, 0.0)
-        finished |= law._is_eos(token)
-        if t + 1 == law.max_new_tokens or ((t + 1) % ask_every == 0 and bool(finished.all())):
-            break
-        hidden = extend(network, prefix, token[:, None], done=t)[:, -1]
-    return values, scores
-
-
-def _categorical(logits: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
-    """Draw from softmax(logits) (rows, vocabulary) by inverting its CDF; give the draws and their log-probabilities.
-
-    One uniform a row picks a block of the vocabulary and then a token in it: some ten times faster than one
-    exponential or Gumbel variate a token, and float64 sums over blocks keep the CDF exact to float32.
-    """
-    top = logits.amax(-1, keepdim=True)
-    mass = (logits - top).exp_()
-    padding = -mass.shape[-1] % block
-    blocks = torch.nn.functional.pad(mass, (0, padding)) if padding else mass
-    blocks = blocks.unflatten(-1, (-1, block))
-    wide = torch.float32 if mass.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    cdf = blocks.sum(-1, dtype=wide).cumsum(-1)
-    u = torch.rand((len(mass), 1), dtype=wide, device=mass.device) * cdf[:, -1:]
-    which = torch.searchsorted(cdf, u, right=True).clamp_max(cdf.shape[-1] - 1)
-    inside = blocks.gather(1, which[:, :, None].expand(-1, -1, block)).squeeze(1).to(wide).cumsum(-1)
-    # the block's mass below u, kept under its own total so that rounding never picks a token of no mass
-    rest = (u - (cdf.gather(-1, which) - inside[:, -1:])).clamp_min(0.0)
-    rest = torch.minimum(rest, torch.nextafter(inside[:, -1:], torch.zeros_like(rest)))
-    token = which * block + torch.searchsorted(inside, rest, right=True)
-    score = logits.gather(-1, token) - top - cdf[:, -1:].log().to(logits.dtype)
-    return token.squeeze(-1), score.squeeze(-1)
+    steps = Steps(law, prefix)
+    while not steps.done:
+        steps.append(*categorical(steps.logits))
+    return steps.values, steps.scores
 
 
 def _score(law: Autoregressive, prefix: Prefix, values: Tensor, total: int) -> Tensor:

@@ -186,6 +186,15 @@ class Prefix:
         mask = None if self.mask is None else self.mask[rows]
         return Prefix(self.hidden[rows], cache, mask, self.lengths[rows])
 
+    def select(self, rows: Tensor) -> None:
+        """Row i becomes what row ``rows[i]`` is, cache included; a row that stays costs nothing."""
+        self.lengths = self.lengths[rows]
+        self.mask = None if self.mask is None else self.mask[rows]
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(-1)
+        for layer in self.cache.layers:
+            for kept in (layer.keys, layer.values):
+                kept[moved] = kept[rows[moved]]
+
 
 def prefill(network: CausalNetwork, ids: Tensor, mask: Tensor | None) -> Prefix:
     """Run left-padded prompts ``ids`` (rows, length) through the network once.

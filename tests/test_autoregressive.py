@@ -6,7 +6,7 @@ import torch
 from helpers import assert_drawn_from, by_hand, count_completions, table_lm, tiny_llama
 
 from bayeslm.models import LanguageModel
-from bayeslm.models.autoregressive import _categorical
+from bayeslm.models.stepping import categorical
 
 PROMPTS = ["a b c d e", "f", "g a b"]  # of different lengths, so that two are padded
 IDS = [[1, 2, 3, 4, 5], [6], [7, 1, 2]]
@@ -166,7 +166,7 @@ def test_categorical_inverts_the_cdf(vocab):
     log_prob = logits.double().log_softmax(-1)
     counts = torch.zeros(vocab, dtype=torch.long)
     for _ in range(4):
-        tokens, scores = _categorical(logits.expand(10_000, -1))
+        tokens, scores = categorical(logits.expand(10_000, -1))
         counts += torch.bincount(tokens, minlength=vocab)
         torch.testing.assert_close(scores.double(), log_prob[tokens], atol=1e-5, rtol=0)
     assert_drawn_from(counts, log_prob)
@@ -176,7 +176,7 @@ def test_categorical_of_rows_that_differ():
     """Each row follows its own logits, also where a block of the vocabulary has all of the mass."""
     logits = torch.full((600, 600), -torch.inf)
     logits[torch.arange(600), torch.arange(600)] = torch.linspace(-1e4, 1e4, 600)
-    tokens, scores = _categorical(logits)
+    tokens, scores = categorical(logits)
     assert tokens.tolist() == list(range(600))
     assert scores.eq(0).all()
 
@@ -184,7 +184,7 @@ def test_categorical_of_rows_that_differ():
 @pytest.mark.parametrize("scale", [1e4, 1e30])
 def test_categorical_of_extreme_logits(scale):
     logits = torch.tensor([-1.0, 0.5, 1.0, 1.0, -torch.inf]) * scale
-    tokens, scores = _categorical(logits.expand(2000, -1))
+    tokens, scores = categorical(logits.expand(2000, -1))
     assert set(tokens.tolist()) == {2, 3}
     torch.testing.assert_close(scores, torch.full((2000,), -2.0).exp2().log() / 2)
 
@@ -197,7 +197,7 @@ def test_categorical_at_the_ends_of_the_unit_interval(monkeypatch, vocab, unifor
     logits = torch.randn(50, vocab, generator=torch.Generator().manual_seed(0))
     first, last = (300, 600) if vocab > 600 else (2, vocab - 2)  # with a block of no mass before them and none
     logits[:, :first] = logits[:, last + 1 :] = -torch.inf
-    tokens, _ = _categorical(logits)
+    tokens, _ = categorical(logits)
     assert (tokens == [first, last][index]).all()
 
 
@@ -212,7 +212,7 @@ def test_categorical_at_the_edge_of_a_block(monkeypatch, block, ulps):
     edge = cdf[:, block, None] / cdf[:, -1:]
     edge = torch.nextafter(edge, edge + ulps)
     monkeypatch.setattr(torch, "rand", lambda size, **kw: edge)
-    tokens, scores = _categorical(logits)
+    tokens, scores = categorical(logits)
     assert torch.isfinite(scores).all()
     assert (tokens // 256 - block).clamp(0, 1).equal(tokens // 256 - block)
 

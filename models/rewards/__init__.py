@@ -9,6 +9,7 @@ it, checks what it gives, and lets it be added and scaled:
 
 from .base import Reward, RewardError
 from .classifier import Classifier
+from .prefix import prefixes
 from .registry import get, load
 from .text import Sentiment, Similarity, TextReward, Toxicity
 from .verifiable import Constraint, Contains, Length, Matches
@@ -27,4 +28,5 @@ __all__ = [
     "Toxicity",
     "get",
     "load",
+    "prefixes",
 ]

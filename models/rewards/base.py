@@ -9,28 +9,23 @@ Rewards combine affinely. With constants w_i and b,
 
     r = b + \sum_i w_i r_i,     sup r <= b + \sum_{w_i > 0} w_i sup r_i + \sum_{w_i < 0} w_i inf r_i
 
-and 0 r = 0 even where r = -inf, since exp(r)^0 = 1: a weight of zero switches a constraint off.
+and 0 r = 0 even where r = -inf, since exp(r)^0 = 1: a weight of zero switches a constraint off. What a combination
+expects of an unfinished text (see `prefix.py`) is the combination of what its parts expect.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-import numbers
-import reprlib
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .shapes import broadcast
-
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 160
-_ROUNDING = 1e-6  # how far past a declared bound a score may be, relative to the bound: float32 models round
+from .checks import check_function, check_scores, is_real, name_of, parameters, short
+from .prefix import Prefixes, suspended
+from .shapes import Flat, broadcast, take
 
 
 class RewardError(ValueError):
@@ -42,14 +37,17 @@ class Reward:
 
     ``Reward(f)`` wraps any function in TRL's convention. It is called by keyword and handed what it declares:
     ``prompts``, ``completions``, the columns it names, or all of them if it takes ``**kwargs``. To write a
-    reward with settings, inherit and override `score`; bounds may then be attributes of the class.
+    reward with settings, inherit and override `score`, and `prefix` if it can judge unfinished texts; bounds may then
+    be attributes of the class.
 
     :param function: ``f(prompts=[...], completions=[...], **columns)`` giving one number a completion.
+    :param prefix: a function like it of unfinished texts, see `Reward.prefix`; a function that can score any text so
+        far may be both.
     :param upper_bound: no score is above; ``math.inf`` if unknown. Rejection sampling needs it.
     :param lower_bound: no score is below; it bounds ``-reward``.
     :param conversational: hand completions over as ``[{"role": "assistant", "content": text}]``, which is
         what functions written for TRL's conversational data sets (as in ``trl.rewards``) read.
-    :raises TypeError: if ``function`` is not callable, or is a coroutine function.
+    :raises TypeError: if a function is not callable, or is a coroutine function.
     :raises ValueError: if the bounds are NaN or crossed.
     """
 
@@ -57,23 +55,24 @@ class Reward:
     lower_bound: float = -math.inf
     __array_ufunc__ = None  # leaves np.float64(2) * reward to __rmul__
     _function: Callable[..., Sequence[float]] | None = None
+    _prefix: Callable[..., Sequence[float]] | None = None
     _conversational: bool = False
 
     def __init__(
         self,
         function: Callable[..., Sequence[float]] | None = None,
         *,
+        prefix: Callable[..., Sequence[float]] | None = None,
         upper_bound: float | None = None,
         lower_bound: float | None = None,
         conversational: bool = False,
     ) -> None:
         if function is None and type(self).score is Reward.score:
             raise TypeError("Reward needs a function, or a subclass that overrides score")
-        if function is not None and not callable(function):
-            raise TypeError(f"a reward function must be callable, got {type(function).__name__}")
-        if inspect.iscoroutinefunction(function):
-            raise TypeError(f"{_name(function)!r} is a coroutine function: wrap it in one that waits for it")
-        self._function = function
+        for given in (function, prefix):
+            if given is not None:
+                check_function(given)
+        self._function, self._prefix = function, prefix
         self._conversational = conversational
         self._bound(upper_bound, lower_bound)
 
@@ -90,6 +89,8 @@ class Reward:
     def __call__(self, prompts: Any, completions: Any, **columns: Any) -> Tensor:
         """Scores in the default dtype, on the default device, without gradient.
 
+        Within the context `prefixes` they are those of the texts so far.
+
         :param prompts: a list, or an object array of any shape, of strings, chats (lists of messages) or
             token ids; a prompt is never taken apart.
         :param completions: texts in a list, nested lists or an object array; of shape (prompts,),
@@ -101,21 +102,50 @@ class Reward:
             +inf, not a number, or outside the declared bounds.
         :raises TypeError, ValueError: if the arguments are not as above, or their shapes do not broadcast.
         """
-        shape, flat_prompts, flat_completions, flat_columns = broadcast(prompts, completions, columns)
-        if not flat_completions:
+        shape, text_shape, flat = broadcast(prompts, completions, columns)
+        if 0 in shape:
             return torch.zeros(shape)
-        scores = self._scores(flat_prompts, flat_completions, flat_columns)
+        with suspended() as context:
+            if context is None:
+                scores = self._scores(*flat)
+            else:
+                scores = self._scores_so_far(context, context.finished_of(text_shape, shape), flat)
+                context.note(scores.reshape(shape))
         return torch.tensor(scores, dtype=torch.get_default_dtype()).reshape(shape)
 
     def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
         """One number a completion, from flat lists of equal length (columns too). Override this."""
-        function = self._function
-        assert function is not None
+        assert self._function is not None
+        return self._apply(self._function, prompts, completions, columns)
+
+    def prefix(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
+        """As `score`, of unfinished texts: the score that is hoped for or expected of what they become. Override this.
+
+        It must keep within the bounds. -inf says that every continuation of the text, itself among them, scores -inf;
+        one that does not is lost to the posterior. Any other wrong guess costs an engine time only.
+
+        :raises RewardError: if the reward has no such method.
+        """
+        if self._prefix is None:
+            raise RewardError(
+                f"reward {self.__name__!r} cannot score unfinished texts: give it a `prefix` method, write "
+                'Reward(f, prefix=g), or have the text so far scored as it is, with twist="partial"'
+            )
+        return self._apply(self._prefix, prompts, completions, columns)
+
+    def _apply(
+        self,
+        function: Callable[..., Sequence[float]],
+        prompts: list[Any],
+        completions: list[str],
+        columns: dict[str, Any],
+    ) -> Sequence[float]:
+        """Call a function with what it declares."""
         texts: list[Any] = completions
         if self._conversational:
             texts = [[{"role": "assistant", "content": text}] for text in completions]
         given = {"prompts": prompts, "completions": texts, **columns}
-        accepted, required = _parameters(function)
+        accepted, required = parameters(function)
         if missing := required - given.keys():
             self._fail(
                 f"needs {', '.join(sorted(missing))}; it was given {', '.join(given)}, by name",
@@ -124,47 +154,45 @@ class Reward:
             )
         return function(**{k: v for k, v in given.items() if accepted is None or k in accepted})
 
+    def _scores_so_far(self, context: Prefixes, finished: np.ndarray, flat: Flat) -> np.ndarray:
+        """`_scores` of texts of which the ``finished``, bool (len(completions),), are whole."""
+        scores = np.empty(len(finished))
+        if finished.any():
+            scores[finished] = self._scores(*take(np.flatnonzero(finished), flat))
+        if not finished.all():
+            prompts, texts, columns = take(np.flatnonzero(~finished), flat)
+            texts = [text.rstrip("\ufffd") for text in texts]  # a character of which some bytes are still to come
+            scores[~finished] = self._of_prefixes(context.partial)._scores(prompts, texts, columns)
+        return scores
+
+    def _of_prefixes(self, partial: bool) -> Reward:
+        """The reward that unfinished texts have."""
+        able = self._prefix is not None or type(self).prefix is not Reward.prefix
+        return PartialScore(self) if partial and not able else PrefixScore(self)
+
     def _scores(self, prompts: list[Any], completions: list[str], columns: dict[str, Any]) -> np.ndarray:
         """Checked scores of flat lists, float64, shape (len(completions),)."""
+
+        def fail(what: str, i: int, cause: Exception | None = None) -> NoReturn:
+            self._fail(what, prompts[i], completions[i], cause)
+
         try:
-            result: Any = self.score(prompts, completions, **columns)
+            result = self.score(prompts, completions, **columns)
         except RewardError:
             raise
         except Exception as error:
             i = self._offender(prompts, completions, columns)
             batch = "" if len(completions) == 1 else f" on a batch of {len(completions)}"
-            self._fail(f"raised {type(error).__name__}: {error}{batch}", prompts[i], completions[i], error)
-        if hasattr(result, "tolist"):  # arrays, tensors, series
-            result = result.tolist()
-        if not isinstance(result, Sequence) or isinstance(result, str):
-            what = f"gave {type(result).__name__} instead of a list of {len(completions)} scores"
-            self._fail(what, prompts[0], completions[0])
-        if len(result) != len(completions):
-            what = f"gave {len(result)} scores for {len(completions)} completions"
-            self._fail(what, prompts[0], completions[0])
-        scores = np.empty(len(result))
-        highest = torch.finfo(torch.get_default_dtype()).max
-        for i, value in enumerate(result):
-            number = _number(value)
-            if number is None or math.isnan(number):
-                self._fail(f"gave {_short.repr(value)} instead of a number", prompts[i], completions[i])
-            if number > highest:
-                self._fail(f"gave {number}: a score must be below +inf", prompts[i], completions[i])
-            scores[i] = number
-        low, high = self.lower_bound, self.upper_bound
-        for outside in (scores < low - _slack(low), scores > high + _slack(high)):
-            if outside.any():
-                i = int(outside.argmax())
-                self._fail(f"gave {scores[i]}, outside its bounds [{low}, {high}]", prompts[i], completions[i])
-        return np.clip(scores, low, high)
+            fail(f"raised {type(error).__name__}: {error}{batch}", i, error)
+        return check_scores(result, len(completions), self.lower_bound, self.upper_bound, fail)
 
     def _offender(self, prompts: list[Any], completions: list[str], columns: dict[str, Any]) -> int:
         """The first completion that makes `score` raise, by bisection; 0 if no single one does."""
 
-        def raises(rows: slice) -> bool:
-            part = {k: v[rows] if isinstance(v, list) else v for k, v in columns.items()}
+        def raises(rows: range) -> bool:
+            some_prompts, texts, some_columns = take(rows, (prompts, completions, columns))
             try:
-                self.score(prompts[rows], completions[rows], **part)
+                self.score(some_prompts, texts, **some_columns)
             except Exception:
                 return True
             return False
@@ -172,14 +200,18 @@ class Reward:
         low, high = 0, len(completions)
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if raises(slice(low, middle)) else (middle, high)
-        return low if raises(slice(low, low + 1)) else 0
+            low, high = (low, middle) if raises(range(low, middle)) else (middle, high)
+        return low if raises(range(low, low + 1)) else 0
 
     def _fail(self, what: str, prompt: Any, completion: str, cause: Exception | None = None) -> NoReturn:
         raise RewardError(
-            f"reward {self.__name__!r} {what}\n  prompt:     {_short.repr(prompt)}"
-            f"\n  completion: {_short.repr(completion)}"
+            f"reward {self.__name__!r} {what}\n  prompt:     {short.repr(prompt)}"
+            f"\n  completion: {short.repr(completion)}"
         ) from cause
+
+    def _mendable(self, score: float) -> float:
+        """A score of a text so far whose -inf need not last: then the score nearest to 0 instead."""
+        return min(max(0.0, self.lower_bound), self.upper_bound) if score == -math.inf else score
 
     # -- algebra ---------------------------------------------------------------------------------------------
 
@@ -187,13 +219,13 @@ class Reward:
         if isinstance(other, Reward):
             mine, yours = _affine(self), _affine(other)
             return Affine([*mine.terms, *yours.terms], mine.offset + yours.offset)
-        if _is_real(other):
+        if is_real(other):
             mine = _affine(self)
             return Affine(mine.terms, mine.offset + float(other))
         return NotImplemented
 
     def __mul__(self, weight: float) -> Reward:
-        if not _is_real(weight):
+        if not is_real(weight):
             return NotImplemented
         mine, w = _affine(self), float(weight)
         return Affine([(w * v, r) for v, r in mine.terms], w * mine.offset)
@@ -202,13 +234,13 @@ class Reward:
         return self * -1.0
 
     def __sub__(self, other: Reward | float) -> Reward:
-        return self + -other if isinstance(other, Reward) or _is_real(other) else NotImplemented
+        return self + -other if isinstance(other, Reward) or is_real(other) else NotImplemented
 
     def __rsub__(self, other: float) -> Reward:
         return -self + other
 
     def __truediv__(self, divisor: float) -> Reward:
-        return self * (1.0 / float(divisor)) if _is_real(divisor) else NotImplemented
+        return self * (1.0 / float(divisor)) if is_real(divisor) else NotImplemented
 
     __radd__ = __add__
     __rmul__ = __mul__
@@ -230,13 +262,42 @@ class Reward:
 
     @property
     def __name__(self) -> str:  # TRL logs rewards by it
-        return _name(self._function) if self._function else _class(self).lower()
+        return name_of(self._function) if self._function else _class(self).lower()
 
     def __repr__(self) -> str:
-        return f"{_class(self)}({_name(self._function) if self._function else ''})"
+        return f"{_class(self)}({name_of(self._function) if self._function else ''})"
 
 
-class Affine(Reward):
+class PrefixScore(Reward):
+    """The reward that `Reward.prefix` is of unfinished texts."""
+
+    def __init__(self, reward: Reward) -> None:
+        self.reward = reward
+        self._bound(reward.upper_bound, reward.lower_bound)
+
+    def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
+        return self.reward.prefix(prompts, completions, **columns)
+
+    @property
+    def __name__(self) -> str:
+        return f"{self.reward.__name__}.prefix"
+
+
+class PartialScore(PrefixScore):
+    """A reward of the text so far as it is; what it rules out need not stay so."""
+
+    def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
+        return [self._mendable(s) for s in self.reward._scores(prompts, completions, columns)]
+
+
+class Combination(Reward):
+    """A reward made of others."""
+
+    def prefix(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
+        return self._of_prefixes(partial=False).score(prompts, completions, **columns)
+
+
+class Affine(Combination):
     """b + sum of w_i r_i; made by the operators of `Reward`.
 
     :raises ValueError: if a weight or the offset is not finite.
@@ -261,6 +322,9 @@ class Affine(Reward):
             total += weight * scores
         return list(total)
 
+    def _of_prefixes(self, partial: bool) -> Reward:
+        return Affine([(w, r._of_prefixes(partial)) for w, r in self.terms], self.offset)
+
     @property
     def __name__(self) -> str:
         return self._written(lambda reward: reward.__name__)
@@ -276,7 +340,7 @@ class Affine(Reward):
         return "-" * first[0] + first[1] + "".join((" - " if n else " + ") + text for n, text in rest)
 
 
-class Mapped(Reward):
+class Mapped(Combination):
     """A function of a reward; made by `Reward.map`."""
 
     def __init__(
@@ -294,13 +358,26 @@ class Mapped(Reward):
     def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
         return [self.function(float(s)) for s in self.reward._scores(prompts, completions, columns)]
 
+    def _of_prefixes(self, partial: bool) -> Reward:
+        reward = self.reward._of_prefixes(partial)
+        return MappedPrefix(reward, self.function, upper_bound=self.upper_bound, lower_bound=self.lower_bound)
+
     @property
     def __name__(self) -> str:
-        return f"{_name(self.function)}({self.reward.__name__})"
+        return f"{name_of(self.function)}({self.reward.__name__})"
 
     def __repr__(self) -> str:
         inner = f"({self.reward!r})" if isinstance(self.reward, Affine) else repr(self.reward)
-        return f"{inner}.map({_name(self.function)})"
+        return f"{inner}.map({name_of(self.function)})"
+
+
+class MappedPrefix(Mapped):
+    """A function of what a reward expects; the -inf that it makes of a finite score may be mended with that score."""
+
+    def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
+        expected = self.reward._scores(prompts, completions, columns)
+        values = [self.function(float(s)) for s in expected]
+        return [v if math.isinf(s) else self._mendable(v) for v, s in zip(values, expected, strict=True)]
 
 
 def _affine(reward: Reward) -> Affine:
@@ -309,36 +386,3 @@ def _affine(reward: Reward) -> Affine:
 
 def _class(reward: Reward) -> str:
     return str(type(reward).__name__)
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, numbers.Real)  # numpy's numbers too
-
-
-def _number(value: Any) -> float | None:
-    """A Python, numpy or torch scalar as a float, None if it is not one."""
-    if getattr(value, "ndim", None) == 0:
-        value = value.item()
-    return float(value) if _is_real(value) else None
-
-
-def _slack(bound: float) -> float:
-    return _ROUNDING * max(1.0, abs(bound)) if math.isfinite(bound) else 0.0
-
-
-def _name(function: Any) -> str:
-    while isinstance(function, partial):
-        function = function.func
-    return str(getattr(function, "__name__", type(function).__name__))
-
-
-def _parameters(function: Callable[..., Any]) -> tuple[frozenset[str] | None, frozenset[str]]:
-    """Names a function accepts (None: any) and names it must have."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some callables of extension modules have none
-        return None, frozenset()
-    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    required = frozenset(p.name for p in named if p.default is p.empty)
-    anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    return (None if anything else frozenset(p.name for p in named)), required

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+Flat = tuple[list[Any], list[str], dict[str, Any]]  # prompts, completions, columns
+
 
 def broadcast(
     prompts: Any, completions: Any, columns: Mapping[str, Any]
-) -> tuple[tuple[int, ...], list[Any], list[str], dict[str, Any]]:
-    """The common shape, and flat lists of equal length.
+) -> tuple[tuple[int, ...], tuple[int, ...], Flat]:
+    """The common shape, the completions' own, and flat lists of equal length.
 
     :raises TypeError: if one prompt or text stands where a list of them belongs, or a completion is no text.
     :raises ValueError: if shapes do not broadcast, or nested completions are ragged.
@@ -43,7 +45,17 @@ def broadcast(
             flat_columns[name] = flat(column)
         except ValueError:
             raise ValueError(f"column {name!r} of shape {column.shape} does not broadcast to {shape}") from None
-    return shape, flat(prompt_array), flat(text_array), flat_columns
+    return shape, text_array.shape, (flat(prompt_array), flat(text_array), flat_columns)
+
+
+def take(rows: Sequence[int] | np.ndarray, flat: Flat) -> Flat:
+    """Some of the entries; a column that is no list is handed on as it is."""
+    prompts, completions, columns = flat
+
+    def some(values: list[Any]) -> list[Any]:
+        return [values[i] for i in rows]
+
+    return some(prompts), some(completions), {k: some(v) if isinstance(v, list) else v for k, v in columns.items()}
 
 
 def _objects(values: Any) -> np.ndarray:

@@ -2,6 +2,9 @@
 
 Rewards of this kind are "verifiable" (Lambert et al. 2024, "Tulu 3", arXiv 2411.15124): right or wrong, with
 no model to fool. They read the completion.
+
+All can score unfinished texts, see `prefix`: a reward that counts or finds something says what the text so far has of
+it, one that has a target says how near the text can still come, and a constraint is kept until it is surely broken.
 """
 
 from __future__ import annotations
@@ -9,10 +12,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .base import Reward
+from .base import Reward, RewardError
 
 
 @dataclass(eq=False)
@@ -44,6 +48,13 @@ class Length(Reward):
         lengths = [self._count(text) for text in completions]
         return lengths if self.target is None else [-abs(n - self.target) for n in lengths]
 
+    def prefix(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
+        """The length so far; with a target the best score within reach, if a text only grows."""
+        scores = self.score(prompts, completions, **columns)
+        if self.target is None:
+            return scores
+        return [s if self._count(text) > self.target else 0.0 for s, text in zip(scores, completions, strict=True)]
+
     def _count(self, text: str) -> float:
         if callable(self.unit):
             return self.unit(text)
@@ -71,6 +82,8 @@ class Contains(Reward):
             phrase = self.phrase.casefold()
             return [float(phrase in text.casefold()) for text in completions]
         return [float(self.phrase in text) for text in completions]
+
+    prefix = score  # what is contained stays so; what is not yet counts as nothing
 
 
 @dataclass(eq=False)
@@ -104,6 +117,8 @@ class Matches(Reward):
         answers = columns[self.column]
         return [float(self._found(t) == str(a).strip()) for t, a in zip(completions, answers, strict=True)]
 
+    prefix = score  # what is found may yet grow or be corrected: a guess, as a 0 is
+
     def _found(self, text: str) -> str | None:
         matches = list(self._regex.finditer(text))
         found = matches[-1][1 if self._regex.groups else 0] if matches else None
@@ -117,12 +132,25 @@ class Constraint(Reward):
     Add constraints to rewards and to each other; scaling by a positive number leaves them as they are, and by
     zero switches them off. For the opposite, negate the predicate: a reward's negative would be +inf.
 
+    Of an unfinished text nothing is known, 0, unless the predicate is prefix-closed: then one that breaks it is lost.
+
     :param predicate: of the completion's text, taken as true or false as by ``filter``; or a reward that is 1
         or 0, such as `Contains` and `Matches`.
+    :param prefix_closed: the predicate holds of every beginning of a text that it holds of, the empty one too, as
+        ``lambda text: "refund" not in text`` does: what follows cannot mend a text that breaks it. A word still being
+        written is judged as it stands, so "every word is in my list" is not prefix-closed.
+    :raises ValueError: if it is called prefix-closed, and does not hold of the empty text.
     """
 
     predicate: Callable[[str], object] | Reward
+    prefix_closed: bool = False
     upper_bound = 0.0
+
+    def __post_init__(self) -> None:
+        if self.prefix_closed:
+            with suppress(RewardError):  # a predicate that needs columns cannot be tried here
+                if self._scores([""], [""], {})[0] < 0:
+                    raise ValueError("a prefix-closed predicate holds of the empty text, where every completion begins")
 
     def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
         if not isinstance(self.predicate, Reward):
@@ -132,3 +160,6 @@ class Constraint(Reward):
             if truth not in (0.0, 1.0):
                 self._fail(f"needs {self.predicate.__name__!r} to be 0 or 1, got {truth}", prompt, text)
         return [0.0 if truth else -math.inf for truth in truths]
+
+    def prefix(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
+        return self.score(prompts, completions, **columns) if self.prefix_closed else [0.0] * len(completions)

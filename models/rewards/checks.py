@@ -1,0 +1,83 @@
+"""What a reward function must be, and must give."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+import reprlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+
+short = reprlib.Repr()
+short.maxstring = short.maxother = 160
+_ROUNDING = 1e-6  # how far past a declared bound a score may be, relative to the bound: float32 models round
+
+
+def check_function(function: Any) -> None:
+    """:raises TypeError: if it is not callable, or a coroutine function."""
+    if not callable(function):
+        raise TypeError(f"a reward function must be callable, got {type(function).__name__}")
+    if inspect.iscoroutinefunction(function):
+        raise TypeError(f"{name_of(function)!r} is a coroutine function: wrap it in one that waits for it")
+
+
+def check_scores(result: Any, count: int, low: float, high: float, fail: Callable[[str, int], NoReturn]) -> np.ndarray:
+    """A function's result as ``count`` float64 scores within bounds; ``fail(what, i)`` raises, about completion i."""
+    if hasattr(result, "tolist"):  # arrays, tensors, series
+        result = result.tolist()
+    if not isinstance(result, Sequence) or isinstance(result, str):
+        fail(f"gave {type(result).__name__} instead of a list of {count} scores", 0)
+    if len(result) != count:
+        fail(f"gave {len(result)} scores for {count} completions", 0)
+    scores = np.empty(count)
+    highest = torch.finfo(torch.get_default_dtype()).max
+    for i, value in enumerate(result):
+        number = _number(value)
+        if number is None or math.isnan(number):
+            fail(f"gave {short.repr(value)} instead of a number", i)
+        if number > highest:
+            fail(f"gave {number}: a score must be below +inf", i)
+        scores[i] = number
+    for outside in (scores < low - _slack(low), scores > high + _slack(high)):
+        if outside.any():
+            i = int(outside.argmax())
+            fail(f"gave {scores[i]}, outside its bounds [{low}, {high}]", i)
+    return np.clip(scores, low, high)
+
+
+def is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real)  # numpy's numbers too
+
+
+def name_of(function: Any) -> str:
+    while isinstance(function, partial):
+        function = function.func
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def parameters(function: Callable[..., Any]) -> tuple[frozenset[str] | None, frozenset[str]]:
+    """Names a function accepts (None: any) and names it must have."""
+    try:
+        found = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some callables of extension modules have none
+        return None, frozenset()
+    named = [p for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    required = frozenset(p.name for p in named if p.default is p.empty)
+    anything = any(p.kind is p.VAR_KEYWORD for p in found)
+    return (None if anything else frozenset(p.name for p in named)), required
+
+
+def _number(value: Any) -> float | None:
+    """A Python, numpy or torch scalar as a float, None if it is not one."""
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    return float(value) if is_real(value) else None
+
+
+def _slack(bound: float) -> float:
+    return _ROUNDING * max(1.0, abs(bound)) if math.isfinite(bound) else 0.0

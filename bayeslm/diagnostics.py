@@ -6,9 +6,9 @@ posterior π* = joint / Z, and q the law the raw draws came from, with weights w
 Arrays are (chain, draw, prompt); information is in nats; an estimate pools chains and draws and comes one a
 prompt, as a pair (estimate, standard error). Where prompts share one weight they are one posterior, and
 "prompt" has length 1. Standard errors are the delta method's: an estimator has an influence φ per draw, and
-its variance is var(φ) / N for independent draws, var(φ) / ESS for a Markov chain. One that cannot be known (a
-single draw, an infinite estimate) is inf. Draws of one particle system are taken as independent, which they
-are only between chains.
+its variance is var(φ) / N for independent draws, var(φ) / ESS for a Markov chain; particles that descend from
+one root count as one draw (see `weights.standard_error`). One that cannot be known (a single draw, an infinite
+estimate) is inf.
 
 A log weight may be −inf (a draw that breaks a constraint); NaN and +inf raise ValueError.
 """
@@ -21,15 +21,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from bayeslm.bounds import certify
 from bayeslm.weights import (
     POOL,
     Array,
     Estimate,
+    chain_log_evidence,
     checked,
     ess,
     evidence_influence,
     log_evidence,
     num_draws,
+    num_roots,
     psis,
     standard_error,
 )
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "best_of_n_kl_bound",
+    "certify",
+    "chain_log_evidence",
     "compare",
     "distinct_n",
     "entropy",
@@ -50,6 +55,7 @@ __all__ = [
     "kl_to_posterior",
     "kl_to_prior",
     "log_evidence",
+    "num_roots",
     "psis",
     "rhat",
     "summary",
@@ -86,8 +92,8 @@ def expectation(posterior: Posterior, values: ArrayLike, *, weighted: bool = Tru
     """E[values] under the posterior, or with `weighted=False` under q, the law of the raw draws.
 
     `values` is (chain, draw, prompt); the last axis may be any where prompts share one weight. By
-    self-normalised importance sampling μ = Σwf / Σw with φ = N w (f − μ) / Σw for weighted draws; a plain
-    mean for equally weighted ones; exact, with standard error 0, for an enumeration. Infinite values at draws
+    self-normalised importance sampling μ = Σwf / Σw with φ = N w (f − μ) / Σw for weighted draws and particles;
+    a plain mean for equally weighted ones; exact, with standard error 0, for an enumeration. Infinite values at draws
     of zero weight do not count.
     Source: Owen 2013, ch. 9.
     Raises ValueError on a wrong shape, and if every weight of a prompt is zero.
@@ -102,7 +108,8 @@ def kl_to_prior(posterior: Posterior, *, weighted: bool = True) -> Estimate:
     Shape (prompt,). NaN where it cannot be known: the engine gives no evidence, or `weighted=False` meets
     draws of zero weight (log w and l are both −inf there, so log q is lost).
     Source: Korbak, Perez, Buckley 2022, arXiv 2205.11275.
-    Raises ValueError for uncorrected draws, whose law is unknown (for best-of-n see `best_of_n_kl_bound`).
+    Raises ValueError for uncorrected draws, whose law is unknown (for best-of-n see `best_of_n_kl_bound`), and
+    with `weighted=False` for particles and conditional runs, whose single draws have no known law.
     """
     likelihood = _total_log_likelihood(posterior)
     if _wants_q(posterior, weighted):
@@ -118,10 +125,11 @@ def kl_to_posterior(posterior: Posterior, reference: ArrayLike | tuple[ArrayLike
     (2, prompt). The own estimate is low, as log Z's is, and blind to modes q never visits. inf where q has
     mass and π* has none.
     Source: the gap of the ELBO; bounds from both sides: Grosse, Ghahramani, Adams 2015, arXiv 1511.02543.
-    Raises ValueError unless the draws are weighted.
+    Raises ValueError unless the draws are weighted, and all from q: for particles see `certify`.
     """
-    if posterior.kind != "weighted":
-        raise ValueError(f"KL(q ‖ posterior) needs weighted draws, of a known law: not {posterior.kind} ones")
+    if not _is_of_q(posterior):
+        kind = "conditional" if posterior.conditional else posterior.kind
+        raise ValueError(f"KL(q ‖ posterior) needs weighted draws, of a known law: not {kind} ones")
     lw = checked(posterior.log_weights)
     mean, influence = _mean(posterior, lw, weighted=False)
     if reference is None:
@@ -217,7 +225,7 @@ def summary(
     add("reward", expectation(posterior, posterior.rewards, weighted=weighted))
     if posterior.kind != "uncorrected":
         add("kl_to_prior", kl_to_prior(posterior, weighted=weighted))
-    if posterior.kind == "weighted":
+    if _is_of_q(posterior):
         gap, stderr = kl_to_posterior(posterior, reference_log_evidence)
         if gap.ndim == 2:
             columns |= {"kl_to_posterior_lower": gap[0], "kl_to_posterior_upper": gap[1]}
@@ -227,6 +235,8 @@ def summary(
     add("log_evidence", (posterior.log_evidence, posterior.log_evidence_stderr))
     if posterior.kind == "weighted":
         columns |= {"ess": ess(posterior.log_weights), "khat": psis(posterior.log_weights)[1]}
+    elif posterior.roots is not None:
+        columns |= {"ess": ess(posterior.log_weights), "roots": num_roots(posterior.roots)}
     elif posterior.kind != "enumerated":
         columns["ess"] = ess_bulk(posterior.rewards)
     if posterior.kind != "enumerated":
@@ -281,16 +291,17 @@ def _stderr(posterior: Posterior, estimate: Array, influence: Array) -> Array:
     if posterior.kind in ("markov", "uncorrected"):  # neighbours may be alike
         from bayeslm.arviz import statistic
 
-        return standard_error(estimate, influence, statistic("ess", influence, method="mean"))
-    return standard_error(estimate, influence)
+        return standard_error(estimate, influence, size=statistic("ess", influence, method="mean"))
+    return standard_error(estimate, influence, roots=posterior.roots)
 
 
 def _mean_over_evidence(posterior: Posterior, values: Array) -> Estimate:
-    """E_π*[values] − log Z. For weighted draws both come from the same weights: their influences subtract."""
+    """E_π*[values] − log Z. With weights both come from the same draws: their influences subtract."""
     mean, influence = _mean(posterior, values, weighted=True)
-    if posterior.kind == "weighted":
+    if posterior.kind in ("weighted", "particles") and not posterior.conditional:
         lw = checked(posterior.log_weights)
-        return mean - log_evidence(lw)[0], standard_error(mean, influence - evidence_influence(lw))
+        difference = influence - evidence_influence(lw)
+        return mean - log_evidence(lw)[0], standard_error(mean, difference, roots=posterior.roots)
     own = _stderr(posterior, mean, influence)
     known = np.where(np.isnan(posterior.log_evidence_stderr), np.inf, posterior.log_evidence_stderr)
     return mean - posterior.log_evidence, np.hypot(own, known)
@@ -299,7 +310,15 @@ def _mean_over_evidence(posterior: Posterior, values: Array) -> Estimate:
 def _wants_q(posterior: Posterior, weighted: bool) -> bool:
     if posterior.kind == "uncorrected":
         raise ValueError("the law of uncorrected draws is unknown: they have no divergence and no entropy")
+    if not weighted and (posterior.kind == "particles" or posterior.conditional):
+        kind = "conditional" if posterior.conditional else posterior.kind
+        raise ValueError(f"single draws have no known law ({kind}), so no divergence and no entropy: see certify")
     return posterior.kind == "weighted" and not weighted
+
+
+def _is_of_q(posterior: Posterior) -> bool:
+    """Whether raw draws are independent draws of one law q that the weights tell."""
+    return posterior.kind == "weighted" and not posterior.conditional
 
 
 def _total_log_likelihood(posterior: Posterior) -> Array:

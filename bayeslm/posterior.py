@@ -10,7 +10,8 @@ import numpy as np
 
 from bayeslm.weights import Array, normalise, num_draws, psis
 
-KINDS = ("enumerated", "exact", "weighted", "markov", "uncorrected")
+KINDS = ("enumerated", "exact", "weighted", "particles", "markov", "uncorrected")
+RESAMPLED = {"enumerated": "exact", "weighted": "uncorrected", "particles": "uncorrected"}  # what draws become
 LABEL_WIDTH = 60  # longest label of a prompt in tables and coordinates
 ENUMERATED_DRAWS = 1000  # drawn from an enumeration, which has no number of draws of its own
 
@@ -30,7 +31,8 @@ class Posterior:
     """(chain, draw, *batch, *event): latent sites, completions as token ids, deterministic sites."""
     log_weights: Array
     """(chain, draw, prompt): log joint − log q, unnormalised; 0 for equally weighted draws; −inf allowed.
-    Of an enumeration log joint + log(number of values), so that log mean exp is log Z."""
+    Of an enumeration log joint + log(number of values), so that log mean exp is log Z; of particles such that
+    it is unbiased for Z in each chain."""
     log_joint: Array
     """(chain, draw, prompt): log p(x, reward)."""
     log_likelihood: dict[str, Array]
@@ -41,7 +43,8 @@ class Posterior:
     """(prompt,): its standard error."""
     kind: str
     """"enumerated" (every value once, weights exact), "exact" (independent draws of the posterior),
-    "weighted" (draws of q with weights), "markov" (chains that converge to it), "uncorrected" (draws of an
+    "weighted" (independent draws of q with weights), "particles" (weighted draws of a particle system, which
+    depend on one another within a chain), "markov" (chains that converge to it), "uncorrected" (draws of an
     unknown law: best-of-n)."""
     engine: str
     """The engine's name."""
@@ -62,9 +65,14 @@ class Posterior:
     policy: Any = None
     """The trained language model, if there is one; it is saved by its own `save_pretrained`."""
     log_evidence_lower: Array | None = None
-    """(prompt,): a stochastic lower bound on log Z, where the engine has one."""
+    """(prompt,): a stochastic lower bound on log Z, where the engine has one: the mean of the chains' log Ẑ."""
     log_evidence_upper: Array | None = None
-    """(prompt,): a stochastic upper bound on log Z, where the engine has one."""
+    """(prompt,): a stochastic upper bound on log Z, where the engine has one: that mean of a conditional run."""
+    roots: Array | None = None
+    """(chain, draw, prompt) int, of particles: which particle of its chain each descends from."""
+    conditional: bool = False
+    """Whether draw 0 of each chain is a draw of the posterior itself, given to the engine and retained: log Ẑ of
+    a chain is then an upper bound on log Z in expectation, else a lower one."""
     policy_path: Path | None = None
     """Where a loaded posterior's policy lies, for `LanguageModel.from_pretrained(posterior.policy_path)`."""
 
@@ -114,12 +122,13 @@ class Posterior:
     def weights(self) -> Array:
         """Weights (chain, draw, prompt) that sum to 1 over chains and draws for each prompt.
 
-        Pareto-smoothed for weighted draws, exact for an enumeration, equal for all others.
+        Pareto-smoothed for weighted draws, exact for an enumeration, equal for all others. Particles keep
+        their own: resampling has tempered them, and the fit of a tail needs independent draws.
         Raises ValueError if every weight of a prompt is zero.
         """
         if self.kind == "weighted":
             return np.exp(psis(self.log_weights)[0])
-        if self.kind == "enumerated":
+        if self.kind in ("enumerated", "particles"):
             return np.exp(normalise(self.log_weights))
         return np.full(self.log_weights.shape, 1.0 / num_draws(self.log_weights))
 
@@ -132,14 +141,13 @@ class Posterior:
         is per chain: by default as many as there are, which leaves equally weighted draws as they are, and
         1000 for an enumeration.
 
-        The result is "exact" for an enumeration, "uncorrected" for weighted draws, and unchanged in kind
-        otherwise.
+        The result is "exact" for an enumeration, "uncorrected" for weighted draws and particles, and
+        unchanged in kind otherwise.
         Source: Carpenter, Clifford, Fearnhead 1999, Improved particle filter for nonlinear problems.
         Raises ValueError if every weight of a prompt is zero, or num_draws < 1.
         """
         picked = pick(self, num_draws, seed)
-        kind = {"enumerated": "exact", "weighted": "uncorrected"}.get(self.kind, self.kind)
-        return replace(picked, kind=kind, log_weights=np.zeros_like(picked.log_weights))
+        return replace(picked, log_weights=np.zeros_like(picked.log_weights))
 
     def best(self, prompt: int = 0, k: int = 5, site: str | None = None) -> list[tuple[str, float]]:
         """The k distinct texts of highest reward among a prompt's raw draws, best first, with their rewards.
@@ -184,10 +192,10 @@ class Posterior:
 
 
 def pick(posterior: Posterior, num_draws: int | None, seed: int) -> Posterior:
-    """What `Posterior.resample` picks, each draw still with its own log weight (its kind unchanged)."""
+    """What `Posterior.resample` picks, each draw still with its own log weight."""
     if num_draws is not None and num_draws < 1:
         raise ValueError(f"num_draws must be at least 1, not {num_draws}")
-    if num_draws is None and posterior.kind not in ("weighted", "enumerated"):
+    if num_draws is None and posterior.kind not in RESAMPLED:
         return posterior
     chains, own, columns = posterior.log_weights.shape
     draws = num_draws or (ENUMERATED_DRAWS if posterior.kind == "enumerated" else own)
@@ -208,6 +216,8 @@ def pick(posterior: Posterior, num_draws: int | None, seed: int) -> Posterior:
     dims = posterior.dims
     return replace(
         posterior,
+        kind=RESAMPLED.get(posterior.kind, posterior.kind),
+        roots=None,
         samples={name: take(x, dims.get(name, ())) for name, x in posterior.samples.items()},
         texts={name: take(x, dims[name][:-1]) for name, x in posterior.texts.items()},
         lengths={name: take(x, dims[name][:-1]) for name, x in posterior.lengths.items()},
@@ -253,6 +263,14 @@ def _validate(posterior: Posterior) -> None:
     for name in ("log_evidence", "log_evidence_stderr", "log_evidence_lower", "log_evidence_upper"):
         if (array := getattr(posterior, name)) is not None:
             expect(name, array, (columns,))
+
+    if (posterior.roots is None) == (posterior.kind == "particles"):
+        raise ValueError(f"roots belong to particles and to them alone: kind is {posterior.kind!r}")
+    if posterior.roots is not None:
+        expect("roots", posterior.roots, weights.shape)
+        inside = (posterior.roots >= 0) & (posterior.roots < leading[1])
+        if posterior.roots.dtype.kind not in "iu" or not inside.all():
+            raise ValueError(f"roots must be indices of a chain's particles, 0 to {leading[1] - 1}")
 
     for name, array in posterior.samples.items():
         dims = posterior.dims.get(name, ())

@@ -62,7 +62,8 @@ def _row(name: str, posterior: Posterior, prompt: int, *, weighted: bool) -> lis
 
 
 def _has_policy(posterior: Posterior) -> bool:
-    return posterior.policy is not None or posterior.policy_path is not None
+    """Whether the raw draws are a trained policy's own."""
+    return posterior.kind == "weighted" and (posterior.policy is not None or posterior.policy_path is not None)
 
 
 def best_texts(posteriors: Mapping[str, Posterior], k: int = 3) -> Table | None:
@@ -110,11 +111,20 @@ def warnings(posteriors: Mapping[str, Posterior]) -> list[str]:
             lines.append(f"{name} is a baseline: its draws are not from the posterior, and log Z is the prior draws'.")
         if posterior.stats.get("interrupted"):
             lines.append(f"{name} was interrupted: its figures are of what it had.")
-        if posterior.kind != "weighted":
+        if posterior.conditional:
+            lines.append(f"{name} was given draws of the posterior: it is for bounds on log Z, not for comparison.")
+        if posterior.kind not in ("weighted", "particles"):
             continue
-        khat = diagnostics.psis(posterior.log_weights)[1]
-        ess = diagnostics.ess(posterior.log_weights)
-        for label, k, size in zip(posterior.prompt_labels, khat, ess, strict=False):
-            if k > KHAT_LIMIT or size < ESS_LIMIT:
-                lines.append(f"{name}, {label!r}: k̂ {k:.2f}, ESS {size:.0f}: draw more, or use a better proposal.")
+        size, labels = diagnostics.ess(posterior.log_weights), posterior.prompt_labels
+        if posterior.roots is not None:
+            for label, ess, roots in zip(labels, size, diagnostics.num_roots(posterior.roots), strict=False):
+                if ess < ESS_LIMIT or roots < ESS_LIMIT:
+                    lines.append(
+                        f"{name}, {label!r}: ESS {ess:.0f}, of {roots} first particles: use more particles or chains, "
+                        "or a better twist or proposal."
+                    )
+            continue
+        for label, khat, ess in zip(labels, diagnostics.psis(posterior.log_weights)[1], size, strict=False):
+            if khat > KHAT_LIMIT or ess < ESS_LIMIT:
+                lines.append(f"{name}, {label!r}: k̂ {khat:.2f}, ESS {ess:.0f}: draw more, or use a better proposal.")
     return lines

@@ -34,6 +34,7 @@ SINGLE = (
     "log_evidence_stderr",
     "log_evidence_lower",
     "log_evidence_upper",
+    "roots",
 )
 GROUPS = ("samples", "log_likelihood", "lengths", "prior", "observed", "stats")
 
@@ -86,6 +87,7 @@ def load(directory: Path) -> Posterior:
         **fields,
         texts={name: _strings(**value) for name, value in texts.items()},
         kind=meta["kind"],
+        conditional=meta.get("conditional", False),  # posteriors saved by 0.1.0 have none
         engine=meta["engine"],
         dims={name: tuple(dims) for name, dims in meta["dims"].items()},
         prompts=meta["prompts"],
@@ -114,6 +116,7 @@ def _write(posterior: Posterior, directory: Path) -> None:
         "version": __version__,
         "engine": posterior.engine,
         "kind": posterior.kind,
+        "conditional": posterior.conditional,
         "dims": posterior.dims,
         "prompts": posterior.prompts,
         "order": list(grouped),

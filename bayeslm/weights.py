@@ -20,17 +20,23 @@ MIN_TAIL = 5  # distinct values that a fit of the generalised Pareto law needs (
 TIE = 1e-4  # log weights closer than this count as one value: sums of float32 log-probabilities are no finer
 
 
-def log_evidence(log_weights: ArrayLike) -> Estimate:
-    """log Z = log mean(w) from independent weighted draws, shape (prompt,).
+def log_evidence(log_weights: ArrayLike, roots: ArrayLike | None = None) -> Estimate:
+    """log Z = log mean(w), shape (prompt,): of independent weighted draws, or of particles with their `roots`.
 
-    mean(w) is unbiased for Z; its logarithm is low by about var(w) / (2 N Z²). φ = w / mean(w) − 1, so the
-    standard error is sd(w) / (mean(w) √N). Where every weight is zero the estimate is −inf, its standard
-    error inf.
+    mean(w) is unbiased for Z; its logarithm is low by about var(w) / (2 N Z²). φ = w / mean(w), so of
+    independent draws the standard error is sd(w) / (mean(w) √N); of particles see `standard_error`. Where
+    every weight is zero the estimate is −inf, its standard error inf.
     Source: Owen 2013, Monte Carlo theory, methods and examples, ch. 9.
     """
     lw = checked(log_weights)
     estimate = logsumexp(lw, axis=POOL) - np.log(num_draws(lw))
-    return estimate, standard_error(estimate, evidence_influence(lw))
+    return estimate, standard_error(estimate, evidence_influence(lw), roots=roots)
+
+
+def chain_log_evidence(log_weights: ArrayLike) -> Array:
+    """log Ẑ of each chain, (chain, prompt): log mean(w) over its draws."""
+    lw = checked(log_weights)
+    return logsumexp(lw, axis=1) - np.log(lw.shape[1])
 
 
 def ess(log_weights: ArrayLike) -> Array:
@@ -100,17 +106,49 @@ def num_draws(array: Array) -> int:
 
 
 def evidence_influence(log_weights: Array) -> Array:
-    """φ of log mean(w): w / mean(w) − 1."""
+    """φ of log mean(w), up to a constant: w / mean(w)."""
     weights = _relative(log_weights)
-    return weights / np.maximum(weights.mean(axis=POOL), np.finfo(float).tiny) - 1.0
+    return weights / np.maximum(weights.mean(axis=POOL), np.finfo(float).tiny)
 
 
-def standard_error(estimate: Array, influence: Array, size: Array | None = None) -> Array:
-    """√(var(φ) / size), size being the number of draws or an effective one; inf where it cannot be known."""
-    count = num_draws(influence)
+def standard_error(
+    estimate: Array, influence: Array, *, size: Array | None = None, roots: ArrayLike | None = None
+) -> Array:
+    """√(var(φ) / N) of an estimator with influence φ (chain, draw, prompt), known up to a constant.
+
+    `size` is the effective number of draws of a Markov chain, in the place of N. Particles that share a root
+    (`roots`, see `Posterior.roots`) are dependent, so all that descend from one count as one draw. With
+    S_k = Σ φ over the descendants of root k, 0 if it has none, and K roots that have some,
+        var = K / (K − 1) Σ_k (S_k − mean(S))² / N²,    k = 1 ... N.
+    For an expectation this is consistent; for log Z it may be high, by the number of resamplings over N at
+    most (under multinomial resampling; less under the others).
+    inf where the error cannot be known: one draw, one root, an infinite estimate.
+    Source: Chan and Lai 2013, arXiv 1312.5114; Lee and Whiteley 2018, arXiv 1509.00394.
+    """
+    count = clusters = num_draws(influence)
+    if roots is not None:
+        influence, alive = _by_root(influence, np.asarray(roots))
+        clusters = alive.sum(axis=POOL)
     with np.errstate(invalid="ignore", divide="ignore"):
-        error = np.sqrt(np.sum(influence**2, axis=POOL) / (count - 1) / (count if size is None else size))
+        spread = np.sum((influence - influence.mean(axis=POOL)) ** 2, axis=POOL) / count
+        error = np.sqrt(spread * np.divide(clusters, np.subtract(clusters, 1)) / (count if size is None else size))
     return np.where(np.isfinite(estimate) & np.isfinite(error), error, np.inf)
+
+
+def num_roots(roots: ArrayLike) -> Array:
+    """How many roots have descendants among the particles, shape (prompt,)."""
+    roots = np.asarray(roots)
+    return _by_root(np.zeros(roots.shape), roots)[1].sum(axis=POOL)
+
+
+def _by_root(influence: Array, roots: Array) -> tuple[Array, Array]:
+    """Σ φ over the descendants of each root, and whether it has any; both (chain, root, prompt)."""
+    chains, size, columns = influence.shape
+    chain, _, column = np.ogrid[:chains, :size, :columns]
+    cell = ((chain * size + roots) * columns + column).ravel()  # roots may be one column for all prompts
+    sums = np.bincount(cell, influence.ravel(), minlength=influence.size)
+    alive = np.bincount(cell, minlength=influence.size) > 0
+    return sums.reshape(influence.shape), alive.reshape(influence.shape)
 
 
 def _relative(log_weights: Array) -> Array:

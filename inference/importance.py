@@ -4,6 +4,9 @@ r"""Importance sampling: weigh draws of a proposal q by what they miss of the po
 
 With the prior as the proposal the weight is the likelihood alone. The k-hat of Pareto-smoothed importance sampling
 (Vehtari, Simpson, Gelman, Yao and Gabry, arXiv 1507.02646) says whether the weights can be trusted: below 0.7.
+
+Conditional importance sampling has a draw of the posterior itself as the first of each chain: log \hat Z is then an
+upper bound of log Z in expectation, as it is a lower bound without (`retained`, `bayeslm.diagnostics.certify`).
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from .checks import check_counts
 from .guides import PolicyGuide
 from .program import inspect, seeded
 from .results import Stopwatch, draw, posterior
+from .retained import check_retained, in_front, retained_particles
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class ImportanceSampling:
     :param num_chains: independent replicates.
     :param guide: the proposal: a Pyro guide of the program, or a `LanguageModel` that takes the place of the
         program's own (a policy trained by `SVI`). None proposes from the prior.
+    :param retained: exact draws of the posterior, from `RejectionSampling` or `Exact` on the same program: chain c
+        has the c-th of them as its first particle, and log Z is bounded from above. At least one a chain.
     :param batch_size: particles run at once; by default what bounded memory takes.
     :param vectorize: run all particles of a batch as one program run; False for programs whose Python code
         depends on single latent values.
@@ -38,6 +44,7 @@ class ImportanceSampling:
     num_particles: int = 256
     num_chains: int = 1
     guide: Callable[..., Any] | LanguageModel | None = None
+    retained: Posterior | None = None
     batch_size: int | None = None
     vectorize: bool = True
     seed: int | None = None
@@ -45,15 +52,27 @@ class ImportanceSampling:
 
     def __post_init__(self) -> None:
         check_counts(self, "num_particles", "num_chains", "batch_size")
+        check_retained(self)
 
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Sample the posterior of ``model(*args, **kwargs)``. ``stats``: ``ess`` and ``khat`` a prompt.
 
         :raises EvidenceError: if no draw has positive probability.
+        :raises ProgramError: if the retained draws are not of this program, or the guide cannot have proposed them.
         """
         with seeded(self.seed), Stopwatch() as watch:
             program = inspect(model, *args, **kwargs)
             guide = PolicyGuide(program, self.guide) if isinstance(self.guide, LanguageModel) else self.guide
+            kept = None
+            if self.retained is not None:
+                kept = retained_particles(
+                    program,
+                    self.retained,
+                    self.num_chains,
+                    guide,
+                    batch_size=self.batch_size,
+                    vectorize=self.vectorize,
+                )
             particles, interrupted = draw(
                 program,
                 guide,
@@ -65,10 +84,11 @@ class ImportanceSampling:
             )
             return posterior(
                 program,
-                particles,
+                particles if kept is None else in_front(kept, particles),
                 engine="ImportanceSampling",
                 kind="weighted",
                 num_chains=self.num_chains,
+                conditional=kept is not None,
                 stats=watch.read() | {"interrupted": interrupted},
                 prior=particles if guide is None else None,
             )

@@ -9,7 +9,7 @@ whether its posterior factorises over prompts. It is then run with all particles
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +117,36 @@ class Program:
         log_prob = log_prob.movedim(self.prompt_dim, 1)
         return log_prob.reshape(num_particles, log_prob.shape[1], -1).sum(-1)
 
+    def pooled(self, term: Tensor) -> Tensor:
+        """A term (particle, prompt) as weights have it: (particle, 1) where prompts are one posterior."""
+        if self.shared:
+            return term.sum(-1, keepdim=True)
+        return term.expand(-1, self.num_prompts)
+
+    def take(self, name: str, value: Tensor, index: Tensor) -> Tensor:
+        """A site's value (particle, *batch, ...) of the particles that ``index`` (draw, prompt) names."""
+        if self.shared:
+            return value[index[:, 0].to(value.device)]
+        return _along(value, 1 + self.sites[name].dims.index("prompt"), index)
+
+
+_BRANCHES = ("is ambiguous", "only one element tensors", "a Tensor with", "only integer tensors of a single element")
+
+
+@contextlib.contextmanager
+def branches_explained() -> Iterator[None]:
+    """Says why a program whose Python code asks for one value cannot be run for all prompts and particles at once."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError) as error:
+        if not any(sign in str(error) for sign in _BRANCHES):
+            raise
+        raise ProgramError(
+            "the program's Python code needs a single value where each prompt and particle has its own "
+            f"({str(error).splitlines()[0]}): engines run all of them at once and cannot follow each one's branch. Use "
+            "torch.where, or ImportanceSampling(vectorize=False) with one prompt"
+        ) from error
+
 
 class Arbitrary(Messenger):
     """Gives completions arbitrary tokens instead of running the network."""
@@ -180,7 +210,7 @@ def inspect(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Program:
     :raises ProgramError: if it has no latent site, or one that engines would weigh wrongly: in a subsampled plate,
         under `poutine.scale`, or with a batch dimension that no plate declares.
     """
-    with torch.no_grad(), poutine.block(), Arbitrary():
+    with torch.no_grad(), branches_explained(), poutine.block(), Arbitrary():
         trace = prune_subsample_sites(poutine.trace(model).get_trace(*args, **kwargs))
     sites: dict[str, Site] = {}
     sizes: dict[int, int] = {}
@@ -267,19 +297,13 @@ class Particles:
         """New particles that have, for each prompt, the particles that ``index`` (draw, prompt) names."""
         if program.shared:
             return self[index[:, 0].to(self.log_prior.device)]
-
-        def along(x: Tensor, axis: int) -> Tensor:
-            shape = [1] * x.dim()
-            shape[0], shape[axis] = index.shape
-            return x.gather(0, index.to(x.device).reshape(shape).expand(len(index), *x.shape[1:]))
-
-        axes = {s.name: 1 + s.dims.index("prompt") for s in program.sites.values() if "prompt" in s.dims}
+        inside = [name for name in self.values if "prompt" in program.sites[name].dims]
         return Particles(
-            {name: along(value, axes[name]) for name, value in self.values.items() if name in axes},
-            along(self.log_prior, 1),
-            along(self.log_proposal, 1),
-            {name: along(term, 1) for name, term in self.log_likelihood.items()},
-            {name: along(scores, axes[name]) for name, scores in self.token_scores.items()},
+            {name: program.take(name, self.values[name], index) for name in inside},
+            _along(self.log_prior, 1, index),
+            _along(self.log_proposal, 1, index),
+            {name: _along(term, 1, index) for name, term in self.log_likelihood.items()},
+            {name: program.take(name, scores, index) for name, scores in self.token_scores.items()},
         )
 
     @staticmethod
@@ -291,6 +315,13 @@ class Particles:
             {name: torch.cat([p.log_likelihood[name] for p in parts]) for name in parts[0].log_likelihood},
             {name: torch.cat([p.token_scores[name] for p in parts]) for name in parts[0].token_scores},
         )
+
+
+def _along(x: Tensor, axis: int, index: Tensor) -> Tensor:
+    """x (particle, ...) gathered by ``index`` (draw, prompt), prompts being ``axis`` of x."""
+    shape = [1] * x.dim()
+    shape[0], shape[axis] = index.shape
+    return x.gather(0, index.to(x.device).reshape(shape).expand(len(index), *x.shape[1:]))
 
 
 def traces(
@@ -317,16 +348,17 @@ def traces(
                     "of their own: put it inside the plate (AutoNormal does), or a latent of the program outside"
                 )
         model = poutine.replay(model, trace=guide_trace)
-    model_trace = poutine.trace(in_plate(model)).get_trace(*program.args, **program.kwargs)
+    with branches_explained():
+        model_trace = poutine.trace(in_plate(model)).get_trace(*program.args, **program.kwargs)
     return prune_subsample_sites(model_trace), guide_trace
 
 
-def site_terms(program: Program, trace: Trace, num_particles: int) -> dict[str, Tensor]:
-    """The log_prob of every site of a trace, (particle, prompt), checked: no NaN, no +inf."""
-    trace.compute_log_prob()
+def site_terms(program: Program, trace: Trace, num_particles: int, *, skip: Container[str] = ()) -> dict[str, Tensor]:
+    """The log_prob of every site of a trace but ``skip``, (particle, prompt), checked: no NaN, no +inf."""
+    trace.compute_log_prob(site_filter=lambda name, node: name not in skip)
     terms = {}
     for name, node in sample_sites(trace):
-        if node["infer"].get("_deterministic", False):
+        if name in skip or node["infer"].get("_deterministic", False):
             continue
         term = program.terms(node["log_prob"], num_particles, in_prompts(node))
         bad = torch.isnan(term) | (term == torch.inf)
@@ -363,20 +395,17 @@ def run_particles(
         )
     zero = torch.zeros((num_particles, program.weight_prompts), device=program.device)
 
-    def total(term: Tensor) -> Tensor:
-        return zero + (term.sum(-1, keepdim=True) if program.shared else term)
-
     latent = [site.name for site in program.latents]  # in order: sums must not depend on a set's
-    auxiliary = sum((total(t) for n, t in guide_terms.items() if n not in program.sites), zero)
+    auxiliary = sum((program.pooled(t) for n, t in guide_terms.items() if n not in program.sites), zero)
     return Particles(
         values={
             site.name: site_value(site, nodes[site.name]["value"], num_particles)
             for site in program.sites.values()
             if site.kind != "observed"
         },
-        log_prior=sum((total(terms[name]) for name in latent), zero),
-        log_proposal=sum((total(guide_terms.get(name, terms[name])) for name in latent), auxiliary),
-        log_likelihood={name: total(term) for name, term in terms.items() if name not in latent},
+        log_prior=sum((program.pooled(terms[name]) for name in latent), zero),
+        log_proposal=sum((program.pooled(guide_terms.get(name, terms[name])) for name in latent), auxiliary),
+        log_likelihood={name: program.pooled(term) for name, term in terms.items() if name not in latent},
         token_scores={
             site.name: site_value(site, _token_scores(nodes[site.name]), num_particles) for site in program.completions
         },

@@ -83,6 +83,8 @@ def posterior(
     stats: dict[str, Any],
     evidence: tuple[np.ndarray, np.ndarray] | None = None,
     log_weights: Tensor | None = None,
+    roots: Tensor | None = None,
+    conditional: bool = False,
     prior: Particles | None = None,
     policy: Any = None,
 ) -> Posterior:
@@ -90,7 +92,10 @@ def posterior(
 
     :param stats: what the engine saw; weighted draws add ``ess`` and ``khat``, one a prompt.
     :param log_weights: (particle, prompt), if not the particles' own log p - log q.
-    :param evidence: log Z and its standard error, if not from the weights.
+    :param roots: (particle, prompt), of kind "particles": see `Posterior.roots`.
+    :param conditional: whether particle 0 of each chain began as a draw of the posterior: see `Posterior.conditional`.
+    :param evidence: log Z and its standard error, if not from the weights, which also bound it where the kind is
+        "weighted" or "particles": from above in a conditional run, from below in others.
     :raises EvidenceError: if every weight of a prompt is zero.
     """
     draws = len(particles.log_prior) // num_chains
@@ -104,8 +109,14 @@ def posterior(
     weights = split(particles.log_weights if log_weights is None else log_weights)
     labels = prompt_labels(program)
     check_evidence(split(particles.log_joint), labels)
-    if evidence is None:
-        evidence = diagnostics.log_evidence(weights)
+    origins = None if roots is None else split(roots)
+    by_chain = diagnostics.chain_log_evidence(weights)  # (chain, prompt)
+    if evidence is None and conditional:  # 1 / Z-hat of a chain is unbiased for 1 / Z
+        inverse, stderr = diagnostics.log_evidence(-by_chain[:, None])
+        evidence = -inverse, stderr
+    elif evidence is None:
+        evidence = diagnostics.log_evidence(weights, origins)
+    has_bound = kind in ("weighted", "particles")
     if kind == "weighted":
         stats |= {"ess": diagnostics.ess(weights), "khat": diagnostics.psis(weights)[1]}
     values = {name: split(particles.values[name]) for name in _kept(program)}
@@ -125,6 +136,10 @@ def posterior(
         log_likelihood={name: split(term) for name, term in particles.log_likelihood.items()},
         log_evidence=evidence[0],
         log_evidence_stderr=evidence[1],
+        log_evidence_lower=by_chain.mean(0) if has_bound and not conditional else None,
+        log_evidence_upper=by_chain.mean(0) if has_bound and conditional else None,
+        roots=origins,
+        conditional=conditional,
         kind=kind,
         engine=engine,
         dims={name: program.sites[name].dims for name in values},

@@ -13,6 +13,7 @@ from toys import (
     REWARD,
     TARGET,
     Gaussian,
+    RandomWalk,
     assert_calibrated,
     discrete,
     enumerated,
@@ -21,6 +22,7 @@ from toys import (
 )
 
 from bayeslm import Posterior, diagnostics
+from bayeslm.weights import standard_error
 
 TOY = Gaussian()
 KL_TARGET_PRIOR = TOY.kl(TOY.y / 2, 0.5, 0.0, 1.0)
@@ -58,6 +60,82 @@ def test_a_good_policy_s_divergence_is_known_far_better_than_its_two_terms() -> 
 def test_exact_draws_give_the_truth_with_honest_standard_errors(name: str) -> None:
     estimator, truth = ESTIMATORS[name]
     assert_calibrated(*estimator(TOY.posterior(2, "exact")), truth)
+
+
+WALK = RandomWalk()
+FILTERED: dict[str, tuple[Callable[[Posterior], diagnostics.Estimate], float]] = {
+    "first state": (lambda p: diagnostics.expectation(p, p.samples["x"][..., 0]), WALK.mean[0]),
+    "last state": (lambda p: diagnostics.expectation(p, p.samples["x"][..., -1]), WALK.mean[-1]),
+    "log evidence": (lambda p: diagnostics.log_evidence(p.log_weights, p.roots), WALK.log_z),
+    "KL(target, prior)": (diagnostics.kl_to_prior, WALK.kl_to_prior),
+    "entropy of target": (diagnostics.entropy, WALK.entropy),
+}
+
+
+@pytest.mark.parametrize("name", FILTERED)
+def test_particles_give_the_truth_with_honest_standard_errors(name: str) -> None:
+    """Taken as independent draws they would not: z-scores of the first state and of log Z have sd 1.5 and 2.2."""
+    estimator, truth = FILTERED[name]
+    assert_calibrated(*estimator(WALK.posterior(0)), truth)
+
+
+@pytest.mark.parametrize("name", FILTERED)
+def test_standard_errors_under_multinomial_resampling_are_honest_or_too_large(name: str) -> None:
+    """Those of expectations are right; log Z's count the resampling of equals, 3 / 1000 here beside a true 0.002."""
+    estimator, truth = FILTERED[name]
+    estimate, stderr = estimator(WALK.posterior(0, multinomial=True))
+    if name.endswith("state"):
+        assert_calibrated(estimate, stderr, truth)
+    else:
+        z = (estimate - truth) / stderr
+        assert abs(z.mean()) < 4.5 * 0.071
+        assert z.std() < 1 + 4.5 * 0.05
+        assert np.mean(stderr**2) < estimate.var() * (1 + 4.5 * 0.1) + 3 / 1000
+
+
+def test_particles_that_share_no_root_are_independent_draws() -> None:
+    posterior = TOY.posterior(0, prompts=3)
+    roots = np.broadcast_to(np.arange(250)[:, None], (4, 250, 3))
+    filtered = TOY.posterior(0, prompts=3)
+    filtered.kind, filtered.roots = "particles", roots
+    for estimator in (
+        lambda p: diagnostics.log_evidence(p.log_weights, p.roots),
+        lambda p: diagnostics.expectation(p, p.samples["x"], weighted=False),
+    ):
+        np.testing.assert_allclose(estimator(filtered), estimator(posterior))
+
+
+def test_standard_error_by_root_by_hand() -> None:
+    """Two chains of three particles: the cluster sums of w / mean(w) are (4, 0, 0) and (1, 0, 1), mean 1, K = 3."""
+    log_weights, roots = np.log([[1.0, 2.0, 1.0], [1.0, 0.5, 0.5]])[..., None], [[0, 0, 0], [0, 2, 2]]
+    stderr = diagnostics.log_evidence(log_weights, np.array(roots)[..., None])[1]
+    assert stderr == pytest.approx(np.sqrt(3 / 2 * (9 + 1 + 1 + 0 + 1 + 0) / 36))
+    assert diagnostics.num_roots(np.array(roots)[..., None]) == 3
+
+
+def test_one_root_serves_all_values_where_prompts_share_a_posterior() -> None:
+    rng = np.random.default_rng(0)
+    influence, roots = rng.normal(size=(2, 30, 3)), rng.integers(0, 30, (2, 30, 1))
+    together = standard_error(np.zeros(3), influence, roots=roots)
+    alone = [standard_error(np.zeros(1), influence[..., i : i + 1], roots=roots)[0] for i in range(3)]
+    np.testing.assert_allclose(together, alone)
+
+
+def test_the_error_of_a_single_root_is_unknown() -> None:
+    log_weights = np.random.default_rng(0).normal(size=(1, 9, 2))
+    roots = np.stack([np.full((1, 9), 4), np.arange(9)[None] // 4], axis=2)
+    np.testing.assert_array_equal(np.isinf(diagnostics.log_evidence(log_weights, roots)[1]), [True, False])
+
+
+def test_single_particles_have_no_known_law() -> None:
+    filtered, conditional = WALK.posterior(0, prompts=2), TOY.posterior(0, prompts=2)
+    conditional.conditional = True
+    for posterior in (filtered, conditional):
+        with pytest.raises(ValueError, match="of a known law"):
+            diagnostics.kl_to_posterior(posterior)
+        for function in (diagnostics.kl_to_prior, diagnostics.entropy, diagnostics.summary):
+            with pytest.raises(ValueError, match="no known law"):
+                function(posterior, weighted=False)
 
 
 def test_standard_error_of_a_markov_chain_knows_its_autocorrelation() -> None:
@@ -335,17 +413,21 @@ def test_summary_leaves_out_what_a_kind_cannot_have() -> None:
         "exact": enumerated().resample(),
         "markov": TOY.posterior(0, "markov", prompts=2),
         "uncorrected": from_prior(0).resample(),
+        "particles": WALK.posterior(0, prompts=2),
     }
     absent = {
         "enumerated": {"ess", "khat", "rhat_reward", "kl_to_posterior"},
         "exact": {"khat", "kl_to_posterior"},
         "markov": {"khat", "kl_to_posterior", "rhat_length", "seconds"},
         "uncorrected": {"khat", "kl_to_posterior", "kl_to_prior", "entropy"},
+        "particles": {"khat", "kl_to_posterior"},
     }
     assert set().union(*absent.values()) <= set(diagnostics.summary(from_prior(0)))
     for kind, posterior in posteriors.items():
         assert posterior.kind == kind
         assert not absent[kind] & set(diagnostics.summary(posterior))
+    filtered = posteriors["particles"]
+    np.testing.assert_array_equal(diagnostics.summary(filtered)["roots"], diagnostics.num_roots(filtered.roots))
 
 
 def test_a_chain_without_evidence_knows_no_divergence() -> None:

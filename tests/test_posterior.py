@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from toys import TARGET, WORDS, Gaussian, discrete, enumerated, from_prior, shared, shared_weighted
+from toys import TARGET, WORDS, Gaussian, RandomWalk, discrete, enumerated, from_prior, shared, shared_weighted
 
 from bayeslm import diagnostics
 from bayeslm.weights import normalise
@@ -48,6 +48,11 @@ from bayeslm.weights import normalise
             {"prior": {"score": np.zeros((2, 3, 2)), "reward": np.zeros((2, 4, 2))}},
             r"prior\['reward'\] is not",
         ),
+        ({"roots": np.zeros((4, 250, 2), dtype=int)}, "roots belong to particles"),
+        ({"kind": "particles"}, "roots belong to particles"),
+        ({"kind": "particles", "roots": np.zeros((4, 250, 1), dtype=int)}, "roots must have shape"),
+        ({"kind": "particles", "roots": np.full((4, 250, 2), 250)}, "roots must be indices"),
+        ({"kind": "particles", "roots": np.zeros((4, 250, 2))}, "roots must be indices"),
     ],
 )
 def test_contradictions_are_refused(change: dict[str, Any], message: str) -> None:
@@ -97,6 +102,16 @@ def test_weights_by_kind() -> None:
     smoothed = Gaussian(scale=0.4).posterior(0, prompts=2)
     np.testing.assert_allclose(smoothed.weights(), np.exp(diagnostics.psis(smoothed.log_weights)[0]))
     assert not np.allclose(smoothed.weights(), np.exp(normalise(smoothed.log_weights)))
+
+
+def test_particles_keep_their_weights_and_lose_their_roots_when_resampled() -> None:
+    filtered = RandomWalk().posterior(0, prompts=2)
+    np.testing.assert_allclose(filtered.weights(), np.exp(normalise(filtered.log_weights)))
+    picked = filtered.resample()
+    assert (picked.kind, picked.roots) == ("uncorrected", None)
+    assert not picked.log_weights.any()
+    mean, stderr = diagnostics.expectation(filtered, filtered.samples["x"][..., -1])
+    np.testing.assert_allclose(picked.samples["x"][..., -1].mean((0, 1)), mean, atol=0.5 * stderr.min())
 
 
 @pytest.mark.parametrize("seed", range(3))

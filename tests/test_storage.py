@@ -29,6 +29,7 @@ class Policy:
 def test_saved_and_loaded_is_the_same(make: Callable[[], Posterior], tmp_path: Path) -> None:
     posterior = make()
     posterior.stats |= {"acceptance": np.float64(0.25), "best": -np.inf, "trace": {"a": [1, None, "é"]}}
+    posterior.conditional = True
     posterior.log_evidence_lower = np.full(posterior.log_evidence.shape, np.nan)
     loaded = Posterior.load(posterior.save(tmp_path / "new" / "run"))
     for name, value in vars(posterior).items():
@@ -45,6 +46,15 @@ def test_saved_and_loaded_is_the_same(make: Callable[[], Posterior], tmp_path: P
     assert loaded.policy_path is None
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["run"]
     arviz.from_netcdf(str(tmp_path / "new" / "run" / "posterior.nc")).close()
+
+
+def test_posteriors_saved_before_there_were_conditional_runs_load(tmp_path: Path) -> None:
+    saved = from_prior(0).save(tmp_path / "run")
+    meta = json.loads((saved / "posterior.json").read_text())
+    del meta["conditional"]
+    (saved / "posterior.json").write_text(json.dumps(meta))
+    loaded = Posterior.load(saved)
+    assert (loaded.conditional, loaded.roots) == (False, None)
 
 
 def test_texts_come_back_exactly(tmp_path: Path) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logsumexp, softmax
-from scipy.stats import norm
+from scipy.stats import multivariate_normal, norm
 
 from bayeslm import Posterior
 from bayeslm.weights import log_evidence
@@ -61,6 +61,63 @@ class Gaussian:
             dims={"x": ("prompt",)},
             prompts=[f"prompt {i}" for i in range(prompts)],
             prior={"x": rng.normal(size=shape), "y": rng.normal(size=shape)},
+        )
+
+
+@dataclass
+class RandomWalk:
+    """x_t = x_{t−1} + N(0, 1), y_t = x_t + N(0, 1), t = 1 ... T, and the particle filter of it."""
+
+    y: Array = field(default_factory=lambda: np.linspace(0.5, 2.0, 4))
+
+    def __post_init__(self) -> None:
+        steps = np.arange(1.0, len(self.y) + 1)
+        prior, noise = np.minimum.outer(steps, steps), np.eye(len(self.y))
+        self.log_z = float(multivariate_normal.logpdf(self.y, np.zeros(len(self.y)), prior + noise))
+        self.covariance = np.linalg.inv(np.linalg.inv(prior) + noise)
+        self.mean = self.covariance @ self.y
+        self.entropy = float(np.linalg.slogdet(2 * np.pi * np.e * self.covariance)[1] / 2)
+        squares = (self.y - self.mean) ** 2 + np.diag(self.covariance)
+        self.kl_to_prior = float(np.sum(-0.5 * np.log(2 * np.pi) - 0.5 * squares)) - self.log_z
+
+    def posterior(self, seed: int, prompts: int = 200, multinomial: bool = False) -> Posterior:
+        """4 chains of 250 particles, resampled after all times but the last, systematically unless told.
+
+        Every prompt is an independent replicate.
+        """
+        rng = np.random.default_rng(seed)
+        shape = (4, prompts, 250)
+        path, weights, roots = np.zeros((*shape, 0)), np.zeros(shape), np.broadcast_to(np.arange(250), shape)
+        for y in self.y:
+            if path.shape[-1]:
+                strata = (np.arange(250) + rng.random((4, prompts, 1))) / 250
+                points = rng.random(shape) if multinomial else strata
+                cumulative = np.cumsum(softmax(weights, axis=2), axis=2)
+                cumulative /= cumulative[..., -1:]
+                ancestors = np.empty(shape, dtype=int)
+                for cell in np.ndindex(4, prompts):
+                    ancestors[cell] = np.searchsorted(cumulative[cell], points[cell], side="right")
+                path = np.take_along_axis(path, ancestors[..., None], axis=2)
+                roots = np.take_along_axis(roots, ancestors, axis=2)
+                weights = np.broadcast_to(logsumexp(weights, axis=2, keepdims=True) - np.log(250), shape)
+            x = rng.normal(path[..., -1] if path.shape[-1] else 0.0, 1.0, shape)
+            path = np.concatenate([path, x[..., None]], axis=3)
+            weights = weights + norm.logpdf(y, x, 1.0)
+        path, weights, roots = (np.swapaxes(values, 1, 2) for values in (path, weights, roots))
+        likelihood = norm.logpdf(self.y, path, 1.0).sum(axis=3)
+        evidence = log_evidence(weights, roots)
+        return Posterior(
+            samples={"x": path},
+            log_weights=weights,
+            log_joint=norm.logpdf(np.diff(path, axis=3, prepend=0.0)).sum(axis=3) + likelihood,
+            log_likelihood={"y": likelihood},
+            log_evidence=evidence[0],
+            log_evidence_stderr=evidence[1],
+            kind="particles",
+            engine="Toy",
+            dims={"x": ("prompt", "time")},
+            prompts=[f"prompt {i}" for i in range(prompts)],
+            roots=roots,
         )
 
 
@@ -155,6 +212,7 @@ MAKERS: dict[str, Callable[[], Posterior]] = {
     "enumerated": enumerated,
     "weighted": lambda: from_prior(0),
     "shared latent": shared_weighted,
+    "particles": lambda: RandomWalk().posterior(0, prompts=2),
     "markov": lambda: Gaussian().posterior(0, "markov", prompts=2),
 }
 

@@ -1,0 +1,123 @@
+r"""Resampling: particles with weights become particles of equal weight, by the ancestors they descend from.
+
+A scheme is unbiased if, with N particles of normalised weights W_i, particle i has N W_i offspring on average. All of
+these are, exactly. They place N points on the weights' distribution function F(i) = N (W_1 + ... + W_i); a point
+belongs to the first i with F(i) above it:
+
+    multinomial    N u_k, all independent            Gordon, Salmond and Smith 1993
+    stratified     k + u_k, one in each stratum      Kitagawa 1996
+    systematic     k + u, one u for all              Carpenter, Clifford and Fearnhead 1999
+    residual       floor(N W_i) copies of each i, the rest multinomial from what is left   Liu and Chen 1998
+
+Stratified and residual resampling never add more variance than multinomial; systematic gives every particle
+floor(N W_i) or ceil(N W_i) offspring, and usually adds least, though there are examples against it (Douc and Cappé
+2005, arXiv cs/0507025, who compare them).
+
+Log-weights are (chain, particle, column), unnormalised, finite or -inf, and ancestors the same shape: chains and
+columns (posteriors of their own) are resampled each on its own. A particle of zero weight has no offspring. Where all
+weights of a column are zero there is nothing to choose by: they count as equal, and the caller has to tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def multinomial(log_weights: Tensor) -> Tensor:
+    """Ancestors drawn independently."""
+    shares = _shares(log_weights)
+    return _at(shares, shares.shape[-1] * torch.rand_like(shares))
+
+
+def stratified(log_weights: Tensor) -> Tensor:
+    """Ancestors by one uniform point in each stratum [k, k + 1)."""
+    shares = _shares(log_weights)
+    return _at(shares, _strata(shares) + torch.rand_like(shares))
+
+
+def systematic(log_weights: Tensor) -> Tensor:
+    """Ancestors by equidistant points with one random offset."""
+    shares = _shares(log_weights)
+    return _at(shares, _strata(shares) + torch.rand_like(shares[..., :1]))
+
+
+def residual(log_weights: Tensor) -> Tensor:
+    """Ancestors floor(N W_i) times for certain, those still missing drawn independently from the remainders."""
+    shares = _shares(log_weights)
+    certain, slots, size = shares.floor(), _strata(shares), shares.shape[-1]
+    copies = certain.sum(-1, keepdim=True)
+    points = torch.where(slots < copies, slots, copies + (size - copies) * torch.rand_like(shares))
+    return _at(torch.cat([certain, shares - certain], -1), points) % size
+
+
+def conditional_multinomial(log_weights: Tensor) -> Tensor:
+    """As `multinomial`, but particle 0 is retained: its ancestor is itself.
+
+    The resampling step of conditional SMC (Andrieu, Doucet and Holenstein 2010, Particle Markov chain Monte Carlo).
+    The other slots may hold more copies of it.
+    """
+    ancestors = multinomial(log_weights)
+    ancestors[:, 0] = 0
+    return ancestors
+
+
+RESAMPLING: dict[str, Callable[[Tensor], Tensor]] = {
+    "systematic": systematic,
+    "stratified": stratified,
+    "residual": residual,
+    "multinomial": multinomial,
+}
+
+
+def keep_in_place(ancestors: Tensor) -> Tensor:
+    """The same ancestors in each column, ordered so that a particle with offspring is its own slot's ancestor.
+
+    Only slots of particles without offspring then change hands, in ascending order, so nothing else need be copied.
+    """
+    ascending = ancestors.sort(1).values
+    again = torch.zeros_like(ascending, dtype=torch.uint8)
+    again[:, 1:] = ascending[:, 1:] == ascending[:, :-1]
+    lost = torch.ones_like(again).scatter(1, ancestors, 0)
+    # one copy of each survivor, ascending, then the further copies; survivors' slots, ascending, then the lost ones'
+    values = ascending.gather(1, again.argsort(dim=1, stable=True))
+    return torch.empty_like(ancestors).scatter(1, lost.argsort(dim=1, stable=True), values)
+
+
+def ess(log_weights: Tensor) -> Tensor:
+    """Kish's effective sample size (sum w)^2 / sum w^2, (chain, column); 0 where every weight is zero."""
+    weights = _relative(log_weights)
+    square = weights.square().sum(-1)
+    return weights.sum(-1).square() / square.clamp_min(torch.finfo(square.dtype).tiny)
+
+
+def _relative(log_weights: Tensor) -> Tensor:
+    """Weights over the largest, (chain, column, particle), in float64 where the device has it (Apple's has not)."""
+    wide = torch.float32 if log_weights.device.type == "mps" else torch.float64
+    lw = log_weights.movedim(1, -1).to(wide)
+    peak = lw.amax(-1, keepdim=True)
+    return (lw - torch.where(peak == -torch.inf, 0.0, peak)).exp()
+
+
+def _shares(log_weights: Tensor) -> Tensor:
+    """Expected offspring N W, (chain, column, particle)."""
+    weights = _relative(log_weights)
+    total = weights.sum(-1, keepdim=True)
+    weights = torch.where(total > 0, weights, 1.0)
+    return weights.shape[-1] * weights / weights.sum(-1, keepdim=True)
+
+
+def _strata(shares: Tensor) -> Tensor:
+    """Lower ends of the strata, which are also the slots' numbers."""
+    return torch.arange(shares.shape[-1], dtype=shares.dtype, device=shares.device).expand_as(shares)
+
+
+def _at(mass: Tensor, points: Tensor) -> Tensor:
+    """The particles (chain, particle, column) whose mass (chain, column, particle) the points fall on."""
+    cumulative = mass.cumsum(-1)
+    index = torch.searchsorted(cumulative, points.contiguous(), right=True).clamp_max(mass.shape[-1] - 1)
+    # rounding may put a point on no mass: past the end, or between two sums that should be equal
+    astray = mass.gather(-1, index) == 0
+    return torch.where(astray, mass.argmax(-1, keepdim=True), index).movedim(-1, 1).contiguous()

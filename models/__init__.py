@@ -4,5 +4,6 @@ from . import rewards
 from .autoregressive import Autoregressive
 from .language_model import LanguageModel
 from .tilted import TiltedLM
+from .twist import Twist
 
-__all__ = ["Autoregressive", "LanguageModel", "TiltedLM", "rewards"]
+__all__ = ["Autoregressive", "LanguageModel", "TiltedLM", "Twist", "rewards"]

@@ -18,7 +18,7 @@ from torch import Size, Tensor
 from torch.distributions import constraints
 
 from .network import CausalNetwork, Prefix, extend, prefill
-from .stepping import Steps, categorical
+from .stepping import Steps, write
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,7 +100,7 @@ class Autoregressive(TorchDistribution):
         scores = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
         with torch.no_grad():
             for part, prefix in self._prefixes(rows):
-                value[part], scores[part] = _sample(self, prefix)
+                value[part], scores[part] = write(Steps(self, prefix))
         value = value.reshape(shape + self.event_shape)
         self.know(value, scores.reshape(value.shape))
         return value
@@ -254,14 +254,6 @@ class Autoregressive(TorchDistribution):
             members = ((rows >= first) & (rows < first + size)).nonzero().squeeze(-1)
             for part in members.split(size):
                 yield part, prefix.fork(rows[part] - first)
-
-
-def _sample(law: Autoregressive, prefix: Prefix) -> tuple[Tensor, Tensor]:
-    """Draw one completion a row, token by token: ids and token log-probabilities, (rows, max_new_tokens)."""
-    steps = Steps(law, prefix)
-    while not steps.done:
-        steps.append(*categorical(steps.logits))
-    return steps.values, steps.scores
 
 
 def _score(law: Autoregressive, prefix: Prefix, values: Tensor, total: int) -> Tensor:

@@ -25,11 +25,14 @@ class Steps:
 
     :param law: of the completions.
     :param prefix: the prompts after their forward pass, one a row; its cache is written to.
+    :param room: the most tokens of each row (rows,); None for ``max_new_tokens``.
     """
 
-    def __init__(self, law: Autoregressive, prefix: Prefix) -> None:
+    def __init__(self, law: Autoregressive, prefix: Prefix, room: Tensor | None = None) -> None:
         self.law = law
         self.t = 0
+        self._room = room
+        self._longest = law.max_new_tokens if room is None else int(room.max())
         hidden = prefix.hidden
         shape = (len(hidden), law.max_new_tokens)
         self.values = torch.full(shape, law.lm.pad_token_id, dtype=torch.long, device=hidden.device)
@@ -45,9 +48,16 @@ class Steps:
     @property
     def done(self) -> bool:
         """Whether every row has ended, or is full."""
-        if self.t == self.law.max_new_tokens:
-            return True
-        return self.t > 0 and self.t % self._ask_every == 0 and bool(self.finished.all())
+        return self.t == self._longest or self.idle == 1.0
+
+    @property
+    def idle(self) -> float:
+        """The share of rows that have ended; 0 where it is not worth asking."""
+        if len(self.finished) == 0:
+            return 1.0
+        if self.t == 0 or self.t % self._ask_every:
+            return 0.0
+        return float(self.finished.float().mean())
 
     @property
     def hidden(self) -> Tensor:
@@ -70,18 +80,48 @@ class Steps:
         self.scores[:, self.t] = score.masked_fill(self.finished, 0.0)
         self.finished = self.finished | self.law.is_eos(token)
         self.t += 1
+        if self._room is not None:
+            self.finished = self.finished | (self.t >= self._room)
         self._unread = token  # of a row that has ended: idle
         self._logits = None
 
     def select(self, rows: Tensor) -> None:
         """Row i becomes what row ``rows[i]`` is."""
+        self._index(rows)
+        self._prefix.select(rows)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone."""
+        self._index(rows)
+        self._prefix = self._prefix.fork(rows)
+
+    def _index(self, rows: Tensor) -> None:
         self.values, self.scores, self.finished = (x[rows] for x in (self.values, self.scores, self.finished))
         self._hidden = self._hidden[rows]
         if self._unread is not None:
             self._unread = self._unread[rows]
         if self._logits is not None:
             self._logits = self._logits[rows]
-        self._prefix.select(rows)
+        if self._room is not None:
+            self._room = self._room[rows]
+
+
+def write(steps: Steps) -> tuple[Tensor, Tensor]:
+    """Draw every row to its end: ids and token log-probabilities, (rows, max_new_tokens).
+
+    Rows that have ended leave the batch once they are half of it.
+    """
+    values, scores = torch.empty_like(steps.values), torch.empty_like(steps.scores)
+    rows = torch.arange(len(values), device=values.device)
+    while not steps.done:
+        steps.append(*categorical(steps.logits))
+        if 0.5 <= steps.idle < 1.0:
+            values[rows], scores[rows] = steps.values, steps.scores
+            live = (~steps.finished).nonzero().squeeze(-1)
+            steps.keep(live)
+            rows = rows[live]
+    values[rows], scores[rows] = steps.values, steps.scores
+    return values, scores
 
 
 def categorical(logits: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
@@ -104,5 +144,11 @@ def categorical(logits: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
     rest = (u - (cdf.gather(-1, which) - inside[:, -1:])).clamp_min(0.0)
     rest = torch.minimum(rest, torch.nextafter(inside[:, -1:], torch.zeros_like(rest)))
     token = which * block + torch.searchsorted(inside, rest, right=True)
+    token = token.clamp_max(logits.shape[-1] - 1)  # logits that are NaN: their score will say so
     score = logits.gather(-1, token) - top - cdf[:, -1:].log().to(logits.dtype)
     return token.squeeze(-1), score.squeeze(-1)
+
+
+def log_softmax_at(logits: Tensor, token: Tensor) -> Tensor:
+    """log softmax(logits) (rows, vocabulary) at tokens (rows,)."""
+    return logits.gather(-1, token[:, None]).squeeze(-1) - logits.logsumexp(-1)

@@ -1,0 +1,239 @@
+r"""Metropolis-Hastings on suffixes as a kernel of Pyro's own MCMC.
+
+    mcmc = pyro.infer.MCMC(SuffixKernel(model), num_samples=500, warmup_steps=200)
+    mcmc.run(prompts)
+    mcmc.get_samples()["completion"]      # (draw, *batch, token), int64
+
+A step is a sweep of `moves` over all latents: suffixes of completions, the prior's redraws of other discrete latents,
+and for continuous ones either random walks, or one step of NUTS given all discrete latents: Metropolis within Gibbs,
+each block of which leaves the posterior as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer import NUTS as PyroNUTS
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import Transform, biject_to, constraints
+
+from ..models import LanguageModel
+from .checks import check_counts, check_positive
+from .guides import PolicyGuide
+from .mcmc import Replicas
+from .moves import Move, RandomWalk, Tally, latent_moves, score, sweep
+from .nuts import Potential, ScoredOnce, Unconstrained
+from .program import Assign, Particles, Program, inspect, run_particles
+from .results import check_evidence, draw, prompt_labels, to_numpy
+
+CONTINUOUS = ("random-walk", "nuts")
+
+
+class SuffixKernel(MCMCKernel):
+    """A sweep over the latents of a program, completions by their suffixes; for `pyro.infer.MCMC`.
+
+    Each prompt that is a posterior of its own accepts or refuses on its own (NUTS moves all prompts together). What
+    adapts, does so in the warm-up alone: step sizes, and the mass matrix of NUTS. A chain starts from a draw of
+    importance sampling, or at ``initial_params``, which are values as the program has them (token ids, scales that are
+    positive), not mapped to real numbers; so are the values that a ``hook_fn`` sees.
+
+    Pyro's `MCMC.summary` and `MCMC.diagnostics` take means, which token ids have not: hand ``save_params`` the other
+    latents for these, or use `bayeslm.inference.MCMC`, whose posterior has diagnostics for both.
+
+    :param model: a Pyro program.
+    :param proposal: a policy (trained by `SVI`) that proposes suffixes in the prior's place.
+    :param continuous: "random-walk" or "nuts".
+    :param step_size: of random walks, at the start, see `RandomWalk`; that of NUTS finds itself.
+    :param initial_particles: draws of the prior, or of the proposal, that a chain starts from.
+    :param target_accept, max_tree_depth: of NUTS, see `bayeslm.inference.NUTS`.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        proposal: LanguageModel | None = None,
+        continuous: str = "random-walk",
+        step_size: float = 1.0,
+        initial_particles: int = 256,
+        target_accept: float = 0.8,
+        max_tree_depth: int = 10,
+    ) -> None:
+        if continuous not in CONTINUOUS:
+            raise ValueError(f"SuffixKernel: continuous must be one of {', '.join(CONTINUOUS)}, got {continuous!r}")
+        self.model = model
+        self.proposal = proposal
+        self.continuous = continuous
+        self.step_size = step_size
+        self.initial_particles = initial_particles
+        self.target_accept = target_accept
+        self.max_tree_depth = max_tree_depth
+        check_counts(self, "initial_particles", "max_tree_depth")
+        check_positive(self, "step_size")
+        self.transforms: dict[str, Transform] | None = None  # known to Pyro's MCMC once set up
+        self._given: dict[str, Tensor] | None = None
+
+    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
+        """Look at ``model(*args, **kwargs)`` and start a chain.
+
+        :raises ProgramError: if a latent is masked, or a term of the log-joint is NaN.
+        :raises EvidenceError: if no starting point has positive probability.
+        """
+        self._program = program = inspect(self.model, *args, **kwargs)
+        self._latents = [site.name for site in program.latents]
+        self.transforms = {site.name: _Restored(site.value.dtype) for site in program.latents}
+        moves = latent_moves(program, policy=self.proposal, step_size=self.step_size)
+        by_nuts = self.continuous == "nuts"
+        self._moves: list[Move] = [move for move in moves if not (by_nuts and isinstance(move, RandomWalk))]
+        self._warmup, self._step, self._tally = warmup_steps, 0, Tally()
+        self._params: dict[str, Tensor] = {}
+        state = self._start() if self._given is None else self._at(self._given)
+        check_evidence(to_numpy(state.log_joint)[None], prompt_labels(program))
+        self._accept(state)
+        self._nuts = None
+        if names := [move.site.name for move in moves if move not in self._moves]:
+            self._nuts = _NUTSBlock(program, names, self._state, warmup_steps, self.target_accept, self.max_tree_depth)
+
+    def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The next state of the chain that is at ``params``."""
+        if params is not self._params:  # not where this kernel has left it
+            self._accept(self._at(params))
+        warm = self._step < self._warmup
+        with torch.no_grad():
+            state = sweep(self._moves, self._state, tally=None if warm else self._tally, adapt=warm)
+        self._accept(state if self._nuts is None else self._nuts(state))
+        self._step += 1
+        return self._params
+
+    @property
+    def initial_params(self) -> dict[str, Tensor]:
+        return self._params
+
+    @initial_params.setter
+    def initial_params(self, params: dict[str, Tensor]) -> None:
+        self._given = params
+
+    @property
+    def step_sizes(self) -> dict[str, Tensor]:
+        """Of random walks (1, prompt) by site, and of "NUTS"."""
+        sizes = {move.site.name: move.step_size for move in self._moves if isinstance(move, RandomWalk)}
+        return sizes | ({} if self._nuts is None else {"NUTS": torch.tensor(self._nuts.step_size)})
+
+    def logging(self) -> dict[str, str]:
+        rates = self._tally.stats()
+        own = {f"acc. {move.site.name}": rates.get(f"acceptance_{move.site.name}") for move in self._moves}
+        shown = {name: f"{rate.mean():.3f}" for name, rate in own.items() if rate is not None}
+        return shown | ({} if self._nuts is None else self._nuts.logging())
+
+    def diagnostics(self) -> dict[str, Any]:
+        """What happened since the warm-up: acceptance as `Tally.stats` has it, and the ``divergences`` of NUTS."""
+        return self._tally.stats() | ({} if self._nuts is None else self._nuts.diagnostics())
+
+    def cleanup(self) -> None:
+        self._given = None
+
+    def _accept(self, state: Particles) -> None:
+        self._state = state
+        self._params = {name: _wide(state.values[name][0]) for name in self._latents}
+
+    def _at(self, params: dict[str, Tensor]) -> Particles:
+        values = {name: params[name].to(self._program.sites[name].value)[None] for name in self._latents}
+        return score(self._program, values)
+
+    def _start(self) -> Particles:
+        program = self._program
+        guide = None if self.proposal is None else PolicyGuide(program, self.proposal)
+        initial, _ = draw(program, guide, self.initial_particles)
+        check_evidence(to_numpy(initial.log_weights)[None], prompt_labels(program))  # before one is chosen by them
+        return Replicas(program, 1, 1).start(initial)
+
+
+class _NUTSBlock:
+    """A step of Pyro's NUTS in continuous latents, given the values of all others.
+
+    Those have changed since its last step, and the density with them: nothing that NUTS keeps of it is used again.
+    """
+
+    def __init__(
+        self, program: Program, names: list[str], state: Particles, warmup: int, target_accept: float, depth: int
+    ) -> None:
+        self._program = program
+        self._names = names
+        self._scored = ScoredOnce(program)
+        self._kernel = PyroNUTS(potential_fn=self._potential, target_accept_prob=target_accept, max_tree_depth=depth)
+        self._kernel.initial_params = self._condition(state)
+        with torch.enable_grad():
+            self._kernel.setup(warmup)
+
+    def __call__(self, state: Particles) -> Particles:
+        z = self._condition(state)
+        self._kernel.clear_cache()
+        with torch.enable_grad():
+            z = self._kernel.sample(z)
+        at = {name: self._program.under_plate(name, x.detach()[None]) for name, x in z.items()}
+        others = {name: value for name, value in state.values.items() if name not in self._names}
+        with Assign(self._program, others, state.token_scores), Unconstrained(at):
+            return run_particles(self._program, None, 1)
+
+    def _condition(self, state: Particles) -> dict[str, Tensor]:
+        """Where the continuous latents stand, in real numbers; all others are given their values from now on."""
+        values = {site.name: state.values[site.name][0] for site in self._program.latents}
+        with torch.no_grad(), poutine.block(), _RealNumbers(self._names) as seen:
+            poutine.condition(self._program.model, values)(*self._program.args, **self._program.kwargs)
+        others = {name: value for name, value in values.items() if name not in self._names}
+        self._given = replace(self._program, model=poutine.condition(self._program.model, others))
+        return seen.z
+
+    def _potential(self, z: dict[str, Tensor]) -> Tensor:
+        return Potential(self._given, self._scored)(z)
+
+    def logging(self) -> dict[str, str]:
+        return dict(self._kernel.logging())
+
+    def diagnostics(self) -> dict[str, Any]:
+        return {"divergences": self._kernel.diagnostics()["divergences"]}
+
+    @property
+    def step_size(self) -> float:
+        return float(self._kernel.step_size)
+
+
+class _RealNumbers(Messenger):
+    """Notes the real numbers that bijections onto the supports of sites take to their values."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.z: dict[str, Tensor] = {}
+        self._names = names
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] in self._names:
+            self.z[msg["name"]] = biject_to(msg["fn"].support).inv(msg["value"])
+
+
+class _Restored(Transform):
+    """What Pyro's MCMC takes samples back by: their own dtype, lost where it keeps those of all sites in one tensor."""
+
+    domain = codomain = constraints.real
+    bijective = True
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def _call(self, x: Tensor) -> Tensor:
+        return x
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return y.to(self._dtype)
+
+
+def _wide(value: Tensor) -> Tensor:
+    """Half precisions as float32, in which token ids beside them are exact."""
+    return value.float() if value.is_floating_point() and value.dtype.itemsize < 4 else value

@@ -69,15 +69,31 @@ def infer(
     beta: Annotated[float, typer.Option(help="KL coefficient: small is sharp, large is near the prior.")] = 0.1,
     engine: Annotated[
         list[str] | None,
-        typer.Option(help="exact, importance, rejection, bestofn or svi; several are compared. Default: importance."),
+        typer.Option(
+            help="exact, importance, rejection, bestofn, smc, annealed, mcmc or svi; several are compared. "
+            "Default: importance."
+        ),
     ] = None,
     particles: Annotated[
         int | None,
-        typer.Option(help="importance: draws; rejection: proposals at most; bestofn: n; svi: completions a step."),
+        typer.Option(
+            help="importance: draws; rejection: proposals at most; bestofn: n; smc, annealed: in each chain; "
+            "mcmc: of its warm start; svi: completions a step."
+        ),
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="rejection, bestofn, svi: draws to keep.")] = None,
-    chains: Annotated[int, typer.Option(help="Independent replicates.")] = 1,
-    steps: Annotated[int | None, typer.Option(help="svi: gradient steps.")] = None,
+    samples: Annotated[int | None, typer.Option(help="rejection, bestofn, mcmc, svi: draws to keep.")] = None,
+    chains: Annotated[int | None, typer.Option(help="Independent replicates. Default: 1, mcmc: 16.")] = None,
+    twist: Annotated[
+        str | None,
+        typer.Option(
+            help="smc: what unfinished texts are weighed by: partial (the reward of the text so far), prefix, learned "
+            "(a head trained first), or the folder of one that was."
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="smc: let the twist propose among so many likeliest next tokens.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="svi: gradient steps; mcmc: sweeps of warm-up.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="svi: of Adam.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The longest completion.")] = 24,
     temperature: Annotated[float, typer.Option(help="Of the prior's sampling law.")] = 1.0,
@@ -95,14 +111,21 @@ def infer(
 
       bayeslm infer "The weather will be" --engine importance --engine svi --steps 40 --out runs/weather
 
+      bayeslm infer "My dinner was" --engine smc --twist partial --chains 4 --engine mcmc --samples 50
+
       bayeslm infer --prompts prompts.jsonl --reward my_rewards:politeness --engine rejection
     """
     with _clear_errors():
         from bayeslm.models import TiltedLM, rewards
 
         names = engine or ["importance"]
-        sizes = {"particles": particles, "samples": samples, "steps": steps, "learning_rate": learning_rate}
-        engines = {name: _engine(name, seed=seed, chains=chains, **sizes) for name in names}
+        if (twist is not None or top_k is not None) and "smc" not in names:
+            raise ValueError("--twist and --top-k are for --engine smc")
+        if top_k is not None and twist is None:
+            raise ValueError("--top-k lets a twist propose: say which by --twist")
+        sizes = {"particles": particles, "samples": samples, "chains": chains, "steps": steps}
+        rest = {"learning_rate": learning_rate, "top_k": top_k, "twist": twist}
+        engines = {name: _engine(name, seed=seed, **sizes, **rest) for name in names}
         texts, columns = _read_prompts(prompt or [], prompts)
         sys.path.insert(0, str(Path.cwd()))  # package.module:function is looked for where the user stands
         settings = _settings(reward_settings)
@@ -112,6 +135,14 @@ def infer(
         _reserve(out)
         lm = _language_model(prior, device)
         model = TiltedLM(lm, scale * given, beta, max_new_tokens=max_new_tokens, temperature=temperature)
+        if twist not in (None, "partial", "prefix"):
+            learned = _twist(twist, lm, model, texts, columns, seed, out)
+            engines = {
+                name: dataclasses.replace(engine, twist=learned, proposal=None if top_k is None else "twist")
+                if name == "smc"
+                else engine
+                for name, engine in engines.items()
+            }
         _run(model, texts, columns, engines, out)
 
 
@@ -166,7 +197,7 @@ def demo(
 # -- what the commands share -----------------------------------------------------------------------------------
 
 
-def _engine(name: str, *, seed: int, chains: int, **sizes: Any) -> Any:
+def _engine(name: str, *, seed: int, twist: str | None, **sizes: Any) -> Any:
     """An engine by name; each option goes to the field that means it there."""
     from bayeslm.inference import ENGINES
 
@@ -175,16 +206,36 @@ def _engine(name: str, *, seed: int, chains: int, **sizes: Any) -> Any:
         hint = f", did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"no engine is called {name!r}{hint}; there are {', '.join(ENGINES)}")
     fields = {field.name for field in dataclasses.fields(ENGINES[name])}
-    particles = {"rejection": "max_proposals", "bestofn": "n"}.get(name, "num_particles")
+    particles = {"rejection": "max_proposals", "bestofn": "n", "mcmc": "initial_particles"}.get(name, "num_particles")
     meant = {
         particles: sizes["particles"],
         "num_samples": sizes["samples"],
         "num_steps": sizes["steps"],
+        "warmup": sizes["steps"],
         "learning_rate": sizes["learning_rate"],
-        "num_chains": chains,
+        "num_chains": sizes["chains"],
+        "twist": twist if twist in ("partial", "prefix") else None,  # others need the language model, and come later
+        "top_k": sizes["top_k"],
+        "proposal": "twist" if name == "smc" and twist in ("partial", "prefix") and sizes["top_k"] else None,
         "seed": seed,
     }
     return ENGINES[name](**{field: value for field, value in meant.items() if field in fields and value is not None})
+
+
+def _twist(
+    name: str, lm: Any, model: Any, prompts: list[str], columns: dict[str, list[Any]], seed: int, out: Path | None
+) -> Any:
+    """A learned twist: trained here and now, or read from its folder."""
+    from bayeslm.inference import TwistLearning
+    from bayeslm.models import Twist
+
+    if name != "learned":
+        return Twist.from_pretrained(name, lm)
+    twist = TwistLearning(seed=seed).run(model, prompts, **columns)
+    if out is not None:
+        twist.save_pretrained(out / "twist")
+        err_console.print(f"the twist is in {out / 'twist'}: use it again with --twist", highlight=False)
+    return twist
 
 
 def _read_prompts(given: list[str], path: Path | None) -> tuple[list[str], dict[str, list[Any]]]:

@@ -1,9 +1,10 @@
-"""Where the time of importance sampling and SVI on SmolLM2-135M goes: the networks, or the machinery around them.
+"""Where the time of engines on SmolLM2-135M goes: the networks, or the machinery around them.
 
     python benchmarks/overhead.py
 
-Networks: forward passes, heads, the draw from the logits, the backward pass and Adam. Reward: VADER. Machinery: all
-the rest (Pyro's traces, plates and parameter store, prompts to ids and ids to texts, weights, results).
+Networks: forward passes, heads, the draw from the logits, the backward pass and Adam. Reward: VADER. Resampling: the
+choice of ancestors, and caches that follow. Machinery: all the rest (Pyro's traces, plates and parameter store,
+prompts to ids and ids to texts, weights, results).
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from unittest import mock
 
 import torch
 
-from bayeslm.inference import SVI, ImportanceSampling
-from bayeslm.models import LanguageModel, TiltedLM, autoregressive, rewards
+from bayeslm.inference import MCMC, SMC, SVI, AnnealedSMC, ImportanceSampling, smc
+from bayeslm.inference.islands import Islands
+from bayeslm.models import LanguageModel, TiltedLM, rewards, stepping
 from bayeslm.models.network import CausalNetwork
 
 PROMPTS = ["My dinner at the restaurant was", "The weather this weekend will be"]
@@ -50,10 +52,13 @@ def profile(run: Callable[[], Any]) -> dict[str, float]:
         (CausalNetwork, "hidden", "networks"),
         (CausalNetwork, "logits", "networks"),
         (CausalNetwork, "token_log_prob", "networks"),
-        (autoregressive, "_categorical", "networks"),
+        (stepping, "categorical", "networks"),
+        (smc, "categorical", "networks"),
         (torch.Tensor, "backward", "networks"),
         (torch.optim.Adam, "step", "networks"),
         (rewards.Sentiment, "score", "reward"),
+        (Islands, "resample", "resampling"),
+        (stepping.Steps, "select", "resampling"),
     ]
     patches = [mock.patch.object(o, name, watches.wrap(kind, getattr(o, name))) for o, name, kind in parts]
     for patch in patches:
@@ -73,14 +78,28 @@ def main() -> None:
     ImportanceSampling(num_particles=2, progress=False).run(model, PROMPTS)  # warm up
     engines = {
         "ImportanceSampling, 64 particles": ImportanceSampling(num_particles=64, seed=0, progress=False),
+        "SMC, 64 particles, partial": SMC(num_particles=64, twist="partial", seed=0, progress=False),
+        "the same, resampled at every token": SMC(
+            num_particles=64, twist="partial", ess_threshold=1.0, seed=0, progress=False
+        ),
+        "the same, 16 candidates a token": SMC(
+            num_particles=64, twist="partial", proposal="twist", top_k=16, seed=0, progress=False
+        ),
+        "AnnealedSMC, 64 particles, 4 temperatures": AnnealedSMC(
+            num_particles=64, ladder=(0.1, 0.3, 0.6, 1.0), seed=0, progress=False
+        ),
+        "MCMC, 16 chains, 8 sweeps": MCMC(
+            num_samples=6, warmup=2, num_chains=16, initial_particles=16, seed=0, progress=False
+        ),
         "SVI, 6 steps of 8 completions, LoRA": SVI(num_steps=6, num_samples=8, seed=0, progress=False),
     }
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, 2 prompts, 24 tokens\n")
-    print("| engine | seconds | networks | reward | machinery |")
-    print("|---|---|---|---|---|")
+    kinds = ("networks", "reward", "resampling", "machinery")
+    print("| engine | seconds | " + " | ".join(kinds) + " |")
+    print("|---|---" + "|---" * len(kinds) + "|")
     for name, engine in engines.items():
         spent = profile(lambda engine=engine: engine.run(model, PROMPTS))
-        shares = " | ".join(f"{spent[kind] / spent['total']:.1%}" for kind in ("networks", "reward", "machinery"))
+        shares = " | ".join(f"{spent.get(kind, 0.0) / spent['total']:.1%}" for kind in kinds)
         print(f"| {name} | {spent['total']:.1f} | {shares} |", flush=True)
 
 

@@ -68,6 +68,34 @@ def infer(*arguments: str, code: int = 0) -> str:
     return run("infer", *arguments, *missing, code=code)
 
 
+def test_particles_and_chains(folder):
+    engines = ["--engine", "exact", "--engine", "smc", "--engine", "annealed", "--engine", "mcmc"]
+    sizes = ["--particles", "40", "--samples", "20", "--chains", "4", "--steps", "10"]
+    out = infer("a b", "c", *engines, *sizes, "--twist", "partial", "--top-k", "3", "--out", "run")
+    for word in ("exact", "smc", "annealed", "mcmc"):
+        assert word in out
+    exact = Posterior.load("run/exact")
+    smc, annealed, mcmc = (Posterior.load(f"run/{name}") for name in ("smc", "annealed", "mcmc"))
+    assert smc.log_weights.shape == annealed.log_weights.shape == (4, 40, 2)
+    assert mcmc.log_weights.shape == (4, 20, 2)
+    for posterior in (smc, annealed):
+        gap = abs(posterior.log_evidence - exact.log_evidence) / posterior.log_evidence_stderr
+        assert (gap < 5).all()
+    assert "annealed" in run("show", "run")
+
+
+def test_a_twist_is_learned_kept_and_used_again(folder):
+    settings = ["a b", "--engine", "smc", "--particles", "20", "--top-k", "4"]
+    infer(*settings, "--twist", "learned", "--out", "one")
+    infer(*settings, "--twist", "one/twist", "--out", "two")
+    one, two = (Posterior.load(f"{name}/smc") for name in ("one", "two"))
+    assert (one.samples["completion"] == two.samples["completion"]).all()
+    assert "holds no twist" in infer(*settings, "--twist", "nowhere", code=1)
+    assert "are for --engine smc" in infer("a b", "--twist", "partial", code=1)
+    assert "say which by --twist" in infer(*settings, code=1)
+    assert "cannot score unfinished texts" in infer("a b", "--engine", "smc", "--twist", "prefix", code=1)
+
+
 def test_infer_compares_engines_and_show_repeats_it(folder):
     out = infer(
         "a b", "c", *["--engine", "exact", "--engine", "importance", "--engine", "svi", "--steps", "3", "--out", "run"]

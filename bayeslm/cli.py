@@ -123,9 +123,9 @@ def infer(
             raise ValueError("--twist and --top-k are for --engine smc")
         if top_k is not None and twist is None:
             raise ValueError("--top-k lets a twist propose: say which by --twist")
-        sizes = {"particles": particles, "samples": samples, "chains": chains, "steps": steps}
-        rest = {"learning_rate": learning_rate, "top_k": top_k, "twist": twist}
-        engines = {name: _engine(name, seed=seed, **sizes, **rest) for name in names}
+        sizes: dict[str, Any] = {"particles": particles, "samples": samples, "chains": chains, "steps": steps}
+        sizes |= {"learning_rate": learning_rate, "top_k": top_k}
+        engines = {name: _engine(name, seed=seed, twist=twist, **sizes) for name in names}
         texts, columns = _read_prompts(prompt or [], prompts)
         sys.path.insert(0, str(Path.cwd()))  # package.module:function is looked for where the user stands
         settings = _settings(reward_settings)

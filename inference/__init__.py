@@ -3,6 +3,7 @@
 from .annealed import AnnealedSMC
 from .exact import Exact
 from .importance import ImportanceSampling
+from .kernels import SuffixKernel
 from .mcmc import MCMC
 from .nuts import NUTS
 from .objectives import ReverseKL
@@ -39,5 +40,6 @@ __all__ = [
     "ProgramError",
     "RejectionSampling",
     "ReverseKL",
+    "SuffixKernel",
     "TwistLearning",
 ]

@@ -185,13 +185,12 @@ class Assign(Messenger):
 def same_law(program: Program, name: str, fn: Any) -> bool:
     """Whether a completion's law is the one of the first look, whatever the particles' other values."""
     first = program.sites[name].fn
-    return (
-        isinstance(fn, Autoregressive)
-        and fn.lm is first.lm
-        and fn.temperature == first.temperature
-        and fn.prompt_ids.shape == first.prompt_ids.shape
-        and bool((fn.prompt_ids == first.prompt_ids).all())
-    )
+    if not isinstance(fn, Autoregressive) or fn.lm is not first.lm or fn.temperature != first.temperature:
+        return False
+    masks = (fn.prompt_mask, first.prompt_mask)
+    if not torch.equal(fn.prompt_ids, first.prompt_ids) or (masks[0] is None) != (masks[1] is None):
+        return False
+    return masks[0] is None or torch.equal(*masks)
 
 
 def sample_sites(trace: Trace) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -183,17 +183,19 @@ class _Given(Messenger):
         if site is None or site.kind != "latent" or msg["value"] is not None:
             return
         if name in self._values:
-            msg["value"] = self._program.under_plate(name, self._values[name])
+            value = self._program.under_plate(name, self._values[name])
             if name in self._written:
-                self._know(name, fn, msg["value"])
+                self._know(name, fn, value)
+            msg["value"] = value
         elif isinstance(fn, Autoregressive) and self._stop is not None:
             self.law = (name, fn)
             raise _Reached
         elif self._stop == "latent":
             raise _Reached
         elif name in self._history.retained:
-            msg["value"] = fn().detach()
-            msg["value"][self._history.slots] = self._program.under_plate(name, self._history.retained[name])
+            value = fn().detach()
+            value[self._history.slots] = self._program.under_plate(name, self._history.retained[name])
+            msg["value"] = value
 
     def _know(self, name: str, fn: Autoregressive, value: Tensor) -> None:
         """Hand the law the scores of what was written under it."""

@@ -130,6 +130,7 @@ def categorical(logits: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
     One uniform a row picks a block of the vocabulary and then a token in it: some ten times faster than one
     exponential or Gumbel variate a token, and float64 sums over blocks keep the CDF exact to float32.
     """
+    block = min(block, logits.shape[-1])
     top = logits.amax(-1, keepdim=True)
     mass = (logits - top).exp_()
     padding = -mass.shape[-1] % block

@@ -64,6 +64,13 @@ class Twist(nn.Module):
     :param dropout: of the heads while they are trained.
     """
 
+    mean: Tensor
+    projection: Tensor
+    token_mean: Tensor
+    token_scale: Tensor
+    offset: Tensor
+    ahead_offset: Tensor
+
     def __init__(
         self,
         lm: LanguageModel,
@@ -271,8 +278,9 @@ def hidden_states(law: Autoregressive, value: Tensor) -> Tensor:
 
 def _embedding(lm: LanguageModel) -> Tensor:
     """A vector (vocabulary, width) for each token: the network's own, or one-hot where it has none."""
+    network: Any = lm.network
     try:
-        return lm.network.get_input_embeddings().weight.detach()
+        return network.get_input_embeddings().weight.detach()
     except (AttributeError, NotImplementedError):
         return torch.eye(lm.vocab_size, device=lm.device)
 

@@ -10,6 +10,7 @@ reward. Variances are compared by the jackknife of their logarithms (Miller 1968
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from scipy.special import logsumexp
 from scipy.stats import t as student
 
 from bayeslm.inference import SMC, ImportanceSampling, TwistLearning
-from bayeslm.models import LanguageModel, TiltedLM, rewards
+from bayeslm.models import LanguageModel, TiltedLM, Twist, rewards
 from bayeslm.posterior import Posterior
 
 PROMPT = "My dinner at the restaurant was"
@@ -45,26 +46,31 @@ def main() -> None:
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--twist", help="a folder to read the twist from, or, where there is none, to keep it in")
     options = parser.parse_args()
     lm = LanguageModel.from_pretrained("smollm2", device=options.device)
     model = TiltedLM(lm, rewards.Sentiment(), options.beta, max_new_tokens=options.tokens)
     sizes: dict[str, Any] = {"num_particles": options.particles, "num_chains": options.runs, "progress": False}
 
-    learning = TwistLearning(seed=0, progress=False)
-    twist = learning.run(model, [PROMPT])
-    spent = twist.stats
     print(f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads, beta {options.beta},")
     print(f"{options.runs} runs of {options.particles} particles, {options.tokens} tokens")
-    print(
-        f"training the twist: {spent['model_calls']} model calls, {spent['tokens']} tokens, {spent['seconds']:.0f} s\n"
-    )
+    if options.twist and Path(options.twist).is_dir():
+        twist = Twist.from_pretrained(options.twist, lm)
+        print(f"the twist is from {options.twist}\n")
+    else:
+        twist = TwistLearning(seed=0, progress=False).run(model, [PROMPT])
+        spent = twist.stats
+        cost = f"{spent['model_calls']} model calls, {spent['tokens']} tokens, {spent['seconds']:.0f} s"
+        print(f"training the twist: {cost}\n")
+        if options.twist:
+            twist.save_pretrained(options.twist)
 
     engines = {
         "importance sampling": ImportanceSampling(seed=1, **sizes),
-        "SMC, sentiment of the text so far": SMC(twist="partial", seed=2, **sizes),
-        "the same, which also proposes (top 16)": SMC(twist="partial", proposal="twist", top_k=16, seed=3, **sizes),
+        "SMC, learned twist, which also proposes": SMC(twist=twist, proposal="twist", top_k=64, seed=2, **sizes),
+        "SMC, sentiment so far, which also proposes": SMC(twist="partial", proposal="twist", top_k=16, seed=3, **sizes),
         "SMC, learned twist": SMC(twist=twist, seed=4, **sizes),
-        "the same, which also proposes (top 16)  ": SMC(twist=twist, proposal="twist", top_k=16, seed=5, **sizes),
+        "SMC, sentiment so far": SMC(twist="partial", seed=5, **sizes),
     }
     print("| engine | tokens | seconds | log of mean Ẑ | variance of log Ẑ | to importance sampling's (95%) |")
     print("|---|---|---|---|---|---|")
@@ -80,7 +86,7 @@ def main() -> None:
         low, ratio, high = np.exp([value - first[0] - reach, value - first[0], value - first[0] + reach])
         against = "1" if name == "importance sampling" else f"{ratio:.2f}; {low:.2f} to {high:.2f}"
         print(
-            f"| {name.strip()} | {posterior.stats['tokens']} | {posterior.stats['seconds']:.0f} "
+            f"| {name} | {posterior.stats['tokens']} | {posterior.stats['seconds']:.0f} "
             f"| {mean:.2f} ± {error:.2f} | {each.var(ddof=1):.4f} | {against} |",
             flush=True,
         )

@@ -20,7 +20,8 @@ as many steps as pay. Two objectives (Zhao, Brekelmans, Makhzani and Grosse 2024
   L and half the \psi_{t+1} of the step before (both have the mean that is sought), over mean(L) so that figures stay
   near 1.
 
-A part of the draws is held out; the head with the lowest contrastive loss on it is kept.
+Both are summed over powers of L (`models.twist.POWERS`). A part of the draws is held out; the head with the lowest
+contrastive loss on it is kept.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from torch import Tensor
 
 from ..models import Autoregressive, Twist
 from ..models.progress import track
-from ..models.twist import TwistInputs, hidden_states
+from ..models.twist import POWERS, TwistInputs, hidden_states
 from .checks import check_counts, check_positive
 from .program import Program, ProgramError, inspect, run_particles, seeded
 from .results import Stopwatch, check_evidence, prompt_labels
@@ -154,7 +155,7 @@ class TwistLearning:
                 if (step + 1) % PATIENCE == 0 or step + 1 == self.num_steps:
                     twist.eval()
                     with torch.no_grad():
-                        now = float(sum(contrastive(x, parts[1][1]) for x in _log_psi(twist, parts[1][0])))
+                        now = float(_over_powers(contrastive, _log_psi(twist, parts[1][0]), parts[1][1]))
                     held_out.append(now)
                     if best is None or now < best[0]:
                         best = (now, step + 1, copy.deepcopy(twist.state_dict()))
@@ -164,21 +165,31 @@ class TwistLearning:
         twist.eval()
         with torch.no_grad():  # so that the mean of psi_t is Z at every t, over the prompts
             for psi, offset in zip(_log_psi(twist, parts[0][0]), (twist.offset, twist.ahead_offset), strict=True):
-                gap = parts[0][1].logsumexp(0)[:, None] - psi.reshape(*parts[0][1].shape, -1).logsumexp(0)
+                first = psi[..., 0].reshape(*parts[0][1].shape, -1)
+                gap = parts[0][1].logsumexp(0)[:, None] - first.logsumexp(0)
                 offset[1:] = gap[gap[:, 0] > -torch.inf].mean(0)
         return {"loss": losses, "held_out": held_out, "kept_step": best[1]}
 
     def _loss(self, twist: Twist, of: TwistInputs, log_l: Tensor) -> Tensor:
-        value, ahead = _log_psi(twist, of)
-        if self.method == "contrastive":
-            return contrastive(value, log_l) + contrastive(ahead, log_l)
-        return soft_value(value, value, log_l) + soft_value(ahead, value, log_l)
+        return _over_powers(contrastive if self.method == "contrastive" else soft_value, _log_psi(twist, of), log_l)
 
 
-def contrastive(log_psi: Tensor, log_l: Tensor) -> Tensor:
+def _over_powers(loss: Callable[[Tensor, Tensor, Tensor], Tensor], psi: tuple[Tensor, Tensor], log_l: Tensor) -> Tensor:
+    """A loss of values and looks ahead (row, token, power), for each power a of the likelihood over a: as a nears 0, so
+    that no power's loss vanishes."""
+    value, ahead = psi
+    losses = [
+        (loss(value[..., j], value[..., j], power * log_l) + loss(ahead[..., j], value[..., j], power * log_l)) / power
+        for j, power in enumerate(POWERS)
+    ]
+    return torch.stack(losses).sum()
+
+
+def contrastive(log_psi: Tensor, value: Tensor, log_l: Tensor) -> Tensor:
     """Mean over t and prompts of -sum_i L_i log softmax_i(log psi_t), L normalised.
 
     :param log_psi: (particle * prompt, token), t = 1, ..., T.
+    :param value: not needed.
     :param log_l: (particle, prompt).
     """
     log_psi = log_psi.reshape(*log_l.shape, -1)
@@ -201,11 +212,11 @@ def soft_value(log_psi: Tensor, value: Tensor, log_l: Tensor) -> Tensor:
 
 
 def _log_psi(twist: Twist, of: TwistInputs) -> tuple[Tensor, Tensor]:
-    """log psi_t of the texts so far, by their value and by a look ahead, (row, token) both; but for the offsets."""
+    """log psi_t of the texts so far, by their value and by a look ahead, (row, token, power); but for the offsets."""
     features = twist.features(of)
     value, ahead = twist.value_of(features[:, 1:]), twist.ahead_of(features[:, :-1], of.embedded)
     ended = of.time[:, 1:] == of.time[:, :-1]
-    return value, torch.where(ended, value.detach(), ahead)  # what has ended is not looked ahead of
+    return value, torch.where(ended[..., None], value.detach(), ahead)  # what has ended is not looked ahead of
 
 
 class _Law(Messenger):

@@ -29,6 +29,9 @@ from .network import extend
 from .stepping import Steps
 
 FORMAT = "bayeslm.twist/1"
+# Heads learn E[L^a | x_1:t], L = exp(r / beta), for each of these powers a, and SMC reads that of the first. At a
+# small beta few draws have any weight: their milder powers teach the shared features what all the others know.
+POWERS = (1.0, 0.5, 0.25, 0.1)
 
 
 class TwistState(NamedTuple):
@@ -103,10 +106,10 @@ class Twist(nn.Module):
             self.register_buffer(name, torch.zeros(max_new_tokens + 1))
         self.tokens = nn.Linear(embedding.shape[-1], inner)
         features = components + inner + 1
-        self.value_in, self.value_out = nn.Linear(features, width), nn.Linear(width, 1)
+        self.value_in, self.value_out = nn.Linear(features, width), nn.Linear(width, len(POWERS))
         self.ahead_text = nn.Linear(features, width)
         self.ahead_token = nn.Linear(embedding.shape[-1], width, bias=False)
-        self.ahead_out = nn.Linear(width, 1)
+        self.ahead_out = nn.Linear(width, len(POWERS))
         self.dropout = nn.Dropout(dropout)
         for last in (self.value_out, self.ahead_out):  # begins as no twist at all
             nn.init.zeros_(last.weight)
@@ -156,14 +159,15 @@ class Twist(nn.Module):
     @torch.no_grad()
     def value(self, state: TwistState) -> Tensor:
         """log psi of the texts so far, (row,)."""
-        return self.value_of(self._features(state.hidden, state.total, state.time)) + self.offset[state.time.long()]
+        value = self.value_of(self._features(state.hidden, state.total, state.time))[..., 0]
+        return value + self.offset[state.time.long()]
 
     @torch.no_grad()
     def lookahead(self, state: TwistState, tokens: Tensor) -> Tensor:
         """log psi of the texts so far with each of ``tokens`` (row, k) behind them, (row, k)."""
         features = self._features(state.hidden, state.total, state.time)
         after = self.ahead_offset[(state.time.long() + 1).clamp_max(self.max_new_tokens)]
-        return self.ahead_of(features[:, None], self._tokens(tokens)) + after[:, None]
+        return self.ahead_of(features[:, None], self._tokens(tokens))[..., 0] + after[:, None]
 
     # -- whole completions, as training reads --------------------------------------------------------------------
 
@@ -187,12 +191,12 @@ class Twist(nn.Module):
         return self._features(of.hidden, total, of.time.float())
 
     def value_of(self, features: Tensor) -> Tensor:
-        """log psi but for its offset, of features (..., feature)."""
-        return self.value_out(self.dropout(gelu(self.value_in(features)))).squeeze(-1)
+        """log psi but for its offset, of features (..., feature): (..., power)."""
+        return self.value_out(self.dropout(gelu(self.value_in(features))))
 
     def ahead_of(self, features: Tensor, embedded: Tensor) -> Tensor:
-        """log psi but for its offset, of features (..., feature) with the token (..., width) behind them."""
-        return self.ahead_out(self.dropout(gelu(self.ahead_text(features) + self.ahead_token(embedded)))).squeeze(-1)
+        """log psi but for its offset, of features (..., feature) with the token (..., width) behind: (..., power)."""
+        return self.ahead_out(self.dropout(gelu(self.ahead_text(features) + self.ahead_token(embedded))))
 
     @torch.no_grad()
     def fit_projection(self, hidden: Tensor) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from helpers import table_lm
 
 from bayeslm.inference import (
@@ -19,6 +20,7 @@ from bayeslm.inference import (
     ImportanceSampling,
     RejectionSampling,
 )
+from bayeslm.models import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,15 @@ def engine(cls: type, **settings: Any) -> Any:
     return cls(progress=False, **settings)
 
 
+def flat_policy() -> LanguageModel:
+    """A proposal that is nearly uniform: its weights have no heavy tail."""
+    lm = table_lm(2, seed=9, vocab=4)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter *= 0.3
+    return lm
+
+
 ENGINES = {
     "exact": Claims(lambda seed, bound, k: Exact(seed=seed), continuous=False, exact=True),
     "importance": Claims(
@@ -57,7 +68,7 @@ ENGINES = {
     ),
     "importance, policy": Claims(
         lambda seed, bound, k: engine(
-            ImportanceSampling, num_particles=20 * k, num_chains=20, seed=seed, guide=table_lm(2, seed=9, vocab=4)
+            ImportanceSampling, num_particles=20 * k, num_chains=20, seed=seed, guide=flat_policy()
         ),
         continuous=False,
         prior=False,

@@ -187,10 +187,10 @@ def same_law(program: Program, name: str, fn: Any) -> bool:
     first = program.sites[name].fn
     if not isinstance(fn, Autoregressive) or fn.lm is not first.lm or fn.temperature != first.temperature:
         return False
-    masks = (fn.prompt_mask, first.prompt_mask)
-    if not torch.equal(fn.prompt_ids, first.prompt_ids) or (masks[0] is None) != (masks[1] is None):
-        return False
-    return masks[0] is None or torch.equal(*masks)
+    mask, first_mask = fn.prompt_mask, first.prompt_mask
+    if mask is None or first_mask is None:
+        return mask is first_mask and torch.equal(fn.prompt_ids, first.prompt_ids)
+    return torch.equal(fn.prompt_ids, first.prompt_ids) and torch.equal(mask, first_mask)
 
 
 def sample_sites(trace: Trace) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -202,8 +202,11 @@ def contrastive(log_psi: Tensor, value: Tensor, log_l: Tensor) -> Tensor:
 
 def soft_value(log_psi: Tensor, value: Tensor, log_l: Tensor) -> Tensor:
     """Mean of psi_t - y log psi_t, y half the likelihood and half psi_{t+1}; shapes as in `contrastive`."""
-    log_psi, value = (x.reshape(*log_l.shape, -1) for x in (log_psi, value))
-    log_l = log_l[..., None]
+    alive = log_l.logsumexp(0) > -torch.inf
+    if not alive.any():
+        return 0.0 * log_psi.sum()
+    log_psi, value = (x.reshape(*log_l.shape, -1)[:, alive] for x in (log_psi, value))
+    log_l = log_l[:, alive, None]
     scale = log_l.logsumexp(0) - torch.tensor(float(len(log_l))).log()
     likelihood = (log_l - scale).exp().expand_as(value)
     after = torch.cat([value.detach().exp()[..., 1:], likelihood[..., -1:]], -1)

@@ -34,7 +34,8 @@ from ..models.progress import track
 from .checks import check_counts, check_positive
 from .islands import Islands, Step
 from .moves import Tally, latent_moves, log_likelihood, sweep, tempered
-from .program import Particles, inspect, seeded
+from .particles import Particles
+from .program import inspect, seeded
 from .resampling import RESAMPLING
 from .results import Stopwatch, draw, posterior, to_numpy
 

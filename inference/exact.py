@@ -21,7 +21,8 @@ from bayeslm.posterior import Posterior
 
 from ..models import Autoregressive
 from .checks import check_counts
-from .program import PROMPTS, Assign, Particles, Program, ProgramError, Site, inspect, run_particles, seeded
+from .particles import Particles
+from .program import PROMPTS, Assign, Program, ProgramError, Site, inspect, run_particles, seeded
 from .results import Stopwatch, posterior
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..models.stepping import Steps
-from .program import Particles, Program, ProgramError
+from .particles import Particles
+from .program import Program, ProgramError
 from .replay import History
 from .resampling import RESAMPLING, conditional_multinomial, ess, keep_in_place
 from .results import EvidenceError, prompt_labels, to_numpy

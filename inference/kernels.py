@@ -29,7 +29,8 @@ from .guides import PolicyGuide
 from .mcmc import Replicas
 from .moves import Move, RandomWalk, Tally, latent_moves, score, sweep
 from .nuts import Potential, ScoredOnce, Unconstrained
-from .program import Assign, Particles, Program, inspect, run_particles
+from .particles import Particles
+from .program import Assign, Program, inspect, run_particles
 from .results import check_evidence, draw, prompt_labels, to_numpy
 
 CONTINUOUS = ("random-walk", "nuts")

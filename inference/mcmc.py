@@ -29,7 +29,8 @@ from ..models.progress import track
 from .checks import check_counts, check_positive
 from .guides import PolicyGuide
 from .moves import RandomWalk, Tally, latent_moves, log_likelihood, sweep, tempered
-from .program import Particles, Program, inspect, seeded
+from .particles import Particles
+from .program import Program, inspect, seeded
 from .results import Stopwatch, check_evidence, draw, posterior, prompt_labels, to_numpy
 
 

@@ -38,7 +38,8 @@ from torch.distributions import biject_to
 
 from ..models import LanguageModel
 from ..models.suffix import redraw
-from .program import Assign, Particles, Program, ProgramError, Site, run_particles, same_law
+from .particles import Particles
+from .program import Assign, Program, ProgramError, Site, run_particles, same_law
 
 
 @dataclass

@@ -30,7 +30,8 @@ from bayeslm.posterior import Posterior
 from ..models import Autoregressive
 from ..models.progress import Report, track
 from .checks import check_counts
-from .program import Particles, Program, ProgramError, inspect, run_particles, same_law, sample_sites, seeded
+from .particles import Particles
+from .program import Program, ProgramError, inspect, run_particles, same_law, sample_sites, seeded
 from .results import Stopwatch, check_evidence, draw, posterior, prompt_labels, to_numpy
 
 STARTS = 100  # points tried, for one that the posterior allows

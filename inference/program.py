@@ -24,6 +24,7 @@ from pyro.util import get_rng_state, set_rng_seed, set_rng_state
 from torch import Tensor
 
 from ..models import Autoregressive
+from .particles import Particles, along
 
 PROMPTS = "prompts"  # the plate whose elements are posteriors of their own
 PARTICLES = "_particles"
@@ -127,7 +128,7 @@ class Program:
         """A site's value (particle, *batch, ...) of the particles that ``index`` (draw, prompt) names."""
         if self.shared:
             return value[index[:, 0].to(value.device)]
-        return _along(value, 1 + self.sites[name].dims.index("prompt"), index)
+        return along(value, 1 + self.sites[name].dims.index("prompt"), index)
 
 
 _BRANCHES = ("is ambiguous", "only one element tensors", "a Tensor with", "only integer tensors of a single element")
@@ -257,70 +258,6 @@ def inspect(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Program:
         shared=not all(site.in_prompts for site in random),
         device=home.value.device,
     )
-
-
-@dataclass
-class Particles:
-    """Runs of a program, particle first.
-
-    ``values[name]`` (particle, *batch, *event); ``log_prior`` and ``log_proposal`` of all latents and each
-    ``log_likelihood`` term (particle, prompt); ``token_scores[name]`` (particle, *batch, token), log p of each token
-    of a completion.
-    """
-
-    values: dict[str, Tensor]
-    log_prior: Tensor
-    log_proposal: Tensor
-    log_likelihood: dict[str, Tensor]
-    token_scores: dict[str, Tensor]
-
-    @property
-    def log_joint(self) -> Tensor:
-        return self.log_prior + sum(self.log_likelihood.values(), torch.zeros_like(self.log_prior))
-
-    @property
-    def log_weights(self) -> Tensor:
-        """log p(x, reward) - log q(x)."""
-        return self.log_joint - self.log_proposal
-
-    def __getitem__(self, index: Any) -> Particles:
-        return Particles(
-            {name: value[index] for name, value in self.values.items()},
-            self.log_prior[index],
-            self.log_proposal[index],
-            {name: term[index] for name, term in self.log_likelihood.items()},
-            {name: scores[index] for name, scores in self.token_scores.items()},
-        )
-
-    def gather(self, program: Program, index: Tensor) -> Particles:
-        """New particles that have, for each prompt, the particles that ``index`` (draw, prompt) names."""
-        if program.shared:
-            return self[index[:, 0].to(self.log_prior.device)]
-        inside = [name for name in self.values if "prompt" in program.sites[name].dims]
-        return Particles(
-            {name: program.take(name, self.values[name], index) for name in inside},
-            _along(self.log_prior, 1, index),
-            _along(self.log_proposal, 1, index),
-            {name: _along(term, 1, index) for name, term in self.log_likelihood.items()},
-            {name: program.take(name, scores, index) for name, scores in self.token_scores.items()},
-        )
-
-    @staticmethod
-    def concatenate(parts: list[Particles]) -> Particles:
-        return Particles(
-            {name: torch.cat([p.values[name] for p in parts]) for name in parts[0].values},
-            torch.cat([p.log_prior for p in parts]),
-            torch.cat([p.log_proposal for p in parts]),
-            {name: torch.cat([p.log_likelihood[name] for p in parts]) for name in parts[0].log_likelihood},
-            {name: torch.cat([p.token_scores[name] for p in parts]) for name in parts[0].token_scores},
-        )
-
-
-def _along(x: Tensor, axis: int, index: Tensor) -> Tensor:
-    """x (particle, ...) gathered by ``index`` (draw, prompt), prompts being ``axis`` of x."""
-    shape = [1] * x.dim()
-    shape[0], shape[axis] = index.shape
-    return x.gather(0, index.to(x.device).reshape(shape).expand(len(index), *x.shape[1:]))
 
 
 def traces(

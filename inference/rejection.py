@@ -23,7 +23,8 @@ from bayeslm.posterior import Posterior
 
 from ..models.progress import track
 from .checks import check_counts
-from .program import Particles, Program, ProgramError, inspect, run_particles, seeded
+from .particles import Particles
+from .program import Program, ProgramError, inspect, run_particles, seeded
 from .results import EvidenceError, Stopwatch, check_evidence, draw, posterior, prompt_labels
 
 

@@ -21,9 +21,9 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from ..models import Autoregressive
+from .particles import Particles
 from .program import (
     PARTICLES,
-    Particles,
     Program,
     ProgramError,
     branches_explained,

@@ -15,7 +15,8 @@ from bayeslm.posterior import Posterior
 
 from ..models.network import count_usage
 from ..models.progress import track
-from .program import Particles, Program, ProgramError, run_particles
+from .particles import Particles
+from .program import Program, ProgramError, run_particles
 
 
 class EvidenceError(ProgramError):

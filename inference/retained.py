@@ -17,7 +17,8 @@ from torch import Tensor
 
 from bayeslm.posterior import Posterior
 
-from .program import Assign, Particles, Program, ProgramError, run_particles
+from .particles import Particles
+from .program import Assign, Program, ProgramError, run_particles
 from .results import prompt_labels
 
 _REFUSED = {

@@ -26,7 +26,8 @@ from ..models.progress import track
 from .checks import check_counts, check_positive
 from .guides import AutoPolicy
 from .objectives import ReverseKL
-from .program import Particles, Program, inspect, seeded
+from .particles import Particles
+from .program import Program, inspect, seeded
 from .results import Stopwatch, draw, posterior
 
 SCHEDULES: dict[str, Callable[[float], float]] = {

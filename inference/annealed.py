@@ -37,7 +37,7 @@ from .moves import Tally, latent_moves, log_likelihood, sweep, tempered
 from .particles import Particles
 from .program import inspect, seeded
 from .resampling import RESAMPLING
-from .results import Stopwatch, draw, posterior, to_numpy
+from .results import Stopwatch, carry, draw, posterior, to_numpy
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,7 @@ class AnnealedSMC:
                     except KeyboardInterrupt:
                         interrupted = True
                     except Exception as error:
-                        error.particles = state  # type: ignore[attr-defined]
-                        error.add_note(f"the particles at {name} are kept in this error's .particles")
+                        carry(error, state, f"the particles at {name}")
                         raise
                     report(values={"inverse temperature": gamma.min().item()})
             return posterior(

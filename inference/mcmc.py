@@ -31,7 +31,7 @@ from .guides import PolicyGuide
 from .moves import RandomWalk, Tally, latent_moves, log_likelihood, sweep, tempered
 from .particles import Particles
 from .program import Program, inspect, seeded
-from .results import Stopwatch, check_evidence, draw, posterior, prompt_labels, to_numpy
+from .results import Stopwatch, carry, check_evidence, draw, posterior, prompt_labels, to_numpy
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,7 @@ class MCMC:
                         break
                     except Exception as error:
                         if parts:
-                            error.particles = chain_major(parts)  # type: ignore[attr-defined]
-                            error.add_note(f"the {len(parts)} draws of each chain before are kept in .particles")
+                            carry(error, chain_major(parts), f"the {len(parts)} draws of each chain before")
                         raise
                     if warm:
                         replicas.adapt(step + 1)

@@ -32,7 +32,7 @@ from ..models.progress import Report, track
 from .checks import check_counts
 from .particles import Particles
 from .program import Program, ProgramError, inspect, run_particles, same_law, sample_sites, seeded
-from .results import Stopwatch, check_evidence, draw, posterior, prompt_labels, to_numpy
+from .results import Stopwatch, carry, check_evidence, draw, posterior, prompt_labels, to_numpy
 
 STARTS = 100  # points tried, for one that the posterior allows
 
@@ -217,8 +217,7 @@ class NUTS:
                     return parts, _columns(seen[: len(parts)]), True
                 except Exception as error:
                     if parts:
-                        error.particles = Particles.concatenate(parts)  # type: ignore[attr-defined]
-                        error.add_note(f"the {len(parts)} chains done before are kept in this error's .particles")
+                        carry(error, Particles.concatenate(parts), f"the {len(parts)} chains done before")
                     raise
         return parts, _columns(seen), False
 

@@ -67,11 +67,16 @@ def draw(
                 return Particles.concatenate(parts), True
             except Exception as error:
                 if parts:
-                    error.particles = Particles.concatenate(parts)  # type: ignore[attr-defined]
-                    error.add_note(f"the {done} particles drawn before are kept in this error's .particles")
+                    carry(error, Particles.concatenate(parts), f"the {done} particles drawn before")
                 raise
             report(n)
     return Particles.concatenate(parts), False
+
+
+def carry(error: Exception, particles: Particles, what: str) -> None:
+    """Let an error take along the particles that are there, and say so."""
+    error.particles = particles  # type: ignore[attr-defined]
+    error.add_note(f"{what} are kept in this error's .particles")
 
 
 def posterior(

@@ -322,15 +322,15 @@ class Tally:
     """Acceptance of moves: by site and column, and of completions by the position of the cut."""
 
     def __init__(self) -> None:
-        self._sites: dict[str, list[Tensor]] = {}
-        self._cuts: dict[str, list[Tensor]] = {}
+        self._sites: dict[str, Tensor] = {}  # (2, column): tried, accepted
+        self._cuts: dict[str, Tensor] = {}  # (2, token)
 
     def add(self, move: Move, outcome: Outcome, rows: Tensor | slice = slice(None)) -> None:
         """Count a move; of the particles ``rows`` alone."""
         name, site = move.site.name, move.site
         accepted = outcome.accepted[rows]
         counts = torch.stack([torch.full_like(accepted[0], len(accepted), dtype=torch.long), accepted.sum(0)])
-        self._sites.setdefault(name, []).append(counts)
+        self._sites[name] = counts + self._sites.get(name, 0)
         if outcome.cut is None:
             return
         cut = outcome.cut[rows]
@@ -340,7 +340,7 @@ class Tally:
         accepted = accepted.reshape(shape).expand_as(cut)
         length = site.shape[-1]
         tried = (cut[cut >= 0].bincount(minlength=length), cut[(cut >= 0) & accepted].bincount(minlength=length))
-        self._cuts.setdefault(name, []).append(torch.stack(tried))
+        self._cuts[name] = torch.stack(tried) + self._cuts.get(name, 0)
 
     def stats(self) -> dict[str, np.ndarray]:
         """``acceptance_<site>`` (column,); and of completions ``acceptance_by_cut_<site>`` (max_new_tokens,), where 0,
@@ -348,10 +348,10 @@ class Tally:
         stats = {}
         with np.errstate(invalid="ignore"):
             for name, counts in self._sites.items():
-                tried, accepted = torch.stack(counts).sum(0).cpu().numpy()
+                tried, accepted = counts.cpu().numpy()
                 stats[f"acceptance_{name}"] = accepted / tried
             for name, counts in self._cuts.items():
-                tried, accepted = torch.stack(counts).sum(0).cpu().numpy()
+                tried, accepted = counts.cpu().numpy()
                 stats |= {f"acceptance_by_cut_{name}": accepted / tried, f"cuts_{name}": tried}
         return stats
 

@@ -33,6 +33,15 @@ class Kept(NamedTuple):
     values: Tensor
 
 
+class Seen(NamedTuple):
+    """A step of resampling, as ``stats`` calls its parts: (chain, weight prompt), and ancestors (chain, particle,
+    weight prompt)."""
+
+    ess_by_step: Tensor  # before it
+    resampled: Tensor
+    ancestors: Tensor
+
+
 class Islands:
     """``chains`` islands of ``size`` particles each, chain-major in one axis, resampled each within itself.
 
@@ -67,9 +76,7 @@ class Islands:
         self._alone = alone
         self._counted: set[str] = set()
         self._own = torch.arange(size, device=device)[None, :, None].expand(chains, -1, program.weight_prompts)
-        self._ess: list[Tensor] = []
-        self._resampled: list[Tensor] = []
-        self._ancestors: list[Tensor] = []
+        self._seen: list[Seen] = []
 
     @property
     def total(self) -> Tensor:
@@ -105,13 +112,11 @@ class Islands:
         weights = self.log_weights.reshape(self.chains, self.size, -1)
         now = ess(weights)
         need = (now < self._threshold) & (now > 0)
-        self._ess.append(now)
-        self._resampled.append(need)
         if not bool(need.any()):
-            self._ancestors.append(self._own)
+            self._seen.append(Seen(now, need, self._own))
             return None
         ancestors = torch.where(need[:, None], keep_in_place(self._resample(weights)), self._own)
-        self._ancestors.append(ancestors)
+        self._seen.append(Seen(now, need, ancestors))
         mean = weights.logsumexp(1) - np.log(self.size)
         self.log_z = self.log_z + torch.where(need, mean, 0.0)
         self.log_weights = torch.where(need[:, None], 0.0, weights).reshape(self.log_weights.shape)
@@ -124,9 +129,7 @@ class Islands:
     def idle(self, steps: int) -> None:
         """Note steps at which no one is resampled."""
         now = ess(self.log_weights.reshape(self.chains, self.size, -1))
-        self._ess += [now] * steps
-        self._resampled += [torch.zeros_like(now, dtype=torch.bool)] * steps
-        self._ancestors += [self._own] * steps
+        self._seen += [Seen(now, torch.zeros_like(now, dtype=torch.bool), self._own)] * steps
 
     def kept(self, name: str) -> Kept | None:
         """Where the completions of a site are retained."""
@@ -146,14 +149,14 @@ class Islands:
     @staticmethod
     def record(groups: Sequence[Islands]) -> dict[str, Any]:
         """The histories of all islands, as ``stats``."""
-        if not groups[0]._ess:
+        if not groups[0]._seen:
             return {}
 
         def together(name: str) -> np.ndarray:
-            return to_numpy(torch.cat([torch.stack(getattr(islands, name), 1) for islands in groups]))
+            each = [torch.stack([getattr(seen, name) for seen in islands._seen], 1) for islands in groups]
+            return to_numpy(torch.cat(each))
 
-        names = {"ess_by_step": "_ess", "resampled": "_resampled", "ancestors": "_ancestors"}
-        return {key: together(name) for key, name in names.items()}
+        return {name: together(name) for name in Seen._fields}
 
     def _blame(self, step: Step, invalid: Tensor) -> None:
         what = [name for name, part in step.parts.items() if bool((part.isnan() | (part == torch.inf)).any())]

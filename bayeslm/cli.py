@@ -125,7 +125,8 @@ def infer(
             raise ValueError("--top-k lets a twist propose: say which by --twist")
         sizes: dict[str, Any] = {"particles": particles, "samples": samples, "chains": chains, "steps": steps}
         sizes |= {"learning_rate": learning_rate, "top_k": top_k}
-        engines = {name: _engine(name, seed=seed, twist=twist, **sizes) for name in names}
+        ready = twist if twist in ("partial", "prefix") else None  # others need the language model, and come later
+        engines = {name: _engine(name, seed=seed, twist=ready, **sizes) for name in names}
         texts, columns = _read_prompts(prompt or [], prompts)
         sys.path.insert(0, str(Path.cwd()))  # package.module:function is looked for where the user stands
         settings = _settings(reward_settings)
@@ -135,14 +136,9 @@ def infer(
         _reserve(out)
         lm = _language_model(prior, device)
         model = TiltedLM(lm, scale * given, beta, max_new_tokens=max_new_tokens, temperature=temperature)
-        if twist not in (None, "partial", "prefix"):
+        if twist is not None and twist != ready:
             learned = _twist(twist, lm, model, texts, columns, seed, out)
-            engines = {
-                name: dataclasses.replace(engine, twist=learned, proposal=None if top_k is None else "twist")
-                if name == "smc"
-                else engine
-                for name, engine in engines.items()
-            }
+            engines["smc"] = _engine("smc", seed=seed, twist=learned, **sizes)
         _run(model, texts, columns, engines, out)
 
 
@@ -197,7 +193,7 @@ def demo(
 # -- what the commands share -----------------------------------------------------------------------------------
 
 
-def _engine(name: str, *, seed: int, twist: str | None, **sizes: Any) -> Any:
+def _engine(name: str, *, seed: int, twist: Any, **sizes: Any) -> Any:
     """An engine by name; each option goes to the field that means it there."""
     from bayeslm.inference import ENGINES
 
@@ -214,9 +210,9 @@ def _engine(name: str, *, seed: int, twist: str | None, **sizes: Any) -> Any:
         "warmup": sizes["steps"],
         "learning_rate": sizes["learning_rate"],
         "num_chains": sizes["chains"],
-        "twist": twist if twist in ("partial", "prefix") else None,  # others need the language model, and come later
+        "twist": twist,
         "top_k": sizes["top_k"],
-        "proposal": "twist" if name == "smc" and twist in ("partial", "prefix") and sizes["top_k"] else None,
+        "proposal": "twist" if name == "smc" and twist is not None and sizes["top_k"] is not None else None,
         "seed": seed,
     }
     return ENGINES[name](**{field: value for field, value in meant.items() if field in fields and value is not None})

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from bayeslm import report
+from bayeslm.folders import refuse_taken
 from bayeslm.posterior import Posterior
 
 app = typer.Typer(
@@ -298,8 +299,7 @@ def _reserve(out: Path | None) -> None:
     """Make the output folder before the work, so that a bad place costs nothing. Never an existing one."""
     if out is None:
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not empty: choose another --out, or remove it first")
+    refuse_taken(out, choose="another --out")
     out.mkdir(parents=True, exist_ok=True)
     probe = out / ".writable"
     probe.touch()

@@ -13,15 +13,14 @@ absent.
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bayeslm.folders import whole
 from bayeslm.posterior import Posterior
 
 Array = NDArray[Any]
@@ -46,18 +45,8 @@ def save(posterior: Posterior, directory: Path) -> Path:
     refuses; nothing is left behind then.
     """
     directory = directory.absolute()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f"{directory} exists and is not empty: choose another name, or remove it first")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = directory.with_name(f".{directory.name}.{uuid4().hex[:8]}")
-    try:
-        unfinished.mkdir()
+    with whole(directory) as unfinished:
         _write(posterior, unfinished)
-        if directory.exists():
-            directory.rmdir()  # empty; Windows does not rename onto it
-        unfinished.rename(directory)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return directory
 
 

@@ -1,0 +1,70 @@
+"""A folder is whole or not there, whatever happens to its writer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bayeslm.folders import whole
+
+KILLED = """
+import os, sys
+from bayeslm.folders import whole
+
+with whole(sys.argv[1]) as folder:
+    (folder / "first").write_text("1")
+    os._exit(9)  # as a kill: nothing is cleaned up
+"""
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_what_was_written_is_there_in_the_end(tmp_path: Path, existing: bool) -> None:
+    place = tmp_path / "new" / "run"
+    if existing:
+        place.mkdir(parents=True)
+    with whole(place) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "file").write_text("1")
+        assert place.exists() == existing
+    assert (place / "inner" / "file").read_text() == "1"
+    assert list(place.parent.iterdir()) == [place]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_an_error_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    def write() -> None:
+        with whole(tmp_path / "run") as folder:
+            (folder / "first").write_text("1")
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_writer_that_is_killed_leaves_nothing_of_that_name(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "run")], check=False)
+    assert done.returncode == 9
+    assert not (tmp_path / "run").exists()
+    assert [path.name[:5] for path in tmp_path.iterdir()] == [".run."]
+    with whole(tmp_path / "run") as folder:  # what is left of it is in nobody's way
+        (folder / "second").write_text("2")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["second"]
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    def write(place: Path) -> None:
+        with whole(place) as folder:
+            (folder / "first").write_text("1")
+
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "full", tmp_path / "file"):
+        with pytest.raises(FileExistsError, match="choose another name"):
+            write(place)
+    assert (tmp_path / "full" / "mine").read_text() == (tmp_path / "file").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]

@@ -1,21 +1,18 @@
 """Annealed SMC against exact posteriors: log Z, expectations, the ladder, and what is kept when a run breaks off.
 
 Islands are independent: a mean over 64 of them has the standard error of theirs, and 4.5 of these are exceeded by
-chance 3e-5 times (Student's t), 0.2% for the 60 comparisons of the file.
+chance 3e-5 times (Student's t), 0.2% for the 80 comparisons of the file.
 """
 
 from __future__ import annotations
-
-import functools
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers import table_lm, tiny_llama
-from programs import PROMPTS, score_table, tilted
-from test_moves import SHORT, conversation, shared
+from helpers import table_lm
+from programs import FUNCTIONS, PROMPTS, SHORT, case, conversation, score_table, shared, tilted
 
 from bayeslm import Posterior, diagnostics
 from bayeslm.inference import EvidenceError, Exact
@@ -47,17 +44,6 @@ def error(values):
     return values.std(0, ddof=1) / len(values) ** 0.5
 
 
-@functools.cache
-def case(kind):
-    lm = table_lm(order=3, seed=1) if kind == "table" else tiny_llama(seed=1)
-    model = tilted(lm, score_table(1), 0.8)
-    return lm, model, Exact().run(model, PROMPTS)
-
-
-FUNCTIONS = [lambda p: p.samples["score"], lambda p: p.lengths["completion"]]
-FUNCTIONS += [lambda p, t=t: p.samples["completion"][..., t] < 4 for t in (0, 2)]
-
-
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
@@ -70,14 +56,14 @@ FUNCTIONS += [lambda p, t=t: p.samples["completion"][..., t] < 4 for t in (0, 2)
 )
 def test_agrees_with_exact(kind, settings):
     """E[Z-hat / Z] = 1 where the ladder is given; the expected reward, length and marginals."""
-    _, model, exact = case(kind)
+    _, model, exact = case(kind, 0.8)
     posterior = annealed(**settings).run(model, PROMPTS)
     assert posterior.kind == "particles"
     assert_agrees(posterior, exact, FUNCTIONS, unbiased="ladder" in settings)
 
 
 def test_a_policy_may_propose_the_suffixes():
-    lm, model, exact = case("table")
+    lm, model, exact = case("table", 0.8)
     policy = lm.policy()
     torch.manual_seed(0)
     with torch.no_grad():
@@ -88,7 +74,7 @@ def test_a_policy_may_propose_the_suffixes():
 
 def test_moves_make_z_hat_more_precise():
     """Its variance is less than half of what importance sampling has with as many particles, by Exact."""
-    _, model, exact = case("table")
+    _, model, exact = case("table", 0.8)
     posterior = annealed(num_particles=32).run(model, PROMPTS)
     ratios = np.exp(posterior.log_weights - exact.log_evidence).mean(1)
     importance = np.exp(exact.log_likelihood["reward"] - exact.log_evidence)
@@ -239,7 +225,7 @@ def test_contract(tmp_path):
 
 def test_an_interruption_cools_what_there_is():
     """The particles so far, weighted as if the ladder ended in one jump: still right, with fewer sweeps."""
-    _, inner, exact = case("table")
+    _, inner, exact = case("table", 0.8)
     calls, error = 0, KeyboardInterrupt()
 
     def model(prompts):

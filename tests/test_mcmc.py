@@ -6,16 +6,13 @@ Chains are independent, so a mean has the standard error of the chains' means: w
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers import WORDS, assert_drawn_from, table_lm, tiny_llama
-from programs import PROMPTS, score_table, tilted
-from test_moves import SHORT, Enumerated, conversation, shared
+from helpers import WORDS, assert_drawn_from, table_lm
+from programs import FUNCTIONS, PROMPTS, SHORT, Enumerated, case, conversation, score_table, shared, tilted
 
 from bayeslm import Posterior, diagnostics
 from bayeslm.inference import EvidenceError, Exact
@@ -46,23 +43,10 @@ def assert_agrees(posterior, exact, functions):
         assert_mean(function(posterior), (weights * function(exact)).sum((0, 1)))
 
 
-@functools.cache
-def case(kind):
-    lm = table_lm(order=3, seed=1) if kind == "table" else tiny_llama(seed=1)
-    model = tilted(lm, score_table(1), 1.0)
-    return lm, model, Exact().run(model, PROMPTS)
-
-
-# the reward, the length, and of the first and third token two halves of the vocabulary
-FUNCTIONS = [lambda p: p.samples["score"], lambda p: p.lengths["completion"]]
-FUNCTIONS += [lambda p, t=t: p.samples["completion"][..., t] < 4 for t in (0, 2)]
-FUNCTIONS += [lambda p, t=t: p.samples["completion"][..., t] % 2 for t in (0, 2)]
-
-
 @pytest.mark.parametrize(("kind", "setting"), [("table", "prior"), ("table", "policy"), ("llama", "tempered")])
 def test_agrees_with_exact(kind, setting):
     """The expected reward and length, and marginals of the first and third token."""
-    lm, model, exact = case(kind)
+    lm, model, exact = case(kind, 1.0)
     settings = {"num_samples": 20, "num_temperatures": 2} if setting == "tempered" else {}
     if setting == "policy":
         policy = lm.policy()
@@ -79,7 +63,7 @@ def test_agrees_with_exact(kind, setting):
 
 def test_chains_agree_on_the_reward_within_a_budget():
     """R-hat <= 1.01: 16 chains of 400 sweeps after 100, six temperatures; 19,608 completions a prompt."""
-    _, model, exact = case("table")
+    _, model, exact = case("table", 1.0)
     posterior = mcmc(num_chains=16, num_samples=400, warmup=100, num_temperatures=6).run(model, PROMPTS)
     assert (diagnostics.rhat(posterior.rewards) <= 1.01).all()
     mean, stderr = diagnostics.expectation(posterior, posterior.rewards)

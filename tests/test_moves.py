@@ -14,20 +14,18 @@ import pyro.distributions as dist
 import pytest
 import torch
 from helpers import assert_drawn_from, by_hand, count_completions, table_lm, tiny_llama
-from programs import score_table, tilted
+from programs import SHORT, Enumerated, conversation, score_table, shared, tilted
 from pyro import poutine
 from scipy import stats
 from test_network import ARCHITECTURES, PROMPTS, random_network
 
 from bayeslm.inference import ProgramError
-from bayeslm.inference.exact import Exact
-from bayeslm.inference.moves import RandomWalk, SuffixMove, Tally, latent_moves, log_target, score
+from bayeslm.inference.moves import RandomWalk, SuffixMove, Tally, latent_moves, score
 from bayeslm.inference.program import inspect
 from bayeslm.models import LanguageModel
 from bayeslm.models.network import count_usage
 from bayeslm.models.suffix import redraw
 
-SHORT = [[1, 2], [2]]
 ALARM = 1e-6
 
 
@@ -97,14 +95,6 @@ def test_redrawing_prefills_a_prompt_once_and_drops_rows_that_have_ended():
 # -- invariance --------------------------------------------------------------------------------------------------
 
 
-def longer(prompts, topic):
-    """Prompts with a latent's value behind them, an object array of the latent's shape."""
-    out = np.empty(tuple(topic.shape), dtype=object)
-    for index in np.ndindex(*out.shape):
-        out[index] = [*prompts[index[-1]], int(topic[index]) % 3 + 1]
-    return out
-
-
 def plain(lm=None):
     return tilted(lm or table_lm(order=3, seed=2, vocab=4), score_table(2, vocab=4, tokens=4), 0.4)
 
@@ -120,35 +110,6 @@ def constrained():
     return model
 
 
-def conversation():
-    """A topic that a prompt depends on, a factor in mid-program, a reply to the draft."""
-    lm = table_lm(order=3, seed=1, vocab=4)
-    table = 2.0 * score_table(3, vocab=4, tokens=2)
-
-    def model(prompts):
-        with pyro.plate("prompts", len(prompts)):
-            topic = pyro.sample("topic", dist.Categorical(torch.tensor([0.3, 0.7])))
-            x = pyro.sample("completion", lm(longer(prompts, topic), max_new_tokens=2))
-            pyro.factor("draft", table[torch.arange(2), x].sum(-1))
-            y = pyro.sample("reply", lm(longer(prompts, x[..., 0]), max_new_tokens=1))
-            pyro.factor("match", 1.5 * (y == topic[..., None] + 1).sum(-1) + 0.5 * (x[..., :1] == y).sum(-1))
-
-    return model
-
-
-def shared():
-    """One posterior of both prompts."""
-    lm = table_lm(order=2, seed=4, vocab=3)
-
-    def model(prompts):
-        mood = pyro.sample("mood", dist.Categorical(torch.tensor([0.6, 0.4])))
-        with pyro.plate("prompts", len(prompts)):
-            x = pyro.sample("completion", lm(prompts, max_new_tokens=2))
-            pyro.factor("reward", 1.5 * (x == mood[..., None] + 1).sum(-1))
-
-    return model
-
-
 def candidates():
     """Two completions a prompt, and flags, in a plate of their own."""
     lm = table_lm(order=2, seed=5, vocab=3)
@@ -160,38 +121,6 @@ def candidates():
             pyro.factor("reward", (0.5 + flag) * (x == 1).sum(-1))
 
     return model
-
-
-class Enumerated:
-    """A program's target at an inverse temperature, with draws of it."""
-
-    def __init__(self, model, gamma=1.0):
-        self.program = inspect(model, SHORT)
-        self.atoms = Exact()._enumerate(self.program)
-        target = log_target(self.atoms, gamma).double()
-        self.log_prob = target - target.logsumexp(0)  # (atom, column)
-        self._place = [{code: i for i, code in enumerate(column)} for column in self._codes(self.atoms)]
-
-    def draw(self, size, seed=0):
-        torch.manual_seed(seed)
-        index = self.log_prob.exp().T.multinomial(size, replacement=True).T
-        return self.atoms.gather(self.program, index)
-
-    def index(self, particles):
-        """Which atom each is, (particle, column)."""
-        columns = zip(self._codes(particles), self._place, strict=True)
-        return torch.tensor([[place[code] for code in codes] for codes, place in columns]).T
-
-    def _codes(self, particles):
-        columns = self.log_prob.shape[1] if hasattr(self, "log_prob") else self.program.weight_prompts
-        rows = []
-        for site in self.program.latents:
-            value = particles.values[site.name]
-            if columns > 1:
-                value = value.movedim(1 + site.dims.index("prompt"), 1)
-            rows.append(value.reshape(len(value), columns, -1).long())
-        codes = torch.cat(rows, -1)
-        return [[tuple(row) for row in codes[:, column].tolist()] for column in range(columns)]
 
 
 def assert_reversible(target, before, after):

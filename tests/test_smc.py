@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from helpers import table_lm, tiny_llama
-from programs import PROMPTS, score_table, tilted
+from programs import PROMPTS, conversation, longer, score_table, tilted
 
 from bayeslm.inference import SMC, EvidenceError, Exact, ImportanceSampling, ProgramError
 from bayeslm.models import TiltedLM, rewards
@@ -271,28 +271,10 @@ def test_conditional_smc_bounds_from_above():
 # -- programs with more in them --------------------------------------------------------------------------------
 
 
-def longer(prompts, topic):
-    """Prompts with a latent's value behind them, an object array of the latent's shape."""
-    out = np.empty(tuple(topic.shape), dtype=object)
-    for index in np.ndindex(*out.shape):
-        out[index] = [*prompts[index[-1]], int(topic[index]) % 3 + 1]
-    return out
-
-
 @pytest.mark.parametrize("setting", [{}, {"twist": "partial"}, {"twist": "partial", "proposal": "twist", "top_k": 2}])
 def test_latents_before_and_several_completions(setting):
     """A topic that the prompt depends on, a factor in mid-program, a reply to the draft."""
-    lm = table_lm(order=3, seed=1, vocab=4)
-    table = 2.0 * score_table(3, vocab=4, tokens=2)
-
-    def model(prompts):
-        with pyro.plate("prompts", len(prompts)):
-            topic = pyro.sample("topic", dist.Categorical(torch.tensor([0.3, 0.7])))
-            x = pyro.sample("completion", lm(longer(prompts, topic), max_new_tokens=2))
-            pyro.factor("draft", table[torch.arange(2), x].sum(-1))
-            y = pyro.sample("reply", lm(longer(prompts, x[..., 0]), max_new_tokens=2))
-            pyro.factor("match", 1.5 * (y == topic[..., None] + 1).sum(-1) + 0.5 * (x == y).sum(-1))
-
+    model = conversation(reply=2)
     exact = Exact().run(model, SHORT)
     posterior = SMC(num_particles=24, num_chains=300, ess_threshold=0.9, seed=2, progress=False, **setting).run(
         model, SHORT

@@ -74,7 +74,14 @@ ENGINES = {
         prior=False,
     ),
     "rejection": Claims(
-        lambda seed, bound, k: engine(RejectionSampling, num_samples=5 * k, num_chains=20, log_bound=bound, seed=seed),
+        lambda seed, bound, k: engine(
+            RejectionSampling,
+            num_samples=5 * k,
+            num_chains=20,
+            max_proposals=20_000 * k,  # enough for acceptance rates of 0.5%; a test spends all
+            log_bound=bound,
+            seed=seed,
+        ),
         unbiased=False,  # the number of proposals depends on the draws
     ),
     "bestofn": Claims(

@@ -40,8 +40,8 @@ def assert_mean(values: np.ndarray, expected) -> None:
 
 def test_conjugate_posteriors():
     """Normal mean, binomial probability and Poisson rate of each prompt: moments, and every term in closed form."""
-    y = torch.tensor([1.2, -0.4]).repeat(5)
-    k, counts = torch.tensor([7.0, 2.0]).repeat(5), torch.tensor([3.0, 0.0]).repeat(5)
+    y = torch.tensor([1.2, -0.4]).repeat(8)
+    k, counts = torch.tensor([7.0, 2.0]).repeat(8), torch.tensor([3.0, 0.0]).repeat(8)
 
     def model(prompts):
         with pyro.plate("prompts", len(prompts)):
@@ -53,10 +53,10 @@ def test_conjugate_posteriors():
             rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
             pyro.sample("counts", dist.Poisson(rate), obs=counts)
 
-    posterior = nuts().run(model, [[1]] * 10)
+    posterior = nuts(num_samples=40, warmup=60, max_tree_depth=4).run(model, [[1]] * 16)
     assert (posterior.kind, posterior.engine) == ("markov", "NUTS")
     theta, p, rate = (posterior.samples[name] for name in ("theta", "p", "rate"))
-    assert theta.shape == p.shape == rate.shape == (2, 60, 10)
+    assert theta.shape == p.shape == rate.shape == (2, 40, 16)
     assert_mean(theta, y.numpy() / 2)
     assert_mean((theta - y.numpy() / 2) ** 2, 0.5)
     a, b = 2 + k.numpy(), 3 + 9 - k.numpy()
@@ -85,7 +85,7 @@ def test_conjugate_posteriors():
     assert stats["acceptance"].shape == stats["divergences"].shape == stats["step_size"].shape == (2,)
     assert (np.abs(stats["acceptance"] - 0.8) < 0.15).all()
     assert not stats["interrupted"]
-    assert posterior.prior["theta"].shape == (1, 60, 10)
+    assert posterior.prior["theta"].shape == (1, 40, 16)
     assert {"posterior", "sample_stats", "prior"} <= set(posterior.to_arviz().groups())
 
 

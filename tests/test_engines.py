@@ -98,9 +98,16 @@ def test_importance_sampling_is_unbiased_for_z():
     assert (np.abs(ratios.mean(0) - 1) < LIMIT * ratios.std(0) / 20).all()
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("beta", [0.7, 1.5])
-@pytest.mark.parametrize("kind", ["table", "llama"])
+SVI_CASES = [(kind, beta, seed) for kind in ("table", "llama") for beta in (0.7, 1.5) for seed in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "beta", "seed"),
+    [  # a network takes 20 s: one, at the beta that asks for more, stays
+        pytest.param(*case, marks=[pytest.mark.long] if case[0] == "llama" and case != ("llama", 0.7, 0) else [])
+        for case in SVI_CASES
+    ],
+)
 def test_svi_reaches_the_posterior(kind, beta, seed):
     """KL(q || posterior) <= 0.05 nats by enumeration, with log Z and the reward of its weighted draws right.
 

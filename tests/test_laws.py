@@ -42,6 +42,12 @@ def run(name, model, bound, prompts=SHORT, *, seed=0, size=4):
     return ENGINES[name].make(seed, bound, size).run(model, prompts)
 
 
+@functools.cache
+def small(name):
+    """A run of few particles, which tests read and leave as it is."""
+    return run(name, *case(), size=1)
+
+
 def limit(replicates: int) -> float:
     """As many standard errors as leave outside what 4 of a normal law do, the error being estimated."""
     return float(student.isf(norm.sf(LIMIT), replicates - 1))
@@ -154,8 +160,7 @@ class TestTexts:
         assert torch.equal(drawn, torch.rand(1))
 
     def test_contract_of_shapes(self, name):
-        model, bound = case()
-        posterior = run(name, model, bound, size=1)
+        posterior = small(name)
         chains, draws = posterior.log_weights.shape[:2]
         assert posterior.log_weights.shape == posterior.log_joint.shape == (chains, draws, 2)
         assert posterior.samples["completion"].shape == (chains, draws, 2, 4)
@@ -178,8 +183,7 @@ class TestTexts:
 
     def test_log_joint_is_the_programs(self, name):
         """log p(x) + r / beta of every draw, scored afresh."""
-        model, bound = case()
-        posterior = run(name, model, bound, size=1)
+        posterior = small(name)
         values = torch.as_tensor(posterior.samples["completion"])
         fresh = table_lm(order=3, seed=2, vocab=4)(SHORT, max_new_tokens=4).log_prob(values).detach().numpy()
         score = score_table(2, **SMALL)[torch.arange(4), values].sum(-1).numpy()

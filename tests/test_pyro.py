@@ -178,7 +178,7 @@ def test_nuts_on_a_continuous_latent(lm):
         )
         torch.testing.assert_close(potential({"w": torch.tensor(w)}), -exact)
     assert set(initial) == {"w"}
-    grid = torch.linspace(-3.0, 9.0, 200)
+    grid = torch.linspace(-3.0, 9.0, 100)
     density = torch.stack([-potential({"w": w}) for w in grid]).softmax(0)
     mean = (density * grid).sum()
     sd = (density * (grid - mean) ** 2).sum().sqrt()

@@ -88,7 +88,7 @@ def infer(
         str | None,
         typer.Option(
             help="smc: what unfinished texts are weighed by: partial (the reward of the text so far), prefix, learned "
-            "(a head trained first), or the folder of one that was."
+            "(a head trained first), learned-partial (one that also reads partial), or the folder of one that was."
         ),
     ] = None,
     top_k: Annotated[
@@ -226,9 +226,9 @@ def _twist(
     from bayeslm.inference import TwistLearning
     from bayeslm.models import Twist
 
-    if name != "learned":
+    if name not in ("learned", "learned-partial"):
         return Twist.from_pretrained(name, lm)
-    twist = TwistLearning(seed=seed).run(model, prompts, **columns)
+    twist = TwistLearning(reads_reward=name == "learned-partial", seed=seed).run(model, prompts, **columns)
     if out is not None:
         twist.save_pretrained(out / "twist")
         err_console.print(f"the twist is in {out / 'twist'}: use it again with --twist", highlight=False)

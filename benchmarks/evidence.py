@@ -1,10 +1,12 @@
 """How precisely engines know log Z of SmolLM2-135M under a sentiment reward, at equal model calls.
 
-    python benchmarks/evidence.py [--runs 40] [--particles 32] [--beta 0.1]
+    python benchmarks/evidence.py [--runs 40] [--particles 32] [--beta 0.1] [--draws 2048]
 
 Each run is an island of its own. Importance sampling and SMC push the same tokens through the network: one forward
-pass a token for all particles. The learned twist's training is counted by itself: it is done once a prompt and a
-reward. Variances are compared by the jackknife of their logarithms (Miller 1968), with intervals of 95%.
+pass a token for all particles. Two twists are learned: from the prior's hidden states alone, and from these with the
+sentiment of the text so far. Their training is counted by itself: it is done once a prompt and a reward. Variances are
+compared by the jackknife of their logarithms (Miller 1968), with intervals of 95%. SMC resamples where the ESS falls
+below 0.7 of the particles.
 """
 
 from __future__ import annotations
@@ -13,30 +15,32 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.special import logsumexp
-from scipy.stats import t as student
+from _figures import log_mean, variance_ratio
 
+from bayeslm import diagnostics
 from bayeslm.inference import SMC, ImportanceSampling, TwistLearning
 from bayeslm.models import LanguageModel, TiltedLM, Twist, rewards
-from bayeslm.posterior import Posterior
 
 PROMPT = "My dinner at the restaurant was"
 
 
-def log_evidence(posterior: Posterior) -> np.ndarray:
-    """log Z-hat of each chain."""
-    lw = posterior.log_weights[..., 0]
-    return logsumexp(lw, axis=1) - np.log(lw.shape[1])
-
-
-def log_variance(values: np.ndarray) -> tuple[float, float]:
-    """Logarithm of the variance, and its standard error, by the jackknife."""
-    n = len(values)
-    without = np.array([np.log(np.delete(values, i).var(ddof=1)) for i in range(n)])
-    pseudo = n * np.log(values.var(ddof=1)) - (n - 1) * without
-    return pseudo.mean(), pseudo.std(ddof=1) / np.sqrt(n)
+def learned(model: TiltedLM, reads_reward: bool, draws: int, folder: Path | None) -> Twist:
+    """A twist of the folder, or one that is learned now and kept there."""
+    if folder is not None and folder.is_dir():
+        twist = Twist.from_pretrained(folder, model.prior)
+    else:
+        learning = TwistLearning(reads_reward=reads_reward, num_particles=draws, seed=0, progress=False)
+        twist = learning.run(model, [PROMPT])
+        if folder is not None:
+            twist.save_pretrained(folder)
+    spent = twist.stats
+    print(
+        f"learning a twist from {spent['draws']} draws{', which reads the sentiment so far' if reads_reward else ''}: "
+        f"{spent['model_calls']} model calls, {spent['tokens']} tokens, {spent['seconds']:.0f} s",
+        flush=True,
+    )
+    return twist
 
 
 def main() -> None:
@@ -45,49 +49,41 @@ def main() -> None:
     parser.add_argument("--particles", type=int, default=32)
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--draws", type=int, default=2048, help="of the prior, that a twist is learned from")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--twist", help="a folder to read the twist from, or, where there is none, to keep it in")
+    parser.add_argument(
+        "--twists", type=Path, help="a folder to read the twists from, or, where there are none, to keep them in"
+    )
     options = parser.parse_args()
     lm = LanguageModel.from_pretrained("smollm2", device=options.device)
     model = TiltedLM(lm, rewards.Sentiment(), options.beta, max_new_tokens=options.tokens)
     sizes: dict[str, Any] = {"num_particles": options.particles, "num_chains": options.runs, "progress": False}
+    smc: dict[str, Any] = {"proposal": "twist", "ess_threshold": 0.7, **sizes}
 
     print(f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads, beta {options.beta},")
     print(f"{options.runs} runs of {options.particles} particles, {options.tokens} tokens")
-    if options.twist and Path(options.twist).is_dir():
-        twist = Twist.from_pretrained(options.twist, lm)
-        print(f"the twist is from {options.twist}\n")
-    else:
-        twist = TwistLearning(seed=0, progress=False).run(model, [PROMPT])
-        spent = twist.stats
-        cost = f"{spent['model_calls']} model calls, {spent['tokens']} tokens, {spent['seconds']:.0f} s"
-        print(f"training the twist: {cost}\n")
-        if options.twist:
-            twist.save_pretrained(options.twist)
-
+    alone, informed = (
+        learned(model, reads, options.draws, options.twists and options.twists / name)
+        for reads, name in ((False, "hidden"), (True, "informed"))
+    )
     engines = {
         "importance sampling": ImportanceSampling(seed=1, **sizes),
-        "SMC, learned twist, which also proposes": SMC(twist=twist, proposal="twist", top_k=64, seed=2, **sizes),
-        "SMC, sentiment so far, which also proposes": SMC(twist="partial", proposal="twist", top_k=16, seed=3, **sizes),
-        "SMC, learned twist": SMC(twist=twist, seed=4, **sizes),
-        "SMC, sentiment so far": SMC(twist="partial", seed=5, **sizes),
+        "SMC, learned twist, top 1024": SMC(twist=alone, top_k=1024, seed=2, **smc),
+        "SMC, learned twist that reads the sentiment so far, top 64": SMC(twist=informed, top_k=64, seed=3, **smc),
+        "SMC, sentiment so far, top 16": SMC(twist="partial", top_k=16, seed=4, **smc),
     }
-    print("| engine | tokens | seconds | log of mean Ẑ | variance of log Ẑ | to importance sampling's (95%) |")
+    print("\n| engine | tokens | seconds | log of mean Ẑ | variance of log Ẑ | to importance sampling's (95%) |")
     print("|---|---|---|---|---|---|")
     first = None
     for name, engine in engines.items():
         posterior = engine.run(model, [PROMPT])
-        each = log_evidence(posterior)
-        mean = logsumexp(each) - np.log(len(each))
-        error = np.exp(each - mean).std(ddof=1) / np.sqrt(len(each))
-        value, stderr = log_variance(each)
-        first = first or (value, stderr)
-        reach = student.ppf(0.975, 2 * len(each) - 2) * np.hypot(stderr, first[1])
-        low, ratio, high = np.exp([value - first[0] - reach, value - first[0], value - first[0] + reach])
-        against = "1" if name == "importance sampling" else f"{ratio:.2f}; {low:.2f} to {high:.2f}"
+        each = diagnostics.chain_log_evidence(posterior.log_weights)[:, 0]
+        mean, error = log_mean(each)
+        ratio = "1" if first is None else variance_ratio(each, first)
+        first = each if first is None else first
         print(
             f"| {name} | {posterior.stats['tokens']} | {posterior.stats['seconds']:.0f} "
-            f"| {mean:.2f} ± {error:.2f} | {each.var(ddof=1):.4f} | {against} |",
+            f"| {mean:.2f} ± {error:.2f} | {each.var(ddof=1):.4f} | {ratio} |",
             flush=True,
         )
 

@@ -20,14 +20,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.special import logsumexp
-from scipy.stats import t as student
+from _figures import log_mean, variance_ratio
 
 from bayeslm.inference import SMC
 from bayeslm.models import LanguageModel, TiltedLM, rewards
@@ -98,35 +96,15 @@ def ours(model: TiltedLM, particles: int, seed: int) -> Run:
     return Run(seconds, int(posterior.lengths["completion"].sum()), float(posterior.log_evidence[0]))
 
 
-def log_mean(logs: Iterable[float]) -> tuple[float, float]:
-    """Logarithm of the mean of exp(logs) and its standard error."""
-    logs = np.array(list(logs))
-    mean = logsumexp(logs) - np.log(len(logs))
-    return mean, np.exp(logs - mean).std(ddof=1) / np.sqrt(len(logs))
-
-
-def log_variance(values: Iterable[float]) -> tuple[float, float]:
-    """Logarithm of the variance and its standard error by the jackknife, sound for any law (Miller 1968)."""
-    values = np.array(list(values))
-    n = len(values)
-    without = np.array([np.log(np.delete(values, i).var(ddof=1)) for i in range(n)])
-    pseudo = n * np.log(values.var(ddof=1)) - (n - 1) * without
-    return pseudo.mean(), pseudo.std(ddof=1) / np.sqrt(n)
-
-
 def row(particles: int, peers: list[Run], own: list[Run]) -> str:
     speeds = [[run.tokens / run.seconds for run in runs] for runs in (peers, own)]
     ratios = [b / a for a, b in zip(*speeds, strict=True)]
     logs = [[run.log_evidence for run in runs] for runs in (peers, own)]
-    (peer_variance, peer_error), (own_variance, own_error) = map(log_variance, logs)
-    middle = own_variance - peer_variance
-    reach = student.ppf(0.975, 2 * len(own) - 2) * np.hypot(peer_error, own_error)
-    low, ratio, high = np.exp([middle - reach, middle, middle + reach])
     evidence = ", ".join(f"{mean:.2f} ± {error:.2f}" for mean, error in map(log_mean, logs))
     return (
         f"| {particles} | {statistics.median(speeds[0]):.1f} | {statistics.median(speeds[1]):.1f} "
         f"| {statistics.median(ratios):.1f}; {min(ratios):.1f} to {max(ratios):.1f} "
-        f"| {np.std(logs[0], ddof=1):.3f} | {np.std(logs[1], ddof=1):.3f} | {ratio:.2f}; {low:.2f} to {high:.2f} "
+        f"| {np.std(logs[0], ddof=1):.3f} | {np.std(logs[1], ddof=1):.3f} | {variance_ratio(logs[1], logs[0])} "
         f"| {evidence} |"
     )
 

@@ -24,8 +24,7 @@ from pyro.util import get_rng_state, set_rng_seed, set_rng_state
 from torch import Tensor
 
 from ..models import Autoregressive
-from .particles import Particles as Particles  # exported: smc.py still takes it from here
-from .particles import along
+from .particles import Particles, along
 
 PROMPTS = "prompts"  # the plate whose elements are posteriors of their own
 PARTICLES = "_particles"

@@ -30,10 +30,11 @@ from ..models.progress import track
 from ..models.stepping import Steps, categorical, log_softmax_at
 from .checks import check_counts
 from .islands import Islands, Step
-from .program import Particles, ProgramError, inspect, seeded
+from .particles import Particles
+from .program import ProgramError, inspect, seeded
 from .replay import History
 from .resampling import RESAMPLING
-from .results import Stopwatch, posterior
+from .results import Stopwatch, carry, posterior
 from .retained import check_retained, retained_values
 from .twists import LearnedTwist, Policy, PolicyTwist, PrefixTwist, Rows, SiteTwist, induced
 
@@ -62,7 +63,7 @@ class SMC:
     num_chains: int = 1
     twist: str | Twist | Mapping[str, Twist] | LanguageModel | None = None
     proposal: str | LanguageModel | Callable[..., Any] | None = None
-    top_k: int = 16
+    top_k: int = 64
     resampling: str = "systematic"
     ess_threshold: float = 0.5
     retained: Posterior | None = None
@@ -128,8 +129,8 @@ class SMC:
                         break
                     except Exception as error:
                         if done:
-                            error.particles = Particles.concatenate([p for _, p in done])  # type: ignore[attr-defined]
-                            error.add_note(f"the {first} islands complete before are kept in this error's .particles")
+                            kept = Particles.concatenate([p for _, p in done])
+                            carry(error, kept, f"the {first} islands complete before")
                         raise
             return posterior(
                 program,
@@ -169,14 +170,14 @@ class SMC:
             elif self.proposal == "twist" and twist is not None:
                 logits = induced(logits, twist, self.top_k)
             token, log_q = categorical(logits)
-            log_p = log_q
             if kept is not None:
                 token[kept.rows] = kept.values[:, steps.t].clamp_max(logits.shape[-1] - 1)  # padding: of one that ended
-            if kept is not None or logits is not steps.logits:
-                log_p, log_q = log_softmax_at(steps.logits, token), log_softmax_at(logits, token)
+                log_q = log_softmax_at(logits, token)
+            log_p = log_q if logits is steps.logits else log_softmax_at(steps.logits, token)
             ratio = torch.where(steps.finished, 0.0, log_p - log_q)
             for policy in policies.values():
-                policy.steps.append(token, log_softmax_at(policy.steps.logits, token))
+                own = log_q if policy is proposer else log_softmax_at(policy.steps.logits, token)
+                policy.steps.append(token, own)
             steps.append(token, log_p)
             increment, parts, factors = rows.pooled(ratio), {"the proposal": ratio}, {}
             if twist is not None and steps.t < law.max_new_tokens:  # after the last token comes the truth
@@ -224,4 +225,7 @@ class SMC:
             return PrefixTwist(history, rows, steps, partial=twist == "partial")
         if isinstance(twist, LanguageModel):
             return PolicyTwist(policies[id(twist)], rows, steps)
-        return None if twist is None else LearnedTwist(twist, rows, steps)
+        if twist is None:
+            return None
+        so_far = PrefixTwist(history, rows, steps, partial=True) if twist.reads_reward else None
+        return LearnedTwist(twist, rows, steps, so_far)

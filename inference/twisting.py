@@ -17,45 +17,43 @@ as many steps as pay. Two objectives (Zhao, Brekelmans, Makhzani and Grosse 2024
 
   The paper regresses logarithms, with the sum over v at hand. Here the draw's own next token stands for the sum, which
   is unbiased for a loss whose minimiser is the mean: that of Poisson regression, \psi_t - y \log \psi_t, with y half
-  L and half the \psi_{t+1} of the step before (both have the mean that is sought), over mean(L) so that figures stay
-  near 1.
+  L and half the \psi_{t+1} of the step before (both have the mean that is sought).
 
-Both are summed over powers of L (`models.twist.POWERS`). A part of the draws is held out; the head with the lowest
-contrastive loss on it is kept.
+Both are summed over powers of L (`models.twist.POWERS`). A part of the draws is held out: the head with the lowest
+contrastive loss on it is kept, and how far that is to be believed, c_t, is found there too.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ..models import Autoregressive, Twist
 from ..models.progress import track
-from ..models.twist import POWERS, TwistInputs, hidden_states
+from ..models.stepping import categorical, write
+from ..models.twist import POWERS, TwistInputs
 from .checks import check_counts, check_positive
-from .program import Program, ProgramError, inspect, run_particles, seeded
+from .program import Program, ProgramError, inspect, seeded
+from .replay import History
 from .results import Stopwatch, check_evidence, prompt_labels
+from .twists import PrefixTwist, Rows
 
-METHODS = ("contrastive", "soft-value")
 PATIENCE = 10  # steps between looks at what is held out
 
 
 @dataclass
 class Draws:
-    """Completions of the prior: ``hidden`` (row, token + 1, width), ``tokens`` (row, token), ``lengths`` (row,).
+    """Completions of the prior: ``of`` as the head reads them, which tokens teach it (row, token), and the
+    log-likelihood (particle, prompt). Rows are particle-major: (particle, prompt)."""
 
-    And the log-likelihood (particle, column). Rows are particle-major: (particle, *batch) of the site.
-    """
-
-    hidden: Tensor
-    tokens: Tensor
-    lengths: Tensor
+    of: TwistInputs
+    taught: Tensor
     log_likelihood: Tensor
 
 
@@ -64,6 +62,9 @@ class TwistLearning:
     """Trains a `Twist` for `SMC`.
 
     :param method: "contrastive" or "soft-value".
+    :param reads_reward: the twist also reads what the program's factors say of the text so far, as by SMC's "partial".
+        Much more precise where that means anything (sentiment), and free of model calls; but the reward is then called
+        for every unfinished text, and, with ``proposal="twist"``, for each of its ``top_k`` continuations.
     :param num_particles: draws of the prior, a quarter of which is held out.
     :param num_steps: gradient steps, each on all draws.
     :param learning_rate, weight_decay: of AdamW.
@@ -72,6 +73,7 @@ class TwistLearning:
     """
 
     method: str = "contrastive"
+    reads_reward: bool = False
     num_particles: int = 1024
     num_steps: int = 150
     learning_rate: float = 1e-3
@@ -83,8 +85,8 @@ class TwistLearning:
     def __post_init__(self) -> None:
         check_counts(self, "num_particles", "num_steps")
         check_positive(self, "learning_rate")
-        if self.method not in METHODS:
-            raise ValueError(f"TwistLearning: method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.method not in LOSSES:
+            raise ValueError(f"TwistLearning: method must be one of {', '.join(LOSSES)}, got {self.method!r}")
         if self.num_particles < 8:
             raise ValueError("TwistLearning: num_particles must be at least 8, of which a quarter is held out")
 
@@ -98,11 +100,7 @@ class TwistLearning:
         with seeded(self.seed), Stopwatch() as watch:
             program = inspect(model, *args, **kwargs)
             name = self._site(program)
-            draws = self._draw(program, name)
-            check_evidence(draws.log_likelihood[None].cpu().numpy(), prompt_labels(program))
-            law = program.sites[name].fn
-            twist = Twist(law.lm, law.max_new_tokens)
-            twist.fit_projection(draws.hidden.flatten(0, 1))
+            twist, draws = self._draw(program, name)
             history = self._fit(twist, draws)
             twist.stats = watch.read() | history | {"method": self.method, "draws": self.num_particles}
             return twist
@@ -115,39 +113,47 @@ class TwistLearning:
             raise ProgramError(f"TwistLearning: site must be one of {names}, got {self.site!r}")
         return self.site
 
-    def _draw(self, program: Program, name: str) -> Draws:
-        parts: list[Draws] = []
+    def _draw(self, program: Program, name: str) -> tuple[Twist, Draws]:
+        """Draws of the prior, and a twist that knows how their features are scaled."""
+        twist: Twist | None = None
+        parts: list[_Batch] = []
         size = program.max_particles
-        with track("draws for the twist", self.num_particles, self.progress) as report:
+        with track("draws for the twist", self.num_particles, self.progress) as report, torch.no_grad():
             for done in range(0, self.num_particles, size):
                 n = min(size, self.num_particles - done)
-                with _Law(name) as seen:
-                    particles = run_particles(program, None, n)
-                assert seen.law is not None
-                value = particles.values[name].reshape(seen.law.batch_shape + seen.law.event_shape)
-                total = sum(particles.log_likelihood.values(), torch.zeros_like(particles.log_prior))
-                lengths = seen.law.lengths(value).reshape(-1)
-                parts.append(Draws(hidden_states(seen.law, value), value.flatten(0, -2), lengths, total))
+                batch = _write(program, name, n, self.reads_reward)
+                if twist is None:
+                    lm, length = batch.law.lm, batch.tokens.shape[-1]
+                    twist = Twist(lm, length, reads_reward=self.reads_reward)
+                    twist.fit_projection(batch.hidden.flatten(0, 1))
+                parts.append(batch._replace(hidden=twist.project(batch.hidden)))  # a fifth of the memory, or less
                 report(n)
-        return Draws(*(torch.cat([getattr(part, field) for part in parts]) for field in Draws.__annotations__))
+        assert twist is not None
+        hidden, tokens, written, ends, said, log_l = (
+            torch.cat(x) for x in zip(*(part[1:] for part in parts), strict=True)
+        )
+        taught = written
+        if self.reads_reward:
+            taught = written & ~ends & said.isfinite()  # what has ended, or is lost, is worth what the reward says
+            if taught.any():
+                twist.so_far_scale.copy_(torch.stack([said[taught].mean(), said[taught].std().clamp_min(1e-6)]))
+        check_evidence(log_l[None].cpu().numpy(), prompt_labels(program))
+        log_l = log_l.repeat(1, len(tokens) // len(log_l) // log_l.shape[-1]).float()  # prompts go fastest
+        return twist, Draws(twist.inputs(hidden, tokens, said if self.reads_reward else None), taught, log_l)
 
     def _fit(self, twist: Twist, draws: Draws) -> dict[str, Any]:
         """Gradient steps; what was seen in each."""
-        size = len(draws.log_likelihood)
-        rows = len(draws.tokens) // size
-        held = torch.zeros(size, dtype=torch.bool, device=draws.tokens.device)
-        held[: size // 4] = True
-        log_l = draws.log_likelihood.repeat(1, rows // draws.log_likelihood.shape[-1]).float()  # prompts go fastest
-        parts = []
-        for chosen in (~held, held):
-            of = chosen.repeat_interleave(rows)
-            parts.append((twist.inputs(draws.hidden[of], draws.tokens[of], draws.lengths[of]), log_l[chosen]))
+        # every fourth draw in the order of likelihood is held out, so that there are good ones on both sides
+        order = draws.log_likelihood.amax(1).argsort(descending=True)
+        held = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+        held[order[1::4]] = True
+        learn, check = (_part(draws, chosen) for chosen in (~held, held))
         optimizer = torch.optim.AdamW(twist.parameters(), self.learning_rate, weight_decay=self.weight_decay)
         losses, held_out, best = [], [], None
         with torch.enable_grad(), track("the twist", self.num_steps, self.progress) as report:
             for step in range(self.num_steps):
                 twist.train()
-                loss = self._loss(twist, *parts[0])
+                loss = _over_powers(LOSSES[self.method], twist(learn.of), learn)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -155,81 +161,144 @@ class TwistLearning:
                 if (step + 1) % PATIENCE == 0 or step + 1 == self.num_steps:
                     twist.eval()
                     with torch.no_grad():
-                        now = float(_over_powers(contrastive, _log_psi(twist, parts[1][0]), parts[1][1]))
+                        now = float(_over_powers(contrastive, twist(check.of), check))
                     held_out.append(now)
-                    if best is None or now < best[0]:
+                    if best is None or now <= best[0]:
                         best = (now, step + 1, copy.deepcopy(twist.state_dict()))
                 report(values={"loss": losses[-1]})
         assert best is not None
         twist.load_state_dict(best[2])
         twist.eval()
-        with torch.no_grad():  # so that the mean of psi_t is Z at every t, over the prompts
-            for psi, offset in zip(_log_psi(twist, parts[0][0]), (twist.offset, twist.ahead_offset), strict=True):
-                first = psi[..., 0].reshape(*parts[0][1].shape, -1)
-                gap = parts[0][1].logsumexp(0)[:, None] - first.logsumexp(0)
-                offset[1:] = gap[gap[:, 0] > -torch.inf].mean(0)
+        with torch.no_grad():
+            twist.confidence[1:] = confidence(twist(check.of)[..., 0], check)
+            psi = twist.confidence[1:] * twist(draws.of)[..., 0]
+            twist.offset[1:] = offset(psi, draws)
         return {"loss": losses, "held_out": held_out, "kept_step": best[1]}
 
-    def _loss(self, twist: Twist, of: TwistInputs, log_l: Tensor) -> Tensor:
-        return _over_powers(contrastive if self.method == "contrastive" else soft_value, _log_psi(twist, of), log_l)
+
+class _Batch(NamedTuple):
+    """Draws as they are written, a completion a row: ``tokens``, whether there is a token (``written``), whether it
+    ``ends`` the text, and what the reward has ``said`` of the text then, all (row, token)."""
+
+    law: Autoregressive
+    hidden: Tensor
+    tokens: Tensor
+    written: Tensor
+    ends: Tensor
+    said: Tensor
+    log_likelihood: Tensor
 
 
-def _over_powers(loss: Callable[[Tensor, Tensor, Tensor], Tensor], psi: tuple[Tensor, Tensor], log_l: Tensor) -> Tensor:
-    """A loss of values and looks ahead (row, token, power), for each power a of the likelihood over a: as a nears 0, so
-    that no power's loss vanishes."""
-    value, ahead = psi
-    losses = [
-        (loss(value[..., j], value[..., j], power * log_l) + loss(ahead[..., j], value[..., j], power * log_l)) / power
-        for j, power in enumerate(POWERS)
-    ]
-    return torch.stack(losses).sum()
+def _write(program: Program, name: str, size: int, reads_reward: bool) -> _Batch:
+    """Particles of the prior, with what is seen while the completion of a site is written."""
+    history = History(program, size, retained={}, slots=torch.arange(0, device=program.device))
+    seen: _Batch | None = None
+    while not history.complete:
+        site, law = history.advance()
+        history.begin(site, law)
+        steps = law.steps()
+        if site != name:
+            history.write(site, *write(steps))
+            continue
+        so_far = PrefixTwist(history, Rows(program, site, law), steps, partial=True) if reads_reward else None
+        hidden = steps.hidden.new_zeros((len(steps.values), law.max_new_tokens, steps.hidden.shape[-1]))
+        written, ends = (torch.zeros_like(steps.values, dtype=torch.bool) for _ in range(2))
+        said = torch.zeros_like(steps.scores)
+        while not steps.done:
+            t = steps.t
+            hidden[:, t], written[:, t] = steps.hidden, ~steps.finished
+            steps.append(*categorical(steps.logits))
+            ends[:, t] = steps.finished & written[:, t]
+            if so_far is not None:
+                said[:, t] = so_far.by_rows()
+        history.write(site, steps.values, steps.scores)
+        seen = _Batch(law, hidden, steps.values, written, ends, said, torch.empty(0))
+    assert seen is not None
+    particles = history.finish()
+    total = sum(particles.log_likelihood.values(), torch.zeros_like(particles.log_prior))
+    return seen._replace(log_likelihood=total)
 
 
-def contrastive(log_psi: Tensor, value: Tensor, log_l: Tensor) -> Tensor:
-    """Mean over t and prompts of -sum_i L_i log softmax_i(log psi_t), L normalised.
+def _part(draws: Draws, chosen: Tensor) -> Draws:
+    """Some of the particles (particle,)."""
+    rows = chosen.repeat_interleave(len(draws.taught) // len(chosen))
+    of = draws.of
+    some = of._replace(
+        hidden=of.hidden[rows], tokens=of.tokens[rows], so_far=None if of.so_far is None else of.so_far[rows]
+    )
+    return Draws(some, draws.taught[rows], draws.log_likelihood[chosen])
 
-    :param log_psi: (particle * prompt, token), t = 1, ..., T.
-    :param value: not needed.
-    :param log_l: (particle, prompt).
-    """
-    log_psi = log_psi.reshape(*log_l.shape, -1)
+
+def _over_powers(loss: Callable[[Tensor, Draws], Tensor], log_psi: Tensor, draws: Draws) -> Tensor:
+    """A loss for each power a of the likelihood over a: as a nears 0, so that no power's loss vanishes."""
+    return torch.stack(
+        [
+            loss(log_psi[..., j], replace(draws, log_likelihood=power * draws.log_likelihood)) / power
+            for j, power in enumerate(POWERS)
+        ]
+    ).sum()
+
+
+def _by_prompt(log_psi: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    """log psi_t and log L, (particle, prompt, token): -inf where a token does not teach."""
+    shape = (*draws.log_likelihood.shape, -1)
+    taught = draws.taught.reshape(shape)
+    log_l = torch.where(taught, draws.log_likelihood[..., None], -torch.inf)
+    return log_psi.reshape(shape).masked_fill(~taught, -torch.inf), log_l
+
+
+def contrastive(log_psi: Tensor, draws: Draws) -> Tensor:
+    """Mean over t and prompts of -sum_i L_i log softmax_i(log psi_t), L normalised; log_psi (row, token)."""
+    log_psi, log_l = _by_prompt(log_psi, draws)
     alive = log_l.logsumexp(0) > -torch.inf  # a prompt of which no draw has any likelihood teaches nothing
     if not alive.any():
-        return 0.0 * log_psi.sum()
-    target = log_l[:, alive].softmax(0)[..., None]
-    return -(target * log_psi[:, alive].log_softmax(0)).sum(0).mean()
+        return log_psi.nan_to_num(neginf=0.0).sum() * 0.0
+    log_psi, log_l = log_psi[:, alive], log_l[:, alive]
+    share = log_psi.log_softmax(0)
+    return -(log_l.softmax(0) * share.masked_fill(log_l == -torch.inf, 0.0)).sum(0).mean()
 
 
-def soft_value(log_psi: Tensor, value: Tensor, log_l: Tensor) -> Tensor:
-    """Mean of psi_t - y log psi_t, y half the likelihood and half psi_{t+1}; shapes as in `contrastive`."""
+def soft_value(log_psi: Tensor, draws: Draws) -> Tensor:
+    """Mean over t and draws of psi_t - y log psi_t, y half L and half psi_{t+1}, over mean(L); log_psi (row, token).
+
+    The level of psi_t, which is fitted in the end, is here as if it were right.
+    """
+    log_psi, log_l = _by_prompt(log_psi, draws)
+    mean_l = draws.log_likelihood.logsumexp(0)[:, None] - math.log(len(log_l))
+    likelihood = (draws.log_likelihood[..., None] - mean_l).exp()
+    level = (log_l.logsumexp(0) - log_psi.logsumexp(0)).detach() - mean_l
+    psi = (log_psi.detach() + level).exp()
+    teaching = log_psi > -torch.inf
+    after = torch.where(teaching, psi, likelihood)[..., 1:]  # what has ended is worth what it is worth
+    target = (torch.cat([after, likelihood], -1) + likelihood) / 2
+    chosen = teaching & level.isfinite()
+    log_psi = (log_psi + level)[chosen]
+    return (log_psi.exp() - target[chosen] * log_psi).mean() if len(log_psi) else log_psi.sum()
+
+
+LOSSES = {"contrastive": contrastive, "soft-value": soft_value}
+
+
+def confidence(log_psi: Tensor, draws: Draws) -> Tensor:
+    """c_t, (token,), of the least E[L^2 / psi_t^c] E[psi_t^c] / Z^2, the prompts' geometric mean; log_psi (row, token).
+
+    That is 1 + chi^2 of the posterior from the target at t, which the variance of SMC adds up. What is fitted to few
+    draws is too sure of itself, and the second moment pays for it.
+    """
+    log_psi, log_l = _by_prompt(log_psi, draws)
     alive = log_l.logsumexp(0) > -torch.inf
-    if not alive.any():
-        return 0.0 * log_psi.sum()
-    log_psi, value = (x.reshape(*log_l.shape, -1)[:, alive] for x in (log_psi, value))
-    log_l = log_l[:, alive, None]
-    scale = log_l.logsumexp(0) - torch.tensor(float(len(log_l))).log()
-    likelihood = (log_l - scale).exp().expand_as(value)
-    after = torch.cat([value.detach().exp()[..., 1:], likelihood[..., -1:]], -1)
-    target = (after + likelihood) / 2
-    return (log_psi.exp() - target * log_psi).mean()
+    grid = torch.linspace(0.2, 1.0, 17, device=log_psi.device)
+    costs = []
+    for c in grid:
+        tempered = c * log_psi  # -inf where nothing is taught, as is log_l
+        second = (2 * log_l - tempered.nan_to_num(neginf=0.0)).logsumexp(0)
+        moments = second + tempered.logsumexp(0) - 2 * log_l.logsumexp(0)
+        costs.append(torch.where(alive, moments, 0.0).sum(0))
+    return grid[torch.stack(costs).argmin(0)].where(alive.any(0), 1.0)
 
 
-def _log_psi(twist: Twist, of: TwistInputs) -> tuple[Tensor, Tensor]:
-    """log psi_t of the texts so far, by their value and by a look ahead, (row, token, power); but for the offsets."""
-    features = twist.features(of)
-    value, ahead = twist.value_of(features[:, 1:]), twist.ahead_of(features[:, :-1], of.embedded)
-    ended = of.time[:, 1:] == of.time[:, :-1]
-    return value, torch.where(ended[..., None], value.detach(), ahead)  # what has ended is not looked ahead of
-
-
-class _Law(Messenger):
-    """Notes the law of a completion as the particles have it."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self._name = name
-        self.law: Autoregressive | None = None
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["name"] == self._name:
-            self.law = msg["fn"]
+def offset(log_psi: Tensor, draws: Draws) -> Tensor:
+    """b_t, (token,): with it the mean of psi_t is that of L, over the draws that t teaches; log_psi (row, token)."""
+    log_psi, log_l = _by_prompt(log_psi, draws)
+    gap = (log_l.logsumexp(0) - log_psi.logsumexp(0)).T  # (token, prompt)
+    return torch.stack([of[of.isfinite()].mean() if of.isfinite().any() else of.new_zeros(()) for of in gap])

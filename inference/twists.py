@@ -82,24 +82,33 @@ class PrefixTwist:
         self.factors = {name: program.pooled(term) for name, term in terms.items()}
         return sum(self.factors.values(), torch.zeros((size, program.weight_prompts), device=program.device))
 
+    def by_rows(self) -> Tensor:
+        """The same, of each row (row,) by itself: without the factors that are over all prompts."""
+        return self._by_rows(self._history.values, self._steps.values[:, None], self._steps.t)[:, 0]
+
     def candidates(self, tokens: Tensor) -> Tensor:
-        (size, k), site = (self._history.size, tokens.shape[-1]), self._rows.site
-        rows = len(tokens) // size
+        k = tokens.shape[-1]
+        values = self._steps.values[:, None].repeat(1, k, 1)
+        values[..., self._steps.t] = tokens
+        others = {name: value.repeat_interleave(k, 0) for name, value in self._history.values.items()}
+        return self._by_rows(others, values, self._steps.t + 1)
+
+    def _by_rows(self, others: dict[str, Tensor], values: Tensor, length: int) -> Tensor:
+        """Sums of terms (row, k) of the texts (row, k, token), which run as k times as many particles."""
+        (size, k), site = (self._history.size, values.shape[1]), self._rows.site
+        rows = len(values) // size
         if rows not in (1, self._history.program.num_prompts):
             raise ProgramError(
-                f"site {site.name!r} has several completions a prompt, whose next tokens have no twist each: "
-                'use proposal="prior"'
+                f"site {site.name!r} has several completions a prompt, of which the reward says nothing one by one: "
+                'use proposal="prior", or a twist that does not read the reward'
             )
-        # the candidates as k times as many particles, (particle, k, row)
-        values = self._steps.values.reshape(size, 1, rows, -1).repeat(1, k, 1, 1)
-        values[..., self._steps.t] = tokens.reshape(size, rows, k).transpose(1, 2)
-        finished = self._rows.law.is_eos(values).any(-1)
-        others = {name: value.repeat_interleave(k, 0) for name, value in self._history.values.items()}
-        total = torch.zeros((size * k, rows), device=tokens.device)
-        for term in self._terms(others, values, finished, self._steps.t + 1).values():
-            if rows == 1 or term.shape[-1] == rows:  # a factor over all prompts says nothing of one prompt's token
+        values = values.reshape(size, rows, k, -1).transpose(1, 2)
+        finished = self._rows.law.is_eos(values[..., :length]).any(-1)  # what follows may be padded by an EOS
+        total = torch.zeros((size * k, rows), device=values.device)
+        for term in self._terms(others, values, finished, length).values():
+            if rows == 1 or term.shape[-1] == rows:  # a factor over all prompts says nothing of one prompt's text
                 total = total + (term.sum(-1, keepdim=True) if rows == 1 else term)
-        return total.reshape(size, k, rows).transpose(1, 2).reshape(len(tokens), k)
+        return total.reshape(size, k, rows).transpose(1, 2).reshape(-1, k)
 
     def _terms(self, others: dict[str, Tensor], values: Tensor, finished: Tensor, length: int) -> dict[str, Tensor]:
         """Terms (particle, prompt) of completions of ``length`` tokens so far, by factor."""
@@ -131,24 +140,42 @@ class PrefixTwist:
 
 
 class LearnedTwist:
-    """A `Twist` that reads the prior's hidden states."""
+    """A `Twist` that reads the prior's hidden states and, if it was trained so, the reward of the text so far.
 
-    def __init__(self, twist: Twist, rows: Rows, steps: Steps) -> None:
+    A text that has ended is worth what it was at its end: what the reward says, or the last guess.
+    """
+
+    def __init__(self, twist: Twist, rows: Rows, steps: Steps, so_far: PrefixTwist | None) -> None:
         self.factors: dict[str, Tensor] = {}
         self._twist = twist
         self._rows = rows
         self._steps = steps
+        self._so_far = so_far
         self._state = twist.start(steps)
+        self._psi = torch.zeros(len(steps.values), device=steps.values.device)
+        self._ended = steps.finished
 
     def log_psi(self) -> Tensor:
+        token = self._steps.values[:, self._steps.t - 1 : self._steps.t]
+        if self._so_far is None:
+            now = self._twist.lookahead(self._state, token)[:, 0]
+            self._psi = torch.where(self._ended, self._psi, now)
+        else:
+            said = self._so_far.by_rows()
+            now = self._twist.lookahead(self._state, token, said[:, None])[:, 0]
+            self._psi = torch.where(self._steps.finished, said, now)
+        self._ended = self._steps.finished
         self._state = self._twist.read(self._state, self._steps)
-        return self._rows.pooled(self._twist.value(self._state))
+        return self._rows.pooled(self._psi)
 
     def candidates(self, tokens: Tensor) -> Tensor:
-        return self._twist.lookahead(self._state, tokens)
+        if self._so_far is None:
+            return self._twist.lookahead(self._state, tokens)
+        said = self._so_far.candidates(tokens)
+        return torch.where(self._rows.law.is_eos(tokens), said, self._twist.lookahead(self._state, tokens, said))
 
     def select(self, rows: Tensor) -> None:
-        self._state = self._state.select(rows)
+        self._state, self._psi, self._ended = self._state.select(rows), self._psi[rows], self._ended[rows]
 
 
 class Policy:

@@ -2,91 +2,105 @@ r"""A learned twist: a small head on the prior's hidden states that guesses what
 
     \log \psi_t(x_{1:t})  ~  \log E_p[ exp(r(x) / beta) | x_{1:t} ]
 
-(Zhao, Brekelmans, Makhzani and Grosse 2024, arXiv 2404.17546). It reads three features of a text so far: the last
-hidden state h_t of the prior, projected on its principal components; a sum over the tokens written,
-\sum_s gelu(A e(x_s)), which carries what a last hidden state has long forgotten (many rewards are sums over words); and
-t / T. From these come the value of the text, and, with the embedding e(v) of a next token v, the value of the text
-that v makes longer: a look ahead that costs no forward pass, for proposals.
+(Zhao, Brekelmans, Makhzani and Grosse 2024, arXiv 2404.17546). The head reads the prior's last hidden state h before
+the token x_t, projected on its principal components; the token; a sum over the tokens before it, which carries what
+a last hidden state has long forgotten (many rewards are sums over words); t; and, if it ``reads_reward``, what the
+reward says of the text so far, s_t = r(x_{1:t}) / beta, which it learns how far to believe:
+
+    \log \psi_t  =  c_t ( f(h_{t-1}, \sum_{s<t} gelu(A e(x_s)), e(x_t), t / T, s_t)  +  a_t s_t )  +  b_t
+
+Nothing in it waits for the network to have read x_t. So the same function values the text and all its continuations by
+one token, for proposals, and costs no forward pass.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
-from uuid import uuid4
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad
 
-from .autoregressive import Autoregressive
+from bayeslm.folders import whole
+
 from .language_model import LanguageModel
-from .network import extend
 from .stepping import Steps
 
-FORMAT = "bayeslm.twist/1"
+FORMAT = "bayeslm.twist/2"
 # Heads learn E[L^a | x_1:t], L = exp(r / beta), for each of these powers a, and SMC reads that of the first. At a
 # small beta few draws have any weight: their milder powers teach the shared features what all the others know.
 POWERS = (1.0, 0.5, 0.25, 0.1)
 
 
 class TwistState(NamedTuple):
-    """Texts so far, one a row: ``hidden`` (row, width), ``total`` (row, inner), ``time`` and ``ended`` (row,)."""
+    """Texts so far, one a row: ``hidden`` (row, component), ``total`` (row, inner), ``t`` tokens written.
+
+    ``vocabulary`` (vocabulary, inner + width): what the layers make of each token, in the sum and as the next.
+    """
 
     hidden: Tensor
     total: Tensor
-    time: Tensor
-    ended: Tensor
+    t: int
+    vocabulary: Tensor
 
     def select(self, rows: Tensor) -> TwistState:
         """Row i becomes what row ``rows[i]`` is."""
-        return TwistState(*(x[rows] for x in self))
+        return self._replace(hidden=self.hidden[rows], total=self.total[rows])
 
 
 class TwistInputs(NamedTuple):
-    """Completions as the heads read them: ``hidden`` (row, token + 1, component), ``embedded`` (row, token, width), and
-    ``time`` (row, token + 1), tokens written."""
+    """Completions as the head reads them; axis ``token`` runs over t = 1, ..., T.
+
+    ``hidden`` (row, token, component) before each token; ``tokens`` (row, token), which index ``words`` (word, width),
+    embeddings; ``so_far`` (row, token), s_t, or None.
+    """
 
     hidden: Tensor
-    embedded: Tensor
-    time: Tensor
+    tokens: Tensor
+    words: Tensor
+    so_far: Tensor | None
 
 
 class Twist(nn.Module):
     """log psi of unfinished completions of a language model; made by `bayeslm.inference.TwistLearning`.
 
     :param lm: the prior. Its weights are read, never changed, and not saved with the twist.
-    :param max_new_tokens: of the completions, whose share is a feature.
+    :param max_new_tokens: of the completions, T.
+    :param reads_reward: it is told what the reward says of texts so far.
     :param components: principal components of hidden states that are kept.
     :param inner: width of the sum over tokens.
-    :param width: of the heads' one hidden layer.
-    :param dropout: of the heads while they are trained.
+    :param width: of the head's one hidden layer.
+    :param dropout: of the head while it is trained.
     """
 
+    probe: Tensor
     mean: Tensor
     projection: Tensor
     token_mean: Tensor
     token_scale: Tensor
+    so_far_scale: Tensor
+    confidence: Tensor
     offset: Tensor
-    ahead_offset: Tensor
 
     def __init__(
         self,
         lm: LanguageModel,
         max_new_tokens: int,
         *,
-        components: int = 128,
-        inner: int = 32,
+        reads_reward: bool = False,
+        components: int = 64,
+        inner: int = 16,
         width: int = 32,
         dropout: float = 0.3,
     ) -> None:
         super().__init__()
         self.settings = {
             "max_new_tokens": max_new_tokens,
+            "reads_reward": reads_reward,
             "components": components,
             "inner": inner,
             "width": width,
@@ -96,24 +110,26 @@ class Twist(nn.Module):
         """What training saw."""
         self._lm = [lm]  # in a list, so that its parameters are not the twist's
         embedding = _embedding(lm)
-        dimension = int(lm.causal.hidden(*_probe(lm))[0].shape[-1])
-        components = min(components, dimension)
-        self.register_buffer("mean", torch.zeros(dimension))
-        self.register_buffer("projection", torch.eye(dimension, components))
+        self.register_buffer("probe", _probe(lm))
+        components = min(components, len(self.probe))
+        self.register_buffer("mean", torch.zeros(len(self.probe)))
+        self.register_buffer("projection", torch.eye(len(self.probe), components))
         self.register_buffer("token_mean", embedding.float().mean(0))
         self.register_buffer("token_scale", embedding.float().std(0, correction=0).clamp_min(1e-6))
-        for name in ("offset", "ahead_offset"):  # of log psi_t, by t: they make its mean Z
-            self.register_buffer(name, torch.zeros(max_new_tokens + 1))
+        self.register_buffer("so_far_scale", torch.tensor([0.0, 1.0]))  # mean and standard deviation of s_t
+        self.register_buffer("confidence", torch.ones(max_new_tokens + 1))  # c_t
+        self.register_buffer("offset", torch.zeros(max_new_tokens + 1))  # b_t
         self.tokens = nn.Linear(embedding.shape[-1], inner)
-        features = components + inner + 1
-        self.value_in, self.value_out = nn.Linear(features, width), nn.Linear(width, len(POWERS))
-        self.ahead_text = nn.Linear(features, width)
-        self.ahead_token = nn.Linear(embedding.shape[-1], width, bias=False)
-        self.ahead_out = nn.Linear(width, len(POWERS))
+        self.text = nn.Linear(components + inner + 1, width)
+        self.token = nn.Linear(embedding.shape[-1], width, bias=False)
+        self.out = nn.Linear(width, len(POWERS))
         self.dropout = nn.Dropout(dropout)
-        for last in (self.value_out, self.ahead_out):  # begins as no twist at all
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+        for parameter in self.out.parameters():  # begins as no twist at all, but for the reward so far
+            nn.init.zeros_(parameter)
+        if reads_reward:
+            self.reward = nn.Linear(2, width, bias=False)
+            belief = torch.arange(max_new_tokens + 1)[:, None] / max_new_tokens * torch.tensor(POWERS)
+            self.belief = nn.Parameter(belief)  # a_t, for each power
         self.to(lm.device)
         self.eval()
 
@@ -125,6 +141,10 @@ class Twist(nn.Module):
     def max_new_tokens(self) -> int:
         return int(self.settings["max_new_tokens"])
 
+    @property
+    def reads_reward(self) -> bool:
+        return bool(self.settings["reads_reward"])
+
     # -- step by step, as SMC reads ------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -134,69 +154,45 @@ class Twist(nn.Module):
         :raises ValueError: if they are another language model's completions, or longer than the twist has seen.
         """
         law = steps.law
-        if law.lm.vocab_size != self.lm.vocab_size or steps.hidden.shape[-1] != len(self.mean):
-            raise ValueError("the twist was trained on the hidden states of another language model")
+        if law.lm is not self.lm:
+            self._check_probe(law.lm)
         if law.max_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"the twist was trained on completions of {self.max_new_tokens} tokens, not {law.max_new_tokens}"
             )
-        rows = len(steps.values)
-        total = torch.zeros((rows, self.tokens.out_features), device=self.mean.device)
-        return TwistState(self._project(steps.hidden), total, total[:, 0].clone(), torch.zeros_like(steps.finished))
+        total = torch.zeros((len(steps.values), self.tokens.out_features), device=self.mean.device)
+        return TwistState(self.project(steps.hidden), total, 0, self._read_vocabulary())
 
     @torch.no_grad()
     def read(self, state: TwistState, steps: Steps) -> TwistState:
-        """The state after the token that was appended last; a text that had ended before stays as it was."""
-        live = ~state.ended
-        contribution = self._contribution(self._tokens(steps.values[:, steps.t - 1]))
-        return TwistState(
-            torch.where(live[:, None], self._project(steps.hidden), state.hidden),
-            torch.where(live[:, None], state.total + contribution, state.total),
-            torch.where(live, float(steps.t), state.time),
-            steps.finished.clone(),
-        )
+        """The state after the token that was appended last."""
+        written = state.vocabulary[steps.values[:, steps.t - 1], : state.total.shape[-1]]
+        return TwistState(self.project(steps.hidden), state.total + written, steps.t, state.vocabulary)
 
     @torch.no_grad()
-    def value(self, state: TwistState) -> Tensor:
-        """log psi of the texts so far, (row,)."""
-        value = self.value_of(self._features(state.hidden, state.total, state.time))[..., 0]
-        return value + self.offset[state.time.long()]
+    def lookahead(self, state: TwistState, tokens: Tensor, so_far: Tensor | None = None) -> Tensor:
+        """log psi (row, k) of the texts so far with each of ``tokens`` (row, k) behind them.
 
-    @torch.no_grad()
-    def lookahead(self, state: TwistState, tokens: Tensor) -> Tensor:
-        """log psi of the texts so far with each of ``tokens`` (row, k) behind them, (row, k)."""
-        features = self._features(state.hidden, state.total, state.time)
-        after = self.ahead_offset[(state.time.long() + 1).clamp_max(self.max_new_tokens)]
-        return self.ahead_of(features[:, None], self._tokens(tokens))[..., 0] + after[:, None]
+        :param so_far: the reward / beta of each of these texts, (row, k), if the twist reads it.
+        """
+        t = torch.full((len(tokens), 1), state.t + 1, device=tokens.device)
+        text = self._text(state.hidden, state.total, t[:, 0])[:, None]
+        psi = self._head(text, state.vocabulary[tokens, state.total.shape[-1] :], t, so_far)[..., 0]
+        return self.confidence[t] * psi + self.offset[t]
 
     # -- whole completions, as training reads --------------------------------------------------------------------
 
+    def forward(self, of: TwistInputs) -> Tensor:
+        """log psi_t (row, token, power), with gradient, but for c_t and b_t."""
+        total = pad(self._contribution(of.words)[of.tokens], (0, 0, 1, 0)).cumsum(1)[:, :-1]
+        t = torch.arange(1, of.tokens.shape[-1] + 1, device=of.tokens.device).expand(len(of.tokens), -1)
+        return self._head(self._text(of.hidden, total, t), self.token(of.words)[of.tokens], t, of.so_far)
+
     @torch.no_grad()
-    def inputs(self, hidden: Tensor, tokens: Tensor, lengths: Tensor) -> TwistInputs:
-        """What the heads read of completions.
-
-        :param hidden: hidden states (row, token + 1, width), see `hidden_states`.
-        :param tokens: completions (row, token).
-        :param lengths: (row,) of their tokens: what comes after a text's end is as at its end.
-        """
-        time = torch.arange(tokens.shape[-1] + 1, device=tokens.device).expand(len(tokens), -1)
-        time = time.minimum(lengths[:, None])
-        hidden = self._project(hidden).gather(1, time[..., None].expand(-1, -1, self.projection.shape[-1]))
-        return TwistInputs(hidden, self._tokens(tokens), time)
-
-    def features(self, of: TwistInputs) -> Tensor:
-        """Features (row, token + 1, feature) after 0, 1, ... tokens, with gradient."""
-        total = pad(self._contribution(of.embedded), (0, 0, 1, 0)).cumsum(1)
-        total = total.gather(1, of.time[..., None].expand_as(total))
-        return self._features(of.hidden, total, of.time.float())
-
-    def value_of(self, features: Tensor) -> Tensor:
-        """log psi but for its offset, of features (..., feature): (..., power)."""
-        return self.value_out(self.dropout(gelu(self.value_in(features))))
-
-    def ahead_of(self, features: Tensor, embedded: Tensor) -> Tensor:
-        """log psi but for its offset, of features (..., feature) with the token (..., width) behind: (..., power)."""
-        return self.ahead_out(self.dropout(gelu(self.ahead_text(features) + self.ahead_token(embedded))))
+    def inputs(self, hidden: Tensor, tokens: Tensor, so_far: Tensor | None) -> TwistInputs:
+        """What `forward` reads of completions: projected hidden states, tokens, and s_t, as `TwistInputs` has them."""
+        words, tokens = tokens.unique(return_inverse=True)  # a few thousand, of the vocabulary
+        return TwistInputs(hidden, tokens, self._tokens(words), so_far)
 
     @torch.no_grad()
     def fit_projection(self, hidden: Tensor) -> None:
@@ -209,6 +205,10 @@ class Twist(nn.Module):
         scale = values[kept].clamp_min(1e-6 * float(values[-1].clamp_min(1e-12))).sqrt()
         self.projection.copy_(vectors[:, kept] / scale)
 
+    def project(self, hidden: Tensor) -> Tensor:
+        """Principal components (..., component) of hidden states (..., width)."""
+        return (hidden.float() - self.mean) @ self.projection
+
     # -- on disk -------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
@@ -216,22 +216,10 @@ class Twist(nn.Module):
 
         :raises FileExistsError: if the folder exists and is not empty.
         """
-        folder = Path(path).absolute()
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise FileExistsError(f"{folder} exists and is not empty: choose another name, or remove it first")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}")  # whole, or not there
-        try:
-            unfinished.mkdir()
-            made_for = {"vocab_size": self.lm.vocab_size, "hidden_size": len(self.mean)}
-            config = {"format": FORMAT, "settings": self.settings, "language_model": made_for}
-            (unfinished / "twist.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, unfinished / "twist.safetensors")
-            if folder.exists():
-                folder.rmdir()
-            unfinished.rename(folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        with whole(path) as folder:
+            config = {"format": FORMAT, "settings": self.settings, "stats": self.stats}
+            (folder / "twist.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+            save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "twist.safetensors")
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], lm: LanguageModel) -> Twist:
@@ -247,13 +235,37 @@ class Twist(nn.Module):
         if not isinstance(config, dict) or config.get("format") != FORMAT:
             raise ValueError(f"{header} was not written by a version of bayeslm that this one reads ({FORMAT})")
         twist = cls(lm, **config["settings"])
-        here = {"vocab_size": lm.vocab_size, "hidden_size": len(twist.mean)}
-        if config["language_model"] != here:
-            raise ValueError(f"the twist in {path} is for a language model of {config['language_model']}, not {here}")
-        twist.load_state_dict(load_file(Path(path) / "twist.safetensors", device=str(lm.device)))
+        state = load_file(Path(path) / "twist.safetensors", device=str(lm.device))
+        if any(state[name].shape != here.shape for name, here in twist.state_dict().items()):
+            raise ValueError(_OTHERS)
+        twist.load_state_dict(state)
+        twist._check_probe(lm)
+        twist.stats = config["stats"]
         return twist
 
     # -- inside --------------------------------------------------------------------------------------------------
+
+    def _head(self, text: Tensor, token: Tensor, t: Tensor, so_far: Tensor | None) -> Tensor:
+        """f + a_t s_t (..., power), the text before the token and the token being what their layers made of them."""
+        inner = text + token
+        if not self.reads_reward:
+            return self.out(self.dropout(gelu(inner)))
+        if so_far is None:
+            raise ValueError("this twist reads the reward of texts so far, and was not told")
+        mean, scale = self.so_far_scale
+        s = ((so_far - mean) / scale).clamp(-5.0, 5.0)
+        inner = inner + self.reward(torch.stack([s, s.square()], -1))
+        lost = so_far == -torch.inf
+        psi = self.out(self.dropout(gelu(inner))) + self.belief[t] * so_far.masked_fill(lost, 0.0)[..., None]
+        return psi.masked_fill(lost[..., None], -torch.inf)
+
+    def _text(self, hidden: Tensor, total: Tensor, t: Tensor) -> Tensor:
+        return self.text(torch.cat([hidden, total, t[..., None] / self.max_new_tokens], -1))
+
+    def _read_vocabulary(self) -> Tensor:
+        """See `TwistState`; in blocks, so that embeddings in float32 are never held whole."""
+        words = torch.arange(self.lm.vocab_size, device=self.mean.device).split(8192)
+        return torch.cat([torch.cat([self._contribution(e), self.token(e)], -1) for e in map(self._tokens, words)])
 
     def _tokens(self, tokens: Tensor) -> Tensor:
         return (_embedding(self.lm)[tokens].float() - self.token_mean) / self.token_scale
@@ -261,23 +273,15 @@ class Twist(nn.Module):
     def _contribution(self, embedded: Tensor) -> Tensor:
         return gelu(self.tokens(embedded)) / self.max_new_tokens**0.5
 
-    def _project(self, hidden: Tensor) -> Tensor:
-        return (hidden.float() - self.mean) @ self.projection
+    def _check_probe(self, lm: LanguageModel) -> None:
+        """:raises ValueError: if the language model is not the one of the training, but for its precision."""
+        found = _probe(lm)
+        same = found.shape == self.probe.shape
+        if not same or float((found - self.probe).norm()) > 0.05 * float(self.probe.norm()):
+            raise ValueError(_OTHERS)
 
-    def _features(self, hidden: Tensor, total: Tensor, time: Tensor) -> Tensor:
-        return torch.cat([hidden, total, time[..., None] / self.max_new_tokens], -1)
 
-
-@torch.no_grad()
-def hidden_states(law: Autoregressive, value: Tensor) -> Tensor:
-    """The network's hidden states after 0, 1, ... tokens of completions, (row, max_new_tokens + 1, width)."""
-    flat = value.reshape(-1, value.shape[-1])
-    parts, order = [], []
-    for part, prefix in law._prefixes(law._rows(value.shape[:-1])):
-        ids = flat[part].clamp(0, law.lm.vocab_size - 1)
-        parts.append(torch.cat([prefix.hidden[:, None], extend(law.lm.causal, prefix, ids)], 1))
-        order.append(part)
-    return torch.cat(parts)[torch.cat(order).argsort()]
+_OTHERS = "the twist was trained on the hidden states of another language model"
 
 
 def _embedding(lm: LanguageModel) -> Tensor:
@@ -289,6 +293,8 @@ def _embedding(lm: LanguageModel) -> Tensor:
         return torch.eye(lm.vocab_size, device=lm.device)
 
 
-def _probe(lm: LanguageModel) -> tuple[Tensor, None, Tensor]:
+@torch.no_grad()
+def _probe(lm: LanguageModel) -> Tensor:
+    """The hidden state (width,) that the network has after token 0, by which a language model is known again."""
     one = torch.zeros((1, 1), dtype=torch.long, device=lm.device)
-    return one, None, one
+    return lm.causal.hidden(one, None, one)[0][0, -1].float()

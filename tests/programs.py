@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -101,6 +101,46 @@ def shared() -> Callable[[list[Any]], None]:
             pyro.factor("reward", 1.5 * (x == mood[..., None] + 1).sum(-1))
 
     return model
+
+
+class ExactTwist:
+    """psi_t(x_1:t) = E[exp(r / beta) | x_1:t] by enumeration: what a learned twist learns to be. Token 0 is the EOS."""
+
+    reads_reward = False
+
+    def __init__(self, exact: Posterior) -> None:
+        self._known: dict[tuple[Any, int], float] = {}
+        self._tokens = torch.as_tensor(exact.samples["completion"][0])  # (atom, prompt, token)
+        self._joint = torch.as_tensor(exact.log_joint[0])
+        self._prior = self._joint - torch.as_tensor(exact.log_likelihood["reward"][0])
+
+    def start(self, steps: Any) -> ExactState:
+        return self.read(None, steps)
+
+    def read(self, state: Any, steps: Any) -> ExactState:
+        return ExactState(steps.values[:, : steps.t].clone())
+
+    def lookahead(self, state: ExactState, tokens: torch.Tensor) -> torch.Tensor:
+        """log psi (row, k); rows are (particle, prompt)."""
+        prompts = self._tokens.shape[1]
+        texts = state.texts.tolist()
+        each = [[self.of((*texts[i], v), i % prompts) for v in row] for i, row in enumerate(tokens.tolist())]
+        return torch.tensor(each)
+
+    def of(self, text: tuple[int, ...], prompt: int) -> float:
+        text = text[: text.index(0) + 1] if 0 in text else text
+        if (text, prompt) not in self._known:
+            same = (self._tokens[:, prompt, : len(text)] == torch.tensor(text)).all(-1)
+            mass = [x[same, prompt].logsumexp(0) for x in (self._joint, self._prior)]
+            self._known[text, prompt] = float(mass[0] - mass[1])
+        return self._known[text, prompt]
+
+
+class ExactState(NamedTuple):
+    texts: torch.Tensor  # (row, token), tokens so far
+
+    def select(self, rows: torch.Tensor) -> ExactState:
+        return ExactState(self.texts[rows])
 
 
 class Enumerated:

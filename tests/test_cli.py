@@ -84,9 +84,10 @@ def test_particles_and_chains(folder):
     assert "annealed" in run("show", "run")
 
 
-def test_a_twist_is_learned_kept_and_used_again(folder):
+@pytest.mark.parametrize("twist", ["learned", "learned-partial"])
+def test_a_twist_is_learned_kept_and_used_again(folder, twist):
     settings = ["a b", "--engine", "smc", "--particles", "20", "--top-k", "4"]
-    infer(*settings, "--twist", "learned", "--out", "one")
+    infer(*settings, "--twist", twist, "--out", "one")
     infer(*settings, "--twist", "one/twist", "--out", "two")
     one, two = (Posterior.load(f"{name}/smc") for name in ("one", "two"))
     assert (one.samples["completion"] == two.samples["completion"]).all()

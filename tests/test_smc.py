@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from helpers import table_lm, tiny_llama
-from programs import PROMPTS, conversation, longer, score_table, tilted
+from programs import PROMPTS, ExactTwist, conversation, longer, score_table, tilted
 
 from bayeslm.inference import SMC, EvidenceError, Exact, ImportanceSampling, ProgramError
 from bayeslm.models import TiltedLM, rewards
@@ -114,50 +114,6 @@ def test_without_a_twist_it_is_importance_sampling():
     np.testing.assert_array_equal(smc.samples["completion"], sampled.samples["completion"])
     np.testing.assert_allclose(smc.log_weights, sampled.log_weights, atol=1e-5)
     assert not smc.stats["resampled"].any()
-
-
-class ExactTwist:
-    """psi_t(x_1:t) = E[exp(r / beta) | x_1:t] by enumeration: what a learned twist learns to be."""
-
-    def __init__(self, exact) -> None:
-        self._known = {}
-        self._tokens = torch.as_tensor(exact.samples["completion"][0])  # (atom, prompt, token)
-        self._joint = torch.as_tensor(exact.log_joint[0])
-        self._prior = self._joint - torch.as_tensor(exact.log_likelihood["reward"][0])
-
-    def start(self, steps):
-        return ExactState(steps, torch.arange(len(steps.values)))
-
-    read = staticmethod(lambda state, steps: state)
-
-    def value(self, state):
-        return self._log_psi(state.steps.values, state.steps.t)
-
-    def lookahead(self, state, tokens):
-        longer = state.steps.values[:, None].repeat(1, tokens.shape[1], 1)
-        longer[..., state.steps.t] = tokens
-        flat = longer.reshape(-1, longer.shape[-1])
-        return self._log_psi(flat, state.steps.t + 1, tokens.shape[1]).reshape(tokens.shape)
-
-    def _log_psi(self, values, length, repeat=1):
-        prompts = torch.arange(len(values)) // repeat % self._tokens.shape[1]
-        return torch.tensor([self._of(tuple(v[:length]), p) for v, p in zip(values.tolist(), prompts, strict=True)])
-
-    def _of(self, text, prompt):
-        text = text[: text.index(0) + 1] if 0 in text else text
-        if (text, int(prompt)) not in self._known:
-            same = (self._tokens[:, prompt, : len(text)] == torch.tensor(text)).all(-1)
-            mass = [x[same, prompt].logsumexp(0) for x in (self._joint, self._prior)]
-            self._known[text, int(prompt)] = float(mass[0] - mass[1])
-        return self._known[text, int(prompt)]
-
-
-class ExactState:
-    def __init__(self, steps, rows) -> None:
-        self.steps = steps
-
-    def select(self, rows):
-        return self
 
 
 @pytest.mark.parametrize("top_k", [4, 3])
@@ -457,8 +413,8 @@ def test_what_is_not_a_number_is_named():
         SMC(num_particles=8, proposal=broken, twist="partial", seed=0, progress=False).run(model, SHORT)
 
     class Broken(ExactTwist):
-        def value(self, state):
-            return super().value(state) + torch.nan
+        def lookahead(self, state, tokens):
+            return super().lookahead(state, tokens) + torch.nan
 
     exact = Exact().run(model, SHORT)
     with pytest.raises(ProgramError, match=r"the twist is NaN or .inf at token 1 of 'completion'"):

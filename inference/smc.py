@@ -26,8 +26,9 @@ import torch
 from bayeslm.posterior import Posterior
 
 from ..models import Autoregressive, LanguageModel, Twist
+from ..models.network import log_softmax_at
 from ..models.progress import track
-from ..models.stepping import Steps, categorical, log_softmax_at
+from ..models.stepping import Steps, categorical
 from .checks import check_counts
 from .islands import Islands, Step
 from .particles import Particles

@@ -155,14 +155,18 @@ class CausalNetwork:
         """
 
         def block(h: Tensor, x: Tensor) -> Tensor:
-            logits = self.logits(h, temperature)
-            return logits.gather(-1, x[:, None]).squeeze(-1) - logits.logsumexp(-1)
+            return log_softmax_at(self.logits(h, temperature), x)
 
         size = max(1, LOGITS_BLOCK // self.vocab_size)
         blocks = zip(hidden.split(size), targets.split(size), strict=True)
         if torch.is_grad_enabled() and max(len(targets), total) > size:
             return torch.cat([checkpoint(block, h, x, use_reentrant=False) for h, x in blocks])
         return torch.cat([block(h, x) for h, x in blocks])
+
+
+def log_softmax_at(logits: Tensor, token: Tensor) -> Tensor:
+    """log softmax(logits) (rows, vocabulary) at tokens (rows,)."""
+    return logits.gather(-1, token[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
 
 @dataclass

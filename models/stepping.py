@@ -148,8 +148,3 @@ def categorical(logits: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
     token = token.clamp_max(logits.shape[-1] - 1)  # logits that are NaN: their score will say so
     score = logits.gather(-1, token) - top - cdf[:, -1:].log().to(logits.dtype)
     return token.squeeze(-1), score.squeeze(-1)
-
-
-def log_softmax_at(logits: Tensor, token: Tensor) -> Tensor:
-    """log softmax(logits) (rows, vocabulary) at tokens (rows,)."""
-    return logits.gather(-1, token[:, None]).squeeze(-1) - logits.logsumexp(-1)

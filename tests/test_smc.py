@@ -7,6 +7,7 @@ Tolerances are 4 standard errors over independent islands (two-sided false alarm
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 import pyro
@@ -114,6 +115,28 @@ def test_without_a_twist_it_is_importance_sampling():
     np.testing.assert_array_equal(smc.samples["completion"], sampled.samples["completion"])
     np.testing.assert_allclose(smc.log_weights, sampled.log_weights, atol=1e-5)
     assert not smc.stats["resampled"].any()
+
+
+def test_a_reward_that_knows_the_exact_twist_knows_z():
+    """Unfinished texts, candidates among them, are told from finished ones, though texts are padded by an EOS."""
+    lm = table_lm(order=3, seed=2, vocab=4)
+    assert lm.pad_token_id in lm.eos_token_ids
+    known: dict[str, float] = {}
+
+    def score(completions):
+        return [2.0 * text.split().count("a") - text.split().count("c") for text in completions]
+
+    reward = rewards.Reward(score, prefix=lambda completions: [known[text] for text in completions])
+    model = TiltedLM(lm, reward, beta=1.0, max_new_tokens=4)
+    prompts = [[1, 2]]
+    exact = Exact().run(model, prompts)
+    twist = ExactTwist(exact)
+    for length in range(1, 5):
+        for text in itertools.product((1, 2, 3), repeat=length):
+            known[str(lm.decode(torch.tensor([text]))[0])] = twist.of(text, 0)
+    engine = SMC(num_particles=20, num_chains=5, twist="prefix", proposal="twist", top_k=4, seed=0, progress=False)
+    posterior = engine.run(model, prompts)
+    np.testing.assert_allclose(posterior.log_weights, np.broadcast_to(exact.log_evidence, (5, 20, 1)), atol=2e-4)
 
 
 @pytest.mark.parametrize("top_k", [4, 3])

@@ -21,7 +21,7 @@ from ..models import LanguageModel
 from .program import Arbitrary, Program, ProgramError, Site
 
 
-class _Drawn(Exception):
+class _Drawn(BaseException):  # which a program's own `except Exception` lets through
     """The last latent has its value: the guide is done."""
 
 

@@ -210,7 +210,7 @@ def inspect(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Program:
     :raises ProgramError: if it has no latent site, or one that engines would weigh wrongly: in a subsampled plate,
         under `poutine.scale`, or with a batch dimension that no plate declares.
     """
-    with torch.no_grad(), branches_explained(), poutine.block(), Arbitrary():
+    with seeded(0), torch.no_grad(), branches_explained(), poutine.block(), Arbitrary():  # the same sites each time
         trace = prune_subsample_sites(poutine.trace(model).get_trace(*args, **kwargs))
     sites: dict[str, Site] = {}
     sizes: dict[int, int] = {}

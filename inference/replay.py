@@ -35,7 +35,7 @@ from .program import (
 )
 
 
-class _Reached(Exception):
+class _Reached(BaseException):  # which a program's own `except Exception` lets through
     """The program has come to where this part of it ends."""
 
 

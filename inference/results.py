@@ -117,9 +117,10 @@ def posterior(
     check_evidence(split(particles.log_joint), labels)
     origins = None if roots is None else split(roots)
     by_chain = diagnostics.chain_log_evidence(weights)  # (chain, prompt)
-    if evidence is None and conditional:  # 1 / Z-hat of a chain is unbiased for 1 / Z
+    if evidence is None and conditional:  # 1 / Z-hat of a chain is unbiased for 1 / Z, unless all its weights can be 0
         inverse, stderr = diagnostics.log_evidence(-by_chain[:, None])
-        evidence = -inverse, stderr
+        unknown = np.isneginf(weights).any((0, 1))
+        evidence = np.where(unknown, np.nan, -inverse), np.where(unknown, np.nan, stderr)
     elif evidence is None:
         evidence = diagnostics.log_evidence(weights, origins)
     has_bound = kind in ("weighted", "particles")

@@ -1,9 +1,12 @@
 r"""Exact draws of the posterior, one retained in each chain: they turn an estimate of log Z into an upper bound.
 
-    \hat Z = (1/N) \sum_i w_i,    x_0 ~ \pi^*,  x_1, ..., x_{N-1} ~ q:    E[1 / \hat Z] = 1 / Z,  E[log \hat Z] >= log Z
+    \hat Z = (1/N) \sum_i w_i,    x_0 ~ \pi^*,  x_1, ..., x_{N-1} ~ q
 
-by Jensen's inequality: bidirectional Monte Carlo (Grosse, Ghahramani and Adams 2015, arXiv 1511.02543). With
-resampling, x_0 keeps its slot: conditional SMC (Andrieu, Doucet and Holenstein 2010).
+    E[1 / \hat Z] <= 1 / Z,    E[log \hat Z] >= log Z
+
+(the second by Jensen's inequality; the first is an equality unless all N weights can be 0 at once): bidirectional Monte
+Carlo (Grosse, Ghahramani and Adams 2015, arXiv 1511.02543). With resampling, x_0 keeps its slot: conditional SMC
+(Andrieu, Doucet and Holenstein 2010).
 """
 
 from __future__ import annotations
@@ -35,6 +38,8 @@ def check_retained(engine: Any) -> None:
     if retained is None:
         return
     name = type(engine).__name__
+    if not isinstance(retained, Posterior):
+        raise ValueError(f"{name}: retained must be a Posterior of exact draws, got {retained!r}")
     if retained.kind in _REFUSED:
         raise ValueError(
             f"{name}: retained must hold exact draws of the posterior (RejectionSampling, Exact), and "

@@ -62,7 +62,7 @@ class SMC:
 
     num_particles: int = 64
     num_chains: int = 1
-    twist: str | Twist | Mapping[str, Twist] | LanguageModel | None = None
+    twist: str | Twist | Mapping[str, str | Twist] | LanguageModel | None = None
     proposal: str | LanguageModel | Callable[..., Any] | None = None
     top_k: int = 64
     resampling: str = "systematic"
@@ -78,17 +78,23 @@ class SMC:
         if not 0.0 <= self.ess_threshold <= 1.0:
             raise ValueError(f"SMC: ess_threshold must be in [0, 1], got {self.ess_threshold}")
         check_retained(self)
-        if isinstance(self.twist, str) and self.twist not in ("prefix", "partial"):
-            raise ValueError(f'SMC: twist must be "prefix", "partial", a Twist or a LanguageModel, got {self.twist!r}')
+        each = self.twist.values() if isinstance(self.twist, Mapping) else [self.twist]
+        for twist in each:
+            known = twist in ("prefix", "partial") if isinstance(twist, str) else hasattr(twist, "lookahead")
+            if not known and not (twist is self.twist and (twist is None or isinstance(twist, LanguageModel))):
+                raise ValueError(
+                    'SMC: twist must be "prefix", "partial", a Twist, a mapping from sites to these, or a '
+                    f"LanguageModel, got {twist!r}"
+                )
         if isinstance(self.proposal, str) and self.proposal not in ("prior", "twist"):
             raise ValueError(f'SMC: proposal must be "prior", "twist" or a policy, got {self.proposal!r}')
         if (
-            callable(self.proposal)
-            and not isinstance(self.proposal, LanguageModel)
+            not isinstance(self.proposal, (str, LanguageModel))
+            and self.proposal is not None
             and getattr(self.proposal, "policy", None) is None
         ):
             raise ValueError("SMC: a guide as proposal needs a `policy`, the LanguageModel that writes completions")
-        if self.proposal == "twist" and self.twist is None:
+        if self.proposal == "twist" and not self.twist:
             raise ValueError('SMC: proposal="twist" needs a twist')
 
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
@@ -172,7 +178,7 @@ class SMC:
                 logits = induced(logits, twist, self.top_k)
             token, log_q = categorical(logits)
             if kept is not None:
-                token[kept.rows] = kept.values[:, steps.t].clamp_max(logits.shape[-1] - 1)  # padding: of one that ended
+                token[kept.rows] = kept.values[:, steps.t].clamp(0, logits.shape[-1] - 1)  # padding: of one that ended
                 log_q = log_softmax_at(logits, token)
             log_p = log_q if logits is steps.logits else log_softmax_at(steps.logits, token)
             ratio = torch.where(steps.finished, 0.0, log_p - log_q)

@@ -50,7 +50,7 @@ PATIENCE = 10  # steps between looks at what is held out
 @dataclass
 class Draws:
     """Completions of the prior: ``of`` as the head reads them, which tokens teach it (row, token), and the
-    log-likelihood (particle, prompt). Rows are particle-major: (particle, prompt)."""
+    log-likelihood (particle, text), rows being (particle, text): a text for each prompt, or more."""
 
     of: TwistInputs
     taught: Tensor
@@ -125,7 +125,7 @@ class TwistLearning:
                 if twist is None:
                     lm, length = batch.law.lm, batch.tokens.shape[-1]
                     twist = Twist(lm, length, reads_reward=self.reads_reward)
-                    twist.fit_projection(batch.hidden.flatten(0, 1))
+                    twist.fit_projection(batch.hidden[batch.written])
                 parts.append(batch._replace(hidden=twist.project(batch.hidden)))  # a fifth of the memory, or less
                 report(n)
         assert twist is not None
@@ -136,9 +136,11 @@ class TwistLearning:
         if self.reads_reward:
             taught = written & ~ends & said.isfinite()  # what has ended, or is lost, is worth what the reward says
             if taught.any():
-                twist.so_far_scale.copy_(torch.stack([said[taught].mean(), said[taught].std().clamp_min(1e-6)]))
+                twist.so_far_scale.copy_(
+                    torch.stack([said[taught].mean(), said[taught].std(correction=0).clamp_min(1e-6)])
+                )
         check_evidence(log_l[None].cpu().numpy(), prompt_labels(program))
-        log_l = log_l.repeat(1, len(tokens) // len(log_l) // log_l.shape[-1]).float()  # prompts go fastest
+        log_l = Rows(program, name, parts[0].law).spread(log_l).reshape(len(log_l), -1).float()
         return twist, Draws(twist.inputs(hidden, tokens, said if self.reads_reward else None), taught, log_l)
 
     def _fit(self, twist: Twist, draws: Draws) -> dict[str, Any]:

@@ -56,6 +56,14 @@ class Rows:
         size = self.law.batch_shape[0]
         return self._program.pooled(self._program.terms(x.reshape(self.law.batch_shape), size, self.site.in_prompts))
 
+    def spread(self, term: Tensor) -> Tensor:
+        """A term (particle, weight prompt) at each of its rows (row,)."""
+        batch = self.site.shape[:-1]
+        shape = [len(term)] + [1] * len(batch)
+        if term.shape[1] > 1:
+            shape[1 + self.site.dims.index("prompt")] = term.shape[1]
+        return term.reshape(shape).expand(len(term), *batch).reshape(-1)
+
     def chosen(self, index: Tensor) -> Tensor:
         """The rows (row,) of the particles that ``index`` (particle, weight prompt) names."""
         shape = self.law.batch_shape
@@ -104,6 +112,8 @@ class PrefixTwist:
             )
         values = values.reshape(size, rows, k, -1).transpose(1, 2)
         finished = self._rows.law.is_eos(values[..., :length]).any(-1)  # what follows may be padded by an EOS
+        if length == values.shape[-1]:
+            finished = torch.ones_like(finished)
         total = torch.zeros((size * k, rows), device=values.device)
         for term in self._terms(others, values, finished, length).values():
             if rows == 1 or term.shape[-1] == rows:  # a factor over all prompts says nothing of one prompt's text
@@ -199,13 +209,18 @@ class PolicyTwist:
 
     def candidates(self, tokens: Tensor) -> Tensor:
         ours, theirs = (x.logits.log_softmax(-1).gather(-1, tokens) for x in (self._policy.steps, self._steps))
-        return self._ratio()[:, None] + ours - theirs
+        return self._ratio()[:, None] + _difference(ours, theirs)
 
     def select(self, rows: Tensor) -> None:
         pass  # what it reads is the policy's and the steps'
 
     def _ratio(self) -> Tensor:
-        return (self._policy.steps.scores - self._steps.scores).sum(-1)
+        return _difference(self._policy.steps.scores, self._steps.scores).sum(-1)
+
+
+def _difference(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """log q - log p; 0 where p is 0, which the particle's weight knows already."""
+    return (log_q - log_p).masked_fill(log_p == -torch.inf, 0.0)
 
 
 def induced(logits: Tensor, twist: SiteTwist, top_k: int) -> Tensor:

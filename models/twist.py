@@ -166,7 +166,7 @@ class Twist(nn.Module):
     @torch.no_grad()
     def read(self, state: TwistState, steps: Steps) -> TwistState:
         """The state after the token that was appended last."""
-        written = state.vocabulary[steps.values[:, steps.t - 1], : state.total.shape[-1]]
+        written = state.vocabulary[self._known(steps.values[:, steps.t - 1]), : state.total.shape[-1]]
         return TwistState(self.project(steps.hidden), state.total + written, steps.t, state.vocabulary)
 
     @torch.no_grad()
@@ -177,7 +177,8 @@ class Twist(nn.Module):
         """
         t = torch.full((len(tokens), 1), state.t + 1, device=tokens.device)
         text = self._text(state.hidden, state.total, t[:, 0])[:, None]
-        psi = self._head(text, state.vocabulary[tokens, state.total.shape[-1] :], t, so_far)[..., 0]
+        token = state.vocabulary[self._known(tokens), state.total.shape[-1] :]
+        psi = self._head(text, token, t, so_far)[..., 0]
         return self.confidence[t] * psi + self.offset[t]
 
     # -- whole completions, as training reads --------------------------------------------------------------------
@@ -191,7 +192,7 @@ class Twist(nn.Module):
     @torch.no_grad()
     def inputs(self, hidden: Tensor, tokens: Tensor, so_far: Tensor | None) -> TwistInputs:
         """What `forward` reads of completions: projected hidden states, tokens, and s_t, as `TwistInputs` has them."""
-        words, tokens = tokens.unique(return_inverse=True)  # a few thousand, of the vocabulary
+        words, tokens = self._known(tokens).unique(return_inverse=True)  # a few thousand, of the vocabulary
         return TwistInputs(hidden, tokens, self._tokens(words), so_far)
 
     @torch.no_grad()
@@ -266,6 +267,9 @@ class Twist(nn.Module):
         """See `TwistState`; in blocks, so that embeddings in float32 are never held whole."""
         words = torch.arange(self.lm.vocab_size, device=self.mean.device).split(8192)
         return torch.cat([torch.cat([self._contribution(e), self.token(e)], -1) for e in map(self._tokens, words)])
+
+    def _known(self, tokens: Tensor) -> Tensor:
+        return tokens.clamp(0, self.lm.vocab_size - 1)  # a pad id need not be a token of the network
 
     def _tokens(self, tokens: Tensor) -> Tensor:
         return (_embedding(self.lm)[tokens].float() - self.token_mean) / self.token_scale

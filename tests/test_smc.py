@@ -488,3 +488,58 @@ def test_ctrl_c_and_errors_keep_complete_islands():
     with pytest.raises(RuntimeError, match="asleep") as caught:
         engine.run(model, PROMPTS)
     assert len(caught.value.particles.log_prior) == 20
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"twist": {"completion": "prefx"}}, "twist must be"),
+        ({"twist": {"completion": tiny_llama()}}, "twist must be"),
+        ({"twist": 3}, "twist must be"),
+        ({"twist": {}, "proposal": "twist"}, "needs a twist"),
+        ({"proposal": 3}, "needs a `policy`"),
+        ({"retained": 3}, "retained must be a Posterior"),
+    ],
+)
+def test_settings_of_the_wrong_kind(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SMC(**settings)
+
+
+def test_retained_draws_of_prompts_that_depend_on_a_latent():
+    """Prompts have the same names in every run, whatever a latent happens to be in it."""
+    model = conversation()
+    exact = Exact().run(model, SHORT)
+    for seed in range(4):
+        posterior = SMC(num_particles=4, num_chains=2, retained=exact, seed=seed, progress=False).run(model, SHORT)
+        assert posterior.prompts == exact.prompts
+
+
+def test_no_point_estimate_by_retained_draws_where_all_others_can_die():
+    """E[1 / Z-hat] is below 1 / Z there; the bound from above holds."""
+    lm = table_lm(order=2, seed=0, vocab=4)
+
+    def model(prompts):
+        with pyro.plate("prompts", len(prompts)):
+            x = pyro.sample("completion", lm(prompts, max_new_tokens=2))
+            right = (x == torch.tensor([3, 2])).all(-1)
+            pyro.factor("reward", torch.where(right, 0.0, -torch.inf))
+
+    exact = Exact().run(model, [[1]])
+    for engine in (SMC, ImportanceSampling):
+        posterior = engine(num_particles=8, num_chains=50, retained=exact, seed=0, progress=False).run(model, [[1]])
+        assert np.isnan(posterior.log_evidence).all()
+        assert (posterior.log_evidence_upper > exact.log_evidence).all()
+
+
+@pytest.mark.parametrize("neither_can", [False, True])
+def test_a_policy_may_propose_what_the_prior_cannot_write(neither_can):
+    lm, policy = table_lm(order=2, seed=0, vocab=4), table_lm(order=2, seed=1, vocab=4)
+    with torch.no_grad():
+        for table in (lm.network.table, policy.network.table)[: 1 + neither_can]:
+            table[:, 3] = -torch.inf
+    model = tilted(lm, 2.0 * score_table(0, vocab=4, tokens=3), 1.0)
+    exact = Exact().run(model, SHORT)
+    for setting in ({}, {"proposal": "twist", "top_k": 4}, {"proposal": "prior"}):
+        engine = SMC(num_particles=16, num_chains=300, twist=policy, seed=0, progress=False, **setting)
+        assert_unbiased(engine.run(model, SHORT), exact.log_evidence)

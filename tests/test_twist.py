@@ -15,7 +15,7 @@ from programs import PROMPTS, ExactTwist, score_table, tilted
 from bayeslm.inference import SMC, EvidenceError, Exact, ImportanceSampling, ProgramError, TwistLearning
 from bayeslm.inference.program import inspect, seeded
 from bayeslm.inference.twisting import Draws, _write, confidence, contrastive, offset, soft_value
-from bayeslm.models import Twist, rewards
+from bayeslm.models import LanguageModel, Twist, rewards
 from bayeslm.models.stepping import categorical
 from bayeslm.models.twist import TwistInputs
 
@@ -334,3 +334,30 @@ def test_what_is_refused():
 
     with pytest.raises(EvidenceError, match="-inf"):
         learn(hopeless)
+
+
+def test_rows_have_the_likelihood_of_their_prompt():
+    """Prompts in the plate on the left of another: a row's prompt is not its place modulo their number."""
+    lm = table_lm(order=2, seed=0, vocab=4)
+
+    def model(prompts):
+        twice = np.array([[prompt, prompt] for prompt in prompts], dtype=object)  # (prompt, each)
+        with pyro.plate("prompts", len(prompts), dim=-2), pyro.plate("each", 2, dim=-1):
+            x = pyro.sample("completion", lm(twice, max_new_tokens=2))
+            pyro.factor("reward", torch.tensor([[4.0], [-8.0]]) + 0.0 * x[..., 0])
+
+    program = inspect(model, ["a b", "c b"])
+    _, draws = TwistLearning(num_particles=8, progress=False)._draw(program, "completion")
+    assert torch.equal(draws.log_likelihood, torch.tensor([8.0, 8.0, -16.0, -16.0]).expand(8, -1))
+
+
+@pytest.mark.parametrize("pad", [9, -1, -100])
+def test_a_pad_id_that_is_no_token(pad):
+    table = table_lm(order=2, seed=0, vocab=4)
+    lm = LanguageModel(table.network, table.tokenizer, pad_token_id=pad)
+    model = words(lm)
+    twist = TwistLearning(num_particles=50, num_steps=2, seed=0, progress=False).run(model, [[1, 2]])
+    exact = Exact().run(model, [[1, 2]])
+    for setting in ({}, {"retained": exact}):
+        posterior = SMC(8, 2, twist=twist, proposal="twist", seed=0, progress=False, **setting).run(model, [[1, 2]])
+        assert np.isfinite(posterior.log_weights).all()

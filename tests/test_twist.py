@@ -143,6 +143,18 @@ def test_what_is_resampled_takes_its_twist_along():
     torch.testing.assert_close(twist.lookahead(state.select(rows), tokens), before[rows])
 
 
+def test_what_the_reward_has_given_up_is_worth_nothing():
+    lm = tiny_llama(seed=0)
+    twist = learn(words(lm), num_steps=5, num_particles=100, reads_reward=True)
+    steps = lm(PROMPTS, max_new_tokens=T).expand((1, 2)).steps()
+    said = torch.tensor([[0.0, -torch.inf], [-torch.inf, 3.0]])
+    psi = twist.lookahead(twist.start(steps), torch.tensor([[1, 2], [3, 4]]), said)
+    assert torch.equal(psi == -torch.inf, said == -torch.inf)
+    assert not psi.isnan().any()
+    with pytest.raises(ValueError, match="reads the reward"):
+        twist.lookahead(twist.start(steps), torch.tensor([[1], [3]]))
+
+
 def test_gradient_of_contrastive_learning():
     """With every completion as a draw, by its probability: E_pi[grad] - E_sigma[grad], enumerated."""
     exact = Exact(num_prior_samples=1).run(words(table_lm(order=2, seed=0, vocab=8)), PROMPTS)

@@ -462,7 +462,7 @@ def test_settings_are_checked(setting, message):
 
 def test_a_twist_for_a_site_that_is_not_there():
     with pytest.raises(ProgramError, match="'completon', which is no completion"):
-        SMC(twist={"completon": object()}, progress=False).run(case("table", 0), PROMPTS)
+        SMC(twist={"completon": "partial"}, progress=False).run(case("table", 0), PROMPTS)
 
 
 def test_ctrl_c_and_errors_keep_complete_islands():

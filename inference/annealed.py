@@ -33,7 +33,7 @@ from ..models import LanguageModel
 from ..models.progress import track
 from .checks import check_counts, check_positive
 from .islands import Islands, Step
-from .moves import Tally, latent_moves, log_likelihood, sweep, tempered
+from .moves import Tally, latent_moves, sweep, tempered
 from .particles import Particles
 from .program import inspect, seeded
 from .resampling import RESAMPLING
@@ -120,7 +120,8 @@ class AnnealedSMC:
                     ladder.append(gamma)
                     name = f"inverse temperature {gamma.max().item():.3g}"
                     change = (gamma - last).repeat_interleave(self.num_particles, 0)
-                    islands.weigh(tempered(log_likelihood(state), change), Step(name, {}, state.log_likelihood, None))
+                    increment = tempered(state.total_log_likelihood, change)
+                    islands.weigh(increment, Step(name, {}, state.log_likelihood, None))
                     if (index := islands.resample()) is not None:
                         state = state.gather(program, index)
                     try:
@@ -155,7 +156,7 @@ class AnnealedSMC:
             return torch.full_like(gamma, self.ladder[step])
         shape = (self.num_chains, self.num_particles, -1)
         return next_temperature(
-            islands.log_weights.reshape(shape), log_likelihood(state).reshape(shape), gamma, self.cess
+            islands.log_weights.reshape(shape), state.total_log_likelihood.reshape(shape), gamma, self.cess
         )
 
 

@@ -28,7 +28,7 @@ from ..models import LanguageModel
 from ..models.progress import track
 from .checks import check_counts, check_positive
 from .guides import PolicyGuide
-from .moves import RandomWalk, Tally, latent_moves, log_likelihood, sweep, tempered
+from .moves import RandomWalk, Tally, latent_moves, sweep, tempered
 from .particles import Particles
 from .program import Program, inspect, seeded
 from .results import Stopwatch, carry, check_evidence, draw, posterior, prompt_labels, to_numpy
@@ -165,7 +165,7 @@ class Replicas:
 
     def start(self, particles: Particles) -> Particles:
         """Chains drawn from weighted particles, at each temperature by its own weights."""
-        weights = tempered(log_likelihood(particles), self._ladder[:, None])  # (temperature, particle, column)
+        weights = tempered(particles.total_log_likelihood, self._ladder[:, None])  # (temperature, particle, column)
         weights = weights + particles.log_prior - particles.log_proposal
         shares = weights.movedim(1, -1).softmax(-1)
         index = shares.flatten(0, 1).multinomial(self._shape[1], replacement=True)
@@ -177,7 +177,7 @@ class Replicas:
         temperatures, chains, _ = self._shape
         if temperatures == 1:
             return state
-        likelihood = log_likelihood(state).reshape(self._shape)
+        likelihood = state.total_log_likelihood.reshape(self._shape)
         log_ratio = self._ladder.diff(dim=0)[:, None] * (likelihood[:-1] - likelihood[1:])  # (pair, chain, column)
         probability = log_ratio.nan_to_num(nan=-torch.inf, neginf=-torch.inf).clamp_max(0.0).exp()
         turn = torch.arange(temperatures - 1, device=state.log_prior.device) % 2 == self._swaps % 2

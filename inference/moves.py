@@ -302,14 +302,9 @@ def score(program: Program, values: dict[str, Tensor], token_scores: dict[str, T
         return run_particles(program, None, len(next(iter(values.values()))))
 
 
-def log_likelihood(state: Particles) -> Tensor:
-    """The sum of all factors and observations, (particle, column)."""
-    return sum(state.log_likelihood.values(), torch.zeros_like(state.log_prior))
-
-
 def log_target(state: Particles, gamma: Tensor | float) -> Tensor:
     """log p(z) + gamma log L(z), (particle, column); at gamma = 0 the prior, where L = 0 too."""
-    return state.log_prior + tempered(log_likelihood(state), gamma)
+    return state.log_prior + tempered(state.total_log_likelihood, gamma)
 
 
 def tempered(log_likelihood: Tensor, gamma: Tensor | float) -> Tensor:

@@ -28,8 +28,13 @@ class Particles:
     token_scores: dict[str, Tensor]
 
     @property
+    def total_log_likelihood(self) -> Tensor:
+        """The sum of all factors and observations."""
+        return sum(self.log_likelihood.values(), torch.zeros_like(self.log_prior))
+
+    @property
     def log_joint(self) -> Tensor:
-        return self.log_prior + sum(self.log_likelihood.values(), torch.zeros_like(self.log_prior))
+        return self.log_prior + self.total_log_likelihood
 
     @property
     def log_weights(self) -> Tensor:

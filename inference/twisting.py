@@ -216,9 +216,7 @@ def _write(program: Program, name: str, size: int, reads_reward: bool) -> _Batch
         history.write(site, steps.values, steps.scores)
         seen = _Batch(law, hidden, steps.values, written, ends, said, torch.empty(0))
     assert seen is not None
-    particles = history.finish()
-    total = sum(particles.log_likelihood.values(), torch.zeros_like(particles.log_prior))
-    return seen._replace(log_likelihood=total)
+    return seen._replace(log_likelihood=history.finish().total_log_likelihood)
 
 
 def _part(draws: Draws, chosen: Tensor) -> Draws:

@@ -17,7 +17,7 @@ from programs import FUNCTIONS, PROMPTS, SHORT, Enumerated, case, conversation, 
 from bayeslm import Posterior, diagnostics
 from bayeslm.inference import EvidenceError, Exact
 from bayeslm.inference.mcmc import MCMC, Replicas
-from bayeslm.inference.moves import log_likelihood, log_target
+from bayeslm.inference.moves import log_target
 from bayeslm.inference.program import inspect
 from bayeslm.models import LanguageModel
 
@@ -220,7 +220,7 @@ def test_the_warm_start_draws_from_the_weights():
     state = replicas.start(particles)
     for k, gamma in enumerate((0.0, 1.0)):
         part = state[k * 20_000 : (k + 1) * 20_000]
-        weights = gamma * log_likelihood(particles) + particles.log_prior - particles.log_proposal
+        weights = gamma * particles.total_log_likelihood + particles.log_prior - particles.log_proposal
         atoms = target.index(particles)[:, 0]
         law = torch.zeros(len(target.log_prob)).index_add_(0, atoms, weights[:, 0].softmax(0))
         assert_drawn_from(target.index(part)[:, 0].bincount(minlength=len(law)), law.log())

@@ -136,6 +136,8 @@ def infer(
         given = rewards.load(reward) if ":" in reward else rewards.get(reward, **settings)
         _reserve(out)
         lm = _language_model(prior, device)
+        if "svi" not in engines:
+            lm = lm.packed()  # no weight will change
         model = TiltedLM(lm, scale * given, beta, max_new_tokens=max_new_tokens, temperature=temperature)
         if twist is not None and twist != ready:
             learned = _twist(twist, lm, model, texts, columns, seed, out)

@@ -5,9 +5,10 @@
 The same on both sides: network (float32), torch and transformers (those of constraints.txt), threads, prompt, target
 p(x) exp(r(x) / beta) with r VADER's sentiment and beta = 0.1, intermediate targets (the sentiment of the text so far),
 proposal (the prior), systematic resampling below half the effective sample size. A text that reaches the limit is
-weighed as it stands, as is one that ends earlier, so that both estimate the same Z (last column). genlm-control runs at
-the best settings it has for this network; `_genlm_worker.py` says which. It lives in an environment of its own,
-build/genlm, made at the first run (about 2 GB), and is driven through pipes; loading either network is not timed.
+weighed as it stands, as is one that ends earlier, so that both estimate the same Z (last column). Each runs at its
+best settings for this network: bayeslm's weights are packed; `_genlm_worker.py` says what genlm-control's are. It lives
+in an environment of its own, build/genlm, made at the first run (about 2 GB), and is driven through pipes; loading the
+networks, and packing ours, is not timed.
 
 Tokens are those of the final texts, on both sides. On a GPU genlm-control advises vLLM, which this does not install.
 """
@@ -119,7 +120,7 @@ def main() -> None:
     if options.runs < 3:
         parser.error("--runs must be at least 3")
     lm = LanguageModel.from_pretrained("smollm2", device=options.device, dtype=torch.float32)
-    model = TiltedLM(lm, rewards.Sentiment(), BETA, max_new_tokens=options.tokens)
+    model = TiltedLM(lm.packed(), rewards.Sentiment(), BETA, max_new_tokens=options.tokens)
     peer = Peer(lm, options.tokens)
     peer.run(2, seed=0), ours(model, 2, seed=0)  # warm up
     print(f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads, {options.tokens} tokens,")

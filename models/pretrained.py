@@ -87,7 +87,7 @@ def _load_adapter(
             raise OSError(f"{path} is an adapter that does not name its base model: give base=LanguageModel(...)")
         network, tokenizer, name = load(name, base=None, dtype=dtype, **kwargs)
     else:
-        network, tokenizer, name = _twin(base.network), base.tokenizer, base.name or ""
+        network, tokenizer, name = twin(base.network), base.tokenizer, base.name or ""
     with _quiet():
         return PeftModel.from_pretrained(network, str(path)), tokenizer, name
 
@@ -100,7 +100,7 @@ def with_lora(network: nn.Module, rank: int, alpha: int, name: str | None) -> nn
         raise ValueError(f"lora_rank must be at least 1, got {rank}")
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
     with _quiet():
-        adapted: Any = get_peft_model(_twin(network), config)
+        adapted: Any = get_peft_model(twin(network), config)
     # Not the folder in transformers' config: the weights may have been trained since they were loaded from it.
     adapted.peft_config["default"].base_model_name_or_path = "" if hasattr(network, "peft_config") else name or ""
     return adapted
@@ -120,15 +120,16 @@ def own_parameters(network: Any) -> list[nn.Parameter]:
     return [p for key, p in network.named_parameters() if prefix in key]
 
 
-def _twin(network: Any) -> nn.Module:
-    """New modules around the same tensors: adapters can be put into the twin, and the original never sees them.
+def twin(network: Any) -> nn.Module:
+    """New modules around the same frozen tensors: adapters can be put into the twin, and the original never sees them.
 
-    Adapters that the network has already are merged into a copy of its weights instead.
+    Tensors in training are copied, since freezing the twin would freeze them. Adapters that the network has already
+    are merged into a copy of its weights instead.
     """
     if hasattr(network, "peft_config"):
         return copy.deepcopy(network).merge_and_unload()
-    tensors = [*network.parameters(), *network.buffers()]
-    return copy.deepcopy(network, memo={id(t): t for t in tensors})
+    shared = [t for t in (*network.parameters(), *network.buffers()) if not t.requires_grad]
+    return copy.deepcopy(network, memo={id(t): t for t in shared})
 
 
 # -- packaged weights ----------------------------------------------------------------------------------------

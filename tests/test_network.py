@@ -63,6 +63,7 @@ def test_agrees_with_the_networks_own_forward_pass(model_type):
     torch.testing.assert_close(law.token_log_prob(x), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(lm(PROMPTS, 12, 1.2).token_log_prob(x), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(lm(PROMPTS[:1], 12, 1.2).token_log_prob(x[:, 0]), expected[:, 0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(lm.packed()(PROMPTS, 12, 1.2).token_log_prob(x), expected, atol=1e-4, rtol=0)
     assert (lm.causal._body is not None) == linear_head
 
 

@@ -29,6 +29,7 @@ def test_agrees_with_transformers(smollm2, ids):
     expected = torch.stack(rows)
     torch.testing.assert_close(law.token_log_prob(x), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(smollm2(PROMPTS, TOKENS).token_log_prob(x), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(smollm2.packed()(PROMPTS, TOKENS).token_log_prob(x), expected, atol=1e-4, rtol=0)
     alone = smollm2(PROMPTS[:1], TOKENS)
     assert alone.prompt_mask is None
     torch.testing.assert_close(alone.token_log_prob(x[:, 0]), expected[:, 0], atol=1e-4, rtol=0)

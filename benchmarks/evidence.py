@@ -55,7 +55,7 @@ def main() -> None:
         "--twists", type=Path, help="a folder to read the twists from, or, where there are none, to keep them in"
     )
     options = parser.parse_args()
-    lm = LanguageModel.from_pretrained("smollm2", device=options.device)
+    lm = LanguageModel.from_pretrained("smollm2", device=options.device).packed()
     model = TiltedLM(lm, rewards.Sentiment(), options.beta, max_new_tokens=options.tokens)
     sizes: dict[str, Any] = {"num_particles": options.particles, "num_chains": options.runs, "progress": False}
     smc: dict[str, Any] = {"proposal": "twist", "ess_threshold": 0.7, **sizes}

@@ -31,12 +31,11 @@ from bayeslm.posterior import Posterior
 
 from ..models import LanguageModel
 from ..models.progress import track
-from .checks import check_counts, check_positive
+from .checks import check_counts, check_positive, check_resampling
 from .islands import Islands, Step
 from .moves import Tally, latent_moves, sweep, tempered
 from .particles import Particles
 from .program import inspect, seeded
-from .resampling import RESAMPLING
 from .results import Stopwatch, carry, draw, posterior, to_numpy
 
 
@@ -71,10 +70,7 @@ class AnnealedSMC:
     def __post_init__(self) -> None:
         check_counts(self, "num_particles", "num_chains", "num_sweeps")
         check_positive(self, "step_size")
-        if self.resampling not in RESAMPLING:
-            raise ValueError(f"AnnealedSMC: resampling must be one of {', '.join(RESAMPLING)}, got {self.resampling!r}")
-        if not 0.0 <= self.ess_threshold <= 1.0:
-            raise ValueError(f"AnnealedSMC: ess_threshold must be in [0, 1], got {self.ess_threshold}")
+        check_resampling(self)
         if not 0.0 < self.cess < 1.0:
             raise ValueError(f"AnnealedSMC: cess must be between 0 and 1, got {self.cess}")
         if self.ladder is not None:

@@ -118,7 +118,6 @@ class MCMC:
                         parts.append(recorded(state[replicas.cold]))
                     report()
             steps_of = {m.site.name: m.step_size[-1] for m in moves if isinstance(m, RandomWalk)}
-            nothing = np.full(program.weight_prompts, np.nan)
             kept = chain_major(parts)
             return posterior(
                 program,
@@ -126,8 +125,6 @@ class MCMC:
                 engine="MCMC",
                 kind="markov",
                 num_chains=self.num_chains,
-                log_weights=torch.zeros_like(kept.log_prior),
-                evidence=(nothing, nothing),
                 stats=watch.read()
                 | tally.stats()
                 | {f"step_size_{name}": to_numpy(size) for name, size in steps_of.items()}

@@ -175,7 +175,6 @@ class NUTS:
                 prior, _ = draw(program, None, self.num_samples, batch_size=self._size, vectorize=self.vectorize)
             parts, stats, interrupted = self._chains(program, shapes, scored)
             particles = Particles.concatenate(parts)
-            unknown = np.full(program.weight_prompts, np.nan)
             return posterior(
                 program,
                 particles,
@@ -183,8 +182,6 @@ class NUTS:
                 kind="markov",
                 num_chains=len(parts),
                 stats=watch.read() | stats | {"interrupted": interrupted},
-                evidence=(unknown, unknown),
-                log_weights=torch.zeros_like(particles.log_joint),
                 prior=prior,
             )
 

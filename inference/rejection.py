@@ -96,7 +96,6 @@ class RejectionSampling:
                 engine="RejectionSampling",
                 kind="exact",
                 num_chains=self.num_chains,
-                log_weights=torch.zeros_like(kept.log_prior),
                 evidence=diagnostics.log_evidence(log_weights),
                 stats=stats,
                 prior=proposals,
@@ -187,7 +186,6 @@ class BestOfN:
                 engine="BestOfN",
                 kind="uncorrected",
                 num_chains=self.num_chains,
-                log_weights=torch.zeros_like(kept.log_prior),
                 evidence=diagnostics.log_evidence(scores.cpu().numpy()[None]),
                 stats=watch.read()
                 | {

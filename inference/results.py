@@ -96,12 +96,13 @@ def posterior(
 ) -> Posterior:
     """Particles as a `Posterior` of ``num_chains`` chains, chain-major; a remainder is dropped.
 
+    :param kind: as `Posterior`'s.
     :param stats: what the engine saw; weighted draws add ``ess`` and ``khat``, one a prompt.
-    :param log_weights: (particle, prompt), if not the particles' own log p - log q.
+    :param log_weights: (particle, prompt), if neither the particles' own log p - log q nor, by their kind, equal.
     :param roots: (particle, prompt), of kind "particles": see `Posterior.roots`.
     :param conditional: whether particle 0 of each chain began as a draw of the posterior: see `Posterior.conditional`.
     :param evidence: log Z and its standard error, if not from the weights, which also bound it where the kind is
-        "weighted" or "particles": from above in a conditional run, from below in others.
+        "weighted" or "particles": from above in a conditional run, from below in others. Markov chains know none.
     :raises EvidenceError: if every weight of a prompt is zero.
     """
     draws = len(particles.log_prior) // num_chains
@@ -112,12 +113,18 @@ def posterior(
         x = x[: draws * num_chains]
         return to_numpy(x).reshape(num_chains, draws, *x.shape[1:])
 
-    weights = split(particles.log_weights if log_weights is None else log_weights)
+    if log_weights is None:
+        equal = kind in ("exact", "uncorrected", "markov")
+        log_weights = torch.zeros_like(particles.log_prior) if equal else particles.log_weights
+    weights = split(log_weights)
     labels = prompt_labels(program)
     check_evidence(split(particles.log_joint), labels)
     origins = None if roots is None else split(roots)
     by_chain = diagnostics.chain_log_evidence(weights)  # (chain, prompt)
-    if evidence is None and conditional:  # 1 / Z-hat of a chain is unbiased for 1 / Z, unless all its weights can be 0
+    if kind == "markov":
+        evidence = (np.full(weights.shape[-1], np.nan),) * 2
+    elif evidence is None and conditional:
+        # 1 / Z-hat of a chain is unbiased for 1 / Z, unless all its weights can be 0
         inverse, stderr = diagnostics.log_evidence(-by_chain[:, None])
         unknown = np.isneginf(weights).any((0, 1))
         evidence = np.where(unknown, np.nan, -inverse), np.where(unknown, np.nan, stderr)

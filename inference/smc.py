@@ -29,15 +29,14 @@ from ..models import Autoregressive, LanguageModel, Twist
 from ..models.network import log_softmax_at
 from ..models.progress import track
 from ..models.stepping import Steps, categorical
-from .checks import check_counts
+from .checks import check_counts, check_resampling
 from .islands import Islands, Step
 from .particles import Particles
 from .program import ProgramError, inspect, seeded
 from .replay import History
-from .resampling import RESAMPLING
 from .results import Stopwatch, carry, posterior
 from .retained import check_retained, retained_values
-from .twists import LearnedTwist, Policy, PolicyTwist, PrefixTwist, Rows, SiteTwist, induced
+from .twists import LearnedTwist, PolicyTwist, PrefixTwist, Rows, SiteTwist, induced
 
 
 @dataclass(frozen=True)
@@ -73,26 +72,19 @@ class SMC:
 
     def __post_init__(self) -> None:
         check_counts(self, "num_particles", "num_chains", "top_k")
-        if self.resampling not in RESAMPLING:
-            raise ValueError(f"SMC: resampling must be one of {', '.join(RESAMPLING)}, got {self.resampling!r}")
-        if not 0.0 <= self.ess_threshold <= 1.0:
-            raise ValueError(f"SMC: ess_threshold must be in [0, 1], got {self.ess_threshold}")
+        check_resampling(self)
         check_retained(self)
-        each = self.twist.values() if isinstance(self.twist, Mapping) else [self.twist]
-        for twist in each:
-            known = twist in ("prefix", "partial") if isinstance(twist, str) else hasattr(twist, "lookahead")
-            if not known and not (twist is self.twist and (twist is None or isinstance(twist, LanguageModel))):
-                raise ValueError(
-                    'SMC: twist must be "prefix", "partial", a Twist, a mapping from sites to these, or a '
-                    f"LanguageModel, got {twist!r}"
-                )
-        if isinstance(self.proposal, str) and self.proposal not in ("prior", "twist"):
+        if self.twist is not None and not isinstance(self.twist, LanguageModel):
+            for twist in self.twist.values() if isinstance(self.twist, Mapping) else [self.twist]:
+                if twist not in ("prefix", "partial") if isinstance(twist, str) else not hasattr(twist, "lookahead"):
+                    raise ValueError(
+                        'SMC: twist must be "prefix", "partial", a Twist, a mapping from sites to these, or a '
+                        f"LanguageModel, got {twist!r}"
+                    )
+        named = isinstance(self.proposal, str)
+        if named and self.proposal not in ("prior", "twist"):
             raise ValueError(f'SMC: proposal must be "prior", "twist" or a policy, got {self.proposal!r}')
-        if (
-            not isinstance(self.proposal, (str, LanguageModel))
-            and self.proposal is not None
-            and getattr(self.proposal, "policy", None) is None
-        ):
+        if not named and self.proposal is not None and _policy_of(self.proposal) is None:
             raise ValueError("SMC: a guide as proposal needs a `policy`, the LanguageModel that writes completions")
         if self.proposal == "twist" and not self.twist:
             raise ValueError('SMC: proposal="twist" needs a twist')
@@ -173,7 +165,7 @@ class SMC:
         while not steps.done:
             logits = steps.logits
             if proposer is not None:
-                logits = proposer.steps.logits
+                logits = proposer.logits
             elif self.proposal == "twist" and twist is not None:
                 logits = induced(logits, twist, self.top_k)
             token, log_q = categorical(logits)
@@ -183,8 +175,7 @@ class SMC:
             log_p = log_q if logits is steps.logits else log_softmax_at(steps.logits, token)
             ratio = torch.where(steps.finished, 0.0, log_p - log_q)
             for policy in policies.values():
-                own = log_q if policy is proposer else log_softmax_at(policy.steps.logits, token)
-                policy.steps.append(token, own)
+                policy.append(token, log_q if policy is proposer else log_softmax_at(policy.logits, token))
             steps.append(token, log_p)
             increment, parts, factors = rows.pooled(ratio), {"the proposal": ratio}, {}
             if twist is not None and steps.t < law.max_new_tokens:  # after the last token comes the truth
@@ -197,7 +188,7 @@ class SMC:
             if (index := islands.resample()) is not None:
                 psi = psi.gather(0, index)
                 chosen = rows.chosen(index)
-                for moved in (steps, *(policy.steps for policy in policies.values()), twist):
+                for moved in (steps, *policies.values(), twist):
                     if moved is not None:
                         moved.select(chosen)
             report()
@@ -213,15 +204,15 @@ class SMC:
             return self.twist if isinstance(self.twist, LanguageModel) else None
         if isinstance(self.proposal, str):
             return None
-        return self.proposal if isinstance(self.proposal, LanguageModel) else self.proposal.policy  # type: ignore[attr-defined]
+        return _policy_of(self.proposal)
 
-    def _policies(self, law: Autoregressive) -> dict[int, Policy]:
-        """Each policy once, though it be twist and proposal."""
+    def _policies(self, law: Autoregressive) -> dict[int, Steps]:
+        """Policies that read along, each once, though it be twist and proposal: their scores of what is written."""
         models = [lm for lm in (self._proposer, self.twist) if isinstance(lm, LanguageModel)]
-        return {id(lm): Policy(law, lm) for lm in {id(lm): lm for lm in models}.values()}
+        return {id(lm): law.with_model(lm).steps() for lm in {id(lm): lm for lm in models}.values()}
 
     def _twist(
-        self, history: History, name: str, rows: Rows, steps: Steps, policies: dict[int, Policy]
+        self, history: History, name: str, rows: Rows, steps: Steps, policies: dict[int, Steps]
     ) -> SiteTwist | None:
         twist, program = self.twist, history.program
         if isinstance(twist, Mapping):
@@ -236,3 +227,8 @@ class SMC:
             return None
         so_far = PrefixTwist(history, rows, steps, partial=True) if twist.reads_reward else None
         return LearnedTwist(twist, rows, steps, so_far)
+
+
+def _policy_of(proposal: Any) -> LanguageModel | None:
+    """A policy, or the one that a guide has."""
+    return proposal if isinstance(proposal, LanguageModel) else getattr(proposal, "policy", None)

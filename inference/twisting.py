@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..models import Autoregressive, Twist
+from ..models import Twist
 from ..models.progress import track
 from ..models.stepping import categorical, write
 from ..models.twist import POWERS, TwistInputs
@@ -115,23 +115,19 @@ class TwistLearning:
 
     def _draw(self, program: Program, name: str) -> tuple[Twist, Draws]:
         """Draws of the prior, and a twist that knows how their features are scaled."""
-        twist: Twist | None = None
+        law = program.sites[name].fn
+        twist = Twist(law.lm, law.max_new_tokens, reads_reward=self.reads_reward)
         parts: list[_Batch] = []
         size = program.max_particles
         with track("draws for the twist", self.num_particles, self.progress) as report, torch.no_grad():
             for done in range(0, self.num_particles, size):
                 n = min(size, self.num_particles - done)
                 batch = _write(program, name, n, self.reads_reward)
-                if twist is None:
-                    lm, length = batch.law.lm, batch.tokens.shape[-1]
-                    twist = Twist(lm, length, reads_reward=self.reads_reward)
+                if not parts:
                     twist.fit_projection(batch.hidden[batch.written])
                 parts.append(batch._replace(hidden=twist.project(batch.hidden)))  # a fifth of the memory, or less
                 report(n)
-        assert twist is not None
-        hidden, tokens, written, ends, said, log_l = (
-            torch.cat(x) for x in zip(*(part[1:] for part in parts), strict=True)
-        )
+        hidden, tokens, written, ends, said, log_l = (torch.cat(x) for x in zip(*parts, strict=True))
         taught = written
         if self.reads_reward:
             taught = written & ~ends & said.isfinite()  # what has ended, or is lost, is worth what the reward says
@@ -140,7 +136,7 @@ class TwistLearning:
                     torch.stack([said[taught].mean(), said[taught].std(correction=0).clamp_min(1e-6)])
                 )
         check_evidence(log_l[None].cpu().numpy(), prompt_labels(program))
-        log_l = Rows(program, name, parts[0].law).spread(log_l).reshape(len(log_l), -1).float()
+        log_l = Rows(program, name, law).spread(log_l).reshape(len(log_l), -1).float()
         return twist, Draws(twist.inputs(hidden, tokens, said if self.reads_reward else None), taught, log_l)
 
     def _fit(self, twist: Twist, draws: Draws) -> dict[str, Any]:
@@ -182,7 +178,6 @@ class _Batch(NamedTuple):
     """Draws as they are written, a completion a row: ``tokens``, whether there is a token (``written``), whether it
     ``ends`` the text, and what the reward has ``said`` of the text then, all (row, token)."""
 
-    law: Autoregressive
     hidden: Tensor
     tokens: Tensor
     written: Tensor
@@ -214,7 +209,7 @@ def _write(program: Program, name: str, size: int, reads_reward: bool) -> _Batch
             if so_far is not None:
                 said[:, t] = so_far.by_rows()
         history.write(site, steps.values, steps.scores)
-        seen = _Batch(law, hidden, steps.values, written, ends, said, torch.empty(0))
+        seen = _Batch(hidden, steps.values, written, ends, said, torch.empty(0))
     assert seen is not None
     return seen._replace(log_likelihood=history.finish().total_log_likelihood)
 

@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..models import Autoregressive, LanguageModel, Twist
+from ..models import Autoregressive, Twist
 from ..models.rewards import prefixes
 from ..models.stepping import Steps
 from .program import Program, ProgramError
@@ -188,17 +188,11 @@ class LearnedTwist:
         self._state, self._psi, self._ended = self._state.select(rows), self._psi[rows], self._ended[rows]
 
 
-class Policy:
-    """A policy that reads along: its law of the next token, and its scores of those written."""
-
-    def __init__(self, law: Autoregressive, lm: LanguageModel) -> None:
-        self.steps = law.with_model(lm).steps()
-
-
 class PolicyTwist:
-    """The ratio q(x_1:t) / p(x_1:t) of a policy and the prior: exp(r / beta) / Z, if the policy is the posterior."""
+    """The ratio q(x_1:t) / p(x_1:t) of a policy, which reads along, and the prior: exp(r / beta) / Z, if the policy is
+    the posterior."""
 
-    def __init__(self, policy: Policy, rows: Rows, steps: Steps) -> None:
+    def __init__(self, policy: Steps, rows: Rows, steps: Steps) -> None:
         self.factors: dict[str, Tensor] = {}
         self._policy = policy
         self._rows = rows
@@ -208,14 +202,14 @@ class PolicyTwist:
         return self._rows.pooled(self._ratio())
 
     def candidates(self, tokens: Tensor) -> Tensor:
-        ours, theirs = (x.logits.log_softmax(-1).gather(-1, tokens) for x in (self._policy.steps, self._steps))
+        ours, theirs = (x.logits.log_softmax(-1).gather(-1, tokens) for x in (self._policy, self._steps))
         return self._ratio()[:, None] + _difference(ours, theirs)
 
     def select(self, rows: Tensor) -> None:
         pass  # what it reads is the policy's and the steps'
 
     def _ratio(self) -> Tensor:
-        return _difference(self._policy.steps.scores, self._steps.scores).sum(-1)
+        return _difference(self._policy.scores, self._steps.scores).sum(-1)
 
 
 def _difference(log_q: Tensor, log_p: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ products, some quarter faster on SmolLM2-135M with 32 rows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class PackedLinear(nn.Module):
         raise TypeError("packed weights can be neither moved nor converted: do that first, then pack")
 
 
-def can_pack(module: nn.Module) -> bool:
+def can_pack(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether oneDNN has products of packed weights for this module: a plain linear layer in float32 on a CPU."""
     return (
         type(module) is nn.Linear

@@ -155,7 +155,7 @@ class Twist(nn.Module):
         """
         law = steps.law
         if law.lm is not self.lm:
-            self._check_probe(law.lm)
+            _check_same(_probe(law.lm), self.probe)
         if law.max_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"the twist was trained on completions of {self.max_new_tokens} tokens, not {law.max_new_tokens}"
@@ -237,10 +237,8 @@ class Twist(nn.Module):
             raise ValueError(f"{header} was not written by a version of bayeslm that this one reads ({FORMAT})")
         twist = cls(lm, **config["settings"])
         state = load_file(Path(path) / "twist.safetensors", device=str(lm.device))
-        if any(state[name].shape != here.shape for name, here in twist.state_dict().items()):
-            raise ValueError(_OTHERS)
+        _check_same(twist.probe, state["probe"])
         twist.load_state_dict(state)
-        twist._check_probe(lm)
         twist.stats = config["stats"]
         return twist
 
@@ -277,16 +275,6 @@ class Twist(nn.Module):
     def _contribution(self, embedded: Tensor) -> Tensor:
         return gelu(self.tokens(embedded)) / self.max_new_tokens**0.5
 
-    def _check_probe(self, lm: LanguageModel) -> None:
-        """:raises ValueError: if the language model is not the one of the training, but for its precision."""
-        found = _probe(lm)
-        same = found.shape == self.probe.shape
-        if not same or float((found - self.probe).norm()) > 0.05 * float(self.probe.norm()):
-            raise ValueError(_OTHERS)
-
-
-_OTHERS = "the twist was trained on the hidden states of another language model"
-
 
 def _embedding(lm: LanguageModel) -> Tensor:
     """A vector (vocabulary, width) for each token: the network's own, or one-hot where it has none."""
@@ -302,3 +290,10 @@ def _probe(lm: LanguageModel) -> Tensor:
     """The hidden state (width,) that the network has after token 0, by which a language model is known again."""
     one = torch.zeros((1, 1), dtype=torch.long, device=lm.device)
     return lm.causal.hidden(one, None, one)[0][0, -1].float()
+
+
+def _check_same(probe: Tensor, trained: Tensor) -> None:
+    """:raises ValueError: if a language model's probe is not that of the training, but for the weights' precision."""
+    same = probe.shape == trained.shape
+    if not same or float((probe - trained).norm()) > 0.05 * float(trained.norm()):
+        raise ValueError("the twist was trained on the hidden states of another language model")

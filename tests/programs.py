@@ -103,6 +103,17 @@ def shared() -> Callable[[list[Any]], None]:
     return model
 
 
+def second_is_impossible(lm: LanguageModel) -> Callable[[list[Any]], None]:
+    """A program whose factor "rule" no completion of the second prompt passes."""
+
+    def model(prompts: list[Any]) -> None:
+        with pyro.plate("prompts", len(prompts)):
+            x = pyro.sample("completion", lm(prompts, max_new_tokens=3))
+            pyro.factor("rule", torch.where(torch.arange(len(prompts)) == 1, -torch.inf, 0.0).expand(x.shape[:-1]))
+
+    return model
+
+
 class ExactTwist:
     """psi_t(x_1:t) = E[exp(r / beta) | x_1:t] by enumeration: what a learned twist learns to be. Token 0 is the EOS."""
 

@@ -12,7 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from helpers import table_lm
-from programs import FUNCTIONS, PROMPTS, SHORT, case, conversation, score_table, shared, tilted
+from programs import FUNCTIONS, PROMPTS, SHORT, case, conversation, score_table, second_is_impossible, shared, tilted
 
 from bayeslm import Posterior, diagnostics
 from bayeslm.inference import EvidenceError, Exact
@@ -252,15 +252,8 @@ def test_an_interruption_cools_what_there_is():
 
 
 def test_particles_that_all_die_are_an_error_that_names_the_constraint():
-    lm = table_lm(order=2, seed=0, vocab=4)
-
-    def model(prompts):
-        with pyro.plate("prompts", len(prompts)):
-            x = pyro.sample("completion", lm(prompts, max_new_tokens=3))
-            pyro.factor("rule", torch.where(torch.arange(len(prompts)) == 1, -torch.inf, 0.0).expand(x.shape[:-1]))
-
     with pytest.raises(EvidenceError, match=r"prompt 1 \('b'\).*'rule' is -inf"):
-        small(model)
+        small(second_is_impossible(table_lm(order=2, vocab=4)))
 
 
 def test_an_island_may_die_alone():

@@ -12,7 +12,18 @@ import pyro.distributions as dist
 import pytest
 import torch
 from helpers import WORDS, assert_drawn_from, table_lm
-from programs import FUNCTIONS, PROMPTS, SHORT, Enumerated, case, conversation, score_table, shared, tilted
+from programs import (
+    FUNCTIONS,
+    PROMPTS,
+    SHORT,
+    Enumerated,
+    case,
+    conversation,
+    score_table,
+    second_is_impossible,
+    shared,
+    tilted,
+)
 
 from bayeslm import Posterior, diagnostics
 from bayeslm.inference import EvidenceError, Exact
@@ -286,15 +297,8 @@ def test_what_is_drawn_before_an_interruption_or_an_error_is_kept():
 
 
 def test_no_state_to_start_from_is_an_error():
-    lm = table_lm(order=2, seed=0, vocab=4)
-
-    def model(prompts):
-        with pyro.plate("prompts", len(prompts)):
-            x = pyro.sample("completion", lm(prompts, max_new_tokens=3))
-            pyro.factor("reward", torch.where(torch.arange(len(prompts)) == 1, -torch.inf, 0.0).expand(x.shape[:-1]))
-
     with pytest.raises(EvidenceError, match=r"-inf for prompt 1 \('b'\)"):
-        mcmc(initial_particles=20).run(model, SHORT)
+        mcmc(initial_particles=20).run(second_is_impossible(table_lm(order=2, vocab=4)), SHORT)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from programs import PROMPTS, ExactTwist, score_table, tilted
 from bayeslm.inference import SMC, EvidenceError, Exact, ImportanceSampling, ProgramError, TwistLearning
 from bayeslm.inference.program import inspect, seeded
 from bayeslm.inference.twisting import Draws, _write, confidence, contrastive, offset, soft_value
+from bayeslm.inference.twists import LearnedTwist, Rows
 from bayeslm.models import LanguageModel, Twist, rewards
 from bayeslm.models.stepping import categorical
 from bayeslm.models.twist import TwistInputs
@@ -141,6 +142,25 @@ def test_what_is_resampled_takes_its_twist_along():
     before = twist.lookahead(state, tokens)
     assert (before[:, 0].diff().abs() > 1e-6).any()
     torch.testing.assert_close(twist.lookahead(state.select(rows), tokens), before[rows])
+
+
+def test_what_has_ended_takes_its_last_guess_along():
+    lm = tiny_llama(seed=0)
+    model = words(lm)
+    twist = learn(model, num_steps=20, num_particles=100)
+    program, law = inspect(model, PROMPTS[:1]), lm(PROMPTS[:1], max_new_tokens=T).expand((4, 1))
+    steps = law.steps()
+    site_twist = LearnedTwist(twist, Rows(program, "completion", law), steps, so_far=None)
+    steps.append(torch.tensor([1, 0, 2, 0]), torch.zeros(4))  # 0 ends a text
+    site_twist.log_psi()
+    steps.append(torch.tensor([0, 5, 0, 5]), torch.zeros(4))
+    before = site_twist.log_psi()
+    assert len(before.unique()) == 3  # two of them are the same text
+    rows = torch.tensor([1, 2, 3, 0])
+    steps.select(rows)
+    site_twist.select(rows)
+    steps.append(torch.tensor([3, 4, 5, 6]), torch.zeros(4))
+    assert torch.equal(site_twist.log_psi(), before[rows])
 
 
 def test_what_the_reward_has_given_up_is_worth_nothing():

@@ -1,15 +1,17 @@
 """How to infer it: interchangeable engines, each ``Engine(...).run(model, *args, **kwargs) -> Posterior``."""
 
 from .annealed import AnnealedSMC
+from .draws import FromPosterior, Replay, of_prior
 from .exact import Exact
 from .importance import ImportanceSampling
 from .kernels import SuffixKernel
 from .mcmc import MCMC
 from .nuts import NUTS
-from .objectives import ReverseKL
+from .objectives import FDivergence, ForwardKL, LogVariance, Renyi, alpha_divergence
 from .program import ProgramError
 from .rejection import BestOfN, RejectionSampling
 from .results import EvidenceError
+from .reverse_kl import ExponentialAverage, ReverseKL
 from .smc import SMC
 from .svi import SVI
 from .twisting import TwistLearning
@@ -36,10 +38,19 @@ __all__ = [
     "BestOfN",
     "EvidenceError",
     "Exact",
+    "ExponentialAverage",
+    "FDivergence",
+    "ForwardKL",
+    "FromPosterior",
     "ImportanceSampling",
+    "LogVariance",
     "ProgramError",
     "RejectionSampling",
+    "Renyi",
+    "Replay",
     "ReverseKL",
     "SuffixKernel",
     "TwistLearning",
+    "alpha_divergence",
+    "of_prior",
 ]

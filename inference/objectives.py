@@ -1,154 +1,248 @@
-r"""Objectives of variational inference, as Pyro ELBOs.
+r"""Objectives of variational inference over whole draws, as Pyro ELBOs; a new one is its mathematics alone.
 
-`ReverseKL` maximises the ELBO, which times beta is the KL-penalised expected reward (Korbak, Perez and Buckley 2022,
-arXiv 2205.11275):
+A guide q is to become \pi^*(x) = p(x) exp(l(x)) / Z, l = r / beta. Draws x_1..x_n come from a law s, the guide's own
+unless a `draws.Source` says otherwise; what an objective sees of them, prompt by prompt, is
 
-    L(q) = E_q[ log p(x) + l(x) - log q(x) ] = log Z - KL(q || \pi^*),      l = r / beta
+    log q(x_i), with its gradient     log \tilde p(x_i) = log p(x_i) + l(x_i)     log s(x_i)
 
-Its gradient in the parameters of q is the score-function gradient. With particles x_1..x_n of q and
-f_i = log p(x_i) + l(x_i) - log q(x_i),
-
-    \hat g = (1/n) \sum_i (f_i - b_i) \nabla log q(x_i),     b_i = 1/(n-1) \sum_{j != i} f_j
-
-is unbiased, since b_i does not depend on x_i: the leave-one-out baseline (Kool, van Hoof and Welling 2019; RLOO,
-Ahmadian et al. 2024, arXiv 2402.14740), which is also the gradient of the log-variance divergence (VarGrad, Richter
-et al. 2020, arXiv 2010.10436). The term -\nabla log q inside f has mean zero and is left out.
-
-The plate ``prompts`` is used: the score of a completion is multiplied by the terms of its own prompt only.
-Reparametrised latents of the same program get the pathwise gradient.
+and what it gives is a loss whose gradient is the estimate. They train the guide alone: draws have no gradient (no
+pathwise one either), and nor do the program's own parameters. `ReverseKL` has a file of its own, since it knows more of
+a program than these sums.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro.infer import ELBO
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from .program import Program, ProgramError, in_prompts, inspect, sample_sites, site_terms, site_value, traces
+from .draws import Draws, Source, log_q, of_guide
+from .program import Program, ProgramError, look
 
 
-class ReverseKL(ELBO):
-    """The ELBO, with a leave-one-out baseline a prompt.
+class Scores(NamedTuple):
+    """Of draws, (particle, prompt): log q with gradient, log p + l, and log s."""
 
-    :param num_particles: completions of each prompt in a step; all run at once. One particle has no baseline.
-    :param program: the program, where it has been looked at already.
+    log_q: Tensor
+    log_target: Tensor
+    log_s: Tensor
 
-    After each call ``last`` holds what the particles saw, one value a prompt: ``elbo``, ``log_likelihood``
-    (r / beta), ``kl`` (to the prior), and ``score`` where the program records one.
+
+class Objective(ELBO):
+    """A loss over whole draws; subclasses say `of`.
+
+    :param num_particles: draws of each prompt in a step; all run at once.
+    :param source: where they come from; by default the guide.
+
+    After each call ``last`` holds what the particles saw, one value a prompt: ``elbo``, ``log_likelihood`` (r / beta),
+    ``kl`` (to the prior), and ``score`` where the program records one; draws of another law are weighted by q / s.
     """
 
-    def __init__(self, num_particles: int = 8, program: Program | None = None) -> None:
+    def __init__(self, num_particles: int = 8, source: Source = of_guide) -> None:
         super().__init__(num_particles=num_particles, vectorize_particles=True)
         self.last: dict[str, Tensor] = {}
-        self._program = program
+        self._source = source
+        self._program: Program | None = None
+
+    def of(self, scores: Scores) -> Tensor:
+        """The loss (prompt,), whose gradient is the estimate."""
+        raise NotImplementedError
 
     def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
-        """The negative ELBO, summed over prompts."""
+        """The loss, summed over prompts."""
         with torch.no_grad():
-            self._surrogate(model, guide, *args, **kwargs)
-        return -float(self.last["elbo"].sum())
+            return float(self.differentiable_loss(model, guide, *args, **kwargs))
+
+    def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+        """The loss, summed over prompts; adds its gradient to the parameters'."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        loss.backward(retain_graph=self.retain_graph)
+        return float(loss.detach())
 
     def differentiable_loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Tensor:
-        """A scalar with the negative ELBO's value and its estimated gradient."""
-        surrogate = self._surrogate(model, guide, *args, **kwargs)
-        return surrogate.detach() - surrogate - self.last["elbo"].sum()
-
-    def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
-        """The negative ELBO; adds its gradient to the parameters'."""
-        surrogate = self._surrogate(model, guide, *args, **kwargs)
-        if surrogate.requires_grad:
-            (-surrogate).backward(retain_graph=self.retain_graph)
-        return -float(self.last["elbo"].sum())
+        """The loss, summed over prompts, with the gradient."""
+        self._program = program = look(self._program, model, args, kwargs)
+        draws = self._source(program, guide, self.num_particles)
+        scores = Scores(log_q(program, guide, draws), draws.log_target, draws.log_s)
+        self._note(draws, scores.log_q.detach())
+        return self.of(scores).sum()
 
     def _get_trace(self, *args: Any) -> Any:
-        raise NotImplementedError("ReverseKL runs all particles in one trace")
+        raise NotImplementedError(f"{type(self).__name__} runs all particles in one trace")
 
-    def _surrogate(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-        """A scalar whose gradient estimates the ELBO's."""
-        program = self._look(model, args, kwargs)
-        n = self.num_particles
-        model_trace, guide_trace = traces(program, guide, n)
-        assert guide_trace is not None
-        log_p = site_terms(program, model_trace, n)
-        log_q = site_terms(program, guide_trace, n)
-        for name, term in log_p.items():
-            if torch.isneginf(term).any():
-                raise ProgramError(
-                    f"site {name!r} is -inf under the policy: the KL to the posterior is infinite, and SVI cannot "
-                    "follow it. Use ImportanceSampling or RejectionSampling for hard constraints, or a finite penalty"
-                )
-        # A latent that the guide leaves out is drawn from the prior, which is then its law in q as well.
-        left_out = [site.name for site in program.latents if site.name not in log_q]
-        log_q |= {name: log_p[name] for name in left_out}
-        sites = dict(sample_sites(model_trace)) | dict(sample_sites(guide_trace))
-
-        zero = torch.zeros((n, 1), device=program.device)
-        latents = {site.name for site in program.latents}
-        inside = {name for name in {**log_p, **log_q} if in_prompts(sites[name])}
-        # f = log p + l - log q in two parts: of single prompts (particle, prompt), and of all (particle, 1)
-        local = sum((t for name, t in log_p.items() if name in inside), zero)
-        local = local - sum((t for name, t in log_q.items() if name in inside), zero)
-        common = sum((t for name, t in log_p.items() if name not in inside), zero)
-        common = common - sum((t for name, t in log_q.items() if name not in inside), zero)
-        total = common + local.sum(-1, keepdim=True)
-        # What follows a completion: its own prompt's terms, and factors on all prompts; everything, if a latent
-        # of all prompts is drawn after it.
-        after = local + sum((t for name, t in log_p.items() if name not in inside | latents), zero)
-        drawn = [name for name, _ in sample_sites(guide_trace)] + left_out
-        if not _common_first([name in inside for name in drawn]):
-            after = total.expand_as(local)
-
-        # log p has a gradient through reparametrised latents alone: the pathwise one
-        surrogate = sum((term.sum(-1) for term in log_p.values()), zero[:, 0])
-        for name, term in log_q.items():
-            if not term.requires_grad:
-                continue
-            if sites[name]["fn"].has_rsample:
-                surrogate = surrogate - term.sum(-1)
-            else:
-                f = after if name in inside else total
-                surrogate = surrogate + (_leave_one_out(f.detach()) * term).sum(-1)
-        self._note(program, sites, log_p, latents, total if program.shared else local)
-        return surrogate.mean()
-
-    def _look(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-        """The program, looked at anew when the model or its arguments have changed."""
-        p = self._program
-        same = p is not None and p.model is model and len(p.args) == len(args) and p.kwargs.keys() == kwargs.keys()
-        if p is None or not (
-            same
-            and all(a is b for a, b in zip(p.args, args, strict=True))
-            and all(p.kwargs[k] is kwargs[k] for k in kwargs)
-        ):
-            self._program = p = inspect(model, *args, **kwargs)
-        return p
-
-    def _note(
-        self, program: Program, sites: dict[str, Any], log_p: dict[str, Tensor], latents: set[str], f: Tensor
-    ) -> None:
+    def _note(self, draws: Draws, log_q: Tensor) -> None:
         """Keep what the particles saw in ``last``."""
-        terms = [term.detach() for name, term in log_p.items() if name not in latents]
-        if program.shared:
-            terms = [term.sum(-1, keepdim=True) for term in terms]
-        likelihood = sum(terms, torch.zeros_like(f)).mean(0)
-        elbo = f.detach().mean(0)
+        shares = (log_q - draws.log_s).softmax(0)
+
+        def mean(x: Tensor) -> Tensor:
+            return torch.where(shares > 0, shares * x, 0.0).sum(0)
+
+        likelihood, elbo = mean(draws.log_likelihood), mean(draws.log_target - log_q)
         self.last = {"elbo": elbo, "log_likelihood": likelihood, "kl": likelihood - elbo}
-        if "score" in sites:
-            value = site_value(program.sites["score"], sites["score"]["value"], self.num_particles)
-            self.last["score"] = value.detach().float().mean(0).reshape(-1)
+        if draws.score is not None and draws.score.shape == shares.shape:
+            self.last["score"] = mean(draws.score.to(shares))
 
 
-def _common_first(inside: list[bool]) -> bool:
-    """Whether, in the order drawn, every latent of all prompts comes before every latent of one prompt."""
-    return inside == sorted(inside)
+class LogVariance(Objective):
+    r"""The log-variance divergence, of any s whose support is q's:
+
+        \frac12 Var_s[ log \tilde p(x) - log q(x) ],     estimated by the variance over the particles
+
+    Its gradient is unbiased; log Z drops out. It is 0 only where q is the posterior, whatever s, which makes it the
+    loss for draws of other laws and for draws kept (`Replay`). For s = q the gradient is `ReverseKL`'s with the
+    leave-one-out baseline (VarGrad, Richter et al. 2020, arXiv 2010.10436; trajectory balance with log Z profiled out,
+    Malkin et al. 2022, arXiv 2201.13259).
+
+    :raises ProgramError: if a draw has a reward of -inf.
+    """
+
+    def of(self, scores: Scores) -> Tensor:
+        return 0.5 * (_finite(scores.log_target) - scores.log_q).var(0)
 
 
-def _leave_one_out(f: Tensor) -> Tensor:
-    """f (particle, ...) less the mean of the other particles."""
+class ForwardKL(Objective):
+    r"""KL(\pi^* || q), by distributional policy gradient (Khalifa, Elsahar and Dymetman 2021, arXiv 2012.11635), also
+    the wake phase of reweighted wake-sleep (Bornschein and Bengio 2015, arXiv 1406.2751):
+
+        -\sum_i (\bar w_i - b) \nabla log q(x_i),    \bar w \propto \tilde p / s
+
+    Weights are self-normalised, which makes a bias O(1 / n). For q's own draws b = 1 / n is a control variate,
+    E_q[\nabla log q] = 0, and the variance vanishes as q becomes the posterior; for others' b = 0, and with
+    `FromPosterior` this is maximum likelihood. Rewards of -inf are welcome: such draws have no weight.
+    """
+
+    def of(self, scores: Scores) -> Tensor:
+        weight = (scores.log_target - scores.log_s).softmax(0)
+        control = 1 / len(weight) if self._source is of_guide else 0.0
+        dead = weight.isnan()  # a prompt of which no draw has any weight teaches nothing
+        surrogate = -(torch.where(dead, 0.0, weight - control) * scores.log_q).sum(0)
+        ratio = (scores.log_target - scores.log_q.detach()).masked_fill(weight == 0, 0.0)
+        value = (weight * ratio).sum(0) - _log_mean_exp(scores.log_target - scores.log_s)
+        return _with_value(torch.where(dead.any(0), 0.0, value), surrogate)
+
+
+class FDivergence(Objective):
+    r"""D_f(q || \pi^*) = E_{\pi^*}[ f(q / \pi^*) ] (Go et al. 2023, arXiv 2302.08215):
+
+        \nabla D_f = E_q[ f'(t) \nabla log q ],    t(x) = q(x) Z / \tilde p(x)
+
+    with the leave-one-out mean of f' as a baseline and, for draws of another law, weights q / s truncated at sqrt(n)
+    times their mean (Ionides 2008). Without truncation it is unbiased if log Z is given; by default Z is the particles'
+    own estimate, and the bias O(1 / n).
+
+    :param f_prime: f' as a function of log t, or a name of `F_PRIME`.
+    :param log_evidence: log Z of each prompt, (prompt,), where it is known.
+    :raises ProgramError: if f' is not finite where a reward is -inf.
+    """
+
+    def __init__(
+        self,
+        f_prime: str | Callable[[Tensor], Tensor] = "jensen-shannon",
+        num_particles: int = 8,
+        source: Source = of_guide,
+        *,
+        log_evidence: Any = None,
+    ) -> None:
+        super().__init__(num_particles, source)
+        if isinstance(f_prime, str) and f_prime not in F_PRIME:
+            raise ValueError(f"FDivergence: f_prime must be a function or one of {', '.join(F_PRIME)}, got {f_prime!r}")
+        self._f_prime = F_PRIME[f_prime] if isinstance(f_prime, str) else f_prime
+        self._log_evidence = log_evidence
+
+    def of(self, scores: Scores) -> Tensor:
+        n, log_q = len(scores.log_q), scores.log_q.detach()
+        if self._log_evidence is None:
+            log_z = _log_mean_exp(scores.log_target - scores.log_s)
+        else:
+            log_z = torch.as_tensor(self._log_evidence).to(log_q)
+        f_prime = self._f_prime(log_q + log_z - scores.log_target)
+        unknown = log_z == -torch.inf  # no draw has any weight: nothing is known of the posterior
+        f_prime = _finite(torch.where(unknown, 0.0, f_prime))
+        weight = (log_q - scores.log_s).exp()
+        weight = torch.minimum(weight, weight.mean(0) * n**0.5)
+        return (weight * _less_others(weight * f_prime, f_prime) * scores.log_q).mean(0)
+
+
+def alpha_divergence(alpha: float) -> Callable[[Tensor], Tensor]:
+    """f' of the alpha-divergence, f(t) = (t^a - a t - (1 - a)) / (a (a - 1)); 1 and 0 are the two KLs' limits."""
+    if alpha == 1.0:
+        return F_PRIME["reverse-kl"]
+    return lambda log_t: ((alpha - 1.0) * log_t).expm1() / (alpha - 1.0)
+
+
+F_PRIME: dict[str, Callable[[Tensor], Tensor]] = {
+    "reverse-kl": lambda log_t: 1.0 + log_t,
+    "forward-kl": lambda log_t: -(-log_t).exp(),
+    "jensen-shannon": lambda log_t: 0.5 * (math.log(2.0) + logsigmoid(log_t)),
+    "total-variation": lambda log_t: 0.5 * log_t.sign(),
+}
+
+
+class Renyi(Objective):
+    r"""The variational Renyi bound of order a < 1 on n particles of q (Li and Turner 2016, arXiv 1602.02311),
+
+        L = 1 / (1 - a)  log (1/n) \sum_i w_i^{1 - a},     w_i = \tilde p(x_i) / q(x_i)
+
+    a = 0, the default, is the importance-weighted ELBO (Burda, Grosse and Salakhutdinov 2016, arXiv 1509.00519). The
+    gradient is unbiased for E[L] on n particles: the score function with VIMCO's baseline, L with w_i replaced by the
+    others' geometric mean (Mnih and Rezende 2016, arXiv 1602.06725), and L's own,
+
+        \sum_i (L - L_{-i} - \bar w_i + 1/n) \nabla log q(x_i),    \bar w \propto w^{1 - a}
+
+    where 1/n is a control variate, E_q[\nabla log q] = 0: the variance vanishes as q becomes the posterior.
+
+    :param order: a.
+    :raises ProgramError: if a draw has a reward of -inf.
+    """
+
+    def __init__(self, order: float = 0.0, num_particles: int = 8) -> None:
+        super().__init__(num_particles)
+        if not order < 1.0:
+            raise ValueError(f"Renyi: order must be below 1 (ReverseKL is the limit at 1), got {order}")
+        self.order = order
+
+    def of(self, scores: Scores) -> Tensor:
+        n, power = len(scores.log_q), 1.0 - self.order
+        log_w = power * (_finite(scores.log_target) - scores.log_q.detach())
+        bound = _log_mean_exp(log_w)
+        advantage = bound.expand_as(log_w)
+        if n > 1:
+            nothing = torch.full_like(log_w[:1], -torch.inf)
+            before = torch.cat([nothing, log_w[:-1].logcumsumexp(0)])
+            after = torch.cat([nothing, log_w[1:].flip(0).logcumsumexp(0)]).flip(0)
+            replaced = torch.logaddexp(torch.logaddexp(before, after), (log_w.sum(0) - log_w) / (n - 1))
+            advantage = bound - (replaced - math.log(n))
+        surrogate = -((advantage / power - log_w.softmax(0) + 1 / n) * scores.log_q).sum(0)
+        return _with_value(-bound / power, surrogate)
+
+
+def _less_others(f: Tensor, own: Tensor) -> Tensor:
+    """``own`` (particle, prompt) less the mean of the others' ``f``."""
     n = len(f)
-    return f if n == 1 else (f - f.mean(0)) * (n / (n - 1))
+    return own if n == 1 else own - (f.sum(0) - f) / (n - 1)
+
+
+def _log_mean_exp(x: Tensor) -> Tensor:
+    return x.logsumexp(0) - math.log(len(x))
+
+
+def _with_value(value: Tensor, surrogate: Tensor) -> Tensor:
+    """``value``, with the gradient of ``surrogate``."""
+    return value.detach() + surrogate - surrogate.detach()
+
+
+def _finite(x: Tensor) -> Tensor:
+    """:raises ProgramError: if a draw makes the objective infinite."""
+    if not x.isfinite().all():
+        raise ProgramError(
+            "a reward is -inf, where this objective is infinite. Use ForwardKL, or an f-divergence that is bounded "
+            '("jensen-shannon", "total-variation"), for hard constraints; or a finite penalty'
+        )
+    return x

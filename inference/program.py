@@ -260,6 +260,20 @@ def inspect(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Program:
     )
 
 
+def look(program: Program | None, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+    """The program of a model and its arguments, looked at anew if it is not the one at hand."""
+    if (
+        program is not None
+        and program.model is model
+        and len(program.args) == len(args)
+        and program.kwargs.keys() == kwargs.keys()
+        and all(a is b for a, b in zip(program.args, args, strict=True))
+        and all(program.kwargs[name] is kwargs[name] for name in kwargs)
+    ):
+        return program
+    return inspect(model, *args, **kwargs)
+
+
 def traces(
     program: Program, guide: Callable[..., Any] | None, num_particles: int, *, vectorize: bool = True
 ) -> tuple[Trace, Trace | None]:

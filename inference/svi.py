@@ -25,10 +25,10 @@ from bayeslm.posterior import Posterior
 from ..models.progress import track
 from .checks import check_counts, check_positive
 from .guides import AutoPolicy
-from .objectives import ReverseKL
 from .particles import Particles
 from .program import Program, inspect, seeded
 from .results import Stopwatch, draw, posterior
+from .reverse_kl import ReverseKL
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,

@@ -1,0 +1,180 @@
+r"""What objectives learn from: draws x of some law s, with log p(x) + l(x) and log s(x).
+
+The law is the guide's own, the prior's, or that of another engine's draws; and draws may be kept and learned from
+again, which costs neither networks nor rewards, but for the guide's own gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from bayeslm.posterior import Posterior
+
+from .program import PARTICLES, Program, ProgramError, sample_sites, site_terms, site_value, traces
+
+Source = Callable[[Program, Callable[..., Any], int], "Draws"]
+"""Gives so many draws for a guide of a program to learn from."""
+
+
+@dataclass
+class Draws:
+    """Particles as a guide is scored at them.
+
+    ``values[name]`` (particle, *plates, *event) of the guide's sites; ``log_target``, log p + l, ``log_s``, of the law
+    that they were drawn from, and ``log_likelihood``, l alone: (particle, weight prompt). ``score`` is what the program
+    records under that name, (particle, ...), if it does.
+    """
+
+    values: dict[str, Tensor]
+    log_target: Tensor
+    log_s: Tensor
+    log_likelihood: Tensor
+    score: Tensor | None
+
+    def __getitem__(self, rows: Tensor | slice) -> Draws:
+        return replace(
+            self,
+            values={name: value[rows] for name, value in self.values.items()},
+            log_target=self.log_target[rows],
+            log_s=self.log_s[rows],
+            log_likelihood=self.log_likelihood[rows],
+            score=None if self.score is None else self.score[rows],
+        )
+
+    @staticmethod
+    def concatenate(parts: list[Draws]) -> Draws:
+        scores = [part.score for part in parts]
+        return Draws(
+            {name: torch.cat([part.values[name] for part in parts]) for name in parts[0].values},
+            torch.cat([part.log_target for part in parts]),
+            torch.cat([part.log_s for part in parts]),
+            torch.cat([part.log_likelihood for part in parts]),
+            None if scores[0] is None else torch.cat(scores),  # type: ignore[arg-type]
+        )
+
+
+@torch.no_grad()
+def of_guide(program: Program, guide: Callable[..., Any] | None, num_particles: int) -> Draws:
+    """New draws of a guide; None is the prior."""
+    model_trace, guide_trace = traces(program, guide, num_particles)
+    log_p = site_terms(program, model_trace, num_particles)
+    nodes = dict(sample_sites(model_trace))
+    latents = [site.name for site in program.latents]
+    if guide_trace is None:
+        drawn, log_s = {name: nodes[name]["value"] for name in latents}, {name: log_p[name] for name in latents}
+    else:
+        drawn = {name: node["value"] for name, node in sample_sites(guide_trace)}
+        log_s = site_terms(program, guide_trace, num_particles)
+    # a latent that the guide leaves out is drawn from the prior, which is then its law in q as well: it cancels
+    counted = [name for name in log_p if name not in latents or name in log_s]
+    zero = torch.zeros((num_particles, program.weight_prompts), device=program.device)
+    return Draws(
+        values=drawn,
+        log_target=sum((program.pooled(log_p[name]) for name in counted), zero),
+        log_s=sum((program.pooled(term) for term in log_s.values()), zero),
+        log_likelihood=sum((program.pooled(log_p[name]) for name in counted if name not in latents), zero),
+        score=site_value(program.sites["score"], nodes["score"]["value"], num_particles) if "score" in nodes else None,
+    )
+
+
+def of_prior(program: Program, guide: Callable[..., Any], num_particles: int) -> Draws:
+    """New draws of the prior."""
+    return of_guide(program, None, num_particles)
+
+
+class FromPosterior:
+    """Draws that another engine has made, picked at random: particles, states of chains, exact draws.
+
+    :param posterior: of the same program and prompts; weighted draws come with their weights.
+    """
+
+    def __init__(self, posterior: Posterior) -> None:
+        self._posterior = posterior
+        self._draws: tuple[Program, Draws] | None = None
+
+    def __call__(self, program: Program, guide: Callable[..., Any], num_particles: int) -> Draws:
+        if self._draws is None or self._draws[0] is not program:
+            self._draws = program, self._read(program)
+        draws = self._draws[1]
+        return draws[torch.randint(len(draws.log_s), (num_particles,), device=program.device)]
+
+    def _read(self, program: Program) -> Draws:
+        def read(array: Any) -> Tensor:
+            return torch.as_tensor(array).flatten(0, 1).to(program.device)
+
+        samples = self._posterior.samples
+        values = {site.name: read(samples[site.name]) for site in program.latents if site.name in samples}
+        if len(values) < len(program.latents) or self._posterior.log_joint.shape[-1] != program.weight_prompts:
+            raise ProgramError("the draws to learn from are of another program, or of other prompts")
+        log_joint = read(self._posterior.log_joint).float()
+        log_l = torch.stack([read(term) for term in self._posterior.log_likelihood.values()]).sum(0).float()
+        return Draws(
+            values={name: program.under_plate(name, value) for name, value in values.items()},
+            log_target=log_joint,
+            log_s=log_joint - read(self._posterior.log_weights).float(),
+            log_likelihood=log_l,
+            score=read(samples["score"]) if "score" in samples else None,
+        )
+
+
+class Replay:
+    """Draws of the guide, some of them new and the others from a buffer of all that were new before.
+
+    :param capacity: draws that are kept, the newest.
+    :param fresh: the share of a step's draws that are new.
+    """
+
+    def __init__(self, capacity: int = 4096, fresh: float = 0.25) -> None:
+        if capacity < 1 or not 0.0 < fresh <= 1.0:
+            raise ValueError(f"Replay: capacity must be at least 1 and fresh in (0, 1], got {capacity} and {fresh}")
+        self.capacity = capacity
+        self.fresh = fresh
+        self._kept: tuple[Program, Draws] | None = None
+
+    def __call__(self, program: Program, guide: Callable[..., Any], num_particles: int) -> Draws:
+        if self._kept is None or self._kept[0] is not program:  # draws for other prompts
+            new = of_guide(program, guide, num_particles)
+            self._kept = program, new[-self.capacity :]
+            return new
+        new = of_guide(program, guide, max(1, round(self.fresh * num_particles)))
+        kept = self._kept[1]
+        rows = torch.randint(len(kept.log_s), (num_particles - len(new.log_s),), device=program.device)
+        self._kept = program, Draws.concatenate([kept, new])[-self.capacity :]
+        return Draws.concatenate([new, kept[rows]])
+
+
+class _Given(Messenger):
+    """Gives sites their values instead of sampling them."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["value"] is None and msg["name"] in self._values:
+            msg["value"] = self._values[msg["name"]]
+
+
+def log_q(program: Program, guide: Callable[..., Any], draws: Draws) -> Tensor:
+    """log q (particle, weight prompt) of draws under a guide, with gradient.
+
+    :raises ProgramError: if they are another law's, and the guide has auxiliary sites, as AutoNormal does.
+    """
+    n = len(draws.log_s)
+    with _Given(draws.values), pyro.plate(PARTICLES, n, dim=-1 - program.max_plate_nesting):
+        trace = poutine.trace(guide).get_trace(*program.args, **program.kwargs)
+    trace = poutine.util.prune_subsample_sites(trace)
+    if unknown := [name for name, _ in sample_sites(trace) if name not in draws.values]:
+        raise ProgramError(
+            f"the guide samples {unknown[0]!r}, which the draws to learn from do not have: learn from its own draws"
+        )
+    terms = site_terms(program, trace, n)
+    return sum((program.pooled(term) for term in terms.values()), torch.zeros_like(draws.log_s))

@@ -1,0 +1,169 @@
+r"""The evidence lower bound (ELBO), which times beta is the KL-penalised expected reward, as a Pyro ELBO.
+
+    L(q) = E_q[ log p(x) + l(x) - log q(x) ] = log Z - KL(q || \pi^*),      l = r / beta
+
+(Korbak, Perez and Buckley 2022, arXiv 2205.11275.) Its gradient in the parameters of q is the score-function gradient.
+With particles x_1..x_n of q and f_i = log p(x_i) + l(x_i) - log q(x_i),
+
+    \hat g = (1/n) \sum_i (f_i - b_i) \nabla log q(x_i)
+
+is unbiased for every baseline b_i that does not depend on x_i. The term -\nabla log q inside f has mean zero and is
+left out.
+
+The plate ``prompts`` is used: the score of a completion is multiplied by the terms of its own prompt only.
+Reparametrised latents of the same program get the pathwise gradient, as do the program's own parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+from torch import Tensor
+
+from .program import Program, ProgramError, in_prompts, look, sample_sites, site_terms, site_value, traces
+
+
+def leave_one_out(name: str, f: Tensor) -> Tensor:
+    """f_i (particle, prompt) less the mean of the other particles'; one particle has none.
+
+    Kool, van Hoof and Welling 2019; RLOO, Ahmadian et al. 2024, arXiv 2402.14740. Also the gradient of the log-variance
+    divergence (VarGrad, Richter et al. 2020, arXiv 2010.10436).
+    """
+    n = len(f)
+    return f if n == 1 else (f - f.mean(0)) * (n / (n - 1))
+
+
+class ExponentialAverage:
+    """f less an exponential moving average of the steps before, over particles and prompts (Williams 1992).
+
+    For groups of one particle, which leave no other to compare with.
+    """
+
+    def __init__(self, decay: float = 0.9) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"ExponentialAverage: decay must be in [0, 1), got {decay}")
+        self.decay = decay
+        self._averages: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, f: Tensor) -> Tensor:
+        now = f.mean()
+        before = self._averages.get(name, torch.zeros_like(now))
+        self._averages[name] = self.decay * before + (1.0 - self.decay) * now if name in self._averages else now
+        return f - before
+
+
+class ReverseKL(ELBO):
+    """The ELBO.
+
+    :param num_particles: completions of each prompt in a step; all run at once.
+    :param program: the program, where it has been looked at already.
+    :param baseline: f less what is known of it without the particle itself, for the name of a latent and f
+        (particle, prompt): `leave_one_out`, or an `ExponentialAverage`.
+
+    After each call ``last`` holds what the particles saw, one value a prompt: ``elbo``, ``log_likelihood``
+    (r / beta), ``kl`` (to the prior), and ``score`` where the program records one.
+    """
+
+    def __init__(
+        self,
+        num_particles: int = 8,
+        program: Program | None = None,
+        baseline: Callable[[str, Tensor], Tensor] = leave_one_out,
+    ) -> None:
+        super().__init__(num_particles=num_particles, vectorize_particles=True)
+        self.last: dict[str, Tensor] = {}
+        self._program = program
+        self._baseline = baseline
+
+    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+        """The negative ELBO, summed over prompts."""
+        with torch.no_grad():
+            self._surrogate(model, guide, *args, **kwargs)
+        return -float(self.last["elbo"].sum())
+
+    def differentiable_loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """A scalar with the negative ELBO's value and its estimated gradient."""
+        surrogate = self._surrogate(model, guide, *args, **kwargs)
+        return surrogate.detach() - surrogate - self.last["elbo"].sum()
+
+    def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+        """The negative ELBO; adds its gradient to the parameters'."""
+        surrogate = self._surrogate(model, guide, *args, **kwargs)
+        if surrogate.requires_grad:
+            (-surrogate).backward(retain_graph=self.retain_graph)
+        return -float(self.last["elbo"].sum())
+
+    def _get_trace(self, *args: Any) -> Any:
+        raise NotImplementedError("ReverseKL runs all particles in one trace")
+
+    def _surrogate(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+        """A scalar whose gradient estimates the ELBO's."""
+        self._program = program = look(self._program, model, args, kwargs)
+        n = self.num_particles
+        model_trace, guide_trace = traces(program, guide, n)
+        assert guide_trace is not None
+        log_p = site_terms(program, model_trace, n)
+        log_q = site_terms(program, guide_trace, n)
+        for name, term in log_p.items():
+            if torch.isneginf(term).any():
+                raise ProgramError(
+                    f"site {name!r} is -inf under the policy: the KL to the posterior is infinite, and SVI cannot "
+                    "follow it. Use ImportanceSampling or RejectionSampling for hard constraints, or a finite penalty"
+                )
+        # A latent that the guide leaves out is drawn from the prior, which is then its law in q as well.
+        left_out = [site.name for site in program.latents if site.name not in log_q]
+        log_q |= {name: log_p[name] for name in left_out}
+        sites = dict(sample_sites(model_trace)) | dict(sample_sites(guide_trace))
+
+        zero = torch.zeros((n, 1), device=program.device)
+        latents = {site.name for site in program.latents}
+        inside = {name for name in {**log_p, **log_q} if in_prompts(sites[name])}
+        # f = log p + l - log q in two parts: of single prompts (particle, prompt), and of all (particle, 1)
+        local = sum((t for name, t in log_p.items() if name in inside), zero)
+        local = local - sum((t for name, t in log_q.items() if name in inside), zero)
+        common = sum((t for name, t in log_p.items() if name not in inside), zero)
+        common = common - sum((t for name, t in log_q.items() if name not in inside), zero)
+        total = common + local.sum(-1, keepdim=True)
+        # What follows a completion: its own prompt's terms, and factors on all prompts; everything, if a latent
+        # of all prompts is drawn after it.
+        after = local + sum((t for name, t in log_p.items() if name not in inside | latents), zero)
+        drawn = [name for name, _ in sample_sites(guide_trace)] + left_out
+        if not _common_first([name in inside for name in drawn]):
+            after = total.expand_as(local)
+
+        # log p has a gradient through reparametrised latents alone: the pathwise one
+        surrogate = sum((term.sum(-1) for term in log_p.values()), zero[:, 0])
+        for name, term in log_q.items():
+            if not term.requires_grad:
+                continue
+            if sites[name]["fn"].has_rsample:
+                surrogate = surrogate - term.sum(-1)
+            else:
+                f = after if name in inside else total
+                surrogate = surrogate + (self._baseline(name, f.detach()) * term).sum(-1)
+        self._note(program, sites, log_p, latents, total if program.shared else local)
+        return surrogate.mean()
+
+    def _note(
+        self, program: Program, sites: dict[str, Any], log_p: dict[str, Tensor], latents: set[str], f: Tensor
+    ) -> None:
+        """Keep what the particles saw in ``last``."""
+        terms = [term.detach() for name, term in log_p.items() if name not in latents]
+        if program.shared:
+            terms = [term.sum(-1, keepdim=True) for term in terms]
+        likelihood = sum(terms, torch.zeros_like(f)).mean(0)
+        elbo = f.detach().mean(0)
+        self.last = {"elbo": elbo, "log_likelihood": likelihood, "kl": likelihood - elbo}
+        if "score" in sites:
+            value = site_value(program.sites["score"], sites["score"]["value"], self.num_particles)
+            self.last["score"] = value.detach().float().mean(0).reshape(-1)
+
+
+def _common_first(inside: list[bool]) -> bool:
+    """Whether, in the order drawn, every latent of all prompts comes before every latent of one prompt."""
+    return inside == sorted(inside)

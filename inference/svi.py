@@ -96,7 +96,9 @@ class SVI:
     :param num_chains: independent replicates: policies trained from seeds of their own. ``policy`` is the best's.
     :param guide: a Pyro guide of the program; None makes an `AutoPolicy`. A ``policy`` attribute of it is kept.
     :param lora_rank: for the default guide, see `AutoPolicy`.
-    :param objective: a Pyro ELBO, with its own number of particles; None is `ReverseKL`.
+    :param objective: a Pyro ELBO, with its own number of particles: one of `objectives`; None is `ReverseKL`.
+    :param on_step: called with the number of steps done, from 0 on, and the policy: to watch rewards that are not
+        trained on, held-out prompts, or the clock. It leaves the random numbers as they are.
     :param seed, progress, batch_size: as in `ImportanceSampling`.
     """
 
@@ -111,6 +113,7 @@ class SVI:
     guide: Callable[..., Any] | None = None
     lora_rank: int | str | None = "auto"
     objective: Any = None
+    on_step: Callable[[int, Any], None] | None = None
     batch_size: int | None = None
     seed: int | None = None
     progress: bool = True
@@ -148,7 +151,7 @@ class SVI:
                 guide = self.guide if self.guide is not None else AutoPolicy(program, self.lora_rank)
                 policy = getattr(guide, "policy", None)
                 with _keeping(policy):
-                    history = self._train(program, guide, chain)
+                    history = self._train(program, guide, policy, chain)
                     parts.append(self._draw(program, guide, "draws of the policy"))
                 chains.append((history, policy))
                 if history["interrupted"]:
@@ -173,7 +176,7 @@ class SVI:
         size, shown = self.batch_size, self.progress
         return draw(program, guide, self.num_samples, batch_size=size, progress=shown, what=what)[0]
 
-    def _train(self, program: Program, guide: Callable[..., Any], chain: int) -> dict[str, Any]:
+    def _train(self, program: Program, guide: Callable[..., Any], policy: Any, chain: int) -> dict[str, Any]:
         """Gradient steps; what was seen in each."""
         objective = self.objective or ReverseKL(self.num_particles, program)
 
@@ -187,6 +190,7 @@ class SVI:
         interrupted = False
         name = "SVI" if self.num_chains == 1 else f"SVI, chain {chain + 1} of {self.num_chains}"
         with track(name, self.num_steps, self.progress) as report:
+            self._watch(0, policy)
             for step in range(self.num_steps):
                 try:
                     loss = svi.step(*program.args, **program.kwargs)
@@ -203,7 +207,13 @@ class SVI:
                 history["gradient_norm"].append(optimizer.gradient_norm)
                 shown = {"elbo": "elbo", "score": "reward", "kl": "kl"}
                 report(values={label: float(seen[key].mean()) for key, label in shown.items() if key in seen})
+                self._watch(step + 1, policy)
         return history | {"interrupted": interrupted}
+
+    def _watch(self, done: int, policy: Any) -> None:
+        if self.on_step is not None:
+            with seeded(done):
+                self.on_step(done, policy)
 
 
 @contextlib.contextmanager

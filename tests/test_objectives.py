@@ -35,6 +35,7 @@ from bayeslm.inference import (
 )
 from bayeslm.inference.draws import log_q, of_guide
 from bayeslm.inference.guides import AutoPolicy
+from bayeslm.inference.objectives import Scores
 from bayeslm.inference.program import inspect, seeded
 
 BETA = 0.5
@@ -407,6 +408,32 @@ def test_draws_are_the_policys():
     draws = of_guide(program, small.guide, 4000)
     counts = count_completions(draws.values["completion"][:, 0], small.x[:, 0], vocab=4)
     assert_drawn_from(counts, small.log_q[:, 0].detach())
+
+
+def test_weights_of_other_draws_are_truncated():
+    """At sqrt(n) times their mean: q / s is (9, 1, 1, 1) / 3 here, and 9 becomes 6."""
+    ratio, log_q = torch.tensor([9.0, 1.0, 1.0, 1.0])[:, None] / 3, torch.zeros(4, 1, requires_grad=True)
+    log_target = -torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None]
+    scores = Scores(log_q, log_target, -ratio.log())
+    FDivergence(lambda log_t: log_t, 4, log_evidence=0.0).of(scores).sum().backward()
+    weight = torch.tensor([6.0, 1.0, 1.0, 1.0]) / 3
+    f = weight * -log_target[:, 0]
+    others = (f.sum() - f) / 3
+    torch.testing.assert_close(log_q.grad[:, 0], weight * (-log_target[:, 0] - others) / 4)
+
+
+def test_a_watcher_sees_every_step_and_changes_nothing():
+    small = Small()
+    seen = []
+
+    def watch(done, policy):
+        seen.append((done, float(policy(PROMPTS, T).log_prob(policy(PROMPTS, T).sample()).sum())))
+
+    settings = {"num_steps": 5, "objective": LogVariance(8), "num_samples": 10, "seed": 0, "progress": False}
+    plain, watched = (SVI(on_step=on_step, **settings).run(small.model, PROMPTS) for on_step in (None, watch))
+    assert [done for done, _ in seen] == list(range(6))
+    assert len({score for _, score in seen}) == 6
+    assert (plain.samples["completion"] == watched.samples["completion"]).all()
 
 
 def test_what_is_refused():

@@ -16,26 +16,28 @@ Tokens are those of the final texts, on both sides. On a GPU genlm-control advis
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from _figures import log_mean, variance_ratio
+from _peer import Peer
 
 from bayeslm.inference import SMC
 from bayeslm.models import LanguageModel, TiltedLM, rewards
 
 PROMPT = "My dinner at the restaurant was"
 BETA = 0.1
-ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "build" / "genlm"
-REQUIREMENTS = ["genlm-control==0.4.1", "genlm-backend==0.3.1", "genlm-bytes==0.2.0", "genlm-grammar==0.2.0"]
+REQUIREMENTS = [
+    "genlm-control==0.4.1",
+    "genlm-backend==0.3.1",
+    "genlm-bytes==0.2.0",
+    "genlm-grammar==0.2.0",
+    "vaderSentiment",
+]
 
 
 class Run(NamedTuple):
@@ -44,49 +46,8 @@ class Run(NamedTuple):
     log_evidence: float
 
 
-class Peer:
-    """genlm-control in a process of its own."""
-
-    def __init__(self, lm: LanguageModel, tokens: int) -> None:
-        problem = {
-            "model": lm.network.name_or_path,
-            "prompt": lm.tokenizer(PROMPT)["input_ids"],
-            "eos": lm.eos_token_ids,
-            "beta": BETA,
-            "tokens": tokens,
-            "device": str(lm.device),
-            "threads": torch.get_num_threads(),
-        }
-        command = [_environment(), Path(__file__).with_name("_genlm_worker.py")]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._tell(problem)
-
-    def _tell(self, message: dict[str, object]) -> None:
-        print(json.dumps(message), file=self.process.stdin, flush=True)
-
-    def run(self, particles: int, seed: int) -> Run:
-        self._tell({"particles": particles, "seed": seed})
-        answer = self.process.stdout.readline()
-        if not answer:
-            sys.exit(f"genlm-control's process ended before it answered, with code {self.process.wait()}")
-        return Run(**json.loads(answer))
-
-
-def _environment() -> Path:
-    """The Python of genlm-control's environment, which is made if it is not there."""
-    python, stamp = FOLDER / "bin" / "python", FOLDER / "installed.txt"
-    constraints = ROOT / "constraints.txt"
-    wanted = "\n".join(REQUIREMENTS) + "\n" + constraints.read_text()
-    if not stamp.is_file() or stamp.read_text() != wanted:
-        print(f"==> installing genlm-control into {FOLDER.relative_to(ROOT)}", file=sys.stderr)
-        pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q", "-c", constraints]
-        try:
-            subprocess.run([sys.executable, "-m", "venv", FOLDER], check=True)
-            subprocess.run([*pip, *REQUIREMENTS, "vaderSentiment"], check=True)
-        except subprocess.CalledProcessError as error:
-            sys.exit(f"genlm-control could not be installed: {error}")
-        stamp.write_text(wanted)
-    return python
+def theirs(peer: Peer, particles: int, seed: int) -> Run:
+    return Run(**peer.ask({"particles": particles, "seed": seed}))
 
 
 def ours(model: TiltedLM, particles: int, seed: int) -> Run:
@@ -121,8 +82,19 @@ def main() -> None:
         parser.error("--runs must be at least 3")
     lm = LanguageModel.from_pretrained("smollm2", device=options.device, dtype=torch.float32)
     model = TiltedLM(lm.packed(), rewards.Sentiment(), BETA, max_new_tokens=options.tokens)
-    peer = Peer(lm, options.tokens)
-    peer.run(2, seed=0), ours(model, 2, seed=0)  # warm up
+    peer = Peer("genlm", REQUIREMENTS, "_genlm_worker.py")
+    peer.tell(
+        {
+            "model": lm.network.name_or_path,
+            "prompt": lm.tokenizer(PROMPT)["input_ids"],
+            "eos": lm.eos_token_ids,
+            "beta": BETA,
+            "tokens": options.tokens,
+            "device": str(lm.device),
+            "threads": torch.get_num_threads(),
+        }
+    )
+    theirs(peer, 2, seed=0), ours(model, 2, seed=0)  # warm up
     print(f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads, {options.tokens} tokens,")
     print(f"{options.runs} runs of each side, {REQUIREMENTS[0]}\n")
     print(
@@ -133,7 +105,7 @@ def main() -> None:
     for particles in options.particles:
         pairs = []
         for seed in range(options.runs):
-            pairs.append((peer.run(particles, seed), ours(model, particles, seed)))
+            pairs.append((theirs(peer, particles, seed), ours(model, particles, seed)))
             print(f"{particles} particles, run {seed}: {pairs[-1]}", file=sys.stderr)
         print(row(particles, *map(list, zip(*pairs, strict=True))), flush=True)
 

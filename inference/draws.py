@@ -139,6 +139,10 @@ class Replay:
         self.fresh = fresh
         self._kept: tuple[Program, Draws] | None = None
 
+    def reset(self) -> None:
+        """Forget them: another training begins."""
+        self._kept = None
+
     def __call__(self, program: Program, guide: Callable[..., Any], num_particles: int) -> Draws:
         if self._kept is None or self._kept[0] is not program:  # draws for other prompts
             new = of_guide(program, guide, num_particles)

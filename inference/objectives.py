@@ -21,7 +21,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .draws import Draws, Source, log_q, of_guide
+from .draws import Draws, Replay, Source, log_q, of_guide
 from .program import Program, ProgramError, look
 
 
@@ -43,11 +43,21 @@ class Objective(ELBO):
     ``kl`` (to the prior), and ``score`` where the program records one; draws of another law are weighted by q / s.
     """
 
+    least = 1  # particles that `of` needs
+
     def __init__(self, num_particles: int = 8, source: Source = of_guide) -> None:
+        if num_particles < self.least:
+            raise ValueError(f"{type(self).__name__}: num_particles must be at least {self.least}, got {num_particles}")
         super().__init__(num_particles=num_particles, vectorize_particles=True)
         self.last: dict[str, Tensor] = {}
         self._source = source
         self._program: Program | None = None
+
+    def reset(self) -> None:
+        """Forget the draws that are kept, and the program: another training begins."""
+        self._program = None
+        if isinstance(self._source, Replay):
+            self._source.reset()
 
     def of(self, scores: Scores) -> Tensor:
         """The loss (prompt,), whose gradient is the estimate."""
@@ -103,6 +113,8 @@ class LogVariance(Objective):
     :raises ProgramError: if a draw has a reward of -inf.
     """
 
+    least = 2
+
     def of(self, scores: Scores) -> Tensor:
         return 0.5 * (_finite(scores.log_target) - scores.log_q).var(0)
 
@@ -117,6 +129,8 @@ class ForwardKL(Objective):
     E_q[\nabla log q] = 0, and the variance vanishes as q becomes the posterior; for others' b = 0, and with
     `FromPosterior` this is maximum likelihood. Rewards of -inf are welcome: such draws have no weight.
     """
+
+    least = 2
 
     def of(self, scores: Scores) -> Tensor:
         weight = (scores.log_target - scores.log_s).softmax(0)

@@ -48,6 +48,10 @@ class ExponentialAverage:
         self.decay = decay
         self._averages: dict[str, Tensor] = {}
 
+    def reset(self) -> None:
+        """Forget the steps before: another training begins."""
+        self._averages.clear()
+
     def __call__(self, name: str, f: Tensor) -> Tensor:
         now = f.mean()
         before = self._averages.get(name, torch.zeros_like(now))
@@ -77,6 +81,11 @@ class ReverseKL(ELBO):
         self.last: dict[str, Tensor] = {}
         self._program = program
         self._baseline = baseline
+
+    def reset(self) -> None:
+        """Forget what the baseline remembers: another training begins."""
+        if isinstance(self._baseline, ExponentialAverage):
+            self._baseline.reset()
 
     def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """The negative ELBO, summed over prompts."""

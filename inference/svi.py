@@ -179,6 +179,8 @@ class SVI:
     def _train(self, program: Program, guide: Callable[..., Any], policy: Any, chain: int) -> dict[str, Any]:
         """Gradient steps; what was seen in each."""
         objective = self.objective or ReverseKL(self.num_particles, program)
+        if hasattr(objective, "reset"):  # chains, and runs, learn nothing from one another
+            objective.reset()
 
         def rate_of(name: str) -> float:
             is_latent = self.guide is None and not name.startswith("policies")

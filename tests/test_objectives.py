@@ -22,6 +22,7 @@ from bayeslm.inference import (
     SMC,
     SVI,
     Exact,
+    ExponentialAverage,
     FDivergence,
     ForwardKL,
     FromPosterior,
@@ -436,7 +437,25 @@ def test_a_watcher_sees_every_step_and_changes_nothing():
     assert (plain.samples["completion"] == watched.samples["completion"]).all()
 
 
+@pytest.mark.parametrize(
+    "objective", [LogVariance(8, Replay()), ReverseKL(2, baseline=ExponentialAverage())], ids=["replay", "average"]
+)
+def test_trainings_learn_nothing_from_one_another(objective):
+    """The same seed gives the same, whatever was trained before; and a chain is what it is without the one before."""
+    small = Small()
+    settings = {"objective": objective, "num_steps": 5, "num_samples": 10, "seed": 0, "progress": False}
+    first, again, chains = (SVI(num_chains=n, **settings).run(small.model, PROMPTS) for n in (1, 1, 2))
+    for name in ("elbo", "gradient_norm"):
+        assert (first.stats[name] == again.stats[name]).all()
+        assert (first.stats[name][0] == chains.stats[name][0]).all()
+    if isinstance(objective, LogVariance):
+        assert len(objective._source._kept[1].log_s) == 8 + 4 * 2  # the second chain's alone
+
+
 def test_what_is_refused():
+    for make in (LogVariance, ForwardKL):
+        with pytest.raises(ValueError, match="num_particles must be at least 2"):
+            make(1)
     with pytest.raises(ValueError, match="jensen-shannon"):
         FDivergence("hellinger")
     with pytest.raises(ValueError, match="below 1"):

@@ -1,0 +1,54 @@
+"""Another library in a process and an environment of its own, asked by lines of JSON through pipes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Peer:
+    """A worker script that answers each line on its stdin by one on its stdout.
+
+    :param name: of the environment, build/NAME, which is made at the first run.
+    :param requirements: what is installed there, at the versions of constraints.txt where it has them.
+    :param worker: the script, beside this file.
+    """
+
+    def __init__(self, name: str, requirements: Sequence[str], worker: str) -> None:
+        self.name = name
+        command = [_environment(name, requirements), Path(__file__).with_name(worker)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def tell(self, message: dict[str, Any]) -> None:
+        print(json.dumps(message), file=self.process.stdin, flush=True)
+
+    def ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        self.tell(message)
+        assert self.process.stdout is not None
+        answer = self.process.stdout.readline()
+        if not answer:
+            sys.exit(f"{self.name}'s process ended before it answered, with code {self.process.wait()}")
+        return dict(json.loads(answer))
+
+
+def _environment(name: str, requirements: Sequence[str]) -> Path:
+    """The Python of an environment, which is made if it is not there."""
+    folder, constraints = ROOT / "build" / name, ROOT / "constraints.txt"
+    python, stamp = folder / "bin" / "python", folder / "installed.txt"
+    wanted = "\n".join(requirements) + "\n" + constraints.read_text()
+    if not stamp.is_file() or stamp.read_text() != wanted:
+        print(f"==> installing {name} into {folder.relative_to(ROOT)}", file=sys.stderr)
+        pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q", "-c", constraints]
+        try:
+            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+            subprocess.run([*pip, *requirements], check=True)
+        except subprocess.CalledProcessError as error:
+            sys.exit(f"{name} could not be installed: {error}")
+        stamp.write_text(wanted)
+    return python

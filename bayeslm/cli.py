@@ -229,6 +229,8 @@ def _twist(
     from bayeslm.models import Twist
 
     if name not in ("learned", "learned-partial"):
+        if not Path(name).is_dir():
+            raise ValueError(f"--twist {name} is no folder, nor partial, prefix, learned or learned-partial")
         return Twist.from_pretrained(name, lm)
     twist = TwistLearning(reads_reward=name == "learned-partial", seed=seed).run(model, prompts, **columns)
     if out is not None:

@@ -94,9 +94,12 @@ class FromPosterior:
     """Draws that another engine has made, picked at random: particles, states of chains, exact draws.
 
     :param posterior: of the same program and prompts; weighted draws come with their weights.
+    :raises ValueError: if their law is not known: best-of-n's, and those of conditional runs.
     """
 
     def __init__(self, posterior: Posterior) -> None:
+        if posterior.kind == "uncorrected" or posterior.conditional:
+            raise ValueError(f"draws of {posterior.engine} are of no known law, conditional runs' neither: use others")
         self._posterior = posterior
         self._draws: tuple[Program, Draws] | None = None
 
@@ -115,44 +118,48 @@ class FromPosterior:
         if len(values) < len(program.latents) or self._posterior.log_joint.shape[-1] != program.weight_prompts:
             raise ProgramError("the draws to learn from are of another program, or of other prompts")
         log_joint = read(self._posterior.log_joint).float()
-        log_l = torch.stack([read(term) for term in self._posterior.log_likelihood.values()]).sum(0).float()
+        terms = [read(term).float() for term in self._posterior.log_likelihood.values()]
         return Draws(
             values={name: program.under_plate(name, value) for name, value in values.items()},
             log_target=log_joint,
             log_s=log_joint - read(self._posterior.log_weights).float(),
-            log_likelihood=log_l,
+            log_likelihood=sum(terms, torch.zeros_like(log_joint)),
             score=read(samples["score"]) if "score" in samples else None,
         )
 
 
 class Replay:
-    """Draws of the guide, some of them new and the others from a buffer of all that were new before.
+    """Draws of the guide that are kept: every few steps all are new, and in between they come from a buffer.
+
+    (New ones at once, rather than a few in each step: writing many completions takes hardly longer than writing few.)
 
     :param capacity: draws that are kept, the newest.
-    :param fresh: the share of a step's draws that are new.
+    :param every: steps from one lot of new draws to the next.
     """
 
-    def __init__(self, capacity: int = 4096, fresh: float = 0.25) -> None:
-        if capacity < 1 or not 0.0 < fresh <= 1.0:
-            raise ValueError(f"Replay: capacity must be at least 1 and fresh in (0, 1], got {capacity} and {fresh}")
+    def __init__(self, capacity: int = 4096, every: int = 4) -> None:
+        if capacity < 1 or every < 1:
+            raise ValueError(f"Replay: capacity and every must be at least 1, got {capacity} and {every}")
         self.capacity = capacity
-        self.fresh = fresh
-        self._kept: tuple[Program, Draws] | None = None
+        self.every = every
+        self.reset()
 
     def reset(self) -> None:
         """Forget them: another training begins."""
-        self._kept = None
+        self._kept: tuple[Program, Draws] | None = None
+        self._step = 0
 
     def __call__(self, program: Program, guide: Callable[..., Any], num_particles: int) -> Draws:
-        if self._kept is None or self._kept[0] is not program:  # draws for other prompts
-            new = of_guide(program, guide, num_particles)
-            self._kept = program, new[-self.capacity :]
-            return new
-        new = of_guide(program, guide, max(1, round(self.fresh * num_particles)))
-        kept = self._kept[1]
-        rows = torch.randint(len(kept.log_s), (num_particles - len(new.log_s),), device=program.device)
-        self._kept = program, Draws.concatenate([kept, new])[-self.capacity :]
-        return Draws.concatenate([new, kept[rows]])
+        if self._kept is not None and self._kept[0] is not program:
+            self.reset()  # they are for other prompts
+        self._step += 1
+        if self._kept is not None and (self._step - 1) % self.every:
+            draws = self._kept[1]
+            return draws[torch.randint(len(draws.log_s), (num_particles,), device=program.device)]
+        new = of_guide(program, guide, num_particles)
+        kept = [new] if self._kept is None else [self._kept[1], new]
+        self._kept = program, Draws.concatenate(kept)[-self.capacity :]
+        return new
 
 
 class _Given(Messenger):

@@ -91,7 +91,7 @@ def test_a_twist_is_learned_kept_and_used_again(folder, twist):
     infer(*settings, "--twist", "one/twist", "--out", "two")
     one, two = (Posterior.load(f"{name}/smc") for name in ("one", "two"))
     assert (one.samples["completion"] == two.samples["completion"]).all()
-    assert "holds no twist" in infer(*settings, "--twist", "nowhere", code=1)
+    assert "learned-partial" in infer(*settings, "--twist", "nowhere", code=1)
     assert "are for --engine smc" in infer("a b", "--twist", "partial", code=1)
     assert "say which by --twist" in infer(*settings, code=1)
     assert "cannot score unfinished texts" in infer("a b", "--engine", "smc", "--twist", "prefix", code=1)

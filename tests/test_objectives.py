@@ -38,7 +38,7 @@ from bayeslm.inference import (
 from bayeslm.inference.draws import log_q, of_guide
 from bayeslm.inference.guides import AutoPolicy
 from bayeslm.inference.objectives import Scores
-from bayeslm.inference.program import inspect, seeded
+from bayeslm.inference.program import inspect, run_particles, seeded
 
 BETA = 0.5
 PROMPTS = [[1], [2, 3]]
@@ -411,6 +411,27 @@ def test_draws_are_the_policys():
     draws = of_guide(program, small.guide, 4000)
     counts = count_completions(draws.values["completion"][:, 0], small.x[:, 0], vocab=4)
     assert_drawn_from(counts, small.log_q[:, 0].detach())
+
+
+def test_draws_have_the_weights_that_engines_give_them():
+    """A latent that the guide leaves out is drawn from the prior, and counts in neither law."""
+    lm = table_lm(order=2, seed=5, vocab=4)
+
+    def model(prompts):
+        with pyro.plate("prompts", len(prompts)):
+            mood = pyro.sample("mood", dist.Bernoulli(0.3))
+            x = pyro.sample("completion", lm(prompts, max_new_tokens=T))
+            pyro.factor("reward", (x == 1).sum(-1) * (0.5 + mood))
+
+    program, guide = inspect(model, PROMPTS), policy_guide(perturbed(lm), T)
+    with seeded(0):
+        expected = run_particles(program, guide, 20)
+    with seeded(0):
+        draws = of_guide(program, guide, 20)
+    assert (draws.values["completion"].squeeze() == expected.values["completion"]).all()
+    torch.testing.assert_close(draws.log_target - draws.log_s, expected.log_weights)
+    torch.testing.assert_close(draws.log_likelihood, expected.total_log_likelihood)
+    torch.testing.assert_close(log_q(program, guide, draws).detach(), draws.log_s)
 
 
 def test_weights_of_other_draws_are_truncated():

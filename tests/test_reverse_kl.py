@@ -98,6 +98,14 @@ def test_gradient_is_unbiased(objective, seed):
     assert_unbiased(gradients(objective, model, guide, parameters, (prompts * COPIES,)), expected)
 
 
+def test_exponential_average_is_of_the_steps_before():
+    baseline = ExponentialAverage(decay=0.9)
+    steps = [torch.tensor([[1.0, 3.0], [5.0, 7.0]]), torch.tensor([[2.0], [4.0]]), torch.tensor([[0.0, 1.0]])]
+    for f, before in zip(steps, (0.0, 4.0, 0.9 * 4.0 + 0.1 * 3.0), strict=True):
+        torch.testing.assert_close(baseline("x", f), f - before)
+    torch.testing.assert_close(baseline("another", steps[0]), steps[0])
+
+
 def test_baselines_reduce_the_variance():
     lm, table = table_lm(order=2, seed=0, vocab=4), score_table(0, vocab=4, tokens=3) + 3.0
     policy = perturbed(lm)

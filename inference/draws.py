@@ -6,7 +6,7 @@ again, which costs neither networks nor rewards, but for the guide's own gradien
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,6 +48,19 @@ class Draws:
             log_likelihood=self.log_likelihood[rows],
             score=None if self.score is None else self.score[rows],
         )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it under names, for a file."""
+        named = {"log_target": self.log_target, "log_s": self.log_s, "log_likelihood": self.log_likelihood}
+        named |= {} if self.score is None else {"score": self.score}
+        return named | {f"values.{name}": value for name, value in self.values.items()}
+
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, Tensor]) -> Draws:
+        """What `tensors` gave."""
+        values = {name.removeprefix("values."): x for name, x in tensors.items() if name.startswith("values.")}
+        terms = (tensors[name] for name in ("log_target", "log_s", "log_likelihood"))
+        return Draws(values, *terms, score=tensors.get("score"))
 
     @staticmethod
     def concatenate(parts: list[Draws]) -> Draws:
@@ -144,21 +157,30 @@ class Replay:
         self.every = every
         self.reset()
 
-    def reset(self) -> None:
+    def reset(self, program: Program | None = None) -> None:
         """Forget them: another training begins."""
-        self._kept: tuple[Program, Draws] | None = None
+        self._program = program
+        self._kept: Draws | None = None
         self._step = 0
 
+    def state_dict(self) -> dict[str, Tensor]:
+        kept = {} if self._kept is None else self._kept.tensors()
+        return kept | {"step": torch.tensor(self._step)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._step = int(state["step"])
+        kept = {name: value for name, value in state.items() if name != "step"}
+        self._kept = Draws.from_tensors(kept) if kept else None
+
     def __call__(self, program: Program, guide: Callable[..., Any], num_particles: int) -> Draws:
-        if self._kept is not None and self._kept[0] is not program:
-            self.reset()  # they are for other prompts
+        if self._program is not program:
+            self.reset(program)  # they are for other prompts
         self._step += 1
         if self._kept is not None and (self._step - 1) % self.every:
-            draws = self._kept[1]
-            return draws[torch.randint(len(draws.log_s), (num_particles,), device=program.device)]
+            return self._kept[torch.randint(len(self._kept.log_s), (num_particles,), device=program.device)]
         new = of_guide(program, guide, num_particles)
-        kept = [new] if self._kept is None else [self._kept[1], new]
-        self._kept = program, Draws.concatenate(kept)[-self.capacity :]
+        kept = [new] if self._kept is None else [self._kept, new]
+        self._kept = Draws.concatenate(kept)[-self.capacity :]
         return new
 
 

@@ -17,12 +17,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from pyro.infer import ELBO
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .draws import Draws, Replay, Source, log_q, of_guide
-from .program import Program, ProgramError, look
+from .draws import Draws, Source, log_q, of_guide
+from .elbo import Objective
+from .program import Program, ProgramError
 
 
 class Scores(NamedTuple):
@@ -33,14 +33,11 @@ class Scores(NamedTuple):
     log_s: Tensor
 
 
-class Objective(ELBO):
+class OverDraws(Objective):
     """A loss over whole draws; subclasses say `of`.
 
     :param num_particles: draws of each prompt in a step; all run at once.
-    :param source: where they come from; by default the guide.
-
-    After each call ``last`` holds what the particles saw, one value a prompt: ``elbo``, ``log_likelihood`` (r / beta),
-    ``kl`` (to the prior), and ``score`` where the program records one; draws of another law are weighted by q / s.
+    :param source: where they come from; by default the guide. In ``last``, draws of another law are weighted by q / s.
     """
 
     least = 1  # particles that `of` needs
@@ -48,44 +45,20 @@ class Objective(ELBO):
     def __init__(self, num_particles: int = 8, source: Source = of_guide) -> None:
         if num_particles < self.least:
             raise ValueError(f"{type(self).__name__}: num_particles must be at least {self.least}, got {num_particles}")
-        super().__init__(num_particles=num_particles, vectorize_particles=True)
-        self.last: dict[str, Tensor] = {}
+        super().__init__(num_particles, source)
         self._source = source
-        self._program: Program | None = None
-
-    def reset(self) -> None:
-        """Forget the draws that are kept, and the program: another training begins."""
-        self._program = None
-        if isinstance(self._source, Replay):
-            self._source.reset()
 
     def of(self, scores: Scores) -> Tensor:
         """The loss (prompt,), whose gradient is the estimate."""
         raise NotImplementedError
 
-    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
-        """The loss, summed over prompts."""
-        with torch.no_grad():
-            return float(self.differentiable_loss(model, guide, *args, **kwargs))
-
-    def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
-        """The loss, summed over prompts; adds its gradient to the parameters'."""
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        loss.backward(retain_graph=self.retain_graph)
-        return float(loss.detach())
-
-    def differentiable_loss(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """The loss, summed over prompts, with the gradient."""
-        self._program = program = look(self._program, model, args, kwargs)
+    def estimate(self, program: Program, guide: Callable[..., Any]) -> Tensor:
         draws = self._source(program, guide, self.num_particles)
-        scores = Scores(log_q(program, guide, draws), draws.log_target, draws.log_s)
+        cooled = (self.inverse_temperature - 1.0) * draws.log_likelihood
+        log_target = draws.log_target + cooled.masked_fill(torch.isneginf(draws.log_likelihood), 0.0)
+        scores = Scores(log_q(program, guide, draws), log_target, draws.log_s)
         self._note(draws, scores.log_q.detach())
         return self.of(scores).sum()
-
-    def _get_trace(self, *args: Any) -> Any:
-        raise NotImplementedError(f"{type(self).__name__} runs all particles in one trace")
 
     def _note(self, draws: Draws, log_q: Tensor) -> None:
         """Keep what the particles saw in ``last``."""
@@ -100,7 +73,7 @@ class Objective(ELBO):
             self.last["score"] = mean(draws.score.to(shares))
 
 
-class LogVariance(Objective):
+class LogVariance(OverDraws):
     r"""The log-variance divergence, of any s whose support is q's:
 
         \frac12 Var_s[ log \tilde p(x) - log q(x) ],     estimated by the variance over the particles
@@ -119,7 +92,7 @@ class LogVariance(Objective):
         return 0.5 * (_finite(scores.log_target) - scores.log_q).var(0)
 
 
-class ForwardKL(Objective):
+class ForwardKL(OverDraws):
     r"""KL(\pi^* || q), by distributional policy gradient (Khalifa, Elsahar and Dymetman 2021, arXiv 2012.11635), also
     the wake phase of reweighted wake-sleep (Bornschein and Bengio 2015, arXiv 1406.2751):
 
@@ -142,7 +115,7 @@ class ForwardKL(Objective):
         return _with_value(torch.where(dead.any(0), 0.0, value), surrogate)
 
 
-class FDivergence(Objective):
+class FDivergence(OverDraws):
     r"""D_f(q || \pi^*) = E_{\pi^*}[ f(q / \pi^*) ] (Go et al. 2023, arXiv 2302.08215):
 
         \nabla D_f = E_q[ f'(t) \nabla log q ],    t(x) = q(x) Z / \tilde p(x)
@@ -199,7 +172,7 @@ F_PRIME: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Renyi(Objective):
+class Renyi(OverDraws):
     r"""The variational Renyi bound of order a < 1 on n particles of q (Li and Turner 2016, arXiv 1602.02311),
 
         L = 1 / (1 - a)  log (1/n) \sum_i w_i^{1 - a},     w_i = \tilde p(x_i) / q(x_i)

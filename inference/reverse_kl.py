@@ -16,14 +16,14 @@ Reparametrised latents of the same program get the pathwise gradient, as do the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from pyro.infer import ELBO
 from torch import Tensor
 
-from .program import Program, ProgramError, in_prompts, look, sample_sites, site_terms, site_value, traces
+from .elbo import Objective
+from .program import Program, ProgramError, in_prompts, sample_sites, site_terms, site_value, traces
 
 
 def leave_one_out(name: str, f: Tensor) -> Tensor:
@@ -48,9 +48,15 @@ class ExponentialAverage:
         self.decay = decay
         self._averages: dict[str, Tensor] = {}
 
-    def reset(self) -> None:
+    def reset(self, program: Program) -> None:
         """Forget the steps before: another training begins."""
         self._averages.clear()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self._averages)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._averages = dict(state)
 
     def __call__(self, name: str, f: Tensor) -> Tensor:
         now = f.mean()
@@ -59,60 +65,24 @@ class ExponentialAverage:
         return f - before
 
 
-class ReverseKL(ELBO):
-    """The ELBO.
+class ReverseKL(Objective):
+    """The negative ELBO.
 
     :param num_particles: completions of each prompt in a step; all run at once.
-    :param program: the program, where it has been looked at already.
     :param baseline: f less what is known of it without the particle itself, for the name of a latent and f
         (particle, prompt): `leave_one_out`, or an `ExponentialAverage`.
-
-    After each call ``last`` holds what the particles saw, one value a prompt: ``elbo``, ``log_likelihood``
-    (r / beta), ``kl`` (to the prior), and ``score`` where the program records one.
     """
 
-    def __init__(
-        self,
-        num_particles: int = 8,
-        program: Program | None = None,
-        baseline: Callable[[str, Tensor], Tensor] = leave_one_out,
-    ) -> None:
-        super().__init__(num_particles=num_particles, vectorize_particles=True)
-        self.last: dict[str, Tensor] = {}
-        self._program = program
+    def __init__(self, num_particles: int = 8, baseline: Callable[[str, Tensor], Tensor] = leave_one_out) -> None:
+        super().__init__(num_particles, baseline)
         self._baseline = baseline
 
-    def reset(self) -> None:
-        """Forget what the baseline remembers: another training begins."""
-        if isinstance(self._baseline, ExponentialAverage):
-            self._baseline.reset()
-
-    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
-        """The negative ELBO, summed over prompts."""
-        with torch.no_grad():
-            self._surrogate(model, guide, *args, **kwargs)
-        return -float(self.last["elbo"].sum())
-
-    def differentiable_loss(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """A scalar with the negative ELBO's value and its estimated gradient."""
-        surrogate = self._surrogate(model, guide, *args, **kwargs)
+    def estimate(self, program: Program, guide: Callable[..., Any]) -> Tensor:
+        surrogate = self._surrogate(program, guide)
         return surrogate.detach() - surrogate - self.last["elbo"].sum()
 
-    def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
-        """The negative ELBO; adds its gradient to the parameters'."""
-        surrogate = self._surrogate(model, guide, *args, **kwargs)
-        if surrogate.requires_grad:
-            (-surrogate).backward(retain_graph=self.retain_graph)
-        return -float(self.last["elbo"].sum())
-
-    def _get_trace(self, *args: Any) -> Any:
-        raise NotImplementedError("ReverseKL runs all particles in one trace")
-
-    def _surrogate(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+    def _surrogate(self, program: Program, guide: Callable[..., Any]) -> Tensor:
         """A scalar whose gradient estimates the ELBO's."""
-        self._program = program = look(self._program, model, args, kwargs)
         n = self.num_particles
         model_trace, guide_trace = traces(program, guide, n)
         assert guide_trace is not None
@@ -131,6 +101,8 @@ class ReverseKL(ELBO):
 
         zero = torch.zeros((n, 1), device=program.device)
         latents = {site.name for site in program.latents}
+        seen = {name: term for name, term in log_p.items() if name not in latents}
+        log_p |= {name: self.inverse_temperature * term for name, term in seen.items()}
         inside = {name for name in {**log_p, **log_q} if in_prompts(sites[name])}
         # f = log p + l - log q in two parts: of single prompts (particle, prompt), and of all (particle, 1)
         local = sum((t for name, t in log_p.items() if name in inside), zero)
@@ -155,18 +127,16 @@ class ReverseKL(ELBO):
             else:
                 f = after if name in inside else total
                 surrogate = surrogate + (self._baseline(name, f.detach()) * term).sum(-1)
-        self._note(program, sites, log_p, latents, total if program.shared else local)
+        self._note(program, sites, seen, total if program.shared else local)
         return surrogate.mean()
 
-    def _note(
-        self, program: Program, sites: dict[str, Any], log_p: dict[str, Tensor], latents: set[str], f: Tensor
-    ) -> None:
-        """Keep what the particles saw in ``last``."""
-        terms = [term.detach() for name, term in log_p.items() if name not in latents]
+    def _note(self, program: Program, sites: dict[str, Any], seen: dict[str, Tensor], f: Tensor) -> None:
+        """Keep what the particles saw in ``last``; f is of the tempered target."""
+        terms = [term.detach() for term in seen.values()]
         if program.shared:
             terms = [term.sum(-1, keepdim=True) for term in terms]
         likelihood = sum(terms, torch.zeros_like(f)).mean(0)
-        elbo = f.detach().mean(0)
+        elbo = f.detach().mean(0) + (1.0 - self.inverse_temperature) * likelihood
         self.last = {"elbo": elbo, "log_likelihood": likelihood, "kl": likelihood - elbo}
         if "score" in sites:
             value = site_value(program.sites["score"], sites["score"]["value"], self.num_particles)

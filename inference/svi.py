@@ -24,6 +24,7 @@ from bayeslm.posterior import Posterior
 
 from ..models.progress import track
 from .checks import check_counts, check_positive
+from .elbo import Objective
 from .guides import AutoPolicy
 from .particles import Particles
 from .program import Program, inspect, seeded
@@ -178,9 +179,9 @@ class SVI:
 
     def _train(self, program: Program, guide: Callable[..., Any], policy: Any, chain: int) -> dict[str, Any]:
         """Gradient steps; what was seen in each."""
-        objective = self.objective or ReverseKL(self.num_particles, program)
-        if hasattr(objective, "reset"):  # chains, and runs, learn nothing from one another
-            objective.reset()
+        objective = self.objective or ReverseKL(self.num_particles)
+        if isinstance(objective, Objective):  # chains, and runs, learn nothing from one another
+            objective.reset(program)
 
         def rate_of(name: str) -> float:
             is_latent = self.guide is None and not name.startswith("policies")

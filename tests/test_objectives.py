@@ -472,7 +472,7 @@ def test_trainings_learn_nothing_from_one_another(objective):
         assert (first.stats[name] == again.stats[name]).all()
         assert (first.stats[name][0] == chains.stats[name][0]).all()
     if isinstance(objective, LogVariance):
-        assert len(objective._source._kept[1].log_s) == 2 * 8  # the second chain's alone: steps 0 and 4
+        assert len(objective._source._kept.log_s) == 2 * 8  # the second chain's alone: steps 0 and 4
 
 
 def test_what_is_refused():

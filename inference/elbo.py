@@ -1,0 +1,90 @@
+"""What the objectives of variational inference share as Pyro ELBOs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from pyro.infer import ELBO
+from torch import Tensor
+
+from .program import Program, look
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What remembers something of the steps before: a baseline that learns, a buffer of draws."""
+
+    def reset(self, program: Program) -> None:
+        """Forget it: another training begins, of this program."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that is remembered, so that a training can go on as if it had never stopped."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Remember what `state_dict` gave; comes after `reset`."""
+
+
+class Objective(ELBO):
+    r"""A loss over particles that run all at once; subclasses say `estimate`.
+
+    :param num_particles: draws of each prompt in a step.
+    :param parts: what it is made of; those that remember something (`Stateful`) are reset and saved with it.
+
+    After each call ``last`` holds what the particles saw, one value a prompt: ``elbo``, ``log_likelihood`` (r / beta),
+    ``kl`` (to the prior), and ``score`` where the program records one.
+
+    ``inverse_temperature``, \gamma > 0, multiplies the log-likelihood: the target is p(x) exp(\gamma l(x)), the
+    posterior at 1. `SVI` moves it for tempering and to hold the KL to the prior; ``last`` is always told at 1.
+    """
+
+    def __init__(self, num_particles: int, *parts: Any) -> None:
+        super().__init__(num_particles=num_particles, vectorize_particles=True)
+        self.inverse_temperature = 1.0
+        self.last: dict[str, Tensor] = {}
+        self._program: Program | None = None
+        self._parts = [part for part in parts if isinstance(part, Stateful)]
+
+    def estimate(self, program: Program, guide: Callable[..., Any]) -> Tensor:
+        """The loss, summed over prompts, with the estimate of its gradient; sets ``last``."""
+        raise NotImplementedError
+
+    def reset(self, program: Program) -> None:
+        """Forget what is remembered of the steps before: another training begins, of this program."""
+        self._program = program
+        self.inverse_temperature = 1.0
+        for part in self._parts:
+            part.reset(program)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that is remembered of the steps before."""
+        return {f"{i}.{key}": value for i, part in enumerate(self._parts) for key, value in part.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Remember what `state_dict` gave; comes after `reset`."""
+        for i, part in enumerate(self._parts):
+            own = f"{i}."
+            part.load_state_dict({key.removeprefix(own): value for key, value in state.items() if key.startswith(own)})
+
+    def differentiable_loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The loss, summed over prompts, with its estimated gradient."""
+        self._program = look(self._program, model, args, kwargs)
+        return self.estimate(self._program, guide)
+
+    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+        """The loss, summed over prompts."""
+        with torch.no_grad():
+            return float(self.differentiable_loss(model, guide, *args, **kwargs))
+
+    def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+        """The loss, summed over prompts; adds its gradient to the parameters'."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward(retain_graph=self.retain_graph)
+        return float(loss.detach())
+
+    def _get_trace(self, *args: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} runs all particles in one trace")

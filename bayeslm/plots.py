@@ -81,31 +81,43 @@ def plot_rewards(
     return figure
 
 
-def plot_elbo(posterior: Posterior) -> Figure:
-    """The training curve stats["elbo"] (step,) and its running mean, below the posterior's log Z with 2
-    stderr.
+def plot_training(posterior: Posterior) -> Figure:
+    """How the training of `SVI` went: ELBO, log-likelihood r / β and KL to the prior by step, means over prompts.
 
-    log Z is averaged over prompts, as an ELBO of a batch is. Raises ImportError without matplotlib,
-    ValueError if the engine left no curve.
+    Each chain's curve, faint, and the running mean of all; the posterior's log Z with 2 stderr, which the ELBO is below
+    by KL(q ‖ posterior); as points what programs held out said (`HeldOut`).
+    Raises ImportError without matplotlib, ValueError if the engine left no curves (chain, step, prompt).
     """
-    elbo = np.asarray(posterior.stats.get("elbo", []), dtype=float)
-    if elbo.ndim != 1 or not elbo.size:
-        raise ValueError(f"{posterior.engine} left no curve stats['elbo'] of shape (step,)")
-    figure, axis = _pyplot().subplots(figsize=(6.4, 4.0), layout="constrained")
-    steps = np.arange(1, elbo.size + 1)
-    window = max(1, elbo.size // 20)
-    axis.plot(steps, elbo, color=COLOURS[0], alpha=0.35, linewidth=1, label="ELBO")
-    smooth = np.convolve(elbo, np.ones(window) / window, mode="valid")
-    axis.plot(steps[window - 1 :], smooth, color=COLOURS[0], linewidth=2, label=f"mean of {window} steps")
+    stats = posterior.stats
+    if np.ndim(stats.get("elbo")) != 3:
+        raise ValueError(f"{posterior.engine} left no curve stats['elbo'] of shape (chain, step, prompt)")
+    panels = {"elbo": "ELBO", "log_likelihood": "log-likelihood r / β", "kl": "KL to the prior"}
+    panels = {key: title for key, title in panels.items() if key in stats}
+    beside = [key.removesuffix("_elbo") for key in stats if key.endswith("_elbo")]
+    figure, axes = _pyplot().subplots(
+        1, len(panels), figsize=(4.2 * len(panels), 3.8), squeeze=False, layout="constrained"
+    )
+    for axis, (key, title) in zip(axes.flat, panels.items(), strict=True):
+        curves = np.asarray(stats[key], dtype=float).mean(-1)  # (chain, step)
+        steps = np.arange(1, curves.shape[1] + 1)
+        window = max(1, len(steps) // 20)
+        axis.plot(steps, curves.T, color=COLOURS[0], alpha=0.35, linewidth=1)
+        smooth = np.convolve(np.nanmean(curves, 0), np.ones(window) / window, mode="valid")
+        axis.plot(steps[window - 1 :], smooth, color=COLOURS[0], linewidth=2, label=f"trained, mean of {window} steps")
+        for i, name in enumerate(beside):
+            looks = np.asarray(stats[f"{name}_{key}"], dtype=float).mean(-1)
+            at, colour = stats["held_out_steps"], COLOURS[2:][i % len(COLOURS[2:])]
+            axis.plot(at, np.nanmean(looks, 0), "o-", color=colour, markersize=3, linewidth=1, label=name)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step")
+    axes[0, 0].set_ylabel("nats")
     log_z = float(posterior.log_evidence.mean())
     if np.isfinite(log_z):
-        axis.axhline(log_z, color=COLOURS[1], linestyle="--", label="log Z")
+        axes[0, 0].axhline(log_z, color=COLOURS[1], linestyle="--", label="log Z")
         band = 2 * float(np.sqrt(np.sum(posterior.log_evidence_stderr**2)) / posterior.log_evidence.size)
         if np.isfinite(band):
-            axis.axhspan(log_z - band, log_z + band, color=COLOURS[1], alpha=0.15, linewidth=0)
-    axis.set_xlabel("step")
-    axis.set_ylabel("nats")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+            axes[0, 0].axhspan(log_z - band, log_z + band, color=COLOURS[1], alpha=0.15, linewidth=0)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 

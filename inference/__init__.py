@@ -3,6 +3,7 @@
 from .annealed import AnnealedSMC
 from .draws import FromPosterior, Replay, of_prior
 from .exact import Exact
+from .heldout import HeldOut
 from .importance import ImportanceSampling
 from .kernels import SuffixKernel
 from .mcmc import MCMC
@@ -13,7 +14,10 @@ from .rejection import BestOfN, RejectionSampling
 from .results import EvidenceError
 from .reverse_kl import ExponentialAverage, ReverseKL
 from .smc import SMC
+from .stopping import NearPosterior, Plateau
 from .svi import SVI
+from .temperature import KLTarget, Tempering
+from .tensorboard import TensorBoard
 from .twisting import TwistLearning
 
 ENGINES = {
@@ -42,14 +46,20 @@ __all__ = [
     "FDivergence",
     "ForwardKL",
     "FromPosterior",
+    "HeldOut",
     "ImportanceSampling",
+    "KLTarget",
     "LogVariance",
+    "NearPosterior",
+    "Plateau",
     "ProgramError",
     "RejectionSampling",
     "Renyi",
     "Replay",
     "ReverseKL",
     "SuffixKernel",
+    "Tempering",
+    "TensorBoard",
     "TwistLearning",
     "alpha_divergence",
     "of_prior",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -26,6 +28,29 @@ class Stateful(Protocol):
         """Remember what `state_dict` gave; comes after `reset`."""
 
 
+@dataclass
+class Seen:
+    """A step's particles: ``values`` of the guide's sites; ``ratio`` (particle, weight prompt), log p + l - log q."""
+
+    values: dict[str, Tensor]
+    ratio: Tensor
+
+    def farthest(self, program: Program) -> str:
+        """Where numbers went wrong, or are likeliest to have: the particle whose ratio is farthest from the others'."""
+        ratio = self.ratio.detach().float()
+        away = (ratio - ratio.nanmedian(0).values).abs().nan_to_num(torch.inf, torch.inf)
+        particle, prompt = divmod(int(away.argmax()), ratio.shape[1])
+        lines = [f"log p + l - log q is {float(ratio[particle, prompt]):.6g} of particle {particle}, prompt {prompt}"]
+        for site in program.completions:
+            value = self.values.get(site.name)
+            if value is not None and site.fn.lm.tokenizer is not None:
+                texts = site.fn.decode(value[particle]).reshape(-1)
+                labels = site.fn.prompt_texts()
+                some = [prompt] if len(texts) == len(labels) == ratio.shape[1] else range(min(len(texts), len(labels)))
+                lines += [f"{site.name} of {labels[i]!r}: {texts[i]!r}" for i in some]
+        return "\n".join(lines)
+
+
 class Objective(ELBO):
     r"""A loss over particles that run all at once; subclasses say `estimate`.
 
@@ -33,7 +58,8 @@ class Objective(ELBO):
     :param parts: what it is made of; those that remember something (`Stateful`) are reset and saved with it.
 
     After each call ``last`` holds what the particles saw, one value a prompt: ``elbo``, ``log_likelihood`` (r / beta),
-    ``kl`` (to the prior), and ``score`` where the program records one.
+    ``kl`` (to the prior), ``score`` where the program records one, and ``log_evidence``, the logarithm of the mean
+    weight, where the law of the draws is known; and ``particles`` the particles themselves.
 
     ``inverse_temperature``, \gamma > 0, multiplies the log-likelihood: the target is p(x) exp(\gamma l(x)), the
     posterior at 1. `SVI` moves it for tempering and to hold the KL to the prior; ``last`` is always told at 1.
@@ -43,6 +69,7 @@ class Objective(ELBO):
         super().__init__(num_particles=num_particles, vectorize_particles=True)
         self.inverse_temperature = 1.0
         self.last: dict[str, Tensor] = {}
+        self.particles: Seen | None = None
         self._program: Program | None = None
         self._parts = [part for part in parts if isinstance(part, Stateful)]
 
@@ -80,11 +107,17 @@ class Objective(ELBO):
             return float(self.differentiable_loss(model, guide, *args, **kwargs))
 
     def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
-        """The loss, summed over prompts; adds its gradient to the parameters'."""
+        """The loss, summed over prompts; adds its gradient to the parameters'.
+
+        :raises FloatingPointError: if the loss is not finite.
+        """
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
-        return float(loss.detach())
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss is {value}")
+        return value
 
     def _get_trace(self, *args: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} runs all particles in one trace")

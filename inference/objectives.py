@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .draws import Draws, Source, log_q, of_guide
-from .elbo import Objective
+from .draws import Draws, FromPosterior, Source, log_q, of_guide
+from .elbo import Objective, Seen
 from .program import Program, ProgramError
 
 
@@ -68,7 +68,10 @@ class OverDraws(Objective):
             return torch.where(shares > 0, shares * x, 0.0).sum(0)
 
         likelihood, elbo = mean(draws.log_likelihood), mean(draws.log_target - log_q)
+        self.particles = Seen(draws.values, draws.log_target - log_q)
         self.last = {"elbo": elbo, "log_likelihood": likelihood, "kl": likelihood - elbo}
+        if not isinstance(self._source, FromPosterior):  # whose log s may lack a constant
+            self.last["log_evidence"] = _log_mean_exp(draws.log_target - draws.log_s)
         if draws.score is not None and draws.score.shape == shares.shape:
             self.last["score"] = mean(draws.score.to(shares))
 

@@ -28,16 +28,23 @@ class Stopwatch:
 
     def __enter__(self) -> Stopwatch:
         self._counting = count_usage()
-        self._usage = self._counting.__enter__()
+        self.usage = self._counting.__enter__()
         self._start = time.perf_counter()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._counting.__exit__(None, None, None)
 
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    def go_on(self, seconds: float, tokens: int, model_calls: int) -> None:
+        """Count from there: what a run took that is gone on with."""
+        self._start = time.perf_counter() - seconds
+        self.usage.tokens, self.usage.model_calls = tokens, model_calls
+
     def read(self) -> dict[str, Any]:
-        seconds = time.perf_counter() - self._start
-        return {"seconds": seconds, "tokens": self._usage.tokens, "model_calls": self._usage.model_calls}
+        return {"seconds": self.seconds(), "tokens": self.usage.tokens, "model_calls": self.usage.model_calls}
 
 
 def draw(

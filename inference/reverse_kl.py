@@ -16,13 +16,14 @@ Reparametrised latents of the same program get the pathwise gradient, as do the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .elbo import Objective
+from .elbo import Objective, Seen
 from .program import Program, ProgramError, in_prompts, sample_sites, site_terms, site_value, traces
 
 
@@ -127,7 +128,9 @@ class ReverseKL(Objective):
             else:
                 f = after if name in inside else total
                 surrogate = surrogate + (self._baseline(name, f.detach()) * term).sum(-1)
-        self._note(program, sites, seen, total if program.shared else local)
+        f = (total if program.shared else local).detach()
+        self.particles = Seen({name: node["value"] for name, node in sample_sites(guide_trace)}, f)
+        self._note(program, sites, seen, f)
         return surrogate.mean()
 
     def _note(self, program: Program, sites: dict[str, Any], seen: dict[str, Tensor], f: Tensor) -> None:
@@ -135,9 +138,12 @@ class ReverseKL(Objective):
         terms = [term.detach() for term in seen.values()]
         if program.shared:
             terms = [term.sum(-1, keepdim=True) for term in terms]
-        likelihood = sum(terms, torch.zeros_like(f)).mean(0)
-        elbo = f.detach().mean(0) + (1.0 - self.inverse_temperature) * likelihood
+        each = sum(terms, torch.zeros_like(f))
+        likelihood = each.mean(0)
+        ratio = f + (1.0 - self.inverse_temperature) * each
+        elbo = ratio.mean(0)
         self.last = {"elbo": elbo, "log_likelihood": likelihood, "kl": likelihood - elbo}
+        self.last["log_evidence"] = ratio.logsumexp(0) - math.log(len(ratio))
         if "score" in sites:
             value = site_value(program.sites["score"], sites["score"]["value"], self.num_particles)
             self.last["score"] = value.detach().float().mean(0).reshape(-1)

@@ -9,77 +9,26 @@ an objective's (`objectives`), each step is `pyro.infer.SVI`'s.
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any
-
-import numpy as np
-import pyro
-import torch
-from pyro.optim import PyroOptim
-from torch import Tensor
 
 from bayeslm.posterior import Posterior
 
-from ..models.progress import track
+from .checkpoints import Checkpoints, describe, describe_run
 from .checks import check_counts, check_positive
 from .elbo import Objective
-from .guides import AutoPolicy
+from .heldout import HeldOut
+from .optimizers import SCHEDULES
 from .particles import Particles
 from .program import Program, inspect, seeded
 from .results import Stopwatch, draw, posterior
 from .reverse_kl import ReverseKL
-
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda done: 1.0,
-    "linear": lambda done: 1.0 - done,
-    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
-}
-
-
-class ScheduledAdam(PyroOptim):
-    """Adam over all parameters at once, with the gradient clipped by its global norm and a learning-rate schedule.
-
-    (Pyro's own optimisers hold one optimiser a parameter, and clip each parameter by itself.)
-
-    :param rate_of: the learning rate of a parameter, by its name in Pyro's store.
-    """
-
-    def __init__(self, rate_of: Callable[[str], float], num_steps: int, schedule: str, clip_norm: float | None) -> None:
-        super().__init__(torch.optim.Adam, {})
-        self._rate_of = rate_of
-        self._num_steps = num_steps
-        self._factor = SCHEDULES[schedule]
-        self._clip = math.inf if clip_norm is None else clip_norm
-        self._adam: torch.optim.Adam | None = None
-        self._params: list[Tensor] = []
-        self._known: set[Tensor] = set()
-        self._step = 0
-        self.gradient_norm = 0.0
-
-    def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
-        # Params are a set: taken in the order of their names, so that a seed reproduces the run.
-        names = {p: str(pyro.get_param_store().param_name(p)) for p in set(params) - self._known}
-        groups: dict[float, list[Tensor]] = {}
-        for p in sorted(names, key=names.__getitem__):
-            groups.setdefault(self._rate_of(names[p]), []).append(p)
-        for rate, group in groups.items():
-            settings: dict[str, Any] = {"params": group, "lr": rate, "rate": rate}
-            if self._adam is None:
-                self._adam = torch.optim.Adam([settings])
-            else:
-                self._adam.add_param_group(settings)
-            self._params += group
-            self._known.update(group)
-        assert self._adam is not None
-        for settings in self._adam.param_groups:
-            settings["lr"] = settings["rate"] * self._factor(self._step / self._num_steps)
-        self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(self._params, self._clip))
-        if not math.isfinite(self.gradient_norm):
-            raise FloatingPointError(f"the gradient is {self.gradient_norm} at step {self._step}")
-        self._adam.step()
-        self._step += 1
+from .stopping import Stopping
+from .temperature import Temperature
+from .training import Training, stack
 
 
 @dataclass(frozen=True)
@@ -98,8 +47,16 @@ class SVI:
     :param guide: a Pyro guide of the program; None makes an `AutoPolicy`. A ``policy`` attribute of it is kept.
     :param lora_rank: for the default guide, see `AutoPolicy`.
     :param objective: a Pyro ELBO, with its own number of particles: one of `objectives`; None is `ReverseKL`.
-    :param on_step: called with the number of steps done, from 0 on, and the policy: to watch rewards that are not
-        trained on, held-out prompts, or the clock. It leaves the random numbers as they are.
+    :param temperature: what moves beta: `Tempering` from the prior's end, or `KLTarget`, which holds KL(q || p).
+    :param stop: ends a chain before ``num_steps``: `Plateau` of the ELBO, `NearPosterior`, or your own, see `Stopping`.
+    :param held_out: other prompts, other rewards to look at beside: `HeldOut`.
+    :param checkpoint: a folder. What is there is gone on from: a run that was killed ends as if it had not been, to the
+        bit on a CPU. Each is a policy's parameters three times over.
+    :param checkpoint_every: steps from one checkpoint to the next.
+    :param log: called with the number of steps done, counted on through chains, and the means of what the last saw:
+        `TensorBoard`, or your own.
+    :param on_step: called with the number of steps done, from 0 on, and the policy. It leaves the random numbers as
+        they are.
     :param seed, progress, batch_size: as in `ImportanceSampling`.
     """
 
@@ -114,13 +71,19 @@ class SVI:
     guide: Callable[..., Any] | None = None
     lora_rank: int | str | None = "auto"
     objective: Any = None
+    temperature: Temperature | None = None
+    stop: Stopping | None = None
+    held_out: HeldOut | None = None
+    checkpoint: str | PathLike[str] | None = None
+    checkpoint_every: int = 50
+    log: Callable[[int, Mapping[str, float]], None] | None = None
     on_step: Callable[[int, Any], None] | None = None
     batch_size: int | None = None
     seed: int | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
-        check_counts(self, "num_steps", "num_particles", "num_samples", "num_chains", "batch_size")
+        check_counts(self, "num_steps", "num_particles", "num_samples", "num_chains", "checkpoint_every", "batch_size")
         check_positive(self, "learning_rate", "latent_learning_rate", "clip_norm")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"SVI: schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
@@ -130,34 +93,37 @@ class SVI:
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Train on ``model(*args, **kwargs)``, then draw from the policy with weights log p - log q.
 
-        ``stats``: ``elbo``, ``kl``, ``log_likelihood`` (chain, step, prompt), ``gradient_norm`` (chain, step),
-        ``ess`` and ``khat`` a prompt. Ctrl-C ends the training, and the policy so far is kept; so is it on an
-        error, as the exception's ``policy``.
+        ``stats``, NaN where a chain had ended: ``elbo``, ``kl``, ``log_likelihood``, ``log_evidence`` and ``score``
+        (chain, step, prompt), ``gradient_norm`` and ``inverse_temperature`` (chain, step); ``ess`` and ``khat`` a
+        prompt; `HeldOut`'s. Ctrl-C ends the training, and the policy so far is kept; so is it on an error, as the
+        exception's ``policy``.
 
         The program's own ``pyro.param`` statements are trained too, as in Pyro; with the default guide they are
         forgotten after.
 
         :raises ProgramError: if a reward is -inf under the policy.
-        :raises FloatingPointError: if a gradient is not finite.
+        :raises FloatingPointError: if a loss or a gradient is not finite, with the texts and where to go on from.
+        :raises ValueError: if ``checkpoint`` holds another run's, with what differs.
         """
-        # A guide of the user's keeps its parameters where Pyro's users look for them; the default one's are its own.
-        own_guide = self.guide is not None
-        store = contextlib.nullcontext() if own_guide else pyro.get_param_store().scope()
-        with seeded(self.seed), store, Stopwatch() as watch:
+        with seeded(self.seed), Stopwatch() as watch:
             program = inspect(model, *args, **kwargs)
-            chains, parts = [], []
-            for chain in range(self.num_chains):
-                if not own_guide:
-                    pyro.clear_param_store()
-                guide = self.guide if self.guide is not None else AutoPolicy(program, self.lora_rank)
-                policy = getattr(guide, "policy", None)
-                with _keeping(policy):
-                    history = self._train(program, guide, policy, chain)
-                    parts.append(self._draw(program, guide, "draws of the policy"))
-                chains.append((history, policy))
-                if history["interrupted"]:
+            objective = self.objective if self.objective is not None else ReverseKL(self.num_particles)
+            checkpoints = self._checkpoints(program, objective)
+            chains: list[Training] = []
+            for index in range(self.num_chains):
+                chain = Training(self, program, objective, index, watch.usage)
+                with _keeping(chain.policy):
+                    self._go_on(chain, checkpoints, watch)
+                    if not chain.done:
+                        chain.run(checkpoints, watch.seconds)
+                chains.append(chain)
+                if chain.interrupted:
                     break
-            with _keeping(policy):
+            parts = []
+            for chain in chains:
+                with _keeping(chain.policy), chain.own_params():
+                    parts.append(self._draw(program, chain.guide, "draws of the policy"))
+            with _keeping(chains[-1].policy):
                 prior = self._draw(program, None, "draws of the prior")
             shortest = min(len(part.log_prior) for part in parts)
             parts = [part[:shortest] for part in parts]
@@ -168,55 +134,40 @@ class SVI:
                 engine="SVI",
                 kind="weighted",
                 num_chains=len(chains),
-                stats=watch.read() | _stack([history for history, _ in chains]),
+                stats=watch.read() | self._seen(chains),
                 prior=prior,
-                policy=chains[best][1],
+                policy=chains[best].policy,
             )
+
+    def _checkpoints(self, program: Program, objective: Any) -> Checkpoints | None:
+        if self.checkpoint is None:
+            return None
+        if isinstance(objective, Objective):
+            objective.reset(program)  # a description is of settings, not of what is remembered
+        return Checkpoints(Path(self.checkpoint), describe_run(self, program) | {"objective": describe(objective)})
+
+    def _go_on(self, chain: Training, checkpoints: Checkpoints | None, watch: Stopwatch) -> None:
+        """Put a chain where its newest checkpoint is."""
+        saved = None if checkpoints is None else checkpoints.newest(chain.chain)
+        if saved is not None:
+            chain.restore(saved)
+            watch.go_on(**saved.values["used"])
 
     def _draw(self, program: Program, guide: Callable[..., Any] | None, what: str) -> Particles:
         size, shown = self.batch_size, self.progress
         return draw(program, guide, self.num_samples, batch_size=size, progress=shown, what=what)[0]
 
-    def _train(self, program: Program, guide: Callable[..., Any], policy: Any, chain: int) -> dict[str, Any]:
-        """Gradient steps; what was seen in each."""
-        objective = self.objective or ReverseKL(self.num_particles)
-        if isinstance(objective, Objective):  # chains, and runs, learn nothing from one another
-            objective.reset(program)
-
-        def rate_of(name: str) -> float:
-            is_latent = self.guide is None and not name.startswith("policies")
-            return self.latent_learning_rate if is_latent else self.learning_rate
-
-        optimizer = ScheduledAdam(rate_of, self.num_steps, self.schedule, self.clip_norm)
-        svi = pyro.infer.SVI(program.model, guide, optimizer, loss=objective)
-        history: dict[str, Any] = {"elbo": [], "kl": [], "log_likelihood": [], "gradient_norm": []}
-        interrupted = False
-        name = "SVI" if self.num_chains == 1 else f"SVI, chain {chain + 1} of {self.num_chains}"
-        with track(name, self.num_steps, self.progress) as report:
-            self._watch(0, policy)
-            for step in range(self.num_steps):
-                try:
-                    loss = svi.step(*program.args, **program.kwargs)
-                except KeyboardInterrupt:
-                    interrupted = True
-                    break
-                except Exception as error:
-                    error.add_note(f"SVI stopped at step {step}")
-                    raise
-                seen = getattr(objective, "last", None) or {"elbo": torch.tensor([-loss])}
-                for key in ("elbo", "kl", "log_likelihood"):
-                    if key in seen:
-                        history[key].append(seen[key].cpu().numpy())
-                history["gradient_norm"].append(optimizer.gradient_norm)
-                shown = {"elbo": "elbo", "score": "reward", "kl": "kl"}
-                report(values={label: float(seen[key].mean()) for key, label in shown.items() if key in seen})
-                self._watch(step + 1, policy)
-        return history | {"interrupted": interrupted}
-
-    def _watch(self, done: int, policy: Any) -> None:
-        if self.on_step is not None:
-            with seeded(done):
-                self.on_step(done, policy)
+    def _seen(self, chains: list[Training]) -> dict[str, Any]:
+        """What the chains saw, as ``stats`` have it."""
+        seen: dict[str, Any] = dict(stack([chain.history for chain in chains]))
+        if self.held_out is not None:
+            looks = stack([chain.looks for chain in chains])
+            longest = max(chains, key=lambda chain: chain.step).looks["held_out_steps"]
+            seen |= looks | {"held_out_steps": [int(step) for step in longest]}
+            for chain in chains:
+                self.held_out.warn(chain.looks, chain.history["log_likelihood"])
+        steps = max(chain.step for chain in chains)
+        return seen | {"steps": steps, "interrupted": any(chain.interrupted for chain in chains)}
 
 
 @contextlib.contextmanager
@@ -229,11 +180,3 @@ def _keeping(policy: Any) -> Iterator[None]:
         if policy is not None:
             error.add_note("the policy trained so far is kept in this error's .policy")
         raise
-
-
-def _stack(histories: list[dict[str, Any]]) -> dict[str, Any]:
-    """Histories of chains, (chain, step, ...), cut to the shortest."""
-    steps = min(len(history["gradient_norm"]) for history in histories)
-    keys = [key for key in histories[0] if key != "interrupted" and histories[0][key]]
-    stacked = {key: np.array([history[key][:steps] for history in histories]) for key in keys}
-    return stacked | {"steps": steps, "interrupted": any(history["interrupted"] for history in histories)}

@@ -11,7 +11,7 @@ import pytest
 from toys import LOG_Z, TARGET, Gaussian, enumerated, from_prior
 
 from bayeslm import diagnostics
-from bayeslm.plots import COLOURS, plot_elbo, plot_rewards
+from bayeslm.plots import COLOURS, plot_rewards, plot_training
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
@@ -111,17 +111,24 @@ def test_rewards_refuse_what_cannot_be_compared() -> None:
         plot_rewards({"a": np.zeros(4)})
 
 
-def test_elbo_and_evidence() -> None:
+def test_training_and_evidence() -> None:
     posterior = enumerated()
-    (axis,) = panels(plot_elbo(posterior))
-    curve, running, evidence = axis.lines
-    np.testing.assert_array_equal(curve.get_ydata(), posterior.stats["elbo"])
-    np.testing.assert_allclose(running.get_ydata(), np.linspace(-2.0, 0.1, 40)[1:] - 2.1 / 39 / 2)  # of 2 steps
-    assert evidence.get_ydata()[0] == pytest.approx(LOG_Z.mean())
-    posterior.log_evidence[:] = np.nan
-    assert len(panels(plot_elbo(posterior))[0].lines) == 2
     with pytest.raises(ValueError, match="left no curve"):
-        plot_elbo(from_prior(0, stats={}))
+        plot_training(from_prior(0, stats={}))
+    grows = np.linspace(-2.0, 0.1, 40)
+    posterior.stats["elbo"] = np.stack([grows, grows - 0.2])[..., None] + np.array([-1.0, 1.0])  # (chain, step, prompt)
+    posterior.stats |= {"held_out_steps": [0, 20, 40], "gold_elbo": np.zeros((2, 3, 2))}
+    (axis,) = panels(plot_training(posterior))
+    first, second, running, gold, evidence = axis.lines
+    np.testing.assert_allclose(first.get_ydata(), grows)
+    np.testing.assert_allclose(second.get_ydata(), grows - 0.2)
+    np.testing.assert_allclose(running.get_ydata(), grows[1:] - 2.1 / 39 / 2 - 0.1)  # of 2 steps, of both chains
+    assert list(gold.get_xdata()) == [0, 20, 40]
+    assert evidence.get_ydata()[0] == pytest.approx(LOG_Z.mean())
+    posterior.stats["elbo"][1, 30:] = np.nan  # a chain that had ended
+    posterior.log_evidence[:] = np.nan
+    _, _, running, _ = panels(plot_training(posterior))[0].lines
+    assert running.get_ydata()[-1] == pytest.approx(0.1 - 2.1 / 39 / 2)
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,195 @@
+"""Checkpoints of a training: whole or not there, refused where they are another run's, no pickle.
+
+    run/chain-0/              what chain 0 ended with
+    run/chain-1-step-150/     where chain 1 stands
+        checkpoint.json       format, version, the run's description, step, random numbers' states
+        tensors.safetensors   parameters, Adam's moments, what the objective remembers, the history
+
+Each is written into a hidden folder beside its place and renamed; only then is the one before it removed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import bayeslm
+from bayeslm.folders import whole
+
+from .program import Program
+from .results import prompt_labels, to_numpy
+
+FORMAT = "bayeslm.checkpoint/1"
+
+
+@dataclass
+class Saved:
+    """Where a chain stands: ``tensors`` by name, ``values`` that JSON can hold."""
+
+    chain: int
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run, in a folder of their own.
+
+    :param folder: made if it is not there.
+    :param description: of the run, as `describe_run` gives it: one of another is refused.
+    :raises ValueError: on `newest`, if the folder holds another run's, with what differs.
+    """
+
+    def __init__(self, folder: Path, description: dict[str, Any]) -> None:
+        self.folder = folder.absolute()
+        self._description = json.loads(json.dumps(description))
+        for unfinished in self.folder.glob(".chain-*"):  # of a run that was killed while it wrote
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    def newest(self, chain: int) -> Saved | None:
+        """What a chain ended with, or where it stands; None if it has not begun."""
+        if (ended := self.folder / f"chain-{chain}").exists():
+            return self._read(ended)
+        stands = list(self.folder.glob(f"chain-{chain}-step-*"))
+        return self._read(max(stands, key=lambda path: int(path.name.rpartition("-")[2]))) if stands else None
+
+    def write(self, saved: Saved, *, last: bool = False) -> str | None:
+        """Write a checkpoint, then remove the chain's ones before it; ``last`` is the chain's end.
+
+        A disk that refuses is a warning and not the end of the training: the checkpoint before stays. Gives its path.
+        """
+        name = f"chain-{saved.chain}" + ("" if last else f"-step-{saved.values['step']}")
+        target = self.folder / name
+        if target.exists():
+            return str(target)
+        before = list(self.folder.glob(f"chain-{saved.chain}-step-*"))
+        header = {"format": FORMAT, "version": bayeslm.__version__, "run": self._description, "chain": saved.chain}
+        try:
+            with whole(target) as unfinished:
+                save_file(
+                    {key: x.detach().cpu().contiguous() for key, x in saved.tensors.items()},
+                    unfinished / "tensors.safetensors",
+                )
+                (unfinished / "checkpoint.json").write_text(json.dumps(header | saved.values), encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            kept = f"{before[0]} is kept" if before else "there is none yet"
+            warnings.warn(f"no checkpoint {target}: {error}; {kept}, and the training goes on", stacklevel=2)
+            return str(before[0]) if before else None
+        for path in before:
+            shutil.rmtree(path, ignore_errors=True)
+        return str(target)
+
+    def _read(self, path: Path) -> Saved:
+        try:
+            values = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
+            tensors = load_file(path / "tensors.safetensors")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{path} is no checkpoint that can be read ({error}): remove it to begin anew") from error
+        there = {"format": values.pop("format", None), "version": values.pop("version", None)} | values.pop("run", {})
+        here = {"format": FORMAT, "version": bayeslm.__version__} | self._description
+        if differences := _differences(there, here):
+            raise ValueError(
+                f"{path} is a checkpoint of another run: {'; '.join(differences)}. "
+                "Run what it was made with, or choose another folder"
+            )
+        return Saved(values.pop("chain"), tensors, values)
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    def shown(value: Any) -> str:
+        text = json.dumps(value)
+        return text if len(text) <= 60 else f"{text[:57]}..."
+
+    names = [*here, *(name for name in there if name not in here)]
+    return [
+        f"{name} was {shown(there.get(name))} and is {shown(here.get(name))}"
+        for name in names
+        if there.get(name) != here.get(name)
+    ]
+
+
+# -- what a run is -------------------------------------------------------------------------------------------
+
+
+def describe_run(engine: Any, program: Program) -> dict[str, Any]:
+    """An engine's settings, a program's sites and what its factors say of arbitrary values, and the priors' weights."""
+    settings = {field.name: getattr(engine, field.name) for field in dataclasses.fields(engine)}
+    described = {name: describe(value) for name, value in settings.items() if name not in NOT_THE_RUN}
+    for site in program.sites.values():
+        described[f"site {site.name!r}"] = [site.kind, type(site.fn).__name__, list(site.shape)]
+        if site.kind == "observed" and not site.is_completion:
+            terms = to_numpy(site.fn.log_prob(site.value))
+            described[f"log p of {site.name!r} for arbitrary latents"] = [f"{x:.5g}" for x in terms.ravel()]
+    described["prompts"] = prompt_labels(program)
+    for name, lm in {site.name: site.fn.lm for site in program.completions}.items():
+        described[f"weights of the prior of {name!r}"] = digest(lm)
+    return described
+
+
+NOT_THE_RUN = ("checkpoint", "checkpoint_every", "log", "on_step", "progress", "batch_size")
+
+
+def describe(value: Any) -> Any:
+    """A setting as JSON: objects by their type and their own plain settings."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [describe(x) for x in value]
+    if isinstance(value, Mapping):
+        return {str(key): describe(x) for key, x in value.items()}
+    if isinstance(value, np.ndarray | Tensor):
+        return {"shape": list(value.shape)}
+    kind = getattr(value, "__qualname__", None)
+    if isinstance(kind, str):  # a function or a class
+        return kind
+    inside = {key.lstrip("_"): x for key, x in getattr(value, "__dict__", {}).items()}
+    plain = {k: x for k, x in inside.items() if isinstance(x, bool | int | float | str) or k in ("source", "baseline")}
+    return {"type": type(value).__qualname__} | {key: describe(x) for key, x in plain.items()}
+
+
+def digest(module: torch.nn.Module) -> str:
+    """Of the names, shapes and values of all parameters and buffers."""
+    found = blake2b(digest_size=16)
+    for name, x in sorted(module.state_dict().items()):
+        found.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
+        found.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+# -- random numbers ------------------------------------------------------------------------------------------
+
+
+def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The states of torch's, NumPy's and Python's generators, as tensors and as JSON."""
+    tensors = {"rng.torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002  (the generator that rewards may use)
+    version, inside, gauss = random.getstate()
+    return tensors, {"numpy": [kind, keys.tolist(), *rest], "random": [version, list(inside), gauss]}
+
+
+def restore_random_states(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    """Put back what `random_states` gave."""
+    torch.set_rng_state(tensors["rng.torch"])
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            if (state := tensors.get(f"rng.cuda.{i}")) is not None:
+                torch.cuda.set_rng_state(state, i)
+    kind, keys, *rest = values["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+    version, inside, gauss = values["random"]
+    random.setstate((version, tuple(inside), gauss))

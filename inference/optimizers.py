@@ -1,0 +1,84 @@
+"""What moves the parameters of a guide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+}
+
+
+class ScheduledAdam(PyroOptim):
+    """Adam over all parameters at once, with the gradient clipped by its global norm and a learning-rate schedule.
+
+    (Pyro's own optimisers hold one optimiser a parameter, and clip each parameter by itself.)
+
+    :param rate_of: the learning rate of a parameter, by its name in Pyro's store.
+    """
+
+    def __init__(self, rate_of: Callable[[str], float], num_steps: int, schedule: str, clip_norm: float | None) -> None:
+        super().__init__(torch.optim.Adam, {})
+        self._rate_of = rate_of
+        self._num_steps = num_steps
+        self._factor = SCHEDULES[schedule]
+        self._clip = math.inf if clip_norm is None else clip_norm
+        self._adam: torch.optim.Adam | None = None
+        self._names: dict[Tensor, str] = {}
+        self._step = 0
+        self.gradient_norm = 0.0
+
+    def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
+        store = pyro.get_param_store()
+        self._add({p: str(store.param_name(p)) for p in set(params) - self._names.keys()})
+        assert self._adam is not None
+        for settings in self._adam.param_groups:
+            settings["lr"] = settings["rate"] * self._factor(self._step / self._num_steps)
+        self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(self._names, self._clip))
+        if not math.isfinite(self.gradient_norm):
+            raise FloatingPointError(f"the gradient is {self.gradient_norm}")
+        self._adam.step()
+        self._step += 1
+
+    def _add(self, names: dict[Tensor, str]) -> None:
+        """Move these too. Params are a set: taken in the order of their names, so that a seed reproduces the run."""
+        groups: dict[float, list[Tensor]] = {}
+        for p in sorted(names, key=names.__getitem__):
+            groups.setdefault(self._rate_of(names[p]), []).append(p)
+        for rate, group in groups.items():
+            settings: dict[str, Any] = {"params": group, "lr": rate, "rate": rate}
+            if self._adam is None:
+                self._adam = torch.optim.Adam([settings])
+            else:
+                self._adam.add_param_group(settings)
+            self._names |= {p: names[p] for p in group}
+
+    # `state_dict` would be Pyro's own name, for a state of another form.
+    def moments(self) -> dict[str, Tensor]:
+        """Adam's state by parameter, as "moment.parameter", to go on from."""
+        if self._adam is None:
+            return {}
+        return {f"{key}.{name}": self._adam.state[p][key] for p, name in self._names.items() for key in MOMENTS}
+
+    def load_moments(self, moments: Mapping[str, Tensor], params: Mapping[str, Tensor], step: int) -> None:
+        """Go on from what `moments` gave after so many steps, with the parameters of these names."""
+        names = [key.partition(".")[2] for key in moments if key.startswith("step.")]
+        self._add({params[name]: name for name in names})
+        for name in names:
+            assert self._adam is not None
+            where = params[name].device
+            state = {key: moments[f"{key}.{name}"] for key in MOMENTS}
+            self._adam.state[params[name]] = {k: x if k == "step" else x.to(where) for k, x in state.items()}
+        self._step = step
+
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")

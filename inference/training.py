@@ -1,0 +1,225 @@
+"""One training of a guide: its steps, what they saw, and all that it takes to go on with them another day."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from ..models.network import Usage
+from ..models.progress import track
+from .checkpoints import Checkpoints, Saved, random_states, restore_random_states
+from .elbo import Objective
+from .guides import AutoPolicy
+from .optimizers import ScheduledAdam
+from .program import Arbitrary, Program, seeded
+from .results import to_numpy
+
+if TYPE_CHECKING:
+    from .svi import SVI
+
+SEEN = ("elbo", "kl", "log_likelihood", "score", "log_evidence")
+
+
+class Training:
+    """A chain of `SVI`.
+
+    ``history`` holds what each step saw under the names of ``stats``, ``looks`` what `HeldOut` saw.
+    """
+
+    def __init__(self, engine: SVI, program: Program, objective: Any, chain: int, usage: Usage) -> None:
+        self.engine, self.program, self.objective, self.chain = engine, program, objective, chain
+        self.guide = engine.guide if engine.guide is not None else AutoPolicy(program, engine.lora_rank)
+        self.policy = getattr(self.guide, "policy", None)
+        if engine.held_out is not None and self.policy is None:
+            raise ValueError("SVI: held_out looks at a policy, and this guide has none as its attribute .policy")
+        # A guide of the user's keeps its parameters where Pyro's users look for them; the default one's are its own.
+        self.params: dict[str, Any] | None = None if engine.guide is not None else {"params": {}, "constraints": {}}
+        self.optimizer = ScheduledAdam(self._rate_of, engine.num_steps, engine.schedule, engine.clip_norm)
+        self.history: dict[str, list[np.ndarray]] = {}
+        self.looks: dict[str, list[np.ndarray]] = {}
+        self.step = 0
+        self.ended = False  # before its last step, since it was far enough
+        self.interrupted = False
+        self.checkpoint: str | None = None  # the last one's path
+        self._usage = usage
+        if isinstance(objective, Objective):  # chains, and runs, learn nothing from one another
+            objective.reset(program)
+            if engine.temperature is not None:
+                objective.inverse_temperature = engine.temperature.first()
+
+    def run(self, checkpoints: Checkpoints | None, seconds: Callable[[], float]) -> None:
+        """All steps that are not done yet. ``seconds`` is the run's clock, for the checkpoints."""
+        engine = self.engine
+        svi = pyro.infer.SVI(self.program.model, self.guide, self.optimizer, loss=self.objective)
+        name = "SVI" if engine.num_chains == 1 else f"SVI, chain {self.chain + 1} of {engine.num_chains}"
+        with self.own_params(), track(name, engine.num_steps, engine.progress) as report:
+            report(self.step)
+            if self.step == 0:
+                self._watch()
+            while self.step < engine.num_steps and not self.ended:
+                start = time.perf_counter()
+                try:
+                    loss = svi.step(*self.program.args, **self.program.kwargs)
+                except KeyboardInterrupt:
+                    self.interrupted = True
+                    return
+                except Exception as error:
+                    self._explain(error)
+                    raise
+                shown = self._note(loss, time.perf_counter() - start)
+                report(values=shown)
+                self._watch()
+                if engine.log is not None:
+                    engine.log(self.chain * engine.num_steps + self.step, self._means())
+                if checkpoints is not None and self.step % engine.checkpoint_every == 0 and not self.done:
+                    self.checkpoint = checkpoints.write(self._saved(seconds()))
+            if checkpoints is not None:
+                self.checkpoint = checkpoints.write(self._saved(seconds()), last=True)
+
+    @contextlib.contextmanager
+    def own_params(self) -> Iterator[None]:
+        """With the chain's parameters in Pyro's store."""
+        if self.params is None:
+            yield
+        else:
+            with pyro.get_param_store().scope(self.params):
+                yield
+
+    @property
+    def done(self) -> bool:
+        return self.ended or self.step == self.engine.num_steps
+
+    def _rate_of(self, name: str) -> float:
+        is_latent = self.engine.guide is None and not name.startswith("policies")
+        return self.engine.latent_learning_rate if is_latent else self.engine.learning_rate
+
+    # -- what a step saw -------------------------------------------------------------------------------------
+
+    def _note(self, loss: float, seconds: float) -> dict[str, float]:
+        """Keep what the step saw, move the temperature, and ask whether it is far enough; gives what to show."""
+        engine, objective = self.engine, self.objective
+        seen = getattr(objective, "last", None) or {"elbo": torch.tensor([-loss])}
+        gamma = getattr(objective, "inverse_temperature", 1.0)
+        now = {key: to_numpy(seen[key]) for key in SEEN if key in seen}
+        now |= {"gradient_norm": np.array(self.optimizer.gradient_norm), "inverse_temperature": np.array(gamma)}
+        for key, value in now.items():
+            self.history.setdefault(key, []).append(value)
+        self.step += 1
+        if engine.temperature is not None:
+            kl = float(now["kl"].mean()) if "kl" in now else float("nan")
+            objective.inverse_temperature = engine.temperature.after(gamma, self.step / engine.num_steps, kl)
+        self.ended = engine.stop is not None and engine.stop(self.history)
+        shown = {"elbo": "elbo", "score": "reward", "kl": "kl", "gradient_norm": "gradient"}
+        draws = getattr(objective, "num_particles", engine.num_particles) * self.program.num_prompts
+        return {label: float(now[key].mean()) for key, label in shown.items() if key in now} | {
+            "samples/s": draws / max(seconds, 1e-9)
+        }
+
+    def _means(self) -> dict[str, float]:
+        """The last of everything, means over prompts."""
+        means = {key: float(values[-1].mean()) for key, values in self.history.items()}
+        if self.looks and int(self.looks["held_out_steps"][-1]) == self.step:
+            means |= {
+                f"held_out/{key}": float(x[-1].mean()) for key, x in self.looks.items() if key != "held_out_steps"
+            }
+        return means
+
+    def _watch(self) -> None:
+        """Let others look, who leave the random numbers as they are."""
+        engine, held_out = self.engine, self.engine.held_out
+        if engine.on_step is not None:
+            with seeded(self.step):
+                engine.on_step(self.step, self.policy)
+        if held_out is not None and (self.step % held_out.every == 0 or self.done):
+            with seeded(self.step):
+                seen = held_out.look(self.policy)
+            for key, value in (seen | {"held_out_steps": np.array(self.step)}).items():
+                self.looks.setdefault(key, []).append(value)
+
+    def _explain(self, error: Exception) -> None:
+        """Say where it was, and what the particles were if numbers went wrong."""
+        error.add_note(f"SVI stopped at step {self.step}" + (f" of chain {self.chain}" if self.chain else ""))
+        particles = getattr(self.objective, "particles", None)
+        if isinstance(error, FloatingPointError) and particles is not None:
+            error.add_note(particles.farthest(self.program))
+            error.draws = particles.values  # type: ignore[attr-defined]
+        if self.checkpoint is not None:
+            error.add_note(f"the last checkpoint is {self.checkpoint}: the same call goes on from there")
+
+    # -- stopping and going on -------------------------------------------------------------------------------
+
+    def _saved(self, seconds: float) -> Saved:
+        """Where it stands."""
+        rng, states = random_states()
+        tensors = rng | {f"param.{name}": x for name, x in _unconstrained().items()}
+        tensors |= {f"adam.{name}": x for name, x in self.optimizer.moments().items()}
+        if isinstance(self.objective, Objective):
+            tensors |= {f"objective.{name}": x for name, x in self.objective.state_dict().items()}
+            states["gamma"] = self.objective.inverse_temperature
+        for group, seen in (("history", self.history), ("looks", self.looks)):
+            tensors |= {f"{group}.{name}": torch.from_numpy(np.array(values)) for name, values in seen.items()}
+        used = {"seconds": seconds, "tokens": self._usage.tokens, "model_calls": self._usage.model_calls}
+        return Saved(self.chain, tensors, {"step": self.step, "ended": self.ended, "used": used} | states)
+
+    def restore(self, saved: Saved) -> None:
+        """Go on from there, the random numbers included."""
+
+        def group(name: str) -> dict[str, Tensor]:
+            return {key.removeprefix(f"{name}."): x for key, x in saved.tensors.items() if key.startswith(f"{name}.")}
+
+        with self.own_params():
+            self._set_up()
+            params = _unconstrained()
+            if params.keys() != (kept := group("param")).keys():
+                names = sorted(params.keys() ^ kept.keys())
+                raise ValueError(
+                    f"the checkpoint is of another guide: only one of the two has the parameter {names[0]!r}"
+                )
+            for name, x in kept.items():
+                if params[name].shape != x.shape:
+                    raise ValueError(
+                        f"the checkpoint is of another guide: {name!r} has the shape {tuple(x.shape)} there"
+                    )
+                params[name].data.copy_(x)
+        self.step, self.ended = saved.values["step"], saved.values["ended"]
+        self.optimizer.load_moments(group("adam"), params, self.step)
+        if isinstance(self.objective, Objective):
+            device = self.program.device
+            self.objective.load_state_dict({name: x.to(device) for name, x in group("objective").items()})
+            self.objective.inverse_temperature = saved.values["gamma"]
+        self.history, self.looks = (
+            {name: list(x.numpy()) for name, x in group(kind).items()} for kind in ("history", "looks")
+        )
+        restore_random_states(saved.tensors, saved.values)
+
+    def _set_up(self) -> None:
+        """Run guide and program once, so that what parameters they have is there to be set."""
+        args, kwargs = self.program.args, self.program.kwargs
+        with seeded(0), torch.no_grad(), poutine.block(), Arbitrary():
+            self.guide(*args, **kwargs)
+            self.program.model(*args, **kwargs)
+
+
+def _unconstrained() -> dict[str, Tensor]:
+    """The parameters in Pyro's store, as they are optimised."""
+    store = pyro.get_param_store()
+    return {name: store[name].unconstrained() for name in sorted(store.keys())}
+
+
+def stack(chains: list[dict[str, list[np.ndarray]]]) -> Mapping[str, np.ndarray]:
+    """Lists of chains as arrays (chain, step, ...); NaN after the end of a chain that ended before others."""
+    longest = max(len(values) for chain in chains for values in chain.values())
+    stacked = {}
+    for key in chains[0]:
+        rows = [np.array(chain[key][:longest], dtype=float) for chain in chains]
+        padded = [np.concatenate([x, np.full((longest - len(x), *x.shape[1:]), np.nan)]) for x in rows]
+        stacked[key] = np.array(padded)
+    return stacked

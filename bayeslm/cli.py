@@ -96,6 +96,17 @@ def infer(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="svi: gradient steps; mcmc: sweeps of warm-up.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="svi: of Adam.")] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help="svi: elbo, log-variance, log-variance-replay, forward-kl, jensen-shannon, total-variation or iwelbo. "
+            "Default: elbo."
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="svi: a folder to go on from when the run was killed; the same call does.")
+    ] = None,
+    tensorboard: Annotated[Path | None, typer.Option(help="svi: a folder for TensorBoard.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The longest completion.")] = 24,
     temperature: Annotated[float, typer.Option(help="Of the prior's sampling law.")] = 1.0,
     device: Annotated[
@@ -124,8 +135,11 @@ def infer(
             raise ValueError("--twist and --top-k are for --engine smc")
         if top_k is not None and twist is None:
             raise ValueError("--top-k lets a twist propose: say which by --twist")
+        training = {"objective": objective, "checkpoint": checkpoint, "tensorboard": tensorboard}
+        if "svi" not in names and any(option is not None for option in training.values()):
+            raise ValueError("--objective, --checkpoint and --tensorboard are for --engine svi")
         sizes: dict[str, Any] = {"particles": particles, "samples": samples, "chains": chains, "steps": steps}
-        sizes |= {"learning_rate": learning_rate, "top_k": top_k}
+        sizes |= {"learning_rate": learning_rate, "top_k": top_k} | training
         ready = twist if twist in ("partial", "prefix") else None  # others need the language model, and come later
         engines = {name: _engine(name, seed=seed, twist=ready, **sizes) for name in names}
         texts, columns = _read_prompts(prompt or [], prompts)
@@ -206,7 +220,7 @@ def _engine(name: str, *, seed: int, twist: Any, **sizes: Any) -> Any:
         raise ValueError(f"no engine is called {name!r}{hint}; there are {', '.join(ENGINES)}")
     fields = {field.name for field in dataclasses.fields(ENGINES[name])}
     particles = {"rejection": "max_proposals", "bestofn": "n", "mcmc": "initial_particles"}.get(name, "num_particles")
-    meant = {
+    meant: dict[str, Any] = {
         particles: sizes["particles"],
         "num_samples": sizes["samples"],
         "num_steps": sizes["steps"],
@@ -218,7 +232,33 @@ def _engine(name: str, *, seed: int, twist: Any, **sizes: Any) -> Any:
         "proposal": "twist" if name == "smc" and twist is not None and sizes["top_k"] is not None else None,
         "seed": seed,
     }
+    if name == "svi":
+        meant |= {"objective": _objective(sizes["objective"], sizes["particles"]), "checkpoint": sizes["checkpoint"]}
+        if sizes["tensorboard"] is not None:
+            from bayeslm.inference import TensorBoard
+
+            meant["log"] = TensorBoard(sizes["tensorboard"])
     return ENGINES[name](**{field: value for field, value in meant.items() if field in fields and value is not None})
+
+
+def _objective(name: str | None, particles: int | None) -> Any:
+    """An objective of SVI by name; None is the engine's own."""
+    from bayeslm.inference import FDivergence, ForwardKL, LogVariance, Renyi, Replay, ReverseKL
+
+    makers: dict[str, Any] = {
+        "elbo": ReverseKL,
+        "log-variance": LogVariance,
+        "log-variance-replay": lambda n: LogVariance(n, Replay()),
+        "forward-kl": ForwardKL,
+        "jensen-shannon": lambda n: FDivergence("jensen-shannon", n),
+        "total-variation": lambda n: FDivergence("total-variation", n),
+        "iwelbo": lambda n: Renyi(0.0, n),
+    }
+    if name is None:
+        return None
+    if name not in makers:
+        raise ValueError(f"--objective {name} is none of {', '.join(makers)}")
+    return makers[name](particles or 8)
 
 
 def _twist(
@@ -335,22 +375,29 @@ def _run(
             break
     report.show(posteriors, out_console)
     if out is not None:
-        _picture(posteriors, out / "rewards.png")
+        pictures = ", ".join(_pictures(posteriors, out))
         out_console.print(
-            f"written to {out}: posteriors (NetCDF for ArviZ in each), policy, rewards.png", highlight=False
+            f"written to {out}: posteriors (NetCDF for ArviZ in each), policy, {pictures}", highlight=False
         )
         out_console.print(f"see them again: bayeslm show {out}", highlight=False)
     if any(posterior.stats.get("interrupted") for posterior in posteriors.values()):
         raise typer.Exit(INTERRUPTED)
 
 
-def _picture(posteriors: dict[str, Posterior], path: Path) -> None:
-    try:
-        from bayeslm.plots import plot_rewards
+def _pictures(posteriors: dict[str, Posterior], out: Path) -> list[str]:
+    """Draw the rewards, and the training if there was one; gives the files' names."""
+    from bayeslm.plots import plot_rewards, plot_training
 
-        plot_rewards(posteriors).savefig(path, dpi=120)
+    try:
+        figures = {"rewards.png": plot_rewards(posteriors)}
+        if "svi" in posteriors:
+            figures["training.png"] = plot_training(posteriors["svi"])
     except ImportError as error:
         err_console.print(f"no picture: {error}", style="yellow", markup=False)
+        return ["no picture"]
+    for name, figure in figures.items():
+        figure.savefig(out / name, dpi=120)
+    return list(figures)
 
 
 if __name__ == "__main__":

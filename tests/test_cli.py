@@ -103,7 +103,7 @@ def test_infer_compares_engines_and_show_repeats_it(folder):
     )
     for word in ("exact", "importance", "svi: policy", "svi: weighted", "log Z", "written to run"):
         assert word in out
-    assert {p.name for p in Path("run").iterdir()} == {"exact", "importance", "svi", "rewards.png"}
+    assert {p.name for p in Path("run").iterdir()} == {"exact", "importance", "svi", "rewards.png", "training.png"}
     posterior = Posterior.load("run/svi")
     assert posterior.prompts == ["a b", "c"]
     again = LanguageModel.from_pretrained(posterior.policy_path)
@@ -184,6 +184,23 @@ def test_ctrl_c_in_training_ends_it_and_keeps_what_there_is(folder):
     assert posterior.stats["interrupted"]
     assert posterior.stats["steps"] == 2
     assert posterior.policy_path is not None
+
+
+def test_a_training_that_failed_goes_on_from_its_checkpoint(folder):
+    """After a reward that raised once; the policy is that of a run that nothing happened to."""
+    training = ["--engine", "svi", "--steps", "60", "--samples", "8", "--objective", "log-variance-replay"]
+    failing = REWARDS.replace("calls > 4", "calls == 15")  # in step 52: it is asked at the look, and every fourth step
+    Path("my_rewards.py").write_text(failing)
+    settings = ["a", *training, "--reward", "my_rewards:breaks_later", "--checkpoint", "kept"]
+    out = infer(*settings, "--tensorboard", "curves", code=1)
+    assert "the last checkpoint is" in " ".join(out.split())
+    infer(*settings, "--out", "again")
+    infer("a", *training, "--reward", "my_rewards:breaks_later", "--out", "anew")
+    again, anew = (Posterior.load(f"{name}/svi") for name in ("again", "anew"))
+    assert (again.samples["completion"] == anew.samples["completion"]).all()
+    assert list(Path("curves").glob("events*"))
+    assert "are for --engine svi" in infer("a", "--objective", "elbo", code=1)
+    assert "is none of elbo" in infer("a", "--engine", "svi", "--objective", "hinge", code=1)
 
 
 def test_help_teaches():

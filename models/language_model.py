@@ -31,6 +31,8 @@ class LanguageModel(nn.Module):
     :param pad_token_id: fills completions after their end; it need not be a token of the network.
     :param name: where it was loaded from; written into adapters trained from it.
     :param batch_size: sequences in one forward pass; default: as many as bounded memory allows.
+    :param gradient_checkpointing: keep of each layer its input alone, and compute the rest anew in the backward pass
+        of a policy: a third more time for the memory of long texts.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class LanguageModel(nn.Module):
         pad_token_id: int | None = None,
         name: str | None = None,
         batch_size: int | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if batch_size is not None and batch_size < 1:
@@ -50,6 +53,7 @@ class LanguageModel(nn.Module):
         self.tokenizer = tokenizer
         self.name = name
         self.batch_size = batch_size
+        self.gradient_checkpointing = gradient_checkpointing
         self._causal: CausalNetwork | None = None
         self.eval()
         found = _first(
@@ -170,6 +174,7 @@ class LanguageModel(nn.Module):
             pad_token_id=self.pad_token_id,
             name=name,
             batch_size=self.batch_size,
+            gradient_checkpointing=self.gradient_checkpointing,
         )
 
     def _refuse_packed(self) -> None:

@@ -20,12 +20,14 @@ import inspect
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 # Elements of one float32 block of logits: 2**25 is 128 MB, some 680 tokens of a 49k vocabulary.
 LOGITS_BLOCK = 2**25
@@ -96,12 +98,14 @@ class CausalNetwork:
     """A causal network seen as body and head.
 
     :param network: any module with the call convention of ``transformers``' causal language models.
+    :param compute_dtype: what matrix products of float32 weights are computed in (autocast); None: in float32.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, compute_dtype: torch.dtype | None = None) -> None:
         inside_peft: Any = getattr(network, "get_base_model", None)
         causal: Any = inside_peft() if inside_peft else network
         self.network = causal
+        self.compute_dtype = compute_dtype
         self.parameters = list(causal.parameters())
         accepted = inspect.signature(causal.forward).parameters
         self._takes_positions = "position_ids" in accepted
@@ -194,22 +198,29 @@ class CausalNetwork:
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
         if self._takes_positions:
             inputs["position_ids"] = positions
-        if self._body is None:
-            out = self.network(**inputs, use_cache=use_cache)
-            return out.logits, getattr(out, "past_key_values", None)
-        out = self._body(**inputs, use_cache=use_cache)
-        return out.last_hidden_state, getattr(out, "past_key_values", None)
+        with self.precision():
+            out = (self._body or self.network)(**inputs, use_cache=use_cache)
+        hidden = out.logits if self._body is None else out.last_hidden_state
+        return hidden, getattr(out, "past_key_values", None)
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Autocast to ``compute_dtype``. Around several passes it converts the weights once."""
+        if self.compute_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.compute_dtype)
 
     def read(self, ids: Tensor, mask: Tensor | None, gradient_checkpointing: bool = False) -> Tensor:
         """Hidden states (rows, tokens, width) of left-padded texts (rows, tokens), in one pass without a cache.
 
         With ``gradient_checkpointing`` the backward pass computes the inside of each layer anew.
         """
-        return self.hidden(ids, mask, _positions(ids, mask), use_cache=False)[0]
+        with checkpointed(self.network) if gradient_checkpointing else contextlib.nullcontext():
+            return self.hidden(ids, mask, _positions(ids, mask), use_cache=False)[0]
 
     def logits(self, hidden: Tensor, temperature: float) -> Tensor:
         """Float32 logits (..., vocabulary) of hidden states (..., width)."""
-        logits = hidden if self._head is None else self._head(hidden)
+        with self.precision():
+            logits = hidden if self._head is None else self._head(hidden)
         return logits.float() / temperature if temperature != 1.0 else logits.float()
 
     def token_log_prob(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -227,6 +238,39 @@ class CausalNetwork:
         if torch.is_grad_enabled() and len(targets) > size:
             return torch.cat([checkpoint(block, h, x, use_reentrant=False) for h, x in blocks])
         return torch.cat([block(h, x) for h, x in blocks])
+
+
+def checkpointable(network: nn.Module) -> list[nn.Module]:
+    """The layers whose inside can be computed anew in the backward pass.
+
+    :raises ValueError: if there are none.
+    """
+    layers: list[nn.Module] = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(
+            f"gradient_checkpointing: {type(network).__name__} has none of transformers' GradientCheckpointingLayers; "
+            "a small batch_size bounds the memory as well"
+        )
+    return layers
+
+
+@contextlib.contextmanager
+def checkpointed(network: nn.Module) -> Iterator[None]:
+    """Inside, layers keep for the backward pass their inputs alone.
+
+    (Their own switch would do so in training mode only, where some have dropout.)
+    """
+    layers = checkpointable(network)
+    before = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
 def log_softmax_at(logits: Tensor, token: Tensor) -> Tensor:

@@ -2,31 +2,16 @@
 
 import pytest
 import torch
-from helpers import by_hand, llama_network, table_lm, tiny_llama
-from transformers import AutoConfig, AutoModelForCausalLM
+from helpers import by_hand, llama_network, random_network, table_lm, tiny_llama
 
 from bayeslm.models import LanguageModel, network, scoring
 from bayeslm.models.network import CausalNetwork, count_usage
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [20], [30, 31, 32]]
 
-COMMON = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 SHORT_WINDOW = {"sliding_window": 5}  # shorter than the longest prompt
 
-# model type: (what its config has beside COMMON, whether it is a body and a linear head and nothing else)
+# model type: (what its config has beside `helpers.COMMON`, whether it is a body and a linear head and nothing else)
 ARCHITECTURES = {
     "llama": ({}, True),
     "qwen2": ({}, True),
@@ -42,12 +27,6 @@ ARCHITECTURES = {
     "opt": ({"ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.3}, True),
     "bloom": ({}, True),  # positions by linear biases, from the mask
 }
-
-
-def random_network(model_type, **extra):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(COMMON | extra)))
 
 
 @pytest.fixture

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import by_hand, llama_network, tiny_llama
+from helpers import by_hand, llama_network, random_network, table_lm, tiny_llama
 from torch import nn
 
 from bayeslm.models import LanguageModel, scoring
-from bayeslm.models.network import count_usage
+from bayeslm.models.network import CausalNetwork, checkpointable, count_usage
 
 PROMPTS = [[1, 2, 3, 4], [5], [6, 7]]  # of different lengths, so that two are padded
 TOKENS = 6
@@ -117,19 +117,23 @@ def test_one_micro_batch_of_activations_is_alive_at_most(own):
     assert max(rows) == 3
 
 
+def kept_numbers(policy: LanguageModel, rows: int, length: int) -> int:
+    """Numbers, but for the weights, that the graph of so many completions' scores keeps."""
+    law = policy([[1] * length] * rows, max_new_tokens=10)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        law.log_prob(torch.ones((rows, 10), dtype=torch.long))
+    weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // 4 for t in kept}
+    return sum(size for place, size in storages.items() if place not in weights)
+
+
 @pytest.mark.parametrize("lora_rank", [None, 4])
 def test_micro_batches_have_bounded_activations(lora_rank):
     """The numbers that a graph keeps of a completion, counted, times the completions of a micro-batch."""
-    network = llama_network(hidden_size=64, intermediate_size=256, num_hidden_layers=4)
-    policy = LanguageModel(network).policy(lora_rank)
-    law = policy([[1] * 20] * 16, max_new_tokens=10)
-    kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        law.log_prob(torch.ones((16, 10), dtype=torch.long))
-    weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // 4 for t in kept}
-    numbers = sum(size for place, size in storages.items() if place not in weights) / 16
-    assert 0.7 * 2**27 < numbers * law.max_rows_with_gradient < 1.3 * 2**27
+    policy = LanguageModel(llama_network(hidden_size=64, intermediate_size=256, num_hidden_layers=4)).policy(lora_rank)
+    largest = policy([[1] * 20], max_new_tokens=10).max_rows_with_gradient
+    assert 0.7 * 2**27 < kept_numbers(policy, 16, 20) / 16 * largest < 1.3 * 2**27
 
 
 # -- graphs --------------------------------------------------------------------------------------------------
@@ -231,3 +235,131 @@ def test_the_mismatch_of_rounding(dtype, limit):
     with count_usage() as usage:
         policy(PROMPTS, TOKENS).log_prob(x.clone()).sum().backward()
     assert usage.mismatch is None  # others' draws have one score alone
+
+
+# -- gradient checkpointing ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "opt"])
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_checkpointing_gives_the_same_gradient(model_type, lora_rank):
+    """Without dropout, which the last's layers have in training mode; own draws and given ones."""
+    if lora_rank and model_type == "gpt2":
+        pytest.skip("its Conv1D layers are not PEFT's linear ones")
+    policy = LanguageModel(random_network(model_type)).policy(lora_rank)
+    prompts = [[5, 6, 7, 8], [20]]
+    law = policy(prompts, TOKENS)
+    x = law.sample((3,))
+    weights = torch.randn(x.shape)
+    expected = gradient(policy, law.token_log_prob(x), weights)
+    policy.gradient_checkpointing = True
+    layers = checkpointable(policy.network)
+    for value in (x, x.clone()):
+        torch.testing.assert_close(
+            gradient(policy, policy(prompts, TOKENS).token_log_prob(value), weights), expected, atol=1e-5, rtol=1e-4
+        )
+    assert len(layers) == 2
+    assert not any("forward" in vars(layer) or layer.training for layer in layers)
+
+
+def test_checkpointing_keeps_the_inputs_of_layers():
+    """And little more."""
+    policy = LanguageModel(llama_network(hidden_size=64, intermediate_size=128, num_hidden_layers=8)).policy()
+    plain = kept_numbers(policy, 4, 20)
+    policy.gradient_checkpointing = True
+    less = kept_numbers(policy, 4, 20)
+    inputs = 8 * 64 * 4 * 29  # layers, width, completions, tokens
+    assert inputs <= less < 2 * inputs < plain / 4
+
+
+def test_checkpointing_goes_with_a_model_and_needs_layers(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    lm = LanguageModel.from_pretrained(tmp_path, gradient_checkpointing=True, batch_size=7)
+    assert (lm.policy().gradient_checkpointing, lm.policy(2).batch_size) == (True, 7)
+    with pytest.raises(ValueError, match="has none of transformers' GradientCheckpointingLayers; a small batch_size"):
+        LanguageModel(table_lm().network, gradient_checkpointing=True)
+
+
+# -- bfloat16 ------------------------------------------------------------------------------------------------
+
+
+def bfloat16_prior() -> LanguageModel:
+    return LanguageModel(llama_network(seed=3).bfloat16(), eos_token_ids=(0, 3))
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_a_policy_of_a_bfloat16_prior_trains_in_float32(lora_rank):
+    """Steps that bfloat16 weights would lose are kept, and add up; the prior stays as it is."""
+    prior = bfloat16_prior()
+    policy = prior.policy(lora_rank)
+    assert {p.dtype for p in trained(policy)} == {torch.float32}
+    assert (policy.compute_dtype == torch.bfloat16) == (lora_rank is None)
+    torch.manual_seed(1)
+    x = prior(PROMPTS, TOKENS).sample((8,))
+    torch.testing.assert_close(
+        policy(PROMPTS, TOKENS).log_prob(x), prior(PROMPTS, TOKENS).log_prob(x), atol=0.3, rtol=0
+    )
+    before = [p.detach().clone() for p in trained(policy)]
+    untouched = [p.detach().clone() for p in prior.parameters()]
+    target = x[:1]
+    start = policy(PROMPTS, TOKENS).log_prob(target).sum().item()
+    adam = torch.optim.Adam(trained(policy), lr=1e-4)
+    for _ in range(40):
+        adam.zero_grad()
+        scores = policy(PROMPTS, TOKENS).token_log_prob(target)
+        assert scores.dtype == torch.float32
+        (-scores.sum()).backward()
+        adam.step()
+    assert policy(PROMPTS, TOKENS).log_prob(target).sum().item() > start + 0.1
+    moved = torch.cat([(p - b).abs().reshape(-1) for p, b in zip(trained(policy), before, strict=True)])
+    assert (moved > 0).float().mean() > 0.9
+    assert all(torch.equal(p, b) for p, b in zip(prior.parameters(), untouched, strict=True))
+    if lora_rank is None:  # what Adam's steps of 1e-4 would do to the weights themselves
+        kept = torch.cat([(b.bfloat16() - 1e-4) != b.bfloat16() for b in map(torch.flatten, before)])
+        assert kept.float().mean() < 0.1
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+@pytest.mark.parametrize("own", [True, False])
+def test_gradients_in_bfloat16_point_where_those_in_float32_do(lora_rank, own):
+    prior = bfloat16_prior()
+    exact = LanguageModel(llama_network(seed=3).bfloat16().float(), eos_token_ids=(0, 3)).policy(lora_rank)
+    policy = prior.policy(lora_rank)
+    with torch.no_grad():
+        for p, q in zip(trained(policy), trained(exact), strict=True):
+            p.copy_(q.add_(0.05 * torch.randn_like(q)))
+    law = policy(PROMPTS, TOKENS)
+    x = law.sample((4,))
+    assert law.support.check(x).all()
+    torch.testing.assert_close(law.log_prob(x), exact(PROMPTS, TOKENS).log_prob(x), atol=0.3, rtol=0)
+    weights = torch.randn(x.shape)
+    one = torch.cat([g.flatten() for g in gradient(policy, law.token_log_prob(x if own else x.clone()), weights)])
+    two = torch.cat([g.flatten() for g in gradient(exact, exact(PROMPTS, TOKENS).token_log_prob(x), weights)])
+    assert one.dtype == torch.float32
+    assert torch.cosine_similarity(one, two, dim=0) > 0.995
+    assert abs(one.norm() / two.norm() - 1) < 0.03
+
+
+def test_sampling_is_one_autocast(monkeypatch):
+    """So that weights are converted once, and not at every token."""
+    policy = bfloat16_prior().policy()
+    law = policy(PROMPTS, TOKENS)
+    inside = []
+    original = CausalNetwork.hidden
+
+    def hidden(self, *args, **kwargs):
+        inside.append(torch.is_autocast_enabled("cpu"))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(CausalNetwork, "hidden", hidden)
+    law.sample()
+    assert len(inside) > 1
+    assert all(inside)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_policy_of_a_policy_goes_on_computing_in_bfloat16():
+    policy = bfloat16_prior().policy()
+    assert policy.policy().compute_dtype == policy.policy(2).compute_dtype == torch.bfloat16
+    assert {p.dtype for p in policy.policy().parameters()} == {torch.float32}
+    assert tiny_llama().policy().compute_dtype is None

@@ -17,7 +17,8 @@ from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 from torch.distributions import constraints
 
-from .network import CausalNetwork, Prefix, extend, prefill
+from .network import Prefix, prefill
+from .scoring import token_scores
 from .stepping import Steps, write
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class Autoregressive(TorchDistribution):
         rows = self._rows(shape)
         value = rows.new_full((len(rows), self.max_new_tokens), self.lm.pad_token_id)
         scores = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
-        with torch.no_grad():
+        with torch.no_grad(), self.lm.causal.precision():
             for part, prefix in self._prefixes(rows):
                 value[part], scores[part] = write(Steps(self, prefix))
         value = value.reshape(shape + self.event_shape)
@@ -112,25 +113,24 @@ class Autoregressive(TorchDistribution):
     def token_log_prob(self, value: Tensor) -> Tensor:
         """log p(x_t | prompt, x_<t), shape (*batch, max_new_tokens); 0 on padding, -inf where malformed.
 
-        A value that `sample` has just drawn is not scored again, unless a gradient is wanted.
+        A value that `sample` has just drawn is not scored again; if a gradient is wanted, the backward pass reads it.
+        Gradients are of first order, and take the memory of one micro-batch (see `scoring`).
+
+        :raises ValueError: for completions of another length.
         """
-        network = self.lm.causal
-        wants_grad = torch.is_grad_enabled() and network.requires_grad
-        if not wants_grad and self._scored is not None:
-            known, versions, scores = self._scored
-            if known is value and versions == self._versions(value):
-                return scores
+        wants_grad = torch.is_grad_enabled() and self.lm.causal.requires_grad
+        known = self._known(value)
+        if known is not None and not wants_grad:
+            return known
         if value.shape[-1:] != self.event_shape:
             raise ValueError(f"expected completions of {self.max_new_tokens} tokens, got shape {tuple(value.shape)}")
         # The law depends on the prompt alone, so a value shared by particles (an observation) is scored once.
         shape = torch.broadcast_shapes(value.shape[:-1], self.prompt_ids.shape[:-1])
-        flat = value.expand(shape + self.event_shape).reshape(-1, self.max_new_tokens)
-        rows = self._rows(shape)
+        whole = shape + self.event_shape
+        flat = value.expand(whole).reshape(-1, self.max_new_tokens)
+        known = known.reshape(flat.shape) if known is not None and known.shape == whole else None
         with torch.set_grad_enabled(wants_grad):
-            parts = [(part, _score(self, prefix, flat[part], flat.numel())) for part, prefix in self._prefixes(rows)]
-            scores = torch.cat([scores for _, scores in parts])
-            order = torch.cat([part for part, _ in parts])
-            scores = scores[order.argsort()].reshape(shape + self.event_shape)
+            scores = token_scores(self, self._rows(shape), flat, known).reshape(whole)
         scores = scores.expand(torch.broadcast_shapes(shape, self.batch_shape) + self.event_shape)
         if not wants_grad:
             self.know(value, scores)
@@ -180,8 +180,19 @@ class Autoregressive(TorchDistribution):
     @property
     def max_rows(self) -> int:
         """How many completions one forward pass of bounded memory takes."""
-        length = self.prompt_ids.shape[-1] + self.max_new_tokens
-        return self.lm.batch_size or self.lm.causal.rows_per_batch(length)
+        return self.lm.batch_size or self.lm.causal.rows_per_batch(self._length)
+
+    @property
+    def max_rows_with_gradient(self) -> int:
+        """How many completions one micro-batch of a gradient takes."""
+        checkpointing = self.lm.gradient_checkpointing
+        return self.lm.batch_size or self.lm.causal.rows_per_micro_batch(self._length, checkpointing)
+
+    @property
+    def flat_prompts(self) -> tuple[Tensor, Tensor | None]:
+        """The prompts' ids and mask, (prompts, length)."""
+        ids = self.prompt_ids.reshape(-1, self.prompt_ids.shape[-1])
+        return ids, None if self.prompt_mask is None else self.prompt_mask.reshape(ids.shape)
 
     def is_eos(self, value: Tensor) -> Tensor:
         """Which tokens end a completion."""
@@ -200,8 +211,8 @@ class Autoregressive(TorchDistribution):
 
     def prompt_texts(self) -> list[str]:
         """What the prompts say, one text a prompt (their ids, where there is no tokenizer to read them)."""
-        ids = self.prompt_ids.reshape(-1, self.prompt_ids.shape[-1])
-        mask = torch.ones_like(ids) if self.prompt_mask is None else self.prompt_mask.reshape(ids.shape)
+        ids, mask = self.flat_prompts
+        mask = torch.ones_like(ids) if mask is None else mask
         rows = [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
         if self.lm.tokenizer is None:
             return [" ".join(map(str, row)) for row in rows]
@@ -213,16 +224,26 @@ class Autoregressive(TorchDistribution):
 
     def steps(self) -> Steps:
         """Completions of every element of the batch, to be written token by token (particle methods do)."""
-        ids = self.prompt_ids.reshape(-1, self.prompt_ids.shape[-1])
-        mask = None if self.prompt_mask is None else self.prompt_mask.reshape(ids.shape)
+        ids, mask = self.flat_prompts
         with torch.no_grad():
             return Steps(self, prefill(self.lm.causal, ids, mask).fork(self._rows(self.batch_shape)))
 
     # -- inside ----------------------------------------------------------------------------------------------
 
+    @property
+    def _length(self) -> int:
+        return self.prompt_ids.shape[-1] + self.max_new_tokens
+
     def _versions(self, value: Tensor) -> tuple[int, ...]:
         """Torch's counts of changes in place, of the value and of the weights: a kept score holds while they do."""
-        return (value._version, sum(p._version for p in self.lm.causal.parameters))
+        return (value._version, self.lm.causal.version)
+
+    def _known(self, value: Tensor) -> Tensor | None:
+        """The token log-probabilities that are kept of a value, if they still hold."""
+        if self._scored is None:
+            return None
+        known, versions, scores = self._scored
+        return scores if known is value and versions == self._versions(value) else None
 
     def _is_live(self, value: Tensor) -> Tensor:
         """True up to and including the first EOS."""
@@ -240,38 +261,22 @@ class Autoregressive(TorchDistribution):
         return torch.arange(prompts.numel(), device=self.lm.device).reshape(prompts).expand(shape).reshape(-1)
 
     def _prefixes(self, rows: Tensor) -> Iterator[tuple[Tensor, Prefix]]:
-        """Micro-batches of bounded memory: (indices into rows, their prompts' prefix).
-
-        Prompts come in blocks; each is prefilled once, however many completions continue it.
-        """
-        network = self.lm.causal
-        ids = self.prompt_ids.reshape(-1, self.prompt_ids.shape[-1])
-        mask = None if self.prompt_mask is None else self.prompt_mask.reshape(ids.shape)
+        """Micro-batches of bounded memory: (indices into rows, their prompts' prefix)."""
         size = self.max_rows
+        for prefix, members, prompts in self._blocks(rows, size):
+            for part, of in zip(members.split(size), prompts.split(size), strict=True):
+                yield part, prefix.fork(of)
+
+    def _blocks(self, rows: Tensor, size: int) -> Iterator[tuple[Prefix, Tensor, Tensor]]:
+        """Blocks of ``size`` prompts: their prefix, indices into the rows that continue them, and their prompts' rows
+        in the prefix. Each prompt is prefilled once, however many completions continue it.
+        """
+        ids, mask = self.flat_prompts
         for first in range(0, len(ids), size):
             block = slice(first, first + size)
-            prefix = prefill(network, ids[block], None if mask is None else mask[block])
+            prefix = prefill(self.lm.causal, ids[block], None if mask is None else mask[block])
             members = ((rows >= first) & (rows < first + size)).nonzero().squeeze(-1)
-            for part in members.split(size):
-                yield part, prefix.fork(rows[part] - first)
-
-
-def _score(law: Autoregressive, prefix: Prefix, values: Tensor, total: int) -> Tensor:
-    """Token log-probabilities (rows, max_new_tokens) of completions (rows, max_new_tokens), ``total`` tokens in all."""
-    network: CausalNetwork = law.lm.causal
-    live = law._is_live(values)
-    well_formed = law._is_well_formed(values)
-    ids = values.clamp(0, law.lm.vocab_size - 1)
-    longest = int(live.any(0).sum())  # columns that are padding in every row need no forward pass
-    hidden = prefix.hidden[:, None]
-    if longest > 1:
-        hidden = torch.cat([hidden, extend(network, prefix, ids[:, : longest - 1])], dim=1)
-    wanted = live[:, :longest]
-    scores = network.token_log_prob(hidden[wanted], ids[:, :longest][wanted], law.temperature, total)
-    out = scores.new_zeros(values.shape).masked_scatter(
-        torch.nn.functional.pad(wanted, (0, values.shape[-1] - longest)), scores
-    )
-    return out.masked_fill(~well_formed, -torch.inf)
+            yield prefix, members, rows[members] - first
 
 
 class _WellFormed(constraints.Constraint):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import encoding, packing, pretrained
 from .autoregressive import Autoregressive
-from .network import CausalNetwork
+from .network import CausalNetwork, checkpointable
 from .tabular import NGramConfig, NGramForCausalLM
 
 
@@ -31,6 +31,11 @@ class LanguageModel(nn.Module):
     :param pad_token_id: fills completions after their end; it need not be a token of the network.
     :param name: where it was loaded from; written into adapters trained from it.
     :param batch_size: sequences in one forward pass; default: as many as bounded memory allows.
+    :param gradient_checkpointing: keep of each layer its input alone, and compute the rest anew in the backward pass
+        of a policy: a third more time, and far less memory where texts are long.
+    :param compute_dtype: what products of float32 weights are computed in (autocast), as in policies of bfloat16
+        priors; None: in float32.
+    :raises ValueError: if ``batch_size`` < 1, an end is no token, or no layer can be checkpointed.
     """
 
     def __init__(
@@ -42,6 +47,8 @@ class LanguageModel(nn.Module):
         pad_token_id: int | None = None,
         name: str | None = None,
         batch_size: int | None = None,
+        gradient_checkpointing: bool = False,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if batch_size is not None and batch_size < 1:
@@ -50,6 +57,10 @@ class LanguageModel(nn.Module):
         self.tokenizer = tokenizer
         self.name = name
         self.batch_size = batch_size
+        if gradient_checkpointing:
+            checkpointable(network)
+        self.gradient_checkpointing = gradient_checkpointing
+        self.compute_dtype = compute_dtype
         self._causal: CausalNetwork | None = None
         self.eval()
         found = _first(
@@ -84,6 +95,8 @@ class LanguageModel(nn.Module):
         base: LanguageModel | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        batch_size: int | None = None,
+        gradient_checkpointing: bool = False,
         **kwargs: Any,
     ) -> LanguageModel:
         """Load a model by hub name or path; ``"smollm2"`` is SmolLM2-135M-Instruct from a package's own file.
@@ -91,13 +104,15 @@ class LanguageModel(nn.Module):
         :param name_or_path: ``"smollm2"``, a folder, or a name on the Hugging Face hub. A folder that holds a
             PEFT adapter is loaded on top of its base model.
         :param base: the base model of an adapter, where the adapter's own record of it cannot be followed.
-        :param dtype: of the weights; log-probabilities are float32 whatever it is.
+        :param dtype: of the weights; log-probabilities are float32 whatever it is, and so is what a policy trains.
+        :param batch_size, gradient_checkpointing: as in `LanguageModel`.
         :param kwargs: handed to ``AutoModelForCausalLM.from_pretrained``. Remote code is never run.
         :raises OSError: if the model is not found, with how to get it.
         :raises ValueError: if ``base`` is given and there is no adapter to put on it.
         """
         network, tokenizer, name = pretrained.load(name_or_path, base=base, dtype=dtype, **kwargs)
-        lm = cls(network, tokenizer, name=name)
+        settings = {"batch_size": batch_size, "gradient_checkpointing": gradient_checkpointing}
+        lm = cls(network, tokenizer, name=name, **settings)
         return lm.to(device) if device is not None else lm
 
     @classmethod
@@ -135,16 +150,22 @@ class LanguageModel(nn.Module):
         :param lora_rank: None copies every weight. A number gives LoRA adapters of that rank (Hu et al. 2021,
             arXiv 2106.09685) through PEFT on all linear layers but the head; the frozen weights under them are
             shared with this model, one copy in memory. Adapters begin at zero: the copy begins as this model.
+
+        What is trained is float32, so that small steps are not lost: adapters are, whatever the frozen weights under
+        them, and a copy of bfloat16 weights is a float32 one that computes in bfloat16.
+
         :raises TypeError: if this model is `packed`.
+        :raises ValueError: if ``lora_rank`` < 1.
         """
         self._refuse_packed()
         if lora_rank is None:
-            network: nn.Module = copy.deepcopy(self.network)
+            network, compute_dtype = pretrained.float32_copy(self.network)
+            lm = self._around(network, name=None, compute_dtype=self.compute_dtype or compute_dtype)
             trainable = list(network.parameters())
         else:
             network = pretrained.with_lora(self.network, lora_rank, lora_alpha or 2 * lora_rank, self.name)
+            lm = self._around(network, name=self.name, compute_dtype=self.compute_dtype)
             trainable = pretrained.own_parameters(network)
-        lm = self._around(network, name=None if lora_rank is None else self.name)
         for p in trainable:
             p.requires_grad_(True)
         return lm
@@ -161,7 +182,7 @@ class LanguageModel(nn.Module):
         packing.pack(network)
         return self._around(network, name=self.name)
 
-    def _around(self, network: nn.Module, name: str | None) -> LanguageModel:
+    def _around(self, network: nn.Module, name: str | None, compute_dtype: torch.dtype | None = None) -> LanguageModel:
         """What this model is, around another network."""
         return LanguageModel(
             network,
@@ -170,6 +191,8 @@ class LanguageModel(nn.Module):
             pad_token_id=self.pad_token_id,
             name=name,
             batch_size=self.batch_size,
+            gradient_checkpointing=self.gradient_checkpointing,
+            compute_dtype=compute_dtype,
         )
 
     def _refuse_packed(self) -> None:
@@ -209,7 +232,7 @@ class LanguageModel(nn.Module):
     def causal(self) -> CausalNetwork:
         """The network as body and head (found at first use, since devices may change until then)."""
         if self._causal is None:
-            self._causal = CausalNetwork(self.network)
+            self._causal = CausalNetwork(self.network, self.compute_dtype)
         return self._causal
 
     @property

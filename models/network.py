@@ -20,12 +20,14 @@ import inspect
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 # Elements of one float32 block of logits: 2**25 is 128 MB, some 680 tokens of a 49k vocabulary.
 LOGITS_BLOCK = 2**25
@@ -37,6 +39,19 @@ class Usage:
 
     model_calls: int = 0
     tokens: int = 0
+    _mismatch: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def mismatch(self) -> tuple[float, float] | None:
+        """The largest and the mean |log q as it was sampled - log q as it was differentiated|, a token.
+
+        Two ways through the same network, whose rounding differs: some 1e-6 in float32, more in bfloat16. None if no
+        completions were both. (Kept on the device until it is read.)
+        """
+        if self._mismatch is None:
+            return None
+        largest, total, count = (float(x) for x in self._mismatch)
+        return largest, total / max(count, 1.0)
 
 
 _usage: ContextVar[tuple[Usage, ...]] = ContextVar("bayeslm_usage", default=())
@@ -44,25 +59,53 @@ _usage: ContextVar[tuple[Usage, ...]] = ContextVar("bayeslm_usage", default=())
 
 @contextlib.contextmanager
 def count_usage() -> Iterator[Usage]:
-    """Count the forward passes and tokens of every network used inside the block."""
+    """Count the forward passes and tokens of every network used inside the block.
+
+    A gradient's passes count where its scores were asked for, whenever its backward pass runs.
+    """
     usage = Usage()
-    token = _usage.set((*_usage.get(), usage))
-    try:
+    with counting((*_usage.get(), usage)):
         yield usage
+
+
+def usages() -> tuple[Usage, ...]:
+    """What counts here."""
+    return _usage.get()
+
+
+@contextlib.contextmanager
+def counting(these: tuple[Usage, ...]) -> Iterator[None]:
+    """Count for these alone (in a backward pass, which may have a thread of its own)."""
+    token = _usage.set(these)
+    try:
+        yield
     finally:
         _usage.reset(token)
+
+
+def note_mismatch(difference: Tensor, where: Tensor) -> None:
+    """Note differences between scores of the same tokens, at those of ``where`` (same shape)."""
+    size = difference.abs().where(where & difference.isfinite(), 0.0)
+    for usage in _usage.get():
+        seen = (size.amax(), size.sum(), where.sum())
+        if usage._mismatch is not None:
+            before = [x.to(size.device) for x in usage._mismatch]
+            seen = (torch.maximum(before[0], seen[0]), before[1] + seen[1], before[2] + seen[2])
+        usage._mismatch = seen
 
 
 class CausalNetwork:
     """A causal network seen as body and head.
 
     :param network: any module with the call convention of ``transformers``' causal language models.
+    :param compute_dtype: what matrix products of float32 weights are computed in (autocast); None: in float32.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, compute_dtype: torch.dtype | None = None) -> None:
         inside_peft: Any = getattr(network, "get_base_model", None)
         causal: Any = inside_peft() if inside_peft else network
         self.network = causal
+        self.compute_dtype = compute_dtype
         self.parameters = list(causal.parameters())
         accepted = inspect.signature(causal.forward).parameters
         self._takes_positions = "position_ids" in accepted
@@ -119,13 +162,32 @@ class CausalNetwork:
         config = self.network.config.get_text_config()
         return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
+    @property
+    def width(self) -> int:
+        """Width of the hidden states, 0 if the network has none."""
+        return int(getattr(self.network.config.get_text_config(), "hidden_size", 0) or 0)
+
     def rows_per_batch(self, length: int) -> int:
         """How many sequences of ``length`` tokens fit a forward pass of bounded memory."""
-        config = self.network.config.get_text_config()
-        width = max(self.vocab_size, 32 * int(getattr(config, "hidden_size", 0) or 0))
-        return max(1, 2**27 // (length * width))
+        return max(1, 2**27 // (length * max(self.vocab_size, 32 * self.width)))
 
-    def hidden(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+    def rows_per_micro_batch(self, length: int, gradient_checkpointing: bool) -> int:
+        """How many sequences of ``length`` tokens have activations, kept for a gradient, of 2**27 numbers at most."""
+        config = self.network.config.get_text_config()
+        layers = int(getattr(config, "num_hidden_layers", 0) or 0)
+        inner = int(getattr(config, "intermediate_size", 0) or 4 * self.width)
+        layer = 12 * self.width + 4 * inner  # as counted in Llamas
+        kept = layers * self.width + layer if gradient_checkpointing else layers * layer
+        return min(self.rows_per_batch(length), max(1, 2**27 // (length * max(kept, 1))))
+
+    @property
+    def version(self) -> int:
+        """Torch's count of changes in place of the weights."""
+        return sum(p._version for p in self.parameters)
+
+    def hidden(
+        self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any = None, use_cache: bool = True
+    ) -> tuple[Tensor, Any]:
         """Hidden states (rows, tokens, width) of ``ids`` (rows, tokens) that follow ``cache``, and the cache grown.
 
         ``mask`` (rows, cached + tokens) marks the tokens that are not padding; None where none is.
@@ -136,22 +198,36 @@ class CausalNetwork:
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
         if self._takes_positions:
             inputs["position_ids"] = positions
-        if self._body is None:
-            out = self.network(**inputs, use_cache=True)
-            return out.logits, getattr(out, "past_key_values", None)
-        out = self._body(**inputs, use_cache=True)
-        return out.last_hidden_state, getattr(out, "past_key_values", None)
+        with self.precision():
+            out = (self._body or self.network)(**inputs, use_cache=use_cache)
+        hidden = out.logits if self._body is None else out.last_hidden_state
+        return hidden, getattr(out, "past_key_values", None)
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Autocast to ``compute_dtype``. Around several passes it converts the weights once."""
+        if self.compute_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.compute_dtype)
+
+    def read(self, ids: Tensor, mask: Tensor | None, gradient_checkpointing: bool = False) -> Tensor:
+        """Hidden states (rows, tokens, width) of left-padded texts (rows, tokens), in one pass without a cache.
+
+        With ``gradient_checkpointing`` the backward pass computes the inside of each layer anew.
+        """
+        with checkpointed(self.network) if gradient_checkpointing else contextlib.nullcontext():
+            return self.hidden(ids, mask, _positions(ids, mask), use_cache=False)[0]
 
     def logits(self, hidden: Tensor, temperature: float) -> Tensor:
         """Float32 logits (..., vocabulary) of hidden states (..., width)."""
-        logits = hidden if self._head is None else self._head(hidden)
+        with self.precision():
+            logits = hidden if self._head is None else self._head(hidden)
         return logits.float() / temperature if temperature != 1.0 else logits.float()
 
-    def token_log_prob(self, hidden: Tensor, targets: Tensor, temperature: float, total: int = 0) -> Tensor:
+    def token_log_prob(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
         """log p(target | hidden) for hidden (tokens, width) and targets (tokens,), in blocks of bounded memory.
 
-        With gradients, if these tokens or the ``total`` of all micro-batches are more than one block, the logits
-        of a block are computed anew in the backward pass rather than kept.
+        With gradients, if these tokens are more than one block, the logits of a block are computed anew in the
+        backward pass rather than kept.
         """
 
         def block(h: Tensor, x: Tensor) -> Tensor:
@@ -159,9 +235,42 @@ class CausalNetwork:
 
         size = max(1, LOGITS_BLOCK // self.vocab_size)
         blocks = zip(hidden.split(size), targets.split(size), strict=True)
-        if torch.is_grad_enabled() and max(len(targets), total) > size:
+        if torch.is_grad_enabled() and len(targets) > size:
             return torch.cat([checkpoint(block, h, x, use_reentrant=False) for h, x in blocks])
         return torch.cat([block(h, x) for h, x in blocks])
+
+
+def checkpointable(network: nn.Module) -> list[nn.Module]:
+    """The layers whose inside can be computed anew in the backward pass.
+
+    :raises ValueError: if there are none.
+    """
+    layers: list[nn.Module] = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(
+            f"gradient_checkpointing: {type(network).__name__} has none of transformers' GradientCheckpointingLayers; "
+            "a small batch_size bounds the memory as well"
+        )
+    return layers
+
+
+@contextlib.contextmanager
+def checkpointed(network: nn.Module) -> Iterator[None]:
+    """Inside, layers keep for the backward pass their inputs alone.
+
+    (Their own switch would do so in training mode only, where some have dropout.)
+    """
+    layers = checkpointable(network)
+    before = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
 def log_softmax_at(logits: Tensor, token: Tensor) -> Tensor:
@@ -190,6 +299,24 @@ class Prefix:
         mask = None if self.mask is None else self.mask[rows]
         return Prefix(self.hidden[rows], cache, mask, self.lengths[rows])
 
+    def cut(self) -> tuple[Prefix, list[Tensor], list[Tensor]]:
+        """The same where a graph begins: the prefix, tensors of this one, and the leaves that stand in their place."""
+        roots: list[Tensor] = []
+        leaves: list[Tensor] = []
+
+        def leaf(x: Tensor) -> Tensor:
+            if not x.requires_grad:
+                return x
+            roots.append(x)
+            leaves.append(x.detach().requires_grad_())
+            return leaves[-1]
+
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        for layer in cache.layers:
+            layer.keys, layer.values = leaf(layer.keys), leaf(layer.values)
+        return Prefix(leaf(self.hidden), cache, self.mask, self.lengths), roots, leaves
+
     def select(self, rows: Tensor) -> None:
         """Row i becomes what row ``rows[i]`` is, cache included; a row that stays costs nothing."""
         self.lengths = self.lengths[rows]
@@ -200,19 +327,21 @@ class Prefix:
                 kept[moved] = kept[rows[moved]]
 
 
+def _positions(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Positions (rows, length) of left-padded ids."""
+    if mask is None:
+        return torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
+    return (mask.cumsum(-1) - 1).clamp_min(0)  # padding's own position is never attended to
+
+
 def prefill(network: CausalNetwork, ids: Tensor, mask: Tensor | None) -> Prefix:
     """Run left-padded prompts ``ids`` (rows, length) through the network once.
 
     :raises TypeError: if the network keeps anything but the keys and values of attention layers.
     """
     rows, length = ids.shape
-    if mask is None:
-        positions = torch.arange(length, device=ids.device).expand(rows, -1)
-        lengths = torch.full((rows,), length, device=ids.device)
-    else:
-        positions = (mask.cumsum(-1) - 1).clamp_min(0)  # padding's own position is never attended to
-        lengths = mask.sum(-1)
-    hidden, cache = network.hidden(ids, mask, positions)
+    lengths = torch.full((rows,), length, device=ids.device) if mask is None else mask.sum(-1)
+    hidden, cache = network.hidden(ids, mask, _positions(ids, mask))
     layers = getattr(cache, "layers", [])
     if not layers or not all(isinstance(layer, DynamicLayer) and not hasattr(layer, "conv_states") for layer in layers):
         raise TypeError(

@@ -92,6 +92,13 @@ def _load_adapter(
         return PeftModel.from_pretrained(network, str(path)), tokenizer, name
 
 
+def float32_copy(network: nn.Module) -> tuple[nn.Module, torch.dtype | None]:
+    """A copy to train, in float32, and what it is to compute in: bfloat16 if that was the weights' type."""
+    new = copy.deepcopy(network)
+    dtypes = {p.dtype for p in new.parameters() if p.is_floating_point()}
+    return new.float(), torch.bfloat16 if torch.bfloat16 in dtypes else None
+
+
 def with_lora(network: nn.Module, rank: int, alpha: int, name: str | None) -> nn.Module:
     """LoRA adapters around a twin of ``network``, whose ``name`` their record gives as their base."""
     from peft import LoraConfig, get_peft_model

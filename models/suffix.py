@@ -48,8 +48,8 @@ def _read(law: Autoregressive, prefix: Prefix, prompts: Tensor, tokens: Tensor, 
     if longest == 0:
         return prefix
     tokens, new = tokens[:, :longest], torch.arange(longest, device=tokens.device)
-    ids = law.prompt_ids.reshape(-1, law.prompt_ids.shape[-1])
-    mask = torch.ones_like(ids) if law.prompt_mask is None else law.prompt_mask.reshape(ids.shape)
+    ids, mask = law.flat_prompts
+    mask = torch.ones_like(ids) if mask is None else mask
     mask = torch.cat([mask[prompts], (new < kept[:, None]).to(mask)], -1)
     # row i moves right by longest - kept[i]: what it does not keep becomes padding on the left
     length = mask.shape[-1]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from scipy.stats import chi2
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from bayeslm.models import LanguageModel
 from bayeslm.models.pretrained import word_tokenizer
@@ -45,6 +45,29 @@ def llama_network(seed: int = 0, scale: float = 2.0, **config: Any) -> LlamaForC
 def tiny_llama(seed: int = 0, scale: float = 2.0, **settings: Any) -> LanguageModel:
     """`llama_network` with the vocabulary of `table_lm`; ``settings`` go to `LanguageModel`."""
     return LanguageModel(llama_network(seed, scale), word_tokenizer(WORDS[:8], "<eos>"), **settings)
+
+
+COMMON = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def random_network(model_type: str, **extra: Any) -> PreTrainedModel:
+    """A random network of an architecture of transformers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(COMMON | extra)))
 
 
 def by_hand(lm: LanguageModel, prompt: list[int], completion: Tensor, temperature: float = 1.0) -> Tensor:

@@ -13,11 +13,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers import assert_drawn_from, by_hand, count_completions, table_lm, tiny_llama
+from helpers import assert_drawn_from, by_hand, count_completions, random_network, table_lm, tiny_llama
 from programs import SHORT, Enumerated, conversation, score_table, shared, tilted
 from pyro import poutine
 from scipy import stats
-from test_network import ARCHITECTURES, PROMPTS, random_network
+from test_network import ARCHITECTURES, PROMPTS
 
 from bayeslm.inference import ProgramError
 from bayeslm.inference.moves import RandomWalk, SuffixMove, Tally, latent_moves, score

@@ -2,31 +2,16 @@
 
 import pytest
 import torch
-from helpers import by_hand, llama_network, table_lm, tiny_llama
-from transformers import AutoConfig, AutoModelForCausalLM
+from helpers import by_hand, llama_network, random_network, table_lm, tiny_llama
 
-from bayeslm.models import LanguageModel, network
+from bayeslm.models import LanguageModel, network, scoring
 from bayeslm.models.network import CausalNetwork, count_usage
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [20], [30, 31, 32]]
 
-COMMON = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 SHORT_WINDOW = {"sliding_window": 5}  # shorter than the longest prompt
 
-# model type: (what its config has beside COMMON, whether it is a body and a linear head and nothing else)
+# model type: (what its config has beside `helpers.COMMON`, whether it is a body and a linear head and nothing else)
 ARCHITECTURES = {
     "llama": ({}, True),
     "qwen2": ({}, True),
@@ -44,15 +29,17 @@ ARCHITECTURES = {
 }
 
 
-def random_network(model_type, **extra):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(COMMON | extra)))
+@pytest.fixture
+def prompts_once(monkeypatch):
+    """Scoring reads prompts in a pass of their own, as it does where they are long or have many completions."""
+    monkeypatch.setattr(scoring, "PROMPTS_AGAIN", -1)
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_agrees_with_the_networks_own_forward_pass(model_type):
-    """Sampled and scored, padded and not, with the head apart where it can be and as one where it cannot."""
+def test_agrees_with_the_networks_own_forward_pass(model_type, monkeypatch):
+    """Sampled and scored, padded and not, prompts read with their completions and before them, with the head apart
+    where it can be and as one where it cannot.
+    """
     extra, linear_head = ARCHITECTURES[model_type]
     lm = LanguageModel(random_network(model_type, **extra), eos_token_ids=(2, 7))
     law = lm(PROMPTS, max_new_tokens=12, temperature=1.2)
@@ -64,6 +51,8 @@ def test_agrees_with_the_networks_own_forward_pass(model_type):
     torch.testing.assert_close(lm(PROMPTS, 12, 1.2).token_log_prob(x), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(lm(PROMPTS[:1], 12, 1.2).token_log_prob(x[:, 0]), expected[:, 0], atol=1e-4, rtol=0)
     torch.testing.assert_close(lm.packed()(PROMPTS, 12, 1.2).token_log_prob(x), expected, atol=1e-4, rtol=0)
+    monkeypatch.setattr(scoring, "PROMPTS_AGAIN", -1)
+    torch.testing.assert_close(lm(PROMPTS, 12, 1.2).token_log_prob(x), expected, atol=1e-4, rtol=0)
     assert (lm.causal._body is not None) == linear_head
 
 
@@ -126,6 +115,7 @@ def test_half_precision_scores_in_float32():
 
 
 @pytest.mark.parametrize("particles", [1, 7])
+@pytest.mark.usefixtures("prompts_once")
 def test_prompts_are_prefilled_once(particles):
     law = tiny_llama(eos_token_ids=())([[1, 2, 3, 4], [5]], max_new_tokens=6)
     with count_usage() as sampling:
@@ -141,6 +131,22 @@ def test_prompts_are_prefilled_once(particles):
     assert (scoring.model_calls, scoring.tokens) == (2, 2 * 4 + rows * 5)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(("length", "passes"), [(4, 1), (44, 2)])
+def test_short_prompts_are_read_with_their_completions(trained, length, passes):
+    """Where that costs less than a pass of their own: 2**14 numbers, here 12 times 4 or 44 more tokens of width 32."""
+    lm = tiny_llama(eos_token_ids=())
+    lm = lm.policy() if trained else lm
+    law = lm([[1, 2] * (length // 2), [5]], max_new_tokens=6)
+    x = law.arbitrary().expand(7, -1, -1)
+    with count_usage() as usage:
+        law.log_prob(x)
+    rows = 2 * 7
+    expected = rows * (length + 5) if passes == 1 else 2 * length + rows * 5
+    assert (usage.model_calls, usage.tokens) == (passes, expected)
+
+
+@pytest.mark.usefixtures("prompts_once")
 def test_prompts_are_prefilled_once_in_micro_batches():
     law = tiny_llama(eos_token_ids=(), batch_size=2)([[1, 2, 3, 4], [5], [6]], max_new_tokens=6)
     with count_usage() as usage:
@@ -152,6 +158,7 @@ def test_prompts_are_prefilled_once_in_micro_batches():
     assert (usage.model_calls, usage.tokens) == (2 + 8, 3 * 4 + 15 * 5)
 
 
+@pytest.mark.usefixtures("prompts_once")
 def test_one_token_needs_the_prefill_only():
     law = tiny_llama()([[1, 2, 3, 4], [5]], max_new_tokens=1)
     with count_usage() as usage:
@@ -159,6 +166,7 @@ def test_one_token_needs_the_prefill_only():
     assert (usage.model_calls, usage.tokens) == (2, 2 * 2 * 4)
 
 
+@pytest.mark.usefixtures("prompts_once")
 def test_sampling_stops_when_all_have_ended():
     """A table that ends every text after its second token, which is also all that scoring reads."""
     table = torch.full((4, 3), -torch.inf)
@@ -175,6 +183,7 @@ def test_sampling_stops_when_all_have_ended():
     assert (usage.model_calls, usage.tokens) == (2, 2 + 20)
 
 
+@pytest.mark.usefixtures("prompts_once")
 def test_an_observation_shared_by_particles_is_scored_once():
     law = tiny_llama(eos_token_ids=())([[1, 2], [5]], max_new_tokens=3).expand([100, 2])
     with count_usage() as usage:

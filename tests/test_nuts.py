@@ -119,7 +119,7 @@ def test_an_observed_completion_is_scored_once(frozen):
             pyro.sample("y", dist.Normal(theta, 1.0), obs=torch.tensor([1.2, -0.4]))
 
     posterior = nuts(num_samples=30, warmup=30, num_chains=1).run(model, SHORT)
-    assert posterior.stats["model_calls"] == 2  # the prompts' prefill, and the completions
+    assert posterior.stats["model_calls"] == 1  # prompts and completions in one pass
     expected = lm(SHORT, 4).log_prob(tokens).detach()
     np.testing.assert_allclose(posterior.log_likelihood["completion"], expected.expand(1, 30, 2), atol=1e-5)
     np.testing.assert_array_equal(posterior.observed["completion"], tokens)

@@ -9,6 +9,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
+from .minibatches import Epochs
 from .program import Program, look
 
 
@@ -33,7 +34,8 @@ class Objective(ELBO):
     :param parts: what it is made of; those that remember something (`Stateful`) are reset and saved with it.
 
     After each call ``last`` holds what the particles saw, one value a prompt: ``elbo``, ``log_likelihood`` (r / beta),
-    ``kl`` (to the prior), and ``score`` where the program records one.
+    ``kl`` (to the prior), and ``score`` where the program records one. Where the plate of prompts is subsampled these
+    are of the minibatch's prompts, whose indices are ``prompts``, and losses are estimates of those of all prompts.
 
     ``inverse_temperature``, \gamma > 0, multiplies the log-likelihood: the target is p(x) exp(\gamma l(x)), the
     posterior at 1. `SVI` moves it for tempering and to hold the KL to the prior; ``last`` is always told at 1.
@@ -44,10 +46,11 @@ class Objective(ELBO):
         self.inverse_temperature = 1.0
         self.last: dict[str, Tensor] = {}
         self._program: Program | None = None
-        self._parts = [part for part in parts if isinstance(part, Stateful)]
+        self._epochs = Epochs()
+        self._parts = [part for part in (*parts, self._epochs) if isinstance(part, Stateful)]
 
     def estimate(self, program: Program, guide: Callable[..., Any]) -> Tensor:
-        """The loss, summed over prompts, with the estimate of its gradient; sets ``last``."""
+        """The loss, summed over the program's prompts, with the estimate of its gradient; sets ``last``."""
         raise NotImplementedError
 
     def reset(self, program: Program) -> None:
@@ -71,8 +74,13 @@ class Objective(ELBO):
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Tensor:
         """The loss, summed over prompts, with its estimated gradient."""
-        self._program = look(self._program, model, args, kwargs)
-        return self.estimate(self._program, guide)
+        self._program = program = look(self._program, model, args, kwargs)
+        if program.in_chunks:
+            program = program.on(self._epochs.next(program.num_prompts, program.full_size))
+        loss = program.scale * self.estimate(program, guide)
+        if program.minibatch is not None:
+            self.last.setdefault("prompts", program.minibatch)
+        return loss
 
     def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """The loss, summed over prompts."""

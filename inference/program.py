@@ -3,14 +3,15 @@
 A program is looked at once (`inspect`): which sites are latent, which sit inside the plate ``prompts``, and so
 whether its posterior factorises over prompts. It is then run with all particles in one outermost plate
 (`run_particles`), as Pyro's own vectorised ELBOs do, and every term of the log-joint is brought to the shape
-(particle, prompt).
+(particle, prompt). Where the plate is subsampled, a run has some of the prompts (`minibatches`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import pyro
@@ -24,14 +25,13 @@ from pyro.util import get_rng_state, set_rng_seed, set_rng_state
 from torch import Tensor
 
 from ..models import Autoregressive
+from .errors import ProgramError as ProgramError
+from .errors import branches_explained as branches_explained
+from .minibatches import PROMPTS as PROMPTS
+from .minibatches import Minibatch
 from .particles import Particles, along
 
-PROMPTS = "prompts"  # the plate whose elements are posteriors of their own
 PARTICLES = "_particles"
-
-
-class ProgramError(ValueError):
-    """The program is not one that inference can run, or a term of its log-joint is not a number."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,9 @@ class Program:
 
     ``shared``: some latent or factor sits outside the plate ``prompts``, so all prompts are one posterior and
     the prompt axis of weights has length 1.
+
+    Where the plate is subsampled, ``num_prompts`` of its ``full_size`` prompts are in a run: those of ``minibatch``,
+    or, if that is None, all of them in turn (`chunks`). ``whole`` is the program that a minibatch is part of.
     """
 
     model: Callable[..., Any]
@@ -83,6 +86,9 @@ class Program:
     num_prompts: int
     shared: bool
     device: torch.device  # where sums are taken, whichever device a reward was computed on
+    full_size: int
+    minibatch: Tensor | None = None  # indices (num_prompts,)
+    whole: Program | None = None
 
     @property
     def latents(self) -> list[Site]:
@@ -100,8 +106,40 @@ class Program:
     @property
     def max_particles(self) -> int:
         """Particles that one vectorised run takes in bounded memory."""
-        rows = [site.fn.max_rows // max(1, site.fn.batch_shape.numel()) for site in self.completions]
+        runs = self.chunks if self.in_chunks else [self]
+        rows = [site.fn.max_rows // max(1, site.fn.batch_shape.numel()) for run in runs for site in run.completions]
         return max(1, min(rows, default=8192))
+
+    @property
+    def in_chunks(self) -> bool:
+        """Whether one run has not all prompts that this program is of."""
+        return self.minibatch is None and self.num_prompts < self.full_size
+
+    @property
+    def scale(self) -> float:
+        """N / b, which makes a sum over a minibatch an estimate of that over all prompts."""
+        return self.full_size / self.num_prompts
+
+    def on(self, prompts: Tensor) -> Program:
+        """The program of a minibatch alone; what the first look saw of its prompts (``fn``, ``value``) is of others."""
+        return replace(self, minibatch=prompts, whole=self.whole or self)
+
+    def pinned(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """The model or a guide, with the minibatch's prompts alone."""
+        assert not self.in_chunks, "a run has a minibatch of the prompts: say which, with `on`"
+        return fn if self.minibatch is None else Minibatch(self.minibatch)(fn)
+
+    @cached_property
+    def chunks(self) -> list[Program]:
+        """Minibatches that have all prompts between them, each looked at; the last begins in the one before it."""
+        starts = [*range(0, self.full_size - self.num_prompts, self.num_prompts), self.full_size - self.num_prompts]
+        parts = [torch.arange(start, start + self.num_prompts) for start in starts]
+        return [replace(_first_look(self.model, self.args, self.kwargs, prompts), whole=self) for prompts in parts]
+
+    def side_by_side(self, parts: Sequence[Tensor], axis: int) -> Tensor:
+        """What each of the `chunks` has, with all prompts along the axis that had the chunk's."""
+        overlap = len(parts) * self.num_prompts - self.full_size
+        return torch.cat([*parts[:-1], parts[-1].narrow(axis, overlap, self.num_prompts - overlap)], axis)
 
     def under_plate(self, name: str, value: Tensor) -> Tensor:
         """A site's value (particle, *batch, *event) as the program sees it, particles in the outermost plate."""
@@ -129,24 +167,6 @@ class Program:
         if self.shared:
             return value[index[:, 0].to(value.device)]
         return along(value, 1 + self.sites[name].dims.index("prompt"), index)
-
-
-_BRANCHES = ("is ambiguous", "only one element tensors", "a Tensor with", "only integer tensors of a single element")
-
-
-@contextlib.contextmanager
-def branches_explained() -> Iterator[None]:
-    """Says why a program whose Python code asks for one value cannot be run for all prompts and particles at once."""
-    try:
-        yield
-    except (RuntimeError, ValueError, TypeError) as error:
-        if not any(sign in str(error) for sign in _BRANCHES):
-            raise
-        raise ProgramError(
-            "the program's Python code needs a single value where each prompt and particle has its own "
-            f"({str(error).splitlines()[0]}): engines run all of them at once and cannot follow each one's branch. Use "
-            "torch.where, or ImportanceSampling(vectorize=False) with one prompt"
-        ) from error
 
 
 class Arbitrary(Messenger):
@@ -210,7 +230,29 @@ def inspect(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Program:
     :raises ProgramError: if it has no latent site, or one that engines would weigh wrongly: in a subsampled plate,
         under `poutine.scale`, or with a batch dimension that no plate declares.
     """
-    with seeded(0), torch.no_grad(), branches_explained(), poutine.block(), Arbitrary():  # the same sites each time
+    program = look(None, model, args, kwargs)
+    if program.num_prompts < program.full_size:
+        raise ProgramError(
+            f"the plate {PROMPTS!r} is subsampled, {program.num_prompts} prompts of {program.full_size}, and this "
+            "engine needs all of them at once: leave out subsample_size (memory stays bounded without), or use SVI or "
+            "ImportanceSampling"
+        )
+    return program
+
+
+def _first_look(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], prompts: Tensor | None = None
+) -> Program:
+    """As `inspect`, of these prompts if the plate of prompts is subsampled; else of the first."""
+    minibatch = Minibatch(prompts)
+    with (
+        seeded(0),
+        torch.no_grad(),
+        branches_explained(),
+        poutine.block(),
+        minibatch,
+        Arbitrary(),
+    ):  # the same each time
         trace = prune_subsample_sites(poutine.trace(model).get_trace(*args, **kwargs))
     sites: dict[str, Site] = {}
     sizes: dict[int, int] = {}
@@ -234,7 +276,7 @@ def inspect(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Program:
             )
         if any(frame.full_size not in (None, frame.size) for frame in frames) or (
             kind == "latent" and not _is_one(node["scale"])
-        ):
+        ):  # prompts' own subsample is gone from the frames here
             raise ProgramError(f"site {name!r} is subsampled or scaled: its particles cannot be weighed")
         masked = node["mask"] is not None or isinstance(node["fn"], MaskedDistribution)
         sites[name] = Site(name, kind, node["fn"], shape, plates, batch_dims, node["value"], masked)
@@ -246,6 +288,14 @@ def inspect(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Program:
     random = [site for site in sites.values() if site.kind != "deterministic"]
     latents = [site for site in random if site.kind == "latent"]
     home = next((site for site in latents if site.is_completion), latents[0])
+    shared = not all(site.in_prompts for site in random)
+    subsampled = prompt_dim is not None and minibatch.full_size is not None
+    if shared and subsampled:
+        outside = next(site.name for site in random if not site.in_prompts)
+        raise ProgramError(
+            f"site {outside!r} stands outside the plate {PROMPTS!r}, which makes all prompts one posterior: a "
+            "subsample of them does not tell its weight. Leave out subsample_size, or put the site inside the plate"
+        )
     return Program(
         model=model,
         args=args,
@@ -255,13 +305,18 @@ def inspect(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Program:
         max_plate_nesting=max([-dim for dim in dims] + [site.batch_dims for site in random]),
         prompt_dim=prompt_dim,
         num_prompts=num_prompts,
-        shared=not all(site.in_prompts for site in random),
+        shared=shared,
         device=home.value.device,
+        full_size=minibatch.full_size if subsampled else num_prompts,
+        minibatch=minibatch.prompts if minibatch.fixed else None,
     )
 
 
 def look(program: Program | None, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-    """The program of a model and its arguments, looked at anew if it is not the one at hand."""
+    """The program of a model and its arguments, looked at anew if it is not the one at hand.
+
+    Its plate of prompts may be subsampled; else as `inspect`.
+    """
     if (
         program is not None
         and program.model is model
@@ -271,7 +326,7 @@ def look(program: Program | None, model: Callable[..., Any], args: tuple[Any, ..
         and all(program.kwargs[name] is kwargs[name] for name in kwargs)
     ):
         return program
-    return inspect(model, *args, **kwargs)
+    return _first_look(model, args, kwargs)
 
 
 def traces(
@@ -285,9 +340,9 @@ def traces(
         return pyro.plate(PARTICLES, num_particles, dim=-1 - program.max_plate_nesting)(fn)
 
     guide_trace = None
-    model = program.model
+    model = program.pinned(program.model)
     if guide is not None:
-        guide_trace = poutine.trace(in_plate(guide)).get_trace(*program.args, **program.kwargs)
+        guide_trace = poutine.trace(in_plate(program.pinned(guide))).get_trace(*program.args, **program.kwargs)
         guide_trace = prune_subsample_sites(guide_trace)
         for name, node in sample_sites(guide_trace):
             if name not in program.sites and not node["infer"].get("is_auxiliary"):
@@ -330,6 +385,9 @@ def run_particles(
 
     ``vectorize=False`` runs them one by one, for programs whose Python code depends on a single latent value.
     """
+    if program.in_chunks:
+        runs = [run_particles(chunk, guide, num_particles, vectorize=vectorize) for chunk in program.chunks]
+        return Particles.side_by_side(program, runs)
     if not vectorize and num_particles > 1:
         return Particles.concatenate([run_particles(program, guide, 1, vectorize=False) for _ in range(num_particles)])
     with torch.no_grad():

@@ -27,7 +27,7 @@ from .checks import check_counts, check_positive
 from .elbo import Objective
 from .guides import AutoPolicy
 from .particles import Particles
-from .program import Program, inspect, seeded
+from .program import Program, look, seeded
 from .results import Stopwatch, draw, posterior
 from .reverse_kl import ReverseKL
 
@@ -134,6 +134,9 @@ class SVI:
         ``ess`` and ``khat`` a prompt. Ctrl-C ends the training, and the policy so far is kept; so is it on an
         error, as the exception's ``policy``.
 
+        Where the program's plate of prompts is subsampled, each step has a minibatch of them, whose indices are
+        ``stats["prompts"]`` (chain, step, prompt); the draws are of all prompts.
+
         The program's own ``pyro.param`` statements are trained too, as in Pyro; with the default guide they are
         forgotten after.
 
@@ -144,7 +147,7 @@ class SVI:
         own_guide = self.guide is not None
         store = contextlib.nullcontext() if own_guide else pyro.get_param_store().scope()
         with seeded(self.seed), store, Stopwatch() as watch:
-            program = inspect(model, *args, **kwargs)
+            program = look(None, model, args, kwargs)
             chains, parts = [], []
             for chain in range(self.num_chains):
                 if not own_guide:
@@ -189,7 +192,7 @@ class SVI:
 
         optimizer = ScheduledAdam(rate_of, self.num_steps, self.schedule, self.clip_norm)
         svi = pyro.infer.SVI(program.model, guide, optimizer, loss=objective)
-        history: dict[str, Any] = {"elbo": [], "kl": [], "log_likelihood": [], "gradient_norm": []}
+        history: dict[str, Any] = {"elbo": [], "kl": [], "log_likelihood": [], "prompts": [], "gradient_norm": []}
         interrupted = False
         name = "SVI" if self.num_chains == 1 else f"SVI, chain {chain + 1} of {self.num_chains}"
         with track(name, self.num_steps, self.progress) as report:
@@ -204,7 +207,7 @@ class SVI:
                     error.add_note(f"SVI stopped at step {step}")
                     raise
                 seen = getattr(objective, "last", None) or {"elbo": torch.tensor([-loss])}
-                for key in ("elbo", "kl", "log_likelihood"):
+                for key in ("elbo", "kl", "log_likelihood", "prompts"):
                     if key in seen:
                         history[key].append(seen[key].cpu().numpy())
                 history["gradient_norm"].append(optimizer.gradient_norm)

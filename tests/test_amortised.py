@@ -5,6 +5,8 @@ Vocabulary 4, 3 tokens, and a reward that depends on the prompt's last token: 40
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -163,24 +165,29 @@ def test_svi_reaches_the_posterior_of_every_prompt(objective, seed):
     assert abs(last.mean()) < 0.1
 
 
-def test_a_policy_serves_prompts_it_was_never_trained_on():
-    """The reward is for the prompt's last word, which a small Transformer learns to copy; KL to `Exact`, held out.
+@pytest.mark.parametrize("kind", ["table", pytest.param("llama", marks=pytest.mark.long)])
+def test_a_policy_serves_prompts_it_was_never_trained_on(kind):
+    """The reward is for saying the prompt's third word, or fourth: KL to `Exact` on prompts held out.
 
-    Of 49 prompts of two words 33 are trained on, 8 at a time.
+    A table that reads three words has no row that knows all of a prompt's four (the last, "d", tells its rows for
+    prompts from those for completions); a Transformer's LoRA has to learn what to attend to.
     """
-    lm = tiny_llama(seed=3, scale=1.0)
+    if kind == "table":
+        lm, prompts = table_lm(order=4, vocab=5), [f"{a} {b} {c} d" for a, b, c in itertools.product("abc", repeat=3)]
+        settings, share, word = {"num_steps": 200, "learning_rate": 0.05}, 0.05, 2
+    else:
+        lm, prompts = tiny_llama(seed=3, scale=1.0), [" ".join(four) for four in itertools.product("abcd", repeat=4)]
+        settings, share, word = {"num_steps": 600, "learning_rate": 1e-2, "lora_rank": 8}, 0.75, 3
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
+    held_out, trained_on = [prompts[i] for i in order[::4]], [prompts[i] for j, i in enumerate(order) if j % 4]
 
     def says_it_again(prompts, completions, **columns):
-        return [
-            float(text.split().count(prompt.split()[-1])) for prompt, text in zip(prompts, completions, strict=True)
-        ]
+        pairs = zip(prompts, completions, strict=True)
+        return [float(text.split().count(prompt.split()[word])) for prompt, text in pairs]
 
-    words = "abcdefg"
-    prompts = [f"{first} {second}" for first in words for second in words]
-    held_out, trained_on = prompts[::3], [prompt for i, prompt in enumerate(prompts) if i % 3]
     model = TiltedLM(lm, says_it_again, beta=0.5, max_new_tokens=2, subsample_size=8)
-    settings = {"num_steps": 250, "num_particles": 16, "learning_rate": 3e-3, "num_samples": 8}
-    policy = SVI(lora_rank=8, seed=0, progress=False, **settings).run(model, trained_on).policy
+    settings |= {"num_particles": 16, "num_samples": 2, "seed": 0, "progress": False}
+    policy = SVI(**settings).run(model, trained_on).policy
     exact = Exact(num_prior_samples=1).run(TiltedLM(lm, says_it_again, beta=0.5, max_new_tokens=2), held_out)
     x = torch.as_tensor(exact.samples["completion"][0])
     log_posterior = torch.as_tensor(exact.log_joint[0] - exact.log_evidence)
@@ -190,16 +197,18 @@ def test_a_policy_serves_prompts_it_was_never_trained_on():
         score = q(held_out, max_new_tokens=2).log_prob(x)
         return (score.exp() * (score - log_posterior)).sum(0)
 
-    assert (kl(policy) < kl(lm)).all(), (kl(policy), kl(lm))
-    assert kl(policy).mean() < 0.25 * kl(lm).mean(), (kl(policy).mean(), kl(lm).mean())
+    assert kl(policy).mean() < share * kl(lm).mean(), (kl(policy), kl(lm))
     found = {
         name: ImportanceSampling(400, guide=guide, seed=0, progress=False).run(model, held_out)
         for name, guide in {"prior": None, "policy": policy}.items()
     }
     assert found["policy"].prompts == held_out
-    error = (found["policy"].log_evidence - exact.log_evidence) / found["policy"].log_evidence_stderr
-    assert (abs(error) < 5).all()
-    assert found["policy"].stats["ess"].mean() > 1.2 * found["prior"].stats["ess"].mean()
+    with torch.no_grad():  # the standard error of Z-hat / Z, by enumeration: E_q[w^2] / Z^2 - 1 = E_pi[pi / q] - 1
+        score = policy(held_out, max_new_tokens=2).log_prob(x)
+    spread = ((2 * log_posterior - score).logsumexp(0).expm1() / 400).sqrt().numpy()
+    error = np.expm1(found["policy"].log_evidence - exact.log_evidence)
+    assert (abs(error) < 5 * spread + 1e-5).all(), error / spread
+    assert found["policy"].stats["ess"].mean() > 1.1 * found["prior"].stats["ess"].mean()
 
 
 def test_draws_are_of_all_prompts_with_columns_observations_and_other_latents_of_their_own():
@@ -213,7 +222,8 @@ def test_draws_are_of_all_prompts_with_columns_observations_and_other_latents_of
             good = pyro.sample("good", dist.Bernoulli(logits=rating[batch] - 0.5))
             x = pyro.sample("completion", lm([prompts[i] for i in batch], max_new_tokens=2))
             length = pyro.deterministic("length", (x != 0).sum(-1), event_dim=0)
-            pyro.sample("rating", dist.Normal(good + length, 1.0), obs=rating[batch])
+            pyro.factor("long", 0.7 * length)
+            pyro.sample("rating", dist.Normal(good, 1.0), obs=rating[batch])
             pyro.sample("same", dist.Normal(good, 2.0), obs=torch.tensor(1.0))
 
     exact = Exact().run(model, prompts, None)
@@ -224,12 +234,12 @@ def test_draws_are_of_all_prompts_with_columns_observations_and_other_latents_of
     assert np.ptp(exact.log_evidence) > 0.3
     assert (found.observed["rating"] == rating.numpy()).all()
     assert found.observed["same"] == exact.observed["same"]
-    assert found.samples["completion"].shape == found.lengths["completion"].shape + (2,) == (1, 2000, 7, 2)
+    assert found.samples["completion"].shape == (*found.lengths["completion"].shape, 2) == (1, 2000, 7, 2)
     assert (found.lengths["completion"] >= found.samples["length"]).all()
     trained = SVI(num_steps=150, learning_rate=0.05, num_samples=500, seed=0, progress=False).run(model, prompts, 3)
     assert (abs(trained.log_evidence - exact.log_evidence) < 4.5 * trained.log_evidence_stderr + 0.01).all()
     gap = exact.log_evidence - trained.log_weights.mean((0, 1))
-    assert (gap < 0.1).all(), gap
+    assert (gap < 0.03).all(), gap  # the posterior is of the policy's family
 
 
 def test_tilted_lm_subsamples_columns_with_their_prompts():
@@ -282,7 +292,7 @@ def test_epochs_give_every_prompt_its_turn():
 
 
 def test_kept_draws_stay_with_their_prompts():
-    """Learned from again, a minibatch has the score it was drawn with; another engine's draws have their own prompts."""
+    """Learned from again, a minibatch has the score it was drawn with; other engines' draws are their prompts' too."""
     family = Family(PROMPTS)
     program, guide = look(None, family.model(2), (PROMPTS,), {}), family.guide(2)
     replay, epochs, seen = Replay(capacity=24, every=3), Epochs(), []

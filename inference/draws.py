@@ -204,15 +204,20 @@ class Replay:
             self.reset(program.whole or program)  # they are for other prompts
         self._step += 1
         if self._kept is not None and (self._step - 1) % self.every:
-            picked = torch.randint(len(self._kept.log_s), (num_particles,), device=program.device)
-            if self._kept.prompts is not None:
-                together = (self._kept.prompts == self._kept.prompts[picked[0]]).all(-1).nonzero().squeeze(-1)
-                picked = together.repeat(-(-num_particles // len(together)))[-num_particles:]
-            return self._kept[picked]
+            return self._kept[_some(self._kept, num_particles)]
         new = of_guide(program, guide, num_particles)
         kept = [new] if self._kept is None else [self._kept, new]
         self._kept = Draws.concatenate(kept)[-self.capacity :]
         return new
+
+
+def _some(kept: Draws, num: int) -> Tensor:
+    """Rows of kept draws, picked at random; of a minibatch picked at random, all there are (or the newest)."""
+    if kept.prompts is None:
+        return torch.randint(len(kept.log_s), (num,), device=kept.log_s.device)
+    one = torch.randint(len(kept.log_s), ())
+    together = (kept.prompts == kept.prompts[one]).all(-1).nonzero().squeeze(-1)
+    return together.repeat(-(-num // len(together)))[-num:]
 
 
 class _Given(Messenger):

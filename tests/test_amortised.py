@@ -295,21 +295,24 @@ def test_kept_draws_stay_with_their_prompts():
     """Learned from again, a minibatch has the score it was drawn with; other engines' draws are their prompts' too."""
     family = Family(PROMPTS)
     program, guide = look(None, family.model(2), (PROMPTS,), {}), family.guide(2)
-    replay, epochs, seen = Replay(capacity=24, every=3), Epochs(), []
+    replay, epochs, lots, ages = Replay(capacity=24, every=3), Epochs(), [], set()
     for step in range(30):
         asked = epochs.next(2, len(PROMPTS))
         draws = replay(program.on(asked), guide, 8)
         got = draws.prompts[0]
         assert (draws.prompts == got).all()
-        seen.append((step % 3 == 0) or torch.equal(got, asked))
         if step % 3 == 0:
             assert torch.equal(got, asked)
+            lots.append(draws)
+        age = next(i for i, lot in enumerate(reversed(lots)) if torch.equal(lot.prompts, draws.prompts))
+        assert torch.equal(lots[-1 - age].values["completion"], draws.values["completion"])
+        ages.add(age)
         torch.testing.assert_close(log_q(program.on(got), guide, draws).detach(), draws.log_s)
         x = draws.values["completion"].reshape(8, 2, T)
         some = [PROMPTS[i] for i in got]
         expected = family.lm(some, max_new_tokens=T).log_prob(x) + family.reward(some, x)
         torch.testing.assert_close(draws.log_target, expected)
-    assert not all(seen)
+    assert ages == {0, 1, 2}  # three lots are kept
     source = FromPosterior(Exact().run(family.model(), PROMPTS))
     draws = source(program.on(torch.tensor([3, 1])), guide, 50)
     x, some = draws.values["completion"].reshape(50, 2, T), [PROMPTS[3], PROMPTS[1]]

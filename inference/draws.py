@@ -79,8 +79,8 @@ class Draws:
     def from_tensors(tensors: Mapping[str, Tensor]) -> Draws:
         """What `tensors` gave."""
         values = {name.removeprefix("values."): x for name, x in tensors.items() if name.startswith("values.")}
-        terms = (tensors[name] for name in ("log_target", "log_s", "log_likelihood"))
-        return Draws(values, *terms, score=tensors.get("score"), prompts=tensors.get("prompts"))
+        log_target, log_s, log_likelihood = (tensors[name] for name in ("log_target", "log_s", "log_likelihood"))
+        return Draws(values, log_target, log_s, log_likelihood, tensors.get("score"), tensors.get("prompts"))
 
     @staticmethod
     def concatenate(parts: list[Draws]) -> Draws:

@@ -246,8 +246,8 @@ def _first_look(
     latents = [site for site in random if site.kind == "latent"]
     home = next((site for site in latents if site.is_completion), latents[0])
     shared = not all(site.in_prompts for site in random)
-    subsampled = prompt_dim is not None and minibatch.full_size is not None
-    if shared and subsampled:
+    full_size = None if prompt_dim is None else minibatch.full_size  # None: no subsample
+    if shared and full_size is not None:
         outside = next(site.name for site in random if not site.in_prompts)
         raise ProgramError(
             f"site {outside!r} stands outside the plate {PROMPTS!r}, which makes all prompts one posterior: a "
@@ -264,8 +264,8 @@ def _first_look(
         num_prompts=num_prompts,
         shared=shared,
         device=home.value.device,
-        full_size=minibatch.full_size if subsampled else num_prompts,
-        minibatch=minibatch.prompts if minibatch.fixed else None,
+        full_size=full_size or num_prompts,
+        minibatch=minibatch.prompts if minibatch.fixed and full_size is not None else None,
     )
 
 

@@ -69,7 +69,7 @@ class TiltedLM:
         """Run the program; ``columns`` are handed to the reward, those of one value a prompt subsampled as prompts."""
         size = None if self.subsample_size is None else min(self.subsample_size, len(prompts))
         with pyro.plate("prompts", len(prompts), subsample_size=size) as batch:
-            if size is not None and size < len(prompts):
+            if batch is not None and len(batch) < len(prompts):
                 columns = {name: _some(name, column, batch, len(prompts)) for name, column in columns.items()}
                 prompts = [prompts[i] for i in batch.tolist()]
             law = self.prior(prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature)

@@ -30,7 +30,8 @@ class Draws:
 
     ``values[name]`` (particle, *plates, *event) of the guide's sites; ``log_target``, log p + l, ``log_s``, of the law
     that they were drawn from, and ``log_likelihood``, l alone: (particle, weight prompt). ``score`` is what the program
-    records under that name, (particle, ...), if it does.
+    records under that name, (particle, ...), if it does. ``prompts`` (particle, prompt) are the
+    indices of a minibatch's.
     """
 
     values: dict[str, Tensor]
@@ -38,6 +39,7 @@ class Draws:
     log_s: Tensor
     log_likelihood: Tensor
     score: Tensor | None
+    prompts: Tensor | None = None
 
     def __getitem__(self, rows: Tensor | slice) -> Draws:
         return replace(
@@ -47,30 +49,49 @@ class Draws:
             log_s=self.log_s[rows],
             log_likelihood=self.log_likelihood[rows],
             score=None if self.score is None else self.score[rows],
+            prompts=None if self.prompts is None else self.prompts[rows],
+        )
+
+    def of_prompts(self, program: Program, prompts: Tensor) -> Draws:
+        """Of draws of all prompts, those of a minibatch, in the shapes of its program."""
+        sites = {name: program.sites[name] for name in self.values}
+        inside = {name: site.dims.index("prompt") - len(site.shape) for name, site in sites.items()}
+        score = self.score
+        if score is not None and "prompt" in program.sites["score"].dims:
+            score = score.index_select(1 + program.sites["score"].dims.index("prompt"), prompts)
+        return Draws(
+            {name: value.index_select(inside[name], prompts) for name, value in self.values.items()},
+            self.log_target[:, prompts],
+            self.log_s[:, prompts],
+            self.log_likelihood[:, prompts],
+            score,
+            prompts.expand(len(self.log_s), -1),
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it under names, for a file."""
         named = {"log_target": self.log_target, "log_s": self.log_s, "log_likelihood": self.log_likelihood}
-        named |= {} if self.score is None else {"score": self.score}
+        for name, extra in {"score": self.score, "prompts": self.prompts}.items():
+            named |= {} if extra is None else {name: extra}
         return named | {f"values.{name}": value for name, value in self.values.items()}
 
     @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor]) -> Draws:
         """What `tensors` gave."""
         values = {name.removeprefix("values."): x for name, x in tensors.items() if name.startswith("values.")}
-        terms = (tensors[name] for name in ("log_target", "log_s", "log_likelihood"))
-        return Draws(values, *terms, score=tensors.get("score"))
+        log_target, log_s, log_likelihood = (tensors[name] for name in ("log_target", "log_s", "log_likelihood"))
+        return Draws(values, log_target, log_s, log_likelihood, tensors.get("score"), tensors.get("prompts"))
 
     @staticmethod
     def concatenate(parts: list[Draws]) -> Draws:
-        scores = [part.score for part in parts]
+        scores, prompts = [part.score for part in parts], [part.prompts for part in parts]
         return Draws(
             {name: torch.cat([part.values[name] for part in parts]) for name in parts[0].values},
             torch.cat([part.log_target for part in parts]),
             torch.cat([part.log_s for part in parts]),
             torch.cat([part.log_likelihood for part in parts]),
             None if scores[0] is None else torch.cat(scores),  # type: ignore[arg-type]
+            None if prompts[0] is None else torch.cat(prompts),  # type: ignore[arg-type]
         )
 
 
@@ -95,6 +116,7 @@ def of_guide(program: Program, guide: Callable[..., Any] | None, num_particles: 
         log_s=sum((program.pooled(term) for term in log_s.values()), zero),
         log_likelihood=sum((program.pooled(log_p[name]) for name in counted if name not in latents), zero),
         score=site_value(program.sites["score"], nodes["score"]["value"], num_particles) if "score" in nodes else None,
+        prompts=None if program.minibatch is None else program.minibatch.expand(num_particles, -1),
     )
 
 
@@ -106,7 +128,8 @@ def of_prior(program: Program, guide: Callable[..., Any], num_particles: int) ->
 class FromPosterior:
     """Draws that another engine has made, picked at random: particles, states of chains, exact draws.
 
-    :param posterior: of the same program and prompts; weighted draws come with their weights.
+    :param posterior: of the same program and prompts, all of them where these are subsampled; weighted draws come with
+        their weights.
     :raises ValueError: if their law is not known: best-of-n's, and those of conditional runs.
     """
 
@@ -117,10 +140,12 @@ class FromPosterior:
         self._draws: tuple[Program, Draws] | None = None
 
     def __call__(self, program: Program, guide: Callable[..., Any], num_particles: int) -> Draws:
-        if self._draws is None or self._draws[0] is not program:
-            self._draws = program, self._read(program)
+        whole = program.whole or program
+        if self._draws is None or self._draws[0] is not whole:
+            self._draws = whole, self._read(whole)
         draws = self._draws[1]
-        return draws[torch.randint(len(draws.log_s), (num_particles,), device=program.device)]
+        some = draws[torch.randint(len(draws.log_s), (num_particles,), device=program.device)]
+        return some if program.minibatch is None else some.of_prompts(program, program.minibatch.to(program.device))
 
     def _read(self, program: Program) -> Draws:
         def read(array: Any) -> Tensor:
@@ -128,7 +153,8 @@ class FromPosterior:
 
         samples = self._posterior.samples
         values = {site.name: read(samples[site.name]) for site in program.latents if site.name in samples}
-        if len(values) < len(program.latents) or self._posterior.log_joint.shape[-1] != program.weight_prompts:
+        prompts = 1 if program.shared else program.full_size
+        if len(values) < len(program.latents) or self._posterior.log_joint.shape[-1] != prompts:
             raise ProgramError("the draws to learn from are of another program, or of other prompts")
         log_joint = read(self._posterior.log_joint).float()
         terms = [read(term).float() for term in self._posterior.log_likelihood.values()]
@@ -145,6 +171,7 @@ class Replay:
     """Draws of the guide that are kept: every few steps all are new, and in between they come from a buffer.
 
     (New ones at once, rather than a few in each step: writing many completions takes hardly longer than writing few.)
+    Where prompts are subsampled, what is learned from again is a kept minibatch with its draws, picked at random.
 
     :param capacity: draws that are kept, the newest.
     :param every: steps from one lot of new draws to the next.
@@ -173,15 +200,24 @@ class Replay:
         self._kept = Draws.from_tensors(kept) if kept else None
 
     def __call__(self, program: Program, guide: Callable[..., Any], num_particles: int) -> Draws:
-        if self._program is not program:
-            self.reset(program)  # they are for other prompts
+        if self._program is not (program.whole or program):
+            self.reset(program.whole or program)  # they are for other prompts
         self._step += 1
         if self._kept is not None and (self._step - 1) % self.every:
-            return self._kept[torch.randint(len(self._kept.log_s), (num_particles,), device=program.device)]
+            return self._kept[_some(self._kept, num_particles)]
         new = of_guide(program, guide, num_particles)
         kept = [new] if self._kept is None else [self._kept, new]
         self._kept = Draws.concatenate(kept)[-self.capacity :]
         return new
+
+
+def _some(kept: Draws, num: int) -> Tensor:
+    """Rows of kept draws, picked at random; of a minibatch picked at random, all there are (or the newest)."""
+    if kept.prompts is None:
+        return torch.randint(len(kept.log_s), (num,), device=kept.log_s.device)
+    one = torch.randint(len(kept.log_s), ())
+    together = (kept.prompts == kept.prompts[one]).all(-1).nonzero().squeeze(-1)
+    return together.repeat(-(-num // len(together)))[-num:]
 
 
 class _Given(Messenger):
@@ -203,7 +239,7 @@ def log_q(program: Program, guide: Callable[..., Any], draws: Draws) -> Tensor:
     """
     n = len(draws.log_s)
     with _Given(draws.values), pyro.plate(PARTICLES, n, dim=-1 - program.max_plate_nesting):
-        trace = poutine.trace(guide).get_trace(*program.args, **program.kwargs)
+        trace = poutine.trace(program.pinned(guide)).get_trace(*program.args, **program.kwargs)
     trace = poutine.util.prune_subsample_sites(trace)
     if unknown := [name for name, _ in sample_sites(trace) if name not in draws.values]:
         raise ProgramError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,6 +11,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
+from .minibatches import Epochs
 from .program import Program, look
 
 
@@ -35,8 +36,11 @@ class Seen:
     values: dict[str, Tensor]
     ratio: Tensor
 
-    def farthest(self, program: Program) -> str:
-        """Where numbers went wrong, or are likeliest to have: the particle whose ratio is farthest from the others'."""
+    def farthest(self, program: Program, labels: Sequence[str]) -> str:
+        """Where numbers went wrong, or are likeliest to have: the particle whose ratio is farthest from the others'.
+
+        :param labels: what to call the step's prompts.
+        """
         ratio = self.ratio.detach().float()
         away = (ratio - ratio.nanmedian(0).values).abs().nan_to_num(torch.inf, torch.inf)
         particle, prompt = divmod(int(away.argmax()), ratio.shape[1])
@@ -45,9 +49,11 @@ class Seen:
             value = self.values.get(site.name)
             if value is not None and site.fn.lm.tokenizer is not None:
                 texts = site.fn.decode(value[particle]).reshape(-1)
-                labels = site.fn.prompt_texts()
-                some = [prompt] if len(texts) == len(labels) == ratio.shape[1] else range(min(len(texts), len(labels)))
-                lines += [f"{site.name} of {labels[i]!r}: {texts[i]!r}" for i in some]
+                if len(texts) == len(labels):
+                    some = [prompt] if len(texts) == ratio.shape[1] else range(len(texts))
+                    lines += [f"{site.name} of {labels[i]!r}: {texts[i]!r}" for i in some]
+                else:
+                    lines.append(f"{site.name}: {', '.join(map(repr, texts))}")
         return "\n".join(lines)
 
 
@@ -59,7 +65,9 @@ class Objective(ELBO):
 
     After each call ``last`` holds what the particles saw, one value a prompt: ``elbo``, ``log_likelihood`` (r / beta),
     ``kl`` (to the prior), ``score`` where the program records one, and ``log_evidence``, the logarithm of the mean
-    weight, where the law of the draws is known; and ``particles`` the particles themselves.
+    weight, where the law of the draws is known; and ``particles`` the particles themselves. Where the plate of prompts
+    is subsampled these are of the minibatch's prompts, whose indices are ``prompts``, and losses are estimates of those
+    of all prompts.
 
     ``inverse_temperature``, \gamma > 0, multiplies the log-likelihood: the target is p(x) exp(\gamma l(x)), the
     posterior at 1. `SVI` moves it for tempering and to hold the KL to the prior; ``last`` is always told at 1.
@@ -71,10 +79,11 @@ class Objective(ELBO):
         self.last: dict[str, Tensor] = {}
         self.particles: Seen | None = None
         self._program: Program | None = None
-        self._parts = [part for part in parts if isinstance(part, Stateful)]
+        self._epochs = Epochs()
+        self._parts = [part for part in (*parts, self._epochs) if isinstance(part, Stateful)]
 
     def estimate(self, program: Program, guide: Callable[..., Any]) -> Tensor:
-        """The loss, summed over prompts, with the estimate of its gradient; sets ``last``."""
+        """The loss, summed over the program's prompts, with the estimate of its gradient; sets ``last``."""
         raise NotImplementedError
 
     def reset(self, program: Program) -> None:
@@ -98,8 +107,13 @@ class Objective(ELBO):
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Tensor:
         """The loss, summed over prompts, with its estimated gradient."""
-        self._program = look(self._program, model, args, kwargs)
-        return self.estimate(self._program, guide)
+        self._program = program = look(self._program, model, args, kwargs)
+        if program.in_chunks:
+            program = program.on(self._epochs.next(program.num_prompts, program.full_size))
+        loss = program.scale * self.estimate(program, guide)
+        if program.minibatch is not None:
+            self.last.setdefault("prompts", program.minibatch)
+        return loss
 
     def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """The loss, summed over prompts."""

@@ -15,6 +15,7 @@ from pyro import poutine
 from pyro.distributions import Bernoulli, Categorical, Independent, OneHotCategorical
 from pyro.infer.autoguide import AutoNormal
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from ..models import LanguageModel
@@ -29,7 +30,7 @@ class _Laws(Messenger):
     """Replaces the laws of latent sites, hides all other sites, and stops at the last latent.
 
     :param laws: site name -> what its distribution becomes.
-    :param values: values that some sites have already, drawn elsewhere in the guide.
+    :param values: values that some sites have already, drawn elsewhere in the guide; subsamples of plates too.
     """
 
     def __init__(
@@ -44,10 +45,12 @@ class _Laws(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
         site = self._program.sites.get(name)
-        if site is None or site.kind != "latent":  # None: a plate's subsample
-            msg["stop"] = True
-        elif name in self._values:
+        if name in self._values:
             msg["value"] = self._values[name]
+            msg["stop"] = True
+        elif site_is_subsample(msg):  # seen by what runs the guide, so that the program has the same
+            return
+        elif site is None or site.kind != "latent":
             msg["stop"] = True
         elif name in self._laws:
             msg["fn"] = self._laws[name](msg["fn"])
@@ -111,7 +114,7 @@ class AutoPolicy(nn.Module):
             if site.is_completion:
                 self._laws[site.name] = _with_model(policies[id(site.fn.lm)])
             elif site.fn.support.is_discrete:
-                self.logits[site.name] = _initial_logits(site)
+                self.logits[site.name] = _initial_logits(program, site.name)
                 self._laws[site.name] = self._with_logits(site.name)
             else:
                 continuous.append(site.name)
@@ -126,12 +129,17 @@ class AutoPolicy(nn.Module):
         return self.policies[0] if len(self.policies) else None  # type: ignore[return-value]
 
     def _with_logits(self, name: str) -> Callable[[Any], Any]:
-        return lambda fn: _replace_logits(fn, self.logits[name])
+        logits = self.logits[name]
+        event_dims = logits.dim() - self._program.sites[name].batch_dims
+        return lambda fn: _replace_logits(fn, pyro.subsample(logits, event_dim=event_dims))
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
         pyro.module("policies", self.policies)
         pyro.module("logits", self.logits)
-        values = None if self.continuous is None else self.continuous(*args, **kwargs)
+        values = None
+        if self.continuous is not None:
+            values = self.continuous(*args, **kwargs)
+            values |= {plate.name: plate.indices for plate in self.continuous.plates.values()}
         _draw_latents(self._program, self._laws, values, args, kwargs)
 
 
@@ -139,7 +147,16 @@ def _with_model(policy: LanguageModel) -> Callable[[Any], Any]:
     return lambda fn: fn.with_model(policy)
 
 
-def _initial_logits(site: Site) -> nn.Parameter:
+def _initial_logits(program: Program, name: str) -> nn.Parameter:
+    """The prior's logits (*batch, ...), of all prompts."""
+    site = program.sites[name]
+    if program.in_chunks:
+        parts = [_logits(chunk.sites[name]) for chunk in program.chunks]
+        return nn.Parameter(program.side_by_side(parts, site.dims.index("prompt")))
+    return nn.Parameter(_logits(site))
+
+
+def _logits(site: Site) -> Tensor:
     fn = site.fn
     while isinstance(fn, Independent):
         fn = fn.base_dist
@@ -147,7 +164,7 @@ def _initial_logits(site: Site) -> nn.Parameter:
         raise ProgramError(
             f"no default guide for the discrete latent {site.name!r} ({type(fn).__name__}): give SVI your own guide"
         )
-    return nn.Parameter(fn.logits.detach().clone())
+    return fn.logits.detach().clone()
 
 
 def _replace_logits(fn: Any, logits: Tensor) -> Any:

@@ -20,7 +20,7 @@ from bayeslm.posterior import Posterior
 from ..models import LanguageModel
 from .checks import check_counts
 from .guides import PolicyGuide
-from .program import inspect, seeded
+from .program import inspect, look, seeded
 from .results import Stopwatch, draw, posterior
 from .retained import check_retained, in_front, retained_particles
 
@@ -61,7 +61,7 @@ class ImportanceSampling:
         :raises ProgramError: if the retained draws are not of this program, or the guide cannot have proposed them.
         """
         with seeded(self.seed), Stopwatch() as watch:
-            program = inspect(model, *args, **kwargs)
+            program = look(None, model, args, kwargs) if self.retained is None else inspect(model, *args, **kwargs)
             guide = PolicyGuide(program, self.guide) if isinstance(self.guide, LanguageModel) else self.guide
             kept = None
             if self.retained is not None:

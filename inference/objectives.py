@@ -26,11 +26,12 @@ from .program import Program, ProgramError
 
 
 class Scores(NamedTuple):
-    """Of draws, (particle, prompt): log q with gradient, log p + l, and log s."""
+    """Of draws, (particle, prompt): log q with gradient, log p + l, and log s; indices (prompt,) if of a minibatch."""
 
     log_q: Tensor
     log_target: Tensor
     log_s: Tensor
+    prompts: Tensor | None = None
 
 
 class OverDraws(Objective):
@@ -54,9 +55,11 @@ class OverDraws(Objective):
 
     def estimate(self, program: Program, guide: Callable[..., Any]) -> Tensor:
         draws = self._source(program, guide, self.num_particles)
+        if draws.prompts is not None:
+            program = program.on(draws.prompts[0])  # which are not this step's where old draws are learned from
         cooled = (self.inverse_temperature - 1.0) * draws.log_likelihood
         log_target = draws.log_target + cooled.masked_fill(torch.isneginf(draws.log_likelihood), 0.0)
-        scores = Scores(log_q(program, guide, draws), log_target, draws.log_s)
+        scores = Scores(log_q(program, guide, draws), log_target, draws.log_s, program.minibatch)
         self._note(draws, scores.log_q.detach())
         return self.of(scores).sum()
 
@@ -74,6 +77,8 @@ class OverDraws(Objective):
             self.last["log_evidence"] = _log_mean_exp(draws.log_target - draws.log_s)
         if draws.score is not None and draws.score.shape == shares.shape:
             self.last["score"] = mean(draws.score.to(shares))
+        if draws.prompts is not None:
+            self.last["prompts"] = draws.prompts[0]
 
 
 class LogVariance(OverDraws):
@@ -152,6 +157,7 @@ class FDivergence(OverDraws):
             log_z = _log_mean_exp(scores.log_target - scores.log_s)
         else:
             log_z = torch.as_tensor(self._log_evidence).to(log_q)
+            log_z = log_z if scores.prompts is None or log_z.dim() == 0 else log_z[scores.prompts]
         f_prime = self._f_prime(log_q + log_z - scores.log_target)
         unknown = log_z == -torch.inf  # no draw has any weight: nothing is known of the posterior
         f_prime = _finite(torch.where(unknown, 0.0, f_prime))

@@ -73,6 +73,21 @@ class Particles:
             {name: torch.cat([p.token_scores[name] for p in parts]) for name in parts[0].token_scores},
         )
 
+    @staticmethod
+    def side_by_side(program: Program, parts: list[Particles]) -> Particles:
+        """The particles of each of a program's `chunks`, as particles of all its prompts."""
+        join, sites = program.side_by_side, program.sites
+        inside = {
+            name: 1 + sites[name].dims.index("prompt") for name in parts[0].values if "prompt" in sites[name].dims
+        }
+        return Particles(
+            {name: join([p.values[name] for p in parts], axis) for name, axis in inside.items()},
+            join([p.log_prior for p in parts], 1),
+            join([p.log_proposal for p in parts], 1),
+            {name: join([p.log_likelihood[name] for p in parts], 1) for name in parts[0].log_likelihood},
+            {name: join([p.token_scores[name] for p in parts], inside[name]) for name in parts[0].token_scores},
+        )
+
 
 def along(x: Tensor, axis: int, index: Tensor) -> Tensor:
     """x (particle, ...) gathered by ``index`` (draw, prompt), prompts being ``axis`` of x."""

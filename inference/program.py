@@ -3,35 +3,37 @@
 A program is looked at once (`inspect`): which sites are latent, which sit inside the plate ``prompts``, and so
 whether its posterior factorises over prompts. It is then run with all particles in one outermost plate
 (`run_particles`), as Pyro's own vectorised ELBOs do, and every term of the log-joint is brought to the shape
-(particle, prompt).
+(particle, prompt). Where the plate is subsampled, a run has some of the prompts (`minibatches`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import MaskedDistribution
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import get_rng_state, set_rng_seed, set_rng_state
 from torch import Tensor
 
 from ..models import Autoregressive
+from .assign import Arbitrary as Arbitrary
+from .assign import Assign as Assign
+from .assign import same_law as same_law
+from .errors import ProgramError as ProgramError
+from .errors import branches_explained as branches_explained
+from .minibatches import PROMPTS as PROMPTS
+from .minibatches import Minibatch
 from .particles import Particles, along
 
-PROMPTS = "prompts"  # the plate whose elements are posteriors of their own
 PARTICLES = "_particles"
-
-
-class ProgramError(ValueError):
-    """The program is not one that inference can run, or a term of its log-joint is not a number."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,9 @@ class Program:
 
     ``shared``: some latent or factor sits outside the plate ``prompts``, so all prompts are one posterior and
     the prompt axis of weights has length 1.
+
+    Where the plate is subsampled, ``num_prompts`` of its ``full_size`` prompts are in a run: those of ``minibatch``,
+    or, if that is None, all of them in turn (`chunks`). ``whole`` is the program that a minibatch is part of.
     """
 
     model: Callable[..., Any]
@@ -83,6 +88,9 @@ class Program:
     num_prompts: int
     shared: bool
     device: torch.device  # where sums are taken, whichever device a reward was computed on
+    full_size: int
+    minibatch: Tensor | None = None  # indices (num_prompts,)
+    whole: Program | None = None
 
     @property
     def latents(self) -> list[Site]:
@@ -100,8 +108,40 @@ class Program:
     @property
     def max_particles(self) -> int:
         """Particles that one vectorised run takes in bounded memory."""
-        rows = [site.fn.max_rows // max(1, site.fn.batch_shape.numel()) for site in self.completions]
+        runs = self.chunks if self.in_chunks else [self]
+        rows = [site.fn.max_rows // max(1, site.fn.batch_shape.numel()) for run in runs for site in run.completions]
         return max(1, min(rows, default=8192))
+
+    @property
+    def in_chunks(self) -> bool:
+        """Whether one run has not all prompts that this program is of."""
+        return self.minibatch is None and self.num_prompts < self.full_size
+
+    @property
+    def scale(self) -> float:
+        """N / b, which makes a sum over a minibatch an estimate of that over all prompts."""
+        return self.full_size / self.num_prompts
+
+    def on(self, prompts: Tensor) -> Program:
+        """The program of a minibatch alone; what the first look saw of its prompts (``fn``, ``value``) is of others."""
+        return replace(self, minibatch=prompts, whole=self.whole or self)
+
+    def pinned(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """The model or a guide, with the minibatch's prompts alone."""
+        assert not self.in_chunks, "a run has a minibatch of the prompts: say which, with `on`"
+        return fn if self.minibatch is None else Minibatch(self.minibatch)(fn)
+
+    @cached_property
+    def chunks(self) -> list[Program]:
+        """Minibatches that have all prompts between them, each looked at; the last begins in the one before it."""
+        starts = [*range(0, self.full_size - self.num_prompts, self.num_prompts), self.full_size - self.num_prompts]
+        parts = [torch.arange(start, start + self.num_prompts) for start in starts]
+        return [replace(_first_look(self.model, self.args, self.kwargs, prompts), whole=self) for prompts in parts]
+
+    def side_by_side(self, parts: Sequence[Tensor], axis: int) -> Tensor:
+        """What each of the `chunks` has, with all prompts along the axis that had the chunk's."""
+        overlap = len(parts) * self.num_prompts - self.full_size
+        return torch.cat([*parts[:-1], parts[-1].narrow(axis, overlap, self.num_prompts - overlap)], axis)
 
     def under_plate(self, name: str, value: Tensor) -> Tensor:
         """A site's value (particle, *batch, *event) as the program sees it, particles in the outermost plate."""
@@ -131,69 +171,6 @@ class Program:
         return along(value, 1 + self.sites[name].dims.index("prompt"), index)
 
 
-_BRANCHES = ("is ambiguous", "only one element tensors", "a Tensor with", "only integer tensors of a single element")
-
-
-@contextlib.contextmanager
-def branches_explained() -> Iterator[None]:
-    """Says why a program whose Python code asks for one value cannot be run for all prompts and particles at once."""
-    try:
-        yield
-    except (RuntimeError, ValueError, TypeError) as error:
-        if not any(sign in str(error) for sign in _BRANCHES):
-            raise
-        raise ProgramError(
-            "the program's Python code needs a single value where each prompt and particle has its own "
-            f"({str(error).splitlines()[0]}): engines run all of them at once and cannot follow each one's branch. Use "
-            "torch.where, or ImportanceSampling(vectorize=False) with one prompt"
-        ) from error
-
-
-class Arbitrary(Messenger):
-    """Gives completions arbitrary tokens instead of running the network."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if isinstance(msg["fn"], Autoregressive) and msg["value"] is None:
-            msg["value"] = msg["fn"].arbitrary()
-
-
-class Assign(Messenger):
-    """Gives latent sites their values instead of sampling them.
-
-    :param values: (particle, *batch, *event) by site; a site that is not among them is sampled as ever.
-    :param token_scores: (particle, *batch, token) of completions whose log p is known: where their prompts are those
-        of the first look, so that particles cannot have changed their law, the network does not score them again.
-    """
-
-    def __init__(
-        self, program: Program, values: dict[str, Tensor], token_scores: dict[str, Tensor] | None = None
-    ) -> None:
-        super().__init__()
-        self._program = program
-        self._values = {name: program.under_plate(name, value) for name, value in values.items()}
-        scores = token_scores or {}
-        self._scores = {name: program.under_plate(name, scores[name]) for name in scores if name in values}
-
-    def _pyro_sample(self, msg: Any) -> None:
-        name = msg["name"]
-        if name not in self._values or msg["value"] is not None:
-            return
-        msg["value"] = self._values[name]
-        if name in self._scores and same_law(self._program, name, msg["fn"]):
-            msg["fn"].know(msg["value"], self._scores[name])
-
-
-def same_law(program: Program, name: str, fn: Any) -> bool:
-    """Whether a completion's law is the one of the first look, whatever the particles' other values."""
-    first = program.sites[name].fn
-    if not isinstance(fn, Autoregressive) or fn.lm is not first.lm or fn.temperature != first.temperature:
-        return False
-    mask, first_mask = fn.prompt_mask, first.prompt_mask
-    if mask is None or first_mask is None:
-        return mask is first_mask and torch.equal(fn.prompt_ids, first.prompt_ids)
-    return torch.equal(fn.prompt_ids, first.prompt_ids) and torch.equal(mask, first_mask)
-
-
 def sample_sites(trace: Trace) -> Iterator[tuple[str, dict[str, Any]]]:
     """Names and nodes of a trace's sample statements (factors and observations among them)."""
     return ((name, dict(node)) for name, node in trace.nodes.items() if node["type"] == "sample")
@@ -210,7 +187,29 @@ def inspect(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Program:
     :raises ProgramError: if it has no latent site, or one that engines would weigh wrongly: in a subsampled plate,
         under `poutine.scale`, or with a batch dimension that no plate declares.
     """
-    with seeded(0), torch.no_grad(), branches_explained(), poutine.block(), Arbitrary():  # the same sites each time
+    program = look(None, model, args, kwargs)
+    if program.num_prompts < program.full_size:
+        raise ProgramError(
+            f"the plate {PROMPTS!r} is subsampled, {program.num_prompts} prompts of {program.full_size}, and this "
+            "engine needs all of them at once: leave out subsample_size (memory stays bounded without), or use SVI or "
+            "ImportanceSampling"
+        )
+    return program
+
+
+def _first_look(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], prompts: Tensor | None = None
+) -> Program:
+    """As `inspect`, of these prompts if the plate of prompts is subsampled; else of the first."""
+    minibatch = Minibatch(prompts)
+    with (
+        seeded(0),
+        torch.no_grad(),
+        branches_explained(),
+        poutine.block(),
+        minibatch,
+        Arbitrary(),
+    ):  # the same each time
         trace = prune_subsample_sites(poutine.trace(model).get_trace(*args, **kwargs))
     sites: dict[str, Site] = {}
     sizes: dict[int, int] = {}
@@ -234,7 +233,7 @@ def inspect(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Program:
             )
         if any(frame.full_size not in (None, frame.size) for frame in frames) or (
             kind == "latent" and not _is_one(node["scale"])
-        ):
+        ):  # prompts' own subsample is gone from the frames here
             raise ProgramError(f"site {name!r} is subsampled or scaled: its particles cannot be weighed")
         masked = node["mask"] is not None or isinstance(node["fn"], MaskedDistribution)
         sites[name] = Site(name, kind, node["fn"], shape, plates, batch_dims, node["value"], masked)
@@ -246,6 +245,14 @@ def inspect(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Program:
     random = [site for site in sites.values() if site.kind != "deterministic"]
     latents = [site for site in random if site.kind == "latent"]
     home = next((site for site in latents if site.is_completion), latents[0])
+    shared = not all(site.in_prompts for site in random)
+    full_size = None if prompt_dim is None else minibatch.full_size  # None: no subsample
+    if shared and full_size is not None:
+        outside = next(site.name for site in random if not site.in_prompts)
+        raise ProgramError(
+            f"site {outside!r} stands outside the plate {PROMPTS!r}, which makes all prompts one posterior: a "
+            "subsample of them does not tell its weight. Leave out subsample_size, or put the site inside the plate"
+        )
     return Program(
         model=model,
         args=args,
@@ -255,13 +262,18 @@ def inspect(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Program:
         max_plate_nesting=max([-dim for dim in dims] + [site.batch_dims for site in random]),
         prompt_dim=prompt_dim,
         num_prompts=num_prompts,
-        shared=not all(site.in_prompts for site in random),
+        shared=shared,
         device=home.value.device,
+        full_size=full_size or num_prompts,
+        minibatch=minibatch.prompts if minibatch.fixed and full_size is not None else None,
     )
 
 
 def look(program: Program | None, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-    """The program of a model and its arguments, looked at anew if it is not the one at hand."""
+    """The program of a model and its arguments, looked at anew if it is not the one at hand.
+
+    Its plate of prompts may be subsampled; else as `inspect`.
+    """
     if (
         program is not None
         and program.model is model
@@ -271,7 +283,7 @@ def look(program: Program | None, model: Callable[..., Any], args: tuple[Any, ..
         and all(program.kwargs[name] is kwargs[name] for name in kwargs)
     ):
         return program
-    return inspect(model, *args, **kwargs)
+    return _first_look(model, args, kwargs)
 
 
 def traces(
@@ -285,9 +297,9 @@ def traces(
         return pyro.plate(PARTICLES, num_particles, dim=-1 - program.max_plate_nesting)(fn)
 
     guide_trace = None
-    model = program.model
+    model = program.pinned(program.model)
     if guide is not None:
-        guide_trace = poutine.trace(in_plate(guide)).get_trace(*program.args, **program.kwargs)
+        guide_trace = poutine.trace(in_plate(program.pinned(guide))).get_trace(*program.args, **program.kwargs)
         guide_trace = prune_subsample_sites(guide_trace)
         for name, node in sample_sites(guide_trace):
             if name not in program.sites and not node["infer"].get("is_auxiliary"):
@@ -330,6 +342,9 @@ def run_particles(
 
     ``vectorize=False`` runs them one by one, for programs whose Python code depends on a single latent value.
     """
+    if program.in_chunks:
+        runs = [run_particles(chunk, guide, num_particles, vectorize=vectorize) for chunk in program.chunks]
+        return Particles.side_by_side(program, runs)
     if not vectorize and num_particles > 1:
         return Particles.concatenate([run_particles(program, guide, 1, vectorize=False) for _ in range(num_particles)])
     with torch.no_grad():

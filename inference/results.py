@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -147,9 +148,6 @@ def posterior(
         lengths[site.name] = split(site.fn.lengths(value))
         if site.fn.lm.tokenizer is not None:
             texts[site.name] = site.fn.decode(value).reshape(lengths[site.name].shape)
-    # a factor is an observation of nothing: its value has no elements
-    seen = [site for site in program.sites.values() if site.kind == "observed" and site.value.numel()]
-    observed = {site.name: to_numpy(site.value) for site in seen}
     return Posterior(
         samples=values,
         log_weights=weights,
@@ -168,7 +166,7 @@ def posterior(
         texts=texts,
         lengths=lengths,
         prior=prior_draws(program, prior),
-        observed=observed,
+        observed=_observed(program),
         stats=stats,
         policy=policy,
     )
@@ -178,6 +176,17 @@ def _kept(program: Program) -> list[str]:
     """Latent and deterministic sites; where prompts are posteriors of their own, those inside the plate."""
     sites = [site for site in program.sites.values() if site.kind != "observed"]
     return [site.name for site in sites if program.shared or "prompt" in site.dims]
+
+
+def _observed(program: Program) -> dict[str, np.ndarray]:
+    """The values of observed sites; a factor is an observation of nothing, and its value has no elements."""
+    seen = {site.name: site for site in program.sites.values() if site.kind == "observed" and site.value.numel()}
+    values = {name: site.value for name, site in seen.items()}
+    for name, site in seen.items():
+        if program.in_chunks and site.value.dim() == len(site.dims):  # else one value for all prompts
+            parts = [chunk.sites[name].value for chunk in program.chunks]
+            values[name] = program.side_by_side(parts, site.dims.index("prompt"))
+    return {name: to_numpy(value) for name, value in values.items()}
 
 
 def prior_draws(program: Program, particles: Particles | None) -> dict[str, np.ndarray]:
@@ -197,6 +206,9 @@ def to_numpy(x: Tensor) -> np.ndarray:
 
 def prompt_labels(program: Program) -> list[str]:
     """What to call each prompt: its text, where a completion site has one a prompt."""
+    if program.in_chunks:
+        *labels, last = [prompt_labels(chunk) for chunk in program.chunks]
+        return [*itertools.chain(*labels), *last[sum(map(len, labels)) - program.full_size :]]
     for site in program.completions:
         if site.fn.prompt_ids.shape[:-1].numel() == program.num_prompts:
             return site.fn.prompt_texts()

@@ -51,8 +51,8 @@ class Plateau:
 class NearPosterior:
     """The estimate of KL(q || posterior), mean over prompts, is at most ``nats`` over the last ``window`` steps.
 
-    log Z is estimated from the weights of all particles of these steps. While q misses parts of the posterior they
-    underestimate it, and so the KL: take a window of some hundred particles or more.
+    log Z is estimated from the weights of all particles of these steps (with minibatches of prompts, of each step).
+    While q misses parts of the posterior they underestimate it, and so the KL: take a window of some hundred particles.
 
     :raises ValueError: in training, if the objective does not know the law of its draws, as of `FromPosterior`'s.
     """
@@ -69,6 +69,7 @@ class NearPosterior:
             raise ValueError("NearPosterior needs draws whose law is known, which this objective does not have")
         if len(history["elbo"]) < self.window:
             return False
-        elbo = np.array(history["elbo"][-self.window :]).mean(0)
-        log_z = logsumexp(history["log_evidence"][-self.window :], axis=0) - np.log(self.window)
-        return bool((log_z - elbo).mean() <= self.nats)
+        elbo, log_z = (np.array(history[key][-self.window :]) for key in ("elbo", "log_evidence"))  # (step, prompt)
+        if "prompts" not in history:  # else minibatches, of each of which a step alone can tell
+            log_z = logsumexp(log_z, axis=0) - np.log(self.window)
+        return bool(log_z.mean() - elbo.mean() <= self.nats)

@@ -23,7 +23,7 @@ from .elbo import Objective
 from .heldout import HeldOut
 from .optimizers import SCHEDULES
 from .particles import Particles
-from .program import Program, inspect, seeded
+from .program import Program, look, seeded
 from .results import Stopwatch, draw, posterior
 from .reverse_kl import ReverseKL
 from .stopping import Stopping
@@ -98,6 +98,9 @@ class SVI:
         prompt; `HeldOut`'s. Ctrl-C ends the training, and the policy so far is kept; so is it on an error, as the
         exception's ``policy``.
 
+        Where the program's plate of prompts is subsampled, each step has a minibatch of them, whose indices are
+        ``stats["prompts"]`` (chain, step, prompt); the draws are of all prompts.
+
         The program's own ``pyro.param`` statements are trained too, as in Pyro; with the default guide they are
         forgotten after.
 
@@ -106,7 +109,7 @@ class SVI:
         :raises ValueError: if ``checkpoint`` holds another run's, with what differs.
         """
         with seeded(self.seed), Stopwatch() as watch:
-            program = inspect(model, *args, **kwargs)
+            program = look(None, model, args, kwargs)
             objective = self.objective if self.objective is not None else ReverseKL(self.num_particles)
             checkpoints = self._checkpoints(program, objective)
             chains: list[Training] = []

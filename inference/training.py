@@ -20,12 +20,12 @@ from .elbo import Objective
 from .guides import AutoPolicy
 from .optimizers import ScheduledAdam
 from .program import Arbitrary, Program, seeded
-from .results import to_numpy
+from .results import prompt_labels, to_numpy
 
 if TYPE_CHECKING:
     from .svi import SVI
 
-SEEN = ("elbo", "kl", "log_likelihood", "score", "log_evidence")
+SEEN = ("elbo", "kl", "log_likelihood", "score", "log_evidence", "prompts")
 
 
 class Training:
@@ -118,7 +118,7 @@ class Training:
             objective.inverse_temperature = engine.temperature.after(gamma, self.step / engine.num_steps, kl)
         self.ended = engine.stop is not None and engine.stop(self.history)
         shown = {"elbo": "elbo", "score": "reward", "kl": "kl", "gradient_norm": "gradient"}
-        draws = getattr(objective, "num_particles", engine.num_particles) * self.program.num_prompts
+        draws = getattr(objective, "num_particles", engine.num_particles) * now["elbo"].size
         return {label: float(now[key].mean()) for key, label in shown.items() if key in now} | {
             "samples/s": draws / max(seconds, 1e-9)
         }
@@ -149,7 +149,10 @@ class Training:
         error.add_note(f"SVI stopped at step {self.step}" + (f" of chain {self.chain}" if self.chain else ""))
         particles = getattr(self.objective, "particles", None)
         if isinstance(error, FloatingPointError) and particles is not None:
-            error.add_note(particles.farthest(self.program))
+            labels = prompt_labels(self.program)
+            if (batch := self.objective.last.get("prompts")) is not None:
+                labels = [labels[i] for i in batch.tolist()]
+            error.add_note(particles.farthest(self.program, labels))
             error.draws = particles.values  # type: ignore[attr-defined]
         if self.checkpoint is not None:
             error.add_note(f"the last checkpoint is {self.checkpoint}: the same call goes on from there")

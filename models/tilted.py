@@ -9,10 +9,12 @@ arXiv 2205.11275).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyro
+from torch import Tensor
 
 from .encoding import Prompt
 from .language_model import LanguageModel
@@ -27,7 +29,10 @@ class TiltedLM:
     :param beta: the KL coefficient, or temperature of the likelihood; small is sharp.
     :param max_new_tokens: the longest completion.
     :param temperature: of the prior's sampling law.
-    :raises ValueError: if ``beta`` or ``temperature`` is not positive and finite, or ``max_new_tokens`` < 1.
+    :param subsample_size: prompts in each run of the program, picked at random as Pyro's plates do: the minibatch of a
+        training step. None is all of them.
+    :raises ValueError: if ``beta`` or ``temperature`` is not positive and finite, or ``max_new_tokens`` or
+        ``subsample_size`` < 1.
     """
 
     def __init__(
@@ -38,11 +43,14 @@ class TiltedLM:
         *,
         max_new_tokens: int = 24,
         temperature: float = 1.0,
+        subsample_size: int | None = None,
     ) -> None:
         if not (beta > 0 and math.isfinite(beta)):
             raise ValueError(f"beta must be positive and finite, got {beta}")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if subsample_size is not None and subsample_size < 1:
+            raise ValueError(f"subsample_size must be at least 1, got {subsample_size}")
         if not (temperature > 0 and math.isfinite(temperature)):
             raise ValueError(f"temperature must be positive and finite, got {temperature}")
         self.prior = prior
@@ -50,6 +58,7 @@ class TiltedLM:
         self.beta = beta
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
+        self.subsample_size = subsample_size
 
     @property
     def log_bound(self) -> float:
@@ -57,10 +66,30 @@ class TiltedLM:
         return self.reward.upper_bound / self.beta
 
     def __call__(self, prompts: Sequence[Prompt], /, **columns: Sequence[Any]) -> None:
-        """Run the program; ``columns`` are handed to the reward."""
-        law = self.prior(prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature)
-        with pyro.plate("prompts", len(prompts)):
+        """Run the program; ``columns`` are handed to the reward, those of one value a prompt subsampled as prompts."""
+        size = None if self.subsample_size is None else min(self.subsample_size, len(prompts))
+        with pyro.plate("prompts", len(prompts), subsample_size=size) as batch:
+            if batch is not None and len(batch) < len(prompts):
+                columns = {name: _some(name, column, batch, len(prompts)) for name, column in columns.items()}
+                prompts = [prompts[i] for i in batch.tolist()]
+            law = self.prior(prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature)
             x = pyro.sample("completion", law)
             score = self.reward(prompts, self.prior.decode(x), **columns).to(x.device)
             pyro.deterministic("score", score, event_dim=0)
             pyro.factor("reward", score / self.beta)
+
+
+def _some(name: str, column: Any, batch: Tensor, size: int) -> Any:
+    """What a column of ``size`` prompts has of a batch of them.
+
+    :raises ValueError: if it has neither one value a prompt, nor one for all.
+    """
+    if isinstance(column, (str, bytes, Mapping)) or not hasattr(column, "__len__"):
+        return column  # handed on as it is, or refused there
+    is_array = isinstance(column, (Tensor, np.ndarray))
+    length = (column.shape[-1] if column.ndim else 1) if is_array else len(column)
+    if length not in (1, size):
+        raise ValueError(f"column {name!r} has {length} values for {size} prompts")
+    if length == 1:
+        return column
+    return column[..., batch.cpu()] if is_array else [column[i] for i in batch.tolist()]

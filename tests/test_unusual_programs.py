@@ -179,7 +179,7 @@ def test_guides_outside_the_plate_of_prompts_are_refused():
 
 def test_subsampled_and_scaled_latents_are_refused():
     def subsampled():
-        with pyro.plate("prompts", 10, subsample_size=2):
+        with pyro.plate("raters", 10, subsample_size=2):
             pyro.sample("z", dist.Bernoulli(0.5))
 
     def scaled():

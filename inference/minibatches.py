@@ -1,0 +1,109 @@
+r"""Minibatches of prompts: a program whose plate ``prompts`` is subsampled.
+
+    with pyro.plate("prompts", N, subsample_size=b) as batch: ...
+
+Every prompt has a posterior of its own, and one policy serves them all (amortised inference). A loss over them is a
+sum, which a minibatch B of b prompts estimates without bias (stochastic variational inference, Hoffman, Blei, Wang and
+Paisley 2013, arXiv 1206.7051):
+
+    \sum_{c=1}^N L(c)  =  E_B[ (N / b) \sum_{c \in B} L(c) ]
+
+Pyro scales log p inside the plate by N / b instead, which a score-function gradient, a product of two of them, would
+have squared. So here a minibatch is an ordinary program of b prompts, without a scale, and its loss is multiplied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from .errors import ProgramError
+
+if TYPE_CHECKING:
+    from .program import Program
+
+PROMPTS = "prompts"  # the plate whose elements are posteriors of their own
+
+
+class Minibatch(Messenger):
+    """Tells a subsampled plate of prompts which they are, and takes its scale off the terms inside.
+
+    :param prompts: indices (b,); None leaves it to the program, whose first b prompts are taken if it does not care.
+    :raises ProgramError: if a plate is not subsampled as the ``prompts`` need.
+
+    ``prompts``, ``full_size``, N, and whether the prompts are ``fixed`` are what was found of a subsampled plate.
+    """
+
+    def __init__(self, prompts: Tensor | None = None) -> None:
+        super().__init__()
+        self.prompts = prompts
+        self.fixed = prompts is not None
+        self.full_size: int | None = None
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            if msg["name"] == PROMPTS:
+                self._choose(msg)
+            return
+        frames = msg["cond_indep_stack"]
+        for i, frame in enumerate(frames):
+            if frame.name == PROMPTS and frame.vectorized and frame.full_size == self.full_size:
+                msg["scale"] = msg["scale"] / (frame.full_size / frame.size)
+                msg["cond_indep_stack"] = (*frames[:i], frame._replace(full_size=frame.size), *frames[i + 1 :])
+
+    def _choose(self, msg: Any) -> None:
+        plate, own = msg["fn"], msg["value"]  # its own: pyro.plate(..., subsample=indices)
+        size = plate.subsample_size if own is None else len(own)
+        if size is None or size >= plate.size:
+            size = None  # all of them
+        if self.prompts is None and size is not None:
+            self.prompts = torch.arange(size) if own is None else torch.as_tensor(own)
+            self.fixed = own is not None
+        if self.prompts is None:
+            return
+        if size != len(self.prompts) or (own is not None and not torch.equal(torch.as_tensor(own), self.prompts)):
+            raise ProgramError(
+                f"the plate {PROMPTS!r} of a program and its guide must be subsampled alike, here with "
+                f"subsample_size={len(self.prompts)}, and in the same way each time"
+            )
+        self.full_size = plate.size
+        if own is None:
+            msg["value"] = self.prompts.to(plate.device)
+
+
+class Epochs:
+    """Minibatches in which every prompt has its turn before one has its next, in an order that is new each time.
+
+    Each minibatch is a uniform subset, as Pyro's own are, so sums over it stay unbiased; its variance over an epoch is
+    less (random reshuffling).
+    """
+
+    def __init__(self) -> None:
+        self._waiting = torch.empty(0, dtype=torch.long)
+
+    def reset(self, program: Program) -> None:
+        """Begin an epoch: another training begins."""
+        self._waiting = self._waiting[:0]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"waiting": self._waiting}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._waiting = state["waiting"]
+
+    def next(self, size: int, full_size: int) -> Tensor:
+        """Indices (size,) of the next of ``full_size`` prompts."""
+        batch, self._waiting = self._waiting[:size], self._waiting[size:]
+        if len(batch) < size:  # those left of an epoch, and others
+            order = torch.randperm(full_size)
+            others = (~torch.isin(order, batch)).nonzero().squeeze(-1)[: size - len(batch)]
+            batch = torch.cat([batch, order[others]])
+            rest = torch.ones(full_size, dtype=torch.bool)
+            rest[others] = False
+            self._waiting = order[rest]
+        return batch

@@ -31,7 +31,7 @@ def train(
 ) -> dict[str, object]:
     torch.set_num_threads(threads)
     prior = LanguageModel.from_pretrained(model, dtype=torch.float32)
-    loaded = resident()
+    loaded = resident(prior)
     ends: list[float] = []
     peaks: list[float] = []
 

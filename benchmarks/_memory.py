@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 
-def resident() -> float:
-    """MB now."""
+
+def resident(network: torch.nn.Module) -> float:
+    """MB now, with all of a network's weights: until they are used they may be in their file alone."""
+    for p in network.parameters():
+        p.sum()
     return _field("VmRSS")
 
 
 def peak() -> float:
-    """MB at the most since the process began (`ru_maxrss` may be the parent's)."""
+    """MB at the most since the process began, or the last `reset_peak` (`ru_maxrss` may be the parent's)."""
     return _field("VmHWM")
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _field(name: str) -> float:

@@ -68,7 +68,7 @@ def train(
     tokenizer = AutoTokenizer.from_pretrained(model)
     if tokenizer(prompt)["input_ids"] != ids:
         raise ValueError("TRL would not complete the prompt's ids that bayeslm completes")
-    loaded = resident()
+    loaded = resident(network)
     analyzer = SentimentIntensityAnalyzer()
 
     def sentiment(completions: list[str], **_: Any) -> list[float]:

@@ -1,4 +1,4 @@
-"""Another library in a process and an environment of its own, asked by lines of JSON through pipes."""
+"""A library in a process and an environment of its own, asked by lines of JSON through pipes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ class Peer:
     """A worker script that answers each line on its stdin by one on its stdout.
 
     :param name: of the environment, build/NAME, which is made at the first run.
-    :param requirements: what is installed there, at the versions of constraints.txt where it has them.
+    :param requirements: what is installed there, at the versions of constraints.txt where it has them. None: the
+        process has the environment that asks.
     :param worker: the script, beside this file.
     """
 
-    def __init__(self, name: str, requirements: Sequence[str], worker: str) -> None:
+    def __init__(self, name: str, requirements: Sequence[str] | None, worker: str) -> None:
         self.name = name
-        command = [_environment(name, requirements), Path(__file__).with_name(worker)]
+        python = sys.executable if requirements is None else _environment(name, requirements)
+        command = [python, Path(__file__).with_name(worker)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def tell(self, message: dict[str, Any]) -> None:
@@ -35,6 +37,12 @@ class Peer:
         if not answer:
             sys.exit(f"{self.name}'s process ended before it answered, with code {self.process.wait()}")
         return dict(json.loads(answer))
+
+    def close(self) -> None:
+        """Let the process end; what it held in memory is free."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
 
 
 def _environment(name: str, requirements: Sequence[str]) -> Path:

@@ -1,0 +1,64 @@
+"""bayeslm's side of `svi_smollm2.py`: one training a line of JSON, as in `_trl_smollm2_worker.py`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import torch
+from _memory import peak, resident
+
+from bayeslm.inference import SVI, LogVariance, ReverseKL
+from bayeslm.models import LanguageModel, TiltedLM, rewards
+
+OBJECTIVES = {"reverse-kl": ReverseKL, "log-variance": LogVariance}
+
+
+def train(
+    model: str,
+    prompt: str,
+    tokens: int,
+    beta: float,
+    method: str,
+    steps: int,
+    group: int,
+    learning_rate: float,
+    rank: int,
+    adapter: str,
+    seed: int,
+    threads: int,
+) -> dict[str, object]:
+    torch.set_num_threads(threads)
+    prior = LanguageModel.from_pretrained(model, dtype=torch.float32)
+    loaded = resident(prior)
+    ends: list[float] = []
+    peaks: list[float] = []
+
+    def watch(done: int, policy: LanguageModel) -> None:
+        ends.append(time.perf_counter())
+        peaks.append(peak())
+
+    engine = SVI(
+        num_steps=steps,
+        learning_rate=learning_rate,
+        objective=OBJECTIVES[method](group),
+        lora_rank=rank,
+        on_step=watch,
+        num_samples=1,
+        seed=seed,
+        progress=False,
+    )
+    program = TiltedLM(prior, rewards.Sentiment(), beta, max_new_tokens=tokens)
+    engine.run(program, [prompt]).policy.save_pretrained(adapter)
+    return {"ends": ends, "loaded": loaded, "peak": peaks[-1]}
+
+
+def main() -> None:
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        print(json.dumps(train(**json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

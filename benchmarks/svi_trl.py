@@ -39,7 +39,15 @@ from bayeslm.inference import SVI, LogVariance, Replay
 from bayeslm.models import LanguageModel
 from bayeslm.models.pretrained import word_tokenizer
 
-REQUIREMENTS = ["trl==1.16.0", "accelerate==1.15.0", "datasets==5.2.0", "torch", "transformers"]
+REQUIREMENTS = [
+    "trl==1.16.0",
+    "accelerate==1.15.0",
+    "datasets==5.2.0",
+    "peft",
+    "vaderSentiment",
+    "torch",
+    "transformers",
+]
 WORDS = ("<eos>", "a", "b", "c", "d", "e", "f", "g")
 TOKENS = 5
 PROMPT = [1, 2, 3]

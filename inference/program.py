@@ -330,9 +330,20 @@ def site_terms(program: Program, trace: Trace, num_particles: int, *, skip: Cont
                 f"site {name!r} has log-probability {term[particle, prompt].item()} at particle {particle}"
                 + (f", prompt {prompt}" if term.shape[1] > 1 else "")
                 + (": a reward must be finite or -inf, and beta positive" if node["is_observed"] else "")
+                + "".join(_texts(program, trace, num_particles, particle, prompt))
             )
         terms[name] = term
     return terms
+
+
+def _texts(program: Program, trace: Trace, num_particles: int, particle: int, prompt: int) -> Iterator[str]:
+    """What a particle's completions of a prompt say, for an error."""
+    for name, node in sample_sites(trace):
+        site = program.sites.get(name)
+        if site is None or not site.is_completion or node["fn"].lm.tokenizer is None:
+            continue
+        texts = node["fn"].decode(site_value(site, node["value"], num_particles)[particle]).reshape(-1)
+        yield f"\n{name}: {texts[prompt if len(texts) > prompt else 0]!r}"
 
 
 def run_particles(

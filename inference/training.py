@@ -219,10 +219,12 @@ def _unconstrained() -> dict[str, Tensor]:
 
 def stack(chains: list[dict[str, list[np.ndarray]]]) -> Mapping[str, np.ndarray]:
     """Lists of chains as arrays (chain, step, ...); NaN after the end of a chain that ended before others."""
-    longest = max(len(values) for chain in chains for values in chain.values())
     stacked = {}
     for key in chains[0]:
-        rows = [np.array(chain[key][:longest], dtype=float) for chain in chains]
-        padded = [np.concatenate([x, np.full((longest - len(x), *x.shape[1:]), np.nan)]) for x in rows]
-        stacked[key] = np.array(padded)
+        rows = [np.array(chain[key]) for chain in chains]
+        most = max(map(len, rows))
+        ended = [np.full((most - len(x), *x.shape[1:]), np.nan) for x in rows]
+        stacked[key] = np.array(
+            [np.concatenate([x, nan]) if len(nan) else x for x, nan in zip(rows, ended, strict=True)]
+        )
     return stacked

@@ -1,4 +1,4 @@
-"""Peak memory of scoring SmolLM2-135M's completions, with and without gradient, as particles grow.
+"""Peak memory of scoring SmolLM2-135M's completions, with and without gradient (LoRA), as particles grow.
 
     python benchmarks/memory.py
 
@@ -19,20 +19,21 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MB on Linux
 
 
-def measure(particles: int, gradient: bool) -> None:
+def measure(particles: int, kind: str) -> None:
     import torch
 
     from bayeslm.models import LanguageModel
 
     lm = LanguageModel.from_pretrained("smollm2")
-    if gradient:
+    if kind != "no":
+        lm.gradient_checkpointing = kind == "checkpointed"
         lm = lm.policy(lora_rank=16)
     law = lm(["My dinner at the restaurant was"], max_new_tokens=TOKENS).expand((particles, 1))
     value = torch.randint(3, lm.vocab_size, (particles, 1, TOKENS), generator=torch.Generator().manual_seed(0))
     law.log_prob(value[:1])
     before = peak()
     score = law.log_prob(value)
-    if gradient:
+    if kind != "no":
         score.sum().backward()
     print(peak() - before, lm.vocab_size)
 
@@ -40,16 +41,16 @@ def measure(particles: int, gradient: bool) -> None:
 def main() -> None:
     print("| particles | gradient | peak above start, MB | all logits in float32, MB |")
     print("|---|---|---|---|")
-    for gradient in (False, True):
-        for particles in (16, 64, 256) if not gradient else (4, 16, 64):
-            arguments = [sys.executable, __file__, str(particles), str(int(gradient))]
+    for kind in ("no", "yes", "checkpointed"):
+        for particles in (16, 64, 256):
+            arguments = [sys.executable, __file__, str(particles), kind]
             out = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout.split()
             whole = particles * TOKENS * int(out[-1]) * 4 / 2**20
-            print(f"| {particles} | {'LoRA' if gradient else 'no'} | {float(out[-2]):.0f} | {whole:.0f} |", flush=True)
+            print(f"| {particles} | {kind} | {float(out[-2]):.0f} | {whole:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        measure(int(sys.argv[1]), bool(int(sys.argv[2])))
+        measure(int(sys.argv[1]), sys.argv[2])
     else:
         main()

@@ -99,7 +99,8 @@ class Autoregressive(TorchDistribution):
         rows = self._rows(shape)
         value = rows.new_full((len(rows), self.max_new_tokens), self.lm.pad_token_id)
         scores = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
-        with torch.no_grad(), self.lm.causal.precision():
+        passes = -(-len(rows) // self.max_rows) * (self.max_new_tokens - 1)
+        with torch.no_grad(), self.lm.causal.drawing(passes):
             for part, prefix in self._prefixes(rows):
                 value[part], scores[part] = write(Steps(self, prefix))
         value = value.reshape(shape + self.event_shape)

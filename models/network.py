@@ -29,6 +29,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from . import packing
+
 # Elements of one float32 block of logits: 2**25 is 128 MB, some 680 tokens of a 49k vocabulary.
 LOGITS_BLOCK = 2**25
 
@@ -202,6 +204,22 @@ class CausalNetwork:
             out = (self._body or self.network)(**inputs, use_cache=use_cache)
         hidden = out.logits if self._body is None else out.last_hidden_state
         return hidden, getattr(out, "past_key_values", None)
+
+    @contextlib.contextmanager
+    def drawing(self, passes: int) -> Iterator[None]:
+        """Around so many passes without gradient: weights in training are converted, or packed, once for all."""
+        large = sum(p.numel() for p in self.parameters) >= packing.LARGE
+        if not (self.requires_grad and large and passes >= packing.PAYS_FROM and self.compute_dtype is None):
+            with self.precision():
+                yield
+            return
+        head = self._head
+        with packing.packed_inside(self.network):
+            self._head = None if head is None else self.network.get_output_embeddings()
+            try:
+                yield
+            finally:
+                self._head = head
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """Autocast to ``compute_dtype``. Around several passes it converts the weights once."""

@@ -7,23 +7,31 @@ products, some quarter faster on SmolLM2-135M with 32 rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, TypeGuard
 
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 ROWS = 32  # that the blocks are chosen for; products of any number of rows are right
+PAYS_FROM = 12  # forward passes that one packing is for, and
+LARGE = 2**22  # weights, below which it is not products that take the time
 
 
 class PackedLinear(nn.Module):
-    """``linear``, frozen: the weight is held in blocks alone and can be neither read, trained, moved nor saved."""
+    """``linear``, frozen: the weight is held in blocks alone and can be neither read, trained, moved nor saved.
 
-    def __init__(self, linear: nn.Linear) -> None:
+    :param weight: in the place of its own.
+    """
+
+    def __init__(self, linear: nn.Linear, weight: Tensor | None = None) -> None:
         super().__init__()
+        weight = linear.weight if weight is None else weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = None if linear.bias is None else linear.bias.detach().clone()
-        self._blocks = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
+        self._blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._blocks, self.bias, "none", [], "")
@@ -55,3 +63,45 @@ def pack(network: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if can_pack(child):
                 setattr(parent, name, PackedLinear(child))
+
+
+@contextlib.contextmanager
+def packed_inside(network: nn.Module) -> Iterator[None]:
+    """Inside, linear layers are packed as they are now, adapters (LoRA) merged into the weights.
+
+    The weights themselves are left as they are, to the last bit; all passes inside have to be without gradients.
+    """
+    swapped: list[tuple[nn.Module, str, nn.Module]] = []
+
+    def swap(parent: nn.Module) -> None:
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoraLinear):
+                if (weight := _merged(child)) is not None:
+                    swapped.append((parent, name, child))
+                    setattr(parent, name, PackedLinear(child.get_base_layer(), weight))
+            elif can_pack(child):
+                swapped.append((parent, name, child))
+                setattr(parent, name, PackedLinear(child))
+            else:
+                swap(child)
+
+    try:
+        with torch.no_grad():
+            swap(network)
+        yield
+    finally:
+        for parent, name, child in swapped:
+            setattr(parent, name, child)
+
+
+def _merged(lora: LoraLinear) -> Tensor | None:
+    """W + s B A of a layer's adapters; None if they are of another kind, or the layer cannot be packed."""
+    base = lora.get_base_layer()
+    adapters = [name for name in lora.active_adapters if name in lora.lora_A]
+    plain = not (lora.merged or lora.disable_adapters or lora.fan_in_fan_out or lora.lora_variant)
+    if not (plain and can_pack(base) and all(lora.lora_B[name].bias is None for name in adapters)):
+        return None
+    weight = base.weight
+    for name in adapters:
+        weight = torch.addmm(weight, lora.lora_B[name].weight, lora.lora_A[name].weight, alpha=lora.scaling[name])
+    return weight

@@ -1,6 +1,8 @@
 """How to infer it: interchangeable engines, each ``Engine(...).run(model, *args, **kwargs) -> Posterior``."""
 
 from .annealed import AnnealedSMC
+from .baselines import ExponentialAverage
+from .critic import Critic
 from .draws import FromPosterior, Replay, of_prior
 from .exact import Exact
 from .importance import ImportanceSampling
@@ -11,7 +13,7 @@ from .objectives import FDivergence, ForwardKL, LogVariance, Renyi, alpha_diverg
 from .program import ProgramError
 from .rejection import BestOfN, RejectionSampling
 from .results import EvidenceError
-from .reverse_kl import ExponentialAverage, ReverseKL
+from .reverse_kl import ReverseKL
 from .smc import SMC
 from .svi import SVI
 from .twisting import TwistLearning
@@ -36,6 +38,7 @@ __all__ = [
     "SVI",
     "AnnealedSMC",
     "BestOfN",
+    "Critic",
     "EvidenceError",
     "Exact",
     "ExponentialAverage",

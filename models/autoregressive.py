@@ -120,21 +120,18 @@ class Autoregressive(TorchDistribution):
             known, versions, scores = self._scored
             if known is value and versions == self._versions(value):
                 return scores
-        if value.shape[-1:] != self.event_shape:
-            raise ValueError(f"expected completions of {self.max_new_tokens} tokens, got shape {tuple(value.shape)}")
-        # The law depends on the prompt alone, so a value shared by particles (an observation) is scored once.
-        shape = torch.broadcast_shapes(value.shape[:-1], self.prompt_ids.shape[:-1])
-        flat = value.expand(shape + self.event_shape).reshape(-1, self.max_new_tokens)
-        rows = self._rows(shape)
-        with torch.set_grad_enabled(wants_grad):
-            parts = [(part, _score(self, prefix, flat[part], flat.numel())) for part, prefix in self._prefixes(rows)]
-            scores = torch.cat([scores for _, scores in parts])
-            order = torch.cat([part for part, _ in parts])
-            scores = scores[order.argsort()].reshape(shape + self.event_shape)
-        scores = scores.expand(torch.broadcast_shapes(shape, self.batch_shape) + self.event_shape)
-        if not wants_grad:
-            self.know(value, scores)
+        scores, _ = self._read(value, wants_grad)
         return scores
+
+    def read(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """`token_log_prob`, without gradient, and from the same pass what the network knew before each token: its last
+        hidden states (*batch, max_new_tokens, width), zeros from where every completion has ended.
+
+        A network whose head cannot be told from its body has logits for hidden states.
+        """
+        scores, hidden = self._read(value, wants_grad=False, keep_hidden=True)
+        assert hidden is not None
+        return scores, hidden
 
     # -- the support -----------------------------------------------------------------------------------------
 
@@ -220,6 +217,32 @@ class Autoregressive(TorchDistribution):
 
     # -- inside ----------------------------------------------------------------------------------------------
 
+    def _read(self, value: Tensor, wants_grad: bool, keep_hidden: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Token scores (*batch, max_new_tokens), which are kept, and hidden states if they are asked for."""
+        if value.shape[-1:] != self.event_shape:
+            raise ValueError(f"expected completions of {self.max_new_tokens} tokens, got shape {tuple(value.shape)}")
+        # The law depends on the prompt alone, so a value shared by particles (an observation) is scored once.
+        shape = torch.broadcast_shapes(value.shape[:-1], self.prompt_ids.shape[:-1])
+        flat = value.expand(shape + self.event_shape).reshape(-1, self.max_new_tokens)
+        rows = self._rows(shape)
+        hidden: list[Tensor] | None = [] if keep_hidden else None
+        with torch.set_grad_enabled(wants_grad):
+            parts = [
+                (part, _score(self, prefix, flat[part], flat.numel(), hidden)) for part, prefix in self._prefixes(rows)
+            ]
+            order = torch.cat([part for part, _ in parts]).argsort()
+            batch = torch.broadcast_shapes(shape, self.batch_shape)
+
+            def whole(pieces: list[Tensor]) -> Tensor:
+                x = torch.cat(pieces)[order]
+                x = x.reshape(shape + x.shape[1:])
+                return x.expand(batch + x.shape[len(shape) :])
+
+            scores = whole([scores for _, scores in parts])
+        if not wants_grad:
+            self.know(value, scores)
+        return scores, None if hidden is None else whole(hidden)
+
     def _versions(self, value: Tensor) -> tuple[int, ...]:
         """Torch's counts of changes in place, of the value and of the weights: a kept score holds while they do."""
         return (value._version, sum(p._version for p in self.lm.causal.parameters))
@@ -256,8 +279,11 @@ class Autoregressive(TorchDistribution):
                 yield part, prefix.fork(rows[part] - first)
 
 
-def _score(law: Autoregressive, prefix: Prefix, values: Tensor, total: int) -> Tensor:
-    """Token log-probabilities (rows, max_new_tokens) of completions (rows, max_new_tokens), ``total`` tokens in all."""
+def _score(law: Autoregressive, prefix: Prefix, values: Tensor, total: int, keep: list[Tensor] | None = None) -> Tensor:
+    """Token log-probabilities (rows, max_new_tokens) of completions (rows, max_new_tokens), ``total`` tokens in all.
+
+    The hidden states before each token (rows, max_new_tokens, width) are put behind ``keep``.
+    """
     network: CausalNetwork = law.lm.causal
     live = law._is_live(values)
     well_formed = law._is_well_formed(values)
@@ -266,6 +292,8 @@ def _score(law: Autoregressive, prefix: Prefix, values: Tensor, total: int) -> T
     hidden = prefix.hidden[:, None]
     if longest > 1:
         hidden = torch.cat([hidden, extend(network, prefix, ids[:, : longest - 1])], dim=1)
+    if keep is not None:
+        keep.append(torch.nn.functional.pad(hidden, (0, 0, 0, values.shape[-1] - longest)))
     wanted = live[:, :longest]
     scores = network.token_log_prob(hidden[wanted], ids[:, :longest][wanted], law.temperature, total)
     out = scores.new_zeros(values.shape).masked_scatter(

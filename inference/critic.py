@@ -60,7 +60,7 @@ class Critic:
     A head for each completion site. What it has learned is kept (`state_dict`) until `reset`.
     """
 
-    def __init__(self, learning_rate: float = 3e-3, num_steps: int = 4, width: int = 32) -> None:
+    def __init__(self, learning_rate: float = 3e-3, num_steps: int = 1, width: int = 32) -> None:
         self.learning_rate, self.num_steps, self.width = learning_rate, num_steps, width
         check_counts(self, "num_steps", "width")
         check_positive(self, "learning_rate")

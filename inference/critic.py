@@ -11,7 +11,7 @@ actor-critic of Sutton, McAllester, Singh and Mansour 2000), by regression: it m
 Textbooks take the return to go, f_t = f - \sum_{s<t} (log p_s - log q_s), less V_t(x_{<t}). With V_t = U_t -
 \sum_{s<t} (...) that is the same, but the past is better left in: at the posterior f is log Z for every text, so that
 U_t is that constant and the variance is 0, while V_t would have to undo the past of every single text. (By
-enumeration, returns to go less their mean had up to 4 times the variance of f less its mean near a posterior.)
+enumeration, returns to go less their mean had up to 3.8 times the variance of f less its mean near a posterior.)
 
 Two baselines are added: U_t less its own mean is the critic's, and the level is left to the other texts of the same
 prompt (leave-one-out),

@@ -95,7 +95,7 @@ class ReverseKL(Objective):
                 surrogate = surrogate - term.sum(-1)
             else:
                 f = (after if name in inside else total).detach()
-                if name in texts:
+                if isinstance(self._baseline, Critic) and name in texts:
                     advantage = self._baseline.of_tokens(name, f, texts[name])
                     surrogate = surrogate + (advantage * tokens[name]).sum((1, 2, 3))
                 else:

@@ -1,6 +1,8 @@
 """How to infer it: interchangeable engines, each ``Engine(...).run(model, *args, **kwargs) -> Posterior``."""
 
 from .annealed import AnnealedSMC
+from .baselines import ExponentialAverage
+from .critic import Critic
 from .draws import FromPosterior, Replay, of_prior
 from .exact import Exact
 from .heldout import HeldOut
@@ -12,7 +14,7 @@ from .objectives import FDivergence, ForwardKL, LogVariance, Renyi, alpha_diverg
 from .program import ProgramError
 from .rejection import BestOfN, RejectionSampling
 from .results import EvidenceError
-from .reverse_kl import ExponentialAverage, ReverseKL
+from .reverse_kl import ReverseKL
 from .smc import SMC
 from .stopping import NearPosterior, Plateau
 from .svi import SVI
@@ -40,6 +42,7 @@ __all__ = [
     "SVI",
     "AnnealedSMC",
     "BestOfN",
+    "Critic",
     "EvidenceError",
     "Exact",
     "ExponentialAverage",

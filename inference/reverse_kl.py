@@ -7,8 +7,8 @@ With particles x_1..x_n of q and f_i = log p(x_i) + l(x_i) - log q(x_i),
 
     \hat g = (1/n) \sum_i (f_i - b_i) \nabla log q(x_i)
 
-is unbiased for every baseline b_i that does not depend on x_i. The term -\nabla log q inside f has mean zero and is
-left out.
+is unbiased for every baseline b_i that does not depend on x_i (`baselines`). The term -\nabla log q inside f has mean
+zero and is left out. A `Critic` has a baseline for every token of a completion, which may depend on the tokens before.
 
 The plate ``prompts`` is used: the score of a completion is multiplied by the terms of its own prompt only.
 Reparametrised latents of the same program get the pathwise gradient, as do the program's own parameters.
@@ -17,53 +17,18 @@ Reparametrised latents of the same program get the pathwise gradient, as do the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from ..models import Autoregressive
+from .baselines import leave_one_out
+from .critic import Critic, Texts
 from .elbo import Objective, Seen
 from .program import Program, ProgramError, in_prompts, sample_sites, site_terms, site_value, traces
-
-
-def leave_one_out(name: str, f: Tensor) -> Tensor:
-    """f_i (particle, prompt) less the mean of the other particles'; one particle has none.
-
-    Kool, van Hoof and Welling 2019; RLOO, Ahmadian et al. 2024, arXiv 2402.14740. Also the gradient of the log-variance
-    divergence (VarGrad, Richter et al. 2020, arXiv 2010.10436).
-    """
-    n = len(f)
-    return f if n == 1 else (f - f.mean(0)) * (n / (n - 1))
-
-
-class ExponentialAverage:
-    """f less an exponential moving average of the steps before, over particles and prompts (Williams 1992).
-
-    For groups of one particle, which leave no other to compare with.
-    """
-
-    def __init__(self, decay: float = 0.9) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"ExponentialAverage: decay must be in [0, 1), got {decay}")
-        self.decay = decay
-        self._averages: dict[str, Tensor] = {}
-
-    def reset(self, program: Program) -> None:
-        """Forget the steps before: another training begins."""
-        self._averages.clear()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return dict(self._averages)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self._averages = dict(state)
-
-    def __call__(self, name: str, f: Tensor) -> Tensor:
-        now = f.mean()
-        before = self._averages.get(name, torch.zeros_like(now))
-        self._averages[name] = self.decay * before + (1.0 - self.decay) * now if name in self._averages else now
-        return f - before
 
 
 class ReverseKL(Objective):
@@ -71,10 +36,12 @@ class ReverseKL(Objective):
 
     :param num_particles: completions of each prompt in a step; all run at once.
     :param baseline: f less what is known of it without the particle itself, for the name of a latent and f
-        (particle, prompt): `leave_one_out`, or an `ExponentialAverage`.
+        (particle, prompt): `leave_one_out`, an `ExponentialAverage`, or a `Critic`, which learns one for each token.
     """
 
-    def __init__(self, num_particles: int = 8, baseline: Callable[[str, Tensor], Tensor] = leave_one_out) -> None:
+    def __init__(
+        self, num_particles: int = 8, baseline: Callable[[str, Tensor], Tensor] | Critic = leave_one_out
+    ) -> None:
         super().__init__(num_particles, baseline)
         self._baseline = baseline
 
@@ -87,8 +54,10 @@ class ReverseKL(Objective):
         n = self.num_particles
         model_trace, guide_trace = traces(program, guide, n)
         assert guide_trace is not None
+        texts, tokens = self._read(program, model_trace, guide_trace)
         log_p = site_terms(program, model_trace, n)
-        log_q = site_terms(program, guide_trace, n)
+        log_q = site_terms(program, guide_trace, n, skip=tokens)
+        log_q |= {name: scores.sum((2, 3)) for name, scores in tokens.items()}
         for name, term in log_p.items():
             if torch.isneginf(term).any():
                 raise ProgramError(
@@ -126,12 +95,54 @@ class ReverseKL(Objective):
             if sites[name]["fn"].has_rsample:
                 surrogate = surrogate - term.sum(-1)
             else:
-                f = after if name in inside else total
-                surrogate = surrogate + (self._baseline(name, f.detach()) * term).sum(-1)
+                f = (after if name in inside else total).detach()
+                if isinstance(self._baseline, Critic) and name in texts:
+                    advantage = self._baseline.of_tokens(name, f, texts[name])
+                    surrogate = surrogate + (advantage * tokens[name]).sum((1, 2, 3))
+                else:
+                    surrogate = surrogate + (self._baseline(name, f) * term).sum(-1)
         f = (total if program.shared else local).detach()
         self.particles = Seen({name: node["value"] for name, node in sample_sites(guide_trace)}, f)
         self._note(program, sites, seen, f)
         return surrogate.mean()
+
+    def _read(
+        self, program: Program, model_trace: Trace, guide_trace: Trace
+    ) -> tuple[dict[str, Texts], dict[str, Tensor]]:
+        """Completions as a critic reads them, and log q of each of their tokens, (particle, prompt, text, token), with
+        gradient; from the passes that score them, which are not made again.
+
+        :raises ProgramError: if there is a critic, and nothing for it to read.
+        """
+        texts: dict[str, Texts] = {}
+        tokens: dict[str, Tensor] = {}
+        if not isinstance(self._baseline, Critic):
+            return texts, tokens
+        if not program.completions:
+            raise ProgramError(
+                "the program has no completion, and a Critic reads nothing else: use ReverseKL's leave_one_out, or an "
+                "ExponentialAverage"
+            )
+        priors = dict(sample_sites(model_trace))
+        for name, node in sample_sites(guide_trace):
+            law = node["fn"]
+            if not isinstance(law, Autoregressive) or name not in priors or _is_partial(node):
+                continue
+
+            def by_prompt(x: Tensor, inside: bool = in_prompts(node), rest: int = 1) -> Tensor:
+                """x (particle, *batch, token, ...) as (particle, prompt, text, token, ...)."""
+                x = x.to(program.device)
+                if program.prompt_dim is None or not inside:
+                    return x.reshape(len(x), 1, -1, *x.shape[-rest:])
+                x = x.movedim(program.prompt_dim - rest, 1)
+                return x.reshape(len(x), x.shape[1], -1, *x.shape[-rest:])
+
+            log_p, hidden = priors[name]["fn"].read(node["value"])
+            tokens[name] = by_prompt(law.token_log_prob(node["value"]))
+            ratio = by_prompt(log_p) - tokens[name].detach()
+            live = torch.arange(ratio.shape[-1], device=ratio.device) < by_prompt(law.lengths(node["value"])[..., None])
+            texts[name] = Texts(by_prompt(hidden, rest=2), ratio.cumsum(-1) - ratio, live)
+        return texts, tokens
 
     def _note(self, program: Program, sites: dict[str, Any], seen: dict[str, Tensor], f: Tensor) -> None:
         """Keep what the particles saw in ``last``; f is of the tempered target."""
@@ -147,6 +158,11 @@ class ReverseKL(Objective):
         if "score" in sites:
             value = site_value(program.sites["score"], sites["score"]["value"], self.num_particles)
             self.last["score"] = value.detach().float().mean(0).reshape(-1)
+
+
+def _is_partial(node: dict[str, Any]) -> bool:
+    """Whether handlers of Pyro have a site's log-probability masked or scaled."""
+    return node["mask"] is not None or not (isinstance(node["scale"], float) and node["scale"] == 1.0)
 
 
 def _common_first(inside: list[bool]) -> bool:

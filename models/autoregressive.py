@@ -18,7 +18,7 @@ from torch import Size, Tensor
 from torch.distributions import constraints
 
 from .network import Prefix, prefill
-from .scoring import token_scores
+from .scoring import scores_and_hidden, token_scores
 from .stepping import Steps, write
 
 if TYPE_CHECKING:
@@ -123,19 +123,25 @@ class Autoregressive(TorchDistribution):
         known = self._known(value)
         if known is not None and not wants_grad:
             return known
-        if value.shape[-1:] != self.event_shape:
-            raise ValueError(f"expected completions of {self.max_new_tokens} tokens, got shape {tuple(value.shape)}")
-        # The law depends on the prompt alone, so a value shared by particles (an observation) is scored once.
-        shape = torch.broadcast_shapes(value.shape[:-1], self.prompt_ids.shape[:-1])
-        whole = shape + self.event_shape
-        flat = value.expand(whole).reshape(-1, self.max_new_tokens)
-        known = known.reshape(flat.shape) if known is not None and known.shape == whole else None
+        rows, flat, shape = self._flat(value)
+        known = known.reshape(flat.shape) if known is not None and known.numel() == flat.numel() else None
         with torch.set_grad_enabled(wants_grad):
-            scores = token_scores(self, self._rows(shape), flat, known).reshape(whole)
-        scores = scores.expand(torch.broadcast_shapes(shape, self.batch_shape) + self.event_shape)
+            scores = self._in_batch(token_scores(self, rows, flat, known), shape)
         if not wants_grad:
             self.know(value, scores)
         return scores
+
+    def read(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """`token_log_prob`, without gradient, and from the same pass what the network knew before each token: its last
+        hidden states (*batch, max_new_tokens, width), zeros from where every completion has ended.
+
+        A network whose head cannot be told from its body has logits for hidden states.
+        """
+        rows, flat, shape = self._flat(value)
+        with torch.no_grad():
+            scores, hidden = (self._in_batch(x, shape) for x in scores_and_hidden(self, rows, flat))
+        self.know(value, scores)
+        return scores, hidden
 
     # -- the support -----------------------------------------------------------------------------------------
 
@@ -186,8 +192,7 @@ class Autoregressive(TorchDistribution):
     @property
     def max_rows_with_gradient(self) -> int:
         """How many completions one micro-batch of a gradient takes."""
-        checkpointing = self.lm.gradient_checkpointing
-        return self.lm.batch_size or self.lm.causal.rows_per_micro_batch(self._length, checkpointing)
+        return self.lm.batch_size or self.lm.causal.rows_per_micro_batch(self._length)
 
     @property
     def flat_prompts(self) -> tuple[Tensor, Tensor | None]:
@@ -234,6 +239,22 @@ class Autoregressive(TorchDistribution):
     @property
     def _length(self) -> int:
         return self.prompt_ids.shape[-1] + self.max_new_tokens
+
+    def _flat(self, value: Tensor) -> tuple[Tensor, Tensor, Size]:
+        """Which prompt each completion continues (rows,), the completions (rows, max_new_tokens), and their batch.
+
+        The law depends on the prompt alone, so a value that particles share (an observation) is one row a prompt.
+        """
+        if value.shape[-1:] != self.event_shape:
+            raise ValueError(f"expected completions of {self.max_new_tokens} tokens, got shape {tuple(value.shape)}")
+        shape = torch.broadcast_shapes(value.shape[:-1], self.prompt_ids.shape[:-1])
+        flat = value.expand(shape + self.event_shape).reshape(-1, self.max_new_tokens)
+        return self._rows(shape), flat, shape
+
+    def _in_batch(self, x: Tensor, shape: Size) -> Tensor:
+        """x (rows, ...) of such a batch, in the law's."""
+        x = x.reshape(shape + x.shape[1:])
+        return x.expand(torch.broadcast_shapes(shape, self.batch_shape) + x.shape[len(shape) :])
 
     def _versions(self, value: Tensor) -> tuple[int, ...]:
         """Torch's counts of changes in place, of the value and of the weights: a kept score holds while they do."""

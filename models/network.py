@@ -173,13 +173,12 @@ class CausalNetwork:
         """How many sequences of ``length`` tokens fit a forward pass of bounded memory."""
         return max(1, 2**27 // (length * max(self.vocab_size, 32 * self.width)))
 
-    def rows_per_micro_batch(self, length: int, gradient_checkpointing: bool) -> int:
+    def rows_per_micro_batch(self, length: int) -> int:
         """How many sequences of ``length`` tokens have activations, kept for a gradient, of 2**27 numbers at most."""
         config = self.network.config.get_text_config()
         layers = int(getattr(config, "num_hidden_layers", 0) or 0)
         inner = int(getattr(config, "intermediate_size", 0) or 4 * self.width)
-        layer = 12 * self.width + 4 * inner  # as counted in Llamas
-        kept = layers * self.width + layer if gradient_checkpointing else layers * layer
+        kept = layers * (12 * self.width + 4 * inner)  # as counted in Llamas
         return min(self.rows_per_batch(length), max(1, 2**27 // (length * max(kept, 1))))
 
     @property

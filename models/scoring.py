@@ -45,12 +45,29 @@ def token_scores(law: Autoregressive, rows: Tensor, values: Tensor, known: Tenso
         trained = [p for p in network.parameters if p.requires_grad]
         recomputed: Tensor = _Recomputed.apply(law, rows, values, known, *trained)
         return recomputed
+    return _in_parts(law, rows, values, size, None)
+
+
+def scores_and_hidden(law: Autoregressive, rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """`token_scores` without a gradient, and of the same pass the last hidden states before each token, (rows,
+    max_new_tokens, width), zeros from where every completion has ended."""
+    hidden: list[Tensor] = []
+    scores = _in_parts(law, rows, values, law.max_rows, hidden)
+    return scores, hidden[0]
+
+
+def _in_parts(law: Autoregressive, rows: Tensor, values: Tensor, size: int, hidden: list[Tensor] | None) -> Tensor:
+    """Scores by micro-batches; the hidden states are put into a list that asks for them."""
     order, scores = [], []
+    kept: list[Tensor] | None = None if hidden is None else []
     for prefix, members, prompts in _blocks(law, rows, size):
         for part, of in zip(members.split(size), prompts.split(size), strict=True):
             order.append(part)
-            scores.append(_score(law, prefix, of, values[part]))
-    return torch.cat(scores)[torch.cat(order).argsort()]
+            scores.append(_score(law, prefix, of, values[part], kept))
+    back = torch.cat(order).argsort()
+    if hidden is not None and kept is not None:
+        hidden.append(torch.cat(kept)[back])
+    return torch.cat(scores)[back]
 
 
 class _Recomputed(torch.autograd.Function):
@@ -113,8 +130,13 @@ def _blocks(law: Autoregressive, rows: Tensor, size: int) -> Iterator[tuple[Pref
         yield from law._blocks(rows, size)
 
 
-def _score(law: Autoregressive, prefix: Prefix | None, prompts: Tensor, values: Tensor) -> Tensor:
-    """Token log-probabilities of completions (rows, max_new_tokens) that continue ``prompts`` (rows,) of a prefix."""
+def _score(
+    law: Autoregressive, prefix: Prefix | None, prompts: Tensor, values: Tensor, keep: list[Tensor] | None = None
+) -> Tensor:
+    """Token log-probabilities of completions (rows, max_new_tokens) that continue ``prompts`` (rows,) of a prefix.
+
+    The hidden states before each token (rows, max_new_tokens, width) are put behind ``keep``.
+    """
     network = law.lm.causal
     live = law._is_live(values)
     well_formed = law._is_well_formed(values)
@@ -134,6 +156,8 @@ def _score(law: Autoregressive, prefix: Prefix | None, prompts: Tensor, values: 
         hidden = prefix.hidden[:, None]
         if longest > 1:
             hidden = torch.cat([hidden, extend(network, prefix, read)], dim=1)
+    if keep is not None:
+        keep.append(pad(hidden, (0, 0, 0, values.shape[-1] - longest)))
     wanted = live[:, :longest]
     scores = network.token_log_prob(hidden[wanted], ids[:, :longest][wanted], law.temperature)
     out = scores.new_zeros(values.shape).masked_scatter(pad(wanted, (0, values.shape[-1] - longest)), scores)

@@ -147,9 +147,10 @@ def test_svi_trains_a_policy(make, rate):
         return (log_q.exp() * (log_q - log_joint.log_softmax(0))).sum().item()
 
     before, weights = kl(), [p.clone() for p in prior.parameters()]
-    elbo = Trace_ELBO(num_particles=64, vectorize_particles=True, max_plate_nesting=1)
+    pyro.set_rng_seed(0)
+    elbo = Trace_ELBO(num_particles=256, vectorize_particles=True, max_plate_nesting=1)
     svi = SVI(program, guide, pyro.optim.Adam({"lr": rate}), elbo)
-    for _ in range(40):
+    for _ in range(80):  # Trace_ELBO has no baseline: 40 steps of 64 halve the KL with every second seed only
         svi.step(PROMPTS)
     assert kl() < before / 2
     assert all(torch.equal(p, w) for p, w in zip(prior.parameters(), weights, strict=True))

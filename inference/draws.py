@@ -145,6 +145,8 @@ class Replay:
     """Draws of the guide that are kept: every few steps all are new, and in between they come from a buffer.
 
     (New ones at once, rather than a few in each step: writing many completions takes hardly longer than writing few.)
+    Between two lots of new draws the buffer is picked from without replacement: none a second time before all have
+    had their turn, in an order that each lot shuffles anew.
 
     :param capacity: draws that are kept, the newest.
     :param every: steps from one lot of new draws to the next.
@@ -161,15 +163,17 @@ class Replay:
         """Forget them: another training begins."""
         self._program = program
         self._kept: Draws | None = None
+        self._turns = torch.empty(0, dtype=torch.long)  # rows of the buffer, in the order of their turns
         self._step = 0
 
     def state_dict(self) -> dict[str, Tensor]:
         kept = {} if self._kept is None else self._kept.tensors()
-        return kept | {"step": torch.tensor(self._step)}
+        return kept | {"step": torch.tensor(self._step), "turns": self._turns}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._step = int(state["step"])
-        kept = {name: value for name, value in state.items() if name != "step"}
+        self._turns = state["turns"]
+        kept = {name: value for name, value in state.items() if name not in ("step", "turns")}
         self._kept = Draws.from_tensors(kept) if kept else None
 
     def __call__(self, program: Program, guide: Callable[..., Any], num_particles: int) -> Draws:
@@ -177,11 +181,22 @@ class Replay:
             self.reset(program)  # they are for other prompts
         self._step += 1
         if self._kept is not None and (self._step - 1) % self.every:
-            return self._kept[torch.randint(len(self._kept.log_s), (num_particles,), device=program.device)]
+            return self._kept[self._next(num_particles)]
         new = of_guide(program, guide, num_particles)
         kept = [new] if self._kept is None else [self._kept, new]
         self._kept = Draws.concatenate(kept)[-self.capacity :]
+        self._turns = self._turns[:0]
         return new
+
+    def _next(self, num: int) -> Tensor:
+        """The next rows of the buffer."""
+        assert self._kept is not None
+        rows = self._kept.log_s
+        while len(self._turns) < num:
+            shuffled = torch.randperm(len(rows), device=rows.device)
+            self._turns = torch.cat([self._turns.to(rows.device), shuffled])
+        picked, self._turns = self._turns[:num], self._turns[num:]
+        return picked
 
 
 class _Given(Messenger):

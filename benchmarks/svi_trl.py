@@ -1,23 +1,31 @@
-"""How near to a known posterior SVI brings a policy, and TRL's trainers, for the samples and the seconds they take.
+"""The samples and the seconds that SVI and TRL's trainers take to a known posterior.
 
-    python benchmarks/svi_trl.py [--samples 6400 25600] [--factor 3] [--seeds 3]
+    python benchmarks/svi_trl.py [--seeds 3] [--reuse]
 
 Problems are enumerable: a small random Llama with 8 tokens that writes 5, and a reward whose beta is such that
-importance sampling from the prior has an efficiency of 5%. bayeslm draws so many samples, TRL `factor` times as many;
-after the last step KL(q || posterior) is computed over all completions. Both have Adam, a learning rate that falls
-linearly to 0, and a gradient clipped at norm 1, start from the same weights, and are tuned with the first seed at the
-fewest samples: the learning rate over the same three; TRL also its batch and its trainer (RLOO; GRPO once), bayeslm
-its group. Seconds are those of the training loop, one thread each, in turn; loading and the KL are not counted.
-`_trl_worker.py` says what TRL does; it lives in an environment of its own, build/trl, made at the first run (1.5 GB).
+importance sampling from the prior has an efficiency of 5%. After a training KL(q || posterior) is computed over all
+completions. A budget is a training of its own: so many samples, with a learning rate that falls linearly to 0 over
+them. What counts is the smallest budget at which the median KL of the seeds is at most 0.03, and its seconds; and the
+KL at the end, of TRL after the largest budget, of bayeslm after a third of it.
 
-bayeslm minimises the log-variance divergence, on new samples in every eighth step and on replayed ones in between:
-rewards and the prior are evaluated once a sample.
+Both sides have Adam as PyTorch has it (the fused kernel), a gradient clipped at norm 1, the same starting weights, the
+same learning rates to choose from, by the lowest KL of the first seed at one budget, and two ways to spend samples,
+each with a learning rate of its own: TRL batches of 64 or 256, bayeslm 8 or 16 steps to each lot of new samples. The
+better way counts, for samples and for seconds apart. TRL's trainer is RLOO; GRPO is tried once. Budgets are found by
+bisection, as if a larger one were never worse. Seconds are medians, those of the training loop, one thread each;
+loading and the KL are not counted. `_trl_worker.py` says what TRL does; it lives in an environment of its own,
+build/trl, made at the first run (1.5 GB). Its trainings are kept in build/svi_trl.json; `--reuse` reads them there
+instead of repeating them, seconds of another day with them.
+
+bayeslm minimises the log-variance divergence over groups of 512: new samples once, then replayed ones. Rewards and the
+prior are evaluated once a sample.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import functools
+import json
 import math
 import statistics
 import sys
@@ -29,7 +37,7 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-from _peer import Peer
+from _peer import ROOT, Peer
 from safetensors.torch import save_file
 from scipy.optimize import brentq
 from torch import Tensor
@@ -51,13 +59,19 @@ REQUIREMENTS = [
 WORDS = ("<eos>", "a", "b", "c", "d", "e", "f", "g")
 TOKENS = 5
 PROMPT = [1, 2, 3]
+GOAL = 0.03  # nats
 RATES = (1e-3, 3e-3, 1e-2)
-EVERY = 8
+BUDGETS = sorted(2**k * x for k in (11, 12, 13, 14, 15) for x in (2, 3))  # 4096 to 98304: multiples of all batches
+GROUP = 512
 
 
 class Result(NamedTuple):
     kl: float
     seconds: float
+
+
+Settings = tuple[Any, ...]
+Train = Callable[[int, Settings, int], Result]  # of a budget, settings and a seed
 
 
 def table_of(seed: int, *shape: int) -> Tensor:
@@ -83,7 +97,7 @@ class Problem:
     """A prior, a reward, and the posterior over all completions. ``spread``: of the prior's logits."""
 
     def __init__(self, reward: Callable[[Tensor], Tensor], seed: int, spread: float) -> None:
-        self.name = f"{reward.__name__}, logits of spread {spread}"
+        self.name = f"{reward.__name__}, prior {seed} with logits of spread {spread}"
         torch.manual_seed(seed)
         config = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
         tokens = {"vocab_size": len(WORDS), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
@@ -132,9 +146,10 @@ def beta_of(log_p: Tensor, reward: Tensor) -> float:
     return float(brentq(excess, 0.05, 20.0))
 
 
-def ours(problem: Problem, samples: int, rate: float, group: int, seed: int) -> Result:
-    """The log-variance divergence with replay."""
-    steps = EVERY * samples // group
+def ours(problem: Problem, samples: int, settings: Settings, seed: int) -> Result:
+    """The log-variance divergence with replay. Settings: steps to each lot of new samples, learning rate."""
+    every, rate = settings
+    steps = every * samples // GROUP
     ends: list[float] = []
 
     def watch(done: int, policy: LanguageModel) -> None:
@@ -144,7 +159,7 @@ def ours(problem: Problem, samples: int, rate: float, group: int, seed: int) -> 
     engine = SVI(
         num_steps=steps,
         learning_rate=rate,
-        objective=LogVariance(group, Replay(samples, EVERY)),
+        objective=LogVariance(GROUP, Replay(samples, every)),
         on_step=watch,
         num_samples=1,
         seed=seed,
@@ -154,69 +169,160 @@ def ours(problem: Problem, samples: int, rate: float, group: int, seed: int) -> 
     return Result(problem.kl(policy), ends[1] - ends[0])
 
 
-def theirs(
-    peer: Peer, problem: dict[str, Any], samples: int, trainer: str, rate: float, batch: int, seed: int
-) -> Result:
-    """A trainer of TRL."""
-    training = {"trainer": trainer, "learning_rate": rate, "samples": samples, "batch": batch, "evaluate": [samples]}
-    answer = peer.ask(problem | training | {"seed": seed, "threads": 1})
-    _, seconds, kl = answer["curve"][-1]
-    return Result(kl, seconds)
+class Theirs:
+    """TRL's trainers, whose trainings are kept in a file."""
+
+    def __init__(self, reuse: bool) -> None:
+        self.path = ROOT / "build" / "svi_trl.json"
+        self.kept: dict[str, list[float]] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.reusable = set(self.kept) if reuse else set()
+        self.reused = 0
+
+    @functools.cached_property
+    def peer(self) -> Peer:
+        return Peer("trl", REQUIREMENTS, "_trl_worker.py")
+
+    def train(self, problem: Problem, folder: Path, samples: int, settings: Settings, seed: int) -> Result:
+        """Settings: trainer, batch, learning rate."""
+        trainer, batch, rate = settings
+        training = {"trainer": trainer, "learning_rate": rate, "samples": samples, "batch": batch, "seed": seed}
+        training |= {"beta": problem.beta, "evaluate": [samples], "threads": 1}
+        key = json.dumps({"versions": REQUIREMENTS, "problem": problem.name} | training, sort_keys=True)
+        if key in self.reusable:
+            self.reused += 1
+        else:
+            _, seconds, kl = self.peer.ask({"problem": str(folder)} | training)["curve"][-1]
+            self.kept[key] = [kl, seconds]
+            self.path.parent.mkdir(exist_ok=True)
+            self.path.write_text(json.dumps(self.kept, indent=1))
+        return Result(*self.kept[key])
 
 
-def best(run: Callable[..., Result], grid: Iterable[tuple[Any, ...]], name: str) -> tuple[Any, ...]:
-    """The settings of the lowest KL."""
-    found = {settings: run(*settings, 0) for settings in grid}
-    for settings, result in found.items():
-        print(f"  {name} {settings}: KL {result.kl:.4f}, {result.seconds:.1f} s", file=sys.stderr, flush=True)
-    return min(found, key=lambda settings: found[settings].kl)
+class Side:
+    """What one side needs for a problem.
+
+    :param ways: to spend samples, each with any of `RATES`.
+    :param tuned_at: the budget at which the first seed chooses a rate for each.
+    """
+
+    def __init__(self, name: str, train: Train, ways: Iterable[Settings], tuned_at: int, seeds: int) -> None:
+        self.name, self.seeds = name, seeds
+        self.train = functools.cache(train)
+        self.settings = []
+        self.best, lowest = (), math.inf
+        for way in ways:
+            kls = {(*way, rate): self._seen(tuned_at, (*way, rate), 0).kl for rate in RATES}
+            self.settings.append(min(kls, key=kls.__getitem__))
+            if kls[self.settings[-1]] < lowest:
+                self.best, lowest = self.settings[-1], kls[self.settings[-1]]
+
+    def _seen(self, samples: int, settings: Settings, seed: int) -> Result:
+        result = self.train(samples, settings, seed)
+        print(
+            f"  {self.name} {settings} {samples}: {result.kl:.4f}, {result.seconds:.1f} s", file=sys.stderr, flush=True
+        )
+        return result
+
+    def results(self, samples: int, settings: Settings) -> list[Result]:
+        return [self._seen(samples, settings, seed) for seed in range(self.seeds)]
+
+    def reaches(self, samples: int, settings: Settings) -> bool:
+        """Whether the median KL is at most `GOAL`; seeds that can no longer change it are not run."""
+        reached = missed = 0
+        for seed in range(self.seeds):
+            found = self._seen(samples, settings, seed).kl <= GOAL
+            reached, missed = reached + found, missed + (not found)
+            if max(reached, missed) > self.seeds / 2:
+                break
+        return reached > missed
+
+    def smallest(self, settings: Settings) -> int | None:
+        """The smallest budget that reaches the goal; None if the largest does not."""
+        low, high = 0, len(BUDGETS)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.reaches(BUDGETS[middle], settings) else (middle + 1, high)
+        return BUDGETS[low] if low < len(BUDGETS) else None
+
+    def reach(self) -> tuple[float, float]:
+        """Samples and seconds to the goal, each of its better way; a row of the table for each way."""
+        samples, seconds = math.inf, math.inf
+        for settings in self.settings:
+            budget = self.smallest(settings)
+            if budget is None:
+                print(f"| {self.name} | {shown(settings)} | over {BUDGETS[-1]} | – | – |", flush=True)
+                continue
+            results = self.results(budget, settings)
+            print(row(self.name, settings, budget, results), flush=True)
+            samples = min(samples, budget)
+            seconds = min(seconds, statistics.median(result.seconds for result in results))
+        return samples, seconds
 
 
-def row(name: str, settings: tuple[Any, ...], samples: int, results: list[Result]) -> str:
+def shown(settings: Settings) -> str:
+    return ", ".join(map(str, settings))
+
+
+def share(mine: float, other: float, end: float) -> str:
+    """Of one side's cost in the other's, which if infinite is more than it was at the end."""
+    if math.isinf(mine):
+        return "–"
+    return f"under {mine / end:.2f}" if math.isinf(other) else f"{mine / other:.2f}"
+
+
+def row(name: str, settings: Settings, samples: int, results: list[Result]) -> str:
     kls, seconds = ([result[i] for result in results] for i in (0, 1))
-    return (
-        f"| {name} | {', '.join(map(str, settings))} | {samples} | {statistics.median(seconds):.1f} "
-        f"| {statistics.median(kls):.4f}; {min(kls):.4f} to {max(kls):.4f} |"
-    )
+    spread = f"{statistics.median(kls):.4f}; {min(kls):.4f} to {max(kls):.4f}"
+    return f"| {name} | {shown(settings)} | {samples} | {statistics.median(seconds):.1f} | {spread} |"
 
 
-def compare(problem: Problem, peer: Peer, folder: Path, budgets: list[int], factor: int, seeds: int) -> None:
+def compare(problem: Problem, theirs: Theirs, folder: Path, seeds: int) -> str:
+    """Print a problem's table; gives its row of the summary."""
     problem.save(folder)
-    saved = {"problem": str(folder), "beta": problem.beta}
-    print(f"\n{problem.name}, beta {problem.beta:.3f}: KL(prior || posterior) {problem.kl(problem.lm):.2f}\n")
-    print("| trainer | settings | samples | seconds | KL to the posterior (median; min to max) |")
+    print(
+        f"\n{problem.name}, beta {problem.beta:.3f}: KL(prior || posterior) {problem.kl(problem.lm):.2f}\n", flush=True
+    )
+    last = BUDGETS[-1]
+    own = Side("bayeslm", functools.partial(ours, problem), [(8,), (16,)], last // 12, seeds)
+    trl = Side("TRL", functools.partial(theirs.train, problem, folder), [("rloo", 64), ("rloo", 256)], last // 3, seeds)
+    grpo = trl.train(last // 3, ("grpo", 64, RATES[1]), 0)
+    print("| side | settings | samples | seconds | KL to the posterior (median; min to max) |")
     print("|---|---|---|---|---|", flush=True)
-    first = min(budgets)
-
-    def mine(rate: float, group: int, seed: int, samples: int = first) -> Result:
-        return ours(problem, samples, rate, group, seed)
-
-    def trl(trainer: str, rate: float, batch: int, seed: int, samples: int = factor * first) -> Result:
-        return theirs(peer, saved, samples, trainer, rate, batch, seed)
-
-    own = best(mine, itertools.product(RATES, (128, 256)), "bayeslm")
-    other = best(trl, [*itertools.product(["rloo"], RATES, (64, 256)), ("grpo", RATES[1], 64)], "TRL")
-    for samples in budgets:
-        print(row("bayeslm", own, samples, [mine(*own, seed, samples) for seed in range(seeds)]), flush=True)
-        more = factor * samples
-        print(row(f"TRL, {other[0]}", other[1:], more, [trl(*other, s, more) for s in range(seeds)]), flush=True)
+    reached, ends = [], []
+    for side, budget in ((own, last // 3), (trl, last)):
+        reached.append(side.reach())
+        results = side.results(budget, side.best)
+        print(row(f"{side.name}, at the end", side.best, budget, results), flush=True)
+        ends.append(statistics.median(result.kl for result in results))
+        at_end = budget, statistics.median(result.seconds for result in results)  # TRL's, in the end
+    print(f"\nGRPO after {last // 3} samples, batch 64, learning rate {RATES[1]}: KL {grpo.kl:.3f}", flush=True)
+    shares = " | ".join(share(*pair) for pair in zip(*reached, at_end, strict=True))
+    return f"| {problem.name} | {shares} | {ends[0]:.4f} | {ends[1]:.4f} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, nargs="+", default=[6400, 25600], help="that bayeslm draws")
-    parser.add_argument("--factor", type=int, default=3, help="TRL draws so many times as many")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="an odd number")
+    parser.add_argument("--reuse", action="store_true", help="TRL's trainings that are kept are not repeated")
+    parser.add_argument("--problems", type=int, nargs="+", default=[0, 1, 2, 3], help="some of the four")
     options = parser.parse_args()
-    if any(samples % 256 for samples in options.samples):
-        parser.error("--samples must be multiples of 256, the largest batch")
+    if options.seeds % 2 == 0:
+        parser.error("--seeds must be odd: the median is one of them")
     torch.set_num_threads(1)
-    peer = Peer("trl", REQUIREMENTS, "_trl_worker.py")
-    problems = [Problem(position, 0, 1.0), Problem(pairs, 1, 1.0), Problem(count, 2, 0.3)]
+    theirs = Theirs(options.reuse)
+    laws = [(position, 0, 1.0), (pairs, 1, 1.0), (count, 2, 0.3), (pairs, 3, 1.0)]
     print(f"torch {torch.__version__}, one thread, {REQUIREMENTS[0]}, {options.seeds} seeds")
     with tempfile.TemporaryDirectory() as folder:
-        for i, problem in enumerate(problems):
-            compare(problem, peer, Path(folder) / str(i), options.samples, options.factor, options.seeds)
+        chosen = [Problem(*laws[i]) for i in options.problems]
+        rows = [compare(problem, theirs, Path(folder) / str(i), options.seeds) for i, problem in enumerate(chosen)]
+    print(
+        f"\nbayeslm's share of what TRL takes to a KL of {GOAL}, and the KL at the end with a third of its samples:\n"
+    )
+    print("| problem | samples | seconds | KL of bayeslm | KL of TRL |")
+    print("|---|---|---|---|---|")
+    print("\n".join(rows))
+    if theirs.reused:
+        print(f"\n{theirs.reused} of TRL's trainings are of an earlier run.")
 
 
 if __name__ == "__main__":

@@ -171,6 +171,8 @@ class Replay:
     """Draws of the guide that are kept: every few steps all are new, and in between they come from a buffer.
 
     (New ones at once, rather than a few in each step: writing many completions takes hardly longer than writing few.)
+    Between two lots of new draws the buffer is picked from without replacement: none a second time before all have
+    had their turn, in an order that each lot shuffles anew.
     Where prompts are subsampled, what is learned from again is a kept minibatch with its draws, picked at random.
 
     :param capacity: draws that are kept, the newest.
@@ -188,15 +190,17 @@ class Replay:
         """Forget them: another training begins."""
         self._program = program
         self._kept: Draws | None = None
+        self._turns = torch.empty(0, dtype=torch.long)  # rows of the buffer, in the order of their turns
         self._step = 0
 
     def state_dict(self) -> dict[str, Tensor]:
         kept = {} if self._kept is None else self._kept.tensors()
-        return kept | {"step": torch.tensor(self._step)}
+        return kept | {"step": torch.tensor(self._step), "turns": self._turns}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._step = int(state["step"])
-        kept = {name: value for name, value in state.items() if name != "step"}
+        self._turns = state["turns"]
+        kept = {name: value for name, value in state.items() if name not in ("step", "turns")}
         self._kept = Draws.from_tensors(kept) if kept else None
 
     def __call__(self, program: Program, guide: Callable[..., Any], num_particles: int) -> Draws:
@@ -204,19 +208,30 @@ class Replay:
             self.reset(program.whole or program)  # they are for other prompts
         self._step += 1
         if self._kept is not None and (self._step - 1) % self.every:
-            return self._kept[_some(self._kept, num_particles)]
+            return self._kept[self._next(num_particles)]
         new = of_guide(program, guide, num_particles)
         kept = [new] if self._kept is None else [self._kept, new]
         self._kept = Draws.concatenate(kept)[-self.capacity :]
+        self._turns = self._turns[:0]
         return new
 
+    def _next(self, num: int) -> Tensor:
+        """The next rows of the buffer."""
+        assert self._kept is not None
+        if self._kept.prompts is not None:
+            return _of_a_minibatch(self._kept.prompts, num)
+        rows = self._kept.log_s
+        while len(self._turns) < num:
+            shuffled = torch.randperm(len(rows), device=rows.device)
+            self._turns = torch.cat([self._turns.to(rows.device), shuffled])
+        picked, self._turns = self._turns[:num], self._turns[num:]
+        return picked
 
-def _some(kept: Draws, num: int) -> Tensor:
-    """Rows of kept draws, picked at random; of a minibatch picked at random, all there are (or the newest)."""
-    if kept.prompts is None:
-        return torch.randint(len(kept.log_s), (num,), device=kept.log_s.device)
-    one = torch.randint(len(kept.log_s), ())
-    together = (kept.prompts == kept.prompts[one]).all(-1).nonzero().squeeze(-1)
+
+def _of_a_minibatch(prompts: Tensor, num: int) -> Tensor:
+    """Rows whose ``prompts`` (particle, prompt) are those of one picked at random: all there are, or the newest."""
+    one = torch.randint(len(prompts), ())
+    together = (prompts == prompts[one]).all(-1).nonzero().squeeze(-1)
     return together.repeat(-(-num // len(together)))[-num:]
 
 

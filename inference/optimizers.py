@@ -21,7 +21,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 class ScheduledAdam(PyroOptim):
     """Adam over all parameters at once, with the gradient clipped by its global norm and a learning-rate schedule.
 
-    (Pyro's own optimisers hold one optimiser a parameter, and clip each parameter by itself.)
+    (Pyro's own optimisers hold one optimiser a parameter, and clip each parameter by itself. One fused kernel for all
+    parameters where there is one: an adapter has hundreds of small ones, and a loop over them costs more than Adam.)
 
     :param rate_of: the learning rate of a parameter, by its name in Pyro's store.
     """
@@ -55,7 +56,8 @@ class ScheduledAdam(PyroOptim):
         for p in sorted(names, key=names.__getitem__):
             groups.setdefault(self._rate_of(names[p]), []).append(p)
         for rate, group in groups.items():
-            settings: dict[str, Any] = {"params": group, "lr": rate, "rate": rate}
+            fused = all(p.device.type in FUSED for p in group)
+            settings: dict[str, Any] = {"params": group, "lr": rate, "rate": rate, "fused": fused}
             if self._adam is None:
                 self._adam = torch.optim.Adam([settings])
             else:
@@ -73,12 +75,14 @@ class ScheduledAdam(PyroOptim):
         """Go on from what `moments` gave after so many steps, with the parameters of these names."""
         names = [key.partition(".")[2] for key in moments if key.startswith("step.")]
         self._add({params[name]: name for name in names})
-        for name in names:
-            assert self._adam is not None
-            where = params[name].device
-            state = {key: moments[f"{key}.{name}"] for key in MOMENTS}
-            self._adam.state[params[name]] = {k: x if k == "step" else x.to(where) for k, x in state.items()}
+        for settings in [] if self._adam is None else self._adam.param_groups:
+            for p in settings["params"]:
+                state = {key: moments[f"{key}.{self._names[p]}"].to(p.device) for key in MOMENTS}
+                if not settings["fused"]:
+                    state["step"] = state["step"].cpu()  # where Adam's loop over parameters counts
+                self._adam.state[p] = state  # type: ignore[union-attr]
         self._step = step
 
 
+FUSED = ("cpu", "cuda")  # where Adam has a fused kernel
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")

@@ -5,6 +5,7 @@ Vocabulary 4, 3 tokens, bigram: 40 completions a prompt. Tolerances are `gradien
 
 from __future__ import annotations
 
+import collections
 import math
 
 import numpy as np
@@ -279,10 +280,46 @@ def test_replay_keeps_what_was_drawn():
             newest = torch.cat([new.values["completion"] for new in seen[: i + 1 : 3]])[-40:]
             same = (draws.values["completion"][:, None] == newest).flatten(2).all(-1)
             assert same.any(1).all()
-            assert same.any(0).float().mean() < 1.0  # picked at random, some not at all
         torch.testing.assert_close(log_q(program, small.guide, draws).detach(), draws.log_s)
     other = inspect(small.model, PROMPTS[:1])
     assert replay(other, small.guide, 16).values["completion"].shape[1] == 1  # other prompts, another buffer
+
+
+def test_replayed_draws_take_turns():
+    """Of the buffer, each as often as any other, or once more: new draws too, and none that had to give way."""
+    small = Small()
+    program, replay = inspect(small.model, PROMPTS), Replay(capacity=48, every=6)
+    buffer, picked = [], []
+    torch.manual_seed(0)
+    for step in range(24):
+        draws = replay(program, small.guide, 16)
+        rows = [tuple(row) for row in torch.cat([draws.log_s, draws.log_target], 1).tolist()]
+        if step % 6 == 0:
+            buffer, picked = [*buffer, *rows][-48:], []
+            continue
+        picked += rows
+        times, copies = collections.Counter(picked), collections.Counter(buffer)  # a text may be drawn twice
+        turns = len(picked) / len(buffer)
+        assert times.keys() <= copies.keys()
+        assert all(math.floor(turns) * n <= times[row] <= math.ceil(turns) * n for row, n in copies.items())
+        assert picked[:48] != buffer
+
+
+def test_replay_goes_on_where_it_was():
+    """What it remembers gives the draws that it would have given."""
+    small = Small()
+    program = inspect(small.model, PROMPTS)
+    torch.manual_seed(0)
+    replay, other = Replay(capacity=40, every=4), Replay(capacity=40, every=4)
+    for _ in range(6):
+        replay(program, small.guide, 16)
+    other.reset(program)
+    other.load_state_dict(replay.state_dict())
+    rng = torch.get_rng_state()
+    expected = [replay(program, small.guide, 16).log_s for _ in range(6)]
+    torch.set_rng_state(rng)
+    for log_s in expected:
+        assert torch.equal(other(program, small.guide, 16).log_s, log_s)
 
 
 def test_replay_starts_again_with_other_prompts_in_an_objective():

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from bayeslm.models import LanguageModel, rewards
 
-REQUIREMENTS = [*svi_trl.REQUIREMENTS, "peft", "vaderSentiment"]
+REQUIREMENTS = svi_trl.REQUIREMENTS
 PROMPT = "My dinner at the restaurant was"
 TOKENS, GROUP, RANK, BETA = 24, 16, 16, 0.2
 WARM_UP = 2  # steps that are not timed

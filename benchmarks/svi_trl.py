@@ -8,9 +8,10 @@ completions. A budget is a training of its own: so many samples, with a learning
 them. What counts is the smallest budget at which the median KL of the seeds is at most 0.03, and its seconds; and the
 KL at the end, of TRL after the largest budget, of bayeslm after a third of it.
 
-Both sides have Adam as PyTorch has it (the fused kernel), a gradient clipped at norm 1, the same starting weights, the
+Both sides have Adam (PyTorch's fused kernel), a gradient clipped at norm 1, the same starting weights, the
 same learning rates to choose from, by the lowest KL of the first seed at one budget, and two ways to spend samples,
-each with a learning rate of its own: TRL batches of 64 or 256, bayeslm 8 or 16 steps to each lot of new samples. The
+each with a learning rate of its own: TRL batches of 64 or 256, bayeslm 8 or 16 steps to each lot of new samples.
+bayeslm's Adam has a second beta of 0.95, TRL's that or its default, 0.999, whichever is lower in the same way. The
 better way counts, for samples and for seconds apart. TRL's trainer is RLOO; GRPO is tried once. Budgets are found by
 bisection, as if a larger one were never worse. Seconds are medians, those of the training loop, one thread each;
 loading and the KL are not counted. `_trl_worker.py` says what TRL does; it lives in an environment of its own,
@@ -31,7 +32,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,9 +184,16 @@ class Theirs:
         return Peer("trl", REQUIREMENTS, "_trl_worker.py")
 
     def train(self, problem: Problem, folder: Path, samples: int, settings: Settings, seed: int) -> Result:
-        """Settings: trainer, batch, learning rate."""
-        trainer, batch, rate = settings
-        training = {"trainer": trainer, "learning_rate": rate, "samples": samples, "batch": batch, "seed": seed}
+        """Settings: trainer, batch, learning rate, Adam's second beta."""
+        trainer, batch, rate, beta2 = settings
+        training = {
+            "trainer": trainer,
+            "learning_rate": rate,
+            "beta2": beta2,
+            "samples": samples,
+            "batch": batch,
+            "seed": seed,
+        }
         training |= {"beta": problem.beta, "evaluate": [samples], "threads": 1}
         key = json.dumps({"versions": REQUIREMENTS, "problem": problem.name} | training, sort_keys=True)
         if key in self.reusable:
@@ -201,20 +209,19 @@ class Theirs:
 class Side:
     """What one side needs for a problem.
 
-    :param ways: to spend samples, each with any of `RATES`.
-    :param tuned_at: the budget at which the first seed chooses a rate for each.
+    :param ways: to spend samples, each all settings to choose from.
+    :param tuned_at: the budget at which the first seed chooses.
     """
 
-    def __init__(self, name: str, train: Train, ways: Iterable[Settings], tuned_at: int, seeds: int) -> None:
+    def __init__(self, name: str, train: Train, ways: list[list[Settings]], tuned_at: int, seeds: int) -> None:
         self.name, self.seeds = name, seeds
         self.train = functools.cache(train)
-        self.settings = []
-        self.best, lowest = (), math.inf
-        for way in ways:
-            kls = {(*way, rate): self._seen(tuned_at, (*way, rate), 0).kl for rate in RATES}
-            self.settings.append(min(kls, key=kls.__getitem__))
-            if kls[self.settings[-1]] < lowest:
-                self.best, lowest = self.settings[-1], kls[self.settings[-1]]
+
+        def kl(settings: Settings) -> float:
+            return self._seen(tuned_at, settings, 0).kl
+
+        self.settings = [min(way, key=kl) for way in ways]
+        self.best = min(self.settings, key=kl)
 
     def _seen(self, samples: int, settings: Settings, seed: int) -> Result:
         result = self.train(samples, settings, seed)
@@ -283,9 +290,11 @@ def compare(problem: Problem, theirs: Theirs, folder: Path, seeds: int) -> str:
         f"\n{problem.name}, beta {problem.beta:.3f}: KL(prior || posterior) {problem.kl(problem.lm):.2f}\n", flush=True
     )
     last = BUDGETS[-1]
-    own = Side("bayeslm", functools.partial(ours, problem), [(8,), (16,)], last // 12, seeds)
-    trl = Side("TRL", functools.partial(theirs.train, problem, folder), [("rloo", 64), ("rloo", 256)], last // 3, seeds)
-    grpo = trl.train(last // 3, ("grpo", 64, RATES[1]), 0)
+    mine = [[(every, rate) for rate in RATES] for every in (8, 16)]
+    others = [[("rloo", batch, rate, beta2) for rate in RATES for beta2 in (0.95, 0.999)] for batch in (64, 256)]
+    own = Side("bayeslm", functools.partial(ours, problem), mine, last // 12, seeds)
+    trl = Side("TRL", functools.partial(theirs.train, problem, folder), others, last // 3, seeds)
+    grpo = trl.train(last // 3, ("grpo", 64, RATES[1], 0.999), 0)
     print("| side | settings | samples | seconds | KL to the posterior (median; min to max) |")
     print("|---|---|---|---|---|", flush=True)
     reached, ends = [], []

@@ -248,17 +248,28 @@ class _Given(Messenger):
 
 
 def log_q(program: Program, guide: Callable[..., Any], draws: Draws) -> Tensor:
-    """log q (particle, weight prompt) of draws under a guide, with gradient.
+    """log q (particle, weight prompt) of draws under a guide, with gradient. Draws that agree are scored once.
 
     :raises ProgramError: if they are another law's, and the guide has auxiliary sites, as AutoNormal does.
     """
-    n = len(draws.log_s)
-    with _Given(draws.values), pyro.plate(PARTICLES, n, dim=-1 - program.max_plate_nesting):
+    which, values = _distinct(draws.values)
+    n = len(next(iter(values.values())))
+    with _Given(values), pyro.plate(PARTICLES, n, dim=-1 - program.max_plate_nesting):
         trace = poutine.trace(program.pinned(guide)).get_trace(*program.args, **program.kwargs)
     trace = poutine.util.prune_subsample_sites(trace)
     if unknown := [name for name, _ in sample_sites(trace) if name not in draws.values]:
         raise ProgramError(
             f"the guide samples {unknown[0]!r}, which the draws to learn from do not have: learn from its own draws"
         )
-    terms = site_terms(program, trace, n)
-    return sum((program.pooled(term) for term in terms.values()), torch.zeros_like(draws.log_s))
+    zero = torch.zeros((n, program.weight_prompts), device=program.device)
+    return sum((program.pooled(term) for term in site_terms(program, trace, n).values()), zero)[which]
+
+
+def _distinct(values: dict[str, Tensor]) -> tuple[Tensor | slice, dict[str, Tensor]]:
+    """Draws without their copies, and which of these each draw is."""
+    kinds = [torch.unique(value, dim=0, return_inverse=True)[1] for value in values.values()]
+    each, which = torch.unique(torch.stack(kinds, -1), dim=0, return_inverse=True)
+    if len(each) == len(which):
+        return slice(None), values  # themselves, whose scores their law may know
+    some = which.new_zeros(len(each)).scatter_(0, which, torch.arange(len(which), device=which.device))
+    return which, {name: value[some] for name, value in values.items()}

@@ -24,6 +24,9 @@ class ScheduledAdam(PyroOptim):
     (Pyro's own optimisers hold one optimiser a parameter, and clip each parameter by itself. One fused kernel for all
     parameters where there is one: an adapter has hundreds of small ones, and a loop over them costs more than Adam.)
 
+    Squared gradients are averaged over some 20 steps, not Adam's 1000, which is more than a whole training has: those
+    of the start, far from the posterior and large, would hold steps small to its end.
+
     :param rate_of: the learning rate of a parameter, by its name in Pyro's store.
     """
 
@@ -59,7 +62,7 @@ class ScheduledAdam(PyroOptim):
             fused = all(p.device.type in FUSED for p in group)
             settings: dict[str, Any] = {"params": group, "lr": rate, "rate": rate, "fused": fused}
             if self._adam is None:
-                self._adam = torch.optim.Adam([settings])
+                self._adam = torch.optim.Adam([settings], betas=BETAS)
             else:
                 self._adam.add_param_group(settings)
             self._names |= {p: names[p] for p in group}
@@ -84,5 +87,6 @@ class ScheduledAdam(PyroOptim):
         self._step = step
 
 
+BETAS = (0.9, 0.95)
 FUSED = ("cpu", "cuda")  # where Adam has a fused kernel
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")

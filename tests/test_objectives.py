@@ -40,6 +40,7 @@ from bayeslm.inference.draws import log_q, of_guide
 from bayeslm.inference.guides import AutoPolicy
 from bayeslm.inference.objectives import Scores
 from bayeslm.inference.program import inspect, run_particles, seeded
+from bayeslm.models.network import count_usage
 
 BETA = 0.5
 PROMPTS = [[1], [2, 3]]
@@ -320,6 +321,25 @@ def test_replay_goes_on_where_it_was():
     torch.set_rng_state(rng)
     for log_s in expected:
         assert torch.equal(other(program, small.guide, 16).log_s, log_s)
+
+
+def test_draws_that_agree_are_scored_once():
+    """In as many rows as there are pairs of texts; scores and gradients are those of each by itself."""
+    small = Small()
+    program = inspect(small.model, PROMPTS)
+    torch.manual_seed(0)
+    draws = of_guide(program, small.guide, 300)
+    pairs_of_texts = len({tuple(x.flatten().tolist()) for x in draws.values["completion"]})
+    assert 50 < pairs_of_texts < 150
+    with pyro.get_param_store().scope(), count_usage() as usage:
+        together = log_q(program, small.guide, draws)
+    assert usage.tokens <= pairs_of_texts * len(PROMPTS) * (max(map(len, PROMPTS)) + T)
+    with pyro.get_param_store().scope():
+        each = torch.cat([log_q(program, small.guide, draws[i : i + 1]) for i in range(300)])
+    torch.testing.assert_close(together, each)
+    weights = torch.randn(each.shape)
+    found = [torch.autograd.grad((weights * x).sum(), small.parameters) for x in (together, each)]
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_replay_starts_again_with_other_prompts_in_an_objective():

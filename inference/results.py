@@ -39,13 +39,19 @@ class Stopwatch:
     def seconds(self) -> float:
         return time.perf_counter() - self._start
 
-    def go_on(self, seconds: float, tokens: int, model_calls: int) -> None:
+    def used(self) -> dict[str, Any]:
+        """What there is to `go_on` from, as numbers."""
+        return {"seconds": self.seconds()} | self.usage.numbers()
+
+    def go_on(self, seconds: float, **numbers: Any) -> None:
         """Count from there: what a run took that is gone on with."""
         self._start = time.perf_counter() - seconds
-        self.usage.tokens, self.usage.model_calls = tokens, model_calls
+        self.usage.go_on(**numbers)
 
     def read(self) -> dict[str, Any]:
-        return {"seconds": self.seconds(), "tokens": self.usage.tokens, "model_calls": self.usage.model_calls}
+        """``seconds``, ``tokens``, ``model_calls``; ``mismatch``, the largest and the mean a token, if any was seen."""
+        read = {"seconds": self.seconds(), "tokens": self.usage.tokens, "model_calls": self.usage.model_calls}
+        return read if self.usage.mismatch is None else read | {"mismatch": list(self.usage.mismatch)}
 
 
 def draw(

@@ -96,7 +96,8 @@ class SVI:
         ``stats``, NaN where a chain had ended: ``elbo``, ``kl``, ``log_likelihood``, ``log_evidence`` and ``score``
         (chain, step, prompt), ``gradient_norm`` and ``inverse_temperature`` (chain, step); ``ess`` and ``khat`` a
         prompt; `HeldOut`'s. Ctrl-C ends the training, and the policy so far is kept; so is it on an error, as the
-        exception's ``policy``.
+        exception's ``policy``. ``mismatch`` is how far log-probabilities were, as they were drawn and as they were
+        differentiated: the largest and the mean a token.
 
         Where the program's plate of prompts is subsampled, each step has a minibatch of them, whose indices are
         ``stats["prompts"]`` (chain, step, prompt); the draws are of all prompts.
@@ -114,11 +115,12 @@ class SVI:
             checkpoints = self._checkpoints(program, objective)
             chains: list[Training] = []
             for index in range(self.num_chains):
-                chain = Training(self, program, objective, index, watch.usage)
+                chain = Training(self, program, objective, index, watch)
                 with _keeping(chain.policy):
-                    self._go_on(chain, checkpoints, watch)
+                    if (saved := checkpoints and checkpoints.newest(index)) is not None:
+                        chain.restore(saved)
                     if not chain.done:
-                        chain.run(checkpoints, watch.seconds)
+                        chain.run(checkpoints)
                 chains.append(chain)
                 if chain.interrupted:
                     break
@@ -148,13 +150,6 @@ class SVI:
         if isinstance(objective, Objective):
             objective.reset(program)  # a description is of settings, not of what is remembered
         return Checkpoints(Path(self.checkpoint), describe_run(self, program) | {"objective": describe(objective)})
-
-    def _go_on(self, chain: Training, checkpoints: Checkpoints | None, watch: Stopwatch) -> None:
-        """Put a chain where its newest checkpoint is."""
-        saved = None if checkpoints is None else checkpoints.newest(chain.chain)
-        if saved is not None:
-            chain.restore(saved)
-            watch.go_on(**saved.values["used"])
 
     def _draw(self, program: Program, guide: Callable[..., Any] | None, what: str) -> Particles:
         size, shown = self.batch_size, self.progress

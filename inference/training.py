@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,14 +13,13 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ..models.network import Usage
 from ..models.progress import track
 from .checkpoints import Checkpoints, Saved, random_states, restore_random_states
 from .elbo import Objective
 from .guides import AutoPolicy
 from .optimizers import ScheduledAdam
 from .program import Arbitrary, Program, seeded
-from .results import prompt_labels, to_numpy
+from .results import Stopwatch, prompt_labels, to_numpy
 
 if TYPE_CHECKING:
     from .svi import SVI
@@ -34,7 +33,7 @@ class Training:
     ``history`` holds what each step saw under the names of ``stats``, ``looks`` what `HeldOut` saw.
     """
 
-    def __init__(self, engine: SVI, program: Program, objective: Any, chain: int, usage: Usage) -> None:
+    def __init__(self, engine: SVI, program: Program, objective: Any, chain: int, stopwatch: Stopwatch) -> None:
         self.engine, self.program, self.objective, self.chain = engine, program, objective, chain
         self.guide = engine.guide if engine.guide is not None else AutoPolicy(program, engine.lora_rank)
         self.policy = getattr(self.guide, "policy", None)
@@ -49,14 +48,14 @@ class Training:
         self.ended = False  # before its last step, since it was far enough
         self.interrupted = False
         self.checkpoint: str | None = None  # the last one's path
-        self._usage = usage
+        self._stopwatch = stopwatch
         if isinstance(objective, Objective):  # chains, and runs, learn nothing from one another
             objective.reset(program)
             if engine.temperature is not None:
                 objective.inverse_temperature = engine.temperature.first()
 
-    def run(self, checkpoints: Checkpoints | None, seconds: Callable[[], float]) -> None:
-        """All steps that are not done yet. ``seconds`` is the run's clock, for the checkpoints."""
+    def run(self, checkpoints: Checkpoints | None) -> None:
+        """All steps that are not done yet."""
         engine = self.engine
         svi = pyro.infer.SVI(self.program.model, self.guide, self.optimizer, loss=self.objective)
         name = "SVI" if engine.num_chains == 1 else f"SVI, chain {self.chain + 1} of {engine.num_chains}"
@@ -80,9 +79,9 @@ class Training:
                 if engine.log is not None:
                     engine.log(self.chain * engine.num_steps + self.step, self._means())
                 if checkpoints is not None and self.step % engine.checkpoint_every == 0 and not self.done:
-                    self.checkpoint = checkpoints.write(self._saved(seconds()))
+                    self.checkpoint = checkpoints.write(self._saved())
             if checkpoints is not None:
-                self.checkpoint = checkpoints.write(self._saved(seconds()), last=True)
+                self.checkpoint = checkpoints.write(self._saved(), last=True)
 
     @contextlib.contextmanager
     def own_params(self) -> Iterator[None]:
@@ -159,7 +158,7 @@ class Training:
 
     # -- stopping and going on -------------------------------------------------------------------------------
 
-    def _saved(self, seconds: float) -> Saved:
+    def _saved(self) -> Saved:
         """Where it stands."""
         rng, states = random_states()
         tensors = rng | {f"param.{name}": x for name, x in _unconstrained().items()}
@@ -169,8 +168,8 @@ class Training:
             states["gamma"] = self.objective.inverse_temperature
         for group, seen in (("history", self.history), ("looks", self.looks)):
             tensors |= {f"{group}.{name}": torch.from_numpy(np.array(values)) for name, values in seen.items()}
-        used = {"seconds": seconds, "tokens": self._usage.tokens, "model_calls": self._usage.model_calls}
-        return Saved(self.chain, tensors, {"step": self.step, "ended": self.ended, "used": used} | states)
+        done = {"step": self.step, "ended": self.ended, "used": self._stopwatch.used()}
+        return Saved(self.chain, tensors, done | states)
 
     def restore(self, saved: Saved) -> None:
         """Go on from there, the random numbers included."""
@@ -193,6 +192,7 @@ class Training:
                     )
                 params[name].data.copy_(x)
         self.step, self.ended = saved.values["step"], saved.values["ended"]
+        self._stopwatch.go_on(**saved.values["used"])
         self.optimizer.load_moments(group("adam"), params, self.step)
         if isinstance(self.objective, Objective):
             device = self.program.device

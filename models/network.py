@@ -55,6 +55,18 @@ class Usage:
         largest, total, count = (float(x) for x in self._mismatch)
         return largest, total / max(count, 1.0)
 
+    def numbers(self) -> dict[str, Any]:
+        """All of it as plain numbers, to `go_on` from."""
+        seen = None if self._mismatch is None else [float(x) for x in self._mismatch]
+        return {"model_calls": self.model_calls, "tokens": self.tokens, "mismatch": seen}
+
+    def go_on(self, model_calls: int, tokens: int, mismatch: list[float] | None) -> None:
+        """Count from there."""
+        self.model_calls, self.tokens = model_calls, tokens
+        if mismatch is not None:
+            largest, total, count = (torch.tensor(x) for x in mismatch)
+            self._mismatch = largest, total, count
+
 
 _usage: ContextVar[tuple[Usage, ...]] = ContextVar("bayeslm_usage", default=())
 

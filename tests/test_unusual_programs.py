@@ -252,4 +252,5 @@ def test_a_network_in_bfloat16_has_float32_log_probabilities():
     assert sampled.dtype == torch.float32
     posterior = SVI(num_steps=2, num_samples=8, progress=False).run(tilted(lm, score_table(0)), PROMPTS)
     assert np.isfinite(posterior.log_weights).all()
-    assert {p.dtype for p in posterior.policy.network.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in posterior.policy.network.parameters()} == {torch.float32}  # which small steps can move
+    assert posterior.policy.compute_dtype == torch.bfloat16

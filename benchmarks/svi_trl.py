@@ -292,7 +292,7 @@ def compare(problem: Problem, theirs: Theirs, folder: Path, seeds: int) -> str:
     last = BUDGETS[-1]
     mine = [[(every, rate) for rate in RATES] for every in (8, 16)]
     others = [[("rloo", batch, rate, beta2) for rate in RATES for beta2 in (0.95, 0.999)] for batch in (64, 256)]
-    own = Side("bayeslm", functools.partial(ours, problem), mine, last // 12, seeds)
+    own = Side("bayeslm", functools.partial(ours, problem), mine, last // 6, seeds)
     trl = Side("TRL", functools.partial(theirs.train, problem, folder), others, last // 3, seeds)
     grpo = trl.train(last // 3, ("grpo", 64, RATES[1], 0.999), 0)
     print("| side | settings | samples | seconds | KL to the posterior (median; min to max) |")

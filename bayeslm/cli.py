@@ -390,7 +390,7 @@ def _pictures(posteriors: dict[str, Posterior], out: Path) -> list[str]:
 
     try:
         figures = {"rewards.png": plot_rewards(posteriors)}
-        if "svi" in posteriors:
+        if "svi" in posteriors and "elbo" in posteriors["svi"].stats:
             figures["training.png"] = plot_training(posteriors["svi"])
     except ImportError as error:
         err_console.print(f"no picture: {error}", style="yellow", markup=False)

@@ -29,8 +29,20 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         unfinished.mkdir()
         yield unfinished
+        _sync(unfinished, *(path for path in unfinished.rglob("*")))
         if folder.exists():
             folder.rmdir()  # empty; Windows does not rename onto it
         unfinished.rename(folder)
+        _sync(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _sync(*paths: Path) -> None:
+    """Bring files and folders to the disk, where the system can: a name must not outlive its content."""
+    for path in paths if os.name == "posix" else ():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

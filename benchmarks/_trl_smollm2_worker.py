@@ -90,6 +90,7 @@ def train(
             normalize_advantages=False,
             lr_scheduler_type="linear",
             max_grad_norm=1.0,
+            adam_beta2=0.95,  # as SVI has it
             weight_decay=0.0,
             disable_dropout=True,
             gradient_checkpointing=False,

@@ -112,7 +112,7 @@ class BareLoop:
         self.tokens, self.group, self.eos = tokens, group, eos
         self.reward = reward
         self.params = [p for p in policy.parameters() if p.requires_grad]
-        self.adam = torch.optim.Adam(self.params, lr=RATE)
+        self.adam = torch.optim.Adam(self.params, lr=RATE, betas=(0.9, 0.95), fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adam, lambda done: 1.0 - done / steps)
 
     def prefill(self, network: Any) -> tuple[Tensor, Any]:

@@ -15,7 +15,8 @@ bayeslm's Adam has a second beta of 0.95, TRL's that or its default, 0.999, whic
 better way counts, for samples and for seconds apart. TRL's trainer is RLOO; GRPO is tried once. Budgets are found by
 bisection, as if a larger one were never worse. Seconds are medians, those of the training loop, one thread each;
 loading and the KL are not counted. `_trl_worker.py` says what TRL does; it lives in an environment of its own,
-build/trl, made at the first run (1.5 GB). Its trainings are kept in build/svi_trl.json; `--reuse` reads them there
+build/trl, made at the first run (1.5 GB). (TRL can take several steps with a lot of samples as well, by clipped ratios,
+which is another loss; it is left at one.) Its trainings are kept in build/svi_trl.json; `--reuse` reads them there
 instead of repeating them, seconds of another day with them.
 
 bayeslm minimises the log-variance divergence over groups of 512: new samples once, then replayed ones. Rewards and the

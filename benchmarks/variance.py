@@ -64,12 +64,15 @@ def trained(policy: LanguageModel) -> list[Tensor]:
     return [p for p in policy.network.parameters() if p.requires_grad]
 
 
-def gradients(problem: Problem, policy: LanguageModel, objective: Any, repeats: int, *, learns: bool = False) -> Tensor:
-    """Estimates (repeat, coordinate); each begins with what the objective had learned before, unless it ``learns``."""
+def gradients(
+    problem: Problem, policy: LanguageModel, objective: Any, repeats: int, *, learns: bool = False, first: int = 0
+) -> Tensor:
+    """Estimates (repeat, coordinate) with seeds from ``first`` on; each begins with what the objective had learned
+    before, unless it ``learns``."""
     state = objective.state_dict()
     rows = []
     for seed in range(repeats):
-        torch.manual_seed(seed + 10_000 * learns)
+        torch.manual_seed(first + seed + 10_000 * learns)
         for p in trained(policy):
             p.grad = None
         if not learns:
@@ -103,7 +106,7 @@ def variances(problem: Problem, n: int, steps: int, repeats: int) -> None:
             points.append((done, copy.deepcopy(policy), {k: o.state_dict() for k, o in learning.items()}))
         for objective in learning.values():  # they learn from the policy of each step, which does not learn from them
             if done < steps:
-                gradients(problem, copy.deepcopy(policy), objective, 1, learns=True)
+                gradients(problem, copy.deepcopy(policy), objective, 1, learns=True, first=done)
 
     train(problem, ReverseKL(n), steps, 0, watch)
     rows: dict[str, list[str]] = {}

@@ -30,6 +30,7 @@ from torch import Tensor
 import bayeslm
 from bayeslm.folders import whole
 
+from ..models import Autoregressive
 from .program import Program
 from .results import prompt_labels, to_numpy
 
@@ -61,9 +62,11 @@ class Checkpoints:
 
     def newest(self, chain: int) -> Saved | None:
         """What a chain ended with, or where it stands; None if it has not begun."""
-        if (ended := self.folder / f"chain-{chain}").exists():
-            return self._read(ended)
         stands = list(self.folder.glob(f"chain-{chain}-step-*"))
+        if (ended := self.folder / f"chain-{chain}").exists():
+            for path in stands:  # left by a kill
+                shutil.rmtree(path, ignore_errors=True)
+            return self._read(ended)
         return self._read(max(stands, key=lambda path: int(path.name.rpartition("-")[2]))) if stands else None
 
     def write(self, saved: Saved, *, last: bool = False) -> str | None:
@@ -130,16 +133,20 @@ def describe_run(engine: Any, program: Program) -> dict[str, Any]:
     described = {name: describe(value) for name, value in settings.items() if name not in NOT_THE_RUN}
     for site in program.sites.values():
         described[f"site {site.name!r}"] = [site.kind, type(site.fn).__name__, list(site.shape)]
-        if site.kind == "observed" and not site.is_completion:
+        if isinstance(site.fn, Autoregressive):
+            ids, mask = site.fn.flat_prompts
+            described[f"tokens of the prompts of {site.name!r}"] = (ids if mask is None else ids * mask).tolist()
+            described[f"temperature of {site.name!r}"] = site.fn.temperature
+        elif site.kind != "deterministic":
             terms = to_numpy(site.fn.log_prob(site.value))
-            described[f"log p of {site.name!r} for arbitrary latents"] = [f"{x:.5g}" for x in terms.ravel()]
+            described[f"log p of {site.name!r} at the first look"] = [f"{x:.5g}" for x in terms.ravel()]
     described["prompts"] = prompt_labels(program)
     for name, lm in {site.name: site.fn.lm for site in program.completions}.items():
         described[f"weights of the prior of {name!r}"] = digest(lm)
     return described
 
 
-NOT_THE_RUN = ("checkpoint", "checkpoint_every", "log", "on_step", "progress", "batch_size")
+NOT_THE_RUN = ("num_samples", "checkpoint", "checkpoint_every", "log", "on_step", "progress", "batch_size")
 
 
 def describe(value: Any) -> Any:

@@ -201,19 +201,27 @@ class Replay:
         self._step = int(state["step"])
         self._turns = state["turns"]
         kept = {name: value for name, value in state.items() if name not in ("step", "turns")}
+        if "prompts" in kept:
+            kept["prompts"] = kept["prompts"].cpu()
         self._kept = Draws.from_tensors(kept) if kept else None
 
     def __call__(self, program: Program, guide: Callable[..., Any], num_particles: int) -> Draws:
         if self._program is not (program.whole or program):
             self.reset(program.whole or program)  # they are for other prompts
+        repeats = self.repeats
         self._step += 1
-        if self._kept is not None and (self._step - 1) % self.every:
+        if repeats and self._kept is not None:
             return self._kept[self._next(num_particles)]
         new = of_guide(program, guide, num_particles)
         kept = [new] if self._kept is None else [self._kept, new]
         self._kept = Draws.concatenate(kept)[-self.capacity :]
         self._turns = self._turns[:0]
         return new
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the next draws are kept ones."""
+        return self._kept is not None and self._step % self.every != 0
 
     def _next(self, num: int) -> Tensor:
         """The next rows of the buffer."""

@@ -109,11 +109,15 @@ class Objective(ELBO):
         """The loss, summed over prompts, with its estimated gradient."""
         self._program = program = look(self._program, model, args, kwargs)
         if program.in_chunks:
-            program = program.on(self._epochs.next(program.num_prompts, program.full_size))
+            program = program.on(self._minibatch(program))
         loss = program.scale * self.estimate(program, guide)
         if program.minibatch is not None:
             self.last.setdefault("prompts", program.minibatch)
         return loss
+
+    def _minibatch(self, program: Program) -> Tensor:
+        """Which prompts the next step is of."""
+        return self._epochs.next(program.num_prompts, program.full_size)
 
     def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """The loss, summed over prompts."""

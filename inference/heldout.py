@@ -49,8 +49,12 @@ class HeldOut:
         """What the policy is worth, (prompt,) by name."""
         seen: dict[str, np.ndarray] = {}
         for name, model in self.programs.items():
-            program = self._known.setdefault(name, inspect(model))
-            particles, _ = draw(program, PolicyGuide(program, policy), self.num_particles)
+            if name not in self._known:
+                self._known[name] = inspect(model)
+            program = self._known[name]
+            particles, cut_short = draw(program, PolicyGuide(program, policy), self.num_particles)
+            if cut_short:
+                raise KeyboardInterrupt
             likelihood = particles.total_log_likelihood
             seen |= {
                 f"{name}_elbo": to_numpy(particles.log_weights.mean(0)),
@@ -67,8 +71,9 @@ class HeldOut:
             errors = [np.sqrt(np.square(x).sum()) / x.size for x in looks[f"{name}_log_likelihood_stderr"]]
             best = int(mean.argmax())
             lost, error = mean[best] - mean[-1], np.hypot(errors[best], errors[-1])
-            reached = trained[min(best * self.every, len(trained) - 1)].mean()
-            if lost > 3.0 * error and trained[-1].mean() > reached:
+            at = min(best * self.every, len(trained) - 1)
+            before, last = (np.mean(part) for part in (trained[at : at + self.every], trained[-self.every :]))
+            if lost > 3.0 * error and last > before:
                 warnings.warn(
                     f"over-optimisation: the log-likelihood of {name!r} was {mean[best]:.2f} after {best * self.every} "
                     f"steps and ended at {mean[-1]:.2f} ± {errors[-1]:.2f}, while the trained one grew: "

@@ -94,7 +94,7 @@ class Epochs:
         return {"waiting": self._waiting}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self._waiting = state["waiting"]
+        self._waiting = state["waiting"].cpu()
 
     def next(self, size: int, full_size: int) -> Tensor:
         """Indices (size,) of the next of ``full_size`` prompts."""

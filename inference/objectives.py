@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .draws import Draws, FromPosterior, Source, log_q, of_guide
+from .draws import Draws, FromPosterior, Replay, Source, log_q, of_guide
 from .elbo import Objective, Seen
 from .program import Program, ProgramError
 
@@ -62,6 +62,11 @@ class OverDraws(Objective):
         scores = Scores(log_q(program, guide, draws), log_target, draws.log_s, program.minibatch)
         self._note(draws, scores.log_q.detach())
         return self.of(scores).sum()
+
+    def _minibatch(self, program: Program) -> Tensor:
+        if isinstance(self._source, Replay) and self._source.repeats:  # draws and their prompts: no turn is taken
+            return torch.arange(program.num_prompts)
+        return super()._minibatch(program)
 
     def _note(self, draws: Draws, log_q: Tensor) -> None:
         """Keep what the particles saw in ``last``."""
@@ -148,6 +153,7 @@ class FDivergence(OverDraws):
         super().__init__(num_particles, source)
         if isinstance(f_prime, str) and f_prime not in F_PRIME:
             raise ValueError(f"FDivergence: f_prime must be a function or one of {', '.join(F_PRIME)}, got {f_prime!r}")
+        self.divergence = f_prime if isinstance(f_prime, str) else f_prime.__qualname__
         self._f_prime = F_PRIME[f_prime] if isinstance(f_prime, str) else f_prime
         self._log_evidence = log_evidence
 

@@ -51,7 +51,15 @@ class ScheduledAdam(PyroOptim):
         if not math.isfinite(self.gradient_norm):
             raise FloatingPointError(f"the gradient is {self.gradient_norm}")
         self._adam.step()
+        torch.autograd.graph.increment_version(
+            list(self._names)
+        )  # the fused kernel does not: kept scores are stale now
         self._step += 1
+
+    @property
+    def names(self) -> set[str]:
+        """The parameters that it has been given."""
+        return set(self._names.values())
 
     def _add(self, names: dict[Tensor, str]) -> None:
         """Move these too. Params are a set: taken in the order of their names, so that a seed reproduces the run."""
@@ -72,7 +80,12 @@ class ScheduledAdam(PyroOptim):
         """Adam's state by parameter, as "moment.parameter", to go on from."""
         if self._adam is None:
             return {}
-        return {f"{key}.{name}": self._adam.state[p][key] for p, name in self._names.items() for key in MOMENTS}
+        moments = {}
+        for p, name in self._names.items():
+            # a parameter that has had no gradient has no state yet, which is as good as zeros
+            state = self._adam.state[p] or {"step": torch.tensor(0.0)} | {k: torch.zeros_like(p) for k in MOMENTS[1:]}
+            moments |= {f"{key}.{name}": state[key] for key in MOMENTS}
+        return moments
 
     def load_moments(self, moments: Mapping[str, Tensor], params: Mapping[str, Tensor], step: int) -> None:
         """Go on from what `moments` gave after so many steps, with the parameters of these names."""

@@ -30,6 +30,8 @@ class Stopping(Protocol):
 class Plateau:
     """The mean ELBO of the last ``window`` steps is not ``nats`` above that of as many steps before them.
 
+    While the temperature moves it waits; so under `KLTarget` it never stops.
+
     :param window: steps.
     :param nats: what counts as growth, the mean over prompts.
     """
@@ -43,6 +45,8 @@ class Plateau:
     def __call__(self, history: History) -> bool:
         if len(history["elbo"]) < 2 * self.window:
             return False
+        if len({float(gamma) for gamma in history.get("inverse_temperature", [])[-2 * self.window :]}) > 1:
+            return False  # the target still moves
         before, last = np.array(history["elbo"][-2 * self.window :]).mean(-1).reshape(2, -1).mean(-1)
         return bool(last - before <= self.nats)
 

@@ -112,6 +112,11 @@ class SVI:
         with seeded(self.seed), Stopwatch() as watch:
             program = look(None, model, args, kwargs)
             objective = self.objective if self.objective is not None else ReverseKL(self.num_particles)
+            if self.temperature is not None and not isinstance(objective, Objective):
+                raise ValueError(
+                    f"SVI: temperature moves that of an objective, and {type(objective).__name__} has none: give "
+                    "ReverseKL, or temper in the program"
+                )
             checkpoints = self._checkpoints(program, objective)
             chains: list[Training] = []
             for index in range(self.num_chains):
@@ -124,6 +129,9 @@ class SVI:
                 chains.append(chain)
                 if chain.interrupted:
                     break
+            if isinstance(objective, Objective):
+                objective.inverse_temperature = 1.0
+            chains = [chain for chain in chains if chain.step] or chains  # one interrupted in its first step is none
             parts = []
             for chain in chains:
                 with _keeping(chain.policy), chain.own_params():
@@ -163,7 +171,8 @@ class SVI:
             longest = max(chains, key=lambda chain: chain.step).looks["held_out_steps"]
             seen |= looks | {"held_out_steps": [int(step) for step in longest]}
             for chain in chains:
-                self.held_out.warn(chain.looks, chain.history["log_likelihood"])
+                if "log_likelihood" in chain.history:
+                    self.held_out.warn(chain.looks, chain.history["log_likelihood"])
         steps = max(chain.step for chain in chains)
         return seen | {"steps": steps, "interrupted": any(chain.interrupted for chain in chains)}
 

@@ -61,27 +61,33 @@ class Training:
         name = "SVI" if engine.num_chains == 1 else f"SVI, chain {self.chain + 1} of {engine.num_chains}"
         with self.own_params(), track(name, engine.num_steps, engine.progress) as report:
             report(self.step)
-            if self.step == 0:
-                self._watch()
-            while self.step < engine.num_steps and not self.ended:
-                start = time.perf_counter()
-                try:
-                    loss = svi.step(*self.program.args, **self.program.kwargs)
-                except KeyboardInterrupt:
-                    self.interrupted = True
-                    return
-                except Exception as error:
-                    self._explain(error)
-                    raise
-                shown = self._note(loss, time.perf_counter() - start)
-                report(values=shown)
-                self._watch()
-                if engine.log is not None:
-                    engine.log(self.chain * engine.num_steps + self.step, self._means())
-                if checkpoints is not None and self.step % engine.checkpoint_every == 0 and not self.done:
-                    self.checkpoint = checkpoints.write(self._saved())
+            for x in _unconstrained().values():
+                x.grad = None  # of a step that was broken off
+            try:
+                if self.step == 0:
+                    self._watch()
+                while not self.done:
+                    report(values=self._take_step(svi))
+                    self._watch()
+                    if engine.log is not None:
+                        engine.log(self.chain * engine.num_steps + self.step, self._means())
+                    if checkpoints is not None and self.step % engine.checkpoint_every == 0 and not self.done:
+                        self.checkpoint = checkpoints.write(self._saved())
+            except KeyboardInterrupt:
+                self.interrupted = True
+                return
             if checkpoints is not None:
                 self.checkpoint = checkpoints.write(self._saved(), last=True)
+
+    def _take_step(self, svi: pyro.infer.SVI) -> dict[str, float]:
+        """One gradient step; gives what to show."""
+        start = time.perf_counter()
+        try:
+            loss = svi.step(*self.program.args, **self.program.kwargs)
+        except Exception as error:
+            self._explain(error)
+            raise
+        return self._note(loss, time.perf_counter() - start)
 
     @contextlib.contextmanager
     def own_params(self) -> Iterator[None]:
@@ -161,7 +167,8 @@ class Training:
     def _saved(self) -> Saved:
         """Where it stands."""
         rng, states = random_states()
-        tensors = rng | {f"param.{name}": x for name, x in _unconstrained().items()}
+        trained = self.optimizer.names  # a user's store may hold what is none of this guide's
+        tensors = rng | {f"param.{name}": x for name, x in _unconstrained().items() if name in trained}
         tensors |= {f"adam.{name}": x for name, x in self.optimizer.moments().items()}
         if isinstance(self.objective, Objective):
             tensors |= {f"objective.{name}": x for name, x in self.objective.state_dict().items()}
@@ -180,17 +187,16 @@ class Training:
         with self.own_params():
             self._set_up()
             params = _unconstrained()
-            if params.keys() != (kept := group("param")).keys():
-                names = sorted(params.keys() ^ kept.keys())
-                raise ValueError(
-                    f"the checkpoint is of another guide: only one of the two has the parameter {names[0]!r}"
-                )
+            kept = group("param")
+            if missing := sorted(kept.keys() - params.keys()):
+                raise ValueError(f"the checkpoint is of another guide: this one has no parameter {missing[0]!r}")
             for name, x in kept.items():
                 if params[name].shape != x.shape:
                     raise ValueError(
                         f"the checkpoint is of another guide: {name!r} has the shape {tuple(x.shape)} there"
                     )
-                params[name].data.copy_(x)
+                with torch.no_grad():
+                    params[name].copy_(x)
         self.step, self.ended = saved.values["step"], saved.values["ended"]
         self._stopwatch.go_on(**saved.values["used"])
         self.optimizer.load_moments(group("adam"), params, self.step)
@@ -220,7 +226,7 @@ def _unconstrained() -> dict[str, Tensor]:
 def stack(chains: list[dict[str, list[np.ndarray]]]) -> Mapping[str, np.ndarray]:
     """Lists of chains as arrays (chain, step, ...); NaN after the end of a chain that ended before others."""
     stacked = {}
-    for key in chains[0]:
+    for key in [key for key in chains[0] if all(key in chain for chain in chains)]:
         rows = [np.array(chain[key]) for chain in chains]
         most = max(map(len, rows))
         ended = [np.full((most - len(x), *x.shape[1:]), np.nan) for x in rows]

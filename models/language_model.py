@@ -179,8 +179,9 @@ class LanguageModel(nn.Module):
         is shared. A packed model can be neither trained, nor moved, nor saved.
         """
         network = pretrained.twin(self.network)
-        packing.pack(network)
-        return self._around(network, name=self.name)
+        if self.compute_dtype is None:
+            packing.pack(network)
+        return self._around(network, name=self.name, compute_dtype=self.compute_dtype)
 
     def _around(self, network: nn.Module, name: str | None, compute_dtype: torch.dtype | None = None) -> LanguageModel:
         """What this model is, around another network."""

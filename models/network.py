@@ -64,8 +64,8 @@ class Usage:
         """Count from there."""
         self.model_calls, self.tokens = model_calls, tokens
         if mismatch is not None:
-            largest, total, count = (torch.tensor(x) for x in mismatch)
-            self._mismatch = largest, total, count
+            largest, total, count = mismatch
+            self._mismatch = torch.tensor(largest), torch.tensor(total), torch.tensor(int(count))
 
 
 _usage: ContextVar[tuple[Usage, ...]] = ContextVar("bayeslm_usage", default=())

@@ -50,6 +50,7 @@ def can_pack(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether oneDNN has products of packed weights for this module: a plain linear layer in float32 on a CPU."""
     return (
         type(module) is nn.Linear
+        and not (module._forward_hooks or module._forward_pre_hooks)  # what they compute would be lost
         and module.weight.device.type == "cpu"
         and module.weight.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
@@ -98,7 +99,8 @@ def _merged(lora: LoraLinear) -> Tensor | None:
     """W + s B A of a layer's adapters; None if they are of another kind, or the layer cannot be packed."""
     base = lora.get_base_layer()
     adapters = [name for name in lora.active_adapters if name in lora.lora_A]
-    plain = not (lora.merged or lora.disable_adapters or lora.fan_in_fan_out or lora.lora_variant)
+    hooked = lora._forward_hooks or lora._forward_pre_hooks
+    plain = not (hooked or lora.merged or lora.disable_adapters or lora.fan_in_fan_out or lora.lora_variant)
     if not (plain and can_pack(base) and all(lora.lora_B[name].bias is None for name in adapters)):
         return None
     weight = base.weight

@@ -89,7 +89,7 @@ def plot_training(posterior: Posterior) -> Figure:
     Raises ImportError without matplotlib, ValueError if the engine left no curves (chain, step, prompt).
     """
     stats = posterior.stats
-    if np.ndim(stats.get("elbo")) != 3:
+    if np.ndim(stats.get("elbo", 0.0)) != 3:
         raise ValueError(f"{posterior.engine} left no curve stats['elbo'] of shape (chain, step, prompt)")
     panels = {"elbo": "ELBO", "log_likelihood": "log-likelihood r / β", "kl": "KL to the prior"}
     panels = {key: title for key, title in panels.items() if key in stats}

@@ -184,7 +184,8 @@ def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {"rng.torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002  (the generator that rewards may use)
+    state: Any = np.random.get_state()  # noqa: NPY002  (the generator that rewards may use)
+    kind, keys, *rest = state
     version, inside, gauss = random.getstate()
     return tensors, {"numpy": [kind, keys.tolist(), *rest], "random": [version, list(inside), gauss]}
 

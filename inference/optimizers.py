@@ -80,7 +80,7 @@ class ScheduledAdam(PyroOptim):
         """Adam's state by parameter, as "moment.parameter", to go on from."""
         if self._adam is None:
             return {}
-        moments = {}
+        moments: dict[str, Tensor] = {}
         for p, name in self._names.items():
             # a parameter that has had no gradient has no state yet, which is as good as zeros
             state = self._adam.state[p] or {"step": torch.tensor(0.0)} | {k: torch.zeros_like(p) for k in MOMENTS[1:]}

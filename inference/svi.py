@@ -122,7 +122,7 @@ class SVI:
             for index in range(self.num_chains):
                 chain = Training(self, program, objective, index, watch)
                 with _keeping(chain.policy):
-                    if (saved := checkpoints and checkpoints.newest(index)) is not None:
+                    if checkpoints is not None and (saved := checkpoints.newest(index)) is not None:
                         chain.restore(saved)
                     if not chain.done:
                         chain.run(checkpoints)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,7 +40,7 @@ class Training:
         if engine.held_out is not None and self.policy is None:
             raise ValueError("SVI: held_out looks at a policy, and this guide has none as its attribute .policy")
         # A guide of the user's keeps its parameters where Pyro's users look for them; the default one's are its own.
-        self.params: dict[str, Any] | None = None if engine.guide is not None else {"params": {}, "constraints": {}}
+        self.params: Any = None if engine.guide is not None else {"params": {}, "constraints": {}}
         self.optimizer = ScheduledAdam(self._rate_of, engine.num_steps, engine.schedule, engine.clip_norm)
         self.history: dict[str, list[np.ndarray]] = {}
         self.looks: dict[str, list[np.ndarray]] = {}
@@ -220,10 +220,10 @@ class Training:
 def _unconstrained() -> dict[str, Tensor]:
     """The parameters in Pyro's store, as they are optimised."""
     store = pyro.get_param_store()
-    return {name: store[name].unconstrained() for name in sorted(store.keys())}
+    return {name: store[name].unconstrained() for name in sorted(store.keys())}  # type: ignore[attr-defined]
 
 
-def stack(chains: list[dict[str, list[np.ndarray]]]) -> Mapping[str, np.ndarray]:
+def stack(chains: list[dict[str, list[np.ndarray]]]) -> dict[str, Any]:
     """Lists of chains as arrays (chain, step, ...); NaN after the end of a chain that ended before others."""
     stacked = {}
     for key in [key for key in chains[0] if all(key in chain for chain in chains)]:

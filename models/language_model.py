@@ -111,8 +111,7 @@ class LanguageModel(nn.Module):
         :raises ValueError: if ``base`` is given and there is no adapter to put on it.
         """
         network, tokenizer, name = pretrained.load(name_or_path, base=base, dtype=dtype, **kwargs)
-        settings = {"batch_size": batch_size, "gradient_checkpointing": gradient_checkpointing}
-        lm = cls(network, tokenizer, name=name, **settings)
+        lm = cls(network, tokenizer, name=name, batch_size=batch_size, gradient_checkpointing=gradient_checkpointing)
         return lm.to(device) if device is not None else lm
 
     @classmethod

@@ -79,7 +79,8 @@ def packed_inside(network: nn.Module) -> Iterator[None]:
             if isinstance(child, LoraLinear):
                 if (weight := _merged(child)) is not None:
                     swapped.append((parent, name, child))
-                    setattr(parent, name, PackedLinear(child.get_base_layer(), weight))
+                    base: Any = child.get_base_layer()
+                    setattr(parent, name, PackedLinear(base, weight))
             elif can_pack(child):
                 swapped.append((parent, name, child))
                 setattr(parent, name, PackedLinear(child))
@@ -103,7 +104,9 @@ def _merged(lora: LoraLinear) -> Tensor | None:
     plain = not (hooked or lora.merged or lora.disable_adapters or lora.fan_in_fan_out or lora.lora_variant)
     if not (plain and can_pack(base) and all(lora.lora_B[name].bias is None for name in adapters)):
         return None
-    weight = base.weight
+    weight: Tensor = base.weight
     for name in adapters:
-        weight = torch.addmm(weight, lora.lora_B[name].weight, lora.lora_A[name].weight, alpha=lora.scaling[name])
+        a: Any = lora.lora_A[name]
+        b: Any = lora.lora_B[name]
+        weight = torch.addmm(weight, b.weight, a.weight, alpha=lora.scaling[name])
     return weight

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -137,6 +139,7 @@ class FromPosterior:
         if posterior.kind == "uncorrected" or posterior.conditional:
             raise ValueError(f"draws of {posterior.engine} are of no known law, conditional runs' neither: use others")
         self._posterior = posterior
+        self.digest = blake2b(np.ascontiguousarray(posterior.log_joint).tobytes(), digest_size=8).hexdigest()
         self._draws: tuple[Program, Draws] | None = None
 
     def __call__(self, program: Program, guide: Callable[..., Any], num_particles: int) -> Draws:

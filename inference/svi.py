@@ -131,13 +131,17 @@ class SVI:
                     break
             if isinstance(objective, Objective):
                 objective.inverse_temperature = 1.0
+            interrupted = any(chain.interrupted for chain in chains)
             chains = [chain for chain in chains if chain.step] or chains  # one interrupted in its first step is none
             parts = []
             for chain in chains:
                 with _keeping(chain.policy), chain.own_params():
-                    parts.append(self._draw(program, chain.guide, "draws of the policy"))
+                    part, cut = self._draw(program, chain.guide, "draws of the policy")
+                    parts.append(part)
+                    interrupted |= cut
             with _keeping(chains[-1].policy):
-                prior = self._draw(program, None, "draws of the prior")
+                prior, cut = self._draw(program, None, "draws of the prior")
+            interrupted |= cut
             shortest = min(len(part.log_prior) for part in parts)
             parts = [part[:shortest] for part in parts]
             best = max(range(len(chains)), key=lambda c: float(parts[c].log_weights.mean()))
@@ -147,7 +151,7 @@ class SVI:
                 engine="SVI",
                 kind="weighted",
                 num_chains=len(chains),
-                stats=watch.read() | self._seen(chains),
+                stats=watch.read() | self._seen(chains) | {"interrupted": interrupted},
                 prior=prior,
                 policy=chains[best].policy,
             )
@@ -159,9 +163,9 @@ class SVI:
             objective.reset(program)  # a description is of settings, not of what is remembered
         return Checkpoints(Path(self.checkpoint), describe_run(self, program) | {"objective": describe(objective)})
 
-    def _draw(self, program: Program, guide: Callable[..., Any] | None, what: str) -> Particles:
+    def _draw(self, program: Program, guide: Callable[..., Any] | None, what: str) -> tuple[Particles, bool]:
         size, shown = self.batch_size, self.progress
-        return draw(program, guide, self.num_samples, batch_size=size, progress=shown, what=what)[0]
+        return draw(program, guide, self.num_samples, batch_size=size, progress=shown, what=what)
 
     def _seen(self, chains: list[Training]) -> dict[str, Any]:
         """What the chains saw, as ``stats`` have it."""
@@ -174,7 +178,7 @@ class SVI:
                 if "log_likelihood" in chain.history:
                     self.held_out.warn(chain.looks, chain.history["log_likelihood"])
         steps = max(chain.step for chain in chains)
-        return seen | {"steps": steps, "interrupted": any(chain.interrupted for chain in chains)}
+        return seen | {"steps": steps}
 
 
 @contextlib.contextmanager

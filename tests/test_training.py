@@ -220,6 +220,7 @@ def test_interrupted_in_the_first_step_of_a_second_chain():
 
     run = SVI(**SMALL, num_chains=2, on_step=on_step).run(MODEL, PROMPTS)
     assert run.stats["elbo"].shape[:2] == (1, SMALL["num_steps"])
+    assert run.stats["interrupted"]
 
 
 def test_kept_scores_do_not_outlive_a_step():

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 
 import torch
 from _memory import peak, resident
+from _peer import serve
 
 from bayeslm.inference import SVI, LogVariance, ReverseKL
 from bayeslm.models import LanguageModel, TiltedLM, rewards
@@ -54,11 +53,5 @@ def train(
     return {"ends": ends, "loaded": loaded, "peak": peaks[-1]}
 
 
-def main() -> None:
-    answers, sys.stdout = sys.stdout, sys.stderr
-    for line in sys.stdin:
-        print(json.dumps(train(**json.loads(line))), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve(train)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,13 @@ class Peer:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
+
+
+def serve(answer: Callable[..., dict[str, Any]]) -> None:
+    """What a worker does: answer each line of JSON on stdin, the arguments, by one on stdout."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints must not get among the answers
+    for line in sys.stdin:
+        print(json.dumps(answer(**json.loads(line))), file=answers, flush=True)
 
 
 def _environment(name: str, requirements: Sequence[str]) -> Path:

@@ -12,9 +12,7 @@ steps of Adam; `_trl_worker.py` says how and why. What is particular here:
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import tempfile
 import time
 from typing import Any
@@ -24,6 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the imports: TRL's trainers report 
 import torch
 import trl
 from _memory import peak, resident
+from _peer import serve
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
@@ -60,7 +59,7 @@ def train(
     seed: int,
     threads: int,
     settings: dict[str, Any],
-) -> dict[str, object]:
+) -> dict[str, Any]:
     torch.set_num_threads(threads)
     set_seed(seed)
     attention = settings.pop("attn_implementation", None)
@@ -119,12 +118,6 @@ def train(
     return {"ends": watch.ends, "loaded": loaded, "peak": watch.peak}
 
 
-def main() -> None:
-    answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints must not get among the answers
-    logging.disable_progress_bar()
-    for line in sys.stdin:
-        print(json.dumps(train(**json.loads(line))), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    logging.disable_progress_bar()
+    serve(train)

@@ -22,9 +22,7 @@ KL(q || posterior) as a function of the completions drawn and of the seconds tra
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -35,6 +33,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the imports: TRL's trainers report 
 
 import torch
 import trl
+from _peer import serve
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
@@ -123,7 +122,7 @@ def train(
     evaluate: list[int],
     seed: int,
     threads: int,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     if any(count % batch for count in (samples, *evaluate)):
         raise ValueError("samples, and the counts at which to evaluate, must be multiples of batch")
     torch.set_num_threads(threads)
@@ -168,12 +167,6 @@ def train(
     return {"curve": curve.points, "version": trl.__version__}
 
 
-def main() -> None:
-    answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints must not get among the answers
-    logging.disable_progress_bar()
-    for line in sys.stdin:
-        print(json.dumps(train(**json.loads(line))), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    logging.disable_progress_bar()
+    serve(train)

@@ -51,9 +51,8 @@ class ScheduledAdam(PyroOptim):
         if not math.isfinite(self.gradient_norm):
             raise FloatingPointError(f"the gradient is {self.gradient_norm}")
         self._adam.step()
-        torch.autograd.graph.increment_version(
-            list(self._names)
-        )  # the fused kernel does not: kept scores are stale now
+        # the fused kernel does not tell torch of its changes, and kept scores must not outlive them
+        torch.autograd.graph.increment_version(list(self._names))
         self._step += 1
 
     @property

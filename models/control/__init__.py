@@ -1,0 +1,1 @@
+"""Control as inference: environments, trajectories, policies and unknown worlds as Pyro programs."""

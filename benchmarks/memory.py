@@ -8,15 +8,12 @@ what the logits of all tokens would take in float32 (particles x tokens x vocabu
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 
+from _memory import peak
+
 TOKENS = 24
-
-
-def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MB on Linux
 
 
 def measure(particles: int, kind: str) -> None:

@@ -127,9 +127,11 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]
 # -- what a run is -------------------------------------------------------------------------------------------
 
 
-def describe_run(engine: Any, program: Program) -> dict[str, Any]:
-    """An engine's settings, a program's sites and what its factors say of arbitrary values, and the priors' weights."""
+def describe_run(engine: Any, program: Program, objective: Any) -> dict[str, Any]:
+    """An engine's settings, the objective it uses, a program's sites and what its factors say of arbitrary values, and
+    the priors' weights."""
     settings = {field.name: getattr(engine, field.name) for field in dataclasses.fields(engine)}
+    settings["objective"] = objective
     described = {name: describe(value) for name, value in settings.items() if name not in NOT_THE_RUN}
     for site in program.sites.values():
         described[f"site {site.name!r}"] = [site.kind, type(site.fn).__name__, list(site.shape)]
@@ -158,13 +160,21 @@ def describe(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): describe(x) for key, x in value.items()}
     if isinstance(value, np.ndarray | Tensor):
-        return {"shape": list(value.shape)}
+        values = to_numpy(value) if isinstance(value, Tensor) else value
+        return {"shape": list(value.shape), "digest": blake2b(values.tobytes(), digest_size=16).hexdigest()}
     kind = getattr(value, "__qualname__", None)
     if isinstance(kind, str):  # a function or a class
         return kind
     inside = {key.lstrip("_"): x for key, x in getattr(value, "__dict__", {}).items()}
-    plain = {k: x for k, x in inside.items() if isinstance(x, bool | int | float | str) or k in ("source", "baseline")}
+    plain = {k: x for k, x in inside.items() if _is_plain(x) or k in ("source", "baseline")}
     return {"type": type(value).__qualname__} | {key: describe(x) for key, x in plain.items()}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is numbers or text, one or many."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str | np.ndarray | Tensor)
 
 
 def digest(module: torch.nn.Module) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from bayeslm.posterior import Posterior
 
-from .checkpoints import Checkpoints, describe, describe_run
+from .checkpoints import Checkpoints, describe_run
 from .checks import check_counts, check_positive
 from .elbo import Objective
 from .heldout import HeldOut
@@ -161,7 +161,7 @@ class SVI:
             return None
         if isinstance(objective, Objective):
             objective.reset(program)  # a description is of settings, not of what is remembered
-        return Checkpoints(Path(self.checkpoint), describe_run(self, program) | {"objective": describe(objective)})
+        return Checkpoints(Path(self.checkpoint), describe_run(self, program, objective))
 
     def _draw(self, program: Program, guide: Callable[..., Any] | None, what: str) -> tuple[Particles, bool]:
         size, shown = self.batch_size, self.progress

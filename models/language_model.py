@@ -111,7 +111,14 @@ class LanguageModel(nn.Module):
         :raises ValueError: if ``base`` is given and there is no adapter to put on it.
         """
         network, tokenizer, name = pretrained.load(name_or_path, base=base, dtype=dtype, **kwargs)
-        lm = cls(network, tokenizer, name=name, batch_size=batch_size, gradient_checkpointing=gradient_checkpointing)
+        lm = cls(
+            network,
+            tokenizer,
+            name=name,
+            batch_size=batch_size,
+            gradient_checkpointing=gradient_checkpointing,
+            compute_dtype=pretrained.compute_dtype(name_or_path),
+        )
         return lm.to(device) if device is not None else lm
 
     @classmethod
@@ -200,7 +207,8 @@ class LanguageModel(nn.Module):
             raise TypeError("a packed model can be neither trained nor saved: use the model it was packed from")
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write the network (only the adapter, if there is one) and the tokenizer in the transformers/PEFT format.
+        """Write the network (only the adapter, if there is one) and the tokenizer in the transformers/PEFT format, and
+        beside them ``compute_dtype``, which that format has no place for.
 
         :raises TypeError: if this model is `packed`.
         """
@@ -211,6 +219,7 @@ class LanguageModel(nn.Module):
         network.save_pretrained(path, **settings)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(path)
+        pretrained.note_compute_dtype(path, self.compute_dtype)
 
     def fit(self, texts: Sequence[str], **settings: Any) -> list[float]:
         """Maximum likelihood on texts; see `bayeslm.models.fitting.fit`. Gives the loss of each step.

@@ -63,7 +63,15 @@ def pack(network: nn.Module) -> None:
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if can_pack(child):
-                setattr(parent, name, PackedLinear(child))
+                packed = PackedLinear(child)
+                packed.register_buffer("checksum", _checksum(child))
+                setattr(parent, name, packed)
+
+
+def _checksum(linear: nn.Linear) -> Tensor:
+    """Tells networks apart by their state though weights in blocks cannot be read: the sum of their bits, as integers,
+    which no order of summation changes."""
+    return sum((p.detach().view(torch.int32).sum() for p in linear.parameters()), torch.tensor(0))
 
 
 @contextlib.contextmanager

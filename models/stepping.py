@@ -130,21 +130,27 @@ def categorical(logits: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
     One uniform a row picks a block of the vocabulary and then a token in it: some ten times faster than one
     exponential or Gumbel variate a token, and float64 sums over blocks keep the CDF exact to float32.
     """
-    block = min(block, logits.shape[-1])
     top = logits.amax(-1, keepdim=True)
     mass = (logits - top).exp_()
-    padding = -mass.shape[-1] % block
-    blocks = torch.nn.functional.pad(mass, (0, padding)) if padding else mass
-    blocks = blocks.unflatten(-1, (-1, block))
     wide = torch.float32 if mass.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    cdf = blocks.sum(-1, dtype=wide).cumsum(-1)
-    u = torch.rand((len(mass), 1), dtype=wide, device=mass.device) * cdf[:, -1:]
-    which = torch.searchsorted(cdf, u, right=True).clamp_max(cdf.shape[-1] - 1)
-    inside = blocks.gather(1, which[:, :, None].expand(-1, -1, block)).squeeze(1).to(wide).cumsum(-1)
-    # the block's mass below u, kept under its own total so that rounding never picks a token of no mass
-    rest = (u - (cdf.gather(-1, which) - inside[:, -1:])).clamp_min(0.0)
-    rest = torch.minimum(rest, torch.nextafter(inside[:, -1:], torch.zeros_like(rest)))
-    token = which * block + torch.searchsorted(inside, rest, right=True)
+    u = torch.rand((len(mass), 1), dtype=wide, device=mass.device)
+    if mass.shape[-1] <= block:
+        cdf = mass.cumsum(-1, dtype=wide)
+        token = _invert(cdf, u * cdf[:, -1:])
+    else:
+        padding = -mass.shape[-1] % block
+        blocks = torch.nn.functional.pad(mass, (0, padding)) if padding else mass
+        blocks = blocks.unflatten(-1, (-1, block))
+        cdf = blocks.sum(-1, dtype=wide).cumsum(-1)
+        u = u * cdf[:, -1:]
+        which = torch.searchsorted(cdf, u, right=True).clamp_max(cdf.shape[-1] - 1)
+        inside = blocks.gather(1, which[:, :, None].expand(-1, -1, block)).squeeze(1).to(wide).cumsum(-1)
+        token = which * block + _invert(inside, (u - (cdf.gather(-1, which) - inside[:, -1:])).clamp_min(0.0))
     token = token.clamp_max(logits.shape[-1] - 1)  # logits that are NaN: their score will say so
     score = logits.gather(-1, token) - top - cdf[:, -1:].log().to(logits.dtype)
     return token.squeeze(-1), score.squeeze(-1)
+
+
+def _invert(cdf: Tensor, u: Tensor) -> Tensor:
+    """The first entry whose cdf is above u, which is kept under the total: rounding never picks one of no mass."""
+    return torch.searchsorted(cdf, torch.minimum(u, torch.nextafter(cdf[:, -1:], torch.zeros_like(u))), right=True)

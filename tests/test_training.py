@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import random
 import resource
 import subprocess
 import sys
@@ -77,6 +78,14 @@ def batches(prompts):
         pyro.factor("reward", 1.0 * (x == 2).sum(-1))
 
 
+def fickle(prompts):
+    """A reward with random numbers of its own, of Python's and of NumPy's."""
+    with pyro.plate("prompts", len(prompts)):
+        x = pyro.sample("completion", LM(prompts, max_new_tokens=3))
+        noise = random.random() + np.random.standard_normal()  # noqa: NPY002  (the generator that rewards may use)
+        pyro.factor("reward", 1.0 * (x == 2).sum(-1) + noise)
+
+
 def log_probs(lm) -> torch.Tensor:
     """Of every completion of `TWO`, (value, prompt)."""
     with torch.no_grad():
@@ -111,6 +120,7 @@ RUNS = {
     "latents": (topical, {"num_chains": 2}),
     "no gradient": (topical, {"objective": LogVariance(4)}),  # which gives the program's own parameter none
     "critic": (MODEL, {"objective": ReverseKL(4, Critic())}),
+    "fickle": (fickle, {}),
     "minibatches": (batches, {"objective": LogVariance(4, Replay(20, every=2))}),
     "lora": (tilted(tiny_llama(seed=1), score_table(1)), {"lora_rank": 2}),
 }
@@ -361,6 +371,8 @@ def test_a_kl_target_is_held():
     assert float((log_q.exp() * (log_q - log_probs(LM))).sum(0).mean()) == pytest.approx(target, rel=0.1)
     assert kl_of(run.policy, gamma) < 0.03  # it is the posterior of that beta
     assert kl_of(run.policy) > 0.1  # and not the program's
+    for kl, error in ((2.2, 0.1), (1.0, -0.2), (9.0, 0.2), (2.0, 0.0)):
+        assert KLTarget(2.0, gain=0.5).after(3.0, 0.0, kl) == pytest.approx(3.0 / (1.0 + 0.5 * error))
 
 
 def test_stopping_near_the_posterior():
@@ -380,6 +392,8 @@ def test_stopping_on_a_plateau():
     rising = {"elbo": [np.array([0.1 * i, 0.0]) for i in range(20)]}
     assert not Plateau(window=10, nats=0.4)(rising)
     assert Plateau(window=10, nats=0.6)(rising)
+    moving = rising | {"inverse_temperature": [np.array(0.05 * i) for i in range(20)]}
+    assert not Plateau(window=10, nats=0.6)(moving)
 
 
 # -- what is looked at beside --------------------------------------------------------------------------------

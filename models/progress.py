@@ -6,6 +6,10 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
+# Here, not where it is used: its import draws from Python's random numbers, which a seed has just set there.
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
 
 class Report(Protocol):
     """Call it after each step with what to show beside the bar."""
@@ -16,16 +20,6 @@ class Report(Protocol):
 @contextlib.contextmanager
 def track(what: str, total: int | None, enabled: bool = True) -> Iterator[Report]:
     """A bar of ``total`` steps on standard error (or in the notebook), gone when done; nothing where nobody looks."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),

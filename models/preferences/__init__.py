@@ -1,1 +1,15 @@
 """What people prefer, as Pyro programs: rewards learned from comparisons and ratings, with their uncertainty."""
+
+from .bradley_terry import BradleyTerry
+from .comparisons import Comparisons, PreferenceError, Rankings
+from .features import LastHidden, SentenceEmbedding, Standardised
+
+__all__ = [
+    "BradleyTerry",
+    "Comparisons",
+    "LastHidden",
+    "PreferenceError",
+    "Rankings",
+    "SentenceEmbedding",
+    "Standardised",
+]

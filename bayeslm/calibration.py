@@ -98,30 +98,28 @@ def calibrate(
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")
     happened = np.where(y == 1, p, 1 - p)  # the probability of what happened
+    mean, batches = happened.mean((0, 1)), _batch_means(happened)  # (pair,), (batch, pair)
     rng = np.random.default_rng(seed)
-    batches = _batch_means(happened)  # (batch, pair)
-    mean = happened.mean((0, 1))
-    pairs = rng.integers(len(mean), size=(REPLICATES, len(mean)))
-    draws = rng.integers(len(batches), size=(REPLICATES, len(batches)))
+    other_pairs = mean[rng.integers(len(mean), size=(REPLICATES, len(mean)))]  # (replicate, pair)
+    picked = rng.multinomial(len(batches), np.full(len(batches), 1 / len(batches)), size=REPLICATES)
+    other_draws = picked @ batches / len(batches)
 
-    def figure(statistic: Callable[[Array], float]) -> Figure:
-        over_pairs = np.std([statistic(mean[rows]) for rows in pairs])
-        over_draws = np.std([statistic(batches[rows].mean(0)) for rows in draws])
-        known = len(batches) > 1
-        return Figure(statistic(mean), float(over_pairs), float(over_draws) if known else np.inf)
+    def figure(statistic: Callable[[Array], Array]) -> Figure:
+        over_draws = statistic(other_draws).std() if len(batches) > 1 else np.inf
+        return Figure(float(statistic(mean)), float(statistic(other_pairs).std()), float(over_draws))
 
-    def ece(q: Array) -> float:
+    def ece(q: Array) -> Array:
         confidence, right, counts = _reliability(q, bins)
-        return float(np.nansum(counts * np.abs(right - confidence)) / counts.sum())
+        return np.nansum(counts * np.abs(right - confidence), -1) / q.shape[-1]
 
-    by_chance = [ece(np.where(rng.random(len(mean)) < mean, mean, 1 - mean)) for _ in range(REPLICATES)]
+    by_chance = ece(np.where(rng.random(other_pairs.shape) < mean, mean, 1 - mean))
     with np.errstate(divide="ignore", invalid="ignore"):  # probability 0 for what happened: -inf
-        log_score = figure(lambda q: float(np.log(q).mean()))
+        log_score = figure(lambda q: np.log(q).mean(-1))
     return Calibration(
-        figure(lambda q: float(_is_right(q).mean())),
+        figure(lambda q: _is_right(q).mean(-1)),
         log_score,
         figure(ece),
-        (float(np.mean(by_chance)), float(np.quantile(by_chance, 0.95))),
+        (float(by_chance.mean()), float(np.quantile(by_chance, 0.95))),
         *_reliability(mean, bins),
     )
 
@@ -156,10 +154,16 @@ def _is_right(happened: Array) -> Array:
 
 
 def _reliability(happened: Array, bins: int) -> tuple[Array, Array, Array]:
-    """Mean confidence, share right, and number of pairs in bins of equal width in confidence, all (bin,)."""
+    """Mean confidence, share right, and number of pairs in bins of equal width in confidence: (*, pair) to (*, bin)."""
     confidence = np.maximum(happened, 1 - happened)
-    index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    counts = np.bincount(index, minlength=bins).astype(float)
+    index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1).reshape(-1, happened.shape[-1])
+    shape = (*happened.shape[:-1], bins)
+    index = (index + bins * np.arange(len(index))[:, None]).ravel()  # bins of each row in turn
+
+    def total(x: Array | None) -> Array:
+        weights = None if x is None else x.ravel()
+        return np.bincount(index, weights, minlength=int(np.prod(shape))).reshape(shape).astype(float)
+
+    counts = total(None)
     with np.errstate(invalid="ignore"):
-        means = [np.bincount(index, weights=x, minlength=bins) / counts for x in (confidence, _is_right(happened))]
-    return means[0], means[1], counts
+        return total(confidence) / counts, total(_is_right(happened)) / counts, counts

@@ -1,1 +1,21 @@
 """What people prefer, as Pyro programs: rewards learned from comparisons and ratings, with their uncertainty."""
+
+from .bradley_terry import BradleyTerry
+from .comparisons import Comparisons, PreferenceError, Rankings
+from .features import LastHidden, SentenceEmbedding, Standardised
+from .plackett_luce import PlackettLuce
+from .ratings import GaussianRatings, OrdinalRatings, Ratings
+
+__all__ = [
+    "BradleyTerry",
+    "Comparisons",
+    "GaussianRatings",
+    "LastHidden",
+    "OrdinalRatings",
+    "PlackettLuce",
+    "PreferenceError",
+    "Rankings",
+    "Ratings",
+    "SentenceEmbedding",
+    "Standardised",
+]

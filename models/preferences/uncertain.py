@@ -138,6 +138,10 @@ class UncertainReward(Reward):
         mean = features.reshape(num_samples, len(prompts), -1).mean(0)
         return replace(self, typical=dict(zip(prompts, mean, strict=True)))
 
+    def to_form(self, form: Form) -> UncertainReward:
+        """The same reward in another form."""
+        return replace(self, form=form)
+
     # -- evaluation ------------------------------------------------------------------------------------------
 
     def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:

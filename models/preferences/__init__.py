@@ -3,15 +3,21 @@
 from .bradley_terry import BradleyTerry
 from .comparisons import Comparisons, PreferenceError, Rankings
 from .features import LastHidden, SentenceEmbedding, Standardised
+from .plackett_luce import PlackettLuce
+from .ratings import GaussianRatings, OrdinalRatings, Ratings
 from .uncertain import JudgedLM, UncertainReward
 
 __all__ = [
     "BradleyTerry",
     "Comparisons",
+    "GaussianRatings",
     "JudgedLM",
     "LastHidden",
+    "OrdinalRatings",
+    "PlackettLuce",
     "PreferenceError",
     "Rankings",
+    "Ratings",
     "SentenceEmbedding",
     "Standardised",
     "UncertainReward",

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import expit, softmax, xlogy
 
-from bayeslm.inference import ImportanceSampling
+from bayeslm.inference import NUTS
 from bayeslm.models import LanguageModel
 from bayeslm.models.preferences import BradleyTerry, Comparisons, UncertainReward
 from bayeslm.models.preferences.uncertain import Form
@@ -48,10 +48,11 @@ class Task:
 
     :param fatigue: what the judge takes off for a word said k times, times (k - 1)²; 0: nothing.
     :param length: words in the longest text.
+    :param draws: of the posterior of the judge's reward.
     """
 
-    def __init__(self, seed: int, fatigue: float, num_comparisons: int = 30, length: int = 5) -> None:
-        self.seed, self.length, self.num_comparisons = seed, length, num_comparisons
+    def __init__(self, seed: int, fatigue: float, num_comparisons: int = 30, length: int = 5, draws: int = 256) -> None:
+        self.seed, self.length, self.num_comparisons, self.draws = seed, length, num_comparisons, draws
         self.rng = np.random.default_rng(seed)
         self.prior = LanguageModel.tabular(["<eos>", *"abcdefg"], seed=seed)
         law = self.prior([PROMPT], max_new_tokens=length)
@@ -72,10 +73,17 @@ class Task:
         return Comparisons([PROMPT] * len(better), chosen, rejected)
 
     def learn(self) -> UncertainReward:
-        """The posterior of the judge's reward, and as the typical text the prior's mean one."""
-        model = BradleyTerry(count, scale=SPREAD)
-        engine = ImportanceSampling(num_particles=40_000, seed=self.seed, progress=False)
-        reward = UncertainReward.from_posterior(model, engine.run(model, self.comparisons()), "mean", seed=self.seed)
+        """The posterior of the judge's reward."""
+        engine = NUTS(num_samples=self.draws, warmup=100, num_chains=1, seed=self.seed, progress=False)
+        posterior = engine.run(self.learner(), self.comparisons())
+        return self.centred(UncertainReward.from_posterior(self.learner(), posterior, "mean", seed=self.seed))
+
+    def learner(self) -> BradleyTerry:
+        """What the learner takes the judge to be: without fatigue."""
+        return BradleyTerry(count, scale=SPREAD)
+
+    def centred(self, reward: UncertainReward) -> UncertainReward:
+        """With the prior's mean text for the typical one."""
         return reward.centred(self.prior, [PROMPT], max_new_tokens=self.length, num_samples=4096)
 
     def scores(self, reward: UncertainReward) -> dict[str, Array]:
@@ -122,20 +130,19 @@ def curves(fatigue: float, seeds: range, **settings: int) -> tuple[Curves, Curve
     return stacked(both[0]), stacked(both[1])
 
 
-def main(folder: Path, seeds: range = range(16)) -> None:
+def main(folder: Path, seeds: range = range(12)) -> None:
     panels: dict[str, Curves] = {}
     for judge, fatigue in {"the learned reward is right": 0.0, "it is wrong off the data": 0.5}.items():
         tilted, best = curves(fatigue, seeds)
         panels |= {f"posterior, β from 8 to 1/128: {judge}": tilted, f"best of n, 1 to 2^20: {judge}": best}
     for title, panel in panels.items():
-        print(f"\n{title}\n  {'':26}{'true reward: highest':>22}{'strongest':>12}{'less the mean form':>22}{'KL':>8}")
+        print(f"\n{title}\n  true reward{'at KL 4':>23}{'strongest':>12}{'less the mean form':>22}{'KL':>8}")
         for name, curve in panel.items():
-            last = curve["true"][:, -1]
-            less = last - panel["mean"]["true"][:, -1]
+            kl, true = curve["kl"].mean(0), curve["true"].mean(0)
+            less = curve["true"][:, -1] - panel["mean"]["true"][:, -1]
             error = less.std(ddof=1) / np.sqrt(len(less))
             beside = "" if name == "mean" else f"{less.mean():.2f} ± {error:.2f}"
-            highest, kl = curve["true"].mean(0).max(), curve["kl"][:, -1].mean()
-            print(f"  {name:26}{highest:22.2f}{last.mean():12.2f}{beside:>22}{kl:8.1f}")
+            print(f"  {name:26}{np.interp(4.0, kl, true):8.2f}{true[-1]:12.2f}{beside:>22}{kl[-1]:8.1f}")
     folder.mkdir(parents=True, exist_ok=True)
     plot_over_optimisation(panels).savefig(folder / "over_optimisation.png", dpi=150)
     print(f"\n{folder / 'over_optimisation.png'}")

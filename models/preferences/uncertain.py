@@ -222,9 +222,10 @@ class UncertainReward(Reward):
         if not isinstance(config, dict) or config.get("format") != FORMAT:
             raise ValueError(f"{header} was not written by a version of bayeslm that this one reads ({FORMAT})")
         tensors = load_file(Path(path) / "uncertain.safetensors")
-        typical: Tensor | dict[str, Tensor] | None = tensors.get("typical")
-        if typical is not None and config["prompts"] is not None:
-            typical = dict(zip(config["prompts"], typical, strict=True))
+        saved = tensors.get("typical")
+        typical: Tensor | dict[str, Tensor] | None = saved
+        if saved is not None and config["prompts"] is not None:
+            typical = dict(zip(config["prompts"], saved, strict=True))
         return cls(model, tensors["weights"], typical=typical, **config["settings"])
 
 

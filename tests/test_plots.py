@@ -11,7 +11,7 @@ import pytest
 from toys import LOG_Z, TARGET, Gaussian, enumerated, from_prior
 
 from bayeslm import diagnostics
-from bayeslm.plots import COLOURS, plot_rewards, plot_training
+from bayeslm.plots import COLOURS, plot_over_optimisation, plot_rewards, plot_training
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
@@ -135,3 +135,23 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match=r'pip install "bayeslm\[plots\]"'):
         plot_rewards({"IS": from_prior(0)})
+
+
+def test_over_optimisation_is_drawn_as_means_and_standard_errors() -> None:
+    rng = np.random.default_rng(0)
+    curve = {key: rng.random((5, 4)).cumsum(1) for key in ("kl", "true", "proxy")}
+    figure = plot_over_optimisation({"one": {"mean": curve, "draw": curve}, "two": {"mean": curve}})
+    first = figure.axes[0]
+    bars = first.containers[0]
+    line, _, (segments,) = bars
+    np.testing.assert_allclose(line.get_data(), [curve["kl"].mean(0), curve["true"].mean(0)])
+    ends = np.array(segments.get_segments())
+    np.testing.assert_allclose(ends[:, 1, 1] - ends[:, 0, 1], 2 * curve["true"].std(0, ddof=1) / np.sqrt(5))
+    drawn = [line.get_ydata() for line in first.lines if len(line.get_xdata()) == 4]
+    assert any(np.allclose(y, curve["proxy"].mean(0)) for y in drawn)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["mean", "draw"]
+    assert [axis.get_title() for axis in figure.axes] == ["one", "two"]
+    with pytest.raises(ValueError, match=r"must be \(replicate, strength\)"):
+        plot_over_optimisation({"one": {"mean": curve | {"true": np.zeros(4)}}})
+    with pytest.raises(ValueError, match="at least one panel"):
+        plot_over_optimisation({})

@@ -5,6 +5,7 @@ from .baselines import ExponentialAverage
 from .critic import Critic
 from .draws import FromPosterior, Replay, of_prior
 from .exact import Exact
+from .exploration import Boltzmann, EpsilonGreedy, Exploration, Random, Thompson
 from .heldout import HeldOut
 from .importance import ImportanceSampling
 from .kernels import SuffixKernel
@@ -42,9 +43,12 @@ __all__ = [
     "SVI",
     "AnnealedSMC",
     "BestOfN",
+    "Boltzmann",
     "Critic",
+    "EpsilonGreedy",
     "EvidenceError",
     "Exact",
+    "Exploration",
     "ExponentialAverage",
     "FDivergence",
     "ForwardKL",
@@ -56,6 +60,7 @@ __all__ = [
     "NearPosterior",
     "Plateau",
     "ProgramError",
+    "Random",
     "RejectionSampling",
     "Renyi",
     "Replay",
@@ -63,6 +68,7 @@ __all__ = [
     "SuffixKernel",
     "Tempering",
     "TensorBoard",
+    "Thompson",
     "TwistLearning",
     "alpha_divergence",
     "of_prior",

@@ -17,6 +17,7 @@ from .rejection import BestOfN, RejectionSampling
 from .results import EvidenceError
 from .reverse_kl import ReverseKL
 from .smc import SMC
+from .soft_value_iteration import SoftValueIteration
 from .stopping import NearPosterior, Plateau
 from .svi import SVI
 from .temperature import KLTarget, Tempering
@@ -65,6 +66,7 @@ __all__ = [
     "Renyi",
     "Replay",
     "ReverseKL",
+    "SoftValueIteration",
     "SuffixKernel",
     "Tempering",
     "TensorBoard",

@@ -33,11 +33,11 @@ class SoftValues:
     """What `SoftValueIteration` finds, in units of reward; T is the horizon."""
 
     values: Tensor
-    """(T + 1, S) float64: V_t(s), the last row 0."""
+    """(T + 1, *batch, S) float64: V_t(s), the last row 0."""
     action_values: Tensor
-    """(T, S, A) float64: Q_t(s, a)."""
+    """(T, *batch, S, A) float64: Q_t(s, a)."""
     policy: Tensor
-    """(T, S, A) float64: \\pi_t(a | s)."""
+    """(T, *batch, S, A) float64: \\pi_t(a | s)."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ class SoftValueIteration:
             raise ValueError("SoftValueIteration: tilted dynamics need a positive beta and no discount")
 
     def run(self, mdp: MDP, prior: Tensor | None = None) -> SoftValues:
-        """Solve a process.
+        """Solve a process, or each of a batch.
 
-        :param prior: (S, A), p(a | s); uniform by default.
+        :param prior: (*batch, S, A), p(a | s); uniform by default.
         """
         prior = _prior(mdp, prior)
-        value = mdp.initial.new_zeros(mdp.num_states)
+        value = torch.zeros_like(mdp.initial)
         values, action_values, policies = [value], [], []
         for _ in range(self.horizon):
             q = self._action_values(mdp, value)
@@ -102,13 +102,14 @@ class SoftValueIteration:
         return torch.stack(values[::-1])
 
     def _action_values(self, mdp: MDP, value: Tensor) -> Tensor:
-        """Q_t (S, A) of V_{t+1} (S,)."""
+        """Q_t (*batch, S, A) of V_{t+1} (*batch, S)."""
+        value = value[..., None, None, :]
         if self.dynamics == "fixed":
-            return mdp.expected_rewards + self.discount * (mdp.transitions @ value)
+            return mdp.expected_rewards + self.discount * (mdp.transitions * value).sum(-1)
         return self.beta * (mdp.transitions.log() + (mdp.rewards + value) / self.beta).logsumexp(-1)
 
     def _improve(self, prior: Tensor, q: Tensor) -> Tensor:
-        """The policy (S, A) that is best by Q_t (S, A)."""
+        """The policy that is best by Q_t, both (*batch, S, A)."""
         if self.beta > 0:
             return (prior.log() + q / self.beta).softmax(-1)
         allowed = q.masked_fill(prior == 0, -torch.inf)
@@ -124,7 +125,7 @@ class SoftValueIteration:
 
 
 def _prior(mdp: MDP, prior: Tensor | None) -> Tensor:
-    """The prior policy (S, A) float64."""
+    """The prior policy (*batch, S, A) float64."""
     if prior is None:
         return torch.full_like(mdp.expected_rewards, 1 / mdp.num_actions)
     if prior.shape != mdp.expected_rewards.shape:

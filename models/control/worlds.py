@@ -14,8 +14,7 @@ Beta-Bernoulli is the Dirichlet of two.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
 import pyro
 import pyro.distributions as dist
@@ -42,6 +41,10 @@ class Dirichlet:
     def mean(self) -> Tensor:
         """(*batch, category): the predictive law of the next category."""
         return self.concentration / self.concentration.sum(-1, keepdim=True)
+
+    def expand(self, runs: int) -> Dirichlet:
+        """The same for each of so many runs."""
+        return Dirichlet(self.concentration.expand(runs, *self.concentration.shape))
 
     def sample(self, shape: tuple[int, ...] = ()) -> Tensor:
         """Draws (*shape, *batch, category)."""
@@ -80,6 +83,10 @@ class NormalGamma:
         """(*batch): the mean's mean."""
         return self.location
 
+    def expand(self, runs: int) -> NormalGamma:
+        """The same for each of so many runs."""
+        return NormalGamma(*(x.expand(runs, *x.shape) for x in (self.location, self.count, self.shape, self.rate)))
+
     def sample(self, shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """Draws of the mean and the precision, each (*shape, *batch)."""
         precision = dist.Gamma(self.shape, self.rate, validate_args=False).sample(torch.Size(shape))
@@ -99,6 +106,11 @@ class Steps:
     next_states: Tensor
     terminated: Tensor
     valid: Tensor
+
+    @property
+    def returns(self) -> Tensor:
+        """(*batch): the sum of the rewards."""
+        return (self.rewards * self.valid).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -122,7 +134,6 @@ class Worlds:
     def prior(
         num_states: int,
         num_actions: int,
-        batch: tuple[int, ...] = (),
         *,
         concentration: float | None = None,
         reward: tuple[float, float, float, float] = (0.0, 1.0, 1.0, 1.0),
@@ -141,7 +152,7 @@ class Worlds:
             raise ValueError(f"Worlds: concentration and k, a, b must be positive, got {concentration} and {reward[1:]}")
 
         def full(value: float, *shape: int) -> Tensor:
-            return torch.full((*batch, *shape), value, dtype=torch.float64, device=device)
+            return torch.full(shape, value, dtype=torch.float64, device=device)
 
         return Worlds(
             Dirichlet(full(concentration, num_states, num_actions, num_states)),
@@ -181,6 +192,11 @@ class Worlds:
             self.initial.update(summed(steps.states[..., :1], weight[..., :1], states)),
             self.terminal | ended,
         )
+
+    def expand(self, runs: int) -> Worlds:
+        """The same for each of so many runs."""
+        laws = (law.expand(runs) for law in (self.transitions, self.rewards, self.initial))
+        return Worlds(*laws, self.terminal.expand(runs, *self.terminal.shape))
 
     @property
     def mean(self) -> MDP:

@@ -16,13 +16,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MDP:
-    """A process of S states and A actions.
+    """A process of S states and A actions; or many of the same size, in leading dimensions that all four share.
 
-    :param transitions: (S, A, S) float64, P(s' | s, a).
-    :param rewards: (S, A, S) float64, r(s, a, s').
-    :param terminal: (S,) bool. A terminal state's own rows of the two above are not read: they become a loop to itself
+    :param transitions: (*, S, A, S) float64, P(s' | s, a).
+    :param rewards: (*, S, A, S) float64, r(s, a, s').
+    :param terminal: (*, S) bool. A terminal state's own rows of the two above are not read: they become a loop to itself
         without reward.
-    :param initial: (S,) float64, the law of s_0.
+    :param initial: (*, S) float64, the law of s_0.
     :raises ValueError: if shapes disagree, or a law is none: negative, or not of sum 1.
     """
 
@@ -32,16 +32,18 @@ class MDP:
     initial: Tensor
 
     def __post_init__(self) -> None:
-        states, actions = self.transitions.shape[0], self.transitions.shape[1] if self.transitions.dim() > 1 else 0
+        if self.transitions.dim() < 3:
+            raise ValueError(f"MDP: transitions must have shape (S, A, S), got {tuple(self.transitions.shape)}")
+        *many, states, actions, _ = self.transitions.shape
         for name, shape in {
-            "transitions": (states, actions, states),
-            "rewards": (states, actions, states),
-            "terminal": (states,),
-            "initial": (states,),
+            "transitions": (*many, states, actions, states),
+            "rewards": (*many, states, actions, states),
+            "terminal": (*many, states),
+            "initial": (*many, states),
         }.items():
             if tuple(getattr(self, name).shape) != shape:
                 raise ValueError(f"MDP: {name} must have shape {shape}, got {tuple(getattr(self, name).shape)}")
-        ended = self.terminal[:, None, None]
+        ended = self.terminal[..., None, None]
         loops = torch.eye(states, dtype=torch.float64, device=self.terminal.device)[:, None]
         object.__setattr__(self, "transitions", torch.where(ended, loops, self.transitions.double()))
         object.__setattr__(self, "rewards", self.rewards.double().masked_fill(ended, 0.0))
@@ -55,15 +57,15 @@ class MDP:
 
     @property
     def num_states(self) -> int:
-        return self.transitions.shape[0]
+        return self.transitions.shape[-3]
 
     @property
     def num_actions(self) -> int:
-        return self.transitions.shape[1]
+        return self.transitions.shape[-2]
 
     @property
     def expected_rewards(self) -> Tensor:
-        """(S, A): E[r | s, a]."""
+        """(*, S, A): E[r | s, a]."""
         return (self.transitions * self.rewards).sum(-1)
 
     @property

@@ -2,8 +2,8 @@ r"""Writing a completion as a Gymnasium environment: an action is the next token
 
     s_t = (c, x_1 .. x_t),    a_t = x_{t+1},    r_t = 1[x_{1..t+1} is whole] r(c, x) + \beta \log p(a_t | s_t)
 
-With the second term, which is an option, an optimal policy of maximum-entropy reinforcement learning at temperature \beta (soft
-Q-learning, Haarnoja et al. 2017, arXiv 1702.08165) is the posterior of this library, and its soft value \beta log Z:
+With the second term, which is an option, an optimal policy of maximum-entropy reinforcement learning at temperature
+\beta (soft Q-learning, Haarnoja et al. 2017, arXiv 1702.08165) is the posterior, and its soft value \beta log Z:
 
     E_q[ \sum_t r_t ] + \beta H(q)  =  E_q[ r ] - \beta KL(q || p)
 

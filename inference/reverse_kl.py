@@ -24,9 +24,8 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from ..models import Autoregressive
 from .baselines import leave_one_out
-from .critic import Critic, Texts
+from .critic import Critic, Readable, Texts
 from .elbo import Objective, Seen
 from .program import Program, ProgramError, in_prompts, sample_sites, site_terms, site_value, traces
 
@@ -109,8 +108,8 @@ class ReverseKL(Objective):
     def _read(
         self, program: Program, model_trace: Trace, guide_trace: Trace
     ) -> tuple[dict[str, Texts], dict[str, Tensor]]:
-        """Completions as a critic reads them, and log q of each of their tokens, (particle, prompt, text, token), with
-        gradient; from the passes that score them, which are not made again.
+        """Completions and trajectories as a critic reads them, and log q of each of their tokens, (particle, prompt,
+        text, token), with gradient; from the passes that score them, which are not made again.
 
         :raises ProgramError: if there is a critic, and nothing for it to read.
         """
@@ -118,15 +117,15 @@ class ReverseKL(Objective):
         tokens: dict[str, Tensor] = {}
         if not isinstance(self._baseline, Critic):
             return texts, tokens
-        if not program.completions:
+        if not any(isinstance(site.fn, Readable) for site in program.latents):
             raise ProgramError(
-                "the program has no completion, and a Critic reads nothing else: use ReverseKL's leave_one_out, or an "
-                "ExponentialAverage"
+                "the program has neither a completion nor a trajectory, and a Critic reads nothing else: use "
+                "ReverseKL's leave_one_out, or an ExponentialAverage"
             )
         priors = dict(sample_sites(model_trace))
         for name, node in sample_sites(guide_trace):
             law = node["fn"]
-            if not isinstance(law, Autoregressive) or name not in priors or _is_partial(node):
+            if not isinstance(law, Readable) or name not in priors or _is_partial(node):
                 continue
 
             def by_prompt(x: Tensor, inside: bool = in_prompts(node), rest: int = 1) -> Tensor:

@@ -6,7 +6,7 @@ from .environments import GymEnvironment, TabularEnvironment
 from .mdp import MDP
 from .policies import CountdownPolicy, TabularPolicy, UniformPolicy
 from .program import Control, PolicyGuide
-from .trajectory import Trajectory, actions, observations, returns, step_rewards
+from .trajectory import Trajectory, actions, by_step, observations, returns, step_rewards
 
 __all__ = [
     "MDP",
@@ -19,6 +19,7 @@ __all__ = [
     "Trajectory",
     "UniformPolicy",
     "actions",
+    "by_step",
     "observations",
     "returns",
     "step_rewards",

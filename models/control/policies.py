@@ -51,8 +51,8 @@ class TabularPolicy(nn.Module):
 
 
 class CountdownPolicy(nn.Module):
-    """Tables of logits that change with the steps to go, the more slowly the more there are: ``num_tables`` of them stand
-    at 1, ..., T steps to go, evenly on a logarithmic scale, and between them logits are interpolated.
+    """Tables of logits that change with the steps to go, the more slowly the more there are: ``num_tables`` of them
+    stand at 1, ..., T steps to go, evenly on a logarithmic scale, and between them logits are interpolated.
 
     The best policy for a finite horizon hurries at the end, and hardly changes before. A table for each step could say
     so, too, but would learn each step's from that step alone. Trainable, and uniform at first.

@@ -1,7 +1,7 @@
 r"""Soft value iteration: control as inference, solved exactly for a finite process and a finite horizon.
 
-A policy's prior p(a | s) and the factor exp(return / \beta) define two problems (Levine 2018, arXiv 1805.00909). Both are
-solved by one recursion backwards from V_T = 0, and differ in what chance may do:
+A policy's prior p(a | s) and the factor exp(return / \beta) define two problems (Levine 2018, arXiv 1805.00909). Both
+are solved by one recursion backwards from V_T = 0, and differ in what chance may do:
 
     V_t(s) = \beta log E_{a ~ p(. | s)}[ exp(Q_t(s, a) / \beta) ],    \pi_t(a | s) = p(a | s) exp((Q_t - V_t) / \beta)
 
@@ -9,11 +9,11 @@ solved by one recursion backwards from V_T = 0, and differ in what chance may do
     dynamics="tilted":   Q_t(s, a) = \beta log E_{s'}[ exp((r + V_{t+1}(s')) / \beta) ]
 
 *Fixed* (section 3) is variational: of all policies in the world as it is, \pi maximises E[return] - \beta KL(\pi || p),
-and V_0 / \beta is the highest ELBO. *Tilted* (section 2) is the posterior over trajectories itself, in which chance turns out
-well, too: V_0 / \beta = log Z is what importance sampling and SMC estimate, and \pi is an optimist's. log Z is never below
-the ELBO; they agree where the environment is deterministic, for then there is no chance to be optimistic about.
+and V_0 / \beta is the highest ELBO. *Tilted* (section 2) is the posterior over trajectories itself, in which chance
+turns XX the ELBO; where the environment is deterministic they agree.
 
-As \beta -> 0 the fixed recursion is value iteration, and `beta` may be 0. A discount \gamma is the probability of living on.
+As \beta -> 0 the fixed recursion is value iteration, and ``beta`` may be 0. A discount \gamma is the probability of
+living on. Many processes of one size are solved at once.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class SoftValues:
     """What `SoftValueIteration` finds, in units of reward; T is the horizon."""
 
     values: Tensor
-    """(T + 1, *batch, S) float64: V_t(s), the last row 0."""
+    """(T + 1, *, S) float64: V_t(s), the last row 0."""
     action_values: Tensor
-    """(T, *batch, S, A) float64: Q_t(s, a)."""
+    """(T, *, S, A) float64: Q_t(s, a)."""
     policy: Tensor
-    """(T, *batch, S, A) float64: \\pi_t(a | s)."""
+    """(T, *, S, A) float64: \\pi_t(a | s)."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,10 @@ class SoftValueIteration:
             raise ValueError("SoftValueIteration: tilted dynamics need a positive beta and no discount")
 
     def run(self, mdp: MDP, prior: Tensor | None = None) -> SoftValues:
-        """Solve a process, or each of a batch.
+        """Solve a process.
 
-        :param prior: (*batch, S, A), p(a | s); uniform by default.
+        :param prior: (*, S, A), p(a | s); uniform by default.
+        :raises ValueError: if it has another shape.
         """
         prior = _prior(mdp, prior)
         value = torch.zeros_like(mdp.initial)
@@ -87,29 +88,29 @@ class SoftValueIteration:
     def evaluate(self, mdp: MDP, policy: Tensor, prior: Tensor | None = None) -> Tensor:
         r"""A policy's own values, E[return] - \beta KL(\pi || p) from each state on, in the world as it is.
 
-        :param policy: (S, A), or one of each step (T, S, A).
-        :return: (T + 1, S) float64, nowhere above `run`'s with fixed dynamics.
+        :param policy: (*, S, A), or one of each step (T, *, S, A).
+        :return: (T + 1, *, S) float64, nowhere above `run`'s with fixed dynamics.
+        :raises ValueError: if dynamics are tilted, or the policy has another shape.
         """
         if self.dynamics != "fixed":
             raise ValueError('SoftValueIteration: policies are judged in the world as it is: dynamics="fixed"')
-        shape = (self.horizon, mdp.num_states, mdp.num_actions)
+        shape = (self.horizon, *mdp.expected_rewards.shape)
         if tuple(policy.shape) not in (shape, shape[1:]):
             raise ValueError(f"SoftValueIteration: policy must be {shape[1:]} or {shape}, got {tuple(policy.shape)}")
         prior, policy = _prior(mdp, prior), policy.to(mdp.initial).expand(shape)
-        values = [mdp.initial.new_zeros(mdp.num_states)]
+        values = [torch.zeros_like(mdp.initial)]
         for t in reversed(range(self.horizon)):
             values.append(self._value(prior, policy[t], self._action_values(mdp, values[-1])))
         return torch.stack(values[::-1])
 
     def _action_values(self, mdp: MDP, value: Tensor) -> Tensor:
-        """Q_t (*batch, S, A) of V_{t+1} (*batch, S)."""
-        value = value[..., None, None, :]
+        """Q_t (*, S, A) of V_{t+1} (*, S)."""
         if self.dynamics == "fixed":
-            return mdp.expected_rewards + self.discount * (mdp.transitions * value).sum(-1)
-        return self.beta * (mdp.transitions.log() + (mdp.rewards + value) / self.beta).logsumexp(-1)
+            return mdp.expected_rewards + self.discount * (mdp.transitions @ value[..., None, :, None]).squeeze(-1)
+        return self.beta * (mdp.transitions.log() + (mdp.rewards + value[..., None, None, :]) / self.beta).logsumexp(-1)
 
     def _improve(self, prior: Tensor, q: Tensor) -> Tensor:
-        """The policy that is best by Q_t, both (*batch, S, A)."""
+        """The policy (*, S, A) that is best by Q_t (*, S, A)."""
         if self.beta > 0:
             return (prior.log() + q / self.beta).softmax(-1)
         allowed = q.masked_fill(prior == 0, -torch.inf)
@@ -125,7 +126,7 @@ class SoftValueIteration:
 
 
 def _prior(mdp: MDP, prior: Tensor | None) -> Tensor:
-    """The prior policy (*batch, S, A) float64."""
+    """The prior policy (*, S, A) float64."""
     if prior is None:
         return torch.full_like(mdp.expected_rewards, 1 / mdp.num_actions)
     if prior.shape != mdp.expected_rewards.shape:

@@ -17,13 +17,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MDP:
-    """A process of S states and A actions; or many of them, where tensors have leading batch dims.
+    """A process of S states and A actions; or many of the same size, in leading dimensions that all four share.
 
-    :param transitions: (*batch, S, A, S) float64, P(s' | s, a).
-    :param rewards: (*batch, S, A, S) float64, r(s, a, s').
-    :param terminal: (*batch, S) bool. A terminal state's own rows of the two above are not read: they become a loop to
-        itself without reward.
-    :param initial: (*batch, S) float64, the law of s_0.
+    :param transitions: (*, S, A, S) float64, P(s' | s, a).
+    :param rewards: (*, S, A, S) float64, r(s, a, s').
+    :param terminal: (*, S) bool. A terminal state's own rows of the two above are not read: they become a loop to
+        itself, without reward.
+    :param initial: (*, S) float64, the law of s_0.
     :raises ValueError: if shapes disagree, or a law is none: negative, or not of sum 1.
     """
 
@@ -33,12 +33,14 @@ class MDP:
     initial: Tensor
 
     def __post_init__(self) -> None:
-        *batch, states, actions, _ = self.transitions.shape if self.transitions.dim() > 2 else (0, 0, 0)
+        if self.transitions.dim() < 3:
+            raise ValueError(f"MDP: transitions must have shape (S, A, S), got {tuple(self.transitions.shape)}")
+        *many, states, actions, _ = self.transitions.shape
         for name, shape in {
-            "transitions": (*batch, states, actions, states),
-            "rewards": (*batch, states, actions, states),
-            "terminal": (*batch, states),
-            "initial": (*batch, states),
+            "transitions": (*many, states, actions, states),
+            "rewards": (*many, states, actions, states),
+            "terminal": (*many, states),
+            "initial": (*many, states),
         }.items():
             if tuple(getattr(self, name).shape) != shape:
                 raise ValueError(f"MDP: {name} must have shape {shape}, got {tuple(getattr(self, name).shape)}")
@@ -56,7 +58,7 @@ class MDP:
 
     @property
     def num_states(self) -> int:
-        return self.transitions.shape[-1]
+        return self.transitions.shape[-3]
 
     @property
     def num_actions(self) -> int:
@@ -64,7 +66,7 @@ class MDP:
 
     @cached_property
     def expected_rewards(self) -> Tensor:
-        """(*batch, S, A): E[r | s, a]."""
+        """(*, S, A): E[r | s, a]."""
         return (self.transitions * self.rewards).sum(-1)
 
     @property

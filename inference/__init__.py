@@ -13,6 +13,7 @@ from .mcmc import MCMC
 from .nuts import NUTS
 from .objectives import FDivergence, ForwardKL, LogVariance, Renyi, alpha_divergence
 from .program import ProgramError
+from .psrl import PSRL, EpisodicTask, Learning
 from .rejection import BestOfN, RejectionSampling
 from .results import EvidenceError
 from .reverse_kl import ReverseKL
@@ -41,12 +42,14 @@ __all__ = [
     "ENGINES",
     "MCMC",
     "NUTS",
+    "PSRL",
     "SMC",
     "SVI",
     "AnnealedSMC",
     "BestOfN",
     "Boltzmann",
     "Critic",
+    "EpisodicTask",
     "EpsilonGreedy",
     "EvidenceError",
     "Exact",
@@ -58,6 +61,7 @@ __all__ = [
     "HeldOut",
     "ImportanceSampling",
     "KLTarget",
+    "Learning",
     "LogVariance",
     "NearPosterior",
     "Plateau",

@@ -5,25 +5,24 @@ r"""Posterior-sampling reinforcement learning (PSRL): act as if a world drawn fr
         \pi = the best policy of \theta             solve it
         act by \pi for an episode, and update the posterior with what was seen
 
-(Osband, Russo and Van Roy 2013, arXiv 1306.0940; for bandits Thompson 1933.) A world that may be good is tried until it is
-known whether it is, for a whole episode at a time. Other strategies (`exploration`) read the values of the mean world
-instead. What they lose is the regret, in exact expectation over the episode, not by its sampled return:
+(Osband, Russo and Van Roy 2013, arXiv 1306.0940; for bandits Thompson 1933.) A world that may be good is tried until it
+is known whether it is, for a whole episode at a time. Other strategies (`exploration`) read the values of the mean
+world instead. What they lose is the regret, in exact expectation over the episode, not by its sampled return:
 
     regret of an episode = V^*(true world) - V^\pi(true world)
 
-`PSRL` is the loop; a task says what a world is, how to solve one and how to act: `Episodes` of a process whose law the
-agent does not see, `GymEpisodes` of a Gymnasium environment, or a `Bandit`.
+`PSRL` is the loop; a task says how to solve a world and how to act in the true one: `EpisodicTask`, or a `Bandit`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..models.control.environments import Environment
 from ..models.control.mdp import MDP
 from ..models.control.worlds import Steps
 from ..models.progress import track
@@ -74,7 +73,7 @@ class Learning(Generic[BeliefT]):
     returns: Tensor
     """(run, episode) float64: what the episode paid."""
     belief: BeliefT
-    """The posterior at the end, (run, ...)."""
+    """The posterior at the end, of every run."""
 
 
 @dataclass(frozen=True)
@@ -117,96 +116,57 @@ class PSRL:
         return Learning(torch.stack(regret, 1), torch.stack(returns, 1), belief)
 
 
-class Episodes:
-    """A process of S states and A actions, acted in for at most ``horizon`` steps at a time: MDP and Steps.
+class EpisodicTask:
+    """A world of S states and A actions that is acted in for an episode at a time: `Worlds` is the belief.
 
-    Its law is used to draw what the agent sees, and to tell the regret; the agent sees `Steps` alone.
+    The agent sees `Steps` alone. What is known of the true world, its ``truth``, tells the regret and nothing else.
+
+    :param environment: a `TabularEnvironment`, or a `GymEnvironment` whose observations are discrete; it
+        need have no tables.
+    :param horizon: T, the most steps of an episode; not above the environment's own time limit, so that an episode that
+        ends sooner is known to have ended in a terminal state.
+    :param truth: the true process; by default a `TabularEnvironment`'s own. None leaves the regret NaN.
+    :raises ValueError: if observations are not discrete, or ``horizon`` is no positive whole number.
     """
 
-    def __init__(self, mdp: MDP, horizon: int) -> None:
-        self.mdp = mdp
+    def __init__(self, environment: Environment, horizon: int, truth: MDP | None = None) -> None:
+        if environment.num_states is None:
+            raise ValueError("EpisodicTask: observations must be discrete: a table of states cannot hold others")
+        self.environment = environment
         self.horizon = horizon
+        self.truth: MDP | None = getattr(environment, "mdp", None) if truth is None else truth
         self._planner = SoftValueIteration(beta=0.0, horizon=horizon)
-        self.optimum = (mdp.initial * self._planner.run(mdp).values[0]).sum()  # V^*
+        self._optimum = None if self.truth is None else self.truth.initial @ self._planner.run(self.truth).values[0]
 
     def action_values(self, world: MDP) -> Tensor:
-        """Q_t(s, a), (run, T, S, A)."""
+        """Q_t(s, a) of worlds believed, (run, T, S, A)."""
         return self._planner.run(world).action_values.movedim(0, 1)
 
     def play(self, policy: Tensor) -> Steps:
-        runs = torch.arange(len(policy), device=policy.device)
-        state = torch.multinomial(self.mdp.initial.expand(len(runs), -1), 1)[:, 0]
-        valid = ~self.mdp.terminal[state]
-        steps = []
-        for t in range(self.horizon):
-            action = torch.multinomial(policy[runs, t, state], 1)[:, 0]
-            following = torch.multinomial(self.mdp.transitions[state, action], 1)[:, 0]
-            terminated = self.mdp.terminal[following] & valid
-            steps.append((state, action, self.mdp.rewards[state, action, following], following, terminated, valid))
-            state, valid = following, valid & ~terminated
-        return stacked(steps)
-
-    def regret(self, policy: Tensor) -> Tensor:
-        """V^* - V^\\pi, by the law of the state at every step (run, S)."""
-        state = self.mdp.initial.expand(len(policy), -1)
-        value = policy.new_zeros(len(policy))
-        for t in range(self.horizon):
-            pair = state[..., None] * policy[:, t]  # P(s_t, a_t), (run, S, A)
-            value = value + (pair * self.mdp.expected_rewards).sum((-2, -1))
-            state = pair.flatten(-2) @ self.mdp.transitions.flatten(0, 1)
-        return self.optimum - value
-
-
-class GymEpisodes:
-    """A Gymnasium vector environment of discrete states and actions, one environment a run; it need have no tables.
-
-    :param env: from `gymnasium.make_vec`, with as many environments as there are runs.
-    :param horizon: the most steps of an episode; the environment's own limit may come first.
-    :raises ValueError: if states or actions are not `Discrete` from 0.
-    """
-
-    def __init__(self, env: Any, horizon: int) -> None:
-        for name in ("single_observation_space", "single_action_space"):
-            space = getattr(env, name, None)
-            if getattr(space, "n", None) is None or getattr(space, "start", 0) != 0:
-                raise ValueError(
-                    f"GymEpisodes: {name} must be Discrete, counted from 0, of a vector environment "
-                    f"(gymnasium.make_vec), got {space}: a table of states and actions cannot hold others"
-                )
-        self.env = env
-        self.horizon = horizon
-        self._planner = SoftValueIteration(beta=0.0, horizon=horizon)
-        self._seed: int | None = int(torch.randint(2**31, ()))
-
-    def action_values(self, world: MDP) -> Tensor:
-        """Q_t(s, a), (run, T, S, A)."""
-        return self._planner.run(world).action_values.movedim(0, 1)
-
-    def play(self, policy: Tensor) -> Steps:
-        """:raises ValueError: if there is not one environment a run."""
-        if len(policy) != self.env.num_envs:
-            raise ValueError(f"GymEpisodes: {len(policy)} runs need as many environments, got {self.env.num_envs}")
-        runs = torch.arange(len(policy))
-        law = policy.cpu()
-        seen, _ = self.env.reset(seed=self._seed)
-        self._seed = None  # the environments' own random numbers go on
-        state = torch.as_tensor(seen).long()
-        valid = torch.ones(len(policy), dtype=torch.bool)
+        """An episode a run, by policies (run, T, S, A)."""
+        runs = torch.arange(len(policy), device=self.environment.device)
+        law = policy.to(self.environment.device)
+        episodes = self.environment.play(torch.full_like(runs, -1))
+        state, valid = episodes.observations[:, 0].long(), ~episodes.ended
         steps = []
         for t in range(self.horizon):
             action = torch.multinomial(law[runs, t, state], 1)[:, 0]
-            seen, reward, ended, cut, _ = self.env.step(action.numpy())
-            following, ended, cut = torch.as_tensor(seen).long(), torch.as_tensor(ended), torch.as_tensor(cut)
-            steps.append((state, action, torch.as_tensor(reward).double(), following, ended & valid, valid))
-            state, valid = following, valid & ~(ended | cut)
-            if not valid.any():
-                break
-        return stacked(steps, policy.device)
+            reward = episodes.step(action).to(policy.dtype)
+            following, ended = episodes.observations[:, 0].long(), episodes.ended
+            # At the horizon, time may have ended it: no more is said than that
+            terminated = valid & ended if t + 1 < self.horizon else torch.zeros_like(valid)
+            steps.append((state, action, reward, following, terminated, valid))
+            state, valid = following, valid & ~ended
+        return Steps(*(torch.stack(column, -1).to(policy.device) for column in zip(*steps, strict=True)))
 
     def regret(self, policy: Tensor) -> Tensor:
-        return policy.new_full((len(policy),), torch.nan)
-
-
-def stacked(steps: Sequence[tuple[Tensor, ...]], device: torch.device | None = None) -> Steps:
-    """Steps (run, step) of one tuple of tensors (run,) a step."""
-    return Steps(*(torch.stack(column, -1).to(device) for column in zip(*steps, strict=True)))
+        """V^* - V^\\pi (run,), from the law of the state at every step (run, S)."""
+        if self.truth is None or self._optimum is None:
+            return policy.new_full((len(policy),), torch.nan)
+        state = self.truth.initial.expand(len(policy), -1)
+        loss = self._optimum.expand(len(policy))
+        for t in range(self.horizon):
+            pair = state[..., None] * policy[:, t]  # P(s_t, a_t), (run, S, A)
+            loss = loss - (pair * self.truth.expected_rewards).sum((-2, -1))
+            state = pair.flatten(-2) @ self.truth.transitions.flatten(0, 1)
+        return loss

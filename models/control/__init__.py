@@ -2,22 +2,33 @@
 
 import importlib.util
 
+from .bandits import Bandit, BernoulliArms, GaussianArms, Pull
 from .environments import GymEnvironment, TabularEnvironment
 from .mdp import MDP
 from .policies import CountdownPolicy, TabularPolicy, UniformPolicy
 from .program import Control, PolicyGuide
 from .trajectory import Trajectory, actions, by_step, observations, returns, step_rewards
+from .worlds import Dirichlet, NormalGamma, Steps, UnknownMDP, Worlds
 
 __all__ = [
     "MDP",
+    "Bandit",
+    "BernoulliArms",
     "Control",
     "CountdownPolicy",
+    "Dirichlet",
+    "GaussianArms",
     "GymEnvironment",
+    "NormalGamma",
     "PolicyGuide",
+    "Pull",
+    "Steps",
     "TabularEnvironment",
     "TabularPolicy",
     "Trajectory",
     "UniformPolicy",
+    "UnknownMDP",
+    "Worlds",
     "actions",
     "by_step",
     "observations",

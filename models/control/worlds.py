@@ -5,7 +5,8 @@ Each pair of a state and an action has a law of the next state and a law of the 
     P( . | s, a) ~ Dirichlet(c),                  P | data ~ Dirichlet(c + counts)
     \tau ~ Gamma(a, b),  \mu | \tau ~ Normal(m, 1 / (k \tau)),  r | \mu, \tau ~ Normal(\mu, 1 / \tau)
 
-    k' = k + n,    m' = (k m + \sum r) / k',    a' = a + n / 2,    b' = b + (\sum (r - \bar r)^2 + (k n / k') (\bar r - m)^2) / 2
+    k' = k + n,        m' = (k m + \sum r) / k',
+    a' = a + n / 2,    b' = b + (\sum (r - \bar r)^2 + (k n / k') (\bar r - m)^2) / 2
 
 (Gelman et al., Bayesian Data Analysis, sections 3.3 and 3.4; the priors of Osband, Russo and Van Roy 2013, arXiv
 1306.0940.) `Worlds` is this posterior in closed form; `UnknownMDP` is the same as a Pyro program, for any engine.
@@ -79,13 +80,18 @@ class NormalGamma:
         )
 
     @property
+    def parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """m, k, a, b."""
+        return self.location, self.count, self.shape, self.rate
+
+    @property
     def mean(self) -> Tensor:
         """(*batch): the mean's mean."""
         return self.location
 
     def expand(self, runs: int) -> NormalGamma:
         """The same for each of so many runs."""
-        return NormalGamma(*(x.expand(runs, *x.shape) for x in (self.location, self.count, self.shape, self.rate)))
+        return NormalGamma(*(x.expand(runs, *x.shape) for x in self.parameters))
 
     def sample(self, shape: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """Draws of the mean and the precision, each (*shape, *batch)."""
@@ -149,7 +155,9 @@ class Worlds:
             raise ValueError(f"Worlds: need at least one state and one action, got {num_states} and {num_actions}")
         concentration = 1 / num_states if concentration is None else concentration
         if not (concentration > 0 and min(reward[1:]) > 0):
-            raise ValueError(f"Worlds: concentration and k, a, b must be positive, got {concentration} and {reward[1:]}")
+            raise ValueError(
+                f"Worlds: concentration and k, a, b must be positive, got {concentration} and {reward[1:]}"
+            )
 
         def full(value: float, *shape: int) -> Tensor:
             return torch.full(shape, value, dtype=torch.float64, device=device)
@@ -212,3 +220,35 @@ class Worlds:
     @staticmethod
     def _world(transitions: Tensor, rewards: Tensor, initial: Tensor, terminal: Tensor) -> MDP:
         return MDP(transitions, rewards[..., None].expand_as(transitions), terminal, initial)
+
+
+class UnknownMDP:
+    """`Worlds` as a Pyro program, for any engine: latent sites in a plate ``pairs`` of states and actions, s A + a.
+
+    ``transitions`` (pair, S), ``precision`` and ``reward`` (pair,) are latent; each step seen is an observation of
+    ``next_state`` and of ``seen_reward``, in the plate ``steps``.
+
+    :param prior: what is believed before; one posterior, without batch dimensions.
+    :raises ValueError: if it has any.
+    """
+
+    def __init__(self, prior: Worlds) -> None:
+        if prior.terminal.dim() > 1:
+            raise ValueError(f"UnknownMDP: the prior is of one world, got batch {tuple(prior.terminal.shape[:-1])}")
+        self.prior = prior
+
+    def __call__(self, steps: Steps) -> None:
+        """Run the program on the steps of episodes, tensors of any shape; those that are not valid are left out."""
+        prior, valid = self.prior, steps.valid
+        m, k, a, b = (x.flatten().float() for x in prior.rewards.parameters)
+        with pyro.plate("pairs", prior.num_states * prior.num_actions):
+            concentration = prior.transitions.concentration.flatten(0, 1).float()
+            transitions = pyro.sample("transitions", dist.Dirichlet(concentration))  # (*, pair, S)
+            precision = pyro.sample("precision", dist.Gamma(a, b))
+            reward = pyro.sample("reward", dist.Normal(m, (k * precision).rsqrt()))
+        pair = (steps.states * prior.num_actions + steps.actions)[valid]
+        with pyro.plate("steps", len(pair)):
+            law = dist.Categorical(transitions[..., pair, :])
+            pyro.sample("next_state", law, obs=steps.next_states[valid])
+            seen = dist.Normal(reward[..., pair], precision[..., pair].rsqrt())
+            pyro.sample("seen_reward", seen, obs=steps.rewards[valid].float())

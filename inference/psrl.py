@@ -136,7 +136,7 @@ class EpisodicTask:
         self.horizon = horizon
         self.truth: MDP | None = getattr(environment, "mdp", None) if truth is None else truth
         self._planner = SoftValueIteration(beta=0.0, horizon=horizon)
-        self._optimum = None if self.truth is None else self.truth.initial @ self._planner.run(self.truth).values[0]
+        self.optimum = None if self.truth is None else self.truth.initial @ self._planner.run(self.truth).values[0]
 
     def action_values(self, world: MDP) -> Tensor:
         """Q_t(s, a) of worlds believed, (run, T, S, A)."""
@@ -161,10 +161,10 @@ class EpisodicTask:
 
     def regret(self, policy: Tensor) -> Tensor:
         """V^* - V^\\pi (run,), from the law of the state at every step (run, S)."""
-        if self.truth is None or self._optimum is None:
+        if self.truth is None or self.optimum is None:
             return policy.new_full((len(policy),), torch.nan)
         state = self.truth.initial.expand(len(policy), -1)
-        loss = self._optimum.expand(len(policy))
+        loss = self.optimum.expand(len(policy))
         for t in range(self.horizon):
             pair = state[..., None] * policy[:, t]  # P(s_t, a_t), (run, S, A)
             loss = loss - (pair * self.truth.expected_rewards).sum((-2, -1))

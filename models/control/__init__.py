@@ -7,6 +7,7 @@ from .environments import GymEnvironment, TabularEnvironment
 from .mdp import MDP
 from .policies import CountdownPolicy, TabularPolicy, UniformPolicy
 from .program import Control, PolicyGuide
+from .river_swim import river_swim
 from .trajectory import Trajectory, actions, by_step, observations, returns, step_rewards
 from .worlds import Dirichlet, NormalGamma, Steps, UnknownMDP, Worlds
 
@@ -33,6 +34,7 @@ __all__ = [
     "by_step",
     "observations",
     "returns",
+    "river_swim",
     "step_rewards",
 ]
 

@@ -1,4 +1,4 @@
-"""Two pictures: what happened to the rewards, and how training went. Need matplotlib, in the extra
+"""Pictures: what happened to the rewards, how training went, and what learning cost. Need matplotlib, in the extra
 "plots"."""
 
 from __future__ import annotations
@@ -119,6 +119,38 @@ def plot_training(posterior: Posterior) -> Figure:
             axes[0, 0].axhspan(log_z - band, log_z + band, color=COLOURS[1], alpha=0.15, linewidth=0)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
+
+
+def plot_regret(
+    regrets: Mapping[str, ArrayLike], *, interval: float = 0.9, axis: Any = None, label: str = "episode"
+) -> Figure:
+    """Cumulative regret by episode: the mean over runs, and where the central ``interval`` of runs lies.
+
+    `regrets` are (run, episode), each episode's own; `axis` is drawn into where given, so that tasks can stand side by
+    side.
+    Raises ImportError without matplotlib, ValueError on an empty mapping, other shapes or an interval outside (0, 1].
+    """
+    if not regrets:
+        raise ValueError("plot_regret needs the regret of at least one strategy")
+    if not 0 < interval <= 1:
+        raise ValueError(f"interval must be in (0, 1], got {interval}")
+    curves = {name: np.asarray(regret, dtype=float) for name, regret in regrets.items()}
+    for name, regret in curves.items():
+        if regret.ndim != 2 or regret.size == 0:
+            raise ValueError(f"regrets[{name!r}] must be (run, episode), not {regret.shape}")
+    if axis is None:
+        axis = _pyplot().subplots(figsize=(6.4, 4.2), layout="constrained")[1]
+    for i, (name, regret) in enumerate(curves.items()):
+        total = regret.cumsum(1)
+        episodes = np.arange(1, total.shape[1] + 1)
+        colour, style = COLOURS[i % len(COLOURS)], STYLES[i % len(STYLES)]
+        axis.plot(episodes, total.mean(0), color=colour, linestyle=style, label=name)
+        low, high = np.quantile(total, [(1 - interval) / 2, (1 + interval) / 2], axis=0)
+        axis.fill_between(episodes, low, high, color=colour, alpha=0.15, linewidth=0)
+    axis.set_xlabel(label)
+    axis.set_ylabel(f"cumulative regret (mean, {interval:.0%} of runs)")
+    axis.legend(frameon=False)
+    return axis.figure
 
 
 def _law(entry: Posterior | ArrayLike) -> tuple[Array, Array]:

@@ -1,10 +1,5 @@
-<<<<<<< HEAD
-"""Pictures: what happened to the rewards, how training went, and whether probabilities can be believed. Need
-matplotlib, in the extra "plots"."""
-=======
-"""Pictures: what happened to the rewards, how training went, and where more reward is less. Need matplotlib, in the
-extra "plots"."""
->>>>>>> uncertain
+"""Pictures: what happened to the rewards, how training went, whether probabilities can be believed, where more reward
+is less, and what learning cost. Need matplotlib, in the extra "plots"."""
 
 from __future__ import annotations
 
@@ -127,7 +122,6 @@ def plot_training(posterior: Posterior) -> Figure:
     return figure
 
 
-<<<<<<< HEAD
 def plot_reliability(calibrations: Mapping[str, Calibration]) -> Figure:
     """Reliability diagram: the share of pairs whose likelier outcome happened, against the confidence in it, by bins;
     below, how many pairs a bin has.
@@ -151,7 +145,9 @@ def plot_reliability(calibrations: Mapping[str, Calibration]) -> Figure:
     axis.set(ylabel="share right", ylim=(-0.02, 1.02))
     axis.legend(frameon=False, loc="lower right")
     below.set(xlabel="confidence", ylabel="pairs")
-=======
+    return figure
+
+
 def plot_over_optimisation(panels: Mapping[str, Mapping[str, Mapping[str, ArrayLike]]]) -> Figure:
     """True reward (line) and what the learned reward says it is (faint) against KL(π ‖ prior); one panel a title.
 
@@ -205,8 +201,40 @@ def plot_over_optimisation(panels: Mapping[str, Mapping[str, Mapping[str, ArrayL
         ncols=min(len(names), 5),
         frameon=False,
     )
->>>>>>> uncertain
     return figure
+    return figure
+
+
+def plot_regret(
+    regrets: Mapping[str, ArrayLike], *, interval: float = 0.9, axis: Any = None, label: str = "episode"
+) -> Figure:
+    """Cumulative regret by episode: the mean over runs, and where the central ``interval`` of runs lies.
+
+    `regrets` are (run, episode), each episode's own; `axis` is drawn into where given, so that tasks can stand side by
+    side.
+    Raises ImportError without matplotlib, ValueError on an empty mapping, other shapes or an interval outside (0, 1].
+    """
+    if not regrets:
+        raise ValueError("plot_regret needs the regret of at least one strategy")
+    if not 0 < interval <= 1:
+        raise ValueError(f"interval must be in (0, 1], got {interval}")
+    curves = {name: np.asarray(regret, dtype=float) for name, regret in regrets.items()}
+    for name, regret in curves.items():
+        if regret.ndim != 2 or regret.size == 0:
+            raise ValueError(f"regrets[{name!r}] must be (run, episode), not {regret.shape}")
+    if axis is None:
+        axis = _pyplot().subplots(figsize=(6.4, 4.2), layout="constrained")[1]
+    for i, (name, regret) in enumerate(curves.items()):
+        total = regret.cumsum(1)
+        episodes = np.arange(1, total.shape[1] + 1)
+        colour, style = COLOURS[i % len(COLOURS)], STYLES[i % len(STYLES)]
+        axis.plot(episodes, total.mean(0), color=colour, linestyle=style, label=name)
+        low, high = np.quantile(total, [(1 - interval) / 2, (1 + interval) / 2], axis=0)
+        axis.fill_between(episodes, low, high, color=colour, alpha=0.15, linewidth=0)
+    axis.set_xlabel(label)
+    axis.set_ylabel(f"cumulative regret (mean, {interval:.0%} of runs)")
+    axis.legend(frameon=False)
+    return axis.figure
 
 
 def _law(entry: Posterior | ArrayLike) -> tuple[Array, Array]:

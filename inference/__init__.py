@@ -5,6 +5,7 @@ from .baselines import ExponentialAverage
 from .critic import Critic
 from .draws import FromPosterior, Replay, of_prior
 from .exact import Exact
+from .exploration import Boltzmann, EpsilonGreedy, Exploration, Random, Thompson
 from .heldout import HeldOut
 from .importance import ImportanceSampling
 from .kernels import SuffixKernel
@@ -13,10 +14,13 @@ from .nuts import NUTS
 from .objectives import FDivergence, ForwardKL, LogVariance, Renyi, alpha_divergence
 from .predictive import predict
 from .program import ProgramError
+from .psrl import PSRL, EpisodicTask, Learning
 from .rejection import BestOfN, RejectionSampling
 from .results import EvidenceError
 from .reverse_kl import ReverseKL
 from .smc import SMC
+from .soft_value_iteration import SoftValueIteration
+from .state_values import StateValues
 from .stopping import NearPosterior, Plateau
 from .svi import SVI
 from .temperature import KLTarget, Tempering
@@ -39,13 +43,18 @@ __all__ = [
     "ENGINES",
     "MCMC",
     "NUTS",
+    "PSRL",
     "SMC",
     "SVI",
     "AnnealedSMC",
     "BestOfN",
+    "Boltzmann",
     "Critic",
+    "EpisodicTask",
+    "EpsilonGreedy",
     "EvidenceError",
     "Exact",
+    "Exploration",
     "ExponentialAverage",
     "FDivergence",
     "ForwardKL",
@@ -53,17 +62,22 @@ __all__ = [
     "HeldOut",
     "ImportanceSampling",
     "KLTarget",
+    "Learning",
     "LogVariance",
     "NearPosterior",
     "Plateau",
     "ProgramError",
+    "Random",
     "RejectionSampling",
     "Renyi",
     "Replay",
     "ReverseKL",
+    "SoftValueIteration",
+    "StateValues",
     "SuffixKernel",
     "Tempering",
     "TensorBoard",
+    "Thompson",
     "TwistLearning",
     "alpha_divergence",
     "of_prior",

@@ -20,12 +20,16 @@ prompt (leave-one-out),
 
 which depends on x_{i,t} through f_i alone. U begins as 0, which is the plain leave-one-out baseline, and the loss is
 the mean of A^2 itself.
+
+A trajectory is read as a completion is: its tokens are actions, the prior's hidden state is what is known before an
+action, the observation, the time and the return so far. U_t is then that return over beta plus a state's soft value.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -36,18 +40,34 @@ from .checks import check_counts, check_positive
 from .program import Program
 
 
+@runtime_checkable
+class Readable(Protocol):
+    """A law of what is drawn step by step: `Autoregressive`, or that of a trajectory, whose tokens are actions."""
+
+    def token_log_prob(self, value: Tensor) -> Tensor:
+        """log-probabilities (*batch, token), 0 on padding."""
+
+    def read(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The same without gradient, and what is known before each token, (*batch, token, width)."""
+
+    def lengths(self, value: Tensor) -> Tensor:
+        """Tokens before the padding, (*batch,)."""
+
+
 @dataclass
 class Texts:
     """Completions of a site as the critic reads them, without gradient.
 
     ``hidden`` (particle, prompt, text, token, width) before each token; ``past`` (particle, prompt, text, token),
-    \\sum_{s<t} log p(x_s) - log q(x_s); ``live``, of the same shape: which tokens are not padding. A prompt has one
+    \\sum_{s<t} log p(x_s) - log q(x_s); ``live``, of the same shape: which tokens are not padding; ``earned``, what
+    factors of the tokens before, in a plate `STEPS`, add up to, (particle, prompt, text or 1, token). A prompt has one
     text, or more in a plate of its own.
     """
 
     hidden: Tensor
     past: Tensor
     live: Tensor
+    earned: Tensor
 
 
 class Critic:
@@ -78,7 +98,7 @@ class Critic:
         """
         level = f if len(f) > 1 else self._average(name, f)
         if name not in self._sites:
-            self._sites[name] = _Learner(_Head.reading(texts.hidden, self.width), self.learning_rate)
+            self._sites[name] = _Learner(_Head.reading(texts, self.width), self.learning_rate)
         return self._sites[name].learn(level[:, :, None, None], texts, self.num_steps)
 
     # -- what is remembered --------------------------------------------------------------------------------------
@@ -132,13 +152,19 @@ class _Head(nn.Module):
         self.belief = nn.Parameter(torch.zeros(tokens))  # in the past
 
     @classmethod
-    def reading(cls, hidden: Tensor, width: int) -> _Head:
-        """One for hidden states (..., token, width) such as these, which it scales by."""
-        head = cls(hidden.shape[-1], hidden.shape[-2], width).to(hidden.device)
-        rows = hidden.flatten(0, -2).float()
-        head.mean.copy_(rows.mean(0))
-        head.deviation.copy_(rows.std(0, correction=0).clamp_min(1e-3 * float(rows.std(correction=0)) + 1e-12))
+    def reading(cls, texts: Texts, width: int) -> _Head:
+        """One for texts such as these, whose hidden states it scales by."""
+        head = cls(texts.hidden.shape[-1], texts.hidden.shape[-2], width).to(texts.hidden.device)
+        head.follow(texts, decay=0.0)
         return head
+
+    @torch.no_grad()
+    def follow(self, texts: Texts, decay: float) -> None:
+        """Scale by averages of the steps before: states of a policy that learns to live longer move far."""
+        rows = texts.hidden[texts.live].float()
+        deviation = rows.std(0, correction=0).clamp_min(1e-3 * float(rows.std(correction=0)) + 1e-12)
+        self.mean.lerp_(rows.mean(0), 1.0 - decay)
+        self.deviation.lerp_(deviation, 1.0 - decay)
 
     def forward(self, hidden: Tensor, past: Tensor) -> Tensor:
         """(..., token), of hidden (..., token, width) and past (..., token)."""
@@ -164,6 +190,7 @@ class _Learner:
             past = texts.past / scale
             found = _advantages(f - scale * self._head(texts.hidden, past), texts.live)
             self._variance = now if self._variance is None else 0.9 * self._variance + 0.1 * now
+            self._head.follow(texts, decay=0.9)
         with torch.enable_grad():
             for _ in range(num_steps):
                 loss = _advantages(f / scale - self._head(texts.hidden, past), texts.live)[texts.live].square().mean()

@@ -1,1 +1,44 @@
 """Control as inference: environments, trajectories, policies and unknown worlds as Pyro programs."""
+
+import importlib.util
+
+from .bandits import Bandit, BernoulliArms, GaussianArms, Pull
+from .environments import GymEnvironment, TabularEnvironment
+from .mdp import MDP
+from .policies import CountdownPolicy, TabularPolicy, UniformPolicy
+from .program import Control, PolicyGuide
+from .river_swim import river_swim
+from .trajectory import Trajectory, actions, by_step, observations, returns, step_rewards
+from .worlds import Dirichlet, NormalGamma, Steps, UnknownMDP, Worlds
+
+__all__ = [
+    "MDP",
+    "Bandit",
+    "BernoulliArms",
+    "Control",
+    "CountdownPolicy",
+    "Dirichlet",
+    "GaussianArms",
+    "GymEnvironment",
+    "NormalGamma",
+    "PolicyGuide",
+    "Pull",
+    "Steps",
+    "TabularEnvironment",
+    "TabularPolicy",
+    "Trajectory",
+    "UniformPolicy",
+    "UnknownMDP",
+    "Worlds",
+    "actions",
+    "by_step",
+    "observations",
+    "returns",
+    "river_swim",
+    "step_rewards",
+]
+
+if importlib.util.find_spec("gymnasium") is not None:  # an extra, without which the rest is of use
+    import gymnasium
+
+    gymnasium.register("bayeslm/Token-v0", entry_point="bayeslm.models.control.token_env:TokenEnv")

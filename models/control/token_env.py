@@ -1,0 +1,186 @@
+r"""Writing a completion as a Gymnasium environment: an action is the next token, and the reward comes at the end.
+
+    s_t = (c, x_1 .. x_t),    a_t = x_{t+1},    r_t = 1[x_{1..t+1} is whole] r(c, x) + \beta \log p(a_t | s_t)
+
+With the second term, which is an option, an optimal policy of maximum-entropy reinforcement learning at temperature
+\beta (soft Q-learning, Haarnoja et al. 2017, arXiv 1702.08165) is the posterior, and its soft value \beta log Z:
+
+    E_q[ \sum_t r_t ] + \beta H(q)  =  E_q[ r ] - \beta KL(q || p)
+
+so any library of reinforcement learning can be run on our problems. Returns are not discounted.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..autoregressive import Autoregressive
+from ..encoding import Prompt
+from ..language_model import LanguageModel
+from ..rewards import Reward
+from ..stepping import Steps
+
+try:
+    import gymnasium
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError('TokenEnv needs Gymnasium: pip install "bayeslm[gym]"', name="gymnasium") from error
+from gymnasium import spaces
+from gymnasium.error import InvalidAction, ResetNeeded
+
+Observation = NDArray[np.int64]
+
+
+class TokenEnv(gymnasium.Env[Observation, np.int64]):
+    """One completion an episode: ``gymnasium.make("bayeslm/Token-v0", prior=..., reward=..., prompts=...)``.
+
+    The action space is ``Discrete(vocabulary)``. An observation is the prompt and the completion so far, as token ids
+    int64 (longest prompt + max_new_tokens,), the vocabulary's size where there is none: prompts end, and completions
+    begin, at the same place in each. The space is ``MultiDiscrete``, whose entries libraries read as categories. An
+    episode is terminated by an EOS token, or by the last of ``max_new_tokens``; it is never truncated.
+
+    ``info`` of a step has ``log_prior``, log p(token | prompt, tokens before) in nats; of an episode's last step also
+    ``completion``, its text, and ``score``, its reward r; of a reset ``prompt``, the prompt's index. Prompts are drawn
+    uniformly, or chosen by ``reset(options={"prompt": index})``.
+
+    :param prior: the language model, or a function without arguments that gives it. ``gymnasium.make`` copies what it
+        is given: ``prior=lambda: lm`` shares one model among environments.
+    :param reward: any function of (prompts, completions, **columns), see `bayeslm.models.rewards`.
+    :param prompts: of the episodes.
+    :param max_new_tokens, temperature: of the prior's law, as in `TiltedLM`.
+    :param beta: the KL coefficient: adds beta * log_prior to the reward of every step. None adds nothing.
+    :param columns: handed to the reward; by name, one value a prompt.
+    :param render_mode: "ansi": `render` gives the text so far.
+    :raises ValueError: if ``beta`` is not positive and finite, ``max_new_tokens`` < 1, or a column has not one value a
+        prompt.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 4}
+
+    def __init__(
+        self,
+        prior: LanguageModel | Callable[[], LanguageModel],
+        reward: Reward | Callable[..., Sequence[float]],
+        prompts: Sequence[Prompt],
+        max_new_tokens: int = 24,
+        *,
+        beta: float | None = None,
+        temperature: float = 1.0,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        if beta is not None and not (beta > 0 and math.isfinite(beta)):
+            raise ValueError(f"TokenEnv: beta must be positive and finite, or None, got {beta}")
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f'TokenEnv: render_mode must be None or "ansi", got {render_mode!r}')
+        self.prior = prior if isinstance(prior, LanguageModel) else prior()
+        self.reward = reward if isinstance(reward, Reward) else Reward(reward)
+        self.prompts = list(prompts)
+        self.beta = beta
+        self.columns = dict(columns or {})
+        self.render_mode = render_mode
+        for name, column in self.columns.items():
+            if len(column) != len(self.prompts):
+                raise ValueError(f"TokenEnv: column {name!r} has {len(column)} values for {len(self.prompts)} prompts")
+        every = self.prior(self.prompts, max_new_tokens, temperature)
+        ids, mask = every.flat_prompts
+        nothing = self.prior.vocab_size
+        ids = ids if mask is None else ids.masked_fill(mask == 0, nothing)
+        empty = ids.new_full((len(ids), max_new_tokens), nothing)
+        self._blank: Observation = torch.cat([ids, empty], -1).cpu().numpy()  # each prompt, and nothing written yet
+        self._first = ids.shape[-1]
+        self._laws = [self.prior([prompt], max_new_tokens, temperature) for prompt in self.prompts]
+        self.action_space = spaces.Discrete(nothing)
+        self.observation_space = spaces.MultiDiscrete(np.full(self._blank.shape[-1], nothing + 1))
+        self._prompt = 0
+        self._steps: Steps | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Begin a completion.
+
+        :raises IndexError: if ``options`` names a prompt that is not there.
+        """
+        super().reset(seed=seed)
+        chosen = (options or {}).get("prompt")
+        self._prompt = int(self.np_random.integers(len(self.prompts)) if chosen is None else chosen)
+        if not 0 <= self._prompt < len(self.prompts):
+            raise IndexError(f"TokenEnv: there is no prompt {self._prompt} among {len(self.prompts)}")
+        self._steps = self._law.steps()
+        return self._blank[self._prompt].copy(), {"prompt": self._prompt}
+
+    def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Write a token.
+
+        :raises InvalidAction: if it is no token id.
+        :raises ResetNeeded: before the first `reset`, and after the end of a completion.
+        :raises ValueError: if the completion's reward is -inf, which no return survives.
+        """
+        steps = self._steps
+        if steps is None or steps.done:
+            raise ResetNeeded("TokenEnv: call reset() before writing the first token, and after the last")
+        if not self.action_space.contains(action):
+            raise InvalidAction(
+                f"TokenEnv: {action!r} is no token id, an integer from 0 to {self.prior.vocab_size - 1}"
+            )
+        with torch.no_grad():
+            token = torch.tensor([int(action)], device=steps.values.device)
+            score = steps.logits.log_softmax(-1)[:, int(action)]
+            steps.append(token, score)
+        info: dict[str, Any] = {"log_prior": float(score)}
+        gain = 0.0 if self.beta is None else self.beta * info["log_prior"]
+        if steps.done:
+            info["completion"] = self._text
+            info["score"] = self._score(info["completion"])
+            gain += info["score"]
+        return self._observation(), gain, steps.done, False, info
+
+    def render(self) -> str | None:  # type: ignore[override]
+        """The prompt, a bar, and the completion so far; None without a ``render_mode``."""
+        if self.render_mode is None:
+            return None
+        return f"{self._law.prompt_texts()[0]}|{'' if self._steps is None else self._text}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TokenEnv:
+        """An environment that goes on from here by itself, with the same language model and reward."""
+        new = copy.copy(self)
+        memo[id(self)] = new
+        memo |= {id(law): law for law in self._laws}
+        new._steps = copy.deepcopy(self._steps, memo)
+        new._np_random = copy.deepcopy(self._np_random, memo)
+        new.action_space = copy.deepcopy(self.action_space, memo)
+        return new
+
+    # -- inside ----------------------------------------------------------------------------------------------
+
+    @property
+    def _law(self) -> Autoregressive:
+        return self._laws[self._prompt]
+
+    @property
+    def _text(self) -> str:
+        assert self._steps is not None
+        return str(self._law.decode(self._steps.values[:, : self._steps.t])[0]) if self._steps.t else ""
+
+    def _observation(self) -> Observation:
+        assert self._steps is not None
+        seen, t = self._blank[self._prompt].copy(), self._steps.t
+        seen[self._first : self._first + t] = self._steps.values[0, :t].cpu().numpy()
+        return seen
+
+    def _score(self, text: str) -> float:
+        columns = {name: [column[self._prompt]] for name, column in self.columns.items()}
+        score = float(self.reward([self.prompts[self._prompt]], [text], **columns))
+        if math.isinf(score):
+            raise ValueError(
+                f"TokenEnv: the reward of {text!r} is -inf, and a policy's mean return with it: give constraints a "
+                "finite penalty"
+            )
+        return score

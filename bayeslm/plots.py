@@ -202,7 +202,6 @@ def plot_over_optimisation(panels: Mapping[str, Mapping[str, Mapping[str, ArrayL
         frameon=False,
     )
     return figure
-    return figure
 
 
 def plot_regret(

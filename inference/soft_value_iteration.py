@@ -8,11 +8,9 @@ are solved by one recursion backwards from V_T = 0, and differ in what chance ma
     dynamics="fixed":    Q_t(s, a) = E_{s'}[ r + \gamma V_{t+1}(s') ]
     dynamics="tilted":   Q_t(s, a) = \beta log E_{s'}[ exp((r + V_{t+1}(s')) / \beta) ]
 
-*Fixed* (section 3) is variational: of all policies in the world as it is, \pi maximises
-E[return] - \beta KL(\pi || p), and V_0 / \beta is the highest ELBO. *Tilted* (section 2) is the posterior over trajectories
-itself, in which chance turns out well, too: V_0 / \beta = log Z is what importance sampling and SMC estimate, and \pi is
-an optimist's. log Z is never below the ELBO; they agree where the environment is deterministic, for then there is no
-chance to be optimistic about.
+*Fixed* (section 3) is variational: of all policies in the world as it is, \pi maximises E[return] - \beta KL(\pi || p),
+and V_0 / \beta is the highest ELBO. *Tilted* (section 2) is the posterior over trajectories itself, in which chance
+turns XX the ELBO; where the environment is deterministic they agree.
 
 As \beta -> 0 the fixed recursion is value iteration, and ``beta`` may be 0. A discount \gamma is the probability of
 living on. Many processes of one size are solved at once.

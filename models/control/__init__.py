@@ -2,9 +2,27 @@
 
 import importlib.util
 
+from .environments import GymEnvironment, TabularEnvironment
 from .mdp import MDP
+from .policies import MLPPolicy, TabularPolicy, UniformPolicy
+from .program import Control, PolicyGuide
+from .trajectory import Trajectory, actions, observations, returns, step_rewards
 
-__all__ = ["MDP"]
+__all__ = [
+    "MDP",
+    "Control",
+    "GymEnvironment",
+    "MLPPolicy",
+    "PolicyGuide",
+    "TabularEnvironment",
+    "TabularPolicy",
+    "Trajectory",
+    "UniformPolicy",
+    "actions",
+    "observations",
+    "returns",
+    "step_rewards",
+]
 
 if importlib.util.find_spec("gymnasium") is not None:  # an extra, without which the rest is of use
     import gymnasium

@@ -20,8 +20,8 @@ class MDP:
 
     :param transitions: (*, S, A, S) float64, P(s' | s, a).
     :param rewards: (*, S, A, S) float64, r(s, a, s').
-    :param terminal: (*, S) bool. A terminal state's own rows of the two above are not read: they become a loop to itself
-        without reward.
+    :param terminal: (*, S) bool. A terminal state's own rows of the two above are not read: they become a loop to
+        itself, without reward.
     :param initial: (*, S) float64, the law of s_0.
     :raises ValueError: if shapes disagree, or a law is none: negative, or not of sum 1.
     """

@@ -1,0 +1,94 @@
+"""Policies: functions of observations (*, observation_size) float32 and steps (*) int64 that give logits (*, A)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+if TYPE_CHECKING:
+    from .environments import Environment
+
+Policy = Callable[[Tensor, Tensor], Tensor]
+
+
+class UniformPolicy(nn.Module):
+    """Every action is as likely as any other."""
+
+    def __init__(self, num_actions: int) -> None:
+        super().__init__()
+        self.num_actions = num_actions
+
+    def forward(self, observations: Tensor, steps: Tensor) -> Tensor:
+        return observations.new_zeros(*observations.shape[:-1], self.num_actions)
+
+
+class TabularPolicy(nn.Module):
+    """A table of logits, trainable.
+
+    :param logits: (S, A), or one of each step (T, S, A).
+    :raises ValueError: if it is neither.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        if logits.dim() not in (2, 3):
+            raise ValueError(f"TabularPolicy: logits must be (S, A) or (T, S, A), got {tuple(logits.shape)}")
+        self.logits = nn.Parameter(logits.float().clone())
+
+    @staticmethod
+    def uniform(num_states: int, num_actions: int, horizon: int | None = None) -> TabularPolicy:
+        """The uniform policy, to begin a training from; of its own in each of ``horizon`` steps if that is given."""
+        return TabularPolicy(torch.zeros(*(() if horizon is None else (horizon,)), num_states, num_actions))
+
+    @property
+    def probabilities(self) -> Tensor:
+        """The shape of ``logits``, float64, without gradient: as `SoftValueIteration.evaluate` takes it."""
+        return self.logits.detach().double().softmax(-1)
+
+    def forward(self, observations: Tensor, steps: Tensor) -> Tensor:
+        state = observations[..., 0].long()
+        return self.logits[state] if self.logits.dim() == 2 else self.logits[steps, state]
+
+
+class MLPPolicy(nn.Module):
+    """A multilayer perceptron, trainable; the same at every step.
+
+    It reads the coordinates of an observation scaled by their bounds, where they have any, or a discrete one as a
+    one-hot vector. It begins near the uniform policy, whose KL to the uniform prior is 0.
+
+    :param environment: what it is a policy of.
+    :param hidden: widths of the layers between, each followed by tanh.
+    :param seed: of the first weights.
+    """
+
+    scale: Tensor
+
+    def __init__(self, environment: Environment, hidden: Sequence[int] = (64, 64), seed: int = 0) -> None:
+        super().__init__()
+        self.num_states = environment.num_states
+        scale = getattr(environment, "observation_scale", None)  # which tables have no need of
+        self.register_buffer("scale", torch.ones(environment.observation_size) if scale is None else scale.clone())
+        widths = [environment.observation_size if self.num_states is None else self.num_states, *hidden]
+        layers: list[nn.Module] = []
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for inputs, outputs in itertools.pairwise(widths):
+                layers += [nn.Linear(inputs, outputs), nn.Tanh()]
+            last = nn.Linear(widths[-1], environment.num_actions)
+        with torch.no_grad():
+            last.weight.mul_(0.01)
+            last.bias.zero_()
+        self.layers = nn.Sequential(*layers, last).to(environment.device)
+
+    def forward(self, observations: Tensor, steps: Tensor) -> Tensor:
+        if self.num_states is None:
+            features = observations / self.scale
+        else:
+            features = one_hot(observations[..., 0].long(), self.num_states).float()
+        logits: Tensor = self.layers(features)
+        return logits

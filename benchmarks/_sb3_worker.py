@@ -23,7 +23,6 @@ ZOO: dict[str, Any] = {
     "clip_range": lambda left: 0.2 * left,
 }
 SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {"zoo": (8, ZOO), "defaults": (1, {})}  # environments, arguments
-BUDGET = 100_000
 
 
 class Until(BaseCallback):
@@ -44,12 +43,12 @@ class Until(BaseCallback):
         return not self._solved
 
 
-def train(settings: str, seed: int, threads: int) -> dict[str, Any]:
+def train(settings: str, seed: int, threads: int, budget: int = 100_000) -> dict[str, Any]:
     torch.set_num_threads(threads)
     num_envs, given = SETTINGS[settings]
     model = PPO("MlpPolicy", make_vec_env("CartPole-v1", num_envs, seed=seed), seed=seed, device="cpu", **given)
     until = Until(seed)
-    model.learn(BUDGET, callback=until)
+    model.learn(budget, callback=until)
     return until.watch.result()
 
 

@@ -16,8 +16,8 @@ step.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from _cartpole import GOAL, Watch
 from _peer import Peer
-from torch import Tensor
 
 from bayeslm.inference import SVI, Critic, ReverseKL
 from bayeslm.models.control import Control, GymEnvironment, MLPPolicy, actions
@@ -68,3 +67,46 @@ def svi(seed: int, num_steps: int = MOST_STEPS) -> dict[str, Any]:
     watch = Watch(act, seed)
     engine.run(control)
     return watch.result()
+
+
+def report(name: str, train: Callable[[int], dict[str, Any]], seeds: int) -> tuple[float, float]:
+    """Rows of the table, a seed each; gives the medians of environment steps and of seconds to the goal."""
+    steps, seconds = [], []
+    for seed in range(seeds):
+        result = train(seed)
+        played, took, found = result["curve"][-1]
+        reached = found >= GOAL
+        steps.append(played if reached else float("inf"))
+        seconds.append(took if reached else float("inf"))
+        cells = [f"{played:,}", f"{took:.2f}", f"{found:.1f}", f"{result['again']:.1f}", f"{result['sampled']:.1f}"]
+        print(f"| {name} | {seed} | {' | '.join(cells)} |", flush=True)
+    return statistics.median(steps), statistics.median(seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    seeds = parser.parse_args().seeds
+    torch.set_num_threads(1)
+    peer = Peer("sb3", REQUIREMENTS, "_sb3_worker.py")
+
+    def ppo(settings: str, seed: int, **budget: int) -> dict[str, Any]:
+        return peer.ask({"settings": settings, "seed": seed, "threads": 1} | budget)
+
+    svi(seed=0, num_steps=1)
+    ppo("zoo", seed=0, budget=1)
+    print("| | seed | environment steps | seconds | mean return | again | actions drawn |")
+    print("|---|---|---|---|---|---|---|")
+    ours = report("SVI", svi, seeds)
+    theirs = {name: report(f"PPO, {name}", functools.partial(ppo, name), seeds) for name in ("zoo", "defaults")}
+    peer.close()
+    print(f"\nMedians: SVI {ours[0]:,.0f} environment steps, {ours[1]:.2f} s")
+    for name, (steps, seconds) in theirs.items():
+        print(
+            f"PPO, {name}: {steps:,.0f} environment steps, {seconds:.2f} s; "
+            f"SVI took {ours[0] / steps:.2f} of its steps and {ours[1] / seconds:.2f} of its seconds"
+        )
+
+
+if __name__ == "__main__":
+    main()

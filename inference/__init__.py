@@ -17,6 +17,7 @@ from .results import EvidenceError
 from .reverse_kl import ReverseKL
 from .smc import SMC
 from .soft_value_iteration import SoftValueIteration
+from .state_values import StateValues
 from .stopping import NearPosterior, Plateau
 from .svi import SVI
 from .temperature import KLTarget, Tempering
@@ -62,6 +63,7 @@ __all__ = [
     "Replay",
     "ReverseKL",
     "SoftValueIteration",
+    "StateValues",
     "SuffixKernel",
     "Tempering",
     "TensorBoard",

@@ -59,13 +59,15 @@ class Texts:
     """Completions of a site as the critic reads them, without gradient.
 
     ``hidden`` (particle, prompt, text, token, width) before each token; ``past`` (particle, prompt, text, token),
-    \\sum_{s<t} log p(x_s) - log q(x_s); ``live``, of the same shape: which tokens are not padding. A prompt has one
+    \\sum_{s<t} log p(x_s) - log q(x_s); ``live``, of the same shape: which tokens are not padding; ``earned``, what
+    factors of the tokens before, in a plate `STEPS`, add up to, (particle, prompt, text or 1, token). A prompt has one
     text, or more in a plate of its own.
     """
 
     hidden: Tensor
     past: Tensor
     live: Tensor
+    earned: Tensor
 
 
 class Critic:

@@ -34,6 +34,7 @@ from .minibatches import Minibatch
 from .particles import Particles, along
 
 PARTICLES = "_particles"
+STEPS = "steps"  # a plate over the steps of a trajectory: the term of each reads nothing later
 
 
 @dataclass(frozen=True)

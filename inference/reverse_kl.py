@@ -27,7 +27,8 @@ from torch import Tensor
 from .baselines import leave_one_out
 from .critic import Critic, Readable, Texts
 from .elbo import Objective, Seen
-from .program import Program, ProgramError, in_prompts, sample_sites, site_terms, site_value, traces
+from .program import STEPS, Program, ProgramError, in_prompts, sample_sites, site_terms, site_value, traces
+from .state_values import StateValues
 
 
 class ReverseKL(Objective):
@@ -35,11 +36,12 @@ class ReverseKL(Objective):
 
     :param num_particles: completions of each prompt in a step; all run at once.
     :param baseline: f less what is known of it without the particle itself, for the name of a latent and f
-        (particle, prompt): `leave_one_out`, an `ExponentialAverage`, or a `Critic`, which learns one for each token.
+        (particle, prompt): `leave_one_out`, an `ExponentialAverage`, or a `Critic`, which learns one for each token;
+        `StateValues` of trajectories through finitely many states.
     """
 
     def __init__(
-        self, num_particles: int = 8, baseline: Callable[[str, Tensor], Tensor] | Critic = leave_one_out
+        self, num_particles: int = 8, baseline: Callable[[str, Tensor], Tensor] | Critic | StateValues = leave_one_out
     ) -> None:
         super().__init__(num_particles, baseline)
         self._baseline = baseline
@@ -55,6 +57,7 @@ class ReverseKL(Objective):
         assert guide_trace is not None
         texts, tokens = self._read(program, model_trace, guide_trace)
         log_p = site_terms(program, model_trace, n)
+        self._credit(program, model_trace, texts)
         log_q = site_terms(program, guide_trace, n, skip=tokens)
         log_q |= {name: scores.sum((2, 3)) for name, scores in tokens.items()}
         for name, term in log_p.items():
@@ -95,7 +98,7 @@ class ReverseKL(Objective):
                 surrogate = surrogate - term.sum(-1)
             else:
                 f = (after if name in inside else total).detach()
-                if isinstance(self._baseline, Critic) and name in texts:
+                if isinstance(self._baseline, Critic | StateValues) and name in texts:
                     advantage = self._baseline.of_tokens(name, f, texts[name])
                     surrogate = surrogate + (advantage * tokens[name]).sum((1, 2, 3))
                 else:
@@ -115,7 +118,7 @@ class ReverseKL(Objective):
         """
         texts: dict[str, Texts] = {}
         tokens: dict[str, Tensor] = {}
-        if not isinstance(self._baseline, Critic):
+        if not isinstance(self._baseline, Critic | StateValues):
             return texts, tokens
         if not any(isinstance(site.fn, Readable) for site in program.latents):
             raise ProgramError(
@@ -140,8 +143,28 @@ class ReverseKL(Objective):
             tokens[name] = by_prompt(law.token_log_prob(node["value"]))
             ratio = by_prompt(log_p) - tokens[name].detach()
             live = torch.arange(ratio.shape[-1], device=ratio.device) < by_prompt(law.lengths(node["value"])[..., None])
-            texts[name] = Texts(by_prompt(hidden, rest=2), ratio.cumsum(-1) - ratio, live)
+            past = ratio.cumsum(-1) - ratio
+            texts[name] = Texts(by_prompt(hidden, rest=2), past, live, torch.zeros_like(past))
         return texts, tokens
+
+    def _credit(self, program: Program, model_trace: Trace, texts: dict[str, Texts]) -> None:
+        """Note in ``texts`` what their steps have earned, by the sites that are in a plate `STEPS`."""
+        for _, node in sample_sites(model_trace) if texts else ():
+            frames = [frame for frame in node["cond_indep_stack"] if frame.name == STEPS]
+            if not frames or not node["is_observed"]:
+                continue
+            term = self.inverse_temperature * node["log_prob"].detach().to(program.device)
+            particles = (self.num_particles,) + (1,) * program.max_plate_nesting
+            term = term.expand(torch.broadcast_shapes(term.shape, particles)).movedim(frames[0].dim, -1)
+            if program.prompt_dim is not None and in_prompts(node):
+                # moved behind it, the steps have brought every plate further in one place out
+                term = term.movedim(program.prompt_dim - (frames[0].dim < program.prompt_dim), 1)
+            else:
+                term = term[:, None]
+            term = term.reshape(*term.shape[:2], -1, term.shape[-1]).sum(2, keepdim=True)
+            for read in texts.values():
+                if read.past.shape[-1] == term.shape[-1]:
+                    read.earned = read.earned + term.cumsum(-1) - term
 
     def _note(self, program: Program, sites: dict[str, Any], seen: dict[str, Tensor], f: Tensor) -> None:
         """Keep what the particles saw in ``last``; f is of the tempered target."""

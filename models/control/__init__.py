@@ -4,13 +4,14 @@ import importlib.util
 
 from .environments import GymEnvironment, TabularEnvironment
 from .mdp import MDP
-from .policies import MLPPolicy, TabularPolicy, UniformPolicy
+from .policies import CountdownPolicy, MLPPolicy, TabularPolicy, UniformPolicy
 from .program import Control, PolicyGuide
-from .trajectory import Trajectory, actions, observations, returns, step_rewards
+from .trajectory import Trajectory, actions, by_step, observations, returns, step_rewards
 
 __all__ = [
     "MDP",
     "Control",
+    "CountdownPolicy",
     "GymEnvironment",
     "MLPPolicy",
     "PolicyGuide",
@@ -19,6 +20,7 @@ __all__ = [
     "Trajectory",
     "UniformPolicy",
     "actions",
+    "by_step",
     "observations",
     "returns",
     "step_rewards",

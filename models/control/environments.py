@@ -164,14 +164,12 @@ class GymEnvironment:
             if vectorised
             else None
         )
-        self._vectors: dict[int, Any] = {}  # by number of rows: making one takes longer than many steps
 
     def play(self, starts: Tensor, *, copies: bool = False) -> Episodes:
         if copies or self._make_vector is None or bool((starts >= 0).any()):
             return CopiedEpisodes(self, starts.tolist())
-        if len(starts) not in self._vectors:
-            self._vectors[len(starts)] = self._make_vector(len(starts))
-        return VectorEpisodes(self, self._vectors[len(starts)], len(starts))
+        # a new one each time: `reset` of Gymnasium's own CartPole forgets that episodes had ended, and loses a step
+        return VectorEpisodes(self, self._make_vector(len(starts)), len(starts))
 
     def copy_of(self, env: Any = None) -> Any:
         """A copy of an environment of this kind, by default a fresh one. What no step changes is shared."""

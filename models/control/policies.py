@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,7 @@ class TabularPolicy(nn.Module):
 
     @staticmethod
     def uniform(num_states: int, num_actions: int, horizon: int | None = None) -> TabularPolicy:
-        """The uniform policy, to begin a training from; of its own in each of ``horizon`` steps if that is given."""
+        """The uniform policy, to begin a training from; with a table for each of ``horizon`` steps if that is given."""
         return TabularPolicy(torch.zeros(*(() if horizon is None else (horizon,)), num_states, num_actions))
 
     @property
@@ -53,6 +54,42 @@ class TabularPolicy(nn.Module):
     def forward(self, observations: Tensor, steps: Tensor) -> Tensor:
         state = observations[..., 0].long()
         return self.logits[state] if self.logits.dim() == 2 else self.logits[steps, state]
+
+
+class CountdownPolicy(nn.Module):
+    """Tables of logits that change with the steps to go, the more slowly the more there are: ``num_tables`` of them
+    stand at 1, ..., T steps to go, evenly on a logarithmic scale, and between them logits are interpolated.
+
+    The best policy for a finite horizon hurries at the end, and hardly changes before. A table for each step could say
+    so, too, but would learn each step's from that step alone. Trainable, and uniform at first.
+
+    :param num_states, num_actions: of the environment.
+    :param horizon: T.
+    :raises ValueError: if there are fewer than two tables or steps.
+    """
+
+    def __init__(self, num_states: int, num_actions: int, horizon: int, num_tables: int = 4) -> None:
+        super().__init__()
+        if num_tables < 2 or horizon < 2:
+            raise ValueError("CountdownPolicy: needs two tables and two steps at least; TabularPolicy has one table")
+        self.logits = nn.Parameter(torch.zeros(num_tables, num_states, num_actions))
+        self.horizon = horizon
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(T, S, A) float64, without gradient: as `SoftValueIteration.evaluate` takes it."""
+        steps = torch.arange(self.horizon, device=self.logits.device)[:, None]
+        states = torch.arange(self.logits.shape[1], device=self.logits.device)[None, :, None]
+        with torch.no_grad():
+            logits = self(states.expand(self.horizon, -1, -1), steps.expand(-1, states.shape[1]))
+        return logits.double().softmax(-1)
+
+    def forward(self, observations: Tensor, steps: Tensor) -> Tensor:
+        state = observations[..., 0].long()
+        place = (self.horizon - steps).float().log2() / math.log2(self.horizon) * (len(self.logits) - 1)
+        below = place.long().clamp_max(len(self.logits) - 2)
+        share = (place - below)[..., None]
+        return torch.lerp(self.logits[below, state], self.logits[below + 1, state], share)
 
 
 class MLPPolicy(nn.Module):

@@ -21,11 +21,14 @@ from torch import Tensor, nn
 
 from .environments import Environment
 from .policies import Policy, UniformPolicy
-from .trajectory import Trajectory, returns
+from .trajectory import Trajectory, by_step, returns, step_rewards
 
 
 class Control:
-    """A Pyro program: ``trajectory`` ~ prior policy, ``return`` = factor return / beta, ``score`` = the return itself.
+    """A Pyro program: ``trajectory`` ~ prior policy, ``score`` = its return, ``reward`` = factor r_t / beta a step.
+
+    The factor stands in a plate ``steps``, which tells engines what each action has earned; ``pyro.factor("return",
+    returns(trajectory) / beta)`` is the same posterior without that.
 
     :param environment: see `environments`.
     :param beta: temperature of the likelihood, in units of reward; small is sharp.
@@ -52,9 +55,9 @@ class Control:
         law = self.law(self.prior, starts)
         with pyro.plate("prompts", len(law.starts)):
             trajectory = pyro.sample("trajectory", law)
-            score = returns(trajectory)
-            pyro.deterministic("score", score, event_dim=0)
-            pyro.factor("return", score / self.beta)
+            pyro.deterministic("score", returns(trajectory), event_dim=0)
+            with pyro.plate("steps", self.horizon):
+                pyro.factor("reward", by_step(step_rewards(trajectory)) / self.beta)
 
     def guide(self, policy: nn.Module) -> PolicyGuide:
         """A Pyro guide of the program, for `SVI` to train and others to propose by."""

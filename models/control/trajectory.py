@@ -48,6 +48,16 @@ def returns(trajectory: Tensor) -> Tensor:
     return step_rewards(trajectory).sum(-1)
 
 
+def by_step(x: Tensor) -> Tensor:
+    """What is of each step, (*, batch, horizon), as a plate of steps around the innermost plate has it: (*, horizon,
+    batch).
+
+    With more plates further out, a trajectory's own dimension in the plate of steps is 1: the horizon takes its place.
+    """
+    x = x if x.dim() > 2 else x[None]
+    return x.transpose(-1, -3).squeeze(-1)
+
+
 class Trajectory(TorchDistribution):
     """Episodes of a policy.
 

@@ -30,13 +30,14 @@ def mean_return(act: Act, greedy: bool, seed: int) -> float:
 
 
 class Watch:
-    """Looks at a policy now and then, with greedy actions; its clock stands still meanwhile.
+    """Looks at a policy now and then; its clock stands still meanwhile.
 
+    :param greedy: whether looks are at the policy's likeliest actions, or at actions that are drawn from it.
     :param seed: of the looks' episodes.
     """
 
-    def __init__(self, act: Act, seed: int) -> None:
-        self._act = act
+    def __init__(self, act: Act, greedy: bool, seed: int) -> None:
+        self._act, self._greedy = act, greedy
         self._rng = np.random.default_rng([seed, 475])
         self._curve: list[tuple[int, float, float]] = []
         self._start = time.perf_counter()
@@ -46,15 +47,15 @@ class Watch:
         if steps - (self._curve[-1][0] if self._curve else 0) < EVERY:
             return False
         now = time.perf_counter()
-        found = self._look(greedy=True)
+        found = self._look()
         self._curve.append((steps, now - self._start, found))
         self._start += time.perf_counter() - now
         return found >= GOAL
 
     def result(self) -> dict[str, Any]:
-        """``curve``, the looks: (environment steps, seconds, mean return); and what the last policy has in other
-        episodes, with greedy actions (``again``) and with its own (``sampled``)."""
-        return {"curve": self._curve, "again": self._look(greedy=True), "sampled": self._look(greedy=False)}
+        """``curve``, the looks: (environment steps, seconds, mean return); and ``again``, what the last policy has in
+        other episodes."""
+        return {"curve": self._curve, "again": self._look()}
 
-    def _look(self, greedy: bool) -> float:
-        return mean_return(self._act, greedy, int(self._rng.integers(2**31)))
+    def _look(self) -> float:
+        return mean_return(self._act, self._greedy, int(self._rng.integers(2**31)))

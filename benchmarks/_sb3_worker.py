@@ -28,14 +28,14 @@ SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {"zoo": (8, ZOO), "defaults": 
 class Until(BaseCallback):
     """Looks between an update and the next rollout, and stops at the goal."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, greedy: bool, seed: int) -> None:
         super().__init__()
-        self._seed = seed
+        self._looks = greedy, seed
         self._solved = False
 
     def _on_rollout_start(self) -> None:
         if self.num_timesteps == 0:
-            self.watch = Watch(lambda seen, greedy: self.model.predict(seen, deterministic=greedy)[0], self._seed)
+            self.watch = Watch(lambda seen, greedy: self.model.predict(seen, deterministic=greedy)[0], *self._looks)
         else:
             self._solved = self.watch(self.num_timesteps)
 
@@ -43,11 +43,11 @@ class Until(BaseCallback):
         return not self._solved
 
 
-def train(settings: str, seed: int, threads: int, budget: int = 100_000) -> dict[str, Any]:
+def train(settings: str, greedy: bool, seed: int, threads: int, budget: int = 100_000) -> dict[str, Any]:
     torch.set_num_threads(threads)
     num_envs, given = SETTINGS[settings]
     model = PPO("MlpPolicy", make_vec_env("CartPole-v1", num_envs, seed=seed), seed=seed, device="cpu", **given)
-    until = Until(seed)
+    until = Until(greedy, seed)
     model.learn(budget, callback=until)
     return until.watch.result()
 

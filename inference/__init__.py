@@ -2,6 +2,7 @@
 
 from .annealed import AnnealedSMC
 from .baselines import ExponentialAverage
+from .controlled_smc import ControlledSMC
 from .critic import Critic
 from .draws import FromPosterior, Replay, of_prior
 from .exact import Exact
@@ -44,6 +45,7 @@ __all__ = [
     "SVI",
     "AnnealedSMC",
     "BestOfN",
+    "ControlledSMC",
     "Critic",
     "EvidenceError",
     "Exact",

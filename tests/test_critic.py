@@ -237,6 +237,19 @@ def test_programs_without_completions_are_refused():
         ReverseKL(4, Critic()).loss_and_grads(model, guide)
 
 
+def test_states_may_move_far_from_the_first():
+    """As those of a policy do that learns to live longer: its scale is that of what was seen lately."""
+    torch.manual_seed(0)
+    critic = Critic(learning_rate=0.01, num_steps=4)
+    live = torch.ones(64, 1, 1, T, dtype=torch.bool)
+    past = torch.zeros(64, 1, 1, T)
+    for step in range(60):
+        hidden = torch.randn(64, 1, 1, 1, 2).expand(-1, -1, -1, T, -1) * (1.0 if step < 5 else 100.0)
+        f = hidden[:, :, 0, 0, 0]  # what is known before a token says it all
+        advantage = critic.of_tokens("x", f, Texts(hidden, past, live, torch.zeros_like(past)))
+    assert advantage.square().mean() < 0.1 * f.square().mean()
+
+
 def test_settings_are_checked():
     for settings in ({"learning_rate": 0.0}, {"num_steps": 0}, {"width": 0}):
         with pytest.raises(ValueError, match=f"Critic: {next(iter(settings))}"):

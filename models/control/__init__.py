@@ -5,7 +5,7 @@ import importlib.util
 from .bandits import Bandit, BernoulliArms, GaussianArms, Pull
 from .environments import GymEnvironment, TabularEnvironment
 from .mdp import MDP
-from .policies import CountdownPolicy, TabularPolicy, UniformPolicy
+from .policies import CountdownPolicy, MLPPolicy, TabularPolicy, UniformPolicy
 from .program import Control, PolicyGuide
 from .river_swim import river_swim
 from .trajectory import Trajectory, actions, by_step, observations, returns, step_rewards
@@ -20,6 +20,7 @@ __all__ = [
     "Dirichlet",
     "GaussianArms",
     "GymEnvironment",
+    "MLPPolicy",
     "NormalGamma",
     "PolicyGuide",
     "Pull",

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+if TYPE_CHECKING:
+    from .environments import Environment
 
 Policy = Callable[[Tensor, Tensor], Tensor]
 
@@ -84,3 +90,42 @@ class CountdownPolicy(nn.Module):
         below = place.long().clamp_max(len(self.logits) - 2)
         share = (place - below)[..., None]
         return torch.lerp(self.logits[below, state], self.logits[below + 1, state], share)
+
+
+class MLPPolicy(nn.Module):
+    """A multilayer perceptron, trainable; the same at every step.
+
+    It reads the coordinates of an observation scaled by their bounds, where they have any, or a discrete one as a
+    one-hot vector. It begins near the uniform policy, whose KL to the uniform prior is 0.
+
+    :param environment: what it is a policy of.
+    :param hidden: widths of the layers between, each followed by tanh.
+    :param seed: of the first weights.
+    """
+
+    scale: Tensor
+
+    def __init__(self, environment: Environment, hidden: Sequence[int] = (64, 64), seed: int = 0) -> None:
+        super().__init__()
+        self.num_states = environment.num_states
+        scale = getattr(environment, "observation_scale", None)  # which tables have no need of
+        self.register_buffer("scale", torch.ones(environment.observation_size) if scale is None else scale.clone())
+        widths = [environment.observation_size if self.num_states is None else self.num_states, *hidden]
+        layers: list[nn.Module] = []
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for inputs, outputs in itertools.pairwise(widths):
+                layers += [nn.Linear(inputs, outputs), nn.Tanh()]
+            last = nn.Linear(widths[-1], environment.num_actions)
+        with torch.no_grad():
+            last.weight.mul_(0.01)
+            last.bias.zero_()
+        self.layers = nn.Sequential(*layers, last).to(environment.device)
+
+    def forward(self, observations: Tensor, steps: Tensor) -> Tensor:
+        if self.num_states is None:
+            features = observations / self.scale
+        else:
+            features = one_hot(observations[..., 0].long(), self.num_states).float()
+        logits: Tensor = self.layers(features)
+        return logits

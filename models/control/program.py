@@ -76,6 +76,11 @@ class PolicyGuide(nn.Module):
             del store[name]  # another guide's, which Pyro would train in place of this one's
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
+        store = pyro.get_param_store()
+        for name, own in self.policy.named_parameters():
+            kept = f"policy$$${name}"  # Pyro's name for it
+            if kept in store and store[kept] is not own:
+                del store[kept]  # of another policy, trained before: `pyro.module` would put it into this one
         pyro.module("policy", self.policy)
         law = self._control.law(self.policy, *args, **kwargs)
         with pyro.plate("prompts", len(law.starts)):

@@ -5,6 +5,7 @@ from .baselines import ExponentialAverage
 from .critic import Critic
 from .draws import FromPosterior, Replay, of_prior
 from .exact import Exact
+from .exploration import Boltzmann, EpsilonGreedy, Exploration, Random, Thompson
 from .heldout import HeldOut
 from .importance import ImportanceSampling
 from .kernels import SuffixKernel
@@ -16,6 +17,7 @@ from .rejection import BestOfN, RejectionSampling
 from .results import EvidenceError
 from .reverse_kl import ReverseKL
 from .smc import SMC
+from .soft_value_iteration import SoftValueIteration
 from .stopping import NearPosterior, Plateau
 from .svi import SVI
 from .temperature import KLTarget, Tempering
@@ -42,9 +44,12 @@ __all__ = [
     "SVI",
     "AnnealedSMC",
     "BestOfN",
+    "Boltzmann",
     "Critic",
+    "EpsilonGreedy",
     "EvidenceError",
     "Exact",
+    "Exploration",
     "ExponentialAverage",
     "FDivergence",
     "ForwardKL",
@@ -56,13 +61,16 @@ __all__ = [
     "NearPosterior",
     "Plateau",
     "ProgramError",
+    "Random",
     "RejectionSampling",
     "Renyi",
     "Replay",
     "ReverseKL",
+    "SoftValueIteration",
     "SuffixKernel",
     "Tempering",
     "TensorBoard",
+    "Thompson",
     "TwistLearning",
     "alpha_divergence",
     "of_prior",

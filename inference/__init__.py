@@ -13,6 +13,7 @@ from .laplace import Laplace
 from .mcmc import MCMC
 from .nuts import NUTS
 from .objectives import FDivergence, ForwardKL, LogVariance, Renyi, alpha_divergence
+from .predictive import predict
 from .program import ProgramError
 from .rejection import BestOfN, RejectionSampling
 from .results import EvidenceError
@@ -77,4 +78,5 @@ __all__ = [
     "TwistLearning",
     "alpha_divergence",
     "of_prior",
+    "predict",
 ]

@@ -20,6 +20,7 @@ from bayeslm.posterior import Posterior
 from .checkpoints import Checkpoints, describe, describe_run
 from .checks import check_counts, check_positive
 from .elbo import Objective
+from .guides import as_law
 from .heldout import HeldOut
 from .optimizers import SCHEDULES
 from .particles import Particles
@@ -44,7 +45,9 @@ class SVI:
     :param clip_norm: the largest norm of a gradient; None clips nothing.
     :param num_samples: draws of the trained policy in each chain; as many of the prior are drawn for comparison.
     :param num_chains: independent replicates: policies trained from seeds of their own. ``policy`` is the best's.
-    :param guide: a Pyro guide of the program; None makes an `AutoPolicy`. A ``policy`` attribute of it is kept.
+    :param guide: a Pyro guide of the program, Pyro's automatic ones among them (`AutoMultivariateNormal`,
+        `AutoLowRankMultivariateNormal`, `AutoLaplaceApproximation`: draws are of its normal law); None makes an
+        `AutoPolicy`. A ``policy`` attribute of it is kept.
     :param lora_rank: for the default guide, see `AutoPolicy`.
     :param objective: a Pyro ELBO, with its own number of particles: one of `objectives`; None is `ReverseKL`.
     :param temperature: what moves beta: `Tempering` from the prior's end, or `KLTarget`, which holds KL(q || p).
@@ -136,7 +139,7 @@ class SVI:
             parts = []
             for chain in chains:
                 with _keeping(chain.policy), chain.own_params():
-                    part, cut = self._draw(program, chain.guide, "draws of the policy")
+                    part, cut = self._draw(program, as_law(chain.guide, program), "draws of the policy")
                     parts.append(part)
                     interrupted |= cut
             with _keeping(chains[-1].policy):

@@ -3,13 +3,19 @@
 from .bradley_terry import BradleyTerry
 from .comparisons import Comparisons, PreferenceError, Rankings
 from .features import LastHidden, SentenceEmbedding, Standardised
+from .plackett_luce import PlackettLuce
+from .ratings import GaussianRatings, OrdinalRatings, Ratings
 
 __all__ = [
     "BradleyTerry",
     "Comparisons",
+    "GaussianRatings",
     "LastHidden",
+    "OrdinalRatings",
+    "PlackettLuce",
     "PreferenceError",
     "Rankings",
+    "Ratings",
     "SentenceEmbedding",
     "Standardised",
 ]

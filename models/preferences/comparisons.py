@@ -41,7 +41,7 @@ class Comparisons:
         if not len(self.prompts) == len(self.chosen) == len(self.rejected):
             sizes = f"{len(self.prompts)}, {len(self.chosen)} and {len(self.rejected)}"
             raise PreferenceError(f"prompts, chosen and rejected must be of one length, not {sizes}")
-        _collect("row", enumerate(zip(self.prompts, self.chosen, self.rejected, strict=True)), _check_texts)
+        collect("row", enumerate(zip(self.prompts, self.chosen, self.rejected, strict=True)), _check_texts)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -93,7 +93,7 @@ class Comparisons:
     def _of(
         cls, what: str, rows: Iterable[tuple[int, Any]], template: Callable[[Sequence[Message]], str] | None
     ) -> Comparisons:
-        read = _collect(what, rows, lambda row: _comparison(row, template or plain))
+        read = collect(what, rows, lambda row: _comparison(row, template or plain))
         prompts, chosen, rejected = map(list, zip(*read, strict=True))
         return cls(prompts, chosen, rejected)
 
@@ -120,7 +120,7 @@ class Rankings:
     def __post_init__(self) -> None:
         if len(self.prompts) != len(self.completions):
             raise PreferenceError(f"{len(self.prompts)} prompts for {len(self.completions)} rankings")
-        _collect("row", enumerate(zip(self.prompts, self.completions, strict=True)), _check_ranking)
+        collect("row", enumerate(zip(self.prompts, self.completions, strict=True)), _check_ranking)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -145,11 +145,11 @@ class Rankings:
     @classmethod
     def _of(cls, what: str, rows: Iterable[tuple[int, Any]]) -> Rankings:
         def ranking(row: Any) -> tuple[str, list[str]]:
-            prompt, completions = _fields(row, "prompt", "completions")
+            prompt, completions = fields(row, "prompt", "completions")
             _check_ranking((prompt, completions))
             return prompt, list(completions)
 
-        prompts, completions = map(list, zip(*_collect(what, rows, ranking), strict=True))
+        prompts, completions = map(list, zip(*collect(what, rows, ranking), strict=True))
         return cls(prompts, completions)
 
 
@@ -173,7 +173,7 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, Any]]:
             yield number, PreferenceError(f"is no JSON ({error}): write one JSON object a line")
 
 
-def _collect(what: str, rows: Iterable[tuple[int, Any]], read: Callable[[Any], Row]) -> list[Row]:
+def collect(what: str, rows: Iterable[tuple[int, Any]], read: Callable[[Any], Row]) -> list[Row]:
     """What is read of each row.
 
     :raises PreferenceError: with all bad rows, up to `MOST`; or if there is no row.
@@ -194,7 +194,7 @@ def _collect(what: str, rows: Iterable[tuple[int, Any]], read: Callable[[Any], R
     return good
 
 
-def _fields(row: Any, *names: str) -> list[Any]:
+def fields(row: Any, *names: str) -> list[Any]:
     if not isinstance(row, Mapping):
         raise PreferenceError(f"is {row!r:.60}, no object: it needs the fields {', '.join(names)}")
     if missing := [name for name in names if row.get(name) is None]:
@@ -205,10 +205,10 @@ def _fields(row: Any, *names: str) -> list[Any]:
 
 def _comparison(row: Any, template: Callable[[Sequence[Message]], str]) -> tuple[str, str, str]:
     """Prompt, chosen and rejected text of a row."""
-    chosen, rejected = _fields(row, "chosen", "rejected")
+    chosen, rejected = fields(row, "chosen", "rejected")
     prompt: Any
     if isinstance(chosen, str):
-        (prompt,) = _fields(row, "prompt")
+        (prompt,) = fields(row, "prompt")
     else:
         chosen, rejected = _messages("chosen", chosen), _messages("rejected", rejected)
         prompt = row.get("prompt")
@@ -239,7 +239,7 @@ def _messages(name: str, value: Any) -> list[Message]:
 
 
 def _check_texts(row: tuple[Any, Any, Any]) -> None:
-    _check_strings(dict(zip(("prompt", "chosen", "rejected"), row, strict=True)))
+    check_strings(dict(zip(("prompt", "chosen", "rejected"), row, strict=True)))
     _, chosen, rejected = row
     if chosen == rejected:
         raise PreferenceError(f"compares a text with itself ({chosen!r:.60}): drop it, it says nothing of preference")
@@ -249,12 +249,12 @@ def _check_ranking(row: tuple[Any, Any]) -> None:
     prompt, completions = row
     if not isinstance(completions, list | tuple) or len(completions) < 2:
         raise PreferenceError(f"has {completions!r:.60} for 'completions': it must be two texts or more, best first")
-    _check_strings({"prompt": prompt} | {f"completions[{i}]": text for i, text in enumerate(completions)})
+    check_strings({"prompt": prompt} | {f"completions[{i}]": text for i, text in enumerate(completions)})
     if twice := next((text for i, text in enumerate(completions) if text in completions[:i]), None):
         raise PreferenceError(f"ranks {twice!r:.60} twice: name each text once")
 
 
-def _check_strings(texts: Mapping[str, Any]) -> None:
+def check_strings(texts: Mapping[str, Any]) -> None:
     """A prompt may be empty, a completion not."""
     for name, text in texts.items():
         if not isinstance(text, str):

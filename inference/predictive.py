@@ -1,0 +1,64 @@
+r"""Data drawn anew from a posterior, to be compared with the data that were seen: posterior predictive checks.
+
+    y^{rep}_s ~ p(y | \theta_s),     \theta_s ~ p(\theta | y)
+
+If a program fits, a statistic T(y) of what was observed is no outlier among the T(y^{rep}_s) (Rubin 1984; Gelman, Meng
+and Stern 1996, "Posterior predictive assessment of model fitness via realized discrepancies").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from pyro import poutine
+
+from bayeslm.posterior import Posterior
+
+from .program import Assign, ProgramError, inspect, sample_sites, seeded, site_value, traces
+from .results import to_numpy
+
+
+def predict(
+    posterior: Posterior,
+    model: Callable[..., Any],
+    /,
+    *args: Any,
+    num_draws: int | None = None,
+    seed: int | None = None,
+    **kwargs: Any,
+) -> Posterior:
+    """The posterior's equally weighted draws, and with each a data set: its program's observed sites drawn anew.
+
+    They are ``predictive[name]`` (chain, draw, *batch, *event), and ArviZ's group ``posterior_predictive``.
+
+    :param posterior: of ``model(*args, **kwargs)``, by any engine.
+    :param num_draws: in each chain, as in `Posterior.resample`.
+    :raises ProgramError: if the program has other latents than the posterior, or observes nothing.
+    """
+    with seeded(seed), torch.no_grad():
+        program = inspect(model, *args, **kwargs)
+        observed = [site for site in program.sites.values() if site.kind == "observed" and site.value.numel()]
+        if not observed:
+            raise ProgramError("the program observes nothing: there are no data to draw anew (factors are none)")
+        draws = posterior.resample(num_draws, seed=int(torch.randint(2**31, ())))
+        chains, per_chain = draws.log_weights.shape[:2]
+        values = {}
+        for site in program.latents:
+            x = draws.samples.get(site.name)
+            if x is None or x.shape[2:] != site.shape:
+                raise ProgramError(f"the posterior has no {site.name!r} of shape {site.shape}: it is another program's")
+            values[site.name] = torch.as_tensor(x.reshape(-1, *site.shape)).to(site.value)
+        anew = replace(program, model=poutine.uncondition(program.model))
+        parts = []
+        for rows in torch.arange(chains * per_chain).split(program.max_particles):
+            with Assign(program, {name: x[rows.to(x.device)] for name, x in values.items()}):
+                nodes = dict(sample_sites(traces(anew, None, len(rows))[0]))
+            parts.append({site.name: site_value(site, nodes[site.name]["value"], len(rows)) for site in observed})
+    predictive = {
+        site.name: to_numpy(torch.cat([part[site.name] for part in parts])).reshape(chains, per_chain, *site.shape)
+        for site in observed
+    }
+    return replace(draws, predictive=predictive, dims=draws.dims | {site.name: site.dims for site in observed})

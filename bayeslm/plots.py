@@ -1,5 +1,5 @@
-"""Two pictures: what happened to the rewards, and how training went. Need matplotlib, in the extra
-"plots"."""
+"""Pictures: what happened to the rewards, how training went, and where more reward is less. Need matplotlib, in the
+extra "plots"."""
 
 from __future__ import annotations
 
@@ -118,6 +118,62 @@ def plot_training(posterior: Posterior) -> Figure:
         if np.isfinite(band):
             axes[0, 0].axhspan(log_z - band, log_z + band, color=COLOURS[1], alpha=0.15, linewidth=0)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def plot_over_optimisation(panels: Mapping[str, Mapping[str, Mapping[str, ArrayLike]]]) -> Figure:
+    """True reward (line) and what the learned reward says it is (faint) against KL(π ‖ prior); one panel a title.
+
+    A panel has curves by name: a curve's ``kl``, ``true`` and ``proxy`` are (replicate, strength), where a replicate is
+    a data set or seed and a strength one β, or one n of best-of-n. Means over replicates, with one standard error up
+    and down where there are two or more. KL has a square-root scale, as in Gao, Schulman and Hilton 2022 (arXiv
+    2210.10760).
+    Raises ImportError without matplotlib, ValueError if there is no panel or the arrays of a curve differ in shape.
+    """
+    if not panels:
+        raise ValueError("plot_over_optimisation needs at least one panel")
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    columns = min(len(panels), 2)
+    lines = -(-len(panels) // columns)
+    figure, axes = _pyplot().subplots(
+        lines, columns, figsize=(max(5.0 * columns, 6.4), 3.6 * lines + 0.6), squeeze=False, layout="constrained"
+    )
+    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
+        for name, curve in curves.items():
+            kl, true, proxy = (np.asarray(curve[key], dtype=float) for key in ("kl", "true", "proxy"))
+            if kl.ndim != 2 or not kl.shape == true.shape == proxy.shape:
+                shapes = f"{kl.shape}, {true.shape} and {proxy.shape}"
+                raise ValueError(f"kl, true and proxy of {name!r} must be (replicate, strength), not {shapes}")
+            i = names.index(name)
+            colour, style = COLOURS[i % len(COLOURS)], STYLES[i % len(STYLES)]
+            replicates = len(kl)
+            error = true.std(0, ddof=1) / np.sqrt(replicates) if replicates > 1 else None
+            at = kl.mean(0)
+            axis.plot(at, proxy.mean(0), color=colour, linestyle=style, linewidth=0.8, alpha=0.45)
+            axis.errorbar(
+                at, true.mean(0), error, color=colour, linestyle=style, linewidth=1.8, elinewidth=0.9, label=name
+            )
+        axis.axhline(0.0, color=PRIOR_COLOUR, linewidth=0.6)
+        axis.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0.0)), np.square))
+        axis.set_xlim(left=0.0)
+        axis.set_title(title, fontsize=10, parse_math=False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("reward")
+    for axis in axes[-1]:
+        axis.set_xlabel("KL(π ‖ prior), nats")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    handles = {
+        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        title="true reward ± one standard error; faint: what the learned reward says",
+        loc="outside lower center",
+        ncols=min(len(names), 5),
+        frameon=False,
+    )
     return figure
 
 

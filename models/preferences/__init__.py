@@ -5,11 +5,13 @@ from .comparisons import Comparisons, PreferenceError, Rankings
 from .features import LastHidden, SentenceEmbedding, Standardised
 from .plackett_luce import PlackettLuce
 from .ratings import GaussianRatings, OrdinalRatings, Ratings
+from .uncertain import JudgedLM, UncertainReward
 
 __all__ = [
     "BradleyTerry",
     "Comparisons",
     "GaussianRatings",
+    "JudgedLM",
     "LastHidden",
     "OrdinalRatings",
     "PlackettLuce",
@@ -18,4 +20,5 @@ __all__ = [
     "Ratings",
     "SentenceEmbedding",
     "Standardised",
+    "UncertainReward",
 ]

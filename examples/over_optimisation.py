@@ -1,0 +1,145 @@
+"""Over-optimisation: how much reward is too much, when the reward was learned and is not sure of itself.
+
+A small language model is the prior. A judge with a hidden reward compares some of its texts, a Bradley-Terry reward is
+inferred from the comparisons, and the prior is tilted by it, harder and harder: by a smaller beta, or as the best of
+more. Everything is enumerated, so the curves have no sampling error but for that of the data sets.
+
+Words have values, and the learned reward counts words. The judge of the upper row does the same: the learned reward is
+right but for what it does not know. The judge of the lower row tires of a word said again, which ordinary texts rarely
+do and optimised ones do: the learned reward is wrong where it has seen nothing.
+
+    python examples/over_optimisation.py [folder]        (default: runs/over_optimisation; two minutes)
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import expit, softmax, xlogy
+
+from bayeslm.inference import ImportanceSampling
+from bayeslm.models import LanguageModel
+from bayeslm.models.preferences import BradleyTerry, Comparisons, UncertainReward
+from bayeslm.models.preferences.uncertain import Form
+from bayeslm.plots import plot_over_optimisation
+
+Array = NDArray[np.float64]
+Curves = dict[str, dict[str, Array]]
+
+PROMPT = "a"
+SPREAD = 3.0  # standard deviation of word values times sqrt(words), in log-odds: the scale of the learner's prior too
+BETAS = np.geomspace(8.0, 1 / 128, 21)
+NS = 2 ** np.arange(0, 21, 2)
+FORMS: tuple[Form, ...] = ("mean", "draw", "quantile", "marginal")
+JOINT = "latent beside exp(r / β)"
+
+
+def count(prompts: list[str], completions: list[str]) -> torch.Tensor:
+    """How often each of the words a ... g is said, (n, 7)."""
+    return torch.tensor([[text.count(word) for word in "abcdefg"] for text in completions]).float()
+
+
+class Task:
+    """A prior over texts of the words a ... g, in a table of random bigrams, and a judge of them.
+
+    :param fatigue: what the judge takes off for a word said k times, times (k - 1)²; 0: nothing.
+    :param length: words in the longest text.
+    """
+
+    def __init__(self, seed: int, fatigue: float, num_comparisons: int = 30, length: int = 5) -> None:
+        self.seed, self.length, self.num_comparisons = seed, length, num_comparisons
+        self.rng = np.random.default_rng(seed)
+        self.prior = LanguageModel.tabular(["<eos>", *"abcdefg"], seed=seed)
+        law = self.prior([PROMPT], max_new_tokens=length)
+        support = law.enumerate_support()  # (text, 1, token)
+        self.log_p: Array = law.log_prob(support)[:, 0].double().numpy()
+        self.texts: list[str] = law.decode(support)[:, 0].tolist()
+        counts = count([], self.texts).double().numpy()
+        values = SPREAD / np.sqrt(7) * self.rng.normal(size=7)
+        reward = counts @ values - fatigue * (np.maximum(counts - 1, 0) ** 2).sum(1)
+        self.true: Array = reward - np.exp(self.log_p) @ reward  # above the prior's mean
+
+    def comparisons(self) -> Comparisons:
+        """Pairs of the prior's texts, of which the judge prefers one by the odds of Bradley and Terry."""
+        p = np.exp(self.log_p) * [bool(text) for text in self.texts]
+        pairs = (self.rng.choice(len(p), 2, replace=False, p=p / p.sum()) for _ in range(self.num_comparisons))
+        better = [(i, j) if self.rng.random() < expit(self.true[i] - self.true[j]) else (j, i) for i, j in pairs]
+        chosen, rejected = ([self.texts[i] for i in column] for column in zip(*better, strict=True))
+        return Comparisons([PROMPT] * len(better), chosen, rejected)
+
+    def learn(self) -> UncertainReward:
+        """The posterior of the judge's reward, and as the typical text the prior's mean one."""
+        model = BradleyTerry(count, scale=SPREAD)
+        engine = ImportanceSampling(num_particles=40_000, seed=self.seed, progress=False)
+        reward = UncertainReward.from_posterior(model, engine.run(model, self.comparisons()), "mean", seed=self.seed)
+        return reward.centred(self.prior, [PROMPT], max_new_tokens=self.length, num_samples=4096)
+
+    def scores(self, reward: UncertainReward) -> dict[str, Array]:
+        """Rewards of all texts (text,) by form."""
+        return {form: reward.to_form(form)([PROMPT], self.texts).double().numpy() for form in FORMS}
+
+    def tilted(self, scores: dict[str, Array], margins: torch.Tensor) -> dict[str, Array]:
+        """Laws (beta, text): p(x) exp(r(x) / beta) / Z."""
+        laws = {name: softmax(self.log_p + score / BETAS[:, None], axis=1) for name, score in scores.items()}
+        joint = np.stack([(margins / beta).logsumexp(1).double().numpy() for beta in BETAS])
+        return laws | {JOINT: softmax(self.log_p + joint, axis=1)}
+
+    def best_of(self, scores: dict[str, Array]) -> dict[str, Array]:
+        """Laws (n, text) of the best of n draws: P(best <= s) = P(r <= s)^n, and draws of one score share alike."""
+        p = softmax(self.log_p)
+        laws = {}
+        for name, score in scores.items():
+            values, tie = np.unique(score, return_inverse=True)
+            mass = np.bincount(tie, p, len(values))
+            at_most = np.append(0.0, np.cumsum(mass).clip(0, 1))[:, None] ** NS  # (value + 1, n)
+            laws[name] = (p / mass[tie]) * np.diff(at_most, axis=0).T[:, tie]
+        return laws
+
+    def curve(self, q: Array, proxy: Array) -> dict[str, Array]:
+        """KL to the prior, true reward and the learned reward's mean under laws (strength, text), each (strength,)."""
+        kl = (xlogy(q, q) - q * self.log_p).sum(1)
+        return {"kl": kl, "true": q @ self.true, "proxy": q @ proxy}
+
+
+def curves(fatigue: float, seeds: range, **settings: int) -> tuple[Curves, Curves]:
+    """Of the tilted prior and of best-of-n: curves (seed, strength) by form."""
+    both: tuple[list[dict[str, dict[str, Array]]], ...] = ([], [])
+    for seed in seeds:
+        task = Task(seed, fatigue, **settings)
+        reward = task.learn()
+        scores = task.scores(reward)
+        laws = task.tilted(scores, reward.margins([PROMPT], task.texts)), task.best_of(scores)
+        for found, by_form in zip(both, laws, strict=True):
+            found.append({name: task.curve(q, scores["mean"]) for name, q in by_form.items()})
+
+    def stacked(found: list[dict[str, dict[str, Array]]]) -> Curves:
+        return {name: {key: np.stack([one[name][key] for one in found]) for key in found[0][name]} for name in found[0]}
+
+    return stacked(both[0]), stacked(both[1])
+
+
+def main(folder: Path, seeds: range = range(16)) -> None:
+    panels: dict[str, Curves] = {}
+    for judge, fatigue in {"the learned reward is right": 0.0, "it is wrong off the data": 0.5}.items():
+        tilted, best = curves(fatigue, seeds)
+        panels |= {f"posterior, β from 8 to 1/128: {judge}": tilted, f"best of n, 1 to 2^20: {judge}": best}
+    for title, panel in panels.items():
+        print(f"\n{title}\n  {'':26}{'true reward: highest':>22}{'strongest':>12}{'less the mean form':>22}{'KL':>8}")
+        for name, curve in panel.items():
+            last = curve["true"][:, -1]
+            less = last - panel["mean"]["true"][:, -1]
+            error = less.std(ddof=1) / np.sqrt(len(less))
+            beside = "" if name == "mean" else f"{less.mean():.2f} ± {error:.2f}"
+            highest, kl = curve["true"].mean(0).max(), curve["kl"][:, -1].mean()
+            print(f"  {name:26}{highest:22.2f}{last.mean():12.2f}{beside:>22}{kl:8.1f}")
+    folder.mkdir(parents=True, exist_ok=True)
+    plot_over_optimisation(panels).savefig(folder / "over_optimisation.png", dpi=150)
+    print(f"\n{folder / 'over_optimisation.png'}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/over_optimisation"))

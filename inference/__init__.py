@@ -10,6 +10,7 @@ from .exploration import Boltzmann, EpsilonGreedy, Exploration, Random, Thompson
 from .heldout import HeldOut
 from .importance import ImportanceSampling
 from .kernels import SuffixKernel
+from .laplace import Laplace
 from .mcmc import MCMC
 from .nuts import NUTS
 from .objectives import FDivergence, ForwardKL, LogVariance, Renyi, alpha_divergence
@@ -38,6 +39,7 @@ ENGINES = {
     "mcmc": MCMC,
     "svi": SVI,
     "nuts": NUTS,
+    "laplace": Laplace,
 }
 
 __all__ = [
@@ -64,6 +66,7 @@ __all__ = [
     "HeldOut",
     "ImportanceSampling",
     "KLTarget",
+    "Laplace",
     "Learning",
     "LogVariance",
     "NearPosterior",

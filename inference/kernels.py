@@ -28,10 +28,10 @@ from .checks import check_counts, check_positive
 from .guides import PolicyGuide
 from .mcmc import Replicas
 from .moves import Move, RandomWalk, Tally, latent_moves, score, sweep
-from .nuts import Potential, ScoredOnce, Unconstrained
 from .particles import Particles
 from .program import Assign, Program, inspect, run_particles
 from .results import check_evidence, draw, prompt_labels, to_numpy
+from .unconstrained import Potential, ScoredOnce, Unconstrained
 
 CONTINUOUS = ("random-walk", "nuts")
 

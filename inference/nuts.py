@@ -10,120 +10,25 @@ numbers z, each latent being x = f(z) with f the bijection onto its support:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.infer import MCMC as PyroMCMC
 from pyro.infer import NUTS as PyroNUTS
-from pyro.ops.integrator import potential_grad
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
-from torch.distributions import biject_to
 
 from bayeslm.posterior import Posterior
 
-from ..models import Autoregressive
 from ..models.progress import Report, track
 from .checks import check_counts
 from .particles import Particles
-from .program import Program, ProgramError, inspect, run_particles, same_law, sample_sites, seeded
-from .results import Stopwatch, carry, check_evidence, draw, posterior, prompt_labels, to_numpy
+from .program import Program, inspect, seeded
+from .results import Stopwatch, carry, draw, posterior
+from .unconstrained import Potential, ScoredOnce, score, starting_point, unconstrained_shapes
 
 STARTS = 100  # points tried, for one that the posterior allows
-
-
-class Unconstrained(Messenger):
-    """Gives continuous latents the values that real numbers stand for.
-
-    A support may depend on latents before it: the bijection is that of the site as the program reaches it.
-
-    :param z: real numbers by site, shaped as the site's values (but for the event, where the bijection changes it).
-    """
-
-    def __init__(self, z: dict[str, Tensor]) -> None:
-        super().__init__()
-        self._z = z
-        self.log_det: Tensor | float = 0.0
-        """log |det f'(z)|, summed over all sites, once the program has run."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] not in self._z or msg["value"] is not None:
-            return
-        z = self._z[msg["name"]]
-        to_support = biject_to(msg["fn"].support)
-        msg["value"] = to_support(z)
-        self.log_det = self.log_det + to_support.log_abs_det_jacobian(z, msg["value"]).sum()
-
-
-class ScoredOnce(Messenger):
-    """Scores a completion that has a value once, and again only where its value, its prompts or its network change.
-
-    Between these log p of it is a constant: no network runs at a leapfrog, and no gradient goes through one.
-    """
-
-    def __init__(self, program: Program) -> None:
-        super().__init__()
-        self._seen = program  # its completions as last scored
-
-    def _pyro_sample(self, msg: Any) -> None:
-        name, law, value = msg["name"], msg["fn"], msg["value"]
-        if value is None or not isinstance(law, Autoregressive):
-            return
-        site = self._seen.sites[name]
-        if not (same_law(self._seen, name, law) and torch.equal(site.value, value)):
-            site = replace(site, fn=law, value=value)
-            self._seen = replace(self._seen, sites=self._seen.sites | {name: site})
-        with torch.no_grad():
-            score = site.fn.log_prob(site.value)  # which a law keeps of the value it scored last
-        msg["fn"] = dist.Delta(value.expand(law.shape()), score.expand(law.batch_shape), event_dim=1)
-
-
-class Potential:
-    """U(z) of a program, a scalar that can be differentiated: what Pyro's NUTS walks on.
-
-    :raises ProgramError: where a run of the program has other latents than ``z``.
-    """
-
-    def __init__(self, program: Program, scored: ScoredOnce) -> None:
-        self._program = program
-        self._scored = scored
-
-    def __call__(self, z: dict[str, Tensor]) -> Tensor:
-        with self._scored, Unconstrained(z) as at:
-            trace = poutine.trace(self._program.model).get_trace(*self._program.args, **self._program.kwargs)
-        trace = prune_subsample_sites(trace)
-        latents = {name for name, node in sample_sites(trace) if not node["is_observed"]}
-        if latents != z.keys():
-            raise ProgramError(f"the program's latents changed between runs: {sorted(latents)}, first {sorted(z)}")
-        return -torch.as_tensor(trace.log_prob_sum() + at.log_det)
-
-
-def unconstrained_shapes(program: Program) -> dict[str, torch.Size]:
-    """The shape of the real numbers z of every latent.
-
-    :raises ProgramError: if a latent is not continuous.
-    """
-    shapes = {}
-    for site in program.latents:
-        if site.is_completion:
-            raise ProgramError(
-                f"site {site.name!r} is a completion, and NUTS moves continuous latents alone: observe it (obs=...), "
-                "or use MCMC, which redraws its suffixes"
-            )
-        if site.fn.support.is_discrete:
-            raise ProgramError(
-                f"site {site.name!r} is discrete, and NUTS moves continuous latents alone: observe it, or use MCMC"
-            )
-        try:
-            shapes[site.name] = biject_to(site.fn.support).inv(site.value).shape
-        except NotImplementedError as error:
-            raise ProgramError(f"site {site.name!r}: no bijection from real numbers onto {site.fn.support}") from error
-    return shapes
 
 
 @dataclass(frozen=True)
@@ -219,21 +124,10 @@ class NUTS:
         return parts, _columns(seen), False
 
     def _start(self, program: Program, shapes: dict[str, torch.Size], scored: ScoredOnce) -> dict[str, Tensor]:
-        """A point of U(-2, 2) that the posterior allows, for each prompt by itself where prompts are posteriors.
-
-        :raises EvidenceError: if none of `STARTS` is.
-        """
+        """A point of U(-2, 2) that the posterior allows, the first of `STARTS`."""
         like = {site.name: site.value for site in program.latents}
         z = {name: torch.empty((STARTS, *shapes[name])).uniform_(-2, 2).to(like[name]) for name in shapes}
-        log_joint = self._score(program, scored, z).log_joint
-        check_evidence(to_numpy(log_joint)[None], prompt_labels(program))
-        first = log_joint.isfinite().long().argmax(0, keepdim=True)  # (1, prompt)
-        z = {name: program.take(name, x, first)[0] for name, x in z.items()}
-        gradient, _ = potential_grad(Potential(program, scored), z)
-        for name, slope in gradient.items():
-            if not slope.isfinite().all():
-                raise ProgramError(f"the gradient of the log-density along site {name!r} is not finite: NUTS needs one")
-        return z
+        return starting_point(program, scored, z, batch_size=self.batch_size, vectorize=self.vectorize)
 
     def _walk(
         self,
@@ -267,14 +161,7 @@ class NUTS:
         ).run()
 
     def _score(self, program: Program, scored: ScoredOnce, z: dict[str, Tensor]) -> Particles:
-        """The program run at real numbers (draw, *batch, *event), in batches of bounded memory."""
-        draws = len(next(iter(z.values())))
-        parts = []
-        for rows in torch.arange(draws).split(self._size or program.max_particles):
-            at = {name: program.under_plate(name, x[rows]) for name, x in z.items()}
-            with scored, Unconstrained(at):
-                parts.append(run_particles(program, None, len(rows), vectorize=self.vectorize))
-        return Particles.concatenate(parts)
+        return score(program, scored, z, batch_size=self.batch_size, vectorize=self.vectorize)[0]
 
 
 def _stack(draws: list[dict[str, Tensor]]) -> dict[str, Tensor]:

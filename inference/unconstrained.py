@@ -1,0 +1,162 @@
+r"""Programs whose latents are all continuous, as functions of real numbers z.
+
+Each latent is x = f(z) with f the bijection onto its support, and what engines walk on is
+
+    U(z) = -log p(f(z), y) - log |det f'(z)|
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.ops.integrator import potential_grad
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+from torch.distributions import biject_to
+
+from ..models import Autoregressive
+from .particles import Particles
+from .program import Program, ProgramError, run_particles, same_law, sample_sites
+from .results import check_evidence, prompt_labels, to_numpy
+
+
+class Unconstrained(Messenger):
+    """Gives continuous latents the values that real numbers stand for.
+
+    A support may depend on latents before it: the bijection is that of the site as the program reaches it.
+
+    :param z: real numbers by site, shaped as the site's values (but for the event, where the bijection changes it).
+    """
+
+    def __init__(self, z: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._z = z
+        self.log_dets: dict[str, Tensor] = {}
+        """log |det f'(z)| of every site, shaped as what it is of, once the program has run."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] not in self._z or msg["value"] is not None:
+            return
+        z = self._z[msg["name"]]
+        to_support = biject_to(msg["fn"].support)
+        msg["value"] = to_support(z)
+        self.log_dets[msg["name"]] = to_support.log_abs_det_jacobian(z, msg["value"])
+
+    @property
+    def log_det(self) -> Tensor:
+        """Their sum, a scalar."""
+        return torch.stack([log_det.sum() for log_det in self.log_dets.values()]).sum()
+
+    def log_det_of_each(self, num_particles: int) -> Tensor:
+        """Their sums over each of several particles, (particle,), which lie on the first axis."""
+        return sum(
+            (log_det.reshape(num_particles, -1).sum(-1) for log_det in self.log_dets.values()),
+            torch.zeros(num_particles),
+        )
+
+
+class ScoredOnce(Messenger):
+    """Scores a completion that has a value once, and again only where its value, its prompts or its network change.
+
+    Between these log p of it is a constant: no network runs at a leapfrog, and no gradient goes through one.
+    """
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self._seen = program  # its completions as last scored
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name, law, value = msg["name"], msg["fn"], msg["value"]
+        if value is None or not isinstance(law, Autoregressive):
+            return
+        site = self._seen.sites[name]
+        if not (same_law(self._seen, name, law) and torch.equal(site.value, value)):
+            site = replace(site, fn=law, value=value)
+            self._seen = replace(self._seen, sites=self._seen.sites | {name: site})
+        with torch.no_grad():
+            score = site.fn.log_prob(site.value)  # which a law keeps of the value it scored last
+        msg["fn"] = dist.Delta(value.expand(law.shape()), score.expand(law.batch_shape), event_dim=1)
+
+
+class Potential:
+    """U(z) of a program, a scalar that can be differentiated: what Pyro's NUTS walks on.
+
+    :raises ProgramError: where a run of the program has other latents than ``z``.
+    """
+
+    def __init__(self, program: Program, scored: ScoredOnce) -> None:
+        self._program = program
+        self._scored = scored
+
+    def __call__(self, z: dict[str, Tensor]) -> Tensor:
+        with self._scored, Unconstrained(z) as at:
+            trace = poutine.trace(self._program.model).get_trace(*self._program.args, **self._program.kwargs)
+        trace = prune_subsample_sites(trace)
+        latents = {name for name, node in sample_sites(trace) if not node["is_observed"]}
+        if latents != z.keys():
+            raise ProgramError(f"the program's latents changed between runs: {sorted(latents)}, first {sorted(z)}")
+        return -torch.as_tensor(trace.log_prob_sum() + at.log_det)
+
+
+def unconstrained_shapes(program: Program) -> dict[str, torch.Size]:
+    """The shape of the real numbers z of every latent.
+
+    :raises ProgramError: if a latent is not continuous.
+    """
+    shapes = {}
+    for site in program.latents:
+        if site.is_completion:
+            raise ProgramError(
+                f"site {site.name!r} is a completion, and NUTS moves continuous latents alone: observe it (obs=...), "
+                "or use MCMC, which redraws its suffixes"
+            )
+        if site.fn.support.is_discrete:
+            raise ProgramError(
+                f"site {site.name!r} is discrete, and NUTS moves continuous latents alone: observe it, or use MCMC"
+            )
+        try:
+            shapes[site.name] = biject_to(site.fn.support).inv(site.value).shape
+        except NotImplementedError as error:
+            raise ProgramError(f"site {site.name!r}: no bijection from real numbers onto {site.fn.support}") from error
+    return shapes
+
+
+def score(
+    program: Program, scored: ScoredOnce, z: dict[str, Tensor], *, batch_size: int | None, vectorize: bool
+) -> tuple[Particles, Tensor]:
+    """The program run at real numbers (draw, *batch, *event), in batches of bounded memory.
+
+    :return: its runs, and log |det f'(z)| of each, (draw,).
+    """
+    draws = len(next(iter(z.values())))
+    parts, log_dets = [], []
+    for rows in torch.arange(draws).split((batch_size or program.max_particles) if vectorize else 1):
+        at = Unconstrained({name: program.under_plate(name, x[rows]) for name, x in z.items()})
+        with scored, at:
+            parts.append(run_particles(program, None, len(rows), vectorize=vectorize))
+        log_dets.append(at.log_det_of_each(len(rows)))
+    return Particles.concatenate(parts), torch.cat(log_dets)
+
+
+def starting_point(
+    program: Program, scored: ScoredOnce, z: dict[str, Tensor], *, batch_size: int | None, vectorize: bool
+) -> dict[str, Tensor]:
+    """The first of the points z (point, *batch, *event) that the posterior allows, for each prompt by itself.
+
+    :raises EvidenceError: if none is.
+    :raises ProgramError: if the log-density has no finite gradient there.
+    """
+    particles, _ = score(program, scored, z, batch_size=batch_size, vectorize=vectorize)
+    check_evidence(to_numpy(particles.log_joint)[None], prompt_labels(program))
+    first = particles.log_joint.isfinite().long().argmax(0, keepdim=True)  # (1, prompt)
+    z = {name: program.take(name, x, first)[0] for name, x in z.items()}
+    gradient, _ = potential_grad(Potential(program, scored), z)
+    for name, slope in gradient.items():
+        if not slope.isfinite().all():
+            raise ProgramError(f"the gradient of the log-density along site {name!r} is not finite: it is needed here")
+    return z

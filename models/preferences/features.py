@@ -59,8 +59,8 @@ class Cached:
 class LastHidden(Cached):
     """A language model's last hidden state, (n, width), at the last token of prompt, completion and ``suffix``.
 
-    The state there is what the model knows of the next token; a suffix such as "\\nIn one word, it was" asks it for what
-    matters (Jiang et al. 2023, "Scaling sentence embeddings with large language models", arXiv 2307.16645).
+    The state there is what the model knows of the next token; a suffix such as "\\nIn one word, it was" asks it for
+    what matters (Jiang et al. 2023, "Scaling sentence embeddings with large language models", arXiv 2307.16645).
 
     Texts are read joined as they stand, as the model's tokenizer splits them, in batches of bounded memory. A network
     whose head cannot be told from its body has logits for hidden states.

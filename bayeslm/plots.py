@@ -142,7 +142,7 @@ def plot_reliability(calibrations: Mapping[str, Calibration]) -> Figure:
         axis.errorbar(x, y, error, color=colour, fmt="o-", linewidth=1.2, capsize=2, label=label)
         edges = np.linspace(0.5, 1, len(found.counts) + 1)
         below.stairs(found.counts, edges, color=colour, linestyle=STYLES[i % len(STYLES)], linewidth=1.6)
-    axis.set(ylabel="share right", ylim=(-0.02, 1.02))
+    axis.set(ylabel="share right", ylim=(None, 1.02))
     axis.legend(frameon=False, loc="lower right")
     below.set(xlabel="confidence", ylabel="pairs")
     return figure

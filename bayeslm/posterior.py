@@ -298,8 +298,8 @@ def _validate(posterior: Posterior) -> None:
             )
     for group in ("pointwise", "predictive"):
         for name, array in getattr(posterior, group).items():
-            dims = posterior.dims.get(name)
-            if dims is None or array.shape[:2] != leading or array.ndim > 2 + len(dims):
+            dims = posterior.dims.get(name, ())
+            if array.shape[:2] != leading or not 2 < array.ndim <= 2 + len(dims):
                 raise ValueError(f"{group}[{name!r}] must be {leading} + dims {dims}, not {array.shape}")
     for group in ("texts", "lengths"):
         for name, array in getattr(posterior, group).items():

@@ -84,7 +84,7 @@ def as_law(guide: Callable[..., Any], program: Program) -> Callable[..., Any]:
         return guide
     try:
         law: Callable[..., Any] = guide.laplace_approximation(*program.args, **program.kwargs)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ProgramError("AutoLaplaceApproximation has found no maximum yet: train it for more steps") from error
     return law
 

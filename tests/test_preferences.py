@@ -146,6 +146,22 @@ def test_guides_against_quadrature(name: str, seed: int):
         assert diagnostics.ess(again.log_weights)[0] > 1200
 
 
+def test_a_class_of_guides_is_made_for_each_chain():
+    """Two chains of different starts, whose parameters are not in Pyro's store: another program's guide begins anew."""
+    mean, covariance, log_z = truth()
+    svi = SVI(num_steps=200, num_chains=2, num_samples=2000, seed=0, progress=False, guide=AutoMultivariateNormal)
+    posterior = svi.run(MODEL, DATA)
+    assert_posterior(posterior, mean, covariance)
+    assert posterior.stats["elbo"].shape == (2, 200, 1)
+    assert (posterior.stats["elbo"][0, -1] != posterior.stats["elbo"][1, -1]).all()
+    assert log_z - posterior.log_weights.mean() < 0.15
+    assert not list(pyro.get_param_store())
+    one = BradleyTerry(lambda p, c: counts(p, c)[:, :1])
+    assert svi.run(one, DATA).samples["weights"].shape == (2, 2000, 1)
+    with pytest.raises(ValueError, match="a class of guides, or none"):
+        SVI(num_chains=2, guide=AutoMultivariateNormal(MODEL))
+
+
 def test_a_full_normal_is_nearer_than_independent_ones():
     """log Z - ELBO, which is KL(q || posterior): the guides differ as they should on weights that are correlated."""
     elbos = {}

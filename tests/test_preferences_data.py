@@ -130,9 +130,9 @@ def test_rankings_and_ratings(tmp_path: Path):
 def test_last_hidden_is_the_networks_own(batch_size: int | None):
     lm = tiny_llama(batch_size=batch_size)
     prompts, completions = ["a", "b c ", "", "d d"], [" b c d e", "f", "g", " e f g a b"]
-    features = LastHidden(lm)(prompts, completions)
+    features = LastHidden(lm, suffix=" c")(prompts, completions)
     for prompt, completion, found in zip(prompts, completions, features, strict=True):
-        ids = torch.tensor([lm.tokenizer(prompt + completion)["input_ids"]])
+        ids = torch.tensor([lm.tokenizer(prompt + completion + " c")["input_ids"]])
         expected = lm.network(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1]
         torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
 

@@ -39,6 +39,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -94,8 +95,8 @@ class UncertainReward(Reward):
             raise ValueError(f"level must be between 0 and 1, got {self.level}")
         if self.form == "marginal":
             self._bound(0.0, None)
-        generator = torch.Generator().manual_seed(self.seed)
-        self._drawn = int(torch.randint(len(self.weights), (), generator=generator))
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        self._drawn = int(torch.randint(len(self.weights), (), generator=generator, device="cpu"))
 
     @classmethod
     def from_posterior(
@@ -111,9 +112,10 @@ class UncertainReward(Reward):
             raise ValueError(f"num_draws must be at least 1, got {num_draws}")
         if getattr(posterior.samples.get("weights"), "ndim", 0) != 3:
             raise ValueError(f"the posterior has no site 'weights' of event shape (d,), but {list(posterior.samples)}")
-        draws = torch.as_tensor(posterior.resample().samples["weights"]).flatten(0, 1)
-        kept = torch.linspace(0, len(draws) - 1, min(num_draws, len(draws))).long()
-        return cls(model, draws[kept], form, **settings)
+        draws = posterior.resample().samples["weights"]
+        draws = draws.reshape(-1, draws.shape[-1])
+        kept = np.linspace(0, len(draws) - 1, min(num_draws, len(draws))).astype(int)
+        return cls(model, torch.as_tensor(draws[kept]), form, **settings)
 
     def centred(
         self,

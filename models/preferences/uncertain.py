@@ -58,6 +58,7 @@ from .linear import LinearReward
 
 Form = Literal["mean", "draw", "quantile", "marginal"]
 FORMAT = 1
+PROBE = (["The weather today is"], [" fine, and a walk would be good."])  # tells other features at loading
 CELLS = 2**24  # margins computed at once: 64 MB
 
 
@@ -198,7 +199,7 @@ class UncertainReward(Reward):
 
         :raises FileExistsError: if the folder exists and is not empty.
         """
-        tensors, prompts = {"weights": self.weights}, None
+        tensors, prompts = {"weights": self.weights, "probe": self.model.featurise(*PROBE)}, None
         if isinstance(self.typical, Tensor):
             tensors["typical"] = self.typical
         elif self.typical is not None:
@@ -215,7 +216,7 @@ class UncertainReward(Reward):
         """Read what `save_pretrained` wrote, for a program with the features that the weights are of.
 
         :raises FileNotFoundError: if there is no such reward.
-        :raises ValueError: if another version wrote it.
+        :raises ValueError: if another version wrote it, or the program has other features.
         """
         header = Path(path) / "uncertain.json"
         if not header.is_file():
@@ -224,6 +225,9 @@ class UncertainReward(Reward):
         if not isinstance(config, dict) or config.get("format") != FORMAT:
             raise ValueError(f"{header} was not written by a version of bayeslm that this one reads ({FORMAT})")
         tensors = load_file(Path(path) / "uncertain.safetensors")
+        probe = model.featurise(*PROBE).cpu()
+        if probe.shape != tensors["probe"].shape or not torch.allclose(probe, tensors["probe"], rtol=1e-3, atol=1e-3):
+            raise ValueError(f"the weights in {path} are of other features: give those, fitted to the same texts")
         saved = tensors.get("typical")
         typical: Tensor | dict[str, Tensor] | None = saved
         if saved is not None and config["prompts"] is not None:

@@ -51,7 +51,7 @@ class Task:
     :param draws: of the posterior of the judge's reward.
     """
 
-    def __init__(self, seed: int, fatigue: float, num_comparisons: int = 30, length: int = 5, draws: int = 256) -> None:
+    def __init__(self, seed: int, fatigue: float, num_comparisons: int = 30, length: int = 5, draws: int = 128) -> None:
         self.seed, self.length, self.num_comparisons, self.draws = seed, length, num_comparisons, draws
         self.rng = np.random.default_rng(seed)
         self.prior = LanguageModel.tabular(["<eos>", *"abcdefg"], seed=seed)
@@ -74,7 +74,7 @@ class Task:
 
     def learn(self) -> UncertainReward:
         """The posterior of the judge's reward."""
-        engine = NUTS(num_samples=self.draws, warmup=100, num_chains=1, seed=self.seed, progress=False)
+        engine = NUTS(num_samples=self.draws, warmup=80, num_chains=1, seed=self.seed, progress=False)
         posterior = engine.run(self.learner(), self.comparisons())
         return self.centred(UncertainReward.from_posterior(self.learner(), posterior, "mean", seed=self.seed))
 
@@ -130,7 +130,7 @@ def curves(fatigue: float, seeds: range, **settings: int) -> tuple[Curves, Curve
     return stacked(both[0]), stacked(both[1])
 
 
-def main(folder: Path, seeds: range = range(12)) -> None:
+def main(folder: Path, seeds: range = range(16)) -> None:
     panels: dict[str, Curves] = {}
     for judge, fatigue in {"the learned reward is right": 0.0, "it is wrong off the data": 0.5}.items():
         tilted, best = curves(fatigue, seeds)

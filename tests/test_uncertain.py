@@ -400,6 +400,19 @@ def test_what_is_no_reward_is_not_read(tmp_path: Path) -> None:
         UncertainReward.from_pretrained(tmp_path, BradleyTerry(count))
 
 
+def test_other_features_are_told_at_loading(tmp_path: Path) -> None:
+    """Such as principal components whose signs came out otherwise."""
+
+    def length(sign: float, width: int = 3) -> BradleyTerry:
+        return BradleyTerry(lambda prompts, completions: torch.tensor([[sign * len(x)] * width for x in completions]))
+
+    UncertainReward(length(1.0), draws(), "mean").save_pretrained(tmp_path / "reward")
+    UncertainReward.from_pretrained(tmp_path / "reward", length(1.0))
+    for other in (length(-1.0), length(1.0, width=2)):
+        with pytest.raises(ValueError, match="are of other features"):
+            UncertainReward.from_pretrained(tmp_path / "reward", other)
+
+
 def test_the_command_line_finds_one_by_its_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     learned("quantile").save_pretrained(tmp_path / "kept")
     source = """

@@ -39,6 +39,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -57,6 +58,7 @@ from .linear import LinearReward
 
 Form = Literal["mean", "draw", "quantile", "marginal"]
 FORMAT = 1
+PROBE = (["The weather today is"], [" fine, and a walk would be good."])  # tells other features at loading
 CELLS = 2**24  # margins computed at once: 64 MB
 
 
@@ -94,8 +96,8 @@ class UncertainReward(Reward):
             raise ValueError(f"level must be between 0 and 1, got {self.level}")
         if self.form == "marginal":
             self._bound(0.0, None)
-        generator = torch.Generator().manual_seed(self.seed)
-        self._drawn = int(torch.randint(len(self.weights), (), generator=generator))
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        self._drawn = int(torch.randint(len(self.weights), (), generator=generator, device="cpu"))
 
     @classmethod
     def from_posterior(
@@ -111,9 +113,10 @@ class UncertainReward(Reward):
             raise ValueError(f"num_draws must be at least 1, got {num_draws}")
         if getattr(posterior.samples.get("weights"), "ndim", 0) != 3:
             raise ValueError(f"the posterior has no site 'weights' of event shape (d,), but {list(posterior.samples)}")
-        draws = torch.as_tensor(posterior.resample().samples["weights"]).flatten(0, 1)
-        kept = torch.linspace(0, len(draws) - 1, min(num_draws, len(draws))).long()
-        return cls(model, draws[kept], form, **settings)
+        draws = posterior.resample().samples["weights"]
+        draws = draws.reshape(-1, draws.shape[-1])
+        kept = np.linspace(0, len(draws) - 1, min(num_draws, len(draws))).astype(int)
+        return cls(model, torch.as_tensor(draws[kept]), form, **settings)
 
     def centred(
         self,
@@ -196,7 +199,7 @@ class UncertainReward(Reward):
 
         :raises FileExistsError: if the folder exists and is not empty.
         """
-        tensors, prompts = {"weights": self.weights}, None
+        tensors, prompts = {"weights": self.weights, "probe": self.model.featurise(*PROBE)}, None
         if isinstance(self.typical, Tensor):
             tensors["typical"] = self.typical
         elif self.typical is not None:
@@ -213,7 +216,7 @@ class UncertainReward(Reward):
         """Read what `save_pretrained` wrote, for a program with the features that the weights are of.
 
         :raises FileNotFoundError: if there is no such reward.
-        :raises ValueError: if another version wrote it.
+        :raises ValueError: if another version wrote it, or the program has other features.
         """
         header = Path(path) / "uncertain.json"
         if not header.is_file():
@@ -222,6 +225,9 @@ class UncertainReward(Reward):
         if not isinstance(config, dict) or config.get("format") != FORMAT:
             raise ValueError(f"{header} was not written by a version of bayeslm that this one reads ({FORMAT})")
         tensors = load_file(Path(path) / "uncertain.safetensors")
+        probe = model.featurise(*PROBE).cpu()
+        if probe.shape != tensors["probe"].shape or not torch.allclose(probe, tensors["probe"], rtol=1e-3, atol=1e-3):
+            raise ValueError(f"the weights in {path} are of other features: give those, fitted to the same texts")
         saved = tensors.get("typical")
         typical: Tensor | dict[str, Tensor] | None = saved
         if saved is not None and config["prompts"] is not None:

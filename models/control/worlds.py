@@ -197,7 +197,7 @@ class Worlds:
                 summed(pair, rewards, states, actions),
                 summed(pair, rewards * steps.rewards, states, actions),
             ),
-            self.initial.update(summed(steps.states[..., :1], weight[..., :1], states)),
+            self.initial.update(torch.nn.functional.one_hot(steps.states[..., 0], states)),
             self.terminal | ended,
         )
 

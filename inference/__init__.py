@@ -2,6 +2,7 @@
 
 from .annealed import AnnealedSMC
 from .baselines import ExponentialAverage
+from .controlled_smc import ControlledSMC
 from .critic import Critic
 from .draws import FromPosterior, Replay, of_prior
 from .exact import Exact
@@ -48,6 +49,7 @@ __all__ = [
     "AnnealedSMC",
     "BestOfN",
     "Boltzmann",
+    "ControlledSMC",
     "Critic",
     "EpisodicTask",
     "EpsilonGreedy",

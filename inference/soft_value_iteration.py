@@ -100,7 +100,8 @@ class SoftValueIteration:
         prior, policy = _prior(mdp, prior), policy.to(mdp.initial).expand(shape)
         values = [torch.zeros_like(mdp.initial)]
         for t in reversed(range(self.horizon)):
-            values.append(self._value(prior, policy[t], self._action_values(mdp, values[-1])))
+            value = self._value(prior, policy[t], self._action_values(mdp, values[-1]))
+            values.append(value.masked_fill(mdp.terminal, 0.0))  # nobody acts there, whatever the policy would do
         return torch.stack(values[::-1])
 
     def _action_values(self, mdp: MDP, value: Tensor) -> Tensor:

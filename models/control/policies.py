@@ -62,7 +62,7 @@ class CountdownPolicy(nn.Module):
     :raises ValueError: if there are fewer than two tables or steps.
     """
 
-    def __init__(self, num_states: int, num_actions: int, horizon: int, num_tables: int = 4) -> None:
+    def __init__(self, num_states: int, num_actions: int, horizon: int, num_tables: int = 3) -> None:
         super().__init__()
         if num_tables < 2 or horizon < 2:
             raise ValueError("CountdownPolicy: needs two tables and two steps at least; TabularPolicy has one table")

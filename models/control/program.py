@@ -71,6 +71,9 @@ class PolicyGuide(nn.Module):
         super().__init__()
         self.policy = policy
         self._control = control
+        store = pyro.get_param_store()
+        for name in [name for name in store if name.startswith("policy$$$")]:
+            del store[name]  # another guide's, which Pyro would train in place of this one's
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
         pyro.module("policy", self.policy)

@@ -203,8 +203,8 @@ class Worlds:
 
     def expand(self, runs: int) -> Worlds:
         """The same for each of so many runs."""
-        laws = (law.expand(runs) for law in (self.transitions, self.rewards, self.initial))
-        return Worlds(*laws, self.terminal.expand(runs, *self.terminal.shape))
+        terminal = self.terminal.expand(runs, *self.terminal.shape)
+        return Worlds(self.transitions.expand(runs), self.rewards.expand(runs), self.initial.expand(runs), terminal)
 
     @property
     def mean(self) -> MDP:

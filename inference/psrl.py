@@ -31,34 +31,34 @@ from .exploration import Exploration, Thompson
 from .program import seeded
 from .soft_value_iteration import SoftValueIteration
 
-World = TypeVar("World")
-Seen = TypeVar("Seen", bound="HasReturns")
-BeliefT = TypeVar("BeliefT", bound="Belief[Any, Any]")
+BeliefT = TypeVar("BeliefT", bound="Belief")
 
 
-class HasReturns(Protocol):
-    @property
-    def returns(self) -> Tensor: ...
-
-
-class Belief(Protocol[World, Seen]):
+class Belief(Protocol):
     """A posterior over worlds: `Worlds` over processes, `BernoulliArms` and `GaussianArms` over bandits."""
 
     @property
-    def mean(self) -> World: ...
-    def sample(self) -> World: ...
-    def update(self, seen: Seen, /) -> Self: ...
-    def expand(self, runs: int, /) -> Self: ...
+    def mean(self) -> Any:
+        """The mean world, of every run."""
+
+    def sample(self) -> Any:
+        """A world drawn for every run."""
+
+    def update(self, seen: Any, /) -> Self:
+        """The posterior, given what every run saw."""
+
+    def expand(self, runs: int, /) -> Self:
+        """The same for each of so many runs."""
 
 
-class Task(Protocol[World, Seen]):
-    """What is to be learned; policies and values end in an axis of actions, after one of runs and any others."""
+class Task(Protocol):
+    """What is to be learned; policies and values have runs first and actions last."""
 
-    def action_values(self, world: World, /) -> Tensor:
+    def action_values(self, world: Any, /) -> Tensor:
         """What each action is worth in a world that is believed."""
 
-    def play(self, policy: Tensor, /) -> Seen:
-        """Act once, for an episode, in the true world."""
+    def play(self, policy: Tensor, /) -> Any:
+        """Act for an episode in the true world. What was seen has ``returns`` (run,), and is what beliefs update on."""
 
     def regret(self, policy: Tensor, /) -> Tensor:
         """(run,) What the policy loses in the true world; NaN where that is not known."""
@@ -95,9 +95,11 @@ class PSRL:
     def __post_init__(self) -> None:
         check_counts(self, "num_episodes", "num_runs")
 
-    def run(self, task: Task[World, Seen], prior: BeliefT) -> Learning[BeliefT]:
+    def run(self, task: Task, prior: BeliefT) -> Learning[BeliefT]:
         """Learn a task from a prior over its worlds, which is the same for all runs. Ctrl-C keeps what was learned."""
-        belief, regret, returns = prior.expand(self.num_runs), [], []
+        belief = prior.expand(self.num_runs)
+        regret: list[Tensor] = []
+        returns: list[Tensor] = []
         with seeded(self.seed), track(type(self.exploration).__name__, self.num_episodes, self.progress) as report:
             for _ in range(self.num_episodes):
                 try:

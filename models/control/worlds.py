@@ -197,14 +197,14 @@ class Worlds:
                 summed(pair, rewards, states, actions),
                 summed(pair, rewards * steps.rewards, states, actions),
             ),
-            self.initial.update(summed(steps.states[..., :1], weight[..., :1], states)),
+            self.initial.update(torch.nn.functional.one_hot(steps.states[..., 0], states)),
             self.terminal | ended,
         )
 
     def expand(self, runs: int) -> Worlds:
         """The same for each of so many runs."""
-        laws = (law.expand(runs) for law in (self.transitions, self.rewards, self.initial))
-        return Worlds(*laws, self.terminal.expand(runs, *self.terminal.shape))
+        terminal = self.terminal.expand(runs, *self.terminal.shape)
+        return Worlds(self.transitions.expand(runs), self.rewards.expand(runs), self.initial.expand(runs), terminal)
 
     @property
     def mean(self) -> MDP:

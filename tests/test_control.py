@@ -298,7 +298,7 @@ def test_svi_is_within_a_hundredth_of_the_soft_optimal_value(name, beta, horizon
         learning_rate=0.2,
         schedule="cosine",
         objective=ReverseKL(1000, StateValues(mdp.num_states)),
-        temperature=Tempering(0.03, 0.4),
+        temperature=Tempering(0.1, 0.4),
         guide=control.guide(policy),
         num_samples=16,
         seed=0,

@@ -4,7 +4,7 @@ import importlib.util
 
 from .environments import GymEnvironment, TabularEnvironment
 from .mdp import MDP
-from .policies import CountdownPolicy, MLPPolicy, TabularPolicy, UniformPolicy
+from .policies import CountdownPolicy, MLPPolicy, TabularPolicy, TrainablePolicy, UniformPolicy
 from .program import Control, PolicyGuide
 from .trajectory import Trajectory, actions, by_step, observations, returns, step_rewards
 
@@ -17,6 +17,7 @@ __all__ = [
     "PolicyGuide",
     "TabularEnvironment",
     "TabularPolicy",
+    "TrainablePolicy",
     "Trajectory",
     "UniformPolicy",
     "actions",

@@ -147,7 +147,7 @@ def test_a_reply_to_a_draft():
 def test_advantages_by_hand():
     """f less the other particles' mean over their tokens, padding left out; U is what the critic says."""
     f, live = torch.tensor([[1.0], [3.0], [8.0]]), torch.tensor([[1, 1], [1, 0], [1, 1]])[:, None, None].bool()
-    texts = Texts(torch.randn(3, 1, 1, 2, 5), torch.randn(3, 1, 1, 2), live)
+    texts = Texts(torch.randn(3, 1, 1, 2, 5), torch.randn(3, 1, 1, 2), live, torch.zeros(3, 1, 1, 2))
     critic = Critic(learning_rate=0.1)
     first = critic.of_tokens("x", f, texts)[:, 0, 0]
     torch.testing.assert_close(first, torch.tensor([[1 - 19 / 3] * 2, [3 - 18 / 4] * 2, [8 - 5 / 3] * 2]))
@@ -235,6 +235,19 @@ def test_programs_without_completions_are_refused():
 
     with pyro.get_param_store().scope(), pytest.raises(ProgramError, match="leave_one_out"):
         ReverseKL(4, Critic()).loss_and_grads(model, guide)
+
+
+def test_states_may_move_far_from_the_first():
+    """As those of a policy do that learns to live longer: its scale is that of what was seen lately."""
+    torch.manual_seed(0)
+    critic = Critic(learning_rate=0.01, num_steps=4)
+    live = torch.ones(64, 1, 1, T, dtype=torch.bool)
+    past = torch.zeros(64, 1, 1, T)
+    for step in range(60):
+        hidden = torch.randn(64, 1, 1, 1, 2).expand(-1, -1, -1, T, -1) * (1.0 if step < 5 else 100.0)
+        f = hidden[:, :, 0, 0, 0]  # what is known before a token says it all
+        advantage = critic.of_tokens("x", f, Texts(hidden, past, live, torch.zeros_like(past)))
+    assert advantage.square().mean() < 0.1 * f.square().mean()
 
 
 def test_settings_are_checked():

@@ -4,7 +4,7 @@ import importlib.util
 
 from .environments import GymEnvironment, TabularEnvironment
 from .mdp import MDP
-from .policies import CountdownPolicy, TabularPolicy, UniformPolicy
+from .policies import CountdownPolicy, MLPPolicy, TabularPolicy, TrainablePolicy, UniformPolicy
 from .program import Control, PolicyGuide
 from .trajectory import Trajectory, actions, by_step, observations, returns, step_rewards
 
@@ -13,9 +13,11 @@ __all__ = [
     "Control",
     "CountdownPolicy",
     "GymEnvironment",
+    "MLPPolicy",
     "PolicyGuide",
     "TabularEnvironment",
     "TabularPolicy",
+    "TrainablePolicy",
     "Trajectory",
     "UniformPolicy",
     "actions",

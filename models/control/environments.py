@@ -19,6 +19,8 @@ from .mdp import MDP
 if TYPE_CHECKING:
     import gymnasium
 
+BOUNDLESS = 1e4  # spaces write "no bound" as inf, or as the largest number of their type
+
 
 class Episodes(Protocol):
     """Episodes in play, one a row."""
@@ -153,6 +155,7 @@ class GymEnvironment:
         self.num_actions = int(actions.n)
         self.num_states = int(observations.n) if discrete else None
         self.observation_size = 1 if discrete else int(np.prod(observations.shape))
+        self.observation_scale = _scale(observations) if not discrete else None
         self._first_action = int(actions.start)
         self._first_state = int(observations.start) if discrete else 0
         vectorised = isinstance(make, str) and gymnasium.spec(make).vector_entry_point is not None
@@ -182,6 +185,12 @@ class GymEnvironment:
         """Observations of rows as float32 (row, observation_size)."""
         array = np.asarray(observations, dtype=np.float32).reshape(len(observations), self.observation_size)
         return torch.from_numpy(array - self._first_state if self._first_state else array)
+
+
+def _scale(box: gymnasium.spaces.Box) -> Tensor:
+    """Half the width of each coordinate of a box, (observation_size,); 1 where it has no bounds worth the name."""
+    half = torch.from_numpy((box.high.astype(np.float64) - box.low.astype(np.float64)).reshape(-1) / 2)
+    return torch.where((half > 0) & (half < BOUNDLESS), half, 1.0).float()
 
 
 def _seeds(n: int) -> list[int]:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+if TYPE_CHECKING:
+    from .environments import Environment
 
 Policy = Callable[[Tensor, Tensor], Tensor]
+WEIGHTS = "policy.safetensors"
 
 
 class UniformPolicy(nn.Module):
@@ -22,7 +32,25 @@ class UniformPolicy(nn.Module):
         return observations.new_zeros(*observations.shape[:-1], self.num_actions)
 
 
-class TabularPolicy(nn.Module):
+class TrainablePolicy(nn.Module):
+    """A policy that is kept as a language model is."""
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the weights into ``folder``, made if it is missing: policy.safetensors."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file({name: x.contiguous() for name, x in self.state_dict().items()}, Path(folder) / WEIGHTS)
+
+    def load_pretrained(self, folder: str | os.PathLike[str]) -> Self:
+        """Read the weights that a policy of the same shape wrote, and give this one.
+
+        :raises FileNotFoundError: if there are none.
+        :raises RuntimeError: if they are of a policy of another shape.
+        """
+        self.load_state_dict(load_file(Path(folder) / WEIGHTS))
+        return self
+
+
+class TabularPolicy(TrainablePolicy):
     """A table of logits, trainable.
 
     :param logits: (S, A), or one of each step (T, S, A).
@@ -50,7 +78,7 @@ class TabularPolicy(nn.Module):
         return self.logits[state] if self.logits.dim() == 2 else self.logits[steps, state]
 
 
-class CountdownPolicy(nn.Module):
+class CountdownPolicy(TrainablePolicy):
     """Tables of logits that change with the steps to go, the more slowly the more there are: ``num_tables`` of them
     stand at 1, ..., T steps to go, evenly on a logarithmic scale, and between them logits are interpolated.
 
@@ -84,3 +112,42 @@ class CountdownPolicy(nn.Module):
         below = place.long().clamp_max(len(self.logits) - 2)
         share = (place - below)[..., None]
         return torch.lerp(self.logits[below, state], self.logits[below + 1, state], share)
+
+
+class MLPPolicy(TrainablePolicy):
+    """A multilayer perceptron, trainable; the same at every step.
+
+    It reads the coordinates of an observation scaled by their bounds, where they have any, or a discrete one as a
+    one-hot vector. It begins near the uniform policy, whose KL to the uniform prior is 0.
+
+    :param environment: what it is a policy of.
+    :param hidden: widths of the layers between, each followed by tanh.
+    :param seed: of the first weights.
+    """
+
+    scale: Tensor
+
+    def __init__(self, environment: Environment, hidden: Sequence[int] = (64, 64), seed: int = 0) -> None:
+        super().__init__()
+        self.num_states = environment.num_states
+        scale = getattr(environment, "observation_scale", None)  # which tables have no need of
+        self.register_buffer("scale", torch.ones(environment.observation_size) if scale is None else scale.clone())
+        widths = [environment.observation_size if self.num_states is None else self.num_states, *hidden]
+        layers: list[nn.Module] = []
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for inputs, outputs in itertools.pairwise(widths):
+                layers += [nn.Linear(inputs, outputs), nn.Tanh()]
+            last = nn.Linear(widths[-1], environment.num_actions)
+        with torch.no_grad():
+            last.weight.mul_(0.01)
+            last.bias.zero_()
+        self.layers = nn.Sequential(*layers, last).to(environment.device)
+
+    def forward(self, observations: Tensor, steps: Tensor) -> Tensor:
+        if self.num_states is None:
+            features = observations / self.scale
+        else:
+            features = one_hot(observations[..., 0].long(), self.num_states).float()
+        logits: Tensor = self.layers(features)
+        return logits

@@ -4,7 +4,7 @@
     texts.json       completions as strings
     arrays.npz       every array, at full precision
     posterior.nc     the same for ArviZ, by `Posterior.to_arviz` (left out where no draw has positive weight)
-    policy/          the trained language model, by its own `save_pretrained`
+    policy/          the trained policy, by its own `save_pretrained`
 
 It is written beside its place and renamed into it whole, so that a directory of that name is complete or
 absent.
@@ -41,9 +41,14 @@ GROUPS = ("samples", "log_likelihood", "pointwise", "predictive", "lengths", "pr
 def save(posterior: Posterior, directory: Path) -> Path:
     """Write `posterior` to `directory`, which must be new or empty; returns it.
 
-    Raises FileExistsError if it is neither, TypeError if `stats` holds what JSON cannot, OSError if the disk
-    refuses; nothing is left behind then.
+    Raises FileExistsError if it is neither, TypeError if `stats` holds what JSON cannot or the policy cannot save
+    itself, OSError if the disk refuses; nothing is left behind then.
     """
+    if posterior.policy is not None and not hasattr(posterior.policy, "save_pretrained"):
+        raise TypeError(
+            f"the policy, a {type(posterior.policy).__name__}, has no method save_pretrained(folder): give it one, or "
+            "save it yourself and dataclasses.replace(posterior, policy=None)"
+        )
     directory = directory.absolute()
     with whole(directory) as unfinished:
         _write(posterior, unfinished)

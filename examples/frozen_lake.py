@@ -47,7 +47,7 @@ def main(folder: Path, name: str) -> None:
         learning_rate=0.2,
         schedule="cosine",
         objective=ReverseKL(1000, StateValues(mdp.num_states)),
-        temperature=Tempering(start=0.03, share=0.4),
+        temperature=Tempering(start=0.1, share=0.4),
         guide=control.guide(policy),
         seed=0,
     )

@@ -149,7 +149,7 @@ class ControlledSMC:
             log_p = log_softmax_at(model.prior(state, torch.full_like(token, step)).float(), token)
             rollout.append(token, log_q)
             reward = rollout.values[:, step, REWARD]
-            seen.note(state, token, reward, rollout, ~over)
+            seen.note(*(x[~over] for x in (state, token, reward, rollout.episodes.observations)))
             gain = reward / model.beta + expected() - before if tilted else advantages[step, state[:, 0].long(), token]
             gain = gain.masked_fill(over, 0.0)
             gained = gained + gain
@@ -182,7 +182,6 @@ class _Transitions:
         self._shape = (environment.num_states, environment.num_actions, environment.num_states)
         size = self._shape[0] * self._shape[1] * self._shape[2]
         self._counts, self._rewards = torch.zeros(2, size, dtype=torch.float64, device=environment.device)
-        self._terminal = torch.zeros(self._shape[0], dtype=torch.bool, device=environment.device)
         states = torch.arange(self._shape[0], device=environment.device)
         with torch.no_grad():
             self.prior: Tensor = model.prior(states[:, None].float(), torch.zeros_like(states)).float().softmax(-1)
@@ -191,20 +190,20 @@ class _Transitions:
     def total(self) -> int:
         return int(self._counts.sum())
 
-    def note(self, states: Tensor, actions: Tensor, rewards: Tensor, rollout: Any, live: Tensor) -> None:
-        """Add the transitions of the ``live`` rows from ``states`` to where the episodes are now."""
-        following = rollout.episodes.observations[:, 0].long()
-        cell = ((states[:, 0].long() * self._shape[1] + actions) * self._shape[2] + following)[live]
+    def note(self, seen: Tensor, actions: Tensor, rewards: Tensor, following: Tensor) -> None:
+        """Add transitions, from observations (row, 1) by actions (row,) to others (row, 1)."""
+        cell = (seen[:, 0].long() * self._shape[1] + actions) * self._shape[2] + following[:, 0].long()
         self._counts.index_add_(0, cell, torch.ones_like(cell, dtype=torch.float64))
-        self._rewards.index_add_(0, cell, rewards[live].double())
-        if rollout.t < rollout.law.horizon:  # an end at the horizon may be that of a time limit
-            self._terminal[following[live & rollout.finished]] = True
+        self._rewards.index_add_(0, cell, rewards.double())
 
     def mdp(self) -> MDP:
-        """The process that these frequencies are of. What nobody has tried does nothing."""
+        """The process that these frequencies are of.
+
+        What nobody has tried does nothing, which is what happens at an end, where nobody acts.
+        """
         counts, rewards = self._counts.reshape(self._shape), self._rewards.reshape(self._shape)
         visits = counts.sum(-1, keepdim=True)
         nothing = torch.eye(self._shape[0], dtype=torch.float64, device=counts.device)[:, None]
         transitions = torch.where(visits > 0, counts / visits.clamp_min(1.0), nothing)
         initial = torch.full((self._shape[0],), 1 / self._shape[0], dtype=torch.float64, device=counts.device)
-        return MDP(transitions, rewards / counts.clamp_min(1.0), self._terminal, initial)
+        return MDP(transitions, rewards / counts.clamp_min(1.0), torch.zeros_like(initial, dtype=torch.bool), initial)

@@ -147,7 +147,7 @@ def test_a_reply_to_a_draft():
 def test_advantages_by_hand():
     """f less the other particles' mean over their tokens, padding left out; U is what the critic says."""
     f, live = torch.tensor([[1.0], [3.0], [8.0]]), torch.tensor([[1, 1], [1, 0], [1, 1]])[:, None, None].bool()
-    texts = Texts(torch.randn(3, 1, 1, 2, 5), torch.randn(3, 1, 1, 2), live)
+    texts = Texts(torch.randn(3, 1, 1, 2, 5), torch.randn(3, 1, 1, 2), live, torch.zeros(3, 1, 1, 2))
     critic = Critic(learning_rate=0.1)
     first = critic.of_tokens("x", f, texts)[:, 0, 0]
     torch.testing.assert_close(first, torch.tensor([[1 - 19 / 3] * 2, [3 - 18 / 4] * 2, [8 - 5 / 3] * 2]))

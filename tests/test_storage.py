@@ -64,6 +64,12 @@ def test_texts_come_back_exactly(tmp_path: Path) -> None:
     assert loaded.texts["completion"][0, 0].tolist() == ["nul\0", "lone \ud800\n"]
 
 
+def test_policy_that_cannot_save_itself(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="a object, has no method save_pretrained"):
+        from_prior(0, policy=object()).save(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_policy_is_saved_by_itself(tmp_path: Path) -> None:
     loaded = Posterior.load(from_prior(0, policy=Policy()).save(tmp_path / "run"))
     assert loaded.policy is None

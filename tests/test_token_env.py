@@ -234,6 +234,24 @@ def test_without_beta_the_best_return_is_the_best_reward():
     assert root == pytest.approx(max(rewards.values()), abs=1e-2)
 
 
+@pytest.mark.long
+def test_stable_baselines3_learns_to_write():
+    """Its PPO finds the best text for each prompt, to a hundredth of the reward's range."""
+    ppo = pytest.importorskip("stable_baselines3").PPO
+    env = make(max_new_tokens=TOKENS)
+    agent = ppo("MlpPolicy", env, n_steps=256, learning_rate=3e-3, gamma=1.0, seed=0, device="cpu").learn(10_000)
+    scores = []
+    for prompt in range(len(PROMPTS)):
+        observation, _ = env.reset(options={"prompt": prompt})
+        terminated = False
+        while not terminated:
+            action, _ = agent.predict(observation, deterministic=True)
+            observation, _, terminated, _, info = env.step(int(action))
+        scores.append(info["score"])
+    best = 1 + 1 / 2 + 1 / 3
+    np.testing.assert_allclose(scores, [best, best + 0.3], atol=0.02)
+
+
 # -- what is refused ------------------------------------------------------------------------------------------------
 
 

@@ -228,6 +228,14 @@ def test_seeds_reproduce_and_starts_are_the_same_for_all():
     torch.testing.assert_close(first[0, 1], torch.from_numpy(expected))
 
 
+def test_episodes_of_one_start_part_from_there():
+    """A start says where, not what chance will do: always to the right, on ice, leads to different places."""
+    right = TabularPolicy(torch.tensor([0.0, 0.0, 50.0, 0.0]).expand(16, 4))
+    law = Trajectory(GymEnvironment("FrozenLake-v1"), right, 6, torch.tensor([3]))
+    with seeded(0):
+        assert len(observations(law.sample((20,))).unique(dim=0)) > 3
+
+
 def test_vectorised_and_copied_environments_are_one_law():
     """CartPole under the uniform policy: mean lengths agree, and every step is paid, whichever plays; in episodes that
     follow one another, too."""

@@ -5,7 +5,7 @@ import importlib.util
 from .bandits import Bandit, BernoulliArms, GaussianArms, Pull
 from .environments import GymEnvironment, TabularEnvironment
 from .mdp import MDP
-from .policies import CountdownPolicy, MLPPolicy, TabularPolicy, UniformPolicy
+from .policies import CountdownPolicy, MLPPolicy, TabularPolicy, TrainablePolicy, UniformPolicy
 from .program import Control, PolicyGuide
 from .river_swim import river_swim
 from .trajectory import Trajectory, actions, by_step, observations, returns, step_rewards
@@ -27,6 +27,7 @@ __all__ = [
     "Steps",
     "TabularEnvironment",
     "TabularPolicy",
+    "TrainablePolicy",
     "Trajectory",
     "UniformPolicy",
     "UnknownMDP",

@@ -31,7 +31,7 @@ class Episodes(Protocol):
     """(row,) bool: terminated, or truncated by a time limit of the environment; no reward comes any more."""
 
     def step(self, actions: Tensor) -> Tensor:
-        """Take actions (row,); the rewards (row,) float32. Rows that have ended stay as they are."""
+        """Take actions (row,); the rewards (row,) float32, 0 of rows that had ended."""
 
     def select(self, rows: Tensor) -> None:
         """Row i becomes a copy of what row ``rows[i]`` is, with chance of its own from here on."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from .environments import Environment
 
 Policy = Callable[[Tensor, Tensor], Tensor]
+WEIGHTS = "policy.safetensors"
 
 
 class UniformPolicy(nn.Module):
@@ -28,7 +32,25 @@ class UniformPolicy(nn.Module):
         return observations.new_zeros(*observations.shape[:-1], self.num_actions)
 
 
-class TabularPolicy(nn.Module):
+class TrainablePolicy(nn.Module):
+    """A policy that is kept as a language model is."""
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the weights into ``folder``, made if it is missing: policy.safetensors."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file({name: x.contiguous() for name, x in self.state_dict().items()}, Path(folder) / WEIGHTS)
+
+    def load_pretrained(self, folder: str | os.PathLike[str]) -> Self:
+        """Read the weights that a policy of the same shape wrote, and give this one.
+
+        :raises FileNotFoundError: if there are none.
+        :raises RuntimeError: if they are of a policy of another shape.
+        """
+        self.load_state_dict(load_file(Path(folder) / WEIGHTS))
+        return self
+
+
+class TabularPolicy(TrainablePolicy):
     """A table of logits, trainable.
 
     :param logits: (S, A), or one of each step (T, S, A).
@@ -56,7 +78,7 @@ class TabularPolicy(nn.Module):
         return self.logits[state] if self.logits.dim() == 2 else self.logits[steps, state]
 
 
-class CountdownPolicy(nn.Module):
+class CountdownPolicy(TrainablePolicy):
     """Tables of logits that change with the steps to go, the more slowly the more there are: ``num_tables`` of them
     stand at 1, ..., T steps to go, evenly on a logarithmic scale, and between them logits are interpolated.
 
@@ -92,7 +114,7 @@ class CountdownPolicy(nn.Module):
         return torch.lerp(self.logits[below, state], self.logits[below + 1, state], share)
 
 
-class MLPPolicy(nn.Module):
+class MLPPolicy(TrainablePolicy):
     """A multilayer perceptron, trainable; the same at every step.
 
     It reads the coordinates of an observation scaled by their bounds, where they have any, or a discrete one as a

@@ -71,16 +71,13 @@ class PolicyGuide(nn.Module):
         super().__init__()
         self.policy = policy
         self._control = control
-        store = pyro.get_param_store()
-        for name in [name for name in store if name.startswith("policy$$$")]:
-            del store[name]  # another guide's, which Pyro would train in place of this one's
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
         store = pyro.get_param_store()
         for name, own in self.policy.named_parameters():
             kept = f"policy$$${name}"  # Pyro's name for it
             if kept in store and store[kept] is not own:
-                del store[kept]  # of another policy, trained before: `pyro.module` would put it into this one
+                del store[kept]  # another policy's, trained before, which Pyro would train in place of this one's
         pyro.module("policy", self.policy)
         law = self._control.law(self.policy, *args, **kwargs)
         with pyro.plate("prompts", len(law.starts)):

@@ -142,7 +142,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
             gain += info["score"]
         return self._observation(), gain, steps.done, False, info
 
-    def render(self) -> str | None:  # type: ignore[override]
+    def render(self) -> str | None:
         """The prompt, a bar, and the completion so far; None without a ``render_mode``."""
         if self.render_mode is None:
             return None

@@ -189,7 +189,7 @@ class Rollout:
         step[:, ACTION] = torch.where(over, -1, token)
         step[:, OBSERVATION:] = self.episodes.observations.masked_fill(over[:, None], 0.0)
         self.scores[:, self.t] = score.masked_fill(over, 0.0)
-        step[:, REWARD] = self.episodes.step(token).masked_fill(over, 0.0)
+        step[:, REWARD] = self.episodes.step(token)
         self.finished = over | self.episodes.ended
         self.t += 1
 

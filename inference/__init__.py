@@ -1,9 +1,11 @@
 """How to infer it: interchangeable engines, each ``Engine(...).run(model, *args, **kwargs) -> Posterior``."""
 
+from .acquisition import Acquisition, Duel, InformationGain, Tilted
 from .annealed import AnnealedSMC
 from .baselines import ExponentialAverage
 from .critic import Critic
 from .draws import FromPosterior, Replay, of_prior
+from .elicitation import Elicitation, FreshCompletions, Pool
 from .exact import Exact
 from .exploration import Boltzmann, EpsilonGreedy, Exploration, Random, Thompson
 from .heldout import HeldOut
@@ -45,10 +47,13 @@ __all__ = [
     "NUTS",
     "SMC",
     "SVI",
+    "Acquisition",
     "AnnealedSMC",
     "BestOfN",
     "Boltzmann",
     "Critic",
+    "Duel",
+    "Elicitation",
     "EpsilonGreedy",
     "EvidenceError",
     "Exact",
@@ -56,14 +61,17 @@ __all__ = [
     "ExponentialAverage",
     "FDivergence",
     "ForwardKL",
+    "FreshCompletions",
     "FromPosterior",
     "HeldOut",
     "ImportanceSampling",
+    "InformationGain",
     "KLTarget",
     "Laplace",
     "LogVariance",
     "NearPosterior",
     "Plateau",
+    "Pool",
     "ProgramError",
     "Random",
     "RejectionSampling",
@@ -75,6 +83,7 @@ __all__ = [
     "Tempering",
     "TensorBoard",
     "Thompson",
+    "Tilted",
     "TwistLearning",
     "alpha_divergence",
     "of_prior",

@@ -2,8 +2,8 @@ r"""Laplace's approximation: a normal law at the mode, with the curvature there,
 
     z* = \argmin U(z),    H = \nabla^2 U(z*),    q(z) = Normal(z*, H^{-1}),    w_i = exp(-U(z_i)) / q(z_i)
 
-over real numbers z, each latent being x = f(z), U(z) = -log p(f(z), y) - log |det f'(z)| (Laplace 1774; MacKay 1992, "The
-evidence framework applied to classification networks"; Tierney and Kadane 1986). The mode is found by Newton's method
+over real numbers z, each latent being x = f(z), U(z) = -log p(f(z), y) - log |det f'(z)| (Laplace 1774; Tierney and
+Kadane 1986; MacKay 1992, "The evidence framework applied to classification networks"). Newton's method finds the mode,
 with backtracking (Boyd and Vandenberghe 2004, algorithm 9.5), which ends where the Newton decrement
 
     \lambda^2 / 2 = g^T H^{-1} g / 2,    the nats that the quadratic model has still to gain,
@@ -111,7 +111,7 @@ class Laplace:
                 return z, hessian, {"steps": steps, "decrement": float(promised / 2)}
             z = _backtrack(potential, z, start, direction, value, promised)
         raise ProgramError(
-            f"Newton's method found no mode in max_steps={self.max_steps} steps: allow more, or use NUTS"
+            f"Newton's method found no mode in max_steps={self.max_steps}: allow more, or use NUTS"
         )
 
 

@@ -139,6 +139,8 @@ def _derivatives(potential: Potential, z: Tensor, like: dict[str, Tensor]) -> tu
     value = potential(_unflatten(z, like))
     (slope,) = torch.autograd.grad(value, z, create_graph=True)
     (hessian,) = torch.autograd.grad(slope, z, torch.eye(len(z)).to(z), is_grads_batched=True)
+    if not hessian.isfinite().all():
+        raise ProgramError("the log-density has no finite second derivative on the way to its mode: use NUTS")
     return value.detach(), slope.detach(), (hessian + hessian.T) / 2
 
 

@@ -141,7 +141,7 @@ def test_a_saddle_on_the_way_is_left():
 
     def model():
         x = pyro.sample("x", dist.Normal(0.0, 10.0))
-        pyro.factor("modes", torch.logaddexp(-8.0 * (x - 2.0) ** 2, -8.0 * (x + 2.0) ** 2 - 1e-2))
+        pyro.factor("modes", torch.stack([-8.0 * (x - 2.0) ** 2, -8.0 * (x + 2.0) ** 2 - 1e-2]).logsumexp(0))
 
     posterior = Laplace(num_samples=200, seed=0).run(model)
     assert abs(np.abs(posterior.samples["x"]) - 2.0).max() < 1.5
@@ -171,6 +171,10 @@ def test_refusals():
         with pyro.plate("prompts", 2):
             pyro.sample("x", dist.Normal(0.0, 1.0))
 
+    def unsteady():  # the second derivative of torch.logaddexp overflows
+        x = pyro.sample("x", dist.Normal(3.0, 10.0))
+        pyro.factor("modes", torch.logaddexp(-80.0 * (x - 3.0) ** 2, -80.0 * (x + 3.0) ** 2))
+
     def impossible():
         pyro.factor("f", pyro.sample("x", dist.Normal(0.0, 1.0)) * 0 - math.inf)
 
@@ -179,6 +183,7 @@ def test_refusals():
         (kinked, "proper prior"),
         (discrete, "discrete"),
         (apart, "one at a time"),
+        (unsteady, "second derivative"),
     ):
         with pytest.raises(ProgramError, match=says):
             Laplace().run(model)

@@ -1,8 +1,7 @@
-"""The command line: `bayeslm demo`, `bayeslm infer`, `bayeslm show`."""
+"""The command line: `bayeslm demo`, `bayeslm infer`, `bayeslm show`, `bayeslm label`."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import itertools
@@ -13,10 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from bayeslm import report
+from bayeslm.console import INTERRUPTED, clear_errors, err_console, language_model, out_console, read_prompts
 from bayeslm.folders import refuse_taken
+from bayeslm.label import label
 from bayeslm.posterior import Posterior
 
 app = typer.Typer(
@@ -27,31 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-out_console = Console()
-err_console = Console(stderr=True)
-
-# Exit codes, beside 0 and typer's own 2 for wrong usage.
-FAILED, NO_POSTERIOR, INTERRUPTED = 1, 3, 130
-
-
-@contextlib.contextmanager
-def _clear_errors() -> Iterator[None]:
-    """One line instead of a traceback for everything that a user can mend."""
-    from bayeslm.inference import EvidenceError
-
-    code = FAILED
-    try:
-        yield
-        return
-    except EvidenceError as error:
-        message, code = str(error), NO_POSTERIOR
-    except KeyboardInterrupt:
-        message, code = "interrupted before there was anything to keep", INTERRUPTED
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
-        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
-        message = str(error).partition("\nTrace Shapes:")[0].strip() + notes  # Pyro appends a trace to errors
-    err_console.print(f"bayeslm: {message}", style="red", markup=False, highlight=False)
-    raise typer.Exit(code)
+app.command()(label)
 
 
 @app.command()
@@ -127,7 +103,7 @@ def infer(
 
       bayeslm infer --prompts prompts.jsonl --reward my_rewards:politeness --engine rejection
     """
-    with _clear_errors():
+    with clear_errors():
         from bayeslm.models import TiltedLM, rewards
 
         names = engine or ["importance"]
@@ -142,14 +118,14 @@ def infer(
         sizes |= {"learning_rate": learning_rate, "top_k": top_k} | training
         ready = twist if twist in ("partial", "prefix") else None  # others need the language model, and come later
         engines = {name: _engine(name, seed=seed, twist=ready, **sizes) for name in names}
-        texts, columns = _read_prompts(prompt or [], prompts)
+        texts, columns = read_prompts(prompt or [], prompts)
         sys.path.insert(0, str(Path.cwd()))  # package.module:function is looked for where the user stands
         settings = _settings(reward_settings)
         if ":" in reward and settings:
             raise ValueError("--reward-settings are for the ready rewards: a function of your own has none")
         given = rewards.load(reward) if ":" in reward else rewards.get(reward, **settings)
         _reserve(out)
-        lm = _language_model(prior, device)
+        lm = language_model(prior, device)
         if "svi" not in engines:
             lm = lm.packed()  # no weight will change
         model = TiltedLM(lm, scale * given, beta, max_new_tokens=max_new_tokens, temperature=temperature)
@@ -165,7 +141,7 @@ def show(
     texts: Annotated[int, typer.Option(help="How many of the best completions.")] = 3,
 ) -> None:
     """Show saved posteriors: the comparison, the best completions, and warnings."""
-    with _clear_errors():
+    with clear_errors():
         found = {path.parent.name: path.parent for path in sorted(directory.glob("*/posterior.json"))}
         if (directory / "posterior.json").is_file() or not found:
             found = {directory.name: directory}
@@ -186,14 +162,14 @@ def demo(
     Takes some minutes on two cores: importance sampling, rejection sampling (exact draws), and SVI, which
     trains a LoRA policy. Compare their log Z and rewards.
     """
-    with _clear_errors():
+    with clear_errors():
         from bayeslm.inference import SVI, ImportanceSampling, RejectionSampling
         from bayeslm.models import TiltedLM, rewards
 
         out = out or next(path for path in _numbered("demo") if not path.exists())
         _reserve(out)
         prompts = ["My dinner at the restaurant was", "The weather this weekend will be"]
-        model = TiltedLM(_language_model("smollm2", None), rewards.Sentiment(), beta=0.2)
+        model = TiltedLM(language_model("smollm2", None), rewards.Sentiment(), beta=0.2)
         engines = {
             "importance": ImportanceSampling(num_particles=160, seed=seed),
             "rejection": RejectionSampling(num_samples=24, max_proposals=1000, seed=seed + 1),
@@ -279,34 +255,6 @@ def _twist(
     return twist
 
 
-def _read_prompts(given: list[str], path: Path | None) -> tuple[list[str], dict[str, list[Any]]]:
-    """Prompts of the command line and of a file, and the file's other columns."""
-    if path is None:
-        if not given:
-            raise ValueError('no prompts: give one, as in bayeslm infer "The weather is", or --prompts FILE')
-        return given, {}
-    if given:
-        raise ValueError("give prompts either on the command line or by --prompts, not both")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"{path} holds no prompts")
-    if path.suffix != ".jsonl":
-        return lines, {}
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-        if not isinstance(row, dict) or "prompt" not in row:
-            raise ValueError(f'{path}, line {number}: needs an object with a "prompt"')
-        if rows and row.keys() != rows[0].keys():
-            raise ValueError(f"{path}, line {number}: has columns {sorted(row)}, the first line {sorted(rows[0])}")
-        rows.append(row)
-    columns = {key: [row[key] for row in rows] for key in rows[0]}
-    return columns.pop("prompt"), columns
-
-
 def _settings(text: str) -> dict[str, Any]:
     try:
         settings = json.loads(text)
@@ -315,22 +263,6 @@ def _settings(text: str) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f'--reward-settings must be a JSON object, such as {{"target": 20}}, got {text}')
     return settings
-
-
-def _language_model(name: str, device: str | None) -> Any:
-    import torch
-    from transformers.utils import logging
-
-    from bayeslm.models import LanguageModel
-
-    logging.disable_progress_bar()
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {chosen}: {str(error).splitlines()[0]}") from None
-    with err_console.status(f"loading {name} (the first time, its weights are converted)"):
-        return LanguageModel.from_pretrained(name, device=chosen)
 
 
 def _numbered(name: str) -> Iterator[Path]:

@@ -1,10 +1,12 @@
 """How to infer it: interchangeable engines, each ``Engine(...).run(model, *args, **kwargs) -> Posterior``."""
 
+from .acquisition import Acquisition, Duel, InformationGain, Tilted
 from .annealed import AnnealedSMC
 from .baselines import ExponentialAverage
 from .controlled_smc import ControlledSMC
 from .critic import Critic
 from .draws import FromPosterior, Replay, of_prior
+from .elicitation import Elicitation, FreshCompletions, Pool
 from .exact import Exact
 from .exploration import Boltzmann, EpsilonGreedy, Exploration, Random, Thompson
 from .heldout import HeldOut
@@ -49,11 +51,14 @@ __all__ = [
     "PSRL",
     "SMC",
     "SVI",
+    "Acquisition",
     "AnnealedSMC",
     "BestOfN",
     "Boltzmann",
     "ControlledSMC",
     "Critic",
+    "Duel",
+    "Elicitation",
     "EpisodicTask",
     "EpsilonGreedy",
     "EvidenceError",
@@ -62,15 +67,18 @@ __all__ = [
     "ExponentialAverage",
     "FDivergence",
     "ForwardKL",
+    "FreshCompletions",
     "FromPosterior",
     "HeldOut",
     "ImportanceSampling",
+    "InformationGain",
     "KLTarget",
     "Laplace",
     "Learning",
     "LogVariance",
     "NearPosterior",
     "Plateau",
+    "Pool",
     "ProgramError",
     "Random",
     "RejectionSampling",
@@ -83,6 +91,7 @@ __all__ = [
     "Tempering",
     "TensorBoard",
     "Thompson",
+    "Tilted",
     "TwistLearning",
     "alpha_divergence",
     "of_prior",

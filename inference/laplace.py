@@ -2,8 +2,8 @@ r"""Laplace's approximation: a normal law at the mode, with the curvature there,
 
     z* = \argmin U(z),    H = \nabla^2 U(z*),    q(z) = Normal(z*, H^{-1}),    w_i = exp(-U(z_i)) / q(z_i)
 
-over real numbers z, each latent being x = f(z), U(z) = -log p(f(z), y) - log |det f'(z)| (Laplace 1774; MacKay 1992, "The
-evidence framework applied to classification networks"; Tierney and Kadane 1986). The mode is found by Newton's method
+over real numbers z, each latent being x = f(z), U(z) = -log p(f(z), y) - log |det f'(z)| (Laplace 1774; Tierney and
+Kadane 1986; MacKay 1992, "The evidence framework applied to classification networks"). Newton's method finds the mode,
 with backtracking (Boyd and Vandenberghe 2004, algorithm 9.5), which ends where the Newton decrement
 
     \lambda^2 / 2 = g^T H^{-1} g / 2,    the nats that the quadratic model has still to gain,
@@ -32,6 +32,7 @@ from .unconstrained import Potential, ScoredOnce, score, starting_point, unconst
 
 STARTS = 100  # points tried, the first of them 0
 HALVINGS = 30  # of a Newton step
+LONGEST = 1e3  # step tried: beyond it log-densities overflow, where the curvature is all but 0
 SUFFICIENT = 0.1  # share of the decrease that the slope promises which a step must keep
 
 
@@ -99,20 +100,23 @@ class Laplace:
         for steps in range(self.max_steps):
             value, slope, hessian = _derivatives(potential, z, start)
             curvature, axes = torch.linalg.eigh(hessian)
-            floor = curvature.abs().max() * len(z) * torch.finfo(z.dtype).eps
+            precision = torch.finfo(z.dtype)
+            floor = (curvature.abs().max() * len(z) * precision.eps).clamp_min(precision.tiny)  # less is rounding
             direction = -axes @ ((axes.T @ slope) / curvature.abs().clamp_min(floor))
             promised = -slope @ direction  # lambda^2
             if promised / 2 <= self.tolerance:
-                if curvature.min() <= floor:
+                if curvature[0] > floor:
+                    return z, hessian, {"steps": steps, "decrement": float(promised / 2)}
+                if curvature[0] > -floor:
                     raise ProgramError(
-                        "the posterior is flat, or has a saddle, where its slope is zero: Laplace needs a mode. Give "
-                        "every latent a proper prior, or use NUTS"
+                        "the posterior is flat where its slope is zero: Laplace needs a mode with a curvature. Give every "
+                        "latent a proper prior, or use NUTS"
                     )
-                return z, hessian, {"steps": steps, "decrement": float(promised / 2)}
+                direction, promised = axes[:, 0] / curvature[0].abs().sqrt(), torch.ones(())  # down from a saddle
+            shrink = (LONGEST / direction.norm()).clamp_max(1.0)
+            direction, promised = shrink * direction, shrink * promised
             z = _backtrack(potential, z, start, direction, value, promised)
-        raise ProgramError(
-            f"Newton's method found no mode in max_steps={self.max_steps} steps: allow more, or use NUTS"
-        )
+        raise ProgramError(f"Newton's method found no mode in max_steps={self.max_steps}: allow more, or use NUTS")
 
 
 def _backtrack(
@@ -134,9 +138,9 @@ def _derivatives(potential: Potential, z: Tensor, like: dict[str, Tensor]) -> tu
     z = z.detach().requires_grad_()
     value = potential(_unflatten(z, like))
     (slope,) = torch.autograd.grad(value, z, create_graph=True)
-    if not slope.requires_grad:
-        raise ProgramError("the log-density is linear in the latents: it has no mode")
     (hessian,) = torch.autograd.grad(slope, z, torch.eye(len(z)).to(z), is_grads_batched=True)
+    if not hessian.isfinite().all():
+        raise ProgramError("the log-density has no finite second derivative on the way to its mode: use NUTS")
     return value.detach(), slope.detach(), (hessian + hessian.T) / 2
 
 
@@ -157,4 +161,4 @@ def _starts(program: Program, shapes: dict[str, torch.Size]) -> dict[str, Tensor
 def _unflatten(z: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
     """Real numbers (*, d) by site."""
     parts = z.split([x.numel() for x in like.values()], dim=-1)
-    return {name: part.reshape(*z.shape[:-1], *like[name].shape) for name, part in zip(like, parts, strict=True)}
+    return {name: part.reshape((*z.shape[:-1], *like[name].shape)) for name, part in zip(like, parts, strict=True)}

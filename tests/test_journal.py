@@ -1,0 +1,100 @@
+"""A file of JSON lines that keeps what it has, whatever happens."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bayeslm.journal import Journal
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "deep" / "journal.jsonl"
+
+
+def lines(path):
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def test_appends_pops_and_reads_again(path):
+    with Journal(path) as journal:
+        assert journal.rows == []
+        journal.append({"text": "naïve 🙂\nline"})
+        journal.append({"a": 1})
+        assert lines(path)[1] == '{"a": 1}'
+        assert journal.pop() == {"a": 1}
+        journal.append({"b": 2})
+    with Journal(path) as journal:
+        assert journal.rows == [{"text": "naïve 🙂\nline"}, {"b": 2}]
+        assert journal.mended is None
+        assert [journal.pop(), journal.pop()] == [{"b": 2}, {"text": "naïve 🙂\nline"}]
+        with pytest.raises(IndexError):
+            journal.pop()
+    assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("tail", "kept", "torn"),
+    [(b'{"b": 2}', [{"a": 1}, {"b": 2}], False), (b'{"b": ', [{"a": 1}], True), (b'{"b": "\xc3', [{"a": 1}], True)],
+)
+def test_a_torn_last_line_is_mended(path, tail, kept, torn):
+    path.parent.mkdir()
+    path.write_bytes(b'{"a": 1}\n\n' + tail)
+    with Journal(path) as journal:
+        assert journal.rows == kept
+        assert (journal.mended is not None) == torn
+        journal.append({"c": 3})
+        journal.pop()
+        journal.append({"d": 4})
+    with Journal(path) as journal:
+        assert journal.rows == [*kept, {"d": 4}]
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "3", '"text"'])
+def test_any_other_bad_line_is_refused_with_its_number(path, line):
+    path.parent.mkdir()
+    before = f'{{"a": 1}}\n{line}\n{{"b": 2}}\n'
+    path.write_text(before)
+    with pytest.raises(ValueError, match="line 2 is no JSON object"):
+        Journal(path)
+    assert path.read_text() == before
+
+
+def test_a_failed_write_leaves_nothing_of_it(path, monkeypatch):
+    with Journal(path) as journal:
+        journal.append({"a": 1})
+
+        def full(descriptor):
+            raise OSError("disk full")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", full)
+            with pytest.raises(OSError, match="disk full"):
+                journal.append({"b": 2})
+        assert lines(path) == ['{"a": 1}']
+        assert journal.rows == [{"a": 1}]
+        journal.append({"c": 3})
+    assert lines(path) == ['{"a": 1}', '{"c": 3}']
+
+
+def test_each_object_outlives_its_process(path):
+    """The process is gone without a word after its second object."""
+    code = (
+        "import os, sys; from bayeslm.journal import Journal; j = Journal(sys.argv[1]);"
+        "j.append({'a': 1}); j.append({'b': 2}); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == 9
+    with Journal(path) as journal:
+        assert journal.rows == [{"a": 1}, {"b": 2}]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks are POSIX's")
+def test_one_writer_at_a_time(path):
+    with Journal(path), pytest.raises(BlockingIOError, match="another process"):
+        Journal(path)
+    with Journal(path):
+        pass

@@ -227,6 +227,11 @@ def test_arviz_compares_models():
 
 def test_the_container_and_the_folder_keep_single_observations(tmp_path: Any):
     posterior = ImportanceSampling(num_particles=50, seed=0, progress=False).run(MODEL, DATA)
+    resampled = posterior.to_arviz()  # single observations move with their draws
+    odds = MODEL.log_odds(DATA, resampled.posterior["weights"].to_numpy())
+    np.testing.assert_allclose(
+        resampled.log_likelihood["preferred"], torch.nn.functional.logsigmoid(odds), rtol=1e-4, atol=1e-5
+    )
     checked = predict(posterior, MODEL, DATA, seed=0)
     idata = checked.to_arviz()
     for group in ("log_likelihood", "posterior_predictive"):

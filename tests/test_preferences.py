@@ -162,6 +162,23 @@ def test_a_class_of_guides_is_made_for_each_chain():
         SVI(num_chains=2, guide=AutoMultivariateNormal(MODEL))
 
 
+def test_a_class_of_guides_goes_on_from_a_checkpoint(tmp_path: Any):
+    """Interrupted after 20 of 40 steps, and gone on with, it ends as if it had not been."""
+
+    def stop(step: int, policy: Any) -> None:
+        if step == 20:
+            raise RuntimeError("killed")
+
+    settings = {"num_steps": 40, "num_samples": 10, "seed": 0, "progress": False, "guide": AutoMultivariateNormal}
+    whole = SVI(**settings).run(MODEL, DATA)
+    with pytest.raises(RuntimeError, match="killed"):
+        SVI(**settings, checkpoint=tmp_path, checkpoint_every=10, on_step=stop).run(MODEL, DATA)
+    resumed = SVI(**settings, checkpoint=tmp_path, checkpoint_every=10).run(MODEL, DATA)
+    np.testing.assert_array_equal(resumed.samples["weights"], whole.samples["weights"])
+    with pytest.raises(ValueError, match="is the class AutoMultivariateNormal: make one and train it"):
+        ImportanceSampling(guide=AutoMultivariateNormal)
+
+
 def test_a_full_normal_is_nearer_than_independent_ones():
     """log Z - ELBO, which is KL(q || posterior): the guides differ as they should on weights that are correlated."""
     elbos = {}

@@ -6,6 +6,7 @@ in 16,000.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -133,7 +134,7 @@ def test_guides_against_quadrature(name: str, seed: int):
     mean, covariance, log_z = truth()
     guide = None if GUIDES[name] is None else GUIDES[name](MODEL)
     svi = SVI(
-        num_steps=250, num_particles=8, learning_rate=0.05, num_samples=3000, seed=seed, progress=False, guide=guide
+        num_steps=120, num_particles=8, learning_rate=0.1, num_samples=3000, seed=seed, progress=False, guide=guide
     )
     posterior = svi.run(MODEL, DATA)
     assert_posterior(posterior, mean, covariance)
@@ -149,15 +150,23 @@ def test_guides_against_quadrature(name: str, seed: int):
 def test_a_class_of_guides_is_made_for_each_chain():
     """Two chains of different starts, whose parameters are not in Pyro's store: another program's guide begins anew."""
     mean, covariance, log_z = truth()
-    svi = SVI(num_steps=200, num_chains=2, num_samples=2000, seed=0, progress=False, guide=AutoMultivariateNormal)
+    svi = SVI(
+        num_steps=100,
+        num_chains=2,
+        latent_learning_rate=0.1,
+        num_samples=2000,
+        seed=0,
+        progress=False,
+        guide=AutoMultivariateNormal,
+    )
     posterior = svi.run(MODEL, DATA)
     assert_posterior(posterior, mean, covariance)
-    assert posterior.stats["elbo"].shape == (2, 200, 1)
+    assert posterior.stats["elbo"].shape == (2, 100, 1)
     assert (posterior.stats["elbo"][0, -1] != posterior.stats["elbo"][1, -1]).all()
     assert log_z - posterior.log_weights.mean() < 0.15
     assert not list(pyro.get_param_store())
     one = BradleyTerry(lambda p, c: counts(p, c)[:, :1])
-    assert svi.run(one, DATA).samples["weights"].shape == (2, 2000, 1)
+    assert dataclasses.replace(svi, num_steps=2).run(one, DATA).samples["weights"].shape == (2, 2000, 1)
     with pytest.raises(ValueError, match="a class of guides, or none"):
         SVI(num_chains=2, guide=AutoMultivariateNormal(MODEL))
 
@@ -183,9 +192,7 @@ def test_a_full_normal_is_nearer_than_independent_ones():
     """log Z - ELBO, which is KL(q || posterior): the guides differ as they should on weights that are correlated."""
     elbos = {}
     for name in ("normal", "full"):
-        svi = SVI(
-            num_steps=300, num_particles=16, learning_rate=0.05, seed=0, progress=False, guide=GUIDES[name](MODEL)
-        )
+        svi = SVI(num_steps=120, num_particles=16, learning_rate=0.1, seed=0, progress=False, guide=GUIDES[name](MODEL))
         elbos[name] = float(svi.run(MODEL, DATA).log_weights.mean())
     log_z = truth()[2]
     assert elbos["normal"] < elbos["full"] < log_z + 0.01

@@ -53,6 +53,10 @@ class ImportanceSampling:
     def __post_init__(self) -> None:
         check_counts(self, "num_particles", "num_chains", "batch_size")
         check_retained(self)
+        if isinstance(self.guide, type):
+            raise ValueError(
+                f"ImportanceSampling: guide is the class {self.guide.__name__}: make one and train it, by SVI"
+            )
 
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Sample the posterior of ``model(*args, **kwargs)``. ``stats``: ``ess`` and ``khat`` a prompt.

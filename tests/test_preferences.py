@@ -6,6 +6,7 @@ in 16,000.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -133,7 +134,7 @@ def test_guides_against_quadrature(name: str, seed: int):
     mean, covariance, log_z = truth()
     guide = None if GUIDES[name] is None else GUIDES[name](MODEL)
     svi = SVI(
-        num_steps=250, num_particles=8, learning_rate=0.05, num_samples=3000, seed=seed, progress=False, guide=guide
+        num_steps=120, num_particles=8, learning_rate=0.1, num_samples=3000, seed=seed, progress=False, guide=guide
     )
     posterior = svi.run(MODEL, DATA)
     assert_posterior(posterior, mean, covariance)
@@ -149,26 +150,49 @@ def test_guides_against_quadrature(name: str, seed: int):
 def test_a_class_of_guides_is_made_for_each_chain():
     """Two chains of different starts, whose parameters are not in Pyro's store: another program's guide begins anew."""
     mean, covariance, log_z = truth()
-    svi = SVI(num_steps=200, num_chains=2, num_samples=2000, seed=0, progress=False, guide=AutoMultivariateNormal)
+    svi = SVI(
+        num_steps=100,
+        num_chains=2,
+        latent_learning_rate=0.1,
+        num_samples=2000,
+        seed=0,
+        progress=False,
+        guide=AutoMultivariateNormal,
+    )
     posterior = svi.run(MODEL, DATA)
     assert_posterior(posterior, mean, covariance)
-    assert posterior.stats["elbo"].shape == (2, 200, 1)
+    assert posterior.stats["elbo"].shape == (2, 100, 1)
     assert (posterior.stats["elbo"][0, -1] != posterior.stats["elbo"][1, -1]).all()
     assert log_z - posterior.log_weights.mean() < 0.15
     assert not list(pyro.get_param_store())
     one = BradleyTerry(lambda p, c: counts(p, c)[:, :1])
-    assert svi.run(one, DATA).samples["weights"].shape == (2, 2000, 1)
+    assert dataclasses.replace(svi, num_steps=2).run(one, DATA).samples["weights"].shape == (2, 2000, 1)
     with pytest.raises(ValueError, match="a class of guides, or none"):
         SVI(num_chains=2, guide=AutoMultivariateNormal(MODEL))
+
+
+def test_a_class_of_guides_goes_on_from_a_checkpoint(tmp_path: Any):
+    """Interrupted after 20 of 40 steps, and gone on with, it ends as if it had not been."""
+
+    def stop(step: int, policy: Any) -> None:
+        if step == 20:
+            raise RuntimeError("killed")
+
+    settings = {"num_steps": 40, "num_samples": 10, "seed": 0, "progress": False, "guide": AutoMultivariateNormal}
+    whole = SVI(**settings).run(MODEL, DATA)
+    with pytest.raises(RuntimeError, match="killed"):
+        SVI(**settings, checkpoint=tmp_path, checkpoint_every=10, on_step=stop).run(MODEL, DATA)
+    resumed = SVI(**settings, checkpoint=tmp_path, checkpoint_every=10).run(MODEL, DATA)
+    np.testing.assert_array_equal(resumed.samples["weights"], whole.samples["weights"])
+    with pytest.raises(ValueError, match="is the class AutoMultivariateNormal: make one and train it"):
+        ImportanceSampling(guide=AutoMultivariateNormal)
 
 
 def test_a_full_normal_is_nearer_than_independent_ones():
     """log Z - ELBO, which is KL(q || posterior): the guides differ as they should on weights that are correlated."""
     elbos = {}
     for name in ("normal", "full"):
-        svi = SVI(
-            num_steps=300, num_particles=16, learning_rate=0.05, seed=0, progress=False, guide=GUIDES[name](MODEL)
-        )
+        svi = SVI(num_steps=120, num_particles=16, learning_rate=0.1, seed=0, progress=False, guide=GUIDES[name](MODEL))
         elbos[name] = float(svi.run(MODEL, DATA).log_weights.mean())
     log_z = truth()[2]
     assert elbos["normal"] < elbos["full"] < log_z + 0.01
@@ -227,6 +251,11 @@ def test_arviz_compares_models():
 
 def test_the_container_and_the_folder_keep_single_observations(tmp_path: Any):
     posterior = ImportanceSampling(num_particles=50, seed=0, progress=False).run(MODEL, DATA)
+    resampled = posterior.to_arviz()  # single observations move with their draws
+    odds = MODEL.log_odds(DATA, resampled.posterior["weights"].to_numpy())
+    np.testing.assert_allclose(
+        resampled.log_likelihood["preferred"], torch.nn.functional.logsigmoid(odds), rtol=1e-4, atol=1e-5
+    )
     checked = predict(posterior, MODEL, DATA, seed=0)
     idata = checked.to_arviz()
     for group in ("log_likelihood", "posterior_predictive"):

@@ -65,13 +65,13 @@ def test_svi_agrees_with_the_closed_form(guide: type, seed: int):
     """The posterior is normal, so either guide can be it: the draws before weighing have its law too."""
     guide = guide(GAUSSIAN)
     svi = SVI(
-        num_steps=500, learning_rate=0.1, clip_norm=None, num_samples=3000, seed=seed, progress=False, guide=guide
+        num_steps=400, learning_rate=0.1, clip_norm=None, num_samples=3000, seed=seed, progress=False, guide=guide
     )
     posterior = svi.run(GAUSSIAN, DATA)
     mean, covariance, log_z = closed_form()
     assert_closed_form(posterior)
     assert abs(posterior.log_evidence[0] - log_z) < LIMIT * posterior.log_evidence_stderr[0] + 1e-3
-    assert log_z - posterior.log_weights.mean() < 0.02  # KL(q || posterior)
+    assert log_z - posterior.log_weights.mean() < 0.06  # KL(q || posterior)
     assert_closed_form(
         ImportanceSampling(num_particles=3000, guide=guide, seed=seed, progress=False).run(GAUSSIAN, DATA)
     )
@@ -152,8 +152,8 @@ def test_ordinal_against_quadrature(link: str):
 
     data = Ratings([""] * 8, WORDS, [2.0, 1.0, 3.0, 2.0, 1.0, 1.0, 3.0, 2.0])
     model = OrdinalRatings(one, (1, 2, 3), link=link)
-    w = np.linspace(-5, 5, 101)
-    edges = np.linspace(0, 1, 81)
+    w = np.linspace(-5, 5, 81)
+    edges = np.linspace(0, 1, 61)
     middle = (edges[1:] + edges[:-1]) / 2
     p1, p2 = np.meshgrid(middle, middle, indexing="ij")
     inside = p1 + p2 < 1
@@ -169,7 +169,7 @@ def test_ordinal_against_quadrature(link: str):
     log_p += stats.norm.logpdf(w)[:, None]
     mass = np.exp(log_p - special.logsumexp(log_p))
     expected = [(mass.sum(1) * w).sum(), (mass.sum(1) * w**2).sum(), (mass.sum(0) * p1).sum(), (mass.sum(0) * p2).sum()]
-    nuts = NUTS(num_samples=100, warmup=60, num_chains=1, max_tree_depth=4, seed=0, progress=False)
+    nuts = NUTS(num_samples=60, warmup=50, num_chains=1, max_tree_depth=3, seed=0, progress=False)
     for posterior in (
         ImportanceSampling(num_particles=30_000, seed=0, progress=False).run(model, data),
         nuts.run(model, data),
@@ -181,7 +181,7 @@ def test_ordinal_against_quadrature(link: str):
             CDF[link](posterior.samples["cutpoints"]), np.cumsum(shares, -1)[..., :2], rtol=1e-3, atol=1e-4
         )
     drawn = predict(posterior, model, data, seed=0).predictive["rating"]
-    assert drawn.shape == (1, 100, 8)
+    assert drawn.shape == (1, 60, 8)
     assert set(np.unique(drawn)) == {0, 1, 2}
 
 

@@ -35,7 +35,8 @@ def to_arviz(posterior: Posterior, num_draws: int | None = None, seed: int = 0) 
     Groups, with dims (chain, draw, ...) and prompts as the coordinate "prompt":
       posterior       latents, deterministics, completions as token ids, "<site>_length"; equally weighted
       sample_stats    log_weight and lp (the log joint) of the same draws
-      log_likelihood  every factor and observed site, of the same draws
+      log_likelihood  every factor and observed site, of the same draws; one value for each observation
+      posterior_predictive   observed sites drawn anew, where `bayeslm.inference.predict` has been run
       texts           the completions as strings, of the same draws (no numbers: apart from `posterior`)
       proposal        the raw draws with log_weight and lp, where weights differ
       prior, observed_data   where the posterior has them
@@ -97,7 +98,8 @@ def _datasets(posterior: Posterior, num_draws: int | None, seed: int) -> dict[st
     groups: dict[str, Variables] = {
         "posterior": _numbers(draws),
         "sample_stats": _stats(draws),
-        "log_likelihood": _per_prompt(draws, draws.log_likelihood),
+        "log_likelihood": _per_prompt(draws, draws.log_likelihood) | _observations(draws, draws.pointwise),
+        "posterior_predictive": _observations(draws, draws.predictive),
         "texts": {name: (_sample_dims(draws, name)[:-1], _printable(x)) for name, x in draws.texts.items()},
         "prior": {name: (_prior_dims(posterior, name, x), x) for name, x in posterior.prior.items()},
         "observed_data": {name: (_observed_dims(posterior, name, x), x) for name, x in posterior.observed.items()},
@@ -131,6 +133,10 @@ def _per_prompt(posterior: Posterior, values: Mapping[str, Array]) -> Variables:
     }
 
 
+def _observations(posterior: Posterior, values: Mapping[str, Array]) -> Variables:
+    return {name: (_sample_dims(posterior, name)[: x.ndim], x) for name, x in values.items()}
+
+
 def _prior_dims(posterior: Posterior, name: str, value: Array) -> tuple[str, ...]:
     """Those of the sample of the same name; of "<site>_length" the site's; a factor's are the prompts."""
     site = name.removesuffix("_length")
@@ -145,6 +151,8 @@ def _prior_dims(posterior: Posterior, name: str, value: Array) -> tuple[str, ...
 
 
 def _observed_dims(posterior: Posterior, name: str, value: Array) -> tuple[str, ...]:
+    if len(dims := posterior.dims.get(name, ())) == value.ndim:
+        return dims
     own = [f"{name}_dim_{axis}" for axis in range(value.ndim)]
     return ("prompt", *own[1:]) if value.shape[:1] == (len(posterior.prompts),) else tuple(own)
 

@@ -1,5 +1,5 @@
-"""Pictures: what happened to the rewards, how training went, and where more reward is less. Need matplotlib, in the
-extra "plots"."""
+"""Pictures: what happened to the rewards, how training went, whether probabilities can be believed, and where more
+reward is less. Need matplotlib, in the extra "plots"."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from bayeslm.weights import Array
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from bayeslm.calibration import Calibration
     from bayeslm.posterior import Posterior
 
 # Okabe and Ito's palette, told apart with any colour vision; the styles tell lines apart in grey.
@@ -174,6 +175,32 @@ def plot_over_optimisation(panels: Mapping[str, Mapping[str, Mapping[str, ArrayL
         ncols=min(len(names), 5),
         frameon=False,
     )
+    return figure
+
+
+def plot_reliability(calibrations: Mapping[str, Calibration]) -> Figure:
+    """Reliability diagram: the share of pairs whose likelier outcome happened, against the confidence in it, by bins;
+    below, how many pairs a bin has.
+
+    Error bars are two standard errors of what right probabilities would show; on the diagonal they are right.
+    Raises ImportError without matplotlib, ValueError on an empty mapping.
+    """
+    if not calibrations:
+        raise ValueError("plot_reliability needs a calibration")
+    figure, (axis, below) = _pyplot().subplots(
+        2, 1, figsize=(5.2, 6.0), sharex=True, height_ratios=(3, 1), layout="constrained"
+    )
+    axis.plot((0.5, 1), (0.5, 1), color=PRIOR_COLOUR, linewidth=1)
+    for i, (name, found) in enumerate(calibrations.items()):
+        colour, some = COLOURS[i % len(COLOURS)], found.counts > 0
+        x, y, error = found.confidence[some], found.right[some], 2 * found.right_stderr[some]
+        label = f"{name}: ECE {found.ece.value:.3f} ({found.ece_if_calibrated[0]:.3f} if right)"
+        axis.errorbar(x, y, error, color=colour, fmt="o-", linewidth=1.2, capsize=2, label=label)
+        edges = np.linspace(0.5, 1, len(found.counts) + 1)
+        below.stairs(found.counts, edges, color=colour, linestyle=STYLES[i % len(STYLES)], linewidth=1.6)
+    axis.set(ylabel="share right", ylim=(None, 1.02))
+    axis.legend(frameon=False, loc="lower right")
+    below.set(xlabel="confidence", ylabel="pairs")
     return figure
 
 

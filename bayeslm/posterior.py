@@ -49,13 +49,19 @@ class Posterior:
     engine: str
     """The engine's name."""
     dims: dict[str, tuple[str, ...]]
-    """Names of the axes of samples[name] after (chain, draw): ("prompt", "token") of a completion."""
+    """Names of the axes of samples[name] after (chain, draw): ("prompt", "token") of a completion. Those of an observed
+    site, where its single observations are kept (`pointwise`, `predictive`)."""
     prompts: list[str]
     """Text of each prompt."""
     texts: dict[str, Array] = field(default_factory=dict)
     """(chain, draw, *batch) of str, one a completion site."""
     lengths: dict[str, Array] = field(default_factory=dict)
     """(chain, draw, *batch) tokens of each completion before padding."""
+    pointwise: dict[str, Array] = field(default_factory=dict)
+    """(chain, draw, *dims): the log-likelihood of every observation of a site whose plates are its own and not the
+    prompts'; `log_likelihood` has their sum."""
+    predictive: dict[str, Array] = field(default_factory=dict)
+    """(chain, draw, *dims): observed sites drawn anew, one data set a draw; see `bayeslm.inference.predict`."""
     prior: dict[str, Array] = field(default_factory=dict)
     """(chain, draw, *batch, *event) draws of the prior: latents, deterministics, factors, "<site>_length"."""
     observed: dict[str, Array] = field(default_factory=dict)
@@ -224,6 +230,8 @@ def pick(posterior: Posterior, num_draws: int | None, seed: int) -> Posterior:
         log_weights=take(posterior.log_weights, ("prompt",)),
         log_joint=take(posterior.log_joint, ("prompt",)),
         log_likelihood={name: take(x, ("prompt",)) for name, x in posterior.log_likelihood.items()},
+        pointwise={name: take(x, ()) for name, x in posterior.pointwise.items()},
+        predictive={name: take(x, dims[name]) for name, x in posterior.predictive.items()},
     )
 
 
@@ -288,6 +296,11 @@ def _validate(posterior: Posterior) -> None:
                 f'samples[{name!r}] has no axis "prompt", so prompts share it: log_weights must then have '
                 f"one column for all prompts, not {columns}"
             )
+    for group in ("pointwise", "predictive"):
+        for name, array in getattr(posterior, group).items():
+            dims = posterior.dims.get(name, ())
+            if array.shape[:2] != leading or not 2 < array.ndim <= 2 + len(dims):
+                raise ValueError(f"{group}[{name!r}] must be {leading} + dims {dims}, not {array.shape}")
     for group in ("texts", "lengths"):
         for name, array in getattr(posterior, group).items():
             if name not in posterior.samples or not posterior.dims.get(name):

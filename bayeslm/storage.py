@@ -35,7 +35,7 @@ SINGLE = (
     "log_evidence_upper",
     "roots",
 )
-GROUPS = ("samples", "log_likelihood", "lengths", "prior", "observed", "stats")
+GROUPS = ("samples", "log_likelihood", "pointwise", "predictive", "lengths", "prior", "observed", "stats")
 
 
 def save(posterior: Posterior, directory: Path) -> Path:

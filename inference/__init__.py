@@ -11,6 +11,7 @@ from .kernels import SuffixKernel
 from .mcmc import MCMC
 from .nuts import NUTS
 from .objectives import FDivergence, ForwardKL, LogVariance, Renyi, alpha_divergence
+from .predictive import predict
 from .program import ProgramError
 from .rejection import BestOfN, RejectionSampling
 from .results import EvidenceError
@@ -66,4 +67,5 @@ __all__ = [
     "TwistLearning",
     "alpha_divergence",
     "of_prior",
+    "predict",
 ]

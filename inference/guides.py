@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pyro
+import torch
 from pyro import poutine
 from pyro.distributions import Bernoulli, Categorical, Independent, OneHotCategorical
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoLaplaceApproximation, AutoNormal
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
@@ -72,6 +73,20 @@ def _draw_latents(
             program.model(*args, **kwargs)
     except _Drawn:
         pass
+
+
+def as_law(guide: Callable[..., Any], program: Program) -> Callable[..., Any]:
+    """A guide as what draws are of: Pyro's Laplace approximation is trained as a point, and a normal law after that.
+
+    :raises ProgramError: if the log-joint does not curve down in every direction from the point.
+    """
+    if not isinstance(guide, AutoLaplaceApproximation):
+        return guide
+    try:
+        law: Callable[..., Any] = guide.laplace_approximation(*program.args, **program.kwargs)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise ProgramError("AutoLaplaceApproximation has found no maximum yet: train it for more steps") from error
+    return law
 
 
 class PolicyGuide:

@@ -19,7 +19,7 @@ from bayeslm.posterior import Posterior
 
 from ..models import LanguageModel
 from .checks import check_counts
-from .guides import PolicyGuide
+from .guides import PolicyGuide, as_law
 from .program import inspect, look, seeded
 from .results import Stopwatch, draw, posterior
 from .retained import check_retained, in_front, retained_particles
@@ -63,6 +63,7 @@ class ImportanceSampling:
         with seeded(self.seed), Stopwatch() as watch:
             program = look(None, model, args, kwargs) if self.retained is None else inspect(model, *args, **kwargs)
             guide = PolicyGuide(program, self.guide) if isinstance(self.guide, LanguageModel) else self.guide
+            guide = None if guide is None else as_law(guide, program)
             kept = None
             if self.retained is not None:
                 kept = retained_particles(

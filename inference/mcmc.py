@@ -217,6 +217,7 @@ def recorded(state: Particles) -> Particles:
         state.log_proposal.cpu(),
         {name: term.cpu() for name, term in state.log_likelihood.items()},
         {},
+        {name: term.cpu() for name, term in state.pointwise.items()},
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,8 @@ class Particles:
 
     ``values[name]`` (particle, *batch, *event); ``log_prior`` and ``log_proposal`` of all latents and each
     ``log_likelihood`` term (particle, prompt); ``token_scores[name]`` (particle, *batch, token), log p of each token
-    of a completion.
+    of a completion; ``pointwise[name]`` (particle, *batch), the log-likelihood of each observation of a site whose
+    plates are its own and not the prompts'.
     """
 
     values: dict[str, Tensor]
@@ -26,6 +27,7 @@ class Particles:
     log_proposal: Tensor
     log_likelihood: dict[str, Tensor]
     token_scores: dict[str, Tensor]
+    pointwise: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def total_log_likelihood(self) -> Tensor:
@@ -48,6 +50,7 @@ class Particles:
             self.log_proposal[index],
             {name: term[index] for name, term in self.log_likelihood.items()},
             {name: scores[index] for name, scores in self.token_scores.items()},
+            {name: term[index] for name, term in self.pointwise.items()},
         )
 
     def gather(self, program: Program, index: Tensor) -> Particles:
@@ -71,6 +74,7 @@ class Particles:
             torch.cat([p.log_proposal for p in parts]),
             {name: torch.cat([p.log_likelihood[name] for p in parts]) for name in parts[0].log_likelihood},
             {name: torch.cat([p.token_scores[name] for p in parts]) for name in parts[0].token_scores},
+            {name: torch.cat([p.pointwise[name] for p in parts]) for name in parts[0].pointwise},
         )
 
     @staticmethod

@@ -54,6 +54,11 @@ class Site:
         return PROMPTS in self.plates.values()
 
     @property
+    def is_pointwise(self) -> bool:
+        """Whether it is many observations, in plates of which none is that of the prompts."""
+        return self.kind == "observed" and self.value.numel() > 0 and bool(self.plates) and not self.in_prompts
+
+    @property
     def is_completion(self) -> bool:
         return isinstance(self.fn, Autoregressive)
 
@@ -385,6 +390,11 @@ def run_particles(
         token_scores={
             site.name: site_value(site, _token_scores(nodes[site.name]), num_particles) for site in program.completions
         },
+        pointwise={
+            site.name: _batch(site, nodes[site.name]["log_prob"], num_particles)
+            for site in program.sites.values()
+            if site.is_pointwise
+        },
     )
 
 
@@ -394,6 +404,11 @@ def site_value(site: Site, value: Tensor, num_particles: int) -> Tensor:
     if value.numel() == torch.Size(shape).numel():
         return value.reshape(shape)
     return value.expand(shape)
+
+
+def _batch(site: Site, log_prob: Tensor, num_particles: int) -> Tensor:
+    """A site's log_prob (particle, *batch), as `site_value`."""
+    return site_value(replace(site, shape=site.shape[: site.batch_dims]), log_prob, num_particles)
 
 
 @torch.no_grad()

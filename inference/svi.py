@@ -15,11 +15,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from pyro.infer.autoguide import AutoGuide
+
 from bayeslm.posterior import Posterior
 
 from .checkpoints import Checkpoints, describe, describe_run
 from .checks import check_counts, check_positive
 from .elbo import Objective
+from .guides import as_law
 from .heldout import HeldOut
 from .optimizers import SCHEDULES
 from .particles import Particles
@@ -44,7 +47,9 @@ class SVI:
     :param clip_norm: the largest norm of a gradient; None clips nothing.
     :param num_samples: draws of the trained policy in each chain; as many of the prior are drawn for comparison.
     :param num_chains: independent replicates: policies trained from seeds of their own. ``policy`` is the best's.
-    :param guide: a Pyro guide of the program; None makes an `AutoPolicy`. A ``policy`` attribute of it is kept.
+    :param guide: a Pyro guide of the program, whose parameters stay in Pyro's store, and a ``policy`` attribute of it
+        is kept; or the class of an automatic one (`AutoMultivariateNormal`, `AutoLowRankMultivariateNormal`,
+        `AutoLaplaceApproximation`, whose draws are of its normal law), made for each chain. None makes an `AutoPolicy`.
     :param lora_rank: for the default guide, see `AutoPolicy`.
     :param objective: a Pyro ELBO, with its own number of particles: one of `objectives`; None is `ReverseKL`.
     :param temperature: what moves beta: `Tempering` from the prior's end, or `KLTarget`, which holds KL(q || p).
@@ -68,7 +73,7 @@ class SVI:
     clip_norm: float | None = 1.0
     num_samples: int = 256
     num_chains: int = 1
-    guide: Callable[..., Any] | None = None
+    guide: Callable[..., Any] | type[AutoGuide] | None = None
     lora_rank: int | str | None = "auto"
     objective: Any = None
     temperature: Temperature | None = None
@@ -87,8 +92,15 @@ class SVI:
         check_positive(self, "learning_rate", "latent_learning_rate", "clip_norm")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"SVI: schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
-        if self.guide is not None and self.num_chains > 1:
-            raise ValueError("SVI: a guide of your own goes on from chain to chain: use num_chains=1, or no guide")
+        if not self.makes_guides and self.num_chains > 1:
+            raise ValueError(
+                "SVI: a guide of your own goes on from chain to chain: use num_chains=1, a class of guides, or none"
+            )
+
+    @property
+    def makes_guides(self) -> bool:
+        """Whether each chain has a new guide, with parameters of its own."""
+        return self.guide is None or isinstance(self.guide, type)
 
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Train on ``model(*args, **kwargs)``, then draw from the policy with weights log p - log q.
@@ -136,7 +148,7 @@ class SVI:
             parts = []
             for chain in chains:
                 with _keeping(chain.policy), chain.own_params():
-                    part, cut = self._draw(program, chain.guide, "draws of the policy")
+                    part, cut = self._draw(program, as_law(chain.guide, program), "draws of the policy")
                     parts.append(part)
                     interrupted |= cut
             with _keeping(chains[-1].policy):

@@ -35,12 +35,16 @@ class Training:
 
     def __init__(self, engine: SVI, program: Program, objective: Any, chain: int, stopwatch: Stopwatch) -> None:
         self.engine, self.program, self.objective, self.chain = engine, program, objective, chain
-        self.guide = engine.guide if engine.guide is not None else AutoPolicy(program, engine.lora_rank)
+        self.guide: Any = engine.guide
+        if engine.guide is None:
+            self.guide = AutoPolicy(program, engine.lora_rank)
+        elif engine.makes_guides:
+            self.guide = engine.guide(program.model)
         self.policy = getattr(self.guide, "policy", None)
         if engine.held_out is not None and self.policy is None:
             raise ValueError("SVI: held_out looks at a policy, and this guide has none as its attribute .policy")
         # A guide of the user's keeps its parameters where Pyro's users look for them; the default one's are its own.
-        self.params: Any = None if engine.guide is not None else {"params": {}, "constraints": {}}
+        self.params: Any = {"params": {}, "constraints": {}} if engine.makes_guides else None
         self.optimizer = ScheduledAdam(self._rate_of, engine.num_steps, engine.schedule, engine.clip_norm)
         self.history: dict[str, list[np.ndarray]] = {}
         self.looks: dict[str, list[np.ndarray]] = {}
@@ -103,7 +107,7 @@ class Training:
         return self.ended or self.step == self.engine.num_steps
 
     def _rate_of(self, name: str) -> float:
-        is_latent = self.engine.guide is None and not name.startswith("policies")
+        is_latent = self.engine.makes_guides and not name.startswith("policies")
         return self.engine.latent_learning_rate if is_latent else self.engine.learning_rate
 
     # -- what a step saw -------------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ from .linear import LinearReward, under_plate
 class BradleyTerry(LinearReward[Comparisons, Tensor]):
     """A Pyro program of `Comparisons`: ``weights`` ~ prior, and in the plate ``comparisons`` each ``preferred`` is 1.
 
+    Drawn anew (`bayeslm.inference.predict`), 0 is a comparison that went the other way.
+
     So ``NUTS().run(BradleyTerry(features), comparisons).samples["weights"]`` is (chain, draw, d).
     """
 
@@ -32,8 +34,8 @@ class BradleyTerry(LinearReward[Comparisons, Tensor]):
 
     def observe(self, read: Tensor) -> None:
         log_odds = under_plate(self.weights(read), read)
-        with pyro.plate("comparisons", len(read)):
-            pyro.sample("preferred", dist.Bernoulli(logits=log_odds), obs=read.new_ones(len(read)))
+        with pyro.plate("comparisons", read.shape[-2]):
+            pyro.sample("preferred", dist.Bernoulli(logits=log_odds), obs=read.new_ones(read.shape[:-1]))
 
     def log_odds(self, data: Comparisons, weights: Any) -> Tensor:
         """log P(chosen is preferred) / P(rejected is), (*, comparisons), under weights (*, d)."""

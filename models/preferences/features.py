@@ -57,22 +57,27 @@ class Cached:
 
 
 class LastHidden(Cached):
-    """A language model's last hidden state, (n, width), at the last token of prompt and completion.
+    """A language model's last hidden state, (n, width), at the last token of prompt, completion and ``suffix``.
 
-    Texts are read as the model's tokenizer splits the two joined as they stand, in batches of bounded memory. A network
+    The state there is what the model knows of the next token; a suffix such as "\\nIn one word, it was" asks it for
+    what matters (Jiang et al. 2023, "Scaling sentence embeddings with large language models", arXiv 2307.16645).
+
+    Texts are read joined as they stand, as the model's tokenizer splits them, in batches of bounded memory. A network
     whose head cannot be told from its body has logits for hidden states.
 
     :param lm: the model, as it is now: train no further what its features were kept of.
+    :param suffix: put behind every completion.
     """
 
-    def __init__(self, lm: LanguageModel) -> None:
+    def __init__(self, lm: LanguageModel, suffix: str = "") -> None:
         super().__init__()
         self.lm = lm
+        self.suffix = suffix
 
     def compute(self, prompts: list[str], completions: list[str]) -> Tensor:
         lm, causal = self.lm, self.lm.causal
         ids, mask = encode(
-            [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)],
+            [prompt + completion + self.suffix for prompt, completion in zip(prompts, completions, strict=True)],
             lm.tokenizer,
             bos_token_id=lm.bos_token_id,
             vocab_size=lm.vocab_size,

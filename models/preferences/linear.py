@@ -78,6 +78,6 @@ class LinearReward(Generic[Data, Read]):
 
 
 def under_plate(weights: Tensor, x: Tensor) -> Tensor:
-    """w^T x of weights (*particles, 1, d) or (d,) and x (n, d), as a plate of size n has it: (*particles, n)."""
-    product = weights @ x.T
+    """w^T x of weights (*particles, 1, d) or (d,) and x (..., n, d), as a plate of size n has it: (*particles, n)."""
+    product = weights @ x.mT
     return product.squeeze(-2) if product.ndim > 1 else product

@@ -44,7 +44,7 @@ class RankingLaw(TorchDistribution):
         scores = self.scores.detach().expand(self.shape(sample_shape))
         gumbel = -torch.empty_like(scores).exponential_().log()
         noisy = torch.where(scores > ABSENT, scores + gumbel, scores)
-        return noisy.argsort(-1, descending=True, stable=True)
+        return noisy.argsort(dim=-1, descending=True, stable=True)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log P, shape of the batch; `value` must rank every item once."""

@@ -110,9 +110,7 @@ class GaussianRatings(LinearReward[Ratings, tuple[Tensor, Tensor]]):
         x, y = read
         rewards = under_plate(self.weights(x), x)
         level = pyro.sample("level", dist.Normal(x.new_zeros(()), self.level_scale))
-        noise = self.noise
-        if noise is None:
-            noise = pyro.sample("noise", dist.HalfNormal(x.new_ones(())))
+        noise = pyro.sample("noise", dist.HalfNormal(x.new_ones(()))) if self.noise is None else self.noise
         with pyro.plate("ratings", len(y)):
             pyro.sample("rating", dist.Normal(level + rewards, noise), obs=y)
 

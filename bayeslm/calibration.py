@@ -1,0 +1,169 @@
+r"""How well predicted probabilities of preferences agree with what was preferred, each figure with two errors.
+
+With p_{is} = P(y_i = 1 | \theta_s) of pair i under draw s, and the posterior predictive \bar p_i = mean_s p_{is}:
+
+    accuracy     the share of pairs whose likelier outcome happened (1/2 where \bar p_i = 1/2)
+    log score    (1/n) \sum_i log P(y_i),     P(1) = \bar p_i,  P(0) = 1 - \bar p_i             in nats
+    ECE          \sum_b (n_b / n) |right_b - confidence_b|,     confidence_i = max(\bar p_i, 1 - \bar p_i)
+
+with bins b of equal width in confidence, right_b the share of the bin's likelier outcomes that happened. (Gneiting and
+Raftery 2007 on proper scores; Naeini, Cooper and Hauskrecht 2015 and Guo et al. 2017, arXiv 1706.04599, on the expected
+calibration error.) None of them depends on which of a pair is called the first.
+
+A figure's standard error is that of the finite number of pairs, by the bootstrap; its Monte Carlo error that of the
+finite number of draws, by the bootstrap of batches of successive draws, sqrt(draws) in each chain, which are nearly
+independent where draws are not (batch means: Flegal and Jones 2010). The ECE of right probabilities is not 0, since
+shares differ from probabilities by chance: `ece_if_calibrated` is what it would be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from bayeslm.posterior import Posterior
+from bayeslm.weights import Array
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+REPLICATES = 500  # of each bootstrap
+
+
+class Figure(NamedTuple):
+    """An estimate, its standard error over pairs, and its Monte Carlo error over draws."""
+
+    value: float
+    stderr: float
+    mcse: float
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What `calibrate` found."""
+
+    accuracy: Figure
+    log_score: Figure
+    ece: Figure
+    ece_if_calibrated: tuple[float, float]
+    """The mean, and the 95% quantile, of the ECE if every pair went by its predicted probability."""
+    confidence: Array
+    """(bin,): mean confidence of the pairs in each bin, NaN where there is none."""
+    right: Array
+    """(bin,): the share of them whose likelier outcome happened."""
+    counts: Array
+    """(bin,): how many they are."""
+
+    @property
+    def right_stderr(self) -> Array:
+        """(bin,): the standard error of `right` for right probabilities, sqrt(confidence (1 - confidence) / count)."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.sqrt(self.confidence * (1 - self.confidence) / self.counts)
+
+    def table(self) -> pd.DataFrame:
+        """Accuracy, log score and ECE in rows; value, standard error and Monte Carlo error in columns."""
+        import pandas as pd
+
+        rows = {"accuracy": self.accuracy, "log score": self.log_score, "ECE": self.ece}
+        return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "stderr", "mcse"])
+
+
+def calibrate(
+    predicted: Posterior | ArrayLike,
+    outcomes: ArrayLike | None = None,
+    *,
+    site: str = "preferred",
+    bins: int = 10,
+    seed: int = 0,
+) -> Calibration:
+    """Accuracy, log score and expected calibration error of probabilities of binary outcomes.
+
+    :param predicted: probabilities P(y_i = 1) of equally weighted draws, (chain, draw, pair); or a posterior that has
+        the log-likelihood of each pair, as `bayeslm.inference.predict` gives it of held-out comparisons.
+    :param outcomes: y, 0 or 1, (pair,). None if all are 1: probabilities are of what happened, as a posterior's are.
+    :param site: the posterior's observed site.
+    :param bins: of confidence, from 1/2 to 1.
+    :param seed: of the bootstrap.
+    :raises ValueError: if shapes do not agree, probabilities or outcomes are none, or a posterior has no such site or
+        is of weighted draws.
+    """
+    p = _probabilities(predicted, site)
+    y = np.ones(p.shape[2]) if outcomes is None else np.asarray(outcomes, dtype=float)
+    if y.shape != p.shape[2:] or not np.isin(y, (0, 1)).all():
+        raise ValueError(f"outcomes must be 0 or 1, one for each of {p.shape[2]} pairs, got shape {y.shape}")
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
+    happened = np.where(y == 1, p, 1 - p)  # the probability of what happened
+    mean, batches = happened.mean((0, 1)), _batch_means(happened)  # (pair,), (batch, pair)
+    rng = np.random.default_rng(seed)
+    other_pairs = mean[rng.integers(len(mean), size=(REPLICATES, len(mean)))]  # (replicate, pair)
+    picked = rng.multinomial(len(batches), np.full(len(batches), 1 / len(batches)), size=REPLICATES)
+    other_draws = picked @ batches / len(batches)
+
+    def figure(statistic: Callable[[Array], Array]) -> Figure:
+        over_draws = statistic(other_draws).std() if len(batches) > 1 else np.inf
+        return Figure(float(statistic(mean)), float(statistic(other_pairs).std()), float(over_draws))
+
+    def ece(q: Array) -> Array:
+        confidence, right, counts = _reliability(q, bins)
+        return np.nansum(counts * np.abs(right - confidence), -1) / q.shape[-1]
+
+    by_chance = ece(np.where(rng.random(other_pairs.shape) < mean, mean, 1 - mean))
+    with np.errstate(divide="ignore", invalid="ignore"):  # probability 0 for what happened: -inf
+        log_score = figure(lambda q: np.log(q).mean(-1))
+    return Calibration(
+        figure(lambda q: _is_right(q).mean(-1)),
+        log_score,
+        figure(ece),
+        (float(by_chance.mean()), float(np.quantile(by_chance, 0.95))),
+        *_reliability(mean, bins),
+    )
+
+
+def _probabilities(predicted: Posterior | ArrayLike, site: str) -> Array:
+    """(chain, draw, pair), checked."""
+    if isinstance(predicted, Posterior):
+        if site not in predicted.pointwise:
+            raise ValueError(f"the posterior has no observations {site!r}, it has {sorted(predicted.pointwise)}")
+        if predicted.kind in ("weighted", "particles", "enumerated"):
+            raise ValueError("the posterior's draws are weighted: calibrate(posterior.resample())")
+        predicted = np.exp(predicted.pointwise[site].astype(float))
+    p = np.asarray(predicted, dtype=float)
+    if p.ndim != 3 or p.size == 0:
+        raise ValueError(f"probabilities must be (chain, draw, pair) and not empty, got {p.shape}")
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError("probabilities must be between 0 and 1")
+    return p
+
+
+def _batch_means(values: Array) -> Array:
+    """Means (batch, pair) of sqrt(draws) batches of successive draws in each chain; what fills none is left out."""
+    chains, draws, pairs = values.shape
+    batches = int(draws**0.5)
+    size = draws // batches
+    return values[:, : batches * size].reshape(chains * batches, size, pairs).mean(1)
+
+
+def _is_right(happened: Array) -> Array:
+    """1 where what happened was the likelier outcome, 1/2 where neither was."""
+    return np.where(happened == 0.5, 0.5, happened > 0.5)
+
+
+def _reliability(happened: Array, bins: int) -> tuple[Array, Array, Array]:
+    """Mean confidence, share right, and number of pairs in bins of equal width in confidence: (*, pair) to (*, bin)."""
+    confidence = np.maximum(happened, 1 - happened)
+    index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1).reshape(-1, happened.shape[-1])
+    shape = (*happened.shape[:-1], bins)
+    index = (index + bins * np.arange(len(index))[:, None]).ravel()  # bins of each row in turn
+
+    def total(x: Array | None) -> Array:
+        weights = None if x is None else x.ravel()
+        return np.bincount(index, weights, minlength=int(np.prod(shape))).reshape(shape).astype(float)
+
+    counts = total(None)
+    with np.errstate(invalid="ignore"):
+        return total(confidence) / counts, total(_is_right(happened)) / counts, counts

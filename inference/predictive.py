@@ -1,0 +1,78 @@
+r"""Data drawn anew from a posterior, to be compared with the data that were seen: posterior predictive checks.
+
+    y^{rep}_s ~ p(y | \theta_s),     \theta_s ~ p(\theta | y)
+
+If a program fits, a statistic T(y) of what was observed is no outlier among the T(y^{rep}_s) (Rubin 1984; Gelman, Meng
+and Stern 1996, "Posterior predictive assessment of model fitness via realized discrepancies").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from bayeslm.posterior import Posterior
+
+from .particles import Particles
+from .program import Assign, ProgramError, inspect, run_particles, sample_sites, seeded, site_value, traces
+from .results import to_numpy
+
+
+def predict(
+    posterior: Posterior,
+    model: Callable[..., Any],
+    /,
+    *args: Any,
+    num_draws: int | None = None,
+    seed: int | None = None,
+    **kwargs: Any,
+) -> Posterior:
+    """The posterior's equally weighted draws, and with each a data set: a program's observed sites drawn anew.
+
+    They are ``predictive[name]`` (chain, draw, *batch, *event), and ArviZ's group ``posterior_predictive``. The program
+    may be given other data than the posterior's, held out: ``observed``, ``log_likelihood`` and ``pointwise`` are those
+    of the data given, while ``log_joint`` and log Z stay the posterior's.
+
+    :param posterior: by any engine, of a program with the same latents as ``model(*args, **kwargs)``.
+    :param num_draws: in each chain, as in `Posterior.resample`.
+    :raises ProgramError: if the program has other latents than the posterior, or observes nothing.
+    """
+    with seeded(seed), torch.no_grad():
+        program = inspect(model, *args, **kwargs)
+        observed = [site for site in program.sites.values() if site.kind == "observed" and site.value.numel()]
+        if not observed:
+            raise ProgramError("the program observes nothing: there are no data to draw anew (factors are none)")
+        draws = posterior.resample(num_draws, seed=int(torch.randint(2**31, ())))
+        chains, per_chain = draws.log_weights.shape[:2]
+        values = {}
+        for site in program.latents:
+            x = draws.samples.get(site.name)
+            if x is None or x.shape[2:] != site.shape:
+                raise ProgramError(f"the posterior has no {site.name!r} of shape {site.shape}: it is another program's")
+            values[site.name] = torch.as_tensor(x.reshape(-1, *site.shape)).to(site.value)
+        anew = replace(program, model=poutine.uncondition(program.model))
+        scored, drawn = [], []
+        for rows in torch.arange(chains * per_chain).split(program.max_particles):
+            with Assign(program, {name: x[rows.to(x.device)] for name, x in values.items()}):
+                scored.append(run_particles(program, None, len(rows)))
+                nodes = dict(sample_sites(traces(anew, None, len(rows))[0]))
+            drawn.append({site.name: site_value(site, nodes[site.name]["value"], len(rows)) for site in observed})
+    particles = Particles.concatenate(scored)
+
+    def split(x: Tensor) -> np.ndarray:
+        return to_numpy(x).reshape(chains, per_chain, *x.shape[1:])
+
+    return replace(
+        draws,
+        predictive={site.name: split(torch.cat([part[site.name] for part in drawn])) for site in observed},
+        pointwise={name: split(x) for name, x in particles.pointwise.items()},
+        log_likelihood={name: split(x) for name, x in particles.log_likelihood.items()},
+        observed={site.name: to_numpy(site.value) for site in observed},
+        dims=draws.dims | {site.name: site.dims for site in observed},
+    )

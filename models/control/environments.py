@@ -7,6 +7,7 @@ engine reproduces episodes as it does texts.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -140,7 +141,8 @@ class GymEnvironment:
             raise ImportError('GymEnvironment needs gymnasium: pip install "bayeslm[gym]"') from error
         self._env = gymnasium.make(make, **kwargs) if isinstance(make, str) else make(**kwargs)
         name = make if isinstance(make, str) else str(self._env.unwrapped)
-        actions, observations = self._env.action_space, self._env.observation_space
+        actions: Any = self._env.action_space
+        observations: Any = self._env.observation_space
         if not isinstance(actions, gymnasium.spaces.Discrete):
             raise ValueError(
                 f"GymEnvironment: {name} has actions {actions}, and only Discrete ones have probabilities that are "
@@ -158,12 +160,11 @@ class GymEnvironment:
         self.observation_scale = _scale(observations) if not discrete else None
         self._first_action = int(actions.start)
         self._first_state = int(observations.start) if discrete else 0
-        vectorised = isinstance(make, str) and gymnasium.spec(make).vector_entry_point is not None
-        self._make_vector = (
-            (lambda n: gymnasium.make_vec(make, n, vectorization_mode="vector_entry_point", **kwargs))
-            if vectorised
-            else None
-        )
+        self._make_vector: Callable[[int], Any] | None = None
+        if isinstance(make, str) and gymnasium.spec(make).vector_entry_point is not None:
+            self._make_vector = functools.partial(
+                gymnasium.make_vec, make, vectorization_mode="vector_entry_point", **kwargs
+            )
 
     def play(self, starts: Tensor, *, copies: bool = False) -> Episodes:
         if copies or self._make_vector is None or bool((starts >= 0).any()):

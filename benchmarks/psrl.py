@@ -3,8 +3,8 @@
     python benchmarks/psrl.py [--runs 20] [--tasks frozen-lake-4x4 cliff-walking ...] [--out runs/psrl]
 
 All learn the same belief over an unknown process, from states and rewards alone: PSRL solves a world drawn from it for
-each episode, epsilon-greedy the mean world. Episodes have the environment's time limit; CliffWalking has
-none, and is given 100 steps. The regret is exact: V* less the value of each episode's policy in the true world.
+each episode, epsilon-greedy the mean world. Episodes have the environment's time limit; CliffWalking has none, and is
+given 100 steps. The regret is exact: V* less the value of each episode's policy in the true world.
 
 The prior of next states is a Dirichlet of 0.1 observations' worth in all: few successors. That of rewards is a
 normal-gamma of mean m, worth 0.01 observations, with noise of about 0.01. m is 0; for CliffWalking, where every step
@@ -76,7 +76,7 @@ def main() -> None:
             seconds = time.perf_counter() - start
             regrets[label] = regret = learning.regret.numpy()
             total = regret.cumsum(1)[:, [episodes // 10 - 1, episodes // 2 - 1, episodes - 1]]
-            stderr = total.std(0, ddof=1) / np.sqrt(options.runs)
+            stderr = (total.std(0, ddof=1) / np.sqrt(options.runs)).round(9)  # chance's regret has none
             columns = " | ".join(f"{x:.4g} ± {e:.2g}" for x, e in zip(total.mean(0), stderr, strict=True))
             print(f"| {label} | {columns} | {regret[:, -episodes // 10 :].mean():.3g} | {seconds:.0f} |", flush=True)
         best = min((label for label in regrets if label.startswith("epsilon")), key=lambda x: regrets[x].sum(1).mean())

@@ -137,7 +137,7 @@ class EpisodicTask:
         limit = getattr(environment, "time_limit", None)
         if limit is not None and horizon > limit:
             raise ValueError(
-                f"EpisodicTask: horizon {horizon} is above the environment's own limit of {limit} steps, and where time "
+                f"EpisodicTask: horizon {horizon} is above the environment's limit of {limit} steps, and where time "
                 f"ended an episode would be taken for a terminal state: use at most {limit}"
             )
         self.environment = environment

@@ -128,12 +128,18 @@ class EpisodicTask:
     :param horizon: T, the most steps of an episode; not above the environment's own time limit, so that an episode that
         ends sooner is known to have ended in a terminal state.
     :param truth: the true process; by default a `TabularEnvironment`'s own. None leaves the regret NaN.
-    :raises ValueError: if observations are not discrete, or ``horizon`` is no positive whole number.
+    :raises ValueError: if observations are not discrete, or ``horizon`` is above that limit or no positive number.
     """
 
     def __init__(self, environment: Environment, horizon: int, truth: MDP | None = None) -> None:
         if environment.num_states is None:
             raise ValueError("EpisodicTask: observations must be discrete: a table of states cannot hold others")
+        limit = getattr(environment, "time_limit", None)
+        if limit is not None and horizon > limit:
+            raise ValueError(
+                f"EpisodicTask: horizon {horizon} is above the environment's limit of {limit} steps, and where time "
+                f"ended an episode would be taken for a terminal state: use at most {limit}"
+            )
         self.environment = environment
         self.horizon = horizon
         self.truth: MDP | None = getattr(environment, "mdp", None) if truth is None else truth

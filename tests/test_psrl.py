@@ -256,6 +256,8 @@ def test_refused():
     pytest.importorskip("gymnasium")
     with pytest.raises(ValueError, match="observations must be discrete"):
         EpisodicTask(GymEnvironment("CartPole-v1"), 10)
+    with pytest.raises(ValueError, match="use at most 100"):
+        EpisodicTask(GymEnvironment("FrozenLake-v1"), 101)
 
 
 def test_the_picture_has_the_mean_and_the_interval():

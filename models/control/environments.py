@@ -158,6 +158,8 @@ class GymEnvironment:
         self.num_states = int(observations.n) if discrete else None
         self.observation_size = 1 if discrete else int(np.prod(observations.shape))
         self.observation_scale = _scale(observations) if not discrete else None
+        spec = self._env.spec
+        self.time_limit: int | None = None if spec is None else spec.max_episode_steps
         self._first_action = int(actions.start)
         self._first_state = int(observations.start) if discrete else 0
         self._make_vector: Callable[[int], Any] | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -148,20 +149,24 @@ class GymEnvironment:
                 f"GymEnvironment: {name} has actions {actions}, and only Discrete ones have probabilities that are "
                 "enumerated; wrap it in one that chooses among finitely many (gymnasium.wrappers.TransformAction)"
             )
-        discrete = isinstance(observations, gymnasium.spaces.Discrete)
-        if not discrete and not isinstance(observations, gymnasium.spaces.Box):
+        self.num_states: int | None = None
+        self.observation_scale: Tensor | None = None
+        self._first_state = 0
+        if isinstance(observations, gymnasium.spaces.Discrete):
+            self.num_states, self.observation_size = int(observations.n), 1
+            self._first_state = int(observations.start)
+        elif isinstance(observations, gymnasium.spaces.Box):
+            self.observation_size = math.prod(observations.shape)
+            self.observation_scale = _scale(observations)
+        else:
             raise ValueError(
                 f"GymEnvironment: {name} has observations {observations}; wrap it in "
                 "gymnasium.wrappers.FlattenObservation, which makes a Box of them"
             )
         self.num_actions = int(actions.n)
-        self.num_states = int(observations.n) if discrete else None
-        self.observation_size = 1 if discrete else int(np.prod(observations.shape))
-        self.observation_scale = _scale(observations) if not discrete else None
         spec = self._env.spec
         self.time_limit: int | None = None if spec is None else spec.max_episode_steps
         self._first_action = int(actions.start)
-        self._first_state = int(observations.start) if discrete else 0
         self._make_vector: Callable[[int], Any] | None = None
         if isinstance(make, str) and gymnasium.spec(make).vector_entry_point is not None:
             self._make_vector = functools.partial(

@@ -173,9 +173,8 @@ def report(
         f"Accuracy on held-out pairs that differ by {gap} or more ({share:.0%} of those that differ), 95%", 0, interval
     )
     rows("Accuracy on all held-out pairs that differ, 95%", 1, interval)
-    print(
-        f"\n| answers to {GOAL:.0%} (clear pairs) | of the mean curve | seed by seed | ratio to random |\n|---|---|---|---|"
-    )
+    print(f"\n| answers to {GOAL:.0%} (clear pairs) | of the mean curve | seed by seed | ratio to random |")
+    print("|---|---|---|---|")
     first = needed(next(iter(every.values()))[..., 0].mean(0))
     for name, curve in every.items():
         count = needed(curve[..., 0].mean(0))

@@ -176,13 +176,13 @@ class Elicitation:
 
     :param model: the program whose ``weights`` are learned from comparisons.
     :param acquisition: chooses the pair: `InformationGain` to know which of any two is better, `Duel` for good ones.
-    :param engine: infers the weights anew after each answer.
+    :param engine: infers the weights anew after each answer; by default draws of Laplace's normal law, without weights.
     :param seed: with the answers so far it determines the next question.
     """
 
     model: BradleyTerry
     acquisition: Acquisition = field(default_factory=InformationGain)
-    engine: Any = field(default_factory=lambda: Laplace(num_samples=NUM_DRAWS))
+    engine: Any = field(default_factory=lambda: Laplace(NUM_DRAWS, weighted=False))
     seed: int = 0
 
     def posterior(self, answers: Sequence[Answer]) -> Posterior:

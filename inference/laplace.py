@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
+from bayeslm import diagnostics
 from bayeslm.posterior import Posterior
 
 from .checks import check_counts, check_positive
 from .program import Program, ProgramError, inspect, seeded
-from .results import Stopwatch, posterior
+from .results import Stopwatch, posterior, to_numpy
 from .unconstrained import Potential, ScoredOnce, score, starting_point, unconstrained_shapes
 
 STARTS = 100  # points tried, the first of them 0
@@ -43,13 +44,16 @@ class Laplace:
     For programs whose latents are continuous and some tens or hundreds in number, as a `BradleyTerry` reward: its
     posterior has one mode, and Newton's method always finds it.
 
-    :param num_samples: weighted draws.
+    :param num_samples: draws.
+    :param weighted: whether draws have the weights that make them the posterior's. In tens of dimensions few draws have
+        most of the weight where k-hat is high, and the normal law itself may serve better: False, and draws are of it.
     :param max_steps: of Newton's method.
     :param tolerance: the Newton decrement, in nats, at which it ends.
     :param batch_size, vectorize, seed: as in `ImportanceSampling`.
     """
 
     num_samples: int = 500
+    weighted: bool = True
     max_steps: int = 100
     tolerance: float = 1e-4
     batch_size: int | None = None
@@ -85,13 +89,17 @@ class Laplace:
             z = law.sample((self.num_samples,))  # (draw, d)
             particles, log_det = score(program, scored, _unflatten(z, start), **batches)
             log_q = (law.log_prob(z) - log_det).to(particles.log_proposal)
+            particles = replace(particles, log_proposal=log_q[:, None])
+            weights = to_numpy(particles.log_weights)[None]
+            stats |= {"ess": diagnostics.ess(weights), "khat": diagnostics.psis(weights)[1]}
             return posterior(
                 program,
-                replace(particles, log_proposal=log_q[:, None]),
+                particles,
                 engine="Laplace",
-                kind="weighted",
+                kind="weighted" if self.weighted else "uncorrected",
                 num_chains=1,
                 stats=watch.read() | stats,
+                evidence=diagnostics.log_evidence(weights),
             )
 
     def _mode(self, potential: Potential, start: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -109,8 +117,8 @@ class Laplace:
                     return z, hessian, {"steps": steps, "decrement": float(promised / 2)}
                 if curvature[0] > -floor:
                     raise ProgramError(
-                        "the posterior is flat where its slope is zero: Laplace needs a mode with a curvature. Give every "
-                        "latent a proper prior, or use NUTS"
+                        "the posterior is flat where its slope is zero: Laplace needs a mode with a curvature. Give "
+                        "every latent a proper prior, or use NUTS"
                     )
                 direction, promised = axes[:, 0] / curvature[0].abs().sqrt(), torch.ones(())  # down from a saddle
             shrink = (LONGEST / direction.norm()).clamp_max(1.0)

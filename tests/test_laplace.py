@@ -156,6 +156,23 @@ def test_seeds():
     assert (first != other).all()
 
 
+def test_without_weights_draws_are_of_the_normal_law():
+    """Of a gamma's logarithm: mode log(a / b), variance 1 / a; log Z is as with weights."""
+
+    def model():
+        pyro.sample("rate", dist.Gamma(4.0, 2.0))
+
+    plain = Laplace(20_000, weighted=False, seed=0).run(model)
+    weighed = Laplace(20_000, seed=0).run(model)
+    assert (plain.kind, weighed.kind) == ("uncorrected", "weighted")
+    assert (plain.log_weights == 0).all()
+    assert plain.log_evidence == weighed.log_evidence
+    assert abs(plain.log_evidence[0]) < 4.5 * plain.log_evidence_stderr[0]
+    logs = np.log(plain.samples["rate"][0])
+    assert abs(logs.mean() - math.log(2.0)) < 4.5 * 0.5 / math.sqrt(20_000)
+    assert logs.var() == pytest.approx(0.25, rel=4.5 * math.sqrt(2 / 20_000))
+
+
 def test_refusals():
     def flat():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))

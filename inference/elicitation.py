@@ -28,7 +28,7 @@ from torch import Tensor
 from bayeslm.posterior import Posterior
 
 from ..models import LanguageModel, TiltedLM
-from ..models.preferences import Answer, BradleyTerry, Judge, Question, UncertainReward, comparisons
+from ..models.preferences import Answer, BradleyTerry, Judge, Question, UncertainReward, answered
 from .acquisition import Acquisition, InformationGain
 from .checks import check_counts, check_positive
 from .importance import ImportanceSampling
@@ -190,7 +190,7 @@ class Elicitation:
 
         :raises ValueError: if nothing was answered.
         """
-        data = comparisons(answers)
+        data = answered(answers)
         if data is None:
             raise ValueError("no question has an answer: the posterior is the prior")
         with self._seeded(answers):
@@ -201,7 +201,7 @@ class Elicitation:
 
         :param example: any prompt and completion, for the features' number d.
         """
-        if comparisons(answers) is not None:
+        if answered(answers) is not None:
             samples = self.posterior(answers).resample().samples["weights"]
             return torch.as_tensor(samples).flatten(0, 1)
         x = self.model.featurise([example[0]], [example[1]])

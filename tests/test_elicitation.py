@@ -27,7 +27,7 @@ from bayeslm.inference import (
 )
 from bayeslm.inference.acquisition import information
 from bayeslm.models import TiltedLM
-from bayeslm.models.preferences import Answer, BradleyTerry, SimulatedJudge, UncertainReward, comparisons
+from bayeslm.models.preferences import Answer, BradleyTerry, SimulatedJudge, UncertainReward, answered
 from bayeslm.models.rewards import Reward
 
 TRUTH = torch.tensor([1.5, -1.0, 0.5, 0.0, 2.0])
@@ -236,8 +236,8 @@ def test_answers():
     assert replace(answer, first_is_better=True).foreseen
     skipped = replace(answer, first_is_better=None)
     assert (skipped.surprisal, skipped.foreseen) == (0.0, False)
-    assert comparisons([skipped]) is None
-    data = comparisons([answer, skipped, replace(answer, first_is_better=True)])
+    assert answered([skipped]) is None
+    data = answered([answer, skipped, replace(answer, first_is_better=True)])
     assert (data.chosen, data.rejected) == (["two", "one"], ["one", "two"])
     with pytest.raises(TypeError, match="True, False or None"):
         answer.answered("1")

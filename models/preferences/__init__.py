@@ -3,7 +3,7 @@
 from .bradley_terry import BradleyTerry
 from .comparisons import Comparisons, PreferenceError, Rankings
 from .features import LastHidden, SentenceEmbedding, Standardised
-from .judges import Answer, Judge, Question, SimulatedJudge, comparisons
+from .judges import Answer, Judge, Question, SimulatedJudge, answered
 from .plackett_luce import PlackettLuce
 from .ratings import GaussianRatings, OrdinalRatings, Ratings
 from .uncertain import JudgedLM, UncertainReward
@@ -26,5 +26,5 @@ __all__ = [
     "SimulatedJudge",
     "Standardised",
     "UncertainReward",
-    "comparisons",
+    "answered",
 ]

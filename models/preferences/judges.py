@@ -67,7 +67,7 @@ class Answer(Question):
         return self.first_is_better is not None and self.first_is_better == (self.probability > 0.5)
 
 
-def comparisons(answers: Sequence[Answer]) -> Comparisons | None:
+def answered(answers: Sequence[Answer]) -> Comparisons | None:
     """What was answered, in its order; None if nothing was."""
     given = [answer for answer in answers if answer.first_is_better is not None]
     if not given:

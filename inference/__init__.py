@@ -41,7 +41,6 @@ ENGINES = {
     "mcmc": MCMC,
     "svi": SVI,
     "nuts": NUTS,
-    "laplace": Laplace,
 }
 
 __all__ = [

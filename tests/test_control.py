@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import pyro
 import pytest
 import torch
 from gradients import LIMIT, assert_unbiased, gradients
-from processes import random_mdp, random_policy
+from processes import all_episodes, random_mdp, random_policy
 
 from bayeslm.inference import (
     SVI,
@@ -334,6 +335,30 @@ def test_controlled_smc_finds_the_evidence(dynamics, seed):
     first = torch.as_tensor(posterior.samples["trajectory"])[..., 0, 0] == 1
     by_chain = (weights * first).sum(1) / weights.sum(1)  # each its own estimate
     assert within(by_chain.mean(0), by_chain.std(0) / 20**0.5 + 0.01, exact.policy[0, STARTS, 1])
+
+
+@pytest.mark.parametrize("dynamics", ["tilted", "fixed"])
+def test_a_prior_may_change_with_the_steps(dynamics):
+    """What it all but forbids at first is the plan later. log Z is by enumeration of all episodes."""
+    forward = torch.tensor([1, 2, 2])
+    transitions = torch.stack([torch.eye(3), torch.eye(3)[forward]], 1)
+    rewards = torch.zeros(3, 2, 3)
+    rewards[:, 1] = 2.0
+    mdp = MDP(transitions, rewards, torch.zeros(3, dtype=torch.bool), torch.tensor([1.0, 0.0, 0.0]))
+    logits = torch.zeros(HORIZON, 3, 2)
+    logits[0, :, 1], logits[1:, :, 1] = -8.0, 1.0
+    p = logits.double().softmax(-1)
+    z = sum(
+        chance * math.prod(float(p[t, s, a]) * math.exp(r / BETA) for t, (s, a, r) in enumerate(steps))
+        for chance, steps in all_episodes(mdp, 0, HORIZON)
+    )
+    control = Control(TabularEnvironment(mdp), BETA, HORIZON, TabularPolicy(logits))
+    smc = ControlledSMC(num_sweeps=3, num_particles=100, num_chains=4, dynamics=dynamics, seed=0)
+    posterior = smc.run(control)
+    assert posterior.log_evidence_stderr < 0.1
+    assert within(posterior.log_evidence, posterior.log_evidence_stderr + 1e-4, math.log(z))
+    exact = SoftValueIteration(BETA, HORIZON, dynamics).run(mdp, p)
+    torch.testing.assert_close(posterior.policy.probabilities[:, 0], exact.policy[:, 0], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("dynamics", ["tilted", "fixed"])

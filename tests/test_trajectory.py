@@ -298,6 +298,24 @@ def test_an_episode_ends_at_a_time_limit_and_spaces_may_begin_elsewhere():
     torch.testing.assert_close(step_rewards(value)[:, :4], actions(value)[:, :4].float() + 5)
 
 
+def test_a_time_limit_truncates_and_a_fall_terminates():
+    """CartPole pushed one way falls, pushed both ways in turn it outlives a limit of 12; copies keep what they had."""
+    pole = GymEnvironment("CartPole-v1", max_episode_steps=12)
+    one_way, in_turn = torch.zeros(12, dtype=torch.long), torch.arange(12) % 2
+    pushes = torch.stack([one_way, one_way, in_turn, in_turn])
+    for copies in (False, True):
+        with seeded(0):
+            episodes = pole.play(torch.full((4,), -1), copies=copies)
+            for t in range(12):
+                episodes.step(pushes[:, t])
+        assert episodes.ended.all()
+        assert episodes.terminated.tolist() == [True, True, False, False]
+    episodes.select(torch.tensor([2, 0, 0, 3]))
+    assert episodes.terminated.tolist() == [False, True, True, False]
+    table = TabularEnvironment(random_mdp()).play(torch.tensor([0, 3]))
+    assert table.terminated.tolist() == [False, True]
+
+
 def test_what_cannot_be_played_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"Pendulum-v1 has actions Box.*Discrete"):
         GymEnvironment("Pendulum-v1")

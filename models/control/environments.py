@@ -31,6 +31,8 @@ class Episodes(Protocol):
     """(row, observation_size) float32, before the next action."""
     ended: Tensor
     """(row,) bool: terminated, or truncated by a time limit of the environment; no reward comes any more."""
+    terminated: Tensor
+    """(row,) bool: ended in a terminal state."""
 
     def step(self, actions: Tensor) -> Tensor:
         """Take actions (row,); the rewards (row,) float32, 0 of rows that had ended."""
@@ -109,6 +111,10 @@ class TabularEpisodes:
     @property
     def ended(self) -> Tensor:
         return self._environment.mdp.terminal[self._states]
+
+    @property
+    def terminated(self) -> Tensor:
+        return self.ended
 
     def step(self, actions: Tensor) -> Tensor:
         self._states, rewards = self._environment.outcome(self._states, actions)
@@ -219,21 +225,22 @@ class CopiedEpisodes:
         ]
         self._reseed()  # those of one start part from here on
         self.observations = environment.tensor_of(first)
-        self.ended = torch.zeros(len(starts), dtype=torch.bool)
+        self.ended, self.terminated = torch.zeros(2, len(starts), dtype=torch.bool)
 
     def step(self, actions: Tensor) -> Tensor:
         rewards = torch.zeros(len(self._envs))
-        observations, ended = self.observations.clone(), self.ended.clone()
+        observations, ended, terminal = self.observations.clone(), self.ended.clone(), self.terminated.clone()
         given = self._environment.actions_of(actions)
         for i in (~ended).nonzero().squeeze(-1).tolist():
             observation, reward, terminated, truncated, _ = self._envs[i].step(given[i])
             observations[i] = self._environment.tensor_of([observation])[0]
-            rewards[i], ended[i] = float(reward), terminated or truncated
-        self.observations, self.ended = observations, ended
+            rewards[i], ended[i], terminal[i] = float(reward), terminated or truncated, terminated
+        self.observations, self.ended, self.terminated = observations, ended, terminal
         return rewards
 
     def select(self, rows: Tensor) -> None:
-        self.observations, self.ended = self.observations[rows], self.ended[rows]
+        self.observations = self.observations[rows]
+        self.ended, self.terminated = self.ended[rows], self.terminated[rows]
         taken: set[int] = set()
         envs = []
         for row, ended in zip(rows.tolist(), self.ended.tolist(), strict=True):
@@ -255,12 +262,13 @@ class VectorEpisodes:
         self._environment = environment
         self._vector = vector
         self.observations = environment.tensor_of(vector.reset(seed=_seeds(1)[0])[0])
-        self.ended = torch.zeros(rows, dtype=torch.bool)
+        self.ended, self.terminated = torch.zeros(2, rows, dtype=torch.bool)
 
     def step(self, actions: Tensor) -> Tensor:
         observations, rewards, terminated, truncated, _ = self._vector.step(self._environment.actions_of(actions))
         self.observations = self._environment.tensor_of(observations)
         rewards = torch.from_numpy(np.asarray(rewards, dtype=np.float32)).masked_fill(self.ended, 0.0)
+        self.terminated = self.terminated | torch.from_numpy(terminated) & ~self.ended
         self.ended = self.ended | torch.from_numpy(terminated | truncated)
         return rewards
 

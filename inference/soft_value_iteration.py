@@ -72,8 +72,13 @@ class SoftValueIteration:
         """Solve a process.
 
         :param prior: (*, S, A), p(a | s), or one of each step (T, *, S, A); uniform by default.
-        :raises ValueError: if it has another shape.
+        :raises ValueError: if it has another shape; or if dynamics are tilted, and the process has mean rewards alone.
         """
+        if self.dynamics == "tilted" and mdp.mixed:
+            raise ValueError(
+                "SoftValueIteration: tilted dynamics need the law of the reward, and this process has means of rewards "
+                'that vary (MDP.mixed): use dynamics="fixed", or give outcomes that pay differently states of their own'
+            )
         prior = self._prior(mdp, prior)
         value = torch.zeros_like(mdp.initial)
         values, action_values, policies = [value], [], []

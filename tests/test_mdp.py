@@ -49,6 +49,20 @@ def test_episodes_end_where_gymnasium_ends_them():
     assert int(taxi.terminal.sum()) == 4  # the passenger out of the taxi at each of four places
 
 
+def test_rewards_that_vary_are_means_and_said_to_be():
+    """On slippery cliffs who stays at the start may have walked, for -1, or fallen, for -100: the mean is enough for
+    expected returns, and not for log Z."""
+    mixed = {name: MDP.from_gymnasium(gymnasium.make(name)).mixed for name, kwargs in TABULAR if not kwargs}
+    assert mixed == {"CliffWalking-v1": False, "Taxi-v4": False}
+    assert not MDP.from_gymnasium(gymnasium.make("FrozenLake-v1")).mixed
+    cliff = MDP.from_gymnasium(gymnasium.make("CliffWalking-v1", is_slippery=True))
+    assert cliff.mixed
+    assert float(cliff.rewards[36, 1, 36]) == pytest.approx(-50.5)  # right: down is a wall, ahead is the cliff
+    assert SoftValueIteration(1.0, 3).run(cliff).values.isfinite().all()
+    with pytest.raises(ValueError, match=r"MDP\.mixed.*fixed"):
+        SoftValueIteration(1.0, 3, "tilted").run(cliff)
+
+
 def test_what_is_no_process_is_refused():
     mdp = random_mdp()
     for name, wrong in {
@@ -169,7 +183,8 @@ def test_a_discount_is_the_probability_of_living_on():
 @pytest.mark.parametrize("dynamics", ["fixed", "tilted"])
 def test_many_processes_are_solved_at_once(dynamics):
     parts = [random_mdp(seed) for seed in range(3)]
-    many = MDP(*(torch.stack([getattr(p, name) for p in parts]) for name in vars(parts[0])))
+    tensors = ("transitions", "rewards", "terminal", "initial")
+    many = MDP(*(torch.stack([getattr(p, name) for p in parts]) for name in tensors))
     solver = SoftValueIteration(0.5, 4, dynamics)
     together = solver.run(many)
     assert together.policy.shape == (4, 3, 4, 2)

@@ -321,7 +321,8 @@ def test_what_cannot_be_played_is_refused(monkeypatch):
         GymEnvironment("Pendulum-v1")
     with pytest.raises(ValueError, match="FlattenObservation"):
         GymEnvironment("Blackjack-v1")
-    two = MDP(*(torch.stack([part, part]) for part in vars(random_mdp()).values()))
+    one = random_mdp()
+    two = MDP(*(torch.stack([part, part]) for part in (one.transitions, one.rewards, one.terminal, one.initial)))
     with pytest.raises(ValueError, match="one MDP"):
         TabularEnvironment(two)
     with pytest.raises(ValueError, match="beta"):

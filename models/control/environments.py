@@ -64,6 +64,9 @@ class Environment(Protocol):
 class TabularEnvironment:
     """An `MDP` to be played in; its states are the observations, and may be ``starts``.
 
+    A step pays ``rewards``: means, if the process is `MDP.mixed`. What is best in expectation is the same, but log Z is
+    that of this process, never above that of the one whose rewards vary (Jensen).
+
     :raises ValueError: if there are several processes in one.
     """
 

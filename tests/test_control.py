@@ -428,6 +428,8 @@ def test_what_cannot_be_planned_is_refused():
         ControlledSMC(dynamics="warped")
     with pytest.raises(ValueError, match="decay"):
         StateValues(4, decay=1.0)
+    with pytest.raises(ProgramError, match=r"StateValues\(5\).*'trajectory'.*6 numbers"):
+        ReverseKL(2, StateValues(5)).loss_and_grads(control, control.guide(TabularPolicy.uniform(4, 2)))
     with pytest.raises(ProgramError, match="guide"):
         SVI(num_steps=1).run(control)
 

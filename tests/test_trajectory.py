@@ -7,6 +7,7 @@ import math
 import sys
 from collections import Counter
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -28,6 +29,7 @@ from bayeslm.models.control import (
     actions,
     observations,
     returns,
+    river_swim,
     step_rewards,
 )
 
@@ -187,6 +189,8 @@ def test_policies_as_tables():
         TabularPolicy(torch.zeros(3))
     with pytest.raises(ValueError, match="two tables"):
         CountdownPolicy(4, 2, horizon=8, num_tables=1)
+    with pytest.raises(ValueError, match=r"horizon of 8.*step 8 was"):
+        Trajectory(TabularEnvironment(river_swim()), CountdownPolicy(6, 2, horizon=8), 9).sample()
 
 
 # -- Gymnasium ---------------------------------------------------------------------------------------------------------
@@ -274,6 +278,46 @@ def test_copies_go_their_own_ways():
     ):
         for here, there in itertools.pairwise(row[:length]):
             assert legal[here, there] > 0
+
+
+def test_copies_share_no_state_and_no_chance():
+    """Though the environment calls its state what others call their table, and has a generator of its own."""
+
+    class Walk(gymnasium.Env):
+        action_space = gymnasium.spaces.Discrete(2)
+        observation_space = gymnasium.spaces.Box(-100.0, 100.0, (2,))
+
+        def __init__(self):
+            self.P = np.zeros(1)
+            self.rng = np.random.default_rng(0)
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            self.P[:] = 0.0
+            self.desc = [0.0]
+            return self.seen(), {}
+
+        def seen(self):
+            return np.array([self.P[0], self.desc[0]], dtype=np.float32)
+
+        def step(self, action):
+            self.P += action
+            self.desc[0] += self.rng.normal()
+            return self.seen(), 0.0, False, False, {}
+
+    right = torch.tensor([0, 1, 0, 1])
+    draws = []
+    for _ in range(2):
+        with seeded(0):
+            episodes = GymEnvironment(Walk).play(torch.full((4,), -1), copies=True)
+            episodes.step(right)
+            assert torch.equal(episodes.observations[:, 0], right.float())
+            episodes.select(torch.tensor([1, 1, 1, 0]))
+            episodes.step(right)
+        assert episodes.observations[:, 0].tolist() == [1.0, 2.0, 1.0, 1.0]
+        draws.append(episodes.observations[:, 1])
+    assert len(draws[0].unique()) == 4
+    assert torch.equal(draws[0], draws[1])
 
 
 def test_an_episode_ends_at_a_time_limit_and_spaces_may_begin_elsewhere():

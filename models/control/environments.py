@@ -134,7 +134,8 @@ class GymEnvironment:
     """A Gymnasium environment with discrete actions, and observations that are a number (Discrete) or an array (Box).
 
     Where it has a vectorised version (`gymnasium.make_vec`), and no copies or starts are asked for, that is played in;
-    else each row has a copy of the environment (`copy.deepcopy`). ``starts`` are seeds of the first observation.
+    else each row has a copy of the environment (`copy.deepcopy`), whose `numpy.random.Generator` attributes are seeded
+    anew: other sources of chance are copied as they are. ``starts`` are seeds of the first observation.
 
     :param make: the environment's name, or a function that makes it.
     :param kwargs: for it.
@@ -189,10 +190,12 @@ class GymEnvironment:
         return VectorEpisodes(self, self._make_vector(len(starts)), len(starts))
 
     def copy_of(self, env: Any = None) -> Any:
-        """A copy of an environment of this kind, by default a fresh one. What no step changes is shared."""
+        """A copy of an environment of this kind, by default a fresh one. What no step changes is shared: the spaces,
+        and the table of a toy text."""
         env = self._env if env is None else env
         inner = env.unwrapped
-        shared = [getattr(inner, name, None) for name in ("P", "desc", "spec", "action_space", "observation_space")]
+        table = getattr(inner, "P", None)
+        shared = [inner.spec, inner.action_space, inner.observation_space, table if isinstance(table, dict) else None]
         return copy.deepcopy(env, {id(x): x for x in shared if x is not None})
 
     def actions_of(self, actions: Tensor) -> np.ndarray:
@@ -255,7 +258,11 @@ class CopiedEpisodes:
 
     def _reseed(self) -> None:
         for env, seed in zip(self._envs, _seeds(len(self._envs)), strict=True):
-            env.unwrapped.np_random = np.random.default_rng(seed)
+            inner = env.unwrapped
+            inner.np_random = rng = np.random.default_rng(seed)
+            others = [k for k, x in vars(inner).items() if isinstance(x, np.random.Generator) and x is not rng]
+            for name, other in zip(others, rng.spawn(len(others)), strict=True):
+                setattr(inner, name, other)
 
 
 class VectorEpisodes:

@@ -292,29 +292,28 @@ SETTINGS = [
     ("CliffWalking-v1", 1.0, 100, {}),
 ]
 
-
-SLOW = pytest.mark.xfail(reason="1.6% after 400 steps: the slippery 8x8 lake needs more of them", strict=False)
+QUICK = {"num_steps": 400, "learning_rate": 0.2, "schedule": "cosine", "temperature": Tempering(0.1, 0.4)}
+SLOW = {"num_steps": 1000, "learning_rate": 0.1, "schedule": "linear", "temperature": Tempering(0.03, 0.5)}
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("name", "beta", "horizon", "kwargs"),
-    [*SETTINGS[:3], pytest.param(*SETTINGS[3], marks=SLOW), SETTINGS[4]],
+    ("setting", "training", "limit"),
+    [(setting, QUICK, 0.01) for setting in (*SETTINGS[:3], SETTINGS[4])] + [(SETTINGS[3], SLOW, 0.02)],
 )
-def test_svi_is_within_a_hundredth_of_the_soft_optimal_value(name, beta, horizon, kwargs):
+def test_svi_is_within_some_hundredths_of_the_soft_optimal_value(setting, training, limit):
+    """Two of them on the slippery 8x8 lake, which is the hardest."""
+    name, beta, horizon, kwargs = setting
     mdp, control = gym_problem(name, beta, horizon, **kwargs)
     policy = CountdownPolicy(mdp.num_states, mdp.num_actions, horizon)
     SVI(
-        num_steps=400,
-        learning_rate=0.2,
-        schedule="cosine",
+        **training,
         objective=ReverseKL(1000, StateValues(mdp.num_states)),
-        temperature=Tempering(0.1, 0.4),
         guide=control.guide(policy),
         num_samples=16,
         seed=0,
     ).run(control)
-    assert 0 <= gap(control, mdp, policy) < 0.01
+    assert 0 <= gap(control, mdp, policy) < limit
 
 
 # -- planning ----------------------------------------------------------------------------------------------------------

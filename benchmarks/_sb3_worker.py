@@ -11,7 +11,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
-# rl-baselines3-zoo, hyperparams/ppo.yml, CartPole-v1; its rates fall linearly to 0 over 100,000 steps
+# rl-baselines3-zoo, hyperparams/ppo.yml, CartPole-v1; its rates fall linearly to 0 over the budget, there 100,000 steps
 ZOO: dict[str, Any] = {
     "n_steps": 32,
     "batch_size": 256,
@@ -43,7 +43,7 @@ class Until(BaseCallback):
         return not self._solved
 
 
-def train(settings: str, greedy: bool, seed: int, threads: int, budget: int = 100_000) -> dict[str, Any]:
+def train(settings: str, greedy: bool, seed: int, threads: int, budget: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     num_envs, given = SETTINGS[settings]
     model = PPO("MlpPolicy", make_vec_env("CartPole-v1", num_envs, seed=seed), seed=seed, device="cpu", **given)

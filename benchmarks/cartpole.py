@@ -6,7 +6,7 @@ Solved is a mean return of at least 475 over 100 fresh episodes: of the policy's
 trainings of their own, of actions drawn from it. Policies are looked at in the same way (`_cartpole.py`) once 2,000
 environment steps or more have been taken since the last look. Looks are not counted, as steps or as seconds, nor are
 imports, and what only the first training does: each side begins with one that is thrown away. One thread each, one side
-after the other.
+after the other; a training that has not come there by 100,000 environment steps has failed.
 
 PPO has the settings of rl-baselines3-zoo, or the library's defaults. It lives in an environment of its own, build/sb3,
 made at the first run (1 GB). SVI trains a policy of the same size, two layers of 64 with tanh, on the program
@@ -34,14 +34,15 @@ from bayeslm.models.control import Control, GymEnvironment, MLPPolicy, actions
 REQUIREMENTS = ["stable-baselines3==2.9.0", "gymnasium", "torch", "numpy"]
 HORIZON = 500
 BETA = 0.1
-MOST_STEPS = 60  # gradient steps: half a million environment steps at most
+BUDGET = 100_000  # environment steps of a training, as rl-baselines3-zoo has it: its rates fall to 0 over these
+EPISODES = 16  # of a gradient step
 
 
-def svi(greedy: bool, seed: int, num_steps: int = MOST_STEPS) -> dict[str, Any]:
+def svi(greedy: bool, seed: int, budget: int = BUDGET) -> dict[str, Any]:
     environment = GymEnvironment("CartPole-v1")
     control = Control(environment, BETA, HORIZON)
     policy = MLPPolicy(environment, seed=seed)
-    objective = ReverseKL(16, Critic())
+    objective = ReverseKL(EPISODES, Critic())
     played = 0
 
     def act(observations: np.ndarray, greedy: bool) -> np.ndarray:
@@ -53,10 +54,10 @@ def svi(greedy: bool, seed: int, num_steps: int = MOST_STEPS) -> dict[str, Any]:
         nonlocal played
         assert objective.particles is not None
         played += int((actions(objective.particles.values["trajectory"]) >= 0).sum())
-        return watch(played)
+        return watch(played) or played >= budget
 
     engine = SVI(
-        num_steps=num_steps,
+        num_steps=math.ceil(budget / EPISODES),  # more than it takes to spend the budget
         learning_rate=1e-2,
         schedule="constant",
         objective=objective,
@@ -92,10 +93,10 @@ def main() -> None:
     torch.set_num_threads(1)
     peer = Peer("sb3", REQUIREMENTS, "_sb3_worker.py")
 
-    def ppo(settings: str, greedy: bool, seed: int, **budget: int) -> dict[str, Any]:
-        return peer.ask({"settings": settings, "greedy": greedy, "seed": seed, "threads": 1} | budget)
+    def ppo(settings: str, greedy: bool, seed: int, budget: int = BUDGET) -> dict[str, Any]:
+        return peer.ask({"settings": settings, "greedy": greedy, "seed": seed, "threads": 1, "budget": budget})
 
-    svi(greedy=True, seed=0, num_steps=1)
+    svi(greedy=True, seed=0, budget=1)
     ppo("zoo", greedy=True, seed=0, budget=1)
     print("| | actions | seed | environment steps | seconds | mean return | again |")
     print("|---|---|---|---|---|---|---|")

@@ -184,7 +184,9 @@ class _Transitions:
         self._counts, self._rewards = torch.zeros(2, size, dtype=torch.float64, device=environment.device)
         states = torch.arange(self._shape[0], device=environment.device)
         with torch.no_grad():
-            self.prior: Tensor = model.prior(states[:, None].float(), torch.zeros_like(states)).float().softmax(-1)
+            logits = [model.prior(states[:, None].float(), torch.full_like(states, t)) for t in range(model.horizon)]
+        self.prior: Tensor = torch.stack(logits).float().softmax(-1)
+        """(T, S, A)"""
 
     @property
     def total(self) -> int:

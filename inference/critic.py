@@ -96,6 +96,8 @@ class Critic:
 
         :param f: (particle, prompt), or (particle, 1).
         """
+        if not texts.live.any():
+            return torch.zeros_like(texts.past)  # nobody acted: there is nothing to credit, nor to learn
         level = f if len(f) > 1 else self._average(name, f)
         if name not in self._sites:
             self._sites[name] = _Learner(_Head.reading(texts, self.width), self.learning_rate)
@@ -223,8 +225,8 @@ class _Learner:
 
 
 def _advantages(f: Tensor, live: Tensor) -> Tensor:
-    """f (particle, prompt, text, token) less the mean of the other particles' over their live tokens."""
+    """f (particle, prompt, text, token) less the mean of the other particles' over their live tokens, 0 of none."""
     if len(f) == 1:
         return f
     total, count = ((x * live).sum((2, 3), keepdim=True) for x in (f, torch.ones_like(f)))
-    return f - (total.sum(0) - total) / (count.sum(0) - count)
+    return f - (total.sum(0) - total) / (count.sum(0) - count).clamp_min(1.0)

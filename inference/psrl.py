@@ -125,8 +125,8 @@ class EpisodicTask:
 
     :param environment: a `TabularEnvironment`, or a `GymEnvironment` whose observations are discrete; it
         need have no tables.
-    :param horizon: T, the most steps of an episode; not above the environment's own time limit, so that an episode that
-        ends sooner is known to have ended in a terminal state.
+    :param horizon: T, the steps that policies plan for; not above the environment's own time limit, which would cut
+        episodes short of that.
     :param truth: the true process; by default a `TabularEnvironment`'s own. None leaves the regret NaN.
     :raises ValueError: if observations are not discrete, or ``horizon`` is above that limit or no positive number.
     """
@@ -137,8 +137,8 @@ class EpisodicTask:
         limit = getattr(environment, "time_limit", None)
         if limit is not None and horizon > limit:
             raise ValueError(
-                f"EpisodicTask: horizon {horizon} is above the environment's limit of {limit} steps, and where time "
-                f"ended an episode would be taken for a terminal state: use at most {limit}"
+                f"EpisodicTask: horizon {horizon} is above the environment's limit of {limit} steps, and policies "
+                f"would plan for steps that no episode has: use at most {limit}"
             )
         self.environment = environment
         self.horizon = horizon
@@ -160,11 +160,9 @@ class EpisodicTask:
         for t in range(self.horizon):
             action = torch.multinomial(law[runs, t, state], 1)[:, 0]
             reward = episodes.step(action).to(policy.dtype)
-            following, ended = episodes.observations[:, 0].long(), episodes.ended
-            # At the horizon, time may have ended it: no more is said than that
-            terminated = valid & ended if t + 1 < self.horizon else torch.zeros_like(valid)
-            steps.append((state, action, reward, following, terminated, valid))
-            state, valid = following, valid & ~ended
+            following = episodes.observations[:, 0].long()
+            steps.append((state, action, reward, following, valid & episodes.terminated, valid))
+            state, valid = following, valid & ~episodes.ended
         return Steps(*(torch.stack(column, -1).to(policy.device) for column in zip(*steps, strict=True)))
 
     def regret(self, policy: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ are solved by one recursion backwards from V_T = 0, and differ in what chance ma
 
 *Fixed* (section 3) is variational: of all policies in the world as it is, \pi maximises E[return] - \beta KL(\pi || p),
 and V_0 / \beta is the highest ELBO. *Tilted* (section 2) is the posterior over trajectories itself, in which chance
-turns XX the ELBO; where the environment is deterministic they agree.
+turns out well, too: V_0 / \beta is log Z, which importance sampling and SMC estimate, and \pi is an optimist's. It is
+never below the ELBO; where the environment is deterministic they agree.
 
 As \beta -> 0 the fixed recursion is value iteration, and ``beta`` may be 0. A discount \gamma is the probability of
 living on. Many processes of one size are solved at once.
@@ -70,16 +71,21 @@ class SoftValueIteration:
     def run(self, mdp: MDP, prior: Tensor | None = None) -> SoftValues:
         """Solve a process.
 
-        :param prior: (*, S, A), p(a | s); uniform by default.
-        :raises ValueError: if it has another shape.
+        :param prior: (*, S, A), p(a | s), or one of each step (T, *, S, A); uniform by default.
+        :raises ValueError: if it has another shape; or if dynamics are tilted, and the process has mean rewards alone.
         """
-        prior = _prior(mdp, prior)
+        if self.dynamics == "tilted" and mdp.mixed:
+            raise ValueError(
+                "SoftValueIteration: tilted dynamics need the law of the reward, and this process has means of rewards "
+                'that vary (MDP.mixed): use dynamics="fixed", or give outcomes that pay differently states of their own'
+            )
+        prior = self._prior(mdp, prior)
         value = torch.zeros_like(mdp.initial)
         values, action_values, policies = [value], [], []
-        for _ in range(self.horizon):
+        for t in reversed(range(self.horizon)):
             q = self._action_values(mdp, value)
-            policy = self._improve(prior, q)
-            value = self._value(prior, policy, q)
+            policy = self._improve(prior[t], q)
+            value = self._value(prior[t], policy, q)
             values.append(value)
             action_values.append(q)
             policies.append(policy)
@@ -88,19 +94,16 @@ class SoftValueIteration:
     def evaluate(self, mdp: MDP, policy: Tensor, prior: Tensor | None = None) -> Tensor:
         r"""A policy's own values, E[return] - \beta KL(\pi || p) from each state on, in the world as it is.
 
-        :param policy: (*, S, A), or one of each step (T, *, S, A).
+        :param policy, prior: (*, S, A), or one of each step (T, *, S, A); the prior is uniform by default.
         :return: (T + 1, *, S) float64, nowhere above `run`'s with fixed dynamics.
-        :raises ValueError: if dynamics are tilted, or the policy has another shape.
+        :raises ValueError: if dynamics are tilted, or one of them has another shape.
         """
         if self.dynamics != "fixed":
             raise ValueError('SoftValueIteration: policies are judged in the world as it is: dynamics="fixed"')
-        shape = (self.horizon, *mdp.expected_rewards.shape)
-        if tuple(policy.shape) not in (shape, shape[1:]):
-            raise ValueError(f"SoftValueIteration: policy must be {shape[1:]} or {shape}, got {tuple(policy.shape)}")
-        prior, policy = _prior(mdp, prior), policy.to(mdp.initial).expand(shape)
+        prior, policy = self._prior(mdp, prior), self._of_each_step(mdp, "policy", policy)
         values = [torch.zeros_like(mdp.initial)]
         for t in reversed(range(self.horizon)):
-            value = self._value(prior, policy[t], self._action_values(mdp, values[-1]))
+            value = self._value(prior[t], policy[t], self._action_values(mdp, values[-1]))
             values.append(value.masked_fill(mdp.terminal, 0.0))  # nobody acts there, whatever the policy would do
         return torch.stack(values[::-1])
 
@@ -125,13 +128,14 @@ class SoftValueIteration:
             value = value - self.beta * (torch.xlogy(policy, policy) - torch.xlogy(policy, prior)).sum(-1)
         return value
 
+    def _prior(self, mdp: MDP, prior: Tensor | None) -> Tensor:
+        """The prior policy of each step, (T, *, S, A) float64."""
+        uniform = torch.full_like(mdp.expected_rewards, 1 / mdp.num_actions)
+        return self._of_each_step(mdp, "prior", uniform if prior is None else prior)
 
-def _prior(mdp: MDP, prior: Tensor | None) -> Tensor:
-    """The prior policy (*, S, A) float64."""
-    if prior is None:
-        return torch.full_like(mdp.expected_rewards, 1 / mdp.num_actions)
-    if prior.shape != mdp.expected_rewards.shape:
-        raise ValueError(
-            f"SoftValueIteration: prior must be {tuple(mdp.expected_rewards.shape)}, got {tuple(prior.shape)}"
-        )
-    return prior.to(mdp.initial)
+    def _of_each_step(self, mdp: MDP, name: str, policy: Tensor) -> Tensor:
+        """A policy (*, S, A) or (T, *, S, A) as (T, *, S, A) float64."""
+        shape = (self.horizon, *mdp.expected_rewards.shape)
+        if tuple(policy.shape) not in (shape, shape[1:]):
+            raise ValueError(f"SoftValueIteration: {name} must be {shape[1:]} or {shape}, got {tuple(policy.shape)}")
+        return policy.to(mdp.initial).expand(shape)

@@ -22,7 +22,7 @@ from torch import Tensor
 from .baselines import leave_one_out
 from .checks import check_counts
 from .critic import Texts
-from .program import Program
+from .program import Program, ProgramError
 
 
 class StateValues:
@@ -49,7 +49,15 @@ class StateValues:
         """The advantages (particle, prompt, text, step) of a trajectory, by what was learned before; then learn.
 
         :param f: (particle, prompt), or (particle, 1).
+        :raises ProgramError: if its environment has another number of states.
         """
+        known = texts.hidden.shape[-1]  # of `Trajectory.read`: a state, one-hot, the time and the return so far
+        if known != self.num_states + 2:
+            raise ProgramError(
+                f"StateValues({self.num_states}): site {name!r} is no trajectory through so many states: what is "
+                f"known before an action has {known} numbers, and would have {self.num_states + 2}; give it "
+                "environment.num_states, or use Critic where states are not discrete"
+            )
         to_go = f[:, :, None, None] - texts.past - texts.earned
         horizon = to_go.shape[-1]
         part = torch.arange(horizon, device=to_go.device) * self.parts // horizon

@@ -54,10 +54,8 @@ class Unconstrained(Messenger):
 
     def log_det_of_each(self, num_particles: int) -> Tensor:
         """Their sums over each of several particles, (particle,), which lie on the first axis."""
-        return sum(
-            (log_det.reshape(num_particles, -1).sum(-1) for log_det in self.log_dets.values()),
-            torch.zeros(num_particles),
-        )
+        each = [log_det.reshape(num_particles, -1).sum(-1) for log_det in self.log_dets.values()]
+        return torch.stack(each).sum(0)
 
 
 class ScoredOnce(Messenger):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import pyro
 import pytest
 import torch
 from gradients import LIMIT, assert_unbiased, gradients
-from processes import random_mdp, random_policy
+from processes import all_episodes, random_mdp, random_policy
 
 from bayeslm.inference import (
     SVI,
@@ -291,29 +292,28 @@ SETTINGS = [
     ("CliffWalking-v1", 1.0, 100, {}),
 ]
 
-
-SLOW = pytest.mark.xfail(reason="1.6% after 400 steps: the slippery 8x8 lake needs more of them", strict=False)
+QUICK = {"num_steps": 400, "learning_rate": 0.2, "schedule": "cosine", "temperature": Tempering(0.1, 0.4)}
+SLOW = {"num_steps": 1000, "learning_rate": 0.1, "schedule": "linear", "temperature": Tempering(0.03, 0.5)}
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("name", "beta", "horizon", "kwargs"),
-    [*SETTINGS[:3], pytest.param(*SETTINGS[3], marks=SLOW), SETTINGS[4]],
+    ("setting", "training", "limit"),
+    [(setting, QUICK, 0.01) for setting in (*SETTINGS[:3], SETTINGS[4])] + [(SETTINGS[3], SLOW, 0.02)],
 )
-def test_svi_is_within_a_hundredth_of_the_soft_optimal_value(name, beta, horizon, kwargs):
+def test_svi_is_within_some_hundredths_of_the_soft_optimal_value(setting, training, limit):
+    """Two of them on the slippery 8x8 lake, which is the hardest."""
+    name, beta, horizon, kwargs = setting
     mdp, control = gym_problem(name, beta, horizon, **kwargs)
     policy = CountdownPolicy(mdp.num_states, mdp.num_actions, horizon)
     SVI(
-        num_steps=400,
-        learning_rate=0.2,
-        schedule="cosine",
+        **training,
         objective=ReverseKL(1000, StateValues(mdp.num_states)),
-        temperature=Tempering(0.1, 0.4),
         guide=control.guide(policy),
         num_samples=16,
         seed=0,
     ).run(control)
-    assert 0 <= gap(control, mdp, policy) < 0.01
+    assert 0 <= gap(control, mdp, policy) < limit
 
 
 # -- planning ----------------------------------------------------------------------------------------------------------
@@ -334,6 +334,30 @@ def test_controlled_smc_finds_the_evidence(dynamics, seed):
     first = torch.as_tensor(posterior.samples["trajectory"])[..., 0, 0] == 1
     by_chain = (weights * first).sum(1) / weights.sum(1)  # each its own estimate
     assert within(by_chain.mean(0), by_chain.std(0) / 20**0.5 + 0.01, exact.policy[0, STARTS, 1])
+
+
+@pytest.mark.parametrize("dynamics", ["tilted", "fixed"])
+def test_a_prior_may_change_with_the_steps(dynamics):
+    """What it all but forbids at first is the plan later. log Z is by enumeration of all episodes."""
+    forward = torch.tensor([1, 2, 2])
+    transitions = torch.stack([torch.eye(3), torch.eye(3)[forward]], 1)
+    rewards = torch.zeros(3, 2, 3)
+    rewards[:, 1] = 2.0
+    mdp = MDP(transitions, rewards, torch.zeros(3, dtype=torch.bool), torch.tensor([1.0, 0.0, 0.0]))
+    logits = torch.zeros(HORIZON, 3, 2)
+    logits[0, :, 1], logits[1:, :, 1] = -8.0, 1.0
+    p = logits.double().softmax(-1)
+    z = sum(
+        chance * math.prod(float(p[t, s, a]) * math.exp(r / BETA) for t, (s, a, r) in enumerate(steps))
+        for chance, steps in all_episodes(mdp, 0, HORIZON)
+    )
+    control = Control(TabularEnvironment(mdp), BETA, HORIZON, TabularPolicy(logits))
+    smc = ControlledSMC(num_sweeps=3, num_particles=100, num_chains=4, dynamics=dynamics, seed=0)
+    posterior = smc.run(control)
+    assert posterior.log_evidence_stderr < 0.1
+    assert within(posterior.log_evidence, posterior.log_evidence_stderr + 1e-4, math.log(z))
+    exact = SoftValueIteration(BETA, HORIZON, dynamics).run(mdp, p)
+    torch.testing.assert_close(posterior.policy.probabilities[:, 0], exact.policy[:, 0], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("dynamics", ["tilted", "fixed"])
@@ -403,6 +427,8 @@ def test_what_cannot_be_planned_is_refused():
         ControlledSMC(dynamics="warped")
     with pytest.raises(ValueError, match="decay"):
         StateValues(4, decay=1.0)
+    with pytest.raises(ProgramError, match=r"StateValues\(5\).*'trajectory'.*6 numbers"):
+        ReverseKL(2, StateValues(5)).loss_and_grads(control, control.guide(TabularPolicy.uniform(4, 2)))
     with pytest.raises(ProgramError, match="guide"):
         SVI(num_steps=1).run(control)
 

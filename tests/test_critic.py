@@ -10,7 +10,7 @@ from gradients import COPIES, assert_unbiased, gradients, perturbed, policy_guid
 from helpers import table_lm, tiny_llama
 from programs import PROMPTS, longer, score_table, tilted
 
-from bayeslm.inference import SVI, Critic, ProgramError, ReverseKL
+from bayeslm.inference import SVI, Critic, ProgramError, ReverseKL, StateValues
 from bayeslm.inference.critic import Texts
 
 SHORT = [[1], [2, 3]]
@@ -159,6 +159,23 @@ def test_advantages_by_hand():
     assert (second - first).abs().max() > 1e-3
     torch.testing.assert_close(second[1], rest[1] - (rest[0].sum() + rest[2].sum()) / 4)
     torch.testing.assert_close(second[0], rest[0] - (rest[1, 0] + rest[2].sum()) / 3)
+
+
+@pytest.mark.parametrize("baseline", [Critic(), StateValues(3)], ids=["critic", "values"])
+def test_episodes_that_ended_before_they_began(baseline):
+    """Where none acts there is nothing to credit; where one acts alone, it is not compared to the others."""
+    f = torch.tensor([[2.0, 1.0], [3.0, -1.0]])
+    past = torch.zeros(2, 2, 1, T)
+    hidden, live = torch.randn(2, 2, 1, T, 5), torch.zeros(2, 2, 1, T, dtype=torch.bool)
+    nobody = Texts(hidden, past, live, past)
+    assert torch.equal(baseline.of_tokens("x", f, nobody), past)
+    live = live.clone()
+    live[1, 0, 0, 0] = True
+    advantage = baseline.of_tokens("x", f, Texts(hidden, past, live, past))
+    assert advantage[1, 0, 0, 0] == 3.0
+    assert advantage.isfinite().all()
+    assert torch.equal(baseline.of_tokens("x", f, nobody), past)
+    assert all(value.isfinite().all() for value in baseline.state_dict().values())
 
 
 def test_it_goes_on_as_if_it_had_never_stopped():

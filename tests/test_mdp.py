@@ -49,6 +49,20 @@ def test_episodes_end_where_gymnasium_ends_them():
     assert int(taxi.terminal.sum()) == 4  # the passenger out of the taxi at each of four places
 
 
+def test_rewards_that_vary_are_means_and_said_to_be():
+    """On slippery cliffs who stays at the start may have walked, for -1, or fallen, for -100: the mean is enough for
+    expected returns, and not for log Z."""
+    mixed = {name: MDP.from_gymnasium(gymnasium.make(name)).mixed for name, kwargs in TABULAR if not kwargs}
+    assert mixed == {"CliffWalking-v1": False, "Taxi-v4": False}
+    assert not MDP.from_gymnasium(gymnasium.make("FrozenLake-v1")).mixed
+    cliff = MDP.from_gymnasium(gymnasium.make("CliffWalking-v1", is_slippery=True))
+    assert cliff.mixed
+    assert float(cliff.rewards[36, 1, 36]) == pytest.approx(-50.5)  # right: down is a wall, ahead is the cliff
+    assert SoftValueIteration(1.0, 3).run(cliff).values.isfinite().all()
+    with pytest.raises(ValueError, match=r"MDP\.mixed.*fixed"):
+        SoftValueIteration(1.0, 3, "tilted").run(cliff)
+
+
 def test_what_is_no_process_is_refused():
     mdp = random_mdp()
     for name, wrong in {
@@ -81,15 +95,17 @@ def test_a_state_that_is_an_end_only_sometimes_is_refused():
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("beta", [0.3, 2.0])
-def test_tilted_dynamics_are_the_posterior_over_episodes(seed, beta):
+@pytest.mark.parametrize("horizon", [None, 3], ids=["one prior", "one a step"])
+def test_tilted_dynamics_are_the_posterior_over_episodes(seed, beta, horizon):
     """V_0 / beta = log E_p[exp(return / beta)], and pi_0 the posterior of the first action, by enumeration."""
     mdp = random_mdp(seed)
-    prior = random_policy(mdp, seed).double().softmax(-1)
+    prior = random_policy(mdp, seed, horizon).double().softmax(-1)
     found = SoftValueIteration(beta, 3, "tilted").run(mdp, prior)
+    prior = prior.expand(3, -1, -1)
     for start in range(3):
         mass = torch.zeros(mdp.num_actions, dtype=torch.float64)
         for chance, steps in all_episodes(mdp, start, 3):
-            p = chance * math.prod(float(prior[s, a]) for s, a, _ in steps)
+            p = chance * math.prod(float(prior[t, s, a]) for t, (s, a, _) in enumerate(steps))
             mass[steps[0][1]] += p * math.exp(sum(r for _, _, r in steps) / beta)
         assert float(found.values[0, start]) / beta == pytest.approx(float(mass.sum().log()), abs=1e-9)
         torch.testing.assert_close(found.policy[0, start], mass / mass.sum())
@@ -97,16 +113,18 @@ def test_tilted_dynamics_are_the_posterior_over_episodes(seed, beta):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_a_policy_is_worth_its_return_less_its_kl(seed, beta):
+@pytest.mark.parametrize("horizon", [None, 3], ids=["one prior", "one a step"])
+def test_a_policy_is_worth_its_return_less_its_kl(seed, beta, horizon):
     mdp = random_mdp(seed)
-    prior = random_policy(mdp, seed).double().softmax(-1)
+    prior = random_policy(mdp, seed, horizon).double().softmax(-1)
     policy = random_policy(mdp, seed + 10, horizon=3).double().softmax(-1)
     values = SoftValueIteration(beta, 3).evaluate(mdp, policy, prior)
+    prior = prior.expand(3, -1, -1)
     for start in range(3):
         worth = 0.0
         for chance, steps in all_episodes(mdp, start, 3):
             q = math.prod(float(policy[t, s, a]) for t, (s, a, _) in enumerate(steps))
-            log_ratio = sum(math.log(policy[t, s, a] / prior[s, a]) for t, (s, a, _) in enumerate(steps))
+            log_ratio = sum(math.log(policy[t, s, a] / prior[t, s, a]) for t, (s, a, _) in enumerate(steps))
             worth += chance * q * (sum(r for _, _, r in steps) - beta * log_ratio)
         assert float(values[0, start]) == pytest.approx(worth, abs=1e-9)
 
@@ -165,7 +183,8 @@ def test_a_discount_is_the_probability_of_living_on():
 @pytest.mark.parametrize("dynamics", ["fixed", "tilted"])
 def test_many_processes_are_solved_at_once(dynamics):
     parts = [random_mdp(seed) for seed in range(3)]
-    many = MDP(*(torch.stack([getattr(p, name) for p in parts]) for name in vars(parts[0])))
+    tensors = ("transitions", "rewards", "terminal", "initial")
+    many = MDP(*(torch.stack([getattr(p, name) for p in parts]) for name in tensors))
     solver = SoftValueIteration(0.5, 4, dynamics)
     together = solver.run(many)
     assert together.policy.shape == (4, 3, 4, 2)

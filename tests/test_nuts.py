@@ -17,6 +17,7 @@ from helpers import table_lm, tiny_llama
 from bayeslm import diagnostics
 from bayeslm.inference import EvidenceError, ProgramError
 from bayeslm.inference.nuts import NUTS
+from bayeslm.inference.unconstrained import Unconstrained
 from bayeslm.models.autoregressive import Autoregressive
 
 LIMIT = 4.0
@@ -36,6 +37,15 @@ def assert_mean(values: np.ndarray, expected) -> None:
     stderr = error.std() / np.sqrt(diagnostics.ess_bulk(error))
     assert abs(error.mean()) < LIMIT * stderr, (error.mean(), stderr)
     assert stderr < 0.3 * values.std(), "too few draws to tell anything"
+
+
+def test_jacobians_are_summed_where_they_are():
+    """On the device of the latents: here one without numbers, which takes part in nothing of the CPU's."""
+    at = Unconstrained({})
+    at.log_dets = {"one": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "two": torch.tensor([10.0, 20.0])}
+    assert at.log_det_of_each(2).tolist() == [13.0, 27.0]
+    at.log_dets = {name: log_det.to("meta") for name, log_det in at.log_dets.items()}
+    assert at.log_det_of_each(2).device.type == "meta"
 
 
 def test_conjugate_posteriors():

@@ -159,12 +159,11 @@ def test_episodes_pay_what_their_policy_is_worth(seed):
     policy = torch.rand(6, 4, 3, dtype=torch.float64).softmax(-1).expand(20_000, -1, -1, -1)
     steps = task.play(policy)
     assert_mean(steps.returns, task.optimum - task.regret(policy[:1])[0])
+    assert torch.equal(steps.terminated, steps.valid & mdp.terminal[steps.next_states])
     for t in range(5):  # a step follows the one before, until a terminal state is entered
         go_on = steps.valid[:, t + 1]
         torch.testing.assert_close(steps.states[go_on, t + 1], steps.next_states[go_on, t])
-        torch.testing.assert_close(go_on, steps.valid[:, t] & ~mdp.terminal[steps.next_states[:, t]])
-        assert torch.equal(steps.terminated[:, t], steps.valid[:, t] & mdp.terminal[steps.next_states[:, t]])
-    assert not steps.terminated[:, 5].any()  # time ended these
+        torch.testing.assert_close(go_on, steps.valid[:, t] & ~steps.terminated[:, t])
 
 
 def test_gymnasium_is_seen_by_states_and_rewards_alone():
@@ -187,6 +186,35 @@ def test_gymnasium_is_seen_by_states_and_rewards_alone():
     uniform = SoftValueIteration(beta=0.0, horizon=100).evaluate(mdp, torch.full((16, 4), 0.25))
     expected = known.optimum - mdp.initial @ uniform[0]
     torch.testing.assert_close(learning.regret, expected.expand(4, 2))
+
+
+@pytest.mark.parametrize("limit", ["wrapper", "its own"])
+def test_a_state_in_which_time_ended_an_episode_is_not_terminal(limit):
+    """A ring that goes on for ever, and a limit of three steps that no specification tells."""
+    gymnasium = pytest.importorskip("gymnasium")
+
+    class Ring(gymnasium.Env):
+        action_space, observation_space = gymnasium.spaces.Discrete(2), gymnasium.spaces.Discrete(5)
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            self.at = self.taken = 0
+            return self.at, {}
+
+        def step(self, action):
+            self.at, self.taken = (self.at + int(action)) % 5, self.taken + 1
+            return self.at, 0.0, False, limit == "its own" and self.taken == 3, {}
+
+    make = Ring if limit == "its own" else lambda: gymnasium.wrappers.TimeLimit(Ring(), 3)
+    task = EpisodicTask(GymEnvironment(make), 6)
+    seen = task.play(torch.full((20, 6, 5, 2), 0.5))
+    assert not seen.terminated.any()
+    assert torch.equal(seen.valid, torch.arange(6).expand(20, 6) < 3)
+    learning = PSRL(4, Random(), num_runs=20, seed=0, progress=False).run(task, Worlds.prior(5, 2))
+    assert not learning.belief.terminal.any()
+    torch.testing.assert_close(
+        learning.belief.transitions.concentration.sum((1, 2, 3)) - 10, torch.full((20,), 12.0).double()
+    )
 
 
 def test_posterior_sampling_swims_the_river():

@@ -18,6 +18,7 @@ import bayeslm.models.control  # noqa: F401  registers the environment
 from bayeslm.inference import Exact
 from bayeslm.models import TiltedLM
 from bayeslm.models.control.token_env import TokenEnv
+from bayeslm.models.stepping import Steps
 
 PROMPTS = ["a b", "c"]
 TOKENS = 3
@@ -119,6 +120,23 @@ def test_returns_are_the_rewards_of_the_texts(lm, beta):
                 ids[:length] = value[:length].tolist()
                 own = lm.tokenizer(prompt).input_ids
                 assert observation.tolist() == [lm.vocab_size] * (2 - len(own)) + own + ids
+
+
+def test_an_eos_ends_the_episode_on_an_accelerator_too(monkeypatch):
+    """Where `Steps` asks every eight tokens whether all rows have ended."""
+    begin = Steps.__init__
+
+    def seldom_asked(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        self._ask_every = 8
+
+    monkeypatch.setattr(Steps, "__init__", seldom_asked)
+    env = TokenEnv(table_lm(vocab=VOCAB), letters, PROMPTS, TOKENS)
+    rewards, infos, _ = episode(env, [1, 0, 2], prompt=0)
+    assert len(rewards) == 2
+    assert rewards[-1] == infos[-1]["score"] == pytest.approx(letters(PROMPTS[:1], ["a"])[0])
+    with pytest.raises(ResetNeeded, match="after the last"):
+        env.step(2)
 
 
 def test_columns_go_to_the_reward():

@@ -7,6 +7,7 @@ import math
 import sys
 from collections import Counter
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -28,6 +29,7 @@ from bayeslm.models.control import (
     actions,
     observations,
     returns,
+    river_swim,
     step_rewards,
 )
 
@@ -187,6 +189,8 @@ def test_policies_as_tables():
         TabularPolicy(torch.zeros(3))
     with pytest.raises(ValueError, match="two tables"):
         CountdownPolicy(4, 2, horizon=8, num_tables=1)
+    with pytest.raises(ValueError, match=r"horizon of 8.*step 8 was"):
+        Trajectory(TabularEnvironment(river_swim()), CountdownPolicy(6, 2, horizon=8), 9).sample()
 
 
 # -- Gymnasium ---------------------------------------------------------------------------------------------------------
@@ -276,6 +280,46 @@ def test_copies_go_their_own_ways():
             assert legal[here, there] > 0
 
 
+def test_copies_share_no_state_and_no_chance():
+    """Though the environment calls its state what others call their table, and has a generator of its own."""
+
+    class Walk(gymnasium.Env):
+        action_space = gymnasium.spaces.Discrete(2)
+        observation_space = gymnasium.spaces.Box(-100.0, 100.0, (2,))
+
+        def __init__(self):
+            self.P = np.zeros(1)
+            self.rng = np.random.default_rng(0)
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            self.P[:] = 0.0
+            self.desc = [0.0]
+            return self.seen(), {}
+
+        def seen(self):
+            return np.array([self.P[0], self.desc[0]], dtype=np.float32)
+
+        def step(self, action):
+            self.P += action
+            self.desc[0] += self.rng.normal()
+            return self.seen(), 0.0, False, False, {}
+
+    right = torch.tensor([0, 1, 0, 1])
+    draws = []
+    for _ in range(2):
+        with seeded(0):
+            episodes = GymEnvironment(Walk).play(torch.full((4,), -1), copies=True)
+            episodes.step(right)
+            assert torch.equal(episodes.observations[:, 0], right.float())
+            episodes.select(torch.tensor([1, 1, 1, 0]))
+            episodes.step(right)
+        assert episodes.observations[:, 0].tolist() == [1.0, 2.0, 1.0, 1.0]
+        draws.append(episodes.observations[:, 1])
+    assert len(draws[0].unique()) == 4
+    assert torch.equal(draws[0], draws[1])
+
+
 def test_an_episode_ends_at_a_time_limit_and_spaces_may_begin_elsewhere():
     class Shifted(gymnasium.Env):
         action_space = gymnasium.spaces.Discrete(2, start=5)
@@ -298,12 +342,31 @@ def test_an_episode_ends_at_a_time_limit_and_spaces_may_begin_elsewhere():
     torch.testing.assert_close(step_rewards(value)[:, :4], actions(value)[:, :4].float() + 5)
 
 
+def test_a_time_limit_truncates_and_a_fall_terminates():
+    """CartPole pushed one way falls, pushed both ways in turn it outlives a limit of 12; copies keep what they had."""
+    pole = GymEnvironment("CartPole-v1", max_episode_steps=12)
+    one_way, in_turn = torch.zeros(12, dtype=torch.long), torch.arange(12) % 2
+    pushes = torch.stack([one_way, one_way, in_turn, in_turn])
+    for copies in (False, True):
+        with seeded(0):
+            episodes = pole.play(torch.full((4,), -1), copies=copies)
+            for t in range(12):
+                episodes.step(pushes[:, t])
+        assert episodes.ended.all()
+        assert episodes.terminated.tolist() == [True, True, False, False]
+    episodes.select(torch.tensor([2, 0, 0, 3]))
+    assert episodes.terminated.tolist() == [False, True, True, False]
+    table = TabularEnvironment(random_mdp()).play(torch.tensor([0, 3]))
+    assert table.terminated.tolist() == [False, True]
+
+
 def test_what_cannot_be_played_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"Pendulum-v1 has actions Box.*Discrete"):
         GymEnvironment("Pendulum-v1")
     with pytest.raises(ValueError, match="FlattenObservation"):
         GymEnvironment("Blackjack-v1")
-    two = MDP(*(torch.stack([part, part]) for part in vars(random_mdp()).values()))
+    one = random_mdp()
+    two = MDP(*(torch.stack([part, part]) for part in (one.transitions, one.rewards, one.terminal, one.initial)))
     with pytest.raises(ValueError, match="one MDP"):
         TabularEnvironment(two)
     with pytest.raises(ValueError, match="beta"):

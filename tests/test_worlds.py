@@ -73,6 +73,18 @@ def test_draws_have_the_moments_of_their_laws(seed):
     assert_mean(precision * (mean - m) ** 2, 1 / k)  # the mean is tighter where the precision is higher
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_small_concentrations_are_drawn_as_they_are(dtype):
+    """Nearly all of a draw is one category; their gamma variates are smaller than any number."""
+    torch.manual_seed(0)
+    for c in (torch.full((4,), 2.5e-4, dtype=dtype), torch.tensor([3e-4, 1e-4], dtype=dtype)):
+        p, total = Dirichlet(c).sample((20_000,)), c.sum()
+        assert p.dtype == dtype
+        assert_mean(p, c / total)
+        assert_mean(p**2, c * (c + 1) / total / (total + 1))
+        assert (p.amax(-1) > 0.99).double().mean() > 0.99
+
+
 def episode() -> Steps:
     """Two runs in 3 states with 2 actions; the second ends early, and is padded with steps that never were."""
     return Steps(

@@ -31,6 +31,8 @@ class Episodes(Protocol):
     """(row, observation_size) float32, before the next action."""
     ended: Tensor
     """(row,) bool: terminated, or truncated by a time limit of the environment; no reward comes any more."""
+    terminated: Tensor
+    """(row,) bool: ended in a terminal state."""
 
     def step(self, actions: Tensor) -> Tensor:
         """Take actions (row,); the rewards (row,) float32, 0 of rows that had ended."""
@@ -61,6 +63,9 @@ class Environment(Protocol):
 
 class TabularEnvironment:
     """An `MDP` to be played in; its states are the observations, and may be ``starts``.
+
+    A step pays ``rewards``: means, if the process is `MDP.mixed`. What is best in expectation is the same, but log Z is
+    that of this process, never above that of the one whose rewards vary (Jensen).
 
     :raises ValueError: if there are several processes in one.
     """
@@ -110,6 +115,10 @@ class TabularEpisodes:
     def ended(self) -> Tensor:
         return self._environment.mdp.terminal[self._states]
 
+    @property
+    def terminated(self) -> Tensor:
+        return self.ended
+
     def step(self, actions: Tensor) -> Tensor:
         self._states, rewards = self._environment.outcome(self._states, actions)
         return rewards
@@ -125,7 +134,8 @@ class GymEnvironment:
     """A Gymnasium environment with discrete actions, and observations that are a number (Discrete) or an array (Box).
 
     Where it has a vectorised version (`gymnasium.make_vec`), and no copies or starts are asked for, that is played in;
-    else each row has a copy of the environment (`copy.deepcopy`). ``starts`` are seeds of the first observation.
+    else each row has a copy of the environment (`copy.deepcopy`), whose `numpy.random.Generator` attributes are seeded
+    anew: other sources of chance are copied as they are. ``starts`` are seeds of the first observation.
 
     :param make: the environment's name, or a function that makes it.
     :param kwargs: for it.
@@ -180,10 +190,12 @@ class GymEnvironment:
         return VectorEpisodes(self, self._make_vector(len(starts)), len(starts))
 
     def copy_of(self, env: Any = None) -> Any:
-        """A copy of an environment of this kind, by default a fresh one. What no step changes is shared."""
+        """A copy of an environment of this kind, by default a fresh one. What no step changes is shared: the spaces,
+        and the table of a toy text."""
         env = self._env if env is None else env
         inner = env.unwrapped
-        shared = [getattr(inner, name, None) for name in ("P", "desc", "spec", "action_space", "observation_space")]
+        table = getattr(inner, "P", None)
+        shared = [inner.spec, inner.action_space, inner.observation_space, table if isinstance(table, dict) else None]
         return copy.deepcopy(env, {id(x): x for x in shared if x is not None})
 
     def actions_of(self, actions: Tensor) -> np.ndarray:
@@ -219,21 +231,22 @@ class CopiedEpisodes:
         ]
         self._reseed()  # those of one start part from here on
         self.observations = environment.tensor_of(first)
-        self.ended = torch.zeros(len(starts), dtype=torch.bool)
+        self.ended, self.terminated = torch.zeros(2, len(starts), dtype=torch.bool)
 
     def step(self, actions: Tensor) -> Tensor:
         rewards = torch.zeros(len(self._envs))
-        observations, ended = self.observations.clone(), self.ended.clone()
+        observations, ended, terminal = self.observations.clone(), self.ended.clone(), self.terminated.clone()
         given = self._environment.actions_of(actions)
         for i in (~ended).nonzero().squeeze(-1).tolist():
             observation, reward, terminated, truncated, _ = self._envs[i].step(given[i])
             observations[i] = self._environment.tensor_of([observation])[0]
-            rewards[i], ended[i] = float(reward), terminated or truncated
-        self.observations, self.ended = observations, ended
+            rewards[i], ended[i], terminal[i] = float(reward), terminated or truncated, terminated
+        self.observations, self.ended, self.terminated = observations, ended, terminal
         return rewards
 
     def select(self, rows: Tensor) -> None:
-        self.observations, self.ended = self.observations[rows], self.ended[rows]
+        self.observations = self.observations[rows]
+        self.ended, self.terminated = self.ended[rows], self.terminated[rows]
         taken: set[int] = set()
         envs = []
         for row, ended in zip(rows.tolist(), self.ended.tolist(), strict=True):
@@ -245,7 +258,11 @@ class CopiedEpisodes:
 
     def _reseed(self) -> None:
         for env, seed in zip(self._envs, _seeds(len(self._envs)), strict=True):
-            env.unwrapped.np_random = np.random.default_rng(seed)
+            inner = env.unwrapped
+            inner.np_random = rng = np.random.default_rng(seed)
+            others = [k for k, x in vars(inner).items() if isinstance(x, np.random.Generator) and x is not rng]
+            for name, other in zip(others, rng.spawn(len(others)), strict=True):
+                setattr(inner, name, other)
 
 
 class VectorEpisodes:
@@ -255,12 +272,13 @@ class VectorEpisodes:
         self._environment = environment
         self._vector = vector
         self.observations = environment.tensor_of(vector.reset(seed=_seeds(1)[0])[0])
-        self.ended = torch.zeros(rows, dtype=torch.bool)
+        self.ended, self.terminated = torch.zeros(2, rows, dtype=torch.bool)
 
     def step(self, actions: Tensor) -> Tensor:
         observations, rewards, terminated, truncated, _ = self._vector.step(self._environment.actions_of(actions))
         self.observations = self._environment.tensor_of(observations)
         rewards = torch.from_numpy(np.asarray(rewards, dtype=np.float32)).masked_fill(self.ended, 0.0)
+        self.terminated = self.terminated | torch.from_numpy(terminated) & ~self.ended
         self.ended = self.ended | torch.from_numpy(terminated | truncated)
         return rewards
 

@@ -7,6 +7,7 @@ Terminal states keep what enters them: nothing happens there any more, and the r
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,6 +25,8 @@ class MDP:
     :param terminal: (*, S) bool. A terminal state's own rows of the two above are not read: they become a loop to
         itself, without reward.
     :param initial: (*, S) float64, the law of s_0.
+    :param mixed: whether ``rewards`` are means of different ones that the same (s, a, s') may pay. Expected returns are
+        exact all the same; E[exp(return / beta)] is not known from means.
     :raises ValueError: if shapes disagree, or a law is none: negative, or not of sum 1.
     """
 
@@ -31,6 +34,7 @@ class MDP:
     rewards: Tensor
     terminal: Tensor
     initial: Tensor
+    mixed: bool = False
 
     def __post_init__(self) -> None:
         if self.transitions.dim() < 3:
@@ -79,7 +83,8 @@ class MDP:
         """The process of a tabular environment, as FrozenLake, CliffWalking and Taxi have: ``env.unwrapped.P`` and
         ``env.unwrapped.initial_state_distrib``.
 
-        Outcomes of an action that lead to the same state are one, with their mean reward: no expectation changes.
+        Outcomes of an action that lead to the same state are one, with their mean reward; where they pay differently,
+        the process is `mixed`.
 
         :raises ValueError: if the environment has no such tables, or a state that some episodes end in and others pass
             through, so that no table of states can say where they end.
@@ -94,9 +99,12 @@ class MDP:
         states, actions = len(table), len(table[0])
         transitions = torch.zeros(states, actions, states, dtype=torch.float64)
         rewards, ends, goes_on = (torch.zeros_like(transitions) for _ in range(3))
+        paid: dict[tuple[int, int, int], set[float]] = defaultdict(set)
         for s, row in table.items():
             for a, outcomes in row.items():
                 for p, following, reward, terminated in outcomes:
+                    if p > 0:
+                        paid[s, a, following].add(float(reward))
                     transitions[s, a, following] += p
                     rewards[s, a, following] += p * reward
                     (ends if terminated else goes_on)[s, a, following] += p
@@ -106,7 +114,8 @@ class MDP:
         terminal = (ends[alive].sum((0, 1)) > 0) & ~alive
         if (both := (ends[alive].sum((0, 1)) > 0) & alive).any():
             raise ValueError(f"MDP: episodes both end in and pass through state {int(both.nonzero()[0])}")
-        return MDP(transitions, rewards, terminal, initial)
+        mixed = any(len(different) > 1 for (s, _, _), different in paid.items() if alive[s])
+        return MDP(transitions, rewards, terminal, initial, mixed)
 
 
 def _reached(states: Tensor, edges: Tensor) -> Tensor:

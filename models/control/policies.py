@@ -87,7 +87,7 @@ class CountdownPolicy(TrainablePolicy):
 
     :param num_states, num_actions: of the environment.
     :param horizon: T.
-    :raises ValueError: if there are fewer than two tables or steps.
+    :raises ValueError: if there are fewer than two tables or steps; or, of a call, if a step is beyond the horizon.
     """
 
     def __init__(self, num_states: int, num_actions: int, horizon: int, num_tables: int = 3) -> None:
@@ -107,6 +107,11 @@ class CountdownPolicy(TrainablePolicy):
         return logits.double().softmax(-1)
 
     def forward(self, observations: Tensor, steps: Tensor) -> Tensor:
+        if steps.numel() and (last := int(steps.max())) >= self.horizon:
+            raise ValueError(
+                f"CountdownPolicy: a horizon of {self.horizon} has steps 0 to {self.horizon - 1}, and step {last} was "
+                "asked for: make the policy for the horizon of the program"
+            )
         state = observations[..., 0].long()
         place = (self.horizon - steps).float().log2() / math.log2(self.horizon) * (len(self.logits) - 1)
         below = place.long().clamp_max(len(self.logits) - 2)

@@ -124,7 +124,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         :raises ValueError: if the completion's reward is -inf, which no return survives.
         """
         steps = self._steps
-        if steps is None or steps.done:
+        if steps is None or self._over:
             raise ResetNeeded("TokenEnv: call reset() before writing the first token, and after the last")
         if not self.action_space.contains(action):
             raise InvalidAction(
@@ -136,11 +136,12 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
             steps.append(token, score)
         info: dict[str, Any] = {"log_prior": float(score)}
         gain = 0.0 if self.beta is None else self.beta * info["log_prior"]
-        if steps.done:
+        over = self._over
+        if over:
             info["completion"] = self._text
             info["score"] = self._score(info["completion"])
             gain += info["score"]
-        return self._observation(), gain, steps.done, False, info
+        return self._observation(), gain, over, False, info
 
     def render(self) -> str | None:
         """The prompt, a bar, and the completion so far; None without a ``render_mode``."""
@@ -163,6 +164,12 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
     @property
     def _law(self) -> Autoregressive:
         return self._laws[self._prompt]
+
+    @property
+    def _over(self) -> bool:
+        """Whether the completion has ended. `Steps.done` may say so later: on an accelerator it is seldom asked."""
+        steps = self._steps
+        return steps is not None and (steps.t == self._law.max_new_tokens or bool(steps.finished.all()))
 
     @property
     def _text(self) -> str:

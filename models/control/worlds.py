@@ -48,8 +48,14 @@ class Dirichlet:
         return Dirichlet(self.concentration.expand(runs, *self.concentration.shape))
 
     def sample(self, shape: tuple[int, ...] = ()) -> Tensor:
-        """Draws (*shape, *batch, category)."""
-        return dist.Dirichlet(self.concentration, validate_args=False).sample(torch.Size(shape))
+        """Draws (*shape, *batch, category).
+
+        Made of logarithms, log Gamma(c) = log Gamma(c + 1) + log(U) / c in law: of small concentrations the gamma
+        variates themselves are all 0.
+        """
+        c, size = self.concentration, torch.Size(shape)
+        gamma, exponential = dist.Gamma(c + 1, 1.0, validate_args=False), dist.Exponential(c, validate_args=False)
+        return (gamma.sample(size).log() - exponential.sample(size)).softmax(-1)
 
 
 @dataclass(frozen=True)

@@ -234,6 +234,8 @@ def test_answers():
     assert answer.surprisal == pytest.approx(-math.log(0.2))
     assert not answer.foreseen
     assert replace(answer, first_is_better=True).foreseen
+    for even in (True, False):
+        assert not replace(answer, probability=0.5, first_is_better=even).foreseen
     skipped = replace(answer, first_is_better=None)
     assert (skipped.surprisal, skipped.foreseen) == (0.0, False)
     assert answered([skipped]) is None

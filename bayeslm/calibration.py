@@ -35,7 +35,7 @@ REPLICATES = 500  # of each bootstrap
 
 
 class Figure(NamedTuple):
-    """An estimate, its standard error over pairs, and its Monte Carlo error over draws."""
+    """An estimate, its standard error over pairs, and its Monte Carlo error over draws; infinite where not known."""
 
     value: float
     stderr: float
@@ -105,8 +105,9 @@ def calibrate(
     other_draws = picked @ batches / len(batches)
 
     def figure(statistic: Callable[[Array], Array]) -> Figure:
+        over_pairs = statistic(other_pairs).std() if len(mean) > 1 else np.inf
         over_draws = statistic(other_draws).std() if len(batches) > 1 else np.inf
-        return Figure(float(statistic(mean)), float(statistic(other_pairs).std()), float(over_draws))
+        return Figure(float(statistic(mean)), float(over_pairs), float(over_draws))
 
     def ece(q: Array) -> Array:
         confidence, right, counts = _reliability(q, bins)

@@ -1,11 +1,13 @@
 """A file of JSON lines that grows by one object at a time, each on the disk before the next.
 
 What was written stays, whatever happens to the process. A last line that a crash tore in the middle is mended when the
-file is opened again: an object that is whole but for its line's end is kept, and a part of one is taken away.
+file is opened again: an object that is whole but for its line's end is kept, and a part of one is taken away. Of a file
+that is no journal nothing is taken away.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -94,14 +96,14 @@ class Journal:
         rows: list[dict[str, Any]] = []
         starts: list[int] = []
         start = 0
-        for number, line in enumerate(self._file.read().splitlines(keepends=True), start=1):
+        for number, line in enumerate(io.BytesIO(self._file.read()), start=1):  # which are parted by \n alone
             torn = not line.endswith(b"\n")
             try:
                 row = json.loads(line.decode()) if line.strip() else None
                 if row is not None and not isinstance(row, dict):
                     raise ValueError(f"it is {line.decode():.60}")
             except ValueError as error:  # of JSON and of UTF-8 too
-                if not torn:
+                if not (torn and _begins_an_object(line)):
                     raise ValueError(f"{self.path}: line {number} is no JSON object: {error}") from None
                 self.mended = line.decode(errors="replace")
                 self._cut(start)
@@ -113,3 +115,8 @@ class Journal:
                 starts.append(start)
             start += len(line)
         return rows, starts
+
+
+def _begins_an_object(line: bytes) -> bool:
+    """Whether it may be a part of what `Journal.append` writes."""
+    return line.startswith(b'{"') or line == b"{"

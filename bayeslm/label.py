@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from bayeslm.models.preferences import Answer
 
 RECENT = 20  # answers that a second share of foreseen ones is of
+COMPLETIONS = 16  # of a prompt, where nothing else is said
+FEATURES = ("sentence", "hidden")
+
+
+PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}  # texts as they are
+NO_PROMPTS = 'no prompts: give one, as in bayeslm label "My dinner was", or --prompts FILE'
 
 
 class Undo(Exception):
@@ -37,7 +43,13 @@ def label(
     model: Annotated[
         str, typer.Option(help="Draws completions: smollm2, a folder, or a name on the Hugging Face hub.")
     ] = "smollm2",
-    completions: Annotated[int, typer.Option(help="Draws for each prompt, among which pairs are chosen.")] = 16,
+    completions: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Draws for each prompt, among which pairs are chosen; of new prompts {COMPLETIONS} unless said. "
+            "Where OUT has fewer, more are drawn."
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The longest completion.")] = 24,
     ask: Annotated[
         str,
@@ -75,11 +87,19 @@ def label(
     with clear_errors():
         if number is not None and number < 1:
             raise ValueError(f"--number must be at least 1, got {number}")
-        if completions < 2:
+        if completions is not None and completions < 2:
             raise ValueError(f"--completions must be at least 2, got {completions}")
+        if components < 1:
+            raise ValueError(f"--components must be at least 1, got {components}")
+        if features not in FEATURES:
+            raise ValueError(f"--features {features} is none of {', '.join(FEATURES)}")
+        if prompts is not None and prompts.resolve() == out.resolve():
+            raise ValueError(f"--prompts and --out are both {out}: labels need a file of their own")
         acquisition = _acquisition(ask)
         answering = _Person() if judge is None else _simulated(judge, temperature, seed)
         given = read_prompts(prompt or [], prompts)[0] if prompt or prompts else []
+        if not (given or _paths(out)["pool"].exists()):
+            raise ValueError(NO_PROMPTS)
         with _files(out) as files:
             lm = _Lazy(model, device)
             pool = _pool(files["pool"], given, lm, completions, max_new_tokens, seed)
@@ -97,7 +117,7 @@ class Session:
 
     :param labels: rows of prompt, chosen and rejected, with ``first_is_better``, how the two were shown, and
         ``probability``, how likely the answer was by what was known before.
-    :param skipped: rows of prompt, first and second.
+    :param skipped: rows of prompt, first and second, and ``after`` how many labels it was.
     """
 
     def __init__(self, labels: Journal, skipped: Journal, loop: Elicitation, pool: Pool) -> None:
@@ -105,9 +125,13 @@ class Session:
 
         self._labels, self._skipped = labels, skipped
         self._loop, self._pool = loop, pool
+        self.answers: list[Answer] = []
         if labels.rows:
-            Comparisons.from_jsonl(labels.path)  # says what is wrong with which line
-        self.answers = [_skip(row) for row in skipped.rows] + [_answer(row) for row in labels.rows]
+            data = Comparisons.from_jsonl(labels.path)  # says what is wrong with which line
+            texts = zip(data.prompts, data.chosen, data.rejected, strict=True)
+            self.answers = [_answer(row, *three) for row, three in zip(labels.rows, texts, strict=True)]
+        for row in reversed(skipped.rows):  # the last first, so that the places of those before it stay
+            self.answers.insert(row.get("after", 0), _skip(row))
 
     @property
     def labels(self) -> list[Answer]:
@@ -142,7 +166,8 @@ class Session:
 
     def _keep(self, answer: Answer) -> None:
         if answer.first_is_better is None:
-            self._skipped.append({"prompt": answer.prompt, "first": answer.first, "second": answer.second})
+            row = {"prompt": answer.prompt, "first": answer.first, "second": answer.second}
+            self._skipped.append(row | {"after": len(self.labels)})
         else:
             chosen, rejected = answer.first, answer.second
             if not answer.first_is_better:
@@ -157,7 +182,11 @@ class Session:
             err_console.print("there is nothing to take back", style="yellow")
             return
         answer = self.answers.pop()
-        (self._skipped if answer.first_is_better is None else self._labels).pop()
+        skipped = answer.first_is_better is None
+        (self._skipped if skipped else self._labels).pop()
+        first, second = _shown(answer.first, answer.second)
+        said = "skipped" if skipped else "1 is better" if answer.first_is_better else "2 is better"
+        out_console.print(f"taken back: {said}, of 1 {first} and 2 {second}", **PLAIN)
 
     def show(self) -> None:
         """How many answers were foreseen, and what is still uncertain."""
@@ -192,9 +221,9 @@ class _Person:
 
     def __call__(self, prompt: str, first: str, second: str) -> bool | None:
         out_console.print()
-        out_console.print(prompt, style="bold", markup=False, highlight=False)
-        for key, text in (("1", first), ("2", second)):
-            out_console.print(f"  {key}  {' '.join(text.split())}", markup=False, highlight=False)
+        out_console.print(prompt, style="bold", **PLAIN)
+        for key, text in zip("12", _shown(first, second), strict=True):
+            out_console.print(f"  {key}  {text}", **PLAIN)
         while True:
             try:
                 key = out_console.input("better: 1 or 2 (s skip, u undo, q quit) ").strip().lower()
@@ -208,7 +237,13 @@ class _Person:
                 raise Undo
             if key == "q":
                 raise Quit
-            out_console.print(f"{key!r} is none of 1, 2, s, u, q", markup=False, highlight=False)
+            out_console.print(f"{key!r} is none of 1, 2, s, u, q", **PLAIN)
+
+
+def _shown(first: str, second: str) -> tuple[str, str]:
+    """Two texts on a line each; with every space and line's end where they differ in nothing else."""
+    one, two = (" ".join(text.split()) for text in (first, second))
+    return (one, two) if one != two else (repr(first), repr(second))
 
 
 class _Lazy:
@@ -224,12 +259,17 @@ class _Lazy:
         return self._lm
 
 
+def _paths(out: Path) -> dict[str, Path]:
+    """Of the labels, and of what lies beside them."""
+    base = out.with_suffix("") if out.suffix == ".jsonl" else out
+    return {"labels": out} | {name: base.with_name(f"{base.name}.{name}.jsonl") for name in ("pool", "skipped")}
+
+
 @contextmanager
 def _files(out: Path) -> Iterator[dict[str, Journal]]:
-    """The labels, and what lies beside them."""
-    paths = {"labels": out} | {name: out.with_suffix(f".{name}.jsonl") for name in ("pool", "skipped")}
+    """The journals of `_paths`."""
     with ExitStack() as stack:
-        files = {name: stack.enter_context(Journal(path)) for name, path in paths.items()}
+        files = {name: stack.enter_context(Journal(path)) for name, path in _paths(out).items()}
         for file in files.values():
             if file.mended is not None:
                 err_console.print(
@@ -238,35 +278,53 @@ def _files(out: Path) -> Iterator[dict[str, Journal]]:
         yield files
 
 
-def _pool(file: Journal, prompts: list[str], lm: _Lazy, size: int, max_new_tokens: int, seed: int) -> Pool:
-    """The completions in the file, and new ones of prompts that it has none of."""
+def _pool(file: Journal, prompts: list[str], lm: _Lazy, size: int | None, max_new_tokens: int, seed: int) -> Pool:
+    """The completions in the file, and new ones of prompts that it has none of, or fewer draws of than ``size``.
+
+    What is drawn at once ends with a row that says how many were ``drawn`` of each prompt: without it, the prompts were
+    broken off in the middle, and the same call draws the same again; a pool has no row twice.
+    """
     from bayeslm.inference import Pool
 
     rows = [(row.get("prompt"), row.get("completion")) for row in file.rows]
     if bad := [i for i, row in enumerate(rows) if not all(isinstance(text, str) for text in row)]:
         raise ValueError(f"{file.path}: row {bad[0] + 1} needs strings for prompt and completion")
     if not (rows or prompts):
-        raise ValueError('no prompts: give one, as in bayeslm label "My dinner was", or --prompts FILE')
-    if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in {known for known, _ in rows}]:
+        raise ValueError(NO_PROMPTS)
+    drawn = _drawn(file.rows)
+    least, size = size or 1, size or COMPLETIONS
+    asked = dict.fromkeys([*prompts, *(str(prompt) for prompt, _ in rows)])
+    if new := [prompt for prompt in asked if drawn.get(prompt, 0) < least]:
         with err_console.status(f"drawing {size} completions of each of {len(new)} prompts"):
-            drawn = Pool.drawn(lm(), new, size, max_new_tokens=max_new_tokens, seed=seed)
-        for pair in zip(drawn.prompts, drawn.completions, strict=True):
-            file.append(dict(zip(("prompt", "completion"), pair, strict=True)))
-            rows.append(pair)
-    return Pool([str(prompt) for prompt, _ in rows], [str(completion) for _, completion in rows])
+            fresh = Pool.drawn(lm(), new, size, max_new_tokens=max_new_tokens, seed=seed)
+        *others, last = (
+            {"prompt": prompt, "completion": completion}
+            for prompt, completion in zip(fresh.prompts, fresh.completions, strict=True)
+        )
+        for row in (*others, last | {"drawn": size}):
+            file.append(row)
+    return Pool([str(row["prompt"]) for row in file.rows], [str(row["completion"]) for row in file.rows])
+
+
+def _drawn(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """How many completions were drawn of each prompt, as the rows of a pool have it."""
+    drawn: dict[str, int] = {}
+    batch: set[str] = set()
+    for row in rows:
+        batch.add(row["prompt"])
+        if isinstance(number := row.get("drawn"), int):
+            drawn |= {prompt: max(number, drawn.get(prompt, 0)) for prompt in batch}
+            batch.clear()
+    return drawn
 
 
 def _loop(pool: Pool, acquisition: Any, name: str, components: int, lm: _Lazy, seed: int) -> Elicitation:
     from bayeslm.inference import Elicitation
     from bayeslm.models.preferences import BradleyTerry, LastHidden, SentenceEmbedding, Standardised
 
-    makers: dict[str, Any] = {"sentence": SentenceEmbedding, "hidden": lambda: LastHidden(lm())}
-    if name not in makers:
-        raise ValueError(f"--features {name} is none of {', '.join(makers)}")
-    if components < 1:
-        raise ValueError(f"--components must be at least 1, got {components}")
     with err_console.status("reading the completions"):
-        whole = Standardised(makers[name](), pool.prompts, pool.completions)
+        read = SentenceEmbedding() if name == "sentence" else LastHidden(lm())
+        whole = Standardised(read, pool.prompts, pool.completions)
         vary = whole.axes.shape[1]
         features = Standardised(whole.features, pool.prompts, pool.completions, min(components, vary))
     return Elicitation(BradleyTerry(features, scale=4.0), acquisition, seed=seed)
@@ -294,13 +352,14 @@ def _simulated(name: str, temperature: float, seed: int) -> Any:
     return SimulatedJudge(rewards.load(name) if ":" in name else rewards.get(name), temperature, seed)
 
 
-def _answer(row: dict[str, Any]) -> Answer:
+def _answer(row: dict[str, Any], prompt: str, chosen: str, rejected: str) -> Answer:
     """A label; one that something else has written was shown chosen first, and foreseen by nobody."""
     from bayeslm.models.preferences import Answer
 
-    first_is_better = row.get("first_is_better", True)
-    first, second = (row["chosen"], row["rejected"])[:: 1 if first_is_better else -1]
-    return Answer(row["prompt"], first, second, float(row.get("probability", 0.5)), bool(first_is_better))
+    probability = row.get("probability")
+    first_is_better = row.get("first_is_better") is not False
+    first, second = (chosen, rejected) if first_is_better else (rejected, chosen)
+    return Answer(prompt, first, second, 0.5 if probability is None else float(probability), first_is_better)
 
 
 def _skip(row: dict[str, Any]) -> Answer:

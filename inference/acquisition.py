@@ -9,10 +9,13 @@ to say most about the parameters (BALD; Lindley 1956; Houlsby, Huszar, Ghahraman
 the entropy of what is predicted, less the judge's own noise: draws of the posterior each know the answer, and disagree.
 `Duel` lets an exploration strategy choose each of the two: with `Thompson` each is the best of a draw of the posterior
 (double Thompson sampling, Wu and Liu 2016, arXiv 1604.07101; for language models Dwaracherla et al. 2024, arXiv
-2402.00396), with `Random` the pair is any. `Tilted` draws completions of the aligned model itself, with its reward
-uncertain: the candidates being draws of the prior p,
+2402.00396), with `Random` the pair is any. `Tilted` draws completions of the aligned model, with its reward uncertain
+and in place of its prior the uniform law of the candidates x_1 .. x_n,
 
-    \pi(x) = E_k[ \pi*_k(x) ],     \pi*_k(x) \propto p(x) \exp(r_k(x) / \beta)
+    \pi(x) = E_k[ \pi*_k(x) ],     \pi*_k(x_i) \propto \exp(r_k(x_i) / \beta)
+
+which, of draws of the prior p that all differ, estimates \pi*_k \propto p \exp(r_k / \beta). A text that was drawn often
+is one candidate, as a `Pool` has it, and counts once; `FreshCompletions` draw with p itself.
 
 Who wants good completions asks by `Duel`, who wants to know which of any two is better by `InformationGain`.
 """
@@ -98,7 +101,7 @@ class Duel(Acquisition):
 
 @dataclass(frozen=True)
 class Tilted(Exploration):
-    """A draw of the posterior over completions under a draw of the reward, the candidates being draws of the prior.
+    """A draw of the posterior over completions under a draw of the reward, each distinct candidate as likely a priori.
 
     :param beta: the KL coefficient, in the rewards' own units. As it goes to 0, `Thompson`.
     :raises ValueError: if ``beta`` is not positive and finite.

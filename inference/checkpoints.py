@@ -161,7 +161,8 @@ def describe(value: Any) -> Any:
         return {str(key): describe(x) for key, x in value.items()}
     if isinstance(value, np.ndarray | Tensor):
         values = to_numpy(value) if isinstance(value, Tensor) else value
-        return {"shape": list(value.shape), "digest": blake2b(values.tobytes(), digest_size=16).hexdigest()}
+        held = repr(values.tolist()).encode() if values.dtype.hasobject else values.tobytes()  # objects' are addresses
+        return {"shape": list(value.shape), "digest": blake2b(held, digest_size=16).hexdigest()}
     kind = getattr(value, "__qualname__", None)
     if isinstance(kind, str):  # a function or a class
         return kind

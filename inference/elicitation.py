@@ -16,7 +16,7 @@ goes on from its answers as if it had not been, and an answer taken back leads t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -36,6 +36,7 @@ from .laplace import Laplace
 from .program import seeded
 
 NUM_DRAWS = 256  # of the posterior, that questions are chosen by
+TRIES = 100  # at fresh completions of which two were not compared before
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Pool:
             texts = lm.decode(law.sample(torch.Size([num_completions])))  # (completion, prompt)
         return cls(list(prompts) * num_completions, texts.ravel().tolist())
 
-    def __call__(self, weights: Tensor) -> Pool:
+    def __call__(self, weights: Tensor, answers: Sequence[Answer] = ()) -> Pool:
         """Itself, whatever is known: a pool is a source of candidates."""
         return self
 
@@ -120,7 +121,7 @@ class FreshCompletions:
     :param prompts: prompts to ask about.
     :param model: the program whose weights are learned.
     :param beta: the KL coefficient, in the units of the learned reward: log-odds.
-    :param engine: draws the completions.
+    :param engine: draws the completions, each time others: a seed of its own is passed over.
     :param epsilon: of the epsilon-greedy choice of the reward; None is Thompson sampling.
     :param num_completions: candidates for each question.
     :raises ValueError: if a setting is out of range, or there is no prompt.
@@ -145,11 +146,23 @@ class FreshCompletions:
         if not self.prompts:
             raise ValueError("FreshCompletions: give at least one prompt")
 
-    def __call__(self, weights: Tensor) -> Pool:
-        """:raises ValueError: if the completions are all alike: a larger beta, or longer texts, make them differ."""
-        prompt = self.prompts[int(torch.randint(len(self.prompts), ()))]
-        texts = [self._draw(prompt, self._weights(weights)) for _ in range(self.num_completions)]
-        return Pool([prompt] * len(texts), texts)
+    def __call__(self, weights: Tensor, answers: Sequence[Answer] = ()) -> Pool:
+        """Completions of which two at least were not compared before; blank, alike and known ones are drawn anew.
+
+        :raises ValueError: if there were none in `TRIES` tries.
+        """
+        for _ in range(TRIES):
+            prompt = self.prompts[int(torch.randint(len(self.prompts), ()))]
+            texts = [self._draw(prompt, self._weights(weights)) for _ in range(self.num_completions)]
+            if len({text for text in texts if text.strip()}) < 2:
+                continue
+            pool = Pool([prompt] * len(texts), texts)
+            if len(pool.pairs(answers)):
+                return pool
+        raise ValueError(
+            f"FreshCompletions: {TRIES} times the completions were blank, alike or compared before: "
+            "a larger beta, longer texts (max_new_tokens) or more prompts make others"
+        )
 
     @property
     def example(self) -> tuple[str, str]:
@@ -165,7 +178,8 @@ class FreshCompletions:
     def _draw(self, prompt: str, weights: Tensor) -> str:
         reward = UncertainReward(self.model, weights[None], "mean")
         tilted = TiltedLM(self.prior, reward, self.beta, max_new_tokens=self.max_new_tokens)
-        posterior = self.engine.run(tilted, [prompt])
+        seeded_itself = getattr(self.engine, "seed", None) is not None
+        posterior = (replace(self.engine, seed=None) if seeded_itself else self.engine).run(tilted, [prompt])
         (draw,) = posterior.resample(1, seed=int(torch.randint(2**31, ()))).texts["completion"][0]
         return str(draw[0])
 
@@ -215,7 +229,7 @@ class Elicitation:
         """
         weights = self.weights(answers, candidates.example)
         with self._seeded(answers):
-            pool = candidates(weights)
+            pool = candidates(weights, answers)
             pairs = pool.pairs(answers)
             if not len(pairs):
                 return None

@@ -12,6 +12,8 @@ from helpers import tiny_llama
 from typer.testing import CliRunner
 
 from bayeslm.cli import app
+from bayeslm.console import out_console
+from bayeslm.label import _Person, _shown
 from bayeslm.models.preferences import Comparisons
 
 JUDGES = """
@@ -49,13 +51,13 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 def label(*arguments: str, code: int = 0, keys: str | None = None) -> str:
     settings = ["--model", "model", "--features", "hidden", "--components", "4", "--completions", "8"]
-    result = CliRunner().invoke(app, ["label", *arguments, *settings, "--max-new-tokens", "4"], input=keys)
+    result = CliRunner().invoke(app, ["label", *settings, "--max-new-tokens", "4", *arguments], input=keys)
     assert result.exit_code == code, result.output + repr(result.exception)
     return " ".join(result.output.split())
 
 
 def rows(path: str = "labels.jsonl") -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [json.loads(line) for line in Path(path).read_text().splitlines() if line]
 
 
 def test_a_person_labels_skips_undoes_and_goes_on(folder):
@@ -115,6 +117,87 @@ def test_it_ends_when_no_pair_is_left(folder):
     assert len(rows()) == len(pool) * (len(pool) - 1) // 2
 
 
+def test_undo_after_a_restart_takes_back_what_came_last(folder):
+    label("a b", keys="1\n2\ns\nq\n")
+    labels = rows()
+    assert "taken back: skipped" in label(keys="u\nq\n")
+    assert rows("labels.skipped.jsonl") == []
+    assert rows() == labels
+    label(keys="s\n1\ns\nq\n")
+    out = label(keys="u\nu\nu\nu\nq\n")  # skip, label, skip, label
+    said = [part.split(",")[0] for part in out.split("taken back: ")[1:]]
+    assert said == ["skipped", "1 is better", "skipped", "2 is better"]
+    assert rows() == labels[:1]
+
+
+def test_skips_do_not_change_what_is_asked_after_a_restart(folder):
+    label("a b", "--out", "whole.jsonl", keys="s\n1\ns\ns\n2\n1\nq\n")
+    for keys in ("s\n1\ns\nq\n", "s\nq\n", "2\n1\nq\n"):
+        label("a b", "--out", "parts.jsonl", keys=keys)
+    for kind in ("", ".skipped"):
+        assert rows(f"parts{kind}.jsonl") == rows(f"whole{kind}.jsonl")
+
+
+@pytest.mark.parametrize("left", [1, 2, 5])
+def test_a_pool_that_was_broken_off_is_drawn_again(folder, left):
+    """Killed after any row: the same completions and questions in the end, and not a prompt with one text."""
+    judge = ["--judge", "judges:letters", "--number", "3"]
+    label("a b", "c", *judge, "--out", "whole.jsonl")
+    lines = Path("whole.pool.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) > left
+    Path("parts.pool.jsonl").write_text("".join(lines[:left]))
+    label("a b", "c", *judge, "--out", "parts.jsonl")
+    assert rows("parts.jsonl") == rows("whole.jsonl")
+    assert {row["completion"] for row in rows("parts.pool.jsonl")} == {
+        row["completion"] for row in rows("whole.pool.jsonl")
+    }
+    after = Path("parts.pool.jsonl").read_bytes()
+    label(*judge, "--out", "parts.jsonl")
+    assert Path("parts.pool.jsonl").read_bytes() == after
+
+
+def test_a_pool_of_one_row_without_a_prompt_given(folder):
+    Path("labels.pool.jsonl").write_text('{"prompt": "a b", "completion": "c"}\n')
+    label("--judge", "judges:letters", "--number", "2")
+    assert len(rows()) == 2
+
+
+def test_more_completions_are_drawn_of_prompts_that_have_fewer(folder):
+    judge = ["--judge", "judges:letters", "--number", "1"]
+    label("a b", *judge)
+    before = rows("labels.pool.jsonl")
+    label(*judge, "--completions", "40")
+    after = rows("labels.pool.jsonl")
+    assert len({row["completion"] for row in after}) > len(before)
+    assert after[-1]["drawn"] == 40
+
+
+def test_each_file_of_labels_has_a_pool_of_its_own(folder):
+    for name in ("taste.alice", "taste.bob"):
+        label("a b" if "alice" in name else "c", "--out", name, keys="q\n")
+    assert {row["prompt"] for row in rows("taste.alice.pool.jsonl")} == {"a b"}
+    assert {row["prompt"] for row in rows("taste.bob.pool.jsonl")} == {"c"}
+
+
+def test_labels_do_not_go_into_the_file_of_prompts(folder):
+    Path("prompts.txt").write_text("a b")
+    assert "are both prompts.txt" in label("--prompts", "prompts.txt", "--out", "./prompts.txt", code=1)
+    assert Path("prompts.txt").read_text() == "a b"
+
+
+def test_what_is_shown_is_what_the_texts_are(capsys):
+    """No emoji for what only looks like one, and the spaces where two texts differ in nothing else."""
+    first, second = _shown(" a  b\n", "a b c")
+    assert (first, second) == ("a b", "a b c")
+    assert _shown("a b", "a b\n") == ("'a b'", "'a b\\n'")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(out_console, "input", lambda prompt: "1")
+        assert _Person()("at :smile:", ":cat: [b]", "x")
+    shown = capsys.readouterr().out
+    assert "at :smile:" in shown
+    assert ":cat: [b]" in shown
+
+
 @pytest.mark.parametrize("ask", ["information", "thompson", "epsilon-greedy", "random"])
 def test_every_way_to_ask(folder, ask):
     label("a b", "--judge", "judges:letters", "--ask", ask, "--number", "3")
@@ -136,6 +219,8 @@ def test_new_prompts_join_the_pool(folder):
         ([], "no prompts"),
         (["a", "--ask", "bald"], "--ask bald is none of information"),
         (["a", "--features", "bag"], "is none of sentence, hidden"),
+        (["a", "--components", "0"], "--components must be at least 1"),
+        (["a", "--completions", "1"], "--completions must be at least 2"),
         (["a", "--judge", "sentimnt"], "did you mean 'sentiment'"),
         (["a", "--judge", "length", "--temperature", "-1"], "temperature must be 0 or more"),
         (["a", "--number", "0"], "--number must be at least 1"),
@@ -149,7 +234,7 @@ def test_mistakes_are_one_clear_line(folder, arguments, says):
     assert result.exit_code == 1, result.output
     assert says in " ".join(result.output.split())
     assert "Traceback" not in result.output
-    assert not Path("labels.jsonl").exists() or not rows()
+    assert not list(Path().glob("labels*"))  # nothing was made
 
 
 @pytest.mark.parametrize(
@@ -169,3 +254,17 @@ def test_bad_labels_are_refused_with_their_line(folder, row, says):
 def test_labels_of_another_tool_count(folder):
     Path("labels.jsonl").write_text('{"prompt": "a b", "chosen": "a a", "rejected": "b"}\n')
     assert "labels.jsonl: 2 labels" in label("a b", keys="1\n")
+
+
+def test_labels_in_every_form_that_comparisons_have_count(folder):
+    ask, good, bad = (
+        {"role": role, "content": text} for role, text in (("user", "a b"), ("assistant", "a"), ("assistant", "b"))
+    )
+    forms = [
+        {"chosen": [ask, good], "rejected": [ask, bad]},
+        {"prompt": [ask], "chosen": [good], "rejected": [bad]},
+        {"prompt": "a b", "chosen": "a", "rejected": "b", "probability": None, "first_is_better": None},
+    ]
+    Path("labels.jsonl").write_text("\n\n".join(map(json.dumps, forms)))
+    assert "labels.jsonl: 4 labels" in label("a b", keys="1\n")
+    assert rows()[-1].keys() >= {"first_is_better", "probability"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from bayeslm.inference import (
     EpsilonGreedy,
     Exact,
     FreshCompletions,
+    ImportanceSampling,
     InformationGain,
     Laplace,
     Pool,
@@ -27,7 +28,7 @@ from bayeslm.inference import (
 )
 from bayeslm.inference.acquisition import information
 from bayeslm.models import TiltedLM
-from bayeslm.models.preferences import Answer, BradleyTerry, SimulatedJudge, UncertainReward, answered
+from bayeslm.models.preferences import Answer, BradleyTerry, Question, SimulatedJudge, UncertainReward, answered
 from bayeslm.models.rewards import Reward
 
 TRUTH = torch.tensor([1.5, -1.0, 0.5, 0.0, 2.0])
@@ -164,16 +165,35 @@ def test_fresh_completions_have_the_posterior_with_the_reward_uncertain(epsilon)
     drawn = [fresh._draw("c", fresh._weights(weights)) for _ in range(200)]
     counts = torch.tensor([drawn.count(name) for name in names])
     assert_drawn_from(counts, mixture.log())
-    pool = next(pool for pool in iter(lambda: _try(fresh, weights), 0) if pool is not None)
+    pool = fresh(weights)
     assert set(pool.prompts) == {"c"}
     assert len(pool.completions) == 2
 
 
-def _try(fresh, weights):
-    try:
-        return fresh(weights)
-    except ValueError:  # two texts that are alike, or blank
-        return None
+def letters_of(prompts, completions):
+    return torch.tensor([[c.count("a"), c.count("b")] for c in completions]).float()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_fresh_completions_that_coincide_are_drawn_anew(monkeypatch, seed):
+    """Of a model with three texts, and the blank one: all of their pairs are asked, then an error says what to do."""
+    model = BradleyTerry(letters_of)
+    lm = table_lm(order=1, vocab=4, seed=1)
+    fresh = FreshCompletions(lm, ["c"], model, engine=Exact(), beta=5.0, max_new_tokens=1)
+    loop, answers = Elicitation(model, seed=seed), []
+    monkeypatch.setattr("bayeslm.inference.elicitation.TRIES", 60)
+    with pytest.raises(ValueError, match=r"60 times the completions were .* a larger beta, longer texts"):
+        take(loop, 9, lambda prompt, first, second: first < second, answers, fresh)
+    assert len({answer.pair for answer in answers}) == len(answers) == 3
+    assert loop.ask(fresh, answers[:2]) == Question(*astuple(answers[2])[:4])  # to go on is to ask the same
+
+
+def test_an_engine_with_a_seed_draws_others_each_time():
+    model, lm = BradleyTerry(letters_of), table_lm(order=2, vocab=8)
+    engine = ImportanceSampling(num_particles=1, progress=False, seed=0)  # whose one particle would be all there is
+    fresh = FreshCompletions(lm, ["c"], model, engine=engine, num_completions=4, max_new_tokens=6)
+    torch.manual_seed(0)
+    assert len(fresh(torch.zeros(1, 2)).completions) > 1
 
 
 def test_fresh_completions_in_a_loop():
@@ -234,6 +254,8 @@ def test_answers():
     assert answer.surprisal == pytest.approx(-math.log(0.2))
     assert not answer.foreseen
     assert replace(answer, first_is_better=True).foreseen
+    for even in (True, False):
+        assert not replace(answer, probability=0.5, first_is_better=even).foreseen
     skipped = replace(answer, first_is_better=None)
     assert (skipped.surprisal, skipped.foreseen) == (0.0, False)
     assert answered([skipped]) is None
@@ -337,7 +359,6 @@ def test_information_gain_learns_sooner_than_random_pairs():
 def test_any_engine_updates():
     """The posterior of the same answers by a sampler that knows nothing of modes: the same mean."""
     from bayeslm import diagnostics
-    from bayeslm.inference import ImportanceSampling
 
     small = BradleyTerry(lambda prompts, completions: features(prompts, completions)[:, :2], scale=1.0)
     answers = take(Elicitation(small), 8)

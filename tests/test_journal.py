@@ -39,7 +39,12 @@ def test_appends_pops_and_reads_again(path):
 
 @pytest.mark.parametrize(
     ("tail", "kept", "torn"),
-    [(b'{"b": 2}', [{"a": 1}, {"b": 2}], False), (b'{"b": ', [{"a": 1}], True), (b'{"b": "\xc3', [{"a": 1}], True)],
+    [
+        (b'{"b": 2}', [{"a": 1}, {"b": 2}], False),
+        (b"{", [{"a": 1}], True),
+        (b'{"b": ', [{"a": 1}], True),
+        (b'{"b": "\xc3', [{"a": 1}], True),
+    ],
 )
 def test_a_torn_last_line_is_mended(path, tail, kept, torn):
     path.parent.mkdir()
@@ -62,6 +67,18 @@ def test_any_other_bad_line_is_refused_with_its_number(path, line):
     with pytest.raises(ValueError, match="line 2 is no JSON object"):
         Journal(path)
     assert path.read_text() == before
+
+
+@pytest.mark.parametrize("tail", [b"[1]", b"text", b'[{"a": 1}]', b"3", b"{a: 1", b'{"a": \r[1]'])
+@pytest.mark.parametrize("head", [b"", b'{"a": 1}\n'])
+def test_a_file_of_another_kind_is_left_as_it_is(path, head, tail):
+    """Its last line has no end, as a torn one, but is no part of an object; or a \\r, which ends no line, is in it."""
+    path.parent.mkdir()
+    before = head + tail + (b"\n" if b"\r" in tail else b"")
+    path.write_bytes(before)
+    with pytest.raises(ValueError, match=f"line {len(head.splitlines()) + 1} is no JSON object"):
+        Journal(path)
+    assert path.read_bytes() == before
 
 
 def test_a_failed_write_leaves_nothing_of_it(path, monkeypatch):

@@ -95,6 +95,13 @@ def test_a_single_draw_has_no_known_monte_carlo_error():
     assert calibrate(np.zeros((1, 4, 3))).log_score.value == -np.inf
 
 
+def test_a_single_pair_has_no_known_standard_error():
+    found = calibrate(RNG(0).uniform(0.4, 0.9, (2, 50, 1)))
+    for figure in (found.accuracy, found.log_score, found.ece):
+        assert figure.stderr == np.inf
+        assert figure.mcse < np.inf
+
+
 def test_what_is_refused():
     p = np.full((1, 4, 3), 0.5)
     for bad, outcomes, says in [

@@ -35,6 +35,28 @@ def test_strings_and_conversations():
     assert (template.prompts[2], template.chosen[0]) == ("<system>Be kind.<user>Say hi.", "<assistant>Hi!")
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_prompt_that_the_conversations_repeat_is_no_completion(listed: bool):
+    """As in ``HuggingFaceH4/ultrafeedback_binarized``; fields of a message beside role and content do not count."""
+    ask, good, bad = message("user", "Say hi."), message("assistant", "Hi!"), message("assistant", "No.")
+    more = message("user", "Thanks.")
+    prompt = [ask | {"id": "7"}] if listed else "Say hi."
+    rows = [
+        {"prompt": prompt, "chosen": [ask, good], "rejected": [ask, bad]},
+        {"prompt": prompt, "chosen": [ask, good, more], "rejected": [ask, bad]},
+        {"prompt": prompt, "chosen": [good], "rejected": [bad]},
+        {"prompt": prompt, "chosen": [ask, good], "rejected": [bad]},  # one of them alone says something else by it
+        {"prompt": prompt, "chosen": [ask], "rejected": [ask, bad]},  # to repeat the prompt is the completion
+        {"prompt": prompt, "chosen": [message("assistant", "Say hi."), good], "rejected": [ask, bad]},
+    ]
+    data = Comparisons.from_rows(rows)
+    assert data.prompts == ["Say hi."] * 6
+    assert data.chosen[:3] == ["Hi!", "assistant: Hi!\n\nuser: Thanks.", "Hi!"]
+    assert data.rejected[:3] == ["No."] * 3
+    assert data.chosen[3:5] == ["user: Say hi.\n\nassistant: Hi!", "Say hi."]
+    assert data.rejected[3:] == ["No.", *["user: Say hi.\n\nassistant: No."] * 2]
+
+
 def test_files_come_back(tmp_path: Path):
     data = Comparisons(["p", "é\n"], ["a", "ü\u2028"], ["b", "c"])
     data.to_jsonl(tmp_path / "pairs.jsonl")

@@ -322,6 +322,11 @@ def test_what_a_checkpoint_tells_apart_beside_plain_numbers():
     assert given != others
     given, others = (describe(FDivergence(log_evidence=torch.tensor([0.0, x]))) for x in (1.0, 2.0))
     assert given != others
+    same, other, changed = (
+        describe(np.array([f"text {number}", None], dtype=object))
+        for number in (1, 1, 2)  # three objects in memory
+    )
+    assert same == other != changed
     same, other, changed = (tiny_llama(seed=seed).packed() for seed in (0, 0, 1))  # weights that cannot be read
     assert digest(same) == digest(other) != digest(changed)
 

@@ -1,8 +1,8 @@
 """Comparisons of completions, in the preference format of Hugging Face ``datasets`` and TRL.
 
 A row has a ``prompt`` and two completions of it, ``chosen`` and ``rejected``: all strings, or all conversations (lists
-of ``{"role", "content"}``), where the prompt may be left out if both conversations begin with it. `Rankings` are rows
-of several completions, best first.
+of ``{"role", "content"}``). Where both conversations begin with the prompt it is no part of the completions, and may be
+left out. `Rankings` are rows of several completions, best first.
 """
 
 from __future__ import annotations
@@ -221,6 +221,10 @@ def _comparison(row: Any, template: Callable[[Sequence[Message]], str]) -> tuple
                     "has conversations that differ in nothing or from the first message on, so no prompt shows: "
                     "add the field 'prompt', or drop the row"
                 )
+        else:
+            asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages("prompt", prompt)
+            if _begins_with(chosen, asked) and _begins_with(rejected, asked):
+                chosen, rejected = chosen[len(asked) :], rejected[len(asked) :]
         if not isinstance(prompt, str):
             prompt = template(_messages("prompt", prompt))
         chosen, rejected = template(chosen), template(rejected)
@@ -236,6 +240,13 @@ def _messages(name: str, value: Any) -> list[Message]:
     if not (good and all(isinstance(m, Mapping) and isinstance(m.get("content"), str) and "role" in m for m in value)):
         raise PreferenceError(f"has {value!r:.60} for {name!r}: it must be a string, or a list of role and content")
     return list(value)
+
+
+def _begins_with(conversation: list[Message], asked: list[Message]) -> bool:
+    """Whether it is those messages, and more."""
+    pairs = zip(conversation, asked, strict=False)
+    same = all((one["role"], one["content"]) == (two["role"], two["content"]) for one, two in pairs)
+    return same and len(conversation) > len(asked)
 
 
 def _check_texts(row: tuple[Any, Any, Any]) -> None:

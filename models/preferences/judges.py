@@ -63,8 +63,10 @@ class Answer(Question):
 
     @property
     def foreseen(self) -> bool:
-        """Whether the answer was the likelier one."""
-        return self.first_is_better is not None and self.first_is_better == (self.probability > 0.5)
+        """Whether the answer was the likelier one; of two alike neither is."""
+        if self.first_is_better is None:
+            return False
+        return (self.probability > 0.5) if self.first_is_better else (self.probability < 0.5)
 
 
 def answered(answers: Sequence[Answer]) -> Comparisons | None:

@@ -172,6 +172,15 @@ def test_more_completions_are_drawn_of_prompts_that_have_fewer(folder):
     assert after[-1]["drawn"] == 40
 
 
+def test_a_pool_stays_as_it_is_where_no_number_is_given(folder):
+    label("a b", "--judge", "judges:letters", "--number", "1")
+    before = Path("labels.pool.jsonl").read_bytes()
+    settings = ["--model", "model", "--features", "hidden", "--components", "4"]
+    result = CliRunner().invoke(app, ["label", *settings, "--judge", "judges:letters", "--number", "2"])
+    assert result.exit_code == 0, result.output
+    assert Path("labels.pool.jsonl").read_bytes() == before
+
+
 def test_each_file_of_labels_has_a_pool_of_its_own(folder):
     for name in ("taste.alice", "taste.bob"):
         label("a b" if "alice" in name else "c", "--out", name, keys="q\n")

@@ -12,6 +12,7 @@ import typer
 
 from bayeslm.console import INTERRUPTED, clear_errors, err_console, language_model, out_console, read_prompts
 from bayeslm.journal import Journal
+from bayeslm.terminal import PLAIN, Person, Quit, Undo, shown
 
 if TYPE_CHECKING:
     from bayeslm.inference import Elicitation, Pool
@@ -20,18 +21,7 @@ if TYPE_CHECKING:
 RECENT = 20  # answers that a second share of foreseen ones is of
 COMPLETIONS = 16  # of a prompt, where nothing else is said
 FEATURES = ("sentence", "hidden")
-
-
-PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}  # texts as they are
 NO_PROMPTS = 'no prompts: give one, as in bayeslm label "My dinner was", or --prompts FILE'
-
-
-class Undo(Exception):
-    """The judge takes the last answer back."""
-
-
-class Quit(Exception):
-    """The judge has had enough."""
 
 
 def label(
@@ -96,7 +86,7 @@ def label(
         if prompts is not None and prompts.resolve() == out.resolve():
             raise ValueError(f"--prompts and --out are both {out}: labels need a file of their own")
         acquisition = _acquisition(ask)
-        answering = _Person() if judge is None else _simulated(judge, temperature, seed)
+        answering = Person() if judge is None else _simulated(judge, temperature, seed)
         given = read_prompts(prompt or [], prompts)[0] if prompt or prompts else []
         if not (given or _paths(out)["pool"].exists()):
             raise ValueError(NO_PROMPTS)
@@ -155,7 +145,7 @@ class Session:
                 except Undo:
                     self._undo()
                 else:
-                    judge_is_person = isinstance(judge, _Person)
+                    judge_is_person = isinstance(judge, Person)
                     if judge_is_person:
                         self.show()
         except Quit:
@@ -173,8 +163,8 @@ class Session:
             if not answer.first_is_better:
                 chosen, rejected = rejected, chosen
             row = {"prompt": answer.prompt, "chosen": chosen, "rejected": rejected}
-            shown = {"first_is_better": answer.first_is_better, "probability": answer.probability}
-            self._labels.append(row | shown)
+            asked = {"first_is_better": answer.first_is_better, "probability": answer.probability}
+            self._labels.append(row | asked)
         self.answers.append(answer)
 
     def _undo(self) -> None:
@@ -184,7 +174,7 @@ class Session:
         answer = self.answers.pop()
         skipped = answer.first_is_better is None
         (self._skipped if skipped else self._labels).pop()
-        first, second = _shown(answer.first, answer.second)
+        first, second = shown(answer.first, answer.second)
         said = "skipped" if skipped else "1 is better" if answer.first_is_better else "2 is better"
         out_console.print(f"taken back: {said}, of 1 {first} and 2 {second}", **PLAIN)
 
@@ -214,36 +204,6 @@ class Session:
             return float((rewards[:, pairs[:, 0]] - rewards[:, pairs[:, 1]]).var(0).mean().sqrt())
 
         return spread(self.answers) / spread([])
-
-
-class _Person:
-    """The one at the terminal."""
-
-    def __call__(self, prompt: str, first: str, second: str) -> bool | None:
-        out_console.print()
-        out_console.print(prompt, style="bold", **PLAIN)
-        for key, text in zip("12", _shown(first, second), strict=True):
-            out_console.print(f"  {key}  {text}", **PLAIN)
-        while True:
-            try:
-                key = out_console.input("better: 1 or 2 (s skip, u undo, q quit) ").strip().lower()
-            except EOFError:
-                raise Quit from None
-            if key in ("1", "2"):
-                return key == "1"
-            if key == "s":
-                return None
-            if key == "u":
-                raise Undo
-            if key == "q":
-                raise Quit
-            out_console.print(f"{key!r} is none of 1, 2, s, u, q", **PLAIN)
-
-
-def _shown(first: str, second: str) -> tuple[str, str]:
-    """Two texts on a line each; with every space and line's end where they differ in nothing else."""
-    one, two = (" ".join(text.split()) for text in (first, second))
-    return (one, two) if one != two else (repr(first), repr(second))
 
 
 class _Lazy:
@@ -297,11 +257,10 @@ def _pool(file: Journal, prompts: list[str], lm: _Lazy, size: int | None, max_ne
     if new := [prompt for prompt in asked if drawn.get(prompt, 0) < least]:
         with err_console.status(f"drawing {size} completions of each of {len(new)} prompts"):
             fresh = Pool.drawn(lm(), new, size, max_new_tokens=max_new_tokens, seed=seed)
-        *others, last = (
-            {"prompt": prompt, "completion": completion}
-            for prompt, completion in zip(fresh.prompts, fresh.completions, strict=True)
-        )
-        for row in (*others, last | {"drawn": size}):
+        pairs = zip(fresh.prompts, fresh.completions, strict=True)
+        batch: list[dict[str, Any]] = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+        batch[-1]["drawn"] = size
+        for row in batch:
             file.append(row)
     return Pool([str(row["prompt"]) for row in file.rows], [str(row["completion"]) for row in file.rows])
 

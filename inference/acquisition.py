@@ -14,7 +14,7 @@ and in place of its prior the uniform law of the candidates x_1 .. x_n,
 
     \pi(x) = E_k[ \pi*_k(x) ],     \pi*_k(x_i) \propto \exp(r_k(x_i) / \beta)
 
-which, of draws of the prior p that all differ, estimates \pi*_k \propto p \exp(r_k / \beta). A text that was drawn often
+which, of draws of the prior p that differ, estimates \pi*_k \propto p \exp(r_k / \beta). A text that was drawn often
 is one candidate, as a `Pool` has it, and counts once; `FreshCompletions` draw with p itself.
 
 Who wants good completions asks by `Duel`, who wants to know which of any two is better by `InformationGain`.

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from bayeslm.cli import app
 from bayeslm.console import out_console
-from bayeslm.label import _Person, _shown
 from bayeslm.models.preferences import Comparisons
+from bayeslm.terminal import Person, shown
 
 JUDGES = """
 calls = 0
@@ -172,6 +172,15 @@ def test_more_completions_are_drawn_of_prompts_that_have_fewer(folder):
     assert after[-1]["drawn"] == 40
 
 
+def test_a_pool_stays_as_it_is_where_no_number_is_given(folder):
+    label("a b", "--judge", "judges:letters", "--number", "1")
+    before = Path("labels.pool.jsonl").read_bytes()
+    settings = ["--model", "model", "--features", "hidden", "--components", "4"]
+    result = CliRunner().invoke(app, ["label", *settings, "--judge", "judges:letters", "--number", "2"])
+    assert result.exit_code == 0, result.output
+    assert Path("labels.pool.jsonl").read_bytes() == before
+
+
 def test_each_file_of_labels_has_a_pool_of_its_own(folder):
     for name in ("taste.alice", "taste.bob"):
         label("a b" if "alice" in name else "c", "--out", name, keys="q\n")
@@ -187,15 +196,15 @@ def test_labels_do_not_go_into_the_file_of_prompts(folder):
 
 def test_what_is_shown_is_what_the_texts_are(capsys):
     """No emoji for what only looks like one, and the spaces where two texts differ in nothing else."""
-    first, second = _shown(" a  b\n", "a b c")
+    first, second = shown(" a  b\n", "a b c")
     assert (first, second) == ("a b", "a b c")
-    assert _shown("a b", "a b\n") == ("'a b'", "'a b\\n'")
+    assert shown("a b", "a b\n") == ("'a b'", "'a b\\n'")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(out_console, "input", lambda prompt: "1")
-        assert _Person()("at :smile:", ":cat: [b]", "x")
-    shown = capsys.readouterr().out
-    assert "at :smile:" in shown
-    assert ":cat: [b]" in shown
+        assert Person()("at :smile:", ":cat: [b]", "x")
+    printed = capsys.readouterr().out
+    assert "at :smile:" in printed
+    assert ":cat: [b]" in printed
 
 
 @pytest.mark.parametrize("ask", ["information", "thompson", "epsilon-greedy", "random"])

@@ -242,7 +242,7 @@ def _messages(name: str, value: Any) -> list[Message]:
     return list(value)
 
 
-def _begins_with(conversation: list[Message], asked: list[Message]) -> bool:
+def _begins_with(conversation: Sequence[Message], asked: Sequence[Message]) -> bool:
     """Whether it is those messages, and more."""
     pairs = zip(conversation, asked, strict=False)
     same = all((one["role"], one["content"]) == (two["role"], two["content"]) for one, two in pairs)

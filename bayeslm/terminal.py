@@ -1,0 +1,47 @@
+"""The judge at the terminal: shows a prompt with two completions, and reads a key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bayeslm.console import out_console
+
+PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}  # texts as they are
+
+
+class Undo(Exception):
+    """The judge takes the last answer back."""
+
+
+class Quit(Exception):
+    """The judge has had enough."""
+
+
+class Person:
+    """The one at the terminal."""
+
+    def __call__(self, prompt: str, first: str, second: str) -> bool | None:
+        out_console.print()
+        out_console.print(prompt, style="bold", **PLAIN)
+        for key, text in zip("12", shown(first, second), strict=True):
+            out_console.print(f"  {key}  {text}", **PLAIN)
+        while True:
+            try:
+                key = out_console.input("better: 1 or 2 (s skip, u undo, q quit) ").strip().lower()
+            except EOFError:
+                raise Quit from None
+            if key in ("1", "2"):
+                return key == "1"
+            if key == "s":
+                return None
+            if key == "u":
+                raise Undo
+            if key == "q":
+                raise Quit
+            out_console.print(f"{key!r} is none of 1, 2, s, u, q", **PLAIN)
+
+
+def shown(first: str, second: str) -> tuple[str, str]:
+    """Two texts on a line each; with every space and line's end where they differ in nothing else."""
+    one, two = (" ".join(text.split()) for text in (first, second))
+    return (one, two) if one != two else (repr(first), repr(second))

@@ -57,6 +57,12 @@ def test_rewards_that_vary_are_means_and_said_to_be():
     assert not MDP.from_gymnasium(gymnasium.make("FrozenLake-v1")).mixed
     cliff = MDP.from_gymnasium(gymnasium.make("CliffWalking-v1", is_slippery=True))
     assert cliff.mixed
+
+    class Ends(gymnasium.Env):
+        P = {0: {0: [(1.0, 1, 1.0, True)]}, 1: {0: [(0.5, 1, 0.0, True), (0.5, 1, 1.0, True)]}}
+        initial_state_distrib = [1.0, 0.0]
+
+    assert not MDP.from_gymnasium(Ends()).mixed  # nobody is paid in a terminal state
     assert float(cliff.rewards[36, 1, 36]) == pytest.approx(-50.5)  # right: down is a wall, ahead is the cliff
     assert SoftValueIteration(1.0, 3).run(cliff).values.isfinite().all()
     with pytest.raises(ValueError, match=r"MDP\.mixed.*fixed"):

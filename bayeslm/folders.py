@@ -1,12 +1,14 @@
-"""New folders: whole or not there, and never in the place of something else."""
+"""Folders of our own: whole or not there, never in the place of something else, and read by who knows the format."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 
@@ -36,6 +38,23 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def read_header(folder: str | os.PathLike[str], name: str, known: object, what: str) -> dict[str, Any]:
+    """The JSON object in a folder's file ``name``, which says by ``format`` how the rest is written.
+
+    :param known: the format that can be read.
+    :param what: the folder should hold, for the error.
+    :raises FileNotFoundError: if there is no such file.
+    :raises ValueError: if it is of another format.
+    """
+    path = Path(folder) / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no {what}: {name} is missing")
+    header = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(header, dict) or header.get("format") != known:
+        raise ValueError(f"{path} was not written by a version of bayeslm that this one reads ({known})")
+    return header
 
 
 def _sync(*paths: Path) -> None:

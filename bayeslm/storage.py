@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bayeslm.folders import whole
+from bayeslm.folders import read_header, whole
 from bayeslm.posterior import Posterior
 
 Array = NDArray[Any]
@@ -61,12 +61,7 @@ def load(directory: Path) -> Posterior:
     Raises FileNotFoundError if `directory` holds no posterior, ValueError if another version of bayeslm wrote
     it.
     """
-    header = directory / "posterior.json"
-    if not header.is_file():
-        raise FileNotFoundError(f"{directory} holds no posterior: {header.name} is missing")
-    meta = json.loads(header.read_text(encoding="utf-8"))
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise ValueError(f"{header} was not written by a version of bayeslm that this one reads ({FORMAT})")
+    meta = read_header(directory, "posterior.json", FORMAT, "posterior")
     texts = json.loads((directory / "texts.json").read_text(encoding="utf-8"))
     with np.load(directory / "arrays.npz", allow_pickle=False) as archive:
         arrays = {key: archive[key] for key in archive.files}

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad
 
-from bayeslm.folders import whole
+from bayeslm.folders import read_header, whole
 
 from .language_model import LanguageModel
 from .stepping import Steps
@@ -229,12 +229,7 @@ class Twist(nn.Module):
         :raises FileNotFoundError: if there is no twist.
         :raises ValueError: if another version wrote it, or it is another language model's.
         """
-        header = Path(path) / "twist.json"
-        if not header.is_file():
-            raise FileNotFoundError(f"{path} holds no twist: {header.name} is missing")
-        config = json.loads(header.read_text(encoding="utf-8"))
-        if not isinstance(config, dict) or config.get("format") != FORMAT:
-            raise ValueError(f"{header} was not written by a version of bayeslm that this one reads ({FORMAT})")
+        config = read_header(path, "twist.json", FORMAT, "twist")
         twist = cls(lm, **config["settings"])
         state = load_file(Path(path) / "twist.safetensors", device=str(lm.device))
         _check_same(twist.probe, state["probe"])

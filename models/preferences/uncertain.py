@@ -48,7 +48,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from bayeslm.folders import whole
+from bayeslm.folders import read_header, whole
 from bayeslm.posterior import Posterior
 
 from ..language_model import LanguageModel
@@ -218,12 +218,7 @@ class UncertainReward(Reward):
         :raises FileNotFoundError: if there is no such reward.
         :raises ValueError: if another version wrote it, or the program has other features.
         """
-        header = Path(path) / "uncertain.json"
-        if not header.is_file():
-            raise FileNotFoundError(f"{path} holds no uncertain reward: {header.name} is missing")
-        config = json.loads(header.read_text(encoding="utf-8"))
-        if not isinstance(config, dict) or config.get("format") != FORMAT:
-            raise ValueError(f"{header} was not written by a version of bayeslm that this one reads ({FORMAT})")
+        config = read_header(path, "uncertain.json", FORMAT, "uncertain reward")
         tensors = load_file(Path(path) / "uncertain.safetensors")
         probe = model.featurise(*PROBE).cpu()
         if probe.shape != tensors["probe"].shape or not torch.allclose(probe, tensors["probe"], rtol=1e-3, atol=1e-3):

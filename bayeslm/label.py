@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -145,8 +146,7 @@ class Session:
                 except Undo:
                     self._undo()
                 else:
-                    judge_is_person = isinstance(judge, Person)
-                    if judge_is_person:
+                    if isinstance(judge, Person):
                         self.show()
         except Quit:
             return False
@@ -196,14 +196,17 @@ class Session:
 
     def _uncertainty(self) -> float:
         """The standard deviation of rewards' differences within prompts, as a share of what the prior has."""
+        return self._spread(self.answers) / self._prior_spread
 
-        def spread(answers: list[Answer]) -> float:
-            weights = self._loop.weights(answers, self._pool.example)
-            rewards = self._loop.model.reward(self._pool.prompts, self._pool.completions, weights)
-            pairs = self._pool.pairs()
-            return float((rewards[:, pairs[:, 0]] - rewards[:, pairs[:, 1]]).var(0).mean().sqrt())
+    @cached_property
+    def _prior_spread(self) -> float:
+        return self._spread([])
 
-        return spread(self.answers) / spread([])
+    def _spread(self, answers: list[Answer]) -> float:
+        weights = self._loop.weights(answers, self._pool.example)
+        rewards = self._loop.model.reward(self._pool.prompts, self._pool.completions, weights)
+        pairs = self._pool.pairs()
+        return float((rewards[:, pairs[:, 0]] - rewards[:, pairs[:, 1]]).var(0).mean().sqrt())
 
 
 class _Lazy:

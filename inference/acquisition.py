@@ -22,7 +22,6 @@ Who wants good completions asks by `Duel`, who wants to know which of any two is
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -31,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
-from .checks import check_counts
+from .checks import check_counts, check_positive
 from .exploration import Exploration, Thompson
 
 
@@ -111,8 +110,7 @@ class Tilted(Exploration):
     beta: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.beta > 0 and math.isfinite(self.beta)):
-            raise ValueError(f"Tilted: beta must be positive and finite, got {self.beta}")
+        check_positive(self, "beta")
 
     def _law(self, values: Tensor) -> Tensor:
         return (values / self.beta).softmax(-1).mean(0)

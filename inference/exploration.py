@@ -14,13 +14,14 @@ about: an action is whatever the last axis of the values is.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from .checks import check_positive
 
 
 class Exploration(ABC):
@@ -100,8 +101,7 @@ class Boltzmann(Exploration):
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"Boltzmann: temperature must be positive and finite, got {self.temperature}")
+        check_positive(self, "temperature")
 
     def _law(self, values: Tensor) -> Tensor:
         return (values.mean(0) / self.temperature).softmax(-1)

@@ -150,7 +150,8 @@ class AutoPolicy(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
         pyro.module("policies", self.policies)
-        pyro.module("logits", self.logits)
+        if self.logits:
+            pyro.module("logits", self.logits)
         values = None
         if self.continuous is not None:
             values = self.continuous(*args, **kwargs)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.distributions.util import broadcast_shape  # torch's takes ten times as long
 from torch import Size, Tensor
 from torch.distributions import constraints
 
@@ -79,7 +80,7 @@ class Autoregressive(TorchDistribution):
 
         :raises ValueError: if its completions are not this one's: another vocabulary, EOS or pad token.
         """
-        for name in ("vocab_size", "eos_token_ids", "pad_token_id"):
+        for name in ("vocab_size", "eos_token_ids", "pad_token_id") if lm is not self.lm else ():
             if getattr(lm, name) != getattr(self.lm, name):
                 raise ValueError(
                     f"the language models' {name} differ, {getattr(self.lm, name)} and {getattr(lm, name)}: "
@@ -247,14 +248,14 @@ class Autoregressive(TorchDistribution):
         """
         if value.shape[-1:] != self.event_shape:
             raise ValueError(f"expected completions of {self.max_new_tokens} tokens, got shape {tuple(value.shape)}")
-        shape = torch.broadcast_shapes(value.shape[:-1], self.prompt_ids.shape[:-1])
+        shape = Size(broadcast_shape(value.shape[:-1], self.prompt_ids.shape[:-1]))
         flat = value.expand(shape + self.event_shape).reshape(-1, self.max_new_tokens)
         return self._rows(shape), flat, shape
 
     def _in_batch(self, x: Tensor, shape: Size) -> Tensor:
         """x (rows, ...) of such a batch, in the law's."""
         x = x.reshape(shape + x.shape[1:])
-        return x.expand(torch.broadcast_shapes(shape, self.batch_shape) + x.shape[len(shape) :])
+        return x.expand(broadcast_shape(shape, self.batch_shape) + x.shape[len(shape) :])
 
     def _versions(self, value: Tensor) -> tuple[int, ...]:
         """Torch's counts of changes in place, of the value and of the weights: a kept score holds while they do."""

@@ -20,7 +20,7 @@ import inspect
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -165,18 +165,18 @@ class CausalNetwork:
     def requires_grad(self) -> bool:
         return any(p.requires_grad for p in self.parameters)
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """Width of the logits, which may be more than the tokenizer's tokens."""
         return int(self.network.config.get_text_config().vocab_size)
 
-    @property
+    @cached_property
     def context_length(self) -> int | None:
         """The most tokens the network can attend to, None if it does not say."""
         config = self.network.config.get_text_config()
         return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Width of the hidden states, 0 if the network has none."""
         return int(getattr(self.network.config.get_text_config(), "hidden_size", 0) or 0)
@@ -187,11 +187,15 @@ class CausalNetwork:
 
     def rows_per_micro_batch(self, length: int) -> int:
         """How many sequences of ``length`` tokens have activations, kept for a gradient, of 2**27 numbers at most."""
+        return min(self.rows_per_batch(length), max(1, 2**27 // (length * max(self._kept, 1))))
+
+    @cached_property
+    def _kept(self) -> int:
+        """Numbers that a gradient keeps of a token, as counted in Llamas."""
         config = self.network.config.get_text_config()
         layers = int(getattr(config, "num_hidden_layers", 0) or 0)
         inner = int(getattr(config, "intermediate_size", 0) or 4 * self.width)
-        kept = layers * (12 * self.width + 4 * inner)  # as counted in Llamas
-        return min(self.rows_per_batch(length), max(1, 2**27 // (length * max(kept, 1))))
+        return layers * (12 * self.width + 4 * inner)
 
     @property
     def version(self) -> int:

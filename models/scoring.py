@@ -45,29 +45,32 @@ def token_scores(law: Autoregressive, rows: Tensor, values: Tensor, known: Tenso
         trained = [p for p in network.parameters if p.requires_grad]
         recomputed: Tensor = _Recomputed.apply(law, rows, values, known, *trained)
         return recomputed
-    return _in_parts(law, rows, values, size, None)
+    return _together([(part, scores) for part, scores, _ in _parts(law, rows, values, size)])
 
 
 def scores_and_hidden(law: Autoregressive, rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """`token_scores` without a gradient, and of the same pass the last hidden states before each token, (rows,
     max_new_tokens, width), zeros from where every completion has ended."""
-    hidden: list[Tensor] = []
-    scores = _in_parts(law, rows, values, law.max_rows, hidden)
-    return scores, hidden[0]
+    scores, hidden = [], []
+    for part, score, states in _parts(law, rows, values, law.max_rows):
+        scores.append((part, score))
+        hidden.append((part, pad(states, (0, 0, 0, values.shape[-1] - states.shape[1]))))
+    return _together(scores), _together(hidden)
 
 
-def _in_parts(law: Autoregressive, rows: Tensor, values: Tensor, size: int, hidden: list[Tensor] | None) -> Tensor:
-    """Scores by micro-batches; the hidden states are put into a list that asks for them."""
-    order, scores = [], []
-    kept: list[Tensor] | None = None if hidden is None else []
+def _parts(law: Autoregressive, rows: Tensor, values: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Micro-batches: which rows, their scores, and their hidden states."""
     for prefix, members, prompts in _blocks(law, rows, size):
         for part, of in zip(members.split(size), prompts.split(size), strict=True):
-            order.append(part)
-            scores.append(_score(law, prefix, of, values[part], kept))
-    back = torch.cat(order).argsort()
-    if hidden is not None and kept is not None:
-        hidden.append(torch.cat(kept)[back])
-    return torch.cat(scores)[back]
+            yield part, *_score(law, prefix, of, values[part])
+
+
+def _together(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """What micro-batches have, in the order of all rows."""
+    if len(parts) == 1:  # which has all of them in order
+        return parts[0][1]
+    order, values = zip(*parts, strict=True)
+    return torch.cat(values)[torch.cat(order).argsort()]
 
 
 class _Recomputed(torch.autograd.Function):
@@ -99,7 +102,7 @@ class _Recomputed(torch.autograd.Function):
                 begin, roots, leaves = (None, [], []) if prefix is None else prefix.cut()
                 block = sums + [None] * len(leaves)
                 for part, of in zip(members.split(size), prompts.split(size), strict=True):
-                    scores = _score(law, begin, of, values[part])
+                    scores, _ = _score(law, begin, of, values[part])
                     if scores.requires_grad:
                         block = _add(block, [scores], [*trained, *leaves], [grad[part]])
                     if known is not None:
@@ -130,20 +133,17 @@ def _blocks(law: Autoregressive, rows: Tensor, size: int) -> Iterator[tuple[Pref
         yield from law._blocks(rows, size)
 
 
-def _score(
-    law: Autoregressive, prefix: Prefix | None, prompts: Tensor, values: Tensor, keep: list[Tensor] | None = None
-) -> Tensor:
-    """Token log-probabilities of completions (rows, max_new_tokens) that continue ``prompts`` (rows,) of a prefix.
-
-    The hidden states before each token (rows, max_new_tokens, width) are put behind ``keep``.
+def _score(law: Autoregressive, prefix: Prefix | None, prompts: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Token log-probabilities of completions (rows, max_new_tokens) that continue ``prompts`` (rows,) of a prefix, and
+    the hidden states (rows, longest, width) before each token of the longest.
     """
     network = law.lm.causal
     live = law._is_live(values)
-    well_formed = law._is_well_formed(values)
     ids = values.clamp(0, law.lm.vocab_size - 1)
+    malformed = values != torch.where(live, ids, law.lm.pad_token_id)
     longest = int(live.any(0).sum())  # columns that are padding in every row need no forward pass
-    if longest == 0:
-        return torch.zeros(values.shape, device=values.device)
+    if longest == 0:  # no rows
+        return torch.zeros(values.shape, device=values.device), values.new_zeros((0, 0, network.width)).float()
     read = ids[:, : longest - 1]
     if prefix is None:
         prompt_ids, mask = law.flat_prompts
@@ -156,9 +156,5 @@ def _score(
         hidden = prefix.hidden[:, None]
         if longest > 1:
             hidden = torch.cat([hidden, extend(network, prefix, read)], dim=1)
-    if keep is not None:
-        keep.append(pad(hidden, (0, 0, 0, values.shape[-1] - longest)))
-    wanted = live[:, :longest]
-    scores = network.token_log_prob(hidden[wanted], ids[:, :longest][wanted], law.temperature)
-    out = scores.new_zeros(values.shape).masked_scatter(pad(wanted, (0, values.shape[-1] - longest)), scores)
-    return out.masked_fill(~well_formed, -torch.inf)
+    scores = network.token_log_prob(hidden[live[:, :longest]], ids[live], law.temperature)
+    return scores.new_zeros(values.shape).masked_scatter(live, scores).masked_fill(malformed, -torch.inf), hidden

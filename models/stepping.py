@@ -134,7 +134,7 @@ def categorical(logits: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
     mass = (logits - top).exp_()
     wide = torch.float32 if mass.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     u = torch.rand((len(mass), 1), dtype=wide, device=mass.device)
-    if mass.shape[-1] <= block:
+    if mass.shape[-1] <= 4 * block:
         cdf = mass.cumsum(-1, dtype=wide)
         token = _invert(cdf, u * cdf[:, -1:])
     else:

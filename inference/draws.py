@@ -7,7 +7,7 @@ again, which costs neither networks nor rewards, but for the guide's own gradien
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from bayeslm.posterior import Posterior
 
-from .program import PARTICLES, Program, ProgramError, sample_sites, site_terms, site_value, traces
+from ..models import Autoregressive
+from .program import PARTICLES, Program, ProgramError, sample_sites, site_terms, site_value, token_scores, traces
 
 Source = Callable[[Program, Callable[..., Any], int], "Draws"]
 """Gives so many draws for a guide of a program to learn from."""
@@ -32,8 +33,9 @@ class Draws:
 
     ``values[name]`` (particle, *plates, *event) of the guide's sites; ``log_target``, log p + l, ``log_s``, of the law
     that they were drawn from, and ``log_likelihood``, l alone: (particle, weight prompt). ``score`` is what the program
-    records under that name, (particle, ...), if it does. ``prompts`` (particle, prompt) are the
-    indices of a minibatch's.
+    records under that name, (particle, ...), if it does. ``prompts`` (particle, prompt) are the indices of a
+    minibatch's. ``token_scores[name]`` (particle, *plates, token) are log s of completions' tokens, of draws of the
+    guide as it still is.
     """
 
     values: dict[str, Tensor]
@@ -42,10 +44,12 @@ class Draws:
     log_likelihood: Tensor
     score: Tensor | None
     prompts: Tensor | None = None
+    token_scores: dict[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, rows: Tensor | slice) -> Draws:
         return replace(
             self,
+            token_scores={},
             values={name: value[rows] for name, value in self.values.items()},
             log_target=self.log_target[rows],
             log_s=self.log_s[rows],
@@ -104,11 +108,14 @@ def of_guide(program: Program, guide: Callable[..., Any] | None, num_particles: 
     log_p = site_terms(program, model_trace, num_particles)
     nodes = dict(sample_sites(model_trace))
     latents = [site.name for site in program.latents]
+    scores: dict[str, Tensor] = {}
     if guide_trace is None:
         drawn, log_s = {name: nodes[name]["value"] for name in latents}, {name: log_p[name] for name in latents}
     else:
-        drawn = {name: node["value"] for name, node in sample_sites(guide_trace)}
+        sites = dict(sample_sites(guide_trace))
+        drawn = {name: node["value"] for name, node in sites.items()}
         log_s = site_terms(program, guide_trace, num_particles)
+        scores = {name: token_scores(node) for name, node in sites.items() if isinstance(node["fn"], Autoregressive)}
     # a latent that the guide leaves out is drawn from the prior, which is then its law in q as well: it cancels
     counted = [name for name in log_p if name not in latents or name in log_s]
     zero = torch.zeros((num_particles, program.weight_prompts), device=program.device)
@@ -119,6 +126,7 @@ def of_guide(program: Program, guide: Callable[..., Any] | None, num_particles: 
         log_likelihood=sum((program.pooled(log_p[name]) for name in counted if name not in latents), zero),
         score=site_value(program.sites["score"], nodes["score"]["value"], num_particles) if "score" in nodes else None,
         prompts=None if program.minibatch is None else program.minibatch.expand(num_particles, -1),
+        token_scores=scores,
     )
 
 
@@ -247,15 +255,18 @@ def _of_a_minibatch(prompts: Tensor, num: int) -> Tensor:
 
 
 class _Given(Messenger):
-    """Gives sites their values instead of sampling them."""
+    """Gives sites their values instead of sampling them, and completions' laws the scores that are known of them."""
 
-    def __init__(self, values: dict[str, Tensor]) -> None:
+    def __init__(self, values: dict[str, Tensor], token_scores: dict[str, Tensor]) -> None:
         super().__init__()
-        self._values = values
+        self._values, self._scores = values, token_scores
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["value"] is None and msg["name"] in self._values:
-            msg["value"] = self._values[msg["name"]]
+        name = msg["name"]
+        if msg["value"] is None and name in self._values:
+            msg["value"] = self._values[name]
+            if name in self._scores:
+                msg["fn"].know(msg["value"], self._scores[name])
 
 
 def log_q(program: Program, guide: Callable[..., Any], draws: Draws) -> Tensor:
@@ -263,9 +274,11 @@ def log_q(program: Program, guide: Callable[..., Any], draws: Draws) -> Tensor:
 
     :raises ProgramError: if they are another law's, and the guide has auxiliary sites, as AutoNormal does.
     """
-    which, values = _distinct(draws.values)
+    which, some = _distinct(draws.values)
+    values = {name: value[some] for name, value in draws.values.items()}
+    known = {name: scores[some] for name, scores in draws.token_scores.items()}
     n = len(next(iter(values.values())))
-    with _Given(values), pyro.plate(PARTICLES, n, dim=-1 - program.max_plate_nesting):
+    with _Given(values, known), pyro.plate(PARTICLES, n, dim=-1 - program.max_plate_nesting):
         trace = poutine.trace(program.pinned(guide)).get_trace(*program.args, **program.kwargs)
     trace = poutine.util.prune_subsample_sites(trace)
     if unknown := [name for name, _ in sample_sites(trace) if name not in draws.values]:
@@ -276,11 +289,12 @@ def log_q(program: Program, guide: Callable[..., Any], draws: Draws) -> Tensor:
     return sum((program.pooled(term) for term in site_terms(program, trace, n).values()), zero)[which]
 
 
-def _distinct(values: dict[str, Tensor]) -> tuple[Tensor | slice, dict[str, Tensor]]:
-    """Draws without their copies, and which of these each draw is."""
-    kinds = [torch.unique(value, dim=0, return_inverse=True)[1] for value in values.values()]
-    each, which = torch.unique(torch.stack(kinds, -1), dim=0, return_inverse=True)
+def _distinct(values: dict[str, Tensor]) -> tuple[Tensor | slice, Tensor | slice]:
+    """Which of the distinct draws each is, and the rows of these."""
+    kinds = [torch.unique(value, dim=0, return_inverse=True) for value in values.values()]
+    each, which = kinds[0]
+    if len(kinds) > 1:
+        each, which = torch.unique(torch.stack([of for _, of in kinds], -1), dim=0, return_inverse=True)
     if len(each) == len(which):
-        return slice(None), values  # themselves, whose scores their law may know
-    some = which.new_zeros(len(each)).scatter_(0, which, torch.arange(len(which), device=which.device))
-    return which, {name: value[some] for name, value in values.items()}
+        return slice(None), slice(None)
+    return which, which.new_zeros(len(each)).scatter_(0, which, torch.arange(len(which), device=which.device))

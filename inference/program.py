@@ -18,6 +18,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import MaskedDistribution
+from pyro.distributions.util import broadcast_shape
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from pyro.util import get_rng_state, set_rng_seed, set_rng_state
@@ -157,7 +158,7 @@ class Program:
     def terms(self, log_prob: Tensor, num_particles: int, in_prompts: bool) -> Tensor:
         """A site's log_prob, batch-shaped under the particle plate, as (particle, prompt); prompt 1 if outside."""
         particles = (num_particles,) + (1,) * self.max_plate_nesting
-        log_prob = log_prob.expand(torch.broadcast_shapes(log_prob.shape, particles))
+        log_prob = log_prob.expand(broadcast_shape(log_prob.shape, particles))
         log_prob = log_prob.to(self.device)
         if self.prompt_dim is None or not in_prompts:
             return log_prob.reshape(num_particles, -1).sum(-1, keepdim=True)
@@ -389,7 +390,7 @@ def run_particles(
         log_proposal=sum((program.pooled(guide_terms.get(name, terms[name])) for name in latent), auxiliary),
         log_likelihood={name: program.pooled(term) for name, term in terms.items() if name not in latent},
         token_scores={
-            site.name: site_value(site, _token_scores(nodes[site.name]), num_particles) for site in program.completions
+            site.name: site_value(site, token_scores(nodes[site.name]), num_particles) for site in program.completions
         },
         pointwise={
             site.name: _batch(site, nodes[site.name]["log_prob"], num_particles)
@@ -413,7 +414,7 @@ def _batch(site: Site, log_prob: Tensor, num_particles: int) -> Tensor:
 
 
 @torch.no_grad()
-def _token_scores(node: dict[str, Any]) -> Tensor:
+def token_scores(node: dict[str, Any]) -> Tensor:
     """What `site_terms` has just had scored."""
     return node["fn"].token_log_prob(node["value"])
 

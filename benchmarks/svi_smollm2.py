@@ -169,7 +169,23 @@ def judge(bench: Bench, trainings: list[Training], number: int) -> tuple[list[Dr
         gap = log_z[0] - objective[0] / BETA, math.hypot(log_z[1], objective[1] / BETA)
         columns = [shown(estimate) for estimate in (mean(draws.reward), mean(draws.log_ratio), objective, gap)]
         print(f"| {name} | " + " | ".join(columns) + " |", flush=True)
+    over_seeds(trainings, found)
     return found, prior
+
+
+def over_seeds(trainings: list[Training], found: list[Draws]) -> None:
+    """Means over the seeds of each method and rate, with the standard errors that seeds differ by."""
+    groups: dict[tuple[str, float], list[Draws]] = {}
+    for training, draws in zip(trainings, found, strict=True):
+        groups.setdefault((training.method, training.rate), []).append(draws)
+    if max(map(len, groups.values())) == 1:
+        return
+    print("\n| trainer | learning rate | seeds | E[r] | KL(q ‖ p) | objective |")
+    print("|---|---|---|---|---|---|")
+    for (method, rate), seeds in groups.items():
+        numbers = [[mean(d.reward)[0], mean(d.log_ratio)[0], d.objective[0]] for d in seeds]
+        columns = [shown(mean(np.array(column))) for column in zip(*numbers, strict=True)]
+        print(f"| {METHODS[method]} | {rate:g} | {len(seeds)} | " + " | ".join(columns) + " |")
 
 
 def frontier(prior: Draws, betas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

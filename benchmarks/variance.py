@@ -2,7 +2,7 @@
 
     python benchmarks/variance.py [--particles 32] [--steps 150] [--repeats 150] [--seeds 3]
 
-Two of `svi_trl.py`'s problems, which are enumerable. A policy is trained by `ReverseKL` with leave-one-out; at three
+Three of `svi_trl.py`'s problems, which are enumerable. A policy is trained by `ReverseKL` with leave-one-out; at three
 points of it, each objective's gradient is estimated so many times from as many particles, and the trace of the
 estimates' covariance given over the squared norm of the ELBO's own gradient, by enumeration. The critic has learned
 along the training, from the same number of particles; once more it learns from so many further steps of the policy as
@@ -20,7 +20,7 @@ from typing import Any
 
 import pyro
 import torch
-from svi_trl import PROMPT, TOKENS, Problem, pairs, position
+from svi_trl import PROMPT, TOKENS, Problem, count, pairs, position
 from torch import Tensor
 
 from bayeslm.inference import (
@@ -32,6 +32,7 @@ from bayeslm.inference import (
     LogVariance,
     Replay,
     ReverseKL,
+    Tempering,
     of_prior,
 )
 from bayeslm.models import LanguageModel
@@ -83,11 +84,14 @@ def gradients(
     return torch.stack(rows)
 
 
-def train(problem: Problem, objective: Any, steps: int, seed: int, watch: Any = None) -> LanguageModel:
+def train(
+    problem: Problem, objective: Any, steps: int, seed: int, watch: Any = None, temperature: Tempering | None = None
+) -> LanguageModel:
     engine = SVI(
         num_steps=steps,
         learning_rate=RATE,
         objective=objective,
+        temperature=temperature,
         on_step=watch,
         num_samples=1,
         seed=seed,
@@ -148,10 +152,17 @@ def reached(problem: Problem, n: int, steps: int, seeds: int) -> None:
         "log-variance, new draws every 4th step": lambda: LogVariance(n, Replay(every=4)),
         "log-variance, MCMC's states": lambda: LogVariance(n, FromPosterior(chains.run(problem.model, [PROMPT]))),
     }
+    temperings = {
+        "leave-one-out, tempered from 0.1 over a quarter": Tempering(0.1, 0.25),
+        "leave-one-out, tempered from 0.3 over a quarter": Tempering(0.3, 0.25),
+        "leave-one-out, tempered from 0.1 over a half": Tempering(0.1, 0.5),
+    }
+    makers |= {name: makers["leave-one-out"] for name in temperings}
     print(f"\n{problem.name}: KL to the posterior after {steps} steps of {n}, median; min to max of {seeds}\n")
     print("| objective | KL |\n|---|---|")
     for name, make in makers.items():
-        kls = [problem.kl(train(problem, make(), steps, seed)) for seed in range(seeds)]
+        warm = temperings.get(name)
+        kls = [problem.kl(train(problem, make(), steps, seed, temperature=warm)) for seed in range(seeds)]
         print(f"| {name} | {statistics.median(kls):.3f}; {min(kls):.3f} to {max(kls):.3f} |", flush=True)
 
 
@@ -162,7 +173,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, one thread")
-    for problem in (Problem(position, 0, 1.0), Problem(pairs, 1, 1.0)):
+    for problem in (Problem(position, 0, 1.0), Problem(pairs, 1, 1.0), Problem(count, 2, 0.3)):
         variances(problem, options.particles, options.steps, options.repeats)
         reached(problem, options.particles, options.steps, options.seeds)
 

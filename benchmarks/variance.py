@@ -157,7 +157,7 @@ def reached(problem: Problem, n: int, steps: int, seeds: int) -> None:
         "leave-one-out, tempered from 0.3 over a quarter": Tempering(0.3, 0.25),
         "leave-one-out, tempered from 0.1 over a half": Tempering(0.1, 0.5),
     }
-    makers |= {name: makers["leave-one-out"] for name in temperings}
+    makers |= dict.fromkeys(temperings, makers["leave-one-out"])
     print(f"\n{problem.name}: KL to the posterior after {steps} steps of {n}, median; min to max of {seeds}\n")
     print("| objective | KL |\n|---|---|")
     for name, make in makers.items():

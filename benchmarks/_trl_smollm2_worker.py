@@ -23,6 +23,7 @@ import torch
 import trl
 from _memory import peak, resident
 from _peer import serve
+from _trl import RULES
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
@@ -83,24 +84,10 @@ def train(
             per_device_train_batch_size=group,
             num_generations=group,
             max_completion_length=tokens,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=0,
             normalize_advantages=False,
-            lr_scheduler_type="linear",
-            max_grad_norm=1.0,
             adam_beta2=0.95,  # as SVI has it
-            weight_decay=0.0,
-            disable_dropout=True,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
             seed=seed,
-            disable_tqdm=True,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            **settings,
+            **(RULES | settings),
         )
         trainer = trl.RLOOTrainer(
             model=network,

@@ -34,6 +34,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the imports: TRL's trainers report 
 import torch
 import trl
 from _peer import serve
+from _trl import RULES
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
@@ -142,18 +143,8 @@ def train(
             num_generations=batch // len(task.prompts),
             max_completion_length=task.values.shape[-1],
             shuffle_dataset=False,  # every batch holds every prompt
-            optim="adamw_torch_fused",
-            lr_scheduler_type="linear",
-            max_grad_norm=1.0,
-            disable_dropout=True,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
             seed=seed,
-            disable_tqdm=True,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
+            **RULES,
             **settings,
         )
         make(

@@ -63,7 +63,7 @@ TOKENS = 5
 PROMPT = [1, 2, 3]
 GOAL = 0.03  # nats
 RATES = (1e-3, 3e-3, 1e-2)
-BUDGETS = sorted(2**k * x for k in (11, 12, 13, 14, 15) for x in (2, 3))  # 4096 to 98304: multiples of all batches
+BUDGETS = [2**k * x for k in (10, 11, 12, 13) for x in (4, 5, 6, 7)] + [2**16, 2**14 * 5, 2**15 * 3]  # 4096 to 98304
 GROUP = 512
 
 

@@ -23,6 +23,7 @@ from bayeslm.posterior import Posterior
 from ..models import Autoregressive
 from .program import PARTICLES, Program, ProgramError, sample_sites, site_terms, site_value, token_scores, traces
 
+BASE = -7046029254386353131  # of the hash that tells draws apart, modulo 2^64; odd
 Source = Callable[[Program, Callable[..., Any], int], "Draws"]
 """Gives so many draws for a guide of a program to learn from."""
 
@@ -290,11 +291,21 @@ def log_q(program: Program, guide: Callable[..., Any], draws: Draws) -> Tensor:
 
 
 def _distinct(values: dict[str, Tensor]) -> tuple[Tensor | slice, Tensor | slice]:
-    """Which of the distinct draws each is, and the rows of these."""
-    kinds = [torch.unique(value, dim=0, return_inverse=True) for value in values.values()]
-    each, which = kinds[0]
-    if len(kinds) > 1:
-        each, which = torch.unique(torch.stack([of for _, of in kinds], -1), dim=0, return_inverse=True)
-    if len(each) == len(which):
+    """Which of the distinct draws each is, and the rows of these.
+
+    (By hashes, and a look whether they tell the truth: `torch.unique` of rows compares these one by one.)
+    """
+    draws = torch.cat([_numbers(value) for value in values.values()], -1)
+    powers = torch.full(draws.shape[-1:], BASE, device=draws.device).cumprod(0)
+    hashes, which = torch.unique((draws * powers).sum(-1), return_inverse=True)
+    some = which.new_zeros(len(hashes)).scatter_(0, which, torch.arange(len(which), device=which.device))
+    if len(hashes) == len(which) or not torch.equal(draws[some[which]], draws):
         return slice(None), slice(None)
-    return which, which.new_zeros(len(each)).scatter_(0, which, torch.arange(len(which), device=which.device))
+    return which, some
+
+
+def _numbers(value: Tensor) -> Tensor:
+    """A value (particle, ...) as integers (particle, number) that tell it from others."""
+    if value.is_floating_point():
+        value = value.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()])
+    return value.long().reshape(len(value), -1)

@@ -36,6 +36,7 @@ from bayeslm.inference import (
     alpha_divergence,
     of_prior,
 )
+from bayeslm.inference import draws as draws_module
 from bayeslm.inference.draws import log_q, of_guide
 from bayeslm.inference.guides import AutoPolicy
 from bayeslm.inference.objectives import Scores
@@ -340,6 +341,19 @@ def test_draws_that_agree_are_scored_once():
     weights = torch.randn(each.shape)
     found = [torch.autograd.grad((weights * x).sum(), small.parameters) for x in (together, each)]
     torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.bfloat16, torch.float32, torch.float64])
+def test_distinct_draws(dtype, monkeypatch):
+    torch.manual_seed(0)
+    values = {"a": torch.randint(2, (60, 1, 2)).to(dtype), "b": torch.randint(3, (60, 2)).float() / 3}
+    rows = torch.cat([value.reshape(60, -1).double() for value in values.values()], -1)
+    which, some = draws_module._distinct(values)
+    assert torch.equal(rows[some][which], rows)
+    assert len(some) == len(rows.unique(dim=0)) < 40
+    assert draws_module._distinct({name: value[some] for name, value in values.items()}) == (slice(None), slice(None))
+    monkeypatch.setattr(draws_module, "BASE", 0)  # all hashes are one
+    assert draws_module._distinct(values) == (slice(None), slice(None))
 
 
 def test_new_draws_are_not_scored_again():

@@ -38,8 +38,9 @@ from ..models.stepping import categorical
 from .checks import check_counts, check_resampling
 from .islands import Islands, Step
 from .particles import Particles
-from .program import Assign, Program, ProgramError, inspect, run_particles, seeded
+from .program import Assign, Program, ProgramError, inspect, seeded
 from .results import Stopwatch, posterior
+from .runs import run_particles
 from .soft_value_iteration import SoftValueIteration, SoftValues
 
 

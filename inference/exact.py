@@ -22,8 +22,9 @@ from bayeslm.posterior import Posterior
 from ..models import Autoregressive
 from .checks import check_counts
 from .particles import Particles
-from .program import PROMPTS, Assign, Program, ProgramError, Site, inspect, run_particles, seeded
+from .program import PROMPTS, Assign, Program, ProgramError, Site, inspect, seeded
 from .results import Stopwatch, posterior
+from .runs import run_particles
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,9 @@ from .guides import PolicyGuide
 from .mcmc import Replicas
 from .moves import Move, RandomWalk, Tally, latent_moves, score, sweep
 from .particles import Particles
-from .program import Assign, Program, inspect, run_particles
+from .program import Assign, Program, inspect
 from .results import check_evidence, draw, prompt_labels, to_numpy
+from .runs import run_particles
 from .unconstrained import Potential, ScoredOnce, Unconstrained
 
 CONTINUOUS = ("random-walk", "nuts")

@@ -39,7 +39,8 @@ from torch.distributions import biject_to
 from ..models import LanguageModel
 from ..models.suffix import redraw
 from .particles import Particles
-from .program import Assign, Program, ProgramError, Site, run_particles, same_law
+from .program import Assign, Program, ProgramError, Site, same_law
+from .runs import run_particles
 
 
 @dataclass

@@ -20,8 +20,9 @@ from torch import Tensor
 from bayeslm.posterior import Posterior
 
 from .particles import Particles
-from .program import Assign, ProgramError, inspect, run_particles, sample_sites, seeded, site_value, traces
+from .program import Assign, ProgramError, inspect, sample_sites, seeded
 from .results import to_numpy
+from .runs import run_particles, site_value, traces
 
 
 def predict(

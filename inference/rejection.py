@@ -24,8 +24,9 @@ from bayeslm.posterior import Posterior
 from ..models.progress import track
 from .checks import check_counts
 from .particles import Particles
-from .program import Program, ProgramError, inspect, run_particles, seeded
+from .program import Program, ProgramError, inspect, seeded
 from .results import EvidenceError, Stopwatch, check_evidence, draw, posterior, prompt_labels
+from .runs import run_particles
 
 
 @dataclass(frozen=True)

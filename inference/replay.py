@@ -22,17 +22,8 @@ from torch import Tensor
 
 from ..models import Autoregressive
 from .particles import Particles
-from .program import (
-    PARTICLES,
-    Program,
-    ProgramError,
-    branches_explained,
-    run_particles,
-    same_law,
-    sample_sites,
-    site_terms,
-    site_value,
-)
+from .program import PARTICLES, Program, ProgramError, branches_explained, same_law, sample_sites
+from .runs import run_particles, site_terms, site_value
 
 
 class _Reached(BaseException):  # which a program's own `except Exception` lets through

@@ -17,7 +17,8 @@ from bayeslm.posterior import Posterior
 from ..models.network import count_usage
 from ..models.progress import track
 from .particles import Particles
-from .program import Program, ProgramError, run_particles
+from .program import Program, ProgramError
+from .runs import run_particles
 
 
 class EvidenceError(ProgramError):

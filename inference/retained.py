@@ -21,8 +21,9 @@ from torch import Tensor
 from bayeslm.posterior import Posterior
 
 from .particles import Particles
-from .program import Assign, Program, ProgramError, run_particles
+from .program import Assign, Program, ProgramError
 from .results import prompt_labels
+from .runs import run_particles
 
 _REFUSED = {
     "weighted": "weighted draws are a proposal's",

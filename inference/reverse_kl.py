@@ -27,7 +27,8 @@ from torch import Tensor
 from .baselines import leave_one_out
 from .critic import Critic, Readable, Texts
 from .elbo import Objective, Seen
-from .program import STEPS, Program, ProgramError, in_prompts, sample_sites, site_terms, site_value, traces
+from .program import STEPS, Program, ProgramError, in_prompts, sample_sites
+from .runs import site_terms, site_value, traces
 from .state_values import StateValues
 
 

@@ -21,8 +21,9 @@ from torch.distributions import biject_to
 
 from ..models import Autoregressive
 from .particles import Particles
-from .program import Program, ProgramError, run_particles, same_law, sample_sites
+from .program import Program, ProgramError, same_law, sample_sites
 from .results import check_evidence, prompt_labels, to_numpy
+from .runs import run_particles
 
 
 class Unconstrained(Messenger):

@@ -29,7 +29,8 @@ from bayeslm.inference import (
 from bayeslm.inference import draws as draws_module
 from bayeslm.inference.draws import log_q, of_guide
 from bayeslm.inference.guides import AutoPolicy
-from bayeslm.inference.program import inspect, run_particles, seeded
+from bayeslm.inference.program import inspect, seeded
+from bayeslm.inference.runs import run_particles
 from bayeslm.models.network import count_usage
 
 

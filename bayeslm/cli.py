@@ -79,6 +79,12 @@ def infer(
             "Default: elbo."
         ),
     ] = None,
+    minibatch: Annotated[
+        int | None, typer.Option(help="svi, importance: prompts at a time, of a file with more than one step takes.")
+    ] = None,
+    kl_target: Annotated[
+        float | None, typer.Option(help="svi: nats of KL to the prior to hold, by moving beta while training.")
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="svi: a folder to go on from when the run was killed; the same call does.")
     ] = None,
@@ -87,6 +93,9 @@ def infer(
     temperature: Annotated[float, typer.Option(help="Of the prior's sampling law.")] = 1.0,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda where there is one.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16: of the weights; default: as they are stored.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Reproduces the run.")] = 0,
     out: Annotated[Path | None, typer.Option(help="A new folder for posteriors, adapter and picture.")] = None,
@@ -112,8 +121,9 @@ def infer(
         if top_k is not None and twist is None:
             raise ValueError("--top-k lets a twist propose: say which by --twist")
         training = {"objective": objective, "checkpoint": checkpoint, "tensorboard": tensorboard}
+        training |= {"kl_target": kl_target}
         if "svi" not in names and any(option is not None for option in training.values()):
-            raise ValueError("--objective, --checkpoint and --tensorboard are for --engine svi")
+            raise ValueError("--objective, --kl-target, --checkpoint and --tensorboard are for --engine svi")
         sizes: dict[str, Any] = {"particles": particles, "samples": samples, "chains": chains, "steps": steps}
         sizes |= {"learning_rate": learning_rate, "top_k": top_k} | training
         ready = twist if twist in ("partial", "prefix") else None  # others need the language model, and come later
@@ -125,10 +135,11 @@ def infer(
             raise ValueError("--reward-settings are for the ready rewards: a function of your own has none")
         given = rewards.load(reward) if ":" in reward else rewards.get(reward, **settings)
         _reserve(out)
-        lm = language_model(prior, device)
+        lm = language_model(prior, device, dtype)
         if "svi" not in engines:
             lm = lm.packed()  # no weight will change
-        model = TiltedLM(lm, scale * given, beta, max_new_tokens=max_new_tokens, temperature=temperature)
+        law = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        model = TiltedLM(lm, scale * given, beta, **law, subsample_size=minibatch)
         if twist is not None and twist != ready:
             learned = _twist(twist, lm, model, texts, columns, seed, out)
             engines["smc"] = _engine("smc", seed=seed, twist=learned, **sizes)
@@ -188,7 +199,7 @@ def demo(
 
 def _engine(name: str, *, seed: int, twist: Any, **sizes: Any) -> Any:
     """An engine by name; each option goes to the field that means it there."""
-    from bayeslm.inference import ENGINES
+    from bayeslm.inference import ENGINES, KLTarget, TensorBoard
 
     if name not in ENGINES:
         near = difflib.get_close_matches(name, ENGINES, n=1, cutoff=0.4)
@@ -210,9 +221,9 @@ def _engine(name: str, *, seed: int, twist: Any, **sizes: Any) -> Any:
     }
     if name == "svi":
         meant |= {"objective": _objective(sizes["objective"], sizes["particles"]), "checkpoint": sizes["checkpoint"]}
+        if sizes["kl_target"] is not None:
+            meant["temperature"] = KLTarget(sizes["kl_target"])
         if sizes["tensorboard"] is not None:
-            from bayeslm.inference import TensorBoard
-
             meant["log"] = TensorBoard(sizes["tensorboard"])
     return ENGINES[name](**{field: value for field, value in meant.items() if field in fields and value is not None})
 

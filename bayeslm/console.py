@@ -38,11 +38,16 @@ def clear_errors() -> Iterator[None]:
     raise typer.Exit(code)
 
 
-def language_model(name: str, device: str | None) -> Any:
-    """A `LanguageModel`, on a GPU where there is one.
+DTYPES = ("float32", "bfloat16", "float16")
 
-    :raises ValueError: if there is no such device.
+
+def language_model(name: str, device: str | None, dtype: str | None = None) -> Any:
+    """A `LanguageModel`, on a GPU where there is one, with weights of a type of `DTYPES`; None: as they are stored.
+
+    :raises ValueError: if there is no such device or type.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype} is none of {', '.join(DTYPES)}")
     import torch
     from transformers.utils import logging
 
@@ -55,7 +60,7 @@ def language_model(name: str, device: str | None) -> Any:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {chosen}: {str(error).splitlines()[0]}") from None
     with err_console.status(f"loading {name} (the first time, its weights are converted)"):
-        return LanguageModel.from_pretrained(name, device=chosen)
+        return LanguageModel.from_pretrained(name, device=chosen, dtype=dtype and getattr(torch, dtype))
 
 
 def read_prompts(given: list[str], path: Path | None) -> tuple[list[str], dict[str, list[Any]]]:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import tiny_llama
 from typer.testing import CliRunner
 
@@ -186,6 +187,21 @@ def test_ctrl_c_in_training_ends_it_and_keeps_what_there_is(folder):
     assert posterior.policy_path is not None
 
 
+def test_training_in_minibatches_at_a_target_of_the_kl(folder):
+    (folder / "prompts.txt").write_text("a\nb\nc\nd\ne\n")
+    training = ["--engine", "svi", "--steps", "12", "--samples", "8", "--minibatch", "2", "--kl-target", "9"]
+    infer("--prompts", "prompts.txt", *training, "--dtype", "bfloat16", "--out", "run")
+    posterior = Posterior.load("run/svi")
+    assert posterior.samples["completion"].shape == (1, 8, 5, 4)
+    assert posterior.stats["prompts"].shape == (1, 12, 2)
+    assert posterior.stats["inverse_temperature"][0, -1] == pytest.approx(0.98**-11)  # as far as it goes in 11 steps
+    assert LanguageModel.from_pretrained("run/svi/policy").network.dtype == torch.float32
+    assert "use SVI or ImportanceSampling" in " ".join(
+        infer("a", "b", "--engine", "exact", "--minibatch", "1", code=1).split()
+    )
+    assert "--dtype float8 is none of" in infer("a", "--dtype", "float8", code=1)
+
+
 def test_a_training_that_failed_goes_on_from_its_checkpoint(folder):
     """After a reward that raised once; the policy is that of a run that nothing happened to."""
     training = ["--engine", "svi", "--steps", "60", "--samples", "8", "--objective", "log-variance-replay"]
@@ -199,7 +215,8 @@ def test_a_training_that_failed_goes_on_from_its_checkpoint(folder):
     again, anew = (Posterior.load(f"{name}/svi") for name in ("again", "anew"))
     assert (again.samples["completion"] == anew.samples["completion"]).all()
     assert list(Path("curves").glob("events*"))
-    assert "are for --engine svi" in infer("a", "--objective", "elbo", code=1)
+    for option in (["--objective", "elbo"], ["--kl-target", "0.1"]):
+        assert "are for --engine svi" in " ".join(infer("a", *option, code=1).split())
     assert "is none of elbo" in infer("a", "--engine", "svi", "--objective", "hinge", code=1)
 
 

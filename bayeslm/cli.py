@@ -120,8 +120,8 @@ def infer(
             raise ValueError("--twist and --top-k are for --engine smc")
         if top_k is not None and twist is None:
             raise ValueError("--top-k lets a twist propose: say which by --twist")
-        training = {"objective": objective, "checkpoint": checkpoint, "tensorboard": tensorboard}
-        training |= {"kl_target": kl_target}
+        training: dict[str, Any] = {"objective": objective, "kl_target": kl_target}
+        training |= {"checkpoint": checkpoint, "tensorboard": tensorboard}
         if "svi" not in names and any(option is not None for option in training.values()):
             raise ValueError("--objective, --kl-target, --checkpoint and --tensorboard are for --engine svi")
         sizes: dict[str, Any] = {"particles": particles, "samples": samples, "chains": chains, "steps": steps}
@@ -138,7 +138,7 @@ def infer(
         lm = language_model(prior, device, dtype)
         if "svi" not in engines:
             lm = lm.packed()  # no weight will change
-        law = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        law: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         model = TiltedLM(lm, scale * given, beta, **law, subsample_size=minibatch)
         if twist is not None and twist != ready:
             learned = _twist(twist, lm, model, texts, columns, seed, out)

@@ -60,7 +60,9 @@ def language_model(name: str, device: str | None, dtype: str | None = None) -> A
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {chosen}: {str(error).splitlines()[0]}") from None
     with err_console.status(f"loading {name} (the first time, its weights are converted)"):
-        return LanguageModel.from_pretrained(name, device=chosen, dtype=dtype and getattr(torch, dtype))
+        return LanguageModel.from_pretrained(
+            name, device=chosen, dtype=None if dtype is None else getattr(torch, dtype)
+        )
 
 
 def read_prompts(given: list[str], path: Path | None) -> tuple[list[str], dict[str, list[Any]]]:

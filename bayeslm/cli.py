@@ -80,7 +80,8 @@ def infer(
         ),
     ] = None,
     minibatch: Annotated[
-        int | None, typer.Option(help="svi, importance: prompts at a time, of a file with more than one step takes.")
+        int | None,
+        typer.Option(min=1, help="svi, importance: prompts at a time, of a file with more than one step takes."),
     ] = None,
     kl_target: Annotated[
         float | None, typer.Option(help="svi: nats of KL to the prior to hold, by moving beta while training.")
@@ -120,6 +121,8 @@ def infer(
             raise ValueError("--twist and --top-k are for --engine smc")
         if top_k is not None and twist is None:
             raise ValueError("--top-k lets a twist propose: say which by --twist")
+        if minibatch is not None and (others := [name for name in names if name not in ("svi", "importance")]):
+            raise ValueError(f"--minibatch is for --engine svi and importance; {others[0]} takes all prompts at once")
         training: dict[str, Any] = {"objective": objective, "kl_target": kl_target}
         training |= {"checkpoint": checkpoint, "tensorboard": tensorboard}
         if "svi" not in names and any(option is not None for option in training.values()):

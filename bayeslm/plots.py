@@ -102,15 +102,17 @@ def plot_training(posterior: Posterior) -> Figure:
         curves = np.asarray(stats[key], dtype=float).mean(-1)  # (chain, step)
         steps = np.arange(1, curves.shape[1] + 1)
         window = max(1, len(steps) // 20)
+        label = "trained" if window == 1 else f"trained, mean of {window} steps"
         axis.plot(steps, curves.T, color=COLOURS[0], alpha=0.35, linewidth=1)
         smooth = np.convolve(np.nanmean(curves, 0), np.ones(window) / window, mode="valid")
-        axis.plot(steps[window - 1 :], smooth, color=COLOURS[0], linewidth=2, label=f"trained, mean of {window} steps")
+        axis.plot(steps[window - 1 :], smooth, color=COLOURS[0], linewidth=2, label=label)
         for i, name in enumerate(beside):
             looks = np.asarray(stats[f"{name}_{key}"], dtype=float).mean(-1)
             at, colour = stats["held_out_steps"], COLOURS[2:][i % len(COLOURS[2:])]
             axis.plot(at, np.nanmean(looks, 0), "o-", color=colour, markersize=3, linewidth=1, label=name)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0, 0].set_ylabel("nats")
     log_z = float(posterior.log_evidence.mean())
     if np.isfinite(log_z):

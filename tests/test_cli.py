@@ -196,9 +196,10 @@ def test_training_in_minibatches_at_a_target_of_the_kl(folder):
     assert posterior.stats["prompts"].shape == (1, 12, 2)
     assert posterior.stats["inverse_temperature"][0, -1] == pytest.approx(0.98**-11)  # as far as it goes in 11 steps
     assert LanguageModel.from_pretrained("run/svi/policy").network.dtype == torch.float32
-    assert "use SVI or ImportanceSampling" in " ".join(
-        infer("a", "b", "--engine", "exact", "--minibatch", "1", code=1).split()
+    assert "exact takes all prompts at once" in " ".join(
+        infer("a", "--engine", "exact", "--minibatch", "1", code=1).split()
     )
+    assert "--minibatch" in infer("a", "--minibatch", "0", code=2)
     assert "--dtype float8 is none of" in infer("a", "--dtype", "float8", code=1)
 
 

@@ -17,8 +17,10 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,8 @@ from torch import Tensor
 import bayeslm
 from bayeslm.folders import whole
 
-from ..models import Autoregressive
+from ..models import Autoregressive, TiltedLM
+from ..models.rewards import Reward
 from .program import Program
 from .results import prompt_labels, to_numpy
 
@@ -116,12 +119,16 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]
         text = json.dumps(value)
         return text if len(text) <= 60 else f"{text[:57]}..."
 
-    names = [*here, *(name for name in there if name not in here)]
-    return [
-        f"{name} was {shown(there.get(name))} and is {shown(here.get(name))}"
-        for name in names
-        if there.get(name) != here.get(name)
-    ]
+    found = []
+    for name in [*here, *(name for name in there if name not in here)]:
+        was, is_ = there.get(name), here.get(name)
+        if was == is_:
+            continue
+        if isinstance(was, dict) and isinstance(is_, dict):
+            found += [f"{name}: {inside}" for inside in _differences(was, is_)]
+        else:
+            found.append(f"{name} was {shown(was)} and is {shown(is_)}")
+    return found
 
 
 # -- what a run is -------------------------------------------------------------------------------------------
@@ -143,6 +150,9 @@ def describe_run(engine: Any, program: Program, objective: Any) -> dict[str, Any
             terms = to_numpy(site.fn.log_prob(site.value))
             described[f"log p of {site.name!r} at the first look"] = [f"{x:.5g}" for x in terms.ravel()]
     described["prompts"] = prompt_labels(program)
+    described["program"] = describe(program.model)
+    arguments = json.dumps(describe([program.args, program.kwargs])).encode()
+    described["digest of the program's arguments"] = blake2b(arguments, digest_size=16).hexdigest()
     for name, lm in {site.name: site.fn.lm for site in program.completions}.items():
         described[f"weights of the prior of {name!r}"] = digest(lm)
     return described
@@ -163,12 +173,33 @@ def describe(value: Any) -> Any:
         values = to_numpy(value) if isinstance(value, Tensor) else value
         held = repr(values.tolist()).encode() if values.dtype.hasobject else values.tobytes()  # objects' are addresses
         return {"shape": list(value.shape), "digest": blake2b(held, digest_size=16).hexdigest()}
+    if isinstance(value, partial):
+        return {"partial": describe(value.func), "args": describe(value.args), "keywords": describe(value.keywords)}
+    if isinstance(value, FunctionType):
+        held = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+        told = [x for x in (*held, *(value.__defaults__ or ())) if isinstance(x, bool | int | float | str)]
+        return {"function": value.__qualname__, "code": _code(value.__code__), "with": told}
     kind = getattr(value, "__qualname__", None)
-    if isinstance(kind, str):  # a function or a class
+    if isinstance(kind, str):  # a class, or a function of another language
         return kind
     inside = {key.lstrip("_"): x for key, x in getattr(value, "__dict__", {}).items()}
-    plain = {k: x for k, x in inside.items() if _is_plain(x) or k in ("source", "baseline")}
+    plain = {k: x for k, x in inside.items() if _is_told(x) or k in ("source", "baseline")}
     return {"type": type(value).__qualname__} | {key: describe(x) for key, x in plain.items()}
+
+
+def _code(code: CodeType) -> str:
+    """A digest of what a function does, wherever in its file it stands."""
+    inner = [_code(x) if isinstance(x, CodeType) else repr(x) for x in code.co_consts]
+    return blake2b(repr((code.co_code, code.co_names, inner)).encode(), digest_size=8).hexdigest()
+
+
+def _is_told(value: Any) -> bool:
+    """Whether it is plain, or functions, rewards, ready programs; one or many."""
+    if isinstance(value, Mapping):  # of numbers: what an object remembers rather than what it is
+        return len(value) > 0 and not any(map(_is_plain, value.values())) and all(map(_is_told, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_told, value))
+    return isinstance(value, FunctionType | partial | Reward | TiltedLM) or _is_plain(value)
 
 
 def _is_plain(value: Any) -> bool:

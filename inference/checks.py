@@ -10,10 +10,10 @@ from .resampling import RESAMPLING
 
 
 def check_counts(engine: Any, *names: str) -> None:
-    """:raises ValueError: if a named setting is not a positive whole number; ``batch_size`` may be None."""
+    """:raises ValueError: if a named setting is not a positive whole number, nor None where that is the default."""
     for name in names:
         value = getattr(engine, name)
-        if name == "batch_size" and value is None:
+        if value is None and getattr(type(engine), name, 0) is None:
             continue
         if not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) < 1:
             raise ValueError(f"{type(engine).__name__}: {name} must be a positive whole number, got {value!r}")

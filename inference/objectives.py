@@ -70,7 +70,7 @@ class OverDraws(Objective):
 
     def _note(self, draws: Draws, log_q: Tensor) -> None:
         """Keep what the particles saw in ``last``."""
-        shares = (log_q - draws.log_s).softmax(0)
+        shares = (log_q - draws.log_s).nan_to_num(nan=-torch.inf).softmax(0)  # NaN: see `_log_weight`
 
         def mean(x: Tensor) -> Tensor:
             return torch.where(shares > 0, shares * x, 0.0).sum(0)
@@ -119,12 +119,12 @@ class ForwardKL(OverDraws):
     least = 2
 
     def of(self, scores: Scores) -> Tensor:
-        weight = (scores.log_target - scores.log_s).softmax(0)
+        weight = _log_weight(scores.log_target, scores.log_s).softmax(0)
         control = 1 / len(weight) if self._source is of_guide else 0.0
         dead = weight.isnan()  # a prompt of which no draw has any weight teaches nothing
         surrogate = -(torch.where(dead, 0.0, weight - control) * scores.log_q).sum(0)
         ratio = (scores.log_target - scores.log_q.detach()).masked_fill(weight == 0, 0.0)
-        value = (weight * ratio).sum(0) - _log_mean_exp(scores.log_target - scores.log_s)
+        value = (weight * ratio).sum(0) - _log_mean_exp(_log_weight(scores.log_target, scores.log_s))
         return _with_value(torch.where(dead.any(0), 0.0, value), surrogate)
 
 
@@ -159,6 +159,11 @@ class FDivergence(OverDraws):
 
     def of(self, scores: Scores) -> Tensor:
         n, log_q = len(scores.log_q), scores.log_q.detach()
+        if scores.log_s.isnan().any():
+            raise ProgramError(
+                "the law of another engine's draws is not known where their reward is -inf, and an f-divergence needs "
+                "it there: use ForwardKL, or draws of the guide or the prior"
+            )
         if self._log_evidence is None:
             log_z = _log_mean_exp(scores.log_target - scores.log_s)
         else:
@@ -229,6 +234,11 @@ def _less_others(f: Tensor, own: Tensor) -> Tensor:
     """``own`` (particle, prompt) less the mean of the others' ``f``."""
     n = len(f)
     return own if n == 1 else own - (f.sum(0) - f) / (n - 1)
+
+
+def _log_weight(log_target: Tensor, log_s: Tensor) -> Tensor:
+    """log of target / s: nothing where the target is 0, though another engine's log s is not known there (NaN)."""
+    return torch.where(torch.isneginf(log_target), log_target, log_target - log_s)
 
 
 def _log_mean_exp(x: Tensor) -> Tensor:

@@ -44,7 +44,8 @@ class ScheduledAdam(PyroOptim):
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
         store = pyro.get_param_store()
         self._add({p: str(store.param_name(p)) for p in set(params) - self._names.keys()})
-        assert self._adam is not None
+        if self._adam is None:
+            raise ValueError("the guide has no parameters that require a gradient: there is nothing to train")
         for settings in self._adam.param_groups:
             settings["lr"] = settings["rate"] * self._factor(self._step / self._num_steps)
         self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(self._names, self._clip))

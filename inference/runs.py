@@ -64,12 +64,17 @@ def site_terms(program: Program, trace: Trace, num_particles: int, *, skip: Cont
             particle, prompt = (int(i) for i in bad.nonzero()[0])
             raise ProgramError(
                 f"site {name!r} has log-probability {term[particle, prompt].item()} at particle {particle}"
-                + (f", prompt {prompt}" if term.shape[1] > 1 else "")
+                + (f", prompt {_number(program, prompt)}" if program.full_size > 1 and in_prompts(node) else "")
                 + (": a reward must be finite or -inf, and beta positive" if node["is_observed"] else "")
                 + "".join(_texts(program, trace, num_particles, particle, prompt))
             )
         terms[name] = term
     return terms
+
+
+def _number(program: Program, prompt: int) -> int:
+    """Which of all prompts one of a minibatch's is."""
+    return prompt if program.minibatch is None else int(program.minibatch[prompt])
 
 
 def _texts(program: Program, trace: Trace, num_particles: int, particle: int, prompt: int) -> Iterator[str]:

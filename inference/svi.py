@@ -39,7 +39,7 @@ class SVI:
     """A policy trained towards the posterior, and weighted draws of it.
 
     :param num_steps: gradient steps.
-    :param num_particles: completions of each prompt in a step.
+    :param num_particles: completions of each prompt in a step: 8, or as many as the ``objective`` says.
     :param learning_rate: of Adam, at the start.
     :param latent_learning_rate: that of the default guide's laws of latents that are not completions, whose few
         parameters have further to go than a network's.
@@ -66,7 +66,7 @@ class SVI:
     """
 
     num_steps: int = 200
-    num_particles: int = 8
+    num_particles: int | None = None
     learning_rate: float = 1e-3
     latent_learning_rate: float = 3e-2
     schedule: str = "linear"
@@ -92,6 +92,11 @@ class SVI:
         check_positive(self, "learning_rate", "latent_learning_rate", "clip_norm")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"SVI: schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        own = getattr(self.objective, "num_particles", None)
+        if None not in (own, self.num_particles) and own != self.num_particles:
+            raise ValueError(
+                f"SVI: num_particles={self.num_particles}, and the objective has {own} of its own: give it alone"
+            )
         if not self.makes_guides and self.num_chains > 1:
             raise ValueError(
                 "SVI: a guide of your own goes on from chain to chain: use num_chains=1, a class of guides, or none"
@@ -123,7 +128,7 @@ class SVI:
         """
         with seeded(self.seed), Stopwatch() as watch:
             program = look(None, model, args, kwargs)
-            objective = self.objective if self.objective is not None else ReverseKL(self.num_particles)
+            objective = self.objective if self.objective is not None else ReverseKL(self.num_particles or 8)
             if self.temperature is not None and not isinstance(objective, Objective):
                 raise ValueError(
                     f"SVI: temperature moves that of an objective, and {type(objective).__name__} has none: give "
@@ -184,10 +189,10 @@ class SVI:
         seen: dict[str, Any] = dict(stack([chain.history for chain in chains]))
         if self.held_out is not None:
             looks = stack([chain.looks for chain in chains])
-            longest = max(chains, key=lambda chain: chain.step).looks["held_out_steps"]
+            longest = max(chains, key=lambda chain: chain.step).looks.get("held_out_steps", [])
             seen |= looks | {"held_out_steps": [int(step) for step in longest]}
             for chain in chains:
-                if "log_likelihood" in chain.history:
+                if chain.looks and "log_likelihood" in chain.history:
                     self.held_out.warn(chain.looks, chain.history["log_likelihood"])
         steps = max(chain.step for chain in chains)
         return seen | {"steps": steps}

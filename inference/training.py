@@ -127,7 +127,7 @@ class Training:
             objective.inverse_temperature = engine.temperature.after(gamma, self.step / engine.num_steps, kl)
         self.ended = engine.stop is not None and engine.stop(self.history)
         shown = {"elbo": "elbo", "score": "reward", "kl": "kl", "gradient_norm": "gradient"}
-        draws = getattr(objective, "num_particles", engine.num_particles) * now["elbo"].size
+        draws = getattr(objective, "num_particles", 1) * now["elbo"].size
         return {label: float(now[key].mean()) for key, label in shown.items() if key in now} | {
             "samples/s": draws / max(seconds, 1e-9)
         }

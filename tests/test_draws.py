@@ -12,16 +12,18 @@ import pytest
 import torch
 from gradients import perturbed, policy_guide
 from helpers import assert_drawn_from, count_completions, table_lm
-from programs import SHORT
-from small import PROMPTS, Small, T, kl_to
+from programs import SHORT, tilted
+from small import BETA, PROMPTS, Small, T, kl_to
 
 from bayeslm.inference import (
     MCMC,
     SMC,
     SVI,
     Exact,
+    FDivergence,
     ForwardKL,
     FromPosterior,
+    ImportanceSampling,
     LogVariance,
     ProgramError,
     Replay,
@@ -224,3 +226,27 @@ def test_draws_have_the_weights_that_engines_give_them():
     torch.testing.assert_close(draws.log_target - draws.log_s, expected.log_weights)
     torch.testing.assert_close(draws.log_likelihood, expected.total_log_likelihood)
     torch.testing.assert_close(log_q(program, guide, draws).detach(), draws.log_s)
+
+
+def test_hard_constraints_on_another_engines_draws():
+    """The law of draws of no probability is not known, and maximum likelihood needs it not."""
+    small = Small(order=4)
+    never = small.table.clone()
+    never[0, 2] = -torch.inf
+    model = tilted(small.lm, never, BETA)
+    posterior = ImportanceSampling(num_particles=2000, seed=0, progress=False).run(model, PROMPTS)
+    assert 0.05 < np.isneginf(posterior.log_weights).mean() < 0.95
+    objective = ForwardKL(64, FromPosterior(posterior))
+    settings = {"num_steps": 300, "learning_rate": 0.05, "num_samples": 2000, "seed": 0, "progress": False}
+    trained = SVI(objective=objective, **settings).run(model, PROMPTS)
+    exact = Exact().run(model, PROMPTS)
+    weights = torch.as_tensor(exact.log_weights[0]).softmax(0)
+    x = torch.as_tensor(exact.samples["completion"][0])
+    with torch.no_grad():
+        log_q = trained.policy(PROMPTS, max_new_tokens=T).log_prob(x)
+    log_p = torch.as_tensor(exact.log_joint[0]) - torch.as_tensor(exact.log_evidence)
+    kl = torch.where(weights > 0, log_p.exp() * (log_p - log_q), 0.0).sum(0)
+    assert (kl < 0.05).all(), kl  # KL(posterior || q)
+    assert not np.isnan(trained.stats["elbo"]).any()
+    with pytest.raises(ProgramError, match="not known where their reward is -inf"):
+        SVI(objective=FDivergence("total-variation", 64, FromPosterior(posterior)), **settings).run(model, PROMPTS)

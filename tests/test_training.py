@@ -37,8 +37,10 @@ from bayeslm.inference import (
     ReverseKL,
     Tempering,
     TensorBoard,
+    alpha_divergence,
 )
 from bayeslm.inference.checkpoints import describe, digest
+from bayeslm.models import TiltedLM, rewards
 
 LM, MODEL, EXACT = case("table", 1.0)
 # of two tokens, so that the table can be the posterior: the places after these prompts have contexts of their own
@@ -270,7 +272,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
 
 OTHERS = {
     "learning_rate was 0.001 and is 0.01": {"learning_rate": 0.01},
-    "objective was": {"objective": LogVariance(8)},
+    'objective: type was "ReverseKL" and is "LogVariance"': {"objective": LogVariance(8)},
     "log p of 'reward'": {"model": tilted(LM, score_table(1), 0.5)},
     "weights of the prior": {"model": tilted(table_lm(order=3, seed=2), score_table(1))},
     "tokens of the prompts": {"prompts": [[2, 3, 4], [6, 5]]},
@@ -291,7 +293,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(finished, says
     with pytest.raises(ValueError, match="is a checkpoint of another run") as caught:
         SVI(**SMALL | other, checkpoint=finished).run(model, prompts)
     assert says in str(caught.value)
-    if "prompts" not in says:  # which are told by their texts as well
+    if "learning_rate" in says or "weights" in says:
         assert ";" not in str(caught.value)  # nothing else differs
 
 
@@ -314,7 +316,61 @@ def test_checkpoints_that_cannot_be_read_are_refused(finished, tmp_path):
     guide = policy_guide(LM.policy(), TOKENS)
     SVI(**SMALL, guide=guide, checkpoint=tmp_path / "guide").run(MODEL, PROMPTS)
     named = json.loads((tmp_path / "guide/chain-0/checkpoint.json").read_text())["run"]["guide"]
-    assert "guide" in named
+    assert "guide" in named["function"]
+
+
+def begins(word):
+    def reward(completions, **kwargs):
+        return [float(text.startswith(word)) for text in completions]
+
+    return reward
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: FDivergence(alpha_divergence(n / 4)),
+        lambda n: TiltedLM(LM, begins("a" * n), 1.0),
+        lambda n: TiltedLM(LM, rewards.Length(target=3), 1.0 / n),
+        lambda n: TiltedLM(LM, 0.5 * rewards.Length(target=n) + rewards.Length(target=9), 1.0),
+        lambda n: HeldOut({"gold": functools.partial(TiltedLM(LM, begins("a"), float(n)), PROMPTS)}),
+        lambda n: HeldOut({f"gold {n}": GOLD}),
+        lambda n: (lambda x: x + 1) if n == 1 else (lambda x: x + 2),
+    ],
+    ids=["alpha", "reward", "beta", "sum of rewards", "held-out program", "held-out name", "function"],
+)
+def test_what_a_checkpoint_tells_apart(make):
+    assert describe(make(1)) == describe(make(1)) != describe(make(2))
+
+
+def test_columns_of_prompts_that_are_not_in_the_first_minibatch(tmp_path):
+    def right(completions, answer, **kwargs):
+        return [float(len(text) == x) for text, x in zip(completions, answer, strict=True)]
+
+    model = TiltedLM(LM, right, 1.0, max_new_tokens=2, subsample_size=1)
+    engine = SVI(**SMALL | {"num_steps": 2}, checkpoint=tmp_path)
+    engine.run(model, PROMPTS, answer=[1, 2])
+    engine.run(model, PROMPTS, answer=[1, 2])
+    for answer in ([2, 2], [1, 1]):
+        with pytest.raises(ValueError, match="digest of the program's arguments"):
+            engine.run(model, PROMPTS, answer=answer)
+
+
+def test_ctrl_c_in_the_first_look_at_held_out_programs():
+    def interrupts():
+        raise KeyboardInterrupt
+
+    run = SVI(**SMALL, held_out=HeldOut({"gold": interrupts})).run(MODEL, PROMPTS)
+    assert run.stats["interrupted"]
+
+
+def test_what_svi_cannot_train():
+    with pytest.raises(ValueError, match="num_particles=64, and the objective has 8"):
+        SVI(num_particles=64, objective=LogVariance())
+    frozen = LM.policy()
+    frozen.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameters that require a gradient"):
+        SVI(**SMALL, guide=policy_guide(frozen, TOKENS)).run(MODEL, PROMPTS)
 
 
 def test_what_a_checkpoint_tells_apart_beside_plain_numbers():

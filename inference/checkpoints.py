@@ -176,8 +176,8 @@ def describe(value: Any) -> Any:
     if isinstance(value, partial):
         return {"partial": describe(value.func), "args": describe(value.args), "keywords": describe(value.keywords)}
     if isinstance(value, FunctionType):
-        held = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
-        told = [x for x in (*held, *(value.__defaults__ or ())) if isinstance(x, bool | int | float | str)]
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+        told = [x for x in (*cells, *(value.__defaults__ or ())) if isinstance(x, bool | int | float | str)]
         return {"function": value.__qualname__, "code": _code(value.__code__), "with": told}
     kind = getattr(value, "__qualname__", None)
     if isinstance(kind, str):  # a class, or a function of another language

@@ -38,7 +38,7 @@ class ScheduledAdam(PyroOptim):
         self._clip = math.inf if clip_norm is None else clip_norm
         self._adam: torch.optim.Adam | None = None
         self._names: dict[Tensor, str] = {}
-        self._step = 0
+        self.steps = 0
         self.gradient_norm = 0.0
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
@@ -47,14 +47,14 @@ class ScheduledAdam(PyroOptim):
         if self._adam is None:
             raise ValueError("the guide has no parameters that require a gradient: there is nothing to train")
         for settings in self._adam.param_groups:
-            settings["lr"] = settings["rate"] * self._factor(self._step / self._num_steps)
+            settings["lr"] = settings["rate"] * self._factor(self.steps / self._num_steps)
         self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(self._names, self._clip))
         if not math.isfinite(self.gradient_norm):
             raise FloatingPointError(f"the gradient is {self.gradient_norm}")
         self._adam.step()
         # the fused kernel does not tell torch of its changes, and kept scores must not outlive them
         torch.autograd.graph.increment_version(list(self._names))
-        self._step += 1
+        self.steps += 1
 
     @property
     def names(self) -> set[str]:
@@ -97,7 +97,7 @@ class ScheduledAdam(PyroOptim):
                 if not settings["fused"]:
                     state["step"] = state["step"].cpu()  # where Adam's loop over parameters counts
                 self._adam.state[p] = state  # type: ignore[union-attr]
-        self._step = step
+        self.steps = step
 
 
 BETAS = (0.9, 0.95)

@@ -56,7 +56,8 @@ class SVI:
     :param stop: ends a chain before ``num_steps``: `Plateau` of the ELBO, `NearPosterior`, or your own, see `Stopping`.
     :param held_out: other prompts, other rewards to look at beside: `HeldOut`.
     :param checkpoint: a folder. What is there is gone on from: a run that was killed ends as if it had not been, to the
-        bit on a CPU. Each is a policy's parameters three times over.
+        bit on a CPU, and so does one whose reward raised, or that was interrupted. Each is a policy's parameters three
+        times over.
     :param checkpoint_every: steps from one checkpoint to the next.
     :param log: called with the number of steps done, counted on through chains, and the means of what the last saw:
         `TensorBoard`, or your own.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,7 +72,8 @@ class Training:
                 if self.step == 0:
                     self._watch()
                 while not self.done:
-                    report(values=self._take_step(svi))
+                    with self._rescued(checkpoints):
+                        report(values=self._take_step(svi))
                     self._watch()
                     if engine.log is not None:
                         engine.log(self.chain * engine.num_steps + self.step, self._means())
@@ -80,17 +82,46 @@ class Training:
             except KeyboardInterrupt:
                 self.interrupted = True
                 return
+            except Exception as error:
+                self._explain(error)
+                raise
             if checkpoints is not None:
                 self.checkpoint = checkpoints.write(self._saved(), last=True)
+
+    @contextlib.contextmanager
+    def _rescued(self, checkpoints: Checkpoints | None) -> Iterator[None]:
+        """A step that is broken off, before it has moved the guide, leaves a checkpoint of where it began."""
+        if checkpoints is None or self.step == 0:
+            yield
+            return
+        begun = self.step
+        random, remembered, used = random_states(), self._remembered(), self._stopwatch.used()
+        try:
+            yield
+        except BaseException:
+            if self.optimizer.steps == begun:
+                restore_random_states(*random)
+                self._remember(remembered)
+                saved = self._saved()
+                self.checkpoint = checkpoints.write(replace(saved, values=saved.values | {"used": used}))
+            raise
+
+    def _remembered(self) -> dict[str, Tensor]:
+        """A copy of what the objective remembers."""
+        state = self.objective.state_dict() if isinstance(self.objective, Objective) else {}
+        return {name: x.clone() for name, x in state.items()}
+
+    def _remember(self, state: dict[str, Tensor]) -> None:
+        if isinstance(self.objective, Objective):
+            gamma = self.objective.inverse_temperature
+            self.objective.reset(self.program)
+            self.objective.load_state_dict(state)
+            self.objective.inverse_temperature = gamma
 
     def _take_step(self, svi: pyro.infer.SVI) -> dict[str, float]:
         """One gradient step; gives what to show."""
         start = time.perf_counter()
-        try:
-            loss = svi.step(*self.program.args, **self.program.kwargs)
-        except Exception as error:
-            self._explain(error)
-            raise
+        loss = svi.step(*self.program.args, **self.program.kwargs)
         return self._note(loss, time.perf_counter() - start)
 
     @contextlib.contextmanager

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -201,26 +202,61 @@ def test_killed_at_any_moment(tmp_path):
 LONG = SMALL | {"num_steps": 300, "checkpoint_every": 1, "objective": LogVariance(8, Replay())}
 
 
-def test_a_reward_that_raises_in_mid_run_loses_nothing(tmp_path):
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: None,
+        lambda: LogVariance(8, Replay(every=2)),
+        lambda: ReverseKL(8, ExponentialAverage()),
+        lambda: ReverseKL(8, Critic()),
+    ],
+    ids=["leave-one-out", "replay", "average", "critic"],
+)
+@pytest.mark.parametrize("raised", [ConnectionError, KeyboardInterrupt])
+def test_a_reward_that_raises_in_mid_run_loses_nothing(tmp_path, make, raised):
+    """No step: what there was before it is written, though the next checkpoint was far."""
     calls = []
 
     def model(prompts):
         with pyro.plate("prompts", len(prompts)):
             x = pyro.sample("completion", LM(prompts, max_new_tokens=TOKENS))
             calls.append(1)
-            if len(calls) == 9:
-                raise ConnectionError("the judge does not answer")
+            torch.rand(())  # as rewards may
+            if len(calls) == 5:
+                raise raised("the judge does not answer")
             pyro.factor("reward", 0.5 * (x == 2).sum(-1))
 
-    engine = SVI(**SMALL, checkpoint=tmp_path)
-    with pytest.raises(ConnectionError) as caught:
-        engine.run(model, PROMPTS)
-    notes = "\n".join(caught.value.__notes__)
-    assert "stopped at step 7" in notes  # the first call was the look at the program
-    assert "chain-0-step-5" in notes
-    assert caught.value.policy is not None
-    after = engine.run(model, PROMPTS)
-    assert_same(after, SVI(**SMALL).run(model, PROMPTS))
+    settings = SMALL | {"checkpoint_every": 50}
+    engine = SVI(**settings, objective=make(), checkpoint=tmp_path)
+    if raised is KeyboardInterrupt:
+        done = engine.run(model, PROMPTS).stats["steps"]
+    else:
+        with pytest.raises(raised) as caught:
+            engine.run(model, PROMPTS)
+        notes = "\n".join(caught.value.__notes__)
+        done = int(re.search(r"stopped at step (\d+)", notes)[1])
+        assert f"chain-0-step-{done}" in notes
+        assert caught.value.policy is not None
+    assert done in (3, 6)  # the first call was the look at the program; replay has one in two steps
+    assert (tmp_path / f"chain-0-step-{done}").exists()
+    assert_same(engine.run(model, PROMPTS), SVI(**settings, objective=make()).run(model, PROMPTS))
+
+
+def test_a_step_that_is_broken_off_after_it_moved_the_guide(tmp_path):
+    """Such a place cannot be gone on from: the checkpoint before it is."""
+    broken = []
+
+    def stop(history):
+        if len(history["elbo"]) == 7 and not broken:
+            broken.append(1)
+            raise ConnectionError
+        return False
+
+    engine = SVI(**SMALL, stop=stop, checkpoint=tmp_path)
+    with pytest.raises(ConnectionError):
+        engine.run(MODEL, PROMPTS)
+    assert [path.name for path in tmp_path.iterdir()] == ["chain-0-step-5"]
+    assert_same(engine.run(MODEL, PROMPTS), SVI(**SMALL).run(MODEL, PROMPTS))
 
 
 def test_interrupted_in_the_first_step_of_a_second_chain():
@@ -403,7 +439,7 @@ def test_what_is_not_finite_stops_with_step_prompt_texts_and_checkpoint(tmp_path
     with pytest.raises(FloatingPointError, match=r"the loss is -?(inf|nan)") as caught:
         SVI(**SMALL, objective=Infinite(4), checkpoint=tmp_path).run(MODEL, PROMPTS)
     notes = "\n".join(caught.value.__notes__)
-    for part in ("step 6", "of particle", "completion of 'b c d'", "chain-0-step-5"):
+    for part in ("step 6", "of particle", "completion of 'b c d'", "chain-0-step-6"):
         assert part in notes or part.replace("b c d", "e f") in notes, notes
     assert caught.value.draws["completion"].shape == (4, 2, TOKENS)
     assert all(p.isfinite().all() for p in caught.value.policy.parameters())

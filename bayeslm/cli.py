@@ -306,7 +306,8 @@ def _run(
             posteriors[name] = engine.run(model, prompts, **columns)
         except BaseException as error:
             policy = getattr(error, "policy", None)
-            if out is not None and policy is not None:
+            kept = getattr(engine, "checkpoint", None)  # which the same call goes on from: --out must still be empty
+            if out is not None and policy is not None and kept is None:
                 policy.save_pretrained(out / f"{name}-policy-so-far")
                 error.add_note(f"the policy trained so far is in {out / f'{name}-policy-so-far'}")
             if posteriors:

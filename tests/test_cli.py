@@ -209,9 +209,9 @@ def test_a_training_that_failed_goes_on_from_its_checkpoint(folder):
     failing = REWARDS.replace("calls > 4", "calls == 15")  # in step 52: it is asked at the look, and every fourth step
     Path("my_rewards.py").write_text(failing)
     settings = ["a", *training, "--reward", "my_rewards:breaks_later", "--checkpoint", "kept"]
-    out = infer(*settings, "--tensorboard", "curves", code=1)
-    assert "the last checkpoint is" in " ".join(out.split())
-    infer(*settings, "--out", "again")
+    settings += ["--tensorboard", "curves", "--out", "again"]
+    assert "the last checkpoint is" in " ".join(infer(*settings, code=1).split())
+    infer(*settings)
     infer("a", *training, "--reward", "my_rewards:breaks_later", "--out", "anew")
     again, anew = (Posterior.load(f"{name}/svi") for name in ("again", "anew"))
     assert (again.samples["completion"] == anew.samples["completion"]).all()

@@ -34,6 +34,7 @@ from bayeslm.inference import (
     LogVariance,
     NearPosterior,
     Plateau,
+    ProgramError,
     Replay,
     ReverseKL,
     Tempering,
@@ -558,3 +559,28 @@ def test_mistakes():
     objective = LogVariance(8, FromPosterior(EXACT))
     with pytest.raises(ValueError, match="draws whose law is known"):
         SVI(**SMALL, objective=objective, stop=NearPosterior()).run(MODEL, PROMPTS)
+
+
+def test_errors_of_what_looks_on_tell_step_and_checkpoint(tmp_path):
+    def on_step(done, policy):
+        if done == 7:
+            raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError) as caught:
+        SVI(**SMALL, on_step=on_step, checkpoint=tmp_path).run(MODEL, PROMPTS)
+    notes = "\n".join(caught.value.__notes__)
+    assert "stopped at step 7" in notes
+    assert "chain-0-step-5" in notes
+
+
+def test_a_wrong_reward_in_a_minibatch_names_the_prompt_of_all():
+    prompts = [[1], [2], [3], [4]]
+
+    def model(prompts):
+        with pyro.plate("prompts", len(prompts), subsample_size=1) as batch:
+            pyro.sample("completion", LM([prompts[int(batch[0])]], max_new_tokens=TOKENS))
+            wrong = torch.inf if batch[0] == 2 and torch.is_grad_enabled() else 0.0
+            pyro.factor("reward", torch.tensor([wrong]))
+
+    with pytest.raises(ProgramError, match="particle 0, prompt 2"):
+        SVI(**SMALL).run(model, prompts)

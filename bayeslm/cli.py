@@ -123,8 +123,12 @@ def infer(
             raise ValueError("--top-k lets a twist propose: say which by --twist")
         if minibatch is not None and (others := [name for name in names if name not in ("svi", "importance")]):
             raise ValueError(f"--minibatch is for --engine svi and importance; {others[0]} takes all prompts at once")
-        training: dict[str, Any] = {"objective": objective, "kl_target": kl_target}
-        training |= {"checkpoint": checkpoint, "tensorboard": tensorboard}
+        training: dict[str, Any] = {
+            "objective": objective,
+            "kl_target": kl_target,
+            "checkpoint": checkpoint,
+            "tensorboard": tensorboard,
+        }
         if "svi" not in names and any(option is not None for option in training.values()):
             raise ValueError("--objective, --kl-target, --checkpoint and --tensorboard are for --engine svi")
         sizes: dict[str, Any] = {"particles": particles, "samples": samples, "chains": chains, "steps": steps}
@@ -141,8 +145,14 @@ def infer(
         lm = language_model(prior, device, dtype)
         if "svi" not in engines:
             lm = lm.packed()  # no weight will change
-        law: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-        model = TiltedLM(lm, scale * given, beta, **law, subsample_size=minibatch)
+        model = TiltedLM(
+            lm,
+            scale * given,
+            beta,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            subsample_size=minibatch,
+        )
         if twist is not None and twist != ready:
             learned = _twist(twist, lm, model, texts, columns, seed, out)
             engines["smc"] = _engine("smc", seed=seed, twist=learned, **sizes)

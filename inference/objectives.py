@@ -70,7 +70,8 @@ class OverDraws(Objective):
 
     def _note(self, draws: Draws, log_q: Tensor) -> None:
         """Keep what the particles saw in ``last``."""
-        shares = (log_q - draws.log_s).nan_to_num(nan=-torch.inf).softmax(0)  # NaN: see `_log_weight`
+        ratio = log_q - draws.log_s
+        shares = ratio.masked_fill(ratio.isnan(), -torch.inf).softmax(0)  # NaN: see `_log_weight`
 
         def mean(x: Tensor) -> Tensor:
             return torch.where(shares > 0, shares * x, 0.0).sum(0)

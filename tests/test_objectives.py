@@ -211,25 +211,26 @@ def test_latents_of_all_prompts(objective):
 
 
 @pytest.mark.parametrize(
-    ("objective", "limit"),
+    ("objective", "steps"),
     [
-        (LogVariance(16), 0.01),
-        (LogVariance(32, Replay(every=4)), 0.05),  # a quarter of the samples
-        (LogVariance(64, of_prior), 0.01),
-        (ForwardKL(64), 0.01),
-        (FDivergence("jensen-shannon", 64), 0.01),
-        (FDivergence("reverse-kl", 64, Replay(every=2)), 0.01),
-        (Renyi(0.5, 4), 0.05),  # a noisier gradient
+        (LogVariance(16), 300),
+        (LogVariance(32, Replay(every=4)), 900),  # of which a quarter have new samples
+        (LogVariance(64, of_prior), 300),
+        (ForwardKL(64), 300),
+        (FDivergence("jensen-shannon", 64), 300),
+        (FDivergence("reverse-kl", 64, Replay(every=2)), 300),
+        (Renyi(0.5, 4), 300),
     ],
     ids=["log-variance", "replay", "prior", "forward KL", "Jensen-Shannon", "reverse KL, replay", "Renyi"],
 )
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
-def test_svi_reaches_the_posterior_by(objective, limit, seed):
-    """KL(q || pi*) by enumeration, from 0.5 to 2 nats to next to nothing."""
+def test_svi_reaches_the_posterior_by(objective, steps, seed):
+    """KL(q || pi*) under 0.01 nats by enumeration, from 0.5 to 2; Renyi's own gradient is noisier."""
     small = Small(seed, order=4)
     assert (kl_to(small.lm, small) > 0.4).all()
-    engine = SVI(objective=objective, num_steps=300, learning_rate=0.05, num_samples=500, seed=seed, progress=False)
-    assert (kl_to(engine.run(small.model, PROMPTS).policy, small) < limit).all()
+    engine = SVI(objective=objective, num_steps=steps, learning_rate=0.05, num_samples=500, seed=seed, progress=False)
+    reached = kl_to(engine.run(small.model, PROMPTS).policy, small)
+    assert (reached < (0.05 if isinstance(objective, Renyi) else 0.01)).all()
 
 
 def test_hard_constraints_are_for_those_that_stay_finite():

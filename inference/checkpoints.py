@@ -158,7 +158,16 @@ def describe_run(engine: Any, program: Program, objective: Any) -> dict[str, Any
     return described
 
 
-NOT_THE_RUN = ("num_samples", "checkpoint", "checkpoint_every", "log", "on_step", "progress", "batch_size")
+NOT_THE_RUN = (
+    "num_samples",
+    "num_prior_samples",
+    "checkpoint",
+    "checkpoint_every",
+    "log",
+    "on_step",
+    "progress",
+    "batch_size",
+)
 
 
 def describe(value: Any) -> Any:

@@ -28,14 +28,19 @@ class ScheduledAdam(PyroOptim):
     of the start, far from the posterior and large, would hold steps small to its end.
 
     :param rate_of: the learning rate of a parameter, by its name in Pyro's store.
+    :param num_prompts: that the loss is a sum over. The norm that is clipped, and told as ``gradient_norm``, is that of
+        the gradient of their mean, so that neither depends on how many they are.
     """
 
-    def __init__(self, rate_of: Callable[[str], float], num_steps: int, schedule: str, clip_norm: float | None) -> None:
+    def __init__(
+        self, rate_of: Callable[[str], float], num_steps: int, schedule: str, clip_norm: float | None, num_prompts: int
+    ) -> None:
         super().__init__(torch.optim.Adam, {})
         self._rate_of = rate_of
         self._num_steps = num_steps
         self._factor = SCHEDULES[schedule]
-        self._clip = math.inf if clip_norm is None else clip_norm
+        self._num_prompts = num_prompts
+        self._clip = math.inf if clip_norm is None else clip_norm * num_prompts
         self._adam: torch.optim.Adam | None = None
         self._names: dict[Tensor, str] = {}
         self.steps = 0
@@ -48,7 +53,7 @@ class ScheduledAdam(PyroOptim):
             raise ValueError("the guide has no parameters that require a gradient: there is nothing to train")
         for settings in self._adam.param_groups:
             settings["lr"] = settings["rate"] * self._factor(self.steps / self._num_steps)
-        self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(self._names, self._clip))
+        self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(self._names, self._clip)) / self._num_prompts
         if not math.isfinite(self.gradient_norm):
             raise FloatingPointError(f"the gradient is {self.gradient_norm}")
         self._adam.step()

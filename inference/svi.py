@@ -33,6 +33,8 @@ from .stopping import Stopping
 from .temperature import Temperature
 from .training import Training, stack
 
+NUM_SAMPLES, FEWEST = 256, 16  # draws of each prompt: by default, and where these are many
+
 
 @dataclass(frozen=True)
 class SVI:
@@ -44,8 +46,10 @@ class SVI:
     :param latent_learning_rate: that of the default guide's laws of latents that are not completions, whose few
         parameters have further to go than a network's.
     :param schedule: "constant", or "linear" or "cosine" decay to 0.
-    :param clip_norm: the largest norm of a gradient; None clips nothing.
-    :param num_samples: draws of the trained policy in each chain; as many of the prior are drawn for comparison.
+    :param clip_norm: the largest norm of a gradient, of the mean over prompts; None clips nothing.
+    :param num_samples: draws of the trained policy in each chain, of every prompt. None is 256; of a program whose
+        prompts are subsampled, as many as cost what 256 of one minibatch do, and 16 at least.
+    :param num_prior_samples: draws of the prior beside them, to compare with: as many if None, or none at all if 0.
     :param num_chains: independent replicates: policies trained from seeds of their own. ``policy`` is the best's.
     :param guide: a Pyro guide of the program, whose parameters stay in Pyro's store, and a ``policy`` attribute of it
         is kept; or the class of an automatic one (`AutoMultivariateNormal`, `AutoLowRankMultivariateNormal`,
@@ -72,7 +76,8 @@ class SVI:
     latent_learning_rate: float = 3e-2
     schedule: str = "linear"
     clip_norm: float | None = 1.0
-    num_samples: int = 256
+    num_samples: int | None = None
+    num_prior_samples: int | None = None
     num_chains: int = 1
     guide: Callable[..., Any] | type[AutoGuide] | None = None
     lora_rank: int | str | None = "auto"
@@ -90,6 +95,8 @@ class SVI:
 
     def __post_init__(self) -> None:
         check_counts(self, "num_steps", "num_particles", "num_samples", "num_chains", "checkpoint_every", "batch_size")
+        if self.num_prior_samples != 0:
+            check_counts(self, "num_prior_samples")
         check_positive(self, "learning_rate", "latent_learning_rate", "clip_norm")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"SVI: schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
@@ -154,12 +161,15 @@ class SVI:
             parts = []
             for chain in chains:
                 with _keeping(chain.policy), chain.own_params():
-                    part, cut = self._draw(program, as_law(chain.guide, program), "draws of the policy")
+                    law = as_law(chain.guide, program)
+                    part, cut = self._draw(program, law, self._num_samples(program), "draws of the policy")
                     parts.append(part)
                     interrupted |= cut
-            with _keeping(chains[-1].policy):
-                prior, cut = self._draw(program, None, "draws of the prior")
-            interrupted |= cut
+            prior = None
+            if (size := self._num_samples(program) if self.num_prior_samples is None else self.num_prior_samples) > 0:
+                with _keeping(chains[-1].policy):
+                    prior, cut = self._draw(program, None, size, "draws of the prior")
+                interrupted |= cut
             shortest = min(len(part.log_prior) for part in parts)
             parts = [part[:shortest] for part in parts]
             best = max(range(len(chains)), key=lambda c: float(parts[c].log_weights.mean()))
@@ -181,9 +191,13 @@ class SVI:
             objective.reset(program)  # a description is of settings, not of what is remembered
         return Checkpoints(Path(self.checkpoint), describe_run(self, program, objective))
 
-    def _draw(self, program: Program, guide: Callable[..., Any] | None, what: str) -> tuple[Particles, bool]:
-        size, shown = self.batch_size, self.progress
-        return draw(program, guide, self.num_samples, batch_size=size, progress=shown, what=what)
+    def _num_samples(self, program: Program) -> int:
+        if self.num_samples is not None:
+            return self.num_samples
+        return max(FEWEST, NUM_SAMPLES * program.num_prompts // program.full_size)
+
+    def _draw(self, program: Program, guide: Callable[..., Any] | None, num: int, what: str) -> tuple[Particles, bool]:
+        return draw(program, guide, num, batch_size=self.batch_size, progress=self.progress, what=what)
 
     def _seen(self, chains: list[Training]) -> dict[str, Any]:
         """What the chains saw, as ``stats`` have it."""

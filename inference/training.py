@@ -46,7 +46,9 @@ class Training:
             raise ValueError("SVI: held_out looks at a policy, and this guide has none as its attribute .policy")
         # A guide of the user's keeps its parameters where Pyro's users look for them; the default one's are its own.
         self.params: Any = {"params": {}, "constraints": {}} if engine.makes_guides else None
-        self.optimizer = ScheduledAdam(self._rate_of, engine.num_steps, engine.schedule, engine.clip_norm)
+        self.optimizer = ScheduledAdam(
+            self._rate_of, engine.num_steps, engine.schedule, engine.clip_norm, program.full_size
+        )
         self.history: dict[str, list[np.ndarray]] = {}
         self.looks: dict[str, list[np.ndarray]] = {}
         self.step = 0

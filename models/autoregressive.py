@@ -18,7 +18,7 @@ from pyro.distributions.util import broadcast_shape  # torch's takes ten times a
 from torch import Size, Tensor
 from torch.distributions import constraints
 
-from .network import Prefix, prefill
+from .prefix import Prefix, prefill
 from .scoring import scores_and_hidden, token_scores
 from .stepping import Steps, write
 
@@ -193,7 +193,8 @@ class Autoregressive(TorchDistribution):
     @property
     def max_rows_with_gradient(self) -> int:
         """How many completions one micro-batch of a gradient takes."""
-        return self.lm.batch_size or self.lm.causal.rows_per_micro_batch(self._length)
+        fit = self.lm.causal.rows_per_micro_batch(self._length)
+        return self.lm.micro_batch_size or min(self.lm.batch_size or fit, fit)
 
     @property
     def flat_prompts(self) -> tuple[Tensor, Tensor | None]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from . import encoding, packing, pretrained
 from .autoregressive import Autoregressive
-from .network import CausalNetwork, checkpointable
+from .checkpointing import checkpointable
+from .network import CausalNetwork
 from .tabular import NGramConfig, NGramForCausalLM
 
 
@@ -30,12 +31,14 @@ class LanguageModel(nn.Module):
         its config or the tokenizer say, in this order; none of them if there are none.
     :param pad_token_id: fills completions after their end; it need not be a token of the network.
     :param name: where it was loaded from; written into adapters trained from it.
-    :param batch_size: sequences in one forward pass; default: as many as bounded memory allows.
+    :param batch_size: sequences in one forward pass at most; default: as many as bounded memory allows.
+    :param micro_batch_size: of these, sequences whose activations are kept at once for a gradient; default: as many as
+        bounded memory allows, ``batch_size`` at most.
     :param gradient_checkpointing: keep of each layer its input alone, and compute the rest anew in the backward pass
         of a policy: a third more time, and far less memory where texts are long.
     :param compute_dtype: what products of float32 weights are computed in (autocast), as in policies of bfloat16
         priors; None: in float32.
-    :raises ValueError: if ``batch_size`` < 1, an end is no token, or no layer can be checkpointed.
+    :raises ValueError: if a batch size is < 1, an end is no token, or no layer can be checkpointed.
     """
 
     def __init__(
@@ -47,16 +50,19 @@ class LanguageModel(nn.Module):
         pad_token_id: int | None = None,
         name: str | None = None,
         batch_size: int | None = None,
+        micro_batch_size: int | None = None,
         gradient_checkpointing: bool = False,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        for what, size in {"batch_size": batch_size, "micro_batch_size": micro_batch_size}.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{what} must be at least 1, got {size}")
         self.network = network.requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
         self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
         if gradient_checkpointing:
             checkpointable(network)
         self.gradient_checkpointing = gradient_checkpointing
@@ -96,6 +102,7 @@ class LanguageModel(nn.Module):
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         batch_size: int | None = None,
+        micro_batch_size: int | None = None,
         gradient_checkpointing: bool = False,
         **kwargs: Any,
     ) -> LanguageModel:
@@ -105,7 +112,7 @@ class LanguageModel(nn.Module):
             PEFT adapter is loaded on top of its base model.
         :param base: the base model of an adapter, where the adapter's own record of it cannot be followed.
         :param dtype: of the weights; log-probabilities are float32 whatever it is, and so is what a policy trains.
-        :param batch_size, gradient_checkpointing: as in `LanguageModel`.
+        :param batch_size, micro_batch_size, gradient_checkpointing: as in `LanguageModel`.
         :param kwargs: handed to ``AutoModelForCausalLM.from_pretrained``. Remote code is never run.
         :raises OSError: if the model is not found, with how to get it.
         :raises ValueError: if ``base`` is given and there is no adapter to put on it.
@@ -116,6 +123,7 @@ class LanguageModel(nn.Module):
             tokenizer,
             name=name,
             batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
             gradient_checkpointing=gradient_checkpointing,
             compute_dtype=pretrained.compute_dtype(name_or_path),
         )
@@ -198,6 +206,7 @@ class LanguageModel(nn.Module):
             pad_token_id=self.pad_token_id,
             name=name,
             batch_size=self.batch_size,
+            micro_batch_size=self.micro_batch_size,
             gradient_checkpointing=self.gradient_checkpointing,
             compute_dtype=compute_dtype,
         )

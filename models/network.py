@@ -1,38 +1,38 @@
 """What a distribution over texts asks of a Hugging Face causal language model.
 
-Three things, each done once here for sampling, scoring and (later) particle methods:
+Each done once here, for sampling, scoring and particle methods:
 
-* **prefill**: run every prompt through the network once and keep its key-value cache;
-* **fork**: give the cache of prompt ``rows[i]`` to row ``i``, so that particles share the prefill;
-* **head**: turn hidden states into float32 log-probabilities a block of tokens at a time, so that
-  (rows x tokens x vocabulary) logits are never held at once.
+* **body**: hidden states of tokens, with or without a key-value cache of those before them (`prefix`);
+* **head**: float32 log-probabilities of hidden states a block of tokens at a time, so that (rows x tokens x
+  vocabulary) logits are never held at once;
+* **size**: how many rows fit a pass of bounded memory.
 
-The head is applied apart from the body where ``head(body(x)) == network(x).logits`` holds for the network
-at hand (checked once, on a real forward pass); for architectures with something before or after the head (logit
-soft-capping, scaling) the network's own logits stand in for the hidden states, and the head is the identity.
+The network at hand says on a forward pass (once) how its head follows its body: alone; or with something before it or
+after it (logits soft-capped or scaled), where the network's own forward pass is run with the hidden states in the
+place of its body's. Where neither gives its logits, these stand in for hidden states, and the head is the identity.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import DynamicLayer
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import packing
+from .checkpointing import checkpointed
 
 # Elements of one float32 block of logits: 2**25 is 128 MB, some 680 tokens of a 49k vocabulary.
 LOGITS_BLOCK = 2**25
+# Numbers that one pass may hold: 512 MB in float32. On a GPU an eighth of its memory, where that is more.
+HELD = 2**27
 
 
 @dataclass
@@ -123,18 +123,21 @@ class CausalNetwork:
         self.parameters = list(causal.parameters())
         accepted = inspect.signature(causal.forward).parameters
         self._takes_positions = "position_ids" in accepted
-        self._body, self._head = self._split()
+        self._body: nn.Module | None = None  # None: logits are the hidden states
+        self._head: nn.Module | None = None  # None with a body: logits are `_through` the network
+        self._answer: type[Any] = object  # of what the body gives
+        self._split()
 
-    def _split(self) -> tuple[nn.Module | None, nn.Module | None]:
-        """Body and head, if head(body(x)) is the whole network; else (None, None).
+    def _split(self) -> None:
+        """Find body and head.
 
-        Seen on a forward pass whose head answers noise: the body's output must reach the head as it is, and the
-        head's answer must come out as it is. Noise, since soft-capping does not show on small logits.
+        The head alone is seen by letting it answer noise: the body's output must reach it as it is, and its answer
+        must come out as it is. Noise, since soft-capping does not show on small logits.
         """
         body = getattr(self.network, "base_model", None)
         head = self.network.get_output_embeddings() if hasattr(self.network, "get_output_embeddings") else None
         if body is None or head is None or body is self.network:
-            return None, None
+            return
         probe = (torch.arange(4, device=self.device) % self.vocab_size)[None]
         noise = 100.0 * torch.randn((1, 4, self.vocab_size), generator=torch.Generator().manual_seed(0))
         given: list[Tensor] = []
@@ -149,13 +152,39 @@ class CausalNetwork:
         try:
             with torch.no_grad():
                 whole = self.network(input_ids=probe, use_cache=False).logits
-                hidden = getattr(body(input_ids=probe, use_cache=False), "last_hidden_state", None)
+                out = body(input_ids=probe, use_cache=False)
         finally:
             hook.remove()
-        if hidden is None or len(given) != 1 or len(said) != 1 or given[0].shape != hidden.shape:
-            return None, None
-        untouched = torch.allclose(given[0], hidden, rtol=1e-3) and torch.equal(whole.to(said[0]), said[0])
-        return (body, head) if untouched else (None, None)
+        hidden = getattr(out, "last_hidden_state", None)
+        if hidden is None or len(said) != 1:
+            return
+        self._body, self._answer = body, type(out)
+        untouched = given[0].shape == hidden.shape and torch.allclose(given[0], hidden, rtol=1e-3)
+        if untouched and torch.equal(whole.to(said[0]), said[0]):
+            self._head = head
+        elif not self._goes_through(hidden, probe):
+            self._body = None
+
+    def _goes_through(self, hidden: Tensor, probe: Tensor) -> bool:
+        """Whether the network's logits are those of its body's hidden states."""
+        with torch.no_grad():
+            try:
+                logits = self._through(hidden)
+            except Exception:  # whatever it is that it misses in its body's answer
+                return False
+            return torch.allclose(logits, self.network(input_ids=probe, use_cache=False).logits, rtol=1e-3)
+
+    def _through(self, hidden: Tensor) -> Tensor:
+        """Logits (..., vocabulary) of hidden states (..., width), as the network has them of its body's."""
+        body: Any = self._body
+        states = hidden.reshape(1, -1, hidden.shape[-1])
+        body.forward = lambda *_, **__: self._answer(last_hidden_state=states)
+        try:
+            ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
+            logits: Tensor = self.network(input_ids=ids, use_cache=False).logits
+        finally:
+            del body.forward
+        return logits.reshape(*hidden.shape[:-1], -1)
 
     @property
     def device(self) -> torch.device:
@@ -182,20 +211,46 @@ class CausalNetwork:
         return int(getattr(self.network.config.get_text_config(), "hidden_size", 0) or 0)
 
     def rows_per_batch(self, length: int) -> int:
-        """How many sequences of ``length`` tokens fit a forward pass of bounded memory."""
-        return max(1, 2**27 // (length * max(self.vocab_size, 32 * self.width)))
+        """How many sequences of ``length`` tokens fit a pass without gradient: all keys and values, the states of a
+        layer, and the logits of one token each, with what it takes to draw from them.
+        """
+        return max(1, self._room // (length * (self._cached + self._layer) + 3 * self.vocab_size))
 
     def rows_per_micro_batch(self, length: int) -> int:
-        """How many sequences of ``length`` tokens have activations, kept for a gradient, of 2**27 numbers at most."""
-        return min(self.rows_per_batch(length), max(1, 2**27 // (length * max(self._kept, 1))))
+        """How many sequences of ``length`` tokens have activations, kept for a gradient, that fit."""
+        return max(1, self._room // (length * max(self._kept, 1)))
+
+    @property
+    def _room(self) -> int:
+        """Numbers that a pass may hold: of the device, not of what is free of it, so that a seed reproduces a run."""
+        if self.device.type != "cuda":
+            return HELD
+        return max(HELD, torch.cuda.get_device_properties(self.device).total_memory // (8 * 4))
 
     @cached_property
-    def _kept(self) -> int:
-        """Numbers that a gradient keeps of a token, as counted in Llamas."""
+    def _cached(self) -> int:
+        """Numbers in the keys and values of a token, counted."""
+        ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
+        with torch.no_grad():
+            _, cache = self._pass(ids, None, positions_of(ids, None), None)
+        kept = [getattr(layer, name, None) for layer in getattr(cache, "layers", ()) for name in ("keys", "values")]
+        return sum(x.numel() for x in kept if isinstance(x, Tensor)) // ids.numel()
+
+    @property
+    def _layers(self) -> int:
+        return int(getattr(self.network.config.get_text_config(), "num_hidden_layers", 0) or 0)
+
+    @property
+    def _layer(self) -> int:
+        """Numbers that one layer computes of a token, as counted in Llamas; and logits that stand for hidden states."""
         config = self.network.config.get_text_config()
-        layers = int(getattr(config, "num_hidden_layers", 0) or 0)
         inner = int(getattr(config, "intermediate_size", 0) or 4 * self.width)
-        return layers * (12 * self.width + 4 * inner)
+        return 12 * self.width + 4 * inner + (self.vocab_size if self._body is None else 0)
+
+    @property
+    def _kept(self) -> int:
+        """Numbers that a gradient keeps of a token."""
+        return max(self._layers, 1) * self._layer
 
     @property
     def version(self) -> int:
@@ -212,6 +267,13 @@ class CausalNetwork:
         for usage in _usage.get():
             usage.model_calls += 1
             usage.tokens += ids.numel()
+        if mask is not None and self._ready is not None:
+            mask = ready_mask(mask, ids.shape[-1], self._ready)
+        return self._pass(ids, mask, positions, cache, use_cache)
+
+    def _pass(
+        self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any, use_cache: bool = True
+    ) -> tuple[Tensor, Any]:
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
         if self._takes_positions:
             inputs["position_ids"] = positions
@@ -219,6 +281,40 @@ class CausalNetwork:
             out = (self._body or self.network)(**inputs, use_cache=use_cache)
         hidden = out.logits if self._body is None else out.last_hidden_state
         return hidden, getattr(out, "past_key_values", None)
+
+    @cached_property
+    def _ready(self) -> torch.dtype | None:
+        """The dtype of masks that the network takes as they are to be, (rows, 1, tokens, cached + tokens); None if it
+        wants to make them itself, of (rows, cached + tokens). Making them it asks the device, at every token, whether
+        all is padding, for which the host has to wait.
+
+        Those whose layers have windows make several masks. Others are tried: hidden states must be the same.
+        """
+        config = self.network.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ())
+        windows = kinds - {"full_attention"} or getattr(config, "sliding_window", None)
+        dtype = {"sdpa": torch.bool, "eager": self.parameters[0].dtype}.get(getattr(config, "_attn_implementation", ""))
+        if windows or dtype is None or not self._takes_positions:
+            return None
+        ids = (torch.arange(8, device=self.device) % self.vocab_size).reshape(2, 4)
+        mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]], device=self.device)
+        positions = positions_of(ids, mask)
+
+        def states(form: Callable[[Tensor, int], Tensor]) -> Tensor:
+            """Of a pass of three tokens, and one of the last."""
+            first, cache = self._pass(ids[:, :3], form(mask[:, :3], 3), positions[:, :3], None)
+            last, _ = self._pass(ids[:, 3:], form(mask, 1), positions[:, 3:], cache)
+            return torch.cat([first, last], dim=1)[mask.bool()].float()
+
+        with torch.no_grad():
+            own = states(lambda mask, tokens: mask)
+            try:
+                ready = states(lambda mask, tokens: ready_mask(mask, tokens, dtype))
+            except Exception:  # whatever it is that it does with masks
+                return None
+        exact = self.compute_dtype is None and self.parameters[0].dtype == torch.float32
+        close = (own - ready).abs().max() <= (1e-5 if exact else 2e-2) * own.abs().max()
+        return dtype if close else None
 
     @contextlib.contextmanager
     def drawing(self, passes: int) -> Iterator[None]:
@@ -248,12 +344,15 @@ class CausalNetwork:
         With ``gradient_checkpointing`` the backward pass computes the inside of each layer anew.
         """
         with checkpointed(self.network) if gradient_checkpointing else contextlib.nullcontext():
-            return self.hidden(ids, mask, _positions(ids, mask), use_cache=False)[0]
+            return self.hidden(ids, mask, positions_of(ids, mask), use_cache=False)[0]
 
     def logits(self, hidden: Tensor, temperature: float) -> Tensor:
         """Float32 logits (..., vocabulary) of hidden states (..., width)."""
         with self.precision():
-            logits = hidden if self._head is None else self._head(hidden)
+            if self._body is None:
+                logits = hidden
+            else:
+                logits = self._through(hidden) if self._head is None else self._head(hidden)
         return logits.float() / temperature if temperature != 1.0 else logits.float()
 
     def token_log_prob(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -273,126 +372,30 @@ class CausalNetwork:
         return torch.cat([block(h, x) for h, x in blocks])
 
 
-def checkpointable(network: nn.Module) -> list[nn.Module]:
-    """The layers whose inside can be computed anew in the backward pass.
-
-    :raises ValueError: if there are none.
-    """
-    layers: list[nn.Module] = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if not layers:
-        raise ValueError(
-            f"gradient_checkpointing: {type(network).__name__} has none of transformers' GradientCheckpointingLayers; "
-            "a small batch_size bounds the memory as well"
-        )
-    return layers
-
-
-@contextlib.contextmanager
-def checkpointed(network: nn.Module) -> Iterator[None]:
-    """Inside, layers keep for the backward pass their inputs alone.
-
-    (Their own switch would do so in training mode only, where some have dropout.)
-    """
-    layers = checkpointable(network)
-    before = [vars(layer).get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-    try:
-        yield
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
-
-
 def log_softmax_at(logits: Tensor, token: Tensor) -> Tensor:
     """log softmax(logits) (rows, vocabulary) at tokens (rows,)."""
     return logits.gather(-1, token[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
 
-@dataclass
-class Prefix:
-    """Prompts after their forward pass: what every continuation starts from.
-
-    ``hidden`` (rows, width) predicts the first new token; ``mask`` (rows, length) is None without padding;
-    ``lengths`` (rows,) counts the real tokens.
-    """
-
-    hidden: Tensor
-    cache: Any
-    mask: Tensor | None
-    lengths: Tensor
-
-    def fork(self, rows: Tensor) -> Prefix:
-        """The prefix of prompt ``rows[i]`` as row i. The cache is copied, never changed in place."""
-        cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        cache.batch_select_indices(rows)
-        mask = None if self.mask is None else self.mask[rows]
-        return Prefix(self.hidden[rows], cache, mask, self.lengths[rows])
-
-    def cut(self) -> tuple[Prefix, list[Tensor], list[Tensor]]:
-        """The same where a graph begins: the prefix, tensors of this one, and the leaves that stand in their place."""
-        roots: list[Tensor] = []
-        leaves: list[Tensor] = []
-
-        def leaf(x: Tensor) -> Tensor:
-            if not x.requires_grad:
-                return x
-            roots.append(x)
-            leaves.append(x.detach().requires_grad_())
-            return leaves[-1]
-
-        cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        for layer in cache.layers:
-            layer.keys, layer.values = leaf(layer.keys), leaf(layer.values)
-        return Prefix(leaf(self.hidden), cache, self.mask, self.lengths), roots, leaves
-
-    def select(self, rows: Tensor) -> None:
-        """Row i becomes what row ``rows[i]`` is, cache included; a row that stays costs nothing."""
-        self.lengths = self.lengths[rows]
-        self.mask = None if self.mask is None else self.mask[rows]
-        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(-1)
-        for layer in self.cache.layers:
-            for kept in (layer.keys, layer.values):
-                kept[moved] = kept[rows[moved]]
-
-
-def _positions(ids: Tensor, mask: Tensor | None) -> Tensor:
+def positions_of(ids: Tensor, mask: Tensor | None) -> Tensor:
     """Positions (rows, length) of left-padded ids."""
     if mask is None:
         return torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
     return (mask.cumsum(-1) - 1).clamp_min(0)  # padding's own position is never attended to
 
 
-def prefill(network: CausalNetwork, ids: Tensor, mask: Tensor | None) -> Prefix:
-    """Run left-padded prompts ``ids`` (rows, length) through the network once.
+def ready_mask(mask: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+    """What each of the last ``tokens`` attends to, (rows, 1, tokens, length), of a mask (rows, length) of left-padded
+    texts: True, or what is added to attention logits.
 
-    :raises TypeError: if the network keeps anything but the keys and values of attention layers.
+    Padding attends to itself, for there is no attention to nothing.
     """
-    rows, length = ids.shape
-    lengths = torch.full((rows,), length, device=ids.device) if mask is None else mask.sum(-1)
-    hidden, cache = network.hidden(ids, mask, _positions(ids, mask))
-    layers = getattr(cache, "layers", [])
-    if not layers or not all(isinstance(layer, DynamicLayer) and not hasattr(layer, "conv_states") for layer in layers):
-        raise TypeError(
-            f"{type(network.network).__name__} keeps more than the keys and values of attention layers "
-            "(recurrent and hybrid networks do): completions cannot share the prefill of their prompt"
-        )
-    return Prefix(hidden[:, -1], cache, mask, lengths)
-
-
-def extend(network: CausalNetwork, prefix: Prefix, ids: Tensor, done: int = 0) -> Tensor:
-    """Hidden states (rows, new, width) of ``ids`` (rows, new) that follow a prefix and ``done`` earlier tokens.
-
-    The prefix's cache grows by the new tokens.
-    """
-    rows, new = ids.shape
-    steps = torch.arange(done, done + new, device=ids.device)
-    mask = prefix.mask
-    if mask is not None:
-        mask = torch.cat([mask, mask.new_ones((rows, done + new))], dim=-1)
-    hidden, prefix.cache = network.hidden(ids, mask, prefix.lengths[:, None] + steps, prefix.cache)
-    return hidden
+    length = mask.shape[-1]
+    at = torch.arange(length, device=mask.device)
+    row = at[length - tokens :, None]
+    seen = (mask.bool()[:, None, None, :] & (at <= row)) | (at == row)
+    return (
+        seen
+        if dtype == torch.bool
+        else torch.zeros((), dtype=dtype, device=mask.device).where(seen, torch.finfo(dtype).min)
+    )

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from .network import Prefix, counting, extend, note_mismatch, usages
+from .network import counting, note_mismatch, usages
+from .prefix import Prefix, extend
 
 if TYPE_CHECKING:
     from .autoregressive import Autoregressive

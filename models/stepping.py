@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .network import Prefix, extend
+from .prefix import Prefix, extend
 
 if TYPE_CHECKING:
     from .autoregressive import Autoregressive

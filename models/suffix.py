@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .autoregressive import Autoregressive
-from .network import CausalNetwork, Prefix, prefill
+from .network import CausalNetwork
+from .prefix import Prefix, prefill
 from .stepping import Steps, write
 
 

@@ -170,6 +170,24 @@ def test_svi_reaches_the_posterior_of_every_prompt(objective, seed):
     assert abs(last.mean()) < 0.1
 
 
+@pytest.mark.parametrize(("size", "drawn"), [(None, 256), (2, 102), (1, 51)])
+def test_draws_after_training_cost_what_those_of_a_minibatch_do(size, drawn):
+    family = Family(PROMPTS)
+    posterior = SVI(num_steps=1, seed=0, progress=False).run(family.model(size), PROMPTS)
+    assert posterior.samples["completion"].shape == (1, drawn, len(PROMPTS), T)
+    assert posterior.prior["completion"].shape == (1, drawn, len(PROMPTS), T)
+    asked = SVI(num_steps=1, num_samples=20, num_prior_samples=3, seed=0, progress=False)
+    posterior = asked.run(family.model(size), PROMPTS)
+    assert posterior.samples["completion"].shape == (1, 20, len(PROMPTS), T)
+    assert posterior.prior["completion"].shape == (1, 3, len(PROMPTS), T)
+
+
+def test_some_draws_of_very_many_prompts():
+    family = Family(PROMPTS * 20)
+    posterior = SVI(num_steps=1, seed=0, progress=False).run(family.model(2), family.prompts)
+    assert posterior.samples["completion"].shape == (1, 16, 100, T)
+
+
 @pytest.mark.parametrize("kind", ["table", pytest.param("llama", marks=pytest.mark.long)])
 def test_a_policy_serves_prompts_it_was_never_trained_on(kind):
     """The reward is for saying the prompt's third word, or fourth: KL to `Exact` on prompts held out.

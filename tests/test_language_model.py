@@ -138,8 +138,9 @@ def test_an_end_outside_the_vocabulary_ends_nothing():
 
 
 def test_batch_size_is_positive():
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
-        tiny_llama(batch_size=0)
+    for name in ("batch_size", "micro_batch_size"):
+        with pytest.raises(ValueError, match=f"^{name} must be at least 1"):
+            tiny_llama(**{name: 0})
 
 
 def test_a_prior_is_frozen_and_in_evaluation_mode():

@@ -1,11 +1,15 @@
 """Networks of many architectures against their own forward pass; what a law costs in passes, tokens and memory."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import by_hand, llama_network, random_network, table_lm, tiny_llama
+from transformers import masking_utils
 
 from bayeslm.models import LanguageModel, network, scoring
 from bayeslm.models.network import CausalNetwork, count_usage
+from bayeslm.models.prefix import prefill
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [20], [30, 31, 32]]
 
@@ -53,7 +57,9 @@ def test_agrees_with_the_networks_own_forward_pass(model_type, monkeypatch):
     torch.testing.assert_close(lm.packed()(PROMPTS, 12, 1.2).token_log_prob(x), expected, atol=1e-4, rtol=0)
     monkeypatch.setattr(scoring, "PROMPTS_AGAIN", -1)
     torch.testing.assert_close(lm(PROMPTS, 12, 1.2).token_log_prob(x), expected, atol=1e-4, rtol=0)
-    assert (lm.causal._body is not None) == linear_head
+    assert lm.causal._body is not None
+    assert (lm.causal._head is not None) == linear_head
+    assert law.read(x)[1].shape == (*x.shape, lm.causal.width)
 
 
 def test_a_head_that_changes_logits_is_seen_at_any_size():
@@ -61,7 +67,7 @@ def test_a_head_that_changes_logits_is_seen_at_any_size():
     softcapped = random_network("gemma2", query_pre_attn_scalar=8)
     with torch.no_grad():
         softcapped.lm_head.weight.mul_(1e-3)
-    assert CausalNetwork(softcapped.eval())._body is None
+    assert CausalNetwork(softcapped.eval())._head is None
 
 
 def test_a_body_that_is_scaled_before_the_head_is_seen():
@@ -72,7 +78,7 @@ def test_a_body_that_is_scaled_before_the_head_is_seen():
             return out
 
     scaled = Scaled(llama_network().config).eval()
-    assert CausalNetwork(scaled)._body is None
+    assert CausalNetwork(scaled)._head is None
     lm = LanguageModel(scaled)
     x = lm([[1, 2], [3]], 5).sample()
     expected = torch.stack([by_hand(lm, [1, 2], x[0]), by_hand(lm, [3], x[1])])
@@ -200,36 +206,138 @@ def test_usage_counts_nest():
     assert (outer.model_calls, inner.model_calls) == (2, 1)
 
 
-def test_rows_fit_a_bounded_batch():
-    """Logits of one micro-batch and, for small vocabularies, its activations stay under 2**27 numbers."""
-    for vocab in (8, 50_000):
-        causal = CausalNetwork(llama_network(vocab_size=vocab).eval())
-        for length in (1, 30, 2000, 10**6):
-            rows = causal.rows_per_batch(length)
-            assert rows == max(1, 2**27 // (length * max(vocab, 32 * 32)))
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma", "gpt2", "bloom"])
+def test_keys_and_values_are_counted(model_type):
+    extra, _ = ARCHITECTURES[model_type]
+    lm = LanguageModel(random_network(model_type, **extra))
+    prefix = prefill(lm.causal, torch.tensor([[1, 2, 3, 4, 5]]), None)
+    held = sum(x.numel() for layer in prefix.cache.layers for x in (layer.keys, layer.values))
+    assert held == 5 * lm.causal._cached > 0
+
+
+@pytest.mark.parametrize("vocab", [8, 50_000])
+@pytest.mark.parametrize("length", [1, 30, 2000, 10**6])
+def test_rows_fit_a_bounded_batch(vocab, length):
+    """All keys and values, the states of a layer, and the next token's logits; many times a single text's, or one."""
+    causal = CausalNetwork(llama_network(vocab_size=vocab).eval())
+    rows = causal.rows_per_batch(length)
+    each = length * (causal._cached + causal._layer) + 3 * vocab
+    assert rows * each <= network.HELD < (rows + 1) * each or rows == 1
+
+
+def test_a_gpu_takes_more_rows(monkeypatch):
+    """By its memory, an eighth of which a pass may hold in float32."""
+    causal = CausalNetwork(llama_network().eval())
+    here, here_with_gradient = causal.rows_per_batch(100), causal.rows_per_micro_batch(100)
+    monkeypatch.setattr(CausalNetwork, "device", torch.device("cuda"))
+    for gigabytes, times in ((80, 20), (1, 1)):
+        memory = SimpleNamespace(total_memory=gigabytes * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, memory=memory: memory)
+        assert causal.rows_per_batch(100) == pytest.approx(times * here, abs=times)
+        assert causal.rows_per_micro_batch(100) == pytest.approx(times * here_with_gradient, abs=times)
+
+
+def test_micro_batches_have_a_size_of_their_own():
+    def sizes(**settings):
+        law = tiny_llama(**settings).policy()([[1]], 4)
+        return law.max_rows, law.max_rows_with_gradient
+
+    most, fit = sizes()
+    assert most > fit > 100
+    assert sizes(batch_size=7) == (7, 7)
+    assert sizes(batch_size=10 * fit) == (10 * fit, fit)  # what is written at once need not be kept at once
+    assert sizes(batch_size=7, micro_batch_size=3) == (7, 3)
+    assert sizes(micro_batch_size=3) == (most, 3)
+
+
+# -- masks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """How often transformers has looked into a mask, for which the host waits."""
+    counted = []
+    look = masking_utils.fast_all
+    monkeypatch.setattr(masking_utils, "fast_all", lambda mask: counted.append(1) or look(mask))
+    return counted
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma", "gpt2", "opt", "granite"])
+def test_masks_of_padded_prompts_are_looked_at_once(model_type, attention, looks):
+    """When the network is tried: not while 12 tokens are written after prompts of unequal length, nor scored."""
+    extra, _ = ARCHITECTURES[model_type]
+    network = random_network(model_type, **extra)
+    network.set_attn_implementation(attention)
+    lm = LanguageModel(network, eos_token_ids=(2, 7))
+    assert lm.causal._ready == (torch.bool if attention == "sdpa" else torch.float32)
+    looks.clear()
+    law = lm(PROMPTS, max_new_tokens=12)
+    x = law.sample((3,))
+    assert not looks
+    expected = [[by_hand(lm, p, c) for p, c in zip(PROMPTS, row, strict=True)] for row in x]
+    expected = torch.stack([torch.stack(row) for row in expected])
+    looks.clear()
+    torch.testing.assert_close(law.token_log_prob(x), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(lm(PROMPTS, 12).token_log_prob(x.clone()), expected, atol=1e-4, rtol=0)
+    assert not looks
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "gemma2", "gemma3_text", "bloom"])
+def test_networks_with_windows_make_their_masks_themselves(model_type):
+    """And those that read positions off them. (That they give the right numbers is tested above.)"""
+    extra, _ = ARCHITECTURES[model_type]
+    assert CausalNetwork(random_network(model_type, **extra).eval())._ready is None
+
+
+def test_a_network_that_misreads_ready_masks_is_found():
+    class Misreads(type(llama_network())):
+        def forward(self, input_ids=None, attention_mask=None, **kwargs):
+            if attention_mask is not None and attention_mask.dim() == 4:
+                attention_mask = None
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+        base_model = None  # so that all goes through `forward`
+
+    causal = CausalNetwork(Misreads(llama_network().config).eval())
+    assert causal._body is None
+    assert causal._ready is None
+
+
+def test_half_precision_takes_ready_masks():
+    lm = LanguageModel(llama_network().bfloat16())
+    assert lm.causal._ready == torch.bool
+    assert lm.policy(2).causal._ready == torch.bool
 
 
 # -- the logits in blocks ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_scoring_never_holds_all_logits(monkeypatch, trained):
-    """The head sees a block of tokens at a time, without gradients and with them (forward and backward)."""
-    monkeypatch.setattr(network, "LOGITS_BLOCK", 16 * 8)
-    lm = tiny_llama(eos_token_ids=())
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "cohere", "granite"])
+def test_scoring_never_holds_all_logits(monkeypatch, model_type, trained):
+    """The head sees a block of tokens at a time, without gradients and with them (forward and backward); also where
+    its logits are capped or scaled.
+    """
+    extra, _ = ARCHITECTURES[model_type]
+    lm = LanguageModel(random_network(model_type, **extra), eos_token_ids=())
+    vocab = lm.vocab_size
+    monkeypatch.setattr(network, "LOGITS_BLOCK", 16 * vocab)
     lm = lm.policy() if trained else lm
     law = lm([[1, 2, 3], [5]], max_new_tokens=6)
     x = law.sample((20,))
+    assert lm.causal._body is not None
     heads = []
-    lm.causal._head.register_forward_hook(lambda module, inputs, output: heads.append(output.numel()))
+    head = lm.network.get_output_embeddings()
+    head.register_forward_hook(lambda module, inputs, output: heads.append(output.numel()))
     score = law.log_prob(x.clone()).sum()
-    assert sum(heads) == x.numel() * 8
-    assert max(heads) == 16 * 8
+    assert sum(heads) == x.numel() * vocab
+    assert max(heads) == 16 * vocab
     if trained:
         heads.clear()
         score.backward()
-        assert sum(heads) == x.numel() * 8  # computed anew
-        assert max(heads) == 16 * 8
+        assert sum(heads) == x.numel() * vocab  # computed anew
+        assert max(heads) == 16 * vocab
 
 
 @pytest.mark.parametrize("lora_rank", [None, 2])

@@ -6,7 +6,8 @@ from helpers import by_hand, llama_network, random_network, table_lm, tiny_llama
 from torch import nn
 
 from bayeslm.models import LanguageModel, scoring
-from bayeslm.models.network import CausalNetwork, checkpointable, count_usage
+from bayeslm.models.checkpointing import checkpointable
+from bayeslm.models.network import CausalNetwork, count_usage
 
 PROMPTS = [[1, 2, 3, 4], [5], [6, 7]]  # of different lengths, so that two are padded
 TOKENS = 6
@@ -276,7 +277,9 @@ def test_checkpointing_goes_with_a_model_and_needs_layers(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     lm = LanguageModel.from_pretrained(tmp_path, gradient_checkpointing=True, batch_size=7)
     assert (lm.policy().gradient_checkpointing, lm.policy(2).batch_size) == (True, 7)
-    with pytest.raises(ValueError, match="has none of transformers' GradientCheckpointingLayers; a small batch_size"):
+    with pytest.raises(
+        ValueError, match="has none of transformers' GradientCheckpointingLayers; a small micro_batch_size"
+    ):
         LanguageModel(table_lm().network, gradient_checkpointing=True)
 
 

@@ -65,7 +65,8 @@ def test_special_tokens_and_texts(smollm2):
 def test_the_head_is_apart_and_batches_are_bounded(smollm2):
     causal = smollm2.causal
     assert causal._head is smollm2.network.lm_head
-    assert causal.rows_per_batch(100) == 2**27 // (100 * 49_152)
+    assert causal._cached == 2 * 30 * 3 * 64
+    assert 50 < causal.rows_per_batch(100) == 2**27 // (100 * (11_520 + causal._layer) + 3 * 49_152)
 
 
 def test_lora(smollm2, tmp_path):

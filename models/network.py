@@ -386,16 +386,13 @@ def positions_of(ids: Tensor, mask: Tensor | None) -> Tensor:
 
 def ready_mask(mask: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
     """What each of the last ``tokens`` attends to, (rows, 1, tokens, length), of a mask (rows, length) of left-padded
-    texts: True, or what is added to attention logits.
-
-    Padding attends to itself, for there is no attention to nothing.
+    texts: True, or 0 to be added to attention logits.
     """
     length = mask.shape[-1]
     at = torch.arange(length, device=mask.device)
     row = at[length - tokens :, None]
-    seen = (mask.bool()[:, None, None, :] & (at <= row)) | (at == row)
-    return (
-        seen
-        if dtype == torch.bool
-        else torch.zeros((), dtype=dtype, device=mask.device).where(seen, torch.finfo(dtype).min)
-    )
+    # padding attends to itself: some kernels answer with NaN where there is nothing to attend to
+    seen = (mask.bool()[:, None, None, :] & (at < row)) | (at == row)
+    if dtype == torch.bool:
+        return seen
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)

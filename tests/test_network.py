@@ -85,6 +85,22 @@ def test_a_body_that_is_scaled_before_the_head_is_seen():
     torch.testing.assert_close(lm([[1, 2], [3]], 5).token_log_prob(x), expected, atol=1e-5, rtol=0)
 
 
+def test_logits_of_more_than_the_body_says_are_left_to_the_network():
+    """Where the last token is read once more beside its hidden state, hidden states alone give no logits."""
+
+    class Skips(type(llama_network())):
+        def forward(self, input_ids=None, **kwargs):
+            out = self.model(input_ids=input_ids, **kwargs)
+            out.logits = self.lm_head(out.last_hidden_state + self.model.embed_tokens(input_ids))
+            return out
+
+    lm = LanguageModel(Skips(llama_network().config).eval())
+    assert lm.causal._body is None
+    x = lm([[1, 2], [3]], 5).sample()
+    expected = torch.stack([by_hand(lm, [1, 2], x[0]), by_hand(lm, [3], x[1])])
+    torch.testing.assert_close(lm([[1, 2], [3]], 5).token_log_prob(x), expected, atol=1e-5, rtol=0)
+
+
 def test_finding_the_head_leaves_the_random_state_alone():
     lm = tiny_llama()
     torch.manual_seed(3)
@@ -283,6 +299,15 @@ def test_masks_of_padded_prompts_are_looked_at_once(model_type, attention, looks
     assert not looks
 
 
+def test_a_ready_mask_by_hand():
+    """Of two tokens after two, the first of them padding: the past and itself; padding itself alone."""
+    mask = network.ready_mask(torch.tensor([[0, 1, 1, 1]]), 2, torch.bool)
+    assert mask.tolist() == [[[[False, True, True, False], [False, True, True, True]]]]
+    whole = network.ready_mask(torch.tensor([[0, 1, 1]]), 3, torch.float32)
+    low = torch.finfo(torch.float32).min
+    assert whole.tolist() == [[[[0.0, low, low], [low, 0.0, low], [low, 0.0, 0.0]]]]
+
+
 @pytest.mark.parametrize("model_type", ["mistral", "gemma2", "gemma3_text", "bloom"])
 def test_networks_with_windows_make_their_masks_themselves(model_type):
     """And those that read positions off them. (That they give the right numbers is tested above.)"""
@@ -292,7 +317,8 @@ def test_networks_with_windows_make_their_masks_themselves(model_type):
 
 def test_a_network_that_misreads_ready_masks_is_found():
     class Misreads(type(llama_network())):
-        def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+            kwargs["position_ids"] = position_ids
             if attention_mask is not None and attention_mask.dim() == 4:
                 attention_mask = None
             return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)

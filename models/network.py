@@ -293,7 +293,8 @@ class CausalNetwork:
         config = self.network.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ())
         windows = kinds - {"full_attention"} or getattr(config, "sliding_window", None)
-        dtype = {"sdpa": torch.bool, "eager": self.parameters[0].dtype}.get(getattr(config, "_attn_implementation", ""))
+        own = next((p.dtype for p in self.parameters), torch.float32)
+        dtype = {"sdpa": torch.bool, "eager": own}.get(getattr(config, "_attn_implementation", ""))
         if windows or dtype is None or not self._takes_positions:
             return None
         ids = (torch.arange(8, device=self.device) % self.vocab_size).reshape(2, 4)
@@ -307,18 +308,22 @@ class CausalNetwork:
             return torch.cat([first, last], dim=1)[mask.bool()].float()
 
         with torch.no_grad():
-            own = states(lambda mask, tokens: mask)
+            expected = states(lambda mask, tokens: mask)
             try:
-                ready = states(lambda mask, tokens: ready_mask(mask, tokens, dtype))
+                found = states(lambda mask, tokens: ready_mask(mask, tokens, dtype))
             except Exception:  # whatever it is that it does with masks
                 return None
-        exact = self.compute_dtype is None and self.parameters[0].dtype == torch.float32
-        close = (own - ready).abs().max() <= (1e-5 if exact else 2e-2) * own.abs().max()
+        rounding = 1e-5 if (self.compute_dtype or own) == torch.float32 else 2e-2
+        close = (expected - found).abs().max() <= rounding * expected.abs().max()
         return dtype if close else None
 
     @contextlib.contextmanager
     def drawing(self, passes: int) -> Iterator[None]:
-        """Around so many passes without gradient: weights in training are converted, or packed, once for all."""
+        """Around so many passes without gradient: weights in training are converted, or packed, once for all.
+
+        Where they cannot be packed, on a GPU or in half precision, adapters stay apart: merged into bfloat16 weights
+        their small changes would be lost, and the law drawn from would not be the one that is scored.
+        """
         large = sum(p.numel() for p in self.parameters) >= packing.LARGE
         if not (self.requires_grad and large and passes >= packing.PAYS_FROM and self.compute_dtype is None):
             with self.precision():

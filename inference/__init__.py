@@ -15,7 +15,7 @@ from .kernels import SuffixKernel
 from .laplace import Laplace
 from .mcmc import MCMC
 from .nuts import NUTS
-from .objectives import FDivergence, ForwardKL, LogVariance, Renyi, alpha_divergence
+from .objectives import Divergence, FDivergence, ForwardKL, LogVariance, Renyi, alpha_divergence
 from .predictive import predict
 from .program import ProgramError
 from .psrl import PSRL, EpisodicTask, Learning
@@ -56,6 +56,7 @@ __all__ = [
     "Boltzmann",
     "ControlledSMC",
     "Critic",
+    "Divergence",
     "Duel",
     "Elicitation",
     "EpisodicTask",

@@ -16,8 +16,13 @@ def leave_one_out(name: str, f: Tensor) -> Tensor:
     Kool, van Hoof and Welling 2019; RLOO, Ahmadian et al. 2024, arXiv 2402.14740. Also the gradient of the log-variance
     divergence (VarGrad, Richter et al. 2020, arXiv 2010.10436).
     """
+    return less_others(f, f)
+
+
+def less_others(f: Tensor, own: Tensor) -> Tensor:
+    """``own`` (particle, prompt) less the mean of the other particles' ``f``; one particle has none."""
     n = len(f)
-    return f if n == 1 else (f - f.mean(0)) * (n / (n - 1))
+    return own if n == 1 else own - (f.sum(0) - f) / (n - 1)
 
 
 class ExponentialAverage:

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, softplus
 
+from .baselines import less_others
 from .draws import Draws, FromPosterior, Replay, Source, log_q, of_guide
 from .elbo import Objective, Seen
 from .program import Program, ProgramError
@@ -129,33 +130,62 @@ class ForwardKL(OverDraws):
         return _with_value(torch.where(dead.any(0), 0.0, value), surrogate)
 
 
+class Divergence(NamedTuple):
+    """f(t) of an f-divergence, by functions of log t: f'(t), and f(t) / t."""
+
+    f_prime: Callable[[Tensor], Tensor]
+    f_over_t: Callable[[Tensor], Tensor]
+
+
+def alpha_divergence(alpha: float) -> Divergence:
+    """f(t) = (t^a - a t - (1 - a)) / (a (a - 1)); 1 and 0 are the two KLs' limits."""
+    if alpha in (0.0, 1.0):
+        return DIVERGENCES["reverse-kl" if alpha else "forward-kl"]
+    a, b = alpha, alpha - 1.0
+    return Divergence(lambda u: (b * u).expm1() / b, lambda u: ((b * u).exp() - a + b * (-u).exp()) / (a * b))
+
+
+def _js_over_t(u: Tensor) -> Tensor:
+    u = u.clamp_max(80.0)  # where it is log(2) / 2 already, and its parts may be inf
+    return 0.5 * (math.log(2.0) + logsigmoid(u) - (-u).exp() * (softplus(u) - math.log(2.0)))
+
+
+DIVERGENCES: dict[str, Divergence] = {
+    "reverse-kl": Divergence(lambda u: 1.0 + u, lambda u: u),
+    "forward-kl": Divergence(lambda u: -(-u).exp(), lambda u: -(u * (-u).exp()).masked_fill(u == torch.inf, 0.0)),
+    "jensen-shannon": Divergence(lambda u: 0.5 * (math.log(2.0) + logsigmoid(u)), _js_over_t),
+    "total-variation": Divergence(lambda u: 0.5 * u.sign(), lambda u: 0.5 * (-u).expm1().abs()),
+}
+
+
 class FDivergence(OverDraws):
     r"""D_f(q || \pi^*) = E_{\pi^*}[ f(q / \pi^*) ] (Go et al. 2023, arXiv 2302.08215):
 
-        \nabla D_f = E_q[ f'(t) \nabla log q ],    t(x) = q(x) Z / \tilde p(x)
+        D_f = E_q[ f(t) / t ],    \nabla D_f = E_q[ f'(t) \nabla log q ],    t(x) = q(x) Z / \tilde p(x)
 
     with the leave-one-out mean of f' as a baseline and, for draws of another law, weights q / s truncated at sqrt(n)
-    times their mean (Ionides 2008). Without truncation it is unbiased if log Z is given; by default Z is the particles'
-    own estimate, and the bias O(1 / n).
+    times their mean (Ionides 2008). Without truncation both are unbiased if log Z is given; by default Z is the
+    particles' own estimate, and the bias O(1 / n).
 
-    :param f_prime: f' as a function of log t, or a name of `F_PRIME`.
+    :param divergence: f, or a name of `DIVERGENCES`.
     :param log_evidence: log Z of each prompt, (prompt,), where it is known.
     :raises ProgramError: if f' is not finite where a reward is -inf.
     """
 
     def __init__(
         self,
-        f_prime: str | Callable[[Tensor], Tensor] = "jensen-shannon",
+        divergence: str | Divergence = "jensen-shannon",
         num_particles: int = 8,
         source: Source = of_guide,
         *,
         log_evidence: Any = None,
     ) -> None:
         super().__init__(num_particles, source)
-        if isinstance(f_prime, str) and f_prime not in F_PRIME:
-            raise ValueError(f"FDivergence: f_prime must be a function or one of {', '.join(F_PRIME)}, got {f_prime!r}")
-        self.divergence = f_prime if isinstance(f_prime, str) else f_prime.__qualname__
-        self._f_prime = F_PRIME[f_prime] if isinstance(f_prime, str) else f_prime
+        if isinstance(divergence, str) and divergence not in DIVERGENCES:
+            names = ", ".join(DIVERGENCES)
+            raise ValueError(f"FDivergence: divergence must be a Divergence or one of {names}, got {divergence!r}")
+        self.divergence = divergence
+        self._f = DIVERGENCES[divergence] if isinstance(divergence, str) else divergence
         self._log_evidence = log_evidence
 
     def of(self, scores: Scores) -> Tensor:
@@ -170,27 +200,14 @@ class FDivergence(OverDraws):
         else:
             log_z = torch.as_tensor(self._log_evidence).to(log_q)
             log_z = log_z if scores.prompts is None or log_z.dim() == 0 else log_z[scores.prompts]
-        f_prime = self._f_prime(log_q + log_z - scores.log_target)
+        log_t = log_q + log_z - scores.log_target
         unknown = log_z == -torch.inf  # no draw has any weight: nothing is known of the posterior
-        f_prime = _finite(torch.where(unknown, 0.0, f_prime))
+        f_prime = _finite(torch.where(unknown, 0.0, self._f.f_prime(log_t)))
         weight = (log_q - scores.log_s).exp()
         weight = torch.minimum(weight, weight.mean(0) * n**0.5)
-        return (weight * _less_others(weight * f_prime, f_prime) * scores.log_q).mean(0)
-
-
-def alpha_divergence(alpha: float) -> Callable[[Tensor], Tensor]:
-    """f' of the alpha-divergence, f(t) = (t^a - a t - (1 - a)) / (a (a - 1)); 1 and 0 are the two KLs' limits."""
-    if alpha == 1.0:
-        return F_PRIME["reverse-kl"]
-    return lambda log_t: ((alpha - 1.0) * log_t).expm1() / (alpha - 1.0)
-
-
-F_PRIME: dict[str, Callable[[Tensor], Tensor]] = {
-    "reverse-kl": lambda log_t: 1.0 + log_t,
-    "forward-kl": lambda log_t: -(-log_t).exp(),
-    "jensen-shannon": lambda log_t: 0.5 * (math.log(2.0) + logsigmoid(log_t)),
-    "total-variation": lambda log_t: 0.5 * log_t.sign(),
-}
+        value = (weight * torch.where(unknown, 0.0, self._f.f_over_t(log_t))).mean(0)
+        surrogate = (weight * less_others(weight * f_prime, f_prime) * scores.log_q).mean(0)
+        return _with_value(value, surrogate)
 
 
 class Renyi(OverDraws):
@@ -229,12 +246,6 @@ class Renyi(OverDraws):
             advantage = bound - (replaced - math.log(n))
         surrogate = -((advantage / power - log_w.softmax(0) + 1 / n) * scores.log_q).sum(0)
         return _with_value(-bound / power, surrogate)
-
-
-def _less_others(f: Tensor, own: Tensor) -> Tensor:
-    """``own`` (particle, prompt) less the mean of the others' ``f``."""
-    n = len(f)
-    return own if n == 1 else own - (f.sum(0) - f) / (n - 1)
 
 
 def _log_weight(log_target: Tensor, log_s: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from .assign import Arbitrary as Arbitrary
 from .assign import Assign as Assign
 from .assign import same_law as same_law
 from .errors import ProgramError as ProgramError
-from .errors import branches_explained as branches_explained
+from .errors import explained as explained
 from .minibatches import PROMPTS as PROMPTS
 from .minibatches import Minibatch
 from .particles import along
@@ -209,7 +209,7 @@ def _first_look(
     with (
         seeded(0),
         torch.no_grad(),
-        branches_explained(),
+        explained(),
         poutine.block(),
         minibatch,
         Arbitrary(),
@@ -283,11 +283,24 @@ def look(program: Program | None, model: Callable[..., Any], args: tuple[Any, ..
         and program.model is model
         and len(program.args) == len(args)
         and program.kwargs.keys() == kwargs.keys()
-        and all(a is b for a, b in zip(program.args, args, strict=True))
-        and all(program.kwargs[name] is kwargs[name] for name in kwargs)
+        and all(_same(a, b) for a, b in zip(program.args, args, strict=True))
+        and all(_same(program.kwargs[name], kwargs[name]) for name in kwargs)
     ):
         return program
     return _first_look(model, args, kwargs)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether arguments are one object, or equal texts and numbers (prompts are often listed anew at every step)."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return isinstance(a, str | int | float) and a == b
 
 
 def _is_one(scale: Any) -> bool:

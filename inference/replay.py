@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..models import Autoregressive
 from .particles import Particles
-from .program import PARTICLES, Program, ProgramError, branches_explained, same_law, sample_sites
+from .program import PARTICLES, Program, ProgramError, explained, same_law, sample_sites
 from .runs import run_particles, site_terms, site_value
 
 
@@ -123,7 +123,7 @@ class History:
         tracer = poutine.trace()
         given = _Given(self, values, self.written if stop == "completion" else {}, stop)
         plate = pyro.plate(PARTICLES, size, dim=-1 - self.program.max_plate_nesting)
-        with contextlib.suppress(_Reached), branches_explained(), torch.no_grad(), tracer, given, plate:
+        with contextlib.suppress(_Reached), explained(), torch.no_grad(), tracer, given, plate:
             self.program.model(*self.program.args, **self.program.kwargs)
         trace = prune_subsample_sites(tracer.trace)
         for name, _ in sample_sites(trace):

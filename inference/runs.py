@@ -19,7 +19,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from .particles import Particles
-from .program import PARTICLES, Program, ProgramError, Site, branches_explained, in_prompts, sample_sites
+from .program import PARTICLES, Program, ProgramError, Site, explained, in_prompts, sample_sites
 
 
 def traces(
@@ -46,7 +46,7 @@ def traces(
                     "of their own: put it inside the plate (AutoNormal does), or a latent of the program outside"
                 )
         model = poutine.replay(model, trace=guide_trace)
-    with branches_explained():
+    with explained():
         model_trace = poutine.trace(in_plate(model)).get_trace(*program.args, **program.kwargs)
     return prune_subsample_sites(model_trace), guide_trace
 

@@ -29,6 +29,7 @@ from bayeslm.inference import (
     Replay,
 )
 from bayeslm.inference import draws as draws_module
+from bayeslm.inference import program as program_module
 from bayeslm.inference.draws import log_q, of_guide
 from bayeslm.inference.guides import AutoPolicy
 from bayeslm.inference.program import inspect, seeded
@@ -250,3 +251,25 @@ def test_hard_constraints_on_another_engines_draws():
     assert not np.isnan(trained.stats["elbo"]).any()
     with pytest.raises(ProgramError, match="not known where their reward is -inf"):
         SVI(objective=FDivergence("total-variation", 64, FromPosterior(posterior)), **settings).run(model, PROMPTS)
+
+
+def test_equal_prompts_keep_the_buffer_and_others_do_not(monkeypatch):
+    """In a loop of plain Pyro that makes its list of prompts at every step: new draws at every third."""
+    small, drawn, looks = Small(), [], []
+    new, first_look = draws_module.of_guide, program_module._first_look
+    monkeypatch.setattr(draws_module, "of_guide", lambda *args: drawn.append(1) or new(*args))
+    monkeypatch.setattr(program_module, "_first_look", lambda *args: looks.append(1) or first_look(*args))
+    svi = pyro.infer.SVI(small.model, small.guide, pyro.optim.Adam({"lr": 1e-3}), LogVariance(8, Replay(every=3)))
+
+    def lots(prompts, steps):
+        drawn.clear()
+        for _ in range(steps):
+            svi.step([list(prompt) for prompt in prompts])
+        return len(drawn)
+
+    with pyro.get_param_store().scope():
+        assert lots(PROMPTS, 7) == 3
+        assert lots(PROMPTS[::-1], 1) == 1
+        assert lots(PROMPTS[:1], 1) == 1
+        assert lots(PROMPTS[:1], 2) == 0
+    assert len(looks) == 3

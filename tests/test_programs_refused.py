@@ -11,7 +11,17 @@ import torch
 from helpers import table_lm
 from torch import nn
 
-from bayeslm.inference import SVI, BestOfN, Exact, ImportanceSampling, ProgramError, RejectionSampling
+from bayeslm.inference import (
+    MCMC,
+    SMC,
+    SVI,
+    BestOfN,
+    Exact,
+    ImportanceSampling,
+    LogVariance,
+    ProgramError,
+    RejectionSampling,
+)
 from bayeslm.models import TiltedLM
 from bayeslm.models.rewards import RewardError
 
@@ -65,10 +75,40 @@ def test_a_factor_that_is_not_a_number_is_named():
         pyro.sample("theta", dist.Normal(0.0, 1.0))
         pyro.factor("evidence", torch.tensor(value))
 
-    with pytest.raises(ProgramError, match="'evidence' has log-probability inf"):
-        ENGINE.run(model, math.inf)
-    with pytest.raises(ValueError, match="log_factor: nan"):  # Pyro's own check comes first
-        ENGINE.run(model, math.nan)
+    for bad in (math.inf, math.nan):
+        with pytest.raises(ProgramError, match=f"'evidence' has log-probability {bad}"):
+            ENGINE.run(model, bad)
+    with pytest.raises(ValueError, match="log_factor"):  # outside an engine Pyro checks as ever
+        model(math.nan)
+
+
+@pytest.mark.filterwarnings("ignore:Encountered:UserWarning")
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        ImportanceSampling(num_particles=300, seed=0, progress=False),
+        SMC(num_particles=300, seed=0, progress=False),
+        MCMC(num_samples=5, seed=0, progress=False),
+        SVI(num_steps=20, num_particles=100, seed=0, progress=False),
+        SVI(num_steps=20, objective=LogVariance(100), seed=0, progress=False),
+    ],
+    ids=["importance", "smc", "mcmc", "svi", "svi, over draws"],
+)
+def test_the_text_whose_factor_is_not_a_number_is_told(engine, bad):
+    lm = table_lm(order=2, vocab=3)
+
+    def model(prompts):
+        with pyro.plate("prompts", len(prompts)):
+            x = pyro.sample("completion", lm(prompts, max_new_tokens=3))
+            count = (x == 1).float().sum(-1)
+            pyro.factor("liking", torch.where(count > 2, bad, count))
+
+    with pytest.raises(
+        ProgramError, match=rf"'liking' has log-probability {bad} at particle \d+, prompt [01]"
+    ) as caught:
+        engine.run(model, ["a", "b"])
+    assert "completion: 'a a a'" in str(caught.value)
 
 
 def test_a_guide_with_a_site_of_its_own():

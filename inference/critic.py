@@ -61,13 +61,14 @@ class Texts:
     ``hidden`` (particle, prompt, text, token, width) before each token; ``past`` (particle, prompt, text, token),
     \\sum_{s<t} log p(x_s) - log q(x_s); ``live``, of the same shape: which tokens are not padding; ``earned``, what
     factors of the tokens before, in a plate `STEPS`, add up to, (particle, prompt, text or 1, token). A prompt has one
-    text, or more in a plate of its own.
+    text, or more in a plate of its own. ``prompts`` are the indices of a minibatch's.
     """
 
     hidden: Tensor
     past: Tensor
     live: Tensor
     earned: Tensor
+    prompts: Tensor | None = None
 
 
 class Critic:
@@ -87,9 +88,9 @@ class Critic:
         self._average = ExponentialAverage()  # the level, where there is no other particle
         self._sites: dict[str, _Learner] = {}
 
-    def __call__(self, name: str, f: Tensor) -> Tensor:
+    def __call__(self, name: str, f: Tensor, prompts: Tensor | None = None) -> Tensor:
         """The advantage (particle, prompt) of a latent that is no completion."""
-        return leave_one_out(name, f) if len(f) > 1 else self._average(name, f)
+        return leave_one_out(name, f) if len(f) > 1 else self._average(name, f, prompts)
 
     def of_tokens(self, name: str, f: Tensor, texts: Texts) -> Tensor:
         """The advantages (particle, prompt, text, token) of a completion, by what was learned before; then learn.
@@ -98,7 +99,7 @@ class Critic:
         """
         if not texts.live.any():
             return torch.zeros_like(texts.past)  # nobody acted: there is nothing to credit, nor to learn
-        level = f if len(f) > 1 else self._average(name, f)
+        level = f if len(f) > 1 else self._average(name, f, texts.prompts)
         if name not in self._sites:
             self._sites[name] = _Learner(_Head.reading(texts, self.width), self.learning_rate)
         return self._sites[name].learn(level[:, :, None, None], texts, self.num_steps)

@@ -24,7 +24,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from .baselines import leave_one_out
+from .baselines import Baseline, leave_one_out
 from .critic import Critic, Readable, Texts
 from .elbo import Objective, Seen
 from .program import STEPS, Program, ProgramError, in_prompts, sample_sites
@@ -36,14 +36,12 @@ class ReverseKL(Objective):
     """The negative ELBO.
 
     :param num_particles: completions of each prompt in a step; all run at once.
-    :param baseline: f less what is known of it without the particle itself, for the name of a latent and f
-        (particle, prompt): `leave_one_out`, an `ExponentialAverage`, or a `Critic`, which learns one for each token;
-        `StateValues` of trajectories through finitely many states.
+    :param baseline: f less what is known of it without the particle itself (see `baselines`): `leave_one_out`, an
+        `ExponentialAverage`, or a `Critic`, which learns one for each token; `StateValues` of trajectories through
+        finitely many states.
     """
 
-    def __init__(
-        self, num_particles: int = 8, baseline: Callable[[str, Tensor], Tensor] | Critic | StateValues = leave_one_out
-    ) -> None:
+    def __init__(self, num_particles: int = 8, baseline: Baseline | Critic | StateValues = leave_one_out) -> None:
         super().__init__(num_particles, baseline)
         self._baseline = baseline
 
@@ -103,7 +101,7 @@ class ReverseKL(Objective):
                     advantage = self._baseline.of_tokens(name, f, texts[name])
                     surrogate = surrogate + (advantage * tokens[name]).sum((1, 2, 3))
                 else:
-                    surrogate = surrogate + (self._baseline(name, f) * term).sum(-1)
+                    surrogate = surrogate + (self._baseline(name, f, program.minibatch) * term).sum(-1)
         f = (total if program.shared else local).detach()
         self.particles = Seen({name: node["value"] for name, node in sample_sites(guide_trace)}, f)
         self._note(program, sites, seen, f)
@@ -145,7 +143,7 @@ class ReverseKL(Objective):
             ratio = by_prompt(log_p) - tokens[name].detach()
             live = torch.arange(ratio.shape[-1], device=ratio.device) < by_prompt(law.lengths(node["value"])[..., None])
             past = ratio.cumsum(-1) - ratio
-            texts[name] = Texts(by_prompt(hidden, rest=2), past, live, torch.zeros_like(past))
+            texts[name] = Texts(by_prompt(hidden, rest=2), past, live, torch.zeros_like(past), program.minibatch)
         return texts, tokens
 
     def _credit(self, program: Program, model_trace: Trace, texts: dict[str, Texts]) -> None:

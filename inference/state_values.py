@@ -41,7 +41,7 @@ class StateValues:
             raise ValueError(f"StateValues: decay must be in [0, 1), got {decay}")
         self._tables: dict[str, Tensor] = {}  # (2, parts, S) a site: values, and of how many visits they are
 
-    def __call__(self, name: str, f: Tensor) -> Tensor:
+    def __call__(self, name: str, f: Tensor, prompts: Tensor | None = None) -> Tensor:
         """The advantage (particle, prompt) of a latent that is no trajectory."""
         return leave_one_out(name, f)
 

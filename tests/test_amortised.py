@@ -21,7 +21,9 @@ from torch.nn.functional import softplus
 from bayeslm.inference import (
     SMC,
     SVI,
+    Critic,
     Exact,
+    ExponentialAverage,
     FDivergence,
     ForwardKL,
     FromPosterior,
@@ -87,11 +89,13 @@ class Family:
     "make",
     [
         lambda z: ReverseKL(4),
+        lambda z: ReverseKL(1, ExponentialAverage()),
+        lambda z: ReverseKL(1, Critic()),
         lambda z: LogVariance(4),
         lambda z: FDivergence("reverse-kl", 4, log_evidence=z),
         lambda z: Trace_ELBO(16, vectorize_particles=True),
     ],
-    ids=["reverse KL", "log-variance", "f-divergence, log Z known", "stock Trace_ELBO"],
+    ids=["reverse KL", "average", "critic", "log-variance", "f-divergence, log Z known", "stock Trace_ELBO"],
 )
 def test_gradient_is_unbiased_for_all_prompts(make):
     family = Family(PROMPTS * 20)
@@ -168,6 +172,26 @@ def test_svi_reaches_the_posterior_of_every_prompt(objective, seed):
     assert seen.shape == posterior.stats["elbo"].shape == (1, 300, 2)
     last = posterior.stats["elbo"][0, -50:] - family.log_z.detach().numpy()[seen[0, -50:]]
     assert abs(last.mean()) < 0.1
+
+
+def test_a_prompts_average_lessens_the_variance_of_minibatches():
+    """Where log Z differs between prompts by many nats, one level for all is no baseline."""
+    family = Family(PROMPTS * 20)
+    family.reward = lambda prompts, x, reward=family.reward: (
+        reward(prompts, x) + torch.tensor([10.0 * (len(prompt) + prompt[-1]) for prompt in prompts])
+    )
+    parameters = list(family.policy.network.parameters())
+    spread = {}
+    for name, baseline in {"its own": ExponentialAverage(), "one for all": _OneForAll()}.items():
+        torch.manual_seed(0)
+        found = gradients(ReverseKL(1, baseline), family.model(20), family.guide(20), parameters, (family.prompts,), 60)
+        spread[name] = float(found[20:].std(0).norm())
+    assert spread["its own"] < 0.3 * spread["one for all"]
+
+
+class _OneForAll(ExponentialAverage):
+    def __call__(self, name, f, prompts=None):
+        return super().__call__(name, f.reshape(-1, 1)).reshape(f.shape)
 
 
 @pytest.mark.parametrize(("size", "drawn"), [(None, 256), (2, 102), (1, 51)])

@@ -100,11 +100,18 @@ def test_gradient_is_unbiased(objective, seed):
 
 
 def test_exponential_average_is_of_the_steps_before():
+    """Each prompt's own; one that is new has the mean of the others'."""
     baseline = ExponentialAverage(decay=0.9)
-    steps = [torch.tensor([[1.0, 3.0], [5.0, 7.0]]), torch.tensor([[2.0], [4.0]]), torch.tensor([[0.0, 1.0]])]
-    for f, before in zip(steps, (0.0, 4.0, 0.9 * 4.0 + 0.1 * 3.0), strict=True):
-        torch.testing.assert_close(baseline("x", f), f - before)
-    torch.testing.assert_close(baseline("another", steps[0]), steps[0])
+    steps = [
+        (torch.tensor([[1.0, 3.0], [5.0, 7.0]]), None, [0.0, 0.0]),  # means 3 and 5
+        (torch.tensor([[0.0, 1.0]]), None, [3.0, 5.0]),  # then 2.7 and 4.6
+        (torch.tensor([[9.0, 2.0]]), torch.tensor([3, 0]), [(2.7 + 4.6) / 2, 2.7]),  # then 9, and 2.63
+        (torch.tensor([[1.0, 1.0]]), torch.tensor([1, 3]), [4.6, 9.0]),
+        (torch.tensor([[1.0, 1.0]]), torch.tensor([2, 0]), [(2.63 + 4.24 + 8.2) / 3, 2.63]),
+    ]
+    for f, prompts, before in steps:
+        torch.testing.assert_close(baseline("x", f, prompts), f - torch.tensor(before))
+    torch.testing.assert_close(baseline("another", steps[0][0]), steps[0][0])
 
 
 def test_baselines_reduce_the_variance():

@@ -15,10 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # on Windows, where nobody else can open what is being written anyway
-    fcntl = None  # type: ignore[assignment]
+from bayeslm.folders import hold
 
 
 class Journal:
@@ -34,7 +31,7 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115, closed by `close`
         try:
-            self._lock()
+            hold(self._file.fileno(), f"{self.path} is open in another process")
             self.mended: str | None = None
             """What was torn, and is no longer there."""
             self.rows, self._starts = self._read()
@@ -81,14 +78,6 @@ class Journal:
     def _cut(self, at: int) -> None:
         self._file.truncate(at)
         os.fsync(self._file.fileno())
-
-    def _lock(self) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"{self.path} is open in another process: close that first") from None
 
     def _read(self) -> tuple[list[dict[str, Any]], list[int]]:
         """The objects, and where each one's line starts."""

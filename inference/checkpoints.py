@@ -1,7 +1,7 @@
 """Checkpoints of a training: whole or not there, refused where they are another run's, no pickle.
 
-    run/chain-0/              what chain 0 ended with
-    run/chain-1-step-150/     where chain 1 stands
+    run/.lock                 held by the process that writes here
+    run/chain-0-step-200/     where chain 0 stands, or ended
         checkpoint.json       format, version, the run's description, step, random numbers' states
         tensors.safetensors   parameters, Adam's moments, what the objective remembers, the history
 
@@ -10,9 +10,9 @@ Each is written into a hidden folder beside its place and renamed; only then is 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import random
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from types import CellType, CodeType, FunctionType
+from types import CellType, CodeType, FunctionType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import bayeslm
-from bayeslm.folders import whole
+from bayeslm.folders import lock, whole
 
 from ..models import Autoregressive, TiltedLM
 from ..models.rewards import Reward
@@ -50,35 +50,43 @@ class Saved:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in a folder of their own.
+    """The checkpoints of one run, in a folder of their own; use it in a ``with`` block.
 
     :param folder: made if it is not there.
     :param description: of the run, as `describe_run` gives it: one of another is refused.
+    :raises BlockingIOError: on entering, if another process writes there.
     :raises ValueError: on `newest`, if the folder holds another run's, with what differs.
     """
 
     def __init__(self, folder: Path, description: dict[str, Any]) -> None:
         self.folder = folder.absolute()
         self._description = json.loads(json.dumps(description))
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> Checkpoints:
+        with contextlib.suppress(OSError):  # a disk that refuses is told of when there is something to write
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._held.enter_context(lock(self.folder / ".lock", f"{self.folder} is written by another training"))
         for unfinished in self.folder.glob(".chain-*"):  # of a run that was killed while it wrote
             shutil.rmtree(unfinished, ignore_errors=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._held.close()
 
     def newest(self, chain: int) -> Saved | None:
-        """What a chain ended with, or where it stands; None if it has not begun."""
-        stands = list(self.folder.glob(f"chain-{chain}-step-*"))
-        if (ended := self.folder / f"chain-{chain}").exists():
-            for path in stands:  # left by a kill
-                shutil.rmtree(path, ignore_errors=True)
-            return self._read(ended)
-        return self._read(max(stands, key=lambda path: int(path.name.rpartition("-")[2]))) if stands else None
+        """Where a chain stands, or ended; None if it has not begun."""
+        *before, newest = [None, *sorted(self.folder.glob(f"chain-{chain}-step-*"), key=_step)]
+        for path in filter(None, before):  # left by a kill
+            shutil.rmtree(path, ignore_errors=True)
+        return self._read(newest) if newest else None
 
-    def write(self, saved: Saved, *, last: bool = False) -> str | None:
-        """Write a checkpoint, then remove the chain's ones before it; ``last`` is the chain's end.
+    def write(self, saved: Saved) -> str | None:
+        """Write a checkpoint, then remove the chain's ones before it.
 
         A disk that refuses is a warning and not the end of the training: the checkpoint before stays. Gives its path.
         """
-        name = f"chain-{saved.chain}" + ("" if last else f"-step-{saved.values['step']}")
-        target = self.folder / name
+        target = self.folder / f"chain-{saved.chain}-step-{saved.values['step']}"
         if target.exists():
             return str(target)
         before = list(self.folder.glob(f"chain-{saved.chain}-step-*"))
@@ -107,11 +115,17 @@ class Checkpoints:
         there = {"format": values.pop("format", None), "version": values.pop("version", None)} | values.pop("run", {})
         here = {"format": FORMAT, "version": bayeslm.__version__} | self._description
         if differences := _differences(there, here):
+            more = "num_steps" in here and there.get("num_steps") != here["num_steps"]
             raise ValueError(
                 f"{path} is a checkpoint of another run: {'; '.join(differences)}. "
-                "Run what it was made with, or choose another folder"
+                + ("(More steps are for schedule='constant', one chain, and no Tempering.) " if more else "")
+                + "Run what it was made with, or choose another folder"
             )
         return Saved(values.pop("chain"), tensors, values)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -139,7 +153,8 @@ def describe_run(engine: Any, program: Program, objective: Any) -> dict[str, Any
     the priors' weights."""
     settings = {field.name: getattr(engine, field.name) for field in dataclasses.fields(engine)}
     settings["objective"] = objective
-    described = {name: describe(value) for name, value in settings.items() if name not in NOT_THE_RUN}
+    left_out = {*NOT_THE_RUN, *(() if engine.has_an_end else ("num_steps",))}
+    described = {name: describe(value) for name, value in settings.items() if name not in left_out}
     for site in program.sites.values():
         described[f"site {site.name!r}"] = [site.kind, type(site.fn).__name__, list(site.shape)]
         if isinstance(site.fn, Autoregressive):
@@ -225,30 +240,3 @@ def digest(module: torch.nn.Module) -> str:
         found.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
         found.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
-
-
-# -- random numbers ------------------------------------------------------------------------------------------
-
-
-def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The states of torch's, NumPy's and Python's generators, as tensors and as JSON."""
-    tensors = {"rng.torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors |= {f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    state: Any = np.random.get_state()  # noqa: NPY002  (the generator that rewards may use)
-    kind, keys, *rest = state
-    version, inside, gauss = random.getstate()
-    return tensors, {"numpy": [kind, keys.tolist(), *rest], "random": [version, list(inside), gauss]}
-
-
-def restore_random_states(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    """Put back what `random_states` gave."""
-    torch.set_rng_state(tensors["rng.torch"])
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            if (state := tensors.get(f"rng.cuda.{i}")) is not None:
-                torch.cuda.set_rng_state(state, i)
-    kind, keys, *rest = values["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
-    version, inside, gauss = values["random"]
-    random.setstate((version, tuple(inside), gauss))

@@ -23,7 +23,8 @@ class Stateful(Protocol):
         """Forget it: another training begins, of this program."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that is remembered, so that a training can go on as if it had never stopped."""
+        """All that is remembered, so that a training can go on as if it had never stopped; of tensors that no later
+        step changes in place."""
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Remember what `state_dict` gave; comes after `reset`."""
@@ -31,10 +32,13 @@ class Stateful(Protocol):
 
 @dataclass
 class Seen:
-    """A step's particles: ``values`` of the guide's sites; ``ratio`` (particle, weight prompt), log p + l - log q."""
+    """A step's particles: ``values`` of the guide's sites; ``ratio``, log p + l - log q, and ``log_likelihood``, l,
+    (particle, weight prompt).
+    """
 
     values: dict[str, Tensor]
     ratio: Tensor
+    log_likelihood: Tensor
 
     def farthest(self, program: Program, labels: Sequence[str]) -> str:
         """Where numbers went wrong, or are likeliest to have: the particle whose ratio is farthest from the others'.
@@ -55,6 +59,20 @@ class Seen:
                 else:
                     lines.append(f"{site.name}: {', '.join(map(repr, texts))}")
         return "\n".join(lines)
+
+    def texts(self, program: Program, labels: Sequence[str]) -> list[tuple[str, str, float]]:
+        """The first particle's completions, as many of them as there are prompts, each with its prompt and l.
+
+        :param labels: what to call the step's prompts.
+        """
+        rows: list[tuple[str, str, float]] = []
+        told = self.log_likelihood[0].expand(len(labels)).tolist()
+        for site in program.completions:
+            value = self.values.get(site.name)
+            if value is not None and site.fn.lm.tokenizer is not None:
+                texts = site.fn.decode(value[0]).reshape(-1)
+                rows += zip(labels, texts, told, strict=False)
+        return rows
 
 
 class Objective(ELBO):

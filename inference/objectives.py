@@ -78,7 +78,7 @@ class OverDraws(Objective):
             return torch.where(shares > 0, shares * x, 0.0).sum(0)
 
         likelihood, elbo = mean(draws.log_likelihood), mean(draws.log_target - log_q)
-        self.particles = Seen(draws.values, draws.log_target - log_q)
+        self.particles = Seen(draws.values, draws.log_target - log_q, draws.log_likelihood)
         self.last = {"elbo": elbo, "log_likelihood": likelihood, "kl": likelihood - elbo}
         if not isinstance(self._source, FromPosterior):  # whose log s may lack a constant
             self.last["log_evidence"] = _log_mean_exp(draws.log_target - draws.log_s)

@@ -38,7 +38,8 @@ class ScheduledAdam(PyroOptim):
         super().__init__(torch.optim.Adam, {})
         self._rate_of = rate_of
         self._num_steps = num_steps
-        self._factor = SCHEDULES[schedule]
+        self._schedule = SCHEDULES[schedule]
+        self.factor = 1.0  # of the learning rates in the last step
         self._num_prompts = num_prompts
         self._clip = math.inf if clip_norm is None else clip_norm * num_prompts
         self._adam: torch.optim.Adam | None = None
@@ -51,8 +52,9 @@ class ScheduledAdam(PyroOptim):
         self._add({p: str(store.param_name(p)) for p in set(params) - self._names.keys()})
         if self._adam is None:
             raise ValueError("the guide has no parameters that require a gradient: there is nothing to train")
+        self.factor = self._schedule(self.steps / self._num_steps)
         for settings in self._adam.param_groups:
-            settings["lr"] = settings["rate"] * self._factor(self.steps / self._num_steps)
+            settings["lr"] = settings["rate"] * self.factor
         self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(self._names, self._clip)) / self._num_prompts
         if not math.isfinite(self.gradient_norm):
             raise FloatingPointError(f"the gradient is {self.gradient_norm}")

@@ -103,8 +103,12 @@ class ReverseKL(Objective):
                 else:
                     surrogate = surrogate + (self._baseline(name, f, program.minibatch) * term).sum(-1)
         f = (total if program.shared else local).detach()
-        self.particles = Seen({name: node["value"] for name, node in sample_sites(guide_trace)}, f)
-        self._note(program, sites, seen, f)
+        terms = [term.detach() for term in seen.values()]
+        if program.shared:
+            terms = [term.sum(-1, keepdim=True) for term in terms]
+        each = sum(terms, torch.zeros_like(f))
+        self.particles = Seen({name: node["value"] for name, node in sample_sites(guide_trace)}, f, each)
+        self._note(program, sites, each, f)
         return surrogate.mean()
 
     def _read(
@@ -165,12 +169,8 @@ class ReverseKL(Objective):
                 if read.past.shape[-1] == term.shape[-1]:
                     read.earned = read.earned + term.cumsum(-1) - term
 
-    def _note(self, program: Program, sites: dict[str, Any], seen: dict[str, Tensor], f: Tensor) -> None:
-        """Keep what the particles saw in ``last``; f is of the tempered target."""
-        terms = [term.detach() for term in seen.values()]
-        if program.shared:
-            terms = [term.sum(-1, keepdim=True) for term in terms]
-        each = sum(terms, torch.zeros_like(f))
+    def _note(self, program: Program, sites: dict[str, Any], each: Tensor, f: Tensor) -> None:
+        """Keep what the particles saw in ``last``: of each the log-likelihood, and f of the tempered target."""
         likelihood = each.mean(0)
         ratio = f + (1.0 - self.inverse_temperature) * each
         elbo = ratio.mean(0)

@@ -30,7 +30,7 @@ from .program import Program, look, seeded
 from .results import Stopwatch, draw, posterior
 from .reverse_kl import ReverseKL
 from .stopping import Stopping
-from .temperature import Temperature
+from .temperature import KLTarget, Temperature
 from .training import Training, stack
 
 NUM_SAMPLES, FEWEST = 256, 16  # draws of each prompt: by default, and where these are many
@@ -60,11 +60,11 @@ class SVI:
     :param stop: ends a chain before ``num_steps``: `Plateau` of the ELBO, `NearPosterior`, or your own, see `Stopping`.
     :param held_out: other prompts, other rewards to look at beside: `HeldOut`.
     :param checkpoint: a folder. What is there is gone on from: a run that was killed ends as if it had not been, to the
-        bit on a CPU, and so does one whose reward raised, or that was interrupted. Each is a policy's parameters three
-        times over.
+        bit on a CPU, and so does one whose reward raised, or that was interrupted; one chain with a constant
+        schedule goes on beyond its end with more steps. Each is a policy's parameters three times over.
     :param checkpoint_every: steps from one checkpoint to the next.
-    :param log: called with the number of steps done, counted on through chains, and the means of what the last saw:
-        `TensorBoard`, or your own.
+    :param log: called with the number of steps done, counted on through chains, and the means of what the last saw, the
+        learning rate and the samples a second: `TensorBoard`, which shows completions too, or your own.
     :param on_step: called with the number of steps done, from 0 on, and the policy. It leaves the random numbers as
         they are.
     :param seed, progress, batch_size: as in `ImportanceSampling`.
@@ -111,6 +111,12 @@ class SVI:
             )
 
     @property
+    def has_an_end(self) -> bool:
+        """Whether what a step does depends on how many there are to be (a chain begins where the one before ends)."""
+        moves = self.temperature is not None and not isinstance(self.temperature, KLTarget)
+        return self.schedule != "constant" or moves or self.num_chains > 1
+
+    @property
     def makes_guides(self) -> bool:
         """Whether each chain has a new guide, with parameters of its own."""
         return self.guide is None or isinstance(self.guide, type)
@@ -121,8 +127,8 @@ class SVI:
         ``stats``, NaN where a chain had ended: ``elbo``, ``kl``, ``log_likelihood``, ``log_evidence`` and ``score``
         (chain, step, prompt), ``gradient_norm`` and ``inverse_temperature`` (chain, step); ``ess`` and ``khat`` a
         prompt; `HeldOut`'s. Ctrl-C ends the training, and the policy so far is kept; so is it on an error, as the
-        exception's ``policy``. ``mismatch`` is how far log-probabilities were, as they were drawn and as they were
-        differentiated: the largest and the mean a token.
+        exception's ``policy``, and those of all chains as ``policies``. ``mismatch`` is how far log-probabilities were
+        as they were drawn from those that were differentiated: the largest and the mean a token.
 
         Where the program's plate of prompts is subsampled, each step has a minibatch of them, whose indices are
         ``stats["prompts"]`` (chain, step, prompt); the draws are of all prompts.
@@ -133,8 +139,9 @@ class SVI:
         :raises ProgramError: if a reward is -inf under the policy.
         :raises FloatingPointError: if a loss or a gradient is not finite, with the texts and where to go on from.
         :raises ValueError: if ``checkpoint`` holds another run's, with what differs.
+        :raises BlockingIOError: if another process trains with the same ``checkpoint``.
         """
-        with seeded(self.seed), Stopwatch() as watch:
+        with seeded(self.seed), Stopwatch() as watch, contextlib.ExitStack() as held:
             program = look(None, model, args, kwargs)
             objective = self.objective if self.objective is not None else ReverseKL(self.num_particles or 8)
             if self.temperature is not None and not isinstance(objective, Objective):
@@ -143,10 +150,12 @@ class SVI:
                     "ReverseKL, or temper in the program"
                 )
             checkpoints = self._checkpoints(program, objective)
+            if checkpoints is not None:
+                held.enter_context(checkpoints)
             chains: list[Training] = []
             for index in range(self.num_chains):
                 chain = Training(self, program, objective, index, watch)
-                with _keeping(chain.policy):
+                with _keeping([*chains, chain]):
                     if checkpoints is not None and (saved := checkpoints.newest(index)) is not None:
                         chain.restore(saved)
                     if not chain.done:
@@ -160,14 +169,14 @@ class SVI:
             chains = [chain for chain in chains if chain.step] or chains  # one interrupted in its first step is none
             parts = []
             for chain in chains:
-                with _keeping(chain.policy), chain.own_params():
+                with _keeping(chains), chain.own_params():
                     law = as_law(chain.guide, program)
                     part, cut = self._draw(program, law, self._num_samples(program), "draws of the policy")
                     parts.append(part)
                     interrupted |= cut
             prior = None
             if (size := self._num_samples(program) if self.num_prior_samples is None else self.num_prior_samples) > 0:
-                with _keeping(chains[-1].policy):
+                with _keeping(chains):
                     prior, cut = self._draw(program, None, size, "draws of the prior")
                 interrupted |= cut
             shortest = min(len(part.log_prior) for part in parts)
@@ -214,12 +223,14 @@ class SVI:
 
 
 @contextlib.contextmanager
-def _keeping(policy: Any) -> Iterator[None]:
-    """Whatever is raised inside carries the policy trained so far."""
+def _keeping(chains: list[Training]) -> Iterator[None]:
+    """Whatever is raised inside carries the policies trained so far."""
     try:
         yield
     except BaseException as error:
-        error.policy = policy  # type: ignore[attr-defined]
-        if policy is not None:
-            error.add_note("the policy trained so far is kept in this error's .policy")
+        policies = [chain.policy for chain in chains]
+        error.policies, error.policy = policies, policies[-1]  # type: ignore[attr-defined]
+        if policies[-1] is not None:
+            before = f", those of all {len(chains)} chains in .policies" if len(chains) > 1 else ""
+            error.add_note(f"the policy trained so far is kept in this error's .policy{before}")
         raise

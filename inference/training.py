@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyro
@@ -15,17 +16,28 @@ from pyro import poutine
 from torch import Tensor
 
 from ..models.progress import track
-from .checkpoints import Checkpoints, Saved, random_states, restore_random_states
+from .checkpoints import Checkpoints, Saved
 from .elbo import Objective
 from .guides import AutoPolicy
 from .optimizers import ScheduledAdam
 from .program import Arbitrary, Program, seeded
+from .random_states import RandomStates
 from .results import Stopwatch, prompt_labels, to_numpy
 
 if TYPE_CHECKING:
     from .svi import SVI
 
 SEEN = ("elbo", "kl", "log_likelihood", "score", "log_evidence", "prompts")
+
+
+@runtime_checkable
+class ShowsTexts(Protocol):
+    """A log that wants completions too, every so many steps."""
+
+    texts_every: int
+
+    def texts(self, step: int, rows: Sequence[tuple[str, str, float]]) -> None:
+        """A prompt, a completion of it, and its log-likelihood, r / beta, in each row."""
 
 
 class Training:
@@ -77,8 +89,7 @@ class Training:
                     with self._rescued(checkpoints):
                         report(values=self._take_step(svi))
                     self._watch()
-                    if engine.log is not None:
-                        engine.log(self.chain * engine.num_steps + self.step, self._means())
+                    self._log()
                     if checkpoints is not None and self.step % engine.checkpoint_every == 0 and not self.done:
                         self.checkpoint = checkpoints.write(self._saved())
             except KeyboardInterrupt:
@@ -88,7 +99,7 @@ class Training:
                 self._explain(error)
                 raise
             if checkpoints is not None:
-                self.checkpoint = checkpoints.write(self._saved(), last=True)
+                self.checkpoint = checkpoints.write(self._saved())
 
     @contextlib.contextmanager
     def _rescued(self, checkpoints: Checkpoints | None) -> Iterator[None]:
@@ -97,21 +108,18 @@ class Training:
             yield
             return
         begun = self.step
-        random, remembered, used = random_states(), self._remembered(), self._stopwatch.used()
+        # as they are, to be written in the case: nothing here is changed in place, or read from the device
+        random, seconds, usage = RandomStates.now(), self._stopwatch.seconds(), copy(self._stopwatch.usage)
+        remembered = self.objective.state_dict() if isinstance(self.objective, Objective) else {}
         try:
             yield
         except BaseException:
             if self.optimizer.steps == begun:
-                restore_random_states(*random)
+                random.restore()
                 self._remember(remembered)
-                saved = self._saved()
+                saved, used = self._saved(), {"seconds": seconds} | usage.numbers()
                 self.checkpoint = checkpoints.write(replace(saved, values=saved.values | {"used": used}))
             raise
-
-    def _remembered(self) -> dict[str, Tensor]:
-        """A copy of what the objective remembers."""
-        state = self.objective.state_dict() if isinstance(self.objective, Objective) else {}
-        return {name: x.clone() for name, x in state.items()}
 
     def _remember(self, state: dict[str, Tensor]) -> None:
         if isinstance(self.objective, Objective):
@@ -160,14 +168,24 @@ class Training:
             objective.inverse_temperature = engine.temperature.after(gamma, self.step / engine.num_steps, kl)
         self.ended = engine.stop is not None and engine.stop(self.history)
         shown = {"elbo": "elbo", "score": "reward", "kl": "kl", "gradient_norm": "gradient"}
-        draws = getattr(objective, "num_particles", 1) * now["elbo"].size
+        self._speed = getattr(objective, "num_particles", 1) * now["elbo"].size / max(seconds, 1e-9)
         return {label: float(now[key].mean()) for key, label in shown.items() if key in now} | {
-            "samples/s": draws / max(seconds, 1e-9)
+            "samples/s": self._speed
         }
+
+    def _log(self) -> None:
+        log, particles = self.engine.log, getattr(self.objective, "particles", None)
+        if log is None:
+            return
+        at = self.chain * self.engine.num_steps + self.step
+        log(at, self._means())
+        if isinstance(log, ShowsTexts) and particles is not None and (self.step % log.texts_every == 0 or self.done):
+            log.texts(at, particles.texts(self.program, self._labels()))
 
     def _means(self) -> dict[str, float]:
         """The last of everything, means over prompts."""
-        means = {key: float(values[-1].mean()) for key, values in self.history.items()}
+        means = {key: float(values[-1].mean()) for key, values in self.history.items() if key != "prompts"}
+        means |= {"samples_per_second": self._speed, "learning_rate": self.engine.learning_rate * self.optimizer.factor}
         if self.looks and int(self.looks["held_out_steps"][-1]) == self.step:
             means |= {
                 f"held_out/{key}": float(x[-1].mean()) for key, x in self.looks.items() if key != "held_out_steps"
@@ -191,19 +209,22 @@ class Training:
         error.add_note(f"SVI stopped at step {self.step}" + (f" of chain {self.chain}" if self.chain else ""))
         particles = getattr(self.objective, "particles", None)
         if isinstance(error, FloatingPointError) and particles is not None:
-            labels = prompt_labels(self.program)
-            if (batch := self.objective.last.get("prompts")) is not None:
-                labels = [labels[i] for i in batch.tolist()]
-            error.add_note(particles.farthest(self.program, labels))
+            error.add_note(particles.farthest(self.program, self._labels()))
             error.draws = particles.values  # type: ignore[attr-defined]
         if self.checkpoint is not None:
             error.add_note(f"the last checkpoint is {self.checkpoint}: the same call goes on from there")
+
+    def _labels(self) -> list[str]:
+        """What to call the prompts of the last step."""
+        labels = prompt_labels(self.program)
+        batch = self.objective.last.get("prompts")
+        return labels if batch is None else [labels[i] for i in batch.tolist()]
 
     # -- stopping and going on -------------------------------------------------------------------------------
 
     def _saved(self) -> Saved:
         """Where it stands."""
-        rng, states = random_states()
+        rng, states = RandomStates.now().saved()
         trained = self.optimizer.names  # a user's store may hold what is none of this guide's
         tensors = rng | {f"param.{name}": x for name, x in _unconstrained().items() if name in trained}
         tensors |= {f"adam.{name}": x for name, x in self.optimizer.moments().items()}
@@ -216,7 +237,15 @@ class Training:
         return Saved(self.chain, tensors, done | states)
 
     def restore(self, saved: Saved) -> None:
-        """Go on from there, the random numbers included."""
+        """Go on from there, the random numbers included.
+
+        :raises ValueError: if it is of another guide, or of more steps than there are to be.
+        """
+        if saved.values["step"] > self.engine.num_steps:
+            raise ValueError(
+                f"the checkpoint has {saved.values['step']} steps already, and num_steps is {self.engine.num_steps}: "
+                "give as many, or choose another folder"
+            )
 
         def group(name: str) -> dict[str, Tensor]:
             return {key.removeprefix(f"{name}."): x for key, x in saved.tensors.items() if key.startswith(f"{name}.")}
@@ -244,7 +273,7 @@ class Training:
         self.history, self.looks = (
             {name: list(x.numpy()) for name, x in group(kind).items()} for kind in ("history", "looks")
         )
-        restore_random_states(saved.tensors, saved.values)
+        RandomStates.of(saved.tensors, saved.values).restore()
 
     def _set_up(self) -> None:
         """Run guide and program once, so that what parameters they have is there to be set."""

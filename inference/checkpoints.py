@@ -32,7 +32,7 @@ from torch import Tensor
 import bayeslm
 from bayeslm.folders import lock, whole
 
-from ..models import Autoregressive, TiltedLM
+from ..models import Autoregressive, LanguageModel, TiltedLM
 from ..models.rewards import Reward
 from .program import Program
 from .results import prompt_labels, to_numpy
@@ -197,6 +197,8 @@ def describe(value: Any) -> Any:
         values = to_numpy(value) if isinstance(value, Tensor) else value
         held = repr(values.tolist()).encode() if values.dtype.hasobject else values.tobytes()  # objects' are addresses
         return {"shape": list(value.shape), "digest": blake2b(held, digest_size=16).hexdigest()}
+    if isinstance(value, LanguageModel):
+        return {"type": type(value).__qualname__, "weights": digest(value)}
     if isinstance(value, partial):
         return {"partial": describe(value.func), "args": describe(value.args), "keywords": describe(value.keywords)}
     if isinstance(value, FunctionType):

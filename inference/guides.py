@@ -110,17 +110,24 @@ class AutoPolicy(nn.Module):
 
     :param lora_rank: as in `LanguageModel.policy`; "auto" gives rank 16 to models that were loaded by name, and
         trains every weight of the others.
-    :raises ProgramError: if a discrete latent is of another family.
+    :param start: a language model that the policy begins as, in the place of the prior. If it has adapters, they are
+        what is trained (`LanguageModel.continued`).
+    :raises ProgramError: if a discrete latent is of another family, or there is no one language model to ``start``.
+    :raises ValueError: if ``start`` has adapters, and there is a ``lora_rank``.
     """
 
-    def __init__(self, program: Program, lora_rank: int | str | None = "auto") -> None:
+    def __init__(
+        self, program: Program, lora_rank: int | str | None = "auto", start: LanguageModel | None = None
+    ) -> None:
         super().__init__()
         self._program = program
         priors: dict[int, LanguageModel] = {id(site.fn.lm): site.fn.lm for site in program.completions}
-        policies = {
-            key: lm.policy((16 if lm.name else None) if lora_rank == "auto" else lora_rank)  # type: ignore[arg-type]
-            for key, lm in priors.items()
-        }
+        if start is not None and len(priors) != 1:
+            raise ProgramError(
+                f"the program has {len(priors)} language models, and a policy to begin with stands for one: write a "
+                "guide of your own"
+            )
+        policies = {key: _to_train(start or lm, lora_rank) for key, lm in priors.items()}
         self.policies = nn.ModuleList(policies.values())
         self.logits = nn.ParameterDict()
         self._laws: dict[str, Callable[[Any], Any]] = {}
@@ -157,6 +164,14 @@ class AutoPolicy(nn.Module):
             values = self.continuous(*args, **kwargs)
             values |= {plate.name: plate.indices for plate in self.continuous.plates.values()}
         _draw_latents(self._program, self._laws, values, args, kwargs)
+
+
+def _to_train(lm: LanguageModel, lora_rank: int | str | None) -> LanguageModel:
+    if not lm.has_adapters:
+        return lm.policy((16 if lm.name else None) if lora_rank == "auto" else lora_rank)  # type: ignore[arg-type]
+    if lora_rank != "auto":
+        raise ValueError("the policy to begin with has adapters, which are trained on as they are: leave out lora_rank")
+    return lm.continued()
 
 
 def _with_model(policy: LanguageModel) -> Callable[[Any], Any]:

@@ -19,6 +19,7 @@ from pyro.infer.autoguide import AutoGuide
 
 from bayeslm.posterior import Posterior
 
+from ..models import LanguageModel
 from .checkpoints import Checkpoints, describe_run
 from .checks import check_counts, check_positive
 from .elbo import Objective
@@ -51,9 +52,11 @@ class SVI:
         prompts are subsampled, as many as cost what 256 of one minibatch do, and 16 at least.
     :param num_prior_samples: draws of the prior beside them, to compare with: as many if None, or none at all if 0.
     :param num_chains: independent replicates: policies trained from seeds of their own. ``policy`` is the best's.
-    :param guide: a Pyro guide of the program, whose parameters stay in Pyro's store, and a ``policy`` attribute of it
-        is kept; or the class of an automatic one (`AutoMultivariateNormal`, `AutoLowRankMultivariateNormal`,
-        `AutoLaplaceApproximation`, whose draws are of its normal law), made for each chain. None makes an `AutoPolicy`.
+    :param guide: None makes an `AutoPolicy`; a `LanguageModel`, such as the policy of a training before, makes one that
+        begins as this model, of which a copy is trained. Or a Pyro guide of the program, whose parameters stay in
+        Pyro's store, and a ``policy`` attribute of it is kept; or the class of an automatic one
+        (`AutoMultivariateNormal`, `AutoLowRankMultivariateNormal`, `AutoLaplaceApproximation`, whose draws are of its
+        normal law), made for each chain.
     :param lora_rank: for the default guide, see `AutoPolicy`.
     :param objective: a Pyro ELBO, with its own number of particles: one of `objectives`; None is `ReverseKL`.
     :param temperature: what moves beta: `Tempering` from the prior's end, or `KLTarget`, which holds KL(q || p).
@@ -79,7 +82,7 @@ class SVI:
     num_samples: int | None = None
     num_prior_samples: int | None = None
     num_chains: int = 1
-    guide: Callable[..., Any] | type[AutoGuide] | None = None
+    guide: Callable[..., Any] | type[AutoGuide] | LanguageModel | None = None
     lora_rank: int | str | None = "auto"
     objective: Any = None
     temperature: Temperature | None = None
@@ -107,7 +110,8 @@ class SVI:
             )
         if not self.makes_guides and self.num_chains > 1:
             raise ValueError(
-                "SVI: a guide of your own goes on from chain to chain: use num_chains=1, a class of guides, or none"
+                "SVI: a guide of your own goes on from chain to chain: use num_chains=1, a class of guides, a "
+                "LanguageModel, or none"
             )
 
     @property
@@ -119,7 +123,7 @@ class SVI:
     @property
     def makes_guides(self) -> bool:
         """Whether each chain has a new guide, with parameters of its own."""
-        return self.guide is None or isinstance(self.guide, type)
+        return self.guide is None or isinstance(self.guide, type | LanguageModel)
 
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Train on ``model(*args, **kwargs)``, then draw from the policy with weights log p - log q.

@@ -15,6 +15,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ..models import LanguageModel
 from ..models.progress import track
 from .checkpoints import Checkpoints, Saved
 from .elbo import Objective
@@ -49,8 +50,8 @@ class Training:
     def __init__(self, engine: SVI, program: Program, objective: Any, chain: int, stopwatch: Stopwatch) -> None:
         self.engine, self.program, self.objective, self.chain = engine, program, objective, chain
         self.guide: Any = engine.guide
-        if engine.guide is None:
-            self.guide = AutoPolicy(program, engine.lora_rank)
+        if engine.guide is None or isinstance(engine.guide, LanguageModel):
+            self.guide = AutoPolicy(program, engine.lora_rank, start=engine.guide)
         elif engine.makes_guides:
             self.guide = engine.guide(program.model)
         self.policy = getattr(self.guide, "policy", None)

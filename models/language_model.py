@@ -184,6 +184,20 @@ class LanguageModel(nn.Module):
             p.requires_grad_(True)
         return lm
 
+    def continued(self) -> LanguageModel:
+        """A trainable copy of a policy, to go on from where it is: of its adapters, the weights under them shared with this
+        model, or of every weight where it has none.
+
+        :raises TypeError: if this model is `packed`.
+        """
+        if not self.has_adapters:
+            return self.policy()
+        self._refuse_packed()
+        lm = self._around(pretrained.adapters_copy(self.network), name=self.name, compute_dtype=self.compute_dtype)
+        for p in pretrained.own_parameters(lm.network):
+            p.requires_grad_(True)
+        return lm
+
     def packed(self) -> LanguageModel:
         """The same law, to draw from and to score with only, faster on a CPU.
 
@@ -224,7 +238,7 @@ class LanguageModel(nn.Module):
         self._refuse_packed()
         network: Any = self.network
         # Embeddings are not adapted; PEFT would ask the hub whether the base's vocabulary was changed.
-        settings: dict[str, Any] = {"save_embedding_layers": False} if hasattr(network, "peft_config") else {}
+        settings: dict[str, Any] = {"save_embedding_layers": False} if self.has_adapters else {}
         network.save_pretrained(path, **settings)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(path)
@@ -245,6 +259,11 @@ class LanguageModel(nn.Module):
     @property
     def config(self) -> Any:
         return getattr(self.network, "config", None)
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether it is PEFT adapters around weights."""
+        return hasattr(self.network, "peft_config")
 
     @property
     def causal(self) -> CausalNetwork:

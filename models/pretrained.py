@@ -149,6 +149,16 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+def adapters_copy(network: nn.Module) -> nn.Module:
+    """New modules around the same weights, with a copy of the adapters, in float32, to train."""
+    own = {id(p) for p in own_parameters(network)}
+    shared = [t for t in (*network.parameters(), *network.buffers()) if id(t) not in own]
+    new = copy.deepcopy(network, memo={id(t): t for t in shared})
+    for p in own_parameters(new):
+        p.data = p.data.float()
+    return new
+
+
 def own_parameters(network: Any) -> list[nn.Parameter]:
     """The adapters of a PEFT network, or all parameters of any other."""
     prefix: str = network.base_model.prefix if hasattr(network, "peft_config") else ""

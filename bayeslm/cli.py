@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import functools
 import itertools
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +12,18 @@ from typing import Annotated, Any
 
 import typer
 
-from bayeslm import report
-from bayeslm.console import INTERRUPTED, clear_errors, err_console, language_model, out_console, read_prompts
-from bayeslm.folders import refuse_taken
+from bayeslm import calls, report
+from bayeslm.console import (
+    INTERRUPTED,
+    clear_errors,
+    err_console,
+    language_model,
+    out_console,
+    policy_of,
+    read_prompts,
+)
 from bayeslm.label import label
+from bayeslm.options import make_engine, make_twist, read_settings
 from bayeslm.posterior import Posterior
 
 app = typer.Typer(
@@ -30,8 +37,13 @@ app = typer.Typer(
 app.command()(label)
 
 
+NOT_THE_CALL = ("prompt", "prompts", "engine", "device", "checkpoint", "tensorboard", "out")
+"""Options that do not change what an engine gives, or are told of otherwise."""
+
+
 @app.command()
 def infer(
+    ctx: typer.Context,
     prompt: Annotated[list[str] | None, typer.Argument(help="Prompts, each completed on its own.")] = None,
     prompts: Annotated[
         Path | None,
@@ -86,6 +98,23 @@ def infer(
     kl_target: Annotated[
         float | None, typer.Option(help="svi: nats of KL to the prior to hold, by moving beta while training.")
     ] = None,
+    stop_kl: Annotated[
+        float | None, typer.Option(help="svi: ends the training so many nats from the posterior, by its own estimate.")
+    ] = None,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(help="svi: a file of prompts that are not trained on, to look at beside; as --prompts."),
+    ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            help="svi: the policy of a training before, to begin as; importance: to propose. A folder, as "
+            "runs/weather/svi/policy."
+        ),
+    ] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(min=0, help="svi: of the adapters; 0 trains every weight. Default: 16.")
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="svi: a folder to go on from when the run was killed; the same call does.")
     ] = None,
@@ -98,8 +127,20 @@ def infer(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16: of the weights; default: as they are stored.")
     ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Texts in one pass of the network at most. Default: what memory allows.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="svi: less memory for long texts, a third more time.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Reproduces the run.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="A new folder for posteriors, adapter and picture.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="A new folder for posteriors, adapter and picture. The same call goes on with what an earlier one "
+            "left there, and may name more engines."
+        ),
+    ] = None,
 ) -> None:
     """Infer the posterior over completions of prompts under a reward.
 
@@ -114,6 +155,8 @@ def infer(
       bayeslm infer --prompts prompts.jsonl --reward my_rewards:politeness --engine rejection
     """
     with clear_errors():
+        from bayeslm.inference import HeldOut
+        from bayeslm.inference.checkpoints import describe
         from bayeslm.models import TiltedLM, rewards
 
         names = engine or ["importance"]
@@ -128,34 +171,47 @@ def infer(
             "kl_target": kl_target,
             "checkpoint": checkpoint,
             "tensorboard": tensorboard,
+            "stop_kl": stop_kl,
+            "lora_rank": lora_rank,
         }
-        if "svi" not in names and any(option is not None for option in training.values()):
-            raise ValueError("--objective, --kl-target, --checkpoint and --tensorboard are for --engine svi")
+        of_svi = training | {"held_out": held_out, "gradient_checkpointing": gradient_checkpointing or None}
+        for option, given in of_svi.items():
+            if given is not None and "svi" not in names:
+                raise ValueError(f"--{option.replace('_', '-')} is for --engine svi")
+        if policy is not None and not {"svi", "importance"} & set(names):
+            raise ValueError("--policy is for --engine svi and importance")
         sizes: dict[str, Any] = {"particles": particles, "samples": samples, "chains": chains, "steps": steps}
         sizes |= {"learning_rate": learning_rate, "top_k": top_k} | training
         ready = twist if twist in ("partial", "prefix") else None  # others need the language model, and come later
-        engines = {name: _engine(name, seed=seed, twist=ready, **sizes) for name in names}
+        engines = {name: make_engine(name, seed=seed, twist=ready, **sizes) for name in names}
         texts, columns = read_prompts(prompt or [], prompts)
+        others = None if held_out is None else read_prompts([], held_out)
         sys.path.insert(0, str(Path.cwd()))  # package.module:function is looked for where the user stands
-        settings = _settings(reward_settings)
+        settings = read_settings(reward_settings)
         if ":" in reward and settings:
             raise ValueError("--reward-settings are for the ready rewards: a function of your own has none")
-        given = rewards.load(reward) if ":" in reward else rewards.get(reward, **settings)
-        _reserve(out)
-        lm = language_model(prior, device, dtype)
-        if "svi" not in engines:
-            lm = lm.packed()  # no weight will change
-        model = TiltedLM(
-            lm,
-            scale * given,
-            beta,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            subsample_size=minibatch,
+        evidence = scale * (rewards.load(reward) if ":" in reward else rewards.get(reward, **settings))
+        if out is not None:
+            told = {"prompts": texts, "columns": columns, "held_out": others, "reward itself": describe(evidence)}
+            calls.reserve(out, {name: str(x) for name, x in ctx.params.items() if name not in NOT_THE_CALL} | told)
+        sizes_of_passes = {"batch_size": batch_size, "gradient_checkpointing": gradient_checkpointing}
+        lm = language_model(prior, device, dtype, **sizes_of_passes)
+        start = None if policy is None else policy_of(policy, lm)
+        if "svi" not in engines:  # no weight will change
+            lm, start = lm.packed(), None if start is None else start.packed()
+        program = functools.partial(
+            TiltedLM, lm, evidence, beta, max_new_tokens=max_new_tokens, temperature=temperature
         )
+        model = program(subsample_size=minibatch)
+        for name in ("svi", "importance") if start is not None else ():
+            if name in engines:
+                engines[name] = dataclasses.replace(engines[name], guide=start)
+        if others is not None:
+            unseen = functools.partial(program(), others[0], **others[1])
+            engines["svi"] = dataclasses.replace(engines["svi"], held_out=HeldOut({"held out": unseen}))
         if twist is not None and twist != ready:
-            learned = _twist(twist, lm, model, texts, columns, seed, out)
-            engines["smc"] = _engine("smc", seed=seed, twist=learned, **sizes)
+            learned = make_twist(twist, lm, model, texts, columns, seed, out)
+            engines["smc"] = make_engine("smc", seed=seed, twist=learned, **sizes)
         _run(model, texts, columns, engines, out)
 
 
@@ -191,7 +247,7 @@ def demo(
         from bayeslm.models import TiltedLM, rewards
 
         out = out or next(path for path in _numbered("demo") if not path.exists())
-        _reserve(out)
+        calls.reserve(out, {"demo": seed})
         prompts = ["My dinner at the restaurant was", "The weather this weekend will be"]
         model = TiltedLM(language_model("smollm2", None), rewards.Sentiment(), beta=0.2)
         engines = {
@@ -210,100 +266,10 @@ def demo(
 # -- what the commands share -----------------------------------------------------------------------------------
 
 
-def _engine(name: str, *, seed: int, twist: Any, **sizes: Any) -> Any:
-    """An engine by name; each option goes to the field that means it there."""
-    from bayeslm.inference import ENGINES, KLTarget, TensorBoard
-
-    if name not in ENGINES:
-        near = difflib.get_close_matches(name, ENGINES, n=1, cutoff=0.4)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no engine is called {name!r}{hint}; there are {', '.join(ENGINES)}")
-    fields = {field.name for field in dataclasses.fields(ENGINES[name])}
-    particles = {"rejection": "max_proposals", "bestofn": "n", "mcmc": "initial_particles"}.get(name, "num_particles")
-    meant: dict[str, Any] = {
-        particles: sizes["particles"],
-        "num_samples": sizes["samples"],
-        "num_steps": sizes["steps"],
-        "warmup": sizes["steps"],
-        "learning_rate": sizes["learning_rate"],
-        "num_chains": sizes["chains"],
-        "twist": twist,
-        "top_k": sizes["top_k"],
-        "proposal": "twist" if name == "smc" and twist is not None and sizes["top_k"] is not None else None,
-        "seed": seed,
-    }
-    if name == "svi":
-        meant |= {"objective": _objective(sizes["objective"], sizes["particles"]), "checkpoint": sizes["checkpoint"]}
-        if sizes["kl_target"] is not None:
-            meant["temperature"] = KLTarget(sizes["kl_target"])
-        if sizes["tensorboard"] is not None:
-            meant["log"] = TensorBoard(sizes["tensorboard"])
-    return ENGINES[name](**{field: value for field, value in meant.items() if field in fields and value is not None})
-
-
-def _objective(name: str | None, particles: int | None) -> Any:
-    """An objective of SVI by name; None is the engine's own."""
-    from bayeslm.inference import FDivergence, ForwardKL, LogVariance, Renyi, Replay, ReverseKL
-
-    makers: dict[str, Any] = {
-        "elbo": ReverseKL,
-        "log-variance": LogVariance,
-        "log-variance-replay": lambda n: LogVariance(n, Replay()),
-        "forward-kl": ForwardKL,
-        "jensen-shannon": lambda n: FDivergence("jensen-shannon", n),
-        "total-variation": lambda n: FDivergence("total-variation", n),
-        "iwelbo": lambda n: Renyi(0.0, n),
-    }
-    if name is None:
-        return None
-    if name not in makers:
-        raise ValueError(f"--objective {name} is none of {', '.join(makers)}")
-    return makers[name](particles or 8)
-
-
-def _twist(
-    name: str, lm: Any, model: Any, prompts: list[str], columns: dict[str, list[Any]], seed: int, out: Path | None
-) -> Any:
-    """A learned twist: trained here and now, or read from its folder."""
-    from bayeslm.inference import TwistLearning
-    from bayeslm.models import Twist
-
-    if name not in ("learned", "learned-partial"):
-        if not Path(name).is_dir():
-            raise ValueError(f"--twist {name} is no folder, nor partial, prefix, learned or learned-partial")
-        return Twist.from_pretrained(name, lm)
-    twist = TwistLearning(reads_reward=name == "learned-partial", seed=seed).run(model, prompts, **columns)
-    if out is not None:
-        twist.save_pretrained(out / "twist")
-        err_console.print(f"the twist is in {out / 'twist'}: use it again with --twist", highlight=False)
-    return twist
-
-
-def _settings(text: str) -> dict[str, Any]:
-    try:
-        settings = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--reward-settings is not JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f'--reward-settings must be a JSON object, such as {{"target": 20}}, got {text}')
-    return settings
-
-
 def _numbered(name: str) -> Iterator[Path]:
     """name, name-2, name-3, ..."""
     yield Path(name)
     yield from (Path(f"{name}-{i}") for i in itertools.count(2))
-
-
-def _reserve(out: Path | None) -> None:
-    """Make the output folder before the work, so that a bad place costs nothing. Never an existing one."""
-    if out is None:
-        return
-    refuse_taken(out, choose="another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    probe = out / ".writable"
-    probe.touch()
-    probe.unlink()
 
 
 def _run(
@@ -312,11 +278,15 @@ def _run(
     """Run the engines one after another, keep each result as soon as it is there, and report."""
     posteriors: dict[str, Posterior] = {}
     for name, engine in engines.items():
+        if (there := calls.done(out, name)) is not None:
+            err_console.print(f"{name}: is in {out} already", highlight=False)
+            posteriors[name] = there
+            continue
         try:
             posteriors[name] = engine.run(model, prompts, **columns)
         except BaseException as error:
             policy = getattr(error, "policy", None)
-            kept = getattr(engine, "checkpoint", None)  # which the same call goes on from: --out must still be empty
+            kept = getattr(engine, "checkpoint", None)  # which the same call goes on from
             if out is not None and policy is not None and kept is None:
                 policy.save_pretrained(out / f"{name}-policy-so-far")
                 error.add_note(f"the policy trained so far is in {out / f'{name}-policy-so-far'}")
@@ -324,7 +294,7 @@ def _run(
                 report.show(posteriors, out_console)
             raise
         if out is not None:
-            posteriors[name].save(out / name)
+            calls.keep(out, name, posteriors[name])
         seconds = posteriors[name].stats["seconds"]
         err_console.print(f"{name}: {seconds:.0f} s", highlight=False)
         if posteriors[name].stats.get("interrupted"):
@@ -346,6 +316,8 @@ def _pictures(posteriors: dict[str, Posterior], out: Path) -> list[str]:
     from bayeslm.plots import plot_rewards, plot_training
 
     try:
+        from matplotlib.pyplot import close
+
         figures = {"rewards.png": plot_rewards(posteriors)}
         if "svi" in posteriors and "elbo" in posteriors["svi"].stats:
             figures["training.png"] = plot_training(posteriors["svi"])
@@ -354,6 +326,7 @@ def _pictures(posteriors: dict[str, Posterior], out: Path) -> list[str]:
         return ["no picture"]
     for name, figure in figures.items():
         figure.savefig(out / name, dpi=120)
+        close(figure)
     return list(figures)
 
 

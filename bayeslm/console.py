@@ -41,9 +41,10 @@ def clear_errors() -> Iterator[None]:
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def language_model(name: str, device: str | None, dtype: str | None = None) -> Any:
+def language_model(name: str, device: str | None, dtype: str | None = None, **settings: Any) -> Any:
     """A `LanguageModel`, on a GPU where there is one, with weights of a type of `DTYPES`; None: as they are stored.
 
+    :param settings: of `LanguageModel.from_pretrained`.
     :raises ValueError: if there is no such device or type.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -61,8 +62,22 @@ def language_model(name: str, device: str | None, dtype: str | None = None) -> A
         raise ValueError(f"--device {chosen}: {str(error).splitlines()[0]}") from None
     with err_console.status(f"loading {name} (the first time, its weights are converted)"):
         return LanguageModel.from_pretrained(
-            name, device=chosen, dtype=None if dtype is None else getattr(torch, dtype)
+            name, device=chosen, dtype=None if dtype is None else getattr(torch, dtype), **settings
         )
+
+
+def policy_of(folder: Path, prior: Any) -> Any:
+    """A trained `LanguageModel`; adapters are put on the prior's own weights.
+
+    :raises OSError: if there is none in the folder.
+    """
+    from bayeslm.models import LanguageModel
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--policy {folder} is no folder: runs/NAME/svi/policy is one, after --out runs/NAME")
+    base = prior if (folder / "adapter_config.json").is_file() else None
+    sizes = {"batch_size": prior.batch_size, "gradient_checkpointing": prior.gradient_checkpointing}
+    return LanguageModel.from_pretrained(folder, base=base, **sizes).to(prior.device)
 
 
 def read_prompts(given: list[str], path: Path | None) -> tuple[list[str], dict[str, list[Any]]]:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -92,6 +92,25 @@ def read_header(folder: str | os.PathLike[str], name: str, known: object, what: 
     if not isinstance(header, dict) or header.get("format") != known:
         raise ValueError(f"{path} was not written by a version of bayeslm that this one reads ({known})")
     return header
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What of two JSON objects is not the same, each by its name."""
+
+    def shown(value: Any) -> str:
+        text = json.dumps(value)
+        return text if len(text) <= 60 else f"{text[:57]}..."
+
+    found = []
+    for name in [*here, *(name for name in there if name not in here)]:
+        was, is_ = there.get(name), here.get(name)
+        if was == is_:
+            continue
+        if isinstance(was, dict) and isinstance(is_, dict):
+            found += [f"{name}: {inside}" for inside in differences(was, is_)]
+        else:
+            found.append(f"{name} was {shown(was)} and is {shown(is_)}")
+    return found
 
 
 def _sync(*paths: Path) -> None:

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import bayeslm
-from bayeslm.folders import lock, whole
+from bayeslm.folders import differences, lock, whole
 
 from ..models import Autoregressive, LanguageModel, TiltedLM
 from ..models.rewards import Reward
@@ -114,10 +114,10 @@ class Checkpoints:
             raise ValueError(f"{path} is no checkpoint that can be read ({error}): remove it to begin anew") from error
         there = {"format": values.pop("format", None), "version": values.pop("version", None)} | values.pop("run", {})
         here = {"format": FORMAT, "version": bayeslm.__version__} | self._description
-        if differences := _differences(there, here):
+        if found := differences(there, here):
             more = "num_steps" in here and there.get("num_steps") != here["num_steps"]
             raise ValueError(
-                f"{path} is a checkpoint of another run: {'; '.join(differences)}. "
+                f"{path} is a checkpoint of another run: {'; '.join(found)}. "
                 + ("(More steps are for schedule='constant', one chain, and no Tempering.) " if more else "")
                 + "Run what it was made with, or choose another folder"
             )
@@ -126,23 +126,6 @@ class Checkpoints:
 
 def _step(path: Path) -> int:
     return int(path.name.rpartition("-")[2])
-
-
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    def shown(value: Any) -> str:
-        text = json.dumps(value)
-        return text if len(text) <= 60 else f"{text[:57]}..."
-
-    found = []
-    for name in [*here, *(name for name in there if name not in here)]:
-        was, is_ = there.get(name), here.get(name)
-        if was == is_:
-            continue
-        if isinstance(was, dict) and isinstance(is_, dict):
-            found += [f"{name}: {inside}" for inside in _differences(was, is_)]
-        else:
-            found.append(f"{name} was {shown(was)} and is {shown(is_)}")
-    return found
 
 
 # -- what a run is -------------------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ class LanguageModel(nn.Module):
         return lm
 
     def continued(self) -> LanguageModel:
-        """A trainable copy of a policy, to go on from where it is: of its adapters, the weights under them shared with this
+        """A trainable copy of a policy, to go on from where it is: of its adapters, whose weights are shared with this
         model, or of every weight where it has none.
 
         :raises TypeError: if this model is `packed`.

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import tiny_llama
@@ -104,7 +105,14 @@ def test_infer_compares_engines_and_show_repeats_it(folder):
     )
     for word in ("exact", "importance", "svi: policy", "svi: weighted", "log Z", "written to run"):
         assert word in out
-    assert {p.name for p in Path("run").iterdir()} == {"exact", "importance", "svi", "rewards.png", "training.png"}
+    assert {p.name for p in Path("run").iterdir()} == {
+        "call.json",
+        "exact",
+        "importance",
+        "svi",
+        "rewards.png",
+        "training.png",
+    }
     posterior = Posterior.load("run/svi")
     assert posterior.prompts == ["a b", "c"]
     again = LanguageModel.from_pretrained(posterior.policy_path)
@@ -216,9 +224,122 @@ def test_a_training_that_failed_goes_on_from_its_checkpoint(folder):
     again, anew = (Posterior.load(f"{name}/svi") for name in ("again", "anew"))
     assert (again.samples["completion"] == anew.samples["completion"]).all()
     assert list(Path("curves").glob("events*"))
-    for option in (["--objective", "elbo"], ["--kl-target", "0.1"]):
-        assert "are for --engine svi" in " ".join(infer("a", *option, code=1).split())
+    (folder / "others.txt").write_text("b")
+    for option in ("--objective elbo", "--kl-target 0.1", "--held-out others.txt", "--gradient-checkpointing"):
+        name = option.split()[0]
+        assert f"{name} is for --engine svi" in " ".join(infer("a", *option.split(), code=1).split())
     assert "is none of elbo" in infer("a", "--engine", "svi", "--objective", "hinge", code=1)
+
+
+# -- the same call again -------------------------------------------------------------------------------------
+
+
+def stamps(folder: str) -> dict[str, int]:
+    return {path.parent.name: path.stat().st_mtime_ns for path in Path(folder).glob("*/posterior.json")}
+
+
+def test_the_same_call_runs_what_is_not_there_yet(folder):
+    call = ["a", "b", "--samples", "8", "--steps", "4", "--out", "run"]
+    infer(*call, "--engine", "importance")
+    before = stamps("run")
+    out = infer(*call, "--engine", "importance", "--engine", "svi")
+    assert "importance: is in run already" in out
+    assert "svi: is in" not in out
+    assert {**stamps("run"), "svi": 0} == {**before, "svi": 0}
+    both = infer(*call, "--engine", "svi", "--engine", "importance")
+    assert "svi: is in run already" in both
+    for other, says in {
+        ("--beta", "0.7"): "beta was",
+        ("--reward", "length"): "reward was",
+        ("--seed", "3"): "seed was",
+    }.items():
+        out = " ".join(infer(*call, *other, code=1).split())
+        assert "run holds the results of another call" in out
+        assert says in out
+    assert "prompts was" in " ".join(infer("a", *call[2:], code=1).split())
+
+
+def test_a_call_that_came_to_nothing_takes_no_place(folder):
+    infer("a", "--reward", "my_rewards:broken", "--out", "run", code=1)
+    infer("a", "--out", "run")
+    assert Posterior.load("run/importance").prompts == ["a"]
+
+
+def test_a_reward_that_was_changed_is_another_call(folder):
+    call = ["a", "--reward", "my_rewards:letters", "--out", "run"]
+    infer(*call)
+    Path("my_rewards.py").write_text(REWARDS.replace('count("a")', 'count("b")'))
+    sys.modules.pop("my_rewards")
+    assert "reward itself" in " ".join(infer(*call, code=1).split())
+
+
+def test_after_ctrl_c_the_same_call_goes_on(folder):
+    """From its checkpoint; what was cut short stays until there is something whole."""
+    training = ["--engine", "svi", "--steps", "60", "--samples", "8"]
+    Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 30"))
+    call = ["a", *training, "--reward", "my_rewards:interrupts", "--checkpoint", "kept"]
+    infer(*call, "--out", "run", code=130)
+    cut = Posterior.load("run/svi")
+    assert cut.stats["interrupted"]
+    infer(*call, "--out", "run")
+    assert [path.name for path in Path("run").glob("svi*")] == ["svi"]
+    sys.modules.pop("my_rewards")
+    infer(*call[:-2], "--engine", "svi", "--out", "anew", code=130)
+    infer(*call[:-2], "--engine", "svi", "--out", "anew")
+    again, anew = (Posterior.load(f"{name}/svi") for name in ("run", "anew"))
+    assert not again.stats["interrupted"]
+    assert again.stats["steps"] == anew.stats["steps"] == 60
+    assert (again.samples["completion"] == anew.samples["completion"]).all()
+
+
+def test_an_interrupted_result_outlives_another_interruption(folder):
+    """Of two that were cut short the second is kept, and the first until that is whole."""
+    Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls in (30, 60)"))
+    call = ["a", "--engine", "svi", "--steps", "200", "--samples", "8", "--reward", "my_rewards:interrupts"]
+    infer(*call, "--out", "run", code=130)
+    infer(*call, "--out", "run", code=130)
+    assert sorted(path.name for path in Path("run").glob("svi*")) == ["svi", "svi-interrupted"]
+    infer(*call, "--out", "run")
+    assert [path.name for path in Path("run").glob("svi*")] == ["svi"]
+
+
+def test_a_learned_twist_is_not_learned_again(folder):
+    call = ["a", "--engine", "smc", "--twist", "learned", "--particles", "20", "--out", "run"]
+    infer(*call)
+    assert "the twist is in run/twist already" in infer(*call, "--engine", "importance")
+
+
+# -- policies that are there, and other settings of a training ----------------------------------------------------
+
+
+def test_a_policy_to_begin_as_and_to_propose(folder):
+    training = ["--engine", "svi", "--samples", "8", "--reward", "my_rewards:letters", "--learning-rate", "0.02"]
+    infer("a", *training, "--steps", "40", "--lora-rank", "2", "--out", "first")
+    policy = "first/svi/policy"
+    infer("a", *training, "--steps", "5", "--policy", policy, "--out", "second")
+    first, second = (Posterior.load(f"{name}/svi").stats["elbo"][0, :, 0] for name in ("first", "second"))
+    assert second[0] > first[:3].mean() + 0.2
+    infer("a", "--reward", "my_rewards:letters", "--particles", "200", "--policy", policy, "--out", "proposed")
+    infer("a", "--reward", "my_rewards:letters", "--particles", "200", "--out", "prior")
+    proposed, prior = (Posterior.load(f"{name}/importance") for name in ("proposed", "prior"))
+    assert proposed.stats["ess"][0] > 1.5 * prior.stats["ess"][0]
+    errors = np.hypot(proposed.log_evidence_stderr, prior.log_evidence_stderr)
+    assert abs(proposed.log_evidence - prior.log_evidence) < 4 * errors
+    assert "--policy nowhere is no folder" in infer("a", "--policy", "nowhere", code=1)
+    assert "--policy is for --engine svi and importance" in " ".join(
+        infer("a", "--engine", "smc", "--policy", policy, code=1).split()
+    )
+
+
+def test_settings_of_a_training(folder):
+    (folder / "unseen.txt").write_text("c\nd\n")
+    training = ["--engine", "svi", "--steps", "60", "--samples", "8", "--particles", "32", "--beta", "5"]
+    settings = ["--held-out", "unseen.txt", "--stop-kl", "3", "--lora-rank", "0", "--batch-size", "3"]
+    infer("a", "b", *training, *settings, "--gradient-checkpointing", "--out", "run")
+    posterior = Posterior.load("run/svi")
+    assert posterior.stats["held out_elbo"].shape[::2] == (1, 2)
+    assert posterior.stats["steps"] == 20  # near enough from the start: the window of the estimate
+    assert not Path("run/svi/policy/adapter_config.json").exists()
 
 
 def test_help_teaches():

@@ -18,7 +18,7 @@ def test_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     for block in blocks:
         exec(compile(block, str(page), "exec"), names)  # one after another, as a reader does
     if page.stem == "training":
-        for name in ("trained", "kept", "learned", "own"):
+        for name in ("trained", "kept", "learned", "own", "further"):
             kl = kl_to_posterior(names, names[name].policy or names["policy"])
             assert (kl < 0.05).all(), (name, kl)
         assert np.isfinite(names["amortised"].stats["unseen_elbo"]).all()

@@ -1,0 +1,101 @@
+"""Options of the command line, as the engines and objectives that they mean."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from bayeslm.console import err_console
+
+
+def make_engine(name: str, *, seed: int, twist: Any, **sizes: Any) -> Any:
+    """An engine by name; each option goes to the field that means it there."""
+    from bayeslm.inference import ENGINES, KLTarget, NearPosterior, TensorBoard
+
+    if name not in ENGINES:
+        near = difflib.get_close_matches(name, ENGINES, n=1, cutoff=0.4)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no engine is called {name!r}{hint}; there are {', '.join(ENGINES)}")
+    fields = {field.name for field in dataclasses.fields(ENGINES[name])}
+    particles = {"rejection": "max_proposals", "bestofn": "n", "mcmc": "initial_particles"}.get(name, "num_particles")
+    meant: dict[str, Any] = {
+        particles: sizes["particles"],
+        "num_samples": sizes["samples"],
+        "num_steps": sizes["steps"],
+        "warmup": sizes["steps"],
+        "learning_rate": sizes["learning_rate"],
+        "num_chains": sizes["chains"],
+        "twist": twist,
+        "top_k": sizes["top_k"],
+        "proposal": "twist" if name == "smc" and twist is not None and sizes["top_k"] is not None else None,
+        "seed": seed,
+    }
+    if name == "svi":
+        meant |= {
+            "objective": make_objective(sizes["objective"], sizes["particles"]),
+            "checkpoint": sizes["checkpoint"],
+        }
+        if sizes["kl_target"] is not None:
+            meant["temperature"] = KLTarget(sizes["kl_target"])
+        if sizes["tensorboard"] is not None:
+            meant["log"] = TensorBoard(sizes["tensorboard"])
+        if sizes["stop_kl"] is not None:
+            meant["stop"] = NearPosterior(sizes["stop_kl"])
+    made = ENGINES[name](**{field: value for field, value in meant.items() if field in fields and value is not None})
+    if name == "svi" and (rank := sizes["lora_rank"]) is not None:
+        return dataclasses.replace(made, lora_rank=rank or None)  # None trains every weight
+    return made
+
+
+def make_objective(name: str | None, particles: int | None) -> Any:
+    """An objective of SVI by name; None is the engine's own."""
+    from bayeslm.inference import FDivergence, ForwardKL, LogVariance, Renyi, Replay, ReverseKL
+
+    makers: dict[str, Any] = {
+        "elbo": ReverseKL,
+        "log-variance": LogVariance,
+        "log-variance-replay": lambda n: LogVariance(n, Replay()),
+        "forward-kl": ForwardKL,
+        "jensen-shannon": lambda n: FDivergence("jensen-shannon", n),
+        "total-variation": lambda n: FDivergence("total-variation", n),
+        "iwelbo": lambda n: Renyi(0.0, n),
+    }
+    if name is None:
+        return None
+    if name not in makers:
+        raise ValueError(f"--objective {name} is none of {', '.join(makers)}")
+    return makers[name](particles or 8)
+
+
+def make_twist(
+    name: str, lm: Any, model: Any, prompts: list[str], columns: dict[str, list[Any]], seed: int, out: Path | None
+) -> Any:
+    """A learned twist: trained here and now, or read from its folder."""
+    from bayeslm.inference import TwistLearning
+    from bayeslm.models import Twist
+
+    if name not in ("learned", "learned-partial"):
+        if not Path(name).is_dir():
+            raise ValueError(f"--twist {name} is no folder, nor partial, prefix, learned or learned-partial")
+        return Twist.from_pretrained(name, lm)
+    if out is not None and (out / "twist").is_dir():
+        err_console.print(f"the twist is in {out / 'twist'} already", highlight=False)
+        return Twist.from_pretrained(out / "twist", lm)
+    twist = TwistLearning(reads_reward=name == "learned-partial", seed=seed).run(model, prompts, **columns)
+    if out is not None:
+        twist.save_pretrained(out / "twist")
+        err_console.print(f"the twist is in {out / 'twist'}: use it again with --twist", highlight=False)
+    return twist
+
+
+def read_settings(text: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--reward-settings is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f'--reward-settings must be a JSON object, such as {{"target": 20}}, got {text}')
+    return settings

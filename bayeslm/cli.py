@@ -164,8 +164,8 @@ def infer(
             raise ValueError("--twist and --top-k are for --engine smc")
         if top_k is not None and twist is None:
             raise ValueError("--top-k lets a twist propose: say which by --twist")
-        if minibatch is not None and (others := [name for name in names if name not in ("svi", "importance")]):
-            raise ValueError(f"--minibatch is for --engine svi and importance; {others[0]} takes all prompts at once")
+        if minibatch is not None and (unable := [name for name in names if name not in ("svi", "importance")]):
+            raise ValueError(f"--minibatch is for --engine svi and importance; {unable[0]} takes all prompts at once")
         training: dict[str, Any] = {
             "objective": objective,
             "kl_target": kl_target,
@@ -253,7 +253,9 @@ def demo(
         engines = {
             "importance": ImportanceSampling(num_particles=160, seed=seed),
             "rejection": RejectionSampling(num_samples=24, max_proposals=1000, seed=seed + 1),
-            "svi": SVI(num_steps=16, num_particles=8, num_samples=64, learning_rate=5e-4, seed=seed + 2),
+            "svi": SVI(
+                num_steps=16, num_particles=8, num_samples=128, num_prior_samples=64, learning_rate=5e-4, seed=seed + 2
+            ),
         }
         out_console.print(
             "prior SmolLM2-135M-Instruct · reward VADER sentiment in [-1, 1] · beta 0.2 · 24 tokens\n"

@@ -76,10 +76,10 @@ class Checkpoints:
 
     def newest(self, chain: int) -> Saved | None:
         """Where a chain stands, or ended; None if it has not begun."""
-        *before, newest = [None, *sorted(self.folder.glob(f"chain-{chain}-step-*"), key=_step)]
-        for path in filter(None, before):  # left by a kill
+        stands = sorted(self.folder.glob(f"chain-{chain}-step-*"), key=_step)
+        for path in stands[:-1]:  # left by a kill
             shutil.rmtree(path, ignore_errors=True)
-        return self._read(newest) if newest else None
+        return self._read(stands[-1]) if stands else None
 
     def write(self, saved: Saved) -> str | None:
         """Write a checkpoint, then remove the chain's ones before it.

@@ -102,7 +102,7 @@ class Autoregressive(TorchDistribution):
         scores = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
         passes = -(-len(rows) // self.max_rows) * (self.max_new_tokens - 1)
         with torch.no_grad(), self.lm.causal.drawing(passes):
-            for part, prefix in self._prefixes(rows):
+            for part, prefix in self.prefixes(rows):
                 value[part], scores[part] = write(Steps(self, prefix))
         value = value.reshape(shape + self.event_shape)
         self.know(value, scores.reshape(value.shape))
@@ -183,7 +183,7 @@ class Autoregressive(TorchDistribution):
         generator = torch.Generator().manual_seed(0)
         shape = self.batch_shape + self.event_shape
         value = torch.randint(self.lm.vocab_size, shape, generator=generator).to(self.lm.device)
-        return value.masked_fill(~self._is_live(value), self.lm.pad_token_id)
+        return value.masked_fill(~self.is_live(value), self.lm.pad_token_id)
 
     @property
     def max_rows(self) -> int:
@@ -211,7 +211,7 @@ class Autoregressive(TorchDistribution):
 
     def lengths(self, value: Tensor) -> Tensor:
         """Tokens of each completion before its padding, the EOS counted; shape of the batch."""
-        return self._is_live(value).sum(-1)
+        return self.is_live(value).sum(-1)
 
     def decode(self, value: Tensor) -> np.ndarray:
         """The texts of completions, an object array of the batch's shape."""
@@ -235,6 +235,29 @@ class Autoregressive(TorchDistribution):
         ids, mask = self.flat_prompts
         with torch.no_grad():
             return Steps(self, prefill(self.lm.causal, ids, mask).fork(self._rows(self.batch_shape)))
+
+    def is_live(self, value: Tensor) -> Tensor:
+        """True up to and including the first EOS."""
+        ends = self.is_eos(value).long()
+        return (ends.cumsum(-1) - ends) == 0
+
+    def prefixes(self, rows: Tensor) -> Iterator[tuple[Tensor, Prefix]]:
+        """Micro-batches of bounded memory: (indices into rows, their prompts' prefix)."""
+        size = self.max_rows
+        for prefix, members, prompts in self.blocks(rows, size):
+            for part, of in zip(members.split(size), prompts.split(size), strict=True):
+                yield part, prefix.fork(of)
+
+    def blocks(self, rows: Tensor, size: int) -> Iterator[tuple[Prefix, Tensor, Tensor]]:
+        """Blocks of ``size`` prompts: their prefix, indices into the rows that continue them, and their prompts' rows
+        in the prefix. Each prompt is prefilled once, however many completions continue it.
+        """
+        ids, mask = self.flat_prompts
+        for first in range(0, len(ids), size):
+            block = slice(first, first + size)
+            prefix = prefill(self.lm.causal, ids[block], None if mask is None else mask[block])
+            members = ((rows >= first) & (rows < first + size)).nonzero().squeeze(-1)
+            yield prefix, members, rows[members] - first
 
     # -- inside ----------------------------------------------------------------------------------------------
 
@@ -269,38 +292,15 @@ class Autoregressive(TorchDistribution):
         known, versions, scores = self._scored
         return scores if known is value and versions == self._versions(value) else None
 
-    def _is_live(self, value: Tensor) -> Tensor:
-        """True up to and including the first EOS."""
-        ends = self.is_eos(value).long()
-        return (ends.cumsum(-1) - ends) == 0
-
     def _is_well_formed(self, value: Tensor) -> Tensor:
         """Per token: an id in range, or the pad id after the end."""
         in_range = (value >= 0) & (value < self.lm.vocab_size)
-        return torch.where(self._is_live(value), in_range, value == self.lm.pad_token_id)
+        return torch.where(self.is_live(value), in_range, value == self.lm.pad_token_id)
 
     def _rows(self, shape: Size) -> Tensor:
         """Which prompt each completion of a batch of this shape continues, flat."""
         prompts = self.prompt_ids.shape[:-1]
         return torch.arange(prompts.numel(), device=self.lm.device).reshape(prompts).expand(shape).reshape(-1)
-
-    def _prefixes(self, rows: Tensor) -> Iterator[tuple[Tensor, Prefix]]:
-        """Micro-batches of bounded memory: (indices into rows, their prompts' prefix)."""
-        size = self.max_rows
-        for prefix, members, prompts in self._blocks(rows, size):
-            for part, of in zip(members.split(size), prompts.split(size), strict=True):
-                yield part, prefix.fork(of)
-
-    def _blocks(self, rows: Tensor, size: int) -> Iterator[tuple[Prefix, Tensor, Tensor]]:
-        """Blocks of ``size`` prompts: their prefix, indices into the rows that continue them, and their prompts' rows
-        in the prefix. Each prompt is prefilled once, however many completions continue it.
-        """
-        ids, mask = self.flat_prompts
-        for first in range(0, len(ids), size):
-            block = slice(first, first + size)
-            prefix = prefill(self.lm.causal, ids[block], None if mask is None else mask[block])
-            members = ((rows >= first) & (rows < first + size)).nonzero().squeeze(-1)
-            yield prefix, members, rows[members] - first
 
 
 class _WellFormed(constraints.Constraint):

@@ -107,7 +107,7 @@ class _Recomputed(torch.autograd.Function):
                     if scores.requires_grad:
                         block = _add(block, [scores], [*trained, *leaves], [grad[part]])
                     if known is not None:
-                        note_mismatch(scores.detach() - known[part], law._is_live(values[part]))
+                        note_mismatch(scores.detach() - known[part], law.is_live(values[part]))
                 sums, gathered = block[: len(trained)], block[len(trained) :]
                 reached = [(root, g) for root, g in zip(roots, gathered, strict=True) if g is not None]
                 if reached:
@@ -131,7 +131,7 @@ def _blocks(law: Autoregressive, rows: Tensor, size: int) -> Iterator[tuple[Pref
     if law.lm.gradient_checkpointing or again * max(law.lm.causal.width, 1) <= PROMPTS_AGAIN:
         yield None, torch.arange(len(rows), device=rows.device), rows
     else:
-        yield from law._blocks(rows, size)
+        yield from law.blocks(rows, size)
 
 
 def _score(law: Autoregressive, prefix: Prefix | None, prompts: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,7 +139,7 @@ def _score(law: Autoregressive, prefix: Prefix | None, prompts: Tensor, values: 
     the hidden states (rows, longest, width) before each token of the longest.
     """
     network = law.lm.causal
-    live = law._is_live(values)
+    live = law.is_live(values)
     ids = values.clamp(0, law.lm.vocab_size - 1)
     malformed = values != torch.where(live, ids, law.lm.pad_token_id)
     longest = int(live.any(0).sum())  # columns that are padding in every row need no forward pass

@@ -31,7 +31,7 @@ def redraw(law: Autoregressive, value: Tensor, cut: Tensor) -> tuple[Tensor, Ten
     chosen = (cut < law.lengths(new)).nonzero().squeeze(-1)
     chosen = chosen[cut[chosen].argsort(stable=True)]  # micro-batches of like cuts
     prompts = law._rows(shape)[chosen]
-    for part, prefix in law._prefixes(prompts):
+    for part, prefix in law.prefixes(prompts):
         rows, kept = chosen[part], cut[chosen[part]]
         prefix = _read(law, prefix, prompts[part], new[rows], kept)
         suffix = write(Steps(law, prefix, room=law.max_new_tokens - kept))

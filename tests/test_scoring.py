@@ -210,7 +210,7 @@ def test_the_mismatch_is_that_of_the_scores():
     x = law.sample((4,))
     with torch.no_grad():
         scores = law.token_log_prob(x).clone()
-    live = law._is_live(x)
+    live = law.is_live(x)
     off = torch.where(torch.rand(x.shape) < 0.3, 0.25, 0.0) * live
     assert 0 < off.sum() < 0.25 * live.sum()
     law.know(x, scores + off)

@@ -270,6 +270,7 @@ def test_equal_prompts_keep_the_buffer_and_others_do_not(monkeypatch):
     with pyro.get_param_store().scope():
         assert lots(PROMPTS, 7) == 3
         assert lots(PROMPTS[::-1], 1) == 1
+        assert lots([[3], [2, 1]][::-1], 1) == 1  # as many tokens, and others
         assert lots(PROMPTS[:1], 1) == 1
         assert lots(PROMPTS[:1], 2) == 0
-    assert len(looks) == 3
+    assert len(looks) == 4

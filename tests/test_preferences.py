@@ -167,7 +167,7 @@ def test_a_class_of_guides_is_made_for_each_chain():
     assert not list(pyro.get_param_store())
     one = BradleyTerry(lambda p, c: counts(p, c)[:, :1])
     assert dataclasses.replace(svi, num_steps=2).run(one, DATA).samples["weights"].shape == (2, 2000, 1)
-    with pytest.raises(ValueError, match="a class of guides, or none"):
+    with pytest.raises(ValueError, match="a class of guides, a LanguageModel, or none"):
         SVI(num_chains=2, guide=AutoMultivariateNormal(MODEL))
 
 

@@ -178,12 +178,15 @@ class CausalNetwork:
         """Logits (..., vocabulary) of hidden states (..., width), as the network has them of its body's."""
         body: Any = self._body
         states = hidden.reshape(1, -1, hidden.shape[-1])
+        before = vars(body).get("forward")
         body.forward = lambda *_, **__: self._answer(last_hidden_state=states)
         try:
             ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
             logits: Tensor = self.network(input_ids=ids, use_cache=False).logits
         finally:
             del body.forward
+            if before is not None:
+                body.forward = before
         return logits.reshape(*hidden.shape[:-1], -1)
 
     @property
@@ -236,11 +239,11 @@ class CausalNetwork:
         kept = [getattr(layer, name, None) for layer in getattr(cache, "layers", ()) for name in ("keys", "values")]
         return sum(x.numel() for x in kept if isinstance(x, Tensor)) // ids.numel()
 
-    @property
+    @cached_property
     def _layers(self) -> int:
         return int(getattr(self.network.config.get_text_config(), "num_hidden_layers", 0) or 0)
 
-    @property
+    @cached_property
     def _layer(self) -> int:
         """Numbers that one layer computes of a token, as counted in Llamas; and logits that stand for hidden states."""
         config = self.network.config.get_text_config()

@@ -70,6 +70,18 @@ def test_a_head_that_changes_logits_is_seen_at_any_size():
     assert CausalNetwork(softcapped.eval())._head is None
 
 
+def test_a_body_with_a_forward_of_its_own_keeps_it():
+    """As libraries leave there that move weights between devices."""
+    network = random_network("granite", logits_scaling=2.0)
+    calls, forward = [], network.model.forward
+    network.model.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    own = network.model.forward
+    law = LanguageModel(network)(PROMPTS, 3)
+    law.log_prob(law.sample().clone())
+    assert network.model.forward is own
+    assert calls
+
+
 def test_a_body_that_is_scaled_before_the_head_is_seen():
     class Scaled(type(llama_network())):
         def forward(self, input_ids=None, **kwargs):

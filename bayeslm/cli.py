@@ -289,6 +289,8 @@ def _run(
         except BaseException as error:
             policy = getattr(error, "policy", None)
             kept = getattr(engine, "checkpoint", None)  # which the same call goes on from
+            if kept is not None and isinstance(error, KeyboardInterrupt):
+                error.add_note(f"the training so far is in {kept}: the same call goes on from there")
             if out is not None and policy is not None and kept is None:
                 policy.save_pretrained(out / f"{name}-policy-so-far")
                 error.add_note(f"the policy trained so far is in {out / f'{name}-policy-so-far'}")

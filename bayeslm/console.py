@@ -29,8 +29,9 @@ def clear_errors() -> Iterator[None]:
         return
     except EvidenceError as error:
         message, code = str(error), NO_POSTERIOR
-    except KeyboardInterrupt:
-        message, code = "interrupted before there was anything to keep", INTERRUPTED
+    except KeyboardInterrupt as error:
+        kept = getattr(error, "__notes__", []) or ["before there was anything to keep"]
+        message, code = "interrupted: " + "\n".join(kept), INTERRUPTED
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
         message = str(error).partition("\nTrace Shapes:")[0].strip() + notes  # Pyro appends a trace to errors

@@ -292,6 +292,32 @@ def test_after_ctrl_c_the_same_call_goes_on(folder):
     assert (again.samples["completion"] == anew.samples["completion"]).all()
 
 
+def test_ctrl_c_in_the_first_draws_after_a_training(folder):
+    """There is no posterior yet, and the training is not lost: with a checkpoint, or as a policy."""
+    Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 8"))  # a look, six steps, and draws
+    call = [
+        "a",
+        "--engine",
+        "svi",
+        "--steps",
+        "6",
+        "--samples",
+        "8",
+        "--reward",
+        "my_rewards:interrupts",
+        "--out",
+        "run",
+    ]
+    said = " ".join(infer(*call, "--checkpoint", "kept", code=130).split())
+    assert "interrupted: " in said
+    assert "the training so far is in kept: the same call goes on from there" in said
+    infer(*call, "--checkpoint", "kept")
+    assert Posterior.load("run/svi").stats["steps"] == 6
+    sys.modules.pop("my_rewards")
+    said = " ".join(infer(*call[:-1], "other", code=130).split())
+    assert "the policy trained so far is in other/svi-policy-so-far" in said
+
+
 def test_an_interrupted_result_outlives_another_interruption(folder):
     """Of two that were cut short the second is kept, and the first until that is whole."""
     Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls in (30, 60)"))

@@ -55,6 +55,8 @@ class Training:
         elif engine.makes_guides:
             self.guide = engine.guide(program.model)
         self.policy = getattr(self.guide, "policy", None)
+        adapters = getattr(self.policy, "has_adapters", False)
+        self.learning_rate = engine.learning_rate or (3e-4 if adapters else 1e-3)
         if engine.held_out is not None and self.policy is None:
             raise ValueError("SVI: held_out looks at a policy, and this guide has none as its attribute .policy")
         # A guide of the user's keeps its parameters where Pyro's users look for them; the default one's are its own.
@@ -150,7 +152,7 @@ class Training:
 
     def _rate_of(self, name: str) -> float:
         is_latent = self.engine.makes_guides and not name.startswith("policies")
-        return self.engine.latent_learning_rate if is_latent else self.engine.learning_rate
+        return self.engine.latent_learning_rate if is_latent else self.learning_rate
 
     # -- what a step saw -------------------------------------------------------------------------------------
 
@@ -186,7 +188,7 @@ class Training:
     def _means(self) -> dict[str, float]:
         """The last of everything, means over prompts."""
         means = {key: float(values[-1].mean()) for key, values in self.history.items() if key != "prompts"}
-        means |= {"samples_per_second": self._speed, "learning_rate": self.engine.learning_rate * self.optimizer.factor}
+        means |= {"samples_per_second": self._speed, "learning_rate": self.learning_rate * self.optimizer.factor}
         if self.looks and int(self.looks["held_out_steps"][-1]) == self.step:
             means |= {
                 f"held_out/{key}": float(x[-1].mean()) for key, x in self.looks.items() if key != "held_out_steps"

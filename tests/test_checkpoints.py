@@ -218,7 +218,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
 
 
 OTHERS = {
-    "learning_rate was 0.001 and is 0.01": {"learning_rate": 0.01},
+    "learning_rate was null and is 0.01": {"learning_rate": 0.01},
     'objective: type was "ReverseKL" and is "LogVariance"': {"objective": LogVariance(8)},
     "log p of 'reward'": {"model": tilted(LM, score_table(1), 0.5)},
     "weights of the prior": {"model": tilted(table_lm(order=3, seed=2), score_table(1))},

@@ -268,7 +268,7 @@ def test_a_call_that_came_to_nothing_takes_no_place(folder):
 def test_a_reward_that_was_changed_is_another_call(folder):
     call = ["a", "--reward", "my_rewards:letters", "--out", "run"]
     infer(*call)
-    Path("my_rewards.py").write_text(REWARDS.replace('count("a")', 'count("b")'))
+    Path("my_rewards.py").write_text(REWARDS.replace('count("a")', 'count("bb")'))
     sys.modules.pop("my_rewards")
     assert "reward itself" in " ".join(infer(*call, code=1).split())
 

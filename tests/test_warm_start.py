@@ -113,3 +113,14 @@ def test_what_cannot_be_begun_with():
         SVI(num_steps=1, guide=other, **SETTINGS).run(two, PROMPTS)
     with pytest.raises(TypeError, match="packed model can be neither trained"):
         SVI(num_steps=1, guide=prior.packed(), **SETTINGS).run(model, PROMPTS)
+
+
+@pytest.mark.parametrize(("rank", "rate"), [(None, 1e-3), (2, 3e-4)])
+def test_adapters_have_a_lower_learning_rate(rank, rate):
+    seen: list[float] = []
+    model = tilted(tiny_llama(seed=1), score_table(1), 0.5)
+    settings = {key: value for key, value in SETTINGS.items() if key != "learning_rate"}
+    for given in ({}, {"learning_rate": 0.01}):
+        log = lambda step, values: seen.append(values["learning_rate"])  # noqa: E731
+        SVI(num_steps=2, lora_rank=rank, log=log, **settings | given).run(model, PROMPTS)
+    assert seen == pytest.approx([rate, rate / 2, 0.01, 0.005])

@@ -1,8 +1,10 @@
 """A call of the command line that can be made again: its output folder says what it was, and holds what is done of it.
 
-out/call.json        the options that its results depend on
-out/NAME/            the posterior of an engine, once it is whole
-out/NAME-interrupted/  one that Ctrl-C cut short, until the engine has run to its end
+    out/call.json           the options that its results depend on
+    out/NAME/               the posterior of an engine, once it is whole
+    out/NAME-interrupted/   one that Ctrl-C cut short, until the engine has run to its end
+
+What is whole is read when the call is made again, and the rest is run.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from pyro.distributions import MaskedDistribution
 from pyro.distributions.util import broadcast_shape
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
-from pyro.util import get_rng_state, set_rng_seed, set_rng_state
+from pyro.util import set_rng_seed
 from torch import Tensor
 
 from ..models import Autoregressive
@@ -30,6 +30,7 @@ from .errors import explained as explained
 from .minibatches import PROMPTS as PROMPTS
 from .minibatches import Minibatch
 from .particles import along
+from .random_states import RandomStates
 
 PARTICLES = "_particles"
 STEPS = "steps"  # a plate over the steps of a trajectory: the term of each reads nothing later
@@ -313,10 +314,9 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    state = get_rng_state()
-    with torch.random.fork_rng():  # the accelerators' states, which Pyro's leaves out
-        set_rng_seed(seed)
-        try:
-            yield
-        finally:
-            set_rng_state(state)
+    before = RandomStates.now()
+    set_rng_seed(seed)
+    try:
+        yield
+    finally:
+        before.restore()

@@ -1,4 +1,4 @@
-"""The states of the generators that a training draws from: torch's, NumPy's and Python's, which rewards may use."""
+"""The states of the generators that are drawn from: torch's and its accelerators', NumPy's and Python's."""
 
 from __future__ import annotations
 

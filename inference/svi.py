@@ -172,17 +172,18 @@ class SVI:
                 objective.inverse_temperature = 1.0
             interrupted = any(chain.interrupted for chain in chains)
             chains = [chain for chain in chains if chain.step] or chains  # one interrupted in its first step is none
+            num = self._num_samples(program)
+            num_prior = num if self.num_prior_samples is None else self.num_prior_samples
             parts = []
             for chain in chains:
                 with _keeping(chains), chain.own_params():
-                    law = as_law(chain.guide, program)
-                    part, cut = self._draw(program, law, self._num_samples(program), "draws of the policy")
+                    part, cut = self._draw(program, as_law(chain.guide, program), num, "draws of the policy")
                     parts.append(part)
                     interrupted |= cut
             prior = None
-            if (size := self._num_samples(program) if self.num_prior_samples is None else self.num_prior_samples) > 0:
+            if num_prior > 0:
                 with _keeping(chains):
-                    prior, cut = self._draw(program, None, size, "draws of the prior")
+                    prior, cut = self._draw(program, None, num_prior, "draws of the prior")
                 interrupted |= cut
             shortest = min(len(part.log_prior) for part in parts)
             parts = [part[:shortest] for part in parts]

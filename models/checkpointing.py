@@ -4,8 +4,9 @@ its inside anew."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -32,14 +33,21 @@ def checkpointed(network: nn.Module) -> Iterator[None]:
 
     (Their own switch would do so in training mode only, where some have dropout.)
     """
-    layers = checkpointable(network)
-    before = [vars(layer).get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    with contextlib.ExitStack() as layers:
+        for layer in checkpointable(network):
+            again = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+            layers.enter_context(with_forward(layer, again))
+        yield
+
+
+@contextlib.contextmanager
+def with_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a module computes something else; one of its own, as libraries leave there, is put back after."""
+    before = vars(module).get("forward")
+    module.forward = forward
     try:
         yield
     finally:
-        for layer, forward in zip(layers, before, strict=True):
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
+        del module.forward
+        if before is not None:
+            module.forward = before

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import packing
-from .checkpointing import checkpointed
+from .checkpointing import checkpointed, with_forward
+from .masks import positions_of, ready_mask
 
 # Elements of one float32 block of logits: 2**25 is 128 MB, some 680 tokens of a 49k vocabulary.
 LOGITS_BLOCK = 2**25
@@ -176,17 +177,10 @@ class CausalNetwork:
 
     def _through(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocabulary) of hidden states (..., width), as the network has them of its body's."""
-        body: Any = self._body
         states = hidden.reshape(1, -1, hidden.shape[-1])
-        before = vars(body).get("forward")
-        body.forward = lambda *_, **__: self._answer(last_hidden_state=states)
-        try:
+        with with_forward(self._body, lambda *_, **__: self._answer(last_hidden_state=states)):
             ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
             logits: Tensor = self.network(input_ids=ids, use_cache=False).logits
-        finally:
-            del body.forward
-            if before is not None:
-                body.forward = before
         return logits.reshape(*hidden.shape[:-1], -1)
 
     @property
@@ -383,24 +377,3 @@ class CausalNetwork:
 def log_softmax_at(logits: Tensor, token: Tensor) -> Tensor:
     """log softmax(logits) (rows, vocabulary) at tokens (rows,)."""
     return logits.gather(-1, token[:, None]).squeeze(-1) - logits.logsumexp(-1)
-
-
-def positions_of(ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Positions (rows, length) of left-padded ids."""
-    if mask is None:
-        return torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
-    return (mask.cumsum(-1) - 1).clamp_min(0)  # padding's own position is never attended to
-
-
-def ready_mask(mask: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
-    """What each of the last ``tokens`` attends to, (rows, 1, tokens, length), of a mask (rows, length) of left-padded
-    texts: True, or 0 to be added to attention logits.
-    """
-    length = mask.shape[-1]
-    at = torch.arange(length, device=mask.device)
-    row = at[length - tokens :, None]
-    # padding attends to itself: some kernels answer with NaN where there is nothing to attend to
-    seen = (mask.bool()[:, None, None, :] & (at < row)) | (at == row)
-    if dtype == torch.bool:
-        return seen
-    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from .network import CausalNetwork, positions_of
+from .masks import positions_of
+from .network import CausalNetwork
 
 
 @dataclass

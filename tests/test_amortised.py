@@ -12,9 +12,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from gradients import assert_unbiased, gradients, perturbed
+from family import PROMPTS, Family, T
+from gradients import assert_unbiased, gradients
 from helpers import table_lm, tiny_llama
-from programs import score_table
 from pyro.infer import Trace_ELBO
 from torch.nn.functional import softplus
 
@@ -38,51 +38,6 @@ from bayeslm.inference.guides import AutoPolicy
 from bayeslm.inference.minibatches import Epochs
 from bayeslm.inference.program import look
 from bayeslm.models import TiltedLM
-
-T = 3
-PROMPTS = [[1], [2, 3], [3], [1, 2], [3, 1, 2]]
-
-
-class Family:
-    """One policy, many prompts, all of them enumerated: log q (completion, prompt) with gradient, log p + l."""
-
-    def __init__(self, prompts, order: int = 2, seed: int = 0) -> None:
-        self.lm, self.prompts = table_lm(order, seed=seed, vocab=4), prompts
-        self.tables = torch.stack([score_table(10 * seed + i, vocab=4, tokens=T, scale=1.0) for i in range(4)])
-        self.policy = perturbed(self.lm, seed)
-        law = self.policy(prompts, max_new_tokens=T)
-        self.x = law.enumerate_support()
-        self.log_q = law.log_prob(self.x)
-        self.log_target = self.lm(prompts, max_new_tokens=T).log_prob(self.x) + self.reward(prompts, self.x)
-        self.log_z = self.log_target.logsumexp(0)
-
-    def reward(self, prompts, x):
-        last = torch.tensor([prompt[-1] for prompt in prompts])
-        return self.tables[last[..., None], torch.arange(T), x].sum(-1)
-
-    def model(self, size=None):
-        def model(prompts):
-            with pyro.plate("prompts", len(prompts), subsample_size=size) as batch:
-                some = [prompts[i] for i in batch]
-                x = pyro.sample("completion", self.lm(some, max_new_tokens=T))
-                score = pyro.deterministic("score", self.reward(some, x), event_dim=0)
-                pyro.factor("reward", score)
-
-        return model
-
-    def guide(self, size):
-        def guide(prompts):
-            pyro.module("policy", self.policy)
-            with pyro.plate("prompts", len(prompts), subsample_size=size) as batch:
-                pyro.sample("completion", self.policy([prompts[i] for i in batch], max_new_tokens=T))
-
-        return guide
-
-    def kl(self, policy):
-        """KL(q || pi*) of each prompt, by enumeration."""
-        with torch.no_grad():
-            score = policy(self.prompts, max_new_tokens=T).log_prob(self.x)
-            return (score.exp() * (score - self.log_target + self.log_z)).sum(0)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from helpers import by_hand, llama_network, random_network, table_lm, tiny_llama
 from transformers import masking_utils
 
 from bayeslm.models import LanguageModel, network, scoring
+from bayeslm.models.masks import ready_mask
 from bayeslm.models.network import CausalNetwork, count_usage
 from bayeslm.models.prefix import prefill
 
@@ -313,9 +314,9 @@ def test_masks_of_padded_prompts_are_looked_at_once(model_type, attention, looks
 
 def test_a_ready_mask_by_hand():
     """Of two tokens after two, the first of them padding: the past and itself; padding itself alone."""
-    mask = network.ready_mask(torch.tensor([[0, 1, 1, 1]]), 2, torch.bool)
+    mask = ready_mask(torch.tensor([[0, 1, 1, 1]]), 2, torch.bool)
     assert mask.tolist() == [[[[False, True, True, False], [False, True, True, True]]]]
-    whole = network.ready_mask(torch.tensor([[0, 1, 1]]), 3, torch.float32)
+    whole = ready_mask(torch.tensor([[0, 1, 1]]), 3, torch.float32)
     low = torch.finfo(torch.float32).min
     assert whole.tolist() == [[[[0.0, low, low], [low, 0.0, low], [low, 0.0, 0.0]]]]
 

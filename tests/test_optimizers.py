@@ -3,7 +3,7 @@
 import pyro
 import pytest
 import torch
-from test_amortised import PROMPTS, Family
+from family import PROMPTS, Family
 
 from bayeslm.inference import SVI, ReverseKL
 from bayeslm.inference.guides import AutoPolicy

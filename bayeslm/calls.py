@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bayeslm.folders import differences, read_header, refuse_taken
+from bayeslm.files import differences, read_header, refuse_taken
 from bayeslm.posterior import Posterior
 
 FORMAT = "bayeslm.call/1"

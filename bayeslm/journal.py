@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from bayeslm.folders import hold
+from bayeslm.files import hold
 
 
 class Journal:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bayeslm.folders import read_header, whole
+from bayeslm.files import read_header, whole
 from bayeslm.posterior import Posterior
 
 Array = NDArray[Any]

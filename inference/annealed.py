@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from bayeslm.posterior import Posterior
+from bayeslm.progress import track
 
 from ..models import LanguageModel
-from ..models.progress import track
 from .checks import check_counts, check_positive, check_resampling
 from .islands import Islands, Step
 from .moves import Tally, latent_moves, sweep, tempered

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import bayeslm
-from bayeslm.folders import differences, lock, whole
+from bayeslm.files import differences, lock, whole
 
 from ..models import Autoregressive, LanguageModel, TiltedLM
 from ..models.rewards import Reward

@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 
 from bayeslm.posterior import Posterior
+from bayeslm.progress import track
 
 from ..models.control.mdp import MDP
 from ..models.control.policies import TabularPolicy
 from ..models.control.program import Control
 from ..models.control.trajectory import REWARD, Trajectory
 from ..models.network import log_softmax_at
-from ..models.progress import track
 from ..models.stepping import categorical
 from .checks import check_counts, check_resampling
 from .islands import Islands, Step

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from bayeslm import diagnostics
 from bayeslm.posterior import Posterior
+from bayeslm.progress import track
 
 from ..models import LanguageModel
-from ..models.progress import track
 from .checks import check_counts, check_positive
 from .guides import PolicyGuide
 from .moves import RandomWalk, Tally, latent_moves, sweep, tempered

@@ -20,8 +20,8 @@ from pyro.infer import NUTS as PyroNUTS
 from torch import Tensor
 
 from bayeslm.posterior import Posterior
+from bayeslm.progress import Report, track
 
-from ..models.progress import Report, track
 from .checks import check_counts
 from .particles import Particles
 from .program import Program, inspect, seeded

@@ -22,10 +22,11 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
+from bayeslm.progress import track
+
 from ..models.control.environments import Environment
 from ..models.control.mdp import MDP
 from ..models.control.worlds import Steps
-from ..models.progress import track
 from .checks import check_counts
 from .exploration import Exploration, Thompson
 from .program import seeded

@@ -20,8 +20,8 @@ import torch
 
 from bayeslm import diagnostics
 from bayeslm.posterior import Posterior
+from bayeslm.progress import track
 
-from ..models.progress import track
 from .checks import check_counts
 from .particles import Particles
 from .program import Program, ProgramError, inspect, seeded

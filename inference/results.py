@@ -13,9 +13,9 @@ from torch import Tensor
 
 from bayeslm import diagnostics
 from bayeslm.posterior import Posterior
+from bayeslm.progress import track
 
 from ..models.network import count_usage
-from ..models.progress import track
 from .particles import Particles
 from .program import Program, ProgramError
 from .runs import run_particles

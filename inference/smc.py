@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from bayeslm.posterior import Posterior
+from bayeslm.progress import track
 
 from ..models import Autoregressive, LanguageModel, Twist
 from ..models.network import log_softmax_at
-from ..models.progress import track
 from ..models.stepping import Steps, categorical
 from .checks import check_counts, check_resampling
 from .islands import Islands, Step

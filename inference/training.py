@@ -15,8 +15,9 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from bayeslm.progress import track
+
 from ..models import LanguageModel
-from ..models.progress import track
 from .checkpoints import Checkpoints, Saved
 from .elbo import Objective
 from .guides import AutoPolicy

@@ -34,8 +34,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bayeslm.progress import track
+
 from ..models import Twist
-from ..models.progress import track
 from ..models.stepping import categorical, write
 from ..models.twist import POWERS, TwistInputs
 from .checks import check_counts, check_positive

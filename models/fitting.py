@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from bayeslm.progress import track
+
 from . import pretrained
-from .progress import track
 
 if TYPE_CHECKING:
     from .language_model import LanguageModel

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad
 
-from bayeslm.folders import read_header, whole
+from bayeslm.files import read_header, whole
 
 from .language_model import LanguageModel
 from .stepping import Steps

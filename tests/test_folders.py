@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from bayeslm.folders import whole
+from bayeslm.files import whole
 
 KILLED = """
 import os, sys
-from bayeslm.folders import whole
+from bayeslm.files import whole
 
 with whole(sys.argv[1]) as folder:
     (folder / "first").write_text("1")

@@ -48,7 +48,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from bayeslm.folders import read_header, whole
+from bayeslm.files import read_header, whole
 from bayeslm.posterior import Posterior
 
 from ..language_model import LanguageModel

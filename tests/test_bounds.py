@@ -21,7 +21,8 @@ from programs import highest, score_table, tilted
 from scipy.stats import binom
 from toys import enumerated
 
-from bayeslm import Posterior, diagnostics, report
+from bayeslm import Posterior, diagnostics
+from bayeslm.cli import report
 from bayeslm.inference import Exact, ImportanceSampling, ProgramError, RejectionSampling
 from bayeslm.inference.guides import AutoPolicy
 from bayeslm.inference.program import inspect

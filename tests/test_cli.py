@@ -12,7 +12,7 @@ import torch
 from helpers import tiny_llama
 from typer.testing import CliRunner
 
-from bayeslm.cli import app
+from bayeslm.cli.app import app
 from bayeslm.models import LanguageModel
 from bayeslm.posterior import Posterior
 

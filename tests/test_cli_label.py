@@ -11,10 +11,10 @@ import torch
 from helpers import tiny_llama
 from typer.testing import CliRunner
 
-from bayeslm.cli import app
-from bayeslm.console import out_console
+from bayeslm.cli.app import app
+from bayeslm.cli.console import out_console
+from bayeslm.cli.terminal import Person, shown
 from bayeslm.models.preferences import Comparisons
-from bayeslm.terminal import Person, shown
 
 JUDGES = """
 calls = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bayeslm.console import out_console
+from .console import out_console
 
 PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}  # texts as they are
 

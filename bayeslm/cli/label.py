@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bayeslm.console import INTERRUPTED, clear_errors, err_console, language_model, out_console, read_prompts
-from bayeslm.journal import Journal
-from bayeslm.terminal import PLAIN, Person, Quit, Undo, shown
+from .console import INTERRUPTED, clear_errors, err_console, language_model, out_console, read_prompts
+from .journal import Journal
+from .terminal import PLAIN, Person, Quit, Undo, shown
 
 if TYPE_CHECKING:
     from bayeslm.inference import Elicitation, Pool

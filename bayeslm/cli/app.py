@@ -12,19 +12,13 @@ from typing import Annotated, Any
 
 import typer
 
-from bayeslm import calls, report
-from bayeslm.console import (
-    INTERRUPTED,
-    clear_errors,
-    err_console,
-    language_model,
-    out_console,
-    policy_of,
-    read_prompts,
-)
-from bayeslm.label import label
-from bayeslm.options import make_engine, make_twist, read_settings
 from bayeslm.posterior import Posterior
+
+from . import report
+from . import resume as calls
+from .console import INTERRUPTED, clear_errors, err_console, language_model, out_console, policy_of, read_prompts
+from .label import label
+from .options import make_engine, make_twist, read_settings
 
 app = typer.Typer(
     name="bayeslm",

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bayeslm.console import err_console
+from .console import err_console
 
 
 def make_engine(name: str, *, seed: int, twist: Any, **sizes: Any) -> Any:

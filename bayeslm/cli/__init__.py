@@ -1,0 +1,5 @@
+"""The command line, on top of everything else."""
+
+from .app import app
+
+__all__ = ["app"]

@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayeslm.models.lm.decoding import categorical
+from bayeslm.models.lm.network import log_softmax_at
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 
@@ -33,8 +35,6 @@ from ..models.control.mdp import MDP
 from ..models.control.policies import TabularPolicy
 from ..models.control.program import Control
 from ..models.control.trajectory import REWARD, Trajectory
-from ..models.network import log_softmax_at
-from ..models.stepping import categorical
 from .checks import check_counts, check_resampling
 from .islands import Islands, Step
 from .particles import Particles

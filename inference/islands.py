@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.stepping import Steps
+from bayeslm.models.lm.decoding import Steps
+
 from .particles import Particles
 from .program import Program, ProgramError
 from .replay import History

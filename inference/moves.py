@@ -36,8 +36,9 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
+from bayeslm.models.lm.suffix import redraw
+
 from ..models import LanguageModel
-from ..models.suffix import redraw
 from .particles import Particles
 from .program import Assign, Program, ProgramError, Site, same_law
 from .runs import run_particles

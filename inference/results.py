@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from bayeslm import diagnostics
+from bayeslm.models.lm.network import count_usage
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 
-from ..models.network import count_usage
 from .particles import Particles
 from .program import Program, ProgramError
 from .runs import run_particles

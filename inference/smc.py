@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
+from bayeslm.models.lm.decoding import Steps, categorical
+from bayeslm.models.lm.network import log_softmax_at
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 
 from ..models import Autoregressive, LanguageModel, Twist
-from ..models.network import log_softmax_at
-from ..models.stepping import Steps, categorical
 from .checks import check_counts, check_resampling
 from .islands import Islands, Step
 from .particles import Particles

@@ -34,11 +34,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bayeslm.models.lm.decoding import categorical, write
+from bayeslm.models.lm.twist import POWERS, TwistInputs
 from bayeslm.progress import track
 
 from ..models import Twist
-from ..models.stepping import categorical, write
-from ..models.twist import POWERS, TwistInputs
 from .checks import check_counts, check_positive
 from .program import Program, ProgramError, inspect, seeded
 from .replay import History

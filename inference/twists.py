@@ -20,9 +20,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from bayeslm.models.lm.decoding import Steps
+
 from ..models import Autoregressive, Twist
 from ..models.rewards import prefixes
-from ..models.stepping import Steps
 from .program import Program, ProgramError
 from .replay import History
 

@@ -1,9 +1,9 @@
 """What to infer: distributions over texts, language models, rewards, ready Pyro programs."""
 
 from . import rewards
-from .autoregressive import Autoregressive
-from .language_model import LanguageModel
+from .lm.autoregressive import Autoregressive
+from .lm.language_model import LanguageModel
+from .lm.twist import Twist
 from .tilted import TiltedLM
-from .twist import Twist
 
 __all__ = ["Autoregressive", "LanguageModel", "TiltedLM", "Twist", "rewards"]

@@ -16,8 +16,9 @@ import numpy as np
 import pyro
 from torch import Tensor
 
-from .encoding import Prompt
-from .language_model import LanguageModel
+from bayeslm.models.lm.encoding import Prompt
+from bayeslm.models.lm.language_model import LanguageModel
+
 from .rewards import Reward
 
 

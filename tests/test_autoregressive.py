@@ -6,7 +6,7 @@ import torch
 from helpers import assert_drawn_from, by_hand, count_completions, table_lm, tiny_llama
 
 from bayeslm.models import LanguageModel
-from bayeslm.models.stepping import categorical
+from bayeslm.models.lm.decoding import categorical
 
 PROMPTS = ["a b c d e", "f", "g a b"]  # of different lengths, so that two are padded
 IDS = [[1, 2, 3, 4, 5], [6], [7, 1, 2]]

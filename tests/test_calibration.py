@@ -31,7 +31,7 @@ from scipy.stats import chi2
 from bayeslm.inference.kernels import SuffixKernel
 from bayeslm.inference.moves import PriorMove, RandomWalk, SuffixMove, latent_moves, score, sweep
 from bayeslm.inference.program import inspect, sample_sites
-from bayeslm.models.autoregressive import Autoregressive
+from bayeslm.models.lm.autoregressive import Autoregressive
 
 LIMIT = 4.0
 FALSE_ALARM = 1e-4

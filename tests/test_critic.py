@@ -226,7 +226,7 @@ def test_what_is_read_is_what_the_network_knows_before_each_token(kind):
 
 
 def test_no_pass_more_than_leave_one_out():
-    from bayeslm.models.network import count_usage
+    from bayeslm.models.lm.network import count_usage
 
     lm = tiny_llama(seed=1)
     policy = perturbed(lm)

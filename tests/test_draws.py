@@ -34,7 +34,7 @@ from bayeslm.inference.draws import log_q, of_guide
 from bayeslm.inference.guides import AutoPolicy
 from bayeslm.inference.program import inspect, seeded
 from bayeslm.inference.runs import run_particles
-from bayeslm.models.network import count_usage
+from bayeslm.models.lm.network import count_usage
 
 
 def test_auxiliary_sites_of_a_guide_are_drawn_and_kept_with_it():

@@ -18,8 +18,8 @@ from pyro.infer import MCMC
 from bayeslm.inference import EvidenceError, Exact, ProgramError
 from bayeslm.inference.kernels import SuffixKernel
 from bayeslm.models import LanguageModel
-from bayeslm.models.autoregressive import Autoregressive
-from bayeslm.models.network import count_usage
+from bayeslm.models.lm.autoregressive import Autoregressive
+from bayeslm.models.lm.network import count_usage
 
 LIMIT = 4.0
 SHORT = [[1, 2], [3]]

@@ -7,10 +7,11 @@ import torch
 from helpers import by_hand, llama_network, random_network, table_lm, tiny_llama
 from transformers import masking_utils
 
-from bayeslm.models import LanguageModel, network, scoring
-from bayeslm.models.masks import ready_mask
-from bayeslm.models.network import CausalNetwork, count_usage
-from bayeslm.models.prefix import prefill
+from bayeslm.models import LanguageModel
+from bayeslm.models.lm import network, scoring
+from bayeslm.models.lm.masks import ready_mask
+from bayeslm.models.lm.network import CausalNetwork, count_usage
+from bayeslm.models.lm.prefix import prefill
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [20], [30, 31, 32]]
 

@@ -18,7 +18,7 @@ from bayeslm import diagnostics
 from bayeslm.inference import EvidenceError, ProgramError
 from bayeslm.inference.nuts import NUTS
 from bayeslm.inference.unconstrained import Unconstrained
-from bayeslm.models.autoregressive import Autoregressive
+from bayeslm.models.lm.autoregressive import Autoregressive
 
 LIMIT = 4.0
 SHORT = [[1, 2], [3]]

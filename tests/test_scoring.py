@@ -5,9 +5,10 @@ import torch
 from helpers import by_hand, llama_network, random_network, table_lm, tiny_llama
 from torch import nn
 
-from bayeslm.models import LanguageModel, scoring
-from bayeslm.models.checkpointing import checkpointable
-from bayeslm.models.network import CausalNetwork, count_usage
+from bayeslm.models import LanguageModel
+from bayeslm.models.lm import scoring
+from bayeslm.models.lm.gradient_checkpointing import checkpointable
+from bayeslm.models.lm.network import CausalNetwork, count_usage
 
 PROMPTS = [[1, 2, 3, 4], [5], [6, 7]]  # of different lengths, so that two are padded
 TOKENS = 6

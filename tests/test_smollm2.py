@@ -5,7 +5,7 @@ import torch
 from helpers import by_hand
 
 from bayeslm.models import LanguageModel
-from bayeslm.models.network import CausalNetwork, count_usage
+from bayeslm.models.lm.network import CausalNetwork, count_usage
 
 PROMPTS = ["My dinner at the restaurant was", "Yes", "The capital of France is"]
 TOKENS = 8

@@ -18,7 +18,7 @@ import bayeslm.models.control  # noqa: F401  registers the environment
 from bayeslm.inference import Exact
 from bayeslm.models import TiltedLM
 from bayeslm.models.control.token_env import TokenEnv
-from bayeslm.models.stepping import Steps
+from bayeslm.models.lm.decoding import Steps
 
 PROMPTS = ["a b", "c"]
 TOKENS = 3

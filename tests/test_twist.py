@@ -17,8 +17,8 @@ from bayeslm.inference.program import inspect, seeded
 from bayeslm.inference.twisting import Draws, _write, confidence, contrastive, offset, soft_value
 from bayeslm.inference.twists import LearnedTwist, Rows
 from bayeslm.models import LanguageModel, Twist, rewards
-from bayeslm.models.stepping import categorical
-from bayeslm.models.twist import TwistInputs
+from bayeslm.models.lm.decoding import categorical
+from bayeslm.models.lm.twist import TwistInputs
 
 METHODS = ["contrastive", "soft-value"]
 T = 4

@@ -15,7 +15,7 @@ import typer
 from bayeslm.posterior import Posterior
 
 from . import report
-from . import resume as calls
+from . import resume
 from .console import INTERRUPTED, clear_errors, err_console, language_model, out_console, policy_of, read_prompts
 from .label import label
 from .options import make_engine, make_twist, read_settings
@@ -187,7 +187,7 @@ def infer(
         evidence = scale * (rewards.load(reward) if ":" in reward else rewards.get(reward, **settings))
         if out is not None:
             told = {"prompts": texts, "columns": columns, "held_out": others, "reward itself": describe(evidence)}
-            calls.reserve(out, {name: str(x) for name, x in ctx.params.items() if name not in NOT_THE_CALL} | told)
+            resume.reserve(out, {name: str(x) for name, x in ctx.params.items() if name not in NOT_THE_CALL} | told)
         sizes_of_passes = {"batch_size": batch_size, "gradient_checkpointing": gradient_checkpointing}
         lm = language_model(prior, device, dtype, **sizes_of_passes)
         start = None if policy is None else policy_of(policy, lm)
@@ -241,7 +241,7 @@ def demo(
         from bayeslm.models import TiltedLM, rewards
 
         out = out or next(path for path in _numbered("demo") if not path.exists())
-        calls.reserve(out, {"demo": seed})
+        resume.reserve(out, {"demo": seed})
         prompts = ["My dinner at the restaurant was", "The weather this weekend will be"]
         model = TiltedLM(language_model("smollm2", None), rewards.Sentiment(), beta=0.2)
         engines = {
@@ -274,7 +274,7 @@ def _run(
     """Run the engines one after another, keep each result as soon as it is there, and report."""
     posteriors: dict[str, Posterior] = {}
     for name, engine in engines.items():
-        if (there := calls.done(out, name)) is not None:
+        if (there := resume.done(out, name)) is not None:
             err_console.print(f"{name}: is in {out} already", highlight=False)
             posteriors[name] = there
             continue
@@ -292,7 +292,7 @@ def _run(
                 report.show(posteriors, out_console)
             raise
         if out is not None:
-            calls.keep(out, name, posteriors[name])
+            resume.keep(out, name, posteriors[name])
         seconds = posteriors[name].stats["seconds"]
         err_console.print(f"{name}: {seconds:.0f} s", highlight=False)
         if posteriors[name].stats.get("interrupted"):

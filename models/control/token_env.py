@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..autoregressive import Autoregressive
-from ..encoding import Prompt
-from ..language_model import LanguageModel
+from bayeslm.models.lm.autoregressive import Autoregressive
+from bayeslm.models.lm.decoding import Steps
+from bayeslm.models.lm.encoding import Prompt
+from bayeslm.models.lm.language_model import LanguageModel
+
 from ..rewards import Reward
-from ..stepping import Steps
 
 try:
     import gymnasium

@@ -21,7 +21,8 @@ from torch import Size, Tensor
 from torch.distributions import constraints
 from torch.nn.functional import one_hot
 
-from ..stepping import categorical
+from bayeslm.models.lm.decoding import categorical
+
 from .environments import Environment, Episodes
 from .policies import Policy
 

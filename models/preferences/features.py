@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..encoding import encode
-from ..language_model import LanguageModel
+from bayeslm.models.lm.encoding import encode
+from bayeslm.models.lm.language_model import LanguageModel
+
 from ..rewards.text import sentence_embeddings
 
 Features = Callable[[list[str], list[str]], Tensor]

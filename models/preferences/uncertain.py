@@ -49,9 +49,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from bayeslm.files import read_header, whole
+from bayeslm.models.lm.language_model import LanguageModel
 from bayeslm.posterior import Posterior
 
-from ..language_model import LanguageModel
 from ..rewards import Reward
 from ..rewards.shapes import broadcast
 from .linear import LinearReward

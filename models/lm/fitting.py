@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bayeslm.progress import track
 
-from . import pretrained
+from . import loading
 
 if TYPE_CHECKING:
     from .language_model import LanguageModel
@@ -44,7 +44,7 @@ def fit(
     if not texts:
         raise ValueError("texts is empty: give at least one text to fit")
     sequences = [_sequence(lm, i, text, max_tokens) for i, text in enumerate(texts)]
-    weights = pretrained.own_parameters(lm.network)
+    weights = loading.own_parameters(lm.network)
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0)
     generator = torch.Generator()
     generator.manual_seed(seed) if seed is not None else generator.seed()

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .autoregressive import Autoregressive
+from .decoding import Steps, write
 from .network import CausalNetwork
 from .prefix import Prefix, prefill
-from .stepping import Steps, write
 
 
 @torch.no_grad()

@@ -27,8 +27,8 @@ from torch.nn.functional import gelu, pad
 
 from bayeslm.files import read_header, whole
 
+from .decoding import Steps
 from .language_model import LanguageModel
-from .stepping import Steps
 
 FORMAT = "bayeslm.twist/2"
 # Heads learn E[L^a | x_1:t], L = exp(r / beta), for each of these powers a, and SMC reads that of the first. At a

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import encoding, packing, pretrained
+from . import encoding, packing
+from . import loading
 from .autoregressive import Autoregressive
-from .checkpointing import checkpointable
+from .gradient_checkpointing import checkpointable
 from .network import CausalNetwork
 from .tabular import NGramConfig, NGramForCausalLM
 
@@ -117,7 +118,7 @@ class LanguageModel(nn.Module):
         :raises OSError: if the model is not found, with how to get it.
         :raises ValueError: if ``base`` is given and there is no adapter to put on it.
         """
-        network, tokenizer, name = pretrained.load(name_or_path, base=base, dtype=dtype, **kwargs)
+        network, tokenizer, name = loading.load(name_or_path, base=base, dtype=dtype, **kwargs)
         lm = cls(
             network,
             tokenizer,
@@ -125,7 +126,7 @@ class LanguageModel(nn.Module):
             batch_size=batch_size,
             micro_batch_size=micro_batch_size,
             gradient_checkpointing=gradient_checkpointing,
-            compute_dtype=pretrained.compute_dtype(name_or_path),
+            compute_dtype=loading.compute_dtype(name_or_path),
         )
         return lm.to(device) if device is not None else lm
 
@@ -156,7 +157,7 @@ class LanguageModel(nn.Module):
             if table.shape != network.table.shape:
                 raise ValueError(f"table must have shape {tuple(network.table.shape)}, got {tuple(table.shape)}")
             network.table.data = table.clone()
-        return cls(network, pretrained.word_tokenizer(vocabulary, eos))
+        return cls(network, loading.word_tokenizer(vocabulary, eos))
 
     def policy(self, lora_rank: int | None = None, *, lora_alpha: int | None = None) -> LanguageModel:
         """A trainable copy.
@@ -173,13 +174,13 @@ class LanguageModel(nn.Module):
         """
         self._refuse_packed()
         if lora_rank is None:
-            network, compute_dtype = pretrained.float32_copy(self.network)
+            network, compute_dtype = loading.float32_copy(self.network)
             lm = self._around(network, name=None, compute_dtype=self.compute_dtype or compute_dtype)
             trainable = list(network.parameters())
         else:
-            network = pretrained.with_lora(self.network, lora_rank, lora_alpha or 2 * lora_rank, self.name)
+            network = loading.with_lora(self.network, lora_rank, lora_alpha or 2 * lora_rank, self.name)
             lm = self._around(network, name=self.name, compute_dtype=self.compute_dtype)
-            trainable = pretrained.own_parameters(network)
+            trainable = loading.own_parameters(network)
         for p in trainable:
             p.requires_grad_(True)
         return lm
@@ -193,8 +194,8 @@ class LanguageModel(nn.Module):
         if not self.has_adapters:
             return self.policy()
         self._refuse_packed()
-        lm = self._around(pretrained.adapters_copy(self.network), name=self.name, compute_dtype=self.compute_dtype)
-        for p in pretrained.own_parameters(lm.network):
+        lm = self._around(loading.adapters_copy(self.network), name=self.name, compute_dtype=self.compute_dtype)
+        for p in loading.own_parameters(lm.network):
             p.requires_grad_(True)
         return lm
 
@@ -206,7 +207,7 @@ class LanguageModel(nn.Module):
         later changes of whose linear layers the packed one does not see. Where nothing can be packed, as on a GPU, all
         is shared. A packed model can be neither trained, nor moved, nor saved.
         """
-        network = pretrained.twin(self.network)
+        network = loading.twin(self.network)
         if self.compute_dtype is None:
             packing.pack(network)
         return self._around(network, name=self.name, compute_dtype=self.compute_dtype)
@@ -242,10 +243,10 @@ class LanguageModel(nn.Module):
         network.save_pretrained(path, **settings)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(path)
-        pretrained.note_compute_dtype(path, self.compute_dtype)
+        loading.note_compute_dtype(path, self.compute_dtype)
 
     def fit(self, texts: Sequence[str], **settings: Any) -> list[float]:
-        """Maximum likelihood on texts; see `bayeslm.models.fitting.fit`. Gives the loss of each step.
+        """Maximum likelihood on texts; see `bayeslm.models.lm.fitting.fit`. Gives the loss of each step.
 
         :raises TypeError: if this model is `packed`.
         """

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import packing
-from .checkpointing import checkpointed, with_forward
+from .gradient_checkpointing import checkpointed, with_forward
 from .masks import positions_of, ready_mask
 
 # Elements of one float32 block of logits: 2**25 is 128 MB, some 680 tokens of a 49k vocabulary.

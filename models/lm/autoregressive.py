@@ -18,9 +18,9 @@ from pyro.distributions.util import broadcast_shape  # torch's takes ten times a
 from torch import Size, Tensor
 from torch.distributions import constraints
 
+from .decoding import Steps, write
 from .prefix import Prefix, prefill
 from .scoring import scores_and_hidden, token_scores
-from .stepping import Steps, write
 
 if TYPE_CHECKING:
     import numpy as np

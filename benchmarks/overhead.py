@@ -53,7 +53,7 @@ def profile(run: Callable[[], Any]) -> dict[str, float]:
         (CausalNetwork, "hidden", "networks"),
         (CausalNetwork, "logits", "networks"),
         (CausalNetwork, "token_log_prob", "networks"),
-        (stepping, "categorical", "networks"),
+        (decoding, "categorical", "networks"),
         (smc, "categorical", "networks"),
         (torch.Tensor, "backward", "networks"),
         (torch.optim.Adam, "step", "networks"),

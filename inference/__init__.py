@@ -17,10 +17,10 @@ from .mcmc import MCMC
 from .nuts import NUTS
 from .objectives import Divergence, FDivergence, ForwardKL, LogVariance, Renyi, alpha_divergence
 from .predictive import predict
-from .program import ProgramError
+from .program.program import ProgramError
+from .program.results import EvidenceError
 from .psrl import PSRL, EpisodicTask, Learning
 from .rejection import BestOfN, RejectionSampling
-from .results import EvidenceError
 from .reverse_kl import ReverseKL
 from .smc import SMC
 from .soft_value_iteration import SoftValueIteration

@@ -27,16 +27,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayeslm.inference.program.checks import check_counts, check_positive, check_resampling
+from bayeslm.inference.program.particles import Particles
+from bayeslm.inference.program.program import inspect, seeded
+from bayeslm.inference.program.results import Stopwatch, carry, draw, posterior, to_numpy
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 
 from ..models import LanguageModel
-from .checks import check_counts, check_positive, check_resampling
 from .islands import Islands, Step
 from .moves import Tally, latent_moves, sweep, tempered
-from .particles import Particles
-from .program import inspect, seeded
-from .results import Stopwatch, carry, draw, posterior, to_numpy
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,11 @@ from torch import Tensor
 
 import bayeslm
 from bayeslm.files import differences, lock, whole
+from bayeslm.inference.program.program import Program
+from bayeslm.inference.program.results import prompt_labels, to_numpy
 
 from ..models import Autoregressive, LanguageModel, TiltedLM
 from ..models.rewards import Reward
-from .program import Program
-from .results import prompt_labels, to_numpy
 
 FORMAT = "bayeslm.checkpoint/1"
 

@@ -26,6 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayeslm.inference.program.checks import check_counts, check_resampling
+from bayeslm.inference.program.particles import Particles
+from bayeslm.inference.program.program import Assign, Program, ProgramError, inspect, seeded
+from bayeslm.inference.program.results import Stopwatch, posterior
+from bayeslm.inference.program.run import run_particles
+from bayeslm.models.control.control import Control
 from bayeslm.models.lm.decoding import categorical
 from bayeslm.models.lm.network import log_softmax_at
 from bayeslm.posterior import Posterior
@@ -33,14 +39,8 @@ from bayeslm.progress import track
 
 from ..models.control.mdp import MDP
 from ..models.control.policies import TabularPolicy
-from ..models.control.program import Control
 from ..models.control.trajectory import REWARD, Trajectory
-from .checks import check_counts, check_resampling
 from .islands import Islands, Step
-from .particles import Particles
-from .program import Assign, Program, ProgramError, inspect, seeded
-from .results import Stopwatch, posterior
-from .runs import run_particles
 from .soft_value_iteration import SoftValueIteration, SoftValues
 
 

@@ -35,9 +35,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from bayeslm.inference.program.checks import check_counts, check_positive
+from bayeslm.inference.program.program import Program
+
 from .baselines import ExponentialAverage, leave_one_out
-from .checks import check_counts, check_positive
-from .program import Program
 
 
 @runtime_checkable

@@ -11,8 +11,8 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from .minibatches import Epochs
-from .program import Program, look
+from bayeslm.inference.program.handlers import Epochs
+from bayeslm.inference.program.program import Program, look
 
 
 @runtime_checkable

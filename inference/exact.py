@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayeslm.inference.program.checks import check_counts
+from bayeslm.inference.program.particles import Particles
+from bayeslm.inference.program.program import PROMPTS, Assign, Program, ProgramError, Site, inspect, seeded
+from bayeslm.inference.program.results import Stopwatch, posterior
+from bayeslm.inference.program.run import run_particles
 from bayeslm.posterior import Posterior
 
 from ..models import Autoregressive
-from .checks import check_counts
-from .particles import Particles
-from .program import PROMPTS, Assign, Program, ProgramError, Site, inspect, seeded
-from .results import Stopwatch, posterior
-from .runs import run_particles
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from .checks import check_counts
-from .guides import PolicyGuide
-from .program import Program, inspect
-from .results import draw, to_numpy
+from bayeslm.inference.program.checks import check_counts
+from bayeslm.inference.program.guides import PolicyGuide
+from bayeslm.inference.program.program import Program, inspect
+from bayeslm.inference.program.results import draw, to_numpy
 
 
 @dataclass(frozen=True)

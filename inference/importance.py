@@ -15,13 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from bayeslm.inference.program.checks import check_counts
+from bayeslm.inference.program.guides import PolicyGuide, as_law
+from bayeslm.inference.program.program import inspect, look, seeded
+from bayeslm.inference.program.results import Stopwatch, draw, posterior
 from bayeslm.posterior import Posterior
 
 from ..models import LanguageModel
-from .checks import check_counts
-from .guides import PolicyGuide, as_law
-from .program import inspect, look, seeded
-from .results import Stopwatch, draw, posterior
 from .retained import check_retained, in_front, retained_particles
 
 

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayeslm.inference.program.partial import History
+from bayeslm.inference.program.particles import Particles
+from bayeslm.inference.program.program import Program, ProgramError
+from bayeslm.inference.program.results import EvidenceError, prompt_labels, to_numpy
 from bayeslm.models.lm.decoding import Steps
 
-from .particles import Particles
-from .program import Program, ProgramError
-from .replay import History
 from .resampling import RESAMPLING, conditional_multinomial, ess, keep_in_place
-from .results import EvidenceError, prompt_labels, to_numpy
 
 
 class Step(NamedTuple):

@@ -23,15 +23,16 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
+from bayeslm.inference.program.checks import check_counts, check_positive
+from bayeslm.inference.program.guides import PolicyGuide
+from bayeslm.inference.program.particles import Particles
+from bayeslm.inference.program.program import Assign, Program, inspect
+from bayeslm.inference.program.results import check_evidence, draw, prompt_labels, to_numpy
+from bayeslm.inference.program.run import run_particles
+
 from ..models import LanguageModel
-from .checks import check_counts, check_positive
-from .guides import PolicyGuide
 from .mcmc import Replicas
 from .moves import Move, RandomWalk, Tally, latent_moves, score, sweep
-from .particles import Particles
-from .program import Assign, Program, inspect
-from .results import check_evidence, draw, prompt_labels, to_numpy
-from .runs import run_particles
 from .unconstrained import Potential, ScoredOnce, Unconstrained
 
 CONTINUOUS = ("random-walk", "nuts")

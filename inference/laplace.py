@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from bayeslm import diagnostics
+from bayeslm.inference.program.checks import check_counts, check_positive
+from bayeslm.inference.program.program import Program, ProgramError, inspect, seeded
+from bayeslm.inference.program.results import Stopwatch, posterior, to_numpy
 from bayeslm.posterior import Posterior
 
-from .checks import check_counts, check_positive
-from .program import Program, ProgramError, inspect, seeded
-from .results import Stopwatch, posterior, to_numpy
 from .unconstrained import Potential, ScoredOnce, score, starting_point, unconstrained_shapes
 
 STARTS = 100  # points tried, the first of them 0

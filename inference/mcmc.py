@@ -22,16 +22,16 @@ import torch
 from torch import Tensor
 
 from bayeslm import diagnostics
+from bayeslm.inference.program.checks import check_counts, check_positive
+from bayeslm.inference.program.guides import PolicyGuide
+from bayeslm.inference.program.particles import Particles
+from bayeslm.inference.program.program import Program, inspect, seeded
+from bayeslm.inference.program.results import Stopwatch, carry, check_evidence, draw, posterior, prompt_labels, to_numpy
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 
 from ..models import LanguageModel
-from .checks import check_counts, check_positive
-from .guides import PolicyGuide
 from .moves import RandomWalk, Tally, latent_moves, sweep, tempered
-from .particles import Particles
-from .program import Program, inspect, seeded
-from .results import Stopwatch, carry, check_evidence, draw, posterior, prompt_labels, to_numpy
 
 
 @dataclass(frozen=True)

@@ -36,12 +36,12 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
+from bayeslm.inference.program.particles import Particles
+from bayeslm.inference.program.program import Assign, Program, ProgramError, Site, same_law
+from bayeslm.inference.program.run import run_particles
 from bayeslm.models.lm.suffix import redraw
 
 from ..models import LanguageModel
-from .particles import Particles
-from .program import Assign, Program, ProgramError, Site, same_law
-from .runs import run_particles
 
 
 @dataclass

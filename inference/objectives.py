@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+from bayeslm.inference.program.program import Program, ProgramError
+
 from .baselines import less_others
 from .draws import Draws, FromPosterior, Replay, Source, log_q, of_guide
 from .elbo import Objective, Seen
-from .program import Program, ProgramError
 
 
 class Scores(NamedTuple):

@@ -17,12 +17,11 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from bayeslm.inference.program.particles import Particles
+from bayeslm.inference.program.program import Assign, ProgramError, inspect, sample_sites, seeded
+from bayeslm.inference.program.results import to_numpy
+from bayeslm.inference.program.run import run_particles, site_value, traces
 from bayeslm.posterior import Posterior
-
-from .particles import Particles
-from .program import Assign, ProgramError, inspect, sample_sites, seeded
-from .results import to_numpy
-from .runs import run_particles, site_value, traces
 
 
 def predict(

@@ -22,14 +22,14 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
+from bayeslm.inference.program.checks import check_counts
+from bayeslm.inference.program.program import seeded
 from bayeslm.progress import track
 
 from ..models.control.environments import Environment
 from ..models.control.mdp import MDP
 from ..models.control.worlds import Steps
-from .checks import check_counts
 from .exploration import Exploration, Thompson
-from .program import seeded
 from .soft_value_iteration import SoftValueIteration
 
 BeliefT = TypeVar("BeliefT", bound="Belief")

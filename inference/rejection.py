@@ -19,14 +19,13 @@ from typing import Any
 import torch
 
 from bayeslm import diagnostics
+from bayeslm.inference.program.checks import check_counts
+from bayeslm.inference.program.particles import Particles
+from bayeslm.inference.program.program import Program, ProgramError, inspect, seeded
+from bayeslm.inference.program.results import EvidenceError, Stopwatch, check_evidence, draw, posterior, prompt_labels
+from bayeslm.inference.program.run import run_particles
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
-
-from .checks import check_counts
-from .particles import Particles
-from .program import Program, ProgramError, inspect, seeded
-from .results import EvidenceError, Stopwatch, check_evidence, draw, posterior, prompt_labels
-from .runs import run_particles
 
 
 @dataclass(frozen=True)

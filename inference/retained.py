@@ -18,12 +18,11 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from bayeslm.inference.program.particles import Particles
+from bayeslm.inference.program.program import Assign, Program, ProgramError
+from bayeslm.inference.program.results import prompt_labels
+from bayeslm.inference.program.run import run_particles
 from bayeslm.posterior import Posterior
-
-from .particles import Particles
-from .program import Assign, Program, ProgramError
-from .results import prompt_labels
-from .runs import run_particles
 
 _REFUSED = {
     "weighted": "weighted draws are a proposal's",

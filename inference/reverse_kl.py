@@ -24,11 +24,12 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from bayeslm.inference.program.program import STEPS, Program, ProgramError, in_prompts, sample_sites
+from bayeslm.inference.program.run import site_terms, site_value, traces
+
 from .baselines import Baseline, leave_one_out
 from .critic import Critic, Readable, Texts
 from .elbo import Objective, Seen
-from .program import STEPS, Program, ProgramError, in_prompts, sample_sites
-from .runs import site_terms, site_value, traces
 from .state_values import StateValues
 
 

@@ -23,18 +23,18 @@ from typing import Any
 
 import torch
 
+from bayeslm.inference.program.checks import check_counts, check_resampling
+from bayeslm.inference.program.partial import History
+from bayeslm.inference.program.particles import Particles
+from bayeslm.inference.program.program import ProgramError, inspect, seeded
+from bayeslm.inference.program.results import Stopwatch, carry, posterior
 from bayeslm.models.lm.decoding import Steps, categorical
 from bayeslm.models.lm.network import log_softmax_at
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 
 from ..models import Autoregressive, LanguageModel, Twist
-from .checks import check_counts, check_resampling
 from .islands import Islands, Step
-from .particles import Particles
-from .program import ProgramError, inspect, seeded
-from .replay import History
-from .results import Stopwatch, carry, posterior
 from .retained import check_retained, retained_values
 from .twists import LearnedTwist, PolicyTwist, PrefixTwist, Rows, SiteTwist, induced
 

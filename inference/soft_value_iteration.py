@@ -25,8 +25,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bayeslm.inference.program.checks import check_counts
+
 from ..models.control.mdp import MDP
-from .checks import check_counts
 
 
 @dataclass(frozen=True)

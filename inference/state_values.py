@@ -19,10 +19,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from bayeslm.inference.program.checks import check_counts
+from bayeslm.inference.program.program import Program, ProgramError
+
 from .baselines import leave_one_out
-from .checks import check_counts
 from .critic import Texts
-from .program import Program, ProgramError
 
 
 class StateValues:

@@ -17,18 +17,18 @@ from typing import Any
 
 from pyro.infer.autoguide import AutoGuide
 
+from bayeslm.inference.program.checks import check_counts, check_positive
+from bayeslm.inference.program.guides import as_law
+from bayeslm.inference.program.particles import Particles
+from bayeslm.inference.program.program import Program, look, seeded
+from bayeslm.inference.program.results import Stopwatch, draw, posterior
 from bayeslm.posterior import Posterior
 
 from ..models import LanguageModel
 from .checkpoints import Checkpoints, describe_run
-from .checks import check_counts, check_positive
 from .elbo import Objective
-from .guides import as_law
 from .heldout import HeldOut
 from .optimizers import SCHEDULES
-from .particles import Particles
-from .program import Program, look, seeded
-from .results import Stopwatch, draw, posterior
 from .reverse_kl import ReverseKL
 from .stopping import Stopping
 from .temperature import KLTarget, Temperature

@@ -15,16 +15,16 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from bayeslm.inference.program.guides import AutoPolicy
+from bayeslm.inference.program.program import Arbitrary, Program, seeded
+from bayeslm.inference.program.random_states import RandomStates
+from bayeslm.inference.program.results import Stopwatch, prompt_labels, to_numpy
 from bayeslm.progress import track
 
 from ..models import LanguageModel
 from .checkpoints import Checkpoints, Saved
 from .elbo import Objective
-from .guides import AutoPolicy
 from .optimizers import ScheduledAdam
-from .program import Arbitrary, Program, seeded
-from .random_states import RandomStates
-from .results import Stopwatch, prompt_labels, to_numpy
 
 if TYPE_CHECKING:
     from .svi import SVI

@@ -20,12 +20,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from bayeslm.inference.program.partial import History
+from bayeslm.inference.program.program import Program, ProgramError
 from bayeslm.models.lm.decoding import Steps
 
 from ..models import Autoregressive, Twist
 from ..models.rewards import prefixes
-from .program import Program, ProgramError
-from .replay import History
 
 
 class SiteTwist(Protocol):

@@ -19,11 +19,12 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import biject_to
 
+from bayeslm.inference.program.particles import Particles
+from bayeslm.inference.program.program import Program, ProgramError, same_law, sample_sites
+from bayeslm.inference.program.results import check_evidence, prompt_labels, to_numpy
+from bayeslm.inference.program.run import run_particles
+
 from ..models import Autoregressive
-from .particles import Particles
-from .program import Program, ProgramError, same_law, sample_sites
-from .results import check_evidence, prompt_labels, to_numpy
-from .runs import run_particles
 
 
 class Unconstrained(Messenger):

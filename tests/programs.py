@@ -15,8 +15,8 @@ from helpers import table_lm, tiny_llama
 from bayeslm import Posterior
 from bayeslm.inference import Exact
 from bayeslm.inference.moves import log_target
-from bayeslm.inference.particles import Particles
-from bayeslm.inference.program import inspect
+from bayeslm.inference.program.particles import Particles
+from bayeslm.inference.program.program import inspect
 from bayeslm.models import LanguageModel
 
 # Token ids of different lengths. (A prompt that repeats one token is no test of SVI on a Transformer without

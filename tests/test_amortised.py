@@ -34,9 +34,9 @@ from bayeslm.inference import (
     ReverseKL,
 )
 from bayeslm.inference.draws import log_q
-from bayeslm.inference.guides import AutoPolicy
-from bayeslm.inference.minibatches import Epochs
-from bayeslm.inference.program import look
+from bayeslm.inference.program.guides import AutoPolicy
+from bayeslm.inference.program.handlers import Epochs
+from bayeslm.inference.program.program import look
 from bayeslm.models import TiltedLM
 
 

@@ -30,7 +30,7 @@ from scipy.stats import chi2
 
 from bayeslm.inference.kernels import SuffixKernel
 from bayeslm.inference.moves import PriorMove, RandomWalk, SuffixMove, latent_moves, score, sweep
-from bayeslm.inference.program import inspect, sample_sites
+from bayeslm.inference.program.program import inspect, sample_sites
 from bayeslm.models.lm.autoregressive import Autoregressive
 
 LIMIT = 4.0

@@ -16,8 +16,8 @@ from pyro import poutine
 from scipy.stats import chi2
 
 from bayeslm.inference import SoftValueIteration
-from bayeslm.inference.program import inspect, seeded
-from bayeslm.inference.runs import run_particles
+from bayeslm.inference.program.program import inspect, seeded
+from bayeslm.inference.program.run import run_particles
 from bayeslm.models.control import (
     MDP,
     Control,

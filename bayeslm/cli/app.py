@@ -14,8 +14,7 @@ import typer
 
 from bayeslm.posterior import Posterior
 
-from . import report
-from . import resume
+from . import report, resume
 from .console import INTERRUPTED, clear_errors, err_console, language_model, out_console, policy_of, read_prompts
 from .label import label
 from .options import make_engine, make_twist, read_settings

@@ -3,10 +3,10 @@
 import importlib.util
 
 from .bandits import Bandit, BernoulliArms, GaussianArms, Pull
+from .control import Control, PolicyGuide
 from .environments import GymEnvironment, TabularEnvironment
 from .mdp import MDP
 from .policies import CountdownPolicy, MLPPolicy, TabularPolicy, TrainablePolicy, UniformPolicy
-from .program import Control, PolicyGuide
 from .river_swim import river_swim
 from .trajectory import Trajectory, actions, by_step, observations, returns, step_rewards
 from .worlds import Dirichlet, NormalGamma, Steps, UnknownMDP, Worlds

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import encoding, packing
-from . import loading
+from . import encoding, loading, packing
 from .autoregressive import Autoregressive
 from .gradient_checkpointing import checkpointable
 from .network import CausalNetwork

@@ -20,10 +20,11 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from ..models import Autoregressive
+from bayeslm.models import Autoregressive
+
 from .particles import Particles
 from .program import PARTICLES, Program, ProgramError, explained, same_law, sample_sites
-from .runs import run_particles, site_terms, site_value
+from .run import run_particles, site_terms, site_value
 
 
 class _Reached(BaseException):  # which a program's own `except Exception` lets through

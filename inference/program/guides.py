@@ -19,7 +19,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from ..models import LanguageModel
+from bayeslm.models import LanguageModel
+
 from .program import Arbitrary, Program, ProgramError, Site
 
 

@@ -18,7 +18,7 @@ from bayeslm.progress import track
 
 from .particles import Particles
 from .program import Program, ProgramError
-from .runs import run_particles
+from .run import run_particles
 
 
 class EvidenceError(ProgramError):

@@ -21,14 +21,15 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import set_rng_seed
 from torch import Tensor
 
-from ..models import Autoregressive
+from bayeslm.models import Autoregressive
+
 from .assign import Arbitrary as Arbitrary
 from .assign import Assign as Assign
 from .assign import same_law as same_law
 from .errors import ProgramError as ProgramError
 from .errors import explained as explained
-from .minibatches import PROMPTS as PROMPTS
-from .minibatches import Minibatch
+from .handlers import PROMPTS as PROMPTS
+from .handlers import Minibatch
 from .particles import along
 from .random_states import RandomStates
 

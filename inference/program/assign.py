@@ -8,7 +8,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from ..models import Autoregressive
+from bayeslm.models import Autoregressive
 
 if TYPE_CHECKING:
     from .program import Program

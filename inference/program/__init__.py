@@ -1,0 +1,1 @@
+"""A Pyro program as engines see it: sites, plates, particles, handlers, results."""

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 
 from bayeslm.inference import MCMC, SMC, SVI, AnnealedSMC, ImportanceSampling, smc
-from bayeslm.inference.islands import Islands
+from bayeslm.inference.sequential.population import Islands
 from bayeslm.models import LanguageModel, TiltedLM, rewards
 from bayeslm.models.lm import decoding
 from bayeslm.models.lm.network import CausalNetwork

@@ -22,6 +22,7 @@ from .program.results import EvidenceError
 from .psrl import PSRL, EpisodicTask, Learning
 from .rejection import BestOfN, RejectionSampling
 from .reverse_kl import ReverseKL
+from .sequential.twist_learning import TwistLearning
 from .smc import SMC
 from .soft_value_iteration import SoftValueIteration
 from .state_values import StateValues
@@ -29,7 +30,6 @@ from .stopping import NearPosterior, Plateau
 from .svi import SVI
 from .temperature import KLTarget, Tempering
 from .tensorboard import TensorBoard
-from .twisting import TwistLearning
 
 ENGINES = {
     "exact": Exact,

@@ -31,11 +31,11 @@ from bayeslm.inference.program.checks import check_counts, check_positive, check
 from bayeslm.inference.program.particles import Particles
 from bayeslm.inference.program.program import inspect, seeded
 from bayeslm.inference.program.results import Stopwatch, carry, draw, posterior, to_numpy
+from bayeslm.inference.sequential.population import Islands, Step
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 
 from ..models import LanguageModel
-from .islands import Islands, Step
 from .moves import Tally, latent_moves, sweep, tempered
 
 

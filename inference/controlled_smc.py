@@ -31,6 +31,7 @@ from bayeslm.inference.program.particles import Particles
 from bayeslm.inference.program.program import Assign, Program, ProgramError, inspect, seeded
 from bayeslm.inference.program.results import Stopwatch, posterior
 from bayeslm.inference.program.run import run_particles
+from bayeslm.inference.sequential.population import Islands, Step
 from bayeslm.models.control.control import Control
 from bayeslm.models.lm.decoding import categorical
 from bayeslm.models.lm.network import log_softmax_at
@@ -40,7 +41,6 @@ from bayeslm.progress import track
 from ..models.control.mdp import MDP
 from ..models.control.policies import TabularPolicy
 from ..models.control.trajectory import REWARD, Trajectory
-from .islands import Islands, Step
 from .soft_value_iteration import SoftValueIteration, SoftValues
 
 

@@ -19,10 +19,10 @@ from bayeslm.inference.program.checks import check_counts
 from bayeslm.inference.program.guides import PolicyGuide, as_law
 from bayeslm.inference.program.program import inspect, look, seeded
 from bayeslm.inference.program.results import Stopwatch, draw, posterior
+from bayeslm.inference.sequential.retained import check_retained, in_front, retained_particles
 from bayeslm.posterior import Posterior
 
 from ..models import LanguageModel
-from .retained import check_retained, in_front, retained_particles
 
 
 @dataclass(frozen=True)

@@ -28,15 +28,15 @@ from bayeslm.inference.program.partial import History
 from bayeslm.inference.program.particles import Particles
 from bayeslm.inference.program.program import ProgramError, inspect, seeded
 from bayeslm.inference.program.results import Stopwatch, carry, posterior
+from bayeslm.inference.sequential.population import Islands, Step
+from bayeslm.inference.sequential.retained import check_retained, retained_values
+from bayeslm.inference.sequential.twists import LearnedTwist, PolicyTwist, PrefixTwist, Rows, SiteTwist, induced
 from bayeslm.models.lm.decoding import Steps, categorical
 from bayeslm.models.lm.network import log_softmax_at
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 
 from ..models import Autoregressive, LanguageModel, Twist
-from .islands import Islands, Step
-from .retained import check_retained, retained_values
-from .twists import LearnedTwist, PolicyTwist, PrefixTwist, Rows, SiteTwist, induced
 
 
 @dataclass(frozen=True)

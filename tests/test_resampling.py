@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayeslm.inference.resampling import (
+from bayeslm.inference.sequential.resampling import (
     RESAMPLING,
     conditional_multinomial,
     ess,

@@ -14,8 +14,8 @@ from programs import PROMPTS, ExactTwist, score_table, tilted
 
 from bayeslm.inference import SMC, EvidenceError, Exact, ImportanceSampling, ProgramError, TwistLearning
 from bayeslm.inference.program.program import inspect, seeded
-from bayeslm.inference.twisting import Draws, _write, confidence, contrastive, offset, soft_value
-from bayeslm.inference.twists import LearnedTwist, Rows
+from bayeslm.inference.sequential.twist_learning import Draws, _write, confidence, contrastive, offset, soft_value
+from bayeslm.inference.sequential.twists import LearnedTwist, Rows
 from bayeslm.models import LanguageModel, Twist, rewards
 from bayeslm.models.lm.decoding import categorical
 from bayeslm.models.lm.twist import TwistInputs

@@ -6,7 +6,7 @@ import math
 import numbers
 from typing import Any
 
-from bayeslm.inference.resampling import RESAMPLING
+from bayeslm.inference.sequential.resampling import RESAMPLING
 
 
 def check_counts(engine: Any, *names: str) -> None:

@@ -38,11 +38,11 @@ from bayeslm.inference.program.checks import check_counts, check_positive
 from bayeslm.inference.program.partial import History
 from bayeslm.inference.program.program import Program, ProgramError, inspect, seeded
 from bayeslm.inference.program.results import Stopwatch, check_evidence, prompt_labels
+from bayeslm.models import Twist
 from bayeslm.models.lm.decoding import categorical, write
 from bayeslm.models.lm.twist import POWERS, TwistInputs
 from bayeslm.progress import track
 
-from ..models import Twist
 from .twists import PrefixTwist, Rows
 
 PATIENCE = 10  # steps between looks at what is held out

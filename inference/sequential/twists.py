@@ -22,10 +22,9 @@ from torch import Tensor
 
 from bayeslm.inference.program.partial import History
 from bayeslm.inference.program.program import Program, ProgramError
+from bayeslm.models import Autoregressive, Twist
 from bayeslm.models.lm.decoding import Steps
-
-from ..models import Autoregressive, Twist
-from ..models.rewards import prefixes
+from bayeslm.models.rewards import prefixes
 
 
 class SiteTwist(Protocol):

@@ -1,0 +1,1 @@
+"""Populations of particles, resampling, twists and how they are learned."""

@@ -11,8 +11,8 @@ from .exact import Exact
 from .exploration import Boltzmann, EpsilonGreedy, Exploration, Random, Thompson
 from .heldout import HeldOut
 from .importance import ImportanceSampling
-from .kernels import SuffixKernel
 from .laplace import Laplace
+from .markov.suffix_kernel import SuffixKernel
 from .mcmc import MCMC
 from .nuts import NUTS
 from .objectives import Divergence, FDivergence, ForwardKL, LogVariance, Renyi, alpha_divergence

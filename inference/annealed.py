@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayeslm.inference.markov.moves import Tally, latent_moves, sweep, tempered
 from bayeslm.inference.program.checks import check_counts, check_positive, check_resampling
 from bayeslm.inference.program.particles import Particles
 from bayeslm.inference.program.program import inspect, seeded
@@ -36,7 +37,6 @@ from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 
 from ..models import LanguageModel
-from .moves import Tally, latent_moves, sweep, tempered
 
 
 @dataclass(frozen=True)

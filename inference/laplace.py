@@ -24,12 +24,11 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from bayeslm import diagnostics
+from bayeslm.inference.markov.potential import Potential, ScoredOnce, score, starting_point, unconstrained_shapes
 from bayeslm.inference.program.checks import check_counts, check_positive
 from bayeslm.inference.program.program import Program, ProgramError, inspect, seeded
 from bayeslm.inference.program.results import Stopwatch, posterior, to_numpy
 from bayeslm.posterior import Posterior
-
-from .unconstrained import Potential, ScoredOnce, score, starting_point, unconstrained_shapes
 
 STARTS = 100  # points tried, the first of them 0
 HALVINGS = 30  # of a Newton step

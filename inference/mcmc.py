@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bayeslm import diagnostics
+from bayeslm.inference.markov.moves import RandomWalk, Tally, latent_moves, sweep, tempered
 from bayeslm.inference.program.checks import check_counts, check_positive
 from bayeslm.inference.program.guides import PolicyGuide
 from bayeslm.inference.program.particles import Particles
@@ -31,7 +32,6 @@ from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 
 from ..models import LanguageModel
-from .moves import RandomWalk, Tally, latent_moves, sweep, tempered
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,13 @@ from pyro.infer import MCMC as PyroMCMC
 from pyro.infer import NUTS as PyroNUTS
 from torch import Tensor
 
+from bayeslm.inference.markov.potential import Potential, ScoredOnce, score, starting_point, unconstrained_shapes
 from bayeslm.inference.program.checks import check_counts
 from bayeslm.inference.program.particles import Particles
 from bayeslm.inference.program.program import Program, inspect, seeded
 from bayeslm.inference.program.results import Stopwatch, carry, draw, posterior
 from bayeslm.posterior import Posterior
 from bayeslm.progress import Report, track
-
-from .unconstrained import Potential, ScoredOnce, score, starting_point, unconstrained_shapes
 
 STARTS = 100  # points tried, for one that the posterior allows
 

@@ -14,7 +14,7 @@ from helpers import table_lm, tiny_llama
 
 from bayeslm import Posterior
 from bayeslm.inference import Exact
-from bayeslm.inference.moves import log_target
+from bayeslm.inference.markov.moves import log_target
 from bayeslm.inference.program.particles import Particles
 from bayeslm.inference.program.program import inspect
 from bayeslm.models import LanguageModel

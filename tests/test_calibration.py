@@ -28,8 +28,8 @@ from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
 from scipy.stats import chi2
 
-from bayeslm.inference.kernels import SuffixKernel
-from bayeslm.inference.moves import PriorMove, RandomWalk, SuffixMove, latent_moves, score, sweep
+from bayeslm.inference.markov.moves import PriorMove, RandomWalk, SuffixMove, latent_moves, score, sweep
+from bayeslm.inference.markov.suffix_kernel import SuffixKernel
 from bayeslm.inference.program.program import inspect, sample_sites
 from bayeslm.models.lm.autoregressive import Autoregressive
 

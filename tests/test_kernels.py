@@ -16,7 +16,7 @@ from programs import score_table, tilted
 from pyro.infer import MCMC
 
 from bayeslm.inference import EvidenceError, Exact, ProgramError
-from bayeslm.inference.kernels import SuffixKernel
+from bayeslm.inference.markov.suffix_kernel import SuffixKernel
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm.autoregressive import Autoregressive
 from bayeslm.models.lm.network import count_usage

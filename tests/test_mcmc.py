@@ -27,8 +27,8 @@ from programs import (
 
 from bayeslm import Posterior, diagnostics
 from bayeslm.inference import EvidenceError, Exact
+from bayeslm.inference.markov.moves import log_target
 from bayeslm.inference.mcmc import MCMC, Replicas
-from bayeslm.inference.moves import log_target
 from bayeslm.inference.program.program import inspect
 from bayeslm.models import LanguageModel
 

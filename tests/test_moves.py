@@ -20,7 +20,7 @@ from scipy import stats
 from test_network import ARCHITECTURES, PROMPTS
 
 from bayeslm.inference import ProgramError
-from bayeslm.inference.moves import RandomWalk, SuffixMove, Tally, latent_moves, score
+from bayeslm.inference.markov.moves import RandomWalk, SuffixMove, Tally, latent_moves, score
 from bayeslm.inference.program.program import inspect
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm.network import count_usage

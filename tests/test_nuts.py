@@ -16,8 +16,8 @@ from helpers import table_lm, tiny_llama
 
 from bayeslm import diagnostics
 from bayeslm.inference import EvidenceError, ProgramError
+from bayeslm.inference.markov.potential import Unconstrained
 from bayeslm.inference.nuts import NUTS
-from bayeslm.inference.unconstrained import Unconstrained
 from bayeslm.models.lm.autoregressive import Autoregressive
 
 LIMIT = 4.0

@@ -23,8 +23,7 @@ from bayeslm.inference.program.particles import Particles
 from bayeslm.inference.program.program import Program, ProgramError, same_law, sample_sites
 from bayeslm.inference.program.results import check_evidence, prompt_labels, to_numpy
 from bayeslm.inference.program.run import run_particles
-
-from ..models import Autoregressive
+from bayeslm.models import Autoregressive
 
 
 class Unconstrained(Messenger):

@@ -39,9 +39,8 @@ from torch.distributions import biject_to
 from bayeslm.inference.program.particles import Particles
 from bayeslm.inference.program.program import Assign, Program, ProgramError, Site, same_law
 from bayeslm.inference.program.run import run_particles
+from bayeslm.models import LanguageModel
 from bayeslm.models.lm.suffix import redraw
-
-from ..models import LanguageModel
 
 
 @dataclass

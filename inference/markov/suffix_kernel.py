@@ -23,17 +23,17 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
+from bayeslm.inference.mcmc import Replicas
 from bayeslm.inference.program.checks import check_counts, check_positive
 from bayeslm.inference.program.guides import PolicyGuide
 from bayeslm.inference.program.particles import Particles
 from bayeslm.inference.program.program import Assign, Program, inspect
 from bayeslm.inference.program.results import check_evidence, draw, prompt_labels, to_numpy
 from bayeslm.inference.program.run import run_particles
+from bayeslm.models import LanguageModel
 
-from ..models import LanguageModel
-from .mcmc import Replicas
 from .moves import Move, RandomWalk, Tally, latent_moves, score, sweep
-from .unconstrained import Potential, ScoredOnce, Unconstrained
+from .potential import Potential, ScoredOnce, Unconstrained
 
 CONTINUOUS = ("random-walk", "nuts")
 

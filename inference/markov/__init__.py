@@ -1,0 +1,1 @@
+"""Proposals, tempering, potentials, and the kernel for Pyro's MCMC."""

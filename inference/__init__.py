@@ -2,34 +2,34 @@
 
 from .acquisition import Acquisition, Duel, InformationGain, Tilted
 from .annealed import AnnealedSMC
-from .baselines import ExponentialAverage
 from .controlled_smc import ControlledSMC
-from .critic import Critic
-from .draws import FromPosterior, Replay, of_prior
 from .elicitation import Elicitation, FreshCompletions, Pool
 from .exact import Exact
 from .exploration import Boltzmann, EpsilonGreedy, Exploration, Random, Thompson
-from .heldout import HeldOut
 from .importance import ImportanceSampling
 from .laplace import Laplace
 from .markov.suffix_kernel import SuffixKernel
 from .mcmc import MCMC
 from .nuts import NUTS
-from .objectives import Divergence, FDivergence, ForwardKL, LogVariance, Renyi, alpha_divergence
 from .predictive import predict
 from .program.program import ProgramError
 from .program.results import EvidenceError
 from .psrl import PSRL, EpisodicTask, Learning
 from .rejection import BestOfN, RejectionSampling
-from .reverse_kl import ReverseKL
 from .sequential.twist_learning import TwistLearning
 from .smc import SMC
 from .soft_value_iteration import SoftValueIteration
 from .state_values import StateValues
-from .stopping import NearPosterior, Plateau
 from .svi import SVI
-from .temperature import KLTarget, Tempering
-from .tensorboard import TensorBoard
+from .training.baselines import ExponentialAverage
+from .training.beta_schedules import KLTarget, Tempering
+from .training.critic import Critic
+from .training.divergences import Divergence, FDivergence, ForwardKL, LogVariance, Renyi, alpha_divergence
+from .training.held_out import HeldOut
+from .training.reverse_kl import ReverseKL
+from .training.sources import FromPosterior, Replay, of_prior
+from .training.stopping import NearPosterior, Plateau
+from .training.tensorboard import TensorBoard
 
 ENGINES = {
     "exact": Exact,

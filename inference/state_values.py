@@ -21,9 +21,8 @@ from torch import Tensor
 
 from bayeslm.inference.program.checks import check_counts
 from bayeslm.inference.program.program import Program, ProgramError
-
-from .baselines import leave_one_out
-from .critic import Texts
+from bayeslm.inference.training.baselines import leave_one_out
+from bayeslm.inference.training.critic import Texts
 
 
 class StateValues:

@@ -22,17 +22,17 @@ from bayeslm.inference.program.guides import as_law
 from bayeslm.inference.program.particles import Particles
 from bayeslm.inference.program.program import Program, look, seeded
 from bayeslm.inference.program.results import Stopwatch, draw, posterior
+from bayeslm.inference.training.beta_schedules import KLTarget, Temperature
+from bayeslm.inference.training.checkpoints import Checkpoints, describe_run
+from bayeslm.inference.training.held_out import HeldOut
+from bayeslm.inference.training.loop import Training, stack
+from bayeslm.inference.training.objective import Objective
+from bayeslm.inference.training.optimizer import SCHEDULES
+from bayeslm.inference.training.reverse_kl import ReverseKL
+from bayeslm.inference.training.stopping import Stopping
 from bayeslm.posterior import Posterior
 
 from ..models import LanguageModel
-from .checkpoints import Checkpoints, describe_run
-from .elbo import Objective
-from .heldout import HeldOut
-from .optimizers import SCHEDULES
-from .reverse_kl import ReverseKL
-from .stopping import Stopping
-from .temperature import KLTarget, Temperature
-from .training import Training, stack
 
 NUM_SAMPLES, FEWEST = 256, 16  # draws of each prompt: by default, and where these are many
 

@@ -33,10 +33,10 @@ from bayeslm.inference import (
     Replay,
     ReverseKL,
 )
-from bayeslm.inference.draws import log_q
 from bayeslm.inference.program.guides import AutoPolicy
 from bayeslm.inference.program.handlers import Epochs
 from bayeslm.inference.program.program import look
+from bayeslm.inference.training.sources import log_q
 from bayeslm.models import TiltedLM
 
 

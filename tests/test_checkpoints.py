@@ -45,7 +45,7 @@ from bayeslm.inference import (
     Tempering,
     alpha_divergence,
 )
-from bayeslm.inference.checkpoints import describe, digest
+from bayeslm.inference.training.checkpoints import describe, digest
 from bayeslm.models import TiltedLM, rewards
 
 

@@ -11,7 +11,7 @@ from helpers import table_lm, tiny_llama
 from programs import PROMPTS, longer, score_table, tilted
 
 from bayeslm.inference import SVI, Critic, ProgramError, ReverseKL, StateValues
-from bayeslm.inference.critic import Texts
+from bayeslm.inference.training.critic import Texts
 
 SHORT = [[1], [2, 3]]
 T = 3

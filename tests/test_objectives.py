@@ -34,8 +34,8 @@ from bayeslm.inference import (
     alpha_divergence,
     of_prior,
 )
-from bayeslm.inference.draws import of_guide
-from bayeslm.inference.objectives import DIVERGENCES, Scores
+from bayeslm.inference.training.divergences import DIVERGENCES, Scores
+from bayeslm.inference.training.sources import of_guide
 
 
 def divergence(f):

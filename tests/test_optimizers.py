@@ -6,9 +6,9 @@ import torch
 from family import PROMPTS, Family
 
 from bayeslm.inference import SVI, ReverseKL
-from bayeslm.inference.optimizers import ScheduledAdam
 from bayeslm.inference.program.guides import AutoPolicy
 from bayeslm.inference.program.program import look
+from bayeslm.inference.training.optimizer import ScheduledAdam
 
 
 @pytest.mark.parametrize(("clip", "kept"), [(None, 20.0), (6.0, 20.0), (2.0, 8.0)])

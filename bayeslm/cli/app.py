@@ -149,7 +149,7 @@ def infer(
     """
     with clear_errors():
         from bayeslm.inference import HeldOut
-        from bayeslm.inference.checkpoints import describe
+        from bayeslm.inference.training.checkpoints import describe
         from bayeslm.models import TiltedLM, rewards
 
         names = engine or ["importance"]

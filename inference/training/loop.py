@@ -19,15 +19,15 @@ from bayeslm.inference.program.guides import AutoPolicy
 from bayeslm.inference.program.program import Arbitrary, Program, seeded
 from bayeslm.inference.program.random_states import RandomStates
 from bayeslm.inference.program.results import Stopwatch, prompt_labels, to_numpy
+from bayeslm.models import LanguageModel
 from bayeslm.progress import track
 
-from ..models import LanguageModel
 from .checkpoints import Checkpoints, Saved
-from .elbo import Objective
-from .optimizers import ScheduledAdam
+from .objective import Objective
+from .optimizer import ScheduledAdam
 
 if TYPE_CHECKING:
-    from .svi import SVI
+    from bayeslm.inference.svi import SVI
 
 SEEN = ("elbo", "kl", "log_likelihood", "score", "log_evidence", "prompts")
 

@@ -23,8 +23,8 @@ from torch.nn.functional import logsigmoid, softplus
 from bayeslm.inference.program.program import Program, ProgramError
 
 from .baselines import less_others
-from .draws import Draws, FromPosterior, Replay, Source, log_q, of_guide
-from .elbo import Objective, Seen
+from .objective import Objective, Seen
+from .sources import Draws, FromPosterior, Replay, Source, log_q, of_guide
 
 
 class Scores(NamedTuple):

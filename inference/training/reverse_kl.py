@@ -26,11 +26,11 @@ from torch import Tensor
 
 from bayeslm.inference.program.program import STEPS, Program, ProgramError, in_prompts, sample_sites
 from bayeslm.inference.program.run import site_terms, site_value, traces
+from bayeslm.inference.state_values import StateValues
 
 from .baselines import Baseline, leave_one_out
 from .critic import Critic, Readable, Texts
-from .elbo import Objective, Seen
-from .state_values import StateValues
+from .objective import Objective, Seen
 
 
 class ReverseKL(Objective):

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from bayeslm.inference.program.program import PARTICLES, Program, ProgramError, sample_sites
 from bayeslm.inference.program.run import site_terms, site_value, token_scores, traces
+from bayeslm.models import Autoregressive
 from bayeslm.posterior import Posterior
-
-from ..models import Autoregressive
 
 BASE = -7046029254386353131  # of the hash that tells draws apart, modulo 2^64; odd
 Source = Callable[[Program, Callable[..., Any], int], "Draws"]

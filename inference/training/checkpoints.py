@@ -33,9 +33,8 @@ import bayeslm
 from bayeslm.files import differences, lock, whole
 from bayeslm.inference.program.program import Program
 from bayeslm.inference.program.results import prompt_labels, to_numpy
-
-from ..models import Autoregressive, LanguageModel, TiltedLM
-from ..models.rewards import Reward
+from bayeslm.models import Autoregressive, LanguageModel, TiltedLM
+from bayeslm.models.rewards import Reward
 
 FORMAT = "bayeslm.checkpoint/1"
 

@@ -1,0 +1,1 @@
+"""Training of guides: the loop, objectives, baselines, sources of particles, steps, checkpoints, callbacks."""

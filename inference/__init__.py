@@ -2,10 +2,13 @@
 
 from .acquisition import Acquisition, Duel, InformationGain, Tilted
 from .annealed import AnnealedSMC
-from .controlled_smc import ControlledSMC
+from .control.controlled_smc import ControlledSMC
+from .control.exploration import Boltzmann, EpsilonGreedy, Exploration, Random, Thompson
+from .control.psrl import PSRL, EpisodicTask, Learning
+from .control.soft_value_iteration import SoftValueIteration
+from .control.state_values import StateValues
 from .elicitation import Elicitation, FreshCompletions, Pool
 from .exact import Exact
-from .exploration import Boltzmann, EpsilonGreedy, Exploration, Random, Thompson
 from .importance import ImportanceSampling
 from .laplace import Laplace
 from .markov.suffix_kernel import SuffixKernel
@@ -14,12 +17,9 @@ from .nuts import NUTS
 from .predictive import predict
 from .program.program import ProgramError
 from .program.results import EvidenceError
-from .psrl import PSRL, EpisodicTask, Learning
 from .rejection import BestOfN, RejectionSampling
 from .sequential.twist_learning import TwistLearning
 from .smc import SMC
-from .soft_value_iteration import SoftValueIteration
-from .state_values import StateValues
 from .svi import SVI
 from .training.baselines import ExponentialAverage
 from .training.beta_schedules import KLTarget, Tempering

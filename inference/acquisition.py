@@ -30,9 +30,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
+from bayeslm.inference.control.exploration import Exploration, Thompson
 from bayeslm.inference.program.checks import check_counts, check_positive
-
-from .exploration import Exploration, Thompson
 
 
 class Acquisition(ABC):

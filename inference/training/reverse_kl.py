@@ -24,9 +24,9 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from bayeslm.inference.control.state_values import StateValues
 from bayeslm.inference.program.program import STEPS, Program, ProgramError, in_prompts, sample_sites
 from bayeslm.inference.program.run import site_terms, site_value, traces
-from bayeslm.inference.state_values import StateValues
 
 from .baselines import Baseline, leave_one_out
 from .critic import Critic, Readable, Texts

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from bayeslm.inference.program.checks import check_counts
 from bayeslm.inference.program.program import seeded
+from bayeslm.models.control.environments import Environment
+from bayeslm.models.control.mdp import MDP
+from bayeslm.models.control.worlds import Steps
 from bayeslm.progress import track
 
-from ..models.control.environments import Environment
-from ..models.control.mdp import MDP
-from ..models.control.worlds import Steps
 from .exploration import Exploration, Thompson
 from .soft_value_iteration import SoftValueIteration
 

@@ -33,14 +33,14 @@ from bayeslm.inference.program.results import Stopwatch, posterior
 from bayeslm.inference.program.run import run_particles
 from bayeslm.inference.sequential.population import Islands, Step
 from bayeslm.models.control.control import Control
+from bayeslm.models.control.mdp import MDP
+from bayeslm.models.control.policies import TabularPolicy
+from bayeslm.models.control.trajectory import REWARD, Trajectory
 from bayeslm.models.lm.decoding import categorical
 from bayeslm.models.lm.network import log_softmax_at
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 
-from ..models.control.mdp import MDP
-from ..models.control.policies import TabularPolicy
-from ..models.control.trajectory import REWARD, Trajectory
 from .soft_value_iteration import SoftValueIteration, SoftValues
 
 

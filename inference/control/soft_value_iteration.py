@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 
 from bayeslm.inference.program.checks import check_counts
-
-from ..models.control.mdp import MDP
+from bayeslm.models.control.mdp import MDP
 
 
 @dataclass(frozen=True)

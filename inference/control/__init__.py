@@ -1,0 +1,1 @@
+"""Engines and strategies for control."""

@@ -26,7 +26,7 @@ import torch
 from scipy.stats import t as student
 
 from bayeslm.inference import Duel, Elicitation, EpsilonGreedy, InformationGain, Laplace, Pool, Random, Thompson
-from bayeslm.inference.acquisition import Acquisition
+from bayeslm.inference.preferences.acquisition import Acquisition
 from bayeslm.models import LanguageModel, rewards
 from bayeslm.models.preferences import (
     BradleyTerry,

@@ -1,13 +1,11 @@
 """How to infer it: interchangeable engines, each ``Engine(...).run(model, *args, **kwargs) -> Posterior``."""
 
-from .acquisition import Acquisition, Duel, InformationGain, Tilted
 from .annealed import AnnealedSMC
 from .control.controlled_smc import ControlledSMC
 from .control.exploration import Boltzmann, EpsilonGreedy, Exploration, Random, Thompson
 from .control.psrl import PSRL, EpisodicTask, Learning
 from .control.soft_value_iteration import SoftValueIteration
 from .control.state_values import StateValues
-from .elicitation import Elicitation, FreshCompletions, Pool
 from .exact import Exact
 from .importance import ImportanceSampling
 from .laplace import Laplace
@@ -15,6 +13,8 @@ from .markov.suffix_kernel import SuffixKernel
 from .mcmc import MCMC
 from .nuts import NUTS
 from .predictive import predict
+from .preferences.acquisition import Acquisition, Duel, InformationGain, Tilted
+from .preferences.elicitation import Elicitation, FreshCompletions, Pool
 from .program.program import ProgramError
 from .program.results import EvidenceError
 from .rejection import BestOfN, RejectionSampling

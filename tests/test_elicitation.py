@@ -26,7 +26,7 @@ from bayeslm.inference import (
     Thompson,
     Tilted,
 )
-from bayeslm.inference.acquisition import information
+from bayeslm.inference.preferences.acquisition import information
 from bayeslm.models import TiltedLM
 from bayeslm.models.preferences import Answer, BradleyTerry, Question, SimulatedJudge, UncertainReward, answered
 from bayeslm.models.rewards import Reward
@@ -181,7 +181,7 @@ def test_fresh_completions_that_coincide_are_drawn_anew(monkeypatch, seed):
     lm = table_lm(order=1, vocab=4, seed=1)
     fresh = FreshCompletions(lm, ["c"], model, engine=Exact(), beta=5.0, max_new_tokens=1)
     loop, answers = Elicitation(model, seed=seed), []
-    monkeypatch.setattr("bayeslm.inference.elicitation.TRIES", 60)
+    monkeypatch.setattr("bayeslm.inference.preferences.elicitation.TRIES", 60)
     with pytest.raises(ValueError, match=r"60 times the completions were .* a larger beta, longer texts"):
         take(loop, 9, lambda prompt, first, second: first < second, answers, fresh)
     assert len({answer.pair for answer in answers}) == len(answers) == 3

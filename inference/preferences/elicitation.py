@@ -25,15 +25,15 @@ import pyro
 import torch
 from torch import Tensor
 
+from bayeslm.inference.importance import ImportanceSampling
+from bayeslm.inference.laplace import Laplace
 from bayeslm.inference.program.checks import check_counts, check_positive
 from bayeslm.inference.program.program import seeded
+from bayeslm.models import LanguageModel, TiltedLM
+from bayeslm.models.preferences import Answer, BradleyTerry, Judge, Question, UncertainReward, answered
 from bayeslm.posterior import Posterior
 
-from ..models import LanguageModel, TiltedLM
-from ..models.preferences import Answer, BradleyTerry, Judge, Question, UncertainReward, answered
 from .acquisition import Acquisition, InformationGain
-from .importance import ImportanceSampling
-from .laplace import Laplace
 
 NUM_DRAWS = 256  # of the posterior, that questions are chosen by
 TRIES = 100  # at fresh completions of which two were not compared before

@@ -1,0 +1,1 @@
+"""Which answers of people to ask for, and what they teach."""

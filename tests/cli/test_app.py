@@ -1,0 +1,373 @@
+"""The command line, on a tiny model in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.helpers import tiny_llama
+from typer.testing import CliRunner
+
+from bayeslm.cli.app import app
+from bayeslm.models import LanguageModel
+from bayeslm.posterior import Posterior
+
+REWARDS = """
+calls = 0
+
+def letters(completions, **kwargs):
+    return [float(text.count("a")) for text in completions]
+
+def target(completions, answer, **kwargs):
+    return [float(a in text) for text, a in zip(completions, answer)]
+
+def broken(completions, **kwargs):
+    return [float("nan") for _ in completions]
+
+def hopeless(completions, **kwargs):
+    return [float("-inf") for _ in completions]
+
+def breaks_later(completions, **kwargs):
+    global calls
+    calls += 1
+    if calls > 4:
+        raise RuntimeError("the judge went home")
+    return [0.1 * len(text) for text in completions]
+
+def interrupts(completions, **kwargs):
+    global calls
+    calls += 1
+    if calls > 4:
+        raise KeyboardInterrupt
+    return [0.1 * len(text) for text in completions]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A working directory with a model and a module of rewards."""
+    tiny_llama(scale=1.0).save_pretrained(tmp_path / "model")
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    sys.modules.pop("my_rewards", None)
+    return tmp_path
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result.output
+
+
+def infer(*arguments: str, code: int = 0) -> str:
+    settings = {"--prior": "model", "--reward": "my_rewards:letters", "--beta": "0.5", "--max-new-tokens": "4"}
+    missing = (word for pair in settings.items() if pair[0] not in arguments for word in pair)
+    return run("infer", *arguments, *missing, code=code)
+
+
+def test_particles_and_chains(folder):
+    engines = ["--engine", "exact", "--engine", "smc", "--engine", "annealed", "--engine", "mcmc"]
+    sizes = ["--particles", "40", "--samples", "20", "--chains", "4", "--steps", "10"]
+    out = infer("a b", "c", *engines, *sizes, "--twist", "partial", "--top-k", "3", "--out", "run")
+    for word in ("exact", "smc", "annealed", "mcmc"):
+        assert word in out
+    exact = Posterior.load("run/exact")
+    smc, annealed, mcmc = (Posterior.load(f"run/{name}") for name in ("smc", "annealed", "mcmc"))
+    assert smc.log_weights.shape == annealed.log_weights.shape == (4, 40, 2)
+    assert mcmc.log_weights.shape == (4, 20, 2)
+    for posterior in (smc, annealed):
+        gap = abs(posterior.log_evidence - exact.log_evidence) / posterior.log_evidence_stderr
+        assert (gap < 5).all()
+    assert "annealed" in run("show", "run")
+
+
+@pytest.mark.parametrize("twist", ["learned", "learned-partial"])
+def test_a_twist_is_learned_kept_and_used_again(folder, twist):
+    settings = ["a b", "--engine", "smc", "--particles", "20", "--top-k", "4"]
+    infer(*settings, "--twist", twist, "--out", "one")
+    infer(*settings, "--twist", "one/twist", "--out", "two")
+    one, two = (Posterior.load(f"{name}/smc") for name in ("one", "two"))
+    assert (one.samples["completion"] == two.samples["completion"]).all()
+    assert "learned-partial" in infer(*settings, "--twist", "nowhere", code=1)
+    assert "are for --engine smc" in infer("a b", "--twist", "partial", code=1)
+    assert "say which by --twist" in infer(*settings, code=1)
+    assert "cannot score unfinished texts" in infer("a b", "--engine", "smc", "--twist", "prefix", code=1)
+
+
+def test_infer_compares_engines_and_show_repeats_it(folder):
+    out = infer(
+        "a b", "c", *["--engine", "exact", "--engine", "importance", "--engine", "svi", "--steps", "3", "--out", "run"]
+    )
+    for word in ("exact", "importance", "svi: policy", "svi: weighted", "log Z", "written to run"):
+        assert word in out
+    assert {p.name for p in Path("run").iterdir()} == {
+        "call.json",
+        "exact",
+        "importance",
+        "svi",
+        "rewards.png",
+        "training.png",
+    }
+    posterior = Posterior.load("run/svi")
+    assert posterior.prompts == ["a b", "c"]
+    again = LanguageModel.from_pretrained(posterior.policy_path)
+    assert again(["a b"], max_new_tokens=2).support_size == 57
+    assert "svi: policy" in run("show", "run")
+    assert "importance" in run("show", "run/importance")
+
+
+def test_a_seed_reproduces_the_run(folder):
+    for seed in ("7", "7", "8"):
+        infer("a", "--particles", "30", "--seed", seed, "--out", f"run{len(list(Path().glob('run*')))}")
+    first, same, other = (Posterior.load(f"run{i}/importance").samples["completion"] for i in range(3))
+    assert (first == same).all()
+    assert (first != other).any()
+
+
+def test_a_file_of_prompts_with_columns(folder):
+    rows = [{"prompt": "a b", "answer": "c"}, {"prompt": "d", "answer": "e"}]
+    Path("prompts.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    Path("prompts.txt").write_text("a b\n\nd\n")
+    infer("--prompts", "prompts.jsonl", "--reward", "my_rewards:target", "--out", "json")
+    assert Posterior.load("json/importance").prompts == ["a b", "d"]
+    infer("--prompts", "prompts.txt", "--out", "plain")
+    assert Posterior.load("plain/importance").prompts == ["a b", "d"]
+    Path("bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}')
+    assert "line 2" in infer("--prompts", "bad.jsonl", code=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["a", "--engine", "importanc"], 1, "did you mean 'importance'"),
+        (["a", "--reward", "sentimnt"], 1, "did you mean 'sentiment'"),
+        (["a", "--reward", "my_rewards:leters"], 1, "did you mean 'letters'"),
+        (["a", "--prior", "smolm2"], 1, "did you mean 'smollm2'"),
+        (["a", "--beta", "0"], 1, "beta must be positive"),
+        (["a", "--beta", "nan"], 1, "beta must be positive"),
+        ([], 1, "no prompts"),
+        (["a", "--particles", "0"], 1, "num_particles must be a positive whole number"),
+        (["a " * 70], 1, "prompts[0] has 70 tokens"),
+        (["a", "--reward", "my_rewards:broken"], 1, "nan"),
+        (["a", "--reward", "my_rewards:hopeless"], 3, "the posterior does not exist"),
+        (["a", "--engine", "rejection"], 1, "upper bound"),
+        (["a", "--max-new-tokens", "12", "--engine", "exact"], 1, "are more than max_atoms"),
+        (["--no-such-option"], 2, "No such option"),
+    ],
+    ids=lambda x: " ".join(x)[:40] if isinstance(x, list) else None,
+)
+def test_mistakes_are_one_clear_line(folder, arguments, code, says):
+    out = infer(*arguments, code=code)
+    assert says in " ".join(out.split()), out
+    assert "Traceback" not in out
+
+
+def test_results_are_never_overwritten(folder):
+    Path("run").mkdir()
+    Path("run/mine.txt").write_text("precious")
+    assert "exists and is not empty" in " ".join(infer("a", "--out", "run", code=1).split())
+    assert [p.name for p in Path("run").iterdir()] == ["mine.txt"]
+
+
+def test_an_error_in_mid_training_keeps_the_policy(folder):
+    out = infer("a", "--engine", "svi", "--reward", "my_rewards:breaks_later", "--out", "run", code=1)
+    assert "the judge went home" in out
+    assert "SVI stopped at step" in out
+    kept = LanguageModel.from_pretrained("run/svi-policy-so-far")
+    assert kept(["a"], max_new_tokens=2).support_size == 57
+
+
+def test_ctrl_c_in_training_ends_it_and_keeps_what_there_is(folder):
+    """Interrupted in the third step; the draws after it are of the policy trained so far."""
+    Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 4"))
+    out = infer(
+        "a", *["--engine", "svi", "--samples", "8", "--reward", "my_rewards:interrupts", "--out", "run"], code=130
+    )
+    assert "was interrupted" in out
+    posterior = Posterior.load("run/svi")
+    assert posterior.stats["interrupted"]
+    assert posterior.stats["steps"] == 2
+    assert posterior.policy_path is not None
+
+
+def test_training_in_minibatches_at_a_target_of_the_kl(folder):
+    (folder / "prompts.txt").write_text("a\nb\nc\nd\ne\n")
+    training = ["--engine", "svi", "--steps", "12", "--samples", "8", "--minibatch", "2", "--kl-target", "9"]
+    infer("--prompts", "prompts.txt", *training, "--dtype", "bfloat16", "--out", "run")
+    posterior = Posterior.load("run/svi")
+    assert posterior.samples["completion"].shape == (1, 8, 5, 4)
+    assert posterior.stats["prompts"].shape == (1, 12, 2)
+    assert posterior.stats["inverse_temperature"][0, -1] == pytest.approx(0.98**-11)  # as far as it goes in 11 steps
+    assert LanguageModel.from_pretrained("run/svi/policy").network.dtype == torch.float32
+    assert "exact takes all prompts at once" in " ".join(
+        infer("a", "--engine", "exact", "--minibatch", "1", code=1).split()
+    )
+    assert "--minibatch" in infer("a", "--minibatch", "0", code=2)
+    assert "--dtype float8 is none of" in infer("a", "--dtype", "float8", code=1)
+
+
+def test_a_training_that_failed_goes_on_from_its_checkpoint(folder):
+    """After a reward that raised once; the policy is that of a run that nothing happened to."""
+    training = ["--engine", "svi", "--steps", "60", "--samples", "8", "--objective", "log-variance-replay"]
+    failing = REWARDS.replace("calls > 4", "calls == 15")  # in step 52: it is asked at the look, and every fourth step
+    Path("my_rewards.py").write_text(failing)
+    settings = ["a", *training, "--reward", "my_rewards:breaks_later", "--checkpoint", "kept"]
+    settings += ["--tensorboard", "curves", "--out", "again"]
+    assert "the last checkpoint is" in " ".join(infer(*settings, code=1).split())
+    infer(*settings)
+    infer("a", *training, "--reward", "my_rewards:breaks_later", "--out", "anew")
+    again, anew = (Posterior.load(f"{name}/svi") for name in ("again", "anew"))
+    assert (again.samples["completion"] == anew.samples["completion"]).all()
+    assert list(Path("curves").glob("events*"))
+    (folder / "others.txt").write_text("b")
+    for option in ("--objective elbo", "--kl-target 0.1", "--held-out others.txt", "--gradient-checkpointing"):
+        name = option.split()[0]
+        assert f"{name} is for --engine svi" in " ".join(infer("a", *option.split(), code=1).split())
+    assert "is none of elbo" in infer("a", "--engine", "svi", "--objective", "hinge", code=1)
+
+
+# -- the same call again -------------------------------------------------------------------------------------
+
+
+def stamps(folder: str) -> dict[str, int]:
+    return {path.parent.name: path.stat().st_mtime_ns for path in Path(folder).glob("*/posterior.json")}
+
+
+def test_the_same_call_runs_what_is_not_there_yet(folder):
+    call = ["a", "b", "--samples", "8", "--steps", "4", "--out", "run"]
+    infer(*call, "--engine", "importance")
+    before = stamps("run")
+    out = infer(*call, "--engine", "importance", "--engine", "svi")
+    assert "importance: is in run already" in out
+    assert "svi: is in" not in out
+    assert {**stamps("run"), "svi": 0} == {**before, "svi": 0}
+    both = infer(*call, "--engine", "svi", "--engine", "importance")
+    assert "svi: is in run already" in both
+    for other, says in {
+        ("--beta", "0.7"): "beta was",
+        ("--reward", "length"): "reward was",
+        ("--seed", "3"): "seed was",
+    }.items():
+        out = " ".join(infer(*call, *other, code=1).split())
+        assert "run holds the results of another call" in out
+        assert says in out
+    assert "prompts was" in " ".join(infer("a", *call[2:], code=1).split())
+
+
+def test_a_call_that_came_to_nothing_takes_no_place(folder):
+    infer("a", "--reward", "my_rewards:broken", "--out", "run", code=1)
+    infer("a", "--out", "run")
+    assert Posterior.load("run/importance").prompts == ["a"]
+
+
+def test_a_reward_that_was_changed_is_another_call(folder):
+    call = ["a", "--reward", "my_rewards:letters", "--out", "run"]
+    infer(*call)
+    Path("my_rewards.py").write_text(REWARDS.replace('count("a")', 'count("bb")'))
+    sys.modules.pop("my_rewards")
+    assert "reward itself" in " ".join(infer(*call, code=1).split())
+
+
+def test_after_ctrl_c_the_same_call_goes_on(folder):
+    """From its checkpoint; what was cut short stays until there is something whole."""
+    training = ["--engine", "svi", "--steps", "60", "--samples", "8"]
+    Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 30"))
+    call = ["a", *training, "--reward", "my_rewards:interrupts", "--checkpoint", "kept"]
+    infer(*call, "--out", "run", code=130)
+    cut = Posterior.load("run/svi")
+    assert cut.stats["interrupted"]
+    infer(*call, "--out", "run")
+    assert [path.name for path in Path("run").glob("svi*")] == ["svi"]
+    sys.modules.pop("my_rewards")
+    infer(*call[:-2], "--engine", "svi", "--out", "anew", code=130)
+    infer(*call[:-2], "--engine", "svi", "--out", "anew")
+    again, anew = (Posterior.load(f"{name}/svi") for name in ("run", "anew"))
+    assert not again.stats["interrupted"]
+    assert again.stats["steps"] == anew.stats["steps"] == 60
+    assert (again.samples["completion"] == anew.samples["completion"]).all()
+
+
+def test_ctrl_c_in_the_first_draws_after_a_training(folder):
+    """There is no posterior yet, and the training is not lost: with a checkpoint, or as a policy."""
+    Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 8"))  # a look, six steps, and draws
+    call = [
+        "a",
+        "--engine",
+        "svi",
+        "--steps",
+        "6",
+        "--samples",
+        "8",
+        "--reward",
+        "my_rewards:interrupts",
+        "--out",
+        "run",
+    ]
+    said = " ".join(infer(*call, "--checkpoint", "kept", code=130).split())
+    assert "interrupted: " in said
+    assert "the training so far is in kept: the same call goes on from there" in said
+    infer(*call, "--checkpoint", "kept")
+    assert Posterior.load("run/svi").stats["steps"] == 6
+    sys.modules.pop("my_rewards")
+    said = " ".join(infer(*call[:-1], "other", code=130).split())
+    assert "the policy trained so far is in other/svi-policy-so-far" in said
+
+
+def test_an_interrupted_result_outlives_another_interruption(folder):
+    """Of two that were cut short the second is kept, and the first until that is whole."""
+    Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls in (30, 60)"))
+    call = ["a", "--engine", "svi", "--steps", "200", "--samples", "8", "--reward", "my_rewards:interrupts"]
+    infer(*call, "--out", "run", code=130)
+    infer(*call, "--out", "run", code=130)
+    assert sorted(path.name for path in Path("run").glob("svi*")) == ["svi", "svi-interrupted"]
+    infer(*call, "--out", "run")
+    assert [path.name for path in Path("run").glob("svi*")] == ["svi"]
+
+
+def test_a_learned_twist_is_not_learned_again(folder):
+    call = ["a", "--engine", "smc", "--twist", "learned", "--particles", "20", "--out", "run"]
+    infer(*call)
+    assert "the twist is in run/twist already" in infer(*call, "--engine", "importance")
+
+
+# -- policies that are there, and other settings of a training ----------------------------------------------------
+
+
+def test_a_policy_to_begin_as_and_to_propose(folder):
+    training = ["--engine", "svi", "--samples", "8", "--reward", "my_rewards:letters", "--learning-rate", "0.02"]
+    infer("a", *training, "--steps", "40", "--lora-rank", "2", "--out", "first")
+    policy = "first/svi/policy"
+    infer("a", *training, "--steps", "5", "--policy", policy, "--out", "second")
+    first, second = (Posterior.load(f"{name}/svi").stats["elbo"][0, :, 0] for name in ("first", "second"))
+    assert second[0] > first[:3].mean() + 0.2
+    infer("a", "--reward", "my_rewards:letters", "--particles", "200", "--policy", policy, "--out", "proposed")
+    infer("a", "--reward", "my_rewards:letters", "--particles", "200", "--out", "prior")
+    proposed, prior = (Posterior.load(f"{name}/importance") for name in ("proposed", "prior"))
+    assert proposed.stats["ess"][0] > 1.5 * prior.stats["ess"][0]
+    errors = np.hypot(proposed.log_evidence_stderr, prior.log_evidence_stderr)
+    assert abs(proposed.log_evidence - prior.log_evidence) < 4 * errors
+    assert "--policy nowhere is no folder" in infer("a", "--policy", "nowhere", code=1)
+    assert "--policy is for --engine svi and importance" in " ".join(
+        infer("a", "--engine", "smc", "--policy", policy, code=1).split()
+    )
+
+
+def test_settings_of_a_training(folder):
+    (folder / "unseen.txt").write_text("c\nd\n")
+    training = ["--engine", "svi", "--steps", "60", "--samples", "8", "--particles", "32", "--beta", "5"]
+    settings = ["--held-out", "unseen.txt", "--stop-kl", "3", "--lora-rank", "0", "--batch-size", "3"]
+    infer("a", "b", *training, *settings, "--gradient-checkpointing", "--out", "run")
+    posterior = Posterior.load("run/svi")
+    assert posterior.stats["held out_elbo"].shape[::2] == (1, 2)
+    assert posterior.stats["steps"] == 20  # near enough from the start: the window of the estimate
+    assert not Path("run/svi/policy/adapter_config.json").exists()
+
+
+def test_help_teaches():
+    assert "bayeslm infer" in run("infer", "--help")
+    assert {"demo", "infer", "show"} <= set(run("--help").split())

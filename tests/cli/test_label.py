@@ -1,0 +1,279 @@
+"""`bayeslm label` on a tiny model in a folder of its own, by a person at the terminal and by a reward."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.helpers import tiny_llama
+from typer.testing import CliRunner
+
+from bayeslm.cli.app import app
+from bayeslm.cli.console import out_console
+from bayeslm.cli.terminal import Person, shown
+from bayeslm.models.preferences import Comparisons
+
+JUDGES = """
+calls = 0
+
+def letters(completions, **kwargs):
+    return [float(text.count("a")) for text in completions]
+
+def tires(completions, **kwargs):
+    global calls
+    calls += 1
+    if calls > 3:
+        raise RuntimeError("the judge went home")
+    return letters(completions)
+
+def interrupts(completions, **kwargs):
+    global calls
+    calls += 1
+    if calls > 3:
+        raise KeyboardInterrupt
+    return letters(completions)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A working directory with a model and a module of judges."""
+    tiny_llama(scale=1.0).save_pretrained(tmp_path / "model")
+    (tmp_path / "judges.py").write_text(JUDGES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    sys.modules.pop("judges", None)
+    return tmp_path
+
+
+def label(*arguments: str, code: int = 0, keys: str | None = None) -> str:
+    settings = ["--model", "model", "--features", "hidden", "--components", "4", "--completions", "8"]
+    result = CliRunner().invoke(app, ["label", *settings, "--max-new-tokens", "4", *arguments], input=keys)
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return " ".join(result.output.split())
+
+
+def rows(path: str = "labels.jsonl") -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines() if line]
+
+
+def test_a_person_labels_skips_undoes_and_goes_on(folder):
+    out = label("a b", "c", keys="1\n2\ns\n7\n1\nu\n2\nq\n")
+    assert "'7' is none of 1, 2, s, u, q" in out
+    assert "labels.jsonl: 3 labels" in out
+    first = rows()
+    assert [row["first_is_better"] for row in first] == [True, False, False]
+    assert len(rows("labels.skipped.jsonl")) == 1
+    assert {row["prompt"] for row in first} <= {"a b", "c"}
+    data = Comparisons.from_jsonl("labels.jsonl")
+    pool = {(row["prompt"], row["completion"]) for row in rows("labels.pool.jsonl")}
+    assert {(p, c) for p, c in zip(data.prompts * 2, data.chosen + data.rejected, strict=True)} <= pool
+    out = label(keys="2\n")  # no prompts: those that there are; and the input ends
+    assert "4 labels · foreseen" in out
+    assert rows()[:3] == first
+    assert "uncertain" in out
+
+
+def test_undo_asks_the_same_again_and_stops_at_nothing(folder):
+    once = label("a b", keys="1\n1\nq\n")
+    asked = once.split("better:")
+    again = label("a b", "--out", "other.jsonl", keys="u\n1\n1\nu\nu\n1\n1\nq\n")
+    assert "nothing to take back" in again
+    assert rows("other.jsonl") == rows()
+    for part in asked[:2]:
+        assert part[-30:].split("2 ")[-1].split("(s")[0] in again
+
+
+def test_going_on_equals_never_having_stopped(folder):
+    """Killed after any label, the last line torn: the same file in the end."""
+    judge = ["--judge", "judges:letters", "--temperature", "1.0"]
+    label("a b", "c", *judge, "--number", "9", "--out", "whole.jsonl")
+    label("a b", "c", *judge, "--number", "4", "--out", "parts.jsonl")
+    with open("parts.jsonl", "a") as file:
+        file.write('{"prompt": "a b", "cho')
+    out = label(*judge, "--number", "9", "--out", "parts.jsonl")
+    assert "torn" in out
+    assert Path("parts.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+    assert len(rows("whole.jsonl")) == 9
+    label("a b", "c", *judge, "--number", "9", "--out", "other.jsonl", "--seed", "1")
+    assert Path("other.jsonl").read_bytes() != Path("whole.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(("judge", "code", "says"), [("tires", 1, "went home"), ("interrupts", 130, "3 labels")])
+def test_a_judge_who_raises_loses_nothing(folder, judge, code, says):
+    assert says in label("a b", "--judge", f"judges:{judge}", code=code)
+    assert len(rows()) == 3
+    assert "labels.jsonl: 5 labels" in label("--judge", "judges:letters", "--number", "5")
+
+
+def test_it_ends_when_no_pair_is_left(folder):
+    torch.manual_seed(0)
+    out = label("a b", "--judge", "judges:letters", "--ask", "random")
+    assert "no pair is left" in out
+    pool = rows("labels.pool.jsonl")
+    assert len(rows()) == len(pool) * (len(pool) - 1) // 2
+
+
+def test_undo_after_a_restart_takes_back_what_came_last(folder):
+    label("a b", keys="1\n2\ns\nq\n")
+    labels = rows()
+    assert "taken back: skipped" in label(keys="u\nq\n")
+    assert rows("labels.skipped.jsonl") == []
+    assert rows() == labels
+    label(keys="s\n1\ns\nq\n")
+    out = label(keys="u\nu\nu\nu\nq\n")  # skip, label, skip, label
+    said = [part.split(",")[0] for part in out.split("taken back: ")[1:]]
+    assert said == ["skipped", "1 is better", "skipped", "2 is better"]
+    assert rows() == labels[:1]
+
+
+def test_skips_do_not_change_what_is_asked_after_a_restart(folder):
+    label("a b", "--out", "whole.jsonl", keys="s\n1\ns\ns\n2\n1\nq\n")
+    for keys in ("s\n1\ns\nq\n", "s\nq\n", "2\n1\nq\n"):
+        label("a b", "--out", "parts.jsonl", keys=keys)
+    for kind in ("", ".skipped"):
+        assert rows(f"parts{kind}.jsonl") == rows(f"whole{kind}.jsonl")
+
+
+@pytest.mark.parametrize("left", [1, 2, 5])
+def test_a_pool_that_was_broken_off_is_drawn_again(folder, left):
+    """Killed after any row: the same completions and questions in the end, and not a prompt with one text."""
+    judge = ["--judge", "judges:letters", "--number", "3"]
+    label("a b", "c", *judge, "--out", "whole.jsonl")
+    lines = Path("whole.pool.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) > left
+    Path("parts.pool.jsonl").write_text("".join(lines[:left]))
+    label("a b", "c", *judge, "--out", "parts.jsonl")
+    assert rows("parts.jsonl") == rows("whole.jsonl")
+    assert {row["completion"] for row in rows("parts.pool.jsonl")} == {
+        row["completion"] for row in rows("whole.pool.jsonl")
+    }
+    after = Path("parts.pool.jsonl").read_bytes()
+    label(*judge, "--out", "parts.jsonl")
+    assert Path("parts.pool.jsonl").read_bytes() == after
+
+
+def test_a_pool_of_one_row_without_a_prompt_given(folder):
+    Path("labels.pool.jsonl").write_text('{"prompt": "a b", "completion": "c"}\n')
+    label("--judge", "judges:letters", "--number", "2")
+    assert len(rows()) == 2
+
+
+def test_more_completions_are_drawn_of_prompts_that_have_fewer(folder):
+    judge = ["--judge", "judges:letters", "--number", "1"]
+    label("a b", *judge)
+    before = rows("labels.pool.jsonl")
+    label(*judge, "--completions", "40")
+    after = rows("labels.pool.jsonl")
+    assert len({row["completion"] for row in after}) > len(before)
+    assert after[-1]["drawn"] == 40
+
+
+def test_a_pool_stays_as_it_is_where_no_number_is_given(folder):
+    label("a b", "--judge", "judges:letters", "--number", "1")
+    before = Path("labels.pool.jsonl").read_bytes()
+    settings = ["--model", "model", "--features", "hidden", "--components", "4"]
+    result = CliRunner().invoke(app, ["label", *settings, "--judge", "judges:letters", "--number", "2"])
+    assert result.exit_code == 0, result.output
+    assert Path("labels.pool.jsonl").read_bytes() == before
+
+
+def test_each_file_of_labels_has_a_pool_of_its_own(folder):
+    for name in ("taste.alice", "taste.bob"):
+        label("a b" if "alice" in name else "c", "--out", name, keys="q\n")
+    assert {row["prompt"] for row in rows("taste.alice.pool.jsonl")} == {"a b"}
+    assert {row["prompt"] for row in rows("taste.bob.pool.jsonl")} == {"c"}
+
+
+def test_labels_do_not_go_into_the_file_of_prompts(folder):
+    Path("prompts.txt").write_text("a b")
+    assert "are both prompts.txt" in label("--prompts", "prompts.txt", "--out", "./prompts.txt", code=1)
+    assert Path("prompts.txt").read_text() == "a b"
+
+
+def test_what_is_shown_is_what_the_texts_are(capsys):
+    """No emoji for what only looks like one, and the spaces where two texts differ in nothing else."""
+    first, second = shown(" a  b\n", "a b c")
+    assert (first, second) == ("a b", "a b c")
+    assert shown("a b", "a b\n") == ("'a b'", "'a b\\n'")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(out_console, "input", lambda prompt: "1")
+        assert Person()("at :smile:", ":cat: [b]", "x")
+    printed = capsys.readouterr().out
+    assert "at :smile:" in printed
+    assert ":cat: [b]" in printed
+
+
+@pytest.mark.parametrize("ask", ["information", "thompson", "epsilon-greedy", "random"])
+def test_every_way_to_ask(folder, ask):
+    label("a b", "--judge", "judges:letters", "--ask", ask, "--number", "3")
+    assert len(rows()) == 3
+
+
+def test_new_prompts_join_the_pool(folder):
+    label("a b", "--judge", "judges:letters", "--number", "2")
+    before = rows("labels.pool.jsonl")
+    label("c", "--judge", "judges:letters", "--number", "3")
+    after = rows("labels.pool.jsonl")
+    assert after[: len(before)] == before
+    assert {row["prompt"] for row in after[len(before) :]} == {"c"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "no prompts"),
+        (["a", "--ask", "bald"], "--ask bald is none of information"),
+        (["a", "--features", "bag"], "is none of sentence, hidden"),
+        (["a", "--components", "0"], "--components must be at least 1"),
+        (["a", "--completions", "1"], "--completions must be at least 2"),
+        (["a", "--judge", "sentimnt"], "did you mean 'sentiment'"),
+        (["a", "--judge", "length", "--temperature", "-1"], "temperature must be 0 or more"),
+        (["a", "--number", "0"], "--number must be at least 1"),
+        (["a", "--prompts", "nowhere.txt"], "not both"),
+        (["--prompts", "nowhere.txt"], "No such file"),
+    ],
+)
+def test_mistakes_are_one_clear_line(folder, arguments, says):
+    settings = ["--model", "model", *([] if "--features" in arguments else ["--features", "hidden"])]
+    result = CliRunner().invoke(app, ["label", *arguments, *settings], input="q\n")
+    assert result.exit_code == 1, result.output
+    assert says in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+    assert not list(Path().glob("labels*"))  # nothing was made
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ('{"prompt": "a b", "chosen": "x"}', "line 1 lacks 'rejected'"),
+        ('{"prompt": "a b", "chosen": "x", "rejected": "x"}', "line 1 compares a text with itself"),
+        ("nonsense", "line 1 is no JSON object"),
+    ],
+)
+def test_bad_labels_are_refused_with_their_line(folder, row, says):
+    Path("labels.jsonl").write_text(f"{row}\n")
+    assert says in label("a b", keys="1\n", code=1)
+    assert Path("labels.jsonl").read_text() == f"{row}\n"
+
+
+def test_labels_of_another_tool_count(folder):
+    Path("labels.jsonl").write_text('{"prompt": "a b", "chosen": "a a", "rejected": "b"}\n')
+    assert "labels.jsonl: 2 labels" in label("a b", keys="1\n")
+
+
+def test_labels_in_every_form_that_comparisons_have_count(folder):
+    ask, good, bad = (
+        {"role": role, "content": text} for role, text in (("user", "a b"), ("assistant", "a"), ("assistant", "b"))
+    )
+    forms = [
+        {"chosen": [ask, good], "rejected": [ask, bad]},
+        {"prompt": [ask], "chosen": [good], "rejected": [bad]},
+        {"prompt": "a b", "chosen": "a", "rejected": "b", "probability": None, "first_is_better": None},
+    ]
+    Path("labels.jsonl").write_text("\n\n".join(map(json.dumps, forms)))
+    assert "labels.jsonl: 4 labels" in label("a b", keys="1\n")
+    assert rows()[-1].keys() >= {"first_is_better", "probability"}

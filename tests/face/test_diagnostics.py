@@ -1,0 +1,458 @@
+"""Diagnostics against closed forms. A tolerance is 4.5 standard errors unless a comment says otherwise."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from support.toys import (
+    LOG_Z,
+    PRIOR,
+    REWARD,
+    TARGET,
+    Gaussian,
+    RandomWalk,
+    assert_calibrated,
+    discrete,
+    enumerated,
+    from_prior,
+    shared,
+)
+
+from bayeslm import Posterior, diagnostics
+from bayeslm.weights import standard_error
+
+TOY = Gaussian()
+KL_TARGET_PRIOR = TOY.kl(TOY.y / 2, 0.5, 0.0, 1.0)
+KL_Q_PRIOR = TOY.kl(TOY.mean, TOY.scale**2, 0.0, 1.0)
+KL_Q_TARGET = TOY.kl(TOY.mean, TOY.scale**2, TOY.y / 2, 0.5)
+
+ESTIMATORS: dict[str, tuple[Callable[[Posterior], diagnostics.Estimate], float]] = {
+    "log evidence": (lambda p: diagnostics.log_evidence(p.log_weights), TOY.log_z),
+    "mean": (lambda p: diagnostics.expectation(p, p.samples["x"]), TOY.y / 2),
+    "mean under q": (lambda p: diagnostics.expectation(p, p.samples["x"], weighted=False), TOY.mean),
+    "KL(target, prior)": (diagnostics.kl_to_prior, KL_TARGET_PRIOR),
+    "KL(q, prior)": (lambda p: diagnostics.kl_to_prior(p, weighted=False), KL_Q_PRIOR),
+    "KL(q, target)": (diagnostics.kl_to_posterior, KL_Q_TARGET),
+    "KL(q, target), log Z known": (lambda p: diagnostics.kl_to_posterior(p, TOY.log_z), KL_Q_TARGET),
+    "entropy of target": (diagnostics.entropy, TOY.entropy(0.5)),
+    "entropy of q": (lambda p: diagnostics.entropy(p, weighted=False), TOY.entropy(TOY.scale**2)),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_weighted_draws_give_the_truth_with_honest_standard_errors(name: str, seed: int) -> None:
+    estimator, truth = ESTIMATORS[name]
+    assert_calibrated(*estimator(TOY.posterior(seed)), truth)
+
+
+def test_a_good_policy_s_divergence_is_known_far_better_than_its_two_terms() -> None:
+    """log Z and E_q[log w] come from the same draws: here their errors cancel to a quarter of either's."""
+    toy = Gaussian(scale=0.75)
+    truth = toy.kl(toy.mean, toy.scale**2, toy.y / 2, 0.5)
+    assert_calibrated(*diagnostics.kl_to_posterior(toy.posterior(0)), truth)
+
+
+@pytest.mark.parametrize("name", ["mean", "KL(target, prior)", "entropy of target"])
+def test_exact_draws_give_the_truth_with_honest_standard_errors(name: str) -> None:
+    estimator, truth = ESTIMATORS[name]
+    assert_calibrated(*estimator(TOY.posterior(2, "exact")), truth)
+
+
+WALK = RandomWalk()
+FILTERED: dict[str, tuple[Callable[[Posterior], diagnostics.Estimate], float]] = {
+    "first state": (lambda p: diagnostics.expectation(p, p.samples["x"][..., 0]), WALK.mean[0]),
+    "last state": (lambda p: diagnostics.expectation(p, p.samples["x"][..., -1]), WALK.mean[-1]),
+    "log evidence": (lambda p: diagnostics.log_evidence(p.log_weights, p.roots), WALK.log_z),
+    "KL(target, prior)": (diagnostics.kl_to_prior, WALK.kl_to_prior),
+    "entropy of target": (diagnostics.entropy, WALK.entropy),
+}
+
+
+@pytest.mark.parametrize("name", FILTERED)
+def test_particles_give_the_truth_with_honest_standard_errors(name: str) -> None:
+    """Taken as independent draws they would not: z-scores of the first state and of log Z have sd 1.5 and 2.2."""
+    estimator, truth = FILTERED[name]
+    assert_calibrated(*estimator(WALK.posterior(0)), truth)
+
+
+@pytest.mark.parametrize("name", FILTERED)
+def test_standard_errors_under_multinomial_resampling_are_honest_or_too_large(name: str) -> None:
+    """Those of expectations are right; log Z's count the resampling of equals, 3 / 1000 here beside a true 0.002."""
+    estimator, truth = FILTERED[name]
+    estimate, stderr = estimator(WALK.posterior(0, multinomial=True))
+    if name.endswith("state"):
+        assert_calibrated(estimate, stderr, truth)
+    else:
+        z = (estimate - truth) / stderr
+        assert abs(z.mean()) < 4.5 * 0.071
+        assert z.std() < 1 + 4.5 * 0.05
+        assert np.mean(stderr**2) < estimate.var() * (1 + 4.5 * 0.1) + 3 / 1000
+
+
+def test_particles_that_share_no_root_are_independent_draws() -> None:
+    posterior = TOY.posterior(0, prompts=3)
+    roots = np.broadcast_to(np.arange(250)[:, None], (4, 250, 3))
+    filtered = TOY.posterior(0, prompts=3)
+    filtered.kind, filtered.roots = "particles", roots
+    for estimator in (
+        lambda p: diagnostics.log_evidence(p.log_weights, p.roots),
+        lambda p: diagnostics.expectation(p, p.samples["x"], weighted=False),
+    ):
+        np.testing.assert_allclose(estimator(filtered), estimator(posterior))
+
+
+def test_standard_error_by_root_by_hand() -> None:
+    """Two chains of three particles: the cluster sums of w / mean(w) are (4, 0, 0) and (1, 0, 1), mean 1, K = 3."""
+    log_weights, roots = np.log([[1.0, 2.0, 1.0], [1.0, 0.5, 0.5]])[..., None], [[0, 0, 0], [0, 2, 2]]
+    stderr = diagnostics.log_evidence(log_weights, np.array(roots)[..., None])[1]
+    assert stderr == pytest.approx(np.sqrt(3 / 2 * (9 + 1 + 1 + 0 + 1 + 0) / 36))
+    assert diagnostics.num_roots(np.array(roots)[..., None]) == 3
+
+
+def test_one_root_serves_all_values_where_prompts_share_a_posterior() -> None:
+    rng = np.random.default_rng(0)
+    influence, roots = rng.normal(size=(2, 30, 3)), rng.integers(0, 30, (2, 30, 1))
+    together = standard_error(np.zeros(3), influence, roots=roots)
+    alone = [standard_error(np.zeros(1), influence[..., i : i + 1], roots=roots)[0] for i in range(3)]
+    np.testing.assert_allclose(together, alone)
+
+
+def test_the_error_of_a_single_root_is_unknown() -> None:
+    log_weights = np.random.default_rng(0).normal(size=(1, 9, 2))
+    roots = np.stack([np.full((1, 9), 4), np.arange(9)[None] // 4], axis=2)
+    np.testing.assert_array_equal(np.isinf(diagnostics.log_evidence(log_weights, roots)[1]), [True, False])
+
+
+def test_single_particles_have_no_known_law() -> None:
+    filtered, conditional = WALK.posterior(0, prompts=2), TOY.posterior(0, prompts=2)
+    conditional.conditional = True
+    for posterior in (filtered, conditional):
+        with pytest.raises(ValueError, match="of a known law"):
+            diagnostics.kl_to_posterior(posterior)
+        for function in (diagnostics.kl_to_prior, diagnostics.entropy, diagnostics.summary):
+            with pytest.raises(ValueError, match="no known law"):
+                function(posterior, weighted=False)
+
+
+def test_standard_error_of_a_markov_chain_knows_its_autocorrelation() -> None:
+    """AR(1) with correlation 0.6: taken as independent draws the z-scores would have sd 2."""
+    posterior, rng = TOY.posterior(0, "markov"), np.random.default_rng(3)
+    x = rng.normal(size=posterior.log_weights.shape)
+    for step in range(1, x.shape[1]):
+        x[:, step] = 0.6 * x[:, step - 1] + 0.8 * x[:, step]
+    assert_calibrated(*diagnostics.expectation(posterior, x), 0.0)
+
+
+def test_engine_s_uncertainty_of_the_evidence_is_added() -> None:
+    posterior = TOY.posterior(0, "exact", prompts=1)
+    own = diagnostics.kl_to_prior(posterior)[1]
+    posterior.log_evidence_stderr = np.array([0.5])
+    assert diagnostics.kl_to_prior(posterior)[1] == pytest.approx(np.hypot(own, 0.5))
+
+
+def test_enumeration_is_exact() -> None:
+    posterior = enumerated()
+    reward, log_target = np.where(TARGET > 0, REWARD, 0.0), np.log(np.where(TARGET > 0, TARGET, 1.0))
+    cases = [
+        (diagnostics.expectation(posterior, posterior.rewards), np.sum(TARGET * 0.1 * reward, axis=1)),
+        (diagnostics.kl_to_prior(posterior), np.sum(TARGET * (log_target - np.log(PRIOR)), axis=1)),
+        (diagnostics.entropy(posterior), -np.sum(TARGET * log_target, axis=1)),
+        (diagnostics.log_evidence(posterior.log_weights), LOG_Z),
+    ]
+    for (estimate, _), truth in cases:
+        np.testing.assert_allclose(estimate, truth, rtol=1e-12)
+    for (_, stderr), _ in cases[:3]:
+        assert not stderr.any()
+    with pytest.raises(ValueError, match="enumeration"):
+        diagnostics.expectation(posterior, posterior.rewards, weighted=False)
+
+
+def test_prompts_that_share_a_latent_are_one_posterior() -> None:
+    """KL and entropy are those of z, whose odds are exp(1 + 2 + 3); expectations may be of anything."""
+    posterior = shared()
+    target = 1 / (1 + np.exp(-6.0))
+    entropy = -target * np.log(target) - (1 - target) * np.log(1 - target)
+    np.testing.assert_allclose(diagnostics.entropy(posterior)[0], [entropy])
+    np.testing.assert_allclose(diagnostics.kl_to_prior(posterior)[0], [np.log(2) - entropy])
+    np.testing.assert_allclose(diagnostics.expectation(posterior, posterior.rewards)[0], target * np.arange(1, 4))
+    np.testing.assert_allclose(diagnostics.summary(posterior)["kl_to_prior"], [np.log(2) - entropy] * 3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_draws_that_break_a_constraint(seed: int) -> None:
+    """Weights of −inf never become NaN; what they make infinite is inf, what they hide is NaN and says so."""
+    posterior = from_prior(seed)
+    weights = posterior.weights()
+    assert np.isneginf(posterior.log_weights).any()
+    np.testing.assert_allclose(weights.sum(axis=(0, 1)), 1.0)
+    assert not weights[np.isneginf(posterior.log_weights)].any()
+
+    value, stderr = diagnostics.log_evidence(posterior.log_weights)
+    assert np.all(np.abs(value - LOG_Z) < 4.5 * stderr)
+    for estimate, error in (
+        diagnostics.expectation(posterior, posterior.rewards),
+        diagnostics.kl_to_prior(posterior),
+    ):
+        assert np.isfinite([estimate, error]).all()
+    reward, stderr = diagnostics.expectation(posterior, posterior.rewards, weighted=False)
+    assert np.isneginf(reward[1])
+    assert stderr[1] == np.inf
+    assert diagnostics.kl_to_posterior(posterior)[0][1] == np.inf
+    for estimator in (diagnostics.kl_to_prior, diagnostics.entropy):
+        hidden = estimator(posterior, weighted=False)[0]
+        assert np.isfinite(hidden[0])
+        assert np.isnan(hidden[1])
+
+
+def test_every_weight_zero_is_said_and_never_nan() -> None:
+    dead = np.zeros((2, 50, 3))
+    dead[..., 1] = -np.inf
+    estimate, stderr = diagnostics.log_evidence(dead)
+    np.testing.assert_array_equal(estimate, [0.0, -np.inf, 0.0])
+    np.testing.assert_array_equal(stderr, [0.0, np.inf, 0.0])
+    np.testing.assert_array_equal(diagnostics.ess(dead), [100.0, 0.0, 100.0])
+    with pytest.raises(ValueError, match="every draw of prompt 1 has weight zero"):
+        diagnostics.psis(dead)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("function", [diagnostics.log_evidence, diagnostics.ess, diagnostics.psis])
+def test_weights_that_are_no_weights_are_refused(function: Callable[..., object], bad: float) -> None:
+    weights = np.zeros((1, 9, 1))
+    weights[0, 3] = bad
+    with pytest.raises(ValueError, match="NaN or \\+inf"):
+        function(weights)
+    with pytest.raises(ValueError, match="chain, draw, prompt"):
+        function(np.zeros(9))
+
+
+def test_one_draw_has_an_unknown_standard_error() -> None:
+    assert diagnostics.log_evidence(np.array([[[2.0]]]))[1] == np.inf
+
+
+def test_ess_by_hand() -> None:
+    weights = np.array([[[4.0], [1.0]], [[1.0], [0.0]]])
+    with np.errstate(divide="ignore"):
+        assert diagnostics.ess(np.log(weights) - 900.0) == pytest.approx(36.0 / 18.0)
+
+
+@pytest.mark.parametrize("k", [0.2, 0.5, 0.9])
+def test_khat_of_pareto_weights(k: float) -> None:
+    """w = U^−k has tail index k. One k̂ has sd (1 + k)/√190, at most 0.14, so the mean of 50 at most 0.02; the
+    fit's prior (at 0.5) and its own bias may add 0.05. So 0.14 leaves 4.5 sd, and tells 0.2, 0.5, 0.9 apart.
+    """
+    uniform = np.random.default_rng(0).random((4, 1000, 50))
+    smoothed, khat = diagnostics.psis(-k * np.log(uniform))
+    assert khat.mean() == pytest.approx(k, abs=0.14)
+    np.testing.assert_allclose(np.exp(smoothed).sum(axis=(0, 1)), 1.0)
+
+
+def test_smoothing_tames_the_largest_weight_and_keeps_the_rest() -> None:
+    raw = -0.9 * np.log(np.random.default_rng(1).random((1, 1000, 1)))
+    raw[0, 0] = 30.0  # one draw would take all the weight
+    raw[0, 1] = -np.inf
+    smoothed = diagnostics.psis(raw)[0].ravel()
+    assert np.isneginf(smoothed[1])
+    order = np.argsort(raw.ravel())
+    body = order[1:850]
+    np.testing.assert_allclose(np.diff(smoothed[body]), np.diff(raw.ravel()[body]), atol=1e-9)
+    assert np.all(np.diff(smoothed[order]) >= 0)
+    normalised = raw.ravel() - np.log(np.exp(raw).sum())
+    assert np.exp(smoothed).max() < np.exp(normalised).max()
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        np.zeros((4, 100, 1)),
+        np.full((4, 100, 1), -800.0) + 1e-6 * np.random.default_rng(0).normal(size=(4, 100, 1)),
+        np.arange(12.0).reshape(1, 12, 1),
+        np.random.default_rng(0).choice([0.0, 1.0, 3.0], size=(4, 100, 1)),
+        np.floor(np.random.default_rng(0).exponential(2.0, size=(4, 100, 1))),
+        np.repeat([0.0, 3.0, 5.0], [350, 20, 30]).reshape(4, 100, 1)
+        + 1e-6 * np.random.default_rng(0).normal(size=(4, 100, 1)),
+        np.full((1, 1, 1), 5.0),
+    ],
+    ids=[
+        "constant",
+        "nearly constant",
+        "few draws",
+        "few values",
+        "many with ties",
+        "nearly few",
+        "one draw",
+    ],
+)
+def test_without_a_continuous_tail_weights_stay_raw_and_khat_is_undefined(weights: np.ndarray) -> None:
+    smoothed, khat = diagnostics.psis(weights)
+    assert np.isnan(khat).all()
+    relative = np.exp(weights - weights.max())
+    np.testing.assert_allclose(np.exp(smoothed), relative / relative.sum())
+
+
+def test_a_tail_beyond_floating_point_is_infinitely_heavy() -> None:
+    weights = np.random.default_rng(0).normal(scale=2000.0, size=(4, 100, 1))
+    smoothed, khat = diagnostics.psis(weights)
+    assert khat == np.inf
+    assert np.exp(smoothed).max() == pytest.approx(1.0)
+
+
+def test_rhat_sees_chains_that_disagree_and_drift() -> None:
+    draws = np.random.default_rng(0).normal(size=(4, 400, 2, 3))
+    assert diagnostics.rhat(draws).shape == (2, 3)
+    assert np.all(diagnostics.rhat(draws) < 1.03)  # 1.00 ± 0.003 in simulation
+    assert np.all(diagnostics.rhat(draws[:1]) < 1.05)
+    assert np.all(diagnostics.rhat(draws + np.arange(4)[:, None, None, None]) > 1.2)
+    assert np.all(diagnostics.rhat(draws[:1] + np.linspace(0, 3, 400)[:, None, None]) > 1.2)
+    assert np.isnan(diagnostics.rhat(np.ones((4, 400))))
+
+
+def test_ess_bulk_of_an_autoregression() -> None:
+    """N (1 − ρ) / (1 + ρ) = 1000 of 4000 at ρ = 0.6; the estimate's spread is 6% in simulation."""
+    x = np.random.default_rng(0).normal(size=(4, 1000, 10))
+    for step in range(1, 1000):
+        x[:, step] = 0.6 * x[:, step - 1] + 0.8 * x[:, step]
+    assert diagnostics.ess_bulk(x).mean() == pytest.approx(1000, rel=0.1)
+
+
+def test_bounds_on_the_evidence_bound_the_divergence() -> None:
+    posterior = TOY.posterior(0, prompts=3)
+    low, high = diagnostics.kl_to_posterior(posterior, (TOY.log_z - 1.0, np.full(3, TOY.log_z + 0.5)))[0]
+    point, stderr = diagnostics.kl_to_posterior(posterior, np.full(3, TOY.log_z))
+    np.testing.assert_allclose([low, high], [point - 1.0, point + 0.5])
+    assert stderr.shape == (3,)
+
+
+def test_draws_of_an_unknown_law_have_no_divergence() -> None:
+    posterior = from_prior(0).resample()
+    assert posterior.kind == "uncorrected"
+    for function in (diagnostics.kl_to_prior, diagnostics.entropy):
+        with pytest.raises(ValueError, match="unknown"):
+            function(posterior)
+    with pytest.raises(ValueError, match="weighted draws"):
+        diagnostics.kl_to_posterior(enumerated())
+
+
+def test_expectation_refuses_other_shapes() -> None:
+    posterior = from_prior(0)
+    for shape in [(4, 250), (4, 249, 2), (4, 250, 3)]:
+        with pytest.raises(ValueError, match="values must be"):
+            diagnostics.expectation(posterior, np.zeros(shape))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_distinct_n_by_counting(n: int) -> None:
+    rng = np.random.default_rng(0)
+    tokens, lengths = rng.integers(0, 3, (2, 3, 2, 5)), rng.integers(0, 6, (2, 3, 2))
+    for prompt, ratio in enumerate(diagnostics.distinct_n(tokens, lengths, n)):
+        grams = [
+            tuple(tokens[chain, draw, prompt, start : start + n])
+            for chain, draw in itertools.product(range(2), range(3))
+            for start in range(lengths[chain, draw, prompt] - n + 1)
+        ]
+        assert ratio == pytest.approx(len(set(grams)) / len(grams))
+
+
+def test_distinct_n_without_n_grams_and_on_bad_input() -> None:
+    tokens, lengths = np.zeros((1, 2, 1, 3), dtype=int), np.ones((1, 2, 1), dtype=int)
+    assert np.isnan(diagnostics.distinct_n(tokens, lengths, 2))
+    assert np.isnan(diagnostics.distinct_n(tokens, lengths, 9))
+    with pytest.raises(ValueError, match="at least one token"):
+        diagnostics.distinct_n(tokens, lengths, 0)
+    with pytest.raises(ValueError, match="without tokens"):
+        diagnostics.distinct_n(tokens, lengths[..., None])
+
+
+@pytest.mark.parametrize("n", [1, 2, 16])
+def test_best_of_n_bound_is_tight_without_ties_and_a_bound_with_them(n: int) -> None:
+    for values, tight in ((20_000, True), (5, n == 1)):
+        below = np.arange(values) / values
+        law = (below + 1 / values) ** n - below**n  # of the best of n draws of a uniform law on ranked values
+        kl = np.sum(law * np.log(law * values))
+        assert kl <= diagnostics.best_of_n_kl_bound(n) + 1e-12
+        assert (kl == pytest.approx(diagnostics.best_of_n_kl_bound(n), abs=1e-3)) == tight
+    with pytest.raises(ValueError, match="n >= 1"):
+        diagnostics.best_of_n_kl_bound(0)
+
+
+def test_summary_repeats_the_single_functions() -> None:
+    posterior = from_prior(0)
+    table = diagnostics.summary(posterior, LOG_Z)
+    assert list(table.index) == posterior.prompts
+    assert table["reward_prior"].tolist() == pytest.approx([0.05, 0.05])
+    picked = posterior.resample()
+    expected = {
+        "reward": diagnostics.expectation(posterior, posterior.rewards)[0],
+        "kl_to_prior_se": diagnostics.kl_to_prior(posterior)[1],
+        "kl_to_posterior": diagnostics.kl_to_posterior(posterior, LOG_Z)[0],
+        "log_evidence": posterior.log_evidence,
+        "ess": diagnostics.ess(posterior.log_weights),
+        "entropy": diagnostics.entropy(posterior)[0],
+        "rhat_reward": diagnostics.rhat(picked.rewards),
+        "rhat_length": diagnostics.rhat(picked.lengths["completion"]),
+        "distinct_2": diagnostics.distinct_n(picked.samples["completion"], picked.lengths["completion"]),
+        "seconds": 2.0,
+        "tokens_per_second": 50.0,
+    }
+    for name, values in expected.items():
+        np.testing.assert_allclose(table[name], values, err_msg=name)
+
+    raw = diagnostics.summary(posterior, (LOG_Z - 1, LOG_Z), weighted=False)
+    np.testing.assert_allclose(raw["reward"], posterior.samples["score"].mean(axis=(0, 1)))
+    np.testing.assert_allclose(raw["kl_to_prior"], [0.0, np.nan], atol=1e-12)  # q is the prior
+    np.testing.assert_allclose((raw["kl_to_posterior_upper"] - raw["kl_to_posterior_lower"]).iloc[0], 1.0)
+
+
+def test_summary_leaves_out_what_a_kind_cannot_have() -> None:
+    posteriors = {
+        "enumerated": enumerated(),
+        "exact": enumerated().resample(),
+        "markov": TOY.posterior(0, "markov", prompts=2),
+        "uncorrected": from_prior(0).resample(),
+        "particles": WALK.posterior(0, prompts=2),
+    }
+    absent = {
+        "enumerated": {"ess", "khat", "rhat_reward", "kl_to_posterior"},
+        "exact": {"khat", "kl_to_posterior"},
+        "markov": {"khat", "kl_to_posterior", "rhat_length", "seconds"},
+        "uncorrected": {"khat", "kl_to_posterior", "kl_to_prior", "entropy"},
+        "particles": {"khat", "kl_to_posterior"},
+    }
+    assert set().union(*absent.values()) <= set(diagnostics.summary(from_prior(0)))
+    for kind, posterior in posteriors.items():
+        assert posterior.kind == kind
+        assert not absent[kind] & set(diagnostics.summary(posterior))
+    filtered = posteriors["particles"]
+    np.testing.assert_array_equal(diagnostics.summary(filtered)["roots"], diagnostics.num_roots(filtered.roots))
+
+
+def test_a_chain_without_evidence_knows_no_divergence() -> None:
+    posterior = TOY.posterior(0, "markov", prompts=2)
+    posterior.log_evidence = posterior.log_evidence_stderr = np.full(2, np.nan)
+    table = diagnostics.summary(posterior)
+    assert table[["kl_to_prior", "entropy", "log_evidence"]].isna().all(axis=None)
+    assert np.isfinite(table["reward"]).all()
+
+
+def test_compare_stacks() -> None:
+    table = diagnostics.compare({"oracle": enumerated(), "IS": from_prior(0)})
+    assert table.index.names == ["posterior", "prompt"]
+    assert table.loc["oracle", "khat"].isna().all()
+    gap = table.loc["IS", "reward"] - table.loc["oracle", "reward"]
+    assert np.all(np.abs(gap) < 4.5 * table.loc["IS", "reward_se"])
+
+
+def test_two_completions_have_columns_of_their_own() -> None:
+    first = enumerated()
+    dims = first.dims | {"reply": ("prompt", "token")}
+    samples = first.samples | {"reply": first.samples["completion"][..., :1]}
+    lengths = first.lengths | {"reply": np.ones((1, 4, 2), dtype=int)}
+    index = first.samples["completion"][..., 0]
+    both = discrete(index, np.log(PRIOR)[index], "weighted", samples=samples, lengths=lengths, dims=dims)
+    table = diagnostics.summary(both)
+    assert table["distinct_2_completion"].notna().all()
+    assert table["distinct_2_reply"].isna().all()  # one token long

@@ -1,0 +1,137 @@
+"""A posterior on disk: the same when it comes back, whole or absent, never in another's place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import arviz
+import numpy as np
+import pytest
+from support.toys import MAKERS, enumerated, from_prior
+
+from bayeslm import Posterior
+
+
+class Policy:
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    def save_pretrained(self, path: Path) -> None:
+        path.mkdir()
+        (path / "weights").write_text("w")
+        if self.error:
+            raise self.error
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_saved_and_loaded_is_the_same(make: Callable[[], Posterior], tmp_path: Path) -> None:
+    posterior = make()
+    posterior.stats |= {"acceptance": np.float64(0.25), "best": -np.inf, "trace": {"a": [1, None, "é"]}}
+    posterior.conditional = True
+    posterior.log_evidence_lower = np.full(posterior.log_evidence.shape, np.nan)
+    loaded = Posterior.load(posterior.save(tmp_path / "new" / "run"))
+    for name, value in vars(posterior).items():
+        other = getattr(loaded, name)
+        if isinstance(value, dict):
+            assert list(other) == list(value), name
+            for key in value:
+                np.testing.assert_array_equal(other[key], value[key], err_msg=f"{name}[{key}]")
+                if isinstance(value[key], np.ndarray):
+                    assert other[key].dtype == value[key].dtype
+        else:
+            np.testing.assert_array_equal(other, value, err_msg=name)
+    assert loaded.policy is None
+    assert loaded.policy_path is None
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["run"]
+    arviz.from_netcdf(str(tmp_path / "new" / "run" / "posterior.nc")).close()
+
+
+def test_posteriors_saved_before_there_were_conditional_runs_load(tmp_path: Path) -> None:
+    saved = from_prior(0).save(tmp_path / "run")
+    meta = json.loads((saved / "posterior.json").read_text())
+    del meta["conditional"]
+    (saved / "posterior.json").write_text(json.dumps(meta))
+    loaded = Posterior.load(saved)
+    assert (loaded.conditional, loaded.roots) == (False, None)
+
+
+def test_texts_come_back_exactly(tmp_path: Path) -> None:
+    posterior = from_prior(0)
+    posterior.texts["completion"][0, 0] = ["nul\0", "lone \ud800\n"]
+    loaded = Posterior.load(posterior.save(tmp_path / "run"))
+    assert loaded.texts["completion"][0, 0].tolist() == ["nul\0", "lone \ud800\n"]
+
+
+def test_policy_that_cannot_save_itself(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="a object, has no method save_pretrained"):
+        from_prior(0, policy=object()).save(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_policy_is_saved_by_itself(tmp_path: Path) -> None:
+    loaded = Posterior.load(from_prior(0, policy=Policy()).save(tmp_path / "run"))
+    assert loaded.policy is None
+    assert loaded.policy_path == tmp_path / "run" / "policy"
+    assert (loaded.policy_path / "weights").read_text() == "w"
+    assert loaded.resample(3).policy_path == loaded.policy_path
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    saved = from_prior(0).save(tmp_path / "empty")
+    before = (saved / "arrays.npz").read_bytes()
+    (tmp_path / "file").write_text("mine")
+    for target in (saved, tmp_path / "file"):
+        with pytest.raises(FileExistsError, match="choose another name"):
+            from_prior(1).save(target)
+    assert (saved / "arrays.npz").read_bytes() == before
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="disk full"):
+        from_prior(0, policy=Policy(OSError("disk full"))).save(tmp_path / "run")
+    with pytest.raises(TypeError, match="stats holds"):
+        from_prior(0, stats={"model": object()}).save(tmp_path / "run")
+    with pytest.raises(TypeError, match="Python objects"):
+        from_prior(0, stats={"objects": np.array([object()])}).save(tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    """The limit lets all files pass but posterior.nc, at which HDF5 would crash the process."""
+    resource = pytest.importorskip("resource")
+    posterior = from_prior(0)
+    whole = posterior.save(tmp_path / "whole")
+    sizes = {path.name: path.stat().st_size for path in whole.iterdir()}
+    limit = sizes.pop("posterior.nc") - 1
+    assert max(sizes.values()) < limit
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            posterior.save(tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == [whole]
+
+
+def test_a_posterior_without_any_weight_can_still_be_saved(tmp_path: Path) -> None:
+    posterior = from_prior(0)
+    posterior.log_weights[..., 0] = -np.inf
+    with pytest.warns(UserWarning, match=r"without posterior\.nc"):
+        saved = posterior.save(tmp_path / "run")
+    assert not (saved / "posterior.nc").exists()
+    np.testing.assert_array_equal(Posterior.load(saved).log_weights, posterior.log_weights)
+
+
+def test_load_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no posterior"):
+        Posterior.load(tmp_path)
+    saved = enumerated().save(tmp_path / "run")
+    meta = json.loads((saved / "posterior.json").read_text())
+    (saved / "posterior.json").write_text(json.dumps(meta | {"format": "bayeslm.posterior/99"}))
+    with pytest.raises(ValueError, match=r"not written by a version of bayeslm"):
+        Posterior.load(saved)

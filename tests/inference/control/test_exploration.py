@@ -1,0 +1,95 @@
+"""Exploration: each strategy's law against its formula, Thompson's against the probability that an action is best."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate, stats
+from support.helpers import assert_drawn_from
+
+from bayeslm.inference import Boltzmann, EpsilonGreedy, Random, Thompson
+from bayeslm.models.control import BernoulliArms, Dirichlet, GaussianArms, NormalGamma
+
+DRAWS = torch.tensor([[0.0, 1.0, 3.0], [4.0, 1.0, 0.0]])  # means 2, 1, 1.5
+STRATEGIES = [Random(), EpsilonGreedy(0.3), Boltzmann(0.5), Thompson()]
+
+
+def test_laws():
+    weights = np.exp(np.array([2.0, 1.0, 1.5]) / 0.5)
+    expected = {
+        Random(): [1 / 3] * 3,
+        EpsilonGreedy(0.0): [1.0, 0.0, 0.0],
+        EpsilonGreedy(0.3): [0.8, 0.1, 0.1],
+        EpsilonGreedy(1.0): [1 / 3] * 3,
+        Boltzmann(0.5): weights / weights.sum(),
+        Thompson(): [0.5, 0.0, 0.5],
+    }
+    for strategy, law in expected.items():
+        np.testing.assert_allclose(strategy.probabilities(DRAWS), law, rtol=1e-6, err_msg=str(strategy))
+    assert [s.samples for s in STRATEGIES] == [False, False, False, True]
+
+
+def test_the_highest_value_is_shared_where_several_have_it():
+    values = torch.tensor([[1.0, 1.0, 0.0], [-torch.inf, -torch.inf, -torch.inf]])[None]
+    for strategy in (EpsilonGreedy(0.0), Thompson()):
+        expected = [[0.5, 0.5, 0.0], [1 / 3] * 3]
+        np.testing.assert_allclose(strategy.probabilities(values), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_batches_of_values_are_each_their_own(strategy):
+    values = torch.randn(7, 4, 5, 3, dtype=torch.float64)
+    law = strategy.probabilities(values)
+    assert law.shape == (4, 5, 3)
+    torch.testing.assert_close(law.sum(-1), torch.ones(4, 5, dtype=torch.float64))
+    for i in range(4):
+        torch.testing.assert_close(law[i], strategy.probabilities(values[:, i]))
+    assert strategy.choose(values).shape == (4, 5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_actions_are_drawn_from_the_law(strategy):
+    chosen = strategy.choose(DRAWS[:, None].expand(-1, 20_000, -1))
+    assert chosen.dtype == torch.int64
+    assert_drawn_from(torch.bincount(chosen, minlength=3), strategy.probabilities(DRAWS).log())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_thompson_is_the_probability_that_an_arm_is_best(seed):
+    """P(arm is best) of Beta posteriors by quadrature, of Student's t by the same; within 4.5 standard errors."""
+    torch.manual_seed(seed)
+    n = 40_000
+    a, b = torch.tensor([2.0, 8.0, 3.0]), torch.tensor([1.0, 5.0, 3.0])
+    arms = BernoulliArms(Dirichlet(torch.stack([a, b], -1).double()))
+    betas = [stats.beta(x, y) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
+    m, k, shape, rate = torch.tensor([[0.0, 0.5, 0.2], [3.0, 5.0, 1.0], [2.0, 4.0, 3.0], [2.0, 1.0, 1.0]]).double()
+    normals = GaussianArms(NormalGamma(m, k, shape, rate))
+    students = [
+        stats.t(2 * x, loc, np.sqrt(y / (x * c)))
+        for loc, c, x, y in zip(*(p.tolist() for p in (m, k, shape, rate)), strict=True)
+    ]
+    for belief, laws, limits in ((arms, betas, (0, 1)), (normals, students, (-np.inf, np.inf))):
+        law = Thompson().probabilities(belief.sample((n,))[:, None])[0]
+        for i, own in enumerate(laws):
+            others = [other for j, other in enumerate(laws) if j != i]
+            p, _ = integrate.quad(
+                lambda x, own=own, others=others: own.pdf(x) * np.prod([o.cdf(x) for o in others]), *limits
+            )
+            assert abs(law[i] - p) < 4.5 * np.sqrt(p * (1 - p) / n), (belief, i, law, p)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EpsilonGreedy(1.5), "epsilon must be in"),
+        (lambda: EpsilonGreedy(float("nan")), "epsilon must be in"),
+        (lambda: Boltzmann(0.0), "temperature must be positive"),
+        (lambda: Thompson().probabilities(torch.zeros(3)), r"a mean is one draw: mean\[None\]"),
+        (lambda: Thompson().probabilities(torch.zeros(1, 3, dtype=torch.int64)), "must be floats"),
+        (lambda: Random().probabilities(torch.tensor([[0.0, float("nan")]])), "NaN"),
+    ],
+)
+def test_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

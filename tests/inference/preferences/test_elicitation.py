@@ -1,0 +1,371 @@
+"""The loop of questions: what it asks, what it learns, and that nothing is lost on the way."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import astuple, replace
+
+import numpy as np
+import pytest
+import torch
+from support.helpers import assert_drawn_from, table_lm
+
+from bayeslm.inference import (
+    Boltzmann,
+    Duel,
+    Elicitation,
+    EpsilonGreedy,
+    Exact,
+    FreshCompletions,
+    ImportanceSampling,
+    InformationGain,
+    Laplace,
+    Pool,
+    Random,
+    Thompson,
+    Tilted,
+)
+from bayeslm.inference.preferences.acquisition import information
+from bayeslm.models import TiltedLM
+from bayeslm.models.preferences import Answer, BradleyTerry, Question, SimulatedJudge, UncertainReward, answered
+from bayeslm.models.rewards import Reward
+
+TRUTH = torch.tensor([1.5, -1.0, 0.5, 0.0, 2.0])
+
+
+def features(prompts, completions):
+    """Standard normals that the text determines, (n, 5)."""
+    rows = [torch.randn(5, generator=torch.Generator().manual_seed(int(text))) for text in completions]
+    return torch.stack(rows)
+
+
+def truth(prompts, completions, **columns):
+    return (features(prompts, completions) @ TRUTH).tolist()
+
+
+MODEL = BradleyTerry(features, scale=4.0)
+POOL = Pool(["a"] * 12 + ["b"] * 8, [str(i) for i in range(20)])
+JUDGE = SimulatedJudge(Reward(truth), temperature=1.0)
+
+
+def take(loop, number, judge=JUDGE, answers=None, pool=POOL):
+    return list(itertools.islice(loop.run(pool, judge, answers), number))
+
+
+# -- which pair ------------------------------------------------------------------------------------------------
+
+
+def test_information_against_the_joint_law():
+    """I(y; theta) as the KL from the joint law of draw and answer to the product of its margins."""
+    log_odds = torch.randn(7, 30, generator=torch.Generator().manual_seed(0)) * 3
+    p = log_odds.double().sigmoid()
+    joint = torch.stack([p, 1 - p]) / 7  # (answer, draw, pair)
+    expected = (joint * (joint / (joint.sum(1, keepdim=True) / 7)).log()).sum((0, 1))
+    torch.testing.assert_close(information(log_odds).double(), expected, atol=1e-6, rtol=1e-4)
+    assert information(torch.full((5, 1), 0.3)).abs() < 1e-6  # all draws agree: only noise is left
+    half = information(torch.tensor([[1e4], [-1e4]]))  # each is sure, of opposite answers: all there is to know
+    assert half.item() == pytest.approx(math.log(2))
+
+
+def test_information_gain_asks_for_the_most_informative():
+    rewards = torch.randn(50, 20, generator=torch.Generator().manual_seed(1)) * torch.rand(20)
+    pairs = POOL.pairs()
+    gains = information(rewards[:, pairs[:, 0]] - rewards[:, pairs[:, 1]])
+    chosen = {InformationGain().choose(rewards, pairs, POOL.prompt_indices) for _ in range(5)}
+    assert chosen == {int(gains.argmax())}
+    some = [gains[InformationGain(3).choose(rewards, pairs, POOL.prompt_indices)] for _ in range(400)]
+    n, ranked = len(gains), gains.sort().values.double()
+    weights = [math.comb(i, 2) / math.comb(n, 3) for i in range(n)]  # the best of three of n is of rank i
+    mean = sum(w * g for w, g in zip(weights, ranked, strict=True))
+    assert abs(torch.stack(some).double().mean() - mean) < 4.5 * torch.stack(some).std() / 20
+
+
+@pytest.mark.parametrize("strategy", [Random(), Thompson(), EpsilonGreedy(0.4), Boltzmann(0.7), Tilted(0.5)])
+def test_duels_have_the_law_of_their_strategy(strategy):
+    """The first by the strategy, the second by it among the others, of a prompt picked evenly."""
+    rewards = torch.randn(6, 5, generator=torch.Generator().manual_seed(2))
+    prompts = torch.tensor([0, 0, 0, 1, 1])
+    pairs = torch.tensor([[0, 1], [0, 2], [1, 2], [3, 4]])
+    law = torch.zeros(4).double()
+    law[3] = 0.5
+    first = strategy.probabilities(rewards[:, :3])
+    for i, j in itertools.permutations(range(3), 2):
+        others = [k for k in range(3) if k != i]
+        second = strategy.probabilities(rewards[:, others])[others.index(j)]
+        law[i + j - 1] += 0.5 * first[i] * second
+    draws = torch.tensor([Duel(strategy).choose(rewards, pairs, prompts) for _ in range(1500)])
+    assert_drawn_from(torch.bincount(draws, minlength=4), law.log())
+
+
+def test_duels_ask_nothing_twice():
+    rewards = torch.tensor([[3.0, 2.0, 1.0]])
+    choice = Duel(EpsilonGreedy(0.0)).choose(rewards, torch.tensor([[0, 2], [1, 2]]), torch.zeros(3).long())
+    assert choice == 0  # 0 is the best, and 1 was asked about
+
+
+def test_tilted_draws_from_the_aligned_model():
+    values = torch.randn(9, 4, generator=torch.Generator().manual_seed(3))
+    expected = torch.stack([(row / 0.3).exp() / (row / 0.3).exp().sum() for row in values]).mean(0)
+    torch.testing.assert_close(Tilted(0.3).probabilities(values), expected)
+    torch.testing.assert_close(Tilted(1e-4).probabilities(values), Thompson().probabilities(values))
+    with pytest.raises(ValueError, match="beta must be positive"):
+        Tilted(0.0)
+
+
+# -- candidates ------------------------------------------------------------------------------------------------
+
+
+def test_pools():
+    pool = Pool(["a", "a", "b", "a", "a", "b"], ["1", " ", "1", "1", "2", "3"])
+    assert (pool.prompts, pool.completions) == (["a", "b", "a", "b"], ["1", "1", "2", "3"])
+    assert pool.prompt_indices.tolist() == [0, 1, 0, 1]
+    assert pool.pairs().tolist() == [[0, 2], [1, 3]]
+    asked = [Answer("b", "3", "1", 0.5, None), Answer("a", "1", "3", 0.5, True), Answer("c", "1", "2", 0.5, True)]
+    assert pool.pairs(asked).tolist() == [[0, 2]]  # the second and third are of texts that it does not have
+    with pytest.raises(ValueError, match="nothing to compare"):
+        Pool(["a", "b", "a"], ["1", "2", "1"])
+    with pytest.raises(ValueError, match="2 prompts for 1"):
+        Pool(["a", "b"], ["1"])
+
+
+def test_pools_are_drawn_of_the_prior():
+    lm = table_lm(order=2, vocab=4)
+    pool = Pool.drawn(lm, ["a", "b c"], 40, max_new_tokens=2, seed=3)
+    assert set(pool.prompts) == {"a", "b c"}
+    assert pool == Pool.drawn(lm, ["a", "b c"], 40, max_new_tokens=2, seed=3)
+    assert pool != Pool.drawn(lm, ["a", "b c"], 40, max_new_tokens=2, seed=4)
+
+
+@pytest.mark.parametrize("epsilon", [None, 0.3])
+def test_fresh_completions_have_the_posterior_with_the_reward_uncertain(epsilon):
+    """Of a tiny model, by `Exact`, against the mixture over draws (or of mean and prior) of enumerated posteriors."""
+    lm = table_lm(order=2, vocab=4)
+
+    def letters(prompts, completions):
+        return torch.tensor([[c.count("a"), c.count("b")] for c in completions]).float()
+
+    model = BradleyTerry(letters)
+    weights = torch.tensor([[2.0, -1.0], [-1.0, 1.0], [0.5, 3.0]])
+    fresh = FreshCompletions(lm, ["c"], model, beta=0.8, engine=Exact(), epsilon=epsilon, max_new_tokens=2)
+
+    def law(w):
+        posterior = Exact().run(TiltedLM(lm, UncertainReward(model, w[None], "mean"), 0.8, max_new_tokens=2), ["c"])
+        texts = posterior.texts["completion"][0, :, 0]
+        by_text = dict.fromkeys(sorted(set(texts)), 0.0)
+        for text, weight in zip(texts, posterior.weights()[0, :, 0], strict=True):
+            by_text[text] += float(weight)
+        return torch.tensor(list(by_text.values())), list(by_text)
+
+    laws = [law(w) for w in weights]
+    names = laws[0][1]
+    mixture = torch.stack([p for p, _ in laws]).mean(0)
+    if epsilon is not None:
+        mixture = 0.7 * law(weights.mean(0))[0] + 0.3 * law(torch.zeros(2))[0]
+    drawn = [fresh._draw("c", fresh._weights(weights)) for _ in range(200)]
+    counts = torch.tensor([drawn.count(name) for name in names])
+    assert_drawn_from(counts, mixture.log())
+    pool = fresh(weights)
+    assert set(pool.prompts) == {"c"}
+    assert len(pool.completions) == 2
+
+
+def letters_of(prompts, completions):
+    return torch.tensor([[c.count("a"), c.count("b")] for c in completions]).float()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_fresh_completions_that_coincide_are_drawn_anew(monkeypatch, seed):
+    """Of a model with three texts, and the blank one: all of their pairs are asked, then an error says what to do."""
+    model = BradleyTerry(letters_of)
+    lm = table_lm(order=1, vocab=4, seed=1)
+    fresh = FreshCompletions(lm, ["c"], model, engine=Exact(), beta=5.0, max_new_tokens=1)
+    loop, answers = Elicitation(model, seed=seed), []
+    monkeypatch.setattr("bayeslm.inference.preferences.elicitation.TRIES", 60)
+    with pytest.raises(ValueError, match=r"60 times the completions were .* a larger beta, longer texts"):
+        take(loop, 9, lambda prompt, first, second: first < second, answers, fresh)
+    assert len({answer.pair for answer in answers}) == len(answers) == 3
+    assert loop.ask(fresh, answers[:2]) == Question(*astuple(answers[2])[:4])  # to go on is to ask the same
+
+
+def test_an_engine_with_a_seed_draws_others_each_time():
+    model, lm = BradleyTerry(letters_of), table_lm(order=2, vocab=8)
+    engine = ImportanceSampling(num_particles=1, progress=False, seed=0)  # whose one particle would be all there is
+    fresh = FreshCompletions(lm, ["c"], model, engine=engine, num_completions=4, max_new_tokens=6)
+    torch.manual_seed(0)
+    assert len(fresh(torch.zeros(1, 2)).completions) > 1
+
+
+def test_fresh_completions_in_a_loop():
+    lm = table_lm(order=2, vocab=6)
+
+    def letters(prompts, completions):
+        return torch.tensor([[c.count("a"), c.count("b"), c.count("c")] for c in completions]).float()
+
+    model = BradleyTerry(letters, scale=3.0)
+    judge = SimulatedJudge(Reward(lambda completions, **_: [float(c.count("a")) for c in completions]), 0.2)
+    fresh = FreshCompletions(lm, ["c", "d e"], model, beta=1.0, num_completions=6, max_new_tokens=4)
+    loop = Elicitation(model, seed=1)
+    answers = list(itertools.islice(loop.run(fresh, judge), 10))
+    assert {answer.prompt for answer in answers} == {"c", "d e"}
+    weights = loop.weights(answers, fresh.example)
+    assert (weights[:, 0] > weights[:, 1]).float().mean() > 0.9
+    with pytest.raises(ValueError, match="num_completions must be at least 2"):
+        replace(fresh, num_completions=1)
+    with pytest.raises(ValueError, match="epsilon"):
+        replace(fresh, epsilon=1.1)
+    with pytest.raises(ValueError, match="beta"):
+        replace(fresh, beta=0.0)
+    with pytest.raises(ValueError, match="at least one prompt"):
+        replace(fresh, prompts=[])
+
+
+# -- judges ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_simulated_judges_have_bradley_terrys_noise(seed):
+    reward = Reward(lambda completions, **_: [0.3 if c[0] == "x" else 0.0 for c in completions])
+    judge = SimulatedJudge(reward, temperature=0.4, seed=seed)
+    answers = [judge("p", f"x{i}", f"y{i}") for i in range(4000)]
+    expected = 1 / (1 + math.exp(-0.3 / 0.4))
+    assert abs(np.mean(answers) - expected) < 4.5 * math.sqrt(expected * (1 - expected) / 4000)
+    assert answers == [judge("p", f"x{i}", f"y{i}") for i in range(4000)]
+    other = replace(judge, seed=seed + 100)
+    assert answers[:100] != [other("p", f"x{i}", f"y{i}") for i in range(100)]
+
+
+def test_a_judge_without_noise():
+    judge = SimulatedJudge(Reward(truth), temperature=0.0)
+    for i, j in itertools.permutations("0123", 2):
+        assert judge("p", i, j) == (truth([], [i]) > truth([], [j]))
+    ties = SimulatedJudge(Reward(lambda completions, **_: [-math.inf] * len(completions)), temperature=0.0)
+    called = [ties("p", f"{i}", f"{i} ") for i in range(400)]
+    assert abs(np.mean(called) - 0.5) < 4.5 * 0.025
+    far = SimulatedJudge(Reward(lambda completions, **_: [0.0, 1e9]), temperature=1e-9)
+    assert far.probability("p", "1", "2") == 0.0
+    for temperature in (-1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="temperature"):
+            SimulatedJudge(Reward(truth), temperature)
+
+
+def test_answers():
+    answer = Answer("p", "one", "two", 0.8, False)
+    assert answer.surprisal == pytest.approx(-math.log(0.2))
+    assert not answer.foreseen
+    assert replace(answer, first_is_better=True).foreseen
+    for even in (True, False):
+        assert not replace(answer, probability=0.5, first_is_better=even).foreseen
+    skipped = replace(answer, first_is_better=None)
+    assert (skipped.surprisal, skipped.foreseen) == (0.0, False)
+    assert answered([skipped]) is None
+    data = answered([answer, skipped, replace(answer, first_is_better=True)])
+    assert (data.chosen, data.rejected) == (["two", "one"], ["one", "two"])
+    with pytest.raises(TypeError, match="True, False or None"):
+        answer.answered("1")
+
+
+# -- the loop --------------------------------------------------------------------------------------------------
+
+LOOPS = {
+    "information": Elicitation(MODEL, seed=5),
+    "thompson": Elicitation(MODEL, Duel(), seed=5),
+    "random": Elicitation(MODEL, Duel(Random()), seed=5),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_goes_on_as_if_it_had_not_been_broken_off(name):
+    """After any number of answers, skipped ones among them; and leaves the global random state alone."""
+    loop = LOOPS[name]
+
+    def moody(prompt, first, second):
+        return None if (int(first) + int(second)) % 3 == 0 else JUDGE(prompt, first, second)
+
+    whole = take(loop, 12, moody)
+    assert {answer.first_is_better for answer in whole} == {True, False, None}
+    for cut in (1, 5, 11):
+        torch.manual_seed(cut)
+        before = torch.get_rng_state()
+        answers = list(whole[:cut])
+        take(loop, 12 - cut, moody, answers)
+        assert answers == whole
+        assert torch.get_rng_state().equal(before)
+    assert take(replace(loop, seed=6), 12, moody) != whole
+
+
+def test_nothing_is_asked_twice_and_it_ends():
+    pool = Pool(["a"] * 3 + ["b"] * 2, list("12345"))
+    answers = take(Elicitation(MODEL), 100, pool=pool)
+    assert len({answer.pair for answer in answers}) == len(answers) == 4
+    assert Elicitation(MODEL).ask(pool, answers) is None
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the judge went home"), KeyboardInterrupt()])
+def test_a_judge_who_raises_loses_nothing(error):
+    answers = []
+
+    def tired(prompt, first, second):
+        if len(answers) == 4:
+            raise error
+        return JUDGE(prompt, first, second)
+
+    with pytest.raises(type(error)):
+        take(LOOPS["information"], 9, tired, answers)
+    assert len(answers) == 4
+    take(LOOPS["information"], 2, answers=answers)
+    assert answers == take(LOOPS["information"], 6)
+
+
+def test_probabilities_are_those_of_the_posterior():
+    """Of many questions after as many answers: as often right as they say; and the first of two is either."""
+    foreseen, swapped = [], []
+    for seed in range(8):
+        answers = take(replace(LOOPS["random"], seed=seed), 20, replace(JUDGE, seed=seed))
+        foreseen += [(answer.probability, answer.first_is_better) for answer in answers[5:]]
+        swapped += [int(answer.first) > int(answer.second) for answer in answers]
+    p, y = np.array(foreseen, dtype=float).T
+    assert abs((p - y).mean()) < 4.5 * math.sqrt((p * (1 - p)).mean() / len(p))
+    assert abs(((p - 0.5) * (y - p)).mean()) < 4.5 * math.sqrt(((p - 0.5) ** 2 * p * (1 - p)).mean() / len(p)) + 0.01
+    assert abs(np.mean(swapped) - 0.5) < 4.5 * 0.5 / math.sqrt(len(swapped))
+
+
+def test_before_the_first_answer_there_is_the_prior():
+    weights = LOOPS["information"].weights([], POOL.example)
+    assert weights.shape == (256, 5)
+    assert weights.square().mean().item() == pytest.approx(16 / 5, rel=4.5 * math.sqrt(2 / 1280))
+    with pytest.raises(ValueError, match="no question has an answer"):
+        LOOPS["information"].posterior([Answer("a", "1", "2", 0.5, None)])
+
+
+def test_information_gain_learns_sooner_than_random_pairs():
+    """Of what the true weights predict, after 20 answers: more accurate on texts never seen, over 6 seeds."""
+    held = Pool(["a"] * 60, [str(i) for i in range(1000, 1060)])
+    pairs = held.pairs()
+    true = torch.tensor(truth(held.prompts, held.completions))
+    right = true[pairs[:, 0]] > true[pairs[:, 1]]
+
+    def accuracy(name, seed):
+        pool = Pool(["a"] * 60, [str(i) for i in range(60 * seed, 60 * seed + 60)])
+        loop = replace(LOOPS[name], seed=seed)
+        answers = take(loop, 20, replace(JUDGE, seed=seed), pool=pool)
+        reward = MODEL.reward(held.prompts, held.completions, loop.weights(answers, pool.example).mean(0))
+        return ((reward[pairs[:, 0]] > reward[pairs[:, 1]]) == right).float().mean().item()
+
+    gain = np.array([accuracy("information", seed) - accuracy("random", seed) for seed in range(6)])
+    assert gain.mean() > 2.0 * gain.std(ddof=1) / math.sqrt(6)
+
+
+def test_any_engine_updates():
+    """The posterior of the same answers by a sampler that knows nothing of modes: the same mean."""
+    from bayeslm import diagnostics
+
+    small = BradleyTerry(lambda prompts, completions: features(prompts, completions)[:, :2], scale=1.0)
+    answers = take(Elicitation(small), 8)
+    means = []
+    for engine in (Laplace(num_samples=20_000), ImportanceSampling(num_particles=100_000, progress=False)):
+        posterior = Elicitation(small, engine=engine).posterior(answers)
+        means.append(diagnostics.expectation(posterior, posterior.samples["weights"][..., :1]))
+    (one, error), (two, other) = means
+    assert abs(one - two) < 4.5 * np.hypot(error, other)
+    assert error < 0.02

@@ -1,0 +1,256 @@
+"""Legal programs that are easy to weigh wrongly, and those that are refused because they would be."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from support.helpers import table_lm, tiny_llama
+from support.programs import PROMPTS, score_table, tilted
+
+from bayeslm.inference import SVI, Exact, ImportanceSampling, ProgramError, ReverseKL
+
+LIMIT = 4.5
+SHORT = [[1, 2], [3]]
+
+
+def importance(**settings) -> ImportanceSampling:
+    return ImportanceSampling(**({"num_particles": 500, "seed": 0, "progress": False} | settings))
+
+
+def test_svi_at_its_defaults_finds_latents_that_are_not_texts():
+    """theta ~ N(0, 1) inside the plate of prompts, y ~ N(theta, 1) = 1.2: posterior N(0.6, 1/2); and a Bernoulli.
+
+    KL to the posterior under 0.05 nats, log Z known in closed form.
+    """
+
+    def model(prompts):
+        with pyro.plate("prompts", len(prompts)):
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=torch.tensor([1.2, -0.4]))
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+            pyro.factor("liking", 3.0 * z)
+
+    posterior = SVI(num_samples=4000, seed=0, progress=False).run(model, SHORT)
+    evidence = dist.Normal(0.0, math.sqrt(2.0)).log_prob(torch.tensor([1.2, -0.4])).numpy()
+    evidence = evidence + math.log(0.5 + 0.5 * math.exp(3.0))
+    gap = evidence - posterior.log_weights.mean((0, 1))
+    stderr = posterior.log_weights.std((0, 1)) / 4000**0.5
+    assert (gap < 0.05 + LIMIT * stderr).all(), gap
+    assert (gap > -LIMIT * stderr).all()
+    np.testing.assert_allclose(posterior.observed["y"], [1.2, -0.4], rtol=1e-6)
+    assert "observed_data" in posterior.to_arviz().groups()
+
+
+@pytest.mark.parametrize("family", ["normal", "bernoulli"])
+def test_gradient_where_the_guide_leaves_a_latent_to_the_prior(family):
+    """z given theta is drawn from the model; theta ~ Bernoulli(sigmoid(a)) or N(a, 1) in the guide.
+
+    d/da of the ELBO in closed form: for N, z ~ N(0, e^theta) and reward z, d/da (-a^2 / 2) plus nothing from z;
+    for Bernoulli, z ~ Bernoulli(sigmoid(theta)), reward z, by a sum over theta.
+    """
+    a = torch.tensor(0.7, requires_grad=True)
+
+    def model():
+        if family == "normal":
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+            z = pyro.sample("z", dist.Normal(theta, theta.exp()))
+        else:
+            theta = pyro.sample("theta", dist.Bernoulli(0.5))
+            z = pyro.sample("z", dist.Bernoulli(torch.sigmoid(3 * theta - 1)))
+        pyro.factor("reward", z)
+
+    def guide():
+        loc = pyro.param("a", a)
+        pyro.sample("theta", dist.Normal(loc, 1.0) if family == "normal" else dist.Bernoulli(logits=loc))
+
+    if family == "normal":
+        exact = a - a**2 / 2  # E[z] = E[theta] = a, KL = a^2 / 2
+    else:
+        q = torch.sigmoid(a)
+        on, off = torch.sigmoid(torch.tensor(2.0)), torch.sigmoid(torch.tensor(-1.0))
+        kl = torch.distributions.kl_divergence(dist.Bernoulli(q), dist.Bernoulli(0.5))
+        exact = q * on + (1 - q) * off - kl
+    (expected,) = torch.autograd.grad(-exact, a)
+    estimates = []
+    objective = ReverseKL(num_particles=50)
+    for _ in range(200):
+        a.grad = None
+        with pyro.get_param_store().scope():
+            objective.loss_and_grads(model, guide)
+        estimates.append(a.grad.item())
+    stderr = np.std(estimates) / len(estimates) ** 0.5
+    assert abs(np.mean(estimates) - expected.item()) < LIMIT * stderr
+
+
+def test_gradient_of_a_guide_that_draws_the_shared_latent_last():
+    """q(x) q(mood | x): the score of x must see what mood, drawn after it, does to every prompt."""
+    lm = table_lm(order=2, seed=0, vocab=3)
+    policy = lm.policy()
+    slope = torch.tensor(0.6, requires_grad=True)
+
+    def model(prompts):
+        mood = pyro.sample("mood", dist.Bernoulli(0.5))
+        with pyro.plate("prompts", len(prompts)):
+            x = pyro.sample("completion", lm(prompts, max_new_tokens=1))
+            pyro.factor("reward", 2.0 * mood * (x == 1).sum(-1))
+
+    def guide(prompts):
+        pyro.module("policy", policy)
+        with pyro.plate("prompts", len(prompts)):
+            x = pyro.sample("completion", policy(prompts, max_new_tokens=1))
+        hits = (x == 1).sum((-1, -2), keepdim=False)[..., None] if x.dim() > 2 else (x == 1).sum()
+        pyro.sample("mood", dist.Bernoulli(logits=pyro.param("slope", slope) * hits))
+
+    prompts = [[1], [2]]
+    law = policy(prompts, max_new_tokens=1)
+    tokens = law.enumerate_support(expand=False)
+    log_q = law.log_prob(tokens)  # (token, prompt)
+    log_p = lm(prompts, max_new_tokens=1).log_prob(tokens)
+    total = torch.zeros(())
+    for i in range(3):
+        for j in range(3):
+            hits = float(tokens[i, 0, 0] == 1) + float(tokens[j, 0, 0] == 1)
+            for mood in (0.0, 1.0):
+                log_mood = dist.Bernoulli(logits=slope * hits).log_prob(torch.tensor(mood))
+                q = log_q[i, 0] + log_q[j, 1] + log_mood
+                f = log_p[i, 0] + log_p[j, 1] + math.log(0.5) + 2.0 * mood * hits - q
+                total = total + q.exp() * f
+    parameters = [*policy.network.parameters(), slope]
+    expected = torch.cat([g.reshape(-1) for g in torch.autograd.grad(-total, parameters)])
+    rows = []
+    for _ in range(150):
+        for p in parameters:
+            p.grad = None
+        with pyro.get_param_store().scope():
+            ReverseKL(num_particles=400).loss_and_grads(model, guide, prompts)
+        rows.append(torch.cat([p.grad.reshape(-1) for p in parameters]))
+    estimates = torch.stack(rows)
+    assert ((estimates.mean(0) - expected).abs() <= LIMIT * estimates.std(0) / 150**0.5 + 1e-6).all()
+
+
+@pytest.mark.parametrize("raters", [2, 3])
+def test_another_plate_at_the_prompts_dim_is_not_the_prompts(raters):
+    """A latent in a plate beside the prompts makes one posterior; the loss is stock Pyro's."""
+    lm = table_lm(order=2, seed=0, vocab=3)
+
+    def model(prompts):
+        with pyro.plate("raters", raters):
+            pyro.sample("mood", dist.Bernoulli(0.5))
+            pyro.factor("opinions", torch.linspace(0.0, 1.0, raters))
+        with pyro.plate("prompts", len(prompts)):
+            x = pyro.sample("completion", lm(prompts, max_new_tokens=1))
+            pyro.factor("reward", (x == 1).sum(-1) * 1.0)
+
+    def guide(prompts):
+        with pyro.plate("raters", raters):
+            pyro.sample("mood", dist.Bernoulli(0.3))
+        with pyro.plate("prompts", len(prompts)):
+            pyro.sample("completion", lm(prompts, max_new_tokens=1))
+
+    prompts = [[1, 2], [2]]
+    exact = Exact().run(model, prompts)
+    assert exact.log_weights.shape == (1, 2**raters * 9, 1)
+    posterior = importance(num_particles=3000).run(model, prompts)
+    assert abs(posterior.log_evidence - exact.log_evidence)[0] < LIMIT * posterior.log_evidence_stderr[0]
+    losses = {}
+    for name, elbo in {"ours": ReverseKL(4000), "stock": Trace_ELBO(4000, vectorize_particles=True)}.items():
+        losses[name] = elbo.loss(model, guide, prompts)
+    assert losses["ours"] == pytest.approx(losses["stock"], abs=0.15)  # sd of a particle's ELBO is below 1.2
+
+
+def test_guides_outside_the_plate_of_prompts_are_refused():
+    def model(prompts):
+        with pyro.plate("prompts", len(prompts)):
+            pyro.sample("theta", dist.Normal(0.0, 1.0))
+
+    def guide(prompts):
+        pyro.sample("theta", dist.Normal(torch.zeros(len(prompts)), 1.0).to_event(1))
+
+    with pytest.raises(ProgramError, match="'theta' outside the plate 'prompts'"):
+        importance(guide=guide).run(model, SHORT)
+
+
+def test_subsampled_and_scaled_latents_are_refused():
+    def subsampled():
+        with pyro.plate("raters", 10, subsample_size=2):
+            pyro.sample("z", dist.Bernoulli(0.5))
+
+    def scaled():
+        with poutine.scale(scale=3.0):
+            pyro.sample("z", dist.Bernoulli(0.5))
+
+    for model in (subsampled, scaled):
+        with pytest.raises(ProgramError, match="'z' is subsampled or scaled"):
+            importance().run(model)
+
+
+def test_masked_latents_are_not_enumerated():
+    def model():
+        with pyro.plate("prompts", 2), poutine.mask(mask=torch.tensor([True, False])):
+            pyro.sample("z", dist.Bernoulli(0.5))
+
+    with pytest.raises(ProgramError, match="'z': masked"):
+        Exact().run(model)
+
+
+def test_a_proposal_of_other_completions_is_refused():
+    model = tilted(table_lm(order=2, vocab=4), score_table(0, vocab=4, tokens=3))
+    with pytest.raises(ValueError, match="vocab_size differ"):
+        importance(guide=table_lm(order=2, vocab=3)).run(model, SHORT)
+
+
+def test_half_precision_scores_and_odd_deterministic_sites():
+    lm = table_lm(order=2, vocab=4)
+
+    def model(prompts):
+        bonus = pyro.param("bonus", torch.tensor(0.3))
+        with pyro.plate("prompts", len(prompts)):
+            x = pyro.sample("completion", lm(prompts, max_new_tokens=2))
+            pyro.deterministic("score", (x == 1).sum(-1).bfloat16(), event_dim=0)
+            pyro.deterministic("bonus_seen", bonus)
+            pyro.factor("reward", (x == 1).sum(-1) * bonus)
+
+    for engine in (importance(), SVI(num_steps=2, num_samples=8, progress=False)):
+        posterior = engine.run(model, SHORT)
+        assert posterior.samples["score"].dtype == np.float32
+        assert posterior.samples["bonus_seen"].shape == posterior.log_weights.shape
+        # one value for all: 0.3, or what SVI makes of the program's own parameter (empirical Bayes, as in Pyro)
+        expected = 0.3 if posterior.engine == "ImportanceSampling" else posterior.samples["bonus_seen"][0, 0, 0]
+        np.testing.assert_allclose(posterior.samples["bonus_seen"], expected, rtol=1e-6)
+
+
+def test_a_default_dtype_of_float64_changes_nothing():
+    model = tilted(table_lm(order=2, vocab=4), score_table(0, vocab=4, tokens=3))
+    expected = Exact().run(model, SHORT).log_evidence
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = Exact().run(model, SHORT).log_evidence
+        importance().run(model, SHORT)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_network_in_bfloat16_has_float32_log_probabilities():
+    """Sampled and scored, normalised up to bfloat16's rounding of the hidden states; and SVI trains it."""
+    lm = tiny_llama(scale=1.0)
+    lm.network.to(torch.bfloat16)
+    law = lm(PROMPTS, max_new_tokens=4)
+    atoms = law.enumerate_support()
+    scores = law.log_prob(atoms)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores.logsumexp(0), torch.zeros(2), atol=0.05, rtol=0)
+    drawn = law.expand((64, 2)).sample()
+    sampled = law.expand((64, 2)).log_prob(drawn.clone())
+    assert sampled.dtype == torch.float32
+    posterior = SVI(num_steps=2, num_samples=8, progress=False).run(tilted(lm, score_table(0)), PROMPTS)
+    assert np.isfinite(posterior.log_weights).all()
+    assert {p.dtype for p in posterior.policy.network.parameters()} == {torch.float32}  # which small steps can move
+    assert posterior.policy.compute_dtype == torch.bfloat16

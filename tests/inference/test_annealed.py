@@ -1,0 +1,307 @@
+"""Annealed SMC against exact posteriors: log Z, expectations, the ladder, and what is kept when a run breaks off.
+
+Islands are independent: a mean over 64 of them has the standard error of theirs, and 4.5 of these are exceeded by
+chance 3e-5 times (Student's t), 0.2% for the 80 comparisons of the file.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from support.helpers import table_lm
+from support.programs import (
+    FUNCTIONS,
+    PROMPTS,
+    SHORT,
+    case,
+    conversation,
+    score_table,
+    second_is_impossible,
+    shared,
+    tilted,
+)
+
+from bayeslm import Posterior, diagnostics
+from bayeslm.inference import EvidenceError, Exact
+from bayeslm.inference.annealed import AnnealedSMC, next_temperature
+
+LIMIT = 4.5
+ISLANDS = 64
+LADDER = (0.15, 0.4, 0.7, 1.0)
+
+
+def annealed(**settings) -> AnnealedSMC:
+    return AnnealedSMC(**({"num_particles": 32, "num_chains": ISLANDS, "seed": 0, "progress": False} | settings))
+
+
+def assert_agrees(posterior, exact, functions, *, unbiased):
+    """Z-hat of each island, and means by Z-hat (f-hat - E f) / Z, which is 0 on average over islands as well."""
+    weights = np.exp(posterior.log_weights - exact.log_evidence)  # (island, particle, column)
+    ratios = weights.mean(1)
+    assert (np.abs(ratios.mean(0) - 1) < LIMIT * error(ratios)).all() or not unbiased
+    z = (posterior.log_evidence - exact.log_evidence) / posterior.log_evidence_stderr
+    assert (np.abs(z) < LIMIT).all()
+    for function in functions:
+        mean = (exact.weights() * function(exact)).sum((0, 1))
+        deviations = (weights * (function(posterior) - mean)).mean(1)
+        assert (np.abs(deviations.mean(0)) < LIMIT * error(deviations)).all()
+
+
+def error(values):
+    return values.std(0, ddof=1) / len(values) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("table", {"ladder": LADDER}),
+        ("table", {}),
+        ("table", {"ladder": LADDER, "ess_threshold": 1.0, "resampling": "multinomial", "num_particles": 24}),
+        ("llama", {"ladder": (0.3, 1.0), "ess_threshold": 0.9}),
+    ],
+    ids=str,
+)
+def test_agrees_with_exact(kind, settings):
+    """E[Z-hat / Z] = 1 where the ladder is given; the expected reward, length and marginals."""
+    _, model, exact = case(kind, 0.8)
+    posterior = annealed(**settings).run(model, PROMPTS)
+    assert posterior.kind == "particles"
+    assert_agrees(posterior, exact, FUNCTIONS, unbiased="ladder" in settings)
+
+
+def test_a_policy_may_propose_the_suffixes():
+    lm, model, exact = case("table", 0.8)
+    policy = lm.policy()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        policy.network.table += 0.5 * torch.randn(policy.network.table.shape)
+    posterior = annealed(ladder=LADDER, proposal=policy).run(model, PROMPTS)
+    assert_agrees(posterior, exact, FUNCTIONS, unbiased=True)
+
+
+def test_moves_make_z_hat_more_precise():
+    """Its variance is less than half of what importance sampling has with as many particles, by Exact."""
+    _, model, exact = case("table", 0.8)
+    posterior = annealed(num_particles=32).run(model, PROMPTS)
+    ratios = np.exp(posterior.log_weights - exact.log_evidence).mean(1)
+    importance = np.exp(exact.log_likelihood["reward"] - exact.log_evidence)
+    relative = (exact.weights() * importance).sum((0, 1)) - 1  # the variance of one prior draw's weight
+    assert (ratios.var(0, ddof=1) < relative / 32 / 2).all()
+
+
+# -- programs with more in them --------------------------------------------------------------------------------------
+
+
+def test_latents_before_a_completion_and_several_completions():
+    model = conversation()
+    exact = Exact().run(model, SHORT)
+    posterior = annealed(ladder=(0.4, 1.0)).run(model, SHORT)
+    functions = [
+        lambda p: p.samples["topic"],
+        lambda p: p.samples["completion"][..., 0] == 1,
+        lambda p: p.samples["topic"] * (p.samples["reply"][..., 0] == 2),
+    ]
+    assert_agrees(posterior, exact, functions, unbiased=True)
+
+
+def test_a_latent_that_prompts_share():
+    model = shared()
+    exact = Exact().run(model, SHORT)
+    posterior = annealed(ladder=(0.4, 1.0)).run(model, SHORT)
+    assert posterior.roots.shape == (ISLANDS, 32, 1)
+    functions = [
+        lambda p: p.samples["mood"][..., None],
+        lambda p: p.samples["mood"][..., None] * (p.samples["completion"][..., 1:, 1] == 2),
+    ]
+    assert_agrees(posterior, exact, functions, unbiased=True)
+
+
+@pytest.mark.parametrize("ladder", [None, (0.01, 0.1, 0.4, 1.0)])
+def test_continuous_latents_alone_match_the_closed_form(ladder):
+    """theta ~ N(0, 1), y ~ N(theta, 1 / 10): Z = N(y; 0, 1.01), posterior N(100 y / 101, 1 / 101)."""
+    y = torch.tensor([1.2, -0.4])
+
+    def model(prompts):
+        with pyro.plate("prompts", len(prompts)):
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(theta, 0.1), obs=y)
+
+    posterior = annealed(ladder=ladder, step_size=0.3, num_sweeps=3).run(model, SHORT)
+    log_z = dist.Normal(0.0, 1.01**0.5).log_prob(y).numpy()
+    ratios = np.exp(posterior.log_weights - log_z).mean(1)
+    mean = 100 * y.numpy() / 101
+    if ladder is not None:
+        assert (np.abs(ratios.mean(0) - 1) < LIMIT * error(ratios)).all()
+    z = (posterior.log_evidence - log_z) / posterior.log_evidence_stderr
+    assert (np.abs(z) < LIMIT).all()
+    value, stderr = diagnostics.expectation(posterior, posterior.samples["theta"])
+    assert (np.abs(value - mean) < LIMIT * stderr).all()
+    value, stderr = diagnostics.expectation(posterior, (posterior.samples["theta"] - mean) ** 2)
+    assert (np.abs(value - 1 / 101) < LIMIT * stderr).all()
+
+
+# -- the ladder --------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_goes_as_far_as_the_conditional_ess_allows():
+    """CESS = share of the particles that are alive, each chain and prompt by its own likelihoods; never past 1."""
+    torch.manual_seed(0)
+    likelihood = torch.randn(3, 500, 2) * torch.tensor([1.0, 30.0])
+    likelihood[0, :100, 1] = -torch.inf
+    likelihood[2, :, 0] = 0.1 * likelihood[2, :, 0]
+    weights = torch.randn(3, 500, 2)
+    gamma = torch.tensor([[0.0, 0.0], [0.3, 0.99], [0.5, 0.0]])
+    new = next_temperature(weights, likelihood, gamma, 0.8)
+    assert (new > gamma).all()
+    for chain in range(3):
+        for column in range(2):
+            alive = likelihood[chain, :, column] > -torch.inf
+            w = weights[chain, alive, column].double().softmax(0)
+            step = (new - gamma)[chain, column].double()
+            v = (step * likelihood[chain, alive, column].double()).exp()
+            cess = (w @ v) ** 2 / (w @ v**2)
+            assert abs(cess - 0.8) < 1e-3 or (new[chain, column] == 1 and cess > 0.8)
+    assert new[2, 0] == 1
+    assert (new[:, 1] < 1).sum() >= 2
+
+
+def test_each_prompt_has_a_ladder_of_its_own():
+    lm = table_lm(order=2, seed=0, vocab=4)
+
+    def model(prompts):
+        with pyro.plate("prompts", len(prompts)):
+            x = pyro.sample("completion", lm(prompts, max_new_tokens=4))
+            pyro.factor("reward", torch.tensor([0.01, 3.0]) * (x == 1).sum(-1))
+
+    posterior = annealed(num_chains=3, num_particles=100).run(model, SHORT)
+    ladder = posterior.stats["inverse_temperatures"]  # (chain, step, prompt)
+    assert (ladder[..., 0] == 1).all()  # next to nothing to anneal: a single step
+    assert (ladder[:, 0, 1] < 0.5).all()
+    assert (np.diff(ladder[..., 1], axis=1) >= 0).all()
+    assert (ladder[:, -1] == 1).all()
+    assert len(np.unique(ladder[:, 0, 1])) == 3
+    shape = ladder.shape
+    assert posterior.stats["ess_by_step"].shape == posterior.stats["resampled"].shape == shape
+    ancestors = posterior.stats["ancestors"]
+    assert ancestors.shape == (3, shape[1], 100, 2)
+    roots = np.tile(np.arange(100)[None, :, None], (3, 1, 2))
+    for step in range(shape[1]):
+        roots = np.take_along_axis(roots, ancestors[:, step], axis=1)
+    np.testing.assert_array_equal(posterior.roots, roots)
+    assert (posterior.stats["resampled"][..., 0] == 0).all()
+    assert posterior.stats["resampled"][..., 1].any()
+
+
+def test_a_constraint_costs_no_step():
+    """A third of the prior breaks a constraint: those die at the first step, and the ladder is as long as without."""
+    lm = table_lm(order=2, seed=0, vocab=4)
+
+    def model(prompts):
+        with pyro.plate("prompts", len(prompts)):
+            x = pyro.sample("completion", lm(prompts, max_new_tokens=4))
+            pyro.factor("reward", torch.where(x[..., 0] == 1, -torch.inf, 0.2 * (x == 2).sum(-1)))
+
+    exact = Exact().run(model, SHORT)
+    posterior = annealed(ess_threshold=1.0).run(model, SHORT)
+    assert posterior.stats["inverse_temperatures"].shape[1] <= 2
+    assert (posterior.log_joint[posterior.log_weights > -np.inf] > -np.inf).all()
+    assert_agrees(posterior, exact, [lambda p: p.samples["completion"][..., 0] == 2], unbiased=False)
+
+
+# -- the contract --------------------------------------------------------------------------------------------------
+
+
+def small(model=None, **settings) -> Posterior:
+    model = model or tilted(table_lm(order=2, seed=2, vocab=4), score_table(2, vocab=4, tokens=4), 0.3)
+    return annealed(**({"num_particles": 20, "num_chains": 2} | settings)).run(model, SHORT)
+
+
+def test_contract(tmp_path):
+    posterior = small()
+    assert posterior.samples["completion"].shape == (2, 20, 2, 4)
+    assert posterior.prior["completion"].shape == (1, 40, 2, 4)
+    assert posterior.prior_rewards is not None
+    assert np.isfinite(posterior.log_evidence_stderr).all()
+    assert (posterior.log_evidence_lower <= posterior.log_evidence + 1e-6).all()
+    saved = Posterior.load(posterior.save(tmp_path / "run"))
+    np.testing.assert_array_equal(saved.stats["inverse_temperatures"], posterior.stats["inverse_temperatures"])
+    again, other = small(), small(seed=1)
+    np.testing.assert_array_equal(again.samples["completion"], posterior.samples["completion"])
+    assert not np.array_equal(other.samples["completion"], posterior.samples["completion"])
+
+
+def test_an_interruption_cools_what_there_is():
+    """The particles so far, weighted as if the ladder ended in one jump: still right, with fewer sweeps."""
+    _, inner, exact = case("table", 0.8)
+    calls, error = 0, KeyboardInterrupt()
+
+    def model(prompts):
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise error
+        inner(prompts)
+
+    engine = annealed(num_particles=100)
+    posterior = engine.run(model, PROMPTS)
+    assert posterior.stats["interrupted"]
+    assert calls == 5
+    ladder = posterior.stats["inverse_temperatures"]
+    assert (ladder[:, -1] == 1).all()
+    assert (ladder[:, -2] < 1).mean() > 0.5
+    z = (posterior.log_evidence - exact.log_evidence) / posterior.log_evidence_stderr
+    assert (np.abs(z) < LIMIT).all()
+    calls, error = 0, RuntimeError("the reward's server is down")
+    with pytest.raises(RuntimeError, match="server is down") as caught:
+        engine.run(model, PROMPTS)
+    assert len(caught.value.particles.log_prior) == 100 * ISLANDS
+    assert "inverse temperature" in caught.value.__notes__[0]
+
+
+def test_particles_that_all_die_are_an_error_that_names_the_constraint():
+    with pytest.raises(EvidenceError, match=r"prompt 1 \('b'\).*'rule' is -inf"):
+        small(second_is_impossible(table_lm(order=2, vocab=4)))
+
+
+def test_an_island_may_die_alone():
+    """Its Z-hat is 0; the others' are not."""
+    lm = table_lm(order=1, seed=0, vocab=8)
+
+    def model(prompts):
+        with pyro.plate("prompts", len(prompts)):
+            x = pyro.sample("completion", lm(prompts, max_new_tokens=2))
+            pyro.factor("rule", torch.where((x[..., 0] == 3), 0.0, -torch.inf))
+
+    posterior = small(model, num_chains=40, num_particles=4)
+    exact = Exact().run(model, SHORT)
+    alive = np.isfinite(posterior.log_weights).any(1)
+    assert alive.any(0).all()
+    assert not alive.all()
+    z = (np.exp(posterior.log_evidence) - np.exp(exact.log_evidence)) / (
+        np.exp(posterior.log_evidence) * posterior.log_evidence_stderr
+    )
+    assert (np.abs(z) < LIMIT).all()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_particles": 0},
+        {"num_sweeps": 0},
+        {"cess": 1.0},
+        {"ess_threshold": 1.5},
+        {"resampling": "best"},
+        {"step_size": -1.0},
+        {"ladder": ()},
+        {"ladder": (0.5, 0.5, 1.0)},
+        {"ladder": (0.0, 1.0)},
+        {"ladder": (0.5, 0.9)},
+    ],
+    ids=str,
+)
+def test_settings_are_checked(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        AnnealedSMC(**settings)

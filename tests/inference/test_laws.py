@@ -1,0 +1,281 @@
+"""The laws that every engine obeys, over one list of engines (`engines.ENGINES`); `Exact` is the judge.
+
+Tolerances are 4 standard errors (two-sided false alarm 6e-5 a comparison), or what gives the same false alarm by
+Student's law where the standard error is between chains; with some 1000 comparisons, 6% for the file at new seeds.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from scipy.stats import norm
+from scipy.stats import t as student
+from support.engines import ENGINES, those
+from support.helpers import table_lm, tiny_llama
+from support.programs import highest, score_table, tilted
+
+from bayeslm import diagnostics, inference
+from bayeslm.inference import EvidenceError, Exact
+
+LIMIT = 4.0  # standard errors, of a known law
+SHORT = [[1, 2], [3]]
+SMALL = {"vocab": 4, "tokens": 4}
+
+
+def case(beta: float = 0.7, constant: float = 0.0, seed: int = 2):
+    """A program of 121 completions a prompt, and the upper bound of its log-likelihood."""
+    table = score_table(seed, **SMALL)
+    return tilted(table_lm(order=3, seed=seed, vocab=4), table, beta, constant), (highest(table) + constant) / beta
+
+
+@functools.cache
+def exact_of(beta: float = 0.7, seed: int = 2):
+    return Exact().run(case(beta, seed=seed)[0], SHORT)
+
+
+def run(name, model, bound, prompts=SHORT, *, seed=0, size=4):
+    return ENGINES[name].make(seed, bound, size).run(model, prompts)
+
+
+@functools.cache
+def small(name):
+    """A run of few particles, which tests read and leave as it is."""
+    return run(name, *case(), size=1)
+
+
+def limit(replicates: int) -> float:
+    """As many standard errors as leave outside what 4 of a normal law do, the error being estimated."""
+    return float(student.isf(norm.sf(LIMIT), replicates - 1))
+
+
+def errors(posterior, values, truth, log_z):
+    """Mean of what must be 0 on average, w (f - mu) / Z of weighted draws, else f - mu; and a fourth of its limit."""
+    deviations = values - truth
+    if posterior.kind in ("weighted", "particles"):
+        deviations = np.exp(posterior.log_weights - log_z) * deviations
+    each = deviations.mean(1)  # (chain, prompt)
+    if len(each) == 1:  # one chain of independent draws
+        each = deviations[0]
+    return each.mean(0), limit(len(each)) / LIMIT * each.std(0, ddof=1) / len(each) ** 0.5
+
+
+def assert_agrees(posterior, exact, functions, order=slice(None)):
+    """Expectations and log Z within 4 standard errors of `Exact`, whose prompts are taken in this order."""
+    log_z = exact.log_evidence[order]
+    if posterior.kind == "enumerated":
+        np.testing.assert_allclose(posterior.log_evidence, log_z, atol=1e-5)
+    elif not np.isnan(posterior.log_evidence).any():
+        gap = np.abs(np.expm1(posterior.log_evidence - log_z))
+        if posterior.kind in ("weighted", "particles") and len(posterior.log_weights) > 1:
+            ratios = np.exp(posterior.log_weights - log_z).mean(1)
+            stderr = limit(len(ratios)) / LIMIT * ratios.std(0, ddof=1) / len(ratios) ** 0.5
+        else:
+            stderr = posterior.log_evidence_stderr
+        assert (gap < LIMIT * stderr + 1e-5).all(), ("log Z", gap, stderr)
+    for i, function in enumerate(functions):
+        truth = (exact.weights() * function(exact)).sum((0, 1))[order]
+        if posterior.kind == "enumerated":
+            np.testing.assert_allclose((posterior.weights() * function(posterior)).sum((0, 1)), truth, atol=1e-5)
+            continue
+        mean, stderr = errors(posterior, function(posterior), truth, log_z)
+        assert (np.abs(mean) < LIMIT * stderr + 1e-6).all(), (i, mean, stderr)
+
+
+def reward(posterior):
+    return posterior.samples["score"]
+
+
+def token_is(t: int, token: int):
+    return lambda posterior: (posterior.samples["completion"][..., t] == token) * 1.0
+
+
+FUNCTIONS = [reward, *(token_is(t, token) for t in range(4) for token in (0, 1, 2))]
+
+
+def test_every_engine_is_on_the_list():
+    made = {type(claims.make(0, 1.0, 1)) for claims in ENGINES.values()}
+    assert made == set(inference.ENGINES.values())
+
+
+@pytest.mark.parametrize("name", those(texts=True, posterior=True))
+class TestPosterior:
+    @pytest.mark.parametrize("seed", [2, 3])
+    def test_agrees_with_exact(self, name, seed):
+        """log Z, the expected reward, and the marginal of every token."""
+        model, bound = case(seed=seed)
+        assert_agrees(run(name, model, bound, seed=seed), exact_of(seed=seed), FUNCTIONS)
+
+    def test_prompts_in_another_order_or_alone(self, name):
+        model, bound = case()
+        assert_agrees(run(name, model, bound, SHORT[::-1], seed=1), exact_of(), FUNCTIONS[:4], slice(None, None, -1))
+        for i in range(2):
+            alone = run(name, model, bound, SHORT[i : i + 1], seed=2 + i)
+            assert_agrees(alone, exact_of(), FUNCTIONS[:4], slice(i, i + 1))
+
+    def test_large_beta_gives_the_prior(self, name):
+        model, bound = case(beta=1e6)
+        posterior = run(name, model, bound)
+        if ENGINES[name].evidence and "policy" not in name:
+            np.testing.assert_allclose(posterior.log_evidence, 0.0, atol=2e-3)
+        assert_agrees(posterior, exact_of(beta=1e6), FUNCTIONS[:4])
+
+
+@pytest.mark.parametrize("name", those(unbiased=True, texts=True, exact=False))
+def test_z_is_unbiased(name):
+    """The mean of Z-hat / Z over all chains of four runs is 1, with few particles in each."""
+    model, bound = case(beta=0.5)
+    runs = [run(name, model, bound, seed=seed, size=1) for seed in range(4)]
+    ratios = np.concatenate([np.exp(p.log_weights - exact_of(beta=0.5).log_evidence).mean(1) for p in runs])
+    assert (np.abs(ratios.mean(0) - 1) < limit(len(ratios)) * ratios.std(0, ddof=1) / len(ratios) ** 0.5).all()
+    assert (ratios.std(0) > 0.01).all()  # so that there is something to be wrong about
+
+
+@pytest.mark.parametrize("name", those(texts=True))
+class TestTexts:
+    def test_same_seed_same_result_and_no_nan(self, name):
+        model, bound = case()
+        a, b, c = (run(name, model, bound, seed=seed, size=1) for seed in (5, 5, 6))
+        np.testing.assert_array_equal(a.samples["completion"], b.samples["completion"])
+        np.testing.assert_array_equal(a.log_weights, b.log_weights)
+        if not ENGINES[name].exact:
+            assert not np.array_equal(a.samples["completion"], c.samples["completion"])
+        for array in (a.log_weights, a.log_joint, *a.log_likelihood.values()):
+            assert not np.isnan(array).any()
+        assert np.isnan(a.log_evidence).any() != ENGINES[name].evidence
+        for name_, value in a.stats.items():
+            if isinstance(value, np.ndarray | float) and name_ not in ("khat",) and not name_.startswith("acceptance"):
+                assert not np.isnan(value).any(), name_
+
+    def test_a_seeded_run_leaves_the_global_random_state_alone(self, name):
+        model, bound = case()
+        torch.manual_seed(0)
+        run(name, model, bound, size=1)
+        drawn = torch.rand(1)
+        torch.manual_seed(0)
+        assert torch.equal(drawn, torch.rand(1))
+
+    def test_contract_of_shapes(self, name):
+        posterior = small(name)
+        chains, draws = posterior.log_weights.shape[:2]
+        assert posterior.log_weights.shape == posterior.log_joint.shape == (chains, draws, 2)
+        assert posterior.samples["completion"].shape == (chains, draws, 2, 4)
+        assert posterior.samples["completion"].dtype == np.int64
+        assert posterior.dims["completion"] == ("prompt", "token")
+        assert posterior.log_likelihood["reward"].shape == (chains, draws, 2)
+        assert posterior.samples["score"].shape == (chains, draws, 2)
+        assert posterior.log_evidence.shape == posterior.log_evidence_stderr.shape == (2,)
+        assert posterior.texts["completion"].shape == posterior.lengths["completion"].shape == (chains, draws, 2)
+        assert posterior.prompts == ["a b", "c"]
+        assert (posterior.prior_rewards is not None) == ENGINES[name].prior
+        assert posterior.stats["seconds"] > 0
+        assert posterior.stats["model_calls"] > 0
+        assert posterior.stats["tokens"] > 0
+        assert (posterior.policy is not None) == ENGINES[name].trains
+        weights = posterior.weights()
+        np.testing.assert_allclose(weights.sum((0, 1)), 1.0, rtol=1e-6)
+        assert {"posterior", "sample_stats", "log_likelihood"} <= set(posterior.to_arviz().groups())
+        assert len(diagnostics.summary(posterior)) == 2
+
+    def test_log_joint_is_the_programs(self, name):
+        """log p(x) + r / beta of every draw, scored afresh."""
+        posterior = small(name)
+        values = torch.as_tensor(posterior.samples["completion"])
+        fresh = table_lm(order=3, seed=2, vocab=4)(SHORT, max_new_tokens=4).log_prob(values).detach().numpy()
+        score = score_table(2, **SMALL)[torch.arange(4), values].sum(-1).numpy()
+        np.testing.assert_allclose(posterior.samples["score"], score, atol=1e-5)
+        np.testing.assert_allclose(posterior.log_likelihood["reward"], score / 0.7, atol=1e-5)
+        np.testing.assert_allclose(posterior.log_joint, fresh + score / 0.7, atol=1e-4)
+
+    def test_a_constant_in_the_reward_moves_log_z_alone(self, name):
+        plain, bound = case(beta=1.0)
+        moved, moved_bound = case(beta=1.0, constant=2.0)
+        a, b = run(name, plain, bound, seed=5, size=1), run(name, moved, moved_bound, seed=5, size=1)
+        moved = (a.samples["completion"] != b.samples["completion"]).any(-1).mean()
+        assert moved == 0 or (ENGINES[name].trains and moved < 0.01)  # gradients are rounded, and so a draw may differ
+        if ENGINES[name].evidence:
+            np.testing.assert_allclose(b.log_evidence - a.log_evidence, 2.0, atol=1e-2 if moved else 1e-4)
+
+    def test_all_rewards_minus_infinity_is_an_error(self, name):
+        lm = table_lm(order=2, seed=0, vocab=4)
+
+        def model(prompts):
+            with pyro.plate("prompts", len(prompts)):
+                x = pyro.sample("completion", lm(prompts, max_new_tokens=3))
+                dead = torch.arange(len(prompts)) == 1
+                pyro.factor("reward", torch.where(dead, -torch.inf, 0.0).expand(x.shape[:-1]))
+
+        with pytest.raises(ValueError, match="-inf") as caught:
+            run(name, model, 0.0, size=1)
+        if not ENGINES[name].trains:
+            assert isinstance(caught.value, EvidenceError)
+            assert "prompt 1 ('c')" in str(caught.value)
+
+    def test_a_hard_constraint_holds(self, name):
+        """Half of the completions are impossible: no draw of positive weight is one, and Z is their complement."""
+        lm = table_lm(order=2, seed=0, vocab=4)
+
+        def model(prompts):
+            with pyro.plate("prompts", len(prompts)):
+                x = pyro.sample("completion", lm(prompts, max_new_tokens=3))
+                pyro.factor("reward", torch.where((x == 2).any(-1), -torch.inf, 0.0))
+
+        if ENGINES[name].trains:
+            with pytest.raises(ValueError, match="-inf"):
+                run(name, model, 0.0, size=1)
+            return
+        posterior = run(name, model, 0.0)
+        alive = np.isfinite(posterior.log_weights) & np.isfinite(posterior.log_joint)
+        assert not (posterior.samples["completion"][alive] == 2).any()
+        if ENGINES[name].posterior:
+            assert_agrees(posterior, Exact().run(model, SHORT), [token_is(0, 1), token_is(2, 3)])
+
+
+def test_a_networks_texts_agree_with_exact():
+    """Transformers too, their caches and their padding: the engines that write token by token or redraw suffixes."""
+    table = score_table(1, vocab=8, tokens=3)
+    model = tilted(tiny_llama(seed=1), table, 1.0)
+    exact = Exact().run(model, [[2, 3, 4], [5]])
+    counts = [np.bincount(exact.samples["completion"][0, :, 0, t], exact.weights()[0, :, 0], 8) for t in range(3)]
+    functions = [reward, *(token_is(t, int(count.argmax())) for t, count in enumerate(counts))]  # none of them rare
+    for name in ("smc", "smc, induced", "annealed, fixed ladder", "mcmc"):
+        posterior = run(name, model, highest(table), [[2, 3, 4], [5]])
+        assert_agrees(posterior, exact, functions)
+
+
+# -- continuous latents ----------------------------------------------------------------------------------------
+
+
+def gaussian(y):
+    """theta ~ N(0, 1), y ~ N(theta, 1/2) for each prompt: posterior N(4 y / 5, 1 / 5)."""
+
+    def model(prompts):
+        with pyro.plate("prompts", len(prompts)):
+            theta = pyro.sample("theta", dist.Normal(torch.zeros(len(prompts)), 1.0))
+            pyro.sample("y", dist.Normal(theta, 0.5), obs=y)
+
+    return model
+
+
+@pytest.mark.parametrize("name", those(continuous=True, posterior=True))
+def test_the_closed_form_of_a_gaussian(name):
+    """Means, squares and log Z of a conjugate model: every engine that takes continuous latents, NUTS among them."""
+    y = torch.tensor([0.4, -1.1])
+    bound = float(dist.Normal(0.0, 0.5).log_prob(torch.tensor(0.0)))
+    claims = ENGINES[name]
+    posterior = claims.make(0, bound, 8).run(gaussian(y), ["a", "b"])
+    theta, mean = posterior.samples["theta"], (0.8 * y).numpy()
+    log_z = dist.Normal(0.0, 1.25**0.5).log_prob(y).numpy()
+    if claims.evidence:
+        assert (np.abs(posterior.log_evidence - log_z) < LIMIT * posterior.log_evidence_stderr).all()
+    for values, truth in ((theta, mean), (theta**2, mean**2 + 0.2)):
+        if posterior.kind == "markov":
+            ess = np.array([diagnostics.ess_bulk(values)]).reshape(-1)
+            gap, stderr = values.mean((0, 1)) - truth, values.std((0, 1)) / ess**0.5
+        else:
+            gap, stderr = errors(posterior, values, truth, log_z)
+        assert (np.abs(gap) < LIMIT * stderr).all(), (gap, stderr)

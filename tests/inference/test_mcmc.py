@@ -1,0 +1,311 @@
+"""MCMC against exact posteriors; tempering, warm start, and what is kept when a run breaks off.
+
+Chains are independent, so a mean has the standard error of the chains' means: with 64 chains 4.5 of them fail by chance
+3e-5 times (Student's t), 0.4% for the 130 comparisons of the file.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from support.helpers import WORDS, assert_drawn_from, table_lm
+from support.programs import (
+    FUNCTIONS,
+    PROMPTS,
+    SHORT,
+    Enumerated,
+    case,
+    conversation,
+    score_table,
+    second_is_impossible,
+    shared,
+    tilted,
+)
+
+from bayeslm import Posterior, diagnostics
+from bayeslm.inference import EvidenceError, Exact
+from bayeslm.inference.markov.moves import log_target
+from bayeslm.inference.mcmc import MCMC, Replicas
+from bayeslm.inference.program.program import inspect
+from bayeslm.models import LanguageModel
+
+LIMIT = 4.5
+CHAINS = 64
+
+
+def mcmc(**settings) -> MCMC:
+    defaults = {"num_samples": 60, "num_chains": CHAINS, "warmup": 40, "initial_particles": 1000}
+    return MCMC(**(defaults | {"seed": 0, "progress": False} | settings))
+
+
+def assert_mean(values, expected):
+    """values (chain, draw, ...) of independent chains."""
+    means = values.astype(float).mean(1)
+    stderr = means.std(0, ddof=1) / len(means) ** 0.5
+    assert (np.abs(means.mean(0) - expected) < LIMIT * stderr + 1e-9).all(), (means.mean(0), expected, stderr)
+
+
+def assert_agrees(posterior, exact, functions):
+    weights = exact.weights()
+    for function in functions:
+        assert_mean(function(posterior), (weights * function(exact)).sum((0, 1)))
+
+
+@pytest.mark.parametrize(("kind", "setting"), [("table", "prior"), ("table", "policy"), ("llama", "tempered")])
+def test_agrees_with_exact(kind, setting):
+    """The expected reward and length, and marginals of the first and third token."""
+    lm, model, exact = case(kind, 1.0)
+    settings = {"num_samples": 20, "num_temperatures": 2} if setting == "tempered" else {}
+    if setting == "policy":
+        policy = lm.policy()
+        with torch.no_grad():
+            policy.network.table += 0.5 * torch.randn(policy.network.table.shape)
+        settings = {"proposal": policy}
+    posterior = mcmc(**settings).run(model, PROMPTS)
+    assert_agrees(posterior, exact, FUNCTIONS)
+    # the terms of a draw are its own
+    law = lm(PROMPTS, max_new_tokens=5)
+    log_prior = law.log_prob(torch.as_tensor(posterior.samples["completion"])).detach().numpy()
+    np.testing.assert_allclose(posterior.log_joint - posterior.log_likelihood["reward"], log_prior, atol=1e-4)
+
+
+def test_chains_agree_on_the_reward_within_a_budget():
+    """R-hat <= 1.01: 16 chains of 400 sweeps after 100, six temperatures; 19,608 completions a prompt."""
+    _, model, exact = case("table", 1.0)
+    posterior = mcmc(num_chains=16, num_samples=400, warmup=100, num_temperatures=6).run(model, PROMPTS)
+    assert (diagnostics.rhat(posterior.rewards) <= 1.01).all()
+    mean, stderr = diagnostics.expectation(posterior, posterior.rewards)
+    assert (np.abs(mean - (exact.weights() * exact.rewards).sum((0, 1))) < LIMIT * stderr).all()
+    assert (stderr < 0.05).all()
+
+
+# -- programs with more in them --------------------------------------------------------------------------------------
+
+
+def test_latents_before_a_completion_and_several_completions():
+    """Three sites that depend on one another through prompts."""
+    model = conversation()
+    exact = Exact().run(model, SHORT)
+    posterior = mcmc(num_samples=30).run(model, SHORT)
+    functions = [
+        lambda p: p.samples["topic"],
+        lambda p: p.samples["completion"][..., 0] == 1,
+        lambda p: p.samples["reply"][..., 0] == 2,
+        lambda p: p.samples["topic"] * (p.samples["reply"][..., 0] == 2),
+    ]
+    assert_agrees(posterior, exact, functions)
+    assert {"acceptance_topic", "acceptance_completion", "acceptance_by_cut_reply"} <= posterior.stats.keys()
+
+
+def test_a_latent_that_prompts_share():
+    model = shared()
+    exact = Exact().run(model, SHORT)
+    posterior = mcmc().run(model, SHORT)
+    assert posterior.log_weights.shape == (CHAINS, 60, 1)
+    functions = [
+        lambda p: p.samples["mood"][..., None],
+        lambda p: p.samples["completion"][..., :1, 0] == 1,
+        lambda p: p.samples["mood"][..., None] * (p.samples["completion"][..., 1:, 1] == 2),
+    ]
+    assert_agrees(posterior, exact, functions)
+
+
+def uncertain_reward():
+    """How much prompts share of a liking, w ~ N(0, 1), tilts both completions: log Z(w) is enumerable."""
+    lm = table_lm(order=2, seed=4, vocab=4)
+
+    def model(prompts):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("prompts", len(prompts)):
+            x = pyro.sample("completion", lm(prompts, max_new_tokens=2))
+            pyro.factor("reward", 0.6 * w * (x == 1).sum(-1))
+
+    return lm, model
+
+
+def test_a_continuous_latent_beside_completions_by_quadrature():
+    lm, model = uncertain_reward()
+    law = lm(SHORT, max_new_tokens=2)
+    support = law.enumerate_support()
+    hits = (support == 1).sum(-1)
+    grid = torch.linspace(-6, 6, 2001, dtype=torch.double)
+    terms = law.log_prob(support).double() + 0.6 * grid[:, None, None] * hits  # (w, value, prompt)
+    log_z = terms.logsumexp(1)  # (w, prompt)
+    weight = (log_z.sum(-1) - grid**2 / 2).softmax(0)
+    expected_hits = (weight[:, None] * ((terms - log_z[:, None]).exp() * hits).sum(1)).sum(0)
+    posterior = mcmc(num_samples=100).run(model, SHORT)
+    assert_mean(posterior.samples["w"], float((weight * grid).sum()))
+    assert_mean(posterior.samples["w"] ** 2, float((weight * grid**2).sum()))
+    assert_mean((posterior.samples["completion"] == 1).sum(-1), expected_hits.numpy())
+    assert 0.3 < posterior.stats["acceptance_w"][0] < 0.6
+    assert posterior.stats["step_size_w"].shape == (1,)
+
+
+def test_continuous_latents_alone_match_the_closed_form():
+    """theta ~ N(0, 1) and y ~ N(theta, 1 / 10), prompts apart: a posterior ten times narrower than the prior."""
+    y = torch.tensor([1.2, -0.4])
+
+    def model(prompts):
+        with pyro.plate("prompts", len(prompts)):
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(theta, 0.1), obs=y)
+
+    posterior = mcmc(num_samples=100).run(model, SHORT)
+    assert_mean(posterior.samples["theta"], 100 * y.numpy() / 101)
+    assert_mean((posterior.samples["theta"] - 100 * y.numpy() / 101) ** 2, 1 / 101)
+    assert (np.abs(posterior.stats["acceptance_theta"] - 0.44) < 0.1).all()
+
+
+# -- tempering -------------------------------------------------------------------------------------------------------
+
+
+def test_tempering_crosses_between_modes():
+    """Texts of many a's or of many b's are worth much, and started from few draws plain chains stay where they are."""
+    table = torch.tensor([[0.05, 0.3, 0.3, 0.35]]).log()
+    lm = LanguageModel.tabular(WORDS[:4], order=1, table=table)
+
+    def model(prompts):
+        with pyro.plate("prompts", len(prompts)):
+            x = pyro.sample("completion", lm(prompts, max_new_tokens=5))
+            pyro.factor("reward", 3.0 * torch.maximum((x == 1).sum(-1), (x == 2).sum(-1)))
+
+    def first(p):
+        return (p.samples["completion"][..., 0] == 1) * 1.0
+
+    exact = Exact().run(model, SHORT)
+    settings = {"num_chains": 32, "initial_particles": 30}
+    plain = mcmc(num_samples=40, **settings).run(model, SHORT)
+    tempered = mcmc(num_samples=80, warmup=130, num_temperatures=4, **settings).run(model, SHORT)
+    assert_agrees(tempered, exact, [first])
+    assert (np.diff(first(plain), axis=1) != 0).mean() < 0.02
+    assert (np.diff(first(tempered), axis=1) != 0).mean() > 0.05
+    ladder, rates = tempered.stats["inverse_temperatures"], tempered.stats["swap_acceptance"]
+    assert ladder.shape == (4, 2)
+    assert (ladder[0] == 0).all()
+    assert (ladder[-1] == 1).all()
+    assert (np.diff(ladder, axis=0) > 0).all()
+    assert rates.shape == (3, 2)
+    assert ((rates > 0.2) & (rates < 0.8)).all()
+
+
+def test_temperatures_move_to_where_neighbours_refuse_equally():
+    """Refusals of 0.6, 0.2 and 0.2: the ladder between 0 and 1/3 then needs three of five parts of the steps."""
+    program = inspect(shared(), SHORT)
+    replicas = Replicas(program, 4, 100)
+    replicas._tried += 100
+    replicas._accepted += torch.tensor([[40.0], [80.0], [80.0]])
+    replicas.adapt(17)
+    np.testing.assert_allclose(replicas.stats()["inverse_temperatures"][:, 0], [0, 1 / 3, 2 / 3, 1], atol=1e-6)
+    replicas.adapt(32)
+    np.testing.assert_allclose(replicas.stats()["inverse_temperatures"][:, 0], [0, 5 / 27, 1 / 3 + 1 / 9, 1], atol=2e-3)
+
+
+def test_swaps_leave_every_temperature_as_it_is():
+    """Replicas that are exact draws of their targets still are, each, after exchanges."""
+    chains, temperatures = 4000, 3
+    target = Enumerated(conversation())
+    replicas = Replicas(target.program, temperatures, chains)
+    gammas = replicas.gamma.reshape(temperatures, chains, 2)[:, 0]
+    laws = [log_target(target.atoms, gamma).double().log_softmax(0) for gamma in gammas]
+    torch.manual_seed(0)
+    index = torch.cat([law.exp().T.multinomial(chains, replacement=True).T for law in laws])
+    state = target.atoms.gather(target.program, index)
+    moved = replicas.swap(replicas.swap(state))
+    after = target.index(moved).reshape(temperatures, chains, 2)
+    for law, place, before in zip(laws, after, index.reshape(temperatures, chains, 2), strict=True):
+        assert (place != before).float().mean() > 0.1
+        for prompt in range(2):
+            assert_drawn_from(place[:, prompt].bincount(minlength=len(law)), law[:, prompt])
+
+
+def test_the_warm_start_draws_from_the_weights():
+    """Of each temperature: a replica at 0 is a draw of the prior, one at 1 of the weighted particles."""
+    target = Enumerated(shared())
+    particles = target.draw(50)
+    particles.log_proposal = particles.log_prior - torch.linspace(-1, 1, 50)[:, None]
+    replicas = Replicas(target.program, 2, 20_000)
+    torch.manual_seed(0)
+    state = replicas.start(particles)
+    for k, gamma in enumerate((0.0, 1.0)):
+        part = state[k * 20_000 : (k + 1) * 20_000]
+        weights = gamma * particles.total_log_likelihood + particles.log_prior - particles.log_proposal
+        atoms = target.index(particles)[:, 0]
+        law = torch.zeros(len(target.log_prob)).index_add_(0, atoms, weights[:, 0].softmax(0))
+        assert_drawn_from(target.index(part)[:, 0].bincount(minlength=len(law)), law.log())
+
+
+# -- the contract ----------------------------------------------------------------------------------------------------
+
+
+def small(**settings) -> Posterior:
+    defaults = {"num_samples": 8, "num_chains": 3, "warmup": 4, "initial_particles": 50}
+    model = tilted(table_lm(order=2, seed=2, vocab=4), score_table(2, vocab=4, tokens=4), 1.0)
+    return mcmc(**(defaults | settings)).run(model, SHORT)
+
+
+def test_contract(tmp_path):
+    posterior = small(num_temperatures=2)
+    assert posterior.kind == "markov"
+    assert posterior.samples["completion"].shape == (3, 8, 2, 4)
+    assert (posterior.log_weights == 0).all()
+    assert np.isnan(posterior.log_evidence).all()
+    assert posterior.prior["completion"].shape == (1, 50, 2, 4)
+    assert posterior.stats["cuts_completion"].sum() == 3 * 8 * 2  # the replicas at 1, after the warm-up
+    assert posterior.stats["initial_ess"].shape == (2,)
+    saved = Posterior.load(posterior.save(tmp_path / "run"))
+    np.testing.assert_array_equal(saved.stats["acceptance_completion"], posterior.stats["acceptance_completion"])
+    # one chain's draws are neighbours: a draw differs from the last one by an accepted move or not at all
+    x = posterior.samples["completion"]
+    assert (x[:, 1:] == x[:, :-1]).all(-1).any()
+
+
+def test_thinning_keeps_every_second_state():
+    every, second = small(), small(num_samples=4, thin=2)
+    np.testing.assert_array_equal(every.samples["completion"][:, 1::2], second.samples["completion"])
+    with_policy = small(proposal=table_lm(order=2, seed=3, vocab=4))
+    assert not with_policy.prior
+
+
+def test_what_is_drawn_before_an_interruption_or_an_error_is_kept():
+    whole = small()
+    calls = 0
+
+    def model(prompts):
+        nonlocal calls
+        calls += 1
+        if calls == 12:
+            raise error
+        tilted(table_lm(order=2, seed=2, vocab=4), score_table(2, vocab=4, tokens=4), 1.0)(prompts)
+
+    run = mcmc(num_samples=8, num_chains=3, warmup=4, initial_particles=50).run
+    error: BaseException = KeyboardInterrupt()
+    posterior = run(model, SHORT)  # inspected, drawn, warmed up, and 5 sweeps
+    assert posterior.stats["interrupted"]
+    np.testing.assert_array_equal(posterior.samples["completion"], whole.samples["completion"][:, :5])
+    calls, error = 0, RuntimeError("the reward's server is down")
+    with pytest.raises(RuntimeError, match="server is down") as caught:
+        run(model, SHORT)
+    kept = caught.value.particles.values["completion"].reshape(3, 5, 2, 4)
+    np.testing.assert_array_equal(kept, whole.samples["completion"][:, :5])
+    assert "5 draws of each chain" in caught.value.__notes__[0]
+    calls, error = 7, KeyboardInterrupt()  # in the warm-up there is nothing to keep
+    with pytest.raises(KeyboardInterrupt):
+        run(model, SHORT)
+
+
+def test_no_state_to_start_from_is_an_error():
+    with pytest.raises(EvidenceError, match=r"-inf for prompt 1 \('b'\)"):
+        mcmc(initial_particles=20).run(second_is_impossible(table_lm(order=2, vocab=4)), SHORT)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_chains": 0}, {"thin": 0}, {"warmup": -1}, {"num_temperatures": 1.5}, {"step_size": 0.0}],
+    ids=str,
+)
+def test_settings_are_checked(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        MCMC(**settings)

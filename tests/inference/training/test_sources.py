@@ -1,0 +1,276 @@
+"""What objectives learn from: draws of the guide, of other laws, and kept ones."""
+
+from __future__ import annotations
+
+import collections
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from support.gradients import perturbed, policy_guide
+from support.helpers import assert_drawn_from, count_completions, table_lm
+from support.programs import SHORT, tilted
+from support.small import BETA, PROMPTS, Small, T, kl_to
+
+from bayeslm.inference import (
+    MCMC,
+    SMC,
+    SVI,
+    Exact,
+    FDivergence,
+    ForwardKL,
+    FromPosterior,
+    ImportanceSampling,
+    LogVariance,
+    ProgramError,
+    Replay,
+)
+from bayeslm.inference.program import program as program_module
+from bayeslm.inference.program.guides import AutoPolicy
+from bayeslm.inference.program.program import inspect, seeded
+from bayeslm.inference.program.run import run_particles
+from bayeslm.inference.training import sources as draws_module
+from bayeslm.inference.training.sources import log_q, of_guide
+from bayeslm.models.lm.network import count_usage
+
+
+def test_auxiliary_sites_of_a_guide_are_drawn_and_kept_with_it():
+    """AutoPolicy's continuous latents: scored again where they were drawn, they have the score they were drawn with."""
+    lm = table_lm(order=2, seed=5, vocab=4)
+
+    def model(prompts):
+        with pyro.plate("prompts", len(prompts)):
+            scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+            x = pyro.sample("completion", lm(prompts, max_new_tokens=T))
+            pyro.factor("reward", scale * (x == 1).sum(-1))
+
+    with seeded(0), pyro.get_param_store().scope():
+        program = inspect(model, SHORT)
+        guide = AutoPolicy(program)
+        draws = of_guide(program, guide, 50)
+        again = log_q(program, guide, draws)
+        torch.testing.assert_close(again.detach(), draws.log_s)
+        assert again.requires_grad
+        with pytest.raises(ProgramError, match="learn from its own draws"):
+            log_q(program, guide, of_guide(program, None, 50))
+
+
+def test_replay_keeps_what_was_drawn():
+    small = Small()
+    replay = Replay(capacity=40, every=3)
+    program = inspect(small.model, PROMPTS)
+    torch.manual_seed(0)
+    seen = [replay(program, small.guide, 16) for _ in range(12)]
+    assert all(len(draws.log_s) == 16 for draws in seen)
+    for i, draws in enumerate(seen):
+        if i % 3:
+            newest = torch.cat([new.values["completion"] for new in seen[: i + 1 : 3]])[-40:]
+            same = (draws.values["completion"][:, None] == newest).flatten(2).all(-1)
+            assert same.any(1).all()
+        torch.testing.assert_close(log_q(program, small.guide, draws).detach(), draws.log_s)
+    other = inspect(small.model, PROMPTS[:1])
+    assert replay(other, small.guide, 16).values["completion"].shape[1] == 1  # other prompts, another buffer
+
+
+def test_replayed_draws_take_turns():
+    """Of the buffer, each as often as any other, or once more: new draws too, and none that had to give way."""
+    small = Small()
+    program, replay = inspect(small.model, PROMPTS), Replay(capacity=48, every=6)
+    buffer, picked = [], []
+    torch.manual_seed(0)
+    for step in range(24):
+        draws = replay(program, small.guide, 16)
+        rows = [tuple(row) for row in torch.cat([draws.log_s, draws.log_target], 1).tolist()]
+        if step % 6 == 0:
+            buffer, picked = [*buffer, *rows][-48:], []
+            continue
+        picked += rows
+        times, copies = collections.Counter(picked), collections.Counter(buffer)  # a text may be drawn twice
+        turns = len(picked) / len(buffer)
+        assert times.keys() <= copies.keys()
+        assert all(math.floor(turns) * n <= times[row] <= math.ceil(turns) * n for row, n in copies.items())
+        assert picked[:48] != buffer
+
+
+def test_replay_goes_on_where_it_was():
+    """What it remembers gives the draws that it would have given."""
+    small = Small()
+    program = inspect(small.model, PROMPTS)
+    torch.manual_seed(0)
+    replay, other = Replay(capacity=40, every=4), Replay(capacity=40, every=4)
+    for _ in range(6):
+        replay(program, small.guide, 16)
+    other.reset(program)
+    other.load_state_dict(replay.state_dict())
+    rng = torch.get_rng_state()
+    expected = [replay(program, small.guide, 16).log_s for _ in range(6)]
+    torch.set_rng_state(rng)
+    for log_s in expected:
+        assert torch.equal(other(program, small.guide, 16).log_s, log_s)
+
+
+def test_draws_that_agree_are_scored_once():
+    """In as many rows as there are pairs of texts; scores and gradients are those of each by itself."""
+    small = Small()
+    program = inspect(small.model, PROMPTS)
+    torch.manual_seed(0)
+    draws = of_guide(program, small.guide, 300)[:]  # as of an earlier step, whose scores are not known
+    pairs_of_texts = len({tuple(x.flatten().tolist()) for x in draws.values["completion"]})
+    assert 50 < pairs_of_texts < 150
+    with pyro.get_param_store().scope(), count_usage() as usage:
+        together = log_q(program, small.guide, draws)
+    assert usage.tokens <= pairs_of_texts * len(PROMPTS) * (max(map(len, PROMPTS)) + T)
+    with pyro.get_param_store().scope():
+        each = torch.cat([log_q(program, small.guide, draws[i : i + 1]) for i in range(300)])
+    torch.testing.assert_close(together, each)
+    weights = torch.randn(each.shape)
+    found = [torch.autograd.grad((weights * x).sum(), small.parameters) for x in (together, each)]
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.bfloat16, torch.float32, torch.float64])
+def test_distinct_draws(dtype, monkeypatch):
+    torch.manual_seed(0)
+    values = {"a": torch.randint(2, (60, 1, 2)).to(dtype), "b": torch.randint(3, (60, 2)).float() / 3}
+    rows = torch.cat([value.reshape(60, -1).double() for value in values.values()], -1)
+    which, some = draws_module._distinct(values)
+    assert torch.equal(rows[some][which], rows)
+    assert len(some) == len(rows.unique(dim=0)) < 40
+    assert draws_module._distinct({name: value[some] for name, value in values.items()}) == (slice(None), slice(None))
+    monkeypatch.setattr(draws_module, "BASE", 0)  # all hashes are one
+    assert draws_module._distinct(values) == (slice(None), slice(None))
+
+
+def test_new_draws_are_not_scored_again():
+    """Beyond one micro-batch that would be a pass of its own, whose graph is not kept; the gradient is the same."""
+    small = Small()
+    small.policy.batch_size = 8
+    program = inspect(small.model, PROMPTS)
+    torch.manual_seed(0)
+    draws = of_guide(program, small.guide, 40)
+    found = {}
+    for name, some in {"new": draws, "kept": draws[:]}.items():
+        with pyro.get_param_store().scope(), count_usage() as usage:
+            scores = log_q(program, small.guide, some)
+            forward = usage.model_calls
+            gradient = torch.autograd.grad((torch.arange(80.0).reshape(40, 2) * scores).sum(), small.parameters)
+            found[name] = forward, usage.model_calls - forward, scores, gradient
+    assert found["new"][0] == 0 < found["kept"][0]
+    assert found["new"][1] == found["kept"][1] > 0
+    torch.testing.assert_close(found["new"][2:], found["kept"][2:])
+
+
+def test_replay_starts_again_with_other_prompts_in_an_objective():
+    small = Small()
+    objective = LogVariance(8, Replay(every=2))
+    for prompts in (PROMPTS, PROMPTS, PROMPTS[:1], PROMPTS):
+        with pyro.get_param_store().scope():
+            assert math.isfinite(objective.loss_and_grads(small.model, small.guide, prompts))
+        assert objective.last["elbo"].shape == (len(prompts),)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        Exact(),
+        SMC(num_particles=40, num_chains=200, twist="partial", seed=0, progress=False),
+        MCMC(num_samples=100, num_chains=200, warmup=20, seed=0, progress=False),
+    ],
+    ids=["exact", "smc", "mcmc"],
+)
+def test_other_engines_draws(engine):
+    """They come with the law they were drawn from: weighted, they are the posterior's, and SVI learns it from them."""
+    small = Small(order=4)
+    posterior = engine.run(small.model, PROMPTS)
+    program = inspect(small.model, PROMPTS)
+    torch.manual_seed(0)
+    draws = FromPosterior(posterior)(program, small.guide, 4000)
+    expected = Exact().run(small.model, PROMPTS)
+    weights = (draws.log_target - draws.log_s).softmax(0)
+    reward = (weights * draws.log_likelihood).sum(0).numpy()
+    exact_weights = np.exp(expected.log_weights[0] - expected.log_weights[0].max(0))
+    truth = (exact_weights * expected.log_likelihood["reward"][0]).sum(0) / exact_weights.sum(0)
+    assert reward == pytest.approx(truth, abs=0.25)  # the draws' own error: standard error 0.03 to 0.05
+    settings = {"num_steps": 300, "learning_rate": 0.05, "num_samples": 2000, "seed": 0, "progress": False}
+    trained = SVI(objective=ForwardKL(64, FromPosterior(posterior)), **settings).run(small.model, PROMPTS)
+    assert (kl_to(trained.policy, small) < 0.05).all()
+
+
+def test_draws_are_the_policys():
+    small = Small()
+    program = inspect(small.model, PROMPTS[:1])
+    torch.manual_seed(0)
+    draws = of_guide(program, small.guide, 4000)
+    counts = count_completions(draws.values["completion"][:, 0], small.x[:, 0], vocab=4)
+    assert_drawn_from(counts, small.log_q[:, 0].detach())
+
+
+def test_draws_have_the_weights_that_engines_give_them():
+    """A latent that the guide leaves out is drawn from the prior, and counts in neither law."""
+    lm = table_lm(order=2, seed=5, vocab=4)
+
+    def model(prompts):
+        with pyro.plate("prompts", len(prompts)):
+            mood = pyro.sample("mood", dist.Bernoulli(0.3))
+            x = pyro.sample("completion", lm(prompts, max_new_tokens=T))
+            pyro.factor("reward", (x == 1).sum(-1) * (0.5 + mood))
+
+    program, guide = inspect(model, PROMPTS), policy_guide(perturbed(lm), T)
+    with seeded(0):
+        expected = run_particles(program, guide, 20)
+    with seeded(0):
+        draws = of_guide(program, guide, 20)
+    assert (draws.values["completion"].squeeze() == expected.values["completion"]).all()
+    torch.testing.assert_close(draws.log_target - draws.log_s, expected.log_weights)
+    torch.testing.assert_close(draws.log_likelihood, expected.total_log_likelihood)
+    torch.testing.assert_close(log_q(program, guide, draws).detach(), draws.log_s)
+
+
+def test_hard_constraints_on_another_engines_draws():
+    """The law of draws of no probability is not known, and maximum likelihood needs it not."""
+    small = Small(order=4)
+    never = small.table.clone()
+    never[0, 2] = -torch.inf
+    model = tilted(small.lm, never, BETA)
+    posterior = ImportanceSampling(num_particles=2000, seed=0, progress=False).run(model, PROMPTS)
+    assert 0.05 < np.isneginf(posterior.log_weights).mean() < 0.95
+    objective = ForwardKL(64, FromPosterior(posterior))
+    settings = {"num_steps": 300, "learning_rate": 0.05, "num_samples": 2000, "seed": 0, "progress": False}
+    trained = SVI(objective=objective, **settings).run(model, PROMPTS)
+    exact = Exact().run(model, PROMPTS)
+    weights = torch.as_tensor(exact.log_weights[0]).softmax(0)
+    x = torch.as_tensor(exact.samples["completion"][0])
+    with torch.no_grad():
+        log_q = trained.policy(PROMPTS, max_new_tokens=T).log_prob(x)
+    log_p = torch.as_tensor(exact.log_joint[0]) - torch.as_tensor(exact.log_evidence)
+    kl = torch.where(weights > 0, log_p.exp() * (log_p - log_q), 0.0).sum(0)
+    assert (kl < 0.05).all(), kl  # KL(posterior || q)
+    assert not np.isnan(trained.stats["elbo"]).any()
+    with pytest.raises(ProgramError, match="not known where their reward is -inf"):
+        SVI(objective=FDivergence("total-variation", 64, FromPosterior(posterior)), **settings).run(model, PROMPTS)
+
+
+def test_equal_prompts_keep_the_buffer_and_others_do_not(monkeypatch):
+    """In a loop of plain Pyro that makes its list of prompts at every step: new draws at every third."""
+    small, drawn, looks = Small(), [], []
+    new, first_look = draws_module.of_guide, program_module._first_look
+    monkeypatch.setattr(draws_module, "of_guide", lambda *args: drawn.append(1) or new(*args))
+    monkeypatch.setattr(program_module, "_first_look", lambda *args: looks.append(1) or first_look(*args))
+    svi = pyro.infer.SVI(small.model, small.guide, pyro.optim.Adam({"lr": 1e-3}), LogVariance(8, Replay(every=3)))
+
+    def lots(prompts, steps):
+        drawn.clear()
+        for _ in range(steps):
+            svi.step([list(prompt) for prompt in prompts])
+        return len(drawn)
+
+    with pyro.get_param_store().scope():
+        assert lots(PROMPTS, 7) == 3
+        assert lots(PROMPTS[::-1], 1) == 1
+        assert lots([[3], [2, 1]][::-1], 1) == 1  # as many tokens, and others
+        assert lots(PROMPTS[:1], 1) == 1
+        assert lots(PROMPTS[:1], 2) == 0
+    assert len(looks) == 4

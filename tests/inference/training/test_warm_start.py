@@ -1,0 +1,127 @@
+"""Trainings that begin as a policy that is there already."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from support.helpers import table_lm, tiny_llama
+from support.programs import PROMPTS, TOKENS, score_table, tilted
+
+from bayeslm.inference import SVI, ProgramError
+from bayeslm.inference.program.guides import AutoPolicy
+from bayeslm.inference.program.program import inspect
+from bayeslm.models import LanguageModel
+from bayeslm.models.lm import loading
+
+SETTINGS = {"num_particles": 32, "learning_rate": 0.03, "num_samples": 4, "seed": 0, "progress": False}
+KINDS = {"a table": (lambda: table_lm(order=3, seed=1), None), "adapters": (lambda: tiny_llama(seed=1), 2)}
+
+
+@pytest.fixture(params=KINDS)
+def problem(request):
+    make, rank = KINDS[request.param]
+    prior = make()
+    model = tilted(prior, score_table(1), 0.5)
+    return prior, model, SVI(num_steps=60, lora_rank=rank, **SETTINGS).run(model, PROMPTS).policy
+
+
+def weights(lm: LanguageModel) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in lm.parameters()]
+
+
+def test_it_begins_as_the_policy_and_goes_on(problem):
+    """To the bit of its law; twice as many steps lead nearer. The policy that was given stays as it is."""
+    prior, model, start = problem
+    before = weights(start)
+    begun = AutoPolicy(inspect(model, PROMPTS), start=start).policy
+    x = prior(PROMPTS, TOKENS).sample((50,))
+    with torch.no_grad():
+        assert torch.equal(begun(PROMPTS, TOKENS).log_prob(x), start(PROMPTS, TOKENS).log_prob(x))
+    cold = SVI(num_steps=20, **SETTINGS).run(model, PROMPTS)
+    warm = SVI(num_steps=20, guide=start, num_chains=2, **SETTINGS).run(model, PROMPTS)
+    assert (warm.stats["elbo"][:, :5].mean((1, 2)) > cold.stats["elbo"][0, :5].mean() + 0.1).all()
+    for p, q in zip(start.parameters(), before, strict=True):
+        assert torch.equal(p, q)
+    moved = [not torch.equal(p, q) for p, q in zip(warm.policy.parameters(), before, strict=True)]
+    assert any(moved)
+    assert (warm.stats["elbo"][0] != warm.stats["elbo"][1]).any()
+
+
+def test_weights_under_adapters_are_one_copy(tmp_path):
+    prior = tiny_llama(seed=1)
+    model = tilted(prior, score_table(1), 0.5)
+    first = SVI(num_steps=2, lora_rank=2, **SETTINGS).run(model, PROMPTS).policy
+    first.save_pretrained(tmp_path)
+    loaded = LanguageModel.from_pretrained(tmp_path, base=prior)
+    second = SVI(num_steps=2, guide=loaded, **SETTINGS).run(model, PROMPTS).policy
+    held = {p.data_ptr() for p in prior.parameters()}
+    own = loading.own_parameters(second.network)
+    assert {p.data_ptr() for p in second.parameters()} - held == {p.data_ptr() for p in own}
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in own)
+    assert not held & {p.data_ptr() for p in own}
+    assert not {p.data_ptr() for p in loading.own_parameters(loaded.network)} & {p.data_ptr() for p in own}
+    assert second.network.peft_config["default"].r == 2
+
+
+def test_adapters_of_bfloat16_weights_go_on_in_float32():
+    prior = LanguageModel(tiny_llama(seed=1).network.bfloat16())
+    start = prior.policy(2).bfloat16()
+    own = loading.own_parameters(start.continued().network)
+    assert all(p.dtype == torch.float32 for p in own)
+
+
+def test_other_latents_begin_as_ever():
+    lm = table_lm(order=3, seed=1)
+
+    def model(prompts):
+        with pyro.plate("prompts", len(prompts)):
+            level = pyro.sample("level", pyro.distributions.Normal(0.0, 1.0))
+            x = pyro.sample("completion", lm(prompts, max_new_tokens=3))
+            pyro.factor("reward", level * (x[..., 0] == 1))
+
+    warm = SVI(num_steps=3, guide=lm.policy(), **SETTINGS).run(model, PROMPTS)
+    assert warm.samples["level"].shape == (1, 4, 2)
+
+
+def test_a_checkpoint_knows_what_it_began_as(tmp_path):
+    lm = table_lm(order=3, seed=1)
+    model = tilted(lm, score_table(1), 0.5)
+    start = SVI(num_steps=3, **SETTINGS).run(model, PROMPTS).policy
+    whole = SVI(num_steps=4, guide=start, checkpoint=tmp_path, **SETTINGS).run(model, PROMPTS)
+    again = SVI(num_steps=4, guide=start, checkpoint=tmp_path, **SETTINGS).run(model, PROMPTS)
+    assert np.array_equal(whole.samples["completion"], again.samples["completion"])
+    with pytest.raises(ValueError, match="guide: weights was"):
+        SVI(num_steps=4, guide=lm, checkpoint=tmp_path, **SETTINGS).run(model, PROMPTS)
+
+
+def test_what_cannot_be_begun_with():
+    prior = tiny_llama(seed=1)
+    model = tilted(prior, score_table(1), 0.5)
+    with pytest.raises(ValueError, match="has adapters, which are trained on as they are: leave out lora_rank"):
+        SVI(num_steps=1, guide=prior.policy(2), lora_rank=4, **SETTINGS).run(model, PROMPTS)
+    with pytest.raises(ValueError, match="vocab_size differ, 8 and 12"):
+        SVI(num_steps=1, guide=table_lm(vocab=12), **SETTINGS).run(model, PROMPTS)
+    other = table_lm()
+
+    def two(prompts):
+        with pyro.plate("prompts", len(prompts)):
+            pyro.sample("one", prior(prompts, max_new_tokens=2))
+            pyro.sample("two", other(prompts, max_new_tokens=2))
+
+    with pytest.raises(ProgramError, match="has 2 language models, and a policy to begin with stands for one"):
+        SVI(num_steps=1, guide=other, **SETTINGS).run(two, PROMPTS)
+    with pytest.raises(TypeError, match="packed model can be neither trained"):
+        SVI(num_steps=1, guide=prior.packed(), **SETTINGS).run(model, PROMPTS)
+
+
+@pytest.mark.parametrize(("rank", "rate"), [(None, 1e-3), (2, 3e-4)])
+def test_adapters_have_a_lower_learning_rate(rank, rate):
+    seen: list[float] = []
+    model = tilted(tiny_llama(seed=1), score_table(1), 0.5)
+    settings = {key: value for key, value in SETTINGS.items() if key != "learning_rate"}
+    for given in ({}, {"learning_rate": 0.01}):
+        log = lambda step, values: seen.append(values["learning_rate"])  # noqa: E731
+        SVI(num_steps=2, lora_rank=rank, log=log, **settings | given).run(model, PROMPTS)
+    assert seen == pytest.approx([rate, rate / 2, 0.01, 0.005])

@@ -1,0 +1,308 @@
+"""Neural policies: what they read, their gradient against enumeration, and CartPole."""
+
+from __future__ import annotations
+
+import gymnasium
+import numpy as np
+import pyro
+import pytest
+import torch
+from support.gradients import assert_unbiased, gradients
+from torch import Tensor
+
+from bayeslm import Posterior
+from bayeslm.inference import SVI, Critic, ImportanceSampling, ReverseKL, SoftValueIteration
+from bayeslm.models.control import (
+    MDP,
+    Control,
+    GymEnvironment,
+    MLPPolicy,
+    TabularEnvironment,
+    TabularPolicy,
+    actions,
+    returns,
+)
+
+HORIZON = 4
+BETA = 0.7
+
+
+def small_world(seed: int = 0) -> MDP:
+    """Three states, the last terminal, and two actions, with chance in everything."""
+    generator = torch.Generator().manual_seed(seed)
+    return MDP(
+        transitions=torch.randn(3, 2, 3, generator=generator, dtype=torch.float64).softmax(-1),
+        rewards=torch.randn(3, 2, 3, generator=generator, dtype=torch.float64),
+        terminal=torch.tensor([False, False, True]),
+        initial=torch.tensor([0.6, 0.4, 0.0], dtype=torch.float64),
+    )
+
+
+def elbo(mdp: MDP, policy: MLPPolicy) -> Tensor:
+    """E[return] / beta - KL(q || uniform), by going through all states backwards."""
+    states = torch.arange(mdp.num_states)[:, None].float()
+    log_pi = policy(states, torch.zeros(mdp.num_states, dtype=torch.long)).log_softmax(-1).double()
+    log_pi = log_pi.masked_fill(mdp.terminal[:, None], -np.log(mdp.num_actions))  # nobody acts there any more
+    value = torch.zeros(mdp.num_states, dtype=torch.float64)
+    for _ in range(HORIZON):
+        gain = (mdp.transitions * (mdp.rewards / BETA + value)).sum(-1)
+        value = (log_pi.exp() * (gain - np.log(mdp.num_actions) - log_pi)).sum(-1)
+    return mdp.initial @ value
+
+
+# -- what a policy reads --------------------------------------------------------------------------------------------
+
+
+def test_boxes_are_scaled_by_their_bounds():
+    environment = GymEnvironment("CartPole-v1")
+    policy = MLPPolicy(environment)
+    torch.testing.assert_close(policy.scale, torch.tensor([4.8, 1.0, 0.41887903, 1.0]))  # two speeds have no bounds
+    seen = torch.randn(5, 3, 4)
+    expected = policy.layers(seen / policy.scale)
+    torch.testing.assert_close(policy(seen, torch.zeros(5, 3, dtype=torch.long)), expected)
+    torch.testing.assert_close(
+        MLPPolicy(GymEnvironment("Acrobot-v1")).scale, torch.tensor([1.0, 1.0, 1.0, 1.0, 12.566371, 28.274334])
+    )
+
+
+def test_states_are_told_apart():
+    """A network without hidden layers is a table of its own."""
+    policy = MLPPolicy(TabularEnvironment(small_world()), hidden=())
+    torch.nn.init.normal_(policy.layers[-1].weight)
+    logits = policy(torch.tensor([[0.0], [1.0], [2.0]]), torch.zeros(3, dtype=torch.long))
+    torch.testing.assert_close(logits, policy.layers[-1].weight.T)
+
+
+@pytest.mark.parametrize("name", ["CartPole-v1", "Acrobot-v1", "FrozenLake-v1"])
+def test_it_begins_near_the_uniform_policy(name):
+    environment = GymEnvironment(name)
+    before = torch.get_rng_state()
+    policy, same, other = (MLPPolicy(environment, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(before, torch.get_rng_state())
+    space = gymnasium.make(name).observation_space
+    space.seed(0)
+    seen = torch.tensor(np.array([space.sample() for _ in range(100)]), dtype=torch.float32).reshape(100, -1)
+    seen = seen.clamp(-5, 5)  # a box without bounds is sampled far outside what is ever seen
+    steps = torch.zeros(100, dtype=torch.long)
+    log_pi = policy(seen, steps).log_softmax(-1)
+    assert log_pi.shape == (100, environment.num_actions)
+    assert (log_pi.exp() - 1 / environment.num_actions).abs().max() < 0.02
+    assert torch.equal(policy(seen, steps), same(seen, steps))
+    assert not torch.equal(policy(seen, steps), other(seen, steps))
+
+
+# -- its gradient ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("critic", [None, Critic(learning_rate=0.02, num_steps=3)], ids=["leave-one-out", "critic"])
+def test_the_gradient_is_unbiased(critic, seed):
+    """Against the ELBO's by dynamic programming; the critic learns all the while."""
+    mdp = small_world(seed)
+    environment = TabularEnvironment(mdp)
+    policy = MLPPolicy(environment, hidden=(3,), seed=seed)
+    for p in policy.parameters():
+        torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(seed))
+    control = Control(environment, BETA, HORIZON)
+    parameters = list(policy.parameters())
+    expected = torch.autograd.grad(-elbo(mdp, policy), parameters)
+    torch.manual_seed(seed)
+    objective = ReverseKL(256) if critic is None else ReverseKL(256, critic)
+    estimates = gradients(objective, control, control.guide(policy), parameters, ())
+    assert_unbiased(estimates, torch.cat([g.reshape(-1) for g in expected]).float())
+
+
+def test_the_critic_lowers_the_variance():
+    """Of a policy that has learned nothing yet, in a world whose rewards are known by the state."""
+    mdp = small_world(1)
+    environment = TabularEnvironment(mdp)
+    policy = MLPPolicy(environment, hidden=(3,), seed=0)
+    control = Control(environment, BETA, HORIZON)
+    variance = []
+    for objective in (ReverseKL(32), ReverseKL(32, Critic(learning_rate=0.02, num_steps=3))):
+        torch.manual_seed(0)
+        estimates = gradients(objective, control, control.guide(policy), list(policy.parameters()), (), repeats=110)
+        variance.append(float(estimates[50:].var(0).sum()))
+    assert variance[1] < 0.7 * variance[0], variance
+
+
+# -- trainings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_it_learns_the_best_policy_there_is(seed):
+    """Of a single action, for which the best policy is the same at every step: by soft values."""
+    mdp = small_world(seed)
+    environment = TabularEnvironment(mdp)
+    control = Control(environment, BETA, 1)
+    policy = MLPPolicy(environment, hidden=(8,), seed=seed)
+    svi = SVI(
+        num_steps=60,
+        learning_rate=5e-2,
+        objective=ReverseKL(128, Critic()),
+        guide=control.guide(policy),
+        num_samples=2000,
+        seed=seed,
+        progress=False,
+    )
+    posterior = svi.run(control)
+    exact = SoftValueIteration(BETA, 1, dynamics="fixed").run(mdp)
+    best = float(mdp.initial @ exact.values[0]) / BETA
+    with torch.no_grad():
+        state = torch.tensor([[0.0], [1.0]])
+        log_pi = policy(state, torch.zeros(2, dtype=torch.long)).log_softmax(-1).double()
+        gain = (mdp.transitions * mdp.rewards).sum(-1)[:2] / BETA
+        found = float(mdp.initial[:2] @ (log_pi.exp() * (gain - np.log(2) - log_pi)).sum(-1))
+    assert best - 0.01 < found <= best + 1e-6
+    drawn = posterior.log_weights
+    assert abs(drawn.mean() - found) < 4.5 * drawn.std() / drawn.size**0.5 + 1e-3
+    assert posterior.policy is policy
+
+
+def cartpole(seed: int, num_steps: int, schedule: str) -> tuple[float, int]:
+    """The mean return of 100 episodes of a trained policy's own actions, and how many steps training played."""
+    environment = GymEnvironment("CartPole-v1")
+    control = Control(environment, beta=0.1, horizon=500)
+    policy = MLPPolicy(environment, seed=seed)
+    objective = ReverseKL(16, Critic())
+    played = 0
+
+    def count(history) -> bool:
+        nonlocal played
+        played += int((actions(objective.particles.values["trajectory"]) >= 0).sum())
+        return False
+
+    svi = SVI(
+        num_steps=num_steps,
+        learning_rate=1e-2,
+        schedule=schedule,
+        objective=objective,
+        guide=control.guide(policy),
+        stop=count,
+        num_samples=100,
+        seed=seed,
+        progress=False,
+    )
+    posterior = svi.run(control)
+    assert posterior.samples["trajectory"].shape == (1, 100, 1, 500, 6)
+    score = returns(torch.from_numpy(posterior.samples["trajectory"]))
+    np.testing.assert_allclose(score.numpy(), posterior.samples["score"])
+    np.testing.assert_allclose(posterior.log_likelihood["reward"], score.numpy() / 0.1, rtol=1e-5)
+    return float(score.mean()), played
+
+
+def test_cartpole():
+    """On the way: a uniform policy has a mean return of 22."""
+    score, played = cartpole(seed=0, num_steps=12, schedule="constant")
+    assert score > 150, score
+    assert played < 20_000
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(3))
+def test_cartpole_is_solved(seed):
+    score, played = cartpole(seed, num_steps=30, schedule="linear")
+    assert score >= 475, score
+    assert played < 250_000
+
+
+def test_one_training_leaves_the_next_alone():
+    """Pyro keeps parameters by name in one store, and would train those in place of another policy's."""
+    environment = TabularEnvironment(small_world())
+    control = Control(environment, BETA, HORIZON)
+    policies = [MLPPolicy(environment, seed=3) for _ in range(2)]
+    for guide in [control.guide(policy) for policy in policies]:
+        SVI(num_steps=5, learning_rate=0.1, guide=guide, num_samples=1, seed=0, progress=False).run(control)
+    for one, other, begun in zip(*(p.parameters() for p in (*policies, MLPPolicy(environment, seed=3))), strict=True):
+        assert one is not other
+        assert torch.equal(one, other)
+        assert not torch.equal(one, begun)
+
+
+@pytest.mark.parametrize("name", ["mlp", "table"])
+def test_a_policy_is_kept_with_its_posterior(tmp_path, name):
+    environment = TabularEnvironment(small_world())
+
+    def untrained():
+        return MLPPolicy(environment, seed=1) if name == "mlp" else TabularPolicy.uniform(3, 2)
+
+    control = Control(environment, BETA, HORIZON)
+    engine = SVI(num_steps=3, guide=control.guide(untrained()), num_samples=2, seed=0, progress=False)
+    trained = engine.run(control)
+    loaded = Posterior.load(trained.save(tmp_path / "run"))
+    policy = untrained().load_pretrained(loaded.policy_path)
+    for one, other, begun in zip(*(p.parameters() for p in (policy, trained.policy, untrained())), strict=True):
+        assert torch.equal(one, other)
+        assert not torch.equal(one, begun)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        MLPPolicy(environment, hidden=(5, 5)).load_pretrained(loaded.policy_path) if name == "mlp" else (
+            TabularPolicy.uniform(3, 4).load_pretrained(loaded.policy_path)
+        )
+
+
+def test_a_training_goes_on(tmp_path):
+    """Killed, and called again, it ends as one that was not, to the bit: episodes and the critic included."""
+
+    def train(folder, on_step=None):
+        environment = GymEnvironment("CartPole-v1")
+        control = Control(environment, beta=0.1, horizon=50)
+        return SVI(
+            num_steps=5,
+            objective=ReverseKL(4, Critic()),
+            guide=control.guide(MLPPolicy(environment)),
+            num_samples=2,
+            checkpoint=tmp_path / folder,
+            checkpoint_every=2,
+            on_step=on_step,
+            seed=0,
+            progress=False,
+        ).run(control)
+
+    def kill(step, policy):
+        if step == 3:
+            raise KeyError("killed")
+
+    whole = train("whole")
+    with pytest.raises(KeyError, match="killed"):
+        train("broken", kill)
+    again = train("broken")
+    np.testing.assert_array_equal(whole.samples["trajectory"], again.samples["trajectory"])
+    for one, other in zip(whole.policy.parameters(), again.policy.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_acrobot():
+    """Three actions, no vectorised version: training steps, and the trained policy as a proposal."""
+    environment = GymEnvironment("Acrobot-v1")
+    control = Control(environment, beta=1.0, horizon=30)
+    policy = MLPPolicy(environment)
+    guide = control.guide(policy)
+    engine = SVI(num_steps=2, objective=ReverseKL(4, Critic()), guide=guide, num_samples=4, seed=0, progress=False)
+    posterior = engine.run(control)
+    assert np.isfinite(posterior.stats["gradient_norm"]).all()
+    weighted = ImportanceSampling(num_particles=8, guide=guide, seed=0, progress=False).run(control)
+    value = torch.from_numpy(weighted.samples["trajectory"])
+    assert set(actions(value).unique().tolist()) <= {-1, 0, 1, 2}
+    with torch.no_grad():
+        log_q = control.law(policy).log_prob(value).numpy()
+    expected = returns(value).numpy() / 1.0 + (actions(value) >= 0).sum(-1).numpy() * -np.log(3) - log_q
+    np.testing.assert_allclose(weighted.log_weights, expected, atol=1e-4)
+
+
+def test_continuous_actions_are_refused():
+    with pytest.raises(ValueError, match=r"Pendulum-v1 has actions Box.*only Discrete"):
+        GymEnvironment("Pendulum-v1")
+
+
+def test_stock_pyro_trains_it_too():
+    environment = TabularEnvironment(small_world())
+    control = Control(environment, BETA, HORIZON)
+    policy = MLPPolicy(environment, seed=0)
+    before = [p.detach().clone() for p in policy.parameters()]
+    with pyro.get_param_store().scope():
+        pyro.set_rng_seed(0)
+        loss = pyro.infer.Trace_ELBO(num_particles=16, vectorize_particles=True, max_plate_nesting=2)
+        svi = pyro.infer.SVI(control, control.guide(policy), pyro.optim.Adam({"lr": 0.01}), loss)
+        losses = [svi.step() for _ in range(3)]
+    assert np.isfinite(losses).all()
+    assert all(not torch.equal(p, old) for p, old in zip(policy.parameters(), before, strict=True))

@@ -1,0 +1,380 @@
+"""The law of trajectories: against every episode of a small process, and in Gymnasium's own environments."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections import Counter
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from pyro import poutine
+from scipy.stats import chi2
+from support.processes import all_episodes, random_mdp, random_policy
+
+from bayeslm.inference import SoftValueIteration
+from bayeslm.inference.program.program import inspect, seeded
+from bayeslm.inference.program.run import run_particles
+from bayeslm.models.control import (
+    MDP,
+    Control,
+    CountdownPolicy,
+    GymEnvironment,
+    TabularEnvironment,
+    TabularPolicy,
+    Trajectory,
+    UniformPolicy,
+    actions,
+    observations,
+    returns,
+    river_swim,
+    step_rewards,
+)
+
+gymnasium = pytest.importorskip("gymnasium")
+
+
+def small(seed: int = 0, horizon: int = 3, starts=None) -> tuple[MDP, torch.Tensor, Trajectory]:
+    mdp = random_mdp(seed)
+    logits = random_policy(mdp, seed, horizon)
+    return mdp, logits, Trajectory(TabularEnvironment(mdp), TabularPolicy(logits), horizon, starts)
+
+
+def as_value(steps, horizon: int) -> torch.Tensor:
+    """A trajectory as the law writes it."""
+    value = torch.zeros(horizon, 3)
+    value[:, 0] = -1
+    for t, (s, a, r) in enumerate(steps):
+        value[t] = torch.tensor([a, r, s])
+    return value
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_episodes_are_as_frequent_as_they_are_probable(seed):
+    """Chi-squared over all courses of two steps, where each begins by chance; rewards are those of the course."""
+    mdp, logits, law = small(seed, horizon=2)
+    policy = logits.double().softmax(-1)
+    expected: Counter = Counter()
+    for start in range(3):
+        for chance, steps in all_episodes(mdp, start, 2):
+            p = float(mdp.initial[start]) * chance
+            p *= math.prod(float(policy[t, s, a]) for t, (s, a, _) in enumerate(steps))
+            expected[tuple((s, a, round(r, 3)) for s, a, r in steps)] += p
+    assert sum(expected.values()) == pytest.approx(1.0)
+    n = 20_000
+    with seeded(seed):
+        drawn = law.sample((n,))
+    rows = [
+        tuple((int(s), int(a), round(float(r), 3)) for a, r, s in steps if a >= 0) for steps in drawn.numpy().tolist()
+    ]
+    found = Counter(rows)
+    assert set(found) <= set(expected)
+    common = [key for key, p in expected.items() if n * p > 5]
+    rare = sum(p for p in expected.values() if n * p <= 5)
+    terms = [(found[key] - n * expected[key]) ** 2 / (n * expected[key]) for key in common]
+    terms.append((sum(found[key] for key in expected if key not in common) - n * rare) ** 2 / max(n * rare, 5.0))
+    assert sum(terms) < chi2.ppf(1 - 1e-5, len(common))
+
+
+def test_probabilities_are_the_actions_and_normalised():
+    mdp, logits, law = small(1, starts=torch.tensor(0))
+    policy = logits.double().softmax(-1)
+    total = 0.0
+    for chance, steps in all_episodes(mdp, 0, 3):
+        log_p = law.log_prob(as_value(steps, 3)).detach()
+        assert float(log_p) == pytest.approx(
+            sum(math.log(policy[t, s, a]) for t, (s, a, _) in enumerate(steps)), abs=1e-5
+        )
+        total += chance * math.exp(log_p)
+    assert total == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_trajectory_is_a_value():
+    """It is scored under any policy, and its return read, without playing it again."""
+    mdp, _, law = small(2, horizon=6, starts=torch.tensor([0, 1, 2]))
+    with seeded(0):
+        value = law.sample((500,))
+    assert value.shape == (500, 3, 6, 3)
+    lengths = law.lengths(value)
+    assert lengths.min() < 6 == lengths.max()
+    assert (observations(value)[:, :, 0, 0] == torch.tensor([0.0, 1.0, 2.0])).all()
+    after = torch.arange(6) >= lengths[..., None]
+    assert (actions(value)[after] == -1).all()
+    assert (value[after][:, 1:] == 0).all()
+    assert (actions(value)[~after] >= 0).all()
+    state, action = observations(value)[..., 0].long(), actions(value)
+    following = torch.where(lengths[..., None] > torch.arange(1, 7), state.roll(-1, -1), 3)[..., :-1]
+    paid = mdp.rewards[state[..., :-1], action[..., :-1], following].float()
+    inner = ~after[..., 1:]
+    torch.testing.assert_close(step_rewards(value)[..., :-1][inner], paid[inner])
+    torch.testing.assert_close(returns(value), step_rewards(value).sum(-1))
+    other = law.with_policy(UniformPolicy(2))
+    torch.testing.assert_close(other.log_prob(value), -math.log(2) * lengths.float())
+    assert law.support.check(value).all()
+    torch.testing.assert_close(law.expand((500, 3)).log_prob(value), law.log_prob(value))
+    scores, known = law.read(value)
+    assert known.shape == (500, 3, 6, 4 + 2)
+    assert not scores.requires_grad
+    torch.testing.assert_close(known[..., -1], step_rewards(value).cumsum(-1) - step_rewards(value))
+    torch.testing.assert_close(known[..., -2], torch.arange(6).expand(500, 3, 6) / 6)
+    assert (known[..., :4].argmax(-1)[~after] == state[~after]).all()
+
+
+def test_malformed_trajectories_have_no_probability():
+    _, _, law = small(0)
+    value = law.sample()
+    value[:, 0] = torch.tensor([0.0, 1.0, 0.0])
+    assert law.log_prob(value).isfinite()
+    for wrong in ([0.0, -1.0, 1.0], [2.0, 0.0, 0.0], [0.5, 0.0, 0.0], [-2.0, -1.0, -1.0]):
+        value[:, 0] = torch.tensor(wrong)
+        assert law.log_prob(value) == -torch.inf, wrong
+        assert not law.support.check(value)
+    with pytest.raises(ValueError, match="expected trajectories"):
+        law.log_prob(value[:2])
+    with pytest.raises(ValueError, match="horizon"):
+        Trajectory(law.environment, law.policy, 0)
+
+
+def test_gradients_reach_the_policy():
+    _, logits, law = small(3, starts=torch.tensor([0, 1]))
+    with seeded(0):
+        value = law.sample((200,))
+    law.log_prob(value).sum().backward()
+    wanted = logits.clone().requires_grad_()
+    state, action = observations(value)[..., 0].long(), actions(value)
+    steps = torch.arange(3).expand_as(action)
+    scores = wanted.log_softmax(-1)[steps, state, action.clamp_min(0)]
+    scores.masked_fill(action < 0, 0.0).sum().backward()
+    torch.testing.assert_close(law.policy.logits.grad, wanted.grad, rtol=1e-5, atol=1e-4)
+
+
+def test_a_factor_of_each_step_is_one_of_the_whole():
+    """The plate of steps sums to return / beta for each particle and prompt; stock Pyro sees the same."""
+    _, _, law = small(4)
+    control = Control(law.environment, 0.5, 3, prior=law.policy)
+    program = inspect(control, torch.tensor([0, 1]))
+    with seeded(0):
+        particles = run_particles(program, None, 7)
+    score = returns(particles.values["trajectory"])
+    assert score.shape == (7, 2)
+    torch.testing.assert_close(particles.log_likelihood["reward"], score / 0.5)
+    torch.testing.assert_close(particles.values["score"], score)
+    torch.testing.assert_close(particles.log_prior, law.log_prob(particles.values["trajectory"]).detach())
+    with seeded(0), pyro.plate("outer", 4, dim=-3):
+        trace = poutine.trace(control).get_trace(torch.tensor([0, 1]))
+    value = trace.nodes["trajectory"]["value"]
+    factor = trace.nodes["reward"]["fn"].log_factor
+    torch.testing.assert_close(factor.sum(-2), returns(value).squeeze(-2) / 0.5)
+    assert trace.log_prob_sum().isfinite()
+
+
+def test_policies_as_tables():
+    policy = CountdownPolicy(4, 2, horizon=8, num_tables=3)
+    torch.testing.assert_close(policy.probabilities, torch.full((8, 4, 2), 0.5, dtype=torch.float64))
+    with torch.no_grad():
+        policy.logits[:] = torch.randn(3, 4, 2)
+    seen, steps = torch.arange(4)[None, :, None].expand(8, 4, 1).float(), torch.arange(8)[:, None].expand(8, 4)
+    torch.testing.assert_close(policy(seen, steps).double().softmax(-1), policy.probabilities)
+    torch.testing.assert_close(policy(seen, steps)[0], policy.logits[2])  # eight steps to go
+    torch.testing.assert_close(policy(seen, steps)[7], policy.logits[0])  # the last
+    halfway = policy(seen, steps)[8 - 4]  # four to go: log2 is 2 of 3, 4 / 3 of the way through the tables
+    torch.testing.assert_close(halfway, (2 * policy.logits[1] + policy.logits[2]) / 3)
+    assert TabularPolicy.uniform(4, 2, 8).probabilities.shape == (8, 4, 2)
+    with pytest.raises(ValueError, match="logits"):
+        TabularPolicy(torch.zeros(3))
+    with pytest.raises(ValueError, match="two tables"):
+        CountdownPolicy(4, 2, horizon=8, num_tables=1)
+    with pytest.raises(ValueError, match=r"horizon of 8.*step 8 was"):
+        Trajectory(TabularEnvironment(river_swim()), CountdownPolicy(6, 2, horizon=8), 9).sample()
+
+
+# -- Gymnasium ---------------------------------------------------------------------------------------------------------
+
+
+def test_gymnasium_plays_as_its_table_says():
+    """The mean return and length under a policy that is not uniform, against their exact values."""
+    env = gymnasium.make("FrozenLake-v1", is_slippery=True, desc=["SFG", "FHF", "FFG"])
+    mdp = MDP.from_gymnasium(env)
+    logits = random_policy(mdp, 0)
+    gym = GymEnvironment("FrozenLake-v1", is_slippery=True, desc=["SFG", "FHF", "FFG"])
+    assert (gym.num_states, gym.num_actions, gym.observation_size) == (9, 4, 1)
+    exact = SoftValueIteration(0.0, 6)
+    ones = MDP(mdp.transitions, torch.ones_like(mdp.rewards), mdp.terminal, mdp.initial)
+    wanted = [float(mdp.initial @ exact.evaluate(m, logits.softmax(-1))[0]) for m in (mdp, ones)]
+    with seeded(0):
+        law = Trajectory(gym, TabularPolicy(logits), 6)
+        value = law.sample((1500,))
+    for x, mean in zip((returns(value), law.lengths(value).float()), wanted, strict=True):
+        assert abs(float(x.mean()) - mean) < 4 * float(x.std()) / 1500**0.5
+
+
+def test_seeds_reproduce_and_starts_are_the_same_for_all():
+    lake = GymEnvironment("FrozenLake-v1")
+    pole = GymEnvironment("CartPole-v1")
+    for gym in (lake, pole):
+        law = Trajectory(gym, UniformPolicy(gym.num_actions), 20)
+        draws = []
+        for seed in (0, 0, 1):
+            with seeded(seed):
+                draws.append(law.sample((8,)))
+        assert torch.equal(draws[0], draws[1])
+        assert not torch.equal(draws[0], draws[2])
+    law = Trajectory(pole, UniformPolicy(2), 5, torch.tensor([3, 4]))
+    first = observations(law.sample((6,)))[:, :, 0]
+    assert (first == first[:1]).all()
+    assert not torch.equal(first[0, 0], first[0, 1])
+    expected, _ = gymnasium.make("CartPole-v1").reset(seed=4)
+    torch.testing.assert_close(first[0, 1], torch.from_numpy(expected))
+
+
+def test_episodes_of_one_start_part_from_there():
+    """A start says where, not what chance will do: always to the right, on ice, leads to different places."""
+    right = TabularPolicy(torch.tensor([0.0, 0.0, 50.0, 0.0]).expand(16, 4))
+    law = Trajectory(GymEnvironment("FrozenLake-v1"), right, 6, torch.tensor([3]))
+    with seeded(0):
+        assert len(observations(law.sample((20,))).unique(dim=0)) > 3
+
+
+def test_vectorised_and_copied_environments_are_one_law():
+    """CartPole under the uniform policy: mean lengths agree, and every step is paid, whichever plays; in episodes that
+    follow one another, too."""
+    pole = GymEnvironment("CartPole-v1")
+    law = Trajectory(pole, UniformPolicy(2), 60)
+    with seeded(0):
+        vector = torch.cat([law.sample((200,)) for _ in range(2)])
+        copied = law.expand((200,)).steps()
+        while not copied.done:
+            copied.append(torch.randint(2, (200,)), torch.zeros(200))
+    for value in (vector, copied.values):
+        torch.testing.assert_close(returns(value), law.lengths(value).float())
+    ours, theirs = (law.lengths(value).float() for value in (vector, copied.values))
+    stderr = (ours.var() / len(ours) + theirs.var() / len(theirs)).sqrt()
+    assert abs(float(ours.mean() - theirs.mean())) < 4 * float(stderr)
+
+
+def test_copies_go_their_own_ways():
+    """A copy has what its original had, and chance of its own from there on; no row disturbs another."""
+    law = Trajectory(GymEnvironment("FrozenLake-v1", map_name="8x8"), UniformPolicy(4), 40).expand((30,))
+    with seeded(0):
+        rollout = law.steps()
+        for _ in range(3):
+            rollout.append(torch.full((30,), 2), torch.zeros(30))
+        before = rollout.values.clone()
+        rollout.select(torch.tensor([4] * 29 + [7]))
+        assert torch.equal(rollout.values[:29], before[4].expand(29, -1, -1))
+        assert torch.equal(rollout.values[29], before[7])
+        for _ in range(10):
+            rollout.append(torch.full((30,), 2), torch.zeros(30))
+    seen = observations(rollout.values)[:, :13, 0]
+    assert len(seen[:29].unique(dim=0)) > 20
+    legal = MDP.from_gymnasium(gymnasium.make("FrozenLake-v1", map_name="8x8")).transitions[:, 2]
+    for row, length in itertools.islice(
+        zip(seen.long().tolist(), law.lengths(rollout.values).tolist(), strict=True), 30
+    ):
+        for here, there in itertools.pairwise(row[:length]):
+            assert legal[here, there] > 0
+
+
+def test_copies_share_no_state_and_no_chance():
+    """Though the environment calls its state what others call their table, and has a generator of its own."""
+
+    class Walk(gymnasium.Env):
+        action_space = gymnasium.spaces.Discrete(2)
+        observation_space = gymnasium.spaces.Box(-100.0, 100.0, (2,))
+
+        def __init__(self):
+            self.P = np.zeros(1)
+            self.rng = np.random.default_rng(0)
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            self.P[:] = 0.0
+            self.desc = [0.0]
+            return self.seen(), {}
+
+        def seen(self):
+            return np.array([self.P[0], self.desc[0]], dtype=np.float32)
+
+        def step(self, action):
+            self.P += action
+            self.desc[0] += self.rng.normal()
+            return self.seen(), 0.0, False, False, {}
+
+    right = torch.tensor([0, 1, 0, 1])
+    draws = []
+    for _ in range(2):
+        with seeded(0):
+            episodes = GymEnvironment(Walk).play(torch.full((4,), -1), copies=True)
+            episodes.step(right)
+            assert torch.equal(episodes.observations[:, 0], right.float())
+            episodes.select(torch.tensor([1, 1, 1, 0]))
+            episodes.step(right)
+        assert episodes.observations[:, 0].tolist() == [1.0, 2.0, 1.0, 1.0]
+        draws.append(episodes.observations[:, 1])
+    assert len(draws[0].unique()) == 4
+    assert torch.equal(draws[0], draws[1])
+
+
+def test_an_episode_ends_at_a_time_limit_and_spaces_may_begin_elsewhere():
+    class Shifted(gymnasium.Env):
+        action_space = gymnasium.spaces.Discrete(2, start=5)
+        observation_space = gymnasium.spaces.Discrete(10, start=3)
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            self.at = 3
+            return self.at, {}
+
+        def step(self, action):
+            assert action in (5, 6)
+            self.at += 1
+            return self.at, float(action), False, False, {}
+
+    gym = GymEnvironment(lambda: gymnasium.wrappers.TimeLimit(Shifted(), 4))
+    value = Trajectory(gym, UniformPolicy(2), 9).sample((5,))
+    assert (Trajectory(gym, UniformPolicy(2), 9).lengths(value) == 4).all()
+    assert (observations(value)[:, :4, 0] == torch.arange(4)).all()
+    torch.testing.assert_close(step_rewards(value)[:, :4], actions(value)[:, :4].float() + 5)
+
+
+def test_a_time_limit_truncates_and_a_fall_terminates():
+    """CartPole pushed one way falls, pushed both ways in turn it outlives a limit of 12; copies keep what they had."""
+    pole = GymEnvironment("CartPole-v1", max_episode_steps=12)
+    one_way, in_turn = torch.zeros(12, dtype=torch.long), torch.arange(12) % 2
+    pushes = torch.stack([one_way, one_way, in_turn, in_turn])
+    for copies in (False, True):
+        with seeded(0):
+            episodes = pole.play(torch.full((4,), -1), copies=copies)
+            for t in range(12):
+                episodes.step(pushes[:, t])
+        assert episodes.ended.all()
+        assert episodes.terminated.tolist() == [True, True, False, False]
+    episodes.select(torch.tensor([2, 0, 0, 3]))
+    assert episodes.terminated.tolist() == [False, True, True, False]
+    table = TabularEnvironment(random_mdp()).play(torch.tensor([0, 3]))
+    assert table.terminated.tolist() == [False, True]
+
+
+def test_what_cannot_be_played_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match=r"Pendulum-v1 has actions Box.*Discrete"):
+        GymEnvironment("Pendulum-v1")
+    with pytest.raises(ValueError, match="FlattenObservation"):
+        GymEnvironment("Blackjack-v1")
+    one = random_mdp()
+    two = MDP(*(torch.stack([part, part]) for part in (one.transitions, one.rewards, one.terminal, one.initial)))
+    with pytest.raises(ValueError, match="one MDP"):
+        TabularEnvironment(two)
+    with pytest.raises(ValueError, match="beta"):
+        Control(TabularEnvironment(random_mdp()), 0.0, 3)
+    rollout = Trajectory(GymEnvironment("CartPole-v1"), UniformPolicy(2), 3).environment.play(torch.tensor([-1]))
+    with pytest.raises(NotImplementedError, match="copies=True"):
+        rollout.select(torch.tensor([0]))
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    with pytest.raises(ImportError, match=r"bayeslm\[gym\]"):
+        GymEnvironment("CartPole-v1")

@@ -1,0 +1,128 @@
+"""Maximum likelihood on texts: against closed forms, and what it leaves behind."""
+
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+import torch
+from support.helpers import llama_network, table_lm, tiny_llama
+
+from bayeslm.models import LanguageModel
+from bayeslm.models.lm.loading import word_tokenizer
+
+TEXTS = ["a b a", "a c", "b b b a", "a b a"]
+
+
+def sequences(texts):
+    """Token ids with the eos before and after."""
+    return [[0, *(" abcdefg".index(word) for word in text.split()), 0] for text in texts]
+
+
+def frozen(lm):
+    return not any(p.requires_grad or p.grad is not None for p in lm.parameters())
+
+
+def test_a_table_reaches_the_empirical_frequencies():
+    """The likeliest bigram table has p(y | x) = n(x, y) / n(x); its loss is the entropy of that."""
+    pairs = Counter(pair for ids in sequences(TEXTS) for pair in pairwise(ids))
+    contexts = Counter(x for x, _ in pairs.elements())
+    lm = table_lm(order=2, vocab=4)
+    losses = lm.fit(TEXTS, num_steps=400, learning_rate=0.1, progress=False)
+    likeliest = -sum(n * torch.tensor(n / contexts[x]).log() for (x, _), n in pairs.items()) / len(
+        list(pairs.elements())
+    )
+    assert losses[-1] == pytest.approx(float(likeliest), abs=5e-3)
+    for (x, y), n in pairs.items():
+        score = lm([[x]], max_new_tokens=1).log_prob(torch.tensor([[y]])).exp()
+        assert score.item() == pytest.approx(n / contexts[x], abs=0.02)
+    assert frozen(lm)
+
+
+def test_a_network_learns_texts_by_heart():
+    texts = ["a b c d", "e f g"]
+    lm = tiny_llama(seed=1)
+    lm.fit(texts, num_steps=80, learning_rate=1e-2, progress=False, seed=0)
+    value = torch.tensor([[1, 2, 3, 4, 0], [5, 6, 7, 0, 0]])
+    torch.testing.assert_close(
+        lm([""], max_new_tokens=5).log_prob(value).exp(), torch.tensor([0.5, 0.5]), atol=0.1, rtol=0
+    )
+    assert set(lm.decode(lm([[0, 1], [0, 5]], max_new_tokens=4, temperature=0.1).sample())) == {"b c d", "f g"}
+
+
+def test_long_texts_are_cut_and_not_taught_to_end():
+    lm = table_lm(order=2, vocab=4)
+    lm.fit(["a b c"] * 2, num_steps=300, learning_rate=0.1, max_tokens=3, progress=False)
+    learnt = lm.network.table.softmax(-1)
+    untouched = table_lm(order=2, vocab=4).network.table.softmax(-1)
+    assert learnt[0, 1] > 0.98  # <eos> a
+    assert learnt[1, 2] > 0.98  # a b
+    torch.testing.assert_close(learnt[2:], untouched[2:])  # nothing was seen to follow b
+
+
+def test_without_bos_the_first_token_is_given():
+    network = llama_network(bos_token_id=None)
+    tokenizer = word_tokenizer(["<eos>", *"abcdefg"], "<eos>")
+    tokenizer.bos_token = None
+    lm = LanguageModel(network, tokenizer)
+    assert lm.bos_token_id is None
+    lm.fit(["a b", "c d"], num_steps=60, learning_rate=1e-2, progress=False)
+    assert lm.decode(lm(["a", "c"], max_new_tokens=3, temperature=0.1).sample()).tolist() == ["b", "d"]
+
+
+def test_batches_are_seeded():
+    def fitted(seed):
+        lm = table_lm(order=2, vocab=4)
+        lm.fit(TEXTS, num_steps=5, batch_size=2, seed=seed, progress=False)
+        return lm.network.table
+
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    first = fitted(1)
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(first, fitted(1))
+    assert any(not torch.equal(first, fitted(seed)) for seed in range(2, 6))
+
+
+def test_only_adapters_are_trained_where_there_are_some():
+    """The weights under an adapter are the prior's own."""
+    prior = tiny_llama()
+    before = [p.clone() for p in prior.parameters()]
+    policy = prior.policy(lora_rank=2)
+    losses = policy.fit(["a b c d"], num_steps=30, learning_rate=2e-2, progress=False)
+    assert losses[-1] < losses[0] / 2
+    assert all(torch.equal(p, b) for p, b in zip(prior.parameters(), before, strict=True))
+    assert frozen(policy)
+
+
+@pytest.mark.parametrize(
+    ("texts", "settings", "error", "match"),
+    [
+        ([], {}, ValueError, "texts is empty"),
+        (["a", ""], {}, ValueError, r"texts\[1\] is empty"),
+        (["a"], {"max_tokens": 1}, ValueError, r"texts\[0\] has one token"),
+        (["a"], {"learning_rate": -1.0}, ValueError, "learning rate"),
+    ],
+)
+def test_errors_leave_the_network_frozen(texts, settings, error, match):
+    lm = table_lm()
+    with pytest.raises(error, match=match):
+        lm.fit(texts, **settings, progress=False)
+    assert frozen(lm)
+
+
+def test_an_interrupt_leaves_the_network_frozen(monkeypatch):
+    lm = table_lm()
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        lm.fit(["a b"], progress=False)
+    assert frozen(lm)
+
+
+def test_fitting_needs_a_tokenizer():
+    with pytest.raises(TypeError, match="needs a tokenizer"):
+        LanguageModel(llama_network()).fit(["a"])

@@ -1,0 +1,420 @@
+r"""Bradley-Terry and Plackett-Luce against quadrature, enumeration and simulation-based calibration.
+
+Means by sampling are compared within 4 standard errors by effective sample size: each comparison fails by chance once
+in 16,000.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import arviz as az
+import numpy as np
+import pyro
+import pytest
+import torch
+from pyro.infer.autoguide import (
+    AutoLaplaceApproximation,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
+from scipy.stats import chi2
+from support.helpers import assert_drawn_from
+from torch import Tensor
+
+from bayeslm import Posterior, diagnostics
+from bayeslm.inference import NUTS, SVI, ImportanceSampling, ProgramError, predict
+from bayeslm.models.preferences import BradleyTerry, Comparisons, PlackettLuce, Rankings
+from bayeslm.models.preferences.plackett_luce import ABSENT, RankingLaw
+
+LIMIT = 4.0
+WORDS = ["aaa", "b", "banana", "cab", "zebra", "quiz", "aardvark", "bb"]
+
+
+def counts(prompts: list[str], completions: list[str]) -> Tensor:
+    """Two features of a word."""
+    return torch.tensor([[c.count("a") - 1.0, len(c) / 2.0 - 2.0] for c in completions])
+
+
+PAIRS = [(0, 1), (2, 1), (2, 3), (6, 5), (3, 4), (5, 7), (1, 7), (6, 0), (4, 2), (0, 3)]
+DATA = Comparisons([""] * len(PAIRS), [WORDS[i] for i, _ in PAIRS], [WORDS[j] for _, j in PAIRS])
+MODEL = BradleyTerry(counts, scale=1.0)
+
+
+def quadrature(log_likelihood: Callable[[Tensor], Tensor], scale: float) -> tuple[np.ndarray, np.ndarray, float]:
+    """Mean (2,), covariance (2, 2) and log Z of two weights by a grid, far finer than the posterior is wide."""
+    axis = torch.linspace(-9, 9, 721, dtype=torch.float64)
+    w = torch.cartesian_prod(axis, axis)
+    prior = torch.distributions.Normal(0.0, scale / math.sqrt(2)).log_prob(w).sum(-1)
+    log_p = prior + log_likelihood(w)
+    log_z = log_p.logsumexp(0) + 2 * (axis[1] - axis[0]).log()
+    mass = (log_p - log_p.logsumexp(0)).exp()
+    mean = mass @ w
+    return mean.numpy(), ((w - mean).T @ ((w - mean) * mass[:, None])).numpy(), float(log_z)
+
+
+@functools.cache
+def truth() -> tuple[np.ndarray, np.ndarray, float]:
+    x = (counts([], DATA.chosen) - counts([], DATA.rejected)).double()
+    return quadrature(lambda w: torch.nn.functional.logsigmoid(w @ x.T).sum(-1), 1.0)
+
+
+def assert_posterior(posterior: Posterior, mean: np.ndarray, covariance: np.ndarray) -> None:
+    """Weighted means of w, w^2 and the product are those expected, within `LIMIT` standard errors."""
+    w = posterior.samples["weights"].astype(float)
+    off = w - mean
+    seen = np.stack([w[..., 0], w[..., 1], off[..., 0] ** 2, off[..., 1] ** 2, off[..., 0] * off[..., 1]], -1)
+    expected = np.array([*mean, covariance[0, 0], covariance[1, 1], covariance[0, 1]])
+    found, stderr = diagnostics.expectation(posterior, seen)
+    assert (np.abs(found - expected) < LIMIT * stderr).all(), (found, expected, stderr)
+    assert (stderr[:2] < 0.2 * np.sqrt(np.diag(covariance))).all(), "too few draws to tell anything"
+
+
+def test_the_program_is_the_formula():
+    x = counts([], DATA.chosen) - counts([], DATA.rejected)
+    with pyro.plate("particles", 5, dim=-2):
+        trace = pyro.poutine.trace(MODEL).get_trace(DATA)
+    trace.compute_log_prob()
+    w = trace.nodes["weights"]["value"]
+    assert w.shape == (5, 1, 2)
+    torch.testing.assert_close(
+        trace.nodes["weights"]["log_prob"].squeeze(-1),
+        torch.distributions.Normal(0.0, 1.0 / math.sqrt(2)).log_prob(w[:, 0]).sum(-1),
+    )
+    expected = torch.log(1 / (1 + torch.exp(-(w[:, 0] @ x.T))))
+    torch.testing.assert_close(trace.nodes["preferred"]["log_prob"], expected)
+    torch.testing.assert_close(MODEL.log_odds(DATA, w[:, 0]), w[:, 0] @ x.T)
+    rewards = MODEL.reward(["", ""], ["banana", "quiz"], w.numpy())  # an array of any leading shape
+    torch.testing.assert_close(rewards, w @ torch.tensor([[2.0, 1.0], [-1.0, 0.0]]).T)
+
+
+def test_features_are_computed_once_a_data_set():
+    calls: list[int] = []
+
+    def counted(prompts: list[str], completions: list[str]) -> Tensor:
+        calls.append(len(prompts))
+        return counts(prompts, completions)
+
+    model = BradleyTerry(counted)
+    NUTS(num_samples=5, warmup=5, num_chains=1, seed=0, progress=False).run(model, DATA)
+    assert calls == [2 * len(DATA)]
+    fewer = DATA.take(range(4))
+    posterior = ImportanceSampling(num_particles=10, progress=False).run(model, fewer)
+    assert calls == [2 * len(DATA), 8]
+    assert posterior.pointwise["preferred"].shape == (1, 10, 4)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_nuts_against_quadrature(seed: int):
+    mean, covariance, _ = truth()
+    posterior = NUTS(num_samples=75, warmup=60, num_chains=2, seed=seed, progress=False).run(MODEL, DATA)
+    assert posterior.samples["weights"].shape == (2, 75, 2)
+    assert_posterior(posterior, mean, covariance)
+
+
+GUIDES = {
+    "default": None,
+    "normal": AutoNormal,
+    "full": AutoMultivariateNormal,
+    "low-rank": AutoLowRankMultivariateNormal,
+    "laplace": AutoLaplaceApproximation,
+}
+
+
+@pytest.mark.parametrize("name", GUIDES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_guides_against_quadrature(name: str, seed: int):
+    """Weighted draws of each guide; as a proposal of importance sampling too."""
+    mean, covariance, log_z = truth()
+    guide = None if GUIDES[name] is None else GUIDES[name](MODEL)
+    svi = SVI(
+        num_steps=120, num_particles=8, learning_rate=0.1, num_samples=3000, seed=seed, progress=False, guide=guide
+    )
+    posterior = svi.run(MODEL, DATA)
+    assert_posterior(posterior, mean, covariance)
+    assert abs(posterior.log_evidence[0] - log_z) < LIMIT * posterior.log_evidence_stderr[0]
+    assert diagnostics.ess(posterior.log_weights)[0] > 1200
+    if guide is not None:
+        again = ImportanceSampling(num_particles=3000, guide=guide, seed=seed + 7, progress=False).run(MODEL, DATA)
+        assert_posterior(again, mean, covariance)
+        assert abs(again.log_evidence[0] - log_z) < LIMIT * again.log_evidence_stderr[0]
+        assert diagnostics.ess(again.log_weights)[0] > 1200
+
+
+def test_a_class_of_guides_is_made_for_each_chain():
+    """Two chains of different starts, whose parameters are not in Pyro's store: another program's guide begins anew."""
+    mean, covariance, log_z = truth()
+    svi = SVI(
+        num_steps=100,
+        num_chains=2,
+        latent_learning_rate=0.1,
+        num_samples=2000,
+        seed=0,
+        progress=False,
+        guide=AutoMultivariateNormal,
+    )
+    posterior = svi.run(MODEL, DATA)
+    assert_posterior(posterior, mean, covariance)
+    assert posterior.stats["elbo"].shape == (2, 100, 1)
+    assert (posterior.stats["elbo"][0, -1] != posterior.stats["elbo"][1, -1]).all()
+    assert log_z - posterior.log_weights.mean() < 0.15
+    assert not list(pyro.get_param_store())
+    one = BradleyTerry(lambda p, c: counts(p, c)[:, :1])
+    assert dataclasses.replace(svi, num_steps=2).run(one, DATA).samples["weights"].shape == (2, 2000, 1)
+    with pytest.raises(ValueError, match="a class of guides, a LanguageModel, or none"):
+        SVI(num_chains=2, guide=AutoMultivariateNormal(MODEL))
+
+
+def test_a_class_of_guides_goes_on_from_a_checkpoint(tmp_path: Any):
+    """Interrupted after 20 of 40 steps, and gone on with, it ends as if it had not been."""
+
+    def stop(step: int, policy: Any) -> None:
+        if step == 20:
+            raise RuntimeError("killed")
+
+    settings = {"num_steps": 40, "num_samples": 10, "seed": 0, "progress": False, "guide": AutoMultivariateNormal}
+    whole = SVI(**settings).run(MODEL, DATA)
+    with pytest.raises(RuntimeError, match="killed"):
+        SVI(**settings, checkpoint=tmp_path, checkpoint_every=10, on_step=stop).run(MODEL, DATA)
+    resumed = SVI(**settings, checkpoint=tmp_path, checkpoint_every=10).run(MODEL, DATA)
+    np.testing.assert_array_equal(resumed.samples["weights"], whole.samples["weights"])
+    with pytest.raises(ValueError, match="is the class AutoMultivariateNormal: make one and train it"):
+        ImportanceSampling(guide=AutoMultivariateNormal)
+
+
+def test_a_full_normal_is_nearer_than_independent_ones():
+    """log Z - ELBO, which is KL(q || posterior): the guides differ as they should on weights that are correlated."""
+    elbos = {}
+    for name in ("normal", "full"):
+        svi = SVI(num_steps=120, num_particles=16, learning_rate=0.1, seed=0, progress=False, guide=GUIDES[name](MODEL))
+        elbos[name] = float(svi.run(MODEL, DATA).log_weights.mean())
+    log_z = truth()[2]
+    assert elbos["normal"] < elbos["full"] < log_z + 0.01
+    assert log_z - elbos["full"] < 0.1
+
+
+def test_laplace_is_the_normal_at_the_maximum():
+    x = (counts([], DATA.chosen) - counts([], DATA.rejected)).double()
+    w = torch.zeros(2, dtype=torch.float64)
+    for _ in range(50):  # Newton
+        p = torch.sigmoid(x @ w)
+        hessian = x.T @ (x * (p * (1 - p))[:, None]) + torch.eye(2, dtype=torch.float64) * 2
+        w = w + torch.linalg.solve(hessian, x.T @ (1 - p) - w * 2)
+    guide = AutoLaplaceApproximation(MODEL)
+    svi = SVI(num_steps=200, learning_rate=0.05, num_samples=20_000, seed=0, progress=False, guide=guide)
+    draws = svi.run(MODEL, DATA).samples["weights"][0]
+    covariance = np.linalg.inv(hessian.numpy())
+    np.testing.assert_allclose(draws.mean(0), w, atol=LIMIT * np.sqrt(covariance.max() / 20_000) + 0.01)
+    np.testing.assert_allclose(np.cov(draws.T), covariance, atol=0.06 * covariance.max())
+
+
+# -- posterior predictive checks, ArviZ ------------------------------------------------------------------------
+
+
+def test_predicted_comparisons():
+    posterior = ImportanceSampling(num_particles=20_000, seed=0, progress=False).run(MODEL, DATA)
+    checked = predict(posterior, MODEL, DATA, seed=0)
+    drawn, log_p = checked.predictive["preferred"], checked.pointwise["preferred"]
+    assert drawn.shape == log_p.shape == (1, 20_000, len(DATA))
+    assert set(np.unique(drawn)) == {0.0, 1.0}
+    np.testing.assert_allclose(log_p.sum(-1, keepdims=True), checked.log_likelihood["preferred"], atol=1e-4)
+    odds = MODEL.log_odds(DATA, checked.samples["weights"])
+    np.testing.assert_allclose(log_p, torch.nn.functional.logsigmoid(odds), atol=1e-5)
+    z = (drawn - np.exp(log_p)).mean((0, 1)) / np.sqrt((np.exp(log_p) * (1 - np.exp(log_p))).mean((0, 1)) / 20_000)
+    assert (np.abs(z) < LIMIT).all(), z
+    held_out = Comparisons([""] * 2, ["banana", "quiz"], ["bb", "cab"])
+    other = predict(posterior, MODEL, held_out, num_draws=50, seed=0)
+    assert other.pointwise["preferred"].shape == other.predictive["preferred"].shape == (1, 50, 2)
+    assert other.observed["preferred"].shape == (2,)
+    with pytest.raises(ProgramError, match="has no 'weights' of shape"):
+        predict(posterior, BradleyTerry(lambda p, c: counts(p, c)[:, :1]), DATA)
+
+
+def test_arviz_compares_models():
+    """Pareto-smoothed leave-one-out cross-validation against exact leave-one-out, by quadrature without each pair."""
+    posterior = ImportanceSampling(num_particles=20_000, seed=0, progress=False).run(MODEL, DATA)
+    found = az.loo(predict(posterior, MODEL, DATA, seed=0).to_arviz(), var_name="preferred", pointwise=True)
+    x = (counts([], DATA.chosen) - counts([], DATA.rejected)).double()
+    expected = []
+    for i in range(len(DATA)):
+        rest = x[[j for j in range(len(DATA)) if j != i]]
+        without = quadrature(lambda w, rest=rest: torch.nn.functional.logsigmoid(w @ rest.T).sum(-1), 1.0)[2]
+        expected.append(truth()[2] - without)
+    np.testing.assert_allclose(found.loo_i, expected, atol=0.03)
+
+
+def test_the_container_and_the_folder_keep_single_observations(tmp_path: Any):
+    posterior = ImportanceSampling(num_particles=50, seed=0, progress=False).run(MODEL, DATA)
+    resampled = posterior.to_arviz()  # single observations move with their draws
+    odds = MODEL.log_odds(DATA, resampled.posterior["weights"].to_numpy())
+    np.testing.assert_allclose(
+        resampled.log_likelihood["preferred"], torch.nn.functional.logsigmoid(odds), rtol=1e-4, atol=1e-5
+    )
+    checked = predict(posterior, MODEL, DATA, seed=0)
+    idata = checked.to_arviz()
+    for group in ("log_likelihood", "posterior_predictive"):
+        assert idata[group]["preferred"].dims == ("chain", "draw", "comparisons")
+    assert idata["observed_data"]["preferred"].dims == ("comparisons",)
+    loaded = Posterior.load(checked.save(tmp_path / "kept"))
+    np.testing.assert_array_equal(loaded.pointwise["preferred"], checked.pointwise["preferred"])
+    np.testing.assert_array_equal(loaded.predictive["preferred"], checked.predictive["preferred"])
+
+
+# -- simulation-based calibration ------------------------------------------------------------------------------
+
+
+class Replications(BradleyTerry):
+    """Many data sets, each with weights of its own: so many posteriors, and one state of NUTS."""
+
+    def __init__(self, features: Any, number: int) -> None:
+        super().__init__(features)
+        self.number = number
+
+    def read(self, data: Comparisons) -> Tensor:
+        return super().read(data).unflatten(0, (self.number, -1))
+
+    def observe(self, read: Tensor) -> None:
+        with pyro.plate("replications", self.number, dim=-2):
+            super().observe(read)
+
+
+def simulate(replications: int, pairs: int, seed: int) -> tuple[Tensor, Comparisons, Callable[..., Tensor]]:
+    """Weights of the prior (replication, 2), comparisons of random texts under them, and their features."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn((replications, 2), generator=generator) / math.sqrt(2)
+    x = 1.5 * torch.randn((replications, pairs, 2, 2), generator=generator)  # two texts a pair, two features
+    rewards = (x * weights[:, None, None]).sum(-1)
+    first = torch.rand((replications, pairs), generator=generator) < torch.sigmoid(rewards[..., 0] - rewards[..., 1])
+    x, first = x.reshape(-1, 2, 2), first.reshape(-1).long()
+    rows = range(len(x))
+    data = Comparisons(
+        [""] * len(x), [f"{i} {1 - int(first[i])}" for i in rows], [f"{i} {int(first[i])}" for i in rows]
+    )
+
+    def features(prompts: list[str], completions: list[str]) -> Tensor:
+        return torch.stack([x[int(i), int(j)] for i, j in map(str.split, completions)])
+
+    return weights, data, features
+
+
+def log_likelihood(weights: Tensor, differences: Tensor) -> Tensor:
+    """(*, replication) of weights (*, replication, 2) and f(chosen) - f(rejected) (replication, pair, 2)."""
+    return torch.nn.functional.logsigmoid((differences * weights[..., None, :]).sum(-1)).sum(-1)
+
+
+def assert_uniform(draws: Tensor, true: Tensor, differences: Tensor, alarm: float = 1e-4) -> None:
+    """Ranks of the true value among draws (draw, replication, 2) are uniform, by chi-square on 8 bins.
+
+    Of both weights, their product, and the log-likelihood, which shows data that are not used (Modrak et al. 2023).
+    """
+    seen = torch.cat([draws, draws.prod(-1, keepdim=True), log_likelihood(draws, differences)[..., None]], -1)
+    real = torch.cat([true, true.prod(-1, keepdim=True), log_likelihood(true, differences)[..., None]], -1)
+    ranks = (seen < real).sum(0)  # (replication, quantity), 0 to the number of draws
+    values = len(draws) + 1
+    assert values % 8 == 0
+    for quantity in range(ranks.shape[-1]):
+        bins = torch.bincount(ranks[:, quantity] * 8 // values, minlength=8).double()
+        expected = len(ranks) / 8
+        statistic = float(((bins - expected) ** 2 / expected).sum())
+        assert statistic < chi2.isf(alarm, 7), (quantity, bins)
+
+
+def test_simulation_based_calibration():
+    """96 data sets at once, each with 12 comparisons; false alarm 4 in 10,000 (4 quantities at 1e-4)."""
+    weights, data, features = simulate(96, 12, seed=0)
+    model = Replications(features, 96)
+    nuts = NUTS(num_samples=93, warmup=70, num_chains=1, max_tree_depth=4, seed=0, progress=False)
+    draws = torch.as_tensor(nuts.run(model, data).samples["weights"])[0, 2::3].squeeze(-2)  # (31, replication, 2)
+    assert_uniform(draws, weights, model.read(data))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_simulation_based_calibration_of_single_runs(seed: int):
+    """200 runs of NUTS on `BradleyTerry` itself; false alarm 4 in 10,000 for each seed."""
+    weights, data, features = simulate(200, 12, seed)
+    model = BradleyTerry(features)
+    nuts = NUTS(num_samples=126, warmup=100, num_chains=1, seed=seed, progress=False)
+    draws, differences = [], []
+    for i in range(200):
+        one = data.take(range(12 * i, 12 * (i + 1)))
+        draws.append(torch.as_tensor(nuts.run(model, one).samples["weights"])[0, 2::4])  # (31, 2)
+        differences.append(model.read(one))
+    assert_uniform(torch.stack(draws, 1), weights, torch.stack(differences))
+
+
+# -- rankings --------------------------------------------------------------------------------------------------
+
+
+def test_rankings_are_a_law():
+    """Probabilities of all permutations sum to 1, draws have them, and items that are absent come last."""
+    scores = torch.tensor([[0.3, -1.0, 2.0, 0.5], [1.0, 0.0, ABSENT, ABSENT]])
+    permutations = torch.tensor(list(itertools.permutations(range(4))))
+    log_p = RankingLaw(scores).log_prob(permutations[:, None])  # (24, 2)
+    torch.testing.assert_close(log_p[:, 0].logsumexp(0), torch.tensor(0.0), atol=1e-6, rtol=0)
+    two = [permutations.tolist().index(order) for order in ([0, 1, 2, 3], [1, 0, 2, 3])]
+    torch.testing.assert_close(log_p[two, 1], torch.nn.functional.logsigmoid(torch.tensor([1.0, -1.0])))
+    draws = RankingLaw(scores).sample((20_000,))
+    codes = (permutations * 4 ** torch.arange(4)).sum(-1)
+    drawn = (draws[:, 0] * 4 ** torch.arange(4)).sum(-1)
+    assert_drawn_from((drawn[:, None] == codes).sum(0), log_p[:, 0])
+    assert (draws[:, 1, 2:] == torch.tensor([2, 3])).all()
+    assert RankingLaw(scores).expand((3, 2)).sample().shape == (3, 2, 4)
+
+
+def test_rankings_of_two_are_comparisons():
+    ranked = Rankings(DATA.prompts, [list(pair) for pair in zip(DATA.chosen, DATA.rejected, strict=True)])
+    one = ImportanceSampling(num_particles=100, seed=3, progress=False).run(MODEL, DATA)
+    other = ImportanceSampling(num_particles=100, seed=3, progress=False).run(PlackettLuce(counts, scale=1.0), ranked)
+    np.testing.assert_array_equal(one.samples["weights"], other.samples["weights"])
+    np.testing.assert_allclose(one.pointwise["preferred"], other.pointwise["ranking"], atol=1e-5)
+
+
+def test_rankings_of_different_lengths_against_quadrature():
+    rows = [[WORDS[i] for i in row] for row in [(2, 0, 1, 5), (6, 3), (0, 4, 7), (3, 1, 5, 7), (2, 6)]]
+    model = PlackettLuce(counts, scale=1.0)
+    data = Rankings([""] * len(rows), rows)
+
+    def by_hand(w: Tensor) -> Tensor:
+        total = torch.zeros(len(w), dtype=w.dtype)
+        for row in rows:
+            rewards = w @ counts([], row).to(w).T
+            for j in range(len(row) - 1):
+                total = total + rewards[:, j] - rewards[:, j:].logsumexp(-1)
+        return total
+
+    mean, covariance, log_z = quadrature(by_hand, 1.0)
+    posterior = ImportanceSampling(num_particles=20_000, seed=0, progress=False).run(model, data)
+    assert_posterior(posterior, mean, covariance)
+    assert abs(posterior.log_evidence[0] - log_z) < LIMIT * posterior.log_evidence_stderr[0]
+    assert_posterior(
+        NUTS(num_samples=100, num_chains=1, warmup=60, max_tree_depth=4, seed=0, progress=False).run(model, data),
+        mean,
+        covariance,
+    )
+    drawn = predict(posterior, model, data, num_draws=20, seed=0).predictive["ranking"]
+    assert drawn.shape == (1, 20, 5, 4)
+    assert (np.sort(drawn, -1) == np.arange(4)).all()
+    assert (drawn[:, :, 1, 2:] == [2, 3]).all()  # two were ranked: no draw ranks others before them
+
+
+# -- what is refused -------------------------------------------------------------------------------------------
+
+
+def test_bad_features_and_scales():
+    with pytest.raises(ValueError, match="scale must be positive"):
+        BradleyTerry(counts, scale=0.0)
+    for features, says in [
+        (lambda p, c: [1.0] * len(c), "must be a tensor .20, d., one row a completion, got list"),
+        (lambda p, c: torch.ones(len(c)), "got .20,."),
+        (lambda p, c: torch.ones(3, 2), "got .3, 2."),
+        (lambda p, c: torch.full((len(c), 1), torch.nan), "features of 'aaa' are not finite"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            ImportanceSampling(num_particles=2).run(BradleyTerry(features), DATA)

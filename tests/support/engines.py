@@ -1,0 +1,142 @@
+"""Every engine, in settings small enough for a test, with what it claims. A new engine needs an entry in `ENGINES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from support.helpers import table_lm
+
+from bayeslm.inference import (
+    MCMC,
+    NUTS,
+    SMC,
+    SVI,
+    AnnealedSMC,
+    BestOfN,
+    Exact,
+    ImportanceSampling,
+    RejectionSampling,
+)
+from bayeslm.models import LanguageModel
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What an engine gives: laws that do not concern it are not asked of it.
+
+    :param make: the engine from a seed, an upper bound of the log-likelihood, and a number that scales its size.
+    :param posterior: its draws, weighted or not, are the posterior's (best-of-n's are not).
+    :param evidence: it estimates log Z.
+    :param unbiased: E[Z-hat] = Z, at any size.
+    :param texts: it infers completions; else only continuous latents.
+    :param continuous: it infers continuous latents.
+    :param prior: it keeps draws of the prior.
+    :param trains: it gives a policy.
+    """
+
+    make: Callable[[int, float, int], Any]
+    posterior: bool = True
+    evidence: bool = True
+    unbiased: bool = True
+    texts: bool = True
+    continuous: bool = True
+    prior: bool = True
+    trains: bool = False
+    exact: bool = field(default=False)
+
+
+def engine(cls: type, **settings: Any) -> Any:
+    return cls(progress=False, **settings)
+
+
+def flat_policy() -> LanguageModel:
+    """A proposal that is nearly uniform: its weights have no heavy tail."""
+    lm = table_lm(2, seed=9, vocab=4)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter *= 0.3
+    return lm
+
+
+ENGINES = {
+    "exact": Claims(lambda seed, bound, k: Exact(seed=seed), continuous=False, exact=True),
+    "importance": Claims(
+        lambda seed, bound, k: engine(ImportanceSampling, num_particles=20 * k, num_chains=20, seed=seed)
+    ),
+    "importance, policy": Claims(
+        lambda seed, bound, k: engine(
+            ImportanceSampling, num_particles=20 * k, num_chains=20, seed=seed, guide=flat_policy()
+        ),
+        continuous=False,
+        prior=False,
+    ),
+    "rejection": Claims(
+        lambda seed, bound, k: engine(
+            RejectionSampling,
+            num_samples=5 * k,
+            num_chains=20,
+            max_proposals=20_000 * k,  # enough for acceptance rates of 0.5%; a test spends all
+            log_bound=bound,
+            seed=seed,
+        ),
+        unbiased=False,  # the number of proposals depends on the draws
+    ),
+    "bestofn": Claims(
+        lambda seed, bound, k: engine(BestOfN, n=4, num_samples=5 * k, num_chains=20, seed=seed),
+        posterior=False,
+        unbiased=False,  # its chains are of draws, Z-hat is of the candidates
+    ),
+    "svi": Claims(
+        lambda seed, bound, k: engine(SVI, num_steps=5, num_particles=8, num_samples=400 * k, seed=seed),
+        unbiased=False,  # one policy's draws are; as few as 5 steps leave weights with a heavy tail
+        trains=True,
+    ),
+    "smc": Claims(
+        lambda seed, bound, k: engine(SMC, num_particles=10 * k, num_chains=40, seed=seed, twist="partial"), prior=False
+    ),
+    "smc, no twist": Claims(
+        lambda seed, bound, k: engine(SMC, num_particles=10 * k, num_chains=40, seed=seed), prior=False
+    ),
+    "smc, induced": Claims(
+        lambda seed, bound, k: engine(
+            SMC, num_particles=10 * k, num_chains=40, seed=seed, twist="partial", proposal="twist", top_k=3
+        ),
+        prior=False,
+    ),
+    "annealed": Claims(
+        lambda seed, bound, k: engine(AnnealedSMC, num_particles=10 * k, num_chains=40, seed=seed),
+        unbiased=False,  # its ladder adapts to its particles
+    ),
+    "annealed, fixed ladder": Claims(
+        lambda seed, bound, k: engine(
+            AnnealedSMC, num_particles=10 * k, num_chains=40, seed=seed, ladder=(0.3, 0.6, 1.0)
+        )
+    ),
+    "mcmc": Claims(
+        lambda seed, bound, k: engine(MCMC, num_samples=10 * k, num_chains=40, warmup=20, seed=seed),
+        evidence=False,
+        unbiased=False,
+    ),
+    "mcmc, tempered": Claims(
+        lambda seed, bound, k: engine(
+            MCMC, num_samples=10 * k, num_chains=30, warmup=20, num_temperatures=3, seed=seed
+        ),
+        evidence=False,
+        unbiased=False,
+    ),
+    "nuts": Claims(
+        lambda seed, bound, k: engine(NUTS, num_samples=25 * k, num_chains=4, warmup=100, seed=seed),
+        evidence=False,
+        unbiased=False,
+        texts=False,
+        prior=True,
+    ),
+}
+
+
+def those(**claims: bool) -> list[str]:
+    """Names of the engines of which all of these claims hold."""
+    return [name for name, entry in ENGINES.items() if all(getattr(entry, c) == wanted for c, wanted in claims.items())]

@@ -1,0 +1,50 @@
+"""A small problem that is enumerated whole, for objectives and the draws that they learn from.
+
+Vocabulary 4, 3 tokens, bigram: 40 completions a prompt.
+"""
+
+from __future__ import annotations
+
+import torch
+from support.gradients import COPIES, gradients, perturbed, policy_guide
+from support.helpers import table_lm
+from support.programs import score_table, tilted
+
+BETA = 0.5
+PROMPTS = [[1], [2, 3]]
+T = 3
+
+
+class Small:
+    """A problem that is enumerated: log q (completion, prompt) with gradient, log p + l, log pi*.
+
+    A table of order 4 knows all of a text, and can be the posterior; one of order 2 cannot.
+    """
+
+    def __init__(self, seed: int = 0, order: int = 2, scale: float = 0.5) -> None:
+        self.lm, self.table = table_lm(order, seed=seed, vocab=4), score_table(seed, vocab=4, tokens=T, scale=1.0)
+        self.policy = perturbed(self.lm, seed, scale)
+        self.parameters = list(self.policy.network.parameters())
+        self.model, self.guide = tilted(self.lm, self.table, BETA), policy_guide(self.policy, T)
+        law = self.policy(PROMPTS, max_new_tokens=T)
+        self.x = law.enumerate_support()
+        self.log_q = law.log_prob(self.x)
+        self.log_p = self.lm(PROMPTS, max_new_tokens=T).log_prob(self.x)
+        self.log_target = self.log_p + self.table[torch.arange(T), self.x].sum(-1) / BETA
+        self.log_z = self.log_target.logsumexp(0)
+        self.log_posterior = self.log_target - self.log_z
+
+    def gradient(self, loss):
+        """Of a loss (prompt,), of `COPIES` of the prompts."""
+        found = torch.autograd.grad(COPIES * loss.sum(), self.parameters, retain_graph=True)
+        return torch.cat([g.reshape(-1) for g in found])
+
+    def estimates(self, objective, **settings):
+        return gradients(objective, self.model, self.guide, self.parameters, (PROMPTS * COPIES,), **settings)
+
+
+def kl_to(policy, small):
+    """KL(q || pi*) by enumeration, (prompt,)."""
+    with torch.no_grad():
+        score = policy(PROMPTS, max_new_tokens=T).log_prob(small.x)
+        return (score.exp() * (score - small.log_posterior)).sum(0)

@@ -32,12 +32,8 @@ from bayeslm.inference.program.program import Assign, Program, ProgramError, ins
 from bayeslm.inference.program.results import Stopwatch, posterior
 from bayeslm.inference.program.run import run_particles
 from bayeslm.inference.sequential.population import Islands, Step
-from bayeslm.models.control.control import Control
-from bayeslm.models.control.mdp import MDP
-from bayeslm.models.control.policies import TabularPolicy
-from bayeslm.models.control.trajectory import REWARD, Trajectory
-from bayeslm.models.lm.decoding import categorical
-from bayeslm.models.lm.network import log_softmax_at
+from bayeslm.models.control import MDP, Control, TabularPolicy, Trajectory, step_rewards
+from bayeslm.models.lm import categorical, log_softmax_at
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 
@@ -90,7 +86,7 @@ class ControlledSMC:
             )
         with seeded(self.seed), Stopwatch() as watch:
             program = inspect(model, *args, **kwargs)
-            law = model.law(model.prior, *args, **kwargs)
+            law = model.trajectory(model.prior, *args, **kwargs)
             seen = _Transitions(model)
             with track("controlled SMC", self.num_sweeps, self.progress) as report:
                 for _ in range(self.num_sweeps):
@@ -149,7 +145,7 @@ class ControlledSMC:
             token, log_q = categorical(rollout.logits)
             log_p = log_softmax_at(model.prior(state, torch.full_like(token, step)).float(), token)
             rollout.append(token, log_q)
-            reward = rollout.values[:, step, REWARD]
+            reward = step_rewards(rollout.values)[:, step]
             seen.note(*(x[~over] for x in (state, token, reward, rollout.episodes.observations)))
             gain = reward / model.beta + expected() - before if tilted else advantages[step, state[:, 0].long(), token]
             gain = gain.masked_fill(over, 0.0)

@@ -13,17 +13,15 @@ from support.processes import all_episodes, random_mdp, random_policy
 
 from bayeslm.inference import (
     SVI,
-    ControlledSMC,
     Critic,
     ImportanceSampling,
     LogVariance,
     ProgramError,
     RejectionSampling,
     ReverseKL,
-    SoftValueIteration,
-    StateValues,
     Tempering,
 )
+from bayeslm.inference.control import ControlledSMC, SoftValueIteration, StateValues
 from bayeslm.models.control import (
     MDP,
     Control,
@@ -169,7 +167,7 @@ def test_a_factor_of_the_whole_trajectory_has_the_same_gradient():
     control, policy, _, gradient = elbo_problem(1)
 
     def whole(starts):
-        law = control.law(control.prior, starts)
+        law = control.trajectory(control.prior, starts)
         with pyro.plate("prompts", len(starts)):
             pyro.factor("return", returns(pyro.sample("trajectory", law)) / BETA)
 
@@ -420,7 +418,7 @@ def test_what_cannot_be_planned_is_refused():
     with pytest.raises(ProgramError, match="discrete states"):
         ControlledSMC().run(Control(GymEnvironment("CartPole-v1"), 1.0, 5))
     with pytest.raises(ProgramError, match="Control program"):
-        ControlledSMC().run(lambda: pyro.sample("trajectory", control.law(control.prior)))
+        ControlledSMC().run(lambda: pyro.sample("trajectory", control.trajectory(control.prior)))
     with pytest.raises(ValueError, match="defensive"):
         ControlledSMC(defensive=2.0)
     with pytest.raises(ValueError, match="fixed"):

@@ -8,8 +8,7 @@ from .markov.suffix_kernel import SuffixKernel
 from .mcmc import MCMC
 from .nuts import NUTS
 from .predictive import predict
-from .program.program import ProgramError
-from .program.results import EvidenceError
+from .program import EvidenceError, ProgramError
 from .rejection import BestOfN, RejectionSampling
 from .sequential.twist_learning import TwistLearning
 from .smc import SMC

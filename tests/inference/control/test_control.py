@@ -364,7 +364,7 @@ def test_the_exact_plan_makes_every_particle_exact(monkeypatch, dynamics):
     end. With fixed dynamics, chance makes no difference on the way."""
     mdp, control = problem(1, deterministic=dynamics == "tilted")
     exact = SoftValueIteration(BETA, HORIZON, dynamics).run(mdp)
-    monkeypatch.setattr(ControlledSMC, "_plan", lambda *_: exact)
+    monkeypatch.setattr(SoftValueIteration, "run", lambda *_: exact)
     smc = ControlledSMC(num_sweeps=1, num_particles=20, defensive=0.0, dynamics=dynamics, seed=0)
     posterior = smc.run(control, STARTS)
     assert posterior.stats["ess_by_step"] == pytest.approx(20, abs=1e-3)

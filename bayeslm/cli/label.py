@@ -142,7 +142,7 @@ class Session:
                     )
                     return False
                 try:
-                    self._keep(question.answered(judge(question.prompt, question.first, question.second)))
+                    self._keep(question.with_answer(judge(question.prompt, question.first, question.second)))
                 except Undo:
                     self._undo()
                 else:

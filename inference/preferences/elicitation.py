@@ -30,7 +30,7 @@ from bayeslm.inference.laplace import Laplace
 from bayeslm.inference.program import check_counts, check_positive, seeded
 from bayeslm.models import TiltedLM
 from bayeslm.models.lm import LanguageModel
-from bayeslm.models.preferences import Answer, BradleyTerry, Judge, Question, UncertainReward, answered
+from bayeslm.models.preferences import Answer, BradleyTerry, Judge, Question, UncertainReward, to_comparisons
 from bayeslm.posterior import Posterior
 
 from .acquisition import Acquisition, InformationGain
@@ -204,7 +204,7 @@ class Elicitation:
 
         :raises ValueError: if nothing was answered.
         """
-        data = answered(answers)
+        data = to_comparisons(answers)
         if data is None:
             raise ValueError("no question has an answer: the posterior is the prior")
         with self._seeded(answers):
@@ -215,7 +215,7 @@ class Elicitation:
 
         :param example: any prompt and completion, for the features' number d.
         """
-        if answered(answers) is not None:
+        if to_comparisons(answers) is not None:
             samples = self.posterior(answers).resample().samples["weights"]
             return torch.as_tensor(samples).flatten(0, 1)
         x = self.model.featurise([example[0]], [example[1]])
@@ -250,7 +250,7 @@ class Elicitation:
         """
         answers = [] if answers is None else answers
         while (question := self.ask(candidates, answers)) is not None:
-            answer = question.answered(judge(question.prompt, question.first, question.second))
+            answer = question.with_answer(judge(question.prompt, question.first, question.second))
             answers.append(answer)
             yield answer
 

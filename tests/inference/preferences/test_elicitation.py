@@ -16,7 +16,7 @@ from bayeslm.inference.control import Boltzmann, EpsilonGreedy, Random, Thompson
 from bayeslm.inference.preferences import Duel, Elicitation, FreshCompletions, InformationGain, Pool, Tilted
 from bayeslm.inference.preferences.acquisition import information
 from bayeslm.models import TiltedLM
-from bayeslm.models.preferences import Answer, BradleyTerry, Question, SimulatedJudge, UncertainReward, answered
+from bayeslm.models.preferences import Answer, BradleyTerry, Question, SimulatedJudge, UncertainReward, to_comparisons
 from bayeslm.models.rewards import Reward
 
 TRUTH = torch.tensor([1.5, -1.0, 0.5, 0.0, 2.0])
@@ -246,11 +246,11 @@ def test_answers():
         assert not replace(answer, probability=0.5, first_is_better=even).foreseen
     skipped = replace(answer, first_is_better=None)
     assert (skipped.surprisal, skipped.foreseen) == (0.0, False)
-    assert answered([skipped]) is None
-    data = answered([answer, skipped, replace(answer, first_is_better=True)])
+    assert to_comparisons([skipped]) is None
+    data = to_comparisons([answer, skipped, replace(answer, first_is_better=True)])
     assert (data.chosen, data.rejected) == (["two", "one"], ["one", "two"])
     with pytest.raises(TypeError, match="True, False or None"):
-        answer.answered("1")
+        answer.with_answer("1")
 
 
 # -- the loop --------------------------------------------------------------------------------------------------

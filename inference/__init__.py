@@ -15,7 +15,7 @@ from .nuts import NUTS
 from .predictive import predict
 from .preferences.acquisition import Acquisition, Duel, InformationGain, Tilted
 from .preferences.elicitation import Elicitation, FreshCompletions, Pool
-from .program import EvidenceError, ProgramError
+from .program import EvidenceError, ProgramError, RunError
 from .rejection import BestOfN, RejectionSampling
 from .sequential.twist_learning import TwistLearning
 from .smc import SMC
@@ -84,6 +84,7 @@ __all__ = [
     "Renyi",
     "Replay",
     "ReverseKL",
+    "RunError",
     "SoftValueIteration",
     "StateValues",
     "SuffixKernel",

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from bayeslm.inference.program import (
-    Assign,
     Particles,
     Program,
     ProgramError,
     Stopwatch,
+    assign_values,
     check_counts,
     inspect,
     posterior,
@@ -113,7 +113,7 @@ class ControlledSMC:
                 num_chains=self.num_chains,
                 log_weights=islands.total,
                 roots=islands.roots,
-                stats=watch.read() | Islands.record([islands]) | {"environment_steps": seen.total},
+                stats=watch.stats() | Islands.record([islands]) | {"environment_steps": seen.total},
                 policy=TabularPolicy(self._plan(model, seen).policy.log().clamp_min(-50.0)),
             )
 
@@ -174,7 +174,7 @@ class ControlledSMC:
         """Run the program at the trajectories, and weigh by its factors."""
         parts = []
         for some in values.split(program.max_particles):
-            with Assign(program, {"trajectory": some}):
+            with assign_values(program, {"trajectory": some}):
                 parts.append(run_particles(program, None, len(some)))
         particles = Particles.concatenate(parts)
         islands.weigh_terms(particles.log_likelihood, "the end of the program")

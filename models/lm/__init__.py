@@ -2,6 +2,7 @@
 
 from .autoregressive import Autoregressive
 from .language_model import LanguageModel
+from .network import count_usage
 from .twist import Twist
 
-__all__ = ["Autoregressive", "LanguageModel", "Twist"]
+__all__ = ["Autoregressive", "LanguageModel", "Twist", "count_usage"]

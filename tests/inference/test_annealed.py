@@ -25,7 +25,7 @@ from support.programs import (
 )
 
 from bayeslm import Posterior, diagnostics
-from bayeslm.inference import EvidenceError, Exact
+from bayeslm.inference import EvidenceError, Exact, RunError
 from bayeslm.inference.annealed import AnnealedSMC, next_temperature
 
 LIMIT = 4.5
@@ -255,10 +255,11 @@ def test_an_interruption_cools_what_there_is():
     z = (posterior.log_evidence - exact.log_evidence) / posterior.log_evidence_stderr
     assert (np.abs(z) < LIMIT).all()
     calls, error = 0, RuntimeError("the reward's server is down")
-    with pytest.raises(RuntimeError, match="server is down") as caught:
+    with pytest.raises(RunError, match="server is down") as caught:
         engine.run(model, PROMPTS)
-    assert len(caught.value.particles.log_prior) == 100 * ISLANDS
-    assert "inverse temperature" in caught.value.__notes__[0]
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert len(caught.value.so_far.particles) == 100 * ISLANDS
+    assert f"{100 * ISLANDS} particles" in str(caught.value)
 
 
 def test_particles_that_all_die_are_an_error_that_names_the_constraint():

@@ -15,7 +15,7 @@ import torch
 from support.helpers import table_lm, tiny_llama
 
 from bayeslm import diagnostics
-from bayeslm.inference import EvidenceError, ProgramError
+from bayeslm.inference import EvidenceError, ProgramError, RunError
 from bayeslm.inference.markov.potential import Unconstrained
 from bayeslm.inference.nuts import NUTS
 from bayeslm.models.lm.autoregressive import Autoregressive
@@ -291,9 +291,12 @@ def test_what_is_drawn_before_an_interruption_is_kept():
 
     with pytest.raises(KeyboardInterrupt):
         short().run(interrupting(3, KeyboardInterrupt, []), SHORT)
-    with pytest.raises(OSError, match="stop") as caught:
+    with pytest.raises(RunError, match="stop") as caught:
         short().run(interrupting(in_third, OSError, []), SHORT)
-    np.testing.assert_array_equal(caught.value.particles.values["theta"].reshape(2, 10, 2), whole.samples["theta"])
+    assert isinstance(caught.value.__cause__, OSError)
+    np.testing.assert_array_equal(
+        caught.value.so_far.particles.values["theta"].reshape(2, 10, 2), whole.samples["theta"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import torch
 from support.helpers import table_lm, tiny_llama
 from support.programs import PROMPTS, ExactTwist, conversation, longer, score_table, tilted
 
-from bayeslm.inference import SMC, EvidenceError, Exact, ImportanceSampling, ProgramError
+from bayeslm.inference import SMC, EvidenceError, Exact, ImportanceSampling, ProgramError, RunError
 from bayeslm.models import TiltedLM, rewards
 
 LIMIT = 4.0
@@ -485,9 +485,10 @@ def test_ctrl_c_and_errors_keep_complete_islands():
     assert posterior.stats["interrupted"]
     assert posterior.log_weights.shape == (2, 10, 2)
     calls |= {"left": 13, "error": RuntimeError("the judge is asleep")}
-    with pytest.raises(RuntimeError, match="asleep") as caught:
+    with pytest.raises(RunError, match="asleep") as caught:
         engine.run(model, PROMPTS)
-    assert len(caught.value.particles.log_prior) == 20
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert len(caught.value.so_far.particles) == 20
 
 
 @pytest.mark.parametrize(

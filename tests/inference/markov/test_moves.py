@@ -168,8 +168,8 @@ def test_moves_of_every_latent_are_reversible(model):
         assert_reversible(target, target.index(state), target.index(after))
         again = score(target.program, {site.name: after.values[site.name] for site in target.program.latents})
         torch.testing.assert_close(after.log_prior, again.log_prior, atol=1e-5, rtol=1e-5)
-        for name, scores in again.token_scores.items():
-            torch.testing.assert_close(after.token_scores[name], scores, atol=1e-5, rtol=1e-5)
+        for name, scores in again.token_log_prob.items():
+            torch.testing.assert_close(after.token_log_prob[name], scores, atol=1e-5, rtol=1e-5)
         for name, term in again.log_likelihood.items():
             torch.testing.assert_close(after.log_likelihood[name], term)
 

@@ -254,9 +254,9 @@ def test_hard_constraints_on_another_engines_draws():
 def test_equal_prompts_keep_the_buffer_and_others_do_not(monkeypatch):
     """In a loop of plain Pyro that makes its list of prompts at every step: new draws at every third."""
     small, drawn, looks = Small(), [], []
-    new, first_look = draws_module.of_guide, program_module._first_look
+    new, first_look = draws_module.of_guide, program_module._inspect
     monkeypatch.setattr(draws_module, "of_guide", lambda *args: drawn.append(1) or new(*args))
-    monkeypatch.setattr(program_module, "_first_look", lambda *args: looks.append(1) or first_look(*args))
+    monkeypatch.setattr(program_module, "_inspect", lambda *args: looks.append(1) or first_look(*args))
     svi = pyro.infer.SVI(small.model, small.guide, pyro.optim.Adam({"lr": 1e-3}), LogVariance(8, Replay(every=3)))
 
     def lots(prompts, steps):

@@ -12,8 +12,7 @@ from torch import Tensor
 from bayeslm import Posterior
 from bayeslm.inference import Exact
 from bayeslm.inference.markov.moves import log_target
-from bayeslm.inference.program.particles import Particles
-from bayeslm.inference.program.program import inspect
+from bayeslm.inference.program import Particles, inspect
 from bayeslm.models import LanguageModel
 
 

@@ -16,8 +16,10 @@ import torch
 from models.lm.test_network import ARCHITECTURES, PROMPTS
 from pyro import poutine
 from scipy import stats
-from support.helpers import assert_drawn_from, by_hand, count_completions, random_network, table_lm, tiny_llama
-from support.programs import SHORT, Enumerated, conversation, score_table, shared, tilted
+from support.models import random_network, table_lm, tiny_llama
+from support.oracles import Enumerated, by_hand
+from support.programs import SHORT, conversation, score_table, shared, tilted
+from support.statistics import assert_drawn_from, count_completions
 
 from bayeslm.inference import ProgramError
 from bayeslm.inference.markov.moves import RandomWalk, SuffixMove, Tally, latent_moves, score

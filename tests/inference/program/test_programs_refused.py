@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from support.helpers import table_lm
+from support.models import table_lm
 from torch import nn
 
 from bayeslm.inference import (

@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 from support.gradients import COPIES, LIMIT, assert_unbiased, gradients, perturbed, policy_guide
-from support.helpers import table_lm, tiny_llama
+from support.models import table_lm, tiny_llama
 from support.programs import PROMPTS, score_table, tilted
 from torch import Tensor, nn
 

@@ -69,7 +69,7 @@ def rhat(values: ArrayLike) -> Array:
     constant quantity, and for fewer than four draws a chain.
     Source: Vehtari, Gelman, Simpson, Carpenter, Bürkner 2021, arXiv 1903.08008.
     """
-    from bayeslm.arviz import statistic
+    from bayeslm.arviz_versions import statistic
 
     array = np.asarray(values, dtype=float)
     if array.shape[0] == 1:
@@ -83,7 +83,7 @@ def ess_bulk(values: ArrayLike) -> Array:
 
     NaN for fewer than four draws a chain. Source: as `rhat`.
     """
-    from bayeslm.arviz import statistic
+    from bayeslm.arviz_versions import statistic
 
     return statistic("ess", np.asarray(values, dtype=float), method="bulk")
 
@@ -289,7 +289,7 @@ def _stderr(posterior: Posterior, estimate: Array, influence: Array) -> Array:
     if posterior.kind == "enumerated":
         return np.zeros(estimate.shape)
     if posterior.kind in ("markov", "uncorrected"):  # neighbours may be alike
-        from bayeslm.arviz import statistic
+        from bayeslm.arviz_versions import statistic
 
         return standard_error(estimate, influence, size=statistic("ess", influence, method="mean"))
     return standard_error(estimate, influence, roots=posterior.roots)

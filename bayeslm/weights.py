@@ -61,7 +61,7 @@ def psis(log_weights: ArrayLike) -> tuple[Array, Array]:
     Source: Vehtari, Simpson, Gelman, Yao, Gabry 2024, arXiv 1507.02646.
     Raises ValueError if every weight of a prompt is zero.
     """
-    from bayeslm.arviz import psislw
+    from bayeslm.arviz_versions import psislw
 
     smoothed = normalise(log_weights)
     khat = np.full(smoothed.shape[2], np.nan)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from bayeslm.files import whole
+from bayeslm.files import atomic_folder
 
 KILLED = """
 import os, sys
-from bayeslm.files import whole
+from bayeslm.files import atomic_folder
 
-with whole(sys.argv[1]) as folder:
+with atomic_folder(sys.argv[1]) as folder:
     (folder / "first").write_text("1")
     os._exit(9)  # as a kill: nothing is cleaned up
 """
@@ -25,7 +25,7 @@ def test_what_was_written_is_there_in_the_end(tmp_path: Path, existing: bool) ->
     place = tmp_path / "new" / "run"
     if existing:
         place.mkdir(parents=True)
-    with whole(place) as folder:
+    with atomic_folder(place) as folder:
         (folder / "inner").mkdir()
         (folder / "inner" / "file").write_text("1")
         assert place.exists() == existing
@@ -36,7 +36,7 @@ def test_what_was_written_is_there_in_the_end(tmp_path: Path, existing: bool) ->
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_an_error_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
     def write() -> None:
-        with whole(tmp_path / "run") as folder:
+        with atomic_folder(tmp_path / "run") as folder:
             (folder / "first").write_text("1")
             raise error
 
@@ -50,14 +50,14 @@ def test_a_writer_that_is_killed_leaves_nothing_of_that_name(tmp_path: Path) -> 
     assert done.returncode == 9
     assert not (tmp_path / "run").exists()
     assert [path.name[:5] for path in tmp_path.iterdir()] == [".run."]
-    with whole(tmp_path / "run") as folder:  # what is left of it is in nobody's way
+    with atomic_folder(tmp_path / "run") as folder:  # what is left of it is in nobody's way
         (folder / "second").write_text("2")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["second"]
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     def write(place: Path) -> None:
-        with whole(place) as folder:
+        with atomic_folder(place) as folder:
             (folder / "first").write_text("1")
 
     (tmp_path / "full").mkdir()

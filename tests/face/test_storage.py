@@ -115,7 +115,7 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
-    """The limit lets all files pass but posterior.nc, at which HDF5 would crash the process."""
+    """The limit allows all files but posterior.nc; if HDF5 wrote that itself, the process would crash."""
     resource = pytest.importorskip("resource")
     posterior = from_prior(0)
     whole = posterior.save(tmp_path / "whole")
@@ -142,7 +142,7 @@ def test_a_posterior_without_any_weight_can_still_be_saved(tmp_path: Path) -> No
     np.testing.assert_array_equal(Posterior.load(saved).log_weights, posterior.log_weights)
 
 
-def test_load_says_what_is_wrong(tmp_path: Path) -> None:
+def test_load_refuses_other_folders_and_formats(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no posterior"):
         Posterior.load(tmp_path)
     saved = enumerated().save(tmp_path / "run")

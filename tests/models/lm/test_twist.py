@@ -258,7 +258,7 @@ def test_saved_and_loaded(tmp_path):
             Twist.from_pretrained(tmp_path / "twist", other)
     header = tmp_path / "twist" / "twist.json"
     header.write_text(json.dumps({**json.loads(header.read_text()), "format": "bayeslm.twist/0"}))
-    with pytest.raises(ValueError, match="not written by a version"):
+    with pytest.raises(ValueError, match="this version of bayeslm reads"):
         Twist.from_pretrained(tmp_path / "twist", lm)
 
 

@@ -52,11 +52,6 @@ def log_weight(guide: Any) -> np.ndarray:
     return exact().log_joint[0] - proposal.log_prob(torch.as_tensor(exact().samples["completion"][0])).numpy()
 
 
-def assert_mean(values: np.ndarray, expected: Any) -> None:
-    """The mean of independent values (value, ...) agrees with what is expected."""
-    assert (np.abs(values.mean(0) - expected) < LIMIT * values.std(0, ddof=1) / len(values) ** 0.5 + 1e-6).all()
-
-
 # ---- conditional importance sampling ----
 
 

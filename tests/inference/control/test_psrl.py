@@ -10,7 +10,7 @@ import torch
 from scipy import integrate, stats
 from support.statistics import LIMIT, assert_mean
 
-from bayeslm.inference import PSRL, Boltzmann, EpisodicTask, EpsilonGreedy, Random, SoftValueIteration, Thompson
+from bayeslm.inference.control import PSRL, Boltzmann, EpisodicTask, EpsilonGreedy, Random, SoftValueIteration, Thompson
 from bayeslm.models.control import (
     MDP,
     Bandit,
@@ -78,13 +78,13 @@ def test_the_regret_of_a_bernoulli_bandit_is_the_exact_one(strategy, seed):
     expected = exact_regret(strategy, 7)
     assert_mean(learning.regret, expected)
     assert_mean(learning.returns, max(ARMS) - np.array(expected))
-    assert_mean(learning.belief.law.concentration.sum((1, 2)) - 7, 4.0)  # every pull was counted, once
+    assert_mean(learning.belief.rewards.concentration.sum((1, 2)) - 7, 4.0)  # every pull was counted, once
 
 
 def test_gaussian_arms_learn_from_their_own_pulls():
     bandit = Bandit(torch.tensor([1.0, 0.0, -3.0]), scale=torch.tensor([0.5, 2.0, 1.0]))
     learning = PSRL(300, Random(), num_runs=200, seed=0, progress=False).run(bandit, GaussianArms.prior(3))
-    law = learning.belief.law
+    law = learning.belief.rewards
     assert_mean(law.count.sum(1), 303.0)
     assert_mean(law.mean * law.count / (law.count - 1), bandit.means)  # the prior's mean of 0 taken off
     np.testing.assert_allclose((law.rate / law.shape).mean(0), [0.25, 4.0, 1.0], rtol=0.1)

@@ -12,21 +12,9 @@ import torch
 from support.models import table_lm
 from support.statistics import assert_drawn_from, assert_estimate, assert_mean
 
-from bayeslm.inference import (
-    Boltzmann,
-    Duel,
-    Elicitation,
-    EpsilonGreedy,
-    Exact,
-    FreshCompletions,
-    ImportanceSampling,
-    InformationGain,
-    Laplace,
-    Pool,
-    Random,
-    Thompson,
-    Tilted,
-)
+from bayeslm.inference import Exact, ImportanceSampling, Laplace
+from bayeslm.inference.control import Boltzmann, EpsilonGreedy, Random, Thompson
+from bayeslm.inference.preferences import Duel, Elicitation, FreshCompletions, InformationGain, Pool, Tilted
 from bayeslm.inference.preferences.acquisition import information
 from bayeslm.models import TiltedLM
 from bayeslm.models.preferences import Answer, BradleyTerry, Question, SimulatedJudge, UncertainReward, answered

@@ -10,7 +10,7 @@ from support.statistics import assert_estimate, assert_evidence, assert_mean
 
 from bayeslm import diagnostics
 from bayeslm.inference import NUTS, SVI, ImportanceSampling
-from bayeslm.models.control import Dirichlet, NormalGamma, Steps, UnknownMDP, Worlds
+from bayeslm.models.control import Dirichlet, Experience, NormalGamma, UnknownMDP, Worlds
 
 REWARD = (0.3, 1.5, 3.0, 2.0)
 
@@ -76,9 +76,9 @@ def test_small_concentrations_are_drawn_as_they_are(dtype):
         assert (p.amax(-1) > 0.99).double().mean() > 0.99
 
 
-def episode() -> Steps:
+def episode() -> Experience:
     """Two runs in 3 states with 2 actions; the second ends early, and is padded with steps that never were."""
-    return Steps(
+    return Experience(
         states=torch.tensor([[0, 1, 1, 0], [0, 1, 2, 2]]),
         actions=torch.tensor([[1, 0, 0, 1], [1, 1, 0, 0]]),
         rewards=torch.tensor([[0.5, 1.0, -2.0, 1.5], [0.25, 4.0, 99.0, 99.0]], dtype=torch.float64),
@@ -120,11 +120,11 @@ def test_worlds_drawn_have_the_mean_world():
     assert (worlds.expected_rewards[:, 1, 2] == 0).all()
 
 
-def problem(seed: int) -> tuple[Worlds, Steps, Worlds]:
+def problem(seed: int) -> tuple[Worlds, Experience, Worlds]:
     """A prior of 2 states and 2 actions, 40 steps, and the posterior in closed form."""
     generator = torch.Generator().manual_seed(seed)
     walk = torch.randint(2, (41,), generator=generator)
-    steps = Steps(
+    steps = Experience(
         states=walk[:-1],
         actions=torch.randint(2, (40,), generator=generator),
         rewards=torch.randn(40, generator=generator, dtype=torch.float64) + walk[:-1],
@@ -185,7 +185,7 @@ def test_svi_agrees_with_the_closed_form(seed):
     assert -1.0 < posterior.stats["elbo"][0, -50:].mean() - log_z < 0.05
 
 
-def log_evidence(prior: Worlds, belief: Worlds, steps: Steps) -> float:
+def log_evidence(prior: Worlds, belief: Worlds, steps: Experience) -> float:
     """log Z in closed form, pair by pair: Polya's urn of the next states, and `log_evidence_of_rewards`."""
     total = 0.0
     pair = (2 * steps.states + steps.actions)[steps.valid]
@@ -200,7 +200,7 @@ def log_evidence(prior: Worlds, belief: Worlds, steps: Steps) -> float:
 
 def test_importance_sampling_finds_the_evidence():
     prior, steps, belief = problem(0)
-    few = Steps(*(x[:4] for x in vars(steps).values()))
+    few = Experience(*(x[:4] for x in vars(steps).values()))
     belief = prior.update(few)
     posterior = ImportanceSampling(num_particles=20_000, seed=0, progress=False).run(UnknownMDP(prior), few)
     assert_evidence(posterior, log_evidence(prior, belief, few))

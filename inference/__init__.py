@@ -8,7 +8,7 @@ from .markov.suffix_kernel import SuffixKernel
 from .mcmc import MCMC
 from .nuts import NUTS
 from .predictive import predict
-from .program import EvidenceError, ProgramError
+from .program import EvidenceError, ProgramError, RunError
 from .rejection import BestOfN, RejectionSampling
 from .sequential.twist_learning import TwistLearning
 from .smc import SMC
@@ -63,6 +63,7 @@ __all__ = [
     "Renyi",
     "Replay",
     "ReverseKL",
+    "RunError",
     "SuffixKernel",
     "Tempering",
     "TensorBoard",

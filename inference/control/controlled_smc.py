@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 
 from bayeslm.inference.program import (
-    Assign,
     Particles,
     Program,
     ProgramError,
     Stopwatch,
+    assign_values,
     check_counts,
     inspect,
     posterior,
@@ -118,7 +118,7 @@ class ControlledSMC:
                 num_chains=self.num_chains,
                 log_weights=islands.total,
                 roots=islands.roots,
-                stats=watch.read() | Islands.record([islands]) | {"environment_steps": transitions.total},
+                stats=watch.stats() | Islands.record([islands]) | {"environment_steps": transitions.total},
                 policy=TabularPolicy(self._plan(model, transitions).policy.log().clamp_min(-50.0)),
             )
 
@@ -190,7 +190,7 @@ class ControlledSMC:
         """Run the program with these trajectories, and multiply the weights by its factors."""
         parts = []
         for some in values.split(program.max_particles):
-            with Assign(program, {"trajectory": some}):
+            with assign_values(program, {"trajectory": some}):
                 parts.append(run_particles(program, None, len(some)))
         particles = Particles.concatenate(parts)
         islands.weigh_terms(particles.log_likelihood, "the end of the program")

@@ -4,7 +4,7 @@ from .autoregressive import Autoregressive
 from .decoding import Steps, categorical
 from .encoding import Prompt, encode
 from .language_model import LanguageModel
-from .network import log_softmax_at
+from .network import count_usage, log_softmax_at
 from .twist import Twist
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Steps",
     "Twist",
     "categorical",
+    "count_usage",
     "encode",
     "log_softmax_at",
 ]

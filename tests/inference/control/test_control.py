@@ -8,8 +8,9 @@ import math
 import pyro
 import pytest
 import torch
-from support.gradients import LIMIT, assert_unbiased, gradients
+from support.gradients import assert_unbiased, gradients
 from support.processes import all_episodes, random_mdp, random_policy
+from support.statistics import assert_mean
 
 from bayeslm.inference import (
     SVI,
@@ -131,7 +132,7 @@ def test_gradients_are_those_of_the_soft_value(baseline):
     assert_unbiased(-found, gradient)
     with torch.no_grad():
         losses = torch.tensor([objective.loss(control, control.guide(policy), COPIES) for _ in range(60)])
-    assert abs(float(losses.mean() + elbo)) < LIMIT * float(losses.std()) / 60**0.5
+    assert_mean(losses, -float(elbo))
 
 
 def test_state_values_take_out_what_is_past_and_what_was_expected():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import integrate, stats
-from support.helpers import assert_drawn_from
+from support.statistics import assert_drawn_from
 
 from bayeslm.inference.control import Boltzmann, EpsilonGreedy, Random, Thompson
 from bayeslm.models.control import BernoulliArms, Dirichlet, GaussianArms, NormalGamma

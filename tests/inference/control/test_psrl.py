@@ -1,7 +1,4 @@
-"""PSRL: its regret against an exact computation, its tasks against exact values, and what it is for.
-
-Means over runs are compared within 4.5 standard errors: false alarm 7e-6 a comparison.
-"""
+"""PSRL: its regret against an exact computation, its tasks against exact values, and what it is for."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import integrate, stats
+from support.statistics import LIMIT, assert_mean
 
 from bayeslm.inference.control import PSRL, Boltzmann, EpisodicTask, EpsilonGreedy, Random, SoftValueIteration, Thompson
 from bayeslm.models.control import (
@@ -25,16 +23,7 @@ from bayeslm.models.control import (
 )
 from bayeslm.plots import plot_regret
 
-LIMIT = 4.5
 ARMS = (0.8, 0.5)
-
-
-def assert_mean(x, expected) -> None:
-    """The mean of independent runs (run, ...)."""
-    x = torch.as_tensor(x).double()
-    stderr = (x.std(0) / len(x) ** 0.5).clamp_min(1e-9)
-    error = (x.mean(0) - torch.as_tensor(expected)) / stderr
-    assert error.abs().max() < LIMIT, error
 
 
 # -- bandits ---------------------------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def test_fresh_completions_have_the_posterior_with_the_reward_uncertain(epsilon)
     mixture = torch.stack([p for p, _ in laws]).mean(0)
     if epsilon is not None:
         mixture = 0.7 * law(weights.mean(0))[0] + 0.3 * law(torch.zeros(2))[0]
-    drawn = [fresh._draw("c", fresh._weights(weights)) for _ in range(200)]
+    drawn = [fresh.draw("c", weights) for _ in range(200)]
     counts = torch.tensor([drawn.count(name) for name in names])
     assert_drawn_from(counts, mixture.log())
     pool = fresh(weights)
@@ -323,7 +323,7 @@ def test_before_the_first_answer_there_is_the_prior():
     weights = LOOPS["information"].weights([], POOL.example)
     assert weights.shape == (256, 5)
     assert weights.square().mean().item() == pytest.approx(16 / 5, rel=4.5 * math.sqrt(2 / 1280))
-    with pytest.raises(ValueError, match="no question has an answer"):
+    with pytest.raises(ValueError, match="no question was answered"):
         LOOPS["information"].posterior([Answer("a", "1", "2", 0.5, None)])
 
 

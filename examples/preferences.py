@@ -68,9 +68,7 @@ def main(folder: Path) -> None:
         mean, limit = found.ece_if_calibrated
         print(f"\n{name}: {posterior.stats['seconds']:.0f} seconds. {len(held_out)} held-out comparisons:")
         print(found.table().round(4).to_string())
-        print(
-            f"(calibrated probabilities have a mean ECE of {mean:.3f}, and one below {limit:.3f} in 95% of data sets)"
-        )
+        print(f"(calibrated probabilities have a mean ECE of {mean:.3f}, and below {limit:.3f} in 95% of data sets)")
         loo = az.loo(posterior.to_arviz(), var_name="preferred").elpd_loo / len(train)
         print(f"leave-one-out log score of the {len(train)} training comparisons: {loo:.3f} nats each")
         if name == "NUTS":

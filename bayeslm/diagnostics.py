@@ -295,9 +295,7 @@ def _mean(posterior: Posterior, values: ArrayLike, weighted: bool) -> tuple[Arra
     if values.ndim != 3 or values.shape[:2] != shape[:2] or shape[2] not in (1, values.shape[2]):
         raise ValueError(f"values must be (chain, draw, prompt), so {shape}, not {values.shape}")
     if not weighted and posterior.kind == "enumerated":
-        raise ValueError(
-            "an enumeration lists every value once: weighted=False is undefined for it"
-        )
+        raise ValueError("an enumeration lists every value once: weighted=False is undefined for it")
     relative = posterior.weights() * num_draws(values) if weighted else np.ones(shape)
     with np.errstate(invalid="ignore"):  # 0 · inf counts as 0; inf − inf has no standard error
         mean = np.where(relative > 0, relative * values, 0.0).mean(axis=POOL)

@@ -21,19 +21,21 @@ def one_line_errors() -> Iterator[None]:
 
     :raises typer.Exit: after such an error, or Ctrl-C.
     """
-    from bayeslm.inference import EvidenceError
+    from bayeslm.inference import EvidenceError, RunError
 
-    code = FAILED
     try:
         yield
         return
-    except EvidenceError as error:
-        message, code = str(error), NO_POSTERIOR
-    except KeyboardInterrupt as error:
-        notes = getattr(error, "__notes__", []) or ["before there was a result"]
-        message, code = "interrupted: " + "\n".join(notes), INTERRUPTED
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
-        message = str(error).partition("\nTrace Shapes:")[0].strip()  # Pyro appends a trace to errors
-        message += "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
+    except (Exception, KeyboardInterrupt) as error:
+        cause = error.__cause__ if isinstance(error, RunError) else error
+        notes = getattr(error, "__notes__", [])
+        if isinstance(cause, KeyboardInterrupt):
+            results = notes or ["before there was a result" if cause is error else str(error)]
+            message, code = "interrupted: " + "\n".join(results), INTERRUPTED
+        elif isinstance(cause, ValueError | TypeError | OSError | ImportError | FloatingPointError):
+            code = NO_POSTERIOR if isinstance(cause, EvidenceError) else FAILED
+            message = "\n".join([str(error).partition("\nTrace Shapes:")[0].strip(), *notes])  # Pyro appends a trace
+        else:
+            raise
     err_console.print(f"bayeslm: {message}", style="red", markup=False, highlight=False)
     raise typer.Exit(code)

@@ -18,7 +18,7 @@ from .session import Session
 from .terminal_judge import TerminalJudge
 
 if TYPE_CHECKING:
-    from bayeslm.inference import Elicitation, Pool
+    from bayeslm.inference.preferences import Elicitation, Pool
 
 COMPLETIONS = 16  # the default for each prompt
 FEATURES = ("sentence", "hidden")
@@ -139,7 +139,7 @@ def _pool(
     The last row of a batch says how many completions were ``drawn`` for each prompt of the batch. Without that row the
     batch was interrupted, and is drawn again by the same seed; a pool drops repeated rows.
     """
-    from bayeslm.inference import Pool
+    from bayeslm.inference.preferences import Pool
 
     rows = [(row.get("prompt"), row.get("completion")) for row in file.rows]
     if bad := [i for i, row in enumerate(rows) if not all(isinstance(text, str) for text in row)]:
@@ -171,9 +171,7 @@ def _drawn(rows: list[dict[str, Any]]) -> dict[str, int]:
             batch.clear()
     return drawn
 
-
-def _loop(pool: Pool, acquisition: Any, name: str, components: int, lm: Callable[[], Any], seed: int) -> Elicitation:
-    from bayeslm.inference import Elicitation
+    from bayeslm.inference.preferences import Elicitation, Pool
     from bayeslm.models.preferences import BradleyTerry, LastHidden, SentenceEmbedding, Standardised
 
     with err_console.status("computing features of the completions"):
@@ -185,7 +183,8 @@ def _loop(pool: Pool, acquisition: Any, name: str, components: int, lm: Callable
 
 
 def _acquisition(name: str) -> Any:
-    from bayeslm.inference import Duel, EpsilonGreedy, InformationGain, Random, Thompson
+    from bayeslm.inference.control import EpsilonGreedy, Random, Thompson
+    from bayeslm.inference.preferences import Duel, InformationGain
 
     makers: dict[str, Any] = {
         "information": InformationGain,

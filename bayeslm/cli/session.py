@@ -10,7 +10,7 @@ from .journal import Journal
 from .terminal_judge import PLAIN, Quit, TerminalJudge, Undo, one_line
 
 if TYPE_CHECKING:
-    from bayeslm.inference import Elicitation, Pool
+    from bayeslm.inference.preferences import Elicitation, Pool
     from bayeslm.models.preferences import Answer
 
 RECENT = 20  # the number of last answers whose predictions are also counted separately

@@ -17,8 +17,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from scipy.stats import binom
-from support.helpers import table_lm
+from support.models import table_lm
 from support.programs import highest, score_table, tilted
+from support.statistics import assert_estimate, assert_mean
 from support.toys import enumerated
 
 from bayeslm import Posterior, diagnostics
@@ -49,11 +50,6 @@ def log_weight(guide: Any) -> np.ndarray:
     """log w of every completion (atom, prompt) under the prior or a policy."""
     proposal = (guide or LM)(PROMPTS, max_new_tokens=len(TABLE))
     return exact().log_joint[0] - proposal.log_prob(torch.as_tensor(exact().samples["completion"][0])).numpy()
-
-
-def assert_mean(values: np.ndarray, expected: Any) -> None:
-    """The mean of independent values (value, ...) agrees with what is expected."""
-    assert (np.abs(values.mean(0) - expected) < LIMIT * values.std(0, ddof=1) / len(values) ** 0.5 + 1e-6).all()
 
 
 # ---- conditional importance sampling ----
@@ -116,7 +112,7 @@ def test_the_inverse_of_a_conditional_estimate_is_unbiased(case: str) -> None:
     by_chain = diagnostics.chain_log_evidence(posterior.log_weights)
     assert_mean(np.exp(log_z - by_chain), 1.0)
     np.testing.assert_allclose(posterior.log_evidence, -np.log(np.exp(-by_chain).mean(0)), rtol=1e-6)
-    assert (np.abs(posterior.log_evidence - log_z) < LIMIT * posterior.log_evidence_stderr).all()
+    assert_estimate(posterior.log_evidence, posterior.log_evidence_stderr, log_z)
     assert (posterior.log_evidence_upper > log_z - LIMIT * by_chain.std(0) / len(by_chain) ** 0.5).all()
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from pyro.ops.indexing import Vindex
 from scipy.special import expit, logsumexp, softmax
-from support.helpers import WORDS, table_lm
+from support.models import WORDS, table_lm
 from support.toys import Gaussian
 
 from bayeslm import diagnostics

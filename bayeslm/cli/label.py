@@ -105,8 +105,8 @@ def label(
         with _files(out) as files:
             lm = cache(lambda: language_model(model, device).packed())  # a resumed session may not need it
             pool = _pool(files["pool"], new_prompts, lm, completions, max_new_tokens, seed)
-            loop = _loop(pool, acquisition, features, components, lm, seed)
-            session = Session(files["labels"], files["skipped"], loop, pool)
+            elicitation = _elicitation(pool, acquisition, features, components, lm, seed)
+            session = Session(files["labels"], files["skipped"], elicitation, pool)
             stopped = session.run(answering, number)
         session.show()
         out_console.print(f"{out}: {len(session.labels)} labels", highlight=False)
@@ -171,7 +171,11 @@ def _drawn(rows: list[dict[str, Any]]) -> dict[str, int]:
             batch.clear()
     return drawn
 
-    from bayeslm.inference.preferences import Elicitation, Pool
+
+def _elicitation(
+    pool: Pool, acquisition: Any, name: str, components: int, lm: Callable[[], Any], seed: int
+) -> Elicitation:
+    from bayeslm.inference.preferences import Elicitation
     from bayeslm.models.preferences import BradleyTerry, LastHidden, SentenceEmbedding, Standardised
 
     with err_console.status("computing features of the completions"):

@@ -24,11 +24,11 @@ class Session:
     :param skipped: rows of prompt, first and second, with ``after``, the number of labels before the skip.
     """
 
-    def __init__(self, labels: Journal, skipped: Journal, loop: Elicitation, pool: Pool) -> None:
+    def __init__(self, labels: Journal, skipped: Journal, elicitation: Elicitation, pool: Pool) -> None:
         from bayeslm.models.preferences import Comparisons
 
         self._labels, self._skipped = labels, skipped
-        self._loop, self._pool = loop, pool
+        self._elicitation, self._pool = elicitation, pool
         self.answers: list[Answer] = []
         if labels.rows:
             data = Comparisons.from_jsonl(labels.path)  # refuses a malformed line by its number
@@ -51,7 +51,7 @@ class Session:
         """
         try:
             while number is None or len(self.labels) < number:
-                question = self._loop.ask(self._pool, self.answers)
+                question = self._elicitation.ask(self._pool, self.answers)
                 if question is None:
                     err_console.print("no pair is left: all pairs of completions were compared", style="yellow")
                     return False
@@ -117,8 +117,8 @@ class Session:
         return self._spread([])
 
     def _spread(self, answers: list[Answer]) -> float:
-        weights = self._loop.weights(answers, self._pool.example)
-        rewards = self._loop.model.reward(self._pool.prompts, self._pool.completions, weights)
+        weights = self._elicitation.weights(answers, self._pool.example)
+        rewards = self._elicitation.model.reward(self._pool.prompts, self._pool.completions, weights)
         pairs = self._pool.pairs()
         return float((rewards[:, pairs[:, 0]] - rewards[:, pairs[:, 1]]).var(0).mean().sqrt())
 

@@ -161,8 +161,8 @@ def infer(
             "lora_rank": lora_rank,
         }
         of_svi = training | {"held_out": held_out, "gradient_checkpointing": gradient_checkpointing or None}
-        for option, given in of_svi.items():
-            if given is not None and "svi" not in names:
+        for option, value in of_svi.items():
+            if value is not None and "svi" not in names:
                 raise ValueError(f"--{option.replace('_', '-')} is for --engine svi")
         if policy is not None and not {"svi", "importance"} & set(names):
             raise ValueError("--policy is for --engine svi and importance")

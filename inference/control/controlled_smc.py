@@ -43,8 +43,7 @@ from bayeslm.models.control.control import Control
 from bayeslm.models.control.mdp import MDP
 from bayeslm.models.control.policies import TabularPolicy
 from bayeslm.models.control.trajectory import REWARD, Trajectory
-from bayeslm.models.lm.decoding import categorical
-from bayeslm.models.lm.network import log_softmax_at
+from bayeslm.models.lm import categorical, log_softmax_at
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 

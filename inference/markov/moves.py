@@ -37,8 +37,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from bayeslm.inference.program import Assign, Particles, Program, ProgramError, Site, run_particles, same_law
-from bayeslm.models.lm import LanguageModel
-from bayeslm.models.lm.suffix import redraw
+from bayeslm.models.lm import LanguageModel, redraw
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bayeslm import diagnostics
-from bayeslm.models.lm.network import count_usage
+from bayeslm.models.lm import count_usage
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 
@@ -44,12 +44,12 @@ class Stopwatch:
 
     def used(self) -> dict[str, Any]:
         """What there is to `go_on` from, as numbers."""
-        return {"seconds": self.seconds()} | self.usage.numbers()
+        return {"seconds": self.seconds()} | self.usage.state_dict()
 
     def go_on(self, seconds: float, **numbers: Any) -> None:
         """Count from there: what a run took that is gone on with."""
         self._start = time.perf_counter() - seconds
-        self.usage.go_on(**numbers)
+        self.usage.load_state_dict(numbers)
 
     def read(self) -> dict[str, Any]:
         """``seconds``, ``tokens``, ``model_calls``; ``mismatch``, the largest and the mean a token, if any was seen."""
@@ -155,7 +155,7 @@ def posterior(
     for site in program.completions:
         value = particles.values[site.name][: draws * num_chains]
         lengths[site.name] = split(site.fn.lengths(value))
-        if site.fn.lm.tokenizer is not None:
+        if site.fn.has_text:
             texts[site.name] = site.fn.decode(value).reshape(lengths[site.name].shape)
     return Posterior(
         samples=values,

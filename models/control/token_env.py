@@ -21,12 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bayeslm.models.lm.autoregressive import Autoregressive
-from bayeslm.models.lm.decoding import Steps
-from bayeslm.models.lm.encoding import Prompt
-from bayeslm.models.lm.language_model import LanguageModel
-
-from ..rewards import Reward
+from bayeslm.models.lm import Autoregressive, Decoder, LanguageModel, Prompt
+from bayeslm.models.rewards import Reward
 
 try:
     import gymnasium
@@ -100,7 +96,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         self.action_space = spaces.Discrete(nothing)
         self.observation_space = spaces.MultiDiscrete(np.full(self._blank.shape[-1], nothing + 1))
         self._prompt = 0
-        self._steps: Steps | None = None
+        self._steps: Decoder | None = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -114,7 +110,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         self._prompt = int(self.np_random.integers(len(self.prompts)) if chosen is None else chosen)
         if not 0 <= self._prompt < len(self.prompts):
             raise IndexError(f"TokenEnv: there is no prompt {self._prompt} among {len(self.prompts)}")
-        self._steps = self._law.steps()
+        self._steps = self._law.decoder()
         return self._blank[self._prompt].copy(), {"prompt": self._prompt}
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
@@ -168,7 +164,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
 
     @property
     def _over(self) -> bool:
-        """Whether the completion has ended. `Steps.done` may say so later: on an accelerator it is seldom asked."""
+        """Whether the completion has ended. `Decoder.done` may say so later: on an accelerator it is seldom asked."""
         steps = self._steps
         return steps is not None and (steps.t == self._law.max_new_tokens or bool(steps.finished.all()))
 

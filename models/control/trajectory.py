@@ -21,7 +21,7 @@ from torch import Size, Tensor
 from torch.distributions import constraints
 from torch.nn.functional import one_hot
 
-from bayeslm.models.lm.decoding import categorical
+from bayeslm.models.lm import categorical
 
 from .environments import Environment, Episodes
 from .policies import Policy
@@ -128,7 +128,7 @@ class Trajectory(TorchDistribution):
         scores = scores.masked_fill(~_is_well_formed(value, self.environment.num_actions), -torch.inf)
         return scores.expand((*torch.broadcast_shapes(scores.shape[:-1], self.batch_shape), self.horizon))
 
-    def read(self, value: Tensor) -> tuple[Tensor, Tensor]:
+    def token_log_prob_and_hidden(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """`token_log_prob` without gradient, and what a critic may know before each action, (*batch, horizon, width):
         the observation (one-hot where discrete), the share of the horizon that is gone, and the return so far."""
         with torch.no_grad():

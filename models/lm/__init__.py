@@ -1,7 +1,29 @@
 """Distributions over texts, and the networks behind them."""
 
 from .autoregressive import Autoregressive
+from .decoding import Decoder, categorical, generate
+from .encoding import Prompt, encode
 from .language_model import LanguageModel
-from .twist import Twist
+from .network import CausalNetwork, log_softmax_at
+from .suffix import redraw
+from .tabular import word_tokenizer
+from .twist import POWERS, Twist, TwistInputs
+from .usage import count_usage
 
-__all__ = ["Autoregressive", "LanguageModel", "Twist"]
+__all__ = [
+    "POWERS",
+    "Autoregressive",
+    "CausalNetwork",
+    "Decoder",
+    "LanguageModel",
+    "Prompt",
+    "Twist",
+    "TwistInputs",
+    "categorical",
+    "count_usage",
+    "encode",
+    "generate",
+    "log_softmax_at",
+    "redraw",
+    "word_tokenizer",
+]

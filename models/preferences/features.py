@@ -16,10 +16,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bayeslm.models.lm.encoding import encode
-from bayeslm.models.lm.language_model import LanguageModel
-
-from ..rewards.text import sentence_embeddings
+from bayeslm.models.lm import LanguageModel, encode
+from bayeslm.models.rewards import sentence_embeddings
 
 Features = Callable[[list[str], list[str]], Tensor]
 KEPT = 2**15  # texts whose features are kept: 75 MB of 576 numbers each
@@ -90,7 +88,7 @@ class LastHidden(Cached):
         hidden = []
         for rows in order.split(lm.batch_size or causal.rows_per_batch(ids.shape[-1])):
             longest = int(mask[rows[-1]].sum())
-            hidden.append(causal.read(ids[rows, -longest:], mask[rows, -longest:])[:, -1].clone())
+            hidden.append(causal.hidden_of_texts(ids[rows, -longest:], mask[rows, -longest:])[:, -1].clone())
         return torch.cat(hidden)[order.argsort()]
 
 

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from ..rewards import Reward
+from bayeslm.models.rewards import Reward
+
 from .comparisons import Comparisons
 
 Judge = Callable[[str, str, str], bool | None]

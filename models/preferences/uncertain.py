@@ -49,11 +49,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from bayeslm.files import read_header, whole
-from bayeslm.models.lm.language_model import LanguageModel
+from bayeslm.models.lm import LanguageModel
+from bayeslm.models.rewards import Reward, broadcast
 from bayeslm.posterior import Posterior
 
-from ..rewards import Reward
-from ..rewards.shapes import broadcast
 from .linear import LinearReward
 
 Form = Literal["mean", "draw", "quantile", "marginal"]

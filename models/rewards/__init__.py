@@ -7,11 +7,12 @@ it, checks what it gives, and lets it be added and scaled:
     scores = reward(prompts, lm.decode(x))
 """
 
-from .base import Reward, RewardError
+from .broadcasting import broadcast
 from .classifier import Classifier
-from .prefix import prefixes
 from .registry import get, load
-from .text import Sentiment, Similarity, TextReward, Toxicity
+from .reward import Reward, RewardError
+from .text_rewards import Sentiment, Similarity, TextReward, Toxicity, sentence_embeddings
+from .unfinished import prefixes
 from .verifiable import Constraint, Contains, Length, Matches
 
 __all__ = [
@@ -26,7 +27,9 @@ __all__ = [
     "Similarity",
     "TextReward",
     "Toxicity",
+    "broadcast",
     "get",
     "load",
     "prefixes",
+    "sentence_embeddings",
 ]

@@ -18,7 +18,7 @@ from bayeslm import diagnostics
 from bayeslm.inference import EvidenceError, ProgramError
 from bayeslm.inference.markov.potential import Unconstrained
 from bayeslm.inference.nuts import NUTS
-from bayeslm.models.lm.autoregressive import Autoregressive
+from bayeslm.models.lm import Autoregressive
 
 LIMIT = 4.0
 SHORT = [[1, 2], [3]]

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from bayeslm.models import LanguageModel
-from bayeslm.models.lm.loading import word_tokenizer
+from bayeslm.models.lm import word_tokenizer
 
 WORDS = ("<eos>", "a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k")
 

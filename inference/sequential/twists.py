@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bayeslm.inference.program import History, Program, ProgramError
+from bayeslm.inference.program import PartialRun, Program, ProgramError
 from bayeslm.models.lm import Autoregressive, Decoder, Twist
 from bayeslm.models.rewards import prefixes
 
@@ -75,7 +75,7 @@ class PrefixTwist:
     :param partial: rewards that know nothing of unfinished texts score them as they are.
     """
 
-    def __init__(self, history: History, rows: Rows, steps: Decoder, partial: bool) -> None:
+    def __init__(self, history: PartialRun, rows: Rows, steps: Decoder, partial: bool) -> None:
         self._history = history
         self._rows = rows
         self._steps = steps

@@ -127,7 +127,7 @@ class Trajectory(TorchDistribution):
         scores = scores.masked_fill(~_is_well_formed(value, self.environment.num_actions), -torch.inf)
         return scores.expand((*torch.broadcast_shapes(scores.shape[:-1], self.batch_shape), self.horizon))
 
-    def read(self, value: Tensor) -> tuple[Tensor, Tensor]:
+    def token_log_prob_and_hidden(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return `token_log_prob` without gradient, and features for a critic before each action.
 
         The features, (*batch, horizon, width), are the observation (one-hot where discrete), the elapsed fraction of
@@ -148,7 +148,7 @@ class Trajectory(TorchDistribution):
         """Return the number of actions of each episode, (*batch)."""
         return (actions(value) >= 0).sum(-1)
 
-    def steps(self) -> Rollout:
+    def rollout(self) -> Rollout:
         """Begin an episode for every element of the batch, to be played action by action by a particle method."""
         return Rollout(self, self.environment.play(self.starts.reshape(-1), copies=True))
 

@@ -118,7 +118,7 @@ def test_a_trajectory_is_a_value():
     torch.testing.assert_close(other.log_prob(value), -math.log(2) * lengths.float())
     assert distribution.support.check(value).all()
     torch.testing.assert_close(distribution.expand((500, 3)).log_prob(value), distribution.log_prob(value))
-    scores, known = distribution.read(value)
+    scores, known = distribution.token_log_prob_and_hidden(value)
     assert known.shape == (500, 3, 6, 4 + 2)
     assert not scores.requires_grad
     torch.testing.assert_close(known[..., -1], step_rewards(value).cumsum(-1) - step_rewards(value))
@@ -248,7 +248,7 @@ def test_vectorised_and_copied_environments_agree():
     distribution = Trajectory(pole, UniformPolicy(2), 60)
     with seeded(0):
         vector = torch.cat([distribution.sample((200,)) for _ in range(2)])
-        copied = distribution.expand((200,)).steps()
+        copied = distribution.expand((200,)).rollout()
         while not copied.done:
             copied.append(torch.randint(2, (200,)), torch.zeros(200))
     for value in (vector, copied.values):
@@ -262,7 +262,7 @@ def test_copies_are_independent():
     """A copy has the steps of its original, and random numbers of its own after them."""
     distribution = Trajectory(GymEnvironment("FrozenLake-v1", map_name="8x8"), UniformPolicy(4), 40).expand((30,))
     with seeded(0):
-        rollout = distribution.steps()
+        rollout = distribution.rollout()
         for _ in range(3):
             rollout.append(torch.full((30,), 2), torch.zeros(30))
         before = rollout.values.clone()

@@ -56,7 +56,7 @@ class Session:
                     err_console.print("no pair is left: all pairs of completions were compared", style="yellow")
                     return False
                 try:
-                    self._keep(question.answered(judge(question.prompt, question.first, question.second)))
+                    self._keep(question.with_answer(judge(question.prompt, question.first, question.second)))
                 except Undo:
                     self._undo()
                 else:

@@ -232,7 +232,7 @@ def test_new_prompts_join_the_pool(folder):
         (["a", "--components", "0"], "--components must be at least 1"),
         (["a", "--completions", "1"], "--completions must be at least 2"),
         (["a", "--judge", "sentimnt"], "did you mean 'sentiment'"),
-        (["a", "--judge", "length", "--temperature", "-1"], "temperature must be 0 or more"),
+        (["a", "--judge", "length", "--temperature", "-1"], "temperature must be non-negative"),
         (["a", "--number", "0"], "--number must be at least 1"),
         (["a", "--prompts", "nowhere.txt"], "not both"),
         (["--prompts", "nowhere.txt"], "No such file"),

@@ -79,7 +79,7 @@ def make_twist(
     name: str, lm: Any, model: Any, prompts: list[str], columns: dict[str, list[Any]], seed: int, out: Path | None
 ) -> Any:
     """Train a twist and save it, or load one from a folder."""
-    from bayeslm.inference import TwistLearning
+    from bayeslm.inference.sequential import TwistLearning
     from bayeslm.models import Twist
 
     if name not in ("learned", "learned-partial"):

@@ -49,9 +49,7 @@ from bayeslm.inference.sequential import (
     induced,
     retained_values,
 )
-from bayeslm.models.lm import Autoregressive, LanguageModel, Twist
-from bayeslm.models.lm.decoding import Steps, categorical
-from bayeslm.models.lm.network import log_softmax_at
+from bayeslm.models.lm import Autoregressive, Decoder, LanguageModel, Twist, categorical, log_softmax_at
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 
@@ -174,7 +172,7 @@ class SMC:
         """Write the completions of one site, token by token."""
         partial_run, length = population.partial_run, distribution.max_new_tokens
         partial_run.begin(name, distribution)
-        decoder, policies = distribution.steps(), self._policies(distribution)
+        decoder, policies = distribution.decoder(), self._policies(distribution)
         rows = SiteRows(partial_run.program, name, distribution)
         twist = self._twist(partial_run, name, rows, decoder, policies)
         proposer = policies.get(id(self._proposer))
@@ -200,7 +198,9 @@ class SMC:
                 last, log_psi = log_psi, twist.log_psi()
                 increment = increment + log_psi - last
                 parts, factors = parts | {"the twist": log_psi}, twist.factors
-            population.weigh(increment, WeightUpdate(f"token {decoder.t} of {name!r}", parts, factors, decoder))
+            population.weigh(
+                increment, WeightUpdate(f"token {decoder.t} of {name!r}", parts, factors, (distribution, decoder))
+            )
             if decoder.t == length:
                 break  # without resampling by weights that are about to change
             if (index := population.resample()) is not None:
@@ -213,7 +213,9 @@ class SMC:
         left = max(1, length - decoder.t)
         population.record_without_resampling(left)
         report(left)
-        population.weigh(-log_psi, WeightUpdate(f"the end of {name!r}", {"the twist": log_psi}, {}, decoder))
+        population.weigh(
+            -log_psi, WeightUpdate(f"the end of {name!r}", {"the twist": log_psi}, {}, (distribution, decoder))
+        )
         partial_run.write(name, decoder.values, decoder.scores)
 
     @property
@@ -225,13 +227,13 @@ class SMC:
             return None
         return _policy_of(self.proposal)
 
-    def _policies(self, distribution: Autoregressive) -> dict[int, Steps]:
+    def _policies(self, distribution: Autoregressive) -> dict[int, Decoder]:
         """Return a decoder for each policy, by its id: one for a policy that is both twist and proposal."""
         models = {id(lm): lm for lm in (self._proposer, self.twist) if isinstance(lm, LanguageModel)}
-        return {key: distribution.with_model(lm).steps() for key, lm in models.items()}
+        return {key: distribution.with_model(lm).decoder() for key, lm in models.items()}
 
     def _twist(
-        self, partial_run: PartialRun, name: str, rows: SiteRows, decoder: Steps, policies: dict[int, Steps]
+        self, partial_run: PartialRun, name: str, rows: SiteRows, decoder: Decoder, policies: dict[int, Decoder]
     ) -> SiteTwist | None:
         """Return the twist of one site, or None if it has none."""
         twist, program = self.twist, partial_run.program

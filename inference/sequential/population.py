@@ -18,7 +18,7 @@ from bayeslm.inference.program import (
     prompt_labels,
     to_numpy,
 )
-from bayeslm.models.lm.decoding import Steps
+from bayeslm.models.lm import Autoregressive, Decoder
 
 from .resampling import RESAMPLING, conditional_multinomial, ess, keep_in_place
 
@@ -41,13 +41,13 @@ class WeightUpdate(NamedTuple):
 
     ``step`` names the step of the engine. ``parts`` are the terms of the change (row,) by name, one of which is NaN or
     +inf where a weight is. ``factors`` are terms of the program (particle, prompt) by site, one of which is -inf where
-    a particle dies. ``decoder`` has the texts with the step's token, if the step wrote one.
+    a particle dies. ``texts`` are a completion's distribution and its texts with the step's token, if it wrote one.
     """
 
     step: str
     parts: dict[str, Tensor]
     factors: dict[str, Tensor]
-    decoder: Steps | None = None
+    texts: tuple[Autoregressive, Decoder] | None = None
 
 
 class RetainedRows(NamedTuple):
@@ -216,14 +216,14 @@ class Population:
         prompt = "" if program.shared else f" of prompt {column} ({prompt_labels(program)[column]!r})"
         because = f": {' and '.join(map(repr, causes))} is -inf for the last of them" if causes else ""
         error = EvidenceError(f"all {len(self.log_weights)} particles{prompt} are dead at {update.step}{because}")
-        if update.decoder is not None and update.decoder.law.lm.tokenizer is not None:
-            decoder, distribution = update.decoder, update.decoder.law
+        if update.texts is not None and update.texts[0].has_text:
+            distribution, decoder = update.texts
             rows = torch.arange(len(decoder.values), device=decoder.values.device).reshape(distribution.batch_shape)
             alive = (self.log_weights != -torch.inf)[:, column]
             if not program.shared and program.prompt_dim is not None:
                 rows = rows.movedim(program.prompt_dim, 1)[:, column]
             before = decoder.values.clone()
-            before[:, decoder.t - 1] = distribution.lm.pad_token_id
+            before[:, decoder.t - 1] = distribution.vocabulary.pad_token_id
             error.survivors = tuple(str(text) for text in distribution.decode(before[rows[alive].reshape(-1)]))
             shown = ", ".join(map(repr, error.survivors[:3]))
             error.add_note(f"alive until then ({len(error.survivors)}, all in this error's .survivors): {shown}")

@@ -46,9 +46,7 @@ from bayeslm.inference.program import (
     prompt_labels,
     seeded,
 )
-from bayeslm.models.lm import Twist
-from bayeslm.models.lm.decoding import categorical, write
-from bayeslm.models.lm.twist import POWERS, TwistInputs
+from bayeslm.models.lm import POWERS, Twist, TwistInputs, categorical, generate
 from bayeslm.progress import track
 
 from .twists import PrefixTwist, SiteRows
@@ -223,9 +221,9 @@ def _draw_prior(program: Program, name: str, size: int, reads_reward: bool) -> _
     while not partial_run.complete:
         site, distribution = partial_run.advance()
         partial_run.begin(site, distribution)
-        decoder = distribution.steps()
+        decoder = distribution.decoder()
         if site != name:
-            partial_run.write(site, *write(decoder))
+            partial_run.write(site, *generate(decoder))
             continue
         rows = SiteRows(program, site, distribution)
         prefix_twist = PrefixTwist(partial_run, rows, decoder, partial=True) if reads_reward else None

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from bayeslm.inference.program import PartialRun, Program, ProgramError
-from bayeslm.models.lm import Autoregressive, Twist
-from bayeslm.models.lm.decoding import Steps
+from bayeslm.models.lm import Autoregressive, Decoder, Twist
 from bayeslm.models.rewards import prefixes
 
 
@@ -84,7 +83,7 @@ class PrefixTwist:
     :param partial: whether rewards without a ``prefix`` method score an unfinished text as if it were finished.
     """
 
-    def __init__(self, partial_run: PartialRun, rows: SiteRows, decoder: Steps, partial: bool) -> None:
+    def __init__(self, partial_run: PartialRun, rows: SiteRows, decoder: Decoder, partial: bool) -> None:
         self._partial_run = partial_run
         self._rows = rows
         self._decoder = decoder
@@ -119,7 +118,8 @@ class PrefixTwist:
                 'proposal="prior", or a twist with reads_reward=False'
             )
         values = values.reshape(size, rows, k, -1).transpose(1, 2)
-        finished = self._rows.distribution.is_eos(values[..., :length]).any(-1)  # the padding after may be an EOS too
+        is_eos = self._rows.distribution.vocabulary.is_eos
+        finished = is_eos(values[..., :length]).any(-1)  # padding, which comes after, may be an EOS too
         if length == values.shape[-1]:
             finished = torch.ones_like(finished)
         total = torch.zeros((size * k, rows), device=values.device)
@@ -149,7 +149,7 @@ class PrefixTwist:
 
     def _blanked(self, values: Tensor, unfinished: Tensor, length: int) -> Tensor:
         """Return completions (particle, *batch, token) without text after ``length``, as the pad may be a word."""
-        ends = self._rows.distribution.lm.eos_token_ids
+        ends = self._rows.distribution.vocabulary.eos_token_ids
         beyond = torch.arange(values.shape[-1], device=values.device) >= length
         return torch.where(unfinished[..., None] & beyond, ends[0] if ends else -1, values)
 
@@ -168,7 +168,7 @@ class LearnedTwist:
     :param prefix_twist: the terms of the text so far; None if the twist does not use them.
     """
 
-    def __init__(self, twist: Twist, rows: SiteRows, decoder: Steps, prefix_twist: PrefixTwist | None) -> None:
+    def __init__(self, twist: Twist, rows: SiteRows, decoder: Decoder, prefix_twist: PrefixTwist | None) -> None:
         self.factors: dict[str, Tensor] = {}
         self._twist = twist
         self._rows = rows
@@ -188,7 +188,7 @@ class LearnedTwist:
             estimate = self._twist.lookahead(self._state, token, so_far[:, None])[:, 0]
             self._psi = torch.where(self._decoder.finished, so_far, estimate)
         self._ended = self._decoder.finished
-        self._state = self._twist.read(self._state, self._decoder)
+        self._state = self._twist.advance(self._state, self._decoder)
         return self._rows.pooled(self._psi)
 
     def candidates(self, tokens: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ class LearnedTwist:
             return self._twist.lookahead(self._state, tokens)
         so_far = self._prefix_twist.candidates(tokens)
         estimate = self._twist.lookahead(self._state, tokens, so_far)
-        return torch.where(self._rows.distribution.is_eos(tokens), so_far, estimate)
+        return torch.where(self._rows.distribution.vocabulary.is_eos(tokens), so_far, estimate)
 
     def select(self, rows: Tensor) -> None:
         self._state, self._psi, self._ended = self._state.select(rows), self._psi[rows], self._ended[rows]
@@ -210,7 +210,7 @@ class PolicyTwist:
     :param decoder: the same texts, scored by the prior.
     """
 
-    def __init__(self, policy: Steps, rows: SiteRows, decoder: Steps) -> None:
+    def __init__(self, policy: Decoder, rows: SiteRows, decoder: Decoder) -> None:
         self.factors: dict[str, Tensor] = {}
         self._policy = policy
         self._rows = rows

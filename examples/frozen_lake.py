@@ -19,7 +19,9 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from bayeslm.inference import SVI, ControlledSMC, ReverseKL, SoftValueIteration, StateValues, Tempering
+from bayeslm.inference import SVI, ControlledSMC, SoftValueIteration
+from bayeslm.inference.control import StateValues
+from bayeslm.inference.training import Adam, ReverseKL, Tempering
 from bayeslm.models.control import MDP, Control, CountdownPolicy, TabularEnvironment
 
 matplotlib.use("Agg")
@@ -44,8 +46,7 @@ def main(folder: Path, name: str) -> None:
     policy = CountdownPolicy(mdp.num_states, mdp.num_actions, horizon)
     svi = SVI(
         num_steps=400,
-        learning_rate=0.2,
-        schedule="cosine",
+        optimizer=Adam(0.2, schedule="cosine"),
         objective=ReverseKL(1000, StateValues(mdp.num_states)),
         temperature=Tempering(start=0.1, share=0.4),
         guide=control.guide(policy),

@@ -5,7 +5,6 @@ from .control.controlled_smc import ControlledSMC
 from .control.exploration import Boltzmann, EpsilonGreedy, Exploration, Random, Thompson
 from .control.psrl import PSRL, EpisodicTask, Learning
 from .control.soft_value_iteration import SoftValueIteration
-from .control.state_values import StateValues
 from .exact import Exact
 from .importance import ImportanceSampling
 from .laplace import Laplace
@@ -20,15 +19,6 @@ from .rejection import BestOfN, RejectionSampling
 from .sequential.twist_learning import TwistLearning
 from .smc import SMC
 from .svi import SVI
-from .training.baselines import ExponentialAverage
-from .training.beta_schedules import KLTarget, Tempering
-from .training.critic import Critic
-from .training.divergences import Divergence, FDivergence, ForwardKL, LogVariance, Renyi, alpha_divergence
-from .training.held_out import HeldOut
-from .training.reverse_kl import ReverseKL
-from .training.sources import FromPosterior, Replay, of_prior
-from .training.stopping import NearPosterior, Plateau
-from .training.tensorboard import TensorBoard
 
 ENGINES = {
     "exact": Exact,
@@ -54,8 +44,6 @@ __all__ = [
     "BestOfN",
     "Boltzmann",
     "ControlledSMC",
-    "Critic",
-    "Divergence",
     "Duel",
     "Elicitation",
     "EpisodicTask",
@@ -63,36 +51,19 @@ __all__ = [
     "EvidenceError",
     "Exact",
     "Exploration",
-    "ExponentialAverage",
-    "FDivergence",
-    "ForwardKL",
     "FreshCompletions",
-    "FromPosterior",
-    "HeldOut",
     "ImportanceSampling",
     "InformationGain",
-    "KLTarget",
     "Laplace",
     "Learning",
-    "LogVariance",
-    "NearPosterior",
-    "Plateau",
     "Pool",
     "ProgramError",
     "Random",
     "RejectionSampling",
-    "Renyi",
-    "Replay",
-    "ReverseKL",
     "SoftValueIteration",
-    "StateValues",
     "SuffixKernel",
-    "Tempering",
-    "TensorBoard",
     "Thompson",
     "Tilted",
     "TwistLearning",
-    "alpha_divergence",
-    "of_prior",
     "predict",
 ]

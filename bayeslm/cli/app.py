@@ -148,8 +148,7 @@ def infer(
       bayeslm infer --prompts prompts.jsonl --reward my_rewards:politeness --engine rejection
     """
     with clear_errors():
-        from bayeslm.inference import HeldOut
-        from bayeslm.inference.training.checkpoints import describe
+        from bayeslm.inference.training import HeldOut, TensorBoard, identify
         from bayeslm.models import TiltedLM, rewards
 
         names = engine or ["importance"]
@@ -185,7 +184,7 @@ def infer(
             raise ValueError("--reward-settings are for the ready rewards: a function of your own has none")
         evidence = scale * (rewards.load(reward) if ":" in reward else rewards.get(reward, **settings))
         if out is not None:
-            told = {"prompts": texts, "columns": columns, "held_out": others, "reward itself": describe(evidence)}
+            told = {"prompts": texts, "columns": columns, "held_out": others, "reward itself": identify(evidence)}
             resume.reserve(out, {name: str(x) for name, x in ctx.params.items() if name not in NOT_THE_CALL} | told)
         sizes_of_passes = {"batch_size": batch_size, "gradient_checkpointing": gradient_checkpointing}
         lm = language_model(prior, device, dtype, **sizes_of_passes)
@@ -198,10 +197,14 @@ def infer(
         model = program(subsample_size=minibatch)
         for name in ("svi", "importance") if start is not None else ():
             if name in engines:
-                engines[name] = dataclasses.replace(engines[name], guide=start)
+                factory = engines[name].guide  # with the rank of adapters, if the user said it
+                guide = start if factory is None else functools.partial(factory, start=start)
+                engines[name] = dataclasses.replace(engines[name], guide=guide)
         if others is not None:
-            unseen = functools.partial(program(), others[0], **others[1])
-            engines["svi"] = dataclasses.replace(engines["svi"], held_out=HeldOut({"held out": unseen}))
+            unseen = HeldOut({"held out": functools.partial(program(), others[0], **others[1])})
+            callbacks = [*engines["svi"].callbacks, unseen]
+            callbacks.sort(key=lambda callback: isinstance(callback, TensorBoard))  # last, to write what others evaluate
+            engines["svi"] = dataclasses.replace(engines["svi"], callbacks=callbacks)
         if twist is not None and twist != ready:
             learned = make_twist(twist, lm, model, texts, columns, seed, out)
             engines["smc"] = make_engine("smc", seed=seed, twist=learned, **sizes)
@@ -237,6 +240,7 @@ def demo(
     """
     with clear_errors():
         from bayeslm.inference import SVI, ImportanceSampling, RejectionSampling
+        from bayeslm.inference.training import Adam
         from bayeslm.models import TiltedLM, rewards
 
         out = out or next(path for path in _numbered("demo") if not path.exists())
@@ -247,7 +251,12 @@ def demo(
             "importance": ImportanceSampling(num_particles=160, seed=seed),
             "rejection": RejectionSampling(num_samples=24, max_proposals=1000, seed=seed + 1),
             "svi": SVI(
-                num_steps=16, num_particles=8, num_samples=128, num_prior_samples=64, learning_rate=5e-4, seed=seed + 2
+                num_steps=16,
+                num_particles=8,
+                optimizer=Adam(5e-4),
+                num_samples=128,
+                num_prior_samples=64,
+                seed=seed + 2,
             ),
         }
         out_console.print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from .console import err_console
 
 def make_engine(name: str, *, seed: int, twist: Any, **sizes: Any) -> Any:
     """An engine by name; each option goes to the field that means it there."""
-    from bayeslm.inference import ENGINES, KLTarget, NearPosterior, TensorBoard
+    from bayeslm.inference import ENGINES
+    from bayeslm.inference.training import Adam, AutoPolicy, KLTarget, NearPosterior, TensorBoard
 
     if name not in ENGINES:
         near = difflib.get_close_matches(name, ENGINES, n=1, cutoff=0.4)
@@ -26,7 +28,6 @@ def make_engine(name: str, *, seed: int, twist: Any, **sizes: Any) -> Any:
         "num_samples": sizes["samples"],
         "num_steps": sizes["steps"],
         "warmup": sizes["steps"],
-        "learning_rate": sizes["learning_rate"],
         "num_chains": sizes["chains"],
         "twist": twist,
         "top_k": sizes["top_k"],
@@ -37,22 +38,18 @@ def make_engine(name: str, *, seed: int, twist: Any, **sizes: Any) -> Any:
         meant |= {
             "objective": make_objective(sizes["objective"], sizes["particles"]),
             "checkpoint": sizes["checkpoint"],
+            "optimizer": Adam(sizes["learning_rate"]),
         }
-        if sizes["kl_target"] is not None:
-            meant["temperature"] = KLTarget(sizes["kl_target"])
-        if sizes["tensorboard"] is not None:
-            meant["log"] = TensorBoard(sizes["tensorboard"])
-        if sizes["stop_kl"] is not None:
-            meant["stop"] = NearPosterior(sizes["stop_kl"])
-    made = ENGINES[name](**{field: value for field, value in meant.items() if field in fields and value is not None})
-    if name == "svi" and (rank := sizes["lora_rank"]) is not None:
-        return dataclasses.replace(made, lora_rank=rank or None)  # None trains every weight
-    return made
+        makers = {"kl_target": KLTarget, "stop_kl": NearPosterior, "tensorboard": TensorBoard}
+        meant["callbacks"] = [make(sizes[option]) for option, make in makers.items() if sizes[option] is not None]
+        if (rank := sizes["lora_rank"]) is not None:
+            meant["guide"] = functools.partial(AutoPolicy, lora_rank=rank or None)  # None trains every weight
+    return ENGINES[name](**{field: value for field, value in meant.items() if field in fields and value is not None})
 
 
 def make_objective(name: str | None, particles: int | None) -> Any:
     """An objective of SVI by name; None is the engine's own."""
-    from bayeslm.inference import FDivergence, ForwardKL, LogVariance, Renyi, Replay, ReverseKL
+    from bayeslm.inference.training import FDivergence, ForwardKL, LogVariance, Renyi, Replay, ReverseKL
 
     makers: dict[str, Any] = {
         "elbo": ReverseKL,

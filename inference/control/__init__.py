@@ -1,1 +1,5 @@
 """Engines and strategies for control."""
+
+from .state_values import StateValues
+
+__all__ = ["StateValues"]

@@ -3,8 +3,8 @@
 from .assign import Assign, same_law
 from .checks import check_counts, check_positive
 from .errors import ProgramError
-from .guides import AutoPolicy, PolicyGuide, as_law
-from .handlers import PROMPTS, Arbitrary, Epochs
+from .guides import PolicyGuide, as_law, draw_latents
+from .handlers import PROMPTS, Arbitrary
 from .partial import History
 from .particles import Particles
 from .program import PARTICLES, STEPS, Program, Site, in_prompts, inspect, look, sample_sites, seeded
@@ -19,8 +19,6 @@ __all__ = [
     "STEPS",
     "Arbitrary",
     "Assign",
-    "AutoPolicy",
-    "Epochs",
     "EvidenceError",
     "History",
     "Particles",
@@ -37,6 +35,7 @@ __all__ = [
     "check_evidence",
     "check_positive",
     "draw",
+    "draw_latents",
     "in_prompts",
     "inspect",
     "look",

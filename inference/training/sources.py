@@ -1,6 +1,6 @@
-r"""What objectives learn from: draws x of some law s, with log p(x) + l(x) and log s(x).
+r"""Where objectives take their particles from: draws x of some distribution s, with log p(x) + l(x) and log s(x).
 
-The law is the guide's own, the prior's, or that of another engine's draws; and draws may be kept and learned from
+The distribution is the guide's own, the prior's, or that of another engine's draws; and particles may be kept and used
 again, which costs neither networks nor rewards, but for the guide's own gradient.
 """
 
@@ -22,6 +22,7 @@ from bayeslm.inference.program import (
     PARTICLES,
     Program,
     ProgramError,
+    check_counts,
     sample_sites,
     site_terms,
     site_value,
@@ -31,9 +32,11 @@ from bayeslm.inference.program import (
 from bayeslm.models.lm import Autoregressive
 from bayeslm.posterior import Posterior
 
-BASE = -7046029254386353131  # of the hash that tells draws apart, modulo 2^64; odd
-Source = Callable[[Program, Callable[..., Any], int], "Draws"]
-"""Gives so many draws for a guide of a program to learn from."""
+from .state import EMPTY, State
+
+BASE = -7046029254386353131  # of the hash that tells particles apart, modulo 2^64; odd
+Source = Callable[[Program, Callable[..., Any], int, State], tuple["Draws", State]]
+"""``source(program, guide, num_particles, state)`` returns so many particles, and the next state."""
 
 
 @dataclass
@@ -94,8 +97,9 @@ class Draws:
     def from_tensors(tensors: Mapping[str, Tensor]) -> Draws:
         """What `tensors` gave."""
         values = {name.removeprefix("values."): x for name, x in tensors.items() if name.startswith("values.")}
+        prompts = tensors["prompts"].cpu() if "prompts" in tensors else None
         log_target, log_s, log_likelihood = (tensors[name] for name in ("log_target", "log_s", "log_likelihood"))
-        return Draws(values, log_target, log_s, log_likelihood, tensors.get("score"), tensors.get("prompts"))
+        return Draws(values, log_target, log_s, log_likelihood, tensors.get("score"), prompts)
 
     @staticmethod
     def concatenate(parts: list[Draws]) -> Draws:
@@ -110,9 +114,23 @@ class Draws:
         )
 
 
+def of_guide(
+    program: Program, guide: Callable[..., Any], num_particles: int, state: State = EMPTY
+) -> tuple[Draws, State]:
+    """Draw from the guide."""
+    return draw_from(program, guide, num_particles), state
+
+
+def of_prior(
+    program: Program, guide: Callable[..., Any], num_particles: int, state: State = EMPTY
+) -> tuple[Draws, State]:
+    """Draw from the prior."""
+    return draw_from(program, None, num_particles), state
+
+
 @torch.no_grad()
-def of_guide(program: Program, guide: Callable[..., Any] | None, num_particles: int) -> Draws:
-    """New draws of a guide; None is the prior."""
+def draw_from(program: Program, guide: Callable[..., Any] | None, num_particles: int) -> Draws:
+    """Draw from a guide; None is the prior."""
     model_trace, guide_trace = traces(program, guide, num_particles)
     log_p = site_terms(program, model_trace, num_particles)
     nodes = dict(sample_sites(model_trace))
@@ -125,7 +143,7 @@ def of_guide(program: Program, guide: Callable[..., Any] | None, num_particles: 
         drawn = {name: node["value"] for name, node in sites.items()}
         log_s = site_terms(program, guide_trace, num_particles)
         scores = {name: token_scores(node) for name, node in sites.items() if isinstance(node["fn"], Autoregressive)}
-    # a latent that the guide leaves out is drawn from the prior, which is then its law in q as well: it cancels
+    # a latent that the guide leaves out is drawn from the prior, which is then its distribution in q too: it cancels
     counted = [name for name in log_p if name not in latents or name in log_s]
     zero = torch.zeros((num_particles, program.weight_prompts), device=program.device)
     return Draws(
@@ -139,125 +157,116 @@ def of_guide(program: Program, guide: Callable[..., Any] | None, num_particles: 
     )
 
 
-def of_prior(program: Program, guide: Callable[..., Any], num_particles: int) -> Draws:
-    """New draws of the prior."""
-    return of_guide(program, None, num_particles)
-
-
+@dataclass(frozen=True)
 class FromPosterior:
-    """Draws that another engine has made, picked at random: particles, states of chains, exact draws.
+    """Draws of another engine, picked at random: particles, states of chains, exact draws.
 
     :param posterior: of the same program and prompts, all of them where these are subsampled; weighted draws come with
         their weights.
-    :raises ValueError: if their law is not known: best-of-n's, and those of conditional runs.
+    :raises ValueError: if the distribution of its draws is not known: best-of-n's, and those of conditional runs.
     """
 
-    def __init__(self, posterior: Posterior) -> None:
-        if posterior.kind == "uncorrected" or posterior.conditional:
-            raise ValueError(f"draws of {posterior.engine} are of no known law, conditional runs' neither: use others")
-        self._posterior = posterior
-        self.digest = blake2b(np.ascontiguousarray(posterior.log_joint).tobytes(), digest_size=8).hexdigest()
-        self._draws: tuple[Program, Draws] | None = None
+    posterior: Posterior
 
-    def __call__(self, program: Program, guide: Callable[..., Any], num_particles: int) -> Draws:
-        whole = program.whole or program
-        if self._draws is None or self._draws[0] is not whole:
-            self._draws = whole, self._read(whole)
-        draws = self._draws[1]
-        some = draws[torch.randint(len(draws.log_s), (num_particles,), device=program.device)]
-        return some if program.minibatch is None else some.of_prompts(program, program.minibatch.to(program.device))
+    def __post_init__(self) -> None:
+        if self.posterior.kind == "uncorrected" or self.posterior.conditional:
+            raise ValueError(
+                f"FromPosterior: draws of {self.posterior.engine} have no known distribution, nor have those of a "
+                "conditional run: use the draws of another engine"
+            )
 
-    def _read(self, program: Program) -> Draws:
-        def read(array: Any) -> Tensor:
-            return torch.as_tensor(array).flatten(0, 1).to(program.device)
+    def identity(self) -> Mapping[str, Any]:
+        """Return a digest of the draws, for checkpoints."""
+        log_joint = np.ascontiguousarray(self.posterior.log_joint).tobytes()
+        return {"digest": blake2b(log_joint, digest_size=8).hexdigest()}
 
-        samples = self._posterior.samples
-        values = {site.name: read(samples[site.name]) for site in program.latents if site.name in samples}
-        prompts = 1 if program.shared else program.full_size
-        if len(values) < len(program.latents) or self._posterior.log_joint.shape[-1] != prompts:
+    def __call__(
+        self, program: Program, guide: Callable[..., Any], num_particles: int, state: State = EMPTY
+    ) -> tuple[Draws, State]:
+        """Pick draws at random, with replacement.
+
+        :raises ProgramError: if the posterior is of another program, or of other prompts.
+        """
+        complete = program.whole or program
+        posterior, samples = self.posterior, self.posterior.samples
+        sites = [site for site in complete.latents if site.name in samples]
+        prompts = 1 if complete.shared else complete.full_size
+        if len(sites) < len(complete.latents) or posterior.log_joint.shape[-1] != prompts:
             raise ProgramError("the draws to learn from are of another program, or of other prompts")
-        log_joint = read(self._posterior.log_joint).float()
-        terms = [read(term).float() for term in self._posterior.log_likelihood.values()]
-        return Draws(
-            values={name: program.under_plate(name, value) for name, value in values.items()},
+        rows = torch.randint(posterior.log_joint[..., 0].size, (num_particles,), device=program.device)
+        where = rows.cpu().numpy()
+
+        def pick(array: Any) -> Tensor:
+            return torch.as_tensor(array.reshape(-1, *array.shape[2:])[where]).to(program.device)
+
+        log_joint = pick(posterior.log_joint).float()
+        terms = [pick(term).float() for term in posterior.log_likelihood.values()]
+        draws = Draws(
+            values={site.name: complete.under_plate(site.name, pick(samples[site.name])) for site in sites},
             log_target=log_joint,
-            log_s=log_joint - read(self._posterior.log_weights).float(),
+            log_s=log_joint - pick(posterior.log_weights).float(),
             log_likelihood=sum(terms, torch.zeros_like(log_joint)),
-            score=read(samples["score"]) if "score" in samples else None,
+            score=pick(samples["score"]) if "score" in samples else None,
         )
+        batch = program.minibatch
+        return (draws if batch is None else draws.of_prompts(program, batch.to(program.device))), state
 
 
+@dataclass(frozen=True)
 class Replay:
     """Draws of the guide that are kept: every few steps all are new, and in between they come from a buffer.
 
     (New ones at once, rather than a few in each step: writing many completions takes hardly longer than writing few.)
     Between two lots of new draws the buffer is picked from without replacement: none a second time before all have
     had their turn, in an order that each lot shuffles anew.
-    Where prompts are subsampled, what is learned from again is a kept minibatch with its draws, picked at random.
+    Where prompts are subsampled, a kept minibatch is used again with its draws, picked at random.
 
     :param capacity: draws that are kept, the newest.
     :param every: steps from one lot of new draws to the next.
+    :raises ValueError: if a setting is below 1.
     """
 
-    def __init__(self, capacity: int = 4096, every: int = 4) -> None:
-        if capacity < 1 or every < 1:
-            raise ValueError(f"Replay: capacity and every must be at least 1, got {capacity} and {every}")
-        self.capacity = capacity
-        self.every = every
-        self.reset()
+    capacity: int = 4096
+    every: int = 4
 
-    def reset(self, program: Program | None = None) -> None:
-        """Forget them: another training begins."""
-        self._program = program
-        self._kept: Draws | None = None
-        self._turns = torch.empty(0, dtype=torch.long)  # rows of the buffer, in the order of their turns
-        self._step = 0
+    def __post_init__(self) -> None:
+        check_counts(self, "capacity", "every")
 
-    def state_dict(self) -> dict[str, Tensor]:
-        kept = {} if self._kept is None else self._kept.tensors()
-        return kept | {"step": torch.tensor(self._step), "turns": self._turns}
+    def __call__(
+        self, program: Program, guide: Callable[..., Any], num_particles: int, state: State = EMPTY
+    ) -> tuple[Draws, State]:
+        """Return new draws, or kept ones.
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self._step = int(state["step"])
-        self._turns = state["turns"]
+        The state holds the buffer, ``turns``, its rows in the order of their turns, and ``step``, the steps done.
+        """
+        step = {"step": torch.tensor(int(state.get("step", 0)) + 1)}
         kept = {name: value for name, value in state.items() if name not in ("step", "turns")}
-        if "prompts" in kept:
-            kept["prompts"] = kept["prompts"].cpu()
-        self._kept = Draws.from_tensors(kept) if kept else None
+        if self.repeats(state):
+            buffer = Draws.from_tensors(kept)
+            rows, turns = _next_rows(buffer, state["turns"], num_particles)
+            return buffer[rows], {**kept, **step, "turns": turns}
+        new = draw_from(program, guide, num_particles)
+        buffer = Draws.concatenate([*([Draws.from_tensors(kept)] if kept else []), new])[-self.capacity :]
+        return new, {**buffer.tensors(), **step, "turns": torch.empty(0, dtype=torch.long)}
 
-    def __call__(self, program: Program, guide: Callable[..., Any], num_particles: int) -> Draws:
-        if self._program is not (program.whole or program):
-            self.reset(program.whole or program)  # they are for other prompts
-        repeats = self.repeats
-        self._step += 1
-        if repeats and self._kept is not None:
-            return self._kept[self._next(num_particles)]
-        new = of_guide(program, guide, num_particles)
-        kept = [new] if self._kept is None else [self._kept, new]
-        self._kept = Draws.concatenate(kept)[-self.capacity :]
-        self._turns = self._turns[:0]
-        return new
+    def repeats(self, state: State) -> bool:
+        """Return whether the next particles are kept ones."""
+        return "log_s" in state and int(state["step"]) % self.every != 0
 
-    @property
-    def repeats(self) -> bool:
-        """Whether the next draws are kept ones."""
-        return self._kept is not None and self._step % self.every != 0
 
-    def _next(self, num: int) -> Tensor:
-        """The next rows of the buffer."""
-        assert self._kept is not None
-        if self._kept.prompts is not None:
-            return _of_a_minibatch(self._kept.prompts, num)
-        rows = self._kept.log_s
-        while len(self._turns) < num:
-            shuffled = torch.randperm(len(rows), device=rows.device)
-            self._turns = torch.cat([self._turns.to(rows.device), shuffled])
-        picked, self._turns = self._turns[:num], self._turns[num:]
-        return picked
+def _next_rows(buffer: Draws, turns: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """Return the next rows of the buffer, and the turns after them."""
+    if buffer.prompts is not None:
+        return _of_a_minibatch(buffer.prompts, num), turns
+    device = buffer.log_s.device
+    turns = turns.to(device)
+    while len(turns) < num:
+        turns = torch.cat([turns, torch.randperm(len(buffer.log_s), device=device)])
+    return turns[:num], turns[num:]
 
 
 def _of_a_minibatch(prompts: Tensor, num: int) -> Tensor:
-    """Rows whose ``prompts`` (particle, prompt) are those of one picked at random: all there are, or the newest."""
+    """Return rows whose ``prompts`` (particle, prompt) are those of one picked at random: all, or the newest."""
     one = torch.randint(len(prompts), ())
     together = (prompts == prompts[one]).all(-1).nonzero().squeeze(-1)
     return together.repeat(-(-num // len(together)))[-num:]

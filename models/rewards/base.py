@@ -16,7 +16,7 @@ expects of an unfinished text (see `prefix.py`) is the combination of what its p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -112,6 +112,10 @@ class Reward:
                 scores = self._scores_so_far(context, context.finished_of(text_shape, shape), flat)
                 context.note(scores.reshape(shape))
         return torch.tensor(scores, dtype=torch.get_default_dtype()).reshape(shape)
+
+    def identity(self) -> Mapping[str, Any]:
+        """Return the settings on which scores depend, by which checkpoints tell runs apart."""
+        return vars(self)
 
     def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
         """One number a completion, from flat lists of equal length (columns too). Override this."""

@@ -19,6 +19,7 @@ from support.programs import PROMPTS, highest, score_table, tilted
 
 from bayeslm import diagnostics
 from bayeslm.inference import SVI, BestOfN, Exact, ImportanceSampling, RejectionSampling
+from bayeslm.inference.training import Adam
 from bayeslm.models import LanguageModel
 
 LIMIT = 4.0
@@ -123,8 +124,7 @@ def test_svi_reaches_the_posterior(kind, beta, seed):
     engine = SVI(
         num_steps=250,
         num_particles=64,
-        learning_rate=rate,
-        schedule="cosine",
+        optimizer=Adam(rate, schedule="cosine"),
         num_samples=2000,
         seed=seed,
         progress=False,
@@ -200,7 +200,7 @@ def test_svi_with_every_kind_of_latent_agrees_with_exact():
             pyro.factor("reward", (0.5 + mood) * 1.5 * (x == topic[..., None] + 1).sum(-1))
 
     exact = Exact().run(model, SHORT)
-    engine = SVI(num_steps=200, num_particles=32, learning_rate=0.03, num_samples=2000, seed=0, progress=False)
+    engine = SVI(num_steps=200, num_particles=32, optimizer=Adam(0.03), num_samples=2000, seed=0, progress=False)
     posterior = engine.run(model, SHORT)
     assert posterior.log_weights.shape == (1, 2000, 1)
     z = (posterior.log_evidence - exact.log_evidence) / posterior.log_evidence_stderr
@@ -220,7 +220,7 @@ def test_svi_on_a_continuous_latent_alone_matches_the_closed_form():
         theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
 
-    engine = SVI(num_steps=400, num_particles=16, learning_rate=0.05, num_samples=4000, seed=0, progress=False)
+    engine = SVI(num_steps=400, num_particles=16, optimizer=Adam(0.05), num_samples=4000, seed=0, progress=False)
     posterior = engine.run(model)
     evidence = dist.Normal(0.0, math.sqrt(2.0)).log_prob(y).item()
     assert posterior.log_evidence[0] == pytest.approx(evidence, abs=LIMIT * posterior.log_evidence_stderr[0] + 1e-4)

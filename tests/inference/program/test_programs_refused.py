@@ -11,17 +11,8 @@ import torch
 from support.helpers import table_lm
 from torch import nn
 
-from bayeslm.inference import (
-    MCMC,
-    SMC,
-    SVI,
-    BestOfN,
-    Exact,
-    ImportanceSampling,
-    LogVariance,
-    ProgramError,
-    RejectionSampling,
-)
+from bayeslm.inference import MCMC, SMC, SVI, BestOfN, Exact, ImportanceSampling, ProgramError, RejectionSampling
+from bayeslm.inference.training import Adam, LogVariance
 from bayeslm.models import TiltedLM
 from bayeslm.models.rewards import RewardError
 
@@ -53,9 +44,9 @@ def test_counts_must_be_positive_whole_numbers(make):
 
 def test_settings_of_svi_are_checked():
     with pytest.raises(ValueError, match="learning_rate must be positive"):
-        SVI(learning_rate=-1.0)
+        Adam(learning_rate=-1.0)
     with pytest.raises(ValueError, match="schedule must be one of constant, linear, cosine"):
-        SVI(schedule="lineer")
+        Adam(schedule="lineer")
     with pytest.raises(ValueError, match="num_chains=1"):
         SVI(guide=lambda: None, num_chains=2)
 

@@ -14,7 +14,8 @@ from pyro.infer import Trace_ELBO
 from support.helpers import table_lm, tiny_llama
 from support.programs import PROMPTS, score_table, tilted
 
-from bayeslm.inference import SVI, Exact, ImportanceSampling, ProgramError, ReverseKL
+from bayeslm.inference import SVI, Exact, ImportanceSampling, ProgramError
+from bayeslm.inference.training import ReverseKL
 
 LIMIT = 4.5
 SHORT = [[1, 2], [3]]

@@ -12,6 +12,7 @@ import torch
 
 from bayeslm import diagnostics
 from bayeslm.inference import NUTS, SVI, ImportanceSampling
+from bayeslm.inference.training import Adam
 from bayeslm.models.control import Dirichlet, NormalGamma, Steps, UnknownMDP, Worlds
 
 LIMIT = 4.5
@@ -186,7 +187,14 @@ def test_nuts_agrees_with_the_closed_form(seed):
 def test_svi_agrees_with_the_closed_form(seed):
     """An automatic guide's draws, weighted; and the ELBO is below log Z by no more than a mean-field guide misses."""
     prior, steps, belief = problem(seed)
-    svi = SVI(num_steps=250, num_particles=16, latent_learning_rate=0.05, num_samples=4_000, seed=seed, progress=False)
+    svi = SVI(
+        num_steps=250,
+        num_particles=16,
+        optimizer=Adam(latent_learning_rate=0.05),
+        num_samples=4_000,
+        seed=seed,
+        progress=False,
+    )
     posterior = svi.run(UnknownMDP(prior), steps)
     assert_agrees(posterior, belief)
     log_z = log_evidence(prior, belief, steps)

@@ -19,8 +19,8 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from bayeslm.inference import SVI, ControlledSMC, SoftValueIteration
-from bayeslm.inference.control import StateValues
+from bayeslm.inference import SVI
+from bayeslm.inference.control import ControlledSMC, SoftValueIteration, StateValues
 from bayeslm.inference.training import Adam, ReverseKL, Tempering
 from bayeslm.models.control import MDP, Control, CountdownPolicy, TabularEnvironment
 

@@ -22,7 +22,7 @@ from bayeslm.inference.program import (
     as_law,
     check_counts,
     draw,
-    look,
+    inspect_or_reuse,
     posterior,
     seeded,
 )
@@ -130,7 +130,7 @@ class SVI:
         :raises BlockingIOError: if another process trains with the same ``checkpoint``.
         """
         with seeded(self.seed), Stopwatch() as watch, contextlib.ExitStack() as held:
-            program = look(None, model, args, kwargs)
+            program = inspect_or_reuse(None, model, args, kwargs)
             objective = self.objective if self.objective is not None else ReverseKL(self.num_particles or 8)
             checkpoints = self._checkpoints(program, objective)
             if checkpoints is not None:
@@ -188,7 +188,7 @@ class SVI:
             engine="SVI",
             kind="weighted",
             num_chains=len(chains),
-            stats=watch.read() | stats | {"steps": steps, "interrupted": interrupted},
+            stats=watch.stats() | stats | {"steps": steps, "interrupted": interrupted},
             prior=prior,
             policy=chains[best].policy,
         )
@@ -213,7 +213,7 @@ class SVI:
         return max(FEWEST, NUM_SAMPLES * program.num_prompts // program.full_size)
 
     def _draw(self, program: Program, guide: Callable[..., Any] | None, num: int, what: str) -> tuple[Particles, bool]:
-        return draw(program, guide, num, progress=self.progress, what=what)
+        return draw(program, guide, num, progress=self.progress, label=what)
 
 
 def _class_of(guide: Any) -> type | None:

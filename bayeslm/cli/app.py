@@ -203,7 +203,9 @@ def infer(
         if others is not None:
             unseen = HeldOut({"held out": functools.partial(program(), others[0], **others[1])})
             callbacks = [*engines["svi"].callbacks, unseen]
-            callbacks.sort(key=lambda callback: isinstance(callback, TensorBoard))  # last, to write what others evaluate
+            callbacks.sort(
+                key=lambda callback: isinstance(callback, TensorBoard)
+            )  # last, to write what others evaluate
             engines["svi"] = dataclasses.replace(engines["svi"], callbacks=callbacks)
         if twist is not None and twist != ready:
             learned = make_twist(twist, lm, model, texts, columns, seed, out)

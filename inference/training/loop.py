@@ -256,7 +256,7 @@ class Training:
         tensors |= under("callbacks", self.callbacks.state())
         tensors |= {f"history.{name}": torch.from_numpy(np.array(values)) for name, values in self.history.items()}
         done = {"step": self.step, "ended": self.ended, "gamma": self.inverse_temperature}
-        return Saved(self.chain, tensors, done | {"used": self._stopwatch.used()} | states)
+        return Saved(self.chain, tensors, done | {"used": self._stopwatch.snapshot()} | states)
 
     def restore(self, saved: Saved) -> None:
         """Resume from a checkpoint, the random numbers included.
@@ -282,7 +282,7 @@ class Training:
                     params[name].copy_(x)
         self.step, self.ended = saved.values["step"], saved.values["ended"]
         self.inverse_temperature = saved.values["gamma"]
-        self._stopwatch.go_on(**saved.values["used"])
+        self._stopwatch.resume(**saved.values["used"])
         self.optimizer.restore(within("adam", saved.tensors), {name: params[name] for name in kept}, self.step)
         state = within("objective", saved.tensors)
         self._state = {name: x.to(self.program.device) for name, x in state.items()}

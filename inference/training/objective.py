@@ -11,7 +11,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from bayeslm.inference.program import Program, look
+from bayeslm.inference.program import Program, inspect_or_reuse
 
 from .epochs import next_minibatch
 from .state import EMPTY, State
@@ -140,7 +140,7 @@ class Objective:
 
         :raises TypeError: if the objective remembers something of its steps: see `StatefulLoss`.
         """
-        estimate = self.step(look(None, model, args, kwargs), guide)
+        estimate = self.step(inspect_or_reuse(None, model, args, kwargs), guide)
         if estimate.state.keys() - {EPOCH}:
             raise TypeError(
                 f"this {type(self).__name__} remembers something from step to step: use loss=StatefulLoss(objective)"
@@ -170,7 +170,7 @@ class StatefulLoss(ELBO):
         self, model: Callable[..., Any], guide: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Return the loss, summed over prompts, with its estimated gradient."""
-        program = look(self._program, model, args, kwargs)
+        program = inspect_or_reuse(self._program, model, args, kwargs)
         if program is not self._program:
             self.state = self.objective.of_another_program(self.state)
         self._program = program

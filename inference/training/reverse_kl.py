@@ -32,7 +32,7 @@ from bayeslm.inference.program import (
     ProgramError,
     in_prompts,
     sample_sites,
-    site_terms,
+    score_sites,
     site_value,
     traces,
 )
@@ -63,11 +63,11 @@ class ReverseKL(Objective):
         assert guide_trace is not None
         by_token = isinstance(self.baseline, TokenBaseline)
         texts, tokens = _texts(program, model_trace, guide_trace) if by_token else ({}, {})
-        log_p = site_terms(program, model_trace, n)
+        log_p = score_sites(program, model_trace, n)
         if texts:
             earned = self._earned(program, model_trace, inverse_temperature)
             texts = {name: _with_earned(text, earned) for name, text in texts.items()}
-        log_q = site_terms(program, guide_trace, n, skip=tokens)
+        log_q = score_sites(program, guide_trace, n, skip=tokens)
         log_q |= {name: scores.sum((2, 3)) for name, scores in tokens.items()}
         for name, term in log_p.items():
             if torch.isneginf(term).any():

@@ -24,7 +24,7 @@ from bayeslm.inference.program import (
     ProgramError,
     check_counts,
     sample_sites,
-    site_terms,
+    score_sites,
     site_value,
     token_scores,
     traces,
@@ -132,7 +132,7 @@ def of_prior(
 def draw_from(program: Program, guide: Callable[..., Any] | None, num_particles: int) -> Draws:
     """Draw from a guide; None is the prior."""
     model_trace, guide_trace = traces(program, guide, num_particles)
-    log_p = site_terms(program, model_trace, num_particles)
+    log_p = score_sites(program, model_trace, num_particles)
     nodes = dict(sample_sites(model_trace))
     latents = [site.name for site in program.latents]
     scores: dict[str, Tensor] = {}
@@ -141,7 +141,7 @@ def draw_from(program: Program, guide: Callable[..., Any] | None, num_particles:
     else:
         sites = dict(sample_sites(guide_trace))
         drawn = {name: node["value"] for name, node in sites.items()}
-        log_s = site_terms(program, guide_trace, num_particles)
+        log_s = score_sites(program, guide_trace, num_particles)
         scores = {name: token_scores(node) for name, node in sites.items() if isinstance(node["fn"], Autoregressive)}
     # a latent that the guide leaves out is drawn from the prior, which is then its distribution in q too: it cancels
     counted = [name for name in log_p if name not in latents or name in log_s]
@@ -304,7 +304,7 @@ def log_q(program: Program, guide: Callable[..., Any], draws: Draws) -> Tensor:
             f"the guide samples {unknown[0]!r}, which the draws to learn from do not have: learn from its own draws"
         )
     zero = torch.zeros((n, program.weight_prompts), device=program.device)
-    return sum((program.pooled(term) for term in site_terms(program, trace, n).values()), zero)[which]
+    return sum((program.pooled(term) for term in score_sites(program, trace, n).values()), zero)[which]
 
 
 def _distinct(values: dict[str, Tensor]) -> tuple[Tensor | slice, Tensor | slice]:

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from support.gradients import COPIES, assert_unbiased, gradients, perturbed, policy_guide
-from support.helpers import table_lm, tiny_llama
+from support.models import table_lm, tiny_llama
 from support.programs import PROMPTS, longer, score_table, tilted
 
 from bayeslm.inference import SVI, ProgramError

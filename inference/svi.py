@@ -9,7 +9,7 @@ an objective's (`training`), each step is `pyro.infer.SVI`'s.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
@@ -18,11 +18,13 @@ from typing import Any
 from bayeslm.inference.program import (
     Particles,
     Program,
+    SoFar,
     Stopwatch,
     as_law,
     check_counts,
     draw,
     inspect_or_reuse,
+    keeping,
     posterior,
     seeded,
 )
@@ -115,8 +117,7 @@ class SVI:
         ``stats``, NaN after the end of a chain: ``elbo``, ``kl``, ``log_likelihood``, ``log_evidence`` and ``score``
         (chain, step, prompt), ``gradient_norm`` and ``inverse_temperature`` (chain, step); ``ess`` and ``khat`` a
         prompt; `HeldOut`'s. ``mismatch``, the largest and the mean a token, is the difference of log-probabilities as
-        they were drawn and as they were differentiated. Ctrl-C ends the training and keeps the policy so far; an error
-        carries it as ``policy``, and those of all chains as ``policies``.
+        they were drawn and as they were differentiated. Ctrl-C ends the training and keeps the policy so far.
 
         Where the program's plate of prompts is subsampled, each step has a minibatch of them, whose indices are
         ``stats["prompts"]`` (chain, step, prompt); the draws are of all prompts.
@@ -124,6 +125,7 @@ class SVI:
         The program's own ``pyro.param`` statements are trained too, as in Pyro; with the default guide they are
         forgotten after.
 
+        :raises RunError: if an error stops the run after its first step; it carries the policies so far.
         :raises ProgramError: if a reward is -inf under the policy.
         :raises FloatingPointError: if a loss or a gradient is not finite, with the texts and the last checkpoint.
         :raises ValueError: if ``checkpoint`` holds another run's, with what differs.
@@ -136,29 +138,31 @@ class SVI:
             if checkpoints is not None:
                 held.enter_context(checkpoints)
             chains: list[Training] = []
-            for index in range(self.num_chains):
-                chain = Training(
-                    program,
-                    self._guide(program),
-                    objective,
-                    self.optimizer,
-                    num_steps=self.num_steps,
-                    callbacks=self.callbacks,
-                    owns_guide=self.makes_guides,
-                    chain=index,
-                    num_chains=self.num_chains,
-                    progress=self.progress,
-                    stopwatch=watch,
-                )
-                with _keeping([*chains, chain]):
-                    if checkpoints is not None and (saved := checkpoints.newest(index)) is not None:
-                        chain.restore(saved)
-                    if not chain.done:
-                        chain.run(checkpoints)
-                chains.append(chain)
-                if chain.interrupted:
-                    break
-            return self._posterior(program, chains, watch)
+            with keeping(lambda: _so_far(chains)):
+                while len(chains) < self.num_chains and not any(chain.interrupted for chain in chains):
+                    chains.append(self._chain(program, objective, len(chains), watch))
+                    if checkpoints is not None and (saved := checkpoints.newest(len(chains) - 1)) is not None:
+                        chains[-1].restore(saved)
+                    if not chains[-1].done:
+                        chains[-1].run(checkpoints)
+            with keeping(lambda: _so_far(chains), can_return=False):
+                return self._posterior(program, chains, watch)
+        raise AssertionError("unreachable")  # `keeping` has raised
+
+    def _chain(self, program: Program, objective: Any, index: int, watch: Stopwatch) -> Training:
+        return Training(
+            program,
+            self._guide(program),
+            objective,
+            self.optimizer,
+            num_steps=self.num_steps,
+            callbacks=self.callbacks,
+            owns_guide=self.makes_guides,
+            chain=index,
+            num_chains=self.num_chains,
+            progress=self.progress,
+            stopwatch=watch,
+        )
 
     def _posterior(self, program: Program, chains: list[Training], watch: Stopwatch) -> Posterior:
         """Draw from the trained policies, and from the prior."""
@@ -168,14 +172,13 @@ class SVI:
         num_prior = num if self.num_prior_samples is None else self.num_prior_samples
         parts = []
         for chain in chains:
-            with _keeping(chains), chain.own_params():
+            with chain.own_params():
                 part, cut = self._draw(program, as_law(chain.guide, program), num, "draws of the policy")
                 parts.append(part)
                 interrupted |= cut
         prior = None
         if num_prior > 0:
-            with _keeping(chains):
-                prior, cut = self._draw(program, None, num_prior, "draws of the prior")
+            prior, cut = self._draw(program, None, num_prior, "draws of the prior")
             interrupted |= cut
         shortest = min(len(part.log_prior) for part in parts)
         parts = [part[:shortest] for part in parts]
@@ -222,15 +225,10 @@ def _class_of(guide: Any) -> type | None:
     return made if isinstance(made, type) else None
 
 
-@contextlib.contextmanager
-def _keeping(chains: list[Training]) -> Iterator[None]:
-    """Whatever is raised inside carries the policies trained so far."""
-    try:
-        yield
-    except BaseException as error:
-        policies = [chain.policy for chain in chains]
-        error.policies, error.policy = policies, policies[-1]  # type: ignore[attr-defined]
-        if policies[-1] is not None:
-            before = f", those of all {len(chains)} chains in .policies" if len(chains) > 1 else ""
-            error.add_note(f"the policy trained so far is kept in this error's .policy{before}")
-        raise
+def _so_far(chains: list[Training]) -> SoFar | None:
+    """Return what the chains have trained; None before the first step."""
+    if not any(chain.step for chain in chains):
+        return None
+    last = chains[-1]
+    policies = tuple(chain.policy for chain in chains)
+    return SoFar(particles=last.lost, policies=policies, step=last.step, checkpoint=last.checkpoint)

@@ -282,6 +282,8 @@ def _run(
     model: Any, prompts: list[str], columns: dict[str, list[Any]], engines: dict[str, Any], out: Path | None
 ) -> None:
     """Run the engines one after another, keep each result as soon as it is there, and report."""
+    from bayeslm.inference import RunError
+
     posteriors: dict[str, Posterior] = {}
     for name, engine in engines.items():
         if (there := resume.done(out, name)) is not None:
@@ -291,10 +293,10 @@ def _run(
         try:
             posteriors[name] = engine.run(model, prompts, **columns)
         except BaseException as error:
-            policy = getattr(error, "policy", None)
-            kept = getattr(engine, "checkpoint", None)  # which the same call goes on from
-            if kept is not None and isinstance(error, KeyboardInterrupt):
-                error.add_note(f"the training so far is in {kept}: the same call goes on from there")
+            policy = error.so_far.policy if isinstance(error, RunError) else None
+            kept = getattr(engine, "checkpoint", None)  # which the same call resumes
+            if kept is not None and isinstance(error.__cause__ or error, KeyboardInterrupt):
+                error.add_note(f"the training so far is in {kept}: repeat the command to resume it")
             if out is not None and policy is not None and kept is None:
                 policy.save_pretrained(out / f"{name}-policy-so-far")
                 error.add_note(f"the policy trained so far is in {out / f'{name}-policy-so-far'}")

@@ -29,7 +29,7 @@ def clear_errors() -> Iterator[None]:
         return
     except (Exception, KeyboardInterrupt) as error:
         cause = error.__cause__ if isinstance(error, RunError) else error
-        notes = getattr(error, "__notes__", [])
+        notes = [note for x in dict.fromkeys((cause, error)) for note in getattr(x, "__notes__", [])]
         if isinstance(cause, KeyboardInterrupt):
             kept = notes or ([] if cause is error else [str(error)]) or ["before there was anything to keep"]
             message, code = "interrupted: " + "\n".join(kept), INTERRUPTED

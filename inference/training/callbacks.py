@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from bayeslm.inference.program import seeded
+from bayeslm.inference.program import Particles, seeded
 
-from .objective import Seen
 from .state import EMPTY
 
 Memory = Mapping[str, Any]
@@ -43,7 +42,7 @@ class StepRecord:
     history: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict, repr=False)
     figures: Mapping[str, float] = field(default_factory=dict)
     evaluations: Mapping[str, np.ndarray] = field(default_factory=dict)
-    particles: Seen | None = field(default=None, repr=False)
+    particles: Particles | None = field(default=None, repr=False)
     texts: Callable[[], list[tuple[str, str, float]]] = field(default=list, repr=False)
 
 

@@ -165,8 +165,8 @@ def _step(path: Path) -> int:
 
 
 def describe_run(engine: Any, program: Program, objective: Any) -> dict[str, Any]:
-    """Return the identity of a run: the engine's settings and the objective that it uses, the program with its arguments
-    and sites, the values of its factors at arbitrary latents, and the priors' weights.
+    """Return the identity of a run: the engine's settings, the objective, the program with its arguments and sites, the
+    values of its factors at arbitrary latents, and the priors' weights.
 
     :param engine: a dataclass; those of its settings on which no step depends are left out.
     """
@@ -190,7 +190,7 @@ def describe_run(engine: Any, program: Program, objective: Any) -> dict[str, Any
             described[f"log p of {site.name!r} at arbitrary latents"] = [f"{x:.5g}" for x in terms.ravel()]
     described["prompts"] = prompt_labels(program)
     described["program"] = identify(program.model, known=priors.values())
-    arguments = json.dumps(identify([program.args, program.kwargs])).encode()
+    arguments = json.dumps(identify([program.args, program.kwargs]), sort_keys=True).encode()
     described["digest of the program's arguments"] = blake2b(arguments, digest_size=16).hexdigest()
     for name, lm in priors.items():
         described[f"weights of the prior of {name!r}"] = identify(lm)["weights"]

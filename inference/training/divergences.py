@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from bayeslm.inference.program import Program, ProgramError
+from bayeslm.inference.program import Particles, Program, ProgramError
 
 from .baselines import less_others
-from .objective import Estimate, Objective, Seen
-from .sources import Draws, FromPosterior, Replay, Source, log_q, of_guide
+from .objective import Estimate, Objective
+from .sources import FromPosterior, Replay, Source, log_q, of_guide
 from .state import State, under, within
 
 
@@ -64,15 +65,19 @@ class ParticleObjective(Objective):
     def estimate(
         self, program: Program, guide: Callable[..., Any], state: State, inverse_temperature: float
     ) -> Estimate:
-        draws, kept = self.source(program, guide, self.num_particles, within("source", state))
-        if draws.prompts is not None:
-            program = program.on(draws.prompts[0])  # which are not this step's where kept particles are used again
-        cooled = (inverse_temperature - 1.0) * draws.log_likelihood
-        log_target = draws.log_target + cooled.masked_fill(torch.isneginf(draws.log_likelihood), 0.0)
-        densities = LogDensities(log_q(program, guide, draws), log_target, draws.log_s, program.minibatch)
+        particles, kept = self.source(program, guide, self.num_particles, within("source", state))
+        if particles.prompts is not None:
+            program = program.on(particles.prompts[0])  # which are not this step's where kept particles are used again
+        # a latent that the guide leaves to the prior has the prior's density in q too: it cancels
+        left_out = torch.zeros_like(particles.log_prior) if particles.log_left_out is None else particles.log_left_out
+        likelihood = particles.total_log_likelihood
+        target, log_s = particles.log_joint - left_out, particles.log_proposal - left_out
+        cooled = (inverse_temperature - 1.0) * likelihood
+        cooled = target + cooled.masked_fill(torch.isneginf(likelihood), 0.0)
+        densities = LogDensities(log_q(program, guide, particles), cooled, log_s, program.minibatch)
         score = densities.log_q.detach()
-        particles = Seen(draws.values, draws.log_target - score, draws.log_likelihood)
-        figures = self._figures(draws, score)
+        figures = self._figures(particles, LogDensities(score, target, log_s))
+        particles = replace(particles, log_proposal=score + left_out)
         return Estimate(self.loss(densities).sum(), figures, particles, {**state, **under("source", kept)})
 
     def next_prompts(self, program: Program, state: State) -> tuple[Tensor, State]:
@@ -83,21 +88,24 @@ class ParticleObjective(Objective):
     def of_another_program(self, state: State) -> State:
         return {name: value for name, value in state.items() if not name.startswith("source.")}
 
-    def _figures(self, draws: Draws, log_q: Tensor) -> dict[str, Tensor]:
-        ratio = log_q - draws.log_s
+    def _figures(self, particles: Particles, densities: LogDensities) -> dict[str, Tensor]:
+        """Return figures (prompt,) of the target itself, whose inverse temperature is 1."""
+        log_q, log_target, log_s, _ = densities
+        ratio = log_q - log_s
         shares = ratio.masked_fill(ratio.isnan(), -torch.inf).softmax(0)  # NaN: see `_log_weight`
 
         def mean(x: Tensor) -> Tensor:
             return torch.where(shares > 0, shares * x, 0.0).sum(0)
 
-        likelihood, elbo = mean(draws.log_likelihood), mean(draws.log_target - log_q)
+        likelihood, elbo = mean(particles.total_log_likelihood), mean(log_target - log_q)
         figures = {"elbo": elbo, "log_likelihood": likelihood, "kl": likelihood - elbo}
         if not isinstance(self.source, FromPosterior):  # whose log s may lack a constant
-            figures["log_evidence"] = _log_mean_exp(draws.log_target - draws.log_s)
-        if draws.score is not None and draws.score.shape == shares.shape:
-            figures["score"] = mean(draws.score.to(shares))
-        if draws.prompts is not None:
-            figures["prompts"] = draws.prompts[0]
+            figures["log_evidence"] = _log_mean_exp(log_target - log_s)
+        score = particles.values.get("score")
+        if score is not None and score.shape == shares.shape:
+            figures["score"] = mean(score.to(shares))
+        if particles.prompts is not None:
+            figures["prompts"] = particles.prompts[0]
         return figures
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 UNREADABLE = "source cannot be read"
+SHOWN = (re.Pattern, PurePath, bytes, np.generic, torch.dtype, torch.device)  # whose text tells them apart
 
 
 @runtime_checkable
@@ -90,7 +91,7 @@ class _Identifier:
             return {str(key): self.of(x) for key, x in value.items()}
         if isinstance(value, np.ndarray | Tensor):
             return _array(value)
-        if isinstance(value, re.Pattern | PurePath):
+        if isinstance(value, SHOWN):
             return str(value)
         if isinstance(value, partial):
             return {"partial": self.of(value.func), "args": self.of(value.args), "keywords": self.of(value.keywords)}
@@ -100,8 +101,10 @@ class _Identifier:
             return self._function(value)
         if isinstance(value, type):
             return self._code(value, value.__module__) if _is_own(value.__module__) else _name(value)
-        if isinstance(value, ModuleType | BuiltinFunctionType) or not hasattr(value, "__dict__"):
+        if isinstance(value, ModuleType) or not (hasattr(value, "__dict__") or dataclasses.is_dataclass(value)):
             return _name(value)
+        if isinstance(wrapped := getattr(value, "__wrapped__", None), FunctionType):  # by functools.cache
+            return {"type": _name(type(value)), "wraps": self.of(wrapped)}
         return self._object(value)
 
     def _object(self, value: Any) -> dict[str, Any]:
@@ -120,26 +123,30 @@ class _Identifier:
     # -- code ----------------------------------------------------------------------------------------------------
 
     def _function(self, function: FunctionType) -> dict[str, Any]:
+        own = self._code(function, function.__module__) if _is_own(function.__module__) else {"name": _name(function)}
+        assigned = own.pop("assigned", ())
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-        found: dict[str, Any] = {
-            "cells": {name: self.of(cell.cell_contents) for name, cell in cells if cell != CellType()},
+        depends = {
+            "cells": {k: self.of(x.cell_contents) for k, x in cells if x != CellType() and k not in assigned},
             "defaults": self.of(function.__defaults__ or ()),
             "keyword defaults": self.of(function.__kwdefaults__ or {}),
         }
-        found = {name: x for name, x in found.items() if x}
-        if not _is_own(function.__module__):
-            return {"function": _name(function)} | found
-        return {"function": function.__qualname__} | self._code(function, function.__module__) | found
+        return own | {name: x for name, x in depends.items() if x}
 
     def _code(self, value: Any, module: str) -> dict[str, Any]:
-        """Return a digest of the source of a function or class, and the globals that it names."""
+        """Return a digest of the source of a function or class, and the globals that it names.
+
+        Variables outside that the code assigns itself are what it remembers, and not settings.
+        """
         try:
-            source = _source(value)
+            source, tree = _source(value)
         except (OSError, TypeError, SyntaxError):
             return {"name": _name(value), "code": UNREADABLE}
-        scope = getattr(value, "__globals__", None) or vars(sys.modules[module])
+        assigned = {x for node in ast.walk(tree) if isinstance(node, ast.Global | ast.Nonlocal) for x in node.names}
+        scope = getattr(value, "__globals__", None) or vars(sys.modules.get(module, object))
+        uses = {name: self._global(x, module) for name, x in _globals_of(tree, scope) if name not in assigned}
         found = {"name": _name(value), "code": blake2b(source.encode(), digest_size=8).hexdigest()}
-        uses = {name: self._global(x, module) for name, x in _globals_of(source, scope)}
+        found |= {"assigned": assigned} if isinstance(value, FunctionType) else {}
         return found | ({"uses": uses} if uses else {})
 
     def _global(self, value: Any, module: str) -> Any:
@@ -173,7 +180,7 @@ def _is_plain(value: Any) -> bool:
     """Return whether a value is numbers or text, one or many."""
     if isinstance(value, list | tuple | Set):
         return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str | np.ndarray | Tensor | re.Pattern | PurePath)
+    return value is None or isinstance(value, (bool, int, float, str, np.ndarray, Tensor, *SHOWN))
 
 
 def _name(value: Any) -> str:
@@ -193,39 +200,38 @@ def _is_own(module: str | None) -> bool:
     return not {"site-packages", "dist-packages"} & set(PurePath(file).parts)
 
 
-def _source(value: Any) -> str:
-    """Return the source of a function or class.
+def _source(value: Any) -> tuple[str, ast.AST]:
+    """Return the source of a function or class, and its syntax tree.
 
     :raises OSError: if there is none.
     """
-    if not isinstance(value, FunctionType):
-        return textwrap.dedent(inspect.getsource(value))
-    code = value.__code__  # of the function itself, where `functools.wraps` would lead to another
-    if value.__name__ != "<lambda>":
-        return textwrap.dedent(inspect.getsource(code))
+    # of a function's own code, where `functools.wraps` would lead to that of another
+    code = value.__code__ if isinstance(value, FunctionType) else value
+    if getattr(value, "__name__", None) != "<lambda>":
+        source = textwrap.dedent(inspect.getsource(code))
+        try:
+            return source, ast.parse(source)
+        except IndentationError:  # text at the margin, which cannot be dedented
+            return source, ast.parse(f"if True:\n{source}")
     lines, _ = inspect.findsource(code)
-    source = "".join(lines)
-    nodes = [x for x in ast.walk(ast.parse(source)) if isinstance(x, ast.Lambda) and x.lineno == code.co_firstlineno]
+    file = "".join(lines)
+    nodes = [x for x in ast.walk(ast.parse(file)) if isinstance(x, ast.Lambda) and x.lineno == code.co_firstlineno]
     if len(nodes) > 1:  # on one line: the positions of instructions tell which one it is
         at = [(line, start) for line, _, start, end in code.co_positions() if line and end]
         nodes = [x for x in nodes if at and _start(x) <= min(at) and max(at) <= (x.end_lineno, x.end_col_offset)]
-    segment = ast.get_source_segment(source, max(nodes, key=_start)) if nodes else None
+    segment = ast.get_source_segment(file, max(nodes, key=_start)) if nodes else None
     if segment is None:
         raise OSError("a lambda whose source cannot be told from others'")
-    return f"({segment})"
+    return segment, ast.parse(f"({segment})")
 
 
 def _start(node: ast.Lambda) -> tuple[int, int]:
     return node.lineno, node.col_offset
 
 
-def _globals_of(source: str, scope: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Return what the names in a source are in its module, attributes of modules as ``module.name``; once each."""
+def _globals_of(tree: ast.AST, scope: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Return the values that names in a syntax tree have in a module, attributes of modules as ``module.name``."""
     yielded: set[str] = set()
-    try:
-        tree = ast.parse(source)
-    except IndentationError:  # a method with text at the margin, which cannot be dedented
-        tree = ast.parse(f"if True:\n{source}")
     for node in _without_annotations(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             owner, name = scope.get(node.value.id), f"{node.value.id}.{node.attr}"

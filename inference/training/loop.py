@@ -16,11 +16,21 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from bayeslm.inference.program import Arbitrary, Program, RandomStates, Stopwatch, prompt_labels, seeded, to_numpy
+from bayeslm.inference.program import (
+    Arbitrary,
+    Particles,
+    Program,
+    RandomStates,
+    Stopwatch,
+    prompt_labels,
+    seeded,
+    to_numpy,
+)
 from bayeslm.progress import track
 
 from .callbacks import Callback, Callbacks, Reply, StepRecord
 from .checkpoints import Checkpoints, Saved
+from .display import describe_outlier, texts_of
 from .objective import Estimate, Objective, StatefulLoss
 from .optimizer import Adam, ScheduledAdam
 from .state import EMPTY, State, under, within
@@ -80,6 +90,7 @@ class Training:
         self.ended = False  # before its last step, by a callback
         self.interrupted = False
         self.checkpoint: str | None = None  # the path of the last one
+        self.lost: Particles | None = None  # those of the step in which a number was not finite
         self._params: Any = {"params": {}, "constraints": {}} if owns_guide else None
         self._title = "SVI" if num_chains == 1 else f"SVI, chain {chain + 1} of {num_chains}"
         self._progress, self._stopwatch = progress, stopwatch
@@ -218,7 +229,7 @@ class Training:
             history=MappingProxyType(self.history),
             figures=figures,
             particles=particles,
-            texts=lambda: [] if particles is None else particles.texts(self.program, self._labels()),
+            texts=lambda: [] if particles is None else texts_of(particles, self.program, self._labels()),
         )
 
     def _speed(self, seconds: float) -> float:
@@ -234,8 +245,8 @@ class Training:
         """Add to an error where the training was, and the particles if numbers went wrong."""
         error.add_note(f"SVI stopped at step {self.step}" + (f" of chain {self.chain}" if self.chain else ""))
         if isinstance(error, FloatingPointError) and self._last is not None:
-            error.add_note(self._last.particles.farthest(self.program, self._labels()))
-            error.draws = self._last.particles.values  # type: ignore[attr-defined]
+            self.lost = self._last.particles
+            error.add_note(describe_outlier(self.lost, self.program, self._labels()))
         if self.checkpoint is not None:
             error.add_note(f"the last checkpoint is {self.checkpoint}: the same call resumes it")
 

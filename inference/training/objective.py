@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,57 +11,12 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from bayeslm.inference.program import Program, inspect_or_reuse
+from bayeslm.inference.program import Particles, Program, inspect_or_reuse
 
 from .epochs import next_minibatch
 from .state import EMPTY, State
 
 EPOCH = "epoch"  # in an objective's state: the prompts whose turn in this epoch is still to come
-
-
-@dataclass
-class Seen:
-    """A step's particles: ``values`` of the guide's sites; ``ratio``, log p + l - log q, and ``log_likelihood``, l,
-    (particle, weight prompt).
-    """
-
-    values: dict[str, Tensor]
-    ratio: Tensor
-    log_likelihood: Tensor
-
-    def farthest(self, program: Program, labels: Sequence[str]) -> str:
-        """Where numbers went wrong, or are likeliest to have: the particle whose ratio is farthest from the others'.
-
-        :param labels: what to call the step's prompts.
-        """
-        ratio = self.ratio.detach().float()
-        away = (ratio - ratio.nanmedian(0).values).abs().nan_to_num(torch.inf, torch.inf)
-        particle, prompt = divmod(int(away.argmax()), ratio.shape[1])
-        lines = [f"log p + l - log q is {float(ratio[particle, prompt]):.6g} of particle {particle}, prompt {prompt}"]
-        for site in program.completions:
-            value = self.values.get(site.name)
-            if value is not None and site.fn.lm.tokenizer is not None:
-                texts = site.fn.decode(value[particle]).reshape(-1)
-                if len(texts) == len(labels):
-                    some = [prompt] if len(texts) == ratio.shape[1] else range(len(texts))
-                    lines += [f"{site.name} of {labels[i]!r}: {texts[i]!r}" for i in some]
-                else:
-                    lines.append(f"{site.name}: {', '.join(map(repr, texts))}")
-        return "\n".join(lines)
-
-    def texts(self, program: Program, labels: Sequence[str]) -> list[tuple[str, str, float]]:
-        """The first particle's completions, as many of them as there are prompts, each with its prompt and l.
-
-        :param labels: what to call the step's prompts.
-        """
-        rows: list[tuple[str, str, float]] = []
-        told = self.log_likelihood[0].expand(len(labels)).tolist()
-        for site in program.completions:
-            value = self.values.get(site.name)
-            if value is not None and site.fn.lm.tokenizer is not None:
-                texts = site.fn.decode(value[0]).reshape(-1)
-                rows += zip(labels, texts, told, strict=False)
-        return rows
 
 
 @dataclass(frozen=True)
@@ -73,13 +28,13 @@ class Estimate:
         (r / beta and observed terms), ``kl`` (to the prior), ``score`` where the program records one, and
         ``log_evidence``, the logarithm of the mean weight, where the particles' distribution is known. Of a minibatch
         also ``prompts``, the indices of its prompts.
-    :param particles: the particles of the step.
+    :param particles: of the step, without gradient; log q is the guide's.
     :param state: what the objective remembers, for its next step.
     """
 
     loss: Tensor
     figures: Mapping[str, Tensor]
-    particles: Seen
+    particles: Particles
     state: State
 
 

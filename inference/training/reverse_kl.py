@@ -28,17 +28,18 @@ from torch import Tensor
 
 from bayeslm.inference.program import (
     STEPS,
+    Particles,
     Program,
     ProgramError,
     in_prompts,
+    particles_of,
     sample_sites,
     score_sites,
-    site_value,
     traces,
 )
 
 from .baselines import Baseline, Texts, TokenBaseline, TokenDistribution, leave_one_out
-from .objective import Estimate, Objective, Seen
+from .objective import Estimate, Objective
 from .state import State, under, within
 
 
@@ -80,10 +81,10 @@ class ReverseKL(Objective):
         log_q |= {name: log_p[name] for name in left_out}
         sites = dict(sample_sites(model_trace)) | dict(sample_sites(guide_trace))
 
+        terms = dict(log_p)
         zero = torch.zeros((n, 1), device=program.device)
         latents = {site.name for site in program.latents}
-        likelihood = {name: term for name, term in log_p.items() if name not in latents}
-        log_p |= {name: inverse_temperature * term for name, term in likelihood.items()}
+        log_p |= {name: inverse_temperature * term for name, term in terms.items() if name not in latents}
         inside = {name for name in {**log_p, **log_q} if in_prompts(sites[name])}
         # f = log p + l - log q in two parts: of single prompts (particle, prompt), and of all (particle, 1)
         local = sum((t for name, t in log_p.items() if name in inside), zero)
@@ -116,17 +117,10 @@ class ReverseKL(Objective):
                 advantage, own_after = self.baseline(name, f, program.minibatch, own)
                 surrogate = surrogate + (advantage * term).sum(-1)
             updates |= {f"{key}:{name}": x for key, x in own_after.items()}
-        f = (total if program.shared else local).detach()
-        terms = [term.detach() for term in likelihood.values()]
-        if program.shared:
-            terms = [term.sum(-1, keepdim=True) for term in terms]
-        each = sum(terms, torch.zeros_like(f))
-        particles = Seen({name: node["value"] for name, node in sample_sites(guide_trace)}, f, each)
-        # of the target itself, whose inverse temperature is 1
-        figures = _figures(f + (1.0 - inverse_temperature) * each, each)
-        if "score" in sites:
-            score = site_value(program.sites["score"], sites["score"]["value"], n)
-            figures["score"] = score.detach().float().mean(0).reshape(-1)
+        guide_terms = {name: term for name, term in log_q.items() if name not in left_out}
+        with torch.no_grad():
+            particles = particles_of(program, model_trace, guide_trace, terms, guide_terms, n)
+            figures = _figures(particles)
         gain = surrogate.mean()
         loss = gain.detach() - gain - figures["elbo"].sum()
         return Estimate(loss, figures, particles, {**state, **under("baseline", updates)})
@@ -195,11 +189,15 @@ def _texts(program: Program, model_trace: Trace, guide_trace: Trace) -> tuple[di
     return texts, tokens
 
 
-def _figures(ratio: Tensor, log_likelihood: Tensor) -> dict[str, Tensor]:
-    """Return the means (prompt,) of log p + l - log q and of l, both (particle, prompt), and what follows from them."""
-    elbo, likelihood = ratio.mean(0), log_likelihood.mean(0)
-    log_evidence = ratio.logsumexp(0) - math.log(len(ratio))
-    return {"elbo": elbo, "log_likelihood": likelihood, "kl": likelihood - elbo, "log_evidence": log_evidence}
+def _figures(particles: Particles) -> dict[str, Tensor]:
+    """Return figures (prompt,) of the target itself, whose inverse temperature is 1."""
+    ratio = particles.log_weights
+    elbo, likelihood = ratio.mean(0), particles.total_log_likelihood.mean(0)
+    figures = {"elbo": elbo, "log_likelihood": likelihood, "kl": likelihood - elbo}
+    figures["log_evidence"] = ratio.logsumexp(0) - math.log(len(ratio))
+    if "score" in particles.values:
+        figures["score"] = particles.values["score"].float().mean(0).reshape(-1)
+    return figures
 
 
 def _is_partial(node: dict[str, Any]) -> bool:

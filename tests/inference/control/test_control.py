@@ -17,6 +17,7 @@ from bayeslm.inference import (
     ImportanceSampling,
     ProgramError,
     RejectionSampling,
+    RunError,
 )
 from bayeslm.inference.control import ControlledSMC, SoftValueIteration, StateValues
 from bayeslm.inference.training import Adam, Checkpointing, Critic, LogVariance, ReverseKL, StatefulLoss, Tempering
@@ -274,7 +275,7 @@ def _until_third(svi: SVI, control: Control) -> None:
 
     import dataclasses
 
-    with pytest.raises(RuntimeError, match="killed"):
+    with pytest.raises(RunError, match="killed"):
         dataclasses.replace(svi, num_steps=6, callbacks=[stop]).run(control)
 
 

@@ -317,19 +317,19 @@ def test_kept_draws_stay_with_their_prompts():
         age = next(i for i, lot in enumerate(reversed(lots)) if torch.equal(lot.prompts, draws.prompts))
         assert torch.equal(lots[-1 - age].values["completion"], draws.values["completion"])
         ages.add(age)
-        torch.testing.assert_close(log_q(program.on(got), guide, draws).detach(), draws.log_s)
+        torch.testing.assert_close(log_q(program.on(got), guide, draws).detach(), draws.log_proposal)
         x = draws.values["completion"].reshape(8, 2, T)
         some = [PROMPTS[i] for i in got]
         expected = family.lm(some, max_new_tokens=T).log_prob(x) + family.reward(some, x)
-        torch.testing.assert_close(draws.log_target, expected)
+        torch.testing.assert_close(draws.log_joint, expected)
     assert ages == {0, 1, 2}  # three lots are kept
     source = FromPosterior(Exact().run(family.model(), PROMPTS))
     draws, _ = source(program.on(torch.tensor([3, 1])), guide, 50)
     x, some = draws.values["completion"].reshape(50, 2, T), [PROMPTS[3], PROMPTS[1]]
     reward = family.reward(some, x)
-    torch.testing.assert_close(draws.log_likelihood, reward)
-    torch.testing.assert_close(draws.score, reward)
-    torch.testing.assert_close(draws.log_target, family.lm(some, max_new_tokens=T).log_prob(x) + reward)
+    torch.testing.assert_close(draws.total_log_likelihood, reward)
+    torch.testing.assert_close(draws.values["score"], reward)
+    torch.testing.assert_close(draws.log_joint, family.lm(some, max_new_tokens=T).log_prob(x) + reward)
 
 
 def test_a_subsample_of_the_programs_own():

@@ -366,7 +366,7 @@ def test_trainings_learn_nothing_from_one_another(objective, tmp_path):
         assert (first.stats[name][0] == chains.stats[name][0]).all()
     if isinstance(objective, LogVariance):  # what is remembered is the second chain's alone: steps 0 and 4
         kept = load_file(tmp_path / "chain-1-step-5" / "tensors.safetensors")
-        assert len(kept["objective.source.log_s"]) == 2 * 8
+        assert len(kept["objective.source.kept.log_prior"]) == 2 * 8
 
 
 def test_what_is_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
+from dataclasses import replace
 
 import numpy as np
 import pyro
@@ -30,7 +31,7 @@ from bayeslm.inference.training import (
     StatefulLoss,
 )
 from bayeslm.inference.training import sources as draws_module
-from bayeslm.inference.training.sources import draw_from, log_q
+from bayeslm.inference.training.sources import log_q
 from bayeslm.models.lm.network import count_usage
 
 
@@ -47,12 +48,12 @@ def test_auxiliary_sites_of_a_guide_are_drawn_and_kept_with_it():
     with seeded(0), pyro.get_param_store().scope():
         program = inspect(model, SHORT)
         guide = AutoPolicy(program)
-        draws = draw_from(program, guide, 50)
+        draws = run_particles(program, guide, 50)
         again = log_q(program, guide, draws)
-        torch.testing.assert_close(again.detach(), draws.log_s)
+        torch.testing.assert_close(again.detach(), draws.log_proposal)
         assert again.requires_grad
         with pytest.raises(ProgramError, match="learn from its own draws"):
-            log_q(program, guide, draw_from(program, None, 50))
+            log_q(program, guide, run_particles(program, None, 50))
 
 
 def test_replay_keeps_what_was_drawn():
@@ -64,13 +65,13 @@ def test_replay_keeps_what_was_drawn():
     for _ in range(12):
         draws, state = replay(program, small.guide, 16, state)
         seen.append(draws)
-    assert all(len(draws.log_s) == 16 for draws in seen)
+    assert all(len(draws) == 16 for draws in seen)
     for i, draws in enumerate(seen):
         if i % 3:
             newest = torch.cat([new.values["completion"] for new in seen[: i + 1 : 3]])[-40:]
             same = (draws.values["completion"][:, None] == newest).flatten(2).all(-1)
             assert same.any(1).all()
-        torch.testing.assert_close(log_q(program, small.guide, draws).detach(), draws.log_s)
+        torch.testing.assert_close(log_q(program, small.guide, draws).detach(), draws.log_proposal)
 
 
 def test_replayed_draws_take_turns():
@@ -81,7 +82,7 @@ def test_replayed_draws_take_turns():
     torch.manual_seed(0)
     for step in range(24):
         draws, state = replay(program, small.guide, 16, state)
-        rows = [tuple(row) for row in torch.cat([draws.log_s, draws.log_target], 1).tolist()]
+        rows = [tuple(row) for row in torch.cat([draws.log_proposal, draws.log_joint], 1).tolist()]
         if step % 6 == 0:
             buffer, picked = [*buffer, *rows][-48:], []
             continue
@@ -107,7 +108,7 @@ def test_replay_goes_on_where_it_was():
         after = state
         for _ in range(6):
             draws, after = replay(program, small.guide, 16, after)
-            found.append(draws.log_s)
+            found.append(draws.log_proposal)
     assert all(torch.equal(a, b) for a, b in zip(found[:6], found[6:], strict=True))
 
 
@@ -116,7 +117,7 @@ def test_draws_that_agree_are_scored_once():
     small = Problem()
     program = inspect(small.model, PROMPTS)
     torch.manual_seed(0)
-    draws = draw_from(program, small.guide, 300)[:]  # as of an earlier step, whose scores are not known
+    draws = replace(run_particles(program, small.guide, 300), proposal_token_log_prob={})  # as of an earlier step
     pairs_of_texts = len({tuple(x.flatten().tolist()) for x in draws.values["completion"]})
     assert 50 < pairs_of_texts < 150
     with pyro.get_param_store().scope(), count_usage() as usage:
@@ -149,9 +150,9 @@ def test_new_draws_are_not_scored_again():
     small.policy.batch_size = 8
     program = inspect(small.model, PROMPTS)
     torch.manual_seed(0)
-    draws = draw_from(program, small.guide, 40)
+    draws = run_particles(program, small.guide, 40)
     found = {}
-    for name, some in {"new": draws, "kept": draws[:]}.items():
+    for name, some in {"new": draws, "kept": replace(draws, proposal_token_log_prob={})}.items():
         with pyro.get_param_store().scope(), count_usage() as usage:
             scores = log_q(program, small.guide, some)
             forward = usage.model_calls
@@ -188,8 +189,8 @@ def test_other_engines_draws(engine):
     torch.manual_seed(0)
     draws, _ = FromPosterior(posterior)(program, small.guide, 4000)
     expected = Exact().run(small.model, PROMPTS)
-    weights = (draws.log_target - draws.log_s).softmax(0)
-    reward = (weights * draws.log_likelihood).sum(0).numpy()
+    weights = (draws.log_joint - draws.log_proposal).softmax(0)
+    reward = (weights * draws.total_log_likelihood).sum(0).numpy()
     exact_weights = np.exp(expected.log_weights[0] - expected.log_weights[0].max(0))
     truth = (exact_weights * expected.log_likelihood["reward"][0]).sum(0) / exact_weights.sum(0)
     assert reward == pytest.approx(truth, abs=0.25)  # the draws' own error: standard error 0.03 to 0.05
@@ -202,7 +203,7 @@ def test_draws_are_the_policys():
     small = Problem()
     program = inspect(small.model, PROMPTS[:1])
     torch.manual_seed(0)
-    draws = draw_from(program, small.guide, 4000)
+    draws = run_particles(program, small.guide, 4000)
     counts = count_completions(draws.values["completion"][:, 0], small.x[:, 0], vocab=4)
     assert_drawn_from(counts, small.log_q[:, 0].detach())
 
@@ -219,13 +220,14 @@ def test_draws_have_the_weights_that_engines_give_them():
 
     program, guide = inspect(model, PROMPTS), policy_guide(perturbed(lm), T)
     with seeded(0):
-        expected = run_particles(program, guide, 20)
-    with seeded(0):
-        draws = draw_from(program, guide, 20)
-    assert (draws.values["completion"].squeeze() == expected.values["completion"]).all()
-    torch.testing.assert_close(draws.log_target - draws.log_s, expected.log_weights)
-    torch.testing.assert_close(draws.log_likelihood, expected.total_log_likelihood)
-    torch.testing.assert_close(log_q(program, guide, draws).detach(), draws.log_s)
+        draws = run_particles(program, guide, 20)
+    latents = [site.name for site in program.latents]
+    mood, x = (draws.values[name] for name in latents)
+    with torch.no_grad():
+        left_out = dist.Bernoulli(0.3).log_prob(mood)
+        torch.testing.assert_close(draws.log_left_out, left_out)
+        torch.testing.assert_close(log_q(program, guide, draws), draws.log_proposal - left_out)
+    torch.testing.assert_close(draws.total_log_likelihood, (x == 1).sum(-1) * (0.5 + mood))
 
 
 def test_hard_constraints_on_another_engines_draws():
@@ -255,8 +257,8 @@ def test_hard_constraints_on_another_engines_draws():
 def test_equal_prompts_keep_the_buffer_and_others_do_not(monkeypatch):
     """In a loop of plain Pyro that makes its list of prompts at every step: new draws at every third."""
     small, drawn, looks = Problem(), [], []
-    new, first_look = draws_module.draw_from, program_module._inspect
-    monkeypatch.setattr(draws_module, "draw_from", lambda *args: drawn.append(1) or new(*args))
+    new, first_look = draws_module.run_particles, program_module._inspect
+    monkeypatch.setattr(draws_module, "run_particles", lambda *args: drawn.append(1) or new(*args))
     monkeypatch.setattr(program_module, "_inspect", lambda *args: looks.append(1) or first_look(*args))
     loss = StatefulLoss(LogVariance(8, Replay(every=3)))
     svi = pyro.infer.SVI(small.model, small.guide, pyro.optim.Adam({"lr": 1e-3}), loss)

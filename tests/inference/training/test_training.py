@@ -14,7 +14,7 @@ from support.gradients import policy_guide
 from support.programs import PROMPTS, TOKENS, score_table, tilted
 from support.trainings import EXACT, FAST, GOLD, LM, MODEL, SMALL, TWO, assert_same, batches, every_5, kl_of, log_probs
 
-from bayeslm.inference import SVI, Exact, ProgramError
+from bayeslm.inference import SVI, Exact, ProgramError, RunError
 from bayeslm.inference.training import (
     Adam,
     Checkpointing,
@@ -92,13 +92,17 @@ class Infinite(ReverseKL):
 
 
 def test_what_is_not_finite_stops_with_step_prompt_texts_and_checkpoint(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"the loss is -?(inf|nan)") as caught:
+    with pytest.raises(RunError, match=r"the loss is -?(inf|nan)") as caught:
         SVI(**SMALL, objective=Infinite(4), checkpoint=every_5(tmp_path)).run(MODEL, PROMPTS)
-    notes = "\n".join(caught.value.__notes__)
+    assert isinstance(caught.value.__cause__, FloatingPointError)
+    notes = "\n".join(caught.value.__cause__.__notes__)
     for part in ("step 6", "of particle", "completion of 'b c d'", "chain-0-step-6"):
         assert part in notes or part.replace("b c d", "e f") in notes, notes
-    assert caught.value.draws["completion"].shape == (4, 2, TOKENS)
-    assert all(p.isfinite().all() for p in caught.value.policy.parameters())
+    kept = caught.value.so_far
+    assert kept.particles.values["completion"].shape == (4, 2, TOKENS)
+    assert kept.step == 6
+    assert kept.checkpoint.endswith("chain-0-step-6")
+    assert all(p.isfinite().all() for p in kept.policy.parameters())
 
 
 # -- beta and stopping ---------------------------------------------------------------------------------------
@@ -234,11 +238,11 @@ def test_an_error_in_a_later_chain_carries_the_policies_of_all():
         if len(calls) == 20:  # of 13 a chain
             raise ConnectionError("gone")
 
-    with pytest.raises(ConnectionError) as caught:
+    with pytest.raises(RunError, match=r"ConnectionError: gone(.|\n)*2 trained policies") as caught:
         SVI(**SMALL, num_chains=2, callbacks=[fail]).run(TWO, PROMPTS)
-    first, second = caught.value.policies
-    assert caught.value.policy is second
-    assert ".policy, those of all 2 chains in .policies" in " ".join(caught.value.__notes__)
+    assert isinstance(caught.value.__cause__, ConnectionError)
+    first, second = caught.value.so_far.policies
+    assert caught.value.so_far.policy is second
     whole = SVI(**SMALL).run(TWO, PROMPTS)
     assert (log_probs(first) == log_probs(whole.policy)).all()
     assert (log_probs(second) != log_probs(first)).any()
@@ -258,11 +262,11 @@ def test_mistakes():
     stock = pyro.infer.Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1)
     with pytest.raises(ValueError, match="moves the inverse temperature of an objective, and Trace_ELBO has none"):
         SVI(**SMALL, objective=stock, callbacks=[Tempering()]).run(MODEL, PROMPTS)
-    with pytest.raises(ValueError, match="this objective does not estimate KL"):
+    with pytest.raises(RunError, match="ValueError: KLTarget: this objective does not estimate KL"):
         SVI(**SMALL, objective=stock, callbacks=[KLTarget(1.0)]).run(MODEL, PROMPTS)
     SVI(**SMALL, objective=stock, callbacks=[HeldOut({"gold": GOLD}, num_particles=2)]).run(MODEL, PROMPTS)
     objective = LogVariance(8, FromPosterior(EXACT))
-    with pytest.raises(ValueError, match="does not know the density of its particles"):
+    with pytest.raises(RunError, match="does not know the density of its particles"):
         SVI(**SMALL, objective=objective, callbacks=[NearPosterior()]).run(MODEL, PROMPTS)
 
 
@@ -271,9 +275,9 @@ def test_errors_of_callbacks_tell_step_and_checkpoint(tmp_path):
         if record.step == 7:
             raise RuntimeError("no more")
 
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(RunError, match="RuntimeError: no more") as caught:
         SVI(**SMALL, callbacks=[fail], checkpoint=every_5(tmp_path)).run(MODEL, PROMPTS)
-    notes = "\n".join(caught.value.__notes__)
+    notes = "\n".join(caught.value.__cause__.__notes__)
     assert "stopped at step 7" in notes
     assert "chain-0-step-5" in notes
 
@@ -287,5 +291,6 @@ def test_a_wrong_reward_in_a_minibatch_names_the_prompt_of_all():
             wrong = torch.inf if batch[0] == 2 and torch.is_grad_enabled() else 0.0
             pyro.factor("reward", torch.tensor([wrong]))
 
-    with pytest.raises(ProgramError, match="particle 0, prompt 2"):
+    with pytest.raises((ProgramError, RunError), match="particle 0, prompt 2") as caught:
         SVI(**SMALL).run(model, prompts)
+    assert ProgramError in (type(caught.value), type(caught.value.__cause__))

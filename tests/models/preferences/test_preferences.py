@@ -29,7 +29,7 @@ from support.statistics import assert_drawn_from, assert_estimate, assert_eviden
 from torch import Tensor
 
 from bayeslm import Posterior, diagnostics
-from bayeslm.inference import NUTS, SVI, ImportanceSampling, ProgramError, predict
+from bayeslm.inference import NUTS, SVI, ImportanceSampling, ProgramError, RunError, predict
 from bayeslm.inference.training import Adam, Checkpointing, StepRecord
 from bayeslm.models.preferences import BradleyTerry, Comparisons, PlackettLuce, Rankings
 from bayeslm.models.preferences.plackett_luce import ABSENT, RankingLaw
@@ -181,7 +181,7 @@ def test_a_class_of_guides_goes_on_from_a_checkpoint(tmp_path: Any):
 
     settings = {"num_steps": 40, "num_samples": 10, "seed": 0, "progress": False, "guide": AutoMultivariateNormal}
     whole = SVI(**settings).run(MODEL, DATA)
-    with pytest.raises(RuntimeError, match="killed"):
+    with pytest.raises(RunError, match="killed"):
         SVI(**settings, checkpoint=Checkpointing(tmp_path, every=10), callbacks=[stop]).run(MODEL, DATA)
     resumed = SVI(**settings, checkpoint=Checkpointing(tmp_path, every=10)).run(MODEL, DATA)
     np.testing.assert_array_equal(resumed.samples["weights"], whole.samples["weights"])

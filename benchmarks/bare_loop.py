@@ -38,7 +38,7 @@ from bayeslm.inference import SVI
 from bayeslm.inference.program import inspect
 from bayeslm.inference.training import Adam, AutoPolicy, ReverseKL
 from bayeslm.models import LanguageModel, rewards
-from bayeslm.models.lm.loading import word_tokenizer
+from bayeslm.models.lm import word_tokenizer
 
 RATE, CLIP = 1e-3, 1.0
 WARM_UP = 2  # steps that are not counted

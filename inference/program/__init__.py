@@ -4,15 +4,11 @@ from .assign import assign_values, same_distribution
 from .checks import check_counts, check_positive
 from .errors import EvidenceError, ProgramError
 from .guides import PolicyGuide, as_law, draw_latents
-from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment
-from .interruption import RunError, SoFar, keeping
+from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, RandomStates, seeded
 from .partial import PartialRun
-from .particles import Particles
-from .program import STEPS, Program, Site, in_prompts, inspect, inspect_or_reuse, sample_sites, seeded
-from .random_states import RandomStates
-from .results import Stopwatch, check_evidence, posterior, prompt_labels
-from .run import draw, particles_of, run_particles, score_sites, site_value, traces
-from .tensors import along, to_numpy
+from .particles import Particles, particles_of, run_particles, score_sites, site_value, traces
+from .program import STEPS, Program, Site, along, in_prompts, inspect, inspect_or_reuse, sample_sites
+from .run import RunError, SoFar, Stopwatch, check_evidence, draw, keeping, posterior, prompt_labels, to_numpy
 
 __all__ = [
     "PARTICLES",

@@ -1,4 +1,6 @@
-r"""Minibatches of prompts: a program whose plate ``prompts`` is subsampled.
+r"""The contexts in which a program runs: minibatches of prompts, assigned values, random states, explained errors.
+
+Minibatches are of a program whose plate ``prompts`` is subsampled:
 
     with pyro.plate("prompts", N, subsample_size=b) as batch: ...
 
@@ -8,18 +10,24 @@ Paisley 2013, arXiv 1206.7051):
 
     \sum_{c=1}^N L(c)  =  E_B[ (N / b) \sum_{c \in B} L(c) ]
 
-Pyro scales log p inside the plate by N / b instead, which a score-function gradient, a product of two of them, would
-have squared. So here a minibatch is an ordinary program of b prompts, without a scale, and its loss is multiplied.
+Pyro scales log p inside the plate by N / b instead; a score-function gradient, a product of two such terms, would be
+scaled by its square. So here a minibatch is an ordinary program of b prompts, without a scale, and its loss is scaled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from pyro.distributions import Unit
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
+from pyro.util import set_rng_seed
 from torch import Tensor
 
 from bayeslm.models.lm import Autoregressive
@@ -36,12 +44,13 @@ Assignment = tuple[Tensor, Tensor | None]
 
 
 class Minibatch(Messenger):
-    """Tells a subsampled plate of prompts which they are, and takes its scale off the terms inside.
+    """Choose the prompts of a subsampled plate, and remove the plate's scale from the terms inside.
 
-    :param prompts: indices (b,); None leaves it to the program, whose first b prompts are taken if it does not care.
-    :raises ProgramError: if a plate is not subsampled as the ``prompts`` need.
+    After a run with a subsampled plate, ``prompts`` (b,) are its indices, ``full_size`` is N, and ``fixed`` says
+    whether the indices were chosen here or by the program.
 
-    ``prompts``, ``full_size``, N, and whether the prompts are ``fixed`` are what was found of a subsampled plate.
+    :param prompts: indices (b,); None takes those of the program, or the first b where it chooses none.
+    :raises ProgramError: if the plate's subsample does not have the size, or the indices, of ``prompts``.
     """
 
     def __init__(self, prompts: Tensor | None = None) -> None:
@@ -62,7 +71,7 @@ class Minibatch(Messenger):
                 msg["cond_indep_stack"] = (*frames[:i], frame._replace(full_size=frame.size), *frames[i + 1 :])
 
     def _choose(self, msg: Any) -> None:
-        plate, own = msg["fn"], msg["value"]  # its own: pyro.plate(..., subsample=indices)
+        plate, own = msg["fn"], msg["value"]  # own: the indices of pyro.plate(..., subsample=indices)
         size = plate.subsample_size if own is None else len(own)
         if size is None or size >= plate.size:
             size = None  # all of them
@@ -95,7 +104,7 @@ class Assign(Messenger):
     :param assignments: by site, a function from the site's distribution, whose outermost plate is that of the
         particles, to the value (particle, *plates, *event) and, of a completion whose log-probabilities are known,
         those of its tokens (particle, *plates, token), else None. They travel on the trace's node, as
-        ``token_log_prob``, to `run.score_sites`.
+        ``token_log_prob``, to `particles.score_sites`.
     """
 
     def __init__(self, assignments: Mapping[str, Callable[[Any], Assignment]]) -> None:
@@ -108,3 +117,89 @@ class Assign(Messenger):
         msg["value"], known = self._assignments[msg["name"]](msg["fn"])
         if known is not None:
             msg["token_log_prob"] = known
+
+
+_BRANCHES = ("is ambiguous", "only one element tensors", "a Tensor with", "only integer tensors of a single element")
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Explain errors of a program whose Python code needs a single value, where engines run many particles at once.
+
+    A factor that is NaN passes, to `particles.score_sites`, whose error shows its text; Pyro's own check, when the
+    factor is made, shows all factors and no text. Pyro makes the factor's `Unit` distribution inside `pyro.factor`, and
+    offers no argument or handler that turns off this one check: the class attribute that it reads is replaced for the
+    block.
+    """
+    own = vars(Unit).get("_validate_args")
+    Unit._validate_args = False
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError) as error:
+        if not any(sign in str(error) for sign in _BRANCHES):
+            raise
+        raise ProgramError(
+            "the program's Python code needs a single value where each prompt and particle has its own "
+            f"({str(error).splitlines()[0]}): engines run all of them at once and cannot follow each one's branch. Use "
+            "torch.where, or ImportanceSampling(vectorize=False) with one prompt"
+        ) from error
+    finally:
+        if own is None:
+            del Unit._validate_args
+        else:
+            Unit._validate_args = own
+
+
+@dataclass(frozen=True)
+class RandomStates:
+    """A snapshot of the random states of torch, of each CUDA device, of NumPy and of Python."""
+
+    torch: Tensor
+    cuda: dict[int, Tensor]
+    numpy: Any
+    python: Any
+
+    @staticmethod
+    def now() -> RandomStates:
+        """Return a snapshot of the states now."""
+        cuda = dict(enumerate(torch.cuda.get_rng_state_all())) if torch.cuda.is_available() else {}
+        return RandomStates(torch.get_rng_state(), cuda, np.random.get_state(), random.getstate())  # noqa: NPY002
+
+    def restore(self) -> None:
+        """Restore the snapshot; states of devices that this machine lacks are ignored."""
+        torch.set_rng_state(self.torch)
+        for i, state in self.cuda.items():
+            if i < torch.cuda.device_count():
+                torch.cuda.set_rng_state(state, i)
+        np.random.set_state(self.numpy)  # noqa: NPY002
+        random.setstate(self.python)
+
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the snapshot as tensors and as values that JSON can hold."""
+        kind, keys, *rest = self.numpy
+        version, inside, gauss = self.python
+        tensors = {"rng.torch": self.torch} | {f"rng.cuda.{i}": state for i, state in self.cuda.items()}
+        return tensors, {"numpy": [kind, keys.tolist(), *rest], "random": [version, list(inside), gauss]}
+
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> RandomStates:
+        """Return the snapshot from what `saved` returned."""
+        cuda = {int(key.rpartition(".")[2]): x for key, x in tensors.items() if key.startswith("rng.cuda.")}
+        kind, keys, *rest = values["numpy"]
+        version, inside, gauss = values["random"]
+        numpy = (kind, np.array(keys, dtype=np.uint32), *rest)
+        return RandomStates(tensors["rng.torch"], cuda, numpy, (version, tuple(inside), gauss))
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Seed torch, NumPy and Python's random for the block and restore their states after it; None changes nothing."""
+    if seed is None:
+        yield
+        return
+    before = RandomStates.now()
+    set_rng_seed(seed)
+    try:
+        yield
+    finally:
+        before.restore()

@@ -1,31 +1,141 @@
-"""A Pyro program run for many particles at once.
-
-All particles are in one outermost plate, as in Pyro's own vectorised ELBOs, and every term of the log-joint has the
-shape (particle, prompt). Where the plate of prompts is subsampled, a run has the prompts of one minibatch (`handlers`).
-"""
+"""What the runs of all engines share: time and usage, Ctrl-C and errors, batches of particles, and the posterior."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
-from dataclasses import replace
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
-import pyro
+import numpy as np
 import torch
-from pyro import poutine
-from pyro.distributions.util import scale_and_mask
-from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from bayeslm.models.lm import Autoregressive
+from bayeslm import diagnostics
+from bayeslm.models.lm import count_usage
+from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 
-from .errors import ProgramError, explained
-from .handlers import PARTICLES
-from .interruption import SoFar, keeping
-from .particles import Particles
-from .program import Program, Site, in_prompts, sample_sites
+from .errors import EvidenceError
+from .particles import Particles, run_particles
+from .program import Program
+
+# -- time and usage -----------------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Measure the seconds of its block and count the networks' work in it: the start of every engine's ``stats``."""
+
+    def __enter__(self) -> Stopwatch:
+        self._counting = count_usage()
+        self.usage = self._counting.__enter__()
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._counting.__exit__(None, None, None)
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    def snapshot(self) -> dict[str, Any]:
+        """The counts so far, as numbers, for `resume`."""
+        return {"seconds": self.seconds()} | self.usage.state_dict()
+
+    def resume(self, seconds: float, **numbers: Any) -> None:
+        """Count on from a `snapshot`: the work of a run that is resumed."""
+        self._start = time.perf_counter() - seconds
+        self.usage.load_state_dict(numbers)
+
+    def stats(self) -> dict[str, Any]:
+        """Return ``seconds``, ``tokens``, ``model_calls``, and ``mismatch`` (the largest, the mean a token) if any."""
+        stats = {"seconds": self.seconds(), "tokens": self.usage.tokens, "model_calls": self.usage.model_calls}
+        return stats if self.usage.mismatch is None else stats | {"mismatch": list(self.usage.mismatch)}
+
+
+# -- Ctrl-C and errors --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SoFar:
+    """The results of a run that did not end.
+
+    :param particles: the particles drawn or moved until then.
+    :param policies: of `SVI`, the trained language models, one a chain (None of a chain whose guide has none).
+    :param step: of `SVI`, the number of finished steps of the last chain.
+    :param checkpoint: of `SVI`, the folder of the last checkpoint.
+    """
+
+    particles: Particles | None = None
+    policies: tuple[Any, ...] = ()
+    step: int | None = None
+    checkpoint: str | None = None
+
+    @property
+    def policy(self) -> Any:
+        """The last chain's policy, or None."""
+        return self.policies[-1] if self.policies else None
+
+    def __str__(self) -> str:
+        parts = []
+        if self.particles is not None:
+            parts.append(f"{len(self.particles)} particles")
+        if any(policy is not None for policy in self.policies):
+            parts.append("the trained policy" if len(self.policies) == 1 else f"{len(self.policies)} trained policies")
+        if self.step is not None:
+            parts.append(f"{self.step} steps")
+        return ", ".join(parts) or "nothing"
+
+
+class RunError(RuntimeError):
+    """An error stopped a run that had results already: they are ``so_far``, and the error is the ``__cause__``."""
+
+    def __init__(self, message: str, so_far: SoFar) -> None:
+        super().__init__(message)
+        self.so_far = so_far
+
+
+@dataclass
+class Interruption:
+    """Whether Ctrl-C ended the block of `keeping`."""
+
+    interrupted: bool = False
+
+
+@contextlib.contextmanager
+def keeping(so_far: Callable[[], SoFar | None], *, can_return: bool = True) -> Iterator[Interruption]:
+    """Keep the results of a run that Ctrl-C or an error stops inside the block.
+
+    Ctrl-C ends the block: the code after it returns the results, and the yielded object says ``interrupted``. An error
+    is raised again as a `RunError` that carries the results. Where there are none yet, both pass unchanged.
+
+    :param so_far: called when the block is stopped; returns the results, or None if there are none.
+    :param can_return: False where the code after the block needs all of it: Ctrl-C is a `RunError` too.
+    :raises RunError: on an error after the first results.
+    """
+    run = Interruption()
+    try:
+        yield run
+    except (Exception, KeyboardInterrupt) as error:
+        kept = so_far()
+        if kept is not None and can_return and isinstance(error, KeyboardInterrupt):
+            run.interrupted = True
+            return
+        inner = error.so_far if isinstance(error, RunError) else None
+        if kept is None or kept == inner:
+            raise
+        if inner is not None and kept.particles is None:
+            kept = replace(kept, particles=inner.particles)
+        cause = error.__cause__ if isinstance(error, RunError) and error.__cause__ is not None else error
+        text = str(cause).partition("\nTrace Shapes:")[0].rstrip()  # which Pyro appends to errors of a program
+        what = "interrupted" if isinstance(cause, KeyboardInterrupt) else f"{type(cause).__name__}: {text}"
+        message = f"{what}\nThe run has {kept} so far: this error carries them as .so_far"
+        raise RunError(message, kept) from cause
+
+
+# -- particles and the posterior --------------------------------------------------------------------------------------
 
 
 def draw(
@@ -61,167 +171,152 @@ def draw(
     return Particles.concatenate(parts), run.interrupted
 
 
-def run_particles(
-    program: Program, guide: Callable[..., Any] | None, num_particles: int, *, vectorize: bool = True
-) -> Particles:
-    """Run the program for ``num_particles`` particles and score every site.
-
-    :param guide: proposes the latents; None proposes from the prior.
-    :param vectorize: False runs the particles one by one, for programs whose Python code depends on a latent's value.
-    :raises ProgramError: if a term of the log-joint is NaN or +inf, or the program's sites changed.
-    """
-    if program.in_chunks:
-        runs = [run_particles(chunk, guide, num_particles, vectorize=vectorize) for chunk in program.chunks]
-        return Particles.side_by_side(program, runs)
-    if not vectorize and num_particles > 1:
-        return Particles.concatenate([run_particles(program, guide, 1, vectorize=False) for _ in range(num_particles)])
-    with torch.no_grad():
-        model_trace, guide_trace = traces(program, guide, num_particles, vectorize=vectorize)
-        terms = score_sites(program, model_trace, num_particles)
-        guide_terms = {} if guide_trace is None else score_sites(program, guide_trace, num_particles)
-    return particles_of(program, model_trace, guide_trace, terms, guide_terms, num_particles)
-
-
-def traces(
-    program: Program, guide: Callable[..., Any] | None, num_particles: int, *, vectorize: bool = True
-) -> tuple[Trace, Trace | None]:
-    """Return the traces of model and guide, with all particles in one outermost plate.
-
-    :param guide: proposes the latents; None proposes from the prior and has no trace.
-    """
-
-    def in_plate(fn: Callable[..., Any]) -> Callable[..., Any]:
-        if not vectorize:
-            return fn
-        return pyro.plate(PARTICLES, num_particles, dim=-1 - program.max_plate_nesting)(fn)
-
-    guide_trace = None
-    model = program.pinned(program.model)
-    if guide is not None:
-        guide_trace = poutine.trace(in_plate(program.pinned(guide))).get_trace(*program.args, **program.kwargs)
-        guide_trace = prune_subsample_sites(guide_trace)
-        for name, node in sample_sites(guide_trace):
-            if name not in program.sites and not node["infer"].get("is_auxiliary"):
-                raise ProgramError(f"the guide samples {name!r}, which the program does not have")
-            if not program.shared and not in_prompts(node):
-                raise ProgramError(
-                    f"the guide samples {name!r} outside the plate 'prompts', and the program's prompts are posteriors "
-                    "of their own: put it inside the plate (AutoNormal does), or a latent of the program outside"
-                )
-        model = poutine.replay(model, trace=guide_trace)
-    with explained():
-        model_trace = poutine.trace(in_plate(model)).get_trace(*program.args, **program.kwargs)
-    return prune_subsample_sites(model_trace), guide_trace
-
-
-def score_sites(program: Program, trace: Trace, num_particles: int, *, skip: Container[str] = ()) -> dict[str, Tensor]:
-    """Return the log-probability of every site of a trace, (particle, prompt).
-
-    The log-probabilities of a completion's tokens stay on its node, as ``token_log_prob`` (particle, *plates, token);
-    where an `Assign` has put them there, they are not computed again.
-
-    :param skip: sites to leave out.
-    :raises ProgramError: if a term is NaN or +inf.
-    """
-    for name, node in trace.nodes.items():
-        if node["type"] == "sample" and name not in skip and isinstance(node["fn"], Autoregressive):
-            _score_completion(node)
-    trace.compute_log_prob(site_filter=lambda name, node: name not in skip)
-    terms = {}
-    for name, node in sample_sites(trace):
-        if name in skip or node["infer"].get("_deterministic", False):
-            continue
-        term = program.terms(node["log_prob"], num_particles, in_prompts(node))
-        bad = torch.isnan(term) | (term == torch.inf)
-        if bad.any():
-            particle, prompt = (int(i) for i in bad.nonzero()[0])
-            raise ProgramError(
-                f"site {name!r} has log-probability {term[particle, prompt].item()} at particle {particle}"
-                + (f", prompt {program.global_index(prompt)}" if program.full_size > 1 and in_prompts(node) else "")
-                + (": a reward must be finite or -inf, and beta positive" if node["is_observed"] else "")
-                + "".join(_texts(program, trace, num_particles, particle, prompt))
-            )
-        terms[name] = term
-    return terms
-
-
-def _score_completion(node: Any) -> None:
-    """Compute the log-probabilities of a completion's tokens, and of the whole as Pyro's traces hold it."""
-    node["token_log_prob"] = node["fn"].token_log_prob(node["value"], known=node.get("token_log_prob"))
-    node["unscaled_log_prob"] = node["token_log_prob"].sum(-1)
-    node["log_prob"] = scale_and_mask(node["unscaled_log_prob"], node["scale"], node["mask"])
-    node["log_prob_sum"] = node["log_prob"].sum()
-
-
-def _texts(program: Program, trace: Trace, num_particles: int, particle: int, prompt: int) -> Iterator[str]:
-    """Return the texts of a particle's completions of a prompt, for an error."""
-    for name, node in sample_sites(trace):
-        site = program.sites.get(name)
-        if site is None or not site.is_completion or node["fn"].lm.tokenizer is None:
-            continue
-        texts = node["fn"].decode(site_value(site, node["value"], num_particles)[particle]).reshape(-1)
-        yield f"\n{name}: {texts[prompt if len(texts) > prompt else 0]!r}"
-
-
-def particles_of(
+def posterior(
     program: Program,
-    model_trace: Trace,
-    guide_trace: Trace | None,
-    terms: dict[str, Tensor],
-    guide_terms: dict[str, Tensor],
-    num_particles: int,
-) -> Particles:
-    """Return the particles of a run, from its traces and the terms (particle, prompt) that `score_sites` gave.
+    particles: Particles,
+    *,
+    engine: str,
+    kind: str,
+    num_chains: int,
+    stats: dict[str, Any],
+    evidence: tuple[np.ndarray, np.ndarray] | None = None,
+    log_weights: Tensor | None = None,
+    roots: Tensor | None = None,
+    conditional: bool = False,
+    prior: Particles | None = None,
+    policy: Any = None,
+) -> Posterior:
+    """Return particles, chain-major, as a `Posterior` of ``num_chains`` chains; a remainder is dropped.
 
-    :raises ProgramError: if the run has other sites than the inspected program.
+    :param engine: the engine's name.
+    :param kind: of the draws, see `Posterior.kind`.
+    :param stats: the engine's figures; for weighted draws ``ess`` and ``khat`` (prompt,) are added.
+    :param evidence: log Z and its standard error (prompt,), if they do not come from the weights. Weights of the kinds
+        "weighted" and "particles" also bound log Z: from above in a conditional run, else from below. Markov chains
+        have no estimate.
+    :param log_weights: (particle, prompt); None takes the particles' own, log p - log q, or zeros if the kind has equal
+        weights.
+    :param roots: of kind "particles", (particle, prompt), see `Posterior.roots`.
+    :param conditional: whether particle 0 of each chain began as a draw of the posterior, see `Posterior.conditional`.
+    :param prior: draws of the prior, for comparison.
+    :param policy: the trained policy, of `SVI`.
+    :raises EvidenceError: if every weight of a prompt is zero, or a chain has no draw.
     """
-    unknown = [name for name in terms if name not in program.sites]
-    if unknown or len(terms) < sum(site.kind != "deterministic" for site in program.sites.values()):
-        raise ProgramError(
-            "the program's sites changed between runs: a site that is only sometimes there cannot be a latent "
-            f"(seen now: {sorted(terms)}; first: {sorted(program.sites)})"
-        )
-    nodes = dict(sample_sites(model_trace))
-    guide_nodes = {} if guide_trace is None else dict(sample_sites(guide_trace))
-    zero = torch.zeros((num_particles, program.weight_prompts), device=program.device)
-    latent = [site.name for site in program.latents]  # in the program's order, so that sums do not depend on a set's
-    auxiliary = sum((program.pooled(term) for name, term in guide_terms.items() if name not in program.sites), zero)
-    left_out = sum((program.pooled(terms[name]) for name in latent if name not in guide_terms), zero)
+    draws = len(particles) // num_chains
+    if draws == 0:
+        raise EvidenceError(f"interrupted before each of the {num_chains} chains had a draw")
 
-    def completions(nodes: dict[str, Any]) -> dict[str, Tensor]:
-        sites = [site for site in program.completions if "token_log_prob" in nodes.get(site.name, ())]
-        return {site.name: site_value(site, nodes[site.name]["token_log_prob"], num_particles) for site in sites}
+    def split(x: Tensor) -> np.ndarray:
+        x = x[: draws * num_chains]
+        return to_numpy(x).reshape(num_chains, draws, *x.shape[1:])
 
-    return Particles(
-        values={
-            site.name: site_value(site, nodes[site.name]["value"], num_particles)
-            for site in program.sites.values()
-            if site.kind != "observed"
-        },
-        log_prior=sum((program.pooled(terms[name]) for name in latent), zero),
-        log_proposal=sum((program.pooled(guide_terms.get(name, terms[name])) for name in latent), auxiliary),
-        log_likelihood={name: program.pooled(term) for name, term in terms.items() if name not in latent},
-        token_log_prob=completions(nodes),
-        pointwise={
-            site.name: _per_observation(site, nodes[site.name]["log_prob"], num_particles)
-            for site in program.sites.values()
-            if site.is_pointwise
-        },
-        auxiliary={name: node["value"] for name, node in guide_nodes.items() if name not in program.sites},
-        proposal_token_log_prob=completions(guide_nodes),
-        log_left_out=None if guide_trace is None else left_out,
-        prompts=None if program.minibatch is None else program.minibatch.expand(num_particles, -1),
+    if log_weights is None:
+        equal = kind in ("exact", "uncorrected", "markov")
+        log_weights = torch.zeros_like(particles.log_prior) if equal else particles.log_weights
+    weights = split(log_weights)
+    labels = prompt_labels(program)
+    check_evidence(split(particles.log_joint), labels)
+    origins = None if roots is None else split(roots)
+    by_chain = diagnostics.chain_log_evidence(weights)  # (chain, prompt)
+    if kind == "markov":
+        evidence = (np.full(weights.shape[-1], np.nan),) * 2
+    elif evidence is None and conditional:
+        # 1 / Z-hat of a chain is unbiased for 1 / Z, unless all its weights can be 0
+        inverse, stderr = diagnostics.log_evidence(-by_chain[:, None])
+        unknown = np.isneginf(weights).any((0, 1))
+        evidence = np.where(unknown, np.nan, -inverse), np.where(unknown, np.nan, stderr)
+    elif evidence is None:
+        evidence = diagnostics.log_evidence(weights, origins)
+    has_bound = kind in ("weighted", "particles")
+    if kind == "weighted":
+        stats |= {"ess": diagnostics.ess(weights), "khat": diagnostics.psis(weights)[1]}
+    values = {name: split(particles.values[name]) for name in _kept(program)}
+    texts, lengths = {}, {}
+    for site in program.completions:
+        value = particles.values[site.name][: draws * num_chains]
+        lengths[site.name] = split(site.fn.lengths(value))
+        if site.fn.has_text:
+            texts[site.name] = site.fn.decode(value).reshape(lengths[site.name].shape)
+    return Posterior(
+        samples=values,
+        log_weights=weights,
+        log_joint=split(particles.log_joint),
+        log_likelihood={name: split(term) for name, term in particles.log_likelihood.items()},
+        log_evidence=evidence[0],
+        log_evidence_stderr=evidence[1],
+        log_evidence_lower=by_chain.mean(0) if has_bound and not conditional else None,
+        log_evidence_upper=by_chain.mean(0) if has_bound and conditional else None,
+        roots=origins,
+        conditional=conditional,
+        kind=kind,
+        engine=engine,
+        dims={name: program.sites[name].dims for name in [*values, *particles.pointwise]},
+        prompts=labels,
+        texts=texts,
+        lengths=lengths,
+        prior=prior_draws(program, prior),
+        pointwise={name: split(term) for name, term in particles.pointwise.items()},
+        observed=_observed(program),
+        stats=stats,
+        policy=policy,
     )
 
 
-def site_value(site: Site, value: Tensor, num_particles: int) -> Tensor:
-    """Return a site's value as (particle, *batch, *event), without the axes that vectorisation put between."""
-    shape = (num_particles, *site.shape)
-    if value.numel() == torch.Size(shape).numel():
-        return value.reshape(shape)
-    return value.expand(shape)
+def _kept(program: Program) -> list[str]:
+    """Return the latent and deterministic sites; where prompts are posteriors of their own, those inside the plate."""
+    sites = [site for site in program.sites.values() if site.kind != "observed"]
+    return [site.name for site in sites if program.shared or "prompt" in site.dims]
 
 
-def _per_observation(site: Site, log_prob: Tensor, num_particles: int) -> Tensor:
-    """Return a site's log_prob as (particle, *batch)."""
-    return site_value(replace(site, shape=site.shape[: site.batch_dims]), log_prob, num_particles)
+def _observed(program: Program) -> dict[str, np.ndarray]:
+    """Return the values of observed sites, without factors, whose values have no elements."""
+    observed = {site.name: site for site in program.sites.values() if site.kind == "observed" and site.value.numel()}
+    values = {name: site.value for name, site in observed.items()}
+    for name, site in observed.items():
+        if program.in_chunks and site.value.dim() == len(site.dims):  # else one value for all prompts
+            parts = [chunk.sites[name].value for chunk in program.chunks]
+            values[name] = program.side_by_side(parts, site.dims.index("prompt"))
+    return {name: to_numpy(value) for name, value in values.items()}
+
+
+def prior_draws(program: Program, particles: Particles | None) -> dict[str, np.ndarray]:
+    """Return draws of the prior (1, draw, *batch, *event) by site, with factors' values and completions' lengths."""
+    if particles is None:
+        return {}
+    out = {name: particles.values[name] for name in _kept(program)} | particles.log_likelihood
+    for site in program.completions:
+        out[f"{site.name}_length"] = site.fn.lengths(particles.values[site.name])
+    return {name: to_numpy(value)[None] for name, value in out.items()}
+
+
+def prompt_labels(program: Program) -> list[str]:
+    """Return the label of each prompt: its text, if a completion site has one text a prompt, else its number."""
+    if program.in_chunks:
+        *labels, last = [prompt_labels(chunk) for chunk in program.chunks]
+        return [*itertools.chain(*labels), *last[sum(map(len, labels)) - program.full_size :]]
+    for site in program.completions:
+        if site.fn.prompt_ids.shape[:-1].numel() == program.num_prompts:
+            return site.fn.prompt_texts()
+    return [str(i) for i in range(program.num_prompts)]
+
+
+def check_evidence(log_weights: np.ndarray, labels: list[str]) -> None:
+    """Check that each prompt has a draw of positive probability.
+
+    :param log_weights: (chain, draw, prompt).
+    :param labels: of the prompts.
+    :raises EvidenceError: if all weights of a prompt are -inf.
+    """
+    dead = np.atleast_1d(np.isneginf(log_weights).all(axis=(0, 1)))
+    if dead.any():
+        i = int(dead.argmax())
+        of = f"for prompt {i} ({labels[i]!r}) " if len(labels) == len(dead) else ""
+        raise EvidenceError(
+            f"every reward is -inf {of}in all {log_weights[..., i].size} draws: the posterior does not exist, or the "
+            "constraint is too rare to be met by chance. Draw more, loosen the constraint, or use a better proposal"
+        )
+
+
+def to_numpy(x: Tensor) -> np.ndarray:
+    """Return a tensor as an array; half precisions, which NumPy lacks or computes badly in, become float32."""
+    return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).detach().cpu().numpy()

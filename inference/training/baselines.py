@@ -31,7 +31,7 @@ class TokenDistribution(Protocol):
     def token_log_prob(self, value: Tensor) -> Tensor:
         """Return log-probabilities (*batch, token), 0 on padding."""
 
-    def read(self, value: Tensor) -> tuple[Tensor, Tensor]:
+    def token_log_prob_and_hidden(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return the same without gradient, and the hidden state before each token, (*batch, token, width)."""
 
     def lengths(self, value: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ def texts_of(particles: Particles, program: Program, labels: Sequence[str]) -> l
     log_likelihood = particles.total_log_likelihood[0].expand(len(labels)).tolist()
     for site in program.completions:
         value = particles.values.get(site.name)
-        if value is not None and site.fn.lm.tokenizer is not None:
+        if value is not None and site.fn.has_text:
             texts = site.fn.decode(value[0]).reshape(-1)
             rows += zip(labels, texts, log_likelihood, strict=False)
     return rows
@@ -35,7 +35,7 @@ def describe_outlier(particles: Particles, program: Program, labels: Sequence[st
     lines = [f"log p + l - log q is {float(ratio[particle, prompt]):.6g} of particle {particle}, prompt {prompt}"]
     for site in program.completions:
         value = particles.values.get(site.name)
-        if value is not None and site.fn.lm.tokenizer is not None:
+        if value is not None and site.fn.has_text:
             texts = site.fn.decode(value[particle]).reshape(-1)
             if len(texts) == len(labels):
                 some = [prompt] if len(texts) == ratio.shape[1] else range(len(texts))

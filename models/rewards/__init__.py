@@ -1,18 +1,18 @@
-"""Rewards: what makes one completion better evidence than another, and ready ones.
+"""Rewards of completions, built-in and of any function in TRL's convention.
 
-Any function in TRL's convention is one, ``f(prompts, completions, **columns) -> list[float]``; `Reward` wraps
-it, checks what it gives, and lets it be added and scaled:
+Such a function is ``f(prompts, completions, **columns) -> list[float]``; `Reward` wraps it, checks its scores, and adds
+and scales it:
 
     reward = Sentiment() - 2 * Toxicity() + Constraint(lambda text: "refund" not in text)
     scores = reward(prompts, lm.decode(x))
 """
 
-from .base import Reward, RewardError
+from .broadcasting import broadcast
 from .classifier import Classifier
-from .prefix import prefixes
 from .registry import get, load
-from .shapes import broadcast
-from .text import Sentiment, Similarity, TextReward, Toxicity, sentence_embeddings
+from .reward import Reward, RewardError
+from .text_rewards import Sentiment, Similarity, TextReward, Toxicity, sentence_embeddings
+from .unfinished import prefixes
 from .verifiable import Constraint, Contains, Length, Matches
 
 __all__ = [

@@ -25,8 +25,7 @@ from bayeslm.inference import ProgramError
 from bayeslm.inference.markov.moves import RandomWalk, SuffixMove, Tally, latent_moves, score
 from bayeslm.inference.program import inspect
 from bayeslm.models import LanguageModel
-from bayeslm.models.lm.network import count_usage
-from bayeslm.models.lm.suffix import redraw
+from bayeslm.models.lm import count_usage, redraw
 
 ALARM = 1e-6
 
@@ -392,6 +391,6 @@ def test_masked_latents_are_refused():
 def test_a_policy_of_another_vocabulary_is_refused():
     program = inspect(plain(), SHORT)
     state = Enumerated(plain()).draw(3)
-    with pytest.raises(ValueError, match="vocab_size differ"):
+    with pytest.raises(ValueError, match="vocabularies differ"):
         SuffixMove(program, "completion", table_lm(order=2, vocab=5))(state)
     assert math.isfinite(state.log_prior.sum())

@@ -1,7 +1,7 @@
 """The kernel for Pyro's own MCMC: exact answers, what comes out of it, and how it starts, adapts and refuses.
 
 Means over chains of many replicates (equal prompts, each a posterior of its own) are compared by
-`assert_mean`. That each step leaves the posterior as it is: test_calibration.py.
+`assert_mean`. That each step leaves the posterior as it is: ../test_calibration.py.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from support.statistics import assert_mean
 from bayeslm.inference import EvidenceError, Exact, ProgramError
 from bayeslm.inference.markov.suffix_kernel import SuffixKernel
 from bayeslm.models import LanguageModel
-from bayeslm.models.lm.autoregressive import Autoregressive
-from bayeslm.models.lm.network import count_usage
+from bayeslm.models.lm import Autoregressive, count_usage
 
 SHORT = [[1, 2], [3]]
 

@@ -221,19 +221,19 @@ def test_what_is_read_is_what_the_network_knows_before_each_token(kind):
     )
     law = lm(PROMPTS if kind == "padded prompts" else [[2, 3], [5, 6]], 4).expand((5, 2))
     x = law.sample()
-    scores, hidden = law.read(x)
+    scores, hidden = law.token_log_prob_and_hidden(x)
     with torch.no_grad():
         logits = lm.causal.logits(hidden, 1.0).log_softmax(-1)
     live = torch.arange(4) < law.lengths(x)[..., None]
     expected = logits.gather(-1, x[..., None]).squeeze(-1)
     torch.testing.assert_close(scores, expected.masked_fill(~live, 0.0), rtol=1e-4, atol=1e-5)
-    assert law.token_log_prob(x) is scores  # known now: no second pass
+    assert law.token_log_prob(x, known=scores) is scores  # no second pass
     assert not scores.requires_grad
     assert not hidden.requires_grad
 
 
 def test_no_pass_more_than_leave_one_out():
-    from bayeslm.models.lm.network import count_usage
+    from bayeslm.models.lm import count_usage
 
     lm = tiny_llama(seed=1)
     policy = perturbed(lm)

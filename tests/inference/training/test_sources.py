@@ -32,7 +32,7 @@ from bayeslm.inference.training import (
 )
 from bayeslm.inference.training import sources as draws_module
 from bayeslm.inference.training.sources import log_q
-from bayeslm.models.lm.network import count_usage
+from bayeslm.models.lm import count_usage
 
 
 def test_auxiliary_sites_of_a_guide_are_drawn_and_kept_with_it():

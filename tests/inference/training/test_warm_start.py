@@ -107,7 +107,7 @@ def test_what_cannot_be_begun_with():
     model = tilted(prior, score_table(1), 0.5)
     with pytest.raises(ValueError, match="has adapters, which keep their rank: leave out lora_rank"):
         SVI(num_steps=1, guide=partial(AutoPolicy, lora_rank=4, start=prior.policy(2)), **SETTINGS).run(model, PROMPTS)
-    with pytest.raises(ValueError, match="vocab_size differ, 8 and 12"):
+    with pytest.raises(ValueError, match=r"vocabularies differ, Vocabulary\(size=8, .* and Vocabulary\(size=12, "):
         SVI(num_steps=1, guide=table_lm(vocab=12), **SETTINGS).run(model, PROMPTS)
     other = table_lm()
 

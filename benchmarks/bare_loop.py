@@ -35,8 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from bayeslm.inference import SVI, ReverseKL
-from bayeslm.inference.program.guides import AutoPolicy
-from bayeslm.inference.program.program import inspect
+from bayeslm.inference.program import AutoPolicy, inspect
 from bayeslm.models import LanguageModel, rewards
 from bayeslm.models.lm.loading import word_tokenizer
 

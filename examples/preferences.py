@@ -19,7 +19,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal
 from bayeslm import diagnostics
 from bayeslm.calibration import calibrate
 from bayeslm.inference import NUTS, SVI, predict
-from bayeslm.inference.program.program import seeded
+from bayeslm.inference.program import seeded
 from bayeslm.models import LanguageModel, rewards
 from bayeslm.models.preferences import BradleyTerry, Comparisons, SentenceEmbedding, Standardised
 from bayeslm.plots import plot_reliability

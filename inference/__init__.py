@@ -15,8 +15,7 @@ from .nuts import NUTS
 from .predictive import predict
 from .preferences.acquisition import Acquisition, Duel, InformationGain, Tilted
 from .preferences.elicitation import Elicitation, FreshCompletions, Pool
-from .program.program import ProgramError
-from .program.results import EvidenceError
+from .program import EvidenceError, ProgramError
 from .rejection import BestOfN, RejectionSampling
 from .sequential.twist_learning import TwistLearning
 from .smc import SMC

@@ -27,16 +27,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayeslm.inference.markov.moves import Tally, latent_moves, sweep, tempered
-from bayeslm.inference.program.checks import check_counts, check_positive, check_resampling
-from bayeslm.inference.program.particles import Particles
-from bayeslm.inference.program.program import inspect, seeded
-from bayeslm.inference.program.results import Stopwatch, carry, draw, posterior, to_numpy
-from bayeslm.inference.sequential.population import Islands, Step
+from bayeslm.inference.markov import Tally, latent_moves, sweep, tempered
+from bayeslm.inference.program import (
+    Particles,
+    Stopwatch,
+    carry,
+    check_counts,
+    check_positive,
+    draw,
+    inspect,
+    posterior,
+    seeded,
+    to_numpy,
+)
+from bayeslm.inference.sequential import Islands, Step, check_resampling
+from bayeslm.models.lm import LanguageModel
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
-
-from ..models import LanguageModel
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayeslm.inference.program.checks import check_counts
-from bayeslm.inference.program.particles import Particles
-from bayeslm.inference.program.program import PROMPTS, Assign, Program, ProgramError, Site, inspect, seeded
-from bayeslm.inference.program.results import Stopwatch, posterior
-from bayeslm.inference.program.run import run_particles
+from bayeslm.inference.program import (
+    PROMPTS,
+    Assign,
+    Particles,
+    Program,
+    ProgramError,
+    Site,
+    Stopwatch,
+    check_counts,
+    inspect,
+    posterior,
+    run_particles,
+    seeded,
+)
+from bayeslm.models.lm import Autoregressive
 from bayeslm.posterior import Posterior
-
-from ..models import Autoregressive
 
 
 @dataclass(frozen=True)

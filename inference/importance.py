@@ -15,14 +15,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from bayeslm.inference.program.checks import check_counts
-from bayeslm.inference.program.guides import PolicyGuide, as_law
-from bayeslm.inference.program.program import inspect, look, seeded
-from bayeslm.inference.program.results import Stopwatch, draw, posterior
-from bayeslm.inference.sequential.retained import check_retained, in_front, retained_particles
+from bayeslm.inference.program import (
+    PolicyGuide,
+    Stopwatch,
+    as_law,
+    check_counts,
+    draw,
+    inspect,
+    look,
+    posterior,
+    seeded,
+)
+from bayeslm.inference.sequential import check_retained, in_front, retained_particles
+from bayeslm.models.lm import LanguageModel
 from bayeslm.posterior import Posterior
-
-from ..models import LanguageModel
 
 
 @dataclass(frozen=True)

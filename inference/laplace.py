@@ -24,10 +24,18 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from bayeslm import diagnostics
-from bayeslm.inference.markov.potential import Potential, ScoredOnce, score, starting_point, unconstrained_shapes
-from bayeslm.inference.program.checks import check_counts, check_positive
-from bayeslm.inference.program.program import Program, ProgramError, inspect, seeded
-from bayeslm.inference.program.results import Stopwatch, posterior, to_numpy
+from bayeslm.inference.markov import Potential, ScoredOnce, score, starting_point, unconstrained_shapes
+from bayeslm.inference.program import (
+    Program,
+    ProgramError,
+    Stopwatch,
+    check_counts,
+    check_positive,
+    inspect,
+    posterior,
+    seeded,
+    to_numpy,
+)
 from bayeslm.posterior import Posterior
 
 STARTS = 100  # points tried, the first of them 0

@@ -19,11 +19,18 @@ from pyro.infer import MCMC as PyroMCMC
 from pyro.infer import NUTS as PyroNUTS
 from torch import Tensor
 
-from bayeslm.inference.markov.potential import Potential, ScoredOnce, score, starting_point, unconstrained_shapes
-from bayeslm.inference.program.checks import check_counts
-from bayeslm.inference.program.particles import Particles
-from bayeslm.inference.program.program import Program, inspect, seeded
-from bayeslm.inference.program.results import Stopwatch, carry, draw, posterior
+from bayeslm.inference.markov import Potential, ScoredOnce, score, starting_point, unconstrained_shapes
+from bayeslm.inference.program import (
+    Particles,
+    Program,
+    Stopwatch,
+    carry,
+    check_counts,
+    draw,
+    inspect,
+    posterior,
+    seeded,
+)
 from bayeslm.posterior import Posterior
 from bayeslm.progress import Report, track
 

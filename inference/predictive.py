@@ -17,10 +17,18 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from bayeslm.inference.program.particles import Particles
-from bayeslm.inference.program.program import Assign, ProgramError, inspect, sample_sites, seeded
-from bayeslm.inference.program.results import to_numpy
-from bayeslm.inference.program.run import run_particles, site_value, traces
+from bayeslm.inference.program import (
+    Assign,
+    Particles,
+    ProgramError,
+    inspect,
+    run_particles,
+    sample_sites,
+    seeded,
+    site_value,
+    to_numpy,
+    traces,
+)
 from bayeslm.posterior import Posterior
 
 

@@ -19,11 +19,21 @@ from typing import Any
 import torch
 
 from bayeslm import diagnostics
-from bayeslm.inference.program.checks import check_counts
-from bayeslm.inference.program.particles import Particles
-from bayeslm.inference.program.program import Program, ProgramError, inspect, seeded
-from bayeslm.inference.program.results import EvidenceError, Stopwatch, check_evidence, draw, posterior, prompt_labels
-from bayeslm.inference.program.run import run_particles
+from bayeslm.inference.program import (
+    EvidenceError,
+    Particles,
+    Program,
+    ProgramError,
+    Stopwatch,
+    check_counts,
+    check_evidence,
+    draw,
+    inspect,
+    posterior,
+    prompt_labels,
+    run_particles,
+    seeded,
+)
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 

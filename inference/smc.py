@@ -23,20 +23,35 @@ from typing import Any
 
 import torch
 
-from bayeslm.inference.program.checks import check_counts, check_resampling
-from bayeslm.inference.program.partial import History
-from bayeslm.inference.program.particles import Particles
-from bayeslm.inference.program.program import ProgramError, inspect, seeded
-from bayeslm.inference.program.results import Stopwatch, carry, posterior
-from bayeslm.inference.sequential.population import Islands, Step
-from bayeslm.inference.sequential.retained import check_retained, retained_values
-from bayeslm.inference.sequential.twists import LearnedTwist, PolicyTwist, PrefixTwist, Rows, SiteTwist, induced
+from bayeslm.inference.program import (
+    History,
+    Particles,
+    ProgramError,
+    Stopwatch,
+    carry,
+    check_counts,
+    inspect,
+    posterior,
+    seeded,
+)
+from bayeslm.inference.sequential import (
+    Islands,
+    LearnedTwist,
+    PolicyTwist,
+    PrefixTwist,
+    Rows,
+    SiteTwist,
+    Step,
+    check_resampling,
+    check_retained,
+    induced,
+    retained_values,
+)
+from bayeslm.models.lm import Autoregressive, LanguageModel, Twist
 from bayeslm.models.lm.decoding import Steps, categorical
 from bayeslm.models.lm.network import log_softmax_at
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
-
-from ..models import Autoregressive, LanguageModel, Twist
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,18 @@ from typing import Any
 
 from pyro.infer.autoguide import AutoGuide
 
-from bayeslm.inference.program.checks import check_counts, check_positive
-from bayeslm.inference.program.guides import as_law
-from bayeslm.inference.program.particles import Particles
-from bayeslm.inference.program.program import Program, look, seeded
-from bayeslm.inference.program.results import Stopwatch, draw, posterior
+from bayeslm.inference.program import (
+    Particles,
+    Program,
+    Stopwatch,
+    as_law,
+    check_counts,
+    check_positive,
+    draw,
+    look,
+    posterior,
+    seeded,
+)
 from bayeslm.inference.training.beta_schedules import KLTarget, Temperature
 from bayeslm.inference.training.checkpoints import Checkpoints, describe_run
 from bayeslm.inference.training.held_out import HeldOut
@@ -30,9 +37,8 @@ from bayeslm.inference.training.objective import Objective
 from bayeslm.inference.training.optimizer import SCHEDULES
 from bayeslm.inference.training.reverse_kl import ReverseKL
 from bayeslm.inference.training.stopping import Stopping
+from bayeslm.models.lm import LanguageModel
 from bayeslm.posterior import Posterior
-
-from ..models import LanguageModel
 
 NUM_SAMPLES, FEWEST = 256, 16  # draws of each prompt: by default, and where these are many
 

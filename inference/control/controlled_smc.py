@@ -26,12 +26,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayeslm.inference.program.checks import check_counts, check_resampling
-from bayeslm.inference.program.particles import Particles
-from bayeslm.inference.program.program import Assign, Program, ProgramError, inspect, seeded
-from bayeslm.inference.program.results import Stopwatch, posterior
-from bayeslm.inference.program.run import run_particles
-from bayeslm.inference.sequential.population import Islands, Step
+from bayeslm.inference.program import (
+    Assign,
+    Particles,
+    Program,
+    ProgramError,
+    Stopwatch,
+    check_counts,
+    inspect,
+    posterior,
+    run_particles,
+    seeded,
+)
+from bayeslm.inference.sequential import Islands, Step, check_resampling
 from bayeslm.models.control.control import Control
 from bayeslm.models.control.mdp import MDP
 from bayeslm.models.control.policies import TabularPolicy

@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bayeslm.inference.program.checks import check_positive
+from bayeslm.inference.program import check_positive
 
 
 class Exploration(ABC):

@@ -22,8 +22,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from bayeslm.inference.program.checks import check_counts
-from bayeslm.inference.program.program import seeded
+from bayeslm.inference.program import check_counts, seeded
 from bayeslm.models.control.environments import Environment
 from bayeslm.models.control.mdp import MDP
 from bayeslm.models.control.worlds import Steps

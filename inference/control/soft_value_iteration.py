@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bayeslm.inference.program.checks import check_counts
+from bayeslm.inference.program import check_counts
 from bayeslm.models.control.mdp import MDP
 
 

@@ -19,8 +19,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from bayeslm.inference.program.checks import check_counts
-from bayeslm.inference.program.program import Program, ProgramError
+from bayeslm.inference.program import Program, ProgramError, check_counts
 from bayeslm.inference.training.baselines import leave_one_out
 from bayeslm.inference.training.critic import Texts
 

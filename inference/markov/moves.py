@@ -36,10 +36,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
-from bayeslm.inference.program.particles import Particles
-from bayeslm.inference.program.program import Assign, Program, ProgramError, Site, same_law
-from bayeslm.inference.program.run import run_particles
-from bayeslm.models import LanguageModel
+from bayeslm.inference.program import Assign, Particles, Program, ProgramError, Site, run_particles, same_law
+from bayeslm.models.lm import LanguageModel
 from bayeslm.models.lm.suffix import redraw
 
 

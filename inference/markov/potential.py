@@ -19,11 +19,18 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import biject_to
 
-from bayeslm.inference.program.particles import Particles
-from bayeslm.inference.program.program import Program, ProgramError, same_law, sample_sites
-from bayeslm.inference.program.results import check_evidence, prompt_labels, to_numpy
-from bayeslm.inference.program.run import run_particles
-from bayeslm.models import Autoregressive
+from bayeslm.inference.program import (
+    Particles,
+    Program,
+    ProgramError,
+    check_evidence,
+    prompt_labels,
+    run_particles,
+    same_law,
+    sample_sites,
+    to_numpy,
+)
+from bayeslm.models.lm import Autoregressive
 
 
 class Unconstrained(Messenger):

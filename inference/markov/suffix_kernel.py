@@ -23,17 +23,25 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
-from bayeslm.inference.mcmc import Replicas
-from bayeslm.inference.program.checks import check_counts, check_positive
-from bayeslm.inference.program.guides import PolicyGuide
-from bayeslm.inference.program.particles import Particles
-from bayeslm.inference.program.program import Assign, Program, inspect
-from bayeslm.inference.program.results import check_evidence, draw, prompt_labels, to_numpy
-from bayeslm.inference.program.run import run_particles
-from bayeslm.models import LanguageModel
+from bayeslm.inference.program import (
+    Assign,
+    Particles,
+    PolicyGuide,
+    Program,
+    check_counts,
+    check_evidence,
+    check_positive,
+    draw,
+    inspect,
+    prompt_labels,
+    run_particles,
+    to_numpy,
+)
+from bayeslm.models.lm import LanguageModel
 
 from .moves import Move, RandomWalk, Tally, latent_moves, score, sweep
 from .potential import Potential, ScoredOnce, Unconstrained
+from .tempering import Replicas
 
 CONTINUOUS = ("random-walk", "nuts")
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
 from bayeslm.inference.control.exploration import Exploration, Thompson
-from bayeslm.inference.program.checks import check_counts, check_positive
+from bayeslm.inference.program import check_counts, check_positive
 
 
 class Acquisition(ABC):

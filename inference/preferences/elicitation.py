@@ -27,9 +27,9 @@ from torch import Tensor
 
 from bayeslm.inference.importance import ImportanceSampling
 from bayeslm.inference.laplace import Laplace
-from bayeslm.inference.program.checks import check_counts, check_positive
-from bayeslm.inference.program.program import seeded
-from bayeslm.models import LanguageModel, TiltedLM
+from bayeslm.inference.program import check_counts, check_positive, seeded
+from bayeslm.models import TiltedLM
+from bayeslm.models.lm import LanguageModel
 from bayeslm.models.preferences import Answer, BradleyTerry, Judge, Question, UncertainReward, answered
 from bayeslm.posterior import Posterior
 

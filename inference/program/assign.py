@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from bayeslm.models import Autoregressive
+from bayeslm.models.lm import Autoregressive
 
-if TYPE_CHECKING:
-    from .program import Program
-
-
-class Arbitrary(Messenger):
-    """Gives completions arbitrary tokens instead of running the network."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if isinstance(msg["fn"], Autoregressive) and msg["value"] is None:
-            msg["value"] = msg["fn"].arbitrary()
+from .program import Program
 
 
 class Assign(Messenger):

@@ -6,8 +6,6 @@ import math
 import numbers
 from typing import Any
 
-from bayeslm.inference.sequential.resampling import RESAMPLING
-
 
 def check_counts(engine: Any, *names: str) -> None:
     """:raises ValueError: if a named setting is not a positive whole number, nor None where that is the default."""
@@ -25,12 +23,3 @@ def check_positive(engine: Any, *names: str) -> None:
         value = getattr(engine, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{type(engine).__name__}: {name} must be positive and finite, got {value!r}")
-
-
-def check_resampling(engine: Any) -> None:
-    """:raises ValueError: if ``resampling`` is no scheme, or ``ess_threshold`` not in [0, 1]."""
-    name = type(engine).__name__
-    if engine.resampling not in RESAMPLING:
-        raise ValueError(f"{name}: resampling must be one of {', '.join(RESAMPLING)}, got {engine.resampling!r}")
-    if not 0.0 <= engine.ess_threshold <= 1.0:
-        raise ValueError(f"{name}: ess_threshold must be in [0, 1], got {engine.ess_threshold}")

@@ -19,9 +19,11 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from bayeslm.models import LanguageModel
+from bayeslm.models.lm import LanguageModel
 
-from .program import Arbitrary, Program, ProgramError, Site
+from .errors import ProgramError
+from .handlers import Arbitrary
+from .program import Program, Site
 
 
 class _Drawn(BaseException):  # which a program's own `except Exception` lets through

@@ -22,6 +22,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from bayeslm.models.lm import Autoregressive
+
 from .errors import ProgramError
 
 if TYPE_CHECKING:
@@ -74,6 +76,14 @@ class Minibatch(Messenger):
         self.full_size = plate.size
         if own is None:
             msg["value"] = self.prompts.to(plate.device)
+
+
+class Arbitrary(Messenger):
+    """Gives completions arbitrary tokens instead of running the network."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if isinstance(msg["fn"], Autoregressive) and msg["value"] is None:
+            msg["value"] = msg["fn"].arbitrary()
 
 
 class Epochs:

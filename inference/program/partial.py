@@ -20,10 +20,12 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from bayeslm.models import Autoregressive
+from bayeslm.models.lm import Autoregressive
 
+from .assign import same_law
+from .errors import ProgramError, explained
 from .particles import Particles
-from .program import PARTICLES, Program, ProgramError, explained, same_law, sample_sites
+from .program import PARTICLES, Program, sample_sites
 from .run import run_particles, site_terms, site_value
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .program import Program
+from .program import Program
+from .tensors import along
 
 
 @dataclass
@@ -91,10 +91,3 @@ class Particles:
             {name: join([p.log_likelihood[name] for p in parts], 1) for name in parts[0].log_likelihood},
             {name: join([p.token_scores[name] for p in parts], inside[name]) for name in parts[0].token_scores},
         )
-
-
-def along(x: Tensor, axis: int, index: Tensor) -> Tensor:
-    """x (particle, ...) gathered by ``index`` (draw, prompt), prompts being ``axis`` of x."""
-    shape = [1] * x.dim()
-    shape[0], shape[axis] = index.shape
-    return x.gather(0, index.to(x.device).reshape(shape).expand(len(index), *x.shape[1:]))

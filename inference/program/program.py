@@ -21,17 +21,12 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import set_rng_seed
 from torch import Tensor
 
-from bayeslm.models import Autoregressive
+from bayeslm.models.lm import Autoregressive
 
-from .assign import Arbitrary as Arbitrary
-from .assign import Assign as Assign
-from .assign import same_law as same_law
-from .errors import ProgramError as ProgramError
-from .errors import explained as explained
-from .handlers import PROMPTS as PROMPTS
-from .handlers import Minibatch
-from .particles import along
+from .errors import ProgramError, explained
+from .handlers import PROMPTS, Arbitrary, Minibatch
 from .random_states import RandomStates
+from .tensors import along
 
 PARTICLES = "_particles"
 STEPS = "steps"  # a plate over the steps of a trajectory: the term of each reads nothing later

@@ -16,9 +16,11 @@ from bayeslm.models.lm.network import count_usage
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 
+from .errors import ProgramError
 from .particles import Particles
-from .program import Program, ProgramError
+from .program import Program
 from .run import run_particles
+from .tensors import to_numpy
 
 
 class EvidenceError(ProgramError):
@@ -205,11 +207,6 @@ def prior_draws(program: Program, particles: Particles | None) -> dict[str, np.n
     for site in program.completions:
         out[f"{site.name}_length"] = site.fn.lengths(particles.values[site.name])
     return {name: to_numpy(value)[None] for name, value in out.items()}
-
-
-def to_numpy(x: Tensor) -> np.ndarray:
-    """A tensor as an array; half precisions, which NumPy lacks or computes badly in, as float32."""
-    return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).detach().cpu().numpy()
 
 
 def prompt_labels(program: Program) -> list[str]:

@@ -18,8 +18,9 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
+from .errors import ProgramError, explained
 from .particles import Particles
-from .program import PARTICLES, Program, ProgramError, Site, explained, in_prompts, sample_sites
+from .program import PARTICLES, Program, Site, in_prompts, sample_sites
 
 
 def traces(

@@ -9,10 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayeslm.inference.program.partial import History
-from bayeslm.inference.program.particles import Particles
-from bayeslm.inference.program.program import Program, ProgramError
-from bayeslm.inference.program.results import EvidenceError, prompt_labels, to_numpy
+from bayeslm.inference.program import EvidenceError, History, Particles, Program, ProgramError, prompt_labels, to_numpy
 from bayeslm.models.lm.decoding import Steps
 
 from .resampling import RESAMPLING, conditional_multinomial, ess, keep_in_place

@@ -21,6 +21,7 @@ weights of a column are zero there is nothing to choose by: they count as equal,
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,3 +122,12 @@ def _at(mass: Tensor, points: Tensor) -> Tensor:
     # rounding may put a point on no mass: past the end, or between two sums that should be equal
     astray = mass.gather(-1, index) == 0
     return torch.where(astray, mass.argmax(-1, keepdim=True), index).movedim(-1, 1).contiguous()
+
+
+def check_resampling(engine: Any) -> None:
+    """:raises ValueError: if ``resampling`` is no scheme, or ``ess_threshold`` not in [0, 1]."""
+    name = type(engine).__name__
+    if engine.resampling not in RESAMPLING:
+        raise ValueError(f"{name}: resampling must be one of {', '.join(RESAMPLING)}, got {engine.resampling!r}")
+    if not 0.0 <= engine.ess_threshold <= 1.0:
+        raise ValueError(f"{name}: ess_threshold must be in [0, 1], got {engine.ess_threshold}")

@@ -18,10 +18,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from bayeslm.inference.program.particles import Particles
-from bayeslm.inference.program.program import Assign, Program, ProgramError
-from bayeslm.inference.program.results import prompt_labels
-from bayeslm.inference.program.run import run_particles
+from bayeslm.inference.program import Assign, Particles, Program, ProgramError, prompt_labels, run_particles
 from bayeslm.posterior import Posterior
 
 _REFUSED = {

@@ -34,11 +34,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bayeslm.inference.program.checks import check_counts, check_positive
-from bayeslm.inference.program.partial import History
-from bayeslm.inference.program.program import Program, ProgramError, inspect, seeded
-from bayeslm.inference.program.results import Stopwatch, check_evidence, prompt_labels
-from bayeslm.models import Twist
+from bayeslm.inference.program import (
+    History,
+    Program,
+    ProgramError,
+    Stopwatch,
+    check_counts,
+    check_evidence,
+    check_positive,
+    inspect,
+    prompt_labels,
+    seeded,
+)
+from bayeslm.models.lm import Twist
 from bayeslm.models.lm.decoding import categorical, write
 from bayeslm.models.lm.twist import POWERS, TwistInputs
 from bayeslm.progress import track

@@ -20,9 +20,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bayeslm.inference.program.partial import History
-from bayeslm.inference.program.program import Program, ProgramError
-from bayeslm.models import Autoregressive, Twist
+from bayeslm.inference.program import History, Program, ProgramError
+from bayeslm.models.lm import Autoregressive, Twist
 from bayeslm.models.lm.decoding import Steps
 from bayeslm.models.rewards import prefixes
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bayeslm.inference.program.program import Program
+from bayeslm.inference.program import Program
 
 Baseline = Callable[[str, Tensor, Tensor | None], Tensor]
 

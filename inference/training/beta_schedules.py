@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-from bayeslm.inference.program.checks import check_positive
+from bayeslm.inference.program import check_positive
 
 
 class Temperature(Protocol):

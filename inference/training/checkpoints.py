@@ -31,8 +31,7 @@ from torch import Tensor
 
 import bayeslm
 from bayeslm.files import differences, lock, whole
-from bayeslm.inference.program.program import Program
-from bayeslm.inference.program.results import prompt_labels, to_numpy
+from bayeslm.inference.program import Program, prompt_labels, to_numpy
 from bayeslm.models import Autoregressive, LanguageModel, TiltedLM
 from bayeslm.models.rewards import Reward
 

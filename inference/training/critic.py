@@ -35,8 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from bayeslm.inference.program.checks import check_counts, check_positive
-from bayeslm.inference.program.program import Program
+from bayeslm.inference.program import Program, check_counts, check_positive
 
 from .baselines import ExponentialAverage, leave_one_out
 

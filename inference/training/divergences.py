@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from bayeslm.inference.program.program import Program, ProgramError
+from bayeslm.inference.program import Program, ProgramError
 
 from .baselines import less_others
 from .objective import Objective, Seen

@@ -13,10 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bayeslm.inference.program.checks import check_counts
-from bayeslm.inference.program.guides import PolicyGuide
-from bayeslm.inference.program.program import Program, inspect
-from bayeslm.inference.program.results import draw, to_numpy
+from bayeslm.inference.program import PolicyGuide, Program, check_counts, draw, inspect, to_numpy
 
 
 @dataclass(frozen=True)

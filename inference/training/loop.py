@@ -15,11 +15,17 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from bayeslm.inference.program.guides import AutoPolicy
-from bayeslm.inference.program.program import Arbitrary, Program, seeded
-from bayeslm.inference.program.random_states import RandomStates
-from bayeslm.inference.program.results import Stopwatch, prompt_labels, to_numpy
-from bayeslm.models import LanguageModel
+from bayeslm.inference.program import (
+    Arbitrary,
+    AutoPolicy,
+    Program,
+    RandomStates,
+    Stopwatch,
+    prompt_labels,
+    seeded,
+    to_numpy,
+)
+from bayeslm.models.lm import LanguageModel
 from bayeslm.progress import track
 
 from .checkpoints import Checkpoints, Saved

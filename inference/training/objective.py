@@ -11,8 +11,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from bayeslm.inference.program.handlers import Epochs
-from bayeslm.inference.program.program import Program, look
+from bayeslm.inference.program import Epochs, Program, look
 
 
 @runtime_checkable

@@ -25,8 +25,16 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayeslm.inference.control.state_values import StateValues
-from bayeslm.inference.program.program import STEPS, Program, ProgramError, in_prompts, sample_sites
-from bayeslm.inference.program.run import site_terms, site_value, traces
+from bayeslm.inference.program import (
+    STEPS,
+    Program,
+    ProgramError,
+    in_prompts,
+    sample_sites,
+    site_terms,
+    site_value,
+    traces,
+)
 
 from .baselines import Baseline, leave_one_out
 from .critic import Critic, Readable, Texts

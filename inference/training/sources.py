@@ -18,9 +18,17 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from bayeslm.inference.program.program import PARTICLES, Program, ProgramError, sample_sites
-from bayeslm.inference.program.run import site_terms, site_value, token_scores, traces
-from bayeslm.models import Autoregressive
+from bayeslm.inference.program import (
+    PARTICLES,
+    Program,
+    ProgramError,
+    sample_sites,
+    site_terms,
+    site_value,
+    token_scores,
+    traces,
+)
+from bayeslm.models.lm import Autoregressive
 from bayeslm.posterior import Posterior
 
 BASE = -7046029254386353131  # of the hash that tells draws apart, modulo 2^64; odd

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from scipy.special import logsumexp
 
-from bayeslm.inference.program.checks import check_counts, check_positive
+from bayeslm.inference.program import check_counts, check_positive
 
 History = Mapping[str, Sequence[np.ndarray]]
 """What each step saw, (prompt,) a step, under the names of `SVI`'s ``stats``."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bayeslm.inference.program.checks import check_counts
+from bayeslm.inference.program import check_counts
 
 
 class TensorBoard:

@@ -24,8 +24,7 @@ from support.toys import enumerated
 from bayeslm import Posterior, diagnostics
 from bayeslm.cli import report
 from bayeslm.inference import Exact, ImportanceSampling, ProgramError, RejectionSampling
-from bayeslm.inference.program.guides import AutoPolicy
-from bayeslm.inference.program.program import inspect
+from bayeslm.inference.program import AutoPolicy, inspect
 
 LIMIT = 4.0
 PROMPTS = [[1, 2], [3]]

@@ -30,7 +30,7 @@ from support.helpers import table_lm
 
 from bayeslm.inference.markov.moves import PriorMove, RandomWalk, SuffixMove, latent_moves, score, sweep
 from bayeslm.inference.markov.suffix_kernel import SuffixKernel
-from bayeslm.inference.program.program import inspect, sample_sites
+from bayeslm.inference.program import inspect, sample_sites
 from bayeslm.models.lm.autoregressive import Autoregressive
 
 LIMIT = 4.0

@@ -29,7 +29,7 @@ from bayeslm import Posterior, diagnostics
 from bayeslm.inference import EvidenceError, Exact
 from bayeslm.inference.markov.moves import log_target
 from bayeslm.inference.mcmc import MCMC, Replicas
-from bayeslm.inference.program.program import inspect
+from bayeslm.inference.program import inspect
 from bayeslm.models import LanguageModel
 
 LIMIT = 4.5

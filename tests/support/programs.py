@@ -15,8 +15,7 @@ from support.helpers import table_lm, tiny_llama
 from bayeslm import Posterior
 from bayeslm.inference import Exact
 from bayeslm.inference.markov.moves import log_target
-from bayeslm.inference.program.particles import Particles
-from bayeslm.inference.program.program import inspect
+from bayeslm.inference.program import Particles, inspect
 from bayeslm.models import LanguageModel
 
 # Token ids of different lengths. (A prompt that repeats one token is no test of SVI on a Transformer without

@@ -21,7 +21,7 @@ from support.programs import SHORT, Enumerated, conversation, score_table, share
 
 from bayeslm.inference import ProgramError
 from bayeslm.inference.markov.moves import RandomWalk, SuffixMove, Tally, latent_moves, score
-from bayeslm.inference.program.program import inspect
+from bayeslm.inference.program import inspect
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm.network import count_usage
 from bayeslm.models.lm.suffix import redraw

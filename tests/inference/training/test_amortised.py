@@ -33,9 +33,7 @@ from bayeslm.inference import (
     Replay,
     ReverseKL,
 )
-from bayeslm.inference.program.guides import AutoPolicy
-from bayeslm.inference.program.handlers import Epochs
-from bayeslm.inference.program.program import look
+from bayeslm.inference.program import AutoPolicy, Epochs, look
 from bayeslm.inference.training.sources import log_q
 from bayeslm.models import TiltedLM
 

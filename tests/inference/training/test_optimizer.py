@@ -6,8 +6,7 @@ import torch
 from support.family import PROMPTS, Family
 
 from bayeslm.inference import SVI, ReverseKL
-from bayeslm.inference.program.guides import AutoPolicy
-from bayeslm.inference.program.program import look
+from bayeslm.inference.program import AutoPolicy, look
 from bayeslm.inference.training.optimizer import ScheduledAdam
 
 

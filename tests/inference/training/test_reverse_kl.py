@@ -16,8 +16,7 @@ from support.programs import PROMPTS, score_table, tilted
 from torch import Tensor, nn
 
 from bayeslm.inference import Exact, ExponentialAverage, ProgramError, ReverseKL
-from bayeslm.inference.program.program import inspect
-from bayeslm.inference.program.run import site_terms, traces
+from bayeslm.inference.program import inspect, site_terms, traces
 
 
 def exact_elbo(lm, policy, table: Tensor, beta: float, prompts) -> Tensor:

@@ -28,10 +28,8 @@ from bayeslm.inference import (
     ProgramError,
     Replay,
 )
+from bayeslm.inference.program import AutoPolicy, inspect, run_particles, seeded
 from bayeslm.inference.program import program as program_module
-from bayeslm.inference.program.guides import AutoPolicy
-from bayeslm.inference.program.program import inspect, seeded
-from bayeslm.inference.program.run import run_particles
 from bayeslm.inference.training import sources as draws_module
 from bayeslm.inference.training.sources import log_q, of_guide
 from bayeslm.models.lm.network import count_usage

@@ -10,8 +10,7 @@ from support.helpers import table_lm, tiny_llama
 from support.programs import PROMPTS, TOKENS, score_table, tilted
 
 from bayeslm.inference import SVI, ProgramError
-from bayeslm.inference.program.guides import AutoPolicy
-from bayeslm.inference.program.program import inspect
+from bayeslm.inference.program import AutoPolicy, inspect
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm import loading
 

@@ -16,8 +16,7 @@ from scipy.stats import chi2
 from support.processes import all_episodes, random_mdp, random_policy
 
 from bayeslm.inference import SoftValueIteration
-from bayeslm.inference.program.program import inspect, seeded
-from bayeslm.inference.program.run import run_particles
+from bayeslm.inference.program import inspect, run_particles, seeded
 from bayeslm.models.control import (
     MDP,
     Control,

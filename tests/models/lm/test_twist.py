@@ -13,7 +13,7 @@ from support.helpers import table_lm, tiny_llama
 from support.programs import PROMPTS, ExactTwist, score_table, tilted
 
 from bayeslm.inference import SMC, EvidenceError, Exact, ImportanceSampling, ProgramError, TwistLearning
-from bayeslm.inference.program.program import inspect, seeded
+from bayeslm.inference.program import inspect, seeded
 from bayeslm.inference.sequential.twist_learning import Draws, _write, confidence, contrastive, offset, soft_value
 from bayeslm.inference.sequential.twists import LearnedTwist, Rows
 from bayeslm.models import LanguageModel, Twist, rewards

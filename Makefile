@@ -70,6 +70,7 @@ style: install  ## ruff: rules and formatting
 
 imports: install  ## who may import whom (docs/architecture.md)
 	@$(BIN)/python docs/check_imports.py
+	@$(BIN)/python docs/draw_architecture.py --check
 
 types: wheel  ## mypy on the built wheel, which is what a user's type checker sees
 	@rm -rf $(TYPES) && $(BIN)/python -m zipfile -e dist/*.whl $(TYPES)

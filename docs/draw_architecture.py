@@ -2,8 +2,8 @@
 
     python docs/draw_architecture.py [--check]
 
-An arrow is an import. One that follows from others is left out: where a imports b and c, and b imports c, only a → b and
-b → c are drawn. ``--check`` writes nothing and fails where the picture is out of date.
+An arrow is an import. One that follows from others is left out: where a imports b and c, and b imports c, only a → b
+and b → c are drawn. ``--check`` writes nothing and fails where the picture is out of date.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def picture() -> str:
     height = max(box.y + box.height for box in found.values()) + MARGIN
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" width="{WIDTH}" height="{height:.0f}">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}">',
             "<title>The rooms of bayeslm and who imports whom</title>",
             "<defs>",
             '<marker id="tip" viewBox="0 0 10 10" refX="8" refY="5" markerWidth="7" markerHeight="7" orient="auto">'

@@ -112,20 +112,25 @@ class Autoregressive(TorchDistribution):
         """log p(value | prompt), shape of the batch; -inf for a malformed completion."""
         return self.token_log_prob(value).sum(-1)
 
-    def token_log_prob(self, value: Tensor) -> Tensor:
-        """log p(x_t | prompt, x_<t), shape (*batch, max_new_tokens); 0 on padding, -inf where malformed.
+    def token_log_prob(self, value: Tensor, known: Tensor | None = None) -> Tensor:
+        """Return log p(x_t | prompt, x_<t), shape (*batch, max_new_tokens); 0 on padding, -inf where malformed.
 
-        A value that `sample` has just drawn is not scored again; if a gradient is wanted, the backward pass reads it.
-        Gradients are of first order, and take the memory of one micro-batch (see `scoring`).
+        A value that `sample` has just drawn is not scored again. Gradients are of first order, and take the memory of
+        one micro-batch (see `scoring`).
 
+        :param known: the same numbers, (*batch, max_new_tokens), where the same weights have computed them already.
+            Without a gradient they are returned; with one, the backward pass is the first to run the network.
         :raises ValueError: for completions of another length.
         """
         wants_grad = torch.is_grad_enabled() and self.lm.causal.requires_grad
-        known = self._known(value)
-        if known is not None and not wants_grad:
-            return known
+        kept = self._known(value) if known is None else known
+        if kept is not None and not wants_grad:
+            return kept
         rows, flat, shape = self._flat(value)
-        known = known.reshape(flat.shape) if known is not None and known.numel() == flat.numel() else None
+        if known is not None:
+            known = known.expand(shape + self.event_shape).reshape(flat.shape)
+        elif kept is not None and kept.numel() == flat.numel():
+            known = kept.reshape(flat.shape)
         with torch.set_grad_enabled(wants_grad):
             scores = self._in_batch(token_scores(self, rows, flat, known), shape)
         if not wants_grad:

@@ -89,6 +89,25 @@ def test_own_draws_are_read_by_the_backward_pass_alone(batch_size):
     assert later.model_calls == 0
 
 
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_known_scores_are_not_computed_again(batch_size):
+    """They are returned, though they be wrong; the backward pass is the first to run the network, and is right."""
+    policy = policy_of(batch_size=batch_size)
+    law = policy(PROMPTS, TOKENS)
+    x = law.arbitrary().expand(4, -1, -1)
+    weights = torch.randn(x.shape)
+    expected = gradient(policy, law.token_log_prob(x), weights)
+    known = torch.randn(x.shape)
+    with count_usage() as forward:
+        with torch.no_grad():
+            assert law.token_log_prob(x, known) is known
+        scores = law.token_log_prob(x, known)
+    assert forward.model_calls == 0
+    assert torch.equal(scores, known)
+    torch.testing.assert_close(gradient(policy, scores, weights), expected, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(law.token_log_prob(x), known)  # nothing is kept of them
+
+
 @pytest.mark.parametrize(("batch_size", "forward", "backward"), [(None, 1, 0), (12, 1, 0), (5, 3, 3), (1, 12, 12)])
 def test_others_are_read_again_beyond_one_micro_batch(batch_size, forward, backward):
     policy = policy_of(batch_size=batch_size)
@@ -214,9 +233,8 @@ def test_the_mismatch_is_that_of_the_scores():
     live = law.is_live(x)
     off = torch.where(torch.rand(x.shape) < 0.3, 0.25, 0.0) * live
     assert 0 < off.sum() < 0.25 * live.sum()
-    law.know(x, scores + off)
     with count_usage() as usage:
-        law.log_prob(x).sum().backward()
+        law.token_log_prob(x, known=scores + off).sum().backward()
     largest, mean = usage.mismatch
     assert abs(largest - 0.25) < 1e-4
     assert abs(mean - float(off.sum() / live.sum())) < 1e-4

@@ -75,55 +75,57 @@ def place(frame: FrameType) -> tuple[str, str] | None:
     return f"{ROOMS[room]}/{file.relative_to(room)}".removeprefix("bayeslm."), code.co_qualname
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--files", action="store_true", help="list files, functions and the deepest stack")
-    options = parser.parse_args()
+def count() -> dict[tuple[str, str], Calls]:
+    """Return the calls of each engine on each program."""
     lm = LanguageModel.tabular(["<eos>", *"abcdefg"], order=3, seed=0)
     importance = ImportanceSampling(num_particles=32, seed=0, progress=False)
     svi = SVI(num_steps=5, num_samples=8, seed=0, progress=False)
-    at_reward: Callable[[], None] | None = None  # called each time that a program evaluates its reward
+    at_reward: list[Callable[[], None]] = []  # called each time that a program evaluates its reward
 
     def letters(completions: list[str], **columns: Any) -> list[float]:
-        if at_reward is not None:
-            at_reward()
+        for call in at_reward:
+            call()
         return [float(text.count("a")) for text in completions]
 
     def written_out(prompts: list[list[int]]) -> None:
         with pyro.plate("prompts", len(prompts)):
             x = pyro.sample("completion", lm(prompts, max_new_tokens=TOKENS))
-            if at_reward is not None:
-                at_reward()
-            pyro.factor("reward", (x == 1).sum(-1, dtype=torch.float32))
+            pyro.factor("reward", torch.tensor(letters(lm.decode(x).ravel().tolist())).reshape(x.shape[:-1]))
 
+    found = {}
     tilted = TiltedLM(lm, rewards.Reward(letters), beta=1.0, max_new_tokens=TOKENS)
     for title, model in (("a program written out", written_out), ("TiltedLM with a Reward", tilted)):
         for engine in (importance, svi):
             engine.run(model, PROMPTS)  # imports inside functions are done after that
-        for name in ("ImportanceSampling.run", "SVI.run", "one step of SVI"):
-            calls = Calls(type(lm.network).forward)
+        for name, engine in (("ImportanceSampling.run", importance), ("SVI.run", svi), ("one step of SVI", svi)):
+            calls = found[title, name] = Calls(type(lm.network).forward)
             if name == "one step of SVI":
-                evaluations = iter(range(1, 10**6))
-
-                def at_reward(calls: Calls = calls, evaluations: Any = evaluations) -> None:
-                    if next(evaluations) in (3, 4):
-                        calls.switch()
+                evaluations = iter(range(100))
+                at_reward.append(lambda calls=calls, times=evaluations: next(times) in (2, 3) and calls.switch())
             else:
                 calls.switch()
             sys.setprofile(calls)
             try:
-                (importance if name.startswith("Importance") else svi).run(model, PROMPTS)
+                engine.run(model, PROMPTS)
             finally:
                 sys.setprofile(None)
-                at_reward = None
-            print(f"{title}, {name}: {len(calls.files)} files, {len(calls.entered)} functions, ", end="")
-            print(f"{len(calls.deepest)} calls deep")
-            if options.files:
-                for file in calls.files:
-                    functions = (f"{f} ({n})" for (where, f), n in sorted(calls.entered.items()) if where == file)
-                    print(f"    {file}: {', '.join(functions)}")
-                print("  the deepest stack")
-                print("\n".join(f"    {line}" for line in calls.deepest))
+                at_reward.clear()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", action="store_true", help="list files, functions and the deepest stack")
+    options = parser.parse_args()
+    for (title, name), calls in count().items():
+        print(f"{title}, {name}: {len(calls.files)} files, {len(calls.entered)} functions, ", end="")
+        print(f"{len(calls.deepest)} calls deep")
+        if options.files:
+            for file in calls.files:
+                functions = (f"{f} ({n})" for (where, f), n in sorted(calls.entered.items()) if where == file)
+                print(f"    {file}: {', '.join(functions)}")
+            print("  the deepest stack")
+            print("\n".join(f"    {line}" for line in calls.deepest))
 
 
 if __name__ == "__main__":

@@ -71,17 +71,6 @@ def tree(module: str) -> ast.Module:
     return ast.parse(modules()[module].read_text(encoding="utf-8"))
 
 
-def is_package(module: str) -> bool:
-    return modules()[module].name == "__init__.py"
-
-
-@cache
-def defined(module: str) -> set[str]:
-    """The names that a module's own ``from … import`` statements define: ``app`` in ``from .app import app``."""
-    nodes = [node for node in tree(module).body if isinstance(node, ast.ImportFrom) and node.module != module]
-    return {alias.name for node in nodes if node.module for alias in node.names}
-
-
 @cache
 def room(module: str) -> str:
     """The package that a module belongs to; a package belongs to itself, and ``python -m bayeslm`` stands alone."""
@@ -99,7 +88,7 @@ def exports(package: str) -> set[str]:
 
 def imports(module: str) -> Iterator[Import]:
     """Every import in a module, of the project or not, wherever it stands."""
-    package = module if is_package(module) else module.rpartition(".")[0]
+    package = module if modules()[module].name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -107,11 +96,11 @@ def imports(module: str) -> Iterator[Import]:
         elif isinstance(node, ast.ImportFrom):
             above = package.split(".")[: 1 - node.level or None] if node.level else []
             source = ".".join([*above, *filter(None, [node.module])])
-            hidden = defined(source) if source in modules() else set()
-            inner = [x.name for x in node.names if f"{source}.{x.name}" in modules() and x.name not in hidden]
-            names = tuple(alias.name for alias in node.names if alias.name not in inner)
+            public = exports(source) if source in modules() and source != module else set()
+            inner = [x.name for x in node.names if f"{source}.{x.name}" in modules() and x.name not in public]
             for name in inner:  # `from package import module`
                 yield Import(module, f"{source}.{name}", (), node.level > 0, node.lineno)
+            names = tuple(x.name for x in node.names if x.name not in inner)
             if names:
                 yield Import(module, source, names, node.level > 0, node.lineno)
 

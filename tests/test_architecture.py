@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 from pathlib import Path
@@ -66,6 +67,15 @@ def clear(rules: ModuleType) -> None:
 
 def test_the_project_keeps_the_rules(rules: ModuleType) -> None:
     assert rules.violations() == []
+
+
+def test_class_names_are_unique(rules: ModuleType) -> None:
+    places: dict[str, list[str]] = {}
+    for module in rules.modules():
+        for node in ast.walk(rules.tree(module)):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(f"{module}:{node.lineno}")
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
 
 
 def test_the_picture_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,12 @@
 """bayeslm: reinforcement learning of language models as Bayesian inference.
 
-`bayeslm.models` says what to infer, `bayeslm.inference` how to infer it; both need PyTorch and are imported
-by name. This package is the face: what every engine returns (`Posterior`) and how to judge it
-(`diagnostics`). It needs NumPy and ArviZ only, so a saved posterior can be read, checked and plotted on a
-machine without PyTorch.
+`bayeslm.models` says what to infer, `bayeslm.inference` how; both need PyTorch and are imported by name. This package
+itself needs NumPy and ArviZ only: it has `Posterior`, the result of every engine, and `diagnostics`, which judge it, so
+that a machine without PyTorch can load, check and plot a saved posterior.
 """
-
-__version__ = "0.1.0"
 
 from bayeslm import diagnostics
 from bayeslm.posterior import Posterior
+from bayeslm.version import __version__
 
 __all__ = ["Posterior", "__version__", "diagnostics"]

@@ -1,24 +1,16 @@
-"""All that touches ArviZ, in both its versions: 0.x (InferenceData) and 1.x (DataTree).
-
-Importing this module imports ArviZ, which takes seconds: the rest of the face imports it on use.
-"""
+"""The groups of an ArviZ container: the arrays of a posterior with names for their dimensions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 import numpy as np
 import xarray
 
+from bayeslm.version import __version__
 from bayeslm.weights import Array
 
-if TYPE_CHECKING:
-    from bayeslm.posterior import Posterior
-
-az: Any = import_module("arviz")  # untyped: its two versions agree on little
-LEGACY = az.__version__.startswith("0.")
 Variables = dict[str, tuple[tuple[str, ...], Array]]  # name -> (dims, values)
 
 ALIGNMENT = (
@@ -29,72 +21,28 @@ ALIGNMENT = (
 )
 
 
-def to_arviz(posterior: Posterior, num_draws: int | None = None, seed: int = 0) -> Any:
-    """ArviZ's container of the installed version: `InferenceData` (0.x) or `xarray.DataTree` (1.x).
+class PosteriorFields(Protocol):
+    """The fields of a `bayeslm.Posterior` that the groups are made of."""
 
-    Groups, with dims (chain, draw, ...) and prompts as the coordinate "prompt":
-      posterior       latents, deterministics, completions as token ids, "<site>_length"; equally weighted
-      sample_stats    log_weight and lp (the log joint) of the same draws
-      log_likelihood  every factor and observed site, of the same draws; one value for each observation
-      posterior_predictive   observed sites drawn anew, where `bayeslm.inference.predict` has been run
-      texts           the completions as strings, of the same draws (no numbers: apart from `posterior`)
-      proposal        the raw draws with log_weight and lp, where weights differ
-      prior, observed_data   where the posterior has them
+    samples: dict[str, Array]
+    log_weights: Array
+    log_joint: Array
+    log_likelihood: dict[str, Array]
+    dims: dict[str, tuple[str, ...]]
+    prompts: list[str]
+    texts: dict[str, Array]
+    lengths: dict[str, Array]
+    pointwise: dict[str, Array]
+    predictive: dict[str, Array]
+    prior: dict[str, Array]
+    observed: dict[str, Array]
 
-    `num_draws` a chain and `seed` are as in `Posterior.resample`. A slash in a site's name becomes a dot.
-    Raises ValueError if every weight of a prompt is zero.
+
+def make_groups(draws: PosteriorFields, posterior: PosteriorFields) -> dict[str, Variables]:
+    """Return the variables of each group; a slash in a site's name becomes a dot. Empty groups are left out.
+
+    :param draws: the draws of ``posterior`` after resampling by weight, each with the log weight that it had before.
     """
-    groups, attrs = _datasets(posterior, num_draws, seed), _attrs(posterior)
-    if LEGACY:
-        return az.InferenceData(attrs=attrs, **groups)
-    return xarray.DataTree.from_dict({"/": xarray.Dataset(attrs=attrs), **groups})
-
-
-def to_netcdf(posterior: Posterior) -> bytes:
-    """The container as a NetCDF file for `arviz.from_netcdf`, in memory: HDF5 crashes on a full disk."""
-    groups = _datasets(posterior, None, 0)
-    encoding = {
-        f"/{group}": {name: {"zlib": True} for name, x in data.data_vars.items() if x.dtype != object}
-        for group, data in groups.items()
-    }
-    tree = xarray.DataTree.from_dict({"/": xarray.Dataset(attrs=_attrs(posterior)), **groups})
-    return bytes(tree.to_netcdf(engine="h5netcdf", encoding=encoding))
-
-
-def psislw(log_weights: Array) -> tuple[Array, float]:
-    """ArviZ's Pareto smoothing of one column of finite log weights: smoothed, and k̂."""
-    with np.errstate(all="ignore"):
-        if LEGACY:
-            smoothed, khat = az.psislw(log_weights)
-        else:  # another home, the other sign
-            smoothed, khat = import_module("arviz_stats.base").array_stats.psislw(-log_weights)
-    return np.asarray(smoothed), float(khat)
-
-
-def statistic(name: str, values: Array, **options: str) -> Array:
-    """ArviZ's "rhat" or "ess" of (chain, draw, ...), shape (...); by a data set, which both versions take."""
-    flat = values.reshape(*values.shape[:2], -1)
-    data = xarray.Dataset({"x": (("chain", "draw", "quantity"), flat)})
-    with np.errstate(all="ignore"):
-        return getattr(az, name)(data, **options)["x"].to_numpy().reshape(values.shape[2:])
-
-
-def _attrs(posterior: Posterior) -> dict[str, str]:
-    from bayeslm import __version__
-
-    return {
-        "engine": posterior.engine,
-        "kind": posterior.kind,
-        "inference_library": "bayeslm",
-        "inference_library_version": __version__,
-        "alignment": ALIGNMENT,
-    }
-
-
-def _datasets(posterior: Posterior, num_draws: int | None, seed: int) -> dict[str, xarray.Dataset]:
-    from bayeslm.posterior import pick
-
-    draws = pick(posterior, num_draws, seed)
     groups: dict[str, Variables] = {
         "posterior": _numbers(draws),
         "sample_stats": _stats(draws),
@@ -106,26 +54,46 @@ def _datasets(posterior: Posterior, num_draws: int | None, seed: int) -> dict[st
     }
     if not np.all(posterior.log_weights == posterior.log_weights[0, 0]):  # (−inf − −inf would be NaN)
         groups["proposal"] = _numbers(posterior) | _stats(posterior)
+    return {
+        group: {name.replace("/", "."): variable for name, variable in variables.items()}
+        for group, variables in groups.items()
+        if variables
+    }
+
+
+def make_datasets(groups: Mapping[str, Variables], prompt_labels: list[str]) -> dict[str, xarray.Dataset]:
+    """Return the groups as data sets with a coordinate for each dimension."""
     sizes = _sizes(groups)
-    labels = _printable(np.array(posterior.prompt_labels, dtype=object))
-    return {group: _dataset(variables, sizes, labels) for group, variables in groups.items() if variables}
+    labels = _printable(np.array(prompt_labels, dtype=object))
+    return {group: _dataset(variables, sizes, labels) for group, variables in groups.items()}
 
 
-def _sample_dims(posterior: Posterior, name: str) -> tuple[str, ...]:
+def make_attrs(engine: str, kind: str) -> dict[str, str]:
+    """Return the attributes of the container."""
+    return {
+        "engine": engine,
+        "kind": kind,
+        "inference_library": "bayeslm",
+        "inference_library_version": __version__,
+        "alignment": ALIGNMENT,
+    }
+
+
+def _sample_dims(posterior: PosteriorFields, name: str) -> tuple[str, ...]:
     return ("chain", "draw", *posterior.dims.get(name, ()))
 
 
-def _numbers(posterior: Posterior) -> Variables:
+def _numbers(posterior: PosteriorFields) -> Variables:
     lengths = {f"{name}_length": (_sample_dims(posterior, name)[:-1], n) for name, n in posterior.lengths.items()}
     return {name: (_sample_dims(posterior, name), x) for name, x in posterior.samples.items()} | lengths
 
 
-def _stats(posterior: Posterior) -> Variables:
+def _stats(posterior: PosteriorFields) -> Variables:
     return _per_prompt(posterior, {"log_weight": posterior.log_weights, "lp": posterior.log_joint})
 
 
-def _per_prompt(posterior: Posterior, values: Mapping[str, Array]) -> Variables:
-    """(chain, draw, prompt), without the last axis where all prompts share one value."""
+def _per_prompt(posterior: PosteriorFields, values: Mapping[str, Array]) -> Variables:
+    """Values (chain, draw, prompt); without the last dimension where all prompts share one value."""
     rows = len(posterior.prompts)
     return {
         name: (("chain", "draw", "prompt"), x) if x.shape[2] == rows else (("chain", "draw"), x[..., 0])
@@ -133,12 +101,12 @@ def _per_prompt(posterior: Posterior, values: Mapping[str, Array]) -> Variables:
     }
 
 
-def _observations(posterior: Posterior, values: Mapping[str, Array]) -> Variables:
+def _observations(posterior: PosteriorFields, values: Mapping[str, Array]) -> Variables:
     return {name: (_sample_dims(posterior, name)[: x.ndim], x) for name, x in values.items()}
 
 
-def _prior_dims(posterior: Posterior, name: str, value: Array) -> tuple[str, ...]:
-    """Those of the sample of the same name; of "<site>_length" the site's; a factor's are the prompts."""
+def _prior_dims(posterior: PosteriorFields, name: str, value: Array) -> tuple[str, ...]:
+    """The dims of the sample of the same name; of "<site>_length" the site's; of a factor those of the prompts."""
     site = name.removesuffix("_length")
     dims: tuple[str, ...] = ("chain", "draw", *(f"{name}_dim_{axis}" for axis in range(value.ndim - 2)))
     if name in posterior.samples:
@@ -150,7 +118,7 @@ def _prior_dims(posterior: Posterior, name: str, value: Array) -> tuple[str, ...
     return dims
 
 
-def _observed_dims(posterior: Posterior, name: str, value: Array) -> tuple[str, ...]:
+def _observed_dims(posterior: PosteriorFields, name: str, value: Array) -> tuple[str, ...]:
     if len(dims := posterior.dims.get(name, ())) == value.ndim:
         return dims
     own = [f"{name}_dim_{axis}" for axis in range(value.ndim)]
@@ -168,13 +136,13 @@ def _sizes(groups: Mapping[str, Variables]) -> dict[str, set[int]]:
 
 
 def _dataset(variables: Variables, sizes: Mapping[str, set[int]], labels: Array) -> xarray.Dataset:
-    """Every dim has a coordinate; a dim of several sizes is each variable's own, "<name>_token"."""
+    """Return a data set; a dim that has several sizes in the container becomes "<variable>_<dim>" of each variable."""
 
     def own(name: str, dim: str) -> str:
         return f"{name}_{dim}" if dim not in ("chain", "draw") and len(sizes[dim]) > 1 else dim
 
     arrays = {
-        name.replace("/", "."): (
+        name: (
             [own(name, dim).replace("/", ".") for dim in dims],
             value.astype(np.int8) if value.dtype == bool else value,
         )
@@ -186,7 +154,7 @@ def _dataset(variables: Variables, sizes: Mapping[str, set[int]], labels: Array)
 
 
 def _printable(texts: Array) -> Array:
-    """Strings that HDF5 can hold: no NUL, no lone surrogate."""
+    """Replace characters that HDF5 cannot hold: NUL and lone surrogates."""
     clean = np.empty_like(texts)
     for index, text in np.ndenumerate(texts):
         clean[index] = text.replace("\0", "\N{SYMBOL FOR NULL}").encode("utf-8", "replace").decode()

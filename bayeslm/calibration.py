@@ -1,4 +1,4 @@
-r"""How well predicted probabilities of preferences agree with what was preferred, each figure with two errors.
+r"""Calibration of predicted probabilities of preferences, each figure with two kinds of error.
 
 With p_{is} = P(y_i = 1 | \theta_s) of pair i under draw s, and the posterior predictive \bar p_i = mean_s p_{is}:
 
@@ -13,7 +13,7 @@ calibration error.) None of them depends on which of a pair is called the first.
 A figure's standard error is that of the finite number of pairs, by the bootstrap; its Monte Carlo error that of the
 finite number of draws, by the bootstrap of batches of successive draws, sqrt(draws) in each chain, which are nearly
 independent where draws are not (batch means: Flegal and Jones 2010). The ECE of right probabilities is not 0, since
-shares differ from probabilities by chance: `ece_if_calibrated` is what it would be.
+shares differ from probabilities by chance: `ece_if_calibrated` is its distribution for right probabilities.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ REPLICATES = 500  # of each bootstrap
 
 
 class Figure(NamedTuple):
-    """An estimate, its standard error over pairs, and its Monte Carlo error over draws; infinite where not known."""
+    """An estimate, its standard error over pairs, and its Monte Carlo error over draws; infinite where unknown."""
 
     value: float
     stderr: float
@@ -44,19 +44,19 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What `calibrate` found."""
+    """Accuracy, log score and calibration error, and the curve of a reliability diagram; see `calibrate`."""
 
     accuracy: Figure
     log_score: Figure
     ece: Figure
     ece_if_calibrated: tuple[float, float]
-    """The mean, and the 95% quantile, of the ECE if every pair went by its predicted probability."""
+    """The mean and the 95% quantile of the ECE if outcomes followed the predicted probabilities."""
     confidence: Array
-    """(bin,): mean confidence of the pairs in each bin, NaN where there is none."""
+    """(bin,): the mean confidence of the pairs in each bin, NaN for an empty bin."""
     right: Array
-    """(bin,): the share of them whose likelier outcome happened."""
+    """(bin,): the share of these pairs whose likelier outcome happened."""
     counts: Array
-    """(bin,): how many they are."""
+    """(bin,): the number of these pairs."""
 
     @property
     def right_stderr(self) -> Array:
@@ -80,16 +80,17 @@ def calibrate(
     bins: int = 10,
     seed: int = 0,
 ) -> Calibration:
-    """Accuracy, log score and expected calibration error of probabilities of binary outcomes.
+    """Compute accuracy, log score and expected calibration error of predicted probabilities of binary outcomes.
 
-    :param predicted: probabilities P(y_i = 1) of equally weighted draws, (chain, draw, pair); or a posterior that has
-        the log-likelihood of each pair, as `bayeslm.inference.predict` gives it of held-out comparisons.
-    :param outcomes: y, 0 or 1, (pair,). None if all are 1: probabilities are of what happened, as a posterior's are.
+    :param predicted: probabilities P(y_i = 1) of equally weighted draws, (chain, draw, pair); or a posterior with the
+        log-likelihood of each pair, such as `bayeslm.inference.predict` returns for held-out comparisons.
+    :param outcomes: y, 0 or 1, (pair,). None means that all are 1, as for a posterior, whose probabilities are those of
+        the outcomes that happened.
     :param site: the posterior's observed site.
-    :param bins: of confidence, from 1/2 to 1.
+    :param bins: the number of bins of confidence, from 1/2 to 1.
     :param seed: of the bootstrap.
-    :raises ValueError: if shapes do not agree, probabilities or outcomes are none, or a posterior has no such site or
-        is of weighted draws.
+    :raises ValueError: if shapes do not agree, probabilities are outside [0, 1], outcomes are neither 0 nor 1, or the
+        posterior has no such site or weighted draws.
     """
     p = _probabilities(predicted, site)
     y = np.ones(p.shape[2]) if outcomes is None else np.asarray(outcomes, dtype=float)
@@ -126,12 +127,12 @@ def calibrate(
 
 
 def _probabilities(predicted: Posterior | ArrayLike, site: str) -> Array:
-    """(chain, draw, pair), checked."""
+    """Return probabilities (chain, draw, pair), after checks."""
     if isinstance(predicted, Posterior):
         if site not in predicted.pointwise:
-            raise ValueError(f"the posterior has no observations {site!r}, it has {sorted(predicted.pointwise)}")
+            raise ValueError(f"the posterior has no observed site {site!r}, only {sorted(predicted.pointwise)}")
         if predicted.kind in ("weighted", "particles", "enumerated"):
-            raise ValueError("the posterior's draws are weighted: calibrate(posterior.resample())")
+            raise ValueError("the posterior's draws are weighted: use calibrate(posterior.resample())")
         predicted = np.exp(predicted.pointwise[site].astype(float))
     p = np.asarray(predicted, dtype=float)
     if p.ndim != 3 or p.size == 0:
@@ -142,7 +143,7 @@ def _probabilities(predicted: Posterior | ArrayLike, site: str) -> Array:
 
 
 def _batch_means(values: Array) -> Array:
-    """Means (batch, pair) of sqrt(draws) batches of successive draws in each chain; what fills none is left out."""
+    """Return the means (batch, pair) of sqrt(draws) batches of successive draws per chain; a remainder is left out."""
     chains, draws, pairs = values.shape
     batches = int(draws**0.5)
     size = draws // batches
@@ -150,12 +151,15 @@ def _batch_means(values: Array) -> Array:
 
 
 def _is_right(happened: Array) -> Array:
-    """1 where what happened was the likelier outcome, 1/2 where neither was."""
+    """Return 1 where the likelier outcome happened, 1/2 where both were equally likely, else 0."""
     return np.where(happened == 0.5, 0.5, happened > 0.5)
 
 
 def _reliability(happened: Array, bins: int) -> tuple[Array, Array, Array]:
-    """Mean confidence, share right, and number of pairs in bins of equal width in confidence: (*, pair) to (*, bin)."""
+    """Return mean confidence, share right and number of pairs in bins of equal width, each (*, bin).
+
+    :param happened: the probability of the outcome that happened, (*, pair).
+    """
     confidence = np.maximum(happened, 1 - happened)
     index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1).reshape(-1, happened.shape[-1])
     shape = (*happened.shape[:-1], bins)

@@ -1,14 +1,13 @@
-"""How good is a posterior, and how far from the prior: engine-blind numbers with Monte Carlo standard errors.
+"""Quality of a posterior and its distance from the prior, for every engine, with Monte Carlo standard errors.
 
-Notation: prior p(x), likelihood exp(l(x)) with l = r/β, joint p(x) exp(l(x)), evidence Z = E_p[exp l],
-posterior π* = joint / Z, and q the law the raw draws came from, with weights w = joint / q.
+Notation: prior p(x), likelihood exp(l(x)) with l = r/β, joint p(x) exp(l(x)), evidence Z = E_p[exp l], posterior
+π* = joint / Z, and q the distribution of the raw draws, with weights w = joint / q.
 
-Arrays are (chain, draw, prompt); information is in nats; an estimate pools chains and draws and comes one a
-prompt, as a pair (estimate, standard error). Where prompts share one weight they are one posterior, and
-"prompt" has length 1. Standard errors are the delta method's: an estimator has an influence φ per draw, and
-its variance is var(φ) / N for independent draws, var(φ) / ESS for a Markov chain; particles that descend from
-one root count as one draw (see `weights.standard_error`). One that cannot be known (a single draw, an infinite
-estimate) is inf.
+Arrays are (chain, draw, prompt); information is in nats. An estimate pools chains and draws; it is a pair (estimate,
+standard error), both (prompt,). If prompts share a latent, they have one joint posterior and "prompt" has length 1.
+Standard errors are by the delta method: each draw has an influence φ on the estimator, whose variance is var(φ) / N for
+independent draws and var(φ) / ESS for a Markov chain; particles that descend from one root count as one draw (see
+`weights.standard_error`). A standard error that is unknown (a single draw, an infinite estimate) is inf.
 
 A log weight may be −inf (a draw that breaks a constraint); NaN and +inf raise ValueError.
 """
@@ -22,12 +21,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bayeslm.bounds import certify
+from bayeslm.posterior import Posterior
 from bayeslm.weights import (
     POOL,
     Array,
     Estimate,
+    as_log_weights,
     chain_log_evidence,
-    checked,
     ess,
     evidence_influence,
     log_evidence,
@@ -39,8 +39,6 @@ from bayeslm.weights import (
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from bayeslm.posterior import Posterior
 
 __all__ = [
     "best_of_n_kl_bound",
@@ -63,13 +61,15 @@ __all__ = [
 
 
 def rhat(values: ArrayLike) -> Array:
-    """Rank-normalised split R̂ of any quantity (chain, draw, ...), by ArviZ; shape (...).
+    """Return the rank-normalised split R̂ of any quantity, by ArviZ.
 
-    Below 1.01 the chains agree. A chain alone is cut in two first, so its quarters are compared. NaN for a
-    constant quantity, and for fewer than four draws a chain.
+    Below 1.01 the chains agree. A single chain is cut in two first, so that its quarters are compared.
     Source: Vehtari, Gelman, Simpson, Carpenter, Bürkner 2021, arXiv 1903.08008.
+
+    :param values: (chain, draw, ...).
+    :returns: (...); NaN for a constant quantity, and for fewer than four draws in a chain.
     """
-    from bayeslm.arviz import statistic
+    from bayeslm.arviz_versions import statistic
 
     array = np.asarray(values, dtype=float)
     if array.shape[0] == 1:
@@ -79,58 +79,62 @@ def rhat(values: ArrayLike) -> Array:
 
 
 def ess_bulk(values: ArrayLike) -> Array:
-    """Bulk effective sample size of equally weighted draws, by ArviZ; (chain, draw, ...) to (...).
+    """Return the bulk effective sample size of equally weighted draws, by ArviZ. Source: as for `rhat`.
 
-    NaN for fewer than four draws a chain. Source: as `rhat`.
+    :param values: (chain, draw, ...).
+    :returns: (...); NaN for fewer than four draws in a chain.
     """
-    from bayeslm.arviz import statistic
+    from bayeslm.arviz_versions import statistic
 
     return statistic("ess", np.asarray(values, dtype=float), method="bulk")
 
 
 def expectation(posterior: Posterior, values: ArrayLike, *, weighted: bool = True) -> Estimate:
-    """E[values] under the posterior, or with `weighted=False` under q, the law of the raw draws.
+    """Estimate E[values] under the posterior, or with ``weighted=False`` under q, the distribution of the raw draws.
 
-    `values` is (chain, draw, prompt); the last axis may be any where prompts share one weight. By
-    self-normalised importance sampling μ = Σwf / Σw with φ = N w (f − μ) / Σw for weighted draws and particles;
-    a plain mean for equally weighted ones; exact, with standard error 0, for an enumeration. Infinite values at draws
-    of zero weight do not count.
+    For weighted draws and particles by self-normalised importance sampling, μ = Σwf / Σw with φ = N w (f − μ) / Σw; for
+    equally weighted draws by the plain mean; for an enumeration exactly, with standard error 0. Infinite values of
+    draws of zero weight do not count.
     Source: Owen 2013, ch. 9.
-    Raises ValueError on a wrong shape, and if every weight of a prompt is zero.
+
+    :param values: (chain, draw, prompt); the last axis may have any length if prompts share a latent.
+    :raises ValueError: on a wrong shape, or if every weight of a prompt is zero.
     """
     mean, influence = _mean(posterior, values, weighted)
     return mean, _stderr(posterior, mean, influence)
 
 
 def kl_to_prior(posterior: Posterior, *, weighted: bool = True) -> Estimate:
-    """KL(π* ‖ p) = E_π*[l] − log Z; with `weighted=False` KL(q ‖ p) = E_q[l − log w], the penalty of RL.
+    """Estimate KL(π* ‖ p) = E_π*[l] − log Z; with ``weighted=False`` KL(q ‖ p) = E_q[l − log w], the penalty of RL.
 
-    Shape (prompt,). NaN where it cannot be known: the engine gives no evidence, or `weighted=False` meets
-    draws of zero weight (log w and l are both −inf there, so log q is lost).
     Source: Korbak, Perez, Buckley 2022, arXiv 2205.11275.
-    Raises ValueError for uncorrected draws, whose law is unknown (for best-of-n see `best_of_n_kl_bound`), and
-    with `weighted=False` for particles and conditional runs, whose single draws have no known law.
+
+    :returns: NaN where it is unknown: if the engine gives no evidence, or with ``weighted=False`` if draws have zero
+        weight (log w and l are both −inf there, so log q cannot be recovered).
+    :raises ValueError: for uncorrected draws, whose distribution is unknown (for best-of-n see `best_of_n_kl_bound`);
+        with ``weighted=False`` also for particles and conditional runs, whose single draws have no known distribution.
     """
     likelihood = _total_log_likelihood(posterior)
-    if _wants_q(posterior, weighted):
+    if _concerns_q(posterior, weighted):
         return expectation(posterior, _difference(likelihood, posterior.log_weights), weighted=False)
     return _mean_over_evidence(posterior, likelihood)
 
 
 def kl_to_posterior(posterior: Posterior, reference: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None) -> Estimate:
-    """KL(q ‖ π*) = log Z − E_q[log w] of the raw draws' law q: a policy's distance from its target.
+    """Estimate KL(q ‖ π*) = log Z − E_q[log w], q being the distribution of the raw draws, such as a trained policy's.
 
-    log Z is the draws' own estimate, φ = w / mean(w) − 1 − (log w − mean(log w)); or `reference`, taken as
-    exact: a value for all or one a prompt, giving shape (prompt,); or a tuple (lower, upper), giving bounds
-    (2, prompt). The own estimate is low, as log Z's is, and blind to modes q never visits. inf where q has
-    mass and π* has none.
+    By default log Z is estimated from the same draws, so φ = w / mean(w) − 1 − (log w − mean(log w)). That estimate is
+    low, as that of log Z is, and does not see modes that q never visits.
     Source: the gap of the ELBO; bounds from both sides: Grosse, Ghahramani, Adams 2015, arXiv 1511.02543.
-    Raises ValueError unless the draws are weighted, and all from q: for particles see `certify`.
+
+    :param reference: log Z, taken as exact, for all prompts or (prompt,); or a tuple of bounds (lower, upper).
+    :returns: (prompt,), or (2, prompt) for bounds; inf where q has mass and π* has none.
+    :raises ValueError: unless the draws are weighted and all from q; for particles see `certify`.
     """
-    if not _is_of_q(posterior):
+    if not _has_known_q(posterior):
         kind = "conditional" if posterior.conditional else posterior.kind
-        raise ValueError(f"KL(q ‖ posterior) needs weighted draws, of a known law: not {kind} ones")
-    lw = checked(posterior.log_weights)
+        raise ValueError(f"KL(q ‖ posterior) needs weighted draws of a known distribution, not {kind} ones")
+    lw = as_log_weights(posterior.log_weights)
     mean, influence = _mean(posterior, lw, weighted=False)
     if reference is None:
         log_z, influence = log_evidence(lw)[0], evidence_influence(lw) - influence
@@ -143,12 +147,15 @@ def kl_to_posterior(posterior: Posterior, reference: ArrayLike | tuple[ArrayLike
 
 
 def entropy(posterior: Posterior, *, weighted: bool = True) -> Estimate:
-    """H(π*) = log Z − E_π*[log joint]; with `weighted=False` H(q) = −E_q[log joint − log w].
+    """Estimate the entropy H(π*) = log Z − E_π*[log joint]; with ``weighted=False`` H(q) = −E_q[log joint − log w].
 
-    Shape (prompt,). Of all latents together, Shannon's for discrete ones, differential for continuous ones.
-    NaN and ValueError as `kl_to_prior`.
+    It is that of all latents jointly: Shannon's for discrete latents, differential for continuous ones.
+
+    :returns: NaN where it is unknown: if the engine gives no evidence, or with ``weighted=False`` if draws have zero
+        weight.
+    :raises ValueError: for uncorrected draws; with ``weighted=False`` also for particles and conditional runs.
     """
-    if _wants_q(posterior, weighted):
+    if _concerns_q(posterior, weighted):
         mean, stderr = expectation(posterior, _difference(posterior.log_joint, posterior.log_weights), weighted=False)
     else:
         mean, stderr = _mean_over_evidence(posterior, posterior.log_joint)
@@ -156,28 +163,31 @@ def entropy(posterior: Posterior, *, weighted: bool = True) -> Estimate:
 
 
 def distinct_n(tokens: ArrayLike, lengths: ArrayLike, n: int = 2) -> Array:
-    """Distinct n-grams over all n-grams of a prompt's completions, in (0, 1]; shape (prompt,).
+    """Return the share of distinct n-grams among all n-grams of a prompt's completions, in (0, 1].
 
-    `tokens` is (chain, draw, prompt, token), `lengths` (chain, draw, prompt) the tokens before padding.
-    Compare at equal numbers of draws: more draws repeat more. NaN where no completion has n tokens.
+    Compare it at equal numbers of draws: more draws repeat more.
     Source: Li, Galley, Brockett, Gao, Dolan 2016, arXiv 1510.03055.
-    Raises ValueError on n < 1, and on shapes that differ.
+
+    :param tokens: (chain, draw, prompt, token).
+    :param lengths: (chain, draw, prompt), the number of tokens before padding.
+    :returns: (prompt,); NaN where no completion has n tokens.
+    :raises ValueError: if n < 1 or shapes do not agree.
     """
     ids, length = np.asarray(tokens), np.asarray(lengths)
     if n < 1:
-        raise ValueError(f"n-grams have at least one token, not {n}")
+        raise ValueError(f"n-grams have at least one token, so n must be at least 1, not {n}")
     if ids.ndim != 4 or ids.shape[:3] != length.shape:
         raise ValueError(
-            f"tokens must be (chain, draw, prompt, token) and lengths the same without tokens, "
+            "tokens must be (chain, draw, prompt, token) and lengths (chain, draw, prompt), "
             f"not {ids.shape} and {length.shape}"
         )
     ratios = np.full(ids.shape[2], np.nan)
     if ids.shape[3] >= n:
         grams = np.lib.stride_tricks.sliding_window_view(ids, n, axis=3)  # (chain, draw, prompt, position, n)
-        whole = np.arange(grams.shape[3]) + n <= length[..., None]
+        complete = np.arange(grams.shape[3]) + n <= length[..., None]
         for prompt in range(ids.shape[2]):
-            if (found := grams[:, :, prompt][whole[:, :, prompt]]).size:  # (n-gram, n)
-                code = np.zeros(len(found), dtype=np.int64)  # of each prefix; sorts far faster than rows do
+            if (found := grams[:, :, prompt][complete[:, :, prompt]]).size:  # (n-gram, n)
+                code = np.zeros(len(found), dtype=np.int64)  # of each prefix; integers sort far faster than rows
                 for column in found.T:
                     code = np.unique(code * (ids.max() + 1) + column, return_inverse=True)[1]
                 ratios[prompt] = (code.max() + 1) / len(found)
@@ -185,9 +195,11 @@ def distinct_n(tokens: ArrayLike, lengths: ArrayLike, n: int = 2) -> Array:
 
 
 def best_of_n_kl_bound(n: int) -> float:
-    """log n − (n − 1)/n, an upper bound on KL(best-of-n ‖ p), exact where rewards have no ties.
+    """Return log n − (n − 1)/n, an upper bound on KL(best-of-n ‖ p) that is exact if rewards have no ties.
 
-    Source: Beirami et al. 2024, arXiv 2401.01879. Raises ValueError on n < 1.
+    Source: Beirami et al. 2024, arXiv 2401.01879.
+
+    :raises ValueError: if n < 1.
     """
     if n < 1:
         raise ValueError(f"best-of-n needs n >= 1, not {n}")
@@ -200,15 +212,17 @@ def summary(
     *,
     weighted: bool = True,
 ) -> pd.DataFrame:
-    """One row a prompt: rewards before and after, distances, evidence, convergence, diversity, cost.
+    """Return a table with a row for each prompt: mean rewards of prior and posterior, divergences, evidence,
+    convergence, diversity and cost.
 
-    `reward` is the deterministic site "score" if the model has one, else the summed log-likelihood r/β.
-    Columns ending in `_se` are standard errors; what its kind cannot have has no column, what is unknown is
-    NaN. `weighted=False` describes the law of the raw draws, so of a trained policy itself. `kl_to_posterior`
-    is the raw draws' in both cases, with the log Z in `reference_log_evidence` (see `kl_to_posterior`; bounds
-    give the columns `_lower` and `_upper`). Where prompts share a latent, rows repeat what belongs to their
-    one posterior.
-    Raises ValueError as the functions for the single columns do.
+    The column "reward" is the deterministic site "score" if the model has one, else the summed log-likelihood r/β.
+    Columns ending in "_se" are standard errors. A column that the posterior's kind cannot have is left out; an unknown
+    value is NaN. If prompts share a latent, rows repeat the values of their joint posterior.
+
+    :param reference_log_evidence: log Z for "kl_to_posterior", which is that of the raw draws even if ``weighted`` (see
+        `kl_to_posterior`); bounds give the columns "kl_to_posterior_lower" and "kl_to_posterior_upper".
+    :param weighted: False describes the distribution of the raw draws, such as a trained policy's own.
+    :raises ValueError: as the function for each column does.
     """
     import pandas as pd
 
@@ -225,7 +239,7 @@ def summary(
     add("reward", expectation(posterior, posterior.rewards, weighted=weighted))
     if posterior.kind != "uncorrected":
         add("kl_to_prior", kl_to_prior(posterior, weighted=weighted))
-    if _is_of_q(posterior):
+    if _has_known_q(posterior):
         gap, stderr = kl_to_posterior(posterior, reference_log_evidence)
         if gap.ndim == 2:
             columns |= {"kl_to_posterior_lower": gap[0], "kl_to_posterior_upper": gap[1]}
@@ -263,7 +277,10 @@ def compare(
     *,
     weighted: bool = True,
 ) -> pd.DataFrame:
-    """The summaries of several posteriors, one above the other; NaN where one lacks another's column."""
+    """Return the summaries of several posteriors, stacked; NaN where one lacks a column of another.
+
+    Parameters and errors are those of `summary`.
+    """
     import pandas as pd
 
     tables = {
@@ -273,12 +290,12 @@ def compare(
 
 
 def _mean(posterior: Posterior, values: ArrayLike, weighted: bool) -> tuple[Array, Array]:
-    """The mean (prompt,) and its influence (chain, draw, prompt)."""
+    """Return the mean (prompt,) and the influence of each draw on it (chain, draw, prompt)."""
     values, shape = np.asarray(values, dtype=float), posterior.log_weights.shape
     if values.ndim != 3 or values.shape[:2] != shape[:2] or shape[2] not in (1, values.shape[2]):
         raise ValueError(f"values must be (chain, draw, prompt), so {shape}, not {values.shape}")
     if not weighted and posterior.kind == "enumerated":
-        raise ValueError("an enumeration lists every value once: unweighted, its rows are draws of no law")
+        raise ValueError("an enumeration lists every value once: weighted=False is undefined for it")
     relative = posterior.weights() * num_draws(values) if weighted else np.ones(shape)
     with np.errstate(invalid="ignore"):  # 0 · inf counts as 0; inf − inf has no standard error
         mean = np.where(relative > 0, relative * values, 0.0).mean(axis=POOL)
@@ -288,18 +305,18 @@ def _mean(posterior: Posterior, values: ArrayLike, weighted: bool) -> tuple[Arra
 def _stderr(posterior: Posterior, estimate: Array, influence: Array) -> Array:
     if posterior.kind == "enumerated":
         return np.zeros(estimate.shape)
-    if posterior.kind in ("markov", "uncorrected"):  # neighbours may be alike
-        from bayeslm.arviz import statistic
+    if posterior.kind in ("markov", "uncorrected"):  # successive draws may be correlated
+        from bayeslm.arviz_versions import statistic
 
         return standard_error(estimate, influence, size=statistic("ess", influence, method="mean"))
     return standard_error(estimate, influence, roots=posterior.roots)
 
 
 def _mean_over_evidence(posterior: Posterior, values: Array) -> Estimate:
-    """E_π*[values] − log Z. With weights both come from the same draws: their influences subtract."""
+    """Estimate E_π*[values] − log Z. With weights both come from the same draws, so their influences subtract."""
     mean, influence = _mean(posterior, values, weighted=True)
     if posterior.kind in ("weighted", "particles") and not posterior.conditional:
-        lw = checked(posterior.log_weights)
+        lw = as_log_weights(posterior.log_weights)
         difference = influence - evidence_influence(lw)
         return mean - log_evidence(lw)[0], standard_error(mean, difference, roots=posterior.roots)
     own = _stderr(posterior, mean, influence)
@@ -307,22 +324,25 @@ def _mean_over_evidence(posterior: Posterior, values: Array) -> Estimate:
     return mean - posterior.log_evidence, np.hypot(own, known)
 
 
-def _wants_q(posterior: Posterior, weighted: bool) -> bool:
+def _concerns_q(posterior: Posterior, weighted: bool) -> bool:
+    """Whether an estimate concerns q; checks that the distribution it concerns is known."""
     if posterior.kind == "uncorrected":
-        raise ValueError("the law of uncorrected draws is unknown: they have no divergence and no entropy")
+        raise ValueError("the distribution of uncorrected draws is unknown: they have no divergence and no entropy")
     if not weighted and (posterior.kind == "particles" or posterior.conditional):
         kind = "conditional" if posterior.conditional else posterior.kind
-        raise ValueError(f"single draws have no known law ({kind}), so no divergence and no entropy: see certify")
+        raise ValueError(
+            f"single draws have no known distribution ({kind}), so no divergence and no entropy: see certify"
+        )
     return posterior.kind == "weighted" and not weighted
 
 
-def _is_of_q(posterior: Posterior) -> bool:
-    """Whether raw draws are independent draws of one law q that the weights tell."""
+def _has_known_q(posterior: Posterior) -> bool:
+    """Whether the raw draws are independent draws of one distribution q, whose density follows from the weights."""
     return posterior.kind == "weighted" and not posterior.conditional
 
 
 def _total_log_likelihood(posterior: Posterior) -> Array:
-    """Sum of all factors and observed sites, over prompts too where they share one weight."""
+    """Return the sum of all factors and observed sites; over prompts too, if they share a latent."""
     shared = posterior.log_weights.shape[2] == 1
     total: Array = np.zeros_like(posterior.log_weights, dtype=float)
     for term in posterior.log_likelihood.values():
@@ -331,5 +351,5 @@ def _total_log_likelihood(posterior: Posterior) -> Array:
 
 
 def _difference(left: Array, right: Array) -> Array:
-    with np.errstate(invalid="ignore"):  # −inf − −inf is NaN: not known
+    with np.errstate(invalid="ignore"):  # −inf − −inf is NaN: unknown
         return left - right

@@ -1,4 +1,4 @@
-"""Folders of our own: whole or not there, never in the place of something else, and read by who knows the format."""
+"""Atomic, versioned output folders: complete or absent, never over existing files, readable in one format only."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ except ImportError:  # on Windows, where nobody else can open what is being writ
     fcntl = None  # type: ignore[assignment]
 
 
-def refuse_taken(folder: Path, choose: str = "another name") -> None:
-    """:raises FileExistsError: if there is something of this name, other than an empty folder."""
+def require_empty(folder: Path, choose: str = "another name") -> None:
+    """Check that a folder is absent or empty.
+
+    :param choose: the way out, for the error.
+    :raises FileExistsError: if it is a file or not empty.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty: choose {choose}, or remove it first")
 
@@ -56,65 +60,71 @@ def lock(path: Path, taken: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A hidden folder beside ``path`` to write into. The end of the block gives it its name; an error removes it.
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a hidden folder next to ``path`` to write into; at the end of the block it is renamed to ``path``.
 
-    :raises FileExistsError: if there is something of this name, other than an empty folder.
+    After an error it is removed. Files are flushed to the disk before the renaming.
+
+    :raises FileExistsError: if ``path`` is a file or not empty.
     """
     folder = Path(path).absolute()
-    refuse_taken(folder)
+    require_empty(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}")
     try:
         unfinished.mkdir()
         yield unfinished
-        _sync(unfinished, *(path for path in unfinished.rglob("*")))
+        _flush(unfinished, *unfinished.rglob("*"))
         if folder.exists():
-            folder.rmdir()  # empty; Windows does not rename onto it
+            folder.rmdir()  # it is empty; Windows cannot rename onto it
         unfinished.rename(folder)
-        _sync(folder.parent)
+        _flush(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def read_header(folder: str | os.PathLike[str], name: str, known: object, what: str) -> dict[str, Any]:
-    """The JSON object in a folder's file ``name``, which says by ``format`` how the rest is written.
+def read_header(folder: str | os.PathLike[str], name: str, expected: object, what: str) -> dict[str, Any]:
+    """Return the JSON object in the file ``name`` of a folder; its entry ``format`` is that of all files there.
 
-    :param known: the format that can be read.
+    :param expected: the format that the caller reads.
     :param what: the folder should hold, for the error.
     :raises FileNotFoundError: if there is no such file.
-    :raises ValueError: if it is of another format.
+    :raises ValueError: if it is not JSON, or of another format.
     """
     path = Path(folder) / name
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {what}: {name} is missing")
-    header = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(header, dict) or header.get("format") != known:
-        raise ValueError(f"{path} was not written by a version of bayeslm that this one reads ({known})")
-    return header
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{path} is damaged: {error}") from error
+    found = header.get("format") if isinstance(header, dict) else None
+    if found != expected:
+        raise ValueError(f"{path} has format {found!r}, and this version of bayeslm reads {expected!r} only")
+    return dict(header)
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """What of two JSON objects is not the same, each by its name."""
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Describe each entry in which two JSON objects differ, by name."""
 
-    def shown(value: Any) -> str:
+    def shortened(value: Any) -> str:
         text = json.dumps(value)
         return text if len(text) <= 60 else f"{text[:57]}..."
 
     found = []
-    for name in [*here, *(name for name in there if name not in here)]:
-        was, is_ = there.get(name), here.get(name)
-        if was == is_:
+    for name in [*current, *(name for name in saved if name not in current)]:
+        old, new = saved.get(name), current.get(name)
+        if old == new:
             continue
-        if isinstance(was, dict) and isinstance(is_, dict):
-            found += [f"{name}: {inside}" for inside in differences(was, is_)]
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += [f"{name}: {inside}" for inside in differences(old, new)]
         else:
-            found.append(f"{name} was {shown(was)} and is {shown(is_)}")
+            found.append(f"{name} was {shortened(old)} and is {shortened(new)}")
     return found
 
 
-def _sync(*paths: Path) -> None:
-    """Bring files and folders to the disk, where the system can: a name must not outlive its content."""
+def _flush(*paths: Path) -> None:
+    """Bring files and folders to the disk, where the system can: a name must not outlast its content in a crash."""
     for path in paths if os.name == "posix" else ():
         descriptor = os.open(path, os.O_RDONLY)
         try:

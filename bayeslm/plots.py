@@ -1,5 +1,4 @@
-"""Pictures: what happened to the rewards, how training went, whether probabilities can be believed, where more reward
-is less, and what learning cost. Need matplotlib, in the extra "plots"."""
+"""Plots of rewards, training, calibration, over-optimisation and regret. They need matplotlib, in the extra "plots"."""
 
 from __future__ import annotations
 
@@ -10,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from bayeslm.calibration import Calibration
+from bayeslm.posterior import Posterior
 from bayeslm.weights import Array
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from bayeslm.calibration import Calibration
-    from bayeslm.posterior import Posterior
-
-# Okabe and Ito's palette, told apart with any colour vision; the styles tell lines apart in grey.
+# Okabe and Ito's palette is distinguishable with any colour vision; the line styles are, in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLES: tuple[Any, ...] = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 PRIOR_COLOUR = "#6E6E6E"
@@ -32,19 +30,23 @@ def plot_rewards(
     bins: int = 30,
     label: str = "reward",
 ) -> Figure:
-    """Histograms of the reward under the prior and each posterior, weighted, with means; one panel a prompt.
+    """Plot weighted histograms of the reward under the prior and each posterior, with means; one panel for each prompt.
 
-    Values are posteriors, or rewards (chain, draw, prompt) of equally weighted draws, such as the prior's.
-    The prior is added from the first posterior that holds its draws, unless an entry is named "prior".
-    `prompts` picks panels by index, by default the first 12. Rewards of −inf are left out of the picture and
-    counted in the legend.
-    Raises ImportError without matplotlib, ValueError on an empty mapping or numbers of prompts that differ.
+    Rewards of −inf are left out of the histogram and counted in the legend.
+
+    :param posteriors: posteriors by name, or rewards (chain, draw, prompt) of equally weighted draws. The prior is
+        added from the first posterior that holds draws of it, unless an entry is named "prior".
+    :param prompts: the indices of the prompts to show. Default: the first 12.
+    :param bins: of the histograms.
+    :param label: of the reward's axis.
+    :raises ImportError: without matplotlib.
+    :raises ValueError: if the mapping is empty, or numbers of prompts differ.
     """
-    laws = {name: _law(entry) for name, entry in posteriors.items()}
-    drawn = [getattr(entry, "prior_rewards", None) for entry in posteriors.values()]
-    if "prior" not in laws and (priors := [rewards for rewards in drawn if rewards is not None]):
-        laws = {"prior": _law(priors[0])} | laws
-    counts = {rewards.shape[2] for rewards, _ in laws.values()}
+    weighted = {name: _weighted_rewards(entry) for name, entry in posteriors.items()}
+    of_priors = [getattr(entry, "prior_rewards", None) for entry in posteriors.values()]
+    if "prior" not in weighted and (priors := [rewards for rewards in of_priors if rewards is not None]):
+        weighted = {"prior": _weighted_rewards(priors[0])} | weighted
+    counts = {rewards.shape[2] for rewards, _ in weighted.values()}
     if len(counts) != 1:
         raise ValueError(f"plot_rewards needs posteriors of the same prompts, not {sorted(counts)} of them")
     rows = counts.pop()
@@ -58,43 +60,45 @@ def plot_rewards(
     size = (max(4.2 * columns, 6.4), 3.2 * lines + 0.8)
     figure, axes = _pyplot().subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     for axis, row in zip(axes.flat, shown, strict=False):
-        _reward_panel(axis, {name: (r[..., row], w[..., row]) for name, (r, w) in laws.items()}, bins)
-        axis.set_title(textwrap.fill(labels[row], 44), fontsize=9, parse_math=False)  # "$5" is no formula
+        _reward_panel(axis, {name: (r[..., row], w[..., row]) for name, (r, w) in weighted.items()}, bins)
+        axis.set_title(textwrap.fill(labels[row], 44), fontsize=9, parse_math=False)  # "$5" is not a formula
         axis.set_xlabel(label)
     for axis in axes[:, 0]:
         axis.set_ylabel("probability of a bin")
     for axis in axes.flat[len(shown) :]:
         axis.set_visible(False)
     names = []
-    for name, (rewards, weights) in laws.items():
+    for name, (rewards, weights) in weighted.items():
         lost = np.sum(weights * np.isneginf(rewards), axis=(0, 1))[shown].mean()
         names.append(f"{name} ({lost:.0%} at −∞)" if lost > 0 else name)
     handles = axes.flat[0].get_legend_handles_labels()[0]
-    abreast = max(1, int(size[0] / (0.6 + 0.1 * max(map(len, names)))))  # entries that fit the width, in inches
+    per_row = max(1, int(size[0] / (0.6 + 0.1 * max(map(len, names)))))  # legend entries that fit the width, in inches
     figure.legend(
         handles,
         names,
         title="vertical lines: means",
         loc="outside lower center",
-        ncols=min(len(names), abreast),
+        ncols=min(len(names), per_row),
         frameon=False,
     )
     return figure
 
 
 def plot_training(posterior: Posterior) -> Figure:
-    """How the training of `SVI` went: ELBO, log-likelihood r / β and KL to the prior by step, means over prompts.
+    """Plot ELBO, log-likelihood r / β and KL to the prior against the step of an `SVI` run, as means over prompts.
 
-    Each chain's curve, faint, and the running mean of all; the posterior's log Z with 2 stderr, which the ELBO is below
-    by KL(q ‖ posterior); as points what programs held out said (`HeldOut`).
-    Raises ImportError without matplotlib, ValueError if the engine left no curves (chain, step, prompt).
+    Shown are each chain's curve (faint), the running mean over chains, held-out figures (`HeldOut`) as points, and the
+    posterior's log Z ± 2 standard errors, which exceeds the ELBO by KL(q ‖ posterior).
+
+    :raises ImportError: without matplotlib.
+    :raises ValueError: if `Posterior.stats` has no "elbo" of shape (chain, step, prompt).
     """
     stats = posterior.stats
     if np.ndim(stats.get("elbo", 0.0)) != 3:
-        raise ValueError(f"{posterior.engine} left no curve stats['elbo'] of shape (chain, step, prompt)")
+        raise ValueError(f"{posterior.engine} has no curve stats['elbo'] of shape (chain, step, prompt)")
     panels = {"elbo": "ELBO", "log_likelihood": "log-likelihood r / β", "kl": "KL to the prior"}
     panels = {key: title for key, title in panels.items() if key in stats}
-    beside = [key.removesuffix("_elbo") for key in stats if key.endswith("_elbo")]
+    held_out = [key.removesuffix("_elbo") for key in stats if key.endswith("_elbo")]
     figure, axes = _pyplot().subplots(
         1, len(panels), figsize=(4.2 * len(panels), 3.8), squeeze=False, layout="constrained"
     )
@@ -106,10 +110,10 @@ def plot_training(posterior: Posterior) -> Figure:
         axis.plot(steps, curves.T, color=COLOURS[0], alpha=0.35, linewidth=1)
         smooth = np.convolve(np.nanmean(curves, 0), np.ones(window) / window, mode="valid")
         axis.plot(steps[window - 1 :], smooth, color=COLOURS[0], linewidth=2, label=label)
-        for i, name in enumerate(beside):
-            looks = np.asarray(stats[f"{name}_{key}"], dtype=float).mean(-1)
+        for i, name in enumerate(held_out):
+            figures = np.asarray(stats[f"{name}_{key}"], dtype=float).mean(-1)  # (chain, evaluation)
             at, colour = stats["held_out_steps"], COLOURS[2:][i % len(COLOURS[2:])]
-            axis.plot(at, np.nanmean(looks, 0), "o-", color=colour, markersize=3, linewidth=1, label=name)
+            axis.plot(at, np.nanmean(figures, 0), "o-", color=colour, markersize=3, linewidth=1, label=name)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -125,14 +129,17 @@ def plot_training(posterior: Posterior) -> Figure:
 
 
 def plot_reliability(calibrations: Mapping[str, Calibration]) -> Figure:
-    """Reliability diagram: the share of pairs whose likelier outcome happened, against the confidence in it, by bins;
-    below, how many pairs a bin has.
+    """Plot a reliability diagram: the share of pairs whose likelier outcome happened against its mean probability.
 
-    Error bars are two standard errors of what right probabilities would show; on the diagonal they are right.
-    Raises ImportError without matplotlib, ValueError on an empty mapping.
+    Calibrated probabilities are on the diagonal; error bars are two standard errors of the share if they are
+    calibrated. A second panel shows the number of pairs in each bin.
+
+    :param calibrations: by name, from `bayeslm.calibration.calibrate`.
+    :raises ImportError: without matplotlib.
+    :raises ValueError: if the mapping is empty.
     """
     if not calibrations:
-        raise ValueError("plot_reliability needs a calibration")
+        raise ValueError("plot_reliability needs at least one calibration")
     figure, (axis, below) = _pyplot().subplots(
         2, 1, figsize=(5.2, 6.0), sharex=True, height_ratios=(3, 1), layout="constrained"
     )
@@ -140,7 +147,7 @@ def plot_reliability(calibrations: Mapping[str, Calibration]) -> Figure:
     for i, (name, found) in enumerate(calibrations.items()):
         colour, some = COLOURS[i % len(COLOURS)], found.counts > 0
         x, y, error = found.confidence[some], found.right[some], 2 * found.right_stderr[some]
-        label = f"{name}: ECE {found.ece.value:.3f} ({found.ece_if_calibrated[0]:.3f} if right)"
+        label = f"{name}: ECE {found.ece.value:.3f} ({found.ece_if_calibrated[0]:.3f} if calibrated)"
         axis.errorbar(x, y, error, color=colour, fmt="o-", linewidth=1.2, capsize=2, label=label)
         edges = np.linspace(0.5, 1, len(found.counts) + 1)
         below.stairs(found.counts, edges, color=colour, linestyle=STYLES[i % len(STYLES)], linewidth=1.6)
@@ -151,13 +158,15 @@ def plot_reliability(calibrations: Mapping[str, Calibration]) -> Figure:
 
 
 def plot_over_optimisation(panels: Mapping[str, Mapping[str, Mapping[str, ArrayLike]]]) -> Figure:
-    """True reward (line) and what the learned reward says it is (faint) against KL(π ‖ prior); one panel a title.
+    """Plot the true reward (line) and the learned reward (faint) against KL(π ‖ prior).
 
-    A panel has curves by name: a curve's ``kl``, ``true`` and ``proxy`` are (replicate, strength), where a replicate is
-    a data set or seed and a strength one β, or one n of best-of-n. Means over replicates, with one standard error up
-    and down where there are two or more. KL has a square-root scale, as in Gao, Schulman and Hilton 2022 (arXiv
-    2210.10760).
-    Raises ImportError without matplotlib, ValueError if there is no panel or the arrays of a curve differ in shape.
+    Curves are means over replicates, with one standard error up and down if there are two or more. KL has a square-root
+    scale, as in Gao, Schulman and Hilton 2022 (arXiv 2210.10760).
+
+    :param panels: by title, curves by name. The arrays ``kl``, ``true`` and ``proxy`` of a curve are (replicate,
+        strength), a replicate being a data set or seed, and a strength one β, or one n of best-of-n.
+    :raises ImportError: without matplotlib.
+    :raises ValueError: if there is no panel, or the arrays of a curve differ in shape.
     """
     if not panels:
         raise ValueError("plot_over_optimisation needs at least one panel")
@@ -198,7 +207,7 @@ def plot_over_optimisation(panels: Mapping[str, Mapping[str, Mapping[str, ArrayL
     figure.legend(
         handles.values(),
         handles.keys(),
-        title="true reward ± one standard error; faint: what the learned reward says",
+        title="true reward ± one standard error; faint: the learned reward",
         loc="outside lower center",
         ncols=min(len(names), 5),
         frameon=False,
@@ -209,11 +218,14 @@ def plot_over_optimisation(panels: Mapping[str, Mapping[str, Mapping[str, ArrayL
 def plot_regret(
     regrets: Mapping[str, ArrayLike], *, interval: float = 0.9, axis: Any = None, label: str = "episode"
 ) -> Figure:
-    """Cumulative regret by episode: the mean over runs, and where the central ``interval`` of runs lies.
+    """Plot the cumulative regret against the episode: the mean over runs, and the central ``interval`` of runs.
 
-    `regrets` are (run, episode), each episode's own; `axis` is drawn into where given, so that tasks can stand side by
-    side.
-    Raises ImportError without matplotlib, ValueError on an empty mapping, other shapes or an interval outside (0, 1].
+    :param regrets: by strategy, the regret of each episode, (run, episode).
+    :param interval: the share of runs in the shaded band, in (0, 1].
+    :param axis: the axes to draw into. Default: those of a new figure.
+    :param label: of the horizontal axis.
+    :raises ImportError: without matplotlib.
+    :raises ValueError: if the mapping is empty, a shape is wrong or ``interval`` is outside (0, 1].
     """
     if not regrets:
         raise ValueError("plot_regret needs the regret of at least one strategy")
@@ -238,8 +250,8 @@ def plot_regret(
     return axis.figure
 
 
-def _law(entry: Posterior | ArrayLike) -> tuple[Array, Array]:
-    """Rewards and their weights, both (chain, draw, prompt); weights sum to 1 a prompt."""
+def _weighted_rewards(entry: Posterior | ArrayLike) -> tuple[Array, Array]:
+    """Return rewards and their weights, both (chain, draw, prompt); weights sum to 1 for each prompt."""
     rewards = np.asarray(getattr(entry, "rewards", entry), dtype=float)
     if rewards.ndim != 3:
         raise ValueError(f"rewards must be (chain, draw, prompt), not {rewards.shape}")
@@ -247,11 +259,11 @@ def _law(entry: Posterior | ArrayLike) -> tuple[Array, Array]:
     return rewards, np.broadcast_to(weights, rewards.shape)
 
 
-def _reward_panel(axis: Any, laws: Mapping[str, tuple[Array, Array]], bins: int) -> None:
-    finite = np.concatenate([rewards[np.isfinite(rewards) & (w > 0)] for rewards, w in laws.values()])
+def _reward_panel(axis: Any, weighted: Mapping[str, tuple[Array, Array]], bins: int) -> None:
+    finite = np.concatenate([rewards[np.isfinite(rewards) & (w > 0)] for rewards, w in weighted.values()])
     edges = np.histogram_bin_edges(finite, bins=bins)
     others = 0
-    for name, (rewards, weights) in laws.items():
+    for name, (rewards, weights) in weighted.items():
         if name == "prior":
             colour, style = PRIOR_COLOUR, STYLES[0]
         else:

@@ -1,7 +1,8 @@
-"""What every engine returns: draws, their weights, and what the engine saw, as NumPy arrays."""
+"""The result of every engine: draws of a posterior, their weights, and statistics of the run, as NumPy arrays."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,76 +12,77 @@ import numpy as np
 from bayeslm.weights import Array, normalise, num_draws, psis
 
 KINDS = ("enumerated", "exact", "weighted", "particles", "markov", "uncorrected")
-RESAMPLED = {"enumerated": "exact", "weighted": "uncorrected", "particles": "uncorrected"}  # what draws become
-LABEL_WIDTH = 60  # longest label of a prompt in tables and coordinates
-ENUMERATED_DRAWS = 1000  # drawn from an enumeration, which has no number of draws of its own
+RESAMPLED = {"enumerated": "exact", "weighted": "uncorrected", "particles": "uncorrected"}  # kind before and after
+LABEL_WIDTH = 60  # the longest label of a prompt in tables and coordinates
+ENUMERATED_DRAWS = 1000  # the default number of draws from an enumeration
 
 
 @dataclass(eq=False, repr=False)
 class Posterior:
-    """Draws of a posterior over the latents of a model, in the shapes below whatever the engine.
+    """Draws of a posterior over the latents of a model, in these shapes for every engine.
 
-    If every latent sits inside the plate of prompts, each prompt has a posterior and weights of its own. If a
-    latent is shared between prompts they are one posterior: the prompt axis of `log_weights`, `log_joint` and
-    `log_evidence` has length 1, and all that a draw holds moves together.
+    If every latent is inside the plate of prompts, each prompt has a posterior and weights of its own. If prompts share
+    a latent, they have one joint posterior: the prompt axis of `log_weights`, `log_joint` and `log_evidence` then has
+    length 1, and resampling picks a draw of all prompts together.
 
-    Raises ValueError on construction where shapes, names or values contradict each other.
+    :raises ValueError: on construction, if shapes, names or values contradict each other.
     """
 
     samples: dict[str, Array]
     """(chain, draw, *batch, *event): latent sites, completions as token ids, deterministic sites."""
     log_weights: Array
-    """(chain, draw, prompt): log joint − log q, unnormalised; 0 for equally weighted draws; −inf allowed.
-    Of an enumeration log joint + log(number of values), so that log mean exp is log Z; of particles such that
-    it is unbiased for Z in each chain."""
+    """(chain, draw, prompt): log joint − log q, unnormalised; 0 for equally weighted draws; −inf allowed. For an
+    enumeration log joint + log(number of values), so that log mean exp is log Z; for particles scaled so that the mean
+    weight of each chain is unbiased for Z."""
     log_joint: Array
     """(chain, draw, prompt): log p(x, reward)."""
     log_likelihood: dict[str, Array]
-    """(chain, draw, prompt), one a factor or observed site, in nats: the factor "reward" holds r/β."""
+    """(chain, draw, prompt) for each factor and observed site, in nats: the factor "reward" holds r/β."""
     log_evidence: Array
-    """(prompt,): estimate of log Z; NaN where the engine gives none."""
+    """(prompt,): the estimate of log Z; NaN where the engine gives none."""
     log_evidence_stderr: Array
     """(prompt,): its standard error."""
     kind: str
-    """"enumerated" (every value once, weights exact), "exact" (independent draws of the posterior),
-    "weighted" (independent draws of q with weights), "particles" (weighted draws of a particle system, which
-    depend on one another within a chain), "markov" (chains that converge to it), "uncorrected" (draws of an
-    unknown law: best-of-n)."""
+    """"enumerated" (every value once, with exact weights), "exact" (independent draws of the posterior), "weighted"
+    (independent draws of q, with weights), "particles" (weighted draws of a particle system, dependent within a chain),
+    "markov" (Markov chains that converge to the posterior), "uncorrected" (draws of an unknown distribution, such as
+    best-of-n)."""
     engine: str
     """The engine's name."""
     dims: dict[str, tuple[str, ...]]
-    """Names of the axes of samples[name] after (chain, draw): ("prompt", "token") of a completion. Those of an observed
-    site, where its single observations are kept (`pointwise`, `predictive`)."""
+    """Names of the axes of samples[name] after (chain, draw): ("prompt", "token") for a completion; and of the axes of
+    an observed site whose single observations are kept (`pointwise`, `predictive`)."""
     prompts: list[str]
-    """Text of each prompt."""
+    """The text of each prompt."""
     texts: dict[str, Array] = field(default_factory=dict)
-    """(chain, draw, *batch) of str, one a completion site."""
+    """(chain, draw, *batch) of str, for each completion site."""
     lengths: dict[str, Array] = field(default_factory=dict)
-    """(chain, draw, *batch) tokens of each completion before padding."""
+    """(chain, draw, *batch): the number of tokens of each completion before padding."""
     pointwise: dict[str, Array] = field(default_factory=dict)
-    """(chain, draw, *dims): the log-likelihood of every observation of a site whose plates are its own and not the
-    prompts'; `log_likelihood` has their sum."""
+    """(chain, draw, *dims): the log-likelihood of every observation of a site in plates other than the prompts';
+    `log_likelihood` holds their sum."""
     predictive: dict[str, Array] = field(default_factory=dict)
-    """(chain, draw, *dims): observed sites drawn anew, one data set a draw; see `bayeslm.inference.predict`."""
+    """(chain, draw, *dims): replicated values of observed sites, one data set for each draw; see
+    `bayeslm.inference.predict`."""
     prior: dict[str, Array] = field(default_factory=dict)
-    """(chain, draw, *batch, *event) draws of the prior: latents, deterministics, factors, "<site>_length"."""
+    """(chain, draw, *batch, *event): draws of the prior: latents, deterministic sites, factors, "<site>_length"."""
     observed: dict[str, Array] = field(default_factory=dict)
-    """Values of the observed sites."""
+    """The values of the observed sites."""
     stats: dict[str, Any] = field(default_factory=dict)
-    """What the engine saw: seconds, tokens, model_calls, elbo (step,), acceptance, ..."""
+    """Statistics of the run: seconds, tokens, model_calls, ELBO of each step, acceptance, ..."""
     policy: Any = None
-    """The trained language model, if there is one; it is saved by its own `save_pretrained`."""
+    """The trained language model, or None; `save` calls its `save_pretrained`."""
     log_evidence_lower: Array | None = None
-    """(prompt,): a stochastic lower bound on log Z, where the engine has one: the mean of the chains' log Ẑ."""
+    """(prompt,): a stochastic lower bound on log Z, where the engine has one: the mean of log Ẑ over chains."""
     log_evidence_upper: Array | None = None
-    """(prompt,): a stochastic upper bound on log Z, where the engine has one: that mean of a conditional run."""
+    """(prompt,): a stochastic upper bound on log Z, where the engine has one: that mean in a conditional run."""
     roots: Array | None = None
-    """(chain, draw, prompt) int, of particles: which particle of its chain each descends from."""
+    """(chain, draw, prompt) int, for particles: the index, in its chain, of the first particle each descends from."""
     conditional: bool = False
-    """Whether draw 0 of each chain is a draw of the posterior itself, given to the engine and retained: log Ẑ of
-    a chain is then an upper bound on log Z in expectation, else a lower one."""
+    """Whether draw 0 of each chain is an exact draw of the posterior that the engine retained: log Ẑ of a chain is then
+    an upper bound on log Z in expectation, else a lower bound."""
     policy_path: Path | None = None
-    """Where a loaded posterior's policy lies, for `LanguageModel.from_pretrained(posterior.policy_path)`."""
+    """The folder of a loaded posterior's policy, for `LanguageModel.from_pretrained(posterior.policy_path)`."""
 
     def __post_init__(self) -> None:
         _validate(self)
@@ -95,7 +97,7 @@ class Posterior:
 
     @property
     def prompt_labels(self) -> list[str]:
-        """One short label a prompt, all different: its text on one line, cut, numbered where two agree."""
+        """A short label for each prompt: its text on one line, cut to length, numbered if two labels are equal."""
         lines = [" ".join(prompt.split()) for prompt in self.prompts]
         labels = [line if len(line) <= LABEL_WIDTH else line[: LABEL_WIDTH - 1] + "…" for line in lines]
         if len(set(labels)) == len(labels):
@@ -109,7 +111,7 @@ class Posterior:
 
     @property
     def prior_rewards(self) -> Array | None:
-        """`rewards` of the prior's draws; None if the engine kept none."""
+        """`rewards` of the draws of the prior; None if the engine kept none."""
         needed = ["score"] if self._has_score else list(self.log_likelihood)
         if not needed or any(name not in self.prior for name in needed):
             return None
@@ -128,9 +130,10 @@ class Posterior:
     def weights(self) -> Array:
         """Weights (chain, draw, prompt) that sum to 1 over chains and draws for each prompt.
 
-        Pareto-smoothed for weighted draws, exact for an enumeration, equal for all others. Particles keep
-        their own: resampling has tempered them, and the fit of a tail needs independent draws.
-        Raises ValueError if every weight of a prompt is zero.
+        Pareto-smoothed for weighted draws, exact for an enumeration, equal for kinds of equal weight. Particles keep
+        their raw weights: resampling has tempered them, and fitting a tail needs independent draws.
+
+        :raises ValueError: if every weight of a prompt is zero.
         """
         if self.kind == "weighted":
             return np.exp(psis(self.log_weights)[0])
@@ -139,27 +142,29 @@ class Posterior:
         return np.full(self.log_weights.shape, 1.0 / num_draws(self.log_weights))
 
     def resample(self, num_draws: int | None = None, seed: int = 0) -> Posterior:
-        """Equally weighted draws: systematic resampling by `weights()`, over chains and draws jointly.
+        """Return equally weighted draws, by systematic resampling by `weights()` over chains and draws jointly.
 
-        Each prompt is resampled on its own, unless prompts share a latent. The order of the draws is kept:
-        copies of one stay side by side and, as far as weights allow, in their chain, so that R̂ and the ESS
-        of the result show unequal weights (an enumeration has no order, its draws are shuffled). `num_draws`
-        is per chain: by default as many as there are, which leaves equally weighted draws as they are, and
-        1000 for an enumeration.
-
-        The result is "exact" for an enumeration, "uncorrected" for weighted draws and particles, and
-        unchanged in kind otherwise.
+        Each prompt is resampled on its own, unless prompts share a latent. The order of the draws is kept: copies of a
+        draw stay adjacent and, as far as the weights allow, in their chain, so that R̂ and the ESS of the result reflect
+        unequal weights (draws of an enumeration, which has no order, are shuffled).
         Source: Carpenter, Clifford, Fearnhead 1999, Improved particle filter for nonlinear problems.
-        Raises ValueError if every weight of a prompt is zero, or num_draws < 1.
+
+        :param num_draws: per chain. Default: as many as there are, which leaves equally weighted draws unchanged, and
+            1000 for an enumeration.
+        :param seed: of the resampling.
+        :returns: a posterior of kind "exact" for an enumeration, "uncorrected" for weighted draws and particles, and of
+            the same kind otherwise.
+        :raises ValueError: if every weight of a prompt is zero, or num_draws < 1.
         """
-        picked = pick(self, num_draws, seed)
+        picked = self._resampled(num_draws, seed)
         return replace(picked, log_weights=np.zeros_like(picked.log_weights))
 
     def best(self, prompt: int = 0, k: int = 5, site: str | None = None) -> list[tuple[str, float]]:
-        """The k distinct texts of highest reward among a prompt's raw draws, best first, with their rewards.
+        """Return the k distinct texts of highest reward among a prompt's raw draws, and their rewards, best first.
 
-        `site` names the completion where the model has several. Raises ValueError if it is needed and
-        missing, or unknown; IndexError if there is no such prompt.
+        :param site: the completion site, where the model has several.
+        :raises ValueError: if ``site`` is needed and missing, or unknown.
+        :raises IndexError: if there is no such prompt.
         """
         if site is None and len(self.texts) == 1:
             (site,) = self.texts
@@ -175,68 +180,109 @@ class Posterior:
         return sorted(highest.items(), key=lambda item: -item[1])[:k]
 
     def to_arviz(self, num_draws: int | None = None, seed: int = 0) -> Any:
-        """ArviZ's container of the installed version; see `bayeslm.arviz.to_arviz`."""
-        from bayeslm.arviz import to_arviz
+        """Return ArviZ's container of the installed version: `InferenceData` (0.x) or `xarray.DataTree` (1.x).
 
-        return to_arviz(self, num_draws, seed)
+        Groups, with dims (chain, draw, ...) and the prompts' labels as the coordinate "prompt":
+
+          posterior       latents, deterministic sites, completions as token ids, "<site>_length"; equally weighted
+          sample_stats    log_weight and lp (the log joint) of the same draws
+          log_likelihood  each factor and observed site, for the same draws; one value for each observation
+          posterior_predictive   replicated observed sites, if `bayeslm.inference.predict` has been run
+          texts           the completions of the same draws as strings (`posterior` has numbers only)
+          proposal        the raw draws with log_weight and lp, if weights differ
+          prior, observed_data   if the posterior has them
+
+        A slash in a site's name becomes a dot.
+
+        :param num_draws: per chain, as in `resample`.
+        :param seed: of the resampling.
+        :raises ValueError: if every weight of a prompt is zero, or num_draws < 1.
+        """
+        from bayeslm.arviz import make_attrs, make_datasets, make_groups
+        from bayeslm.arviz_versions import container
+
+        groups = make_groups(self._resampled(num_draws, seed), self)
+        return container(make_datasets(groups, self.prompt_labels), make_attrs(self.engine, self.kind))
 
     def save(self, directory: str | Path) -> Path:
-        """Write everything into a new directory; see `bayeslm.storage.save`."""
+        """Write everything into a new or empty directory, which `load` reads; its "posterior.nc" opens in ArviZ too.
+
+        See `bayeslm.storage` for the files. If no draw has positive weight, a warning says that ArviZ's groups are
+        left out of "posterior.nc".
+
+        :returns: the absolute path of the directory.
+        :raises FileExistsError: if the directory is a file or not empty.
+        :raises TypeError: if `stats` holds anything but numbers, strings, lists, dictionaries and arrays, or the policy
+            has no method ``save_pretrained``.
+        :raises OSError: if the disk refuses. After any error nothing is left on the disk.
+        """
+        from bayeslm.arviz import make_attrs, make_groups
         from bayeslm.storage import save
 
-        return save(self, Path(directory))
+        try:
+            groups = make_groups(self._resampled(None, 0), self)
+        except ValueError as error:
+            warnings.warn(f"saved without groups for ArviZ: {error}", stacklevel=2)
+            groups = {}
+        fields = {name: value for name, value in vars(self).items() if name not in ("policy", "policy_path")}
+        attrs = make_attrs(self.engine, self.kind)
+        return save(fields, self.policy, groups, self.prompt_labels, attrs, Path(directory))
 
     @staticmethod
     def load(directory: str | Path) -> Posterior:
-        """Read what `save` wrote, all but the policy: `policy_path` says where that lies.
+        """Read a posterior that `save` wrote. The policy is not loaded: `policy_path` is its folder.
 
-        Raises FileNotFoundError or ValueError if the directory holds no posterior that this version can read.
+        :raises FileNotFoundError: if the directory holds no posterior.
+        :raises ValueError: if a version of bayeslm with another format wrote it, or a file is damaged.
         """
         from bayeslm.storage import load
 
-        return load(Path(directory))
+        fields = load(Path(directory))
+        return Posterior(**fields | {"dims": {name: tuple(dims) for name, dims in fields["dims"].items()}})
 
+    def _resampled(self, num_draws: int | None, seed: int) -> Posterior:
+        """`resample`, but each draw keeps its log weight."""
+        if num_draws is not None and num_draws < 1:
+            raise ValueError(f"num_draws must be at least 1, not {num_draws}")
+        if num_draws is None and self.kind not in RESAMPLED:
+            return self
+        chains, own, columns = self.log_weights.shape
+        draws = num_draws or (ENUMERATED_DRAWS if self.kind == "enumerated" else own)
+        rng = np.random.default_rng(seed)
+        cumulative = np.cumsum(self.weights().reshape(-1, columns), axis=0)
+        points = (np.arange(chains * draws)[:, None] + rng.random(columns)) / (chains * draws)
+        index = np.empty((chains * draws, columns), dtype=np.intp)
+        for column in range(columns):
+            bounds = cumulative[:, column] / cumulative[-1, column]
+            index[:, column] = np.searchsorted(bounds, points[:, column], side="right")
+        if self.kind == "enumerated":
+            index = rng.permuted(index, axis=0)
+        index = index.reshape(chains, draws, columns)
 
-def pick(posterior: Posterior, num_draws: int | None, seed: int) -> Posterior:
-    """What `Posterior.resample` picks, each draw still with its own log weight."""
-    if num_draws is not None and num_draws < 1:
-        raise ValueError(f"num_draws must be at least 1, not {num_draws}")
-    if num_draws is None and posterior.kind not in RESAMPLED:
-        return posterior
-    chains, own, columns = posterior.log_weights.shape
-    draws = num_draws or (ENUMERATED_DRAWS if posterior.kind == "enumerated" else own)
-    rng = np.random.default_rng(seed)
-    cumulative = np.cumsum(posterior.weights().reshape(-1, columns), axis=0)
-    points = (np.arange(chains * draws)[:, None] + rng.random(columns)) / (chains * draws)
-    index = np.empty((chains * draws, columns), dtype=np.intp)
-    for column in range(columns):
-        bounds = cumulative[:, column] / cumulative[-1, column]
-        index[:, column] = np.searchsorted(bounds, points[:, column], side="right")
-    if posterior.kind == "enumerated":
-        index = rng.permuted(index, axis=0)
-    index = index.reshape(chains, draws, columns)
+        def take(values: Array, dims: tuple[str, ...]) -> Array:
+            return _take(values, dims, index)
 
-    def take(values: Array, dims: tuple[str, ...]) -> Array:
-        return _take(values, dims, index)
-
-    dims = posterior.dims
-    return replace(
-        posterior,
-        kind=RESAMPLED.get(posterior.kind, posterior.kind),
-        roots=None,
-        samples={name: take(x, dims.get(name, ())) for name, x in posterior.samples.items()},
-        texts={name: take(x, dims[name][:-1]) for name, x in posterior.texts.items()},
-        lengths={name: take(x, dims[name][:-1]) for name, x in posterior.lengths.items()},
-        log_weights=take(posterior.log_weights, ("prompt",)),
-        log_joint=take(posterior.log_joint, ("prompt",)),
-        log_likelihood={name: take(x, ("prompt",)) for name, x in posterior.log_likelihood.items()},
-        pointwise={name: take(x, ()) for name, x in posterior.pointwise.items()},
-        predictive={name: take(x, dims[name]) for name, x in posterior.predictive.items()},
-    )
+        dims = self.dims
+        return replace(
+            self,
+            kind=RESAMPLED.get(self.kind, self.kind),
+            roots=None,
+            samples={name: take(x, dims.get(name, ())) for name, x in self.samples.items()},
+            texts={name: take(x, dims[name][:-1]) for name, x in self.texts.items()},
+            lengths={name: take(x, dims[name][:-1]) for name, x in self.lengths.items()},
+            log_weights=take(self.log_weights, ("prompt",)),
+            log_joint=take(self.log_joint, ("prompt",)),
+            log_likelihood={name: take(x, ("prompt",)) for name, x in self.log_likelihood.items()},
+            pointwise={name: take(x, ()) for name, x in self.pointwise.items()},
+            predictive={name: take(x, dims[name]) for name, x in self.predictive.items()},
+        )
 
 
 def _take(values: Array, dims: tuple[str, ...], index: Array) -> Array:
-    """values[index] along the flattened (chain, draw); each prompt by its own column of the index."""
+    """values[index] along the flattened (chain, draw), for each prompt by its own column of the index.
+
+    :param index: (chain, draw, prompt), or (chain, draw, 1) for all prompts.
+    """
     flat = values.reshape(-1, *values.shape[2:])
     if index.shape[2] == 1:
         return flat[index[..., 0]]

@@ -1,4 +1,4 @@
-"""One progress bar for everything that takes long."""
+"""The progress bar of all long computations."""
 
 from __future__ import annotations
 
@@ -6,20 +6,25 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
-# Here, not where it is used: its import draws from Python's random numbers, which a seed has just set there.
+# Imported at the top, as the import draws from Python's random state, which a run that shows progress has just seeded.
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
 class Report(Protocol):
-    """Call it after each step with what to show beside the bar."""
+    """A function to call after each step, with figures to show next to the bar."""
 
     def __call__(self, advance: int = 1, values: Mapping[str, float] | None = None) -> None: ...
 
 
 @contextlib.contextmanager
 def track(what: str, total: int | None, enabled: bool = True) -> Iterator[Report]:
-    """A bar of ``total`` steps on standard error (or in the notebook), gone when done; nothing where nobody looks."""
+    """Show a progress bar on standard error, or in the notebook, until the end of the block.
+
+    :param what: the bar's label.
+    :param total: the number of steps, or None if unknown.
+    :param enabled: False shows nothing, as if standard error were not a terminal.
+    """
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),

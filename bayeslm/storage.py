@@ -1,135 +1,162 @@
-"""A posterior on disk: one directory, no pickle.
+"""A posterior on disk: one folder, without pickle, complete or absent.
 
-    posterior.json   engine, kind, dims, prompts, stats
-    texts.json       completions as strings
-    arrays.npz       every array, at full precision
-    posterior.nc     the same for ArviZ, by `Posterior.to_arviz` (left out where no draw has positive weight)
-    policy/          the trained policy, by its own `save_pretrained`
-
-It is written beside its place and renamed into it whole, so that a directory of that name is complete or
-absent.
+posterior.json   format, version, and all fields but arrays: kind, engine, dims, prompts, numbers in stats, ...; in the
+                 place of an array its type, its shape, and the variable of posterior.nc that holds its values
+posterior.nc     every array of numbers, at full precision, in a NetCDF file that `arviz.from_netcdf` opens:
+                 the groups of `Posterior.to_arviz`, and the group "bayeslm" with the arrays that none of them has
+                 (that group alone if no draw has positive weight)
+texts.json       every array of strings, character by character (NetCDF has no NUL)
+policy/          the trained policy, if there is one, as its `save_pretrained` writes it
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
-from numpy.typing import NDArray
+import xarray
 
-from bayeslm.files import read_header, whole
-from bayeslm.posterior import Posterior
+from bayeslm.arviz import Variables, make_datasets
+from bayeslm.files import atomic_folder, read_header
+from bayeslm.version import __version__
+from bayeslm.weights import Array
 
-Array = NDArray[Any]
-
-FORMAT = "bayeslm.posterior/1"
-SINGLE = (
-    "log_weights",
-    "log_joint",
-    "log_evidence",
-    "log_evidence_stderr",
-    "log_evidence_lower",
-    "log_evidence_upper",
-    "roots",
-)
-GROUPS = ("samples", "log_likelihood", "pointwise", "predictive", "lengths", "prior", "observed", "stats")
+FORMAT = "bayeslm.posterior/2"
+ARRAYS, TEXTS = "posterior.nc", "texts.json"
+OWN_GROUP = "bayeslm"
+FILE = "$file"  # marks an array in posterior.json: {"$file": file, "name": in the file, "dtype": ..., "shape": ...}
 
 
-def save(posterior: Posterior, directory: Path) -> Path:
-    """Write `posterior` to `directory`, which must be new or empty; returns it.
+def save(
+    fields: Mapping[str, Any],
+    policy: Any,
+    groups: Mapping[str, Variables],
+    prompt_labels: list[str],
+    attrs: Mapping[str, str],
+    directory: Path,
+) -> Path:
+    """Write the fields of a posterior into a new or empty directory.
 
-    Raises FileExistsError if it is neither, TypeError if `stats` holds what JSON cannot or the policy cannot save
-    itself, OSError if the disk refuses; nothing is left behind then.
+    :param fields: arrays, mappings of them, and what JSON can hold.
+    :param policy: the trained policy, or None.
+    :param groups: of the ArviZ container, made of arrays of ``fields`` where possible: these are not written twice.
+    :param attrs: of the ArviZ container.
+    :returns: the absolute path.
+    :raises FileExistsError: if the directory is a file or not empty.
+    :raises TypeError: if a field cannot be written, or the policy has no method ``save_pretrained``.
+    :raises OSError: if the disk refuses. After any error nothing is left on the disk.
     """
-    if posterior.policy is not None and not hasattr(posterior.policy, "save_pretrained"):
+    if policy is not None and not hasattr(policy, "save_pretrained"):
         raise TypeError(
-            f"the policy, a {type(posterior.policy).__name__}, has no method save_pretrained(folder): give it one, or "
+            f"the policy, a {type(policy).__name__}, has no method save_pretrained(folder): give it one, or "
             "save it yourself and dataclasses.replace(posterior, policy=None)"
         )
-    directory = directory.absolute()
-    with whole(directory) as unfinished:
-        _write(posterior, unfinished)
-    return directory
+    packing = _Packing(groups)
+    header = {"format": FORMAT, "version": __version__, "fields": packing.pack(dict(fields))}
+    content = json.dumps(header, indent=1, default=_number)
+    with atomic_folder(directory) as folder:
+        (folder / "posterior.json").write_text(content, encoding="utf-8")
+        (folder / TEXTS).write_text(json.dumps(packing.texts), encoding="utf-8")
+        datasets = make_datasets(groups, prompt_labels) | {OWN_GROUP: xarray.Dataset(packing.own)}
+        (folder / ARRAYS).write_bytes(_netcdf(datasets, attrs))
+        if policy is not None:
+            policy.save_pretrained(folder / "policy")
+    return directory.absolute()
 
 
-def load(directory: Path) -> Posterior:
-    """Read what `save` wrote; the policy stays on disk, at `policy_path`.
+def load(directory: Path) -> dict[str, Any]:
+    """Read the fields that `save` wrote, and ``policy_path``, where the policy is, or None.
 
-    Raises FileNotFoundError if `directory` holds no posterior, ValueError if another version of bayeslm wrote
-    it.
+    :raises FileNotFoundError: if the directory holds no posterior.
+    :raises ValueError: if a version of bayeslm with another format wrote it, or a file is damaged; with its name.
     """
-    meta = read_header(directory, "posterior.json", FORMAT, "posterior")
-    texts = json.loads((directory / "texts.json").read_text(encoding="utf-8"))
-    with np.load(directory / "arrays.npz", allow_pickle=False) as archive:
-        arrays = {key: archive[key] for key in archive.files}
-    groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
-    for key in meta["order"]:
-        group, _, name = key.partition("/")
-        groups[group][name] = arrays[key]
-    groups["stats"] = {name: groups["stats"].get(name, meta["stats"].get(name)) for name in meta["stat_names"]}
-    fields: dict[str, Any] = groups | {name: arrays.get(name) for name in SINGLE}
+    header = read_header(directory, "posterior.json", FORMAT, "posterior")
+    with _naming(directory / TEXTS) as path:
+        texts = json.loads(path.read_text(encoding="utf-8"))
+        fields = _fill(header["fields"], TEXTS, lambda name: np.array(texts[name], dtype=object))
+    with _naming(directory / ARRAYS) as path, h5py.File(path) as file:
+        fields = _fill(fields, ARRAYS, lambda name: file[name][()])
     policy = directory / "policy"
-    return Posterior(
-        **fields,
-        texts={name: _strings(**value) for name, value in texts.items()},
-        kind=meta["kind"],
-        conditional=meta.get("conditional", False),  # posteriors saved by 0.1.0 have none
-        engine=meta["engine"],
-        dims={name: tuple(dims) for name, dims in meta["dims"].items()},
-        prompts=meta["prompts"],
-        policy_path=policy if policy.is_dir() else None,
-    )
+    return fields | {"policy_path": policy if policy.is_dir() else None}
 
 
-def _write(posterior: Posterior, directory: Path) -> None:
-    from bayeslm import __version__
-    from bayeslm.arviz import to_netcdf
+class _Packing:
+    """Takes arrays out of fields: numbers into variables of a NetCDF file, strings into lists."""
 
-    single = {name: getattr(posterior, name) for name in SINGLE}
-    grouped = {
-        f"{group}/{name}": value
-        for group in GROUPS
-        for name, value in getattr(posterior, group).items()
-        if isinstance(value, np.ndarray)
+    def __init__(self, groups: Mapping[str, Variables]) -> None:
+        self.own: Variables = {}
+        self.texts: dict[str, list[str]] = {}
+        self._in_groups = {
+            id(values): f"{group}/{variable}"
+            for group, variables in groups.items()
+            for variable, (_, values) in variables.items()
+        }
+
+    def pack(self, value: Any, name: str = "") -> Any:
+        """Return the value with a mark in the place of each array."""
+        if isinstance(value, np.ndarray):
+            file, place = self._place(value, name)
+            return {FILE: file, "name": place, "dtype": value.dtype.str, "shape": value.shape}
+        if isinstance(value, dict):
+            return {key: self.pack(inner, f"{name}.{key}" if name else str(key)) for key, inner in value.items()}
+        return value
+
+    def _place(self, array: Array, name: str) -> tuple[str, str]:
+        """Return the file that holds the array and its name there; keep the array if no group has it."""
+        if id(array) in self._in_groups:
+            return ARRAYS, self._in_groups[id(array)]
+        variable = name.replace("/", ".")
+        while variable in self.own or variable in self.texts:
+            variable += "_"
+        if array.dtype.kind in "biuf" and array.size:
+            shape = array.shape  # arrays share dims of the same size; two of one array have different names
+            dims = tuple(f"size_{n}" + "_again" * shape[:axis].count(n) for axis, n in enumerate(shape))
+            self.own[variable] = (dims, array.astype(np.int8) if array.dtype == bool else array)
+            return ARRAYS, f"{OWN_GROUP}/{variable}"
+        self.texts[variable] = array.ravel().tolist()
+        if not all(isinstance(text, str) for text in self.texts[variable]):
+            raise TypeError(f"{name} holds Python objects ({array.dtype}): only numbers and strings can be saved")
+        return TEXTS, variable
+
+
+def _fill(value: Any, file: str, read: Callable[[str], Array]) -> Any:
+    """Return the value with an array in the place of each mark that names the file."""
+    if not isinstance(value, dict):
+        return value
+    if value.get(FILE) == file:
+        return np.asarray(read(value["name"])).astype(value["dtype"], copy=False).reshape(value["shape"])
+    return {key: _fill(inner, file, read) for key, inner in value.items()}
+
+
+def _netcdf(datasets: Mapping[str, xarray.Dataset], attrs: Mapping[str, str]) -> bytes:
+    """Return the content of a NetCDF file, compressed and with checksums; in memory, as HDF5 crashes on a full disk."""
+    encoding = {
+        f"/{group}": {
+            name: {"zlib": True, "fletcher32": True}
+            for name, x in data.data_vars.items()
+            if x.dtype != object and x.ndim and x.size  # a scalar and an empty array have no chunks
+        }
+        for group, data in datasets.items()
     }
-    if mixed := [name for name, value in grouped.items() if value.dtype.hasobject]:
-        raise TypeError(f"{mixed[0]} is an array of Python objects: only numbers and strings can be saved")
-    arrays = {name: value for name, value in (single | grouped).items() if value is not None}
-    np.savez_compressed(directory / "arrays.npz", **arrays)
-    plain = {name: value for name, value in posterior.stats.items() if not isinstance(value, np.ndarray)}
-    meta = {
-        "format": FORMAT,
-        "version": __version__,
-        "engine": posterior.engine,
-        "kind": posterior.kind,
-        "conditional": posterior.conditional,
-        "dims": posterior.dims,
-        "prompts": posterior.prompts,
-        "order": list(grouped),
-        "stats": plain,
-        "stat_names": list(posterior.stats),
-    }
-    (directory / "posterior.json").write_text(json.dumps(meta, indent=1, default=_number), encoding="utf-8")
-    texts = {name: {"shape": x.shape, "strings": x.ravel().tolist()} for name, x in posterior.texts.items()}
-    (directory / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
+    tree = xarray.DataTree.from_dict({"/": xarray.Dataset(attrs=attrs), **datasets})
+    return bytes(tree.to_netcdf(engine="h5netcdf", encoding=encoding))
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[Path]:
+    """Say which file is damaged."""
     try:
-        (directory / "posterior.nc").write_bytes(to_netcdf(posterior))
-    except ValueError as error:
-        warnings.warn(f"saved without posterior.nc: {error}", stacklevel=4)
-    if posterior.policy is not None:
-        posterior.policy.save_pretrained(directory / "policy")
+        yield path
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or missing: {error}") from error
 
 
 def _number(value: object) -> Any:
     if isinstance(value, np.generic):
         return value.item()
-    raise TypeError(f"stats holds {value!r}: only numbers, strings, lists, dictionaries and whole arrays can be saved")
-
-
-def _strings(shape: list[int], strings: list[str]) -> Array:
-    array = np.empty(len(strings), dtype=object)
-    array[:] = strings
-    return array.reshape(shape)
+    raise TypeError(f"stats holds {value!r}: only numbers, strings, lists, dictionaries and arrays can be saved")

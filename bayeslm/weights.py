@@ -1,7 +1,7 @@
-"""Importance weights, by their logarithms (chain, draw, prompt): their mean, their quality, their smoothing.
+"""Importance weights, given as log weights (chain, draw, prompt): their mean, effective sample size and smoothing.
 
-A log weight may be −inf (a draw that breaks a constraint); NaN and +inf raise ValueError. Everything pools
-chains and draws and comes one a prompt.
+A log weight may be −inf (a draw that breaks a constraint); NaN and +inf raise ValueError. Every function pools chains
+and draws and returns one value for each prompt.
 """
 
 from __future__ import annotations
@@ -16,52 +16,56 @@ Array = NDArray[Any]
 Estimate = tuple[Array, Array]  # (estimate, standard error)
 
 POOL = (0, 1)  # the chain and draw axes
-MIN_TAIL = 5  # distinct values that a fit of the generalised Pareto law needs (as in ArviZ)
-TIE = 1e-4  # log weights closer than this count as one value: sums of float32 log-probabilities are no finer
+MIN_TAIL = 5  # distinct values that fitting a generalised Pareto distribution needs (as in ArviZ)
+TIE = 1e-4  # log weights closer than this count as equal: the precision of sums of float32 log-probabilities
 
 
 def log_evidence(log_weights: ArrayLike, roots: ArrayLike | None = None) -> Estimate:
-    """log Z = log mean(w), shape (prompt,): of independent weighted draws, or of particles with their `roots`.
+    """Estimate log Z = log mean(w), and its standard error, both (prompt,).
 
-    mean(w) is unbiased for Z; its logarithm is low by about var(w) / (2 N Z²). φ = w / mean(w), so of
-    independent draws the standard error is sd(w) / (mean(w) √N); of particles see `standard_error`. Where
-    every weight is zero the estimate is −inf, its standard error inf.
+    mean(w) is unbiased for Z; its logarithm is low by about var(w) / (2 N Z²). The influence of a draw is
+    φ = w / mean(w), so the standard error for independent draws is sd(w) / (mean(w) √N); for particles see
+    `standard_error`. If every weight is zero the estimate is −inf and its standard error inf.
     Source: Owen 2013, Monte Carlo theory, methods and examples, ch. 9.
+
+    :param log_weights: (chain, draw, prompt), of independent weighted draws or of particles.
+    :param roots: of particles, see `Posterior.roots`.
     """
-    lw = checked(log_weights)
+    lw = as_log_weights(log_weights)
     estimate = logsumexp(lw, axis=POOL) - np.log(num_draws(lw))
     return estimate, standard_error(estimate, evidence_influence(lw), roots=roots)
 
 
 def chain_log_evidence(log_weights: ArrayLike) -> Array:
-    """log Ẑ of each chain, (chain, prompt): log mean(w) over its draws."""
-    lw = checked(log_weights)
+    """Return log Ẑ of each chain, the log mean weight of its draws, (chain, prompt)."""
+    lw = as_log_weights(log_weights)
     return logsumexp(lw, axis=1) - np.log(lw.shape[1])
 
 
 def ess(log_weights: ArrayLike) -> Array:
-    """Kish's effective sample size (Σw)² / Σw², shape (prompt,); 0 where every weight is zero.
+    """Return Kish's effective sample size (Σw)² / Σw², (prompt,); 0 if every weight is zero.
 
     Source: Kish 1965, Survey Sampling.
     """
-    weights = _relative(checked(log_weights))
+    weights = _relative(as_log_weights(log_weights))
     return weights.sum(axis=POOL) ** 2 / np.maximum(np.sum(weights**2, axis=POOL), np.finfo(float).tiny)
 
 
 def psis(log_weights: ArrayLike) -> tuple[Array, Array]:
-    """Pareto-smoothed log weights, normalised over chains and draws, and the tail index k̂, shape (prompt,).
+    """Return Pareto-smoothed log weights (chain, draw, prompt), normalised for each prompt, and k̂, (prompt,).
 
-    The largest weights give way to quantiles of a generalised Pareto law fitted to them (by ArviZ). Below 0.7
-    the estimates can be trusted; above, the proposal misses part of the posterior. Draws of zero weight keep
-    it and take no part in the fit.
+    The largest weights are replaced by quantiles of a generalised Pareto distribution fitted to them (by ArviZ), whose
+    tail index is k̂. Below 0.7 the estimates can be trusted; above, the proposal misses part of the posterior. Draws of
+    zero weight keep it and take no part in the fit.
 
-    k̂ is NaN, and the weights stay raw, where the tail is no continuous law's: few draws, constant weights, a
-    reward of few values (read `ess` there). k̂ is inf, and the weights stay raw, where the tail is too heavy
+    k̂ is NaN, and the weights stay raw, if the tail is not that of a continuous distribution: few draws, constant
+    weights, a reward with few values (use `ess` instead). k̂ is inf, and the weights stay raw, if the tail is too heavy
     to be fitted.
     Source: Vehtari, Simpson, Gelman, Yao, Gabry 2024, arXiv 1507.02646.
-    Raises ValueError if every weight of a prompt is zero.
+
+    :raises ValueError: if every weight of a prompt is zero.
     """
-    from bayeslm.arviz import psislw
+    from bayeslm.arviz_versions import psislw
 
     smoothed = normalise(log_weights)
     khat = np.full(smoothed.shape[2], np.nan)
@@ -78,21 +82,25 @@ def psis(log_weights: ArrayLike) -> tuple[Array, Array]:
 
 
 def normalise(log_weights: ArrayLike) -> Array:
-    """A copy of the log weights, shifted so that the weights of each prompt sum to 1 over chains and draws.
+    """Return a copy of the log weights, shifted so that the weights of each prompt sum to 1 over chains and draws.
 
-    Raises ValueError if every weight of a prompt is zero.
+    :raises ValueError: if every weight of a prompt is zero.
     """
-    lw = checked(log_weights)
+    lw = as_log_weights(log_weights)
     total = logsumexp(lw, axis=POOL)
     if (dead := np.flatnonzero(np.isneginf(total))).size:
         raise ValueError(
-            f"every draw of prompt {', '.join(map(str, dead))} has weight zero (log weight -inf): none meets "
-            "the constraint; take more draws, a better proposal or a softer reward"
+            f"every draw of prompt {', '.join(map(str, dead))} has weight zero (log weight -inf), so none meets the "
+            "constraint: use more draws, a better proposal or a softer reward"
         )
     return lw - total
 
 
-def checked(log_weights: ArrayLike) -> Array:
+def as_log_weights(log_weights: ArrayLike) -> Array:
+    """Return a copy of the log weights as floats.
+
+    :raises ValueError: if they are not (chain, draw, prompt), empty, NaN or +inf.
+    """
     lw = np.array(log_weights, dtype=float)
     if lw.ndim != 3 or lw.size == 0:
         raise ValueError(f"log weights must be (chain, draw, prompt) and not empty, not {lw.shape}")
@@ -106,7 +114,7 @@ def num_draws(array: Array) -> int:
 
 
 def evidence_influence(log_weights: Array) -> Array:
-    """φ of log mean(w), up to a constant: w / mean(w)."""
+    """Return φ = w / mean(w), the influence of each draw on log mean(w) up to a constant, (chain, draw, prompt)."""
     weights = _relative(log_weights)
     return weights / np.maximum(weights.mean(axis=POOL), np.finfo(float).tiny)
 
@@ -114,16 +122,22 @@ def evidence_influence(log_weights: Array) -> Array:
 def standard_error(
     estimate: Array, influence: Array, *, size: Array | None = None, roots: ArrayLike | None = None
 ) -> Array:
-    """√(var(φ) / N) of an estimator with influence φ (chain, draw, prompt), known up to a constant.
+    """Return √(var(φ) / N), the standard error of an estimator with influence φ, (prompt,).
 
-    `size` is the effective number of draws of a Markov chain, in the place of N. Particles that share a root
-    (`roots`, see `Posterior.roots`) are dependent, so all that descend from one count as one draw. With
-    S_k = Σ φ over the descendants of root k, 0 if it has none, and K roots that have some,
+    Particles that share a root are dependent, so all descendants of a root count as one draw. With S_k = Σ φ over the
+    descendants of root k (0 if it has none) and K roots that have some,
+
         var = K / (K − 1) Σ_k (S_k − mean(S))² / N²,    k = 1 ... N.
-    For an expectation this is consistent; for log Z it may be high, by the number of resamplings over N at
-    most (under multinomial resampling; less under the others).
-    inf where the error cannot be known: one draw, one root, an infinite estimate.
+
+    For an expectation this is consistent; for log Z it may be high, by at most the number of resamplings over N (under
+    multinomial resampling; less under the other schemes).
     Source: Chan and Lai 2013, arXiv 1312.5114; Lee and Whiteley 2018, arXiv 1509.00394.
+
+    :param estimate: (prompt,).
+    :param influence: φ, up to a constant, (chain, draw, prompt).
+    :param size: the effective number of draws of a Markov chain, which replaces N, (prompt,).
+    :param roots: of particles, see `Posterior.roots`.
+    :returns: inf where the error is unknown: for one draw, one root, or an infinite estimate.
     """
     count = clusters = num_draws(influence)
     if roots is not None:
@@ -136,29 +150,29 @@ def standard_error(
 
 
 def num_roots(roots: ArrayLike) -> Array:
-    """How many roots have descendants among the particles, shape (prompt,)."""
+    """Return the number of roots that have descendants among the particles, (prompt,)."""
     roots = np.asarray(roots)
     return _by_root(np.zeros(roots.shape), roots)[1].sum(axis=POOL)
 
 
 def _by_root(influence: Array, roots: Array) -> tuple[Array, Array]:
-    """Σ φ over the descendants of each root, and whether it has any; both (chain, root, prompt)."""
+    """Return Σ φ over the descendants of each root, and whether it has any, both (chain, root, prompt)."""
     chains, size, columns = influence.shape
     chain, _, column = np.ogrid[:chains, :size, :columns]
-    cell = ((chain * size + roots) * columns + column).ravel()  # roots may be one column for all prompts
+    cell = ((chain * size + roots) * columns + column).ravel()  # roots may have one column for all prompts
     sums = np.bincount(cell, influence.ravel(), minlength=influence.size)
     alive = np.bincount(cell, minlength=influence.size) > 0
     return sums.reshape(influence.shape), alive.reshape(influence.shape)
 
 
 def _relative(log_weights: Array) -> Array:
-    """Weights over the largest of their prompt; 0 where all are."""
+    """Return weights divided by the largest of their prompt; 0 if all are 0."""
     peak = log_weights.max(axis=POOL)
     return np.exp(log_weights - np.where(np.isneginf(peak), 0.0, peak))
 
 
 def _has_pareto_tail(lw: Array) -> bool:
-    """Enough distinct values among the largest, and no atom at their lower end: what ArviZ 1.x asks for."""
+    """Whether the largest values have enough distinct ones and no atom at their lower end, as ArviZ 1.x requires."""
     size = int(min(len(lw) / 5, 3 * np.sqrt(len(lw))))
     tail = np.sort(lw)[len(lw) - size - 1 :]  # the cutoff, then the tail
     if np.count_nonzero(np.diff(tail) > TIE) < MIN_TAIL:

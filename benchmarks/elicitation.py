@@ -25,7 +25,9 @@ import numpy as np
 import torch
 from scipy.stats import t as student
 
-from bayeslm.inference import Duel, Elicitation, EpsilonGreedy, InformationGain, Laplace, Pool, Random, Thompson
+from bayeslm.inference import Laplace
+from bayeslm.inference.control import EpsilonGreedy, Random, Thompson
+from bayeslm.inference.preferences import Duel, Elicitation, InformationGain, Pool
 from bayeslm.inference.preferences.acquisition import Acquisition
 from bayeslm.models import LanguageModel, rewards
 from bayeslm.models.preferences import (

@@ -22,7 +22,7 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from bayeslm.inference import PSRL, EpisodicTask, EpsilonGreedy, Exploration, Random, Thompson
+from bayeslm.inference.control import PSRL, EpisodicTask, EpsilonGreedy, Exploration, Random, Thompson
 from bayeslm.models.control import MDP, TabularEnvironment, Worlds, river_swim
 from bayeslm.plots import plot_regret
 

@@ -19,7 +19,8 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from bayeslm.inference import SVI, ControlledSMC, ReverseKL, SoftValueIteration, StateValues, Tempering
+from bayeslm.inference import SVI, ReverseKL, Tempering
+from bayeslm.inference.control import ControlledSMC, SoftValueIteration, StateValues
 from bayeslm.models.control import MDP, Control, CountdownPolicy, TabularEnvironment
 
 matplotlib.use("Agg")

@@ -20,7 +20,7 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from bayeslm.inference import PSRL, EpisodicTask, EpsilonGreedy, Random, Thompson
+from bayeslm.inference.control import PSRL, EpisodicTask, EpsilonGreedy, Random, Thompson
 from bayeslm.models.control import MDP, Bandit, BernoulliArms, TabularEnvironment, Worlds, river_swim
 from bayeslm.plots import plot_regret
 

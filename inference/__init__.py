@@ -1,11 +1,6 @@
 """How to infer it: interchangeable engines, each ``Engine(...).run(model, *args, **kwargs) -> Posterior``."""
 
 from .annealed import AnnealedSMC
-from .control.controlled_smc import ControlledSMC
-from .control.exploration import Boltzmann, EpsilonGreedy, Exploration, Random, Thompson
-from .control.psrl import PSRL, EpisodicTask, Learning
-from .control.soft_value_iteration import SoftValueIteration
-from .control.state_values import StateValues
 from .exact import Exact
 from .importance import ImportanceSampling
 from .laplace import Laplace
@@ -13,9 +8,7 @@ from .markov.suffix_kernel import SuffixKernel
 from .mcmc import MCMC
 from .nuts import NUTS
 from .predictive import predict
-from .preferences.acquisition import Acquisition, Duel, InformationGain, Tilted
-from .preferences.elicitation import Elicitation, FreshCompletions, Pool
-from .program import EvidenceError, ProgramError
+from .program import EvidenceError, ProgramError, RunError
 from .rejection import BestOfN, RejectionSampling
 from .sequential.twist_learning import TwistLearning
 from .smc import SMC
@@ -46,51 +39,34 @@ __all__ = [
     "ENGINES",
     "MCMC",
     "NUTS",
-    "PSRL",
     "SMC",
     "SVI",
-    "Acquisition",
     "AnnealedSMC",
     "BestOfN",
-    "Boltzmann",
-    "ControlledSMC",
     "Critic",
     "Divergence",
-    "Duel",
-    "Elicitation",
-    "EpisodicTask",
-    "EpsilonGreedy",
     "EvidenceError",
     "Exact",
-    "Exploration",
     "ExponentialAverage",
     "FDivergence",
     "ForwardKL",
-    "FreshCompletions",
     "FromPosterior",
     "HeldOut",
     "ImportanceSampling",
-    "InformationGain",
     "KLTarget",
     "Laplace",
-    "Learning",
     "LogVariance",
     "NearPosterior",
     "Plateau",
-    "Pool",
     "ProgramError",
-    "Random",
     "RejectionSampling",
     "Renyi",
     "Replay",
     "ReverseKL",
-    "SoftValueIteration",
-    "StateValues",
+    "RunError",
     "SuffixKernel",
     "Tempering",
     "TensorBoard",
-    "Thompson",
-    "Tilted",
     "TwistLearning",
     "alpha_divergence",
     "of_prior",

@@ -30,12 +30,13 @@ from torch import Tensor
 from bayeslm.inference.markov import Tally, latent_moves, sweep, tempered
 from bayeslm.inference.program import (
     Particles,
+    SoFar,
     Stopwatch,
-    carry,
     check_counts,
     check_positive,
     draw,
     inspect,
+    keeping,
     posterior,
     seeded,
     to_numpy,
@@ -100,7 +101,7 @@ class AnnealedSMC:
         with seeded(self.seed), Stopwatch() as watch, torch.no_grad():
             program = inspect(model, *args, **kwargs)
             size = self.num_particles * self.num_chains
-            initial, interrupted = draw(program, None, size, progress=self.progress, what="particles of the prior")
+            initial, interrupted = draw(program, None, size, progress=self.progress, label="particles of the prior")
             if interrupted:
                 raise KeyboardInterrupt
             groups = torch.arange(self.num_chains, device=program.device).repeat_interleave(self.num_particles)
@@ -127,15 +128,11 @@ class AnnealedSMC:
                     islands.weigh(increment, Step(name, {}, state.log_likelihood, None))
                     if (index := islands.resample()) is not None:
                         state = state.gather(program, index)
-                    try:
+                    with keeping(lambda state=state: SoFar(particles=state)) as run:  # type: ignore[misc]
                         for _ in range(0 if interrupted else self.num_sweeps):
                             each = gamma.repeat_interleave(self.num_particles, 0)
                             state = sweep(moves, state, each, tally=tally, adapt=self.ladder is None)
-                    except KeyboardInterrupt:
-                        interrupted = True
-                    except Exception as error:
-                        carry(error, state, f"the particles at {name}")
-                        raise
+                    interrupted |= run.interrupted
                     report(values={"inverse temperature": gamma.min().item()})
             return posterior(
                 program,
@@ -145,7 +142,7 @@ class AnnealedSMC:
                 num_chains=self.num_chains,
                 log_weights=islands.total,
                 roots=islands.roots,
-                stats=watch.read()
+                stats=watch.stats()
                 | Islands.record([islands])
                 | {"inverse_temperatures": to_numpy(torch.stack(ladder, 1))}
                 | tally.stats()

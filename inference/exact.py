@@ -19,12 +19,12 @@ from torch import Tensor
 
 from bayeslm.inference.program import (
     PROMPTS,
-    Assign,
     Particles,
     Program,
     ProgramError,
     Site,
     Stopwatch,
+    assign_values,
     check_counts,
     inspect,
     posterior,
@@ -60,7 +60,7 @@ class Exact:
         with seeded(self.seed), Stopwatch() as watch:
             program = inspect(model, *args, **kwargs)
             particles = self._enumerate(program)
-            atoms = len(particles.log_prior)
+            atoms = len(particles)
             log_z = particles.log_joint.double().logsumexp(0).cpu().numpy()
             return posterior(
                 program,
@@ -71,7 +71,7 @@ class Exact:
                 # as if drawn uniformly from the atoms, so that the mean weight is Z for this engine as for all
                 log_weights=particles.log_joint + np.log(atoms),
                 evidence=(log_z, np.zeros_like(log_z)),
-                stats=watch.read() | {"atoms": atoms},
+                stats=watch.stats() | {"atoms": atoms},
                 prior=self._prior(program, particles),
             )
 
@@ -98,7 +98,7 @@ class Exact:
         parts = []
         for i in range(0, total, step):
             some = {name: value[i : i + step] for name, value in values.items()}
-            with Assign(program, some):
+            with assign_values(program, some):
                 parts.append(run_particles(program, None, min(step, total - i)))
         return Particles.concatenate(parts)
 

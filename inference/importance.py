@@ -22,7 +22,7 @@ from bayeslm.inference.program import (
     check_counts,
     draw,
     inspect,
-    look,
+    inspect_or_reuse,
     posterior,
     seeded,
 )
@@ -71,7 +71,11 @@ class ImportanceSampling:
         :raises ProgramError: if the retained draws are not of this program, or the guide cannot have proposed them.
         """
         with seeded(self.seed), Stopwatch() as watch:
-            program = look(None, model, args, kwargs) if self.retained is None else inspect(model, *args, **kwargs)
+            program = (
+                inspect_or_reuse(None, model, args, kwargs)
+                if self.retained is None
+                else inspect(model, *args, **kwargs)
+            )
             guide = PolicyGuide(program, self.guide) if isinstance(self.guide, LanguageModel) else self.guide
             guide = None if guide is None else as_law(guide, program)
             kept = None
@@ -91,7 +95,7 @@ class ImportanceSampling:
                 batch_size=self.batch_size,
                 vectorize=self.vectorize,
                 progress=self.progress,
-                what="importance sampling",
+                label="importance sampling",
             )
             return posterior(
                 program,
@@ -100,6 +104,6 @@ class ImportanceSampling:
                 kind="weighted",
                 num_chains=self.num_chains,
                 conditional=kept is not None,
-                stats=watch.read() | {"interrupted": interrupted},
+                stats=watch.stats() | {"interrupted": interrupted},
                 prior=particles if guide is None else None,
             )

@@ -105,7 +105,7 @@ class Laplace:
                 engine="Laplace",
                 kind="weighted" if self.weighted else "uncorrected",
                 num_chains=1,
-                stats=watch.read() | stats,
+                stats=watch.stats() | stats,
                 evidence=diagnostics.log_evidence(weights),
             )
 

@@ -14,7 +14,7 @@ where all neighbours refuse equally often (Syed, Bouchard-Côté, Deligiannidis 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,13 +24,14 @@ from bayeslm.inference.markov import RandomWalk, Replicas, Tally, latent_moves, 
 from bayeslm.inference.program import (
     Particles,
     PolicyGuide,
+    SoFar,
     Stopwatch,
-    carry,
     check_counts,
     check_evidence,
     check_positive,
     draw,
     inspect,
+    keeping,
     posterior,
     prompt_labels,
     seeded,
@@ -89,7 +90,7 @@ class MCMC:
             program = inspect(model, *args, **kwargs)
             guide = None if self.proposal is None else PolicyGuide(program, self.proposal)
             initial, interrupted = draw(
-                program, guide, self.initial_particles, progress=self.progress, what="warm start"
+                program, guide, self.initial_particles, progress=self.progress, label="warm start"
             )
             if interrupted:
                 raise KeyboardInterrupt
@@ -102,23 +103,17 @@ class MCMC:
             tally = Tally()
             parts: list[Particles] = []
             steps = self.warmup + self.num_samples * self.thin
-            with track("MCMC", steps, self.progress) as report:
+
+            def so_far() -> SoFar | None:
+                return SoFar(particles=chain_major(parts)) if parts else None
+
+            with track("MCMC", steps, self.progress) as report, keeping(so_far) as run:
                 for step in range(steps):
                     warm = step < self.warmup
-                    try:
-                        state = sweep(
-                            moves, state, replicas.gamma, tally=None if warm else tally, rows=replicas.cold, adapt=warm
-                        )
-                        state = replicas.swap(state)
-                    except KeyboardInterrupt:
-                        if not parts:
-                            raise
-                        interrupted = True
-                        break
-                    except Exception as error:
-                        if parts:
-                            carry(error, chain_major(parts), f"the {len(parts)} draws of each chain before")
-                        raise
+                    state = sweep(
+                        moves, state, replicas.gamma, tally=None if warm else tally, rows=replicas.cold, adapt=warm
+                    )
+                    state = replicas.swap(state)
                     if warm:
                         replicas.adapt(step + 1)
                     elif (step - self.warmup + 1) % self.thin == 0:
@@ -132,7 +127,7 @@ class MCMC:
                 engine="MCMC",
                 kind="markov",
                 num_chains=self.num_chains,
-                stats=watch.read()
+                stats=watch.stats()
                 | tally.stats()
                 | {f"step_size_{name}": to_numpy(size) for name, size in steps_of.items()}
                 | {
@@ -140,24 +135,28 @@ class MCMC:
                     "initial_log_evidence": diagnostics.log_evidence(weights)[0],
                 }
                 | replicas.stats()
-                | {"warmup": self.warmup, "thin": self.thin, "interrupted": interrupted},
+                | {"warmup": self.warmup, "thin": self.thin, "interrupted": run.interrupted},
                 prior=initial if guide is None else None,
             )
 
 
 def recorded(state: Particles) -> Particles:
-    """What of chains is kept as a draw: off the accelerator, without what only moves need."""
-    return Particles(
-        {name: value.cpu() for name, value in state.values.items()},
-        state.log_prior.cpu(),
-        state.log_proposal.cpu(),
-        {name: term.cpu() for name, term in state.log_likelihood.items()},
-        {},
-        {name: term.cpu() for name, term in state.pointwise.items()},
+    """Return the chains' state as draws: on the CPU, without the tokens' log-probabilities."""
+    return replace(
+        state,
+        values={name: value.cpu() for name, value in state.values.items()},
+        log_prior=state.log_prior.cpu(),
+        log_proposal=state.log_proposal.cpu(),
+        log_likelihood={name: term.cpu() for name, term in state.log_likelihood.items()},
+        token_log_prob={},
+        pointwise={name: term.cpu() for name, term in state.pointwise.items()},
+        auxiliary={},
+        proposal_token_log_prob={},
+        log_left_out=None,
     )
 
 
 def chain_major(parts: list[Particles]) -> Particles:
     """Draws of all chains, one part a draw, in the order of chains."""
-    draws, chains = len(parts), len(parts[0].log_prior)
+    draws, chains = len(parts), len(parts[0])
     return Particles.concatenate(parts)[torch.arange(draws * chains).reshape(draws, chains).T.reshape(-1)]

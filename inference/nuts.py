@@ -23,11 +23,12 @@ from bayeslm.inference.markov import Potential, ScoredOnce, score, starting_poin
 from bayeslm.inference.program import (
     Particles,
     Program,
+    SoFar,
     Stopwatch,
-    carry,
     check_counts,
     draw,
     inspect,
+    keeping,
     posterior,
     seeded,
 )
@@ -92,7 +93,7 @@ class NUTS:
                 engine="NUTS",
                 kind="markov",
                 num_chains=len(parts),
-                stats=watch.read() | stats | {"interrupted": interrupted},
+                stats=watch.stats() | stats | {"interrupted": interrupted},
                 prior=prior,
             )
 
@@ -103,31 +104,29 @@ class NUTS:
     def _chains(
         self, program: Program, shapes: dict[str, torch.Size], scored: ScoredOnce
     ) -> tuple[list[Particles], dict[str, Any], bool]:
-        """Draws of each chain, what was seen in each, and whether Ctrl-C cut them short.
+        """Return the draws of each chain, its figures, and whether Ctrl-C interrupted them.
 
-        An exception carries the chains done before it as ``error.particles``.
+        :raises RunError: if a later chain fails; it carries the finished chains.
         """
         parts: list[Particles] = []
-        seen: list[dict[str, float]] = []
+        figures: list[dict[str, float]] = []
         draws: list[dict[str, Tensor]] = []
-        with track("NUTS", self.num_chains * (self.warmup + self.num_samples), self.progress) as report:
+
+        def so_far() -> SoFar | None:
+            """The finished chains or, if there are none, the draws of the first."""
+            if not parts and draws:
+                parts.append(self._score(program, scored, _stack(draws)))
+            return SoFar(particles=Particles.concatenate(parts)) if parts else None
+
+        steps = self.num_chains * (self.warmup + self.num_samples)
+        with track("NUTS", steps, self.progress) as report, keeping(so_far) as run:
             for _ in range(self.num_chains):
                 draws.clear()
-                seen.append({})
-                try:
-                    z = self._start(program, shapes, scored)
-                    self._walk(Potential(program, scored), z, draws, seen[-1], report)
-                    parts.append(self._score(program, scored, _stack(draws)))
-                except KeyboardInterrupt:
-                    if not parts and not draws:
-                        raise
-                    parts = parts or [self._score(program, scored, _stack(draws))]
-                    return parts, _columns(seen[: len(parts)]), True
-                except Exception as error:
-                    if parts:
-                        carry(error, Particles.concatenate(parts), f"the {len(parts)} chains done before")
-                    raise
-        return parts, _columns(seen), False
+                figures.append({})
+                z = self._start(program, shapes, scored)
+                self._walk(Potential(program, scored), z, draws, figures[-1], report)
+                parts.append(self._score(program, scored, _stack(draws)))
+        return parts, _columns(figures[: len(parts)]), run.interrupted
 
     def _start(self, program: Program, shapes: dict[str, torch.Size], scored: ScoredOnce) -> dict[str, Tensor]:
         """A point of U(-2, 2) that the posterior allows, the first of `STARTS`."""

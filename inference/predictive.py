@@ -18,9 +18,9 @@ from pyro import poutine
 from torch import Tensor
 
 from bayeslm.inference.program import (
-    Assign,
     Particles,
     ProgramError,
+    assign_values,
     inspect,
     run_particles,
     sample_sites,
@@ -67,7 +67,7 @@ def predict(
         anew = replace(program, model=poutine.uncondition(program.model))
         scored, drawn = [], []
         for rows in torch.arange(chains * per_chain).split(program.max_particles):
-            with Assign(program, {name: x[rows.to(x.device)] for name, x in values.items()}):
+            with assign_values(program, {name: x[rows.to(x.device)] for name, x in values.items()}):
                 scored.append(run_particles(program, None, len(rows)))
                 nodes = dict(sample_sites(traces(anew, None, len(rows))[0]))
             drawn.append({site.name: site_value(site, nodes[site.name]["value"], len(rows)) for site in observed})

@@ -24,11 +24,13 @@ from bayeslm.inference.program import (
     Particles,
     Program,
     ProgramError,
+    SoFar,
     Stopwatch,
     check_counts,
     check_evidence,
     draw,
     inspect,
+    keeping,
     posterior,
     prompt_labels,
     run_particles,
@@ -82,7 +84,7 @@ class RejectionSampling:
             counts = accepted.sum(0)
             wanted = self.num_samples * self.num_chains
             draws = min(wanted, int(counts.min()))
-            stats = watch.read() | {
+            stats = watch.stats() | {
                 "acceptance": (counts / len(accepted)).cpu().numpy(),
                 "proposals": len(accepted),
                 "interrupted": interrupted,
@@ -115,37 +117,34 @@ class RejectionSampling:
         """Proposals until every prompt has its draws or the budget is spent: them, and which are accepted."""
         wanted = self.num_samples * self.num_chains
         size = self.batch_size or program.max_particles
-        parts: list[Particles] = []
-        accepted: list[torch.Tensor] = []
+        parts: list[tuple[Particles, torch.Tensor]] = []
         least = done = 0
         counts = torch.zeros((), dtype=torch.long, device=program.device)
-        interrupted = False
-        with track("rejection sampling", wanted, self.progress) as report:
-            while least < wanted and done < self.max_proposals and not interrupted:
+
+        def so_far() -> SoFar | None:
+            return SoFar(particles=Particles.concatenate([part for part, _ in parts])) if parts else None
+
+        with track("rejection sampling", wanted, self.progress) as report, keeping(so_far) as run:
+            while least < wanted and done < self.max_proposals:
                 # no larger a batch than the acceptance so far asks for
                 expected = math.ceil(1.2 * (wanted - least) * done / least) + 1 if least else wanted
                 n = min(size, self.max_proposals - done, max(expected, 16))
-                try:
-                    part = run_particles(program, None, n, vectorize=self.vectorize)
-                except KeyboardInterrupt:
-                    if not parts:
-                        raise
-                    interrupted = True
-                    continue
+                part = run_particles(program, None, n, vectorize=self.vectorize)
                 log_ratio = part.log_weights - bound
                 if (log_ratio > 1e-4 * max(1.0, abs(bound))).any():
                     raise ProgramError(
                         f"a draw has log-likelihood {part.log_weights.max().item():.6g}, above the bound "
                         f"{bound:.6g}: the accepted draws would be wrong. Raise log_bound"
                     )
-                parts.append(part)
-                accepted.append(torch.rand_like(log_ratio).log() < log_ratio)
+                accepted = torch.rand_like(log_ratio).log() < log_ratio
+                parts.append((part, accepted))
                 done += n
-                counts = counts + accepted[-1].sum(0)
+                counts = counts + accepted.sum(0)
                 now = int(counts.min())
                 report(min(now, wanted) - min(least, wanted), values={"proposals": done})
                 least = now
-        return Particles.concatenate(parts), torch.cat(accepted), interrupted
+        proposals = Particles.concatenate([part for part, _ in parts])
+        return proposals, torch.cat([accepted for _, accepted in parts]), run.interrupted
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ class BestOfN:
                 batch_size=self.batch_size,
                 vectorize=self.vectorize,
                 progress=self.progress,
-                what=f"best of {self.n}",
+                label=f"best of {self.n}",
             )
             scores = candidates.log_weights  # the prior proposes: the likelihood alone
             groups = len(scores) // self.n
@@ -197,7 +196,7 @@ class BestOfN:
                 kind="uncorrected",
                 num_chains=self.num_chains,
                 evidence=diagnostics.log_evidence(scores.cpu().numpy()[None]),
-                stats=watch.read()
+                stats=watch.stats()
                 | {
                     "n": self.n,
                     "kl_bound": diagnostics.best_of_n_kl_bound(self.n),

@@ -24,13 +24,14 @@ from typing import Any
 import torch
 
 from bayeslm.inference.program import (
-    History,
+    PartialRun,
     Particles,
     ProgramError,
+    SoFar,
     Stopwatch,
-    carry,
     check_counts,
     inspect,
+    keeping,
     posterior,
     seeded,
 )
@@ -121,8 +122,11 @@ class SMC:
             done: list[tuple[Islands, Particles]] = []
             length = sum(site.fn.max_new_tokens for site in program.completions)
             rounds = range(0, self.num_chains, at_once)
-            interrupted = False
-            with track("SMC", length * len(rounds), self.progress) as report:
+
+            def so_far() -> SoFar | None:
+                return SoFar(particles=Particles.concatenate([particles for _, particles in done])) if done else None
+
+            with track("SMC", length * len(rounds), self.progress) as report, keeping(so_far) as run:
                 for first in rounds:
                     chains = min(at_once, self.num_chains - first)
                     islands = Islands(
@@ -134,18 +138,7 @@ class SMC:
                         alone=chains == self.num_chains,
                         retained=exact and {name: value[first : first + chains] for name, value in exact.items()},
                     )
-                    try:
-                        done.append((islands, self._run(islands, report)))
-                    except KeyboardInterrupt:
-                        if not done:
-                            raise
-                        interrupted = True
-                        break
-                    except Exception as error:
-                        if done:
-                            kept = Particles.concatenate([p for _, p in done])
-                            carry(error, kept, f"the {first} islands complete before")
-                        raise
+                    done.append((islands, self._run(islands, report)))
             return posterior(
                 program,
                 Particles.concatenate([particles for _, particles in done]),
@@ -155,7 +148,9 @@ class SMC:
                 log_weights=torch.cat([islands.total for islands, _ in done]),
                 roots=torch.cat([islands.roots for islands, _ in done]),
                 conditional=self.retained is not None,
-                stats=watch.read() | Islands.record([islands for islands, _ in done]) | {"interrupted": interrupted},
+                stats=watch.stats()
+                | Islands.record([islands for islands, _ in done])
+                | {"interrupted": run.interrupted},
             )
 
     @torch.no_grad()
@@ -227,7 +222,7 @@ class SMC:
         return {id(lm): law.with_model(lm).steps() for lm in {id(lm): lm for lm in models}.values()}
 
     def _twist(
-        self, history: History, name: str, rows: Rows, steps: Steps, policies: dict[int, Steps]
+        self, history: PartialRun, name: str, rows: Rows, steps: Steps, policies: dict[int, Steps]
     ) -> SiteTwist | None:
         twist, program = self.twist, history.program
         if isinstance(twist, Mapping):

@@ -25,7 +25,7 @@ from bayeslm.inference.program import (
     check_counts,
     check_positive,
     draw,
-    look,
+    inspect_or_reuse,
     posterior,
     seeded,
 )
@@ -153,7 +153,7 @@ class SVI:
         :raises BlockingIOError: if another process trains with the same ``checkpoint``.
         """
         with seeded(self.seed), Stopwatch() as watch, contextlib.ExitStack() as held:
-            program = look(None, model, args, kwargs)
+            program = inspect_or_reuse(None, model, args, kwargs)
             objective = self.objective if self.objective is not None else ReverseKL(self.num_particles or 8)
             if self.temperature is not None and not isinstance(objective, Objective):
                 raise ValueError(
@@ -200,7 +200,7 @@ class SVI:
                 engine="SVI",
                 kind="weighted",
                 num_chains=len(chains),
-                stats=watch.read() | self._seen(chains) | {"interrupted": interrupted},
+                stats=watch.stats() | self._seen(chains) | {"interrupted": interrupted},
                 prior=prior,
                 policy=chains[best].policy,
             )
@@ -218,7 +218,7 @@ class SVI:
         return max(FEWEST, NUM_SAMPLES * program.num_prompts // program.full_size)
 
     def _draw(self, program: Program, guide: Callable[..., Any] | None, num: int, what: str) -> tuple[Particles, bool]:
-        return draw(program, guide, num, batch_size=self.batch_size, progress=self.progress, what=what)
+        return draw(program, guide, num, batch_size=self.batch_size, progress=self.progress, label=what)
 
     def _seen(self, chains: list[Training]) -> dict[str, Any]:
         """What the chains saw, as ``stats`` have it."""

@@ -1,10 +1,17 @@
-"""The list of packages in pyproject.toml is written by hand: it must match the folders."""
+"""What pyproject.toml repeats by hand matches the code: the version, and the list of packages."""
 
 import tomllib
 from pathlib import Path
 
+import bayeslm
+
 ROOT = Path(__file__).parents[1]
-SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert PYPROJECT["project"]["version"] == bayeslm.__version__
 
 
 def test_every_folder_with_code_is_a_listed_package() -> None:

@@ -21,20 +21,23 @@ FAILED, NO_POSTERIOR, INTERRUPTED = 1, 3, 130
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
     """One line instead of a traceback for everything that a user can mend."""
-    from bayeslm.inference import EvidenceError
+    from bayeslm.inference import EvidenceError, RunError
 
     code = FAILED
     try:
         yield
         return
-    except EvidenceError as error:
-        message, code = str(error), NO_POSTERIOR
-    except KeyboardInterrupt as error:
-        kept = getattr(error, "__notes__", []) or ["before there was anything to keep"]
-        message, code = "interrupted: " + "\n".join(kept), INTERRUPTED
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
-        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
-        message = str(error).partition("\nTrace Shapes:")[0].strip() + notes  # Pyro appends a trace to errors
+    except (Exception, KeyboardInterrupt) as error:
+        cause = error.__cause__ if isinstance(error, RunError) else error
+        notes = getattr(error, "__notes__", [])
+        if isinstance(cause, KeyboardInterrupt):
+            kept = notes or ([] if cause is error else [str(error)]) or ["before there was anything to keep"]
+            message, code = "interrupted: " + "\n".join(kept), INTERRUPTED
+        elif isinstance(cause, ValueError | TypeError | OSError | ImportError | FloatingPointError):
+            code = NO_POSTERIOR if isinstance(cause, EvidenceError) else FAILED
+            message = "\n".join([str(error).partition("\nTrace Shapes:")[0].strip(), *notes])  # Pyro appends a trace
+        else:
+            raise
     err_console.print(f"bayeslm: {message}", style="red", markup=False, highlight=False)
     raise typer.Exit(code)
 

@@ -16,7 +16,7 @@ from .journal import Journal
 from .terminal import PLAIN, Person, Quit, Undo, shown
 
 if TYPE_CHECKING:
-    from bayeslm.inference import Elicitation, Pool
+    from bayeslm.inference.preferences import Elicitation, Pool
     from bayeslm.models.preferences import Answer
 
 RECENT = 20  # answers that a second share of foreseen ones is of
@@ -247,7 +247,7 @@ def _pool(file: Journal, prompts: list[str], lm: _Lazy, size: int | None, max_ne
     What is drawn at once ends with a row that says how many were ``drawn`` of each prompt: without it, the prompts were
     broken off in the middle, and the same call draws the same again; a pool has no row twice.
     """
-    from bayeslm.inference import Pool
+    from bayeslm.inference.preferences import Pool
 
     rows = [(row.get("prompt"), row.get("completion")) for row in file.rows]
     if bad := [i for i, row in enumerate(rows) if not all(isinstance(text, str) for text in row)]:
@@ -281,7 +281,7 @@ def _drawn(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _loop(pool: Pool, acquisition: Any, name: str, components: int, lm: _Lazy, seed: int) -> Elicitation:
-    from bayeslm.inference import Elicitation
+    from bayeslm.inference.preferences import Elicitation
     from bayeslm.models.preferences import BradleyTerry, LastHidden, SentenceEmbedding, Standardised
 
     with err_console.status("reading the completions"):
@@ -293,7 +293,8 @@ def _loop(pool: Pool, acquisition: Any, name: str, components: int, lm: _Lazy, s
 
 
 def _acquisition(name: str) -> Any:
-    from bayeslm.inference import Duel, EpsilonGreedy, InformationGain, Random, Thompson
+    from bayeslm.inference.control import EpsilonGreedy, Random, Thompson
+    from bayeslm.inference.preferences import Duel, InformationGain
 
     makers: dict[str, Any] = {
         "information": InformationGain,

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bayeslm.files import differences, read_header, refuse_taken
+from bayeslm.files import differences, read_header, require_empty
 from bayeslm.posterior import Posterior
 
 FORMAT = "bayeslm.call/1"
@@ -33,7 +33,7 @@ def reserve(out: Path, call: Mapping[str, Any]) -> None:
         if found and any(path.name != "call.json" for path in out.iterdir()):  # else it came to nothing
             raise ValueError(f"{out} holds the results of another call: {'; '.join(found)}. Choose another --out")
     else:
-        refuse_taken(out, choose="another --out")
+        require_empty(out, choose="another --out")
     out.mkdir(parents=True, exist_ok=True)
     unfinished = out / ".call.json"  # also a look whether the place can be written
     unfinished.write_text(json.dumps({"format": FORMAT, "call": told}, indent=1), encoding="utf-8")

@@ -1,15 +1,16 @@
-r"""Exploration: which action to take, where values are known by their posterior alone.
+r"""Exploration: which action to take where the actions' values are uncertain.
 
-Q_1 .. Q_n are draws of the posterior over the actions' values, and \bar Q their mean. A strategy is a law of actions:
+Q_1 .. Q_n are draws of the posterior over the actions' values, and \bar Q their mean. A strategy is a distribution of
+actions:
 
     Random          \pi(a) = 1 / A
     EpsilonGreedy   \pi(a) = (1 - \epsilon) 1[a = \argmax \bar Q] + \epsilon / A
     Boltzmann       \pi(a) \propto \exp(\bar Q(a) / \tau)
-    Thompson        \pi(a) = (1/n) \sum_i 1[a = \argmax Q_i],  for one fresh draw as for many P(a is best | data)
+    Thompson        \pi(a) = (1/n) \sum_i 1[a = \argmax Q_i],  an estimate of P(a is best | data)
 
-(Thompson 1933; Sutton and Barto 2018, chapter 2; Russo et al. 2018, arXiv 1707.02038.) Actions that share the highest
-value share its probability. The same objects choose an arm, the policy of an episode (`psrl`), or a completion to ask
-about: an action is whatever the last axis of the values is.
+(Thompson 1933; Sutton and Barto 2018, chapter 2; Russo et al. 2018, arXiv 1707.02038.) Actions that tie for the highest
+value share its probability. The same strategies choose an arm, the policy of an episode (see `psrl`), or a completion
+to ask about: the last axis of the values is that of the actions.
 """
 
 from __future__ import annotations
@@ -25,18 +26,17 @@ from bayeslm.inference.program import check_positive
 
 
 class Exploration(ABC):
-    """A law of actions, given draws of the posterior over their values.
+    """A distribution of actions, given draws of the posterior over their values."""
 
-    ``samples`` says what a strategy reads: draws of the posterior, or its mean alone. Who would have to solve a world
-    to have its values solves the drawn world for the first kind, and the mean world for the second.
-    """
-
-    samples: ClassVar[bool] = False
+    needs_draws: ClassVar[bool] = False
+    """Whether the strategy depends on draws of the posterior rather than on its mean alone. Where computing values
+    means solving a world, a drawn world is solved for the former, and the mean world for the latter."""
 
     def probabilities(self, values: Tensor) -> Tensor:
-        """The law of actions (*batch, action), given draws of values (draw, *batch, action), or one mean as one draw.
+        """Return the probabilities of the actions, (*batch, action).
 
-        :raises ValueError: if values have no axis of draws, or are NaN.
+        :param values: draws of the actions' values, (draw, *batch, action) floats; a mean is passed as one draw.
+        :raises ValueError: if ``values`` has no axis of draws, or holds NaN.
         """
         if values.dim() < 2 or not values.is_floating_point():
             raise ValueError(
@@ -44,20 +44,20 @@ class Exploration(ABC):
                 "a mean is one draw: mean[None]"
             )
         if values.isnan().any():
-            raise ValueError("values hold NaN: which action is best is then unknown")
-        return self._law(values)
+            raise ValueError("values hold NaN, so that no action is the best: check the posterior that they come from")
+        return self._probabilities(values)
 
     def choose(self, values: Tensor) -> Tensor:
-        """Actions (*batch) drawn from the law, int64."""
-        law = self.probabilities(values)
-        return torch.multinomial(law.reshape(-1, law.shape[-1]), 1).reshape(law.shape[:-1])
+        """Draw an action for each element of the batch, (*batch) int64; ``values`` as in `probabilities`."""
+        p = self.probabilities(values)
+        return torch.multinomial(p.reshape(-1, p.shape[-1]), 1).reshape(p.shape[:-1])
 
     @abstractmethod
-    def _law(self, values: Tensor) -> Tensor: ...
+    def _probabilities(self, values: Tensor) -> Tensor: ...
 
 
-def best(values: Tensor) -> Tensor:
-    """The law (*, action) of the best action of each row: all on the highest value, shared where several have it."""
+def _greedy(values: Tensor) -> Tensor:
+    """Return equal probabilities of the actions with the highest value in each row, (*, action)."""
     highest = (values == values.amax(-1, keepdim=True)).to(values.dtype)
     return highest / highest.sum(-1, keepdim=True)
 
@@ -68,16 +68,17 @@ def _uniform(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Random(Exploration):
-    """Every action alike, whatever is known."""
+    """Uniform probabilities, whatever the values."""
 
-    def _law(self, values: Tensor) -> Tensor:
+    def _probabilities(self, values: Tensor) -> Tensor:
         return _uniform(values)
 
 
 @dataclass(frozen=True)
 class EpsilonGreedy(Exploration):
-    """The action that is best in the mean; with probability ``epsilon`` any. 0 is greedy.
+    """The action with the highest mean value; with probability ``epsilon`` a uniformly drawn one.
 
+    :param epsilon: 0 is the greedy strategy.
     :raises ValueError: if ``epsilon`` is not in [0, 1].
     """
 
@@ -87,14 +88,15 @@ class EpsilonGreedy(Exploration):
         if not 0.0 <= self.epsilon <= 1.0:
             raise ValueError(f"EpsilonGreedy: epsilon must be in [0, 1], got {self.epsilon}")
 
-    def _law(self, values: Tensor) -> Tensor:
-        return (1.0 - self.epsilon) * best(values.mean(0)) + self.epsilon * _uniform(values)
+    def _probabilities(self, values: Tensor) -> Tensor:
+        return (1.0 - self.epsilon) * _greedy(values.mean(0)) + self.epsilon * _uniform(values)
 
 
 @dataclass(frozen=True)
 class Boltzmann(Exploration):
-    """A softmax of the mean values at a temperature, in the values' own units.
+    """A softmax of the mean values.
 
+    :param temperature: divides the values, in their units.
     :raises ValueError: if ``temperature`` is not positive and finite.
     """
 
@@ -103,15 +105,15 @@ class Boltzmann(Exploration):
     def __post_init__(self) -> None:
         check_positive(self, "temperature")
 
-    def _law(self, values: Tensor) -> Tensor:
+    def _probabilities(self, values: Tensor) -> Tensor:
         return (values.mean(0) / self.temperature).softmax(-1)
 
 
 @dataclass(frozen=True)
 class Thompson(Exploration):
-    """An action with the probability that it is the best: the best of one draw of the posterior."""
+    """The best action of one draw of the posterior: each action with the probability that it is the best."""
 
-    samples: ClassVar[bool] = True
+    needs_draws: ClassVar[bool] = True
 
-    def _law(self, values: Tensor) -> Tensor:
-        return best(values).mean(0)
+    def _probabilities(self, values: Tensor) -> Tensor:
+        return _greedy(values).mean(0)

@@ -1,17 +1,17 @@
 r"""Posterior-sampling reinforcement learning (PSRL): act as if a world drawn from the posterior were the true one.
 
     for each episode:
-        \theta ~ p(\theta | what was seen)          draw a world
+        \theta ~ p(\theta | data)                   draw a world
         \pi = the best policy of \theta             solve it
-        act by \pi for an episode, and update the posterior with what was seen
+        act by \pi for an episode, and update the posterior with its transitions
 
-(Osband, Russo and Van Roy 2013, arXiv 1306.0940; for bandits Thompson 1933.) A world that may be good is tried until it
-is known whether it is, for a whole episode at a time. Other strategies (`exploration`) read the values of the mean
-world instead. What they lose is the regret, in exact expectation over the episode, not by its sampled return:
+(Osband, Russo and Van Roy 2013, arXiv 1306.0940; for bandits Thompson 1933.) Each policy is kept for a complete
+episode. Other strategies (see `exploration`) use the values of the mean world instead. All are compared by their
+regret, in exact expectation over the episode rather than by its sampled return:
 
     regret of an episode = V^*(true world) - V^\pi(true world)
 
-`PSRL` is the loop; a task says how to solve a world and how to act in the true one: `EpisodicTask`, or a `Bandit`.
+`PSRL` is the loop. A task, which is an `EpisodicTask` or a `Bandit`, solves a world and acts in the true one.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ import torch
 from torch import Tensor
 
 from bayeslm.inference.program import check_counts, seeded
-from bayeslm.models.control.environments import Environment
-from bayeslm.models.control.mdp import MDP
-from bayeslm.models.control.worlds import Steps
+from bayeslm.models.control import MDP, Environment, Experience
 from bayeslm.progress import track
 
 from .exploration import Exploration, Thompson
@@ -39,51 +37,57 @@ class Belief(Protocol):
 
     @property
     def mean(self) -> Any:
-        """The mean world, of every run."""
+        """The posterior mean world of each run."""
 
     def sample(self) -> Any:
-        """A world drawn for every run."""
+        """Draw one world for each run."""
 
-    def update(self, seen: Any, /) -> Self:
-        """The posterior, given what every run saw."""
+    def update(self, experience: Any, /) -> Self:
+        """Return the posterior after one more episode of each run."""
 
     def expand(self, runs: int, /) -> Self:
-        """The same for each of so many runs."""
+        """Return a copy for each of ``runs`` runs, as the first batch dimension."""
 
 
 class Task(Protocol):
-    """What is to be learned; policies and values have runs first and actions last."""
+    """A problem for `PSRL`. Runs are the first dimension of policies and values, and actions the last."""
 
     def action_values(self, world: Any, /) -> Tensor:
-        """What each action is worth in a world that is believed."""
+        """Return each action's value in a world of the belief, (run, ..., action)."""
 
     def play(self, policy: Tensor, /) -> Any:
-        """Act for an episode in the true world. What was seen has ``returns`` (run,), and is what beliefs update on."""
+        """Act by ``policy`` for an episode in the true world, and return the data that beliefs are updated with.
+
+        The data have a field ``returns``, (run,).
+        """
 
     def regret(self, policy: Tensor, /) -> Tensor:
-        """(run,) What the policy loses in the true world; NaN where that is not known."""
+        """Return the policy's expected loss in the true world, (run,); NaN where the true world is unknown."""
 
 
 @dataclass(frozen=True)
 class Learning(Generic[BeliefT]):
-    """What `PSRL` did, run by run."""
+    """The result of `PSRL`.
+
+    :param regret: expected loss of each episode's policy, (run, episode) float64.
+    :param returns: return of each episode, (run, episode) float64.
+    :param belief: the final posterior of each run.
+    """
 
     regret: Tensor
-    """(run, episode) float64: expected loss of each episode's policy."""
     returns: Tensor
-    """(run, episode) float64: what the episode paid."""
     belief: BeliefT
-    """The posterior at the end, of every run."""
 
 
 @dataclass(frozen=True)
 class PSRL:
-    """The loop, for many independent runs side by side.
+    """Posterior-sampling reinforcement learning, for a batch of independent runs.
 
-    :param num_episodes: times that a policy is made, used for an episode, and learned from.
-    :param exploration: `Thompson` is posterior sampling; the others act on the mean world.
-    :param num_runs: independent runs; all are in one batch.
-    :param seed: reproduces the runs; None leaves the global random state in charge.
+    :param num_episodes: number of episodes; the posterior is updated after each.
+    :param exploration: `Thompson` is posterior sampling; the other strategies act on the mean world.
+    :param num_runs: number of independent runs, computed in one batch.
+    :param seed: seed of all random numbers; None draws from the global random state.
+    :param progress: whether to show a progress bar.
     """
 
     num_episodes: int
@@ -96,49 +100,51 @@ class PSRL:
         check_counts(self, "num_episodes", "num_runs")
 
     def run(self, task: Task, prior: BeliefT) -> Learning[BeliefT]:
-        """Learn a task from a prior over its worlds, which is the same for all runs. Ctrl-C keeps what was learned."""
+        """Learn a task, from the same prior over its worlds in each run.
+
+        Ctrl-C ends the loop and returns the episodes so far, if there is at least one.
+        """
         belief = prior.expand(self.num_runs)
         regret: list[Tensor] = []
         returns: list[Tensor] = []
         with seeded(self.seed), track(type(self.exploration).__name__, self.num_episodes, self.progress) as report:
             for _ in range(self.num_episodes):
                 try:
-                    world = belief.sample() if self.exploration.samples else belief.mean
+                    world = belief.sample() if self.exploration.needs_draws else belief.mean
                     policy = self.exploration.probabilities(task.action_values(world)[None])
                     loss = task.regret(policy)
-                    seen = task.play(policy)
-                    belief = belief.update(seen)
+                    experience = task.play(policy)
+                    belief = belief.update(experience)
                 except KeyboardInterrupt:
                     if not regret:
                         raise
                     break
                 regret.append(loss)
-                returns.append(seen.returns)
+                returns.append(experience.returns)
                 report()
         return Learning(torch.stack(regret, 1), torch.stack(returns, 1), belief)
 
 
 class EpisodicTask:
-    """A world of S states and A actions that is acted in for an episode at a time: `Worlds` is the belief.
+    """A world of S states and A actions, in which an agent acts for one episode at a time; its belief is `Worlds`.
 
-    The agent sees `Steps` alone. What is known of the true world, its ``truth``, tells the regret and nothing else.
+    The agent observes `Experience` only. The true process, ``truth``, is used for the regret only.
 
-    :param environment: a `TabularEnvironment`, or a `GymEnvironment` whose observations are discrete; it
-        need have no tables.
-    :param horizon: T, the steps that policies plan for; not above the environment's own time limit, which would cut
-        episodes short of that.
-    :param truth: the true process; by default a `TabularEnvironment`'s own. None leaves the regret NaN.
-    :raises ValueError: if observations are not discrete, or ``horizon`` is above that limit or no positive number.
+    :param environment: a `TabularEnvironment`, or a `GymEnvironment` with discrete observations, which needs no tables.
+    :param horizon: T, number of steps that policies plan for; at most the environment's own time limit, which would
+        otherwise cut episodes short.
+    :param truth: the true process; by default that of a `TabularEnvironment`. Without one, the regret is NaN.
+    :raises ValueError: if observations are not discrete, or ``horizon`` is not positive or is above that limit.
     """
 
     def __init__(self, environment: Environment, horizon: int, truth: MDP | None = None) -> None:
         if environment.num_states is None:
-            raise ValueError("EpisodicTask: observations must be discrete: a table of states cannot hold others")
+            raise ValueError("EpisodicTask: observations must be discrete, because the belief is a table of states")
         limit = getattr(environment, "time_limit", None)
         if limit is not None and horizon > limit:
             raise ValueError(
-                f"EpisodicTask: horizon {horizon} is above the environment's limit of {limit} steps, and policies "
-                f"would plan for steps that no episode has: use at most {limit}"
+                f"EpisodicTask: horizon {horizon} is above the environment's limit of {limit} steps, so that policies "
+                f"would plan for steps that no episode has; use at most {limit}"
             )
         self.environment = environment
         self.horizon = horizon
@@ -147,26 +153,29 @@ class EpisodicTask:
         self.optimum = None if self.truth is None else self.truth.initial @ self._planner.run(self.truth).values[0]
 
     def action_values(self, world: MDP) -> Tensor:
-        """Q_t(s, a) of worlds believed, (run, T, S, A)."""
+        """Return Q_t(s, a) of a world for each run, (run, T, S, A)."""
         return self._planner.run(world).action_values.movedim(0, 1)
 
-    def play(self, policy: Tensor) -> Steps:
-        """An episode a run, by policies (run, T, S, A)."""
+    def play(self, policy: Tensor) -> Experience:
+        """Play one episode in each run.
+
+        :param policy: action probabilities, (run, T, S, A).
+        """
         runs = torch.arange(len(policy), device=self.environment.device)
-        law = policy.to(self.environment.device)
+        probabilities = policy.to(self.environment.device)
         episodes = self.environment.play(torch.full_like(runs, -1))
         state, valid = episodes.observations[:, 0].long(), ~episodes.ended
         steps = []
         for t in range(self.horizon):
-            action = torch.multinomial(law[runs, t, state], 1)[:, 0]
+            action = torch.multinomial(probabilities[runs, t, state], 1)[:, 0]
             reward = episodes.step(action).to(policy.dtype)
-            following = episodes.observations[:, 0].long()
-            steps.append((state, action, reward, following, valid & episodes.terminated, valid))
-            state, valid = following, valid & ~episodes.ended
-        return Steps(*(torch.stack(column, -1).to(policy.device) for column in zip(*steps, strict=True)))
+            next_state = episodes.observations[:, 0].long()
+            steps.append((state, action, reward, next_state, valid & episodes.terminated, valid))
+            state, valid = next_state, valid & ~episodes.ended
+        return Experience(*(torch.stack(column, -1).to(policy.device) for column in zip(*steps, strict=True)))
 
     def regret(self, policy: Tensor) -> Tensor:
-        """V^* - V^\\pi (run,), from the law of the state at every step (run, S)."""
+        """Return V^* - V^\\pi, (run,), computed with the state probabilities of each step, (run, S)."""
         if self.truth is None or self.optimum is None:
             return policy.new_full((len(policy),), torch.nan)
         state = self.truth.initial.expand(len(policy), -1)

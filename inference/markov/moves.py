@@ -27,16 +27,26 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from pyro.distributions.util import sum_rightmost
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
-from bayeslm.inference.program import Assign, Particles, Program, ProgramError, Site, run_particles, same_law
+from bayeslm.inference.program import (
+    Assign,
+    Assignment,
+    Particles,
+    Program,
+    ProgramError,
+    Site,
+    assign_values,
+    run_particles,
+    same_distribution,
+)
 from bayeslm.models.lm import LanguageModel
 from bayeslm.models.lm.suffix import redraw
 
@@ -46,13 +56,13 @@ class Proposal:
     """A new value of one site, as the program sees it: particles in the outermost plate.
 
     ``value`` (particle, *plates, *event); ``log_ratio``, log q(z | z') - log q(z' | z), (particle, *plates);
-    ``scores`` the log p of a completion's tokens, where known; ``cut`` (particle, *plates) where a completion was
+    ``token_log_prob`` log p of a completion's tokens, where known; ``cut`` (particle, *plates) where a completion was
     cut, -1 where it was left alone.
     """
 
     value: Tensor
     log_ratio: Tensor
-    scores: Tensor | None = None
+    token_log_prob: Tensor | None = None
     cut: Tensor | None = None
 
 
@@ -86,12 +96,12 @@ class Move(ABC):
         return 1
 
     @abstractmethod
-    def propose(self, law: Any, value: Tensor, scores: Tensor | None) -> Proposal:
+    def propose(self, fn: Any, value: Tensor, known: Tensor | None) -> Proposal:
         """Propose a new value.
 
-        :param law: the site's distribution given the latents before it.
+        :param fn: the site's distribution, which may depend on the latents before it.
         :param value: its current value, (particle, *plates, *event).
-        :param scores: log p of the tokens of a completion (particle, *plates, token).
+        :param known: log p of the tokens of a completion, (particle, *plates, token).
         """
 
     def __call__(self, state: Particles, gamma: Tensor | float = 1.0) -> tuple[Particles, Outcome]:
@@ -101,8 +111,9 @@ class Move(ABC):
         :param gamma: inverse temperature, broadcast to (particle, column).
         :raises ProgramError: if a term of the proposal's log-joint is NaN or +inf.
         """
-        program, size = self.program, len(state.log_prior)
-        with _Propose(self, state) as run:
+        program, size = self.program, len(state)
+        run = _Proposing(self, state)
+        with run.handler():
             new = run_particles(program, None, size)
         log_ratio = program.pooled(program.terms(run.log_ratio, size, self.site.in_prompts)) + run.outside
         log_ratio = log_ratio + log_target(new, gamma) - log_target(state, gamma)
@@ -144,19 +155,19 @@ class SuffixMove(Move):
     def repeats(self) -> int:
         return self._elements
 
-    def propose(self, law: Any, value: Tensor, scores: Tensor | None) -> Proposal:
-        assert scores is not None
-        lengths = law.lengths(value)
+    def propose(self, fn: Any, value: Tensor, known: Tensor | None) -> Proposal:
+        assert known is not None
+        lengths = fn.lengths(value)
         chosen = self._pick(lengths)
         cut = (torch.rand_like(lengths, dtype=torch.float32) * lengths).long().minimum(lengths - 1)
-        proposer = law if self.policy is None else law.with_model(self.policy)
+        proposer = fn if self.policy is None else fn.with_model(self.policy)
         new, forward = redraw(proposer, value, torch.where(chosen, cut, lengths))
         redrawn = chosen[..., None] & (torch.arange(value.shape[-1], device=value.device) >= cut[..., None])
-        old = scores if self.policy is None else proposer.token_log_prob(value)
+        old = known if self.policy is None else proposer.token_log_prob(value)
         backward = old.masked_fill(~redrawn, 0.0)
-        log_ratio = (backward - forward).sum(-1) + lengths.log() - law.lengths(new).log()
-        known = torch.where(redrawn, forward, scores) if self.policy is None else None
-        return Proposal(new, log_ratio, known, torch.where(chosen, cut, -1))
+        log_ratio = (backward - forward).sum(-1) + lengths.log() - fn.lengths(new).log()
+        token_log_prob = torch.where(redrawn, forward, known) if self.policy is None else None
+        return Proposal(new, log_ratio, token_log_prob, torch.where(chosen, cut, -1))
 
 
 class PriorMove(Move):
@@ -166,12 +177,12 @@ class PriorMove(Move):
     def repeats(self) -> int:
         return self._elements
 
-    def propose(self, law: Any, value: Tensor, scores: Tensor | None) -> Proposal:
-        log_prob = law.log_prob(value)
+    def propose(self, fn: Any, value: Tensor, known: Tensor | None) -> Proposal:
+        log_prob = fn.log_prob(value)
         chosen = self._pick(log_prob)
         event = (1,) * (value.dim() - chosen.dim())
-        new = torch.where(chosen.reshape(*chosen.shape, *event), law.sample(), value)
-        return Proposal(new, log_prob - law.log_prob(new))
+        new = torch.where(chosen.reshape(*chosen.shape, *event), fn.sample(), value)
+        return Proposal(new, log_prob - fn.log_prob(new))
 
 
 class RandomWalk(Move):
@@ -200,10 +211,10 @@ class RandomWalk(Move):
         """(group, column)."""
         return self._log_step.exp()
 
-    def propose(self, law: Any, value: Tensor, scores: Tensor | None) -> Proposal:
-        transform = biject_to(law.support)
+    def propose(self, fn: Any, value: Tensor, known: Tensor | None) -> Proposal:
+        transform = biject_to(fn.support)
         u = transform.inv(value)
-        spread = transform.inv(law.sample((self.draws,))).sort(0).values
+        spread = transform.inv(fn.sample((self.draws,))).sort(0).values
         spread = (spread[self.draws * 5 // 6] - spread[self.draws // 6]) / 2  # a normal's standard deviation, nearly
         columns = self.program.weight_prompts
         self._dimension = u.numel() // (len(u) * columns)
@@ -214,7 +225,7 @@ class RandomWalk(Move):
         moved = u + step * spread * torch.randn_like(u)
         new = transform(moved)
         log_ratio = transform.log_abs_det_jacobian(moved, new) - transform.log_abs_det_jacobian(u, value)
-        return Proposal(new, sum_rightmost(log_ratio, log_ratio.dim() - len(law.batch_shape)))
+        return Proposal(new, sum_rightmost(log_ratio, log_ratio.dim() - len(fn.batch_shape)))
 
     def adapt(self, outcome: Outcome) -> None:
         """Move step sizes towards the best acceptance. The chain is Markov only while this is not called."""
@@ -231,48 +242,45 @@ class RandomWalk(Move):
         return torch.zeros(size, dtype=torch.long, device=self._log_step.device)
 
 
-class _Propose(Messenger):
-    """Gives latents their current values, and one site what a move proposes.
+class _Proposing:
+    """One run of a move: latents keep their current values, and the move's site has the value that it proposes.
 
     ``log_ratio`` and ``cut`` are the proposal's; ``outside`` (particle, column) is -inf where a later latent's value is
-    no longer in the support of its law.
+    no longer in the support of its distribution.
     """
 
     def __init__(self, move: Move, state: Particles) -> None:
-        super().__init__()
         self._move, self._program, self._state = move, move.program, state
         self._proposed = False
         self.log_ratio = self.outside = torch.zeros_like(state.log_prior)
         self.cut: Tensor | None = None
 
-    def _pyro_sample(self, msg: Any) -> None:
-        name, law, state = msg["name"], msg["fn"], self._state
-        if name not in state.values or msg["value"] is not None:
-            return
-        value = self._program.under_plate(name, state.values[name])
-        scores = state.token_scores.get(name)
-        scores = None if scores is None else self._program.under_plate(name, scores)
-        if name == self._move.site.name:
-            made = self._move.propose(law, value, scores)
-            value, scores = made.value, made.scores
-            self.log_ratio, self.cut, self._proposed = made.log_ratio, made.cut, True
-        elif self._proposed and scores is not None and not same_law(self._program, name, law):
-            scores = None  # the proposal may have changed its prompts; before it, nothing has changed
-        elif self._proposed and scores is None:
-            value = self._within(name, law, value)
-        msg["value"] = value
-        if scores is not None:
-            law.know(value, scores)
+    def handler(self) -> Assign:
+        return Assign({name: partial(self._assignment, name) for name in self._state.values})
 
-    def _within(self, name: str, law: Any, value: Tensor) -> Tensor:
-        """The value, or any other in the support where it is no longer in it."""
-        inside = law.support.check(value)
+    def _assignment(self, name: str, fn: Any) -> Assignment:
+        value = self._program.under_plate(name, self._state.values[name])
+        known = self._state.token_log_prob.get(name)
+        known = None if known is None else self._program.under_plate(name, known)
+        if name == self._move.site.name:
+            proposal = self._move.propose(fn, value, known)
+            self.log_ratio, self.cut, self._proposed = proposal.log_ratio, proposal.cut, True
+            return proposal.value, proposal.token_log_prob
+        if self._proposed and known is not None and not same_distribution(fn, self._program.sites[name].fn):
+            return value, None  # the proposal may have changed its prompts; before it, nothing has changed
+        if self._proposed and known is None:
+            value = self._within_support(name, fn, value)
+        return value, known
+
+    def _within_support(self, name: str, fn: Any, value: Tensor) -> Tensor:
+        """Return the value, with another one of the support where it is outside."""
+        inside = fn.support.check(value)
         if inside.all():
             return value
         site, size = self._program.sites[name], len(value)
         dead = torch.zeros(inside.shape, device=inside.device).masked_fill(~inside, -torch.inf)
         self.outside = self.outside + self._program.pooled(self._program.terms(dead, size, site.in_prompts))
-        return torch.where(inside.reshape(*inside.shape, *(1,) * (value.dim() - inside.dim())), value, law.sample())
+        return torch.where(inside.reshape(*inside.shape, *(1,) * (value.dim() - inside.dim())), value, fn.sample())
 
 
 def latent_moves(
@@ -295,9 +303,9 @@ def latent_moves(
     return [move(site) for site in program.latents]
 
 
-def score(program: Program, values: dict[str, Tensor], token_scores: dict[str, Tensor] | None = None) -> Particles:
+def score(program: Program, values: dict[str, Tensor], token_log_prob: dict[str, Tensor] | None = None) -> Particles:
     """Particles at given values (particle, *batch, *event) of all latents, as moves take them."""
-    with Assign(program, values, token_scores):
+    with assign_values(program, values, token_log_prob):
         return run_particles(program, None, len(next(iter(values.values()))))
 
 

@@ -7,7 +7,8 @@ Each latent is x = f(z) with f the bijection onto its support, and what engines 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro.distributions as dist
@@ -20,73 +21,80 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from bayeslm.inference.program import (
+    Assign,
+    Assignment,
     Particles,
     Program,
     ProgramError,
     check_evidence,
     prompt_labels,
     run_particles,
-    same_law,
+    same_distribution,
     sample_sites,
     to_numpy,
 )
 from bayeslm.models.lm import Autoregressive
 
 
-class Unconstrained(Messenger):
-    """Gives continuous latents the values that real numbers stand for.
+class Unconstrained:
+    """The values that real numbers z stand for, assigned to continuous latents.
 
-    A support may depend on latents before it: the bijection is that of the site as the program reaches it.
+    A support may depend on earlier latents: the bijection is that of the site's distribution in the run. Use each
+    object for one run.
 
-    :param z: real numbers by site, shaped as the site's values (but for the event, where the bijection changes it).
+    :param z: by site, in the site's shape (but for the event, where the bijection changes it).
     """
 
     def __init__(self, z: dict[str, Tensor]) -> None:
-        super().__init__()
         self._z = z
         self.log_dets: dict[str, Tensor] = {}
-        """log |det f'(z)| of every site, shaped as what it is of, once the program has run."""
+        """log |det f'(z)| by site, in the shape of its batch, once the program has run."""
 
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] not in self._z or msg["value"] is not None:
-            return
-        z = self._z[msg["name"]]
-        to_support = biject_to(msg["fn"].support)
-        msg["value"] = to_support(z)
-        self.log_dets[msg["name"]] = to_support.log_abs_det_jacobian(z, msg["value"])
+    def assignments(self) -> dict[str, Callable[[Any], Assignment]]:
+        return {name: partial(self._assignment, name) for name in self._z}
+
+    def _assignment(self, name: str, fn: Any) -> Assignment:
+        to_support, z = biject_to(fn.support), self._z[name]
+        value = to_support(z)
+        self.log_dets[name] = to_support.log_abs_det_jacobian(z, value)
+        return value, None
 
     @property
     def log_det(self) -> Tensor:
-        """Their sum, a scalar."""
+        """The sum over all sites, a scalar."""
         return torch.stack([log_det.sum() for log_det in self.log_dets.values()]).sum()
 
     def log_det_of_each(self, num_particles: int) -> Tensor:
-        """Their sums over each of several particles, (particle,), which lie on the first axis."""
+        """The sum for each particle, (particle,); particles are the first axis of z."""
         each = [log_det.reshape(num_particles, -1).sum(-1) for log_det in self.log_dets.values()]
         return torch.stack(each).sum(0)
 
 
 class ScoredOnce(Messenger):
-    """Scores a completion that has a value once, and again only where its value, its prompts or its network change.
+    """Score a completion that has a value once, and again only where its value, its prompts or its network change.
 
-    Between these log p of it is a constant: no network runs at a leapfrog, and no gradient goes through one.
+    Otherwise log p of it is a constant: no network runs at a leapfrog step, and no gradient passes through one.
     """
 
     def __init__(self, program: Program) -> None:
         super().__init__()
-        self._seen = program  # its completions as last scored
+        sites = [site for site in program.sites.values() if site.is_completion]
+        # by site: distribution, value, and log p once it is needed
+        self._scored: dict[str, tuple[Any, Tensor, Tensor | None]] = {s.name: (s.fn, s.value, None) for s in sites}
 
     def _pyro_sample(self, msg: Any) -> None:
-        name, law, value = msg["name"], msg["fn"], msg["value"]
-        if value is None or not isinstance(law, Autoregressive):
+        name, fn, value = msg["name"], msg["fn"], msg["value"]
+        if value is None or not isinstance(fn, Autoregressive):
             return
-        site = self._seen.sites[name]
-        if not (same_law(self._seen, name, law) and torch.equal(site.value, value)):
-            site = replace(site, fn=law, value=value)
-            self._seen = replace(self._seen, sites=self._seen.sites | {name: site})
-        with torch.no_grad():
-            score = site.fn.log_prob(site.value)  # which a law keeps of the value it scored last
-        msg["fn"] = dist.Delta(value.expand(law.shape()), score.expand(law.batch_shape), event_dim=1)
+        scored, old, log_prob = self._scored[name]
+        batch = fn.batch_shape[len(fn.batch_shape) - len(scored.batch_shape) :]
+        if not (batch == scored.batch_shape and same_distribution(fn, scored) and torch.equal(old, value)):
+            scored, old, log_prob = fn, value, None
+        if log_prob is None:
+            with torch.no_grad():
+                log_prob = scored.log_prob(old)
+            self._scored[name] = (scored, old, log_prob)
+        msg["fn"] = dist.Delta(value.expand(fn.shape()), log_prob.expand(fn.batch_shape), event_dim=1)
 
 
 class Potential:
@@ -100,7 +108,8 @@ class Potential:
         self._scored = scored
 
     def __call__(self, z: dict[str, Tensor]) -> Tensor:
-        with self._scored, Unconstrained(z) as at:
+        at = Unconstrained(z)
+        with self._scored, Assign(at.assignments()):
             trace = poutine.trace(self._program.model).get_trace(*self._program.args, **self._program.kwargs)
         trace = prune_subsample_sites(trace)
         latents = {name for name, node in sample_sites(trace) if not node["is_observed"]}
@@ -143,7 +152,7 @@ def score(
     parts, log_dets = [], []
     for rows in torch.arange(draws).split((batch_size or program.max_particles) if vectorize else 1):
         at = Unconstrained({name: program.under_plate(name, x[rows]) for name, x in z.items()})
-        with scored, at:
+        with scored, Assign(at.assignments()):
             parts.append(run_particles(program, None, len(rows), vectorize=vectorize))
         log_dets.append(at.log_det_of_each(len(rows)))
     return Particles.concatenate(parts), torch.cat(log_dets)

@@ -28,6 +28,7 @@ from bayeslm.inference.program import (
     Particles,
     PolicyGuide,
     Program,
+    assign_values,
     check_counts,
     check_evidence,
     check_positive,
@@ -189,7 +190,7 @@ class _NUTSBlock:
             z = self._kernel.sample(z)
         at = {name: self._program.under_plate(name, x.detach()[None]) for name, x in z.items()}
         others = {name: value for name, value in state.values.items() if name not in self._names}
-        with Assign(self._program, others, state.token_scores), Unconstrained(at):
+        with assign_values(self._program, others, state.token_log_prob), Assign(Unconstrained(at).assignments()):
             return run_particles(self._program, None, 1)
 
     def _condition(self, state: Particles) -> dict[str, Tensor]:

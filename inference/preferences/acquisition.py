@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
-from bayeslm.inference.control.exploration import Exploration, Thompson
+from bayeslm.inference.control import Exploration, Thompson
 from bayeslm.inference.program import check_counts, check_positive
 
 
@@ -106,11 +106,11 @@ class Tilted(Exploration):
     :raises ValueError: if ``beta`` is not positive and finite.
     """
 
-    samples: ClassVar[bool] = True
+    needs_draws: ClassVar[bool] = True
     beta: float = 1.0
 
     def __post_init__(self) -> None:
         check_positive(self, "beta")
 
-    def _law(self, values: Tensor) -> Tensor:
+    def _probabilities(self, values: Tensor) -> Tensor:
         return (values / self.beta).softmax(-1).mean(0)

@@ -1,16 +1,17 @@
 """A Pyro program as engines see it: its sites and plates, its particles, and the posterior that they give."""
 
-from .assign import Assign, same_law
+from .assign import assign_values, same_distribution
 from .checks import check_counts, check_positive
-from .errors import ProgramError
+from .errors import EvidenceError, ProgramError
 from .guides import AutoPolicy, PolicyGuide, as_law
-from .handlers import PROMPTS, Arbitrary, Epochs
-from .partial import History
+from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, Epochs
+from .interruption import RunError, SoFar, keeping
+from .partial import PartialRun
 from .particles import Particles
-from .program import PARTICLES, STEPS, Program, Site, in_prompts, inspect, look, sample_sites, seeded
+from .program import STEPS, Program, Site, in_prompts, inspect, inspect_or_reuse, sample_sites, seeded
 from .random_states import RandomStates
-from .results import EvidenceError, Stopwatch, carry, check_evidence, draw, posterior, prompt_labels
-from .run import run_particles, site_terms, site_value, token_scores, traces
+from .results import Stopwatch, check_evidence, posterior, prompt_labels
+from .run import draw, particles_of, run_particles, score_sites, site_value, traces
 from .tensors import along, to_numpy
 
 __all__ = [
@@ -19,36 +20,40 @@ __all__ = [
     "STEPS",
     "Arbitrary",
     "Assign",
+    "Assignment",
     "AutoPolicy",
     "Epochs",
     "EvidenceError",
-    "History",
+    "PartialRun",
     "Particles",
     "PolicyGuide",
     "Program",
     "ProgramError",
     "RandomStates",
+    "RunError",
     "Site",
+    "SoFar",
     "Stopwatch",
     "along",
     "as_law",
-    "carry",
+    "assign_values",
     "check_counts",
     "check_evidence",
     "check_positive",
     "draw",
     "in_prompts",
     "inspect",
-    "look",
+    "inspect_or_reuse",
+    "keeping",
+    "particles_of",
     "posterior",
     "prompt_labels",
     "run_particles",
-    "same_law",
+    "same_distribution",
     "sample_sites",
+    "score_sites",
     "seeded",
-    "site_terms",
     "site_value",
     "to_numpy",
-    "token_scores",
     "traces",
 ]

@@ -1,50 +1,45 @@
-"""Latents of a program that are given their values, where it would draw them."""
+"""Values in the place of a program's latents: the assignments of `handlers.Assign` for values that are known."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from bayeslm.models.lm import Autoregressive
 
+from .handlers import Assign, Assignment
 from .program import Program
 
 
-class Assign(Messenger):
-    """Gives latent sites their values instead of sampling them.
+def assign_values(
+    program: Program, values: Mapping[str, Tensor], token_log_prob: Mapping[str, Tensor] | None = None
+) -> Assign:
+    """Return the handler that puts values in the place of a program's latents.
 
-    :param values: (particle, *batch, *event) by site; a site that is not among them is sampled as ever.
-    :param token_scores: (particle, *batch, token) of completions whose log p is known: where their prompts are those
-        of the first look, so that particles cannot have changed their law, the network does not score them again.
+    :param values: by site, (particle, *batch, *event); sites that are not among them are sampled.
+    :param token_log_prob: by site, log p of the tokens of completions where it is known, (particle, *batch, token).
+        It is used where the site has the prompts it had when the program was inspected, so that the values of other
+        latents cannot have changed its distribution.
     """
+    known = token_log_prob or {}
 
-    def __init__(
-        self, program: Program, values: dict[str, Tensor], token_scores: dict[str, Tensor] | None = None
-    ) -> None:
-        super().__init__()
-        self._program = program
-        self._values = {name: program.under_plate(name, value) for name, value in values.items()}
-        scores = token_scores or {}
-        self._scores = {name: program.under_plate(name, scores[name]) for name in scores if name in values}
+    def assignment(name: str, value: Tensor) -> Callable[[Any], Assignment]:
+        value = program.under_plate(name, value)
+        score = program.under_plate(name, known[name]) if name in known else None
+        inspected = program.sites[name].fn
+        return lambda fn: (value, score if score is not None and same_distribution(fn, inspected) else None)
 
-    def _pyro_sample(self, msg: Any) -> None:
-        name = msg["name"]
-        if name not in self._values or msg["value"] is not None:
-            return
-        msg["value"] = self._values[name]
-        if name in self._scores and same_law(self._program, name, msg["fn"]):
-            msg["fn"].know(msg["value"], self._scores[name])
+    return Assign({name: assignment(name, value) for name, value in values.items()})
 
 
-def same_law(program: Program, name: str, fn: Any) -> bool:
-    """Whether a completion's law is the one of the first look, whatever the particles' other values."""
-    first = program.sites[name].fn
-    if not isinstance(fn, Autoregressive) or fn.lm is not first.lm or fn.temperature != first.temperature:
+def same_distribution(fn: Any, other: Any) -> bool:
+    """Whether two distributions of completions are equal: one network, one temperature, the same prompts."""
+    if not isinstance(fn, Autoregressive) or fn.lm is not other.lm or fn.temperature != other.temperature:
         return False
-    mask, first_mask = fn.prompt_mask, first.prompt_mask
-    if mask is None or first_mask is None:
-        return mask is first_mask and torch.equal(fn.prompt_ids, first.prompt_ids)
-    return torch.equal(fn.prompt_ids, first.prompt_ids) and torch.equal(mask, first_mask)
+    mask, other_mask = fn.prompt_mask, other.prompt_mask
+    if mask is None or other_mask is None:
+        return mask is other_mask and torch.equal(fn.prompt_ids, other.prompt_ids)
+    return torch.equal(fn.prompt_ids, other.prompt_ids) and torch.equal(mask, other_mask)

@@ -1,4 +1,4 @@
-"""What is wrong with a program, said so that its author knows what to do."""
+"""Errors of programs, whose messages say what to do, and the context that explains Python's own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from pyro.distributions import Unit
 
 
 class ProgramError(ValueError):
-    """The program is not one that inference can run, or a term of its log-joint is not a number."""
+    """Inference cannot run the program, or a term of its log-joint is NaN or +inf."""
+
+
+class EvidenceError(ProgramError):
+    """No particle has positive posterior probability, so there are no draws to return.
+
+    ``survivors``: by `SMC`, the texts that were alive until the step at which all particles died.
+    """
+
+    survivors: tuple[str, ...] = ()
 
 
 _BRANCHES = ("is ambiguous", "only one element tensors", "a Tensor with", "only integer tensors of a single element")
@@ -17,11 +26,11 @@ _BRANCHES = ("is ambiguous", "only one element tensors", "a Tensor with", "only 
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Around a run of a program: says why one whose Python code asks for one value cannot be run for all prompts and
-    particles at once.
+    """Explain errors of a program whose Python code needs a single value, where engines run many particles at once.
 
-    A factor that is not a number passes, to where its text is told (`runs.site_terms`): Pyro's own check of it shows
-    all factors and no text.
+    A factor that is NaN passes, to `run.score_sites`, whose error shows its text; Pyro's own check, when the factor is
+    made, shows all factors and no text. Pyro makes the factor's `Unit` distribution inside `pyro.factor`, and offers no
+    argument or handler that turns off this one check: the class attribute that it reads is replaced for the block.
     """
     own = vars(Unit).get("_validate_args")
     Unit._validate_args = False

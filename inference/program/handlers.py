@@ -14,7 +14,7 @@ have squared. So here a minibatch is an ordinary program of b prompts, without a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from .program import Program
 
 PROMPTS = "prompts"  # the plate whose elements are posteriors of their own
+PARTICLES = "_particles"  # the outermost plate, which engines add
+Assignment = tuple[Tensor, Tensor | None]
+"""A value, and the log-probabilities of a completion's tokens where they are known."""
 
 
 class Minibatch(Messenger):
@@ -79,11 +82,32 @@ class Minibatch(Messenger):
 
 
 class Arbitrary(Messenger):
-    """Gives completions arbitrary tokens instead of running the network."""
+    """Replace the sampling of completions by arbitrary tokens, so that no network runs."""
 
     def _pyro_sample(self, msg: Any) -> None:
         if isinstance(msg["fn"], Autoregressive) and msg["value"] is None:
             msg["value"] = msg["fn"].arbitrary()
+
+
+class Assign(Messenger):
+    """Put values in the place of latent sites, which are then not sampled.
+
+    :param assignments: by site, a function from the site's distribution, whose outermost plate is that of the
+        particles, to the value (particle, *plates, *event) and, of a completion whose log-probabilities are known,
+        those of its tokens (particle, *plates, token), else None. They travel on the trace's node, as
+        ``token_log_prob``, to `run.score_sites`.
+    """
+
+    def __init__(self, assignments: Mapping[str, Callable[[Any], Assignment]]) -> None:
+        super().__init__()
+        self._assignments = assignments
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["value"] is not None or msg["name"] not in self._assignments:
+            return
+        msg["value"], known = self._assignments[msg["name"]](msg["fn"])
+        if known is not None:
+            msg["token_log_prob"] = known
 
 
 class Epochs:

@@ -1,14 +1,15 @@
-"""A program run in parts: up to its next completion, with the latents that particles have so far.
+"""A program run in parts: to its next completion, with the latents that particles have so far.
 
-Resampling exchanges particles in mid-program, and values that Python has already computed from them are then
-another particle's. So the program is never resumed: it is run again from its start, with the latents so far given
-(no network runs for them), and goes on from there. Terms that were there before must come out as the resampled
+Resampling exchanges particles in mid-program, and values that Python has already computed from them are then those of
+another particle. So the program is never continued: it is run again from its start, with the latents so far assigned
+(no network runs for them), up to the next completion. Terms of the sites before must come out as the resampled
 particles carried them; where they do not, the program mixes particles, and cannot be split.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,31 +23,36 @@ from torch import Tensor
 
 from bayeslm.models.lm import Autoregressive
 
-from .assign import same_law
+from .assign import same_distribution
 from .errors import ProgramError, explained
+from .handlers import PARTICLES, Assign, Assignment
 from .particles import Particles
-from .program import PARTICLES, Program, sample_sites
-from .run import run_particles, site_terms, site_value
+from .program import Program, sample_sites
+from .run import run_particles, score_sites, site_value
 
 
-class _Reached(BaseException):  # which a program's own `except Exception` lets through
-    """The program has come to where this part of it ends."""
+class _Stopped(BaseException):  # which a program's own `except Exception` lets through
+    """The program has reached the site at which this part of it ends."""
 
 
 @dataclass
 class Written:
-    """A completion that particles have: its tokens' scores (particle, *batch, token) and whose prompts they follow."""
+    """A completion that particles have: log p of its tokens (particle, *batch, token), and the prompts it continues."""
 
-    scores: Tensor
+    token_log_prob: Tensor
     prompt_ids: Tensor  # (particle, *batch, length)
     prompt_mask: Tensor
 
 
 @dataclass
-class History:
-    """Particles in mid-program: latents so far, and the terms (particle, weight prompt) of sites before the next.
+class PartialRun:
+    """Particles in mid-program.
 
-    ``retained`` has values (slot, *batch, *event) that the particles ``slots`` take instead of drawing their own.
+    :param size: the number of particles.
+    :param retained: by site, values (slot, *batch, *event) that the particles ``slots`` have in the place of draws.
+    :param values: the latents so far, (particle, *batch, *event).
+    :param written: the completions among them.
+    :param terms: of the sites before the next completion, (particle, weight prompt).
     """
 
     program: Program
@@ -58,12 +64,12 @@ class History:
     terms: dict[str, Tensor] = field(default_factory=dict)
 
     def select(self, index: Tensor) -> None:
-        """Particles become those that ``index`` (particle, weight prompt) names."""
+        """Replace the particles by those that ``index`` (particle, weight prompt) names."""
         take = self.program.take
         self.values = {name: take(name, value, index) for name, value in self.values.items()}
         self.terms = {name: term.gather(0, index) for name, term in self.terms.items()}
-        for name, was in self.written.items():
-            parts = (was.scores, was.prompt_ids, was.prompt_mask)
+        for name, old in self.written.items():
+            parts = (old.token_log_prob, old.prompt_ids, old.prompt_mask)
             self.written[name] = Written(*(take(name, part, index) for part in parts))
 
     @property
@@ -77,66 +83,103 @@ class History:
         return all(site.name in self.values for site in self.program.completions)
 
     def advance(self) -> tuple[str, Autoregressive]:
-        """Run to the next completion: its site and law.
+        """Run to the next completion and return its site's name and distribution.
 
-        Latents on the way are drawn from the prior. New terms are left in ``terms``.
+        Latents before it are drawn from the prior, and new terms are added to ``terms``.
 
-        :raises ProgramError: if a term that was there before has changed.
+        :raises ProgramError: if an earlier term has changed.
         """
-        trace, law = self._run(self.values, stop="completion")
-        self._note(trace)
+        trace, reached = self._run(self.values, stop="completion")
+        self._add_terms(trace)
         for name, node in sample_sites(trace):
             site = self.program.sites[name]
             if site.kind == "latent" and name not in self.values:
                 self.values[name] = site_value(site, node["value"], self.size)
-        if law is None:
+        if reached is None:
             missing = [site.name for site in self.program.completions if site.name not in self.values]
             raise ProgramError(f"site {missing[0]!r} is gone: the program's sites depend on its latents")
-        return law
+        return reached
 
-    def begin(self, name: str, law: Autoregressive) -> None:
-        """Note the prompts of a completion that is to be written."""
-        ids, mask = _prompts(law, (self.size, *self.program.sites[name].shape[:-1]))
+    def begin(self, name: str, fn: Autoregressive) -> None:
+        """Record the prompts of a completion that is to be written."""
+        ids, mask = _prompts(fn, (self.size, *self.program.sites[name].shape[:-1]))
         self.written[name] = Written(torch.zeros_like(ids), ids, mask)
 
-    def write(self, name: str, value: Tensor, scores: Tensor) -> None:
-        """Give particles the completion of a site: tokens and scores, of any shape with (particle, *batch, token)."""
+    def write(self, name: str, value: Tensor, token_log_prob: Tensor) -> None:
+        """Record the completions of a site and log p of their tokens, both reshaped to (particle, *batch, token)."""
         shape = (self.size, *self.program.sites[name].shape)
         self.values[name] = value.reshape(shape)
-        self.written[name].scores = scores.reshape(shape)
+        self.written[name].token_log_prob = token_log_prob.reshape(shape)
 
     def terms_with(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Terms (particle, prompt) of the factors and observations that follow, up to the next latent.
+        """Return the terms (particle, prompt) of the factors and observations that follow, up to the next latent.
 
         :param values: the latents so far, of any number of particles, with a completion to try.
         """
         trace, _ = self._run(values, stop="latent")
         skip = {*self.terms, *(site.name for site in self.program.latents)}
-        return site_terms(self.program, trace, len(next(iter(values.values()))), skip=skip)
+        return score_sites(self.program, trace, len(next(iter(values.values()))), skip=skip)
 
     def finish(self) -> Particles:
-        """Run the whole program at its latents: particles as every engine has them."""
-        with _Given(self, self.values, self.written):
+        """Run the complete program at its latents and return its particles."""
+        with Assign(self._assignments(self.values, self.written)):
             particles = run_particles(self.program, None, self.size)
         self._check({name: particles.log_likelihood[name] for name in self.terms if name in particles.log_likelihood})
         return particles
 
     def _run(self, values: dict[str, Tensor], stop: str) -> tuple[Trace, tuple[str, Autoregressive] | None]:
+        """Run to the first "completion", or "latent", without a value; return the trace, and the site there."""
         size = len(next(iter(values.values()))) if values else self.size
-        tracer = poutine.trace()
-        given = _Given(self, values, self.written if stop == "completion" else {}, stop)
+        tracer, stopper = poutine.trace(), _Stop(self.program, stop)
+        assign = Assign(self._assignments(values, self.written if stop == "completion" else {}, draws=stop != "latent"))
         plate = pyro.plate(PARTICLES, size, dim=-1 - self.program.max_plate_nesting)
-        with contextlib.suppress(_Reached), explained(), torch.no_grad(), tracer, given, plate:
+        with contextlib.suppress(_Stopped), explained(), torch.no_grad(), tracer, stopper, assign, plate:
             self.program.model(*self.program.args, **self.program.kwargs)
         trace = prune_subsample_sites(tracer.trace)
         for name, _ in sample_sites(trace):
             if name not in self.program.sites:
                 raise ProgramError(f"site {name!r} was not there before: the program's sites depend on its latents")
-        return trace, given.law
+        return trace, stopper.reached
 
-    def _note(self, trace: Trace) -> None:
+    def _assignments(
+        self, values: dict[str, Tensor], written: dict[str, Written], *, draws: bool = True
+    ) -> dict[str, Callable[[Any], Assignment]]:
+        """Return the assignments of the latents so far and, where the rest is drawn, of retained values among it."""
+
+        def of_value(name: str, value: Tensor) -> Callable[[Any], Assignment]:
+            value = self.program.under_plate(name, value)
+            return lambda fn: (value, self._known(name, fn) if name in written else None)
+
+        def of_retained(name: str) -> Callable[[Any], Assignment]:
+            def assignment(fn: Any) -> Assignment:
+                value = fn().detach()
+                value[self.slots] = self.program.under_plate(name, self.retained[name])
+                return value, None
+
+            return assignment
+
+        assignments = {name: of_value(name, value) for name, value in values.items()}
+        others = [site for site in self.program.latents if site.name in self.retained and site.name not in values]
+        return assignments | {site.name: of_retained(site.name) for site in others if draws and not site.is_completion}
+
+    def _known(self, name: str, fn: Autoregressive) -> Tensor:
+        """Return log p of the tokens of a written completion, under the particle plate.
+
+        :raises ProgramError: if its prompts are no longer those it was written under.
+        """
+        old = self.written[name]
+        if not same_distribution(fn, self.program.sites[name].fn):
+            ids, mask = _prompts(fn, old.prompt_ids.shape[:-1])
+            if not _same_prompts(old.prompt_ids, old.prompt_mask, ids, mask):
+                raise ProgramError(
+                    f"the prompts of site {name!r} are others since particles were resampled: they depend on more than "
+                    "each particle's own latents, and SMC cannot split such a program"
+                )
+        return self.program.under_plate(name, old.token_log_prob)
+
+    def _add_terms(self, trace: Trace) -> None:
         completions = {site.name for site in self.program.completions}
-        found = site_terms(self.program, trace, self.size, skip=completions)
+        found = score_sites(self.program, trace, self.size, skip=completions)
         terms = {name: self.program.pooled(term) for name, term in found.items()}
         self._check({name: term for name, term in terms.items() if name in self.terms})
         if missing := self.terms.keys() - terms.keys():
@@ -153,66 +196,35 @@ class History:
                 )
 
 
-class _Given(Messenger):
-    """Gives latents their values, and stops at the first "completion", or "latent", that has none."""
+class _Stop(Messenger):
+    """Stop the program at its first "completion", or "latent", without a value; ``reached`` is the completion's."""
 
-    def __init__(
-        self,
-        history: History,
-        values: dict[str, Tensor],
-        written: dict[str, Written],
-        stop: str | None = None,
-    ) -> None:
+    def __init__(self, program: Program, at: str) -> None:
         super().__init__()
-        self.law: tuple[str, Autoregressive] | None = None
-        self._history = history
-        self._program = history.program
-        self._values = values
-        self._written = written
-        self._stop = stop
+        self._program, self._at = program, at
+        self.reached: tuple[str, Autoregressive] | None = None
 
     def _pyro_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
         site = self._program.sites.get(name)
         if site is None or site.kind != "latent" or msg["value"] is not None:
             return
-        if name in self._values:
-            value = self._program.under_plate(name, self._values[name])
-            if name in self._written:
-                self._know(name, fn, value)
-            msg["value"] = value
-        elif isinstance(fn, Autoregressive) and self._stop is not None:
-            self.law = (name, fn)
-            raise _Reached
-        elif self._stop == "latent":
-            raise _Reached
-        elif name in self._history.retained:
-            value = fn().detach()
-            value[self._history.slots] = self._program.under_plate(name, self._history.retained[name])
-            msg["value"] = value
-
-    def _know(self, name: str, fn: Autoregressive, value: Tensor) -> None:
-        """Hand the law the scores of what was written under it."""
-        was = self._written[name]
-        if not same_law(self._program, name, fn):
-            ids, mask = _prompts(fn, was.prompt_ids.shape[:-1])
-            if not _same_prompts(was.prompt_ids, was.prompt_mask, ids, mask):
-                raise ProgramError(
-                    f"the prompts of site {name!r} are others since particles were resampled: they depend on more than "
-                    "each particle's own latents, and SMC cannot split such a program"
-                )
-        fn.know(value, self._program.under_plate(name, was.scores))
+        if isinstance(fn, Autoregressive):
+            self.reached = (name, fn)
+            raise _Stopped
+        if self._at == "latent":
+            raise _Stopped
 
 
-def _prompts(law: Autoregressive, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Ids and mask (particle, *batch, length) of every completion's prompt."""
-    mask = torch.ones_like(law.prompt_ids) if law.prompt_mask is None else law.prompt_mask
-    ids, mask = (x.expand(*law.batch_shape, -1).reshape(*shape, -1) for x in (law.prompt_ids, mask))
+def _prompts(fn: Autoregressive, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return ids and mask (particle, *batch, length) of the prompt of every completion."""
+    mask = torch.ones_like(fn.prompt_ids) if fn.prompt_mask is None else fn.prompt_mask
+    ids, mask = (x.expand(*fn.batch_shape, -1).reshape(*shape, -1) for x in (fn.prompt_ids, mask))
     return ids, mask
 
 
 def _same_prompts(ids: Tensor, mask: Tensor, other: Tensor, other_mask: Tensor) -> bool:
-    """Whether left-padded prompts agree, whatever their padding."""
+    """Return whether left-padded prompts are equal, without regard to their padding."""
     length = max(ids.shape[-1], other.shape[-1])
 
     def widened(ids: Tensor, mask: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""A Pyro program as the engines see it: its sites and its plates.
+"""A Pyro program as engines see it: its sites and its plates.
 
-A program is looked at once (`inspect`): which sites are latent, which sit inside the plate ``prompts``, and so
-whether its posterior factorises over prompts. `runs` runs it for many particles at once.
+A program is inspected once, by a run without its networks: which sites are latent, which are inside the plate
+``prompts``, and so whether its posterior factorises over prompts. `run` runs it for many particles at once.
 """
 
 from __future__ import annotations
@@ -28,21 +28,29 @@ from .handlers import PROMPTS, Arbitrary, Minibatch
 from .random_states import RandomStates
 from .tensors import along
 
-PARTICLES = "_particles"
-STEPS = "steps"  # a plate over the steps of a trajectory: the term of each reads nothing later
+STEPS = "steps"  # a plate over the steps of a trajectory: the term of a step depends on nothing later
 
 
 @dataclass(frozen=True)
 class Site:
-    """A sample statement: ``kind`` is "latent", "observed" (factors too) or "deterministic"."""
+    """A sample statement of a program.
+
+    :param kind: "latent", "observed" (factors too) or "deterministic".
+    :param fn: its distribution when the program was inspected.
+    :param shape: of its value, (*batch, *event).
+    :param plates: the plate of each batch dimension, by its negative index.
+    :param batch_dims: the number of batch dimensions.
+    :param value: its value when the program was inspected.
+    :param masked: whether a mask hides some of its log-probabilities.
+    """
 
     name: str
     kind: str
     fn: Any
     shape: tuple[int, ...]
-    plates: dict[int, str]  # negative batch dim -> plate
+    plates: dict[int, str]
     batch_dims: int
-    value: Tensor  # in the first look
+    value: Tensor
     masked: bool
 
     @property
@@ -51,7 +59,7 @@ class Site:
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether it is many observations, in plates of which none is that of the prompts."""
+        """Whether it holds many observations, in plates that do not include the prompts'."""
         return self.kind == "observed" and self.value.numel() > 0 and bool(self.plates) and not self.in_prompts
 
     @property
@@ -60,7 +68,7 @@ class Site:
 
     @property
     def dims(self) -> tuple[str, ...]:
-        """Names of the axes of a value, (*batch, *event)."""
+        """The names of the axes of its value, (*batch, *event)."""
         event = len(self.shape) - self.batch_dims
         names = {dim: "prompt" if plate == PROMPTS else plate for dim, plate in self.plates.items()}
         batch = [names.get(i - self.batch_dims, f"{self.name}_batch_{i}") for i in range(self.batch_dims)]
@@ -71,13 +79,21 @@ class Site:
 
 @dataclass(frozen=True)
 class Program:
-    """A model with its arguments, looked at.
+    """An inspected model with its arguments.
 
-    ``shared``: some latent or factor sits outside the plate ``prompts``, so all prompts are one posterior and
-    the prompt axis of weights has length 1.
+    Where the plate of prompts is subsampled, a run has ``num_prompts`` of its ``full_size`` prompts: those of
+    ``minibatch`` or, if that is None, all of them, one chunk after another (`chunks`).
 
-    Where the plate is subsampled, ``num_prompts`` of its ``full_size`` prompts are in a run: those of ``minibatch``,
-    or, if that is None, all of them in turn (`chunks`). ``whole`` is the program that a minibatch is part of.
+    :param sites: in the order of the program.
+    :param max_plate_nesting: the number of batch dimensions that its plates use.
+    :param prompt_dim: the batch dimension of the plate of prompts, negative; None without that plate.
+    :param num_prompts: the prompts of one run; 1 without that plate.
+    :param shared: whether a latent or factor is outside the plate of prompts: all prompts are then one posterior, and
+        the prompt axis of weights has length 1.
+    :param device: where terms are summed, on whichever device a reward was computed.
+    :param full_size: the size of the plate of prompts.
+    :param minibatch: indices (num_prompts,) of the prompts of this program, if they are a minibatch.
+    :param whole: the program of all prompts, of which this one has a minibatch.
     """
 
     model: Callable[..., Any]
@@ -88,9 +104,9 @@ class Program:
     prompt_dim: int | None
     num_prompts: int
     shared: bool
-    device: torch.device  # where sums are taken, whichever device a reward was computed on
+    device: torch.device
     full_size: int
-    minibatch: Tensor | None = None  # indices (num_prompts,)
+    minibatch: Tensor | None = None
     whole: Program | None = None
 
     @property
@@ -103,54 +119,57 @@ class Program:
 
     @property
     def weight_prompts(self) -> int:
-        """Length of the prompt axis of weights."""
+        """The length of the prompt axis of weights."""
         return 1 if self.shared else self.num_prompts
 
     @property
     def max_particles(self) -> int:
-        """Particles that one vectorised run takes in bounded memory."""
+        """The most particles that one vectorised run holds in bounded memory."""
         runs = self.chunks if self.in_chunks else [self]
         rows = [site.fn.max_rows // max(1, site.fn.batch_shape.numel()) for run in runs for site in run.completions]
         return max(1, min(rows, default=8192))
 
     @property
     def in_chunks(self) -> bool:
-        """Whether one run has not all prompts that this program is of."""
+        """Whether one run has fewer prompts than the program."""
         return self.minibatch is None and self.num_prompts < self.full_size
 
     @property
     def scale(self) -> float:
-        """N / b, which makes a sum over a minibatch an estimate of that over all prompts."""
+        """N / b: times this, a sum over a minibatch estimates the sum over all prompts."""
         return self.full_size / self.num_prompts
 
     def on(self, prompts: Tensor) -> Program:
-        """The program of a minibatch alone; what the first look saw of its prompts (``fn``, ``value``) is of others."""
+        """Return the program of a minibatch (num_prompts,); its sites' ``fn`` and ``value`` are of other prompts."""
         return replace(self, minibatch=prompts, whole=self.whole or self)
 
     def pinned(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """The model or a guide, with the minibatch's prompts alone."""
-        assert not self.in_chunks, "a run has a minibatch of the prompts: say which, with `on`"
+        """Return the model, or a guide, with the minibatch's prompts alone."""
+        assert not self.in_chunks, "a run has a minibatch of the prompts: choose it with `on`"
         return fn if self.minibatch is None else Minibatch(self.minibatch)(fn)
 
     @cached_property
     def chunks(self) -> list[Program]:
-        """Minibatches that have all prompts between them, each looked at; the last begins in the one before it."""
+        """Minibatches that cover all prompts, each inspected; the last may overlap with the one before."""
         starts = [*range(0, self.full_size - self.num_prompts, self.num_prompts), self.full_size - self.num_prompts]
         parts = [torch.arange(start, start + self.num_prompts) for start in starts]
-        return [replace(_first_look(self.model, self.args, self.kwargs, prompts), whole=self) for prompts in parts]
+        return [replace(_inspect(self.model, self.args, self.kwargs, prompts), whole=self) for prompts in parts]
 
     def side_by_side(self, parts: Sequence[Tensor], axis: int) -> Tensor:
-        """What each of the `chunks` has, with all prompts along the axis that had the chunk's."""
+        """Join one tensor of each of the `chunks` along the axis of prompts."""
         overlap = len(parts) * self.num_prompts - self.full_size
         return torch.cat([*parts[:-1], parts[-1].narrow(axis, overlap, self.num_prompts - overlap)], axis)
 
     def under_plate(self, name: str, value: Tensor) -> Tensor:
-        """A site's value (particle, *batch, *event) as the program sees it, particles in the outermost plate."""
+        """Return a site's value (particle, *batch, *event) with the particles in the outermost plate."""
         between = (1,) * (self.max_plate_nesting - self.sites[name].batch_dims)
         return value.reshape(len(value), *between, *value.shape[1:])
 
     def terms(self, log_prob: Tensor, num_particles: int, in_prompts: bool) -> Tensor:
-        """A site's log_prob, batch-shaped under the particle plate, as (particle, prompt); prompt 1 if outside."""
+        """Return a site's log_prob, batch-shaped under the particle plate, as (particle, prompt).
+
+        :param in_prompts: whether the site is inside the plate of prompts; else the prompt axis has length 1.
+        """
         particles = (num_particles,) + (1,) * self.max_plate_nesting
         log_prob = log_prob.expand(broadcast_shape(log_prob.shape, particles))
         log_prob = log_prob.to(self.device)
@@ -160,35 +179,39 @@ class Program:
         return log_prob.reshape(num_particles, log_prob.shape[1], -1).sum(-1)
 
     def pooled(self, term: Tensor) -> Tensor:
-        """A term (particle, prompt) as weights have it: (particle, 1) where prompts are one posterior."""
+        """Return a term (particle, prompt) in the shape of weights: (particle, 1) where prompts are one posterior."""
         if self.shared:
             return term.sum(-1, keepdim=True)
         return term.expand(-1, self.num_prompts)
 
+    def global_index(self, prompt: int) -> int:
+        """Return the global index of a minibatch's prompt."""
+        return prompt if self.minibatch is None else int(self.minibatch[prompt])
+
     def take(self, name: str, value: Tensor, index: Tensor) -> Tensor:
-        """A site's value (particle, *batch, ...) of the particles that ``index`` (draw, prompt) names."""
+        """Return a site's value (particle, *batch, ...) at the particles that ``index`` (draw, prompt) names."""
         if self.shared:
             return value[index[:, 0].to(value.device)]
         return along(value, 1 + self.sites[name].dims.index("prompt"), index)
 
 
 def sample_sites(trace: Trace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names and nodes of a trace's sample statements (factors and observations among them)."""
+    """Yield names and nodes of a trace's sample statements, factors and observations included."""
     return ((name, dict(node)) for name, node in trace.nodes.items() if node["type"] == "sample")
 
 
 def in_prompts(node: dict[str, Any]) -> bool:
-    """Whether a trace's node stands inside the plate of prompts."""
+    """Return whether a trace's node is inside the plate of prompts."""
     return any(frame.name == PROMPTS for frame in node["cond_indep_stack"])
 
 
 def inspect(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Program:
-    """Run the program once, without its networks, and note its sites.
+    """Run the program once, without its networks, and return it with its sites.
 
     :raises ProgramError: if it has no latent site, or one that engines would weigh wrongly: in a subsampled plate,
         under `poutine.scale`, or with a batch dimension that no plate declares.
     """
-    program = look(None, model, args, kwargs)
+    program = inspect_or_reuse(None, model, args, kwargs)
     if program.num_prompts < program.full_size:
         raise ProgramError(
             f"the plate {PROMPTS!r} is subsampled, {program.num_prompts} prompts of {program.full_size}, and this "
@@ -198,10 +221,10 @@ def inspect(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Program:
     return program
 
 
-def _first_look(
+def _inspect(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], prompts: Tensor | None = None
 ) -> Program:
-    """As `inspect`, of these prompts if the plate of prompts is subsampled; else of the first."""
+    """Inspect a program; of these prompts, or of the first ones, if its plate of prompts is subsampled."""
     minibatch = Minibatch(prompts)
     with (
         seeded(0),
@@ -270,10 +293,14 @@ def _first_look(
     )
 
 
-def look(program: Program | None, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-    """The program of a model and its arguments, looked at anew if it is not the one at hand.
+def inspect_or_reuse(
+    program: Program | None, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Program:
+    """Return ``program`` if it is of this model and these arguments; else inspect them.
 
-    Its plate of prompts may be subsampled; else as `inspect`.
+    The plate of prompts may be subsampled.
+
+    :raises ProgramError: as `inspect`.
     """
     if (
         program is not None
@@ -284,11 +311,11 @@ def look(program: Program | None, model: Callable[..., Any], args: tuple[Any, ..
         and all(_same(program.kwargs[name], kwargs[name]) for name in kwargs)
     ):
         return program
-    return _first_look(model, args, kwargs)
+    return _inspect(model, args, kwargs)
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether arguments are one object, or equal texts and numbers (prompts are often listed anew at every step)."""
+    """Return whether arguments are one object, or equal texts and numbers (prompts are often listed at each step)."""
     if a is b:
         return True
     if type(a) is not type(b):
@@ -306,7 +333,7 @@ def _is_one(scale: Any) -> bool:
 
 @contextlib.contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Run with torch, numpy and random seeded, and put their states back after; None changes nothing."""
+    """Seed torch, NumPy and Python's random for the block and restore their states after it; None changes nothing."""
     if seed is None:
         yield
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,23 +11,17 @@ import torch
 from torch import Tensor
 
 from bayeslm import diagnostics
-from bayeslm.models.lm.network import count_usage
+from bayeslm.models.lm import count_usage
 from bayeslm.posterior import Posterior
-from bayeslm.progress import track
 
-from .errors import ProgramError
+from .errors import EvidenceError
 from .particles import Particles
 from .program import Program
-from .run import run_particles
 from .tensors import to_numpy
 
 
-class EvidenceError(ProgramError):
-    """No particle has positive posterior probability: there is nothing to give draws of."""
-
-
 class Stopwatch:
-    """Seconds inside its block, with what the networks did meanwhile: the start of every engine's ``stats``."""
+    """Measure the seconds of its block and count the networks' work in it: the start of every engine's ``stats``."""
 
     def __enter__(self) -> Stopwatch:
         self._counting = count_usage()
@@ -42,58 +35,19 @@ class Stopwatch:
     def seconds(self) -> float:
         return time.perf_counter() - self._start
 
-    def used(self) -> dict[str, Any]:
-        """What there is to `go_on` from, as numbers."""
+    def snapshot(self) -> dict[str, Any]:
+        """The counts so far, as numbers, for `resume`."""
         return {"seconds": self.seconds()} | self.usage.numbers()
 
-    def go_on(self, seconds: float, **numbers: Any) -> None:
-        """Count from there: what a run took that is gone on with."""
+    def resume(self, seconds: float, **numbers: Any) -> None:
+        """Count on from a `snapshot`: the work of a run that is resumed."""
         self._start = time.perf_counter() - seconds
         self.usage.go_on(**numbers)
 
-    def read(self) -> dict[str, Any]:
-        """``seconds``, ``tokens``, ``model_calls``; ``mismatch``, the largest and the mean a token, if any was seen."""
-        read = {"seconds": self.seconds(), "tokens": self.usage.tokens, "model_calls": self.usage.model_calls}
-        return read if self.usage.mismatch is None else read | {"mismatch": list(self.usage.mismatch)}
-
-
-def draw(
-    program: Program,
-    guide: Callable[..., Any] | None,
-    num_particles: int,
-    *,
-    batch_size: int | None = None,
-    vectorize: bool = True,
-    progress: bool = False,
-    what: str = "particles",
-) -> tuple[Particles, bool]:
-    """Particles, run in batches of bounded memory, and whether Ctrl-C cut them short (what is drawn is kept).
-
-    An exception on the way (a reward that raises) carries the particles drawn before it as ``error.particles``.
-    """
-    size = batch_size or program.max_particles
-    parts: list[Particles] = []
-    with track(what, num_particles, progress) as report:
-        for done in range(0, num_particles, size):
-            n = min(size, num_particles - done)
-            try:
-                parts.append(run_particles(program, guide, n, vectorize=vectorize))
-            except KeyboardInterrupt:
-                if not parts:
-                    raise
-                return Particles.concatenate(parts), True
-            except Exception as error:
-                if parts:
-                    carry(error, Particles.concatenate(parts), f"the {done} particles drawn before")
-                raise
-            report(n)
-    return Particles.concatenate(parts), False
-
-
-def carry(error: Exception, particles: Particles, what: str) -> None:
-    """Let an error take along the particles that are there, and say so."""
-    error.particles = particles  # type: ignore[attr-defined]
-    error.add_note(f"{what} are kept in this error's .particles")
+    def stats(self) -> dict[str, Any]:
+        """Return ``seconds``, ``tokens``, ``model_calls``, and ``mismatch`` (the largest, the mean a token) if any."""
+        stats = {"seconds": self.seconds(), "tokens": self.usage.tokens, "model_calls": self.usage.model_calls}
+        return stats if self.usage.mismatch is None else stats | {"mismatch": list(self.usage.mismatch)}
 
 
 def posterior(

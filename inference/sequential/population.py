@@ -9,7 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayeslm.inference.program import EvidenceError, History, Particles, Program, ProgramError, prompt_labels, to_numpy
+from bayeslm.inference.program import (
+    EvidenceError,
+    PartialRun,
+    Particles,
+    Program,
+    ProgramError,
+    prompt_labels,
+    to_numpy,
+)
 from bayeslm.models.lm.decoding import Steps
 
 from .resampling import RESAMPLING, conditional_multinomial, ess, keep_in_place
@@ -65,7 +73,7 @@ class Islands:
         self.size = size
         device = program.device
         slots = torch.arange(chains, device=device) * size
-        self.history = History(program, chains * size, retained=retained or {}, slots=slots)
+        self.history = PartialRun(program, chains * size, retained=retained or {}, slots=slots)
         self.log_weights = torch.zeros((chains * size, program.weight_prompts), device=device)
         self.log_z = torch.zeros((chains, program.weight_prompts), device=device)
         self.roots = torch.arange(size, device=device).repeat(chains)[:, None].repeat(1, program.weight_prompts)
@@ -179,7 +187,7 @@ class Islands:
             before = steps.values.clone()
             before[:, steps.t - 1] = law.lm.pad_token_id
             texts = [str(text) for text in law.decode(before[rows[alive].reshape(-1)])]
-            error.survivors = texts  # type: ignore[attr-defined]
+            error.survivors = tuple(texts)
             shown = ", ".join(repr(text) for text in texts[:3])
             error.add_note(f"alive until then ({len(texts)}, kept in this error's .survivors): {shown}")
         error.add_note("use more particles, a softer constraint, or a twist or proposal that knows of it")

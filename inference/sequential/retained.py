@@ -18,7 +18,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from bayeslm.inference.program import Assign, Particles, Program, ProgramError, prompt_labels, run_particles
+from bayeslm.inference.program import Particles, Program, ProgramError, assign_values, prompt_labels, run_particles
 from bayeslm.posterior import Posterior
 
 _REFUSED = {
@@ -79,7 +79,7 @@ def retained_particles(
     parts = []
     for i in range(0, num_chains, size):
         some = {name: value[i : i + size] for name, value in values.items()}
-        with _Known(program), Assign(program, some):
+        with _Known(program), assign_values(program, some):
             parts.append(run_particles(program, guide, min(size, num_chains - i), vectorize=vectorize))
     particles = Particles.concatenate(parts)
     expected = flat(retained.log_joint).to(particles.log_joint)
@@ -101,8 +101,8 @@ def retained_values(program: Program, retained: Posterior, num_chains: int) -> d
 
 def in_front(kept: Particles, particles: Particles) -> Particles:
     """Particles, chain-major, with the first of each chain replaced by the chain's one of ``kept``."""
-    chains = len(kept.log_prior)
-    each = len(particles.log_prior) // chains
+    chains = len(kept)
+    each = len(particles) // chains
     index = chains + torch.arange(chains * each).reshape(chains, each)
     index[:, :1] = torch.arange(chains)[:, None]
     return Particles.concatenate([kept, particles])[index.flatten().to(kept.log_prior.device)]

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from bayeslm.inference.program import (
-    History,
+    PartialRun,
     Program,
     ProgramError,
     Stopwatch,
@@ -111,7 +111,7 @@ class TwistLearning:
             name = self._site(program)
             twist, draws = self._draw(program, name)
             history = self._fit(twist, draws)
-            twist.stats = watch.read() | history | {"method": self.method, "draws": self.num_particles}
+            twist.stats = watch.stats() | history | {"method": self.method, "draws": self.num_particles}
             return twist
 
     def _site(self, program: Program) -> str:
@@ -197,7 +197,7 @@ class _Batch(NamedTuple):
 
 def _write(program: Program, name: str, size: int, reads_reward: bool) -> _Batch:
     """Particles of the prior, with what is seen while the completion of a site is written."""
-    history = History(program, size, retained={}, slots=torch.arange(0, device=program.device))
+    history = PartialRun(program, size, retained={}, slots=torch.arange(0, device=program.device))
     seen: _Batch | None = None
     while not history.complete:
         site, law = history.advance()

@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bayeslm.inference.program import History, Program, ProgramError
+from bayeslm.inference.program import PartialRun, Program, ProgramError
 from bayeslm.models.lm import Autoregressive, Twist
 from bayeslm.models.lm.decoding import Steps
 from bayeslm.models.rewards import prefixes
@@ -76,7 +76,7 @@ class PrefixTwist:
     :param partial: rewards that know nothing of unfinished texts score them as they are.
     """
 
-    def __init__(self, history: History, rows: Rows, steps: Steps, partial: bool) -> None:
+    def __init__(self, history: PartialRun, rows: Rows, steps: Steps, partial: bool) -> None:
         self._history = history
         self._rows = rows
         self._steps = steps

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import bayeslm
-from bayeslm.files import differences, lock, whole
+from bayeslm.files import atomic_folder, differences, lock
 from bayeslm.inference.program import Program, prompt_labels, to_numpy
 from bayeslm.models import Autoregressive, LanguageModel, TiltedLM
 from bayeslm.models.rewards import Reward
@@ -90,7 +90,7 @@ class Checkpoints:
         before = list(self.folder.glob(f"chain-{saved.chain}-step-*"))
         header = {"format": FORMAT, "version": bayeslm.__version__, "run": self._description, "chain": saved.chain}
         try:
-            with whole(target) as unfinished:
+            with atomic_folder(target) as unfinished:
                 save_file(
                     {key: x.detach().cpu().contiguous() for key, x in saved.tensors.items()},
                     unfinished / "tensors.safetensors",

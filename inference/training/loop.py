@@ -243,7 +243,7 @@ class Training:
             states["gamma"] = self.objective.inverse_temperature
         for group, seen in (("history", self.history), ("looks", self.looks)):
             tensors |= {f"{group}.{name}": torch.from_numpy(np.array(values)) for name, values in seen.items()}
-        done = {"step": self.step, "ended": self.ended, "used": self._stopwatch.used()}
+        done = {"step": self.step, "ended": self.ended, "used": self._stopwatch.snapshot()}
         return Saved(self.chain, tensors, done | states)
 
     def restore(self, saved: Saved) -> None:
@@ -274,7 +274,7 @@ class Training:
                 with torch.no_grad():
                     params[name].copy_(x)
         self.step, self.ended = saved.values["step"], saved.values["ended"]
-        self._stopwatch.go_on(**saved.values["used"])
+        self._stopwatch.resume(**saved.values["used"])
         self.optimizer.load_moments(group("adam"), params, self.step)
         if isinstance(self.objective, Objective):
             device = self.program.device

@@ -11,7 +11,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from bayeslm.inference.program import Epochs, Program, look
+from bayeslm.inference.program import Epochs, Program, inspect_or_reuse
 
 
 @runtime_checkable
@@ -124,7 +124,7 @@ class Objective(ELBO):
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Tensor:
         """The loss, summed over prompts, with its estimated gradient."""
-        self._program = program = look(self._program, model, args, kwargs)
+        self._program = program = inspect_or_reuse(self._program, model, args, kwargs)
         if program.in_chunks:
             program = program.on(self._minibatch(program))
         loss = program.scale * self.estimate(program, guide)

@@ -31,7 +31,7 @@ from bayeslm.inference.program import (
     ProgramError,
     in_prompts,
     sample_sites,
-    site_terms,
+    score_sites,
     site_value,
     traces,
 )
@@ -64,9 +64,9 @@ class ReverseKL(Objective):
         model_trace, guide_trace = traces(program, guide, n)
         assert guide_trace is not None
         texts, tokens = self._read(program, model_trace, guide_trace)
-        log_p = site_terms(program, model_trace, n)
+        log_p = score_sites(program, model_trace, n)
         self._credit(program, model_trace, texts)
-        log_q = site_terms(program, guide_trace, n, skip=tokens)
+        log_q = score_sites(program, guide_trace, n, skip=tokens)
         log_q |= {name: scores.sum((2, 3)) for name, scores in tokens.items()}
         for name, term in log_p.items():
             if torch.isneginf(term).any():

@@ -23,9 +23,8 @@ from bayeslm.inference.program import (
     Program,
     ProgramError,
     sample_sites,
-    site_terms,
+    score_sites,
     site_value,
-    token_scores,
     traces,
 )
 from bayeslm.models.lm import Autoregressive
@@ -114,17 +113,19 @@ class Draws:
 def of_guide(program: Program, guide: Callable[..., Any] | None, num_particles: int) -> Draws:
     """New draws of a guide; None is the prior."""
     model_trace, guide_trace = traces(program, guide, num_particles)
-    log_p = site_terms(program, model_trace, num_particles)
+    log_p = score_sites(program, model_trace, num_particles)
     nodes = dict(sample_sites(model_trace))
     latents = [site.name for site in program.latents]
     scores: dict[str, Tensor] = {}
     if guide_trace is None:
         drawn, log_s = {name: nodes[name]["value"] for name in latents}, {name: log_p[name] for name in latents}
     else:
+        log_s = score_sites(program, guide_trace, num_particles)
         sites = dict(sample_sites(guide_trace))
         drawn = {name: node["value"] for name, node in sites.items()}
-        log_s = site_terms(program, guide_trace, num_particles)
-        scores = {name: token_scores(node) for name, node in sites.items() if isinstance(node["fn"], Autoregressive)}
+        scores = {
+            name: node["token_log_prob"] for name, node in sites.items() if isinstance(node["fn"], Autoregressive)
+        }
     # a latent that the guide leaves out is drawn from the prior, which is then its law in q as well: it cancels
     counted = [name for name in log_p if name not in latents or name in log_s]
     zero = torch.zeros((num_particles, program.weight_prompts), device=program.device)
@@ -275,7 +276,7 @@ class _Given(Messenger):
         if msg["value"] is None and name in self._values:
             msg["value"] = self._values[name]
             if name in self._scores:
-                msg["fn"].know(msg["value"], self._scores[name])
+                msg["token_log_prob"] = self._scores[name]
 
 
 def log_q(program: Program, guide: Callable[..., Any], draws: Draws) -> Tensor:
@@ -295,7 +296,7 @@ def log_q(program: Program, guide: Callable[..., Any], draws: Draws) -> Tensor:
             f"the guide samples {unknown[0]!r}, which the draws to learn from do not have: learn from its own draws"
         )
     zero = torch.zeros((n, program.weight_prompts), device=program.device)
-    return sum((program.pooled(term) for term in site_terms(program, trace, n).values()), zero)[which]
+    return sum((program.pooled(term) for term in score_sites(program, trace, n).values()), zero)[which]
 
 
 def _distinct(values: dict[str, Tensor]) -> tuple[Tensor | slice, Tensor | slice]:

@@ -3,28 +3,30 @@
 import importlib.util
 
 from .bandits import Bandit, BernoulliArms, GaussianArms, Pull
-from .control import Control, PolicyGuide
-from .environments import GymEnvironment, TabularEnvironment
-from .mdp import MDP
-from .policies import CountdownPolicy, MLPPolicy, TabularPolicy, TrainablePolicy, UniformPolicy
-from .river_swim import river_swim
+from .control import Control, ControlGuide
+from .environments import Environment, Episodes, GymEnvironment, TabularEnvironment
+from .mdp import MDP, river_swim
+from .policies import CountdownPolicy, MLPPolicy, Policy, TabularPolicy, TrainablePolicy, UniformPolicy
 from .trajectory import Trajectory, actions, by_step, observations, returns, step_rewards
-from .worlds import Dirichlet, NormalGamma, Steps, UnknownMDP, Worlds
+from .worlds import Dirichlet, Experience, NormalGamma, UnknownMDP, Worlds
 
 __all__ = [
     "MDP",
     "Bandit",
     "BernoulliArms",
     "Control",
+    "ControlGuide",
     "CountdownPolicy",
     "Dirichlet",
+    "Environment",
+    "Episodes",
+    "Experience",
     "GaussianArms",
     "GymEnvironment",
     "MLPPolicy",
     "NormalGamma",
-    "PolicyGuide",
+    "Policy",
     "Pull",
-    "Steps",
     "TabularEnvironment",
     "TabularPolicy",
     "TrainablePolicy",
@@ -40,7 +42,7 @@ __all__ = [
     "step_rewards",
 ]
 
-if importlib.util.find_spec("gymnasium") is not None:  # an extra, without which the rest is of use
+if importlib.util.find_spec("gymnasium") is not None:  # an optional dependency
     import gymnasium
 
     gymnasium.register("bayeslm/Token-v0", entry_point="bayeslm.models.control.token_env:TokenEnv")

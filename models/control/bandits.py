@@ -1,9 +1,9 @@
-r"""Multi-armed bandits: the smallest unknown world, of one state, whose episodes are one action long.
+r"""Multi-armed bandits: unknown worlds with a single state, whose episodes last for one action.
 
-    Bernoulli arms   r ~ Bernoulli(p_a),         p_a ~ Beta(1, 1), the Dirichlet of two
-    Gaussian arms    r ~ Normal(\mu_a, \sigma_a^2),  both unknown, NormalGamma
+    Bernoulli arms   r ~ Bernoulli(p_a),             p_a ~ Beta(a, b), the Dirichlet of two categories
+    Gaussian arms    r ~ Normal(\mu_a, \sigma_a^2),  both parameters unknown, with a NormalGamma prior
 
-An arm's law is learned from its own pulls in closed form (`worlds`). A draw of the belief is a value of
+The posterior of an arm follows from its own pulls in closed form (see `worlds`). A draw of the belief is one value for
 each arm.
 """
 
@@ -19,7 +19,11 @@ from .worlds import Dirichlet, NormalGamma
 
 @dataclass(frozen=True)
 class Pull:
-    """One pull of each run: which arm, and what it paid; both (run,)."""
+    """One pull in each run.
+
+    :param arms: indices of the arms pulled, (run,).
+    :param returns: their rewards, (run,).
+    """
 
     arms: Tensor
     returns: Tensor
@@ -27,47 +31,47 @@ class Pull:
 
 @dataclass(frozen=True)
 class BernoulliArms:
-    """The posterior over the arms' probabilities to pay 1.
+    """The posterior over each arm's probability of the reward 1.
 
-    :param law: of paying (1, 0), (*batch, arm, 2).
+    :param rewards: distribution of the probabilities of the rewards 1 and 0, (*batch, arm, 2).
     """
 
-    law: Dirichlet
+    rewards: Dirichlet
 
     @staticmethod
     def prior(
         num_arms: int, a: float = 1.0, b: float = 1.0, *, device: torch.device | str | None = None
     ) -> BernoulliArms:
-        """Beta(a, b) for each arm, float64."""
+        """Return Beta(a, b) for each arm, float64."""
         return BernoulliArms(Dirichlet(torch.tensor([a, b], dtype=torch.float64, device=device).expand(num_arms, 2)))
 
     @property
     def mean(self) -> Tensor:
-        """(*batch, arm)"""
-        return self.law.mean[..., 0]
+        """The posterior mean of each arm's probability, (*batch, arm)."""
+        return self.rewards.mean[..., 0]
 
     def sample(self, shape: tuple[int, ...] = ()) -> Tensor:
-        """Draws (*shape, *batch, arm)."""
-        return self.law.sample(shape)[..., 0]
+        """Draw the arms' probabilities, (*shape, *batch, arm)."""
+        return self.rewards.sample(shape)[..., 0]
 
     def expand(self, runs: int) -> BernoulliArms:
-        """The same for each of so many runs."""
-        return BernoulliArms(self.law.expand(runs))
+        """Return a copy for each of ``runs`` runs, as the first batch dimension."""
+        return BernoulliArms(self.rewards.expand(runs))
 
     def update(self, pull: Pull) -> BernoulliArms:
-        """The posterior, given one pull of each run."""
-        paid = torch.stack([pull.returns, 1 - pull.returns], -1)[:, None]  # (run, 1, 2)
-        return BernoulliArms(self.law.update(_chosen(pull, self.mean)[..., None] * paid))
+        """Return the posterior after one more pull in each run."""
+        outcome = torch.stack([pull.returns, 1 - pull.returns], -1)[:, None]  # (run, 1, 2)
+        return BernoulliArms(self.rewards.update(_one_hot_arms(pull, self.mean)[..., None] * outcome))
 
 
 @dataclass(frozen=True)
 class GaussianArms:
-    """The posterior over the arms' means and precisions.
+    """The posterior over each arm's mean and precision.
 
-    :param law: of an arm's reward, (*batch, arm).
+    :param rewards: distribution of the mean and the precision of each arm's reward, (*batch, arm).
     """
 
-    law: NormalGamma
+    rewards: NormalGamma
 
     @staticmethod
     def prior(
@@ -76,39 +80,42 @@ class GaussianArms:
         *,
         device: torch.device | str | None = None,
     ) -> GaussianArms:
-        """The same m, k, a, b of `NormalGamma` for each arm, float64."""
+        """Return the same prior for each arm, float64.
+
+        :param reward: m, k, a, b of `NormalGamma`.
+        """
         return GaussianArms(NormalGamma(*torch.tensor(reward, dtype=torch.float64, device=device)).expand(num_arms))
 
     @property
     def mean(self) -> Tensor:
-        """(*batch, arm)"""
-        return self.law.mean
+        """The posterior mean of each arm's mean reward, (*batch, arm)."""
+        return self.rewards.mean
 
     def sample(self, shape: tuple[int, ...] = ()) -> Tensor:
-        """Draws of the means (*shape, *batch, arm)."""
-        return self.law.sample(shape)[0]
+        """Draw the arms' mean rewards, (*shape, *batch, arm)."""
+        return self.rewards.sample(shape)[0]
 
     def expand(self, runs: int) -> GaussianArms:
-        """The same for each of so many runs."""
-        return GaussianArms(self.law.expand(runs))
+        """Return a copy for each of ``runs`` runs, as the first batch dimension."""
+        return GaussianArms(self.rewards.expand(runs))
 
     def update(self, pull: Pull) -> GaussianArms:
-        """The posterior, given one pull of each run."""
-        chosen, reward = _chosen(pull, self.mean), pull.returns[:, None]
-        return GaussianArms(self.law.update(chosen, chosen * reward, chosen * reward**2))
+        """Return the posterior after one more pull in each run."""
+        pulled, reward = _one_hot_arms(pull, self.mean), pull.returns[:, None]
+        return GaussianArms(self.rewards.update(pulled, pulled * reward, pulled * reward**2))
 
 
-def _chosen(pull: Pull, like: Tensor) -> Tensor:
-    """(run, arm): 1 for the arm that was pulled, 0 for the others."""
+def _one_hot_arms(pull: Pull, like: Tensor) -> Tensor:
+    """Return 1 for the arm that was pulled and 0 for the others, (run, arm), in the dtype of ``like``."""
     return torch.nn.functional.one_hot(pull.arms, like.shape[-1]).to(like)
 
 
 @dataclass(frozen=True)
 class Bandit:
-    """Arms as they truly are: the task that `PSRL` learns.
+    """The true arms: a task for `bayeslm.inference.control.PSRL`.
 
-    :param means: (arm,) of the rewards.
-    :param scale: of normal rewards, (arm,) or a number; None for Bernoulli rewards.
+    :param means: mean rewards, (arm,).
+    :param scale: standard deviation of normal rewards, (arm,) or a number; None for Bernoulli rewards.
     :raises ValueError: if Bernoulli means are not in [0, 1], or a scale is not positive.
     """
 
@@ -121,18 +128,22 @@ class Bandit:
         if self.scale is None:
             if not ((self.means >= 0) & (self.means <= 1)).all():
                 raise ValueError(
-                    "Bandit: means of Bernoulli arms are probabilities, in [0, 1]; give normal ones a scale"
+                    f"Bandit: means of Bernoulli arms must be probabilities, in [0, 1], got {self.means.tolist()}; "
+                    "for normal rewards give a scale"
                 )
         elif not (torch.as_tensor(self.scale) > 0).all():
             raise ValueError(f"Bandit: scale must be positive, got {self.scale}")
         object.__setattr__(self, "means", self.means.double())
 
     def action_values(self, world: Tensor) -> Tensor:
-        """An arm's value is its mean, (run, arm)."""
+        """Return each arm's value, which is its mean reward, (run, arm)."""
         return world
 
     def play(self, policy: Tensor) -> Pull:
-        """Pull an arm a run, by policies (run, arm)."""
+        """Pull one arm in each run.
+
+        :param policy: probabilities of the arms, (run, arm).
+        """
         arms = torch.multinomial(policy, 1)[:, 0]
         means = self.means[arms]
         if self.scale is None:
@@ -141,5 +152,8 @@ class Bandit:
         return Pull(arms, means + scale[arms] * torch.randn_like(means))
 
     def regret(self, policy: Tensor) -> Tensor:
-        """(run,): what the highest mean is above the policy's."""
+        """Return the highest mean reward minus the policy's, (run,).
+
+        :param policy: probabilities of the arms, (run, arm).
+        """
         return self.means.max() - policy.to(self.means) @ self.means

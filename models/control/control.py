@@ -2,12 +2,13 @@ r"""The ready-made program of control as inference (Levine 2018, arXiv 1805.0090
 
     \tau ~ p(\tau | prior policy),      factor exp(\sum_t r_t / \beta)
 
-Its *posterior*, which `ImportanceSampling` and `SMC` sample, tilts all of a trajectory, what chance does too: log Z =
-log E_p[exp(return / \beta)]. Its *best policy*, which `SVI` looks for, can only choose actions, and maximises the ELBO
+`ImportanceSampling` and `SMC` sample its *posterior*, which tilts all of a trajectory, the environment's chance
+included: log Z = log E_p[exp(return / \beta)]. `SVI` looks for its *best policy*, which can choose actions only, and
+maximises the ELBO
 
     E_q[return] / \beta - KL(q || p)      over q(\tau) = p(s_0) \prod_t \pi(a_t | s_t) P(s_{t+1} | s_t, a_t)
 
-They are one where the environment is deterministic. `SoftValueIteration` has both, exactly, for tables.
+The two agree where the environment is deterministic. `SoftValueIteration` computes both exactly for finite processes.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from .trajectory import Trajectory, by_step, returns, step_rewards
 
 
 class Control:
-    """A Pyro program: ``trajectory`` ~ prior policy, ``score`` = its return, ``reward`` = factor r_t / beta a step.
+    """A Pyro program: ``trajectory`` ~ prior policy, ``score`` = its return, ``reward`` = factor r_t / beta per step.
 
-    The factor stands in a plate ``steps``, which tells engines what each action has earned; ``pyro.factor("return",
-    returns(trajectory) / beta)`` is the same posterior without that.
+    The factor is inside a plate ``steps``, from which engines learn what each action has earned;
+    ``pyro.factor("return", returns(trajectory) / beta)`` has the same posterior, without that information.
 
     :param environment: see `environments`.
-    :param beta: temperature of the likelihood, in units of reward; small is sharp.
-    :param horizon: the most actions of an episode.
+    :param beta: the KL coefficient, in units of reward; a small one makes a sharp posterior.
+    :param horizon: largest number of actions in an episode.
     :param prior: the prior policy; uniform by default.
     :raises ValueError: if ``beta`` is not positive and finite.
     """
@@ -45,27 +46,30 @@ class Control:
         self.horizon = horizon
         self.prior = UniformPolicy(environment.num_actions) if prior is None else prior
 
-    def law(self, policy: Policy, starts: Tensor | None = None) -> Trajectory:
-        """Episodes of a policy, one a start; one, begun by chance, without starts."""
+    def trajectory(self, policy: Policy, starts: Tensor | None = None) -> Trajectory:
+        """Return the distribution of a policy's episodes.
+
+        :param starts: first states, (prompt,) int64, as in `Environment.play`; None is one episode with a random start.
+        """
         starts = torch.tensor([-1]) if starts is None else torch.as_tensor(starts).reshape(-1)
         return Trajectory(self.environment, policy, self.horizon, starts)
 
     def __call__(self, starts: Tensor | None = None) -> None:
-        """Run the program, with a prompt for each of ``starts``, int64; without, one whose start is chance."""
-        law = self.law(self.prior, starts)
-        with pyro.plate("prompts", len(law.starts)):
-            trajectory = pyro.sample("trajectory", law)
+        """Run the program, with one prompt for each of ``starts`` (see `trajectory`)."""
+        distribution = self.trajectory(self.prior, starts)
+        with pyro.plate("prompts", len(distribution.starts)):
+            trajectory = pyro.sample("trajectory", distribution)
             pyro.deterministic("score", returns(trajectory), event_dim=0)
             with pyro.plate("steps", self.horizon):
                 pyro.factor("reward", by_step(step_rewards(trajectory)) / self.beta)
 
-    def guide(self, policy: nn.Module) -> PolicyGuide:
-        """A Pyro guide of the program, for `SVI` to train and others to propose by."""
-        return PolicyGuide(self, policy)
+    def guide(self, policy: nn.Module) -> ControlGuide:
+        """Return a Pyro guide of this program, for `SVI` to train and for other engines as a proposal."""
+        return ControlGuide(self, policy)
 
 
-class PolicyGuide(nn.Module):
-    """The program with another policy in place of the prior."""
+class ControlGuide(nn.Module):
+    """A guide of `Control`: the same trajectory site, drawn with ``policy`` in place of the prior policy."""
 
     def __init__(self, control: Control, policy: nn.Module) -> None:
         super().__init__()
@@ -75,10 +79,10 @@ class PolicyGuide(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> None:
         store = pyro.get_param_store()
         for name, own in self.policy.named_parameters():
-            kept = f"policy$$${name}"  # Pyro's name for it
-            if kept in store and store[kept] is not own:
-                del store[kept]  # another policy's, trained before, which Pyro would train in place of this one's
+            stored = f"policy$$${name}"  # the name that `pyro.module` gives it
+            if stored in store and store[stored] is not own:
+                del store[stored]  # another policy's, from an earlier training: Pyro would train it instead of this one
         pyro.module("policy", self.policy)
-        law = self._control.law(self.policy, *args, **kwargs)
-        with pyro.plate("prompts", len(law.starts)):
-            pyro.sample("trajectory", law)
+        distribution = self._control.trajectory(self.policy, *args, **kwargs)
+        with pyro.plate("prompts", len(distribution.starts)):
+            pyro.sample("trajectory", distribution)

@@ -1,7 +1,7 @@
-"""Environments with discrete actions, many episodes at once: tables in torch, and whatever Gymnasium has.
+"""Environments with discrete actions, which play many episodes at once: tables in torch, and Gymnasium environments.
 
-Their chance is torch's: every draw comes from torch's generator, or from a seed that it gave, so that the seed of an
-engine reproduces episodes as it does texts.
+All their random numbers come from torch's generator, or from generators seeded by it, so that the seed of an engine
+reproduces episodes as well as texts.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ from .mdp import MDP
 if TYPE_CHECKING:
     import gymnasium
 
-BOUNDLESS = 1e4  # spaces write "no bound" as inf, or as the largest number of their type
+UNBOUNDED = 1e4  # spaces denote "no bound" by inf, or by the largest number of their type
 
 
 class Episodes(Protocol):
-    """Episodes in play, one a row."""
+    """Running episodes, one per row."""
 
     observations: Tensor
     """(row, observation_size) float32, before the next action."""
     ended: Tensor
-    """(row,) bool: terminated, or truncated by a time limit of the environment; no reward comes any more."""
+    """(row,) bool: terminated, or truncated by the environment's time limit; later rewards are 0."""
     terminated: Tensor
     """(row,) bool: ended in a terminal state."""
 
     def step(self, actions: Tensor) -> Tensor:
-        """Take actions (row,); the rewards (row,) float32, 0 of rows that had ended."""
+        """Take actions (row,) and return rewards (row,) float32, which are 0 for rows that had ended before."""
 
     def select(self, rows: Tensor) -> None:
-        """Row i becomes a copy of what row ``rows[i]`` is, with chance of its own from here on."""
+        """Replace each row i by a copy of row ``rows[i]``, whose further random numbers are its own."""
 
 
 class Environment(Protocol):
-    """What episodes are played in."""
+    """A source of episodes with discrete actions."""
 
     num_actions: int
     observation_size: int
     num_states: int | None
-    """How many values the one observation has, if it is discrete."""
+    """Number of values of a discrete observation; None where observations are arrays."""
     device: torch.device
 
     def play(self, starts: Tensor, *, copies: bool = False) -> Episodes:
-        """Begin an episode a row.
+        """Begin one episode per row.
 
-        :param starts: (row,) int64, where each begins; -1 leaves it to chance.
-        :param copies: whether rows will be copied (`Episodes.select`).
+        :param starts: first states, (row,) int64; -1 draws one at random.
+        :param copies: whether rows will be copied by `Episodes.select`.
         """
 
 
@@ -62,46 +62,48 @@ class Environment(Protocol):
 
 
 class TabularEnvironment:
-    """An `MDP` to be played in; its states are the observations, and may be ``starts``.
+    """Episodes of an `MDP`. Observations are its states, and so are ``starts``.
 
-    A step pays ``rewards``: means, if the process is `MDP.mixed`. What is best in expectation is the same, but log Z is
-    that of this process, never above that of the one whose rewards vary (Jensen).
+    A step pays the entry of ``MDP.rewards``, which is a mean where the process is `MDP.mixed`. Expected returns are
+    right even so, but log Z is then a lower bound of that of the process whose rewards vary (Jensen's inequality).
 
-    :raises ValueError: if there are several processes in one.
+    :raises ValueError: if ``mdp`` is a batch of several processes.
     """
 
     observation_size = 1
 
     def __init__(self, mdp: MDP) -> None:
         if mdp.transitions.dim() > 3:
-            raise ValueError("TabularEnvironment: one MDP is played in, and this one has leading dimensions")
+            raise ValueError(
+                f"TabularEnvironment: mdp must be one process, got a batch of shape {tuple(mdp.transitions.shape[:-3])}"
+            )
         self.mdp = mdp
         self.num_actions = mdp.num_actions
         self.num_states: int | None = mdp.num_states
         self.device = mdp.initial.device
-        outcomes = int((mdp.transitions > 0).sum(-1).amax())  # few follow a state: the others are not looked at
-        mass, self._following = mdp.transitions.topk(outcomes)
+        outcomes = int((mdp.transitions > 0).sum(-1).amax())  # most states are followed by a few
+        mass, self._next_states = mdp.transitions.topk(outcomes)
         self._cdf = mass.cumsum(-1)
-        self._rewards = mdp.rewards.gather(-1, self._following).float()
+        self._rewards = mdp.rewards.gather(-1, self._next_states).float()
 
     def play(self, starts: Tensor, *, copies: bool = False) -> TabularEpisodes:
         starts = starts.to(self.device)
-        chance = self.mdp.initial.multinomial(len(starts), replacement=True) if len(starts) else starts
-        return TabularEpisodes(self, torch.where(starts < 0, chance, starts))
+        drawn = self.mdp.initial.multinomial(len(starts), replacement=True) if len(starts) else starts
+        return TabularEpisodes(self, torch.where(starts < 0, drawn, starts))
 
     def outcome(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw what follows states and actions (row,): the next states and the rewards, (row,)."""
+        """Draw next states and their rewards, both (row,), after states and actions (row,)."""
         cdf = self._cdf[states, actions]
         u = torch.rand(len(states), 1, dtype=cdf.dtype, device=cdf.device) * cdf[:, -1:]
-        which = (cdf <= u).sum(-1, keepdim=True).clamp_max(cdf.shape[-1] - 1)
-        following, rewards = (
-            x[states, actions].gather(-1, which).squeeze(-1) for x in (self._following, self._rewards)
+        drawn = (cdf <= u).sum(-1, keepdim=True).clamp_max(cdf.shape[-1] - 1)
+        next_states, rewards = (
+            x[states, actions].gather(-1, drawn).squeeze(-1) for x in (self._next_states, self._rewards)
         )
-        return following, rewards
+        return next_states, rewards
 
 
 class TabularEpisodes:
-    """`Episodes` of a table: a state a row."""
+    """`Episodes` of a `TabularEnvironment`."""
 
     def __init__(self, environment: TabularEnvironment, states: Tensor) -> None:
         self._environment = environment
@@ -133,12 +135,13 @@ class TabularEpisodes:
 class GymEnvironment:
     """A Gymnasium environment with discrete actions, and observations that are a number (Discrete) or an array (Box).
 
-    Where it has a vectorised version (`gymnasium.make_vec`), and no copies or starts are asked for, that is played in;
-    else each row has a copy of the environment (`copy.deepcopy`), whose `numpy.random.Generator` attributes are seeded
-    anew: other sources of chance are copied as they are. ``starts`` are seeds of the first observation.
+    Episodes are played in the environment's vectorised version (`gymnasium.make_vec`) where it has one and neither
+    copies nor starts are needed. Otherwise each row has a copy of the environment (`copy.deepcopy`), whose
+    `numpy.random.Generator` attributes are seeded anew; other random generators are copied with their state.
+    ``starts`` are seeds of the first observation.
 
     :param make: the environment's name, or a function that makes it.
-    :param kwargs: for it.
+    :param kwargs: arguments of ``gymnasium.make``, or of that function.
     :raises ImportError: if gymnasium is not installed.
     :raises ValueError: if actions are continuous, or observations neither Discrete nor Box.
     """
@@ -156,8 +159,8 @@ class GymEnvironment:
         observations: Any = self._env.observation_space
         if not isinstance(actions, gymnasium.spaces.Discrete):
             raise ValueError(
-                f"GymEnvironment: {name} has actions {actions}, and only Discrete ones have probabilities that are "
-                "enumerated; wrap it in one that chooses among finitely many (gymnasium.wrappers.TransformAction)"
+                f"GymEnvironment: {name} has actions {actions}, but only Discrete actions are supported; wrap the "
+                "environment so that it has finitely many (gymnasium.wrappers.TransformAction)"
             )
         self.num_states: int | None = None
         self.observation_scale: Tensor | None = None
@@ -170,7 +173,7 @@ class GymEnvironment:
             self.observation_scale = _scale(observations)
         else:
             raise ValueError(
-                f"GymEnvironment: {name} has observations {observations}; wrap it in "
+                f"GymEnvironment: {name} has observations {observations}, but only Discrete and Box are supported; use "
                 "gymnasium.wrappers.FlattenObservation, which makes a Box of them"
             )
         self.num_actions = int(actions.n)
@@ -186,62 +189,65 @@ class GymEnvironment:
     def play(self, starts: Tensor, *, copies: bool = False) -> Episodes:
         if copies or self._make_vector is None or bool((starts >= 0).any()):
             return CopiedEpisodes(self, starts.tolist())
-        # a new one each time: `reset` of Gymnasium's own CartPole forgets that episodes had ended, and loses a step
+        # made anew each time: `reset` of Gymnasium's vectorised CartPole skips a step of the rows that had ended
         return VectorEpisodes(self, self._make_vector(len(starts)), len(starts))
 
-    def copy_of(self, env: Any = None) -> Any:
-        """A copy of an environment of this kind, by default a fresh one. What no step changes is shared: the spaces,
-        and the table of a toy text."""
+    def copy_environment(self, env: Any = None) -> Any:
+        """Return a copy of ``env``, by default of the environment before its first step.
+
+        The copy shares what no step changes: the spaces, and the transition table of Gymnasium's toy texts.
+        """
         env = self._env if env is None else env
         inner = env.unwrapped
         table = getattr(inner, "P", None)
         shared = [inner.spec, inner.action_space, inner.observation_space, table if isinstance(table, dict) else None]
         return copy.deepcopy(env, {id(x): x for x in shared if x is not None})
 
-    def actions_of(self, actions: Tensor) -> np.ndarray:
+    def to_gymnasium(self, actions: Tensor) -> np.ndarray:
+        """Return actions in the numbers of the environment's action space."""
         return actions.numpy() + self._first_action
 
-    def tensor_of(self, observations: Any) -> Tensor:
-        """Observations of rows as float32 (row, observation_size)."""
+    def to_tensor(self, observations: Any) -> Tensor:
+        """Return the rows' observations, (row, observation_size) float32."""
         array = np.asarray(observations, dtype=np.float32).reshape(len(observations), self.observation_size)
         return torch.from_numpy(array - self._first_state if self._first_state else array)
 
 
 def _scale(box: gymnasium.spaces.Box) -> Tensor:
-    """Half the width of each coordinate of a box, (observation_size,); 1 where it has no bounds worth the name."""
+    """Return half the width of each coordinate of a box, (observation_size,); 1 where unbounded or constant."""
     half = torch.from_numpy((box.high.astype(np.float64) - box.low.astype(np.float64)).reshape(-1) / 2)
-    return torch.where((half > 0) & (half < BOUNDLESS), half, 1.0).float()
+    return torch.where((half > 0) & (half < UNBOUNDED), half, 1.0).float()
 
 
 def _seeds(n: int) -> list[int]:
-    """Seeds for generators that are not torch's."""
+    """Draw n seeds for NumPy generators from torch's."""
     return torch.randint(2**31, (n,)).tolist()
 
 
 class CopiedEpisodes:
-    """`Episodes` of an environment a row."""
+    """`Episodes` of a `GymEnvironment`, with a copy of the environment for each row."""
 
     def __init__(self, environment: GymEnvironment, starts: list[int]) -> None:
         self._environment = environment
-        self._envs = [environment.copy_of() for _ in starts]
+        self._envs = [environment.copy_environment() for _ in starts]
         seeds = _seeds(len(starts))
         first = [
             env.reset(seed=seed if start < 0 else start)[0]
             for env, start, seed in zip(self._envs, starts, seeds, strict=True)
         ]
-        self._reseed()  # those of one start part from here on
-        self.observations = environment.tensor_of(first)
+        self._reseed()  # rows of one start differ after the first observation
+        self.observations = environment.to_tensor(first)
         self.ended, self.terminated = torch.zeros(2, len(starts), dtype=torch.bool)
 
     def step(self, actions: Tensor) -> Tensor:
         rewards = torch.zeros(len(self._envs))
-        observations, ended, terminal = self.observations.clone(), self.ended.clone(), self.terminated.clone()
-        given = self._environment.actions_of(actions)
+        observations, ended, terminated = self.observations.clone(), self.ended.clone(), self.terminated.clone()
+        numbers = self._environment.to_gymnasium(actions)
         for i in (~ended).nonzero().squeeze(-1).tolist():
-            observation, reward, terminated, truncated, _ = self._envs[i].step(given[i])
-            observations[i] = self._environment.tensor_of([observation])[0]
-            rewards[i], ended[i], terminal[i] = float(reward), terminated or truncated, terminated
-        self.observations, self.ended, self.terminated = observations, ended, terminal
+            observation, reward, terminal, truncated, _ = self._envs[i].step(numbers[i])
+            observations[i] = self._environment.to_tensor([observation])[0]
+            rewards[i], ended[i], terminated[i] = float(reward), terminal or truncated, terminal
+        self.observations, self.ended, self.terminated = observations, ended, terminated
         return rewards
 
     def select(self, rows: Tensor) -> None:
@@ -250,8 +256,8 @@ class CopiedEpisodes:
         taken: set[int] = set()
         envs = []
         for row, ended in zip(rows.tolist(), self.ended.tolist(), strict=True):
-            as_it_is = ended or row not in taken  # an episode that has ended is not stepped: one serves all
-            envs.append(self._envs[row] if as_it_is else self._environment.copy_of(self._envs[row]))
+            reuse = ended or row not in taken  # an episode that has ended is not stepped again: rows may share it
+            envs.append(self._envs[row] if reuse else self._environment.copy_environment(self._envs[row]))
             taken.add(row)
         self._envs = envs
         self._reseed()
@@ -266,21 +272,24 @@ class CopiedEpisodes:
 
 
 class VectorEpisodes:
-    """`Episodes` of a vector environment, which begins another episode where one has ended: nobody looks there."""
+    """`Episodes` of Gymnasium's vector environment.
+
+    It begins a new episode in a row whose episode has ended; these steps are not used.
+    """
 
     def __init__(self, environment: GymEnvironment, vector: Any, rows: int) -> None:
         self._environment = environment
         self._vector = vector
-        self.observations = environment.tensor_of(vector.reset(seed=_seeds(1)[0])[0])
+        self.observations = environment.to_tensor(vector.reset(seed=_seeds(1)[0])[0])
         self.ended, self.terminated = torch.zeros(2, rows, dtype=torch.bool)
 
     def step(self, actions: Tensor) -> Tensor:
-        observations, rewards, terminated, truncated, _ = self._vector.step(self._environment.actions_of(actions))
-        self.observations = self._environment.tensor_of(observations)
+        observations, rewards, terminated, truncated, _ = self._vector.step(self._environment.to_gymnasium(actions))
+        self.observations = self._environment.to_tensor(observations)
         rewards = torch.from_numpy(np.asarray(rewards, dtype=np.float32)).masked_fill(self.ended, 0.0)
         self.terminated = self.terminated | torch.from_numpy(terminated) & ~self.ended
         self.ended = self.ended | torch.from_numpy(terminated | truncated)
         return rewards
 
     def select(self, rows: Tensor) -> None:
-        raise NotImplementedError("a vector environment's rows cannot be copied: play with copies=True")
+        raise NotImplementedError("rows of a vector environment cannot be copied: call play with copies=True")

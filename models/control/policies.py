@@ -1,4 +1,4 @@
-"""Policies: functions of observations (*, observation_size) float32 and steps (*) int64 that give logits (*, A)."""
+"""Policies: functions of observations (*, observation_size) float32 and steps (*) int64 that return logits (*, A)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WEIGHTS = "policy.safetensors"
 
 
 class UniformPolicy(nn.Module):
-    """Every action is as likely as any other."""
+    """The policy under which all actions are equally likely."""
 
     def __init__(self, num_actions: int) -> None:
         super().__init__()
@@ -33,28 +33,28 @@ class UniformPolicy(nn.Module):
 
 
 class TrainablePolicy(nn.Module):
-    """A policy that is kept as a language model is."""
+    """A policy whose weights can be saved and loaded."""
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the weights into ``folder``, made if it is missing: policy.safetensors."""
+        """Write the weights to ``policy.safetensors`` in ``folder``, which is created if missing."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         save_file({name: x.contiguous() for name, x in self.state_dict().items()}, Path(folder) / WEIGHTS)
 
     def load_pretrained(self, folder: str | os.PathLike[str]) -> Self:
-        """Read the weights that a policy of the same shape wrote, and give this one.
+        """Load the weights that `save_pretrained` of a policy of the same shape wrote, and return this policy.
 
-        :raises FileNotFoundError: if there are none.
-        :raises RuntimeError: if they are of a policy of another shape.
+        :raises FileNotFoundError: if ``folder`` has no ``policy.safetensors``.
+        :raises RuntimeError: if its weights have other shapes.
         """
         self.load_state_dict(load_file(Path(folder) / WEIGHTS))
         return self
 
 
 class TabularPolicy(TrainablePolicy):
-    """A table of logits, trainable.
+    """A trainable table of logits.
 
-    :param logits: (S, A), or one of each step (T, S, A).
-    :raises ValueError: if it is neither.
+    :param logits: (S, A), or one table for each step (T, S, A).
+    :raises ValueError: if ``logits`` has another number of dimensions.
     """
 
     def __init__(self, logits: Tensor) -> None:
@@ -65,12 +65,12 @@ class TabularPolicy(TrainablePolicy):
 
     @staticmethod
     def uniform(num_states: int, num_actions: int, horizon: int | None = None) -> TabularPolicy:
-        """The uniform policy, to begin a training from; with a table for each of ``horizon`` steps if that is given."""
+        """Return the uniform policy as a table, (S, A), or (horizon, S, A) where ``horizon`` is not None."""
         return TabularPolicy(torch.zeros(*(() if horizon is None else (horizon,)), num_states, num_actions))
 
     @property
     def probabilities(self) -> Tensor:
-        """The shape of ``logits``, float64, without gradient: as `SoftValueIteration.evaluate` takes it."""
+        """Action probabilities, (S, A) or (T, S, A) float64, without gradient, for `SoftValueIteration.evaluate`."""
         return self.logits.detach().double().softmax(-1)
 
     def forward(self, observations: Tensor, steps: Tensor) -> Tensor:
@@ -79,27 +79,32 @@ class TabularPolicy(TrainablePolicy):
 
 
 class CountdownPolicy(TrainablePolicy):
-    """Tables of logits that change with the steps to go, the more slowly the more there are: ``num_tables`` of them
-    stand at 1, ..., T steps to go, evenly on a logarithmic scale, and between them logits are interpolated.
+    """Trainable tables of logits, interpolated in the logarithm of the number of steps to go; uniform at first.
 
-    The best policy for a finite horizon hurries at the end, and hardly changes before. A table for each step could say
-    so, too, but would learn each step's from that step alone. Trainable, and uniform at first.
+    ``num_tables`` tables belong to numbers of steps to go from 1 to T, evenly spaced on a logarithmic scale. The best
+    policy for a finite horizon changes most in the last steps and hardly before. A table for each step could represent
+    it too, but would learn each step's logits from that step alone.
 
-    :param num_states, num_actions: of the environment.
-    :param horizon: T.
-    :raises ValueError: if there are fewer than two tables or steps; or, of a call, if a step is beyond the horizon.
+    :param num_states: S, states of the environment.
+    :param num_actions: A, actions of the environment.
+    :param horizon: T, largest number of steps in an episode.
+    :param num_tables: number of tables, at least 2.
+    :raises ValueError: if there are fewer than two tables or steps; when called, if a step is beyond the horizon.
     """
 
     def __init__(self, num_states: int, num_actions: int, horizon: int, num_tables: int = 3) -> None:
         super().__init__()
         if num_tables < 2 or horizon < 2:
-            raise ValueError("CountdownPolicy: needs two tables and two steps at least; TabularPolicy has one table")
+            raise ValueError(
+                f"CountdownPolicy: needs at least two tables and two steps, got {num_tables} and {horizon}; "
+                "TabularPolicy has one table"
+            )
         self.logits = nn.Parameter(torch.zeros(num_tables, num_states, num_actions))
         self.horizon = horizon
 
     @property
     def probabilities(self) -> Tensor:
-        """(T, S, A) float64, without gradient: as `SoftValueIteration.evaluate` takes it."""
+        """Action probabilities, (T, S, A) float64, without gradient, for `SoftValueIteration.evaluate`."""
         steps = torch.arange(self.horizon, device=self.logits.device)[:, None]
         states = torch.arange(self.logits.shape[1], device=self.logits.device)[None, :, None]
         with torch.no_grad():
@@ -109,25 +114,25 @@ class CountdownPolicy(TrainablePolicy):
     def forward(self, observations: Tensor, steps: Tensor) -> Tensor:
         if steps.numel() and (last := int(steps.max())) >= self.horizon:
             raise ValueError(
-                f"CountdownPolicy: a horizon of {self.horizon} has steps 0 to {self.horizon - 1}, and step {last} was "
-                "asked for: make the policy for the horizon of the program"
+                f"CountdownPolicy: a horizon of {self.horizon} has steps 0 to {self.horizon - 1}, but step {last} was "
+                "requested; give the policy the horizon of the program"
             )
         state = observations[..., 0].long()
-        place = (self.horizon - steps).float().log2() / math.log2(self.horizon) * (len(self.logits) - 1)
-        below = place.long().clamp_max(len(self.logits) - 2)
-        share = (place - below)[..., None]
-        return torch.lerp(self.logits[below, state], self.logits[below + 1, state], share)
+        position = (self.horizon - steps).float().log2() / math.log2(self.horizon) * (len(self.logits) - 1)
+        lower = position.long().clamp_max(len(self.logits) - 2)
+        fraction = (position - lower)[..., None]
+        return torch.lerp(self.logits[lower, state], self.logits[lower + 1, state], fraction)
 
 
 class MLPPolicy(TrainablePolicy):
-    """A multilayer perceptron, trainable; the same at every step.
+    """A trainable multilayer perceptron, which is the same at every step.
 
-    It reads the coordinates of an observation scaled by their bounds, where they have any, or a discrete one as a
-    one-hot vector. It begins near the uniform policy, whose KL to the uniform prior is 0.
+    Its input is an observation scaled by the bounds of its coordinates, where these exist, or the one-hot vector of a
+    discrete observation. Its initial weights make it nearly uniform, so that its KL to the uniform prior is near 0.
 
-    :param environment: what it is a policy of.
-    :param hidden: widths of the layers between, each followed by tanh.
-    :param seed: of the first weights.
+    :param environment: gives the sizes of input and output, and the device.
+    :param hidden: widths of the hidden layers, each followed by tanh.
+    :param seed: seed of the initial weights.
     """
 
     scale: Tensor
@@ -135,7 +140,7 @@ class MLPPolicy(TrainablePolicy):
     def __init__(self, environment: Environment, hidden: Sequence[int] = (64, 64), seed: int = 0) -> None:
         super().__init__()
         self.num_states = environment.num_states
-        scale = getattr(environment, "observation_scale", None)  # which tables have no need of
+        scale = getattr(environment, "observation_scale", None)  # tables have none
         self.register_buffer("scale", torch.ones(environment.observation_size) if scale is None else scale.clone())
         widths = [environment.observation_size if self.num_states is None else self.num_states, *hidden]
         layers: list[nn.Module] = []

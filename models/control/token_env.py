@@ -1,13 +1,13 @@
-r"""Writing a completion as a Gymnasium environment: an action is the next token, and the reward comes at the end.
+r"""Text completion as a Gymnasium environment: an action is the next token, and the reward comes at the end.
 
-    s_t = (c, x_1 .. x_t),    a_t = x_{t+1},    r_t = 1[x_{1..t+1} is whole] r(c, x) + \beta \log p(a_t | s_t)
+    s_t = (c, x_1 .. x_t),    a_t = x_{t+1},    r_t = 1[x_{1..t+1} is complete] r(c, x) + \beta \log p(a_t | s_t)
 
-With the second term, which is an option, an optimal policy of maximum-entropy reinforcement learning at temperature
-\beta (soft Q-learning, Haarnoja et al. 2017, arXiv 1702.08165) is the posterior, and its soft value \beta log Z:
+With the optional second term, the optimal policy of maximum-entropy reinforcement learning at temperature \beta (soft
+Q-learning, Haarnoja et al. 2017, arXiv 1702.08165) is the posterior, and its soft value is \beta log Z:
 
     E_q[ \sum_t r_t ] + \beta H(q)  =  E_q[ r ] - \beta KL(q || p)
 
-so any library of reinforcement learning can be run on our problems. Returns are not discounted.
+so that any library of reinforcement learning can solve the problems of this one. Returns are not discounted.
 """
 
 from __future__ import annotations
@@ -21,12 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bayeslm.models.lm.autoregressive import Autoregressive
-from bayeslm.models.lm.decoding import Steps
-from bayeslm.models.lm.encoding import Prompt
-from bayeslm.models.lm.language_model import LanguageModel
-
-from ..rewards import Reward
+from bayeslm.models.lm import Autoregressive, LanguageModel, Prompt, Steps
+from bayeslm.models.rewards import Reward
 
 try:
     import gymnasium
@@ -39,27 +35,28 @@ Observation = NDArray[np.int64]
 
 
 class TokenEnv(gymnasium.Env[Observation, np.int64]):
-    """One completion an episode: ``gymnasium.make("bayeslm/Token-v0", prior=..., reward=..., prompts=...)``.
+    """One completion per episode: ``gymnasium.make("bayeslm/Token-v0", prior=..., reward=..., prompts=...)``.
 
-    The action space is ``Discrete(vocabulary)``. An observation is the prompt and the completion so far, as token ids
-    int64 (longest prompt + max_new_tokens,), the vocabulary's size where there is none: prompts end, and completions
-    begin, at the same place in each. The space is ``MultiDiscrete``, whose entries libraries read as categories. An
-    episode is terminated by an EOS token, or by the last of ``max_new_tokens``; it is never truncated.
+    The action space is ``Discrete(vocab_size)``. An observation holds the token ids of the prompt and of the completion
+    so far, int64 (longest prompt + max_new_tokens,). Prompts are padded on the left and completions on the right, with
+    the id ``vocab_size``. The observation space is ``MultiDiscrete``, whose entries libraries treat as categories. An
+    episode terminates at an EOS token, or at token ``max_new_tokens``; it is never truncated.
 
-    ``info`` of a step has ``log_prior``, log p(token | prompt, tokens before) in nats; of an episode's last step also
-    ``completion``, its text, and ``score``, its reward r; of a reset ``prompt``, the prompt's index. Prompts are drawn
-    uniformly, or chosen by ``reset(options={"prompt": index})``.
+    ``info`` of a step has ``log_prior``, log p(token | prompt, tokens before) in nats. ``info`` of an episode's last
+    step also has ``completion``, its text, and ``score``, its reward r. ``info`` of a reset has ``prompt``, the index
+    of the prompt, which is drawn uniformly, or chosen by ``reset(options={"prompt": index})``.
 
-    :param prior: the language model, or a function without arguments that gives it. ``gymnasium.make`` copies what it
-        is given: ``prior=lambda: lm`` shares one model among environments.
+    :param prior: the language model, or a function without arguments that returns it. ``gymnasium.make`` copies its
+        arguments; ``prior=lambda: lm`` shares one model among environments.
     :param reward: any function of (prompts, completions, **columns), see `bayeslm.models.rewards`.
-    :param prompts: of the episodes.
-    :param max_new_tokens, temperature: of the prior's law, as in `TiltedLM`.
-    :param beta: the KL coefficient: adds beta * log_prior to the reward of every step. None adds nothing.
-    :param columns: handed to the reward; by name, one value a prompt.
-    :param render_mode: "ansi": `render` gives the text so far.
-    :raises ValueError: if ``beta`` is not positive and finite, ``max_new_tokens`` < 1, or a column has not one value a
-        prompt.
+    :param prompts: prompts of the episodes.
+    :param max_new_tokens: length of the longest completion, in tokens.
+    :param beta: the KL coefficient, which adds beta * log_prior to the reward of every step; None adds nothing.
+    :param temperature: divides the prior's logits.
+    :param columns: further arguments of the reward, by name, with one value per prompt.
+    :param render_mode: "ansi" makes `render` return the text so far; None makes it return None.
+    :raises ValueError: if ``beta`` is not positive and finite, ``max_new_tokens`` < 1, a column does not have one value
+        per prompt, or ``render_mode`` is unknown.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 4}
@@ -89,16 +86,15 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         for name, column in self.columns.items():
             if len(column) != len(self.prompts):
                 raise ValueError(f"TokenEnv: column {name!r} has {len(column)} values for {len(self.prompts)} prompts")
-        every = self.prior(self.prompts, max_new_tokens, temperature)
-        ids, mask = every.flat_prompts
-        nothing = self.prior.vocab_size
-        ids = ids if mask is None else ids.masked_fill(mask == 0, nothing)
-        empty = ids.new_full((len(ids), max_new_tokens), nothing)
-        self._blank: Observation = torch.cat([ids, empty], -1).cpu().numpy()  # each prompt, and nothing written yet
-        self._first = ids.shape[-1]
-        self._laws = [self.prior([prompt], max_new_tokens, temperature) for prompt in self.prompts]
-        self.action_space = spaces.Discrete(nothing)
-        self.observation_space = spaces.MultiDiscrete(np.full(self._blank.shape[-1], nothing + 1))
+        ids, mask = self.prior(self.prompts, max_new_tokens, temperature).flat_prompts
+        padding = self.prior.vocab_size
+        ids = ids if mask is None else ids.masked_fill(mask == 0, padding)
+        empty = ids.new_full((len(ids), max_new_tokens), padding)
+        self._first_observations: Observation = torch.cat([ids, empty], -1).cpu().numpy()  # (prompt, observation)
+        self._prompt_length = ids.shape[-1]
+        self._distributions = [self.prior([prompt], max_new_tokens, temperature) for prompt in self.prompts]
+        self.action_space = spaces.Discrete(padding)
+        self.observation_space = spaces.MultiDiscrete(np.full(self._first_observations.shape[-1], padding + 1))
         self._prompt = 0
         self._steps: Steps | None = None
 
@@ -107,29 +103,32 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
     ) -> tuple[Observation, dict[str, Any]]:
         """Begin a completion.
 
-        :raises IndexError: if ``options`` names a prompt that is not there.
+        :raises IndexError: if ``options`` has the index of no prompt.
         """
         super().reset(seed=seed)
         chosen = (options or {}).get("prompt")
         self._prompt = int(self.np_random.integers(len(self.prompts)) if chosen is None else chosen)
         if not 0 <= self._prompt < len(self.prompts):
             raise IndexError(f"TokenEnv: there is no prompt {self._prompt} among {len(self.prompts)}")
-        self._steps = self._law.steps()
-        return self._blank[self._prompt].copy(), {"prompt": self._prompt}
+        self._steps = self._distribution.steps()
+        return self._first_observations[self._prompt].copy(), {"prompt": self._prompt}
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Write a token.
+        """Append a token to the completion.
 
-        :raises InvalidAction: if it is no token id.
+        :raises InvalidAction: if ``action`` is no token id.
         :raises ResetNeeded: before the first `reset`, and after the end of a completion.
-        :raises ValueError: if the completion's reward is -inf, which no return survives.
+        :raises ValueError: if the completion's reward is -inf, which would make the mean return of any policy that may
+            write this completion -inf.
         """
         steps = self._steps
         if steps is None or self._over:
-            raise ResetNeeded("TokenEnv: call reset() before writing the first token, and after the last")
+            raise ResetNeeded(
+                "TokenEnv: call reset() before writing the first token of a completion, and after the last"
+            )
         if not self.action_space.contains(action):
             raise InvalidAction(
-                f"TokenEnv: {action!r} is no token id, an integer from 0 to {self.prior.vocab_size - 1}"
+                f"TokenEnv: action {action!r} is no token id, which is an integer from 0 to {self.prior.vocab_size - 1}"
             )
         with torch.no_grad():
             token = torch.tensor([int(action)], device=steps.values.device)
@@ -145,50 +144,48 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         return self._observation(), gain, over, False, info
 
     def render(self) -> str | None:
-        """The prompt, a bar, and the completion so far; None without a ``render_mode``."""
+        """Return the prompt, a bar, and the completion so far; None without a ``render_mode``."""
         if self.render_mode is None:
             return None
-        return f"{self._law.prompt_texts()[0]}|{'' if self._steps is None else self._text}"
+        return f"{self._distribution.prompt_texts()[0]}|{'' if self._steps is None else self._text}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenEnv:
-        """An environment that goes on from here by itself, with the same language model and reward."""
+        """Return a copy with its own completion and random state, which shares the language model and the reward."""
         new = copy.copy(self)
         memo[id(self)] = new
-        memo |= {id(law): law for law in self._laws}
+        memo |= {id(distribution): distribution for distribution in self._distributions}
         new._steps = copy.deepcopy(self._steps, memo)
         new._np_random = copy.deepcopy(self._np_random, memo)
         new.action_space = copy.deepcopy(self.action_space, memo)
         return new
 
-    # -- inside ----------------------------------------------------------------------------------------------
-
     @property
-    def _law(self) -> Autoregressive:
-        return self._laws[self._prompt]
+    def _distribution(self) -> Autoregressive:
+        return self._distributions[self._prompt]
 
     @property
     def _over(self) -> bool:
-        """Whether the completion has ended. `Steps.done` may say so later: on an accelerator it is seldom asked."""
+        """Whether the completion has ended. `Steps.done` may notice it some tokens later on an accelerator."""
         steps = self._steps
-        return steps is not None and (steps.t == self._law.max_new_tokens or bool(steps.finished.all()))
+        return steps is not None and (steps.t == self._distribution.max_new_tokens or bool(steps.finished.all()))
 
     @property
     def _text(self) -> str:
         assert self._steps is not None
-        return str(self._law.decode(self._steps.values[:, : self._steps.t])[0]) if self._steps.t else ""
+        return str(self._distribution.decode(self._steps.values[:, : self._steps.t])[0]) if self._steps.t else ""
 
     def _observation(self) -> Observation:
         assert self._steps is not None
-        seen, t = self._blank[self._prompt].copy(), self._steps.t
-        seen[self._first : self._first + t] = self._steps.values[0, :t].cpu().numpy()
-        return seen
+        observation, t = self._first_observations[self._prompt].copy(), self._steps.t
+        observation[self._prompt_length : self._prompt_length + t] = self._steps.values[0, :t].cpu().numpy()
+        return observation
 
     def _score(self, text: str) -> float:
         columns = {name: [column[self._prompt]] for name, column in self.columns.items()}
         score = float(self.reward([self.prompts[self._prompt]], [text], **columns))
         if math.isinf(score):
             raise ValueError(
-                f"TokenEnv: the reward of {text!r} is -inf, and a policy's mean return with it: give constraints a "
+                f"TokenEnv: the reward of {text!r} is -inf, which makes mean returns -inf; replace constraints by a "
                 "finite penalty"
             )
         return score

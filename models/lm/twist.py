@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad
 
-from bayeslm.files import read_header, whole
+from bayeslm.files import atomic_folder, read_header
 
 from .decoding import Steps
 from .language_model import LanguageModel
@@ -217,7 +217,7 @@ class Twist(nn.Module):
 
         :raises FileExistsError: if the folder exists and is not empty.
         """
-        with whole(path) as folder:
+        with atomic_folder(path) as folder:
             config = {"format": FORMAT, "settings": self.settings, "stats": self.stats}
             (folder / "twist.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
             save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "twist.safetensors")

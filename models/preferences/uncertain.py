@@ -48,7 +48,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from bayeslm.files import read_header, whole
+from bayeslm.files import atomic_folder, read_header
 from bayeslm.models.lm.language_model import LanguageModel
 from bayeslm.posterior import Posterior
 
@@ -207,7 +207,7 @@ class UncertainReward(Reward):
             tensors["typical"] = torch.stack([self.typical[prompt] for prompt in prompts])
         settings = {"form": self.form, "level": self.level, "seed": self.seed}
         config = {"format": FORMAT, "settings": settings, "prompts": prompts}
-        with whole(path) as folder:
+        with atomic_folder(path) as folder:
             (folder / "uncertain.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
             save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, folder / "uncertain.safetensors")
 

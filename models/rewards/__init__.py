@@ -11,7 +11,8 @@ from .base import Reward, RewardError
 from .classifier import Classifier
 from .prefix import prefixes
 from .registry import get, load
-from .text import Sentiment, Similarity, TextReward, Toxicity
+from .shapes import broadcast
+from .text import Sentiment, Similarity, TextReward, Toxicity, sentence_embeddings
 from .verifiable import Constraint, Contains, Length, Matches
 
 __all__ = [
@@ -26,7 +27,9 @@ __all__ = [
     "Similarity",
     "TextReward",
     "Toxicity",
+    "broadcast",
     "get",
     "load",
     "prefixes",
+    "sentence_embeddings",
 ]

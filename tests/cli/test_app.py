@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.helpers import tiny_llama
+from support.models import tiny_llama
 from typer.testing import CliRunner
 
 from bayeslm.cli.app import app

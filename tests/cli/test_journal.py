@@ -101,7 +101,7 @@ def test_a_failed_write_leaves_nothing_of_it(path, monkeypatch):
 def test_each_object_outlives_its_process(path):
     """The process is gone without a word after its second object."""
     code = (
-        "import os, sys; from bayeslm.cli.app.journal import Journal; j = Journal(sys.argv[1]);"
+        "import os, sys; from bayeslm.cli.journal import Journal; j = Journal(sys.argv[1]);"
         "j.append({'a': 1}); j.append({'b': 2}); os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == 9

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.helpers import tiny_llama
+from support.models import tiny_llama
 from typer.testing import CliRunner
 
 from bayeslm.cli.app import app

@@ -1,4 +1,4 @@
-"""Bounds on the evidence and on divergences, against enumeration: on the right side, covering, and refused in time.
+"""Bounds on the evidence and on divergences, against enumeration: right sides, coverage, and refused input.
 
 A tolerance is 4 standard errors (6e-5 a comparison, some 60 of them: 0.4% for the file) unless a comment says
 otherwise.
@@ -17,8 +17,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from scipy.stats import binom
-from support.helpers import table_lm
+from support.models import table_lm
 from support.programs import highest, score_table, tilted
+from support.statistics import assert_estimate, assert_mean
 from support.toys import enumerated
 
 from bayeslm import Posterior, diagnostics
@@ -32,7 +33,7 @@ LM = table_lm(order=3, seed=0, vocab=4)
 TABLE = score_table(0, vocab=4, tokens=4)
 BETA = 0.4
 MODEL = tilted(LM, TABLE, BETA)
-POLICY = table_lm(order=3, seed=9, vocab=4)  # not one that was trained: far from the posterior
+POLICY = table_lm(order=3, seed=9, vocab=4)  # untrained: far from the posterior
 
 
 @functools.cache
@@ -47,13 +48,8 @@ def run(model: Any = MODEL, **settings: Any) -> Posterior:
 
 def log_weight(guide: Any) -> np.ndarray:
     """log w of every completion (atom, prompt) under the prior or a policy."""
-    law = (guide or LM)(PROMPTS, max_new_tokens=len(TABLE))
-    return exact().log_joint[0] - law.log_prob(torch.as_tensor(exact().samples["completion"][0])).numpy()
-
-
-def assert_mean(values: np.ndarray, expected: Any) -> None:
-    """The mean of independent values (value, ...) is what is expected."""
-    assert (np.abs(values.mean(0) - expected) < LIMIT * values.std(0, ddof=1) / len(values) ** 0.5 + 1e-6).all()
+    proposal = (guide or LM)(PROMPTS, max_new_tokens=len(TABLE))
+    return exact().log_joint[0] - proposal.log_prob(torch.as_tensor(exact().samples["completion"][0])).numpy()
 
 
 # ---- conditional importance sampling ----
@@ -77,7 +73,7 @@ def test_with_one_particle_both_bounds_are_known(guide: Any) -> None:
 
 
 def mixed(prompts: list[Any]) -> None:
-    """A mood shared by prompts, a topic a prompt, a completion: one posterior."""
+    """A mood shared by prompts, a topic and a completion of each: one joint posterior."""
     mood = pyro.sample("mood", dist.Bernoulli(0.4))
     with pyro.plate("prompts", len(prompts)):
         topic = pyro.sample("topic", dist.Categorical(logits=torch.zeros(2)))
@@ -95,14 +91,14 @@ def continuous(prompts: list[Any]) -> None:
 
 def continuous_log_z() -> np.ndarray:
     """sum_x p(x) exp(-s^2 / 4) / sqrt 2."""
-    law = LM(PROMPTS, max_new_tokens=1)
+    prior = LM(PROMPTS, max_new_tokens=1)
     tokens = torch.arange(4)[:, None, None].expand(-1, 2, 1)
-    return (law.log_prob(tokens) - tokens[..., 0] ** 2 / 4).logsumexp(0).numpy() - 0.5 * math.log(2)
+    return (prior.log_prob(tokens) - tokens[..., 0] ** 2 / 4).logsumexp(0).numpy() - 0.5 * math.log(2)
 
 
 @pytest.mark.parametrize("case", ["prior", "policy", "shared latent", "one by one", "continuous, by rejection"])
 def test_the_inverse_of_a_conditional_estimate_is_unbiased(case: str) -> None:
-    """E[Z / Z-hat] = 1, which makes log Z-hat high; `log_evidence` is the estimate that this gives."""
+    """E[Z / Z-hat] = 1, so log Z-hat is high; `log_evidence` is the estimate by the mean of 1 / Z-hat."""
     if case == "continuous, by rejection":
         kept = RejectionSampling(num_samples=600, log_bound=0.0, seed=1, progress=False).run(continuous, PROMPTS)
         posterior, log_z = run(continuous, retained=kept), continuous_log_z()
@@ -116,7 +112,7 @@ def test_the_inverse_of_a_conditional_estimate_is_unbiased(case: str) -> None:
     by_chain = diagnostics.chain_log_evidence(posterior.log_weights)
     assert_mean(np.exp(log_z - by_chain), 1.0)
     np.testing.assert_allclose(posterior.log_evidence, -np.log(np.exp(-by_chain).mean(0)), rtol=1e-6)
-    assert (np.abs(posterior.log_evidence - log_z) < LIMIT * posterior.log_evidence_stderr).all()
+    assert_estimate(posterior.log_evidence, posterior.log_evidence_stderr, log_z)
     assert (posterior.log_evidence_upper > log_z - LIMIT * by_chain.std(0) / len(by_chain) ** 0.5).all()
 
 
@@ -124,8 +120,8 @@ def test_chain_c_retains_draw_c_under_the_guide_s_weight() -> None:
     kept = exact().resample(40, seed=3)
     posterior = run(guide=POLICY, num_chains=40, retained=kept, batch_size=7)
     np.testing.assert_array_equal(posterior.samples["completion"][:, 0], kept.samples["completion"][0])
-    law = POLICY(PROMPTS, max_new_tokens=len(TABLE))
-    log_q = law.log_prob(torch.as_tensor(kept.samples["completion"][0])).numpy()
+    policy = POLICY(PROMPTS, max_new_tokens=len(TABLE))
+    log_q = policy.log_prob(torch.as_tensor(kept.samples["completion"][0])).numpy()
     np.testing.assert_allclose(posterior.log_weights[:, 0], kept.log_joint[0] - log_q, atol=1e-4)
     assert not np.array_equal(posterior.samples["completion"][:, 1], kept.samples["completion"][0])
 
@@ -180,7 +176,7 @@ def test_guides_that_cannot_have_proposed_the_draws_are_refused() -> None:
 
 
 def weights_only(log_weights: np.ndarray, **fields: Any) -> Posterior:
-    """A posterior of nothing but its weights (chain, draw, prompt)."""
+    """A posterior that has weights (chain, draw, prompt) and little else."""
     prompts = log_weights.shape[2]
     with np.errstate(invalid="ignore"):
         known = diagnostics.log_evidence(log_weights)
@@ -210,7 +206,7 @@ def some_chains(posterior: Posterior, chains: slice) -> Posterior:
 @pytest.mark.parametrize("guide", [None, POLICY], ids=["prior", "policy"])
 @pytest.mark.parametrize("kept", ["enumerated", "by rejection"])
 def test_intervals_cover_the_enumerated_truth(guide: Any, kept: str) -> None:
-    """60 repetitions of 10 chains, two prompts each: as many misses as the level allows.
+    """60 repetitions of 10 chains, two prompts each: no more misses than the level allows.
 
     The binomial bound is exceeded by chance once in 100,000.
     """
@@ -240,13 +236,13 @@ def test_intervals_cover_the_enumerated_truth(guide: Any, kept: str) -> None:
 
     whole = diagnostics.certify(runs, conditional)
     apart = whole["log_evidence_upper"] - whole["log_evidence_lower"]
-    for name in truths:  # and no wider than need be: 600 chains know each end to within 0.2
+    for name in truths:  # and not too wide: with 600 chains the error of each end is below 0.2
         assert (whole[f"{name}_high"] - whole[f"{name}_low"] < apart + 0.5).all(), name
     assert (whole["kl_sampler_high"] > apart).all()
 
 
-def test_draws_passed_off_as_exact_give_themselves_away() -> None:
-    """With draws of the prior "retained" the upper bound is none: log Z lies far above it."""
+def test_retained_draws_that_are_not_exact_show_in_the_bounds() -> None:
+    """If draws of the prior are retained, the upper bound is wrong: log Z is far above it."""
     prior = run(num_particles=600, num_chains=1)
     forged = dataclasses.replace(prior, kind="exact", log_weights=np.zeros((1, 600, 2)))
     table = diagnostics.certify(run(seed=1), run(seed=2, retained=forged))
@@ -254,7 +250,7 @@ def test_draws_passed_off_as_exact_give_themselves_away() -> None:
 
 
 def test_limits_are_student_s() -> None:
-    """Normal log Z-hat, 4 and 6 chains, 4000 replicates as prompts: each end misses as often as it says."""
+    """Normal log Z-hat, 4 and 6 chains, 4000 replicates as prompts: each end misses as often as its level says."""
     rng = np.random.default_rng(0)
     runs = weights_only(rng.normal(0.0, 1.0, (4, 1, 4000)))
     conditional = weights_only(rng.normal(1.0, 2.0, (6, 1, 4000)), conditional=True)
@@ -292,7 +288,7 @@ def test_dead_draws_make_infinite_bounds_and_never_nan() -> None:
     assert np.isfinite(table["log_evidence_low"].iloc[1])
     assert np.isposinf(table[["kl_to_posterior_low", "kl_to_posterior_high"]]).all(axis=None)
     assert np.isposinf(table[["kl_from_posterior_high", "kl_sampler_high"]].iloc[0]).all()
-    np.testing.assert_allclose(table["log_evidence_high"], 1.0)  # chains that all agree
+    np.testing.assert_allclose(table["log_evidence_high"], 1.0)  # all chains are equal
 
 
 @pytest.mark.parametrize(
@@ -302,10 +298,10 @@ def test_dead_draws_make_infinite_bounds_and_never_nan() -> None:
         ({"conditional": True}, {"conditional": True}, "runs has a retained draw"),
         ({"log_weights": np.zeros((1, 5, 2))}, {"conditional": True}, "runs has 1 chain: intervals need at least 2"),
         ({}, {"conditional": True, "prompts": ["a", "b"]}, "of the same prompts"),
-        ({"kind": "exact"}, {"conditional": True}, "runs must hold weighted draws or particles: exact ones"),
+        ({"kind": "exact"}, {"conditional": True}, "runs must hold weighted draws or particles, not exact ones"),
     ],
 )
-def test_what_bounds_nothing_is_refused(runs: dict[str, Any], conditional: dict[str, Any], message: str) -> None:
+def test_runs_that_give_no_bounds_are_refused(runs: dict[str, Any], conditional: dict[str, Any], message: str) -> None:
     default = {"log_weights": np.zeros((2, 5, 2))}
     with pytest.raises(ValueError, match=message):
         diagnostics.certify(weights_only(**(default | runs)), weights_only(**(default | conditional)))
@@ -319,14 +315,14 @@ def test_level_is_a_probability() -> None:
 # ---- in reports ----
 
 
-def test_reports_warn_of_few_roots_and_of_given_draws() -> None:
+def test_reports_warn_of_few_roots_and_of_retained_draws() -> None:
     log_weights, roots = np.zeros((2, 50, 1)), np.zeros((2, 50, 1), dtype=int)
     few = weights_only(log_weights, kind="particles", roots=roots)
     many = weights_only(log_weights, kind="particles", roots=roots + np.arange(50)[:, None])
-    given = weights_only(log_weights, conditional=True)
-    lines = report.warnings({"few": few, "many": many, "given": given})
-    assert [line.split(",")[0].split(" ")[0] for line in lines] == ["few", "given"]
+    retained = weights_only(log_weights, conditional=True)
+    lines = report.warnings({"few": few, "many": many, "retained": retained})
+    assert [line.split(",")[0].split(" ")[0] for line in lines] == ["few", "retained"]
     assert "of 2 first particles" in lines[0]
     guided = dataclasses.replace(many, policy=POLICY)  # its raw particles are not the policy's own draws
-    for posterior in (few, given, guided):
+    for posterior in (few, retained, guided):
         assert report.comparison({"run": posterior}, 0).row_count == 1

@@ -26,7 +26,7 @@ from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
 from scipy.stats import chi2
 from support.engines import ENGINES, those
-from support.helpers import table_lm
+from support.models import table_lm
 
 from bayeslm.inference.markov.moves import PriorMove, RandomWalk, SuffixMove, latent_moves, score, sweep
 from bayeslm.inference.markov.suffix_kernel import SuffixKernel

@@ -74,14 +74,14 @@ FILTERED: dict[str, tuple[Callable[[Posterior], diagnostics.Estimate], float]] =
 
 @pytest.mark.parametrize("name", FILTERED)
 def test_particles_give_the_truth_with_honest_standard_errors(name: str) -> None:
-    """Taken as independent draws they would not: z-scores of the first state and of log Z have sd 1.5 and 2.2."""
+    """As independent draws they would not: z-scores of the first state and of log Z have sd 1.5 and 2.2."""
     estimator, truth = FILTERED[name]
     assert_calibrated(*estimator(WALK.posterior(0)), truth)
 
 
 @pytest.mark.parametrize("name", FILTERED)
 def test_standard_errors_under_multinomial_resampling_are_honest_or_too_large(name: str) -> None:
-    """Those of expectations are right; log Z's count the resampling of equals, 3 / 1000 here beside a true 0.002."""
+    """Right for expectations; for log Z too large by resampling equal weights: 3 / 1000 here, where 0.002 is right."""
     estimator, truth = FILTERED[name]
     estimate, stderr = estimator(WALK.posterior(0, multinomial=True))
     if name.endswith("state"):
@@ -127,19 +127,19 @@ def test_the_error_of_a_single_root_is_unknown() -> None:
     np.testing.assert_array_equal(np.isinf(diagnostics.log_evidence(log_weights, roots)[1]), [True, False])
 
 
-def test_single_particles_have_no_known_law() -> None:
+def test_single_particles_have_no_known_distribution() -> None:
     filtered, conditional = WALK.posterior(0, prompts=2), TOY.posterior(0, prompts=2)
     conditional.conditional = True
     for posterior in (filtered, conditional):
-        with pytest.raises(ValueError, match="of a known law"):
+        with pytest.raises(ValueError, match="of a known distribution"):
             diagnostics.kl_to_posterior(posterior)
         for function in (diagnostics.kl_to_prior, diagnostics.entropy, diagnostics.summary):
-            with pytest.raises(ValueError, match="no known law"):
+            with pytest.raises(ValueError, match="no known distribution"):
                 function(posterior, weighted=False)
 
 
-def test_standard_error_of_a_markov_chain_knows_its_autocorrelation() -> None:
-    """AR(1) with correlation 0.6: taken as independent draws the z-scores would have sd 2."""
+def test_standard_error_of_a_markov_chain_includes_autocorrelation() -> None:
+    """AR(1) with correlation 0.6: for independent draws the z-scores would have sd 2."""
     posterior, rng = TOY.posterior(0, "markov"), np.random.default_rng(3)
     x = rng.normal(size=posterior.log_weights.shape)
     for step in range(1, x.shape[1]):
@@ -172,7 +172,7 @@ def test_enumeration_is_exact() -> None:
 
 
 def test_prompts_that_share_a_latent_are_one_posterior() -> None:
-    """KL and entropy are those of z, whose odds are exp(1 + 2 + 3); expectations may be of anything."""
+    """KL and entropy are those of z, whose odds are exp(1 + 2 + 3)."""
     posterior = shared()
     target = 1 / (1 + np.exp(-6.0))
     entropy = -target * np.log(target) - (1 - target) * np.log(1 - target)
@@ -184,7 +184,7 @@ def test_prompts_that_share_a_latent_are_one_posterior() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_draws_that_break_a_constraint(seed: int) -> None:
-    """Weights of −inf never become NaN; what they make infinite is inf, what they hide is NaN and says so."""
+    """Weights of −inf never become NaN; an estimate is inf if they make it infinite, NaN if they make it unknown."""
     posterior = from_prior(seed)
     weights = posterior.weights()
     assert np.isneginf(posterior.log_weights).any()
@@ -208,7 +208,7 @@ def test_draws_that_break_a_constraint(seed: int) -> None:
         assert np.isnan(hidden[1])
 
 
-def test_every_weight_zero_is_said_and_never_nan() -> None:
+def test_all_weights_zero_is_an_error_or_infinite_and_never_nan() -> None:
     dead = np.zeros((2, 50, 3))
     dead[..., 1] = -np.inf
     estimate, stderr = diagnostics.log_evidence(dead)
@@ -221,7 +221,7 @@ def test_every_weight_zero_is_said_and_never_nan() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("function", [diagnostics.log_evidence, diagnostics.ess, diagnostics.psis])
-def test_weights_that_are_no_weights_are_refused(function: Callable[..., object], bad: float) -> None:
+def test_invalid_weights_are_refused(function: Callable[..., object], bad: float) -> None:
     weights = np.zeros((1, 9, 1))
     weights[0, 3] = bad
     with pytest.raises(ValueError, match="NaN or \\+inf"):
@@ -327,7 +327,7 @@ def test_bounds_on_the_evidence_bound_the_divergence() -> None:
     assert stderr.shape == (3,)
 
 
-def test_draws_of_an_unknown_law_have_no_divergence() -> None:
+def test_draws_of_an_unknown_distribution_have_no_divergence() -> None:
     posterior = from_prior(0).resample()
     assert posterior.kind == "uncorrected"
     for function in (diagnostics.kl_to_prior, diagnostics.entropy):
@@ -363,7 +363,7 @@ def test_distinct_n_without_n_grams_and_on_bad_input() -> None:
     assert np.isnan(diagnostics.distinct_n(tokens, lengths, 9))
     with pytest.raises(ValueError, match="at least one token"):
         diagnostics.distinct_n(tokens, lengths, 0)
-    with pytest.raises(ValueError, match="without tokens"):
+    with pytest.raises(ValueError, match=r"lengths \(chain, draw, prompt\)"):
         diagnostics.distinct_n(tokens, lengths[..., None])
 
 
@@ -371,8 +371,8 @@ def test_distinct_n_without_n_grams_and_on_bad_input() -> None:
 def test_best_of_n_bound_is_tight_without_ties_and_a_bound_with_them(n: int) -> None:
     for values, tight in ((20_000, True), (5, n == 1)):
         below = np.arange(values) / values
-        law = (below + 1 / values) ** n - below**n  # of the best of n draws of a uniform law on ranked values
-        kl = np.sum(law * np.log(law * values))
+        p = (below + 1 / values) ** n - below**n  # of the best of n draws, uniform on ranked values
+        kl = np.sum(p * np.log(p * values))
         assert kl <= diagnostics.best_of_n_kl_bound(n) + 1e-12
         assert (kl == pytest.approx(diagnostics.best_of_n_kl_bound(n), abs=1e-3)) == tight
     with pytest.raises(ValueError, match="n >= 1"):
@@ -430,7 +430,7 @@ def test_summary_leaves_out_what_a_kind_cannot_have() -> None:
     np.testing.assert_array_equal(diagnostics.summary(filtered)["roots"], diagnostics.num_roots(filtered.roots))
 
 
-def test_a_chain_without_evidence_knows_no_divergence() -> None:
+def test_a_chain_without_evidence_has_no_divergence() -> None:
     posterior = TOY.posterior(0, "markov", prompts=2)
     posterior.log_evidence = posterior.log_evidence_stderr = np.full(2, np.nan)
     table = diagnostics.summary(posterior)

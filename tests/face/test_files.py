@@ -1,4 +1,4 @@
-"""A folder is whole or not there, whatever happens to its writer."""
+"""An output folder is complete or absent, whatever happens to its writer."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from pathlib import Path
 
 import pytest
 
-from bayeslm.files import whole
+from bayeslm.files import atomic_folder
 
 KILLED = """
 import os, sys
-from bayeslm.files import whole
+from bayeslm.files import atomic_folder
 
-with whole(sys.argv[1]) as folder:
+with atomic_folder(sys.argv[1]) as folder:
     (folder / "first").write_text("1")
-    os._exit(9)  # as a kill: nothing is cleaned up
+    os._exit(9)  # as if killed: nothing is cleaned up
 """
 
 
 @pytest.mark.parametrize("existing", [False, True])
-def test_what_was_written_is_there_in_the_end(tmp_path: Path, existing: bool) -> None:
+def test_the_folder_appears_at_the_end(tmp_path: Path, existing: bool) -> None:
     place = tmp_path / "new" / "run"
     if existing:
         place.mkdir(parents=True)
-    with whole(place) as folder:
+    with atomic_folder(place) as folder:
         (folder / "inner").mkdir()
         (folder / "inner" / "file").write_text("1")
         assert place.exists() == existing
@@ -36,7 +36,7 @@ def test_what_was_written_is_there_in_the_end(tmp_path: Path, existing: bool) ->
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_an_error_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
     def write() -> None:
-        with whole(tmp_path / "run") as folder:
+        with atomic_folder(tmp_path / "run") as folder:
             (folder / "first").write_text("1")
             raise error
 
@@ -45,19 +45,19 @@ def test_an_error_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_writer_that_is_killed_leaves_nothing_of_that_name(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_no_folder_of_that_name(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "run")], check=False)
     assert done.returncode == 9
     assert not (tmp_path / "run").exists()
     assert [path.name[:5] for path in tmp_path.iterdir()] == [".run."]
-    with whole(tmp_path / "run") as folder:  # what is left of it is in nobody's way
+    with atomic_folder(tmp_path / "run") as folder:  # its hidden folder is in no way
         (folder / "second").write_text("2")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["second"]
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     def write(place: Path) -> None:
-        with whole(place) as folder:
+        with atomic_folder(place) as folder:
             (folder / "first").write_text("1")
 
     (tmp_path / "full").mkdir()

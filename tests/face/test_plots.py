@@ -1,4 +1,4 @@
-"""Plots: what is drawn is what the posterior says, and nothing is hidden or cut off."""
+"""Plots show the posterior's values, and nothing is hidden or cut off."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def panels(figure: Any) -> list[Any]:
 
 
 def outlines(axis: Any) -> dict[str, Any]:
-    """The outline of each law's histogram, by its label."""
+    """The outline of each histogram, by its label."""
     return {patch.get_label(): patch for patch in axis.patches if patch.get_label().strip("_")}
 
 
@@ -55,13 +55,13 @@ def test_rewards_are_drawn_weighted_with_the_prior_first() -> None:
     assert legend(figure) == ["prior", "IS", "oracle"]
 
 
-def test_rewards_may_be_given_as_arrays() -> None:
-    given = np.zeros((1, 10, 2))
-    figure = plot_rewards({"prior": given, "IS": from_prior(0)}, prompts=[1])
+def test_rewards_may_be_arrays() -> None:
+    rewards = np.zeros((1, 10, 2))
+    figure = plot_rewards({"prior": rewards, "IS": from_prior(0)}, prompts=[1])
     (axis,) = panels(figure)
     assert means(axis)[0] == 0.0
     assert axis.get_title() == "Is it bad?"
-    assert panels(plot_rewards({"a": given, "b": given}))[1].get_title() == "prompt 1"
+    assert panels(plot_rewards({"a": rewards, "b": rewards}))[1].get_title() == "prompt 1"
 
 
 def test_rewards_of_minus_infinity_are_counted_in_the_legend() -> None:
@@ -78,7 +78,7 @@ def test_only_some_panels_of_many_prompts() -> None:
     assert len(panels(plot_rewards({"exact": posterior}, prompts=[3, 19, 0, 1]))) == 4
 
 
-def test_laws_are_told_apart() -> None:
+def test_histograms_differ_in_colour_and_style() -> None:
     figure = plot_rewards({str(i): from_prior(i) for i in range(6)})
     drawn = outlines(panels(figure)[0])
     assert len({patch.get_edgecolor() for patch in drawn.values()}) == len(COLOURS) + 1
@@ -102,7 +102,7 @@ def test_nothing_is_cut_off_or_covered(prompts: int) -> None:
         assert not box.overlaps(axis.get_tightbbox())
 
 
-def test_rewards_refuse_what_cannot_be_compared() -> None:
+def test_rewards_of_other_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="same prompts"):
         plot_rewards({})
     with pytest.raises(ValueError, match="same prompts"):
@@ -113,7 +113,7 @@ def test_rewards_refuse_what_cannot_be_compared() -> None:
 
 def test_training_and_evidence() -> None:
     posterior = enumerated()
-    with pytest.raises(ValueError, match="left no curve"):
+    with pytest.raises(ValueError, match="has no curve"):
         plot_training(from_prior(0, stats={}))
     grows = np.linspace(-2.0, 0.1, 40)
     posterior.stats["elbo"] = np.stack([grows, grows - 0.2])[..., None] + np.array([-1.0, 1.0])  # (chain, step, prompt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,7 @@ def test_particles_keep_their_weights_and_lose_their_roots_when_resampled() -> N
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("num_draws", [None, 30, 1111])
 def test_systematic_resampling_copies_every_draw_as_often_as_its_weight_says(seed: int, num_draws: int | None) -> None:
-    """The number of copies is the expected one rounded up or down: certain, not only likely."""
+    """The number of copies is the expected one rounded up or down, always."""
     posterior = from_prior(0)
     posterior.samples["id"] = np.broadcast_to(np.arange(1000).reshape(4, 250, 1), (4, 250, 2))
     posterior.dims["id"] = ("prompt",)
@@ -132,7 +133,7 @@ def test_systematic_resampling_copies_every_draw_as_often_as_its_weight_says(see
     assert picked.kind == "uncorrected"
 
 
-def test_resampling_keeps_what_belongs_together() -> None:
+def test_resampling_picks_all_arrays_of_a_draw_together() -> None:
     picked = from_prior(0).resample(seed=4)
     index = picked.samples["completion"][..., 0]
     reference = discrete(index, None, "exact")
@@ -178,7 +179,7 @@ def test_draws_of_an_enumeration_are_exact_and_shuffled() -> None:
 
 
 def test_ess_of_resampled_draws_shows_unequal_weights() -> None:
-    """Copies of a draw lie side by side, so ArviZ's ESS of the result is near Kish's of the weights."""
+    """Copies of a draw are adjacent, so ArviZ's ESS of the result is near Kish's of the weights."""
     posterior = Gaussian(mean=-1.0).posterior(0, prompts=20)
     kish = diagnostics.ess(posterior.log_weights).mean()
     assert kish < 400
@@ -212,14 +213,15 @@ def test_best_texts_are_distinct_and_sorted() -> None:
 # ---- imports ----
 
 
-def test_the_face_imports_without_torch_and_without_arviz() -> None:
-    """Torch is too large to need, and ArviZ too slow to load, for reading a result."""
+def test_the_face_loads_a_posterior_without_torch_and_without_arviz(tmp_path: Path) -> None:
+    """Loading a posterior needs no torch, and does not wait for ArviZ, whose import takes seconds."""
     code = (
         "import sys\n"
         "sys.modules.update(dict.fromkeys(['torch', 'pyro', 'transformers', 'arviz', 'matplotlib']))\n"
         "import bayeslm, bayeslm.plots, bayeslm.storage\n"
-        "print(bayeslm.__version__, sorted(bayeslm.__all__))"
+        "print(sorted(bayeslm.__all__), bayeslm.Posterior.load(sys.argv[1]).kind)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    saved = enumerated().save(tmp_path / "run")
+    done = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split(maxsplit=1)[1].strip() == "['Posterior', '__version__', 'diagnostics']"
+    assert done.stdout.strip() == "['Posterior', '__version__', 'diagnostics'] enumerated"

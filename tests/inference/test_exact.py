@@ -10,7 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from support.helpers import table_lm
+from support.models import table_lm
 
 from bayeslm.inference import EvidenceError, Exact, ProgramError
 

@@ -1,8 +1,4 @@
-"""The laws that every engine obeys, over one list of engines (`engines.ENGINES`); `Exact` is the judge.
-
-Tolerances are 4 standard errors (two-sided false alarm 6e-5 a comparison), or what gives the same false alarm by
-Student's law where the standard error is between chains; with some 1000 comparisons, 6% for the file at new seeds.
-"""
+"""The laws that every engine obeys, over one list of engines (`engines.ENGINES`); `Exact` is the judge."""
 
 from __future__ import annotations
 
@@ -13,16 +9,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from scipy.stats import norm
-from scipy.stats import t as student
 from support.engines import ENGINES, those
-from support.helpers import table_lm, tiny_llama
-from support.programs import highest, score_table, tilted
+from support.models import table_lm, tiny_llama
+from support.programs import highest, score_table, tilted, token_is
+from support.statistics import assert_agrees, assert_chain_mean, assert_evidence, assert_mean, deviations
 
 from bayeslm import diagnostics, inference
 from bayeslm.inference import EvidenceError, Exact
 
-LIMIT = 4.0  # standard errors, of a known law
 SHORT = [[1, 2], [3]]
 SMALL = {"vocab": 4, "tokens": 4}
 
@@ -48,50 +42,8 @@ def small(name):
     return run(name, *case(), size=1)
 
 
-def limit(replicates: int) -> float:
-    """As many standard errors as leave outside what 4 of a normal law do, the error being estimated."""
-    return float(student.isf(norm.sf(LIMIT), replicates - 1))
-
-
-def errors(posterior, values, truth, log_z):
-    """Mean of what must be 0 on average, w (f - mu) / Z of weighted draws, else f - mu; and a fourth of its limit."""
-    deviations = values - truth
-    if posterior.kind in ("weighted", "particles"):
-        deviations = np.exp(posterior.log_weights - log_z) * deviations
-    each = deviations.mean(1)  # (chain, prompt)
-    if len(each) == 1:  # one chain of independent draws
-        each = deviations[0]
-    return each.mean(0), limit(len(each)) / LIMIT * each.std(0, ddof=1) / len(each) ** 0.5
-
-
-def assert_agrees(posterior, exact, functions, order=slice(None)):
-    """Expectations and log Z within 4 standard errors of `Exact`, whose prompts are taken in this order."""
-    log_z = exact.log_evidence[order]
-    if posterior.kind == "enumerated":
-        np.testing.assert_allclose(posterior.log_evidence, log_z, atol=1e-5)
-    elif not np.isnan(posterior.log_evidence).any():
-        gap = np.abs(np.expm1(posterior.log_evidence - log_z))
-        if posterior.kind in ("weighted", "particles") and len(posterior.log_weights) > 1:
-            ratios = np.exp(posterior.log_weights - log_z).mean(1)
-            stderr = limit(len(ratios)) / LIMIT * ratios.std(0, ddof=1) / len(ratios) ** 0.5
-        else:
-            stderr = posterior.log_evidence_stderr
-        assert (gap < LIMIT * stderr + 1e-5).all(), ("log Z", gap, stderr)
-    for i, function in enumerate(functions):
-        truth = (exact.weights() * function(exact)).sum((0, 1))[order]
-        if posterior.kind == "enumerated":
-            np.testing.assert_allclose((posterior.weights() * function(posterior)).sum((0, 1)), truth, atol=1e-5)
-            continue
-        mean, stderr = errors(posterior, function(posterior), truth, log_z)
-        assert (np.abs(mean) < LIMIT * stderr + 1e-6).all(), (i, mean, stderr)
-
-
 def reward(posterior):
     return posterior.samples["score"]
-
-
-def token_is(t: int, token: int):
-    return lambda posterior: (posterior.samples["completion"][..., t] == token) * 1.0
 
 
 FUNCTIONS = [reward, *(token_is(t, token) for t in range(4) for token in (0, 1, 2))]
@@ -112,10 +64,11 @@ class TestPosterior:
 
     def test_prompts_in_another_order_or_alone(self, name):
         model, bound = case()
-        assert_agrees(run(name, model, bound, SHORT[::-1], seed=1), exact_of(), FUNCTIONS[:4], slice(None, None, -1))
+        swapped = run(name, model, bound, SHORT[::-1], seed=1)
+        assert_agrees(swapped, exact_of(), FUNCTIONS[:4], order=slice(None, None, -1))
         for i in range(2):
             alone = run(name, model, bound, SHORT[i : i + 1], seed=2 + i)
-            assert_agrees(alone, exact_of(), FUNCTIONS[:4], slice(i, i + 1))
+            assert_agrees(alone, exact_of(), FUNCTIONS[:4], order=slice(i, i + 1))
 
     def test_large_beta_gives_the_prior(self, name):
         model, bound = case(beta=1e6)
@@ -131,7 +84,7 @@ def test_z_is_unbiased(name):
     model, bound = case(beta=0.5)
     runs = [run(name, model, bound, seed=seed, size=1) for seed in range(4)]
     ratios = np.concatenate([np.exp(p.log_weights - exact_of(beta=0.5).log_evidence).mean(1) for p in runs])
-    assert (np.abs(ratios.mean(0) - 1) < limit(len(ratios)) * ratios.std(0, ddof=1) / len(ratios) ** 0.5).all()
+    assert_mean(ratios, 1.0)
     assert (ratios.std(0) > 0.01).all()  # so that there is something to be wrong about
 
 
@@ -271,11 +224,9 @@ def test_the_closed_form_of_a_gaussian(name):
     theta, mean = posterior.samples["theta"], (0.8 * y).numpy()
     log_z = dist.Normal(0.0, 1.25**0.5).log_prob(y).numpy()
     if claims.evidence:
-        assert (np.abs(posterior.log_evidence - log_z) < LIMIT * posterior.log_evidence_stderr).all()
+        assert_evidence(posterior, log_z)
     for values, truth in ((theta, mean), (theta**2, mean**2 + 0.2)):
         if posterior.kind == "markov":
-            ess = np.array([diagnostics.ess_bulk(values)]).reshape(-1)
-            gap, stderr = values.mean((0, 1)) - truth, values.std((0, 1)) / ess**0.5
+            assert_chain_mean(values, truth)
         else:
-            gap, stderr = errors(posterior, values, truth, log_z)
-        assert (np.abs(gap) < LIMIT * stderr).all(), (gap, stderr)
+            assert_mean(deviations(posterior, values, truth, log_z), 0.0)

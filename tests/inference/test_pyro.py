@@ -7,7 +7,8 @@ import torch
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.mcmc.util import initialize_model
-from support.helpers import assert_drawn_from, count_completions, table_lm, tiny_llama
+from support.models import table_lm, tiny_llama
+from support.statistics import assert_drawn_from, count_completions
 
 from bayeslm.models import TiltedLM
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from support.helpers import table_lm
+from support.models import table_lm
 
 from bayeslm.inference import (
     MCMC,

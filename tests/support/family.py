@@ -8,7 +8,7 @@ from __future__ import annotations
 import pyro
 import torch
 from support.gradients import perturbed
-from support.helpers import table_lm
+from support.models import table_lm
 from support.programs import score_table
 
 T = 3

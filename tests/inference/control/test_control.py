@@ -8,22 +8,21 @@ import math
 import pyro
 import pytest
 import torch
-from support.gradients import LIMIT, assert_unbiased, gradients
+from support.gradients import assert_unbiased, gradients
 from support.processes import all_episodes, random_mdp, random_policy
+from support.statistics import assert_mean
 
 from bayeslm.inference import (
     SVI,
-    ControlledSMC,
     Critic,
     ImportanceSampling,
     LogVariance,
     ProgramError,
     RejectionSampling,
     ReverseKL,
-    SoftValueIteration,
-    StateValues,
     Tempering,
 )
+from bayeslm.inference.control import ControlledSMC, SoftValueIteration, StateValues
 from bayeslm.models.control import (
     MDP,
     Control,
@@ -133,7 +132,7 @@ def test_gradients_are_those_of_the_soft_value(baseline):
     assert_unbiased(-found, gradient)
     with torch.no_grad():
         losses = torch.tensor([objective.loss(control, control.guide(policy), COPIES) for _ in range(60)])
-    assert abs(float(losses.mean() + elbo)) < LIMIT * float(losses.std()) / 60**0.5
+    assert_mean(losses, -float(elbo))
 
 
 def test_state_values_take_out_what_is_past_and_what_was_expected():
@@ -169,7 +168,7 @@ def test_a_factor_of_the_whole_trajectory_has_the_same_gradient():
     control, policy, _, gradient = elbo_problem(1)
 
     def whole(starts):
-        law = control.law(control.prior, starts)
+        law = control.trajectory(control.prior, starts)
         with pyro.plate("prompts", len(starts)):
             pyro.factor("return", returns(pyro.sample("trajectory", law)) / BETA)
 
@@ -366,7 +365,7 @@ def test_the_exact_plan_makes_every_particle_exact(monkeypatch, dynamics):
     end. With fixed dynamics, chance makes no difference on the way."""
     mdp, control = problem(1, deterministic=dynamics == "tilted")
     exact = SoftValueIteration(BETA, HORIZON, dynamics).run(mdp)
-    monkeypatch.setattr(ControlledSMC, "_plan", lambda *_: exact)
+    monkeypatch.setattr(SoftValueIteration, "run", lambda *_: exact)
     smc = ControlledSMC(num_sweeps=1, num_particles=20, defensive=0.0, dynamics=dynamics, seed=0)
     posterior = smc.run(control, STARTS)
     assert posterior.stats["ess_by_step"] == pytest.approx(20, abs=1e-3)
@@ -420,7 +419,7 @@ def test_what_cannot_be_planned_is_refused():
     with pytest.raises(ProgramError, match="discrete states"):
         ControlledSMC().run(Control(GymEnvironment("CartPole-v1"), 1.0, 5))
     with pytest.raises(ProgramError, match="Control program"):
-        ControlledSMC().run(lambda: pyro.sample("trajectory", control.law(control.prior)))
+        ControlledSMC().run(lambda: pyro.sample("trajectory", control.trajectory(control.prior)))
     with pytest.raises(ValueError, match="defensive"):
         ControlledSMC(defensive=2.0)
     with pytest.raises(ValueError, match="fixed"):

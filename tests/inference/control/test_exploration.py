@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from scipy import integrate, stats
-from support.helpers import assert_drawn_from
+from support.statistics import assert_drawn_from
 
-from bayeslm.inference import Boltzmann, EpsilonGreedy, Random, Thompson
+from bayeslm.inference.control import Boltzmann, EpsilonGreedy, Random, Thompson
 from bayeslm.models.control import BernoulliArms, Dirichlet, GaussianArms, NormalGamma
 
 DRAWS = torch.tensor([[0.0, 1.0, 3.0], [4.0, 1.0, 0.0]])  # means 2, 1, 1.5
@@ -27,7 +27,7 @@ def test_laws():
     }
     for strategy, law in expected.items():
         np.testing.assert_allclose(strategy.probabilities(DRAWS), law, rtol=1e-6, err_msg=str(strategy))
-    assert [s.samples for s in STRATEGIES] == [False, False, False, True]
+    assert [s.needs_draws for s in STRATEGIES] == [False, False, False, True]
 
 
 def test_the_highest_value_is_shared_where_several_have_it():

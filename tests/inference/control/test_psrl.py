@@ -1,7 +1,4 @@
-"""PSRL: its regret against an exact computation, its tasks against exact values, and what it is for.
-
-Means over runs are compared within 4.5 standard errors: false alarm 7e-6 a comparison.
-"""
+"""PSRL: its regret against an exact computation, its tasks against exact values, and what it is for."""
 
 from __future__ import annotations
 
@@ -11,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from scipy import integrate, stats
+from support.statistics import LIMIT, assert_mean
 
-from bayeslm.inference import PSRL, Boltzmann, EpisodicTask, EpsilonGreedy, Random, SoftValueIteration, Thompson
+from bayeslm.inference.control import PSRL, Boltzmann, EpisodicTask, EpsilonGreedy, Random, SoftValueIteration, Thompson
 from bayeslm.models.control import (
     MDP,
     Bandit,
@@ -25,16 +23,7 @@ from bayeslm.models.control import (
 )
 from bayeslm.plots import plot_regret
 
-LIMIT = 4.5
 ARMS = (0.8, 0.5)
-
-
-def assert_mean(x, expected) -> None:
-    """The mean of independent runs (run, ...)."""
-    x = torch.as_tensor(x).double()
-    stderr = (x.std(0) / len(x) ** 0.5).clamp_min(1e-9)
-    error = (x.mean(0) - torch.as_tensor(expected)) / stderr
-    assert error.abs().max() < LIMIT, error
 
 
 # -- bandits ---------------------------------------------------------------------------------------------------------
@@ -89,13 +78,13 @@ def test_the_regret_of_a_bernoulli_bandit_is_the_exact_one(strategy, seed):
     expected = exact_regret(strategy, 7)
     assert_mean(learning.regret, expected)
     assert_mean(learning.returns, max(ARMS) - np.array(expected))
-    assert_mean(learning.belief.law.concentration.sum((1, 2)) - 7, 4.0)  # every pull was counted, once
+    assert_mean(learning.belief.rewards.concentration.sum((1, 2)) - 7, 4.0)  # every pull was counted, once
 
 
 def test_gaussian_arms_learn_from_their_own_pulls():
     bandit = Bandit(torch.tensor([1.0, 0.0, -3.0]), scale=torch.tensor([0.5, 2.0, 1.0]))
     learning = PSRL(300, Random(), num_runs=200, seed=0, progress=False).run(bandit, GaussianArms.prior(3))
-    law = learning.belief.law
+    law = learning.belief.rewards
     assert_mean(law.count.sum(1), 303.0)
     assert_mean(law.mean * law.count / (law.count - 1), bandit.means)  # the prior's mean of 0 taken off
     np.testing.assert_allclose((law.rate / law.shape).mean(0), [0.25, 4.0, 1.0], rtol=0.1)

@@ -16,8 +16,10 @@ import torch
 from models.lm.test_network import ARCHITECTURES, PROMPTS
 from pyro import poutine
 from scipy import stats
-from support.helpers import assert_drawn_from, by_hand, count_completions, random_network, table_lm, tiny_llama
-from support.programs import SHORT, Enumerated, conversation, score_table, shared, tilted
+from support.models import random_network, table_lm, tiny_llama
+from support.oracles import Enumerated, by_hand
+from support.programs import SHORT, conversation, score_table, shared, tilted
+from support.statistics import assert_drawn_from, count_completions
 
 from bayeslm.inference import ProgramError
 from bayeslm.inference.markov.moves import RandomWalk, SuffixMove, Tally, latent_moves, score
@@ -168,8 +170,8 @@ def test_moves_of_every_latent_are_reversible(model):
         assert_reversible(target, target.index(state), target.index(after))
         again = score(target.program, {site.name: after.values[site.name] for site in target.program.latents})
         torch.testing.assert_close(after.log_prior, again.log_prior, atol=1e-5, rtol=1e-5)
-        for name, scores in again.token_scores.items():
-            torch.testing.assert_close(after.token_scores[name], scores, atol=1e-5, rtol=1e-5)
+        for name, scores in again.token_log_prob.items():
+            torch.testing.assert_close(after.token_log_prob[name], scores, atol=1e-5, rtol=1e-5)
         for name, term in again.log_likelihood.items():
             torch.testing.assert_close(after.log_likelihood[name], term)
 

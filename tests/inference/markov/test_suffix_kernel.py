@@ -1,7 +1,7 @@
 """The kernel for Pyro's own MCMC: exact answers, what comes out of it, and how it starts, adapts and refuses.
 
-Means over chains of many replicates (equal prompts, each a posterior of its own) are compared within 4 standard errors
-(false alarm 6e-5 a comparison). That each step leaves the posterior as it is: test_calibration.py.
+Means over chains of many replicates (equal prompts, each a posterior of its own) are compared by
+`assert_mean`. That each step leaves the posterior as it is: test_calibration.py.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import MCMC
-from support.helpers import table_lm, tiny_llama
+from support.models import table_lm, tiny_llama
 from support.programs import score_table, tilted
+from support.statistics import assert_mean
 
 from bayeslm.inference import EvidenceError, Exact, ProgramError
 from bayeslm.inference.markov.suffix_kernel import SuffixKernel
@@ -21,7 +22,6 @@ from bayeslm.models import LanguageModel
 from bayeslm.models.lm.autoregressive import Autoregressive
 from bayeslm.models.lm.network import count_usage
 
-LIMIT = 4.0
 SHORT = [[1, 2], [3]]
 
 
@@ -30,12 +30,6 @@ def run(kernel, prompts, samples=40, warmup=20, **settings):
     mcmc = MCMC(kernel, num_samples=samples, warmup_steps=warmup, disable_progbar=True, **settings)
     mcmc.run(prompts)
     return mcmc.get_samples()
-
-
-def assert_mean(values, expected):
-    """The mean of (draw, replicate) is as expected; replicates are independent."""
-    each = values.double().mean(0)
-    assert abs(float(each.mean()) - expected) < LIMIT * float(each.std()) / len(each) ** 0.5
 
 
 @pytest.mark.parametrize("policy", [None, 9])
@@ -51,8 +45,8 @@ def test_texts_agree_with_exact(policy):
     atoms, weights = torch.as_tensor(exact.samples["completion"][0, :, 0]), exact.weights()[0, :, 0]
     for t in range(4):
         for token in range(4):
-            assert_mean(x[..., t] == token, (weights * (atoms[:, t] == token).numpy()).sum())
-    assert_mean(table[torch.arange(4), x].sum(-1), (weights * exact.samples["score"][0, :, 0]).sum())
+            assert_mean((x[..., t] == token).double().mean(0), (weights * (atoms[:, t] == token).numpy()).sum())
+    assert_mean(table[torch.arange(4), x].sum(-1).double().mean(0), (weights * exact.samples["score"][0, :, 0]).sum())
 
 
 def mixed(y, noise=1.0):
@@ -97,11 +91,11 @@ def test_every_kind_of_latent_agrees_with_exact(continuous):
         "completion": torch.int64,
     }
     for k in range(3):
-        assert_mean(samples["topic"] == k, weights[topic == k].sum())
-    assert_mean((samples["completion"] == 2).sum(-1), (weights * says_b).sum())
-    assert_mean(samples["theta"], (weights * (1.5 - topic - says_b) / 2).sum())
+        assert_mean((samples["topic"] == k).double().mean(0), weights[topic == k].sum())
+    assert_mean((samples["completion"] == 2).sum(-1).double().mean(0), (weights * says_b).sum())
+    assert_mean(samples["theta"].double().mean(0), (weights * (1.5 - topic - says_b) / 2).sum())
     span = 1.0 + topic
-    assert_mean(samples["width"], (weights * (1 - span / np.expm1(span))).sum())
+    assert_mean(samples["width"].double().mean(0), (weights * (1 - span / np.expm1(span))).sum())
     assert (samples["width"] < 1 + samples["topic"]).all()
     assert (samples["width"] > 1).any()
 

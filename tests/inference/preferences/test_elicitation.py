@@ -9,23 +9,12 @@ from dataclasses import astuple, replace
 import numpy as np
 import pytest
 import torch
-from support.helpers import assert_drawn_from, table_lm
+from support.models import table_lm
+from support.statistics import assert_drawn_from, assert_estimate, assert_mean
 
-from bayeslm.inference import (
-    Boltzmann,
-    Duel,
-    Elicitation,
-    EpsilonGreedy,
-    Exact,
-    FreshCompletions,
-    ImportanceSampling,
-    InformationGain,
-    Laplace,
-    Pool,
-    Random,
-    Thompson,
-    Tilted,
-)
+from bayeslm.inference import Exact, ImportanceSampling, Laplace
+from bayeslm.inference.control import Boltzmann, EpsilonGreedy, Random, Thompson
+from bayeslm.inference.preferences import Duel, Elicitation, FreshCompletions, InformationGain, Pool, Tilted
 from bayeslm.inference.preferences.acquisition import information
 from bayeslm.models import TiltedLM
 from bayeslm.models.preferences import Answer, BradleyTerry, Question, SimulatedJudge, UncertainReward, answered
@@ -78,7 +67,7 @@ def test_information_gain_asks_for_the_most_informative():
     n, ranked = len(gains), gains.sort().values.double()
     weights = [math.comb(i, 2) / math.comb(n, 3) for i in range(n)]  # the best of three of n is of rank i
     mean = sum(w * g for w, g in zip(weights, ranked, strict=True))
-    assert abs(torch.stack(some).double().mean() - mean) < 4.5 * torch.stack(some).std() / 20
+    assert_mean(some, mean)
 
 
 @pytest.mark.parametrize("strategy", [Random(), Thompson(), EpsilonGreedy(0.4), Boltzmann(0.7), Tilted(0.5)])
@@ -229,7 +218,7 @@ def test_simulated_judges_have_bradley_terrys_noise(seed):
     judge = SimulatedJudge(reward, temperature=0.4, seed=seed)
     answers = [judge("p", f"x{i}", f"y{i}") for i in range(4000)]
     expected = 1 / (1 + math.exp(-0.3 / 0.4))
-    assert abs(np.mean(answers) - expected) < 4.5 * math.sqrt(expected * (1 - expected) / 4000)
+    assert_estimate(np.mean(answers), math.sqrt(expected * (1 - expected) / 4000), expected)
     assert answers == [judge("p", f"x{i}", f"y{i}") for i in range(4000)]
     other = replace(judge, seed=seed + 100)
     assert answers[:100] != [other("p", f"x{i}", f"y{i}") for i in range(100)]
@@ -241,7 +230,7 @@ def test_a_judge_without_noise():
         assert judge("p", i, j) == (truth([], [i]) > truth([], [j]))
     ties = SimulatedJudge(Reward(lambda completions, **_: [-math.inf] * len(completions)), temperature=0.0)
     called = [ties("p", f"{i}", f"{i} ") for i in range(400)]
-    assert abs(np.mean(called) - 0.5) < 4.5 * 0.025
+    assert_estimate(np.mean(called), 0.025, 0.5)
     far = SimulatedJudge(Reward(lambda completions, **_: [0.0, 1e9]), temperature=1e-9)
     assert far.probability("p", "1", "2") == 0.0
     for temperature in (-1.0, math.inf, math.nan):
@@ -367,5 +356,5 @@ def test_any_engine_updates():
         posterior = Elicitation(small, engine=engine).posterior(answers)
         means.append(diagnostics.expectation(posterior, posterior.samples["weights"][..., :1]))
     (one, error), (two, other) = means
-    assert abs(one - two) < 4.5 * np.hypot(error, other)
+    assert_estimate(one, np.hypot(error, other), two)
     assert error < 0.02

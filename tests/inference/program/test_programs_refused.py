@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from support.helpers import table_lm
+from support.models import table_lm
 from torch import nn
 
 from bayeslm.inference import (
@@ -21,6 +21,7 @@ from bayeslm.inference import (
     LogVariance,
     ProgramError,
     RejectionSampling,
+    RunError,
 )
 from bayeslm.models import TiltedLM
 from bayeslm.models.rewards import RewardError
@@ -161,10 +162,10 @@ def test_a_reward_that_raises_shows_the_text_and_loses_no_particle():
         return [0.0] * len(completions)
 
     engine = ImportanceSampling(num_particles=30, batch_size=10, seed=0, progress=False)
-    with pytest.raises(RewardError, match=r"out of patience(.|\n)*completion") as caught:
+    with pytest.raises(RunError, match=r"out of patience(.|\n)*completion(.|\n)*20 particles") as caught:
         engine.run(TiltedLM(lm, moody, 1.0, max_new_tokens=3), ["a"])
-    assert len(caught.value.particles.log_prior) == 20
-    assert "20 particles drawn before" in caught.value.__notes__[0]
+    assert isinstance(caught.value.__cause__, RewardError)
+    assert len(caught.value.so_far.particles) == 20
 
 
 def test_a_gradient_that_is_not_finite_stops_with_the_policy_kept():

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.statistics import assert_estimate
 from torch import Tensor
 
 from bayeslm.inference.sequential.resampling import (
@@ -50,7 +51,7 @@ def test_offspring_are_unbiased(scheme: Scheme) -> None:
     counts, expected = runs_of(scheme).double(), 7 * WEIGHTS
     error = (expected * (1 - WEIGHTS) / RUNS).sqrt()
     assert (counts.sum(1) == 7).all()
-    assert ((counts.mean(0) - expected).abs() <= 4 * error + 1e-9).all()
+    assert_estimate(counts.mean(0), error, expected)
 
 
 @every_scheme
@@ -184,7 +185,7 @@ def test_the_retained_particle_stays_first(seed: int) -> None:
     counts = offspring(ancestors).double()
     counts[:, 0] -= 1
     error = (6 * WEIGHTS * (1 - WEIGHTS) / RUNS).sqrt()
-    assert ((counts.mean(0) - 6 * WEIGHTS).abs() <= 4 * error + 1e-9).all()
+    assert_estimate(counts.mean(0), error, 6 * WEIGHTS)
 
 
 def test_ess_by_hand() -> None:

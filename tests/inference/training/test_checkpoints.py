@@ -16,7 +16,7 @@ import pyro
 import pytest
 import torch
 from support.gradients import policy_guide
-from support.helpers import table_lm, tiny_llama
+from support.models import table_lm, tiny_llama
 from support.programs import PROMPTS, TOKENS, score_table, tilted
 from support.trainings import GOLD, LM, MODEL, SMALL, Killed, assert_same, batches, fickle, killer, topical
 

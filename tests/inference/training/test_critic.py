@@ -7,10 +7,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from support.gradients import COPIES, assert_unbiased, gradients, perturbed, policy_guide
-from support.helpers import table_lm, tiny_llama
+from support.models import table_lm, tiny_llama
 from support.programs import PROMPTS, longer, score_table, tilted
 
-from bayeslm.inference import SVI, Critic, ProgramError, ReverseKL, StateValues
+from bayeslm.inference import SVI, Critic, ProgramError, ReverseKL
+from bayeslm.inference.control import StateValues
 from bayeslm.inference.training.critic import Texts
 
 SHORT = [[1], [2, 3]]

@@ -12,9 +12,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from support.enumerated import BETA, PROMPTS, Problem, T, kl_to
 from support.gradients import COPIES, assert_unbiased, gradients, perturbed, policy_guide
-from support.helpers import table_lm
-from support.small import BETA, PROMPTS, Small, T, kl_to
+from support.models import table_lm
 from torch import nn
 
 from bayeslm.inference import (
@@ -92,7 +92,7 @@ UNBIASED = {
 @pytest.mark.parametrize("name", UNBIASED)
 @pytest.mark.parametrize("seed", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_gradient_is_unbiased(name, seed):
-    small = Small(seed)
+    small = Problem(seed)
     make, loss = UNBIASED[name]
     torch.manual_seed(seed)
     estimates = small.estimates(make(small.log_z.repeat(COPIES)), repeats=250)
@@ -110,7 +110,7 @@ def test_gradient_is_unbiased(name, seed):
 )
 def test_self_normalised_gradients_are_biased_by_one_over_n(make, loss, source):
     """2 particles are visibly wrong; the bias of 4000 is half a standard error of 100 groups of them (chi^2 is 9)."""
-    small = Small(scale=0.3)
+    small = Problem(scale=0.3)
     expected = small.gradient(loss(small))
     torch.manual_seed(0)
     many = gradients(make(4000, source), small.model, small.guide, small.parameters, (PROMPTS,))
@@ -120,7 +120,7 @@ def test_self_normalised_gradients_are_biased_by_one_over_n(make, loss, source):
 
 
 def test_log_variance_of_own_draws_is_reverse_kl_with_the_leave_one_out_baseline():
-    small = Small()
+    small = Problem()
     found = []
     for objective in (LogVariance(8), ReverseKL(8), FDivergence("reverse-kl", 8)):
         torch.manual_seed(3)
@@ -156,7 +156,7 @@ def test_at_the_posterior_gradients_vanish(make):
 
 def test_values_of_the_losses():
     """What `pyro.infer.SVI.step` returns: of 20,000 particles 2,000 are effective, and standard errors 0.02."""
-    small = Small(scale=0.3)
+    small = Problem(scale=0.3)
     exact = {
         LogVariance(20_000): reverse_kl_variance(small),
         ForwardKL(20_000): divergence(lambda t: -t.log())(small),
@@ -174,7 +174,7 @@ def test_values_of_the_losses():
 @pytest.mark.parametrize("name", [name for name, (make, _) in UNBIASED.items() if type(make(0.0)) is FDivergence])
 def test_the_value_of_an_f_divergence_is_unbiased(name, seed):
     """With log Z known: within 4.5 standard errors of the enumerated divergence (false alarm: 7e-6 a check)."""
-    small = Small(seed)
+    small = Problem(seed)
     make, loss = UNBIASED[name]
     objective = make(small.log_z.repeat(COPIES))
     torch.manual_seed(seed)
@@ -262,7 +262,7 @@ def test_latents_of_all_prompts(objective):
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_svi_reaches_the_posterior_by(objective, steps, seed):
     """KL(q || pi*) under 0.01 nats by enumeration, from 0.5 to 2; Renyi's own gradient is noisier."""
-    small = Small(seed, order=4)
+    small = Problem(seed, order=4)
     assert (kl_to(small.lm, small) > 0.4).all()
     engine = SVI(objective=objective, num_steps=steps, learning_rate=0.05, num_samples=500, seed=seed, progress=False)
     reached = kl_to(engine.run(small.model, PROMPTS).policy, small)
@@ -310,7 +310,7 @@ def test_a_group_without_any_weight_teaches_nothing():
 
 def test_what_the_particles_saw():
     """`last`: the ELBO and its parts, whichever law the draws come from."""
-    small = Small()
+    small = Problem()
     elbo = (small.log_q.exp() * (small.log_target - small.log_q)).sum(0)
     for source in (of_guide, of_prior):
         objective = LogVariance(20_000, source)
@@ -337,7 +337,7 @@ def test_weights_of_other_draws_are_truncated():
 
 
 def test_a_watcher_sees_every_step_and_changes_nothing():
-    small = Small()
+    small = Problem()
     seen = []
 
     def watch(done, policy):
@@ -355,7 +355,7 @@ def test_a_watcher_sees_every_step_and_changes_nothing():
 )
 def test_trainings_learn_nothing_from_one_another(objective):
     """The same seed gives the same, whatever was trained before; and a chain is what it is without the one before."""
-    small = Small()
+    small = Problem()
     settings = {"objective": objective, "num_steps": 5, "num_samples": 10, "seed": 0, "progress": False}
     first, again, chains = (SVI(num_chains=n, **settings).run(small.model, PROMPTS) for n in (1, 1, 2))
     for name in ("elbo", "gradient_norm"):
@@ -377,7 +377,7 @@ def test_what_is_refused():
         Replay(every=0)
     with pytest.raises(ValueError, match="capacity"):
         Replay(capacity=0)
-    small = Small()
+    small = Problem()
     best = BestOfN(n=2, num_samples=2, seed=0, progress=False).run(small.model, PROMPTS)
     with pytest.raises(ValueError, match="no known law"):
         FromPosterior(best)

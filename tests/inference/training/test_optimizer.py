@@ -6,7 +6,7 @@ import torch
 from support.family import PROMPTS, Family
 
 from bayeslm.inference import SVI, ReverseKL
-from bayeslm.inference.program import AutoPolicy, look
+from bayeslm.inference.program import AutoPolicy, inspect_or_reuse
 from bayeslm.inference.training.optimizer import ScheduledAdam
 
 
@@ -29,7 +29,7 @@ def test_more_prompts_are_no_larger_gradient(size, seed):
     of each leave a noise of a few percent of it.
     """
     family = Family(PROMPTS * 40)
-    policy = AutoPolicy(look(None, family.model(), (PROMPTS,), {})).policy
+    policy = AutoPolicy(inspect_or_reuse(None, family.model(), (PROMPTS,), {})).policy
     log_q = policy(PROMPTS, family.x.shape[-1]).log_prob(family.x[:, : len(PROMPTS)])
     loss = (log_q.exp() * (log_q - family.log_target[:, : len(PROMPTS)])).sum(0).mean()
     expected = torch.autograd.grad(loss, [p for p in policy.parameters() if p.requires_grad])

@@ -11,12 +11,12 @@ import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 from support.gradients import COPIES, LIMIT, assert_unbiased, gradients, perturbed, policy_guide
-from support.helpers import table_lm, tiny_llama
+from support.models import table_lm, tiny_llama
 from support.programs import PROMPTS, score_table, tilted
 from torch import Tensor, nn
 
 from bayeslm.inference import Exact, ExponentialAverage, ProgramError, ReverseKL
-from bayeslm.inference.program import inspect, site_terms, traces
+from bayeslm.inference.program import inspect, score_sites, traces
 
 
 def exact_elbo(lm, policy, table: Tensor, beta: float, prompts) -> Tensor:
@@ -44,7 +44,7 @@ def test_beta_times_elbo_is_kl_penalised_reward(kind, beta):
     atoms = poutine.trace(lambda prompts: pyro.sample("completion", law.expand((len(x), 2)), obs=x)).get_trace(PROMPTS)
     atoms.nodes["completion"]["is_observed"] = False
     trace, _ = traces(dataclasses.replace(program, model=poutine.replay(program.model, trace=atoms)), None, len(x))
-    terms = {name: term.double() for name, term in site_terms(program, trace, len(x)).items()}
+    terms = {name: term.double() for name, term in score_sites(program, trace, len(x)).items()}
     torch.testing.assert_close(terms["completion"], log_p)
     q = log_q.exp()
     elbo = (q * (terms["completion"] + terms["reward"] - log_q)).sum(0)

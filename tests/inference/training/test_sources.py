@@ -10,10 +10,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from support.enumerated import BETA, PROMPTS, Problem, T, kl_to
 from support.gradients import perturbed, policy_guide
-from support.helpers import assert_drawn_from, count_completions, table_lm
+from support.models import table_lm
 from support.programs import SHORT, tilted
-from support.small import BETA, PROMPTS, Small, T, kl_to
+from support.statistics import assert_drawn_from, count_completions
 
 from bayeslm.inference import (
     MCMC,
@@ -57,7 +58,7 @@ def test_auxiliary_sites_of_a_guide_are_drawn_and_kept_with_it():
 
 
 def test_replay_keeps_what_was_drawn():
-    small = Small()
+    small = Problem()
     replay = Replay(capacity=40, every=3)
     program = inspect(small.model, PROMPTS)
     torch.manual_seed(0)
@@ -75,7 +76,7 @@ def test_replay_keeps_what_was_drawn():
 
 def test_replayed_draws_take_turns():
     """Of the buffer, each as often as any other, or once more: new draws too, and none that had to give way."""
-    small = Small()
+    small = Problem()
     program, replay = inspect(small.model, PROMPTS), Replay(capacity=48, every=6)
     buffer, picked = [], []
     torch.manual_seed(0)
@@ -95,7 +96,7 @@ def test_replayed_draws_take_turns():
 
 def test_replay_goes_on_where_it_was():
     """What it remembers gives the draws that it would have given."""
-    small = Small()
+    small = Problem()
     program = inspect(small.model, PROMPTS)
     torch.manual_seed(0)
     replay, other = Replay(capacity=40, every=4), Replay(capacity=40, every=4)
@@ -112,7 +113,7 @@ def test_replay_goes_on_where_it_was():
 
 def test_draws_that_agree_are_scored_once():
     """In as many rows as there are pairs of texts; scores and gradients are those of each by itself."""
-    small = Small()
+    small = Problem()
     program = inspect(small.model, PROMPTS)
     torch.manual_seed(0)
     draws = of_guide(program, small.guide, 300)[:]  # as of an earlier step, whose scores are not known
@@ -144,7 +145,7 @@ def test_distinct_draws(dtype, monkeypatch):
 
 def test_new_draws_are_not_scored_again():
     """Beyond one micro-batch that would be a pass of its own, whose graph is not kept; the gradient is the same."""
-    small = Small()
+    small = Problem()
     small.policy.batch_size = 8
     program = inspect(small.model, PROMPTS)
     torch.manual_seed(0)
@@ -162,7 +163,7 @@ def test_new_draws_are_not_scored_again():
 
 
 def test_replay_starts_again_with_other_prompts_in_an_objective():
-    small = Small()
+    small = Problem()
     objective = LogVariance(8, Replay(every=2))
     for prompts in (PROMPTS, PROMPTS, PROMPTS[:1], PROMPTS):
         with pyro.get_param_store().scope():
@@ -181,7 +182,7 @@ def test_replay_starts_again_with_other_prompts_in_an_objective():
 )
 def test_other_engines_draws(engine):
     """They come with the law they were drawn from: weighted, they are the posterior's, and SVI learns it from them."""
-    small = Small(order=4)
+    small = Problem(order=4)
     posterior = engine.run(small.model, PROMPTS)
     program = inspect(small.model, PROMPTS)
     torch.manual_seed(0)
@@ -198,7 +199,7 @@ def test_other_engines_draws(engine):
 
 
 def test_draws_are_the_policys():
-    small = Small()
+    small = Problem()
     program = inspect(small.model, PROMPTS[:1])
     torch.manual_seed(0)
     draws = of_guide(program, small.guide, 4000)
@@ -229,7 +230,7 @@ def test_draws_have_the_weights_that_engines_give_them():
 
 def test_hard_constraints_on_another_engines_draws():
     """The law of draws of no probability is not known, and maximum likelihood needs it not."""
-    small = Small(order=4)
+    small = Problem(order=4)
     never = small.table.clone()
     never[0, 2] = -torch.inf
     model = tilted(small.lm, never, BETA)
@@ -253,10 +254,10 @@ def test_hard_constraints_on_another_engines_draws():
 
 def test_equal_prompts_keep_the_buffer_and_others_do_not(monkeypatch):
     """In a loop of plain Pyro that makes its list of prompts at every step: new draws at every third."""
-    small, drawn, looks = Small(), [], []
-    new, first_look = draws_module.of_guide, program_module._first_look
+    small, drawn, looks = Problem(), [], []
+    new, first_look = draws_module.of_guide, program_module._inspect
     monkeypatch.setattr(draws_module, "of_guide", lambda *args: drawn.append(1) or new(*args))
-    monkeypatch.setattr(program_module, "_first_look", lambda *args: looks.append(1) or first_look(*args))
+    monkeypatch.setattr(program_module, "_inspect", lambda *args: looks.append(1) or first_look(*args))
     svi = pyro.infer.SVI(small.model, small.guide, pyro.optim.Adam({"lr": 1e-3}), LogVariance(8, Replay(every=3)))
 
     def lots(prompts, steps):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.gradients import gradients, perturbed, policy_guide
-from support.helpers import table_lm
+from support.models import table_lm
 from support.programs import SHORT, score_table, tilted
 
 from bayeslm.inference import (

@@ -6,7 +6,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from support.helpers import table_lm, tiny_llama
+from support.models import table_lm, tiny_llama
 from support.programs import PROMPTS, TOKENS, score_table, tilted
 
 from bayeslm.inference import SVI, ProgramError

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.processes import all_episodes, random_mdp, random_policy
 
-from bayeslm.inference import SoftValueIteration
+from bayeslm.inference.control import SoftValueIteration
 from bayeslm.models.control import MDP
 
 gymnasium = pytest.importorskip("gymnasium")

@@ -11,7 +11,8 @@ from support.gradients import assert_unbiased, gradients
 from torch import Tensor
 
 from bayeslm import Posterior
-from bayeslm.inference import SVI, Critic, ImportanceSampling, ReverseKL, SoftValueIteration
+from bayeslm.inference import SVI, Critic, ImportanceSampling, ReverseKL
+from bayeslm.inference.control import SoftValueIteration
 from bayeslm.models.control import (
     MDP,
     Control,
@@ -284,7 +285,7 @@ def test_acrobot():
     value = torch.from_numpy(weighted.samples["trajectory"])
     assert set(actions(value).unique().tolist()) <= {-1, 0, 1, 2}
     with torch.no_grad():
-        log_q = control.law(policy).log_prob(value).numpy()
+        log_q = control.trajectory(policy).log_prob(value).numpy()
     expected = returns(value).numpy() / 1.0 + (actions(value) >= 0).sum(-1).numpy() * -np.log(3) - log_q
     np.testing.assert_allclose(weighted.log_weights, expected, atol=1e-4)
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from gymnasium.error import InvalidAction, ResetNeeded
 from gymnasium.utils.env_checker import check_env
-from support.helpers import assert_drawn_from, count_completions, table_lm, tiny_llama
+from support.models import table_lm, tiny_llama
+from support.statistics import assert_drawn_from, count_completions
 
 import bayeslm.models.control  # noqa: F401  registers the environment
 from bayeslm.inference import Exact

@@ -1,7 +1,4 @@
-"""Unknown worlds: closed forms against Bayes' rule, and the same posterior as a program under the engines.
-
-Means of draws are compared within 4.5 standard errors: false alarm 7e-6 a comparison.
-"""
+"""Unknown worlds: closed forms against Bayes' rule, and the same posterior as a program under the engines."""
 
 from __future__ import annotations
 
@@ -9,12 +6,12 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from support.statistics import assert_estimate, assert_evidence, assert_mean
 
 from bayeslm import diagnostics
 from bayeslm.inference import NUTS, SVI, ImportanceSampling
-from bayeslm.models.control import Dirichlet, NormalGamma, Steps, UnknownMDP, Worlds
+from bayeslm.models.control import Dirichlet, Experience, NormalGamma, UnknownMDP, Worlds
 
-LIMIT = 4.5
 REWARD = (0.3, 1.5, 3.0, 2.0)
 
 
@@ -52,12 +49,6 @@ def test_dirichlet_is_bayes_rule():
     torch.testing.assert_close(constant, constant[:1].expand(50), atol=1e-9, rtol=0)
 
 
-def assert_mean(x: torch.Tensor, expected: torch.Tensor) -> None:
-    """The mean of independent draws (draw, ...)."""
-    error = (x.mean(0) - expected) / (x.std(0) / len(x) ** 0.5)
-    assert error.abs().max() < LIMIT, error
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_draws_have_the_moments_of_their_laws(seed):
     torch.manual_seed(seed)
@@ -85,9 +76,9 @@ def test_small_concentrations_are_drawn_as_they_are(dtype):
         assert (p.amax(-1) > 0.99).double().mean() > 0.99
 
 
-def episode() -> Steps:
+def episode() -> Experience:
     """Two runs in 3 states with 2 actions; the second ends early, and is padded with steps that never were."""
-    return Steps(
+    return Experience(
         states=torch.tensor([[0, 1, 1, 0], [0, 1, 2, 2]]),
         actions=torch.tensor([[1, 0, 0, 1], [1, 1, 0, 0]]),
         rewards=torch.tensor([[0.5, 1.0, -2.0, 1.5], [0.25, 4.0, 99.0, 99.0]], dtype=torch.float64),
@@ -129,11 +120,11 @@ def test_worlds_drawn_have_the_mean_world():
     assert (worlds.expected_rewards[:, 1, 2] == 0).all()
 
 
-def problem(seed: int) -> tuple[Worlds, Steps, Worlds]:
+def problem(seed: int) -> tuple[Worlds, Experience, Worlds]:
     """A prior of 2 states and 2 actions, 40 steps, and the posterior in closed form."""
     generator = torch.Generator().manual_seed(seed)
     walk = torch.randint(2, (41,), generator=generator)
-    steps = Steps(
+    steps = Experience(
         states=walk[:-1],
         actions=torch.randint(2, (40,), generator=generator),
         rewards=torch.randn(40, generator=generator, dtype=torch.float64) + walk[:-1],
@@ -161,7 +152,7 @@ def moments(belief: Worlds) -> dict[str, np.ndarray]:
     return {name: x.numpy() for name, x in of.items()}
 
 
-def assert_agrees(posterior, belief: Worlds) -> None:
+def assert_closed_form(posterior, belief: Worlds) -> None:
     s = posterior.samples
     p, mean, precision = s["transitions"][..., 0], s["reward"], s["precision"]
     spread = precision * (mean - belief.rewards.location.flatten().numpy()) ** 2
@@ -170,8 +161,7 @@ def assert_agrees(posterior, belief: Worlds) -> None:
     for name, expected in moments(belief).items():
         for pair in range(4):
             estimate, stderr = diagnostics.expectation(posterior, values[name][..., pair, None])
-            error = (estimate[0] - expected[pair]) / stderr[0]
-            assert abs(error) < LIMIT, (name, pair, estimate, expected[pair], stderr)
+            assert_estimate(estimate[0], stderr[0], expected[pair])
             assert stderr[0] < 0.35 * values[name][..., pair].std(), (name, pair, "too few draws to tell anything")
 
 
@@ -179,7 +169,7 @@ def assert_agrees(posterior, belief: Worlds) -> None:
 def test_nuts_agrees_with_the_closed_form(seed):
     prior, steps, belief = problem(seed)
     nuts = NUTS(num_samples=100, warmup=40, num_chains=1, max_tree_depth=4, seed=seed, progress=False)
-    assert_agrees(nuts.run(UnknownMDP(prior), steps), belief)
+    assert_closed_form(nuts.run(UnknownMDP(prior), steps), belief)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -188,13 +178,14 @@ def test_svi_agrees_with_the_closed_form(seed):
     prior, steps, belief = problem(seed)
     svi = SVI(num_steps=250, num_particles=16, latent_learning_rate=0.05, num_samples=4_000, seed=seed, progress=False)
     posterior = svi.run(UnknownMDP(prior), steps)
-    assert_agrees(posterior, belief)
+    assert_closed_form(posterior, belief)
     log_z = log_evidence(prior, belief, steps)
-    assert abs(posterior.log_evidence[0] - log_z) < LIMIT * posterior.log_evidence_stderr[0] < 0.5
+    assert_evidence(posterior, log_z)
+    assert posterior.log_evidence_stderr[0] < 0.5 / 4.5
     assert -1.0 < posterior.stats["elbo"][0, -50:].mean() - log_z < 0.05
 
 
-def log_evidence(prior: Worlds, belief: Worlds, steps: Steps) -> float:
+def log_evidence(prior: Worlds, belief: Worlds, steps: Experience) -> float:
     """log Z in closed form, pair by pair: Polya's urn of the next states, and `log_evidence_of_rewards`."""
     total = 0.0
     pair = (2 * steps.states + steps.actions)[steps.valid]
@@ -209,11 +200,11 @@ def log_evidence(prior: Worlds, belief: Worlds, steps: Steps) -> float:
 
 def test_importance_sampling_finds_the_evidence():
     prior, steps, belief = problem(0)
-    few = Steps(*(x[:4] for x in vars(steps).values()))
+    few = Experience(*(x[:4] for x in vars(steps).values()))
     belief = prior.update(few)
     posterior = ImportanceSampling(num_particles=20_000, seed=0, progress=False).run(UnknownMDP(prior), few)
-    expected, stderr = log_evidence(prior, belief, few), posterior.log_evidence_stderr[0]
-    assert abs(posterior.log_evidence[0] - expected) < LIMIT * stderr < 0.2
+    assert_evidence(posterior, log_evidence(prior, belief, few))
+    assert posterior.log_evidence_stderr[0] < 0.2 / 4.5
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 import pyro
 import pytest
 import torch
-from support.helpers import assert_drawn_from, by_hand, count_completions, table_lm, tiny_llama
+from support.models import table_lm, tiny_llama
+from support.oracles import by_hand
+from support.statistics import assert_drawn_from, count_completions
 
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm.decoding import categorical

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from support.helpers import llama_network, table_lm, tiny_llama
+from support.models import llama_network, table_lm, tiny_llama
 
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm.loading import word_tokenizer

@@ -7,7 +7,8 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from support.helpers import assert_same_law, llama_network, tiny_llama
+from support.models import llama_network, tiny_llama
+from support.oracles import assert_same_distribution
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -179,7 +180,7 @@ def test_copies_are_independent():
     lm = tiny_llama()
     law = lm(PROMPTS, 3)
     twin = copy.deepcopy(lm)
-    assert_same_law(lm, twin)
+    assert_same_distribution(lm, twin)
     assert twin.tokenizer is lm.tokenizer
     with torch.no_grad():
         for p in twin.parameters():
@@ -217,4 +218,4 @@ def test_any_module_with_the_call_convention():
                 use_cache=use_cache,
             )
 
-    assert_same_law(LanguageModel(Wrapped()), tiny_llama())
+    assert_same_distribution(LanguageModel(Wrapped()), tiny_llama())

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from support.helpers import assert_same_law, llama_network, table_lm, tiny_llama
+from support.models import llama_network, table_lm, tiny_llama
+from support.oracles import assert_same_distribution
 
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm import loading
@@ -26,7 +27,7 @@ def test_save_and_load(tmp_path, make):
     loaded = LanguageModel.from_pretrained(tmp_path / "model")
     assert loaded.name == str(tmp_path / "model")
     assert (loaded.eos_token_ids, loaded.bos_token_id, loaded.pad_token_id) == ((0,), 0, 0)
-    assert_same_law(lm, loaded)
+    assert_same_distribution(lm, loaded)
     assert loaded(["a b c", "d"], 2).prompt_ids.tolist() == lm(["a b c", "d"], 2).prompt_ids.tolist()
     assert not any(p.requires_grad for p in loaded.parameters())
 
@@ -181,13 +182,13 @@ def test_lora_on_lora_begins_where_the_first_ended(tmp_path):
     disturb(first)
     before = weights(first)
     second = first.policy(lora_rank=1)
-    assert_same_law(first, second)
+    assert_same_distribution(first, second)
     disturb(second)
     assert all(torch.equal(p, b) for p, b in zip(first.parameters(), before, strict=True))
     second.save_pretrained(tmp_path / "second")
     with pytest.raises(OSError, match="does not name its base model"):  # which is not what is in the folder
         LanguageModel.from_pretrained(tmp_path / "second")
-    assert_same_law(LanguageModel.from_pretrained(tmp_path / "second", base=first), second)
+    assert_same_distribution(LanguageModel.from_pretrained(tmp_path / "second", base=first), second)
 
 
 def test_adapters_on_disk(tmp_path):
@@ -203,8 +204,8 @@ def test_adapters_on_disk(tmp_path):
     by_name = LanguageModel.from_pretrained(tmp_path / "adapter")
     before = weights(prior)
     on_base = LanguageModel.from_pretrained(tmp_path / "adapter", base=prior)
-    assert_same_law(policy, by_name)
-    assert_same_law(policy, on_base)
+    assert_same_distribution(policy, by_name)
+    assert_same_distribution(policy, on_base)
     assert {p.data_ptr() for p in prior.parameters()} <= {p.data_ptr() for p in on_base.parameters()}
     assert all(torch.equal(p, b) for p, b in zip(prior.parameters(), before, strict=True))
     assert not any("lora" in name for name, _ in prior.named_modules())
@@ -220,11 +221,11 @@ def test_an_adapter_of_weights_that_have_no_name_asks_for_its_base(tmp_path):
     trained.policy(lora_rank=2).save_pretrained(tmp_path / "adapter")
     with pytest.raises(OSError, match="does not name its base model: give base="):
         LanguageModel.from_pretrained(tmp_path / "adapter")
-    assert_same_law(trained, LanguageModel.from_pretrained(tmp_path / "adapter", base=trained))
+    assert_same_distribution(trained, LanguageModel.from_pretrained(tmp_path / "adapter", base=trained))
 
 
 def test_a_policy_on_disk_is_a_model_like_any_other(tmp_path):
     policy = tiny_llama().policy()
     disturb(policy)
     policy.save_pretrained(tmp_path)
-    assert_same_law(policy, LanguageModel.from_pretrained(tmp_path))
+    assert_same_distribution(policy, LanguageModel.from_pretrained(tmp_path))

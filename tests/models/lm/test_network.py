@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.helpers import by_hand, llama_network, random_network, table_lm, tiny_llama
+from support.models import llama_network, random_network, table_lm, tiny_llama
+from support.oracles import by_hand
 from transformers import masking_utils
 
 from bayeslm.models import LanguageModel

@@ -6,7 +6,8 @@ from unittest import mock
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support.helpers import assert_same_law, llama_network, tiny_llama
+from support.models import llama_network, tiny_llama
+from support.oracles import assert_same_distribution
 from torch import nn
 
 from bayeslm.inference import ImportanceSampling
@@ -46,9 +47,9 @@ def test_all_else_is_shared_and_the_original_stays_as_it_is():
     after = {name: id(p) for name, p in packed.network.named_parameters()}
     assert after.items() < before.items()
     assert (packed.eos_token_ids, packed.pad_token_id) == (lm.eos_token_ids, lm.pad_token_id)
-    assert_same_law(packed, lm)
-    assert_same_law(packed.packed(), lm)
-    assert_same_law(copy.deepcopy(packed), lm)
+    assert_same_distribution(packed, lm)
+    assert_same_distribution(packed.packed(), lm)
+    assert_same_distribution(copy.deepcopy(packed), lm)
 
 
 def test_a_policy_is_packed_as_it_is_now_and_goes_on_training():
@@ -57,7 +58,7 @@ def test_a_policy_is_packed_as_it_is_now_and_goes_on_training():
         for p in trained:
             p.data.add_(0.1)
         packed = policy.packed()
-        assert_same_law(packed, policy)
+        assert_same_distribution(packed, policy)
         assert all(p.requires_grad for p in trained)
         assert not any(p.requires_grad for p in packed.network.parameters())
         x = policy([[1, 2]], 5).sample((64,))

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.helpers import by_hand, llama_network, random_network, table_lm, tiny_llama
+from support.models import llama_network, random_network, table_lm, tiny_llama
+from support.oracles import by_hand
 from torch import nn
 
 from bayeslm.models import LanguageModel

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.helpers import by_hand
+from support.oracles import by_hand
 
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm.network import CausalNetwork, count_usage

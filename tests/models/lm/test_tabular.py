@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.helpers import WORDS, table_lm
+from support.models import WORDS, table_lm
 
 from bayeslm.models import LanguageModel
 

@@ -110,7 +110,7 @@ def test_what_is_refused():
         (p * np.nan, None, "between 0 and 1"),
         (p, [1, 0], "one for each of 3 pairs"),
         (p, [1, 0, 2], "0 or 1"),
-        (from_prior(0), None, "has no observations 'preferred'"),
+        (from_prior(0), None, "has no observed site 'preferred'"),
     ]:
         with pytest.raises(ValueError, match=says):
             calibrate(bad, outcomes)
@@ -131,5 +131,5 @@ def test_the_reliability_diagram_shows_the_bins():
     assert [f"ECE {found.ece.value:.3f}" in text.get_text() for text in axis.get_legend().get_texts()] == [True, True]
     np.testing.assert_allclose(below.patches[0].get_data().values, found.counts)
     matplotlib.pyplot.close(figure)
-    with pytest.raises(ValueError, match="needs a calibration"):
+    with pytest.raises(ValueError, match="needs at least one calibration"):
         plot_reliability({})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.helpers import tiny_llama
+from support.models import tiny_llama
 
 from bayeslm.models import LanguageModel
 from bayeslm.models.preferences import Comparisons, LastHidden, PreferenceError, Rankings, Ratings, Standardised

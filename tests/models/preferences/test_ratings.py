@@ -13,6 +13,7 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoLaplaceApproximation, AutoMultivariateNormal
 from scipy import special, stats
+from support.statistics import assert_estimate, assert_evidence
 from torch import Tensor
 
 from bayeslm import Posterior, diagnostics
@@ -20,7 +21,6 @@ from bayeslm.inference import NUTS, SVI, ImportanceSampling, predict
 from bayeslm.models.preferences import GaussianRatings, OrdinalRatings, PreferenceError, Ratings
 from bayeslm.models.preferences.ratings import log_level_probs
 
-LIMIT = 4.0
 WORDS = ["aaa", "b", "banana", "cab", "zebra", "quiz", "aardvark", "bb"]
 DATA = Ratings([""] * 8, WORDS, [3.0, 2.0, 5.0, 4.0, 2.0, 1.0, 4.0, 2.0])
 NOISE, LEVEL, SCALE = 0.8, 3.0, 1.5
@@ -50,7 +50,7 @@ def assert_closed_form(posterior: Posterior) -> None:
     i, j = np.triu_indices(3)
     found, stderr = diagnostics.expectation(posterior, np.concatenate([theta, off[..., i] * off[..., j]], -1))
     expected = np.concatenate([mean, covariance[i, j]])
-    assert (np.abs(found - expected) < LIMIT * stderr).all(), (found, expected, stderr)
+    assert_estimate(found, stderr, expected)
     assert (stderr[:3] < 0.2 * np.sqrt(np.diag(covariance))).all(), "too few draws to tell anything"
 
 
@@ -70,7 +70,7 @@ def test_svi_agrees_with_the_closed_form(guide: type, seed: int):
     posterior = svi.run(GAUSSIAN, DATA)
     mean, covariance, log_z = closed_form()
     assert_closed_form(posterior)
-    assert abs(posterior.log_evidence[0] - log_z) < LIMIT * posterior.log_evidence_stderr[0] + 1e-3
+    assert_estimate(posterior.log_evidence, posterior.log_evidence_stderr, log_z, rounding=1e-3)
     assert log_z - posterior.log_weights.mean() < 0.02  # KL(q || posterior)
     assert_closed_form(
         ImportanceSampling(num_particles=3000, guide=guide, seed=seed, progress=False).run(GAUSSIAN, DATA)
@@ -82,7 +82,7 @@ def test_svi_agrees_with_the_closed_form(guide: type, seed: int):
 def test_importance_sampling_agrees_with_the_closed_form():
     posterior = ImportanceSampling(num_particles=40_000, seed=0, progress=False).run(GAUSSIAN, DATA)
     assert_closed_form(posterior)
-    assert abs(posterior.log_evidence[0] - closed_form()[2]) < LIMIT * posterior.log_evidence_stderr[0]
+    assert_evidence(posterior, closed_form()[2])
 
 
 def test_ratings_drawn_anew():
@@ -94,8 +94,8 @@ def test_ratings_drawn_anew():
     x = np.column_stack([counts([], WORDS).numpy(), np.ones(8)])
     variance = np.einsum("ni,ij,nj->n", x, covariance, x) + NOISE**2
     n = float(diagnostics.ess(posterior.log_weights)[0])
-    assert (np.abs(drawn.mean(0) - x @ mean) < LIMIT * np.sqrt(variance / n)).all()
-    assert (np.abs(drawn.var(0) / variance - 1) < LIMIT * np.sqrt(2 / n)).all()
+    assert_estimate(drawn.mean(0), np.sqrt(variance / n), x @ mean)
+    assert_estimate(drawn.var(0) / variance, np.sqrt(2 / n), 1.0)
     assert checked.pointwise["rating"].shape == (1, 40_000, 8)
 
 
@@ -113,10 +113,10 @@ def test_an_unknown_noise_is_inferred():
     log_p = np.array(log_p) + stats.halfnorm.logpdf(grid)
     mass = np.exp(log_p - special.logsumexp(log_p))
     found, stderr = diagnostics.expectation(posterior, posterior.samples["noise"][..., None])
-    assert abs(found[0] - mass @ grid) < LIMIT * stderr[0]
+    assert_estimate(found[0], stderr[0], mass @ grid)
     assert stderr[0] < 0.1
     log_z = special.logsumexp(log_p) + np.log(grid[1] - grid[0])
-    assert abs(posterior.log_evidence[0] - log_z) < LIMIT * posterior.log_evidence_stderr[0]
+    assert_evidence(posterior, log_z)
 
 
 # -- ordered levels --------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def test_ordinal_against_quadrature(link: str):
     ):
         weights, shares = posterior.samples["weights"], posterior.samples["shares"]
         found, stderr = diagnostics.expectation(posterior, np.concatenate([weights, weights**2, shares[..., :2]], -1))
-        assert (np.abs(found - expected) < LIMIT * stderr + 0.003).all(), (found, expected, stderr)
+        assert_estimate(found, stderr, expected, rounding=0.003)
         np.testing.assert_allclose(
             CDF[link](posterior.samples["cutpoints"]), np.cumsum(shares, -1)[..., :2], rtol=1e-3, atol=1e-4
         )

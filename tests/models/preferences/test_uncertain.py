@@ -16,7 +16,7 @@ import pytest
 import torch
 from pyro.ops.indexing import Vindex
 from scipy.special import expit, logsumexp, softmax
-from support.helpers import WORDS, table_lm
+from support.models import WORDS, table_lm
 from support.toys import Gaussian
 
 from bayeslm import diagnostics
@@ -396,7 +396,7 @@ def test_what_is_no_reward_is_not_read(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"uncertain\.json is missing"):
         UncertainReward.from_pretrained(tmp_path, BradleyTerry(count))
     (tmp_path / "uncertain.json").write_text('{"format": 0}')
-    with pytest.raises(ValueError, match="not written by a version"):
+    with pytest.raises(ValueError, match="this version of bayeslm reads"):
         UncertainReward.from_pretrained(tmp_path, BradleyTerry(count))
 
 

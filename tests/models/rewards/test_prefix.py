@@ -9,7 +9,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from support.helpers import table_lm
+from support.models import table_lm
 
 from bayeslm.models import TiltedLM
 from bayeslm.models.rewards import (

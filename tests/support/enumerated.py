@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from support.gradients import COPIES, gradients, perturbed, policy_guide
-from support.helpers import table_lm
+from support.models import table_lm
 from support.programs import score_table, tilted
 
 BETA = 0.5
@@ -15,7 +15,7 @@ PROMPTS = [[1], [2, 3]]
 T = 3
 
 
-class Small:
+class Problem:
     """A problem that is enumerated: log q (completion, prompt) with gradient, log p + l, log pi*.
 
     A table of order 4 knows all of a text, and can be the posterior; one of order 2 cannot.

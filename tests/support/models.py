@@ -1,0 +1,68 @@
+"""Tiny language models: tables and random Transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from bayeslm.models import LanguageModel
+from bayeslm.models.lm.loading import word_tokenizer
+
+WORDS = ("<eos>", "a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k")
+
+
+def table_lm(order: int = 3, seed: int = 0, vocab: int = 8) -> LanguageModel:
+    """An n-gram table with standard normal logits over ``vocab`` words, the first of which ends a text."""
+    return LanguageModel.tabular(WORDS[:vocab], order=order, seed=seed)
+
+
+def llama_network(seed: int = 0, scale: float = 2.0, **config: Any) -> LlamaForCausalLM:
+    """A random Llama whose logits have standard deviation ``scale`` and depend on all of the context."""
+    settings: dict[str, Any] = {
+        "vocab_size": 8,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,  # transformers fixes the embedding of a pad token at zero, and 0 also begins texts
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = LlamaForCausalLM(LlamaConfig(**(settings | config)))
+        torch.nn.init.normal_(network.lm_head.weight, std=scale / network.config.hidden_size**0.5)
+    return network
+
+
+def tiny_llama(seed: int = 0, scale: float = 2.0, **settings: Any) -> LanguageModel:
+    """`llama_network` with the vocabulary of `table_lm`; ``settings`` go to `LanguageModel`."""
+    return LanguageModel(llama_network(seed, scale), word_tokenizer(WORDS[:8], "<eos>"), **settings)
+
+
+COMMON = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def random_network(model_type: str, **extra: Any) -> PreTrainedModel:
+    """A random network of an architecture of transformers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(COMMON | extra)))

@@ -3,16 +3,13 @@
 from .assign import assign_values, same_distribution
 from .checks import check_counts, check_positive
 from .errors import EvidenceError, ProgramError
+from .execution import RandomStates, RunError, SoFar, Stopwatch, keeping, seeded
 from .guides import AutoPolicy, PolicyGuide, as_law
 from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, Epochs
-from .interruption import RunError, SoFar, keeping
 from .partial import PartialRun
-from .particles import Particles
-from .program import STEPS, Program, Site, in_prompts, inspect, inspect_or_reuse, sample_sites, seeded
-from .random_states import RandomStates
-from .results import Stopwatch, check_evidence, posterior, prompt_labels
-from .run import draw, particles_of, run_particles, score_sites, site_value, traces
-from .tensors import along, to_numpy
+from .particles import Particles, draw, particles_of, run_particles, score_sites, site_value, traces
+from .program import STEPS, Program, Site, along, in_prompts, inspect, inspect_or_reuse, sample_sites
+from .results import check_evidence, posterior, prompt_labels, to_numpy
 
 __all__ = [
     "PARTICLES",

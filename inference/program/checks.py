@@ -1,4 +1,4 @@
-"""Settings of engines, checked where they are made."""
+"""Checks of engines' settings, made when the engine is constructed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 
 
 def check_counts(engine: Any, *names: str) -> None:
-    """:raises ValueError: if a named setting is not a positive whole number, nor None where that is the default."""
+    """Check that settings are positive whole numbers, or None where that is the default.
+
+    :raises ValueError: with the setting's name and value.
+    """
     for name in names:
         value = getattr(engine, name)
         if value is None and getattr(type(engine), name, 0) is None:
@@ -18,7 +21,10 @@ def check_counts(engine: Any, *names: str) -> None:
 
 
 def check_positive(engine: Any, *names: str) -> None:
-    """:raises ValueError: if a named setting is neither None nor positive and finite."""
+    """Check that settings are positive and finite, or None.
+
+    :raises ValueError: with the setting's name and value.
+    """
     for name in names:
         value = getattr(engine, name)
         if value is not None and not (value > 0 and math.isfinite(value)):

@@ -1,4 +1,6 @@
-r"""Minibatches of prompts: a program whose plate ``prompts`` is subsampled.
+r"""Handlers: of minibatches of prompts, of values that are assigned to sites, and of errors in a program's code.
+
+Minibatches are of a program whose plate ``prompts`` is subsampled:
 
     with pyro.plate("prompts", N, subsample_size=b) as batch: ...
 
@@ -8,16 +10,18 @@ Paisley 2013, arXiv 1206.7051):
 
     \sum_{c=1}^N L(c)  =  E_B[ (N / b) \sum_{c \in B} L(c) ]
 
-Pyro scales log p inside the plate by N / b instead, which a score-function gradient, a product of two of them, would
-have squared. So here a minibatch is an ordinary program of b prompts, without a scale, and its loss is multiplied.
+Pyro scales log p inside the plate by N / b instead; a score-function gradient, a product of two such terms, would be
+scaled by its square. So here a minibatch is an ordinary program of b prompts, without a scale, and its loss is scaled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pyro.distributions import Unit
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -36,12 +40,13 @@ Assignment = tuple[Tensor, Tensor | None]
 
 
 class Minibatch(Messenger):
-    """Tells a subsampled plate of prompts which they are, and takes its scale off the terms inside.
+    """Choose the prompts of a subsampled plate, and remove the plate's scale from the terms inside.
 
-    :param prompts: indices (b,); None leaves it to the program, whose first b prompts are taken if it does not care.
-    :raises ProgramError: if a plate is not subsampled as the ``prompts`` need.
+    After a run with a subsampled plate, ``prompts`` (b,) are its indices, ``full_size`` is N, and ``fixed`` says
+    whether the indices were chosen here or by the program.
 
-    ``prompts``, ``full_size``, N, and whether the prompts are ``fixed`` are what was found of a subsampled plate.
+    :param prompts: indices (b,); None takes those of the program, or the first b where it chooses none.
+    :raises ProgramError: if the plate's subsample does not have the size, or the indices, of ``prompts``.
     """
 
     def __init__(self, prompts: Tensor | None = None) -> None:
@@ -62,7 +67,7 @@ class Minibatch(Messenger):
                 msg["cond_indep_stack"] = (*frames[:i], frame._replace(full_size=frame.size), *frames[i + 1 :])
 
     def _choose(self, msg: Any) -> None:
-        plate, own = msg["fn"], msg["value"]  # its own: pyro.plate(..., subsample=indices)
+        plate, own = msg["fn"], msg["value"]  # own: the indices of pyro.plate(..., subsample=indices)
         size = plate.subsample_size if own is None else len(own)
         if size is None or size >= plate.size:
             size = None  # all of them
@@ -95,7 +100,7 @@ class Assign(Messenger):
     :param assignments: by site, a function from the site's distribution, whose outermost plate is that of the
         particles, to the value (particle, *plates, *event) and, of a completion whose log-probabilities are known,
         those of its tokens (particle, *plates, token), else None. They travel on the trace's node, as
-        ``token_log_prob``, to `run.score_sites`.
+        ``token_log_prob``, to `particles.score_sites`.
     """
 
     def __init__(self, assignments: Mapping[str, Callable[[Any], Assignment]]) -> None:
@@ -108,6 +113,37 @@ class Assign(Messenger):
         msg["value"], known = self._assignments[msg["name"]](msg["fn"])
         if known is not None:
             msg["token_log_prob"] = known
+
+
+_BRANCHES = ("is ambiguous", "only one element tensors", "a Tensor with", "only integer tensors of a single element")
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Explain errors of a program whose Python code needs a single value, where engines run many particles at once.
+
+    A factor that is NaN passes, to `particles.score_sites`, whose error shows its text; Pyro's own check, when the
+    factor is made, shows all factors and no text. Pyro makes the factor's `Unit` distribution inside `pyro.factor`, and
+    offers no argument or handler that turns off this one check: the class attribute that it reads is replaced for the
+    block.
+    """
+    own = vars(Unit).get("_validate_args")
+    Unit._validate_args = False
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError) as error:
+        if not any(sign in str(error) for sign in _BRANCHES):
+            raise
+        raise ProgramError(
+            "the program's Python code needs a single value where each prompt and particle has its own "
+            f"({str(error).splitlines()[0]}): engines run all of them at once and cannot follow each one's branch. Use "
+            "torch.where, or ImportanceSampling(vectorize=False) with one prompt"
+        ) from error
+    finally:
+        if own is None:
+            del Unit._validate_args
+        else:
+            Unit._validate_args = own
 
 
 class Epochs:

@@ -24,11 +24,10 @@ from torch import Tensor
 from bayeslm.models.lm import Autoregressive
 
 from .assign import same_distribution
-from .errors import ProgramError, explained
-from .handlers import PARTICLES, Assign, Assignment
-from .particles import Particles
+from .errors import ProgramError
+from .handlers import PARTICLES, Assign, Assignment, explained
+from .particles import Particles, run_particles, score_sites, site_value
 from .program import Program, sample_sites
-from .run import run_particles, score_sites, site_value
 
 
 class _Stopped(BaseException):  # which a program's own `except Exception` lets through

@@ -1,16 +1,30 @@
-"""Particles: runs of a program with their log-densities, the one record that engines weigh, select and combine."""
+"""Particles: runs of a program with their log-densities, and how a program is run for many of them at once.
+
+All particles are in one outermost plate, as in Pyro's own vectorised ELBOs, and every term of the log-joint has the
+shape (particle, prompt). Where the plate of prompts is subsampled, a run has the prompts of one minibatch (`handlers`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pyro
 import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from .program import Program
-from .tensors import along
+from bayeslm.models.lm import Autoregressive
+from bayeslm.progress import track
+
+from .errors import ProgramError
+from .execution import SoFar, keeping
+from .handlers import PARTICLES, explained
+from .program import Program, Site, along, in_prompts, sample_sites
 
 
 @dataclass(frozen=True)
@@ -122,3 +136,202 @@ def _combine(
         log_left_out=optional("log_left_out"),
         prompts=optional("prompts"),
     )
+
+
+def draw(
+    program: Program,
+    guide: Callable[..., Any] | None,
+    num_particles: int,
+    *,
+    batch_size: int | None = None,
+    vectorize: bool = True,
+    progress: bool = False,
+    label: str = "particles",
+) -> tuple[Particles, bool]:
+    """Draw particles in batches of bounded memory.
+
+    :param guide: the proposal; None proposes from the prior.
+    :param batch_size: particles in one batch; None for as many as bounded memory allows.
+    :param vectorize: see `run_particles`.
+    :param progress: whether to show a progress bar, under ``label``.
+    :returns: the particles, and whether Ctrl-C stopped the run before it had all of them.
+    :raises RunError: if a later batch fails; it carries the particles drawn before.
+    """
+    size = batch_size or program.max_particles
+    parts: list[Particles] = []
+
+    def so_far() -> SoFar | None:
+        return SoFar(particles=Particles.concatenate(parts)) if parts else None
+
+    with track(label, num_particles, progress) as report, keeping(so_far) as run:
+        for start in range(0, num_particles, size):
+            n = min(size, num_particles - start)
+            parts.append(run_particles(program, guide, n, vectorize=vectorize))
+            report(n)
+    return Particles.concatenate(parts), run.interrupted
+
+
+def run_particles(
+    program: Program, guide: Callable[..., Any] | None, num_particles: int, *, vectorize: bool = True
+) -> Particles:
+    """Run the program for ``num_particles`` particles and score every site.
+
+    :param guide: proposes the latents; None proposes from the prior.
+    :param vectorize: False runs the particles one by one, for programs whose Python code depends on a latent's value.
+    :raises ProgramError: if a term of the log-joint is NaN or +inf, or the program's sites changed.
+    """
+    if program.in_chunks:
+        runs = [run_particles(chunk, guide, num_particles, vectorize=vectorize) for chunk in program.chunks]
+        return Particles.side_by_side(program, runs)
+    if not vectorize and num_particles > 1:
+        return Particles.concatenate([run_particles(program, guide, 1, vectorize=False) for _ in range(num_particles)])
+    with torch.no_grad():
+        model_trace, guide_trace = traces(program, guide, num_particles, vectorize=vectorize)
+        terms = score_sites(program, model_trace, num_particles)
+        guide_terms = {} if guide_trace is None else score_sites(program, guide_trace, num_particles)
+    return particles_of(program, model_trace, guide_trace, terms, guide_terms, num_particles)
+
+
+def traces(
+    program: Program, guide: Callable[..., Any] | None, num_particles: int, *, vectorize: bool = True
+) -> tuple[Trace, Trace | None]:
+    """Return the traces of model and guide, with all particles in one outermost plate.
+
+    :param guide: proposes the latents; None proposes from the prior and has no trace.
+    """
+
+    def in_plate(fn: Callable[..., Any]) -> Callable[..., Any]:
+        if not vectorize:
+            return fn
+        return pyro.plate(PARTICLES, num_particles, dim=-1 - program.max_plate_nesting)(fn)
+
+    guide_trace = None
+    model = program.pinned(program.model)
+    if guide is not None:
+        guide_trace = poutine.trace(in_plate(program.pinned(guide))).get_trace(*program.args, **program.kwargs)
+        guide_trace = prune_subsample_sites(guide_trace)
+        for name, node in sample_sites(guide_trace):
+            if name not in program.sites and not node["infer"].get("is_auxiliary"):
+                raise ProgramError(f"the guide samples {name!r}, which the program does not have")
+            if not program.shared and not in_prompts(node):
+                raise ProgramError(
+                    f"the guide samples {name!r} outside the plate 'prompts', and the program's prompts are posteriors "
+                    "of their own: put it inside the plate (AutoNormal does), or a latent of the program outside"
+                )
+        model = poutine.replay(model, trace=guide_trace)
+    with explained():
+        model_trace = poutine.trace(in_plate(model)).get_trace(*program.args, **program.kwargs)
+    return prune_subsample_sites(model_trace), guide_trace
+
+
+def score_sites(program: Program, trace: Trace, num_particles: int, *, skip: Container[str] = ()) -> dict[str, Tensor]:
+    """Return the log-probability of every site of a trace, (particle, prompt).
+
+    The log-probabilities of a completion's tokens stay on its node, as ``token_log_prob`` (particle, *plates, token);
+    where an `Assign` has put them there, they are not computed again.
+
+    :param skip: sites to leave out.
+    :raises ProgramError: if a term is NaN or +inf.
+    """
+    for name, node in trace.nodes.items():
+        if node["type"] == "sample" and name not in skip and isinstance(node["fn"], Autoregressive):
+            _score_completion(node)
+    trace.compute_log_prob(site_filter=lambda name, node: name not in skip)
+    terms = {}
+    for name, node in sample_sites(trace):
+        if name in skip or node["infer"].get("_deterministic", False):
+            continue
+        term = program.terms(node["log_prob"], num_particles, in_prompts(node))
+        bad = torch.isnan(term) | (term == torch.inf)
+        if bad.any():
+            particle, prompt = (int(i) for i in bad.nonzero()[0])
+            raise ProgramError(
+                f"site {name!r} has log-probability {term[particle, prompt].item()} at particle {particle}"
+                + (f", prompt {program.global_index(prompt)}" if program.full_size > 1 and in_prompts(node) else "")
+                + (": a reward must be finite or -inf, and beta positive" if node["is_observed"] else "")
+                + "".join(_texts(program, trace, num_particles, particle, prompt))
+            )
+        terms[name] = term
+    return terms
+
+
+def _score_completion(node: Any) -> None:
+    """Compute the log-probabilities of a completion's tokens, and of the whole as Pyro's traces hold it."""
+    node["token_log_prob"] = node["fn"].token_log_prob(node["value"], known=node.get("token_log_prob"))
+    node["unscaled_log_prob"] = node["token_log_prob"].sum(-1)
+    node["log_prob"] = scale_and_mask(node["unscaled_log_prob"], node["scale"], node["mask"])
+    node["log_prob_sum"] = node["log_prob"].sum()
+
+
+def _texts(program: Program, trace: Trace, num_particles: int, particle: int, prompt: int) -> Iterator[str]:
+    """Return the texts of a particle's completions of a prompt, for an error."""
+    for name, node in sample_sites(trace):
+        site = program.sites.get(name)
+        if site is None or not site.is_completion or node["fn"].lm.tokenizer is None:
+            continue
+        texts = node["fn"].decode(site_value(site, node["value"], num_particles)[particle]).reshape(-1)
+        yield f"\n{name}: {texts[prompt if len(texts) > prompt else 0]!r}"
+
+
+def particles_of(
+    program: Program,
+    model_trace: Trace,
+    guide_trace: Trace | None,
+    terms: dict[str, Tensor],
+    guide_terms: dict[str, Tensor],
+    num_particles: int,
+) -> Particles:
+    """Return the particles of a run, from its traces and the terms (particle, prompt) that `score_sites` gave.
+
+    :raises ProgramError: if the run has other sites than the inspected program.
+    """
+    unknown = [name for name in terms if name not in program.sites]
+    if unknown or len(terms) < sum(site.kind != "deterministic" for site in program.sites.values()):
+        raise ProgramError(
+            "the program's sites changed between runs: a site that is only sometimes there cannot be a latent "
+            f"(seen now: {sorted(terms)}; first: {sorted(program.sites)})"
+        )
+    nodes = dict(sample_sites(model_trace))
+    guide_nodes = {} if guide_trace is None else dict(sample_sites(guide_trace))
+    zero = torch.zeros((num_particles, program.weight_prompts), device=program.device)
+    latent = [site.name for site in program.latents]  # in the program's order, so that sums do not depend on a set's
+    auxiliary = sum((program.pooled(term) for name, term in guide_terms.items() if name not in program.sites), zero)
+    left_out = sum((program.pooled(terms[name]) for name in latent if name not in guide_terms), zero)
+
+    def completions(nodes: dict[str, Any]) -> dict[str, Tensor]:
+        sites = [site for site in program.completions if "token_log_prob" in nodes.get(site.name, ())]
+        return {site.name: site_value(site, nodes[site.name]["token_log_prob"], num_particles) for site in sites}
+
+    return Particles(
+        values={
+            site.name: site_value(site, nodes[site.name]["value"], num_particles)
+            for site in program.sites.values()
+            if site.kind != "observed"
+        },
+        log_prior=sum((program.pooled(terms[name]) for name in latent), zero),
+        log_proposal=sum((program.pooled(guide_terms.get(name, terms[name])) for name in latent), auxiliary),
+        log_likelihood={name: program.pooled(term) for name, term in terms.items() if name not in latent},
+        token_log_prob=completions(nodes),
+        pointwise={
+            site.name: _per_observation(site, nodes[site.name]["log_prob"], num_particles)
+            for site in program.sites.values()
+            if site.is_pointwise
+        },
+        auxiliary={name: node["value"] for name, node in guide_nodes.items() if name not in program.sites},
+        proposal_token_log_prob=completions(guide_nodes),
+        log_left_out=None if guide_trace is None else left_out,
+        prompts=None if program.minibatch is None else program.minibatch.expand(num_particles, -1),
+    )
+
+
+def site_value(site: Site, value: Tensor, num_particles: int) -> Tensor:
+    """Return a site's value as (particle, *batch, *event), without the axes that vectorisation put between."""
+    shape = (num_particles, *site.shape)
+    if value.numel() == torch.Size(shape).numel():
+        return value.reshape(shape)
+    return value.expand(shape)
+
+
+def _per_observation(site: Site, log_prob: Tensor, num_particles: int) -> Tensor:
+    """Return a site's log_prob as (particle, *batch)."""
+    return site_value(replace(site, shape=site.shape[: site.batch_dims]), log_prob, num_particles)

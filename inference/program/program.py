@@ -6,7 +6,6 @@ A program is inspected once, by a run without its networks: which sites are late
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,15 +17,13 @@ from pyro.distributions import MaskedDistribution
 from pyro.distributions.util import broadcast_shape
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
-from pyro.util import set_rng_seed
 from torch import Tensor
 
 from bayeslm.models.lm import Autoregressive
 
-from .errors import ProgramError, explained
-from .handlers import PROMPTS, Arbitrary, Minibatch
-from .random_states import RandomStates
-from .tensors import along
+from .errors import ProgramError
+from .execution import seeded
+from .handlers import PROMPTS, Arbitrary, Minibatch, explained
 
 STEPS = "steps"  # a plate over the steps of a trajectory: the term of a step depends on nothing later
 
@@ -226,42 +223,14 @@ def _inspect(
 ) -> Program:
     """Inspect a program; of these prompts, or of the first ones, if its plate of prompts is subsampled."""
     minibatch = Minibatch(prompts)
-    with (
-        seeded(0),
-        torch.no_grad(),
-        explained(),
-        poutine.block(),
-        minibatch,
-        Arbitrary(),
-    ):  # the same each time
+    # seeded, so that every inspection of a program gives the same
+    with seeded(0), torch.no_grad(), explained(), poutine.block(), minibatch, Arbitrary():
         trace = prune_subsample_sites(poutine.trace(model).get_trace(*args, **kwargs))
     sites: dict[str, Site] = {}
     sizes: dict[int, int] = {}
     for name, node in sample_sites(trace):
-        frames = [frame for frame in node["cond_indep_stack"] if frame.vectorized]
-        deterministic = node["infer"].get("_deterministic", False)
-        kind = "deterministic" if deterministic else "observed" if node["is_observed"] else "latent"
-        shape = tuple(node["value"].shape)
-        batch_dims = len(node["fn"].batch_shape)
-        if deterministic:  # Pyro counts a deterministic value's batch dims as event dims unless told
-            batch_dims = max((-f.dim for f in frames), default=0)
-            shape = (1,) * (batch_dims - len(shape)) + shape
-            sizes_here = {batch_dims + frame.dim: frame.size for frame in frames}
-            shape = tuple(sizes_here.get(i, size) if size == 1 else size for i, size in enumerate(shape))
-        plates = {frame.dim: frame.name for frame in frames}
-        stray = [size for i, size in enumerate(node["fn"].batch_shape) if size > 1 and i - batch_dims not in plates]
-        if stray and not deterministic:
-            raise ProgramError(
-                f"site {name!r} has a batch dimension of size {stray[0]} that no plate declares: "
-                "put it inside a pyro.plate, or make it part of the event with .to_event(1)"
-            )
-        if any(frame.full_size not in (None, frame.size) for frame in frames) or (
-            kind == "latent" and not _is_one(node["scale"])
-        ):  # prompts' own subsample is gone from the frames here
-            raise ProgramError(f"site {name!r} is subsampled or scaled: its particles cannot be weighed")
-        masked = node["mask"] is not None or isinstance(node["fn"], MaskedDistribution)
-        sites[name] = Site(name, kind, node["fn"], shape, plates, batch_dims, node["value"], masked)
-        sizes |= {frame.dim: frame.size for frame in frames if frame.name == PROMPTS}
+        sites[name] = _site(name, node)
+        sizes |= {frame.dim: frame.size for frame in _plates(node) if frame.name == PROMPTS}
     if not any(site.kind == "latent" for site in sites.values()):
         raise ProgramError("the program has no latent site: nothing to infer (is every pyro.sample observed?)")
     dims = [dim for site in sites.values() for dim in site.plates]
@@ -275,7 +244,8 @@ def _inspect(
         outside = next(site.name for site in random if not site.in_prompts)
         raise ProgramError(
             f"site {outside!r} stands outside the plate {PROMPTS!r}, which makes all prompts one posterior: a "
-            "subsample of them does not tell its weight. Leave out subsample_size, or put the site inside the plate"
+            "subsample of them does not determine its weight. Leave out subsample_size, or put the site inside the "
+            "plate"
         )
     return Program(
         model=model,
@@ -291,6 +261,40 @@ def _inspect(
         full_size=full_size or num_prompts,
         minibatch=minibatch.prompts if minibatch.fixed and full_size is not None else None,
     )
+
+
+def _plates(node: dict[str, Any]) -> list[Any]:
+    """Return the vectorised plates of a trace's node."""
+    return [frame for frame in node["cond_indep_stack"] if frame.vectorized]
+
+
+def _site(name: str, node: dict[str, Any]) -> Site:
+    """Return a trace's node as a site.
+
+    :raises ProgramError: if engines would compute its weights wrongly.
+    """
+    frames = _plates(node)
+    deterministic = node["infer"].get("_deterministic", False)
+    kind = "deterministic" if deterministic else "observed" if node["is_observed"] else "latent"
+    shape = tuple(node["value"].shape)
+    batch_dims = len(node["fn"].batch_shape)
+    if deterministic:  # Pyro counts a deterministic value's batch dims as event dims unless event_dim says otherwise
+        batch_dims = max((-frame.dim for frame in frames), default=0)
+        shape = (1,) * (batch_dims - len(shape)) + shape
+        sizes = {batch_dims + frame.dim: frame.size for frame in frames}
+        shape = tuple(sizes.get(i, size) if size == 1 else size for i, size in enumerate(shape))
+    plates = {frame.dim: frame.name for frame in frames}
+    stray = [size for i, size in enumerate(node["fn"].batch_shape) if size > 1 and i - batch_dims not in plates]
+    if stray and not deterministic:
+        raise ProgramError(
+            f"site {name!r} has a batch dimension of size {stray[0]} that no plate declares: "
+            "put it inside a pyro.plate, or make it part of the event with .to_event(1)"
+        )
+    subsampled = any(frame.full_size not in (None, frame.size) for frame in frames)  # `Minibatch` removes the prompts'
+    if subsampled or (kind == "latent" and not _is_one(node["scale"])):
+        raise ProgramError(f"site {name!r} is subsampled or scaled: its particles cannot be weighed")
+    masked = node["mask"] is not None or isinstance(node["fn"], MaskedDistribution)
+    return Site(name, kind, node["fn"], shape, plates, batch_dims, node["value"], masked)
 
 
 def inspect_or_reuse(
@@ -331,15 +335,8 @@ def _is_one(scale: Any) -> bool:
     return bool(torch.as_tensor(scale == 1.0).all())
 
 
-@contextlib.contextmanager
-def seeded(seed: int | None) -> Iterator[None]:
-    """Seed torch, NumPy and Python's random for the block and restore their states after it; None changes nothing."""
-    if seed is None:
-        yield
-        return
-    before = RandomStates.now()
-    set_rng_seed(seed)
-    try:
-        yield
-    finally:
-        before.restore()
+def along(x: Tensor, axis: int, index: Tensor) -> Tensor:
+    """x (particle, ...) gathered by ``index`` (draw, prompt), prompts being ``axis`` of x."""
+    shape = [1] * x.dim()
+    shape[0], shape[axis] = index.shape
+    return x.gather(0, index.to(x.device).reshape(shape).expand(len(index), *x.shape[1:]))

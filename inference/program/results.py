@@ -1,9 +1,8 @@
-"""From particles to a `Posterior`: what every engine does at its end, in one place."""
+"""The `Posterior` of an engine's particles."""
 
 from __future__ import annotations
 
 import itertools
-import time
 from typing import Any
 
 import numpy as np
@@ -11,43 +10,11 @@ import torch
 from torch import Tensor
 
 from bayeslm import diagnostics
-from bayeslm.models.lm import count_usage
 from bayeslm.posterior import Posterior
 
 from .errors import EvidenceError
 from .particles import Particles
 from .program import Program
-from .tensors import to_numpy
-
-
-class Stopwatch:
-    """Measure the seconds of its block and count the networks' work in it: the start of every engine's ``stats``."""
-
-    def __enter__(self) -> Stopwatch:
-        self._counting = count_usage()
-        self.usage = self._counting.__enter__()
-        self._start = time.perf_counter()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._counting.__exit__(None, None, None)
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self._start
-
-    def snapshot(self) -> dict[str, Any]:
-        """The counts so far, as numbers, for `resume`."""
-        return {"seconds": self.seconds()} | self.usage.numbers()
-
-    def resume(self, seconds: float, **numbers: Any) -> None:
-        """Count on from a `snapshot`: the work of a run that is resumed."""
-        self._start = time.perf_counter() - seconds
-        self.usage.go_on(**numbers)
-
-    def stats(self) -> dict[str, Any]:
-        """Return ``seconds``, ``tokens``, ``model_calls``, and ``mismatch`` (the largest, the mean a token) if any."""
-        stats = {"seconds": self.seconds(), "tokens": self.usage.tokens, "model_calls": self.usage.model_calls}
-        return stats if self.usage.mismatch is None else stats | {"mismatch": list(self.usage.mismatch)}
 
 
 def posterior(
@@ -65,18 +32,23 @@ def posterior(
     prior: Particles | None = None,
     policy: Any = None,
 ) -> Posterior:
-    """Particles as a `Posterior` of ``num_chains`` chains, chain-major; a remainder is dropped.
+    """Return particles, chain-major, as a `Posterior` of ``num_chains`` chains; a remainder is dropped.
 
-    :param kind: as `Posterior`'s.
-    :param stats: what the engine saw; weighted draws add ``ess`` and ``khat``, one a prompt.
-    :param log_weights: (particle, prompt), if neither the particles' own log p - log q nor, by their kind, equal.
-    :param roots: (particle, prompt), of kind "particles": see `Posterior.roots`.
-    :param conditional: whether particle 0 of each chain began as a draw of the posterior: see `Posterior.conditional`.
-    :param evidence: log Z and its standard error, if not from the weights, which also bound it where the kind is
-        "weighted" or "particles": from above in a conditional run, from below in others. Markov chains know none.
-    :raises EvidenceError: if every weight of a prompt is zero.
+    :param engine: the engine's name.
+    :param kind: of the draws, see `Posterior.kind`.
+    :param stats: the engine's figures; for weighted draws ``ess`` and ``khat`` (prompt,) are added.
+    :param evidence: log Z and its standard error (prompt,), if they do not come from the weights. Weights of the kinds
+        "weighted" and "particles" also bound log Z: from above in a conditional run, else from below. Markov chains
+        have no estimate.
+    :param log_weights: (particle, prompt); None takes the particles' own, log p - log q, or zeros if the kind has equal
+        weights.
+    :param roots: of kind "particles", (particle, prompt), see `Posterior.roots`.
+    :param conditional: whether particle 0 of each chain began as a draw of the posterior, see `Posterior.conditional`.
+    :param prior: draws of the prior, for comparison.
+    :param policy: the trained policy, of `SVI`.
+    :raises EvidenceError: if every weight of a prompt is zero, or a chain has no draw.
     """
-    draws = len(particles.log_prior) // num_chains
+    draws = len(particles) // num_chains
     if draws == 0:
         raise EvidenceError(f"interrupted before each of the {num_chains} chains had a draw")
 
@@ -137,16 +109,16 @@ def posterior(
 
 
 def _kept(program: Program) -> list[str]:
-    """Latent and deterministic sites; where prompts are posteriors of their own, those inside the plate."""
+    """Return the latent and deterministic sites; where prompts are posteriors of their own, those inside the plate."""
     sites = [site for site in program.sites.values() if site.kind != "observed"]
     return [site.name for site in sites if program.shared or "prompt" in site.dims]
 
 
 def _observed(program: Program) -> dict[str, np.ndarray]:
-    """The values of observed sites; a factor is an observation of nothing, and its value has no elements."""
-    seen = {site.name: site for site in program.sites.values() if site.kind == "observed" and site.value.numel()}
-    values = {name: site.value for name, site in seen.items()}
-    for name, site in seen.items():
+    """Return the values of observed sites, without factors, whose values have no elements."""
+    observed = {site.name: site for site in program.sites.values() if site.kind == "observed" and site.value.numel()}
+    values = {name: site.value for name, site in observed.items()}
+    for name, site in observed.items():
         if program.in_chunks and site.value.dim() == len(site.dims):  # else one value for all prompts
             parts = [chunk.sites[name].value for chunk in program.chunks]
             values[name] = program.side_by_side(parts, site.dims.index("prompt"))
@@ -154,7 +126,7 @@ def _observed(program: Program) -> dict[str, np.ndarray]:
 
 
 def prior_draws(program: Program, particles: Particles | None) -> dict[str, np.ndarray]:
-    """Draws of the prior (1, draw, *batch, *event) by site, factor values and completion lengths beside them."""
+    """Return draws of the prior (1, draw, *batch, *event) by site, with factors' values and completions' lengths."""
     if particles is None:
         return {}
     out = {name: particles.values[name] for name in _kept(program)} | particles.log_likelihood
@@ -164,7 +136,7 @@ def prior_draws(program: Program, particles: Particles | None) -> dict[str, np.n
 
 
 def prompt_labels(program: Program) -> list[str]:
-    """What to call each prompt: its text, where a completion site has one a prompt."""
+    """Return the label of each prompt: its text, if a completion site has one text a prompt, else its number."""
     if program.in_chunks:
         *labels, last = [prompt_labels(chunk) for chunk in program.chunks]
         return [*itertools.chain(*labels), *last[sum(map(len, labels)) - program.full_size :]]
@@ -175,7 +147,12 @@ def prompt_labels(program: Program) -> list[str]:
 
 
 def check_evidence(log_weights: np.ndarray, labels: list[str]) -> None:
-    """:raises EvidenceError: if all weights (chain, draw, prompt) of a prompt are -inf."""
+    """Check that each prompt has a draw of positive probability.
+
+    :param log_weights: (chain, draw, prompt).
+    :param labels: of the prompts.
+    :raises EvidenceError: if all weights of a prompt are -inf.
+    """
     dead = np.atleast_1d(np.isneginf(log_weights).all(axis=(0, 1)))
     if dead.any():
         i = int(dead.argmax())
@@ -184,3 +161,8 @@ def check_evidence(log_weights: np.ndarray, labels: list[str]) -> None:
             f"every reward is -inf {of}in all {log_weights[..., i].size} draws: the posterior does not exist, or the "
             "constraint is too rare to be met by chance. Draw more, loosen the constraint, or use a better proposal"
         )
+
+
+def to_numpy(x: Tensor) -> np.ndarray:
+    """Return a tensor as an array; half precisions, which NumPy lacks or computes badly in, become float32."""
+    return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).detach().cpu().numpy()

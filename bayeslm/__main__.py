@@ -1,5 +1,5 @@
 """`python -m bayeslm`."""
 
-from bayeslm.cli.app import app
+from bayeslm.cli import app
 
 app()

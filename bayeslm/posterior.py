@@ -128,7 +128,7 @@ class Posterior:
         return sum(columns, start=np.zeros((*leading, len(self.prompts))))
 
     def weights(self) -> Array:
-        """Weights (chain, draw, prompt) that sum to 1 over chains and draws for each prompt.
+        """Return weights (chain, draw, prompt) that sum to 1 over chains and draws for each prompt.
 
         Pareto-smoothed for weighted draws, exact for an enumeration, equal for kinds of equal weight. Particles keep
         their raw weights: resampling has tempered them, and fitting a tail needs independent draws.
@@ -241,7 +241,7 @@ class Posterior:
         return Posterior(**fields | {"dims": {name: tuple(dims) for name, dims in fields["dims"].items()}})
 
     def _resampled(self, num_draws: int | None, seed: int) -> Posterior:
-        """`resample`, but each draw keeps its log weight."""
+        """Resample as `resample` does, but let each draw keep its log weight."""
         if num_draws is not None and num_draws < 1:
             raise ValueError(f"num_draws must be at least 1, not {num_draws}")
         if num_draws is None and self.kind not in RESAMPLED:

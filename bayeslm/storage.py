@@ -5,7 +5,7 @@ posterior.json   format, version, and all fields but arrays: kind, engine, dims,
 posterior.nc     every array of numbers, at full precision, in a NetCDF file that `arviz.from_netcdf` opens:
                  the groups of `Posterior.to_arviz`, and the group "bayeslm" with the arrays that none of them has
                  (that group alone if no draw has positive weight)
-texts.json       every array of strings, character by character (NetCDF has no NUL)
+texts.json       every array of strings, character by character (NetCDF has no NUL), and empty arrays
 policy/          the trained policy, if there is one, as its `save_pretrained` writes it
 """
 
@@ -108,12 +108,12 @@ class _Packing:
 
     def _place(self, array: Array, name: str) -> tuple[str, str]:
         """Return the file that holds the array and its name there; keep the array if no group has it."""
-        if id(array) in self._in_groups:
-            return ARRAYS, self._in_groups[id(array)]
         variable = name.replace("/", ".")
         while variable in self.own or variable in self.texts:
             variable += "_"
         if array.dtype.kind in "biuf" and array.size:
+            if id(array) in self._in_groups:
+                return ARRAYS, self._in_groups[id(array)]
             shape = array.shape  # arrays share dims of the same size; two of one array have different names
             dims = tuple(f"size_{n}" + "_again" * shape[:axis].count(n) for axis, n in enumerate(shape))
             self.own[variable] = (dims, array.astype(np.int8) if array.dtype == bool else array)
@@ -139,7 +139,7 @@ def _netcdf(datasets: Mapping[str, xarray.Dataset], attrs: Mapping[str, str]) ->
         f"/{group}": {
             name: {"zlib": True, "fletcher32": True}
             for name, x in data.data_vars.items()
-            if x.dtype != object and x.ndim and x.size  # a scalar and an empty array have no chunks
+            if x.dtype.kind in "biuf" and x.ndim and x.size  # scalars, empty arrays and strings have no such filters
         }
         for group, data in datasets.items()
     }
@@ -149,7 +149,7 @@ def _netcdf(datasets: Mapping[str, xarray.Dataset], attrs: Mapping[str, str]) ->
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[Path]:
-    """Say which file is damaged."""
+    """Raise errors that name the damaged file."""
     try:
         yield path
     except (OSError, ValueError, KeyError, TypeError) as error:

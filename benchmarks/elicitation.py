@@ -27,8 +27,7 @@ from scipy.stats import t as student
 
 from bayeslm.inference import Laplace
 from bayeslm.inference.control import EpsilonGreedy, Random, Thompson
-from bayeslm.inference.preferences import Duel, Elicitation, InformationGain, Pool
-from bayeslm.inference.preferences.acquisition import Acquisition
+from bayeslm.inference.preferences import Acquisition, Duel, Elicitation, InformationGain, Pool
 from bayeslm.models import LanguageModel, rewards
 from bayeslm.models.preferences import (
     BradleyTerry,

@@ -24,8 +24,7 @@ from scipy.special import expit, gammaln
 
 from bayeslm.inference import NUTS
 from bayeslm.models import LanguageModel, rewards
-from bayeslm.models.preferences import BradleyTerry, Comparisons, SentenceEmbedding, Standardised, UncertainReward
-from bayeslm.models.preferences.uncertain import Form
+from bayeslm.models.preferences import BradleyTerry, Comparisons, Form, SentenceEmbedding, Standardised, UncertainReward
 
 PROMPTS = ["My dinner at the restaurant was", "The hotel room was", "The film I saw was"]
 FORMS: tuple[Form, ...] = ("mean", "draw", "quantile", "marginal")

@@ -23,8 +23,7 @@ from scipy.special import expit, softmax, xlogy
 
 from bayeslm.inference import NUTS
 from bayeslm.models import LanguageModel
-from bayeslm.models.preferences import BradleyTerry, Comparisons, UncertainReward
-from bayeslm.models.preferences.uncertain import Form
+from bayeslm.models.preferences import BradleyTerry, Comparisons, Form, UncertainReward
 from bayeslm.plots import plot_over_optimisation
 
 Array = NDArray[np.float64]

@@ -1,22 +1,67 @@
-"""The code of docs/ as it stands there."""
+"""The code of README.md and of docs/: Python blocks run, and shell commands have the options that they are given."""
 
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import typer.core
+from typer.testing import CliRunner
 
-DOCS = Path(__file__).parents[1] / "docs"
+from bayeslm.cli import app
+from bayeslm.models import LanguageModel
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
-def test_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    blocks = [part.split("```")[0] for part in page.read_text(encoding="utf-8").split("```python\n")[1:]]
-    assert blocks
+def blocks(page: Path) -> list[str]:
+    """The page's Python blocks."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of each command of the page's other code, indented or fenced, without comments."""
+    text = re.sub(r"^```python\n.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    code = re.findall(r"^ {4}(.*)$", text, flags=re.MULTILINE)
+    code += "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)).splitlines()
+    for line in "\n".join(code).replace("\\\n", " ").splitlines():
+        if re.match(r"(\$ )?(bayeslm|make|pip|python) ", line):
+            yield shlex.split(line.removeprefix("$ "), comments=True)
+
+
+def run(page: Path) -> dict[str, object]:
+    """Run a page's blocks from top to bottom in one namespace, as a reader does."""
     names: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, str(page), "exec"), names)  # one after another, as a reader does
+    for block in blocks(page):
+        exec(compile(block, str(page), "exec"), names)
+    return names
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty working directory, and figures that open no window."""
+    pytest.importorskip("matplotlib").use("Agg")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_readme_has_python_and_commands():
+    assert blocks(README)
+    assert list(commands(README))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page)], ids=lambda page: page.stem)
+def test_a_page_runs_from_top_to_bottom(page, workplace):
+    names = run(page)
     if page.stem == "training":
         for name in ("trained", "kept", "learned", "own", "further"):
             kl = kl_to_posterior(names, names[name].policy or names["policy"])
@@ -34,3 +79,59 @@ def kl_to_posterior(names, policy):
         log_target = prior.log_prob(x) + reward / 0.5
         log_q = q.log_prob(x)
         return (log_q.exp() * (log_q - log_target)).sum(0) + log_target.logsumexp(0)
+
+
+def test_the_readme_runs_from_top_to_bottom(workplace, monkeypatch):
+    """With a bigram table over the words of its strings for SmolLM2, which takes minutes."""
+    strings = [node.value for block in blocks(README) for node in ast.walk(ast.parse(block)) if is_string(node)]
+    words = sorted({word for string in strings for word in string.split()})
+
+    def tiny(name: str, **settings: object) -> LanguageModel:
+        assert name == "smollm2"
+        return LanguageModel.tabular(["<eos>", *words], order=2, seed=0)
+
+    monkeypatch.setattr(LanguageModel, "from_pretrained", tiny)
+    run(README)
+
+
+def is_string(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+@pytest.mark.long
+def test_the_readme_runs_as_it_stands(workplace, smollm2):
+    run(README)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if list(commands(page))], ids=lambda page: page.stem)
+def test_commands_exist_and_have_their_options(page):
+    for program, *words in commands(page):
+        {"bayeslm": parse, "make": has_target, "pip": has_extras, "python": has_script}[program](words)
+
+
+def parse(words: list[str]) -> None:
+    """Parse a command line of `bayeslm` without running the command."""
+    with mock.patch.object(typer.core.TyperCommand, "invoke", return_value=None):
+        result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+
+
+def has_target(words: list[str]) -> None:
+    for word in words:
+        assert re.search(rf"^{word}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE), word
+
+
+def has_extras(words: list[str]) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for names in re.findall(r"bayeslm\[(.*?)\]", " ".join(words)):
+        assert set(names.split(",")) <= set(extras), names
+
+
+def has_script(words: list[str]) -> None:
+    assert (ROOT / words[0]).is_file(), words
+
+
+@pytest.mark.parametrize("line", ["infer a --betas 1", "infers a", "infer a --particles many"])
+def test_a_wrong_command_is_found(line):
+    with pytest.raises(AssertionError, match="Usage: bayeslm"):
+        parse(line.split())

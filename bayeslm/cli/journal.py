@@ -1,8 +1,8 @@
-"""A file of JSON lines that grows by one object at a time, each on the disk before the next.
+"""A file of JSON lines to which objects are appended, each flushed to the disk before the next.
 
-What was written stays, whatever happens to the process. A last line that a crash tore in the middle is mended when the
-file is opened again: an object that is whole but for its line's end is kept, and a part of one is taken away. Of a file
-that is no journal nothing is taken away.
+Objects that were appended survive the process. An incomplete last line, after a crash, is repaired when the file is
+opened: an object that lacks only the end of its line is kept, and a part of an object is removed. A file that is not a
+journal is never changed.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from bayeslm.files import hold
 
 
 class Journal:
-    """The objects of a file, in their order, which is made if it is not there; use it in a ``with`` block.
+    """The objects of a file, in order; the file is created if it is missing. For use in a ``with`` block.
 
-    :raises BlockingIOError: if another process has it open.
-    :raises ValueError: if a line, other than a torn last one, is no JSON object; with its number.
-    :raises OSError: if it cannot be written.
+    :raises BlockingIOError: if another process has the file open.
+    :raises ValueError: if a line, other than an incomplete last one, is not a JSON object; with its number.
+    :raises OSError: if the file cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -32,8 +32,8 @@ class Journal:
         self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115, closed by `close`
         try:
             hold(self._file.fileno(), f"{self.path} is open in another process")
-            self.mended: str | None = None
-            """What was torn, and is no longer there."""
+            self.removed: str | None = None
+            """The incomplete last line that was removed, or None."""
             self.rows, self._starts = self._read()
         except BaseException:
             self.close()
@@ -49,9 +49,9 @@ class Journal:
         self._file.close()
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one object; it is on the disk on return.
+        """Write one object and flush it to the disk.
 
-        :raises OSError: if it could not be written, as on a full disk; then nothing of it is in the file.
+        :raises OSError: if it could not be written, as on a full disk; then no part of it is in the file.
         """
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
         start = self._file.seek(0, os.SEEK_END)
@@ -67,7 +67,7 @@ class Journal:
         self._starts.append(start)
 
     def pop(self) -> dict[str, Any]:
-        """Take the last object away again.
+        """Remove the last object from the file and return it.
 
         :raises IndexError: if there is none.
         """
@@ -80,24 +80,24 @@ class Journal:
         os.fsync(self._file.fileno())
 
     def _read(self) -> tuple[list[dict[str, Any]], list[int]]:
-        """The objects, and where each one's line starts."""
+        """Return the objects, and the position at which the line of each starts."""
         self._file.seek(0)
         rows: list[dict[str, Any]] = []
         starts: list[int] = []
         start = 0
-        for number, line in enumerate(io.BytesIO(self._file.read()), start=1):  # which are parted by \n alone
-            torn = not line.endswith(b"\n")
+        for number, line in enumerate(io.BytesIO(self._file.read()), start=1):  # separates lines by \n only
+            incomplete = not line.endswith(b"\n")
             try:
                 row = json.loads(line.decode()) if line.strip() else None
                 if row is not None and not isinstance(row, dict):
-                    raise ValueError(f"it is {line.decode():.60}")
-            except ValueError as error:  # of JSON and of UTF-8 too
-                if not (torn and _begins_an_object(line)):
-                    raise ValueError(f"{self.path}: line {number} is no JSON object: {error}") from None
-                self.mended = line.decode(errors="replace")
+                    raise ValueError(f"{line.decode():.60}")
+            except ValueError as error:  # of JSON or UTF-8 too
+                if not (incomplete and _begins_an_object(line)):
+                    raise ValueError(f"{self.path}: line {number} is not a JSON object: {error}") from None
+                self.removed = line.decode(errors="replace")
                 self._cut(start)
                 break
-            if torn:
+            if incomplete:
                 self._file.write(b"\n")
             if row is not None:
                 rows.append(row)
@@ -107,5 +107,5 @@ class Journal:
 
 
 def _begins_an_object(line: bytes) -> bool:
-    """Whether it may be a part of what `Journal.append` writes."""
+    """Whether a line may be the start of one that `Journal.append` writes."""
     return line.startswith(b'{"') or line == b"{"

@@ -1,4 +1,4 @@
-"""Options of the command line, as the engines and objectives that they mean."""
+"""Engines, objectives, twists and settings from the options of the command line."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from .console import err_console
 
 
 def make_engine(name: str, *, seed: int, twist: Any, **sizes: Any) -> Any:
-    """An engine by name; each option goes to the field that means it there."""
+    """Make an engine by name.
+
+    :param twist: of the engine, or None.
+    :param sizes: the options by name; each sets the field of the same meaning, and None leaves the default.
+    :raises ValueError: if there is no such engine, or a setting is invalid.
+    """
     from bayeslm.inference import ENGINES, KLTarget, NearPosterior, TensorBoard
 
     if name not in ENGINES:
         near = difflib.get_close_matches(name, ENGINES, n=1, cutoff=0.4)
         hint = f", did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no engine is called {name!r}{hint}; there are {', '.join(ENGINES)}")
+        raise ValueError(f"--engine {name} is unknown{hint}: choose one of {', '.join(ENGINES)}")
     fields = {field.name for field in dataclasses.fields(ENGINES[name])}
     particles = {"rejection": "max_proposals", "bestofn": "n", "mcmc": "initial_particles"}.get(name, "num_particles")
     meant: dict[str, Any] = {
@@ -51,7 +56,7 @@ def make_engine(name: str, *, seed: int, twist: Any, **sizes: Any) -> Any:
 
 
 def make_objective(name: str | None, particles: int | None) -> Any:
-    """An objective of SVI by name; None is the engine's own."""
+    """Make an objective of SVI by name; None, the default of the engine, for None."""
     from bayeslm.inference import FDivergence, ForwardKL, LogVariance, Renyi, Replay, ReverseKL
 
     makers: dict[str, Any] = {
@@ -66,36 +71,42 @@ def make_objective(name: str | None, particles: int | None) -> Any:
     if name is None:
         return None
     if name not in makers:
-        raise ValueError(f"--objective {name} is none of {', '.join(makers)}")
+        raise ValueError(f"--objective {name} is unknown: choose one of {', '.join(makers)}")
     return makers[name](particles or 8)
 
 
 def make_twist(
     name: str, lm: Any, model: Any, prompts: list[str], columns: dict[str, list[Any]], seed: int, out: Path | None
 ) -> Any:
-    """A learned twist: trained here and now, or read from its folder."""
+    """Train a twist and save it, or load one from a folder."""
     from bayeslm.inference import TwistLearning
     from bayeslm.models import Twist
 
     if name not in ("learned", "learned-partial"):
         if not Path(name).is_dir():
-            raise ValueError(f"--twist {name} is no folder, nor partial, prefix, learned or learned-partial")
+            raise ValueError(
+                f"--twist {name} is unknown: give partial, prefix, learned, learned-partial or the folder of a twist"
+            )
         return Twist.from_pretrained(name, lm)
     if out is not None and (out / "twist").is_dir():
-        err_console.print(f"the twist is in {out / 'twist'} already", highlight=False)
+        err_console.print(f"twist: already in {out / 'twist'}", highlight=False)
         return Twist.from_pretrained(out / "twist", lm)
     twist = TwistLearning(reads_reward=name == "learned-partial", seed=seed).run(model, prompts, **columns)
     if out is not None:
         twist.save_pretrained(out / "twist")
-        err_console.print(f"the twist is in {out / 'twist'}: use it again with --twist", highlight=False)
+        err_console.print(f"twist: saved in {out / 'twist'}, for --twist", highlight=False)
     return twist
 
 
 def read_settings(text: str) -> dict[str, Any]:
+    """Return the settings of a reward from JSON.
+
+    :raises ValueError: if the text is not a JSON object.
+    """
     try:
         settings = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"--reward-settings is not JSON: {error}") from None
     if not isinstance(settings, dict):
-        raise ValueError(f'--reward-settings must be a JSON object, such as {{"target": 20}}, got {text}')
+        raise ValueError(f'--reward-settings must be a JSON object, such as {{"target": 20}}, not {text}')
     return settings

@@ -1,4 +1,4 @@
-"""Posteriors side by side on a terminal: the comparison, and the best texts."""
+"""Tables of posteriors for the terminal: the comparison, the best texts, and warnings."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from rich.text import Text
 from bayeslm import diagnostics
 from bayeslm.posterior import Posterior
 
-KHAT_LIMIT = 0.7  # above it, importance weights mislead (Vehtari et al., arXiv 1507.02646)
-ESS_LIMIT = 20.0  # below it, neither do their standard errors mean much
+KHAT_LIMIT = 0.7  # above it, estimates by importance weights are unreliable (Vehtari et al., arXiv 1507.02646)
+ESS_LIMIT = 20.0  # below it, their standard errors are unreliable too
 
 
 def comparison(posteriors: Mapping[str, Posterior], prompt: int) -> Table:
-    """One row an engine; a trained policy has one more, for its own draws without weights."""
+    """Return a table with a row for each engine, and one more for the unweighted draws of a trained policy."""
     title = next(iter(posteriors.values())).prompt_labels[prompt]
     table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("engine", no_wrap=True)
     for name in ("reward", "KL to\nprior", "KL to\nposterior", "log Z", "ESS", "k̂", "sec.", "tokens\na sec."):
-        table.add_column(name, justify="right", no_wrap=True)  # all in 80 columns
-    before = next((p.prior_rewards for p in posteriors.values() if p.prior_rewards is not None), None)
-    if before is not None:
-        table.add_row("prior", f"{before[..., prompt].mean():.2f}", "0")
+        table.add_column(name, justify="right", no_wrap=True)  # fits 80 columns
+    prior_rewards = next((p.prior_rewards for p in posteriors.values() if p.prior_rewards is not None), None)
+    if prior_rewards is not None:
+        table.add_row("prior", f"{prior_rewards[..., prompt].mean():.2f}", "0")
     for name, posterior in posteriors.items():
         if _has_policy(posterior):
             table.add_row(*_row(f"{name}: policy", posterior, prompt, weighted=False))
@@ -47,7 +47,7 @@ def _row(name: str, posterior: Posterior, prompt: int, *, weighted: bool) -> lis
         return f"{number:.{digits}f}{shown}"
 
     is_policy = not weighted
-    repeated = weighted and _has_policy(posterior)  # the cost stands in the policy's row
+    repeated = weighted and _has_policy(posterior)  # the policy's row has the cost
     return [
         name,
         value("reward"),
@@ -62,12 +62,12 @@ def _row(name: str, posterior: Posterior, prompt: int, *, weighted: bool) -> lis
 
 
 def _has_policy(posterior: Posterior) -> bool:
-    """Whether the raw draws are a trained policy's own."""
+    """Whether the raw draws are those of a trained policy."""
     return posterior.kind == "weighted" and (posterior.policy is not None or posterior.policy_path is not None)
 
 
 def best_texts(posteriors: Mapping[str, Posterior], k: int = 3) -> Table | None:
-    """The k completions of highest reward by each engine, for each prompt; None if no engine kept texts."""
+    """Return a table of the k completions of highest reward by engine and prompt; None if no engine kept texts."""
     table = Table(title="Best completions", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("engine", no_wrap=True)
     table.add_column("reward", justify="right")
@@ -78,21 +78,19 @@ def best_texts(posteriors: Mapping[str, Posterior], k: int = 3) -> Table | None:
             if not posterior.texts:
                 continue
             for text, reward in posterior.best(i, k):
-                whole = Text(" ".join(prompt.split()), style="dim") + Text(
-                    " " + " ".join(text.split()), style="default"
-                )
-                table.add_row(name, f"{reward:.3f}", whole)
+                line = Text(" ".join(prompt.split()), style="dim") + Text(" " + " ".join(text.split()), style="default")
+                table.add_row(name, f"{reward:.3f}", line)
                 name = ""
     return table if table.row_count else None
 
 
 def show(posteriors: Mapping[str, Posterior], console: Console, k: int = 3) -> None:
-    """Print the comparison, the best texts, and what deserves a second look."""
+    """Print the comparison, the best texts, and warnings."""
     for prompt in range(len(next(iter(posteriors.values())).prompts)):
         console.print(comparison(posteriors, prompt))
     console.print(
-        "Means ± one standard error; KL in nats. A policy's rows: its own law, and its draws weighted towards the "
-        f"posterior. Trust weights with k̂ < {KHAT_LIMIT} and an ESS over {ESS_LIMIT:.0f}.\n",
+        "Means ± one standard error; KL in nats. A trained policy has two rows: its own draws, and the same draws "
+        f"weighted towards the posterior. Weights are reliable if k̂ < {KHAT_LIMIT} and ESS > {ESS_LIMIT:.0f}.\n",
         style="dim",
         highlight=False,
     )
@@ -104,15 +102,17 @@ def show(posteriors: Mapping[str, Posterior], console: Console, k: int = 3) -> N
 
 
 def warnings(posteriors: Mapping[str, Posterior]) -> list[str]:
-    """What the diagnostics say against these posteriors, in sentences."""
+    """Return a sentence for each problem that the diagnostics show."""
     lines = []
     for name, posterior in posteriors.items():
         if posterior.kind == "uncorrected":
-            lines.append(f"{name} is a baseline: its draws are not from the posterior, and log Z is the prior draws'.")
+            lines.append(
+                f"{name} is a baseline: its draws are not from the posterior, and its log Z is from draws of the prior."
+            )
         if posterior.stats.get("interrupted"):
-            lines.append(f"{name} was interrupted: its figures are of what it had.")
+            lines.append(f"{name} was interrupted: its figures are of the draws or steps before that.")
         if posterior.conditional:
-            lines.append(f"{name} was given draws of the posterior: it is for bounds on log Z, not for comparison.")
+            lines.append(f"{name} retained draws of the posterior: use it for bounds on log Z, not for comparison.")
         if posterior.kind not in ("weighted", "particles"):
             continue
         size, labels = diagnostics.ess(posterior.log_weights), posterior.prompt_labels
@@ -120,11 +120,11 @@ def warnings(posteriors: Mapping[str, Posterior]) -> list[str]:
             for label, ess, roots in zip(labels, size, diagnostics.num_roots(posterior.roots), strict=False):
                 if ess < ESS_LIMIT or roots < ESS_LIMIT:
                     lines.append(
-                        f"{name}, {label!r}: ESS {ess:.0f}, of {roots} first particles: use more particles or chains, "
-                        "or a better twist or proposal."
+                        f"{name}, {label!r}: ESS {ess:.0f}, all draws descend from {roots} first particles: use more "
+                        "particles or chains, or a better twist or proposal."
                     )
             continue
         for label, khat, ess in zip(labels, diagnostics.psis(posterior.log_weights)[1], size, strict=False):
             if khat > KHAT_LIMIT or ess < ESS_LIMIT:
-                lines.append(f"{name}, {label!r}: k̂ {khat:.2f}, ESS {ess:.0f}: draw more, or use a better proposal.")
+                lines.append(f"{name}, {label!r}: k̂ {khat:.2f}, ESS {ess:.0f}: use more draws or a better proposal.")
     return lines

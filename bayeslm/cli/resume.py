@@ -1,10 +1,10 @@
-"""A call of the command line that can be made again: its output folder says what it was, and holds what is done of it.
+"""The output folder of a command that can be repeated, to resume a stopped run or to add an engine.
 
-    out/call.json           the options that its results depend on
-    out/NAME/               the posterior of an engine, once it is whole
-    out/NAME-interrupted/   one that Ctrl-C cut short, until the engine has run to its end
+    out/call.json           the settings that the results depend on
+    out/NAME/               the posterior of an engine
+    out/NAME-interrupted/   the posterior of a run that was interrupted, until the engine has finished a run
 
-What is whole is read when the call is made again, and the rest is run.
+A repeated command loads the results of engines that have finished, and runs the others.
 """
 
 from __future__ import annotations
@@ -18,43 +18,43 @@ from typing import Any
 from bayeslm.files import differences, read_header, require_empty
 from bayeslm.posterior import Posterior
 
-FORMAT = "bayeslm.call/1"
+FORMAT = "bayeslm.call/2"
 
 
-def reserve(out: Path, call: Mapping[str, Any]) -> None:
-    """Make the output folder before the work, so that a bad place costs nothing; or find it as the same call left it.
+def reserve(out: Path, settings: Mapping[str, Any]) -> None:
+    """Make the output folder before any work, so that an unusable place is found at once; or accept it for resuming.
 
-    :raises FileExistsError: if it holds anything else.
-    :raises ValueError: if it holds another call's results, with what differs.
+    :raises FileExistsError: if the folder holds something else than results.
+    :raises ValueError: if it holds results of other settings; with the differences.
     """
-    told = json.loads(json.dumps(call))
+    current = json.loads(json.dumps(settings))
     if (out / "call.json").is_file():
-        found = differences(read_header(out, "call.json", FORMAT, "call")["call"], told)
-        if found and any(path.name != "call.json" for path in out.iterdir()):  # else it came to nothing
-            raise ValueError(f"{out} holds the results of another call: {'; '.join(found)}. Choose another --out")
+        found = differences(read_header(out, "call.json", FORMAT, "results")["settings"], current)
+        if found and any(path.name != "call.json" for path in out.iterdir()):  # else there are no results to protect
+            raise ValueError(f"{out} holds results of other settings: {'; '.join(found)}. Choose another --out")
     else:
         require_empty(out, choose="another --out")
     out.mkdir(parents=True, exist_ok=True)
-    unfinished = out / ".call.json"  # also a look whether the place can be written
-    unfinished.write_text(json.dumps({"format": FORMAT, "call": told}, indent=1), encoding="utf-8")
+    unfinished = out / ".call.json"  # also checks that the folder can be written to
+    unfinished.write_text(json.dumps({"format": FORMAT, "settings": current}, indent=1), encoding="utf-8")
     unfinished.rename(out / "call.json")
 
 
-def done(out: Path | None, name: str) -> Posterior | None:
-    """What an engine has given, if it came to its end."""
+def load(out: Path | None, name: str) -> Posterior | None:
+    """Return the posterior of an engine that has finished; set an interrupted one aside and return None."""
     if out is None or not (out / name / "posterior.json").is_file():
         return None
     posterior = Posterior.load(out / name)
     if not posterior.stats.get("interrupted"):
         return posterior
-    cut = out / f"{name}-interrupted"
-    shutil.rmtree(cut, ignore_errors=True)  # of the time before
-    (out / name).rename(cut)
+    aside = out / f"{name}-interrupted"
+    shutil.rmtree(aside, ignore_errors=True)  # of an earlier interruption
+    (out / name).rename(aside)
     return None
 
 
-def keep(out: Path, name: str, posterior: Posterior) -> None:
-    """Save what an engine gives; an interrupted one before it goes when this one has come to its end."""
+def save(out: Path, name: str, posterior: Posterior) -> None:
+    """Save the posterior of an engine; if the engine has finished, remove an interrupted one."""
     posterior.save(out / name)
     if not posterior.stats.get("interrupted"):
         shutil.rmtree(out / f"{name}-interrupted", ignore_errors=True)

@@ -1,16 +1,17 @@
-r"""Preference elicitation: ask, hear, infer, and ask again.
+r"""Preference elicitation: a loop of questions and answers that infers a reward.
 
-The weights \theta of a reward are unknown, and a judge who knows better answers one question at a time, which of two
-completions of a prompt is preferred. Of the answers y_1 .. y_t the posterior is
+The weights \theta of a reward are unknown. A judge answers one question at a time: which of two completions of a prompt
+is preferred. The posterior, given the answers y_1 .. y_t, is
 
     p(\theta | y_1:t)  \propto  p(\theta) \prod_s \sigma(\pm (r_\theta(x_s) - r_\theta(x'_s)))
 
-(`BradleyTerry`), by any engine, and by `Laplace` in milliseconds. The next pair comes from what an `Acquisition` makes
-of its draws. (Of language models: Christiano et al. 2017, arXiv 1706.03741; Mehta et al. 2023, arXiv 2312.00267;
-Muldrew et al. 2024, arXiv 2402.08114; Dwaracherla et al. 2024, arXiv 2402.00396.)
+(`BradleyTerry`). Any engine infers it; `Laplace` does so in milliseconds. An `Acquisition` chooses the next pair from
+draws of this posterior. (For language models: Christiano et al. 2017, arXiv 1706.03741; Mehta et al. 2023, arXiv
+2312.00267; Muldrew et al. 2024, arXiv 2402.08114; Dwaracherla et al. 2024, arXiv 2402.00396.)
 
-The next question is a function of the seed and of the answers so far and of nothing else. So a loop that was broken off
-goes on from its answers as if it had not been, and an answer taken back leads to the same question again.
+The next question is a function of the seed and of the answers so far only. A loop that is resumed from its answers
+therefore asks the same questions as one that was not interrupted, and an answer that is taken back leads to the same
+question again.
 """
 
 from __future__ import annotations
@@ -25,27 +26,28 @@ import pyro
 import torch
 from torch import Tensor
 
-from bayeslm.inference.importance import ImportanceSampling
-from bayeslm.inference.laplace import Laplace
+from bayeslm.inference import ImportanceSampling, Laplace
 from bayeslm.inference.program import check_counts, check_positive, seeded
 from bayeslm.models import TiltedLM
 from bayeslm.models.lm import LanguageModel
-from bayeslm.models.preferences import Answer, BradleyTerry, Judge, Question, UncertainReward, answered
+from bayeslm.models.preferences import Answer, BradleyTerry, Judge, Question, UncertainReward, to_comparisons
 from bayeslm.posterior import Posterior
 
 from .acquisition import Acquisition, InformationGain
 
-NUM_DRAWS = 256  # of the posterior, that questions are chosen by
-TRIES = 100  # at fresh completions of which two were not compared before
+NUM_DRAWS = 256  # draws of the posterior by which a question is chosen
+TRIES = 100  # attempts to draw two fresh completions that were not compared before
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Completions to compare, as a rule draws of the prior: ``completions[i]`` is one of ``prompts[i]``.
+    """A fixed set of completions to compare.
 
-    Blank completions, and those that a prompt has already, are left out.
+    Blank completions and repetitions are removed.
 
-    :raises ValueError: if the lists are not of one length, or no prompt has two completions that differ.
+    :param prompts: the prompt of each completion.
+    :param completions: usually draws from the prior.
+    :raises ValueError: if the lists differ in length, or no prompt has two different completions.
     """
 
     prompts: list[str]
@@ -53,12 +55,12 @@ class Pool:
 
     def __post_init__(self) -> None:
         if len(self.prompts) != len(self.completions):
-            raise ValueError(f"{len(self.prompts)} prompts for {len(self.completions)} completions: one for each")
+            raise ValueError(f"{len(self.prompts)} prompts for {len(self.completions)} completions: give one for each")
         rows = dict.fromkeys(row for row in zip(self.prompts, self.completions, strict=True) if row[1].strip())
         object.__setattr__(self, "prompts", [prompt for prompt, _ in rows])
         object.__setattr__(self, "completions", [completion for _, completion in rows])
         if len(rows) == len(set(self.prompts)):
-            raise ValueError("no prompt has two completions that differ: there is nothing to compare, draw more")
+            raise ValueError("no prompt has two different completions, so there is nothing to compare: draw more")
 
     @classmethod
     def drawn(
@@ -71,59 +73,67 @@ class Pool:
         temperature: float = 1.0,
         seed: int | None = 0,
     ) -> Pool:
-        """So many draws of the language model for each prompt."""
+        """Draw completions of each prompt from a language model.
+
+        :param num_completions: number of draws for each prompt.
+        :param max_new_tokens: length of the longest completion, in tokens.
+        :param temperature: divides the model's logits.
+        :param seed: seed of the draws; None draws from the global random state.
+        """
         with seeded(seed):
-            law = lm(list(prompts), max_new_tokens=max_new_tokens, temperature=temperature)
-            texts = lm.decode(law.sample(torch.Size([num_completions])))  # (completion, prompt)
+            completion = lm(list(prompts), max_new_tokens=max_new_tokens, temperature=temperature)
+            texts = lm.decode(completion.sample(torch.Size([num_completions])))  # (completion, prompt)
         return cls(list(prompts) * num_completions, texts.ravel().tolist())
 
     def __call__(self, weights: Tensor, answers: Sequence[Answer] = ()) -> Pool:
-        """Itself, whatever is known: a pool is a source of candidates."""
+        """Return this pool: its candidates do not depend on the answers, unlike those of `FreshCompletions`."""
         return self
 
     @property
     def example(self) -> tuple[str, str]:
-        """A prompt and a text, for the features' number."""
+        """A prompt and a text, from which the number of features is found."""
         return self.prompts[0], self.completions[0]
 
     @cached_property
     def prompt_indices(self) -> Tensor:
-        """Which prompt each is a completion of, (completion,)."""
+        """The index of each completion's prompt, (completion,)."""
         index = {prompt: i for i, prompt in enumerate(dict.fromkeys(self.prompts))}
         return torch.tensor([index[prompt] for prompt in self.prompts])
 
     def pairs(self, answers: Sequence[Answer] = ()) -> Tensor:
-        """Pairs of completions of one prompt that were not asked about, indices (pair, 2), the lower first."""
-        left = (self.prompt_indices[:, None] == self.prompt_indices).triu(1)
+        """Return the pairs of completions of one prompt that were not asked about, indices (pair, 2), lower first."""
+        remaining = (self.prompt_indices[:, None] == self.prompt_indices).triu(1)
         for answer in answers:
-            i, j = (self._at.get((answer.prompt, text)) for text in (answer.first, answer.second))
+            i, j = (self._indices.get((answer.prompt, text)) for text in (answer.first, answer.second))
             if i is not None and j is not None:
-                left[min(i, j), max(i, j)] = False
-        return left.nonzero()
+                remaining[min(i, j), max(i, j)] = False
+        return remaining.nonzero()
 
     @cached_property
-    def _at(self) -> dict[tuple[str, str], int]:
+    def _indices(self) -> dict[tuple[str, str], int]:
         return {row: i for i, row in enumerate(zip(self.prompts, self.completions, strict=True))}
 
 
 @dataclass(frozen=True)
 class FreshCompletions:
-    """New completions for each question, drawn from the current posterior over them.
+    """New completions for each question, drawn from the current posterior over completions.
 
-    One prompt is picked at random. Each of its completions is drawn by an engine from
+    One prompt is picked at random. An engine draws each of its completions from
 
-        \\pi(x)  \\propto  p(x) exp(r(x) / beta),
+        \\pi(x)  \\propto  p(x) exp(r(x) / beta)
 
-    r being the reward of a fresh draw of the weights (Thompson sampling: marginally x has the posterior with the reward
-    uncertain), or, with ``epsilon``, the mean reward, and with probability epsilon 0: the prior.
+    where r is the reward of a fresh draw of the weights (Thompson sampling: the marginal distribution of x integrates
+    over the uncertain reward). With ``epsilon``, r is the mean reward instead, or with probability epsilon 0, so that x
+    is a draw from the prior.
 
     :param prior: the language model.
     :param prompts: prompts to ask about.
     :param model: the program whose weights are learned.
-    :param beta: the KL coefficient, in the units of the learned reward: log-odds.
-    :param engine: draws the completions, each time others: a seed of its own is passed over.
-    :param epsilon: of the epsilon-greedy choice of the reward; None is Thompson sampling.
-    :param num_completions: candidates for each question.
+    :param beta: the KL coefficient, in units of the learned reward, which are log-odds.
+    :param engine: draws the completions; its own ``seed`` is ignored, so that draws differ.
+    :param epsilon: probability of the prior in the epsilon-greedy choice of the reward; None is Thompson sampling.
+    :param num_completions: number of candidates for each question.
+    :param max_new_tokens: length of the longest completion, in tokens.
     :raises ValueError: if a setting is out of range, or there is no prompt.
     """
 
@@ -147,51 +157,56 @@ class FreshCompletions:
             raise ValueError("FreshCompletions: give at least one prompt")
 
     def __call__(self, weights: Tensor, answers: Sequence[Answer] = ()) -> Pool:
-        """Completions of which two at least were not compared before; blank, alike and known ones are drawn anew.
+        """Draw completions of which at least two are different, not blank, and were not compared before.
 
-        :raises ValueError: if there were none in `TRIES` tries.
+        :param weights: draws of the posterior of the weights, (draw, d).
+        :param answers: the answers so far.
+        :raises ValueError: if `TRIES` attempts fail.
         """
         for _ in range(TRIES):
             prompt = self.prompts[int(torch.randint(len(self.prompts), ()))]
-            texts = [self._draw(prompt, self._weights(weights)) for _ in range(self.num_completions)]
+            texts = [self.draw(prompt, weights) for _ in range(self.num_completions)]
             if len({text for text in texts if text.strip()}) < 2:
                 continue
             pool = Pool([prompt] * len(texts), texts)
             if len(pool.pairs(answers)):
                 return pool
         raise ValueError(
-            f"FreshCompletions: {TRIES} times the completions were blank, alike or compared before: "
-            "a larger beta, longer texts (max_new_tokens) or more prompts make others"
+            f"FreshCompletions: {TRIES} times the completions were blank, equal or compared before: "
+            "use a larger beta, longer texts (max_new_tokens) or more prompts"
         )
 
     @property
     def example(self) -> tuple[str, str]:
-        """A prompt and a text, for the features' number."""
+        """A prompt and a text, from which the number of features is found."""
         return self.prompts[0], self.prompts[0]
 
-    def _weights(self, weights: Tensor) -> Tensor:
-        """The weights (d,) that a completion is drawn by."""
-        if self.epsilon is None:
-            return weights[torch.randint(len(weights), ())]
-        return torch.zeros_like(weights[0]) if torch.rand(()) < self.epsilon else weights.mean(0)
+    def draw(self, prompt: str, weights: Tensor) -> str:
+        """Draw a completion of a prompt from the posterior.
 
-    def _draw(self, prompt: str, weights: Tensor) -> str:
-        reward = UncertainReward(self.model, weights[None], "mean")
+        :param weights: draws of the posterior of the weights, (draw, d).
+        """
+        if self.epsilon is None:
+            drawn = weights[torch.randint(len(weights), ())]
+        else:
+            drawn = torch.zeros_like(weights[0]) if torch.rand(()) < self.epsilon else weights.mean(0)
+        reward = UncertainReward(self.model, drawn[None], "mean")
         tilted = TiltedLM(self.prior, reward, self.beta, max_new_tokens=self.max_new_tokens)
-        seeded_itself = getattr(self.engine, "seed", None) is not None
-        posterior = (replace(self.engine, seed=None) if seeded_itself else self.engine).run(tilted, [prompt])
+        has_seed = getattr(self.engine, "seed", None) is not None
+        posterior = (replace(self.engine, seed=None) if has_seed else self.engine).run(tilted, [prompt])
         (draw,) = posterior.resample(1, seed=int(torch.randint(2**31, ()))).texts["completion"][0]
         return str(draw[0])
 
 
 @dataclass(frozen=True)
 class Elicitation:
-    """A loop of questions, and what is known after each answer.
+    """A loop of questions and the posterior after each answer.
 
     :param model: the program whose ``weights`` are learned from comparisons.
-    :param acquisition: chooses the pair: `InformationGain` to know which of any two is better, `Duel` for good ones.
-    :param engine: infers the weights anew after each answer; by default draws of Laplace's normal law, without weights.
-    :param seed: with the answers so far it determines the next question.
+    :param acquisition: chooses the pair: `InformationGain` to learn which of any two completions is better, `Duel` to
+        find good ones.
+    :param engine: infers the weights anew after each answer; by default unweighted draws of the Laplace approximation.
+    :param seed: determines the next question, together with the answers so far.
     """
 
     model: BradleyTerry
@@ -200,22 +215,22 @@ class Elicitation:
     seed: int = 0
 
     def posterior(self, answers: Sequence[Answer]) -> Posterior:
-        """The posterior over weights.
+        """Infer the posterior of the weights.
 
-        :raises ValueError: if nothing was answered.
+        :raises ValueError: if no question was answered.
         """
-        data = answered(answers)
+        data = to_comparisons(answers)
         if data is None:
-            raise ValueError("no question has an answer: the posterior is the prior")
+            raise ValueError("no question was answered, so the posterior is the prior: answer one first")
         with self._seeded(answers):
             return self.engine.run(self.model, data)
 
     def weights(self, answers: Sequence[Answer], example: tuple[str, str]) -> Tensor:
-        """Draws (draw, d) of the posterior, or of the prior before the first answer; equally weighted.
+        """Draw weights, (draw, d), from the posterior, or from the prior if no question was answered.
 
-        :param example: any prompt and completion, for the features' number d.
+        :param example: any prompt and completion, from which the number of features d is found.
         """
-        if answered(answers) is not None:
+        if to_comparisons(answers) is not None:
             samples = self.posterior(answers).resample().samples["weights"]
             return torch.as_tensor(samples).flatten(0, 1)
         x = self.model.featurise([example[0]], [example[1]])
@@ -223,9 +238,9 @@ class Elicitation:
             return self.model.weights(x)
 
     def ask(self, candidates: Pool | FreshCompletions, answers: Sequence[Answer] = ()) -> Question | None:
-        """The next question, in the order that is to be shown; None if a pool has no pair left.
+        """Choose the next question; None if all pairs of a pool were asked about.
 
-        The order is random, so that a judge who likes the first the better teaches nothing.
+        The order of its completions is random, so that a judge's preference for the first has no effect on average.
         """
         weights = self.weights(answers, candidates.example)
         with self._seeded(answers):
@@ -243,17 +258,19 @@ class Elicitation:
     def run(
         self, candidates: Pool | FreshCompletions, judge: Judge, answers: list[Answer] | None = None
     ) -> Iterator[Answer]:
-        """Answers, one by one, until the pool has no pair left: take as many as you want.
+        """Ask and yield answers one by one, until all pairs of the pool were asked about.
 
-        :param answers: those that there are already. New ones are appended before they are yielded, so that a judge who
-            raises loses none.
+        :param candidates: the completions to compare.
+        :param judge: answers the questions.
+        :param answers: the answers so far. Each new one is appended before it is yielded, so that none is lost if the
+            judge raises an exception.
         """
         answers = [] if answers is None else answers
         while (question := self.ask(candidates, answers)) is not None:
-            answer = question.answered(judge(question.prompt, question.first, question.second))
+            answer = question.with_answer(judge(question.prompt, question.first, question.second))
             answers.append(answer)
             yield answer
 
     def _seeded(self, answers: Sequence[Answer]) -> Any:
-        """The random state of the question after so many answers."""
+        """Seed the random numbers of the question that follows these answers."""
         return seeded(int(np.random.SeedSequence([self.seed, len(answers)]).generate_state(1)[0]))

@@ -7,15 +7,14 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-if TYPE_CHECKING:
-    from .environments import Environment
+from .environments import Environment
 
 Policy = Callable[[Tensor, Tensor], Tensor]
 WEIGHTS = "policy.safetensors"

@@ -1,21 +1,27 @@
-"""What people prefer, as Pyro programs: rewards learned from comparisons and ratings, with their uncertainty."""
+"""Rewards learned from comparisons, rankings and ratings, as Pyro programs, and their uncertainty."""
 
 from .bradley_terry import BradleyTerry
-from .comparisons import Comparisons, PreferenceError, Rankings
-from .features import LastHidden, SentenceEmbedding, Standardised
-from .judges import Answer, Judge, Question, SimulatedJudge, answered
-from .plackett_luce import PlackettLuce
+from .comparisons import Comparisons
+from .features import CachedFeatures, Features, LastHidden, SentenceEmbedding, Standardised
+from .judges import Answer, Judge, Question, SimulatedJudge, to_comparisons
+from .linear import LinearReward
+from .plackett_luce import PlackettLuce, Rankings
 from .ratings import GaussianRatings, OrdinalRatings, Ratings
-from .uncertain import JudgedLM, UncertainReward
+from .rows import PreferenceError
+from .uncertain import Form, JudgedLM, UncertainReward
 
 __all__ = [
     "Answer",
     "BradleyTerry",
+    "CachedFeatures",
     "Comparisons",
+    "Features",
+    "Form",
     "GaussianRatings",
     "Judge",
     "JudgedLM",
     "LastHidden",
+    "LinearReward",
     "OrdinalRatings",
     "PlackettLuce",
     "PreferenceError",
@@ -26,5 +32,5 @@ __all__ = [
     "SimulatedJudge",
     "Standardised",
     "UncertainReward",
-    "answered",
+    "to_comparisons",
 ]

@@ -1,8 +1,8 @@
-r"""Judges: who says which of two completions is better.
+r"""Judges, which decide which of two completions is better.
 
-A judge is any function ``judge(prompt, first, second)``: True if the first completion is better, False if the second,
-None if it does not say. `SimulatedJudge` knows a reward that the learner does not see, and answers as Bradley and Terry
-(1952) have it, at a temperature \tau:
+A judge is any function ``judge(prompt, first, second)`` that returns True if the first completion is better, False if
+the second is, and None if it does not decide. `SimulatedJudge` has a reward that is hidden from the learner, and
+answers by the model of Bradley and Terry (1952), at a temperature \tau:
 
     P(first \succ second) = \sigma((r(first) - r(second)) / \tau)
 """
@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from ..rewards import Reward
+from bayeslm.models.rewards import Reward
+
 from .comparisons import Comparisons
 
 Judge = Callable[[str, str, str], bool | None]
@@ -24,7 +25,7 @@ Judge = Callable[[str, str, str], bool | None]
 class Question:
     """Which is better, the ``first`` completion of the prompt or the ``second``?
 
-    ``probability`` that it is the first, by what was known when it was asked.
+    :param probability: posterior probability, when the question is asked, that the answer is the first.
     """
 
     prompt: str
@@ -32,30 +33,33 @@ class Question:
     second: str
     probability: float
 
-    def answered(self, first_is_better: bool | None) -> Answer:
-        """With a judge's answer.
+    def with_answer(self, first_is_better: bool | None) -> Answer:
+        """Return this question with a judge's answer.
 
-        :raises TypeError: if that is none of True, False and None.
+        :raises TypeError: if the answer is none of True, False and None.
         """
         if first_is_better is not None and not isinstance(first_is_better, bool):
-            raise TypeError(f"a judge answers True, False or None, not {first_is_better!r}")
+            raise TypeError(f"a judge must return True, False or None, not {first_is_better!r}")
         return Answer(self.prompt, self.first, self.second, self.probability, first_is_better)
 
 
 @dataclass(frozen=True)
 class Answer(Question):
-    """A question with its answer: whether the first completion is better; None if the judge did not say."""
+    """A question with its answer.
+
+    :param first_is_better: whether the first completion is better; None if the judge did not decide.
+    """
 
     first_is_better: bool | None
 
     @property
     def pair(self) -> tuple[str, frozenset[str]]:
-        """What was compared, in either order."""
+        """The prompt and both completions, regardless of their order."""
         return self.prompt, frozenset((self.first, self.second))
 
     @property
     def surprisal(self) -> float:
-        """-log of the probability that the answer had before it was given, nats; 0 if there was none."""
+        """-log of the posterior probability of the answer when it was asked, in nats; 0 without an answer."""
         if self.first_is_better is None:
             return 0.0
         probability = self.probability if self.first_is_better else 1.0 - self.probability
@@ -63,31 +67,31 @@ class Answer(Question):
 
     @property
     def foreseen(self) -> bool:
-        """Whether the answer was the likelier one; of two alike neither is."""
+        """Whether the answer had a posterior probability above 1/2 when it was asked; False without an answer."""
         if self.first_is_better is None:
             return False
         return (self.probability > 0.5) if self.first_is_better else (self.probability < 0.5)
 
 
-def answered(answers: Sequence[Answer]) -> Comparisons | None:
-    """What was answered, in its order; None if nothing was."""
-    given = [answer for answer in answers if answer.first_is_better is not None]
-    if not given:
+def to_comparisons(answers: Sequence[Answer]) -> Comparisons | None:
+    """Return the comparisons that were decided, in their order; None if there are none."""
+    decided = [answer for answer in answers if answer.first_is_better is not None]
+    if not decided:
         return None
     return Comparisons(
-        [answer.prompt for answer in given],
-        [answer.first if answer.first_is_better else answer.second for answer in given],
-        [answer.second if answer.first_is_better else answer.first for answer in given],
+        [answer.prompt for answer in decided],
+        [answer.first if answer.first_is_better else answer.second for answer in decided],
+        [answer.second if answer.first_is_better else answer.first for answer in decided],
     )
 
 
 @dataclass(frozen=True)
 class SimulatedJudge:
-    """Answers by a hidden reward, with noise; to the same question always the same, whatever was asked before.
+    """A judge that answers by a hidden reward with noise, and answers the same question always alike.
 
-    :param reward: the true reward, which the learner does not see.
-    :param temperature: of the noise, in the reward's units. 0 is none: only of equal rewards is the answer by chance.
-    :param seed: of the noise.
+    :param reward: the true reward, hidden from the learner.
+    :param temperature: of the noise, in units of reward. At 0 answers are random for equal rewards only.
+    :param seed: seed of the noise.
     :raises ValueError: if the temperature is negative or not finite.
     """
 
@@ -97,13 +101,13 @@ class SimulatedJudge:
 
     def __post_init__(self) -> None:
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"SimulatedJudge: temperature must be 0 or more and finite, got {self.temperature}")
+            raise ValueError(f"SimulatedJudge: temperature must be non-negative and finite, got {self.temperature}")
 
     def __call__(self, prompt: str, first: str, second: str) -> bool:
         return self._uniform(prompt, first, second) < self.probability(prompt, first, second)
 
     def probability(self, prompt: str, first: str, second: str) -> float:
-        """That the first is called better."""
+        """Return the probability of the answer that the first completion is better."""
         one, two = self.reward([prompt] * 2, [first, second]).tolist()
         if one == two:  # also where both are -inf
             return 0.5
@@ -111,6 +115,6 @@ class SimulatedJudge:
         return 1.0 / (1.0 + math.exp(-margin)) if margin > -700 else 0.0
 
     def _uniform(self, *texts: str) -> float:
-        """A number of U(0, 1) that the seed and the texts determine."""
+        """Return a number in [0, 1) that is a function of the seed and the texts."""
         digest = blake2b(repr((self.seed, *texts)).encode(), digest_size=7).digest()
         return int.from_bytes(digest) / 2**56

@@ -1,9 +1,9 @@
-r"""Rewards that are linear in features, and what programs of them have in common.
+r"""Rewards that are linear in features, and the base of all programs that learn them.
 
     r_w(c, x) = w^T f(c, x),     w ~ Normal(0, (s^2 / d) I)
 
-With features of variance 1 the prior's rewards have the standard deviation s, whatever their number d. Features are
-computed once for each data set, however often an engine runs the program.
+For features of variance 1 the standard deviation of the prior's rewards is s, whatever the number d of features. The
+features of a data set are computed once, however often an engine runs the program.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from torch import Tensor
 from .features import Features
 
 Data = TypeVar("Data")
-Read = TypeVar("Read")
+Prepared = TypeVar("Prepared")
 
 
-class LinearReward(Generic[Data, Read]):
-    """A Pyro program of data on a reward with the latent ``weights``, event shape (d,); override `read` and `observe`.
+class LinearReward(Generic[Data, Prepared]):
+    """A Pyro program of data that depend on a linear reward; subclasses override `prepare` and `observe`.
+
+    Its latent site is ``weights``, of event shape (d,).
 
     :param features: any function of prompts and completions, see `features`.
-    :param scale: the standard deviation s of the prior's rewards, where features have variance 1.
+    :param scale: s, the standard deviation of the prior's rewards for features of variance 1.
     :raises ValueError: if ``scale`` is not positive and finite.
     """
 
@@ -36,34 +38,37 @@ class LinearReward(Generic[Data, Read]):
             raise ValueError(f"scale must be positive and finite, got {scale}")
         self.features = features
         self.scale = scale
-        self._last: tuple[Data, Read] | None = None
+        self._last: tuple[Data, Prepared] | None = None
 
     def __call__(self, data: Data) -> None:
-        """Run the program. Data that were given last are not read again: leave them as they are."""
+        """Run the program. The features of the last ``data`` object are kept, so it must not be changed in place."""
         if self._last is None or self._last[0] is not data:
-            self._last = data, self.read(data)
+            self._last = data, self.prepare(data)
         self.observe(self._last[1])
 
-    def read(self, data: Data) -> Read:
-        """What the program needs of the data: features, and what was observed."""
+    def prepare(self, data: Data) -> Prepared:
+        """Return the tensors that `observe` needs: features and observations."""
         raise NotImplementedError
 
-    def observe(self, read: Read) -> None:
-        """Sample ``weights`` and score what was observed."""
+    def observe(self, prepared: Prepared) -> None:
+        """Sample ``weights``, and the observed sites."""
         raise NotImplementedError
 
     def weights(self, features: Tensor) -> Tensor:
-        """The latent site, (*particles, d), for features (..., d)."""
+        """Sample the latent site, (*particles, d), for features (..., d)."""
         d = features.shape[-1]
         return pyro.sample("weights", dist.Normal(features.new_zeros(d), self.scale / math.sqrt(d)).to_event(1))
 
     def reward(self, prompts: Sequence[str], completions: Sequence[str], weights: Any) -> Tensor:
-        """Rewards (*, n) of n completions under weights (*, d), a tensor or an array."""
+        """Return the rewards of n completions, (*, n).
+
+        :param weights: (*, d), a tensor or an array.
+        """
         x = self.featurise(prompts, completions)
         return torch.as_tensor(weights, dtype=x.dtype, device=x.device) @ x.T
 
     def featurise(self, prompts: Sequence[str], completions: Sequence[str]) -> Tensor:
-        """Features (n, d), checked.
+        """Return checked features, (n, d) float32.
 
         :raises ValueError: if they have another shape, or are not finite.
         """
@@ -78,6 +83,10 @@ class LinearReward(Generic[Data, Read]):
 
 
 def under_plate(weights: Tensor, x: Tensor) -> Tensor:
-    """w^T x of weights (*particles, 1, d) or (d,) and x (..., n, d), as a plate of size n has it: (*particles, n)."""
+    """Return w^T x for a plate of size n, (*particles, n).
+
+    :param weights: (*particles, 1, d), or (d,) without particles.
+    :param x: (..., n, d).
+    """
     product = weights @ x.mT
     return product.squeeze(-2) if product.ndim > 1 else product

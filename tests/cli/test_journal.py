@@ -1,4 +1,4 @@
-"""A file of JSON lines that keeps what it has, whatever happens."""
+"""A journal keeps its objects through crashes and failed writes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_appends_pops_and_reads_again(path):
         journal.append({"b": 2})
     with Journal(path) as journal:
         assert journal.rows == [{"text": "naïve 🙂\nline"}, {"b": 2}]
-        assert journal.mended is None
+        assert journal.removed is None
         assert [journal.pop(), journal.pop()] == [{"b": 2}, {"text": "naïve 🙂\nline"}]
         with pytest.raises(IndexError):
             journal.pop()
@@ -38,7 +38,7 @@ def test_appends_pops_and_reads_again(path):
 
 
 @pytest.mark.parametrize(
-    ("tail", "kept", "torn"),
+    ("tail", "kept", "removed"),
     [
         (b'{"b": 2}', [{"a": 1}, {"b": 2}], False),
         (b"{", [{"a": 1}], True),
@@ -46,12 +46,12 @@ def test_appends_pops_and_reads_again(path):
         (b'{"b": "\xc3', [{"a": 1}], True),
     ],
 )
-def test_a_torn_last_line_is_mended(path, tail, kept, torn):
+def test_an_incomplete_last_line_is_repaired(path, tail, kept, removed):
     path.parent.mkdir()
     path.write_bytes(b'{"a": 1}\n\n' + tail)
     with Journal(path) as journal:
         assert journal.rows == kept
-        assert (journal.mended is not None) == torn
+        assert (journal.removed is not None) == removed
         journal.append({"c": 3})
         journal.pop()
         journal.append({"d": 4})
@@ -64,19 +64,19 @@ def test_any_other_bad_line_is_refused_with_its_number(path, line):
     path.parent.mkdir()
     before = f'{{"a": 1}}\n{line}\n{{"b": 2}}\n'
     path.write_text(before)
-    with pytest.raises(ValueError, match="line 2 is no JSON object"):
+    with pytest.raises(ValueError, match="line 2 is not a JSON object"):
         Journal(path)
     assert path.read_text() == before
 
 
 @pytest.mark.parametrize("tail", [b"[1]", b"text", b'[{"a": 1}]', b"3", b"{a: 1", b'{"a": \r[1]'])
 @pytest.mark.parametrize("head", [b"", b'{"a": 1}\n'])
-def test_a_file_of_another_kind_is_left_as_it_is(path, head, tail):
-    """Its last line has no end, as a torn one, but is no part of an object; or a \\r, which ends no line, is in it."""
+def test_a_file_of_another_kind_is_not_changed(path, head, tail):
+    """Its last line lacks an end, but is no part of an object; or it contains a \\r, which does not end a line."""
     path.parent.mkdir()
     before = head + tail + (b"\n" if b"\r" in tail else b"")
     path.write_bytes(before)
-    with pytest.raises(ValueError, match=f"line {len(head.splitlines()) + 1} is no JSON object"):
+    with pytest.raises(ValueError, match=f"line {len(head.splitlines()) + 1} is not a JSON object"):
         Journal(path)
     assert path.read_bytes() == before
 
@@ -99,7 +99,7 @@ def test_a_failed_write_leaves_nothing_of_it(path, monkeypatch):
 
 
 def test_each_object_outlives_its_process(path):
-    """The process is gone without a word after its second object."""
+    """The process ends at once after its second object."""
     code = (
         "import os, sys; from bayeslm.cli.journal import Journal; j = Journal(sys.argv[1]);"
         "j.append({'a': 1}); j.append({'b': 2}); os._exit(9)"

@@ -11,9 +11,9 @@ import torch
 from support.models import tiny_llama
 from typer.testing import CliRunner
 
-from bayeslm.cli.app import app
+from bayeslm.cli import app
 from bayeslm.cli.console import out_console
-from bayeslm.cli.terminal import Person, shown
+from bayeslm.cli.terminal_judge import TerminalJudge, one_line
 from bayeslm.models.preferences import Comparisons
 
 JUDGES = """
@@ -60,7 +60,7 @@ def rows(path: str = "labels.jsonl") -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text().splitlines() if line]
 
 
-def test_a_person_labels_skips_undoes_and_goes_on(folder):
+def test_a_person_labels_skips_undoes_and_resumes(folder):
     out = label("a b", "c", keys="1\n2\ns\n7\n1\nu\n2\nq\n")
     assert "'7' is none of 1, 2, s, u, q" in out
     assert "labels.jsonl: 3 labels" in out
@@ -71,31 +71,32 @@ def test_a_person_labels_skips_undoes_and_goes_on(folder):
     data = Comparisons.from_jsonl("labels.jsonl")
     pool = {(row["prompt"], row["completion"]) for row in rows("labels.pool.jsonl")}
     assert {(p, c) for p, c in zip(data.prompts * 2, data.chosen + data.rejected, strict=True)} <= pool
-    out = label(keys="2\n")  # no prompts: those that there are; and the input ends
-    assert "4 labels · foreseen" in out
+    out = label(keys="2\n")  # no prompts: those of the pool; and the input ends
+    assert "4 labels · " in out
     assert rows()[:3] == first
-    assert "uncertain" in out
+    assert "predicted" in out
+    assert "uncertainty" in out
 
 
-def test_undo_asks_the_same_again_and_stops_at_nothing(folder):
+def test_undo_asks_the_same_pair_again(folder):
     once = label("a b", keys="1\n1\nq\n")
     asked = once.split("better:")
     again = label("a b", "--out", "other.jsonl", keys="u\n1\n1\nu\nu\n1\n1\nq\n")
-    assert "nothing to take back" in again
+    assert "there is no answer to take back" in again
     assert rows("other.jsonl") == rows()
     for part in asked[:2]:
         assert part[-30:].split("2 ")[-1].split("(s")[0] in again
 
 
-def test_going_on_equals_never_having_stopped(folder):
-    """Killed after any label, the last line torn: the same file in the end."""
+def test_resuming_equals_never_having_stopped(folder):
+    """Killed after any label, with an incomplete last line: the same file in the end."""
     judge = ["--judge", "judges:letters", "--temperature", "1.0"]
     label("a b", "c", *judge, "--number", "9", "--out", "whole.jsonl")
     label("a b", "c", *judge, "--number", "4", "--out", "parts.jsonl")
     with open("parts.jsonl", "a") as file:
         file.write('{"prompt": "a b", "cho')
     out = label(*judge, "--number", "9", "--out", "parts.jsonl")
-    assert "torn" in out
+    assert "removed an incomplete last line" in out
     assert Path("parts.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
     assert len(rows("whole.jsonl")) == 9
     label("a b", "c", *judge, "--number", "9", "--out", "other.jsonl", "--seed", "1")
@@ -130,7 +131,7 @@ def test_undo_after_a_restart_takes_back_what_came_last(folder):
     assert rows() == labels[:1]
 
 
-def test_skips_do_not_change_what_is_asked_after_a_restart(folder):
+def test_after_a_restart_skips_lead_to_the_same_questions(folder):
     label("a b", "--out", "whole.jsonl", keys="s\n1\ns\ns\n2\n1\nq\n")
     for keys in ("s\n1\ns\nq\n", "s\nq\n", "2\n1\nq\n"):
         label("a b", "--out", "parts.jsonl", keys=keys)
@@ -139,7 +140,7 @@ def test_skips_do_not_change_what_is_asked_after_a_restart(folder):
 
 
 @pytest.mark.parametrize("left", [1, 2, 5])
-def test_a_pool_that_was_broken_off_is_drawn_again(folder, left):
+def test_an_interrupted_pool_is_drawn_again(folder, left):
     """Killed after any row: the same completions and questions in the end, and not a prompt with one text."""
     judge = ["--judge", "judges:letters", "--number", "3"]
     label("a b", "c", *judge, "--out", "whole.jsonl")
@@ -172,7 +173,7 @@ def test_more_completions_are_drawn_of_prompts_that_have_fewer(folder):
     assert after[-1]["drawn"] == 40
 
 
-def test_a_pool_stays_as_it_is_where_no_number_is_given(folder):
+def test_a_pool_does_not_change_without_a_number_of_completions(folder):
     label("a b", "--judge", "judges:letters", "--number", "1")
     before = Path("labels.pool.jsonl").read_bytes()
     settings = ["--model", "model", "--features", "hidden", "--components", "4"]
@@ -194,14 +195,14 @@ def test_labels_do_not_go_into_the_file_of_prompts(folder):
     assert Path("prompts.txt").read_text() == "a b"
 
 
-def test_what_is_shown_is_what_the_texts_are(capsys):
-    """No emoji for what only looks like one, and the spaces where two texts differ in nothing else."""
-    first, second = shown(" a  b\n", "a b c")
+def test_texts_are_printed_unchanged(capsys):
+    """Without emoji and markup; with all whitespace if two texts differ in nothing else."""
+    first, second = one_line(" a  b\n", "a b c")
     assert (first, second) == ("a b", "a b c")
-    assert shown("a b", "a b\n") == ("'a b'", "'a b\\n'")
+    assert one_line("a b", "a b\n") == ("'a b'", "'a b\\n'")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(out_console, "input", lambda prompt: "1")
-        assert Person()("at :smile:", ":cat: [b]", "x")
+        assert TerminalJudge()("at :smile:", ":cat: [b]", "x")
     printed = capsys.readouterr().out
     assert "at :smile:" in printed
     assert ":cat: [b]" in printed
@@ -226,12 +227,12 @@ def test_new_prompts_join_the_pool(folder):
     ("arguments", "says"),
     [
         ([], "no prompts"),
-        (["a", "--ask", "bald"], "--ask bald is none of information"),
-        (["a", "--features", "bag"], "is none of sentence, hidden"),
+        (["a", "--ask", "bald"], "--ask bald is unknown: choose one of information"),
+        (["a", "--features", "bag"], "is unknown: choose one of sentence, hidden"),
         (["a", "--components", "0"], "--components must be at least 1"),
         (["a", "--completions", "1"], "--completions must be at least 2"),
         (["a", "--judge", "sentimnt"], "did you mean 'sentiment'"),
-        (["a", "--judge", "length", "--temperature", "-1"], "temperature must be 0 or more"),
+        (["a", "--judge", "length", "--temperature", "-1"], "temperature must be non-negative"),
         (["a", "--number", "0"], "--number must be at least 1"),
         (["a", "--prompts", "nowhere.txt"], "not both"),
         (["--prompts", "nowhere.txt"], "No such file"),
@@ -251,7 +252,7 @@ def test_mistakes_are_one_clear_line(folder, arguments, says):
     [
         ('{"prompt": "a b", "chosen": "x"}', "line 1 lacks 'rejected'"),
         ('{"prompt": "a b", "chosen": "x", "rejected": "x"}', "line 1 compares a text with itself"),
-        ("nonsense", "line 1 is no JSON object"),
+        ("nonsense", "line 1 is not a JSON object"),
     ],
 )
 def test_bad_labels_are_refused_with_their_line(folder, row, says):

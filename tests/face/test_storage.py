@@ -39,9 +39,11 @@ def test_saved_and_loaded_is_the_same(make: Callable[[], Posterior], tmp_path: P
         "alive": np.array([True, False]),
         "not finite": np.array([np.nan, -np.inf, np.inf]),
         "large": np.array([2**63 + 1], dtype=np.uint64),
+        "half": np.array([0.1, -2.0], dtype=np.float16),
         "a/b": np.arange(3),
         "a.b": np.arange(4),
     }
+    posterior.observed["answers"] = np.array(["a", "été"])
     posterior.conditional = True
     posterior.log_evidence_lower = np.full(posterior.log_evidence.shape, np.nan)
     loaded = Posterior.load(posterior.save(tmp_path / "new" / "run"))

@@ -1,7 +1,7 @@
 """The kernel for Pyro's own MCMC: exact answers, what comes out of it, and how it starts, adapts and refuses.
 
 Means over chains of many replicates (equal prompts, each a posterior of its own) are compared by
-`assert_mean`. That each step leaves the posterior as it is: test_calibration.py.
+`assert_mean`. That each step leaves the posterior as it is: ../test_calibration.py.
 """
 
 from __future__ import annotations

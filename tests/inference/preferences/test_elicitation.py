@@ -17,7 +17,7 @@ from bayeslm.inference.control import Boltzmann, EpsilonGreedy, Random, Thompson
 from bayeslm.inference.preferences import Duel, Elicitation, FreshCompletions, InformationGain, Pool, Tilted
 from bayeslm.inference.preferences.acquisition import information
 from bayeslm.models import TiltedLM
-from bayeslm.models.preferences import Answer, BradleyTerry, Question, SimulatedJudge, UncertainReward, answered
+from bayeslm.models.preferences import Answer, BradleyTerry, Question, SimulatedJudge, UncertainReward, to_comparisons
 from bayeslm.models.rewards import Reward
 
 TRUTH = torch.tensor([1.5, -1.0, 0.5, 0.0, 2.0])
@@ -151,7 +151,7 @@ def test_fresh_completions_have_the_posterior_with_the_reward_uncertain(epsilon)
     mixture = torch.stack([p for p, _ in laws]).mean(0)
     if epsilon is not None:
         mixture = 0.7 * law(weights.mean(0))[0] + 0.3 * law(torch.zeros(2))[0]
-    drawn = [fresh._draw("c", fresh._weights(weights)) for _ in range(200)]
+    drawn = [fresh.draw("c", weights) for _ in range(200)]
     counts = torch.tensor([drawn.count(name) for name in names])
     assert_drawn_from(counts, mixture.log())
     pool = fresh(weights)
@@ -247,11 +247,11 @@ def test_answers():
         assert not replace(answer, probability=0.5, first_is_better=even).foreseen
     skipped = replace(answer, first_is_better=None)
     assert (skipped.surprisal, skipped.foreseen) == (0.0, False)
-    assert answered([skipped]) is None
-    data = answered([answer, skipped, replace(answer, first_is_better=True)])
+    assert to_comparisons([skipped]) is None
+    data = to_comparisons([answer, skipped, replace(answer, first_is_better=True)])
     assert (data.chosen, data.rejected) == (["two", "one"], ["one", "two"])
     with pytest.raises(TypeError, match="True, False or None"):
-        answer.answered("1")
+        answer.with_answer("1")
 
 
 # -- the loop --------------------------------------------------------------------------------------------------
@@ -323,7 +323,7 @@ def test_before_the_first_answer_there_is_the_prior():
     weights = LOOPS["information"].weights([], POOL.example)
     assert weights.shape == (256, 5)
     assert weights.square().mean().item() == pytest.approx(16 / 5, rel=4.5 * math.sqrt(2 / 1280))
-    with pytest.raises(ValueError, match="no question has an answer"):
+    with pytest.raises(ValueError, match="no question was answered"):
         LOOPS["information"].posterior([Answer("a", "1", "2", 0.5, None)])
 
 

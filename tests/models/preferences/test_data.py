@@ -84,7 +84,7 @@ BAD = {
     "has no text for 'rejected': fill it in": GOOD | {"rejected": " "},
     "compares a text with itself .'Hi!'.: drop it": GOOD | {"rejected": "Hi!"},
     "is a tie .both scores are 4.: drop it": GOOD | {"score_chosen": 4, "score_rejected": 4},
-    "no prompt shows: add the field 'prompt'": {
+    "no common prompt: add the field 'prompt'": {
         "chosen": [message("user", "x"), message("assistant", "y")],
         "rejected": [message("user", "x"), message("assistant", "y")],
     },
@@ -175,11 +175,17 @@ def test_features_of_a_text_are_computed_once(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_oldest_features_are_forgotten(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("bayeslm.models.preferences.features.KEPT", 3)
+    monkeypatch.setattr("bayeslm.models.preferences.features.CACHE_SIZE", 3)
     features = LastHidden(tiny_llama())
     texts = [" a", " b", " c", " d", " e"]
+    computed: list[list[str]] = []
+    compute = features.compute
+    monkeypatch.setattr(features, "compute", lambda p, c: (computed.append(c), compute(p, c))[1])
     features(["a"] * 5, texts)
-    assert list(features._known) == [("a", text) for text in texts[2:]]
+    features(["a"] * 3, texts[2:])  # the newest three are kept
+    features(["a"], texts[:1])
+    features(["a"], texts[1:2])
+    assert computed == [texts, texts[:1], texts[1:2]]
 
 
 def correlated(prompts: list[str], completions: list[str]) -> torch.Tensor:

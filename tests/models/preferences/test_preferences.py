@@ -31,7 +31,7 @@ from torch import Tensor
 from bayeslm import Posterior, diagnostics
 from bayeslm.inference import NUTS, SVI, ImportanceSampling, ProgramError, predict
 from bayeslm.models.preferences import BradleyTerry, Comparisons, PlackettLuce, Rankings
-from bayeslm.models.preferences.plackett_luce import ABSENT, RankingLaw
+from bayeslm.models.preferences.plackett_luce import ABSENT, RankingDistribution
 
 LIMIT = 4.0
 WORDS = ["aaa", "b", "banana", "cab", "zebra", "quiz", "aardvark", "bb"]
@@ -276,12 +276,12 @@ class Replications(BradleyTerry):
         super().__init__(features)
         self.number = number
 
-    def read(self, data: Comparisons) -> Tensor:
-        return super().read(data).unflatten(0, (self.number, -1))
+    def prepare(self, data: Comparisons) -> Tensor:
+        return super().prepare(data).unflatten(0, (self.number, -1))
 
-    def observe(self, read: Tensor) -> None:
+    def observe(self, prepared: Tensor) -> None:
         with pyro.plate("replications", self.number, dim=-2):
-            super().observe(read)
+            super().observe(prepared)
 
 
 def simulate(replications: int, pairs: int, seed: int) -> tuple[Tensor, Comparisons, Callable[..., Tensor]]:
@@ -331,7 +331,7 @@ def test_simulation_based_calibration():
     model = Replications(features, 96)
     nuts = NUTS(num_samples=93, warmup=70, num_chains=1, max_tree_depth=4, seed=0, progress=False)
     draws = torch.as_tensor(nuts.run(model, data).samples["weights"])[0, 2::3].squeeze(-2)  # (31, replication, 2)
-    assert_uniform(draws, weights, model.read(data))
+    assert_uniform(draws, weights, model.prepare(data))
 
 
 @pytest.mark.long
@@ -345,7 +345,7 @@ def test_simulation_based_calibration_of_single_runs(seed: int):
     for i in range(200):
         one = data.take(range(12 * i, 12 * (i + 1)))
         draws.append(torch.as_tensor(nuts.run(model, one).samples["weights"])[0, 2::4])  # (31, 2)
-        differences.append(model.read(one))
+        differences.append(model.prepare(one))
     assert_uniform(torch.stack(draws, 1), weights, torch.stack(differences))
 
 
@@ -356,16 +356,16 @@ def test_rankings_are_a_law():
     """Probabilities of all permutations sum to 1, draws have them, and items that are absent come last."""
     scores = torch.tensor([[0.3, -1.0, 2.0, 0.5], [1.0, 0.0, ABSENT, ABSENT]])
     permutations = torch.tensor(list(itertools.permutations(range(4))))
-    log_p = RankingLaw(scores).log_prob(permutations[:, None])  # (24, 2)
+    log_p = RankingDistribution(scores).log_prob(permutations[:, None])  # (24, 2)
     torch.testing.assert_close(log_p[:, 0].logsumexp(0), torch.tensor(0.0), atol=1e-6, rtol=0)
     two = [permutations.tolist().index(order) for order in ([0, 1, 2, 3], [1, 0, 2, 3])]
     torch.testing.assert_close(log_p[two, 1], torch.nn.functional.logsigmoid(torch.tensor([1.0, -1.0])))
-    draws = RankingLaw(scores).sample((20_000,))
+    draws = RankingDistribution(scores).sample((20_000,))
     codes = (permutations * 4 ** torch.arange(4)).sum(-1)
     drawn = (draws[:, 0] * 4 ** torch.arange(4)).sum(-1)
     assert_drawn_from((drawn[:, None] == codes).sum(0), log_p[:, 0])
     assert (draws[:, 1, 2:] == torch.tensor([2, 3])).all()
-    assert RankingLaw(scores).expand((3, 2)).sample().shape == (3, 2, 4)
+    assert RankingDistribution(scores).expand((3, 2)).sample().shape == (3, 2, 4)
 
 
 def test_rankings_of_two_are_comparisons():

@@ -104,7 +104,7 @@ def test_one_vector_is_typical_of_every_prompt() -> None:
 
 def test_many_texts_are_scored_in_parts_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = learned("quantile")(["c"], TEXTS)
-    monkeypatch.setattr("bayeslm.models.preferences.uncertain.CELLS", 11)  # two texts
+    monkeypatch.setattr("bayeslm.models.preferences.uncertain.MAX_MARGINS", 11)  # two texts
     torch.testing.assert_close(learned("quantile")(["c"], TEXTS), whole)
 
 
@@ -160,9 +160,11 @@ def test_the_posterior_is_tilted_by_the_form(form: str) -> None:
     for i, prompt in enumerate(PROMPTS):
         texts = exact.texts["completion"][0, :, i].tolist()
         delta = margins(learned(form), [prompt] * len(texts), texts)
+        drawn = learned("draw", typical=TYPICAL)([prompt], texts).numpy()
+        (draw,) = np.flatnonzero(np.isclose(delta, drawn[:, None], atol=1e-5).all(0))
         score = {
             "mean": delta.mean(1),
-            "draw": delta[:, learned("draw")._drawn],
+            "draw": delta[:, draw],
             "quantile": np.quantile(delta, 0.1, axis=1),
             "marginal": np.log(expit(delta).mean(1)),
         }[form]
@@ -291,7 +293,7 @@ def example() -> ModuleType:
 def laplace(task: Any) -> UncertainReward:
     """As `Task.learn`, with draws of the normal law at the posterior's mode in the place of NUTS'."""
     model = task.learner()
-    x = model.read(task.comparisons()).double().numpy()  # (comparison, 7)
+    x = model.prepare(task.comparisons()).double().numpy()  # (comparison, 7)
     precision = np.eye(7) * 7 / model.scale**2
     mode = np.zeros(7)
     for _ in range(30):
@@ -409,7 +411,7 @@ def test_other_features_are_told_at_loading(tmp_path: Path) -> None:
     UncertainReward(length(1.0), draws(), "mean").save_pretrained(tmp_path / "reward")
     UncertainReward.from_pretrained(tmp_path / "reward", length(1.0))
     for other in (length(-1.0), length(1.0, width=2)):
-        with pytest.raises(ValueError, match="are of other features"):
+        with pytest.raises(ValueError, match="belong to other features"):
             UncertainReward.from_pretrained(tmp_path / "reward", other)
 
 
@@ -446,9 +448,9 @@ def test_bad_settings_are_refused(change: dict[str, Any], message: str) -> None:
 
 
 def test_bad_use_is_refused() -> None:
-    with pytest.raises(rewards.RewardError, match=r"no typical completion of 'd' is known: use `centred`"):
+    with pytest.raises(rewards.RewardError, match=r"prompt 'd' has no typical completion: call `centred`"):
         learned("mean", typical=TYPICAL)(["d"], ["a"])
-    with pytest.raises(rewards.RewardError, match="features have 3 numbers, and the weights are 2"):
+    with pytest.raises(rewards.RewardError, match="there are 3 features, but 2 weights"):
         UncertainReward(BradleyTerry(count), torch.zeros(4, 2), "mean")(["c"], ["a"])
     with pytest.raises(ValueError, match="no site 'weights'"):
         UncertainReward.from_posterior(BradleyTerry(count), Gaussian().posterior(0), "mean")

@@ -1,4 +1,4 @@
-"""The judge at the terminal: shows a prompt with two completions, and reads a key."""
+"""A judge at the terminal: shows a prompt with two completions and reads a key."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from .console import out_console
 
-PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}  # texts as they are
+PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}  # prints a text unchanged
 
 
 class Undo(Exception):
@@ -14,16 +14,21 @@ class Undo(Exception):
 
 
 class Quit(Exception):
-    """The judge has had enough."""
+    """The judge ends the session."""
 
 
-class Person:
-    """The one at the terminal."""
+class TerminalJudge:
+    """Asks the person at the terminal which of two completions is better."""
 
     def __call__(self, prompt: str, first: str, second: str) -> bool | None:
+        """Return whether the first is better, or None to skip the pair.
+
+        :raises Undo: to take the last answer back.
+        :raises Quit: to end the session, also at the end of the input.
+        """
         out_console.print()
         out_console.print(prompt, style="bold", **PLAIN)
-        for key, text in zip("12", shown(first, second), strict=True):
+        for key, text in zip("12", one_line(first, second), strict=True):
             out_console.print(f"  {key}  {text}", **PLAIN)
         while True:
             try:
@@ -41,7 +46,7 @@ class Person:
             out_console.print(f"{key!r} is none of 1, 2, s, u, q", **PLAIN)
 
 
-def shown(first: str, second: str) -> tuple[str, str]:
-    """Two texts on a line each; with every space and line's end where they differ in nothing else."""
+def one_line(first: str, second: str) -> tuple[str, str]:
+    """Return two texts on a line each; in quotes, with all whitespace, if they differ in whitespace only."""
     one, two = (" ".join(text.split()) for text in (first, second))
     return (one, two) if one != two else (repr(first), repr(second))

@@ -1,4 +1,4 @@
-"""The command line, on a tiny model in a folder of its own."""
+"""`bayeslm infer` and `bayeslm show`, on a tiny model in a temporary folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from support.models import tiny_llama
 from typer.testing import CliRunner
 
-from bayeslm.cli.app import app
+from bayeslm.cli import app
 from bayeslm.models import LanguageModel
 from bayeslm.posterior import Posterior
 
@@ -95,7 +95,7 @@ def test_a_twist_is_learned_kept_and_used_again(folder, twist):
     assert (one.samples["completion"] == two.samples["completion"]).all()
     assert "learned-partial" in infer(*settings, "--twist", "nowhere", code=1)
     assert "are for --engine smc" in infer("a b", "--twist", "partial", code=1)
-    assert "say which by --twist" in infer(*settings, code=1)
+    assert "choose one by --twist" in infer(*settings, code=1)
     assert "cannot score unfinished texts" in infer("a b", "--engine", "smc", "--twist", "prefix", code=1)
 
 
@@ -182,8 +182,8 @@ def test_an_error_in_mid_training_keeps_the_policy(folder):
     assert kept(["a"], max_new_tokens=2).support_size == 57
 
 
-def test_ctrl_c_in_training_ends_it_and_keeps_what_there_is(folder):
-    """Interrupted in the third step; the draws after it are of the policy trained so far."""
+def test_ctrl_c_in_training_ends_it_and_keeps_the_policy(folder):
+    """Interrupted in the third step; the posterior's draws are of the policy trained in two steps."""
     Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 4"))
     out = infer(
         "a", *["--engine", "svi", "--samples", "8", "--reward", "my_rewards:interrupts", "--out", "run"], code=130
@@ -202,19 +202,23 @@ def test_training_in_minibatches_at_a_target_of_the_kl(folder):
     posterior = Posterior.load("run/svi")
     assert posterior.samples["completion"].shape == (1, 8, 5, 4)
     assert posterior.stats["prompts"].shape == (1, 12, 2)
-    assert posterior.stats["inverse_temperature"][0, -1] == pytest.approx(0.98**-11)  # as far as it goes in 11 steps
+    assert posterior.stats["inverse_temperature"][0, -1] == pytest.approx(
+        0.98**-11
+    )  # the limit of the change in 11 steps
     assert LanguageModel.from_pretrained("run/svi/policy").network.dtype == torch.float32
     assert "exact takes all prompts at once" in " ".join(
         infer("a", "--engine", "exact", "--minibatch", "1", code=1).split()
     )
     assert "--minibatch" in infer("a", "--minibatch", "0", code=2)
-    assert "--dtype float8 is none of" in infer("a", "--dtype", "float8", code=1)
+    assert "--dtype float8 is unknown" in infer("a", "--dtype", "float8", code=1)
 
 
-def test_a_training_that_failed_goes_on_from_its_checkpoint(folder):
-    """After a reward that raised once; the policy is that of a run that nothing happened to."""
+def test_a_failed_training_resumes_from_its_checkpoint(folder):
+    """After a reward that raised once; the policy is that of an uninterrupted run."""
     training = ["--engine", "svi", "--steps", "60", "--samples", "8", "--objective", "log-variance-replay"]
-    failing = REWARDS.replace("calls > 4", "calls == 15")  # in step 52: it is asked at the look, and every fourth step
+    failing = REWARDS.replace(
+        "calls > 4", "calls == 15"
+    )  # in step 52: the reward is called at the inspection and at every fourth step
     Path("my_rewards.py").write_text(failing)
     settings = ["a", *training, "--reward", "my_rewards:breaks_later", "--checkpoint", "kept"]
     settings += ["--tensorboard", "curves", "--out", "again"]
@@ -228,59 +232,59 @@ def test_a_training_that_failed_goes_on_from_its_checkpoint(folder):
     for option in ("--objective elbo", "--kl-target 0.1", "--held-out others.txt", "--gradient-checkpointing"):
         name = option.split()[0]
         assert f"{name} is for --engine svi" in " ".join(infer("a", *option.split(), code=1).split())
-    assert "is none of elbo" in infer("a", "--engine", "svi", "--objective", "hinge", code=1)
+    assert "hinge is unknown: choose one of elbo" in infer("a", "--engine", "svi", "--objective", "hinge", code=1)
 
 
-# -- the same call again -------------------------------------------------------------------------------------
+# -- the same command again -------------------------------------------------------------------------------------
 
 
 def stamps(folder: str) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in Path(folder).glob("*/posterior.json")}
 
 
-def test_the_same_call_runs_what_is_not_there_yet(folder):
+def test_a_repeated_command_runs_the_engines_that_have_no_result(folder):
     call = ["a", "b", "--samples", "8", "--steps", "4", "--out", "run"]
     infer(*call, "--engine", "importance")
     before = stamps("run")
     out = infer(*call, "--engine", "importance", "--engine", "svi")
-    assert "importance: is in run already" in out
-    assert "svi: is in" not in out
+    assert "importance: already in run" in out
+    assert "svi: already in" not in out
     assert {**stamps("run"), "svi": 0} == {**before, "svi": 0}
     both = infer(*call, "--engine", "svi", "--engine", "importance")
-    assert "svi: is in run already" in both
+    assert "svi: already in run" in both
     for other, says in {
         ("--beta", "0.7"): "beta was",
         ("--reward", "length"): "reward was",
         ("--seed", "3"): "seed was",
     }.items():
         out = " ".join(infer(*call, *other, code=1).split())
-        assert "run holds the results of another call" in out
+        assert "run holds results of other settings" in out
         assert says in out
     assert "prompts was" in " ".join(infer("a", *call[2:], code=1).split())
 
 
-def test_a_call_that_came_to_nothing_takes_no_place(folder):
+def test_a_command_without_results_does_not_occupy_its_folder(folder):
     infer("a", "--reward", "my_rewards:broken", "--out", "run", code=1)
     infer("a", "--out", "run")
     assert Posterior.load("run/importance").prompts == ["a"]
 
 
-def test_a_reward_that_was_changed_is_another_call(folder):
+def test_a_changed_reward_is_refused_in_the_same_folder(folder):
     call = ["a", "--reward", "my_rewards:letters", "--out", "run"]
     infer(*call)
     Path("my_rewards.py").write_text(REWARDS.replace('count("a")', 'count("bb")'))
     sys.modules.pop("my_rewards")
-    assert "reward itself" in " ".join(infer(*call, code=1).split())
+    assert "code of the reward" in " ".join(infer(*call, code=1).split())
 
 
-def test_after_ctrl_c_the_same_call_goes_on(folder):
-    """From its checkpoint; what was cut short stays until there is something whole."""
+def test_after_ctrl_c_the_repeated_command_resumes(folder):
+    """From its checkpoint; the interrupted result stays until the engine has finished."""
     training = ["--engine", "svi", "--steps", "60", "--samples", "8"]
     Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 30"))
     call = ["a", *training, "--reward", "my_rewards:interrupts", "--checkpoint", "kept"]
     infer(*call, "--out", "run", code=130)
-    cut = Posterior.load("run/svi")
-    assert cut.stats["interrupted"]
+    interrupted = Posterior.load("run/svi")
+    assert interrupted.stats["interrupted"]
     infer(*call, "--out", "run")
     assert [path.name for path in Path("run").glob("svi*")] == ["svi"]
     sys.modules.pop("my_rewards")
@@ -293,8 +297,8 @@ def test_after_ctrl_c_the_same_call_goes_on(folder):
 
 
 def test_ctrl_c_in_the_first_draws_after_a_training(folder):
-    """There is no posterior yet, and the training is not lost: with a checkpoint, or as a policy."""
-    Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 8"))  # a look, six steps, and draws
+    """There is no posterior yet, but the training is kept, in a checkpoint or as a policy."""
+    Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 8"))  # an inspection, six steps, and draws
     call = [
         "a",
         "--engine",
@@ -308,18 +312,18 @@ def test_ctrl_c_in_the_first_draws_after_a_training(folder):
         "--out",
         "run",
     ]
-    said = " ".join(infer(*call, "--checkpoint", "kept", code=130).split())
-    assert "interrupted: " in said
-    assert "the training so far is in kept: the same call goes on from there" in said
+    output = " ".join(infer(*call, "--checkpoint", "kept", code=130).split())
+    assert "interrupted: " in output
+    assert "the training so far is saved in kept: repeat the command to resume it" in output
     infer(*call, "--checkpoint", "kept")
     assert Posterior.load("run/svi").stats["steps"] == 6
     sys.modules.pop("my_rewards")
-    said = " ".join(infer(*call[:-1], "other", code=130).split())
-    assert "the policy trained so far is in other/svi-policy-so-far" in said
+    output = " ".join(infer(*call[:-1], "other", code=130).split())
+    assert "the policy trained so far is saved in other/svi-policy-so-far" in output
 
 
 def test_an_interrupted_result_outlives_another_interruption(folder):
-    """Of two that were cut short the second is kept, and the first until that is whole."""
+    """Of two interrupted results both are kept until a run has finished."""
     Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls in (30, 60)"))
     call = ["a", "--engine", "svi", "--steps", "200", "--samples", "8", "--reward", "my_rewards:interrupts"]
     infer(*call, "--out", "run", code=130)
@@ -332,13 +336,13 @@ def test_an_interrupted_result_outlives_another_interruption(folder):
 def test_a_learned_twist_is_not_learned_again(folder):
     call = ["a", "--engine", "smc", "--twist", "learned", "--particles", "20", "--out", "run"]
     infer(*call)
-    assert "the twist is in run/twist already" in infer(*call, "--engine", "importance")
+    assert "twist: already in run/twist" in infer(*call, "--engine", "importance")
 
 
-# -- policies that are there, and other settings of a training ----------------------------------------------------
+# -- trained policies, and other settings of a training ----------------------------------------------------
 
 
-def test_a_policy_to_begin_as_and_to_propose(folder):
+def test_a_policy_to_start_from_and_to_propose_with(folder):
     training = ["--engine", "svi", "--samples", "8", "--reward", "my_rewards:letters", "--learning-rate", "0.02"]
     infer("a", *training, "--steps", "40", "--lora-rank", "2", "--out", "first")
     policy = "first/svi/policy"
@@ -351,7 +355,7 @@ def test_a_policy_to_begin_as_and_to_propose(folder):
     assert proposed.stats["ess"][0] > 1.5 * prior.stats["ess"][0]
     errors = np.hypot(proposed.log_evidence_stderr, prior.log_evidence_stderr)
     assert abs(proposed.log_evidence - prior.log_evidence) < 4 * errors
-    assert "--policy nowhere is no folder" in infer("a", "--policy", "nowhere", code=1)
+    assert "--policy nowhere is not a folder" in infer("a", "--policy", "nowhere", code=1)
     assert "--policy is for --engine svi and importance" in " ".join(
         infer("a", "--engine", "smc", "--policy", policy, code=1).split()
     )
@@ -364,7 +368,7 @@ def test_settings_of_a_training(folder):
     infer("a", "b", *training, *settings, "--gradient-checkpointing", "--out", "run")
     posterior = Posterior.load("run/svi")
     assert posterior.stats["held out_elbo"].shape[::2] == (1, 2)
-    assert posterior.stats["steps"] == 20  # near enough from the start: the window of the estimate
+    assert posterior.stats["steps"] == 20  # below the limit from the start: 20 is the window of the estimate
     assert not Path("run/svi/policy/adapter_config.json").exists()
 
 

@@ -1,0 +1,78 @@
+"""Several engines on one program: run one after another, saved, and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from bayeslm.posterior import Posterior
+
+from . import report, resume
+from .console import INTERRUPTED, err_console, out_console
+
+
+def compare(
+    model: Any, prompts: list[str], columns: dict[str, list[Any]], engines: Mapping[str, Any], out: Path | None
+) -> None:
+    """Run the engines that have no result in the output folder, save each result at once, and print the comparison.
+
+    :param columns: of the prompts, for the reward.
+    :raises typer.Exit: after Ctrl-C in an engine that returned the draws it had.
+    """
+    posteriors: dict[str, Posterior] = {}
+    for name, engine in engines.items():
+        if (saved := resume.load(out, name)) is not None:
+            err_console.print(f"{name}: already in {out}", highlight=False)
+            posteriors[name] = saved
+            continue
+        try:
+            posteriors[name] = engine.run(model, prompts, **columns)
+        except BaseException as error:
+            policy = getattr(error, "policy", None)
+            checkpoint = getattr(engine, "checkpoint", None)
+            if checkpoint is not None and isinstance(error, KeyboardInterrupt):
+                error.add_note(f"the training so far is saved in {checkpoint}: repeat the command to resume it")
+            if out is not None and policy is not None and checkpoint is None:
+                policy.save_pretrained(out / f"{name}-policy-so-far")
+                error.add_note(f"the policy trained so far is saved in {out / f'{name}-policy-so-far'}")
+            if posteriors:
+                report.show(posteriors, out_console)
+            raise
+        if out is not None:
+            resume.save(out, name, posteriors[name])
+        seconds = posteriors[name].stats["seconds"]
+        err_console.print(f"{name}: {seconds:.0f} s", highlight=False)
+        if posteriors[name].stats.get("interrupted"):
+            err_console.print(f"{name} was interrupted: the results so far follow", style="yellow")
+            break
+    report.show(posteriors, out_console)
+    if out is not None:
+        pictures = ", ".join(_save_plots(posteriors, out))
+        out_console.print(
+            f"written to {out}: posteriors (each with posterior.nc for ArviZ), policy, {pictures}", highlight=False
+        )
+        out_console.print(f"to print this again: bayeslm show {out}", highlight=False)
+    if any(posterior.stats.get("interrupted") for posterior in posteriors.values()):
+        raise typer.Exit(INTERRUPTED)
+
+
+def _save_plots(posteriors: Mapping[str, Posterior], out: Path) -> list[str]:
+    """Plot the rewards, and the training if there was one; return the names of the files."""
+    from bayeslm.plots import plot_rewards, plot_training
+
+    try:
+        from matplotlib.pyplot import close
+
+        figures = {"rewards.png": plot_rewards(posteriors)}
+        if "svi" in posteriors and "elbo" in posteriors["svi"].stats:
+            figures["training.png"] = plot_training(posteriors["svi"])
+    except ImportError as error:
+        err_console.print(f"no plots: {error}", style="yellow", markup=False)
+        return ["no plots"]
+    for name, figure in figures.items():
+        figure.savefig(out / name, dpi=120)
+        close(figure)
+    return list(figures)

@@ -1,0 +1,205 @@
+"""The command `bayeslm infer`: the posterior over completions of prompts, by one engine or several."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import resume
+from .comparison import compare
+from .console import one_line_errors
+from .inputs import language_model, read_prompts, trained_policy
+from .options import make_engine, make_twist, read_settings
+
+# Options that do not change an engine's result, or are compared by their content when a command is repeated.
+NOT_COMPARED = ("prompt", "prompts", "engine", "device", "checkpoint", "tensorboard", "out")
+
+
+def infer(
+    ctx: typer.Context,
+    prompt: Annotated[list[str] | None, typer.Argument(help="Prompts, each completed on its own.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help='A file of prompts: one per line, or JSONL with "prompt" and columns for the reward.'),
+    ] = None,
+    prior: Annotated[
+        str, typer.Option(help="The language model: smollm2, a folder, or a name on the Hugging Face hub.")
+    ] = "smollm2",
+    reward: Annotated[
+        str, typer.Option(help="sentiment, toxicity, length, ... or a function of your own as package.module:function.")
+    ] = "sentiment",
+    reward_settings: Annotated[
+        str, typer.Option(help="Settings of a built-in reward, as JSON: '{\"target\": 20}'.")
+    ] = "{}",
+    scale: Annotated[float, typer.Option(help="A factor of the reward, such as -1 for less toxicity.")] = 1.0,
+    beta: Annotated[
+        float,
+        typer.Option(help="The KL coefficient: a small one gives high rewards, a large one stays near the prior."),
+    ] = 0.1,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="exact, importance, rejection, bestofn, smc, annealed, mcmc or svi; repeat the option to compare "
+            "several. Default: importance."
+        ),
+    ] = None,
+    particles: Annotated[
+        int | None,
+        typer.Option(
+            help="importance: number of draws; rejection: limit of proposals; bestofn: n; smc, annealed: particles in "
+            "each chain; mcmc: particles that start the chains; svi: completions per step."
+        ),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="rejection, bestofn, mcmc, svi: number of draws.")] = None,
+    chains: Annotated[int | None, typer.Option(help="Number of independent chains. Default: 1, mcmc: 16.")] = None,
+    twist: Annotated[
+        str | None,
+        typer.Option(
+            help="smc: what weights unfinished texts: partial (any reward of the text so far), prefix (a reward that "
+            "scores unfinished texts), learned (a head that is trained first), learned-partial (a head that also takes "
+            "partial as input), or the folder of a trained twist."
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="smc: propose the next token by the twist, among so many likeliest tokens of the prior."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="svi: number of gradient steps; mcmc: of warm-up sweeps.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="svi: learning rate of Adam.")] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help="svi: the objective: elbo, log-variance, log-variance-replay, forward-kl, jensen-shannon, "
+            "total-variation or iwelbo. Default: elbo."
+        ),
+    ] = None,
+    minibatch: Annotated[
+        int | None,
+        typer.Option(min=1, help="svi, importance: number of prompts at a time, for more prompts than fit one step."),
+    ] = None,
+    kl_target: Annotated[
+        float | None, typer.Option(help="svi: the KL to the prior, in nats, that is held by adapting beta in training.")
+    ] = None,
+    stop_kl: Annotated[
+        float | None, typer.Option(help="svi: stop when the estimated KL to the posterior, in nats, is below this.")
+    ] = None,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(help="svi: a file of held-out prompts to evaluate in training; format as for --prompts."),
+    ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            help="svi: a trained policy to start from; importance: one to propose with. A folder such as "
+            "runs/weather/svi/policy."
+        ),
+    ] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(min=0, help="svi: rank of the adapters; 0 trains every weight. Default: 16.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="svi: a folder for checkpoints; repeat the command to resume a stopped run.")
+    ] = None,
+    tensorboard: Annotated[Path | None, typer.Option(help="svi: a folder for curves in TensorBoard.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length limit of a completion, in tokens.")] = 24,
+    temperature: Annotated[float, typer.Option(help="Divides the prior's logits.")] = 1.0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: cuda if there is a GPU.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of the weights: float32, bfloat16 or float16. Default: the stored one.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Most texts in one pass of the network. Default: by the free memory.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option("--gradient-checkpointing", help="svi: use less memory for long texts, and a third more time."),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Makes the run reproducible.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="A new folder for posteriors, policy and plots. Repeat the command to resume a stopped run or to add "
+            "an engine."
+        ),
+    ] = None,
+) -> None:
+    """Infer the posterior over completions of prompts under a reward.
+
+    [bold]Examples[/bold]
+
+      bayeslm infer "My dinner at the restaurant was" --beta 0.1
+
+      bayeslm infer "The weather will be" --engine importance --engine svi --steps 40 --out runs/weather
+
+      bayeslm infer "My dinner was" --engine smc --twist partial --chains 4 --engine mcmc --samples 50
+
+      bayeslm infer --prompts prompts.jsonl --reward my_rewards:politeness --engine rejection
+    """
+    with one_line_errors():
+        from bayeslm.inference import HeldOut
+        from bayeslm.inference.training.checkpoints import describe
+        from bayeslm.models import TiltedLM, rewards
+
+        names = engine or ["importance"]
+        if (twist is not None or top_k is not None) and "smc" not in names:
+            raise ValueError("--twist and --top-k are for --engine smc")
+        if top_k is not None and twist is None:
+            raise ValueError("--top-k needs a twist that proposes: choose one by --twist")
+        if minibatch is not None and (others := [name for name in names if name not in ("svi", "importance")]):
+            raise ValueError(f"--minibatch is for --engine svi and importance; {others[0]} takes all prompts at once")
+        training: dict[str, Any] = {
+            "objective": objective,
+            "kl_target": kl_target,
+            "checkpoint": checkpoint,
+            "tensorboard": tensorboard,
+            "stop_kl": stop_kl,
+            "lora_rank": lora_rank,
+        }
+        of_svi = training | {"held_out": held_out, "gradient_checkpointing": gradient_checkpointing or None}
+        for option, value in of_svi.items():
+            if value is not None and "svi" not in names:
+                raise ValueError(f"--{option.replace('_', '-')} is for --engine svi")
+        if policy is not None and not {"svi", "importance"} & set(names):
+            raise ValueError("--policy is for --engine svi and importance")
+        sizes: dict[str, Any] = {"particles": particles, "samples": samples, "chains": chains, "steps": steps}
+        sizes |= {"learning_rate": learning_rate, "top_k": top_k} | training
+        ready = twist if twist in ("partial", "prefix") else None  # learned twists need the language model
+        engines = {name: make_engine(name, seed=seed, twist=ready, **sizes) for name in names}
+        texts, columns = read_prompts(prompt or [], prompts)
+        held_out_prompts = None if held_out is None else read_prompts([], held_out)
+        sys.path.insert(0, str(Path.cwd()))  # package.module:function may be in the working directory
+        options = read_settings(reward_settings)
+        if ":" in reward and options:
+            raise ValueError(
+                "--reward-settings are for built-in rewards only: give a function of your own its settings in Python"
+            )
+        evidence = scale * (rewards.load(reward) if ":" in reward else rewards.get(reward, **options))
+        if out is not None:
+            contents = {"prompts": texts, "columns": columns, "held_out": held_out_prompts}
+            contents["code of the reward"] = describe(evidence)
+            settings = {name: str(x) for name, x in ctx.params.items() if name not in NOT_COMPARED}
+            resume.reserve(out, settings | contents)
+        sizes_of_passes = {"batch_size": batch_size, "gradient_checkpointing": gradient_checkpointing}
+        lm = language_model(prior, device, dtype, **sizes_of_passes)
+        start = None if policy is None else trained_policy(policy, lm)
+        if "svi" not in engines:  # no weight is trained
+            lm, start = lm.packed(), None if start is None else start.packed()
+        program = functools.partial(
+            TiltedLM, lm, evidence, beta, max_new_tokens=max_new_tokens, temperature=temperature
+        )
+        model = program(subsample_size=minibatch)
+        for name in ("svi", "importance") if start is not None else ():
+            if name in engines:
+                engines[name] = dataclasses.replace(engines[name], guide=start)
+        if held_out_prompts is not None:
+            unseen = functools.partial(program(), held_out_prompts[0], **held_out_prompts[1])
+            engines["svi"] = dataclasses.replace(engines["svi"], held_out=HeldOut({"held out": unseen}))
+        if twist is not None and twist != ready:
+            learned = make_twist(twist, lm, model, texts, columns, seed, out)
+            engines["smc"] = make_engine("smc", seed=seed, twist=learned, **sizes)
+        compare(model, texts, columns, engines, out)

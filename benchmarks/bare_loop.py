@@ -37,7 +37,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from bayeslm.inference import SVI, ReverseKL
 from bayeslm.inference.program import AutoPolicy, inspect
 from bayeslm.models import LanguageModel, rewards
-from bayeslm.models.lm.loading import word_tokenizer
+from bayeslm.models.lm import word_tokenizer
 
 RATE, CLIP = 1e-3, 1.0
 WARM_UP = 2  # steps that are not counted

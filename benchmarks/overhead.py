@@ -20,8 +20,7 @@ import torch
 from bayeslm.inference import MCMC, SMC, SVI, AnnealedSMC, ImportanceSampling, smc
 from bayeslm.inference.sequential.population import Islands
 from bayeslm.models import LanguageModel, TiltedLM, rewards
-from bayeslm.models.lm import decoding
-from bayeslm.models.lm.network import CausalNetwork
+from bayeslm.models.lm import CausalNetwork, decoding
 
 PROMPTS = ["My dinner at the restaurant was", "The weather this weekend will be"]
 
@@ -59,7 +58,7 @@ def profile(run: Callable[[], Any]) -> dict[str, float]:
         (torch.optim.Adam, "step", "networks"),
         (rewards.Sentiment, "score", "reward"),
         (Islands, "resample", "resampling"),
-        (decoding.Steps, "select", "resampling"),
+        (decoding.Decoder, "select", "resampling"),
     ]
     patches = [mock.patch.object(o, name, watches.wrap(kind, getattr(o, name))) for o, name, kind in parts]
     for patch in patches:

@@ -47,7 +47,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bayeslm.inference import SVI, LogVariance, Replay
 from bayeslm.models import LanguageModel
-from bayeslm.models.lm.loading import word_tokenizer
+from bayeslm.models.lm import word_tokenizer
 
 REQUIREMENTS = [
     "trl==1.16.0",

@@ -48,9 +48,7 @@ from bayeslm.inference.sequential import (
     induced,
     retained_values,
 )
-from bayeslm.models.lm import Autoregressive, LanguageModel, Twist
-from bayeslm.models.lm.decoding import Steps, categorical
-from bayeslm.models.lm.network import log_softmax_at
+from bayeslm.models.lm import Autoregressive, Decoder, LanguageModel, Twist, categorical, log_softmax_at
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 
@@ -167,7 +165,7 @@ class SMC:
         """The completion of one site, token by token."""
         history = islands.history
         history.begin(name, law)
-        steps, rows, policies = law.steps(), Rows(history.program, name, law), self._policies(law)
+        steps, rows, policies = law.decoder(), Rows(history.program, name, law), self._policies(law)
         twist = self._twist(history, name, rows, steps, policies)
         proposer = policies.get(id(self._proposer))
         kept = islands.kept(name)
@@ -192,7 +190,7 @@ class SMC:
                 now = twist.log_psi()
                 increment, psi = increment + now - psi, now
                 parts, factors = parts | {"the twist": now}, twist.factors
-            islands.weigh(increment, Step(f"token {steps.t} of {name!r}", parts, factors, steps))
+            islands.weigh(increment, Step(f"token {steps.t} of {name!r}", parts, factors, (law, steps)))
             if steps.t == law.max_new_tokens:
                 break  # not resampled by weights that are about to change
             if (index := islands.resample()) is not None:
@@ -204,7 +202,7 @@ class SMC:
             report()
         islands.idle(max(1, law.max_new_tokens - steps.t))
         report(max(1, law.max_new_tokens - steps.t))
-        islands.weigh(-psi, Step(f"the end of {name!r}", {"the twist": psi}, {}, steps))
+        islands.weigh(-psi, Step(f"the end of {name!r}", {"the twist": psi}, {}, (law, steps)))
         history.write(name, steps.values, steps.scores)
 
     @property
@@ -216,13 +214,13 @@ class SMC:
             return None
         return _policy_of(self.proposal)
 
-    def _policies(self, law: Autoregressive) -> dict[int, Steps]:
+    def _policies(self, law: Autoregressive) -> dict[int, Decoder]:
         """Policies that read along, each once, though it be twist and proposal: their scores of what is written."""
         models = [lm for lm in (self._proposer, self.twist) if isinstance(lm, LanguageModel)]
-        return {id(lm): law.with_model(lm).steps() for lm in {id(lm): lm for lm in models}.values()}
+        return {id(lm): law.with_model(lm).decoder() for lm in {id(lm): lm for lm in models}.values()}
 
     def _twist(
-        self, history: PartialRun, name: str, rows: Rows, steps: Steps, policies: dict[int, Steps]
+        self, history: PartialRun, name: str, rows: Rows, steps: Decoder, policies: dict[int, Decoder]
     ) -> SiteTwist | None:
         twist, program = self.twist, history.program
         if isinstance(twist, Mapping):

@@ -1,9 +1,7 @@
-"""What to infer: distributions over texts, language models, rewards, ready Pyro programs."""
+"""What to infer: distributions over texts, language models, rewards, and the program of a prior tilted by a reward."""
 
 from . import rewards
-from .lm.autoregressive import Autoregressive
-from .lm.language_model import LanguageModel
-from .lm.twist import Twist
+from .lm import Autoregressive, LanguageModel, Twist
 from .tilted import TiltedLM
 
 __all__ = ["Autoregressive", "LanguageModel", "TiltedLM", "Twist", "rewards"]

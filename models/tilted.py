@@ -16,8 +16,7 @@ import numpy as np
 import pyro
 from torch import Tensor
 
-from bayeslm.models.lm.encoding import Prompt
-from bayeslm.models.lm.language_model import LanguageModel
+from bayeslm.models.lm import LanguageModel, Prompt
 
 from .rewards import Reward
 

@@ -47,8 +47,7 @@ from bayeslm.inference.program import (
     run_particles,
     same_distribution,
 )
-from bayeslm.models.lm import LanguageModel
-from bayeslm.models.lm.suffix import redraw
+from bayeslm.models.lm import LanguageModel, redraw
 
 
 @dataclass

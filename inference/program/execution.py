@@ -94,12 +94,12 @@ class Stopwatch:
 
     def snapshot(self) -> dict[str, Any]:
         """The counts so far, as numbers, for `resume`."""
-        return {"seconds": self.seconds()} | self.usage.numbers()
+        return {"seconds": self.seconds()} | self.usage.state_dict()
 
     def resume(self, seconds: float, **numbers: Any) -> None:
         """Count on from a `snapshot`: the work of a run that is resumed."""
         self._start = time.perf_counter() - seconds
-        self.usage.go_on(**numbers)
+        self.usage.load_state_dict(numbers)
 
     def stats(self) -> dict[str, Any]:
         """Return ``seconds``, ``tokens``, ``model_calls``, and ``mismatch`` (the largest, the mean a token) if any."""

@@ -267,7 +267,7 @@ def _texts(program: Program, trace: Trace, num_particles: int, particle: int, pr
     """Return the texts of a particle's completions of a prompt, for an error."""
     for name, node in sample_sites(trace):
         site = program.sites.get(name)
-        if site is None or not site.is_completion or node["fn"].lm.tokenizer is None:
+        if site is None or not site.is_completion or not node["fn"].has_text:
             continue
         texts = node["fn"].decode(site_value(site, node["value"], num_particles)[particle]).reshape(-1)
         yield f"\n{name}: {texts[prompt if len(texts) > prompt else 0]!r}"

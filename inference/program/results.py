@@ -81,7 +81,7 @@ def posterior(
     for site in program.completions:
         value = particles.values[site.name][: draws * num_chains]
         lengths[site.name] = split(site.fn.lengths(value))
-        if site.fn.lm.tokenizer is not None:
+        if site.fn.has_text:
             texts[site.name] = site.fn.decode(value).reshape(lengths[site.name].shape)
     return Posterior(
         samples=values,

@@ -18,7 +18,7 @@ from bayeslm.inference.program import (
     prompt_labels,
     to_numpy,
 )
-from bayeslm.models.lm.decoding import Steps
+from bayeslm.models.lm import Autoregressive, Decoder
 
 from .resampling import RESAMPLING, conditional_multinomial, ess, keep_in_place
 
@@ -29,7 +29,7 @@ class Step(NamedTuple):
     name: str
     parts: dict[str, Tensor]  # log psi, log q: NaN is theirs
     factors: dict[str, Tensor]  # the program's terms (particle, weight prompt): -inf is theirs
-    steps: Steps | None  # the texts with this step's token
+    texts: tuple[Autoregressive, Decoder] | None  # with this step's token, and their distribution
 
 
 class Kept(NamedTuple):
@@ -178,14 +178,14 @@ class Islands:
         of = "" if program.shared else f" of prompt {column} ({prompt_labels(program)[column]!r})"
         because = f": {' and '.join(map(repr, causes))} is -inf for the last of them" if causes else ""
         error = EvidenceError(f"all {len(self.log_weights)} particles{of} are dead at {step.name}{because}")
-        if step.steps is not None and step.steps.law.lm.tokenizer is not None:
-            law, steps = step.steps.law, step.steps
+        if step.texts is not None and step.texts[0].has_text:
+            law, steps = step.texts
             rows = torch.arange(len(steps.values), device=steps.values.device).reshape(law.batch_shape)
             alive = (self.log_weights != -torch.inf)[:, column]
             if not program.shared and program.prompt_dim is not None:
                 rows = rows.movedim(program.prompt_dim, 1)[:, column]
             before = steps.values.clone()
-            before[:, steps.t - 1] = law.lm.pad_token_id
+            before[:, steps.t - 1] = law.vocabulary.pad_token_id
             texts = [str(text) for text in law.decode(before[rows[alive].reshape(-1)])]
             error.survivors = tuple(texts)
             shown = ", ".join(repr(text) for text in texts[:3])

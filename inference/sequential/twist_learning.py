@@ -46,9 +46,7 @@ from bayeslm.inference.program import (
     prompt_labels,
     seeded,
 )
-from bayeslm.models.lm import Twist
-from bayeslm.models.lm.decoding import categorical, write
-from bayeslm.models.lm.twist import POWERS, TwistInputs
+from bayeslm.models.lm import POWERS, Twist, TwistInputs, categorical, generate
 from bayeslm.progress import track
 
 from .twists import PrefixTwist, Rows
@@ -202,9 +200,9 @@ def _write(program: Program, name: str, size: int, reads_reward: bool) -> _Batch
     while not history.complete:
         site, law = history.advance()
         history.begin(site, law)
-        steps = law.steps()
+        steps = law.decoder()
         if site != name:
-            history.write(site, *write(steps))
+            history.write(site, *generate(steps))
             continue
         so_far = PrefixTwist(history, Rows(program, site, law), steps, partial=True) if reads_reward else None
         hidden = steps.hidden.new_zeros((len(steps.values), law.max_new_tokens, steps.hidden.shape[-1]))

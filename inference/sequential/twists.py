@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from bayeslm.inference.program import PartialRun, Program, ProgramError
-from bayeslm.models.lm import Autoregressive, Twist
-from bayeslm.models.lm.decoding import Steps
+from bayeslm.models.lm import Autoregressive, Decoder, Twist
 from bayeslm.models.rewards import prefixes
 
 
@@ -76,7 +75,7 @@ class PrefixTwist:
     :param partial: rewards that know nothing of unfinished texts score them as they are.
     """
 
-    def __init__(self, history: PartialRun, rows: Rows, steps: Steps, partial: bool) -> None:
+    def __init__(self, history: PartialRun, rows: Rows, steps: Decoder, partial: bool) -> None:
         self._history = history
         self._rows = rows
         self._steps = steps
@@ -110,7 +109,9 @@ class PrefixTwist:
                 'use proposal="prior", or a twist that does not read the reward'
             )
         values = values.reshape(size, rows, k, -1).transpose(1, 2)
-        finished = self._rows.law.is_eos(values[..., :length]).any(-1)  # what follows may be padded by an EOS
+        finished = self._rows.law.vocabulary.is_eos(values[..., :length]).any(
+            -1
+        )  # what follows may be padded by an EOS
         if length == values.shape[-1]:
             finished = torch.ones_like(finished)
         total = torch.zeros((size * k, rows), device=values.device)
@@ -140,7 +141,7 @@ class PrefixTwist:
 
     def _blanked(self, values: Tensor, unfinished: Tensor, length: int) -> Tensor:
         """Completions (particle, *batch, token) with nothing after ``length``, though the pad token be a word."""
-        ends = self._rows.law.lm.eos_token_ids
+        ends = self._rows.law.vocabulary.eos_token_ids
         beyond = torch.arange(values.shape[-1], device=values.device) >= length
         return torch.where(unfinished[..., None] & beyond, ends[0] if ends else -1, values)
 
@@ -154,7 +155,7 @@ class LearnedTwist:
     A text that has ended is worth what it was at its end: what the reward says, or the last guess.
     """
 
-    def __init__(self, twist: Twist, rows: Rows, steps: Steps, so_far: PrefixTwist | None) -> None:
+    def __init__(self, twist: Twist, rows: Rows, steps: Decoder, so_far: PrefixTwist | None) -> None:
         self.factors: dict[str, Tensor] = {}
         self._twist = twist
         self._rows = rows
@@ -174,14 +175,16 @@ class LearnedTwist:
             now = self._twist.lookahead(self._state, token, said[:, None])[:, 0]
             self._psi = torch.where(self._steps.finished, said, now)
         self._ended = self._steps.finished
-        self._state = self._twist.read(self._state, self._steps)
+        self._state = self._twist.advance(self._state, self._steps)
         return self._rows.pooled(self._psi)
 
     def candidates(self, tokens: Tensor) -> Tensor:
         if self._so_far is None:
             return self._twist.lookahead(self._state, tokens)
         said = self._so_far.candidates(tokens)
-        return torch.where(self._rows.law.is_eos(tokens), said, self._twist.lookahead(self._state, tokens, said))
+        return torch.where(
+            self._rows.law.vocabulary.is_eos(tokens), said, self._twist.lookahead(self._state, tokens, said)
+        )
 
     def select(self, rows: Tensor) -> None:
         self._state, self._psi, self._ended = self._state.select(rows), self._psi[rows], self._ended[rows]
@@ -191,7 +194,7 @@ class PolicyTwist:
     """The ratio q(x_1:t) / p(x_1:t) of a policy, which reads along, and the prior: exp(r / beta) / Z, if the policy is
     the posterior."""
 
-    def __init__(self, policy: Steps, rows: Rows, steps: Steps) -> None:
+    def __init__(self, policy: Decoder, rows: Rows, steps: Decoder) -> None:
         self.factors: dict[str, Tensor] = {}
         self._policy = policy
         self._rows = rows

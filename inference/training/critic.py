@@ -47,7 +47,7 @@ class Readable(Protocol):
     def token_log_prob(self, value: Tensor) -> Tensor:
         """log-probabilities (*batch, token), 0 on padding."""
 
-    def read(self, value: Tensor) -> tuple[Tensor, Tensor]:
+    def token_log_prob_and_hidden(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """The same without gradient, and what is known before each token, (*batch, token, width)."""
 
     def lengths(self, value: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ class Training:
             if self.optimizer.steps == begun:
                 random.restore()
                 self._remember(remembered)
-                saved, used = self._saved(), {"seconds": seconds} | usage.numbers()
+                saved, used = self._saved(), {"seconds": seconds} | usage.state_dict()
                 self.checkpoint = checkpoints.write(replace(saved, values=saved.values | {"used": used}))
             raise
 

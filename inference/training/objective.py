@@ -50,7 +50,7 @@ class Seen:
         lines = [f"log p + l - log q is {float(ratio[particle, prompt]):.6g} of particle {particle}, prompt {prompt}"]
         for site in program.completions:
             value = self.values.get(site.name)
-            if value is not None and site.fn.lm.tokenizer is not None:
+            if value is not None and site.fn.has_text:
                 texts = site.fn.decode(value[particle]).reshape(-1)
                 if len(texts) == len(labels):
                     some = [prompt] if len(texts) == ratio.shape[1] else range(len(texts))
@@ -68,7 +68,7 @@ class Seen:
         told = self.log_likelihood[0].expand(len(labels)).tolist()
         for site in program.completions:
             value = self.values.get(site.name)
-            if value is not None and site.fn.lm.tokenizer is not None:
+            if value is not None and site.fn.has_text:
                 texts = site.fn.decode(value[0]).reshape(-1)
                 rows += zip(labels, texts, told, strict=False)
         return rows

@@ -151,7 +151,7 @@ class ReverseKL(Objective):
                 x = x.movedim(program.prompt_dim - rest, 1)
                 return x.reshape(len(x), x.shape[1], -1, *x.shape[-rest:])
 
-            log_p, hidden = priors[name]["fn"].read(node["value"])
+            log_p, hidden = priors[name]["fn"].token_log_prob_and_hidden(node["value"])
             tokens[name] = by_prompt(law.token_log_prob(node["value"]))
             ratio = by_prompt(log_p) - tokens[name].detach()
             live = torch.arange(ratio.shape[-1], device=ratio.device) < by_prompt(law.lengths(node["value"])[..., None])

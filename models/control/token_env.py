@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bayeslm.models.lm import Autoregressive, LanguageModel, Prompt, Steps
+from bayeslm.models.lm import Autoregressive, Decoder, LanguageModel, Prompt
 from bayeslm.models.rewards import Reward
 
 try:
@@ -96,7 +96,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         self.action_space = spaces.Discrete(padding)
         self.observation_space = spaces.MultiDiscrete(np.full(self._first_observations.shape[-1], padding + 1))
         self._prompt = 0
-        self._steps: Steps | None = None
+        self._steps: Decoder | None = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -110,7 +110,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         self._prompt = int(self.np_random.integers(len(self.prompts)) if chosen is None else chosen)
         if not 0 <= self._prompt < len(self.prompts):
             raise IndexError(f"TokenEnv: there is no prompt {self._prompt} among {len(self.prompts)}")
-        self._steps = self._distribution.steps()
+        self._steps = self._distribution.decoder()
         return self._first_observations[self._prompt].copy(), {"prompt": self._prompt}
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
@@ -165,7 +165,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
 
     @property
     def _over(self) -> bool:
-        """Whether the completion has ended. `Steps.done` may notice it some tokens later on an accelerator."""
+        """Whether the completion has ended. `Decoder.done` may notice it some tokens later on an accelerator."""
         steps = self._steps
         return steps is not None and (steps.t == self._distribution.max_new_tokens or bool(steps.finished.all()))
 

@@ -127,7 +127,7 @@ class Trajectory(TorchDistribution):
         scores = scores.masked_fill(~_is_well_formed(value, self.environment.num_actions), -torch.inf)
         return scores.expand((*torch.broadcast_shapes(scores.shape[:-1], self.batch_shape), self.horizon))
 
-    def read(self, value: Tensor) -> tuple[Tensor, Tensor]:
+    def token_log_prob_and_hidden(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return `token_log_prob` without gradient, and features for a critic before each action.
 
         The features, (*batch, horizon, width), are the observation (one-hot where discrete), the elapsed fraction of

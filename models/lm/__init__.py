@@ -1,20 +1,29 @@
 """Distributions over texts, and the networks behind them."""
 
 from .autoregressive import Autoregressive
-from .decoding import Steps, categorical
+from .decoding import Decoder, categorical, generate
 from .encoding import Prompt, encode
 from .language_model import LanguageModel
-from .network import count_usage, log_softmax_at
-from .twist import Twist
+from .network import CausalNetwork, log_softmax_at
+from .suffix import redraw
+from .tabular import word_tokenizer
+from .twist import POWERS, Twist, TwistInputs
+from .usage import count_usage
 
 __all__ = [
+    "POWERS",
     "Autoregressive",
+    "CausalNetwork",
+    "Decoder",
     "LanguageModel",
     "Prompt",
-    "Steps",
     "Twist",
+    "TwistInputs",
     "categorical",
     "count_usage",
     "encode",
+    "generate",
     "log_softmax_at",
+    "redraw",
+    "word_tokenizer",
 ]

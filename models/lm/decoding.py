@@ -6,43 +6,40 @@ computed again.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from .prefix import Prefix, extend
-
-if TYPE_CHECKING:
-    from .autoregressive import Autoregressive
+from .prompted import PromptedNetwork
 
 
-class Steps:
-    """One unfinished completion a row.
+class Decoder:
+    """Unfinished completions, one a row.
 
-    ``values`` (rows, max_new_tokens) holds the tokens so far and padding after, ``scores`` their log-probabilities
-    under the law, ``finished`` (rows,) says which have ended, ``t`` counts the tokens written.
+    ``values`` (row, max_new_tokens) holds the tokens so far and padding after them, ``scores`` (same shape) their
+    log-probabilities; ``finished`` (row,) is True for rows that have ended; ``t`` counts the tokens written.
 
-    :param law: of the completions.
+    :param prompted: the network and its prompts.
     :param prefix: the prompts after their forward pass, one a row; its cache is written to.
-    :param room: the most tokens of each row (rows,); None for ``max_new_tokens``.
+    :param room: the most tokens of each row, (row,); None for ``max_new_tokens``.
     """
 
-    def __init__(self, law: Autoregressive, prefix: Prefix, room: Tensor | None = None) -> None:
-        self.law = law
+    def __init__(self, prompted: PromptedNetwork, prefix: Prefix, room: Tensor | None = None) -> None:
+        self.prompted = prompted
         self.t = 0
         self._room = room
-        self._longest = law.max_new_tokens if room is None else int(room.max())
+        self._longest = prompted.max_new_tokens if room is None else int(room.max())
         hidden = prefix.hidden
-        shape = (len(hidden), law.max_new_tokens)
-        self.values = torch.full(shape, law.lm.pad_token_id, dtype=torch.long, device=hidden.device)
+        shape = (len(hidden), prompted.max_new_tokens)
+        pad_token_id = prompted.vocabulary.pad_token_id
+        self.values = torch.full(shape, pad_token_id, dtype=torch.long, device=hidden.device)
         self.scores = torch.zeros(shape, dtype=torch.float32, device=hidden.device)
         self.finished = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
         self._prefix = prefix
         self._hidden = hidden
-        self._unread: Tensor | None = None  # tokens written that the network has not read
+        self._pending: Tensor | None = None  # the last tokens, until the network has processed them
         self._logits: Tensor | None = None
-        # Asking whether all have ended makes the host wait for an accelerator, so there it is asked less often.
+        # Whether all rows have ended is known on the device, and the host waits for it: there it is asked less often.
         self._ask_every = 1 if hidden.device.type == "cpu" else 8
 
     @property
@@ -52,7 +49,7 @@ class Steps:
 
     @property
     def idle(self) -> float:
-        """The share of rows that have ended; 0 where it is not worth asking."""
+        """The share of rows that have ended; 0 at steps where a GPU is not asked for it."""
         if len(self.finished) == 0:
             return 1.0
         if self.t == 0 or self.t % self._ask_every:
@@ -61,74 +58,78 @@ class Steps:
 
     @property
     def hidden(self) -> Tensor:
-        """The network's hidden states (rows, width) after the tokens so far."""
-        if self._unread is not None:
-            self._hidden = extend(self.law.lm.causal, self._prefix, self._unread[:, None], done=self.t - 1)[:, -1]
-            self._unread = None
+        """The network's hidden states (row, width) after the tokens so far."""
+        if self._pending is not None:
+            tokens = self._pending[:, None]
+            self._hidden = extend(self.prompted.network, self._prefix, tokens, done=self.t - 1)[:, -1]
+            self._pending = None
         return self._hidden
 
     @property
     def logits(self) -> Tensor:
-        """Float32 logits (rows, vocabulary) of the next token, at the law's temperature."""
+        """Float32 logits (row, vocabulary) of the next token, divided by the temperature."""
         if self._logits is None:
-            self._logits = self.law.lm.causal.logits(self.hidden, self.law.temperature)
+            self._logits = self.prompted.network.logits(self.hidden, self.prompted.temperature)
         return self._logits
 
     def append(self, token: Tensor, score: Tensor) -> None:
-        """Write tokens (rows,) with their log-probabilities (rows,); rows that have ended are padded instead."""
-        self.values[:, self.t] = torch.where(self.finished, self.law.lm.pad_token_id, token)
+        """Write tokens (row,) with their log-probabilities (row,); rows that have ended are padded instead."""
+        vocabulary = self.prompted.vocabulary
+        self.values[:, self.t] = torch.where(self.finished, vocabulary.pad_token_id, token)
         self.scores[:, self.t] = score.masked_fill(self.finished, 0.0)
-        self.finished = self.finished | self.law.is_eos(token)
+        self.finished = self.finished | vocabulary.is_eos(token)
         self.t += 1
         if self._room is not None:
             self.finished = self.finished | (self.t >= self._room)
-        self._unread = token  # of a row that has ended: idle
+        self._pending = token  # rows that have ended compute too; what comes of it is not used
         self._logits = None
 
     def select(self, rows: Tensor) -> None:
-        """Row i becomes what row ``rows[i]`` is."""
+        """Replace row i by row ``rows[i]``."""
         self._index(rows)
         self._prefix.select(rows)
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows alone."""
+        """Drop all rows but these."""
         self._index(rows)
         self._prefix = self._prefix.fork(rows)
 
     def _index(self, rows: Tensor) -> None:
         self.values, self.scores, self.finished = (x[rows] for x in (self.values, self.scores, self.finished))
         self._hidden = self._hidden[rows]
-        if self._unread is not None:
-            self._unread = self._unread[rows]
+        if self._pending is not None:
+            self._pending = self._pending[rows]
         if self._logits is not None:
             self._logits = self._logits[rows]
         if self._room is not None:
             self._room = self._room[rows]
 
 
-def write(steps: Steps) -> tuple[Tensor, Tensor]:
-    """Draw every row to its end: ids and token log-probabilities, (rows, max_new_tokens).
+def generate(decoder: Decoder) -> tuple[Tensor, Tensor]:
+    """Draw every row to its end: ids and token log-probabilities, each (row, max_new_tokens).
 
     Rows that have ended leave the batch once they are half of it.
     """
-    values, scores = torch.empty_like(steps.values), torch.empty_like(steps.scores)
+    values, scores = torch.empty_like(decoder.values), torch.empty_like(decoder.scores)
     rows = torch.arange(len(values), device=values.device)
-    while not steps.done:
-        steps.append(*categorical(steps.logits))
-        if 0.5 <= steps.idle < 1.0:
-            values[rows], scores[rows] = steps.values, steps.scores
-            live = (~steps.finished).nonzero().squeeze(-1)
-            steps.keep(live)
+    while not decoder.done:
+        decoder.append(*categorical(decoder.logits))
+        if 0.5 <= decoder.idle < 1.0:
+            values[rows], scores[rows] = decoder.values, decoder.scores
+            live = (~decoder.finished).nonzero().squeeze(-1)
+            decoder.keep(live)
             rows = rows[live]
-    values[rows], scores[rows] = steps.values, steps.scores
+    values[rows], scores[rows] = decoder.values, decoder.scores
     return values, scores
 
 
 def categorical(logits: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
-    """Draw from softmax(logits) (rows, vocabulary) by inverting its CDF; give the draws and their log-probabilities.
+    """Draw from softmax(logits) by inverting its CDF: tokens (row,) and their log-probabilities (row,).
 
-    One uniform a row picks a block of the vocabulary and then a token in it: some ten times faster than one
+    One uniform a row picks a block of the vocabulary and then a token in it: about ten times faster than one
     exponential or Gumbel variate a token, and float64 sums over blocks keep the CDF exact to float32.
+
+    :param logits: (row, vocabulary).
     """
     top = logits.amax(-1, keepdim=True)
     mass = (logits - top).exp_()
@@ -146,11 +147,11 @@ def categorical(logits: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
         which = torch.searchsorted(cdf, u, right=True).clamp_max(cdf.shape[-1] - 1)
         inside = blocks.gather(1, which[:, :, None].expand(-1, -1, block)).squeeze(1).to(wide).cumsum(-1)
         token = which * block + _invert(inside, (u - (cdf.gather(-1, which) - inside[:, -1:])).clamp_min(0.0))
-    token = token.clamp_max(logits.shape[-1] - 1)  # logits that are NaN: their score will say so
+    token = token.clamp_max(logits.shape[-1] - 1)  # of logits that are NaN, and so is their score
     score = logits.gather(-1, token) - top - cdf[:, -1:].log().to(logits.dtype)
     return token.squeeze(-1), score.squeeze(-1)
 
 
 def _invert(cdf: Tensor, u: Tensor) -> Tensor:
-    """The first entry whose cdf is above u, which is kept under the total: rounding never picks one of no mass."""
+    """Return the first entry whose cdf is above u, kept below the total so that rounding picks none of no mass."""
     return torch.searchsorted(cdf, torch.minimum(u, torch.nextafter(cdf[:, -1:], torch.zeros_like(u))), right=True)

@@ -1,62 +1,58 @@
-"""Maximum likelihood training of a language model on texts: making a prior."""
+"""Maximum likelihood training of a causal network on texts: making a prior."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bayeslm.progress import track
 
-from . import loading
-
-if TYPE_CHECKING:
-    from .language_model import LanguageModel
+from .network import CausalNetwork
 
 
 def fit(
-    lm: LanguageModel,
-    texts: Sequence[str],
+    network: CausalNetwork,
+    weights: Sequence[nn.Parameter],
+    sequences: Sequence[Sequence[int]],
     *,
-    num_steps: int = 200,
-    batch_size: int = 16,
-    learning_rate: float = 1e-3,
-    max_tokens: int = 128,
-    seed: int | None = None,
-    progress: bool = True,
+    num_steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int | None,
+    progress: bool,
 ) -> list[float]:
-    """Maximise sum_n log p(text_n EOS | BOS) over the network's weights with AdamW; the model is frozen again after.
+    r"""Maximise \sum_n \sum_{t > 1} log p(x_{n,t} | x_{n,<t}) with AdamW.
 
-    Of a network with adapters the adapters are trained, since the weights under them may be another model's.
-
-    :param lm: trained in place. Without a BOS token, each text's own first token stands in the prompt.
-    :param batch_size: texts a step, drawn without replacement; all of them at each step where there are no more.
-    :param max_tokens: longer texts are cut there, and then not taught to end.
-    :returns: the loss of each step: nats a token.
-    :raises ValueError: if there are no texts, or one has nothing to predict.
+    :param weights: the parameters to train, in place. They are frozen afterwards, as all others of the network are
+        throughout.
+    :param sequences: token ids of texts, of at least two tokens each.
+    :param num_steps: steps of AdamW.
+    :param batch_size: sequences in a step, drawn without replacement; all of them if there are no more.
+    :param learning_rate: of AdamW.
+    :param seed: of the batches; None: one that the system chooses.
+    :param progress: show a progress bar.
+    :returns: the loss of each step, nats a token.
+    :raises ValueError: if ``num_steps`` or ``batch_size`` < 1, or ``learning_rate`` is negative.
     """
-    if lm.tokenizer is None:
-        raise TypeError("fit needs a tokenizer")
     if batch_size < 1 or num_steps < 1:
         raise ValueError(f"num_steps and batch_size must be at least 1, got {num_steps} and {batch_size}")
-    if not texts:
-        raise ValueError("texts is empty: give at least one text to fit")
-    sequences = [_sequence(lm, i, text, max_tokens) for i, text in enumerate(texts)]
-    weights = loading.own_parameters(lm.network)
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0)
     generator = torch.Generator()
     generator.manual_seed(seed) if seed is not None else generator.seed()
     losses: list[float] = []
-    lm.network.requires_grad_(False)
+    frozen = [p for p in network.parameters if p.requires_grad]
     try:
+        for p in frozen:
+            p.requires_grad_(False)
         for p in weights:
             p.requires_grad_(True)
         with track("fit", num_steps, progress) as report:
             for _ in range(num_steps):
                 chosen = torch.randperm(len(sequences), generator=generator)[:batch_size]
-                loss = _loss(lm, [sequences[i] for i in chosen.tolist()])
+                loss = _loss(network, [sequences[i] for i in chosen.tolist()])
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -64,30 +60,39 @@ def fit(
                 losses.append(loss.item())
                 report(values={"loss": losses[-1]})
     finally:
-        lm.network.requires_grad_(False)
+        for p in weights:
+            p.requires_grad_(False)
         optimizer.zero_grad()
     return losses
 
 
-def _sequence(lm: LanguageModel, i: int, text: str, max_tokens: int) -> list[int]:
-    """BOS, the text's tokens, EOS."""
-    tokens = list(lm.tokenizer(text, add_special_tokens=False)["input_ids"])
-    if not tokens:
-        raise ValueError(f"texts[{i}] is empty")
-    if lm.bos_token_id is not None:
-        tokens = [lm.bos_token_id, *tokens]
-    tokens = (tokens + list(lm.eos_token_ids[:1]))[:max_tokens]
-    if len(tokens) < 2:
-        raise ValueError(f"texts[{i}] has one token in {max_tokens}, and nothing to predict it from")
-    return tokens
+def to_sequences(
+    texts: Sequence[str], tokenizer: Any, bos: int | None, eos: int | None, max_tokens: int
+) -> list[list[int]]:
+    """Return BOS, the tokens, and EOS of each text, cut after ``max_tokens``.
+
+    :raises ValueError: if there are no texts, or one has no token to predict.
+    """
+    if not texts:
+        raise ValueError("texts is empty: give at least one text to fit")
+    sequences = []
+    for i, text in enumerate(texts):
+        tokens = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if not tokens:
+            raise ValueError(f"texts[{i}] is empty")
+        row = [*([] if bos is None else [bos]), *tokens, *([] if eos is None else [eos])][:max_tokens]
+        if len(row) < 2:
+            raise ValueError(f"texts[{i}] has one token in {max_tokens}, and nothing to predict it from")
+        sequences.append(row)
+    return sequences
 
 
-def _loss(lm: LanguageModel, batch: list[list[int]]) -> Tensor:
-    """Nats a token of right-padded sequences (right padding needs no mask under causal attention)."""
-    longest = max(map(len, batch))
-    ids = torch.tensor([row + [lm.pad_token_id] * (longest - len(row)) for row in batch], device=lm.device)
-    lengths = torch.tensor([len(row) for row in batch], device=lm.device)
-    positions = torch.arange(longest, device=lm.device).expand(len(batch), -1)
+def _loss(network: CausalNetwork, batch: list[Sequence[int]]) -> Tensor:
+    """Return nats a token of right-padded sequences (right padding needs no mask under causal attention)."""
+    device, longest = network.device, max(map(len, batch))
+    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in batch], device=device)
+    lengths = torch.tensor([len(row) for row in batch], device=device)
+    positions = torch.arange(longest, device=device).expand(len(batch), -1)
     real = positions[:, 1:] < lengths[:, None]
-    hidden, _ = lm.causal.hidden(ids[:, :-1], None, positions[:, :-1])
-    return -lm.causal.token_log_prob(hidden[real], ids[:, 1:][real], temperature=1.0).mean()
+    hidden, _ = network.hidden(ids[:, :-1], None, positions[:, :-1])
+    return -network.token_log_prob(hidden[real], ids[:, 1:][real], temperature=1.0).mean()

@@ -1,20 +1,19 @@
 """Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): a layer keeps its input, and the backward pass computes
-its inside anew."""
+its inside again."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .module_copies import with_forward, with_modules
 
-def checkpointable(network: nn.Module) -> list[nn.Module]:
-    """The layers whose inside can be computed anew in the backward pass.
+
+def checkpointable_layers(network: nn.Module) -> list[nn.Module]:
+    """Return the layers whose inside can be computed again in the backward pass.
 
     :raises ValueError: if there are none.
     """
@@ -27,27 +26,11 @@ def checkpointable(network: nn.Module) -> list[nn.Module]:
     return layers
 
 
-@contextlib.contextmanager
-def checkpointed(network: nn.Module) -> Iterator[None]:
-    """Inside, layers keep for the backward pass their inputs alone.
+def checkpointed(network: nn.Module) -> nn.Module:
+    """Return a copy of a network, around the same weights, whose layers keep only their inputs for the backward pass.
 
-    (Their own switch would do so in training mode only, where some have dropout.)
+    (The switch of transformers works in training mode only, where some layers have dropout.)
     """
-    with contextlib.ExitStack() as layers:
-        for layer in checkpointable(network):
-            again = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-            layers.enter_context(with_forward(layer, again))
-        yield
-
-
-@contextlib.contextmanager
-def with_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, a module computes something else; one of its own, as libraries leave there, is put back after."""
-    before = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    layers = checkpointable_layers(network)
+    return with_modules(network, {layer: with_forward(layer, partial(again, layer.forward)) for layer in layers})

@@ -11,34 +11,35 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import encoding, loading, packing
+from . import adapters, encoding, fitting, loading, packing
 from .autoregressive import Autoregressive
-from .gradient_checkpointing import checkpointable
+from .gradient_checkpointing import checkpointable_layers
 from .network import CausalNetwork
-from .tabular import NGramConfig, NGramForCausalLM
+from .tabular import NGramConfig, NGramForCausalLM, word_tokenizer
+from .vocabulary import Vocabulary
 
 
 class LanguageModel(nn.Module):
-    """Any Hugging Face causal language model as a law over completions.
+    """Any Hugging Face causal language model as a distribution over completions.
 
-    ``lm(prompts, max_new_tokens=24)`` is an `Autoregressive` distribution. The network is put in evaluation
-    mode (a law must not change from call to call) and frozen (it is a prior); `policy` makes a trainable copy.
+    ``lm(prompts, max_new_tokens=24)`` is an `Autoregressive` distribution. The network is put in evaluation mode (a
+    distribution must not change from call to call) and frozen (it is a prior); `policy` makes a trainable copy.
 
-    :param network: a causal language model of `transformers`, a PEFT model around one, or any module with
-        their call convention.
+    :param network: a causal language model of `transformers`, a PEFT model around one, or any module with their call
+        convention.
     :param tokenizer: its tokenizer; None if prompts are token ids and nothing is decoded.
-    :param eos_token_ids: the tokens that end a completion. Default: as the network's generation config,
-        its config or the tokenizer say, in this order; none of them if there are none.
+    :param eos_token_ids: the tokens that end a completion. Default: those of the network's generation config, its
+        config or the tokenizer, the first of these that names any; else none.
     :param pad_token_id: fills completions after their end; it need not be a token of the network.
     :param name: where it was loaded from; written into adapters trained from it.
     :param batch_size: sequences in one forward pass at most; default: as many as bounded memory allows.
     :param micro_batch_size: of these, sequences whose activations are kept at once for a gradient; default: as many as
         bounded memory allows, ``batch_size`` at most.
-    :param gradient_checkpointing: keep of each layer its input alone, and compute the rest anew in the backward pass
+    :param gradient_checkpointing: keep of each layer its input alone, and compute the rest again in the backward pass
         of a policy: a third more time, and far less memory where texts are long.
-    :param compute_dtype: what products of float32 weights are computed in (autocast), as in policies of bfloat16
-        priors; None: in float32.
-    :raises ValueError: if a batch size is < 1, an end is no token, or no layer can be checkpointed.
+    :param compute_dtype: the dtype in which products of float32 weights are computed (autocast), as in policies of
+        bfloat16 priors; None: float32.
+    :raises ValueError: if a batch size is < 1, an end is not a token, or no layer can be checkpointed.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class LanguageModel(nn.Module):
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         if gradient_checkpointing:
-            checkpointable(network)
+            checkpointable_layers(network)
         self.gradient_checkpointing = gradient_checkpointing
         self.compute_dtype = compute_dtype
         self._causal: CausalNetwork | None = None
@@ -77,10 +78,10 @@ class LanguageModel(nn.Module):
             (),
         )
         ends = {found} if isinstance(found, int) else set(found)
-        vocabulary = range(self.config.get_text_config().vocab_size)
-        if eos_token_ids is not None and not all(end in vocabulary for end in ends):
-            raise ValueError(f"eos_token_ids {sorted(ends)} are not all in 0..{len(vocabulary) - 1}")
-        self.eos_token_ids: tuple[int, ...] = tuple(sorted(end for end in ends if end in vocabulary))
+        ids = range(self.config.get_text_config().vocab_size)
+        if eos_token_ids is not None and not all(end in ids for end in ends):
+            raise ValueError(f"eos_token_ids {sorted(ends)} are not all in 0..{len(ids) - 1}")
+        self.eos_token_ids: tuple[int, ...] = tuple(sorted(end for end in ends if end in ids))
         self.bos_token_id: int | None = _first(
             getattr(tokenizer, "bos_token_id", None), getattr(self.config, "bos_token_id", None)
         )
@@ -91,7 +92,7 @@ class LanguageModel(nn.Module):
             self.eos_token_ids[0] if self.eos_token_ids else 0,
         )
 
-    # -- making one ------------------------------------------------------------------------------------------
+    # -- loading and copying ---------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
@@ -108,16 +109,20 @@ class LanguageModel(nn.Module):
     ) -> LanguageModel:
         """Load a model by hub name or path; ``"smollm2"`` is SmolLM2-135M-Instruct from a package's own file.
 
-        :param name_or_path: ``"smollm2"``, a folder, or a name on the Hugging Face hub. A folder that holds a
-            PEFT adapter is loaded on top of its base model.
-        :param base: the base model of an adapter, where the adapter's own record of it cannot be followed.
-        :param dtype: of the weights; log-probabilities are float32 whatever it is, and so is what a policy trains.
-        :param batch_size, micro_batch_size, gradient_checkpointing: as in `LanguageModel`.
-        :param kwargs: handed to ``AutoModelForCausalLM.from_pretrained``. Remote code is never run.
+        :param name_or_path: ``"smollm2"``, a folder, or a name on the Hugging Face hub. A folder that holds a PEFT
+            adapter is loaded on top of its base model.
+        :param base: the base model of an adapter, if not the one that the adapter names.
+        :param device: where to put it.
+        :param dtype: of the weights; log-probabilities are float32 in any case, and so are weights in training.
+        :param batch_size: see `LanguageModel`.
+        :param micro_batch_size: see `LanguageModel`.
+        :param gradient_checkpointing: see `LanguageModel`.
+        :param kwargs: for ``AutoModelForCausalLM.from_pretrained``. Remote code is never run.
         :raises OSError: if the model is not found, with how to get it.
-        :raises ValueError: if ``base`` is given and there is no adapter to put on it.
+        :raises ValueError: if ``base`` is given and the folder holds no adapter.
         """
-        network, tokenizer, name = loading.load(name_or_path, base=base, dtype=dtype, **kwargs)
+        around = None if base is None else loading.Pretrained(base.network, base.tokenizer, base.name)
+        network, tokenizer, name = loading.load(name_or_path, base=around, dtype=dtype, **kwargs)
         lm = cls(
             network,
             tokenizer,
@@ -125,7 +130,7 @@ class LanguageModel(nn.Module):
             batch_size=batch_size,
             micro_batch_size=micro_batch_size,
             gradient_checkpointing=gradient_checkpointing,
-            compute_dtype=loading.compute_dtype(name_or_path),
+            compute_dtype=loading.load_compute_dtype(name_or_path),
         )
         return lm.to(device) if device is not None else lm
 
@@ -139,13 +144,15 @@ class LanguageModel(nn.Module):
         seed: int = 0,
         eos: str = "<eos>",
     ) -> LanguageModel:
-        """A small explicit n-gram table, for exact work.
+        """Return a small explicit n-gram table, for exact work.
 
-        :param vocabulary: the tokens, each a word without spaces; ``eos`` must be one of them. It also stands
-            for the beginning of a text, so that an empty prompt is one ``eos``.
+        :param vocabulary: the tokens, each a word without spaces; ``eos`` must be one of them.
         :param order: n: the next token depends on the n - 1 before it.
-        :param table: logits, shape ((V + 1) ** (order - 1), V), the extra context token being "nothing there";
-            drawn from a standard normal with ``seed`` if None.
+        :param table: logits, shape ((V + 1) ** (order - 1), V), the extra context token meaning "none"; drawn from a
+            standard normal with ``seed`` if None.
+        :param seed: of a table that is drawn.
+        :param eos: ends a text. It also begins one, so that an empty prompt is one ``eos``.
+        :raises ValueError: if ``eos`` is not in the vocabulary, a token is in it twice, or ``table`` has another shape.
         """
         if eos not in vocabulary:
             raise ValueError(f"vocabulary has no {eos!r}: completions could not end")
@@ -156,63 +163,57 @@ class LanguageModel(nn.Module):
             if table.shape != network.table.shape:
                 raise ValueError(f"table must have shape {tuple(network.table.shape)}, got {tuple(table.shape)}")
             network.table.data = table.clone()
-        return cls(network, loading.word_tokenizer(vocabulary, eos))
+        return cls(network, word_tokenizer(vocabulary, eos))
 
     def policy(self, lora_rank: int | None = None, *, lora_alpha: int | None = None) -> LanguageModel:
-        """A trainable copy.
+        """Return a trainable copy.
 
-        :param lora_rank: None copies every weight. A number gives LoRA adapters of that rank (Hu et al. 2021,
-            arXiv 2106.09685) through PEFT on all linear layers but the head; the frozen weights under them are
-            shared with this model, one copy in memory. Adapters begin at zero: the copy begins as this model.
+        Trained weights are float32, so that small steps are not lost: those of adapters, whatever the dtype of the
+        frozen weights under them; and a copy of bfloat16 weights is a float32 one that computes in bfloat16.
 
-        What is trained is float32, so that small steps are not lost: adapters are, whatever the frozen weights under
-        them, and a copy of bfloat16 weights is a float32 one that computes in bfloat16.
-
+        :param lora_rank: None copies every weight. A number gives LoRA adapters of that rank (Hu et al. 2021, arXiv
+            2106.09685) through PEFT on all linear layers but the head; the frozen weights under them are shared with
+            this model, one copy in memory. Adapters begin at zero: the copy's distribution is at first this model's.
+        :param lora_alpha: scales the adapters by ``lora_alpha / lora_rank``; default: twice the rank.
         :raises TypeError: if this model is `packed`.
         :raises ValueError: if ``lora_rank`` < 1.
         """
         self._refuse_packed()
         if lora_rank is None:
-            network, compute_dtype = loading.float32_copy(self.network)
-            lm = self._around(network, name=None, compute_dtype=self.compute_dtype or compute_dtype)
-            trainable = list(network.parameters())
-        else:
-            network = loading.with_lora(self.network, lora_rank, lora_alpha or 2 * lora_rank, self.name)
-            lm = self._around(network, name=self.name, compute_dtype=self.compute_dtype)
-            trainable = loading.own_parameters(network)
-        for p in trainable:
-            p.requires_grad_(True)
-        return lm
+            network, compute_dtype = adapters.float32_copy(self.network)
+            lm = self._with_network(network, None, self.compute_dtype or compute_dtype)
+            return lm._unfreeze(list(network.parameters()))
+        network = adapters.with_lora(self.network, lora_rank, lora_alpha or 2 * lora_rank, self.name)
+        return self._with_network(network, self.name, self.compute_dtype)._unfreeze(adapters.own_parameters(network))
 
     def continued(self) -> LanguageModel:
-        """A trainable copy of a policy, to go on from where it is: of its adapters, whose weights are shared with this
-        model, or of every weight where it has none.
+        """Return a trainable copy of a policy, with which its training can continue.
+
+        Its adapters are copied and the weights under them shared; a policy without adapters is copied completely.
 
         :raises TypeError: if this model is `packed`.
         """
         if not self.has_adapters:
             return self.policy()
         self._refuse_packed()
-        lm = self._around(loading.adapters_copy(self.network), name=self.name, compute_dtype=self.compute_dtype)
-        for p in loading.own_parameters(lm.network):
-            p.requires_grad_(True)
-        return lm
+        network = adapters.adapters_copy(self.network)
+        return self._with_network(network, self.name, self.compute_dtype)._unfreeze(adapters.own_parameters(network))
 
     def packed(self) -> LanguageModel:
-        """The same law, to draw from and to score with only, faster on a CPU.
+        """Return the same distribution, for drawing and scoring only, faster on a CPU.
 
         The weights of linear layers in float32 on a CPU are copied into the order in which oneDNN multiplies by them
-        (see `packing`); adapters are merged first. All else is shared with this model, which stays as it is, and
-        later changes of whose linear layers the packed one does not see. Where nothing can be packed, as on a GPU, all
-        is shared. A packed model can be neither trained, nor moved, nor saved.
+        (see `packing`); adapters are merged first. All else is shared with this model, which does not change; later
+        changes of its linear layers do not reach the packed one. Where nothing can be packed, as on a GPU, all is
+        shared. A packed model can be neither trained, nor moved, nor saved.
         """
-        network = loading.twin(self.network)
+        network = adapters.twin(self.network)
         if self.compute_dtype is None:
-            packing.pack(network)
-        return self._around(network, name=self.name, compute_dtype=self.compute_dtype)
+            network = packing.packed(network, checksums=True)
+        return self._with_network(network, self.name, self.compute_dtype)
 
-    def _around(self, network: nn.Module, name: str | None, compute_dtype: torch.dtype | None = None) -> LanguageModel:
-        """What this model is, around another network."""
+    def _with_network(self, network: nn.Module, name: str | None, compute_dtype: torch.dtype | None) -> LanguageModel:
+        """Return a copy with another network and the same settings."""
         return LanguageModel(
             network,
             self.tokenizer,
@@ -225,13 +226,20 @@ class LanguageModel(nn.Module):
             compute_dtype=compute_dtype,
         )
 
+    def _unfreeze(self, weights: list[nn.Parameter]) -> LanguageModel:
+        """Make some weights trainable, and return the model."""
+        for p in weights:
+            p.requires_grad_(True)
+        return self
+
     def _refuse_packed(self) -> None:
         if any(isinstance(module, packing.PackedLinear) for module in self.network.modules()):
             raise TypeError("a packed model can be neither trained nor saved: use the model it was packed from")
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write the network (only the adapter, if there is one) and the tokenizer in the transformers/PEFT format, and
-        beside them ``compute_dtype``, which that format has no place for.
+        """Write the network (only the adapter, if there is one) and the tokenizer in the transformers/PEFT format.
+
+        ``compute_dtype``, for which that format has no place, goes into a file of its own.
 
         :raises TypeError: if this model is `packed`.
         """
@@ -242,19 +250,51 @@ class LanguageModel(nn.Module):
         network.save_pretrained(path, **settings)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(path)
-        loading.note_compute_dtype(path, self.compute_dtype)
+        loading.save_compute_dtype(path, self.compute_dtype)
 
-    def fit(self, texts: Sequence[str], **settings: Any) -> list[float]:
-        """Maximum likelihood on texts; see `bayeslm.models.lm.fitting.fit`. Gives the loss of each step.
+    def fit(
+        self,
+        texts: Sequence[str],
+        *,
+        num_steps: int = 200,
+        batch_size: int = 16,
+        learning_rate: float = 1e-3,
+        max_tokens: int = 128,
+        seed: int | None = None,
+        progress: bool = True,
+    ) -> list[float]:
+        """Maximise sum_n log p(text_n EOS | BOS) over the network's weights with AdamW; they are frozen again after.
 
-        :raises TypeError: if this model is `packed`.
+        Of a network with adapters the adapters are trained, since the weights under them may be another model's.
+        Without a BOS token, each text's own first token is its prompt.
+
+        :param texts: the texts.
+        :param num_steps: steps of AdamW.
+        :param batch_size: texts in a step, drawn without replacement; all of them if there are no more.
+        :param learning_rate: of AdamW.
+        :param max_tokens: longer texts are cut there, and their end is not learned.
+        :param seed: of the batches; None: one that the system chooses.
+        :param progress: show a progress bar.
+        :returns: the loss of each step, nats a token.
+        :raises TypeError: if there is no tokenizer, or this model is `packed`.
+        :raises ValueError: if there are no texts, one has no token to predict, or a setting is out of range.
         """
         self._refuse_packed()
-        from .fitting import fit
+        if self.tokenizer is None:
+            raise TypeError("fit needs a tokenizer")
+        eos = self.eos_token_ids[0] if self.eos_token_ids else None
+        return fitting.fit(
+            self.causal,
+            adapters.own_parameters(self.network),
+            fitting.to_sequences(texts, self.tokenizer, self.bos_token_id, eos, max_tokens),
+            num_steps=num_steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            seed=seed,
+            progress=progress,
+        )
 
-        return fit(self, texts, **settings)
-
-    # -- what it is ------------------------------------------------------------------------------------------
+    # -- properties ------------------------------------------------------------------------------------------
 
     @property
     def config(self) -> Any:
@@ -262,12 +302,17 @@ class LanguageModel(nn.Module):
 
     @property
     def has_adapters(self) -> bool:
-        """Whether it is PEFT adapters around weights."""
-        return hasattr(self.network, "peft_config")
+        """Whether the network is PEFT adapters around weights."""
+        return adapters.has_adapters(self.network)
+
+    @property
+    def has_text(self) -> bool:
+        """Whether it has a tokenizer."""
+        return self.tokenizer is not None
 
     @property
     def causal(self) -> CausalNetwork:
-        """The network as body and head (found at first use, since devices may change until then)."""
+        """The network as body and head (found at first use, since the device may change until then)."""
         if self._causal is None:
             self._causal = CausalNetwork(self.network, self.compute_dtype)
         return self._causal
@@ -280,6 +325,11 @@ class LanguageModel(nn.Module):
     def vocab_size(self) -> int:
         return self.causal.vocab_size
 
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The token ids of completions."""
+        return Vocabulary(self.vocab_size, self.eos_token_ids, self.pad_token_id)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> LanguageModel:
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
@@ -287,7 +337,7 @@ class LanguageModel(nn.Module):
         new.__dict__.update(state, _causal=None, tokenizer=self.tokenizer)
         return new
 
-    # -- what it does ----------------------------------------------------------------------------------------
+    # -- the distribution ------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -295,7 +345,12 @@ class LanguageModel(nn.Module):
         max_new_tokens: int = 24,
         temperature: float = 1.0,
     ) -> Autoregressive:
-        """The law of completions of ``prompts``; see `Autoregressive` and `encoding.encode` for the errors."""
+        """Return the distribution of completions of ``prompts``.
+
+        :param prompts: strings, chats or token ids; see `encoding.encode`, also for the errors.
+        :param max_new_tokens: the longest completion.
+        :param temperature: divides the logits.
+        """
         context = self.causal.context_length
         ids, mask = encoding.encode(
             prompts,
@@ -308,7 +363,7 @@ class LanguageModel(nn.Module):
         return Autoregressive(self, ids, mask, max_new_tokens, temperature)
 
     def decode(self, value: Tensor) -> np.ndarray:
-        """Texts of completions (*batch, tokens), up to their end, as an object array of the batch's shape.
+        """Return the texts of completions (*batch, token), up to their end, as an object array of the batch's shape.
 
         :raises TypeError: if there is no tokenizer.
         """
@@ -320,10 +375,14 @@ class LanguageModel(nn.Module):
             end = next((t for t, token in enumerate(row) if token in ends), len(row))
             rows.append([token for token in row[:end] if token >= 0])
         texts = np.empty(len(rows), dtype=object)
-        texts[:] = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        texts[:] = self.detokenize(rows)
         return texts.reshape(tuple(value.shape[:-1]))
+
+    def detokenize(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Return the text of each row of token ids, without special tokens."""
+        return list(self.tokenizer.batch_decode(rows, skip_special_tokens=True))
 
 
 def _first(*options: Any) -> Any:
-    """The first option that is not None, or None."""
+    """Return the first option that is not None, or None."""
     return next((option for option in options if option is not None), None)

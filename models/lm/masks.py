@@ -1,4 +1,4 @@
-"""Masks of left-padded texts, and the positions that they give."""
+"""Attention masks of left-padded texts, and the positions that they imply."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ from torch import Tensor
 
 
 def positions_of(ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Positions (rows, length) of left-padded ids."""
+    """Return the positions (row, length) of left-padded ids (row, length)."""
     if mask is None:
         return torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
-    return (mask.cumsum(-1) - 1).clamp_min(0)  # padding's own position is never attended to
+    return (mask.cumsum(-1) - 1).clamp_min(0)  # no token attends to padding, whose own position does not matter
 
 
-def ready_mask(mask: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
-    """What each of the last ``tokens`` attends to, (rows, 1, tokens, length), of a mask (rows, length) of left-padded
-    texts: True, or 0 to be added to attention logits.
+def causal_mask(mask: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+    """Return where each of the last ``tokens`` of left-padded texts attends to, (row, 1, tokens, length).
+
+    :param mask: 1 at tokens that are not padding, (row, length).
+    :param dtype: bool for True and False; a float type for 0 and its minimum, which are added to attention logits.
     """
     length = mask.shape[-1]
     at = torch.arange(length, device=mask.device)
     row = at[length - tokens :, None]
-    # padding attends to itself: some kernels answer with NaN where there is nothing to attend to
-    seen = (mask.bool()[:, None, None, :] & (at < row)) | (at == row)
+    # padding attends to itself: some kernels return NaN for a row that attends to nothing
+    attended = (mask.bool()[:, None, None, :] & (at < row)) | (at == row)
     if dtype == torch.bool:
-        return seen
-    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+        return attended
+    return torch.zeros_like(attended, dtype=dtype).masked_fill(~attended, torch.finfo(dtype).min)

@@ -1,24 +1,21 @@
-"""What a distribution over texts asks of a Hugging Face causal language model.
-
-Each done once here, for sampling, scoring and particle methods:
+"""A Hugging Face causal language model as a body and a head, for sampling, scoring and particle methods.
 
 * **body**: hidden states of tokens, with or without a key-value cache of those before them (`prefix`);
 * **head**: float32 log-probabilities of hidden states a block of tokens at a time, so that (rows x tokens x
   vocabulary) logits are never held at once;
 * **size**: how many rows fit a pass of bounded memory.
 
-The network at hand says on a forward pass (once) how its head follows its body: alone; or with something before it or
-after it (logits soft-capped or scaled), where the network's own forward pass is run with the hidden states in the
-place of its body's. Where neither gives its logits, these stand in for hidden states, and the head is the identity.
+One forward pass of the network shows how its head follows its body: directly; or with another operation before it or
+after it (logits soft-capped or scaled), where the network's forward pass is run with the hidden states in the place of
+its body's output. Where neither gives the network's logits, these stand for hidden states and the head is the identity.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -27,93 +24,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import packing
-from .gradient_checkpointing import checkpointed, with_forward
-from .masks import positions_of, ready_mask
+from .gradient_checkpointing import checkpointed
+from .masks import causal_mask, positions_of
+from .module_copies import with_forward, with_modules
+from .usage import count_pass
 
-# Elements of one float32 block of logits: 2**25 is 128 MB, some 680 tokens of a 49k vocabulary.
+# Elements of one float32 block of logits: 2**25 is 128 MB, about 680 tokens of a 49k vocabulary.
 LOGITS_BLOCK = 2**25
 # Numbers that one pass may hold: 512 MB in float32. On a GPU an eighth of its memory, where that is more.
 HELD = 2**27
 
 
-@dataclass
-class Usage:
-    """What the networks did: forward passes, and token positions pushed through them."""
-
-    model_calls: int = 0
-    tokens: int = 0
-    _mismatch: tuple[Tensor, Tensor, Tensor] | None = None
-
-    @property
-    def mismatch(self) -> tuple[float, float] | None:
-        """The largest and the mean |log q as it was sampled - log q as it was differentiated|, a token.
-
-        Two ways through the same network, whose rounding differs: some 1e-6 in float32, more in bfloat16. None if no
-        completions were both. (Kept on the device until it is read.)
-        """
-        if self._mismatch is None:
-            return None
-        largest, total, count = (float(x) for x in self._mismatch)
-        return largest, total / max(count, 1.0)
-
-    def numbers(self) -> dict[str, Any]:
-        """All of it as plain numbers, to `go_on` from."""
-        seen = None if self._mismatch is None else [float(x) for x in self._mismatch]
-        return {"model_calls": self.model_calls, "tokens": self.tokens, "mismatch": seen}
-
-    def go_on(self, model_calls: int, tokens: int, mismatch: list[float] | None) -> None:
-        """Count from there."""
-        self.model_calls, self.tokens = model_calls, tokens
-        if mismatch is not None:
-            largest, total, count = mismatch
-            self._mismatch = torch.tensor(largest), torch.tensor(total), torch.tensor(int(count))
-
-
-_usage: ContextVar[tuple[Usage, ...]] = ContextVar("bayeslm_usage", default=())
-
-
-@contextlib.contextmanager
-def count_usage() -> Iterator[Usage]:
-    """Count the forward passes and tokens of every network used inside the block.
-
-    A gradient's passes count where its scores were asked for, whenever its backward pass runs.
-    """
-    usage = Usage()
-    with counting((*_usage.get(), usage)):
-        yield usage
-
-
-def usages() -> tuple[Usage, ...]:
-    """What counts here."""
-    return _usage.get()
-
-
-@contextlib.contextmanager
-def counting(these: tuple[Usage, ...]) -> Iterator[None]:
-    """Count for these alone (in a backward pass, which may have a thread of its own)."""
-    token = _usage.set(these)
-    try:
-        yield
-    finally:
-        _usage.reset(token)
-
-
-def note_mismatch(difference: Tensor, where: Tensor) -> None:
-    """Note differences between scores of the same tokens, at those of ``where`` (same shape)."""
-    size = difference.abs().where(where & difference.isfinite(), 0.0)
-    for usage in _usage.get():
-        seen = (size.amax(), size.sum(), where.sum())
-        if usage._mismatch is not None:
-            before = [x.to(size.device) for x in usage._mismatch]
-            seen = (torch.maximum(before[0], seen[0]), before[1] + seen[1], before[2] + seen[2])
-        usage._mismatch = seen
-
-
 class CausalNetwork:
-    """A causal network seen as body and head.
+    """The body and the head of a causal network.
 
     :param network: any module with the call convention of ``transformers``' causal language models.
-    :param compute_dtype: what matrix products of float32 weights are computed in (autocast); None: in float32.
+    :param compute_dtype: the dtype in which products of float32 weights are computed (autocast); None: float32.
     """
 
     def __init__(self, network: nn.Module, compute_dtype: torch.dtype | None = None) -> None:
@@ -126,14 +52,14 @@ class CausalNetwork:
         self._takes_positions = "position_ids" in accepted
         self._body: nn.Module | None = None  # None: logits are the hidden states
         self._head: nn.Module | None = None  # None with a body: logits are `_through` the network
-        self._answer: type[Any] = object  # of what the body gives
+        self._output_type: type[Any] = object  # of the body
         self._split()
 
     def _split(self) -> None:
         """Find body and head.
 
-        The head alone is seen by letting it answer noise: the body's output must reach it as it is, and its answer
-        must come out as it is. Noise, since soft-capping does not show on small logits.
+        A hook replaces the output of the head by noise: the body's output must reach the head unchanged, and the head's
+        must come out unchanged. Noise, since soft-capping does not show on small logits.
         """
         body = getattr(self.network, "base_model", None)
         head = self.network.get_output_embeddings() if hasattr(self.network, "get_output_embeddings") else None
@@ -141,46 +67,48 @@ class CausalNetwork:
             return
         probe = (torch.arange(4, device=self.device) % self.vocab_size)[None]
         noise = 100.0 * torch.randn((1, 4, self.vocab_size), generator=torch.Generator().manual_seed(0))
-        given: list[Tensor] = []
-        said: list[Tensor] = []
+        inputs: list[Tensor] = []
+        outputs: list[Tensor] = []
 
-        def answer(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            given.extend(inputs)
-            said.append(noise.to(output))
-            return said[-1]
+        def replace(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            inputs.extend(args)
+            outputs.append(noise.to(output))
+            return outputs[-1]
 
-        hook = head.register_forward_hook(answer)
+        hook = head.register_forward_hook(replace)
         try:
             with torch.no_grad():
-                whole = self.network(input_ids=probe, use_cache=False).logits
+                logits = self.network(input_ids=probe, use_cache=False).logits
                 out = body(input_ids=probe, use_cache=False)
         finally:
             hook.remove()
         hidden = getattr(out, "last_hidden_state", None)
-        if hidden is None or len(said) != 1:
+        if hidden is None or len(outputs) != 1:
             return
-        self._body, self._answer = body, type(out)
-        untouched = given[0].shape == hidden.shape and torch.allclose(given[0], hidden, rtol=1e-3)
-        if untouched and torch.equal(whole.to(said[0]), said[0]):
+        self._body, self._output_type = body, type(out)
+        unchanged = inputs[0].shape == hidden.shape and torch.allclose(inputs[0], hidden, rtol=1e-3)
+        if unchanged and torch.equal(logits.to(outputs[0]), outputs[0]):
             self._head = head
         elif not self._goes_through(hidden, probe):
             self._body = None
 
     def _goes_through(self, hidden: Tensor, probe: Tensor) -> bool:
-        """Whether the network's logits are those of its body's hidden states."""
+        """Return whether the network's logits are a function of its body's hidden states."""
         with torch.no_grad():
             try:
                 logits = self._through(hidden)
-            except Exception:  # whatever it is that it misses in its body's answer
+            except Exception:  # of whatever type, where the network needs more than the body's last hidden states
                 return False
             return torch.allclose(logits, self.network(input_ids=probe, use_cache=False).logits, rtol=1e-3)
 
     def _through(self, hidden: Tensor) -> Tensor:
-        """Logits (..., vocabulary) of hidden states (..., width), as the network has them of its body's."""
+        """Return the logits (..., vocabulary) that the network computes of its body's hidden states (..., width)."""
+        assert self._body is not None
         states = hidden.reshape(1, -1, hidden.shape[-1])
-        with with_forward(self._body, lambda *_, **__: self._answer(last_hidden_state=states)):
-            ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
-            logits: Tensor = self.network(input_ids=ids, use_cache=False).logits
+        output = self._output_type(last_hidden_state=states)
+        network = with_modules(self.network, {self._body: with_forward(self._body, lambda *_, **__: output)})
+        ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
+        logits: Tensor = network(input_ids=ids, use_cache=False).logits
         return logits.reshape(*hidden.shape[:-1], -1)
 
     @property
@@ -191,6 +119,11 @@ class CausalNetwork:
     def requires_grad(self) -> bool:
         return any(p.requires_grad for p in self.parameters)
 
+    @property
+    def version(self) -> int:
+        """Torch's count of the weights' in-place changes."""
+        return sum(p._version for p in self.parameters)
+
     @cached_property
     def vocab_size(self) -> int:
         """Width of the logits, which may be more than the tokenizer's tokens."""
@@ -198,7 +131,7 @@ class CausalNetwork:
 
     @cached_property
     def context_length(self) -> int | None:
-        """The most tokens the network can attend to, None if it does not say."""
+        """The most tokens the network can attend to, None if its config does not say."""
         config = self.network.config.get_text_config()
         return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
@@ -207,26 +140,30 @@ class CausalNetwork:
         """Width of the hidden states, 0 if the network has none."""
         return int(getattr(self.network.config.get_text_config(), "hidden_size", 0) or 0)
 
+    # -- size ------------------------------------------------------------------------------------------------
+
     def rows_per_batch(self, length: int) -> int:
-        """How many sequences of ``length`` tokens fit a pass without gradient: all keys and values, the states of a
-        layer, and the logits of one token each, with what it takes to draw from them.
+        """Return how many sequences of ``length`` tokens fit a pass without gradient.
+
+        Counted are all keys and values, the states of a layer, and the logits of one token each, three times over,
+        which drawing from them takes.
         """
         return max(1, self._room // (length * (self._cached + self._layer) + 3 * self.vocab_size))
 
     def rows_per_micro_batch(self, length: int) -> int:
-        """How many sequences of ``length`` tokens have activations, kept for a gradient, that fit."""
+        """Return of how many sequences of ``length`` tokens the activations, kept for a gradient, fit."""
         return max(1, self._room // (length * max(self._kept, 1)))
 
     @property
     def _room(self) -> int:
-        """Numbers that a pass may hold: of the device, not of what is free of it, so that a seed reproduces a run."""
+        """Numbers that a pass may hold: a share of all memory, not of what is free, so that a seed reproduces runs."""
         if self.device.type != "cuda":
             return HELD
         return max(HELD, torch.cuda.get_device_properties(self.device).total_memory // (8 * 4))
 
     @cached_property
     def _cached(self) -> int:
-        """Numbers in the keys and values of a token, counted."""
+        """Numbers in the keys and values of a token, counted on a pass."""
         ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
         with torch.no_grad():
             _, cache = self._pass(ids, None, positions_of(ids, None), None)
@@ -249,43 +186,60 @@ class CausalNetwork:
         """Numbers that a gradient keeps of a token."""
         return max(self._layers, 1) * self._layer
 
-    @property
-    def version(self) -> int:
-        """Torch's count of changes in place of the weights."""
-        return sum(p._version for p in self.parameters)
+    # -- body ------------------------------------------------------------------------------------------------
 
     def hidden(
-        self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any = None, use_cache: bool = True
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
+        cache: Any = None,
+        *,
+        use_cache: bool = True,
+        gradient_checkpointing: bool = False,
     ) -> tuple[Tensor, Any]:
-        """Hidden states (rows, tokens, width) of ``ids`` (rows, tokens) that follow ``cache``, and the cache grown.
+        """Return hidden states (rows, tokens, width) of ``ids`` (rows, tokens), and the cache that they have grown.
 
-        ``mask`` (rows, cached + tokens) marks the tokens that are not padding; None where none is.
+        :param positions: of the tokens, (rows, tokens).
+        :param cache: keys and values of the tokens before; None if there are none.
+        :param mask: 1 at tokens that are not padding, (rows, cached + tokens); None where none is.
+        :param gradient_checkpointing: the backward pass computes the inside of each layer again.
         """
-        for usage in _usage.get():
-            usage.model_calls += 1
-            usage.tokens += ids.numel()
-        if mask is not None and self._ready is not None:
-            mask = ready_mask(mask, ids.shape[-1], self._ready)
-        return self._pass(ids, mask, positions, cache, use_cache)
+        count_pass(ids.numel())
+        if mask is not None and self._mask_dtype is not None:
+            mask = causal_mask(mask, ids.shape[-1], self._mask_dtype)
+        return self._pass(ids, mask, positions, cache, use_cache, gradient_checkpointing)
+
+    def hidden_of_texts(self, ids: Tensor, mask: Tensor | None, gradient_checkpointing: bool = False) -> Tensor:
+        """Return hidden states (rows, tokens, width) of left-padded texts (rows, tokens), without a cache."""
+        positions = positions_of(ids, mask)
+        return self.hidden(ids, mask, positions, use_cache=False, gradient_checkpointing=gradient_checkpointing)[0]
 
     def _pass(
-        self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any, use_cache: bool = True
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
+        cache: Any,
+        use_cache: bool = True,
+        gradient_checkpointing: bool = False,
     ) -> tuple[Tensor, Any]:
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
         if self._takes_positions:
             inputs["position_ids"] = positions
+        module = self._body or self.network
         with self.precision():
-            out = (self._body or self.network)(**inputs, use_cache=use_cache)
+            out = (checkpointed(module) if gradient_checkpointing else module)(**inputs, use_cache=use_cache)
         hidden = out.logits if self._body is None else out.last_hidden_state
         return hidden, getattr(out, "past_key_values", None)
 
     @cached_property
-    def _ready(self) -> torch.dtype | None:
-        """The dtype of masks that the network takes as they are to be, (rows, 1, tokens, cached + tokens); None if it
-        wants to make them itself, of (rows, cached + tokens). Making them it asks the device, at every token, whether
-        all is padding, for which the host has to wait.
+    def _mask_dtype(self) -> torch.dtype | None:
+        """The dtype of the `causal_mask` that the network takes; None if it takes masks (rows, cached + tokens) alone.
 
-        Those whose layers have windows make several masks. Others are tried: hidden states must be the same.
+        A network that makes the causal mask itself asks the device, at every token, whether anything is padding, and
+        the host waits for the answer. Those whose layers have windows need several masks, and make them themselves.
+        Others are tried: hidden states must be the same.
         """
         config = self.network.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ())
@@ -299,7 +253,7 @@ class CausalNetwork:
         positions = positions_of(ids, mask)
 
         def states(form: Callable[[Tensor, int], Tensor]) -> Tensor:
-            """Of a pass of three tokens, and one of the last."""
+            """Return the hidden states of a pass of three tokens, and of one more of the last."""
             first, cache = self._pass(ids[:, :3], form(mask[:, :3], 3), positions[:, :3], None)
             last, _ = self._pass(ids[:, 3:], form(mask, 1), positions[:, 3:], cache)
             return torch.cat([first, last], dim=1)[mask.bool()].float()
@@ -307,49 +261,48 @@ class CausalNetwork:
         with torch.no_grad():
             expected = states(lambda mask, tokens: mask)
             try:
-                found = states(lambda mask, tokens: ready_mask(mask, tokens, dtype))
-            except Exception:  # whatever it is that it does with masks
+                found = states(lambda mask, tokens: causal_mask(mask, tokens, dtype))
+            except Exception:  # of whatever type, where the network expects another mask
                 return None
         rounding = 1e-5 if (self.compute_dtype or own) == torch.float32 else 2e-2
         close = (expected - found).abs().max() <= rounding * expected.abs().max()
         return dtype if close else None
 
-    @contextlib.contextmanager
-    def drawing(self, passes: int) -> Iterator[None]:
-        """Around so many passes without gradient: weights in training are converted, or packed, once for all.
+    # -- precision -------------------------------------------------------------------------------------------
 
-        Where they cannot be packed, on a GPU or in half precision, adapters stay apart: merged into bfloat16 weights
-        their small changes would be lost, and the law drawn from would not be the one that is scored.
+    @contextlib.contextmanager
+    def drawing(self, passes: int) -> Iterator[CausalNetwork]:
+        """Give a network for so many passes without gradient: weights in training are converted, or packed, once.
+
+        Where they cannot be packed, on a GPU or in half precision, adapters are not merged: in bfloat16 weights their
+        small changes would be lost, and draws would not follow the distribution that is scored.
         """
-        large = sum(p.numel() for p in self.parameters) >= packing.LARGE
-        if not (self.requires_grad and large and passes >= packing.PAYS_FROM and self.compute_dtype is None):
+        large = sum(p.numel() for p in self.parameters) >= packing.MIN_WEIGHTS
+        if self.requires_grad and large and passes >= packing.MIN_PASSES and self.compute_dtype is None:
+            yield self._packed()
+        else:
             with self.precision():
-                yield
-            return
-        head = self._head
-        with packing.packed_inside(self.network):
-            self._head = None if head is None else self.network.get_output_embeddings()
-            try:
-                yield
-            finally:
-                self._head = head
+                yield self
+
+    def _packed(self) -> CausalNetwork:
+        """Return a copy with packed weights."""
+        new = copy.copy(self)
+        network: Any = packing.packed(self.network)
+        new.network = network
+        new._body = None if self._body is None else network.base_model
+        new._head = None if self._head is None else network.get_output_embeddings()
+        return new
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
-        """Autocast to ``compute_dtype``. Around several passes it converts the weights once."""
+        """Autocast to ``compute_dtype``. One block around several passes converts the weights once."""
         if self.compute_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.compute_dtype)
 
-    def read(self, ids: Tensor, mask: Tensor | None, gradient_checkpointing: bool = False) -> Tensor:
-        """Hidden states (rows, tokens, width) of left-padded texts (rows, tokens), in one pass without a cache.
-
-        With ``gradient_checkpointing`` the backward pass computes the inside of each layer anew.
-        """
-        with checkpointed(self.network) if gradient_checkpointing else contextlib.nullcontext():
-            return self.hidden(ids, mask, positions_of(ids, mask), use_cache=False)[0]
+    # -- head ------------------------------------------------------------------------------------------------
 
     def logits(self, hidden: Tensor, temperature: float) -> Tensor:
-        """Float32 logits (..., vocabulary) of hidden states (..., width)."""
+        """Return float32 logits (..., vocabulary) of hidden states (..., width)."""
         with self.precision():
             if self._body is None:
                 logits = hidden
@@ -358,10 +311,10 @@ class CausalNetwork:
         return logits.float() / temperature if temperature != 1.0 else logits.float()
 
     def token_log_prob(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        """log p(target | hidden) for hidden (tokens, width) and targets (tokens,), in blocks of bounded memory.
+        """Return log p(target | hidden), (tokens,), for hidden (tokens, width) and targets (tokens,), block by block.
 
-        With gradients, if these tokens are more than one block, the logits of a block are computed anew in the
-        backward pass rather than kept.
+        With gradients, if these tokens are more than one block, the logits of a block are not kept, and the backward
+        pass computes them again.
         """
 
         def block(h: Tensor, x: Tensor) -> Tensor:
@@ -375,5 +328,5 @@ class CausalNetwork:
 
 
 def log_softmax_at(logits: Tensor, token: Tensor) -> Tensor:
-    """log softmax(logits) (rows, vocabulary) at tokens (rows,)."""
+    """Return log softmax(logits), of logits (rows, vocabulary), at tokens (rows,)."""
     return logits.gather(-1, token[:, None]).squeeze(-1) - logits.logsumexp(-1)

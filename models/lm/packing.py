@@ -1,29 +1,31 @@
-"""Linear layers whose weights lie in the order in which oneDNN multiplies by them.
+"""Linear layers whose weights are stored in the order in which oneDNN multiplies by them.
 
-A product of few rows with a large weight, which is what writing a token is, spends much of its time on bringing
-the weight into the blocks that the CPU's kernels read. Weights that never change can be kept in blocks: the same
-products, some quarter faster on SmolLM2-135M with 32 rows.
+A product of a few rows with a large weight, as in writing one token, spends much of its time on bringing the weight
+into the blocks that the CPU's kernels use. Weights that never change can be kept in blocks: the same products, about a
+quarter faster on SmolLM2-135M with 32 rows.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-ROWS = 32  # that the blocks are chosen for; products of any number of rows are right
-PAYS_FROM = 12  # forward passes that one packing is for, and
-LARGE = 2**22  # weights, below which it is not products that take the time
+from .module_copies import with_modules
+
+ROWS = 32  # for which the blocks are chosen; products of any number of rows are right
+MIN_PASSES = 12  # packing costs more than it saves in fewer forward passes,
+MIN_WEIGHTS = 2**22  # or in a network of fewer weights, where products are not what takes the time
 
 
 class PackedLinear(nn.Module):
-    """``linear``, frozen: the weight is held in blocks alone and can be neither read, trained, moved nor saved.
+    """A frozen linear layer whose weight is stored in blocks alone: it can be neither read, trained, moved nor saved.
 
-    :param weight: in the place of its own.
+    :param linear: the layer to copy.
+    :param weight: replaces its weight, if given.
     """
 
     def __init__(self, linear: nn.Linear, weight: Tensor | None = None) -> None:
@@ -47,7 +49,7 @@ class PackedLinear(nn.Module):
 
 
 def can_pack(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether oneDNN has products of packed weights for this module: a plain linear layer in float32 on a CPU."""
+    """Return whether oneDNN can multiply by a module's packed weight: a plain float32 linear layer on a CPU."""
     return (
         type(module) is nn.Linear
         and not (module._forward_hooks or module._forward_pre_hooks)  # what they compute would be lost
@@ -58,54 +60,40 @@ def can_pack(module: nn.Module) -> TypeGuard[nn.Linear]:
     )
 
 
-def pack(network: nn.Module) -> None:
-    """Put a `PackedLinear` in the place of every linear layer that can be packed."""
-    for parent in list(network.modules()):
-        for name, child in list(parent.named_children()):
-            if can_pack(child):
-                packed = PackedLinear(child)
-                packed.register_buffer("checksum", _checksum(child))
-                setattr(parent, name, packed)
+@torch.no_grad()
+def packed(network: nn.Module, checksums: bool = False) -> nn.Module:
+    """Return a copy of a network with its linear layers packed, adapters (LoRA) merged into them; the rest is shared.
+
+    :param checksums: give each packed layer a buffer by which networks' states differ if their weights do.
+    """
+    layers: dict[nn.Module, nn.Module] = {}
+
+    def collect(parent: nn.Module) -> None:
+        for child in parent.children():
+            if child in layers:
+                continue
+            if isinstance(child, LoraLinear):
+                if (weight := _merged(child)) is not None:
+                    base: Any = child.get_base_layer()
+                    layers[child] = PackedLinear(base, weight)
+            elif can_pack(child):
+                layers[child] = PackedLinear(child)
+                if checksums:
+                    layers[child].register_buffer("checksum", _checksum(child))
+            else:
+                collect(child)
+
+    collect(network)
+    return with_modules(network, layers)
 
 
 def _checksum(linear: nn.Linear) -> Tensor:
-    """Tells networks apart by their state though weights in blocks cannot be read: the sum of their bits, as integers,
-    which no order of summation changes."""
+    """Return the sum of all weights' bits as integers, which no order of summation changes."""
     return sum((p.detach().view(torch.int32).sum() for p in linear.parameters()), torch.tensor(0))
 
 
-@contextlib.contextmanager
-def packed_inside(network: nn.Module) -> Iterator[None]:
-    """Inside, linear layers are packed as they are now, adapters (LoRA) merged into the weights.
-
-    The weights themselves are left as they are, to the last bit; all passes inside have to be without gradients.
-    """
-    swapped: list[tuple[nn.Module, str, nn.Module]] = []
-
-    def swap(parent: nn.Module) -> None:
-        for name, child in list(parent.named_children()):
-            if isinstance(child, LoraLinear):
-                if (weight := _merged(child)) is not None:
-                    swapped.append((parent, name, child))
-                    base: Any = child.get_base_layer()
-                    setattr(parent, name, PackedLinear(base, weight))
-            elif can_pack(child):
-                swapped.append((parent, name, child))
-                setattr(parent, name, PackedLinear(child))
-            else:
-                swap(child)
-
-    try:
-        with torch.no_grad():
-            swap(network)
-        yield
-    finally:
-        for parent, name, child in swapped:
-            setattr(parent, name, child)
-
-
 def _merged(lora: LoraLinear) -> Tensor | None:
-    """W + s B A of a layer's adapters; None if they are of another kind, or the layer cannot be packed."""
+    """Return W + s B A of a layer's adapters; None if they are of another kind, or the layer cannot be packed."""
     base = lora.get_base_layer()
     adapters = [name for name in lora.active_adapters if name in lora.lora_A]
     hooked = lora._forward_hooks or lora._forward_pre_hooks

@@ -1,7 +1,7 @@
-"""Prompts that were read once, and what continues them.
+"""Prompts that a network has processed once, and the tokens that continue them.
 
-Every completion of a prompt starts from the same keys and values: the prompt's forward pass is done once (`prefill`),
-each completion gets a copy of its cache (`Prefix.fork`), and new tokens are read on top of it (`extend`).
+Every completion of a prompt starts from the same keys and values: the prompt's forward pass is computed once
+(`prefill`), each completion gets a copy of its cache (`Prefix.fork`), and new tokens extend it (`extend`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from .network import CausalNetwork
 
 @dataclass
 class Prefix:
-    """Prompts after their forward pass: what every continuation starts from.
+    """Prompts after their forward pass, from which every continuation starts.
 
-    ``hidden`` (rows, width) predicts the first new token; ``mask`` (rows, length) is None without padding;
-    ``lengths`` (rows,) counts the real tokens.
+    ``hidden`` (rows, width) predicts the first new token; ``cache`` holds keys and values; ``mask`` (rows, length) is
+    None without padding; ``lengths`` (rows,) counts the tokens that are not padding.
     """
 
     hidden: Tensor
@@ -32,15 +32,15 @@ class Prefix:
     lengths: Tensor
 
     def fork(self, rows: Tensor) -> Prefix:
-        """The prefix of prompt ``rows[i]`` as row i. The cache is copied, never changed in place."""
+        """Return the prefix of prompt ``rows[i]`` as row i. The cache is copied, never changed in place."""
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         cache.batch_select_indices(rows)
         mask = None if self.mask is None else self.mask[rows]
         return Prefix(self.hidden[rows], cache, mask, self.lengths[rows])
 
-    def cut(self) -> tuple[Prefix, list[Tensor], list[Tensor]]:
-        """The same where a graph begins: the prefix, tensors of this one, and the leaves that stand in their place."""
+    def detached(self) -> tuple[Prefix, list[Tensor], list[Tensor]]:
+        """Return a copy with a graph of its own; its leaves, and the tensors of this prefix that they are copies of."""
         roots: list[Tensor] = []
         leaves: list[Tensor] = []
 
@@ -58,7 +58,7 @@ class Prefix:
         return Prefix(leaf(self.hidden), cache, self.mask, self.lengths), roots, leaves
 
     def select(self, rows: Tensor) -> None:
-        """Row i becomes what row ``rows[i]`` is, cache included; a row that stays costs nothing."""
+        """Replace row i by row ``rows[i]``, cache included; a row that stays costs nothing."""
         self.lengths = self.lengths[rows]
         self.mask = None if self.mask is None else self.mask[rows]
         moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(-1)
@@ -85,7 +85,7 @@ def prefill(network: CausalNetwork, ids: Tensor, mask: Tensor | None) -> Prefix:
 
 
 def extend(network: CausalNetwork, prefix: Prefix, ids: Tensor, done: int = 0) -> Tensor:
-    """Hidden states (rows, new, width) of ``ids`` (rows, new) that follow a prefix and ``done`` earlier tokens.
+    """Return hidden states (rows, new, width) of ``ids`` (rows, new) that follow a prefix and ``done`` earlier tokens.
 
     The prefix's cache grows by the new tokens.
     """

@@ -1,22 +1,24 @@
 r"""A language model that is an explicit table, small enough to be enumerated: p(x_t | x_{t-n+1}, ..., x_{t-1}).
 
-It is a `transformers` model like any other (config, ``save_pretrained``, `AutoModelForCausalLM`), whose
-key-value cache holds the tokens themselves, so that everything written for networks is tested on it exactly.
+It is a `transformers` model like any other (config, ``save_pretrained``, `AutoModelForCausalLM`), whose key-value cache
+holds the tokens themselves, so that all code for networks is tested on it exactly.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 class NGramConfig(PreTrainedConfig):
-    """``order`` n: the next token depends on the n - 1 tokens before it."""
+    """The size of a table. ``order`` n: the next token depends on the n - 1 tokens before it."""
 
     model_type = "bayeslm-ngram"
 
@@ -28,7 +30,7 @@ class NGramConfig(PreTrainedConfig):
 
 
 class NGramForCausalLM(PreTrainedModel):
-    """``table`` (contexts, vocabulary) holds logits; a context is n - 1 tokens, of which one more means "none"."""
+    """``table`` (context, vocabulary) holds logits; a context is n - 1 tokens, one more token id meaning "none"."""
 
     config_class = NGramConfig
     base_model_prefix = "ngram"
@@ -51,20 +53,29 @@ class NGramForCausalLM(PreTrainedModel):
         use_cache: bool = True,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits (batch, tokens, vocabulary) of the token after each of ``input_ids`` (batch, tokens)."""
-        nothing, history = self.config.vocab_size, self.config.order - 1
+        """Return logits (batch, tokens, vocabulary) of the token after each of ``input_ids`` (batch, tokens)."""
+        none, history = self.config.vocab_size, self.config.order - 1
         new = input_ids.shape[-1]
         ids = input_ids
         if attention_mask is not None:
-            ids = ids.masked_fill(attention_mask[:, -new:] == 0, nothing)
+            ids = ids.masked_fill(attention_mask[:, -new:] == 0, none)
         cache = DynamicCache() if past_key_values is None else past_key_values
         entry = ids[:, None, :, None]
-        seen = cache.update(entry, entry, 0)[0][:, 0, :, 0]
-        seen = nn.functional.pad(seen, (history, 0), value=nothing)
+        tokens = cache.update(entry, entry, 0)[0][:, 0, :, 0]
+        tokens = nn.functional.pad(tokens, (history, 0), value=none)
         context = torch.zeros_like(ids)
         for lag in range(history):  # the oldest token of the context counts most
-            context = context * (nothing + 1) + seen[:, seen.shape[-1] - new - history + 1 + lag :][:, :new]
+            context = context * (none + 1) + tokens[:, tokens.shape[-1] - new - history + 1 + lag :][:, :new]
         return CausalLMOutputWithPast(logits=self.table[context], past_key_values=cache if use_cache else None)
+
+
+def word_tokenizer(vocabulary: Sequence[str], eos: str) -> Any:
+    """Return a tokenizer of words between spaces, whose ``eos`` also begins texts and pads them."""
+    if len(set(vocabulary)) != len(vocabulary):
+        raise ValueError("vocabulary holds a token twice")
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=eos))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token=eos, eos_token=eos, pad_token=eos)
 
 
 AutoConfig.register(NGramConfig.model_type, NGramConfig)

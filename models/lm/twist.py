@@ -1,16 +1,16 @@
-r"""A learned twist: a small head on the prior's hidden states that guesses what an unfinished text will be worth.
+r"""A learned twist: a small head on the prior's hidden states that estimates the soft value of an unfinished text.
 
     \log \psi_t(x_{1:t})  ~  \log E_p[ exp(r(x) / beta) | x_{1:t} ]
 
-(Zhao, Brekelmans, Makhzani and Grosse 2024, arXiv 2404.17546). The head reads the prior's last hidden state h before
-the token x_t, projected on its principal components; the token; a sum over the tokens before it, which carries what
-a last hidden state has long forgotten (many rewards are sums over words); t; and, if it ``reads_reward``, what the
-reward says of the text so far, s_t = r(x_{1:t}) / beta, which it learns how far to believe:
+(Zhao, Brekelmans, Makhzani and Grosse 2024, arXiv 2404.17546). The inputs of the head are the prior's last hidden state
+h before the token x_t, projected on its principal components; the token; a sum over the tokens before it, which a last
+hidden state does not hold for long (many rewards are sums over words); t; and, if it ``reads_reward``, the reward of
+the text so far, s_t = r(x_{1:t}) / beta, with a learned weight a_t:
 
     \log \psi_t  =  c_t ( f(h_{t-1}, \sum_{s<t} gelu(A e(x_s)), e(x_t), t / T, s_t)  +  a_t s_t )  +  b_t
 
-Nothing in it waits for the network to have read x_t. So the same function values the text and all its continuations by
-one token, for proposals, and costs no forward pass.
+It does not depend on the hidden state after x_t. So the same function evaluates the text and all its continuations by
+one token, for proposals, without a forward pass.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ from torch.nn.functional import gelu, pad
 
 from bayeslm.files import atomic_folder, read_header
 
-from .decoding import Steps
+from .decoding import Decoder
 from .language_model import LanguageModel
+from .network import CausalNetwork
 
 FORMAT = "bayeslm.twist/2"
-# Heads learn E[L^a | x_1:t], L = exp(r / beta), for each of these powers a, and SMC reads that of the first. At a
-# small beta few draws have any weight: their milder powers teach the shared features what all the others know.
+# Heads learn E[L^a | x_1:t], L = exp(r / beta), for each of these powers a, and SMC uses that of the first. At a small
+# beta few draws have any weight: of the milder powers of L the shared features learn from all draws.
 POWERS = (1.0, 0.5, 0.25, 0.1)
 
 
 class TwistState(NamedTuple):
     """Texts so far, one a row: ``hidden`` (row, component), ``total`` (row, inner), ``t`` tokens written.
 
-    ``vocabulary`` (vocabulary, inner + width): what the layers make of each token, in the sum and as the next.
+    ``vocabulary`` (token, inner + width) is the contribution of each token to the sum, and to the head's layer.
     """
 
     hidden: Tensor
@@ -48,12 +49,12 @@ class TwistState(NamedTuple):
     vocabulary: Tensor
 
     def select(self, rows: Tensor) -> TwistState:
-        """Row i becomes what row ``rows[i]`` is."""
+        """Replace row i by row ``rows[i]``."""
         return self._replace(hidden=self.hidden[rows], total=self.total[rows])
 
 
 class TwistInputs(NamedTuple):
-    """Completions as the head reads them; axis ``token`` runs over t = 1, ..., T.
+    """Completions as inputs of the head; axis ``token`` runs over t = 1, ..., T.
 
     ``hidden`` (row, token, component) before each token; ``tokens`` (row, token), which index ``words`` (word, width),
     embeddings; ``so_far`` (row, token), s_t, or None.
@@ -66,15 +67,15 @@ class TwistInputs(NamedTuple):
 
 
 class Twist(nn.Module):
-    """log psi of unfinished completions of a language model; made by `bayeslm.inference.TwistLearning`.
+    """log psi of unfinished completions of a language model; made by `bayeslm.inference.sequential.TwistLearning`.
 
-    :param lm: the prior. Its weights are read, never changed, and not saved with the twist.
-    :param max_new_tokens: of the completions, T.
-    :param reads_reward: it is told what the reward says of texts so far.
-    :param components: principal components of hidden states that are kept.
+    :param lm: the prior. Its weights are used, never changed, and not saved with the twist.
+    :param max_new_tokens: the longest completion, T.
+    :param reads_reward: whether the reward of the text so far is an input.
+    :param components: number of principal components of hidden states that are kept.
     :param inner: width of the sum over tokens.
-    :param width: of the head's one hidden layer.
-    :param dropout: of the head while it is trained.
+    :param width: width of the head's one hidden layer.
+    :param dropout: dropout of the head while it is trained.
     """
 
     probe: Tensor
@@ -107,10 +108,10 @@ class Twist(nn.Module):
             "dropout": dropout,
         }
         self.stats: dict[str, Any] = {}
-        """What training saw."""
+        """Of its training: seconds, model calls, losses by step."""
         self._lm = [lm]  # in a list, so that its parameters are not the twist's
         embedding = _embedding(lm)
-        self.register_buffer("probe", _probe(lm))
+        self.register_buffer("probe", _probe(lm.causal))
         components = min(components, len(self.probe))
         self.register_buffer("mean", torch.zeros(len(self.probe)))
         self.register_buffer("projection", torch.eye(len(self.probe), components))
@@ -124,7 +125,7 @@ class Twist(nn.Module):
         self.token = nn.Linear(embedding.shape[-1], width, bias=False)
         self.out = nn.Linear(width, len(POWERS))
         self.dropout = nn.Dropout(dropout)
-        for parameter in self.out.parameters():  # begins as no twist at all, but for the reward so far
+        for parameter in self.out.parameters():  # log psi starts as 0, or as the reward so far
             nn.init.zeros_(parameter)
         if reads_reward:
             self.reward = nn.Linear(2, width, bias=False)
@@ -145,54 +146,60 @@ class Twist(nn.Module):
     def reads_reward(self) -> bool:
         return bool(self.settings["reads_reward"])
 
-    # -- step by step, as SMC reads ------------------------------------------------------------------------------
+    # -- token by token, for SMC ---------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def start(self, steps: Steps) -> TwistState:
-        """The state of texts of which no token is written.
+    def start(self, decoder: Decoder) -> TwistState:
+        """Return the state of texts of no tokens.
 
-        :raises ValueError: if they are another language model's completions, or longer than the twist has seen.
+        :raises ValueError: if they are another language model's completions, or longer than those of the training.
         """
-        law = steps.law
-        if law.lm is not self.lm:
-            _check_same(_probe(law.lm), self.probe)
-        if law.max_new_tokens > self.max_new_tokens:
+        if decoder.prompted.network is not self.lm.causal:
+            _check_same(_probe(decoder.prompted.network), self.probe)
+        if decoder.prompted.max_new_tokens > self.max_new_tokens:
             raise ValueError(
-                f"the twist was trained on completions of {self.max_new_tokens} tokens, not {law.max_new_tokens}"
+                f"the twist was trained on completions of {self.max_new_tokens} tokens, not "
+                f"{decoder.prompted.max_new_tokens}"
             )
-        total = torch.zeros((len(steps.values), self.tokens.out_features), device=self.mean.device)
-        return TwistState(self.project(steps.hidden), total, 0, self._read_vocabulary())
+        total = torch.zeros((len(decoder.values), self.tokens.out_features), device=self.mean.device)
+        return TwistState(self.project(decoder.hidden), total, 0, self._embed_vocabulary())
 
     @torch.no_grad()
-    def read(self, state: TwistState, steps: Steps) -> TwistState:
-        """The state after the token that was appended last."""
-        written = state.vocabulary[self._known(steps.values[:, steps.t - 1]), : state.total.shape[-1]]
-        return TwistState(self.project(steps.hidden), state.total + written, steps.t, state.vocabulary)
+    def advance(self, state: TwistState, decoder: Decoder) -> TwistState:
+        """Return the state after the token that was appended last."""
+        written = state.vocabulary[self._in_range(decoder.values[:, decoder.t - 1]), : state.total.shape[-1]]
+        return TwistState(self.project(decoder.hidden), state.total + written, decoder.t, state.vocabulary)
 
     @torch.no_grad()
     def lookahead(self, state: TwistState, tokens: Tensor, so_far: Tensor | None = None) -> Tensor:
-        """log psi (row, k) of the texts so far with each of ``tokens`` (row, k) behind them.
+        """Return log psi (row, k) of the texts so far, each followed by one of ``tokens`` (row, k).
 
-        :param so_far: the reward / beta of each of these texts, (row, k), if the twist reads it.
+        :param so_far: the reward / beta of each of these texts, (row, k), if the twist ``reads_reward``.
         """
         t = torch.full((len(tokens), 1), state.t + 1, device=tokens.device)
         text = self._text(state.hidden, state.total, t[:, 0])[:, None]
-        token = state.vocabulary[self._known(tokens), state.total.shape[-1] :]
+        token = state.vocabulary[self._in_range(tokens), state.total.shape[-1] :]
         psi = self._head(text, token, t, so_far)[..., 0]
         return self.confidence[t] * psi + self.offset[t]
 
-    # -- whole completions, as training reads --------------------------------------------------------------------
+    # -- complete texts, for training ----------------------------------------------------------------------------
 
-    def forward(self, of: TwistInputs) -> Tensor:
-        """log psi_t (row, token, power), with gradient, but for c_t and b_t."""
-        total = pad(self._contribution(of.words)[of.tokens], (0, 0, 1, 0)).cumsum(1)[:, :-1]
-        t = torch.arange(1, of.tokens.shape[-1] + 1, device=of.tokens.device).expand(len(of.tokens), -1)
-        return self._head(self._text(of.hidden, total, t), self.token(of.words)[of.tokens], t, of.so_far)
+    def forward(self, inputs: TwistInputs) -> Tensor:
+        """Return log psi_t (row, token, power), with gradient, without c_t and b_t."""
+        tokens = inputs.tokens
+        total = pad(self._contribution(inputs.words)[tokens], (0, 0, 1, 0)).cumsum(1)[:, :-1]
+        t = torch.arange(1, tokens.shape[-1] + 1, device=tokens.device).expand(len(tokens), -1)
+        return self._head(self._text(inputs.hidden, total, t), self.token(inputs.words)[tokens], t, inputs.so_far)
 
     @torch.no_grad()
     def inputs(self, hidden: Tensor, tokens: Tensor, so_far: Tensor | None) -> TwistInputs:
-        """What `forward` reads of completions: projected hidden states, tokens, and s_t, as `TwistInputs` has them."""
-        words, tokens = self._known(tokens).unique(return_inverse=True)  # a few thousand, of the vocabulary
+        """Return the inputs of `forward`.
+
+        :param hidden: projected hidden states before each token, (row, token, component).
+        :param tokens: token ids of completions, (row, token).
+        :param so_far: s_t, (row, token), or None.
+        """
+        words, tokens = self._in_range(tokens).unique(return_inverse=True)  # a few thousand, of the vocabulary
         return TwistInputs(hidden, tokens, self._tokens(words), so_far)
 
     @torch.no_grad()
@@ -207,7 +214,7 @@ class Twist(nn.Module):
         self.projection.copy_(vectors[:, kept] / scale)
 
     def project(self, hidden: Tensor) -> Tensor:
-        """Principal components (..., component) of hidden states (..., width)."""
+        """Return the principal components (..., component) of hidden states (..., width)."""
         return (hidden.float() - self.mean) @ self.projection
 
     # -- on disk -------------------------------------------------------------------------------------------------
@@ -224,10 +231,11 @@ class Twist(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], lm: LanguageModel) -> Twist:
-        """Read what `save_pretrained` wrote, for the language model it was trained on.
+        """Load a twist from a folder that `save_pretrained` wrote.
 
-        :raises FileNotFoundError: if there is no twist.
-        :raises ValueError: if another version wrote it, or it is another language model's.
+        :param lm: the language model that it was trained on.
+        :raises FileNotFoundError: if the folder holds no twist.
+        :raises ValueError: if another version wrote it, or it was trained on another language model.
         """
         config = read_header(path, "twist.json", FORMAT, "twist")
         twist = cls(lm, **config["settings"])
@@ -240,12 +248,12 @@ class Twist(nn.Module):
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _head(self, text: Tensor, token: Tensor, t: Tensor, so_far: Tensor | None) -> Tensor:
-        """f + a_t s_t (..., power), the text before the token and the token being what their layers made of them."""
+        """Return f + a_t s_t (..., power), of the layers' outputs for the text before the token, and for the token."""
         inner = text + token
         if not self.reads_reward:
             return self.out(self.dropout(gelu(inner)))
         if so_far is None:
-            raise ValueError("this twist reads the reward of texts so far, and was not told")
+            raise ValueError("this twist reads the reward of texts so far: give so_far")
         mean, scale = self.so_far_scale
         s = ((so_far - mean) / scale).clamp(-5.0, 5.0)
         inner = inner + self.reward(torch.stack([s, s.square()], -1))
@@ -256,12 +264,12 @@ class Twist(nn.Module):
     def _text(self, hidden: Tensor, total: Tensor, t: Tensor) -> Tensor:
         return self.text(torch.cat([hidden, total, t[..., None] / self.max_new_tokens], -1))
 
-    def _read_vocabulary(self) -> Tensor:
-        """See `TwistState`; in blocks, so that embeddings in float32 are never held whole."""
+    def _embed_vocabulary(self) -> Tensor:
+        """Return ``vocabulary`` of `TwistState`, in blocks, so that embeddings in float32 are never all in memory."""
         words = torch.arange(self.lm.vocab_size, device=self.mean.device).split(8192)
         return torch.cat([torch.cat([self._contribution(e), self.token(e)], -1) for e in map(self._tokens, words)])
 
-    def _known(self, tokens: Tensor) -> Tensor:
+    def _in_range(self, tokens: Tensor) -> Tensor:
         return tokens.clamp(0, self.lm.vocab_size - 1)  # a pad id need not be a token of the network
 
     def _tokens(self, tokens: Tensor) -> Tensor:
@@ -272,7 +280,7 @@ class Twist(nn.Module):
 
 
 def _embedding(lm: LanguageModel) -> Tensor:
-    """A vector (vocabulary, width) for each token: the network's own, or one-hot where it has none."""
+    """Return a vector for each token, (vocabulary, width): the network's own, or one-hot if it has none."""
     network: Any = lm.network
     try:
         return network.get_input_embeddings().weight.detach()
@@ -281,14 +289,17 @@ def _embedding(lm: LanguageModel) -> Tensor:
 
 
 @torch.no_grad()
-def _probe(lm: LanguageModel) -> Tensor:
-    """The hidden state (width,) that the network has after token 0, by which a language model is known again."""
-    one = torch.zeros((1, 1), dtype=torch.long, device=lm.device)
-    return lm.causal.hidden(one, None, one)[0][0, -1].float()
+def _probe(network: CausalNetwork) -> Tensor:
+    """Return the hidden state (width,) after token 0, by which networks are told apart."""
+    one = torch.zeros((1, 1), dtype=torch.long, device=network.device)
+    return network.hidden(one, None, one)[0][0, -1].float()
 
 
 def _check_same(probe: Tensor, trained: Tensor) -> None:
-    """:raises ValueError: if a language model's probe is not that of the training, but for the weights' precision."""
+    """Refuse a language model whose probe differs from that of the training by more than the precision of weights.
+
+    :raises ValueError: if it does.
+    """
     same = probe.shape == trained.shape
     if not same or float((probe - trained).norm()) > 0.05 * float(trained.norm()):
         raise ValueError("the twist was trained on the hidden states of another language model")

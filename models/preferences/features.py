@@ -88,7 +88,7 @@ class LastHidden(CachedFeatures):
         hidden = []
         for rows in order.split(lm.batch_size or causal.rows_per_batch(ids.shape[-1])):
             longest = int(mask[rows[-1]].sum())
-            hidden.append(causal.read(ids[rows, -longest:], mask[rows, -longest:])[:, -1].clone())
+            hidden.append(causal.hidden_of_texts(ids[rows, -longest:], mask[rows, -longest:])[:, -1].clone())
         return torch.cat(hidden)[order.argsort()]
 
 

@@ -7,12 +7,12 @@ it, checks what it gives, and lets it be added and scaled:
     scores = reward(prompts, lm.decode(x))
 """
 
-from .base import Reward, RewardError
+from .broadcasting import broadcast
 from .classifier import Classifier
-from .prefix import prefixes
 from .registry import get, load
-from .shapes import broadcast
-from .text import Sentiment, Similarity, TextReward, Toxicity, sentence_embeddings
+from .reward import Reward, RewardError
+from .text_rewards import Sentiment, Similarity, TextReward, Toxicity, sentence_embeddings
+from .unfinished import prefixes
 from .verifiable import Constraint, Contains, Length, Matches
 
 __all__ = [

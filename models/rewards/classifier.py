@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from .base import Reward
-from .text import Part, check_part, once
+from .reward import Reward
+from .text_rewards import Part, check_part, once
 
 
 class Classifier(Reward):

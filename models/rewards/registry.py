@@ -8,9 +8,9 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
-from .base import Reward
 from .classifier import Classifier
-from .text import Sentiment, Similarity, Toxicity
+from .reward import Reward
+from .text_rewards import Sentiment, Similarity, Toxicity
 from .verifiable import Constraint, Contains, Length, Matches
 
 READY: dict[str, type[Reward]] = {

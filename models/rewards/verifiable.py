@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .base import Reward, RewardError
+from .reward import Reward, RewardError
 
 
 @dataclass(eq=False)

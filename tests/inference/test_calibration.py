@@ -31,7 +31,7 @@ from support.models import table_lm
 from bayeslm.inference.markov.moves import PriorMove, RandomWalk, SuffixMove, latent_moves, score, sweep
 from bayeslm.inference.markov.suffix_kernel import SuffixKernel
 from bayeslm.inference.program import inspect, sample_sites
-from bayeslm.models.lm.autoregressive import Autoregressive
+from bayeslm.models.lm import Autoregressive
 
 LIMIT = 4.0
 FALSE_ALARM = 1e-4

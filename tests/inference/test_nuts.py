@@ -15,7 +15,7 @@ from support.statistics import assert_chain_mean
 from bayeslm.inference import EvidenceError, ProgramError, RunError
 from bayeslm.inference.markov.potential import Unconstrained
 from bayeslm.inference.nuts import NUTS
-from bayeslm.models.lm.autoregressive import Autoregressive
+from bayeslm.models.lm import Autoregressive
 
 SHORT = [[1, 2], [3]]
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from bayeslm.models import LanguageModel
-from bayeslm.models.lm.loading import word_tokenizer
+from bayeslm.models.lm import word_tokenizer
 
 WORDS = ("<eos>", "a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k")
 

@@ -50,9 +50,9 @@ class ExactTwist:
         self._prior = self._joint - torch.as_tensor(exact.log_likelihood["reward"][0])
 
     def start(self, steps: Any) -> ExactState:
-        return self.read(None, steps)
+        return self.advance(None, steps)
 
-    def read(self, state: Any, steps: Any) -> ExactState:
+    def advance(self, state: Any, steps: Any) -> ExactState:
         return ExactState(steps.values[:, : steps.t].clone())
 
     def lookahead(self, state: ExactState, tokens: torch.Tensor) -> torch.Tensor:

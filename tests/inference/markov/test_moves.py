@@ -25,8 +25,7 @@ from bayeslm.inference import ProgramError
 from bayeslm.inference.markov.moves import RandomWalk, SuffixMove, Tally, latent_moves, score
 from bayeslm.inference.program import inspect
 from bayeslm.models import LanguageModel
-from bayeslm.models.lm.network import count_usage
-from bayeslm.models.lm.suffix import redraw
+from bayeslm.models.lm import count_usage, redraw
 
 ALARM = 1e-6
 

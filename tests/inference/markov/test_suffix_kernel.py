@@ -19,8 +19,7 @@ from support.statistics import assert_mean
 from bayeslm.inference import EvidenceError, Exact, ProgramError
 from bayeslm.inference.markov.suffix_kernel import SuffixKernel
 from bayeslm.models import LanguageModel
-from bayeslm.models.lm.autoregressive import Autoregressive
-from bayeslm.models.lm.network import count_usage
+from bayeslm.models.lm import Autoregressive, count_usage
 
 SHORT = [[1, 2], [3]]
 

@@ -215,7 +215,7 @@ def test_what_is_read_is_what_the_network_knows_before_each_token(kind):
     )
     law = lm(PROMPTS if kind == "padded prompts" else [[2, 3], [5, 6]], 4).expand((5, 2))
     x = law.sample()
-    scores, hidden = law.read(x)
+    scores, hidden = law.token_log_prob_and_hidden(x)
     with torch.no_grad():
         logits = lm.causal.logits(hidden, 1.0).log_softmax(-1)
     live = torch.arange(4) < law.lengths(x)[..., None]
@@ -227,7 +227,7 @@ def test_what_is_read_is_what_the_network_knows_before_each_token(kind):
 
 
 def test_no_pass_more_than_leave_one_out():
-    from bayeslm.models.lm.network import count_usage
+    from bayeslm.models.lm import count_usage
 
     lm = tiny_llama(seed=1)
     policy = perturbed(lm)

@@ -33,7 +33,7 @@ from bayeslm.inference.program import AutoPolicy, inspect, run_particles, seeded
 from bayeslm.inference.program import program as program_module
 from bayeslm.inference.training import sources as draws_module
 from bayeslm.inference.training.sources import log_q, of_guide
-from bayeslm.models.lm.network import count_usage
+from bayeslm.models.lm import count_usage
 
 
 def test_auxiliary_sites_of_a_guide_are_drawn_and_kept_with_it():

@@ -19,7 +19,7 @@ import bayeslm.models.control  # noqa: F401  registers the environment
 from bayeslm.inference import Exact
 from bayeslm.models import TiltedLM
 from bayeslm.models.control.token_env import TokenEnv
-from bayeslm.models.lm.decoding import Steps
+from bayeslm.models.lm import Decoder
 
 PROMPTS = ["a b", "c"]
 TOKENS = 3
@@ -124,14 +124,14 @@ def test_returns_are_the_rewards_of_the_texts(lm, beta):
 
 
 def test_an_eos_ends_the_episode_on_an_accelerator_too(monkeypatch):
-    """Where `Steps` asks every eight tokens whether all rows have ended."""
-    begin = Steps.__init__
+    """Where `Decoder` asks every eight tokens whether all rows have ended."""
+    begin = Decoder.__init__
 
     def seldom_asked(self, *args, **kwargs):
         begin(self, *args, **kwargs)
         self._ask_every = 8
 
-    monkeypatch.setattr(Steps, "__init__", seldom_asked)
+    monkeypatch.setattr(Decoder, "__init__", seldom_asked)
     env = TokenEnv(table_lm(vocab=VOCAB), letters, PROMPTS, TOKENS)
     rewards, infos, _ = episode(env, [1, 0, 2], prompt=0)
     assert len(rewards) == 2

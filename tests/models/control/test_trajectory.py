@@ -118,7 +118,7 @@ def test_a_trajectory_is_a_value():
     torch.testing.assert_close(other.log_prob(value), -math.log(2) * lengths.float())
     assert law.support.check(value).all()
     torch.testing.assert_close(law.expand((500, 3)).log_prob(value), law.log_prob(value))
-    scores, known = law.read(value)
+    scores, known = law.token_log_prob_and_hidden(value)
     assert known.shape == (500, 3, 6, 4 + 2)
     assert not scores.requires_grad
     torch.testing.assert_close(known[..., -1], step_rewards(value).cumsum(-1) - step_rewards(value))

@@ -8,7 +8,7 @@ import torch
 from support.models import llama_network, table_lm, tiny_llama
 
 from bayeslm.models import LanguageModel
-from bayeslm.models.lm.loading import word_tokenizer
+from bayeslm.models.lm.tabular import word_tokenizer
 
 TEXTS = ["a b a", "a c", "b b b a", "a b a"]
 

@@ -10,9 +10,10 @@ from transformers import masking_utils
 
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm import network, scoring
-from bayeslm.models.lm.masks import ready_mask
-from bayeslm.models.lm.network import CausalNetwork, count_usage
+from bayeslm.models.lm.masks import causal_mask
+from bayeslm.models.lm.network import CausalNetwork
 from bayeslm.models.lm.prefix import prefill
+from bayeslm.models.lm.usage import count_usage
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [20], [30, 31, 32]]
 
@@ -62,7 +63,7 @@ def test_agrees_with_the_networks_own_forward_pass(model_type, monkeypatch):
     torch.testing.assert_close(lm(PROMPTS, 12, 1.2).token_log_prob(x), expected, atol=1e-4, rtol=0)
     assert lm.causal._body is not None
     assert (lm.causal._head is not None) == linear_head
-    assert law.read(x)[1].shape == (*x.shape, lm.causal.width)
+    assert law.token_log_prob_and_hidden(x)[1].shape == (*x.shape, lm.causal.width)
 
 
 def test_a_head_that_changes_logits_is_seen_at_any_size():
@@ -301,7 +302,7 @@ def test_masks_of_padded_prompts_are_looked_at_once(model_type, attention, looks
     network = random_network(model_type, **extra)
     network.set_attn_implementation(attention)
     lm = LanguageModel(network, eos_token_ids=(2, 7))
-    assert lm.causal._ready == (torch.bool if attention == "sdpa" else torch.float32)
+    assert lm.causal._mask_dtype == (torch.bool if attention == "sdpa" else torch.float32)
     looks.clear()
     law = lm(PROMPTS, max_new_tokens=12)
     x = law.sample((3,))
@@ -316,9 +317,9 @@ def test_masks_of_padded_prompts_are_looked_at_once(model_type, attention, looks
 
 def test_a_ready_mask_by_hand():
     """Of two tokens after two, the first of them padding: the past and itself; padding itself alone."""
-    mask = ready_mask(torch.tensor([[0, 1, 1, 1]]), 2, torch.bool)
+    mask = causal_mask(torch.tensor([[0, 1, 1, 1]]), 2, torch.bool)
     assert mask.tolist() == [[[[False, True, True, False], [False, True, True, True]]]]
-    whole = ready_mask(torch.tensor([[0, 1, 1]]), 3, torch.float32)
+    whole = causal_mask(torch.tensor([[0, 1, 1]]), 3, torch.float32)
     low = torch.finfo(torch.float32).min
     assert whole.tolist() == [[[[0.0, low, low], [low, 0.0, low], [low, 0.0, 0.0]]]]
 
@@ -327,7 +328,7 @@ def test_a_ready_mask_by_hand():
 def test_networks_with_windows_make_their_masks_themselves(model_type):
     """And those that read positions off them. (That they give the right numbers is tested above.)"""
     extra, _ = ARCHITECTURES[model_type]
-    assert CausalNetwork(random_network(model_type, **extra).eval())._ready is None
+    assert CausalNetwork(random_network(model_type, **extra).eval())._mask_dtype is None
 
 
 def test_a_network_that_misreads_ready_masks_is_found():
@@ -342,13 +343,13 @@ def test_a_network_that_misreads_ready_masks_is_found():
 
     causal = CausalNetwork(Misreads(llama_network().config).eval())
     assert causal._body is None
-    assert causal._ready is None
+    assert causal._mask_dtype is None
 
 
 def test_half_precision_takes_ready_masks():
     lm = LanguageModel(llama_network().bfloat16())
-    assert lm.causal._ready == torch.bool
-    assert lm.policy(2).causal._ready == torch.bool
+    assert lm.causal._mask_dtype == torch.bool
+    assert lm.policy(2).causal._mask_dtype == torch.bool
 
 
 # -- the logits in blocks ------------------------------------------------------------------------------------

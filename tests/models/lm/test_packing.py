@@ -13,8 +13,9 @@ from torch import nn
 from bayeslm.inference import ImportanceSampling
 from bayeslm.models import LanguageModel, TiltedLM
 from bayeslm.models.lm import packing
-from bayeslm.models.lm.network import CausalNetwork, count_usage
+from bayeslm.models.lm.network import CausalNetwork
 from bayeslm.models.lm.packing import PackedLinear, can_pack
+from bayeslm.models.lm.usage import count_usage
 
 pytestmark = pytest.mark.skipif(not can_pack(nn.Linear(2, 2)), reason="oneDNN has no packed products here")
 
@@ -99,8 +100,8 @@ def test_what_it_cannot_do_is_refused(tmp_path):
 @pytest.fixture
 def always(monkeypatch):
     """Also where networks are too small for it to pay."""
-    monkeypatch.setattr(packing, "LARGE", 0)
-    monkeypatch.setattr(packing, "PAYS_FROM", 1)
+    monkeypatch.setattr(packing, "MIN_WEIGHTS", 0)
+    monkeypatch.setattr(packing, "MIN_PASSES", 1)
 
 
 def drawn_with(policy, prompts, tokens):
@@ -133,7 +134,7 @@ def test_a_policy_is_packed_while_it_samples(lora_rank):
     assert kinds == {PackedLinear}
     assert dict(policy.named_modules()) == modules
     assert all(torch.equal(p, b) for p, b in zip(policy.parameters(), before, strict=True))
-    with mock.patch.object(packing, "PAYS_FROM", 10**9):
+    with mock.patch.object(packing, "MIN_PASSES", 10**9):
         torch.manual_seed(5)
         y, kinds = drawn_with(policy, prompts, 6)
     assert PackedLinear not in kinds
@@ -160,7 +161,7 @@ def test_a_sample_that_fails_leaves_the_policy_whole():
 
 def test_priors_and_small_networks_are_not_packed():
     assert PackedLinear not in drawn_with(tiny_llama().policy(), [[1, 2]], 20)[1]
-    with mock.patch.object(packing, "LARGE", 0):
+    with mock.patch.object(packing, "MIN_WEIGHTS", 0):
         assert PackedLinear in drawn_with(tiny_llama().policy(), [[1, 2]], 20)[1]
         assert PackedLinear not in drawn_with(tiny_llama().policy(), [[1, 2]], 6)[1]
         assert PackedLinear not in drawn_with(tiny_llama(), [[1, 2]], 20)[1]

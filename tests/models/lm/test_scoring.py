@@ -8,8 +8,9 @@ from torch import nn
 
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm import scoring
-from bayeslm.models.lm.gradient_checkpointing import checkpointable
-from bayeslm.models.lm.network import CausalNetwork, count_usage
+from bayeslm.models.lm.gradient_checkpointing import checkpointable_layers
+from bayeslm.models.lm.network import CausalNetwork
+from bayeslm.models.lm.usage import count_usage
 
 PROMPTS = [[1, 2, 3, 4], [5], [6, 7]]  # of different lengths, so that two are padded
 TOKENS = 6
@@ -231,7 +232,7 @@ def test_the_mismatch_is_that_of_the_scores():
     x = law.sample((4,))
     with torch.no_grad():
         scores = law.token_log_prob(x).clone()
-    live = law.is_live(x)
+    live = law.vocabulary.is_live(x)
     off = torch.where(torch.rand(x.shape) < 0.3, 0.25, 0.0) * live
     assert 0 < off.sum() < 0.25 * live.sum()
     with count_usage() as usage:
@@ -274,7 +275,7 @@ def test_checkpointing_gives_the_same_gradient(model_type, lora_rank):
     weights = torch.randn(x.shape)
     expected = gradient(policy, law.token_log_prob(x), weights)
     policy.gradient_checkpointing = True
-    layers = checkpointable(policy.network)
+    layers = checkpointable_layers(policy.network)
     for value in (x, x.clone()):
         torch.testing.assert_close(
             gradient(policy, policy(prompts, TOKENS).token_log_prob(value), weights), expected, atol=1e-5, rtol=1e-4

@@ -5,7 +5,8 @@ import torch
 from support.oracles import by_hand
 
 from bayeslm.models import LanguageModel
-from bayeslm.models.lm.network import CausalNetwork, count_usage
+from bayeslm.models.lm.network import CausalNetwork
+from bayeslm.models.lm.usage import count_usage
 
 PROMPTS = ["My dinner at the restaurant was", "Yes", "The capital of France is"]
 TOKENS = 8

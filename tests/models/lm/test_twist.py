@@ -63,7 +63,7 @@ def test_learns_the_exact_twist(kind, method, reads_reward):
     exact = ExactTwist(Exact(num_prior_samples=1).run(model, PROMPTS))
     twist = learn(model, method=method, reads_reward=reads_reward)
     torch.manual_seed(0)
-    steps = lm(PROMPTS, max_new_tokens=T).expand((200, 2)).steps()
+    steps = lm(PROMPTS, max_new_tokens=T).expand((200, 2)).decoder()
     state, known = twist.start(steps), exact.start(steps)
     while steps.t < T:
         token, score = categorical(steps.logits)
@@ -76,7 +76,7 @@ def test_learns_the_exact_twist(kind, method, reads_reward):
             of = of.reshape(-1)
             assert torch.corrcoef(torch.stack([guess[of], truth[of]]))[0, 1] > (0.9 if reads_reward else 0.8)
         steps.append(token, score)
-        state, known = twist.read(state, steps), exact.read(known, steps)
+        state, known = twist.advance(state, steps), exact.advance(known, steps)
 
 
 @pytest.mark.parametrize("reads_reward", [False, True])
@@ -109,7 +109,7 @@ def test_step_by_step_and_whole_completions_agree(reads_reward):
     assert batch.ends.any()
     assert not batch.written.all()
     law = lm(PROMPTS, max_new_tokens=T).expand((20, 2))
-    steps = law.steps()
+    steps = law.decoder()
     state, found = twist.start(steps), []
     for t in range(T):
         token = batch.tokens[:, t]
@@ -117,7 +117,7 @@ def test_step_by_step_and_whole_completions_agree(reads_reward):
         found.append(twist.lookahead(state, token[:, None], batch.said[:, t : t + 1] if reads_reward else None)[:, 0])
         steps.append(token, torch.zeros(len(token)))
         assert torch.equal(batch.ends[:, t], steps.finished & batch.written[:, t])
-        state = twist.read(state, steps)
+        state = twist.advance(state, steps)
         if reads_reward:
             so_far = count(torch.where(torch.arange(T) < steps.t, steps.values, -1)) / 0.5
             torch.testing.assert_close(batch.said[batch.written[:, t], t], so_far[batch.written[:, t]])
@@ -133,11 +133,11 @@ def test_what_is_resampled_takes_its_twist_along():
     lm = tiny_llama(seed=0)
     twist = learn(words(lm), num_steps=20, num_particles=100)
     torch.manual_seed(0)
-    steps = lm(PROMPTS[:1], max_new_tokens=T).expand((8, 1)).steps()
+    steps = lm(PROMPTS[:1], max_new_tokens=T).expand((8, 1)).decoder()
     state = twist.start(steps)
     for _ in range(2):
         steps.append(*categorical(steps.logits))
-        state = twist.read(state, steps)
+        state = twist.advance(state, steps)
     rows = torch.tensor([7, 6, 5, 4, 3, 2, 1, 0])
     tokens = torch.arange(1, 4).expand(8, -1)
     before = twist.lookahead(state, tokens)
@@ -150,7 +150,7 @@ def test_what_has_ended_takes_its_last_guess_along():
     model = words(lm)
     twist = learn(model, num_steps=20, num_particles=100)
     program, law = inspect(model, PROMPTS[:1]), lm(PROMPTS[:1], max_new_tokens=T).expand((4, 1))
-    steps = law.steps()
+    steps = law.decoder()
     site_twist = LearnedTwist(twist, Rows(program, "completion", law), steps, so_far=None)
     steps.append(torch.tensor([1, 0, 2, 0]), torch.zeros(4))  # 0 ends a text
     site_twist.log_psi()
@@ -167,7 +167,7 @@ def test_what_has_ended_takes_its_last_guess_along():
 def test_what_the_reward_has_given_up_is_worth_nothing():
     lm = tiny_llama(seed=0)
     twist = learn(words(lm), num_steps=5, num_particles=100, reads_reward=True)
-    steps = lm(PROMPTS, max_new_tokens=T).expand((1, 2)).steps()
+    steps = lm(PROMPTS, max_new_tokens=T).expand((1, 2)).decoder()
     said = torch.tensor([[0.0, -torch.inf], [-torch.inf, 3.0]])
     psi = twist.lookahead(twist.start(steps), torch.tensor([[1, 2], [3, 4]]), said)
     assert torch.equal(psi == -torch.inf, said == -torch.inf)

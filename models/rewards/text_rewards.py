@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from .base import Reward
+from .reward import Reward
 
 Part = Literal["completion", "text"]
 Item = TypeVar("Item", bound=Hashable)

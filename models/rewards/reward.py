@@ -10,7 +10,7 @@ Rewards combine affinely. With constants w_i and b,
     r = b + \sum_i w_i r_i,     sup r <= b + \sum_{w_i > 0} w_i sup r_i + \sum_{w_i < 0} w_i inf r_i
 
 and 0 r = 0 even where r = -inf, since exp(r)^0 = 1: a weight of zero switches a constraint off. What a combination
-expects of an unfinished text (see `prefix.py`) is the combination of what its parts expect.
+expects of an unfinished text (see `unfinished`) is the combination of what its parts expect.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import check_function, check_scores, is_real, name_of, parameters, short
-from .prefix import Prefixes, suspended
-from .shapes import Flat, broadcast, take
+from .broadcasting import Flat, broadcast, take
+from .function_checks import check_function, check_scores, is_real, name_of, parameters, short
+from .unfinished import Prefixes, suspended
 
 
 class RewardError(ValueError):

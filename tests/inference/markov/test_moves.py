@@ -391,6 +391,6 @@ def test_masked_latents_are_refused():
 def test_a_policy_of_another_vocabulary_is_refused():
     program = inspect(plain(), SHORT)
     state = Enumerated(plain()).draw(3)
-    with pytest.raises(ValueError, match="vocab_size differ"):
+    with pytest.raises(ValueError, match="vocabularies differ"):
         SuffixMove(program, "completion", table_lm(order=2, vocab=5))(state)
     assert math.isfinite(state.log_prior.sum())

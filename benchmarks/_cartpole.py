@@ -53,8 +53,11 @@ class Watch:
         return found >= GOAL
 
     def result(self) -> dict[str, Any]:
-        """``curve``, the evaluations: (environment steps, seconds, mean return); and ``again``, the last policy's mean
-        return in other episodes."""
+        """Return ``curve`` and ``again``.
+
+        ``curve`` are the evaluations, (environment steps, seconds, mean return); ``again`` is the last policy's mean
+        return in other episodes.
+        """
         return {"curve": self._curve, "again": self._evaluate()}
 
     def _evaluate(self) -> float:

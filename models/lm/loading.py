@@ -52,7 +52,7 @@ def load(
     module, distribution, hub_name = PACKAGED[name]
     found = importlib.util.find_spec(module)
     if found is not None and found.submodule_search_locations:
-        folder = _converted(Path(next(iter(found.submodule_search_locations))))
+        folder = converted(Path(next(iter(found.submodule_search_locations))))
         return Pretrained(*_load_transformers(str(folder), dtype, **kwargs), name)
     try:
         return Pretrained(*_load_transformers(hub_name, dtype, **kwargs), name)
@@ -129,7 +129,7 @@ def cache_folder() -> Path:
     return Path(root)
 
 
-def _converted(package: Path) -> Path:
+def converted(package: Path) -> Path:
     """Return the folder of safetensors of a package's GGUF file, converted at the first use (half a minute)."""
     files = sorted(package.glob("*.gguf"))
     if not files:
@@ -140,7 +140,7 @@ def _converted(package: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         # A rename at the end, so that a kill or a full disk never leaves an incomplete model.
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            _convert(source, Path(folder) / "model")
+            convert_gguf(source, Path(folder) / "model")
             try:
                 (Path(folder) / "model").rename(target)
             except OSError:
@@ -149,7 +149,8 @@ def _converted(package: Path) -> Path:
     return target
 
 
-def _convert(source: Path, target: Path) -> None:
+def convert_gguf(source: Path, target: Path) -> None:
+    """Write a GGUF file's model and tokenizer into a new folder, in float32 and transformers' format."""
     files = {"gguf_file": source.name}
     quantised = AutoModelForCausalLM.from_pretrained(str(source.parent), dtype=torch.float32, **files)
     settings = {k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}

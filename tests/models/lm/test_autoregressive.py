@@ -1,5 +1,7 @@
 """The law of completions against exact answers: it is normalised, draws follow it, and batching does not change it."""
 
+from types import SimpleNamespace
+
 import pyro
 import pytest
 import torch
@@ -7,8 +9,11 @@ from support.models import table_lm, tiny_llama
 from support.oracles import by_hand
 from support.statistics import assert_drawn_from, count_completions
 
-from bayeslm.models import LanguageModel
+from bayeslm.models import Autoregressive, LanguageModel
 from bayeslm.models.lm.decoding import categorical
+from bayeslm.models.lm.network import CausalNetwork
+from bayeslm.models.lm.usage import count_usage
+from bayeslm.models.lm.vocabulary import Vocabulary
 
 PROMPTS = ["a b c d e", "f", "g a b"]  # of different lengths, so that two are padded
 IDS = [[1, 2, 3, 4, 5], [6], [7, 1, 2]]
@@ -279,6 +284,36 @@ def test_a_kept_score_is_dropped_when_the_weights_change():
     after = law.log_prob(x)
     assert not torch.allclose(before, after)
     torch.testing.assert_close(after, policy(PROMPTS, 3).log_prob(x))
+
+
+def test_only_the_last_sample_keeps_its_score():
+    law = tiny_llama()(PROMPTS, max_new_tokens=3)
+    first, second = law.sample(), law.sample()
+    with count_usage() as usage:
+        law.log_prob(second)
+    assert usage.model_calls == 0
+    for value in (first, first, second.clone()):
+        with count_usage() as usage:
+            law.log_prob(value)
+        assert usage.model_calls > 0
+
+
+def test_any_network_with_a_vocabulary_will_do():
+    """No tokenizer, and no `LanguageModel`."""
+    lm = tiny_llama(eos_token_ids=(0, 3))
+    model = SimpleNamespace(
+        causal=CausalNetwork(lm.network),
+        vocabulary=Vocabulary(8, (0, 3), pad_token_id=0),
+        batch_size=None,
+        micro_batch_size=None,
+        gradient_checkpointing=False,
+        has_text=False,
+    )
+    law = Autoregressive(model, torch.tensor([[1, 2], [4, 5]]), None, max_new_tokens=4)
+    x = law.sample((5,))
+    torch.testing.assert_close(law.log_prob(x), lm([[1, 2], [4, 5]], 4).log_prob(x))
+    assert law.prompt_texts() == ["1 2", "4 5"]
+    assert not law.has_text
 
 
 def test_the_law_of_another_model():

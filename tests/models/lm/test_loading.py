@@ -69,7 +69,7 @@ def package(tmp_path, monkeypatch):
         calls.append("done")
 
     convert.failures = 0
-    monkeypatch.setattr(loading, "_convert", convert)
+    monkeypatch.setattr(loading, "convert_gguf", convert)
     monkeypatch.setattr(loading, "cache_folder", lambda: tmp_path / "cache")
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "model.gguf").write_bytes(b"weights")
@@ -78,24 +78,24 @@ def package(tmp_path, monkeypatch):
 
 def test_weights_are_converted_once(package):
     folder, _, calls = package
-    target = loading._converted(folder)
-    assert target == loading._converted(folder)
+    target = loading.converted(folder)
+    assert target == loading.converted(folder)
     assert calls == ["done"]
     assert [path.name for path in target.parent.iterdir()] == ["model-7"]
     (folder / "model.gguf").write_bytes(b"other weights")  # another release of the package
-    assert loading._converted(folder).name == "model-13"
+    assert loading.converted(folder).name == "model-13"
 
 
 def test_a_conversion_that_is_cut_off_leaves_nothing_half_done(package):
     folder, convert, calls = package
     convert.failures = 1
     with pytest.raises(KeyboardInterrupt):
-        loading._converted(folder)
+        loading.converted(folder)
     cache = loading.cache_folder()
     assert list(cache.iterdir()) == []
     (cache / "tmpkilled" / "model").mkdir(parents=True)  # what a kill would leave
     (cache / "tmpkilled" / "model" / "config.json").write_text("{")
-    assert (loading._converted(folder) / "config.json").read_text() == "{}"
+    assert (loading.converted(folder) / "config.json").read_text() == "{}"
     assert calls == ["failed", "done"]
 
 
@@ -108,13 +108,13 @@ def test_two_conversions_at_once(package, monkeypatch):
         (loading.cache_folder() / "model-7").mkdir()
         (loading.cache_folder() / "model-7" / "config.json").write_text("first")
 
-    monkeypatch.setattr(loading, "_convert", overtaken)
-    assert (loading._converted(folder) / "config.json").read_text() == "first"
+    monkeypatch.setattr(loading, "convert_gguf", overtaken)
+    assert (loading.converted(folder) / "config.json").read_text() == "first"
 
 
 def test_a_package_without_weights(tmp_path):
     with pytest.raises(OSError, match=r"holds no \.gguf file"):
-        loading._converted(tmp_path)
+        loading.converted(tmp_path)
 
 
 def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):

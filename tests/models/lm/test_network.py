@@ -61,8 +61,8 @@ def test_agrees_with_the_networks_own_forward_pass(model_type, monkeypatch):
     torch.testing.assert_close(lm.packed()(PROMPTS, 12, 1.2).token_log_prob(x), expected, atol=1e-4, rtol=0)
     monkeypatch.setattr(scoring, "PROMPTS_AGAIN", -1)
     torch.testing.assert_close(lm(PROMPTS, 12, 1.2).token_log_prob(x), expected, atol=1e-4, rtol=0)
-    assert lm.causal._body is not None
-    assert (lm.causal._head is not None) == linear_head
+    assert lm.causal.body is not None
+    assert (lm.causal.head is not None) == linear_head
     assert law.token_log_prob_and_hidden(x)[1].shape == (*x.shape, lm.causal.width)
 
 
@@ -71,7 +71,7 @@ def test_a_head_that_changes_logits_is_seen_at_any_size():
     softcapped = random_network("gemma2", query_pre_attn_scalar=8)
     with torch.no_grad():
         softcapped.lm_head.weight.mul_(1e-3)
-    assert CausalNetwork(softcapped.eval())._head is None
+    assert CausalNetwork(softcapped.eval()).head is None
 
 
 def test_a_body_with_a_forward_of_its_own_keeps_it():
@@ -94,7 +94,7 @@ def test_a_body_that_is_scaled_before_the_head_is_seen():
             return out
 
     scaled = Scaled(llama_network().config).eval()
-    assert CausalNetwork(scaled)._head is None
+    assert CausalNetwork(scaled).head is None
     lm = LanguageModel(scaled)
     x = lm([[1, 2], [3]], 5).sample()
     expected = torch.stack([by_hand(lm, [1, 2], x[0]), by_hand(lm, [3], x[1])])
@@ -111,7 +111,7 @@ def test_logits_of_more_than_the_body_says_are_left_to_the_network():
             return out
 
     lm = LanguageModel(Skips(llama_network().config).eval())
-    assert lm.causal._body is None
+    assert lm.causal.body is None
     x = lm([[1, 2], [3]], 5).sample()
     expected = torch.stack([by_hand(lm, [1, 2], x[0]), by_hand(lm, [3], x[1])])
     torch.testing.assert_close(lm([[1, 2], [3]], 5).token_log_prob(x), expected, atol=1e-5, rtol=0)
@@ -122,7 +122,7 @@ def test_finding_the_head_leaves_the_random_state_alone():
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    assert lm.causal._head is not None
+    assert lm.causal.head is not None
     assert torch.equal(torch.rand(1), expected)
 
 
@@ -244,7 +244,7 @@ def test_keys_and_values_are_counted(model_type):
     lm = LanguageModel(random_network(model_type, **extra))
     prefix = prefill(lm.causal, torch.tensor([[1, 2, 3, 4, 5]]), None)
     held = sum(x.numel() for layer in prefix.cache.layers for x in (layer.keys, layer.values))
-    assert held == 5 * lm.causal._cached > 0
+    assert held == 5 * lm.causal.cached_numbers > 0
 
 
 @pytest.mark.parametrize("vocab", [8, 50_000])
@@ -253,7 +253,7 @@ def test_rows_fit_a_bounded_batch(vocab, length):
     """All keys and values, the states of a layer, and the next token's logits; many times a single text's, or one."""
     causal = CausalNetwork(llama_network(vocab_size=vocab).eval())
     rows = causal.rows_per_batch(length)
-    each = length * (causal._cached + causal._layer) + 3 * vocab
+    each = length * (causal.cached_numbers + causal.layer_numbers) + 3 * vocab
     assert rows * each <= network.HELD < (rows + 1) * each or (rows == 1 and each > network.HELD)
 
 
@@ -302,7 +302,7 @@ def test_masks_of_padded_prompts_are_looked_at_once(model_type, attention, looks
     network = random_network(model_type, **extra)
     network.set_attn_implementation(attention)
     lm = LanguageModel(network, eos_token_ids=(2, 7))
-    assert lm.causal._mask_dtype == (torch.bool if attention == "sdpa" else torch.float32)
+    assert lm.causal.mask_dtype == (torch.bool if attention == "sdpa" else torch.float32)
     looks.clear()
     law = lm(PROMPTS, max_new_tokens=12)
     x = law.sample((3,))
@@ -328,7 +328,7 @@ def test_a_ready_mask_by_hand():
 def test_networks_with_windows_make_their_masks_themselves(model_type):
     """And those that read positions off them. (That they give the right numbers is tested above.)"""
     extra, _ = ARCHITECTURES[model_type]
-    assert CausalNetwork(random_network(model_type, **extra).eval())._mask_dtype is None
+    assert CausalNetwork(random_network(model_type, **extra).eval()).mask_dtype is None
 
 
 def test_a_network_that_misreads_ready_masks_is_found():
@@ -342,14 +342,14 @@ def test_a_network_that_misreads_ready_masks_is_found():
         base_model = None  # so that all goes through `forward`
 
     causal = CausalNetwork(Misreads(llama_network().config).eval())
-    assert causal._body is None
-    assert causal._mask_dtype is None
+    assert causal.body is None
+    assert causal.mask_dtype is None
 
 
 def test_half_precision_takes_ready_masks():
     lm = LanguageModel(llama_network().bfloat16())
-    assert lm.causal._mask_dtype == torch.bool
-    assert lm.policy(2).causal._mask_dtype == torch.bool
+    assert lm.causal.mask_dtype == torch.bool
+    assert lm.policy(2).causal.mask_dtype == torch.bool
 
 
 # -- the logits in blocks ------------------------------------------------------------------------------------
@@ -368,7 +368,7 @@ def test_scoring_never_holds_all_logits(monkeypatch, model_type, trained):
     lm = lm.policy() if trained else lm
     law = lm([[1, 2, 3], [5]], max_new_tokens=6)
     x = law.sample((20,))
-    assert lm.causal._body is not None
+    assert lm.causal.body is not None
     heads = []
     head = lm.network.get_output_embeddings()
     head.register_forward_hook(lambda module, inputs, output: heads.append(output.numel()))

@@ -111,7 +111,7 @@ def drawn_with(policy, prompts, tokens):
 
     def noting(self, *args, **kwargs):
         kinds.update(type(module) for module in self.network.modules() if isinstance(module, nn.Linear | PackedLinear))
-        kinds.add(type(self._head))
+        kinds.add(type(self.head))
         return hidden(self, *args, **kwargs)
 
     with mock.patch.object(CausalNetwork, "hidden", noting):
@@ -151,12 +151,12 @@ def test_a_policy_is_packed_while_it_samples(lora_rank):
 def test_a_sample_that_fails_leaves_the_policy_whole():
     policy = tiny_llama().policy(lora_rank=2)
     modules = dict(policy.named_modules())
-    head = policy.causal._head
+    head = policy.causal.head
     policy.network.base_model.model.model.norm.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         policy([[1, 2]], 6).sample()
     assert dict(policy.named_modules()) == modules
-    assert policy.causal._head is head
+    assert policy.causal.head is head
 
 
 def test_priors_and_small_networks_are_not_packed():

@@ -130,7 +130,7 @@ def test_one_micro_batch_of_activations_is_alive_at_most(own):
     x = law.sample((8,))
     kept = []
     rows = []
-    policy.causal._body.register_forward_hook(lambda module, inputs, out: rows.append(len(out.last_hidden_state)))
+    policy.causal.body.register_forward_hook(lambda module, inputs, out: rows.append(len(out.last_hidden_state)))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         loss = (0.3 * law.token_log_prob(x if own else x.clone())).sum()
     weights = {p.data_ptr() for p in policy.parameters()}

@@ -65,9 +65,9 @@ def test_special_tokens_and_texts(smollm2):
 
 def test_the_head_is_apart_and_batches_are_bounded(smollm2):
     causal = smollm2.causal
-    assert causal._head is smollm2.network.lm_head
-    assert causal._cached == 2 * 30 * 3 * 64
-    assert 50 < causal.rows_per_batch(100) == 2**27 // (100 * (11_520 + causal._layer) + 3 * 49_152)
+    assert causal.head is smollm2.network.lm_head
+    assert causal.cached_numbers == 2 * 30 * 3 * 64
+    assert 50 < causal.rows_per_batch(100) == 2**27 // (100 * (11_520 + causal.layer_numbers) + 3 * 49_152)
 
 
 def test_lora(smollm2, tmp_path):
@@ -91,5 +91,5 @@ def test_lora(smollm2, tmp_path):
     assert (tmp_path / "adapter_model.safetensors").stat().st_size < 10e6
     loaded = LanguageModel.from_pretrained(tmp_path)
     assert loaded.name == "smollm2"
-    assert CausalNetwork(loaded.network)._head is not None
+    assert CausalNetwork(loaded.network).head is not None
     torch.testing.assert_close(loaded(PROMPTS[:1], 4).log_prob(x), after, atol=1e-4, rtol=0)

@@ -154,8 +154,8 @@ def test_constraint():
 )
 def test_a_missing_package_says_how_to_get_it(module, make, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    rewards.text_rewards._vader.cache_clear()
-    rewards.text_rewards._encoder.cache_clear()
+    rewards.text_rewards.vader.cache_clear()
+    rewards.text_rewards.sentence_encoder.cache_clear()
     with pytest.raises(ImportError, match=rf'needs {module}: pip install "bayeslm\[rewards\]"'):
         make()
 

@@ -150,7 +150,7 @@ class ControlledSMC:
             alone=True,
         )
         mixture = torch.lerp(plan.policy.float(), transitions.prior, self.defensive)
-        rollout = trajectory.with_policy(TabularPolicy(mixture.log())).expand((size, prompts)).steps()
+        rollout = trajectory.with_policy(TabularPolicy(mixture.log())).expand((size, prompts)).rollout()
         values = (plan.values / model.beta).float()
         advantages = ((plan.action_values - plan.values[:-1, :, None]) / model.beta).float()
 

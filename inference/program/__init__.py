@@ -3,13 +3,12 @@
 from .assign import assign_values, same_distribution
 from .checks import check_counts, check_positive
 from .errors import EvidenceError, ProgramError
-from .execution import RandomStates, RunError, SoFar, Stopwatch, keeping, seeded
 from .guides import AutoPolicy, PolicyGuide, as_law
-from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, Epochs
+from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, Epochs, RandomStates, seeded
 from .partial import PartialRun
-from .particles import Particles, draw, particles_of, run_particles, score_sites, site_value, traces
+from .particles import Particles, particles_of, run_particles, score_sites, site_value, traces
 from .program import STEPS, Program, Site, along, in_prompts, inspect, inspect_or_reuse, sample_sites
-from .results import check_evidence, posterior, prompt_labels, to_numpy
+from .run import RunError, SoFar, Stopwatch, check_evidence, draw, keeping, posterior, prompt_labels, to_numpy
 
 __all__ = [
     "PARTICLES",

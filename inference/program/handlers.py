@@ -1,4 +1,4 @@
-r"""Handlers: of minibatches of prompts, of values that are assigned to sites, and of errors in a program's code.
+r"""The contexts in which a program runs: minibatches of prompts, assigned values, random states, explained errors.
 
 Minibatches are of a program whose plate ``prompts`` is subsampled:
 
@@ -17,13 +17,17 @@ scaled by its square. So here a minibatch is an ordinary program of b prompts, w
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from pyro.distributions import Unit
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
+from pyro.util import set_rng_seed
 from torch import Tensor
 
 from bayeslm.models.lm import Autoregressive
@@ -144,6 +148,61 @@ def explained() -> Iterator[None]:
             del Unit._validate_args
         else:
             Unit._validate_args = own
+
+
+@dataclass(frozen=True)
+class RandomStates:
+    """A snapshot of the random states of torch, of each CUDA device, of NumPy and of Python."""
+
+    torch: Tensor
+    cuda: dict[int, Tensor]
+    numpy: Any
+    python: Any
+
+    @staticmethod
+    def now() -> RandomStates:
+        """Return a snapshot of the states now."""
+        cuda = dict(enumerate(torch.cuda.get_rng_state_all())) if torch.cuda.is_available() else {}
+        return RandomStates(torch.get_rng_state(), cuda, np.random.get_state(), random.getstate())  # noqa: NPY002
+
+    def restore(self) -> None:
+        """Restore the snapshot; states of devices that this machine lacks are ignored."""
+        torch.set_rng_state(self.torch)
+        for i, state in self.cuda.items():
+            if i < torch.cuda.device_count():
+                torch.cuda.set_rng_state(state, i)
+        np.random.set_state(self.numpy)  # noqa: NPY002
+        random.setstate(self.python)
+
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the snapshot as tensors and as values that JSON can hold."""
+        kind, keys, *rest = self.numpy
+        version, inside, gauss = self.python
+        tensors = {"rng.torch": self.torch} | {f"rng.cuda.{i}": state for i, state in self.cuda.items()}
+        return tensors, {"numpy": [kind, keys.tolist(), *rest], "random": [version, list(inside), gauss]}
+
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> RandomStates:
+        """Return the snapshot from what `saved` returned."""
+        cuda = {int(key.rpartition(".")[2]): x for key, x in tensors.items() if key.startswith("rng.cuda.")}
+        kind, keys, *rest = values["numpy"]
+        version, inside, gauss = values["random"]
+        numpy = (kind, np.array(keys, dtype=np.uint32), *rest)
+        return RandomStates(tensors["rng.torch"], cuda, numpy, (version, tuple(inside), gauss))
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Seed torch, NumPy and Python's random for the block and restore their states after it; None changes nothing."""
+    if seed is None:
+        yield
+        return
+    before = RandomStates.now()
+    set_rng_seed(seed)
+    try:
+        yield
+    finally:
+        before.restore()
 
 
 class Epochs:

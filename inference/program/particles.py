@@ -19,10 +19,8 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from bayeslm.models.lm import Autoregressive
-from bayeslm.progress import track
 
 from .errors import ProgramError
-from .execution import SoFar, keeping
 from .handlers import PARTICLES, explained
 from .program import Program, Site, along, in_prompts, sample_sites
 
@@ -136,39 +134,6 @@ def _combine(
         log_left_out=optional("log_left_out"),
         prompts=optional("prompts"),
     )
-
-
-def draw(
-    program: Program,
-    guide: Callable[..., Any] | None,
-    num_particles: int,
-    *,
-    batch_size: int | None = None,
-    vectorize: bool = True,
-    progress: bool = False,
-    label: str = "particles",
-) -> tuple[Particles, bool]:
-    """Draw particles in batches of bounded memory.
-
-    :param guide: the proposal; None proposes from the prior.
-    :param batch_size: particles in one batch; None for as many as bounded memory allows.
-    :param vectorize: see `run_particles`.
-    :param progress: whether to show a progress bar, under ``label``.
-    :returns: the particles, and whether Ctrl-C stopped the run before it had all of them.
-    :raises RunError: if a later batch fails; it carries the particles drawn before.
-    """
-    size = batch_size or program.max_particles
-    parts: list[Particles] = []
-
-    def so_far() -> SoFar | None:
-        return SoFar(particles=Particles.concatenate(parts)) if parts else None
-
-    with track(label, num_particles, progress) as report, keeping(so_far) as run:
-        for start in range(0, num_particles, size):
-            n = min(size, num_particles - start)
-            parts.append(run_particles(program, guide, n, vectorize=vectorize))
-            report(n)
-    return Particles.concatenate(parts), run.interrupted
 
 
 def run_particles(

@@ -22,8 +22,7 @@ from torch import Tensor
 from bayeslm.models.lm import Autoregressive
 
 from .errors import ProgramError
-from .execution import seeded
-from .handlers import PROMPTS, Arbitrary, Minibatch, explained
+from .handlers import PROMPTS, Arbitrary, Minibatch, explained, seeded
 
 STEPS = "steps"  # a plate over the steps of a trajectory: the term of a step depends on nothing later
 

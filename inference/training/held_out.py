@@ -42,7 +42,7 @@ class HeldOut:
         if self.num_particles < 2:
             raise ValueError("HeldOut: num_particles must be at least 2, for standard errors")
 
-    def inspect_or_reuse(self, policy: Any) -> dict[str, np.ndarray]:
+    def look(self, policy: Any) -> dict[str, np.ndarray]:
         """What the policy is worth, (prompt,) by name."""
         seen: dict[str, np.ndarray] = {}
         for name, model in self.programs.items():

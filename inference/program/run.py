@@ -1,8 +1,12 @@
-"""The `Posterior` of an engine's particles."""
+"""What the runs of all engines share: time and usage, Ctrl-C and errors, batches of particles, and the posterior."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,11 +14,161 @@ import torch
 from torch import Tensor
 
 from bayeslm import diagnostics
+from bayeslm.models.lm import count_usage
 from bayeslm.posterior import Posterior
+from bayeslm.progress import track
 
 from .errors import EvidenceError
-from .particles import Particles
+from .particles import Particles, run_particles
 from .program import Program
+
+# -- time and usage -----------------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Measure the seconds of its block and count the networks' work in it: the start of every engine's ``stats``."""
+
+    def __enter__(self) -> Stopwatch:
+        self._counting = count_usage()
+        self.usage = self._counting.__enter__()
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._counting.__exit__(None, None, None)
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    def snapshot(self) -> dict[str, Any]:
+        """The counts so far, as numbers, for `resume`."""
+        return {"seconds": self.seconds()} | self.usage.state_dict()
+
+    def resume(self, seconds: float, **numbers: Any) -> None:
+        """Count on from a `snapshot`: the work of a run that is resumed."""
+        self._start = time.perf_counter() - seconds
+        self.usage.load_state_dict(numbers)
+
+    def stats(self) -> dict[str, Any]:
+        """Return ``seconds``, ``tokens``, ``model_calls``, and ``mismatch`` (the largest, the mean a token) if any."""
+        stats = {"seconds": self.seconds(), "tokens": self.usage.tokens, "model_calls": self.usage.model_calls}
+        return stats if self.usage.mismatch is None else stats | {"mismatch": list(self.usage.mismatch)}
+
+
+# -- Ctrl-C and errors --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SoFar:
+    """The results of a run that did not end.
+
+    :param particles: the particles drawn or moved until then.
+    :param policies: of `SVI`, the trained language models, one a chain (None of a chain whose guide has none).
+    :param step: of `SVI`, the number of finished steps of the last chain.
+    :param checkpoint: of `SVI`, the folder of the last checkpoint.
+    """
+
+    particles: Particles | None = None
+    policies: tuple[Any, ...] = ()
+    step: int | None = None
+    checkpoint: str | None = None
+
+    @property
+    def policy(self) -> Any:
+        """The last chain's policy, or None."""
+        return self.policies[-1] if self.policies else None
+
+    def __str__(self) -> str:
+        parts = []
+        if self.particles is not None:
+            parts.append(f"{len(self.particles)} particles")
+        if any(policy is not None for policy in self.policies):
+            parts.append("the trained policy" if len(self.policies) == 1 else f"{len(self.policies)} trained policies")
+        if self.step is not None:
+            parts.append(f"{self.step} steps")
+        return ", ".join(parts) or "nothing"
+
+
+class RunError(RuntimeError):
+    """An error stopped a run that had results already: they are ``so_far``, and the error is the ``__cause__``."""
+
+    def __init__(self, message: str, so_far: SoFar) -> None:
+        super().__init__(message)
+        self.so_far = so_far
+
+
+@dataclass
+class Interruption:
+    """Whether Ctrl-C ended the block of `keeping`."""
+
+    interrupted: bool = False
+
+
+@contextlib.contextmanager
+def keeping(so_far: Callable[[], SoFar | None], *, can_return: bool = True) -> Iterator[Interruption]:
+    """Keep the results of a run that Ctrl-C or an error stops inside the block.
+
+    Ctrl-C ends the block: the code after it returns the results, and the yielded object says ``interrupted``. An error
+    is raised again as a `RunError` that carries the results. Where there are none yet, both pass unchanged.
+
+    :param so_far: called when the block is stopped; returns the results, or None if there are none.
+    :param can_return: False where the code after the block needs all of it: Ctrl-C is a `RunError` too.
+    :raises RunError: on an error after the first results.
+    """
+    run = Interruption()
+    try:
+        yield run
+    except (Exception, KeyboardInterrupt) as error:
+        kept = so_far()
+        if kept is not None and can_return and isinstance(error, KeyboardInterrupt):
+            run.interrupted = True
+            return
+        inner = error.so_far if isinstance(error, RunError) else None
+        if kept is None or kept == inner:
+            raise
+        if inner is not None and kept.particles is None:
+            kept = replace(kept, particles=inner.particles)
+        cause = error.__cause__ if isinstance(error, RunError) and error.__cause__ is not None else error
+        text = str(cause).partition("\nTrace Shapes:")[0].rstrip()  # which Pyro appends to errors of a program
+        what = "interrupted" if isinstance(cause, KeyboardInterrupt) else f"{type(cause).__name__}: {text}"
+        message = f"{what}\nThe run has {kept} so far: this error carries them as .so_far"
+        raise RunError(message, kept) from cause
+
+
+# -- particles and the posterior --------------------------------------------------------------------------------------
+
+
+def draw(
+    program: Program,
+    guide: Callable[..., Any] | None,
+    num_particles: int,
+    *,
+    batch_size: int | None = None,
+    vectorize: bool = True,
+    progress: bool = False,
+    label: str = "particles",
+) -> tuple[Particles, bool]:
+    """Draw particles in batches of bounded memory.
+
+    :param guide: the proposal; None proposes from the prior.
+    :param batch_size: particles in one batch; None for as many as bounded memory allows.
+    :param vectorize: see `run_particles`.
+    :param progress: whether to show a progress bar, under ``label``.
+    :returns: the particles, and whether Ctrl-C stopped the run before it had all of them.
+    :raises RunError: if a later batch fails; it carries the particles drawn before.
+    """
+    size = batch_size or program.max_particles
+    parts: list[Particles] = []
+
+    def so_far() -> SoFar | None:
+        return SoFar(particles=Particles.concatenate(parts)) if parts else None
+
+    with track(label, num_particles, progress) as report, keeping(so_far) as run:
+        for start in range(0, num_particles, size):
+            n = min(size, num_particles - start)
+            parts.append(run_particles(program, guide, n, vectorize=vectorize))
+            report(n)
+    return Particles.concatenate(parts), run.interrupted
 
 
 def posterior(

@@ -35,7 +35,10 @@ def load(
 ) -> Pretrained:
     """Load a network and its tokenizer; see `LanguageModel.from_pretrained`.
 
-    :param base: what the adapter in the folder is put around; None: the model that the adapter names.
+    :param name_or_path: a short name, a folder, or a name on the Hugging Face hub.
+    :param base: the model under the adapter in the folder; None: the one that the adapter names.
+    :param dtype: of the weights; None: as they are stored.
+    :param kwargs: for ``AutoModelForCausalLM.from_pretrained``.
     :raises OSError: if the model is not found, with how to get it.
     :raises ValueError: if ``base`` is given and the folder holds no adapter.
     """
@@ -68,7 +71,7 @@ def _not_found(name: str, error: Exception) -> str:
         return f"the folder {name!r} holds no model that transformers can load: {str(error).splitlines()[0]}"
     near = difflib.get_close_matches(name.lower(), PACKAGED, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"no model {name!r}: it is not a folder here, and the Hugging Face hub did not give it{hint}"
+    return f"no model {name!r}: it is not a folder here, and the Hugging Face hub has not returned it{hint}"
 
 
 def _load_transformers(name: str, dtype: torch.dtype | None, **kwargs: Any) -> tuple[nn.Module, Any]:
@@ -106,7 +109,7 @@ def save_compute_dtype(folder: str | os.PathLike[str], dtype: torch.dtype | None
 def load_compute_dtype(name_or_path: str | os.PathLike[str]) -> torch.dtype | None:
     """Return the dtype that a saved model computes in; None: that of its weights.
 
-    :raises OSError: if the file of it cannot be read.
+    :raises OSError: if the file that names it cannot be read.
     """
     path = Path(name_or_path) / SETTINGS
     if not path.is_file():

@@ -156,7 +156,7 @@ class CausalNetwork:
 
     @property
     def _room(self) -> int:
-        """Numbers that a pass may hold: a share of all memory, not of what is free, so that a seed reproduces runs."""
+        """Numbers that a pass may hold: a share of all memory, not of free memory, so that a seed reproduces runs."""
         if self.device.type != "cuda":
             return HELD
         return max(HELD, torch.cuda.get_device_properties(self.device).total_memory // (8 * 4))

@@ -172,7 +172,7 @@ def test_what_the_reward_has_given_up_is_worth_nothing():
     psi = twist.lookahead(twist.start(steps), torch.tensor([[1, 2], [3, 4]]), said)
     assert torch.equal(psi == -torch.inf, said == -torch.inf)
     assert not psi.isnan().any()
-    with pytest.raises(ValueError, match="reads the reward"):
+    with pytest.raises(ValueError, match="reads_reward: give so_far"):
         twist.lookahead(twist.start(steps), torch.tensor([[1], [3]]))
 
 

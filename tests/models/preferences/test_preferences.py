@@ -47,6 +47,11 @@ DATA = Comparisons([""] * len(PAIRS), [WORDS[i] for i, _ in PAIRS], [WORDS[j] fo
 MODEL = BradleyTerry(counts, scale=1.0)
 
 
+def log_odds(weights: Any) -> Tensor:
+    """Return log P(chosen preferred) - log P(rejected preferred), (*, comparison), under weights (*, 2)."""
+    return MODEL.reward(DATA.prompts, DATA.chosen, weights) - MODEL.reward(DATA.prompts, DATA.rejected, weights)
+
+
 def quadrature(log_likelihood: Callable[[Tensor], Tensor], scale: float) -> tuple[np.ndarray, np.ndarray, float]:
     """Return mean (2,), covariance (2, 2) and log Z of two weights, by a fine grid."""
     axis = torch.linspace(-9, 9, 721, dtype=torch.float64)
@@ -89,7 +94,7 @@ def test_the_program_is_the_formula():
     )
     expected = torch.log(1 / (1 + torch.exp(-(w[:, 0] @ x.T))))
     torch.testing.assert_close(trace.nodes["preferred"]["log_prob"], expected)
-    torch.testing.assert_close(MODEL.log_odds(DATA, w[:, 0]), w[:, 0] @ x.T)
+    torch.testing.assert_close(log_odds(w[:, 0]), w[:, 0] @ x.T)
     rewards = MODEL.reward(["", ""], ["banana", "quiz"], w.numpy())  # an array of any leading shape
     torch.testing.assert_close(rewards, w @ torch.tensor([[2.0, 1.0], [-1.0, 0.0]]).T)
 
@@ -224,7 +229,7 @@ def test_predicted_comparisons():
     assert drawn.shape == log_p.shape == (1, 20_000, len(DATA))
     assert set(np.unique(drawn)) == {0.0, 1.0}
     np.testing.assert_allclose(log_p.sum(-1, keepdims=True), checked.log_likelihood["preferred"], atol=1e-4)
-    odds = MODEL.log_odds(DATA, checked.samples["weights"])
+    odds = log_odds(checked.samples["weights"])
     np.testing.assert_allclose(log_p, torch.nn.functional.logsigmoid(odds), atol=1e-5)
     z = (drawn - np.exp(log_p)).mean((0, 1)) / np.sqrt((np.exp(log_p) * (1 - np.exp(log_p))).mean((0, 1)) / 20_000)
     assert (np.abs(z) < LIMIT).all(), z
@@ -252,7 +257,7 @@ def test_arviz_compares_models():
 def test_arviz_and_saved_folders_have_pointwise_log_likelihoods(tmp_path: Any):
     posterior = ImportanceSampling(num_particles=50, seed=0, progress=False).run(MODEL, DATA)
     resampled = posterior.to_arviz()  # pointwise terms are resampled with their draws
-    odds = MODEL.log_odds(DATA, resampled.posterior["weights"].to_numpy())
+    odds = log_odds(resampled.posterior["weights"].to_numpy())
     np.testing.assert_allclose(
         resampled.log_likelihood["preferred"], torch.nn.functional.logsigmoid(odds), rtol=1e-4, atol=1e-5
     )

@@ -1,4 +1,4 @@
-"""Copies of networks with other modules in some places: what is shared, what is copied, what never changes."""
+"""Copies of networks with some modules replaced: copied and shared modules, and originals that never change."""
 
 import torch
 from support.models import llama_network

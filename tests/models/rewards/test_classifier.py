@@ -56,7 +56,7 @@ def direct(model, words, texts, **settings):
 
 @pytest.mark.parametrize("batch_size", [2, 32])
 @pytest.mark.parametrize("kind", ["bert", "llama"])
-def test_a_reward_model_gives_its_logit_whatever_the_batch(kind, batch_size, tmp_path):
+def test_a_reward_model_gives_its_logit_in_any_batch(kind, batch_size, tmp_path):
     network(kind, ["LABEL_0"]).save_pretrained(tmp_path)
     tokenizer(kind).save_pretrained(tmp_path)
     reward = Classifier(str(tmp_path), batch_size=batch_size)

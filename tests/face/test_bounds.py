@@ -25,7 +25,8 @@ from support.toys import enumerated
 from bayeslm import Posterior, diagnostics
 from bayeslm.cli import report
 from bayeslm.inference import Exact, ImportanceSampling, ProgramError, RejectionSampling
-from bayeslm.inference.program import AutoPolicy, inspect
+from bayeslm.inference.program import inspect
+from bayeslm.inference.training import AutoPolicy
 
 LIMIT = 4.0
 PROMPTS = [[1, 2], [3]]

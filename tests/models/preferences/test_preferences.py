@@ -29,7 +29,8 @@ from support.statistics import assert_drawn_from, assert_estimate, assert_eviden
 from torch import Tensor
 
 from bayeslm import Posterior, diagnostics
-from bayeslm.inference import NUTS, SVI, ImportanceSampling, ProgramError, predict
+from bayeslm.inference import NUTS, SVI, ImportanceSampling, ProgramError, RunError, predict
+from bayeslm.inference.training import Adam, Checkpointing, StepRecord
 from bayeslm.models.preferences import BradleyTerry, Comparisons, PlackettLuce, Rankings
 from bayeslm.models.preferences.plackett_luce import ABSENT, RankingDistribution
 
@@ -139,7 +140,7 @@ def test_guides_against_quadrature(name: str, seed: int):
     mean, covariance, log_z = truth()
     guide = None if GUIDES[name] is None else GUIDES[name](MODEL)
     svi = SVI(
-        num_steps=120, num_particles=8, learning_rate=0.1, num_samples=3000, seed=seed, progress=False, guide=guide
+        num_steps=120, num_particles=8, optimizer=Adam(0.1), num_samples=3000, seed=seed, progress=False, guide=guide
     )
     posterior = svi.run(MODEL, DATA)
     assert_posterior(posterior, mean, covariance)
@@ -158,7 +159,7 @@ def test_a_class_of_guides_is_made_for_each_chain():
     svi = SVI(
         num_steps=100,
         num_chains=2,
-        latent_learning_rate=0.1,
+        optimizer=Adam(latent_learning_rate=0.1),
         num_samples=2000,
         seed=0,
         progress=False,
@@ -179,15 +180,15 @@ def test_a_class_of_guides_is_made_for_each_chain():
 def test_a_class_of_guides_resumes_from_a_checkpoint(tmp_path: Any):
     """A training that was stopped after 20 of 40 steps resumes bit-identically."""
 
-    def stop(step: int, policy: Any) -> None:
-        if step == 20:
+    def stop(record: StepRecord) -> None:
+        if record.step == 20:
             raise RuntimeError("killed")
 
     settings = {"num_steps": 40, "num_samples": 10, "seed": 0, "progress": False, "guide": AutoMultivariateNormal}
     complete = SVI(**settings).run(MODEL, DATA)
-    with pytest.raises(RuntimeError, match="killed"):
-        SVI(**settings, checkpoint=tmp_path, checkpoint_every=10, on_step=stop).run(MODEL, DATA)
-    resumed = SVI(**settings, checkpoint=tmp_path, checkpoint_every=10).run(MODEL, DATA)
+    with pytest.raises(RunError, match="killed"):
+        SVI(**settings, checkpoint=Checkpointing(tmp_path, every=10), callbacks=[stop]).run(MODEL, DATA)
+    resumed = SVI(**settings, checkpoint=Checkpointing(tmp_path, every=10)).run(MODEL, DATA)
     np.testing.assert_array_equal(resumed.samples["weights"], complete.samples["weights"])
     with pytest.raises(ValueError, match="is the class AutoMultivariateNormal: make one and train it"):
         ImportanceSampling(guide=AutoMultivariateNormal)
@@ -197,7 +198,9 @@ def test_a_full_covariance_guide_is_better_than_a_diagonal_one():
     """log Z - ELBO is KL(q || posterior), which is larger for the diagonal guide because the weights correlate."""
     elbos = {}
     for name in ("normal", "full"):
-        svi = SVI(num_steps=120, num_particles=16, learning_rate=0.1, seed=0, progress=False, guide=GUIDES[name](MODEL))
+        svi = SVI(
+            num_steps=120, num_particles=16, optimizer=Adam(0.1), seed=0, progress=False, guide=GUIDES[name](MODEL)
+        )
         elbos[name] = float(svi.run(MODEL, DATA).log_weights.mean())
     log_z = truth()[2]
     assert elbos["normal"] < elbos["full"] < log_z + 0.01
@@ -212,7 +215,7 @@ def test_laplace_is_the_normal_at_the_maximum():
         hessian = x.T @ (x * (p * (1 - p))[:, None]) + torch.eye(2, dtype=torch.float64) * 2
         w = w + torch.linalg.solve(hessian, x.T @ (1 - p) - w * 2)
     guide = AutoLaplaceApproximation(MODEL)
-    svi = SVI(num_steps=200, learning_rate=0.05, num_samples=20_000, seed=0, progress=False, guide=guide)
+    svi = SVI(num_steps=200, optimizer=Adam(0.05), num_samples=20_000, seed=0, progress=False, guide=guide)
     draws = svi.run(MODEL, DATA).samples["weights"][0]
     covariance = np.linalg.inv(hessian.numpy())
     np.testing.assert_allclose(draws.mean(0), w, atol=LIMIT * np.sqrt(covariance.max() / 20_000) + 0.01)

@@ -52,10 +52,8 @@ def compare(
             break
     report.show(posteriors, out_console)
     if out is not None:
-        pictures = ", ".join(_save_plots(posteriors, out))
-        out_console.print(
-            f"written to {out}: posteriors (each with posterior.nc for ArviZ), policy, {pictures}", highlight=False
-        )
+        plots = ", ".join(_save_plots(posteriors, out))
+        out_console.print(f"written to {out}: posteriors (each with posterior.nc for ArviZ), {plots}", highlight=False)
         out_console.print(f"to print this again: bayeslm show {out}", highlight=False)
     if any(posterior.stats.get("interrupted") for posterior in posteriors.values()):
         raise typer.Exit(INTERRUPTED)

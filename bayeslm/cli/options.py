@@ -24,7 +24,7 @@ def make_engine(name: str, *, seed: int, twist: Any, **sizes: Any) -> Any:
 
     if name not in ENGINES:
         near = difflib.get_close_matches(name, ENGINES, n=1, cutoff=0.4)
-        hint = f", did you mean {near[0]!r}?" if near else ""
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"--engine {name} is unknown{hint}: choose one of {', '.join(ENGINES)}")
     fields = {field.name for field in dataclasses.fields(ENGINES[name])}
     particles = {"rejection": "max_proposals", "bestofn": "n", "mcmc": "initial_particles"}.get(name, "num_particles")
@@ -76,7 +76,7 @@ def make_twist(
     name: str, lm: Any, model: Any, prompts: list[str], columns: dict[str, list[Any]], seed: int, out: Path | None
 ) -> Any:
     """Train a twist and save it, or load one from a folder."""
-    from bayeslm.inference import TwistLearning
+    from bayeslm.inference.sequential import TwistLearning
     from bayeslm.models import Twist
 
     if name not in ("learned", "learned-partial"):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import numpy as np
@@ -110,23 +110,26 @@ def written(folder: Path, module: str = MODULE) -> Path:
     return folder
 
 
-def identities(folder: Path, module: str = MODULE) -> list:
-    """Of what a module defines, imported anew."""
-    with mock.patch.dict(sys.modules), mock.patch.object(sys, "path", [str(written(folder, module)), *sys.path]):
-        for name in ("my_rewards", "helpers"):
-            sys.modules.pop(name, None)
-        m = importlib.import_module("my_rewards")
+def identities(folder: Path, module: str = MODULE, optimize: int = 0) -> list:
+    """Of what a module defines, compiled anew."""
+    path = written(folder, module) / "my_rewards.py"
+    m = ModuleType("my_rewards")
+    m.__file__ = str(path)
+    with mock.patch.dict(sys.modules, my_rewards=m), mock.patch.object(sys, "path", [str(folder), *sys.path]):
+        sys.modules.pop("helpers", None)
+        exec(compile(module, path, "exec", optimize=optimize), vars(m))
         m.reward(["good"])
         values = [m.reward, m.begins("a"), *m.two, m.cached, m.judge, m.bound, m.Judge]
         return json.loads(json.dumps([identify(x) for x in values]))
 
 
 def test_it_is_of_the_source_and_not_of_the_process_nor_of_byte_code(tmp_path):
-    """`-O` compiles without assertions: other byte code, as another Python has. The place in a file is nothing."""
+    """Without assertions byte code is another, as another Python's is; and code may move in its file."""
     first = identities(tmp_path / "one")
     assert not has_unreadable(first)
-    command = [sys.executable, "-O", "-B", "-c", PRINT, str(written(tmp_path / "two"))]
+    command = [sys.executable, "-c", PRINT, str(written(tmp_path / "two"))]
     assert json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) == first
+    assert identities(tmp_path / "optimised", optimize=2) == first
     assert identities(tmp_path / "three", MODULE.replace("calls = 0\n", "calls = 0\nUNUSED = 3\n\n\n\n")) == first
 
 

@@ -68,8 +68,10 @@ def trained(policy: LanguageModel) -> list[Tensor]:
 def gradients(
     problem: Problem, policy: LanguageModel, objective: Any, repeats: int, *, learns: bool = False, first: int = 0
 ) -> Tensor:
-    """Estimates (repeat, coordinate) with seeds from ``first`` on; each begins with what the objective had learned
-    before, unless it ``learns``."""
+    """Return estimates (repeat, coordinate) with seeds from ``first`` on.
+
+    Each begins with what the objective had learned before, unless it ``learns``.
+    """
     state = objective.state_dict()
     rows = []
     for seed in range(repeats):

@@ -34,8 +34,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from bayeslm.inference import SVI, ReverseKL
-from bayeslm.inference.program import AutoPolicy, inspect
+from bayeslm.inference import SVI
+from bayeslm.inference.program import inspect
+from bayeslm.inference.training import Adam, AutoPolicy, ReverseKL
 from bayeslm.models import LanguageModel, rewards
 from bayeslm.models.lm import word_tokenizer
 
@@ -227,7 +228,7 @@ def measure(task: Task, steps: int) -> tuple[np.ndarray, np.ndarray]:
     engine = SVI(
         num_steps=steps,
         num_particles=task.group,
-        learning_rate=RATE,
+        optimizer=Adam(RATE),
         clip_norm=CLIP,
         lora_rank=task.rank,
         log=watch,

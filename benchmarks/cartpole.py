@@ -28,7 +28,8 @@ import torch
 from _cartpole import GOAL, Watch
 from _peer import Peer
 
-from bayeslm.inference import SVI, Critic, ReverseKL
+from bayeslm.inference import SVI
+from bayeslm.inference.training import Adam, Critic, ReverseKL
 from bayeslm.models.control import Control, GymEnvironment, MLPPolicy, actions
 
 REQUIREMENTS = ["stable-baselines3==2.9.0", "gymnasium", "torch", "numpy"]
@@ -58,7 +59,7 @@ def svi(greedy: bool, seed: int, budget: int = BUDGET) -> dict[str, Any]:
 
     engine = SVI(
         num_steps=math.ceil(budget / EPISODES),  # more than it takes to spend the budget
-        learning_rate=1e-2,
+        optimizer=Adam(1e-2),
         schedule="constant",
         objective=objective,
         guide=control.guide(policy),

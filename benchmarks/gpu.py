@@ -26,7 +26,8 @@ from svi_trl import GROUP, Problem, count
 from svi_trl import PROMPT as IDS
 from torch import Tensor
 
-from bayeslm.inference import SVI, Exact, LogVariance, Replay
+from bayeslm.inference import SVI, Exact
+from bayeslm.inference.training import Adam, LogVariance, Replay
 from bayeslm.models import LanguageModel, rewards
 
 SAMPLES, EVERY, RATE, LIMIT = 24576, 8, 1e-2, 0.03
@@ -62,7 +63,7 @@ def known(device: torch.device) -> tuple[float, float]:
     start = time.perf_counter()
     objective = LogVariance(GROUP, Replay(SAMPLES, EVERY))
     steps = EVERY * SAMPLES // GROUP
-    engine = SVI(num_steps=steps, learning_rate=RATE, objective=objective, num_samples=1, seed=0, progress=False)
+    engine = SVI(num_steps=steps, optimizer=Adam(RATE), objective=objective, num_samples=1, seed=0, progress=False)
     policy = engine.run(problem.model, [IDS]).policy
     seconds = time.perf_counter() - start
     distribution, prior = (lm([IDS], problem.values.shape[-1]) for lm in (policy, problem.lm))

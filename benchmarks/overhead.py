@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 
 from bayeslm.inference import MCMC, SMC, SVI, AnnealedSMC, ImportanceSampling, smc
-from bayeslm.inference.sequential.population import Islands
+from bayeslm.inference.sequential import Population
 from bayeslm.models import LanguageModel, TiltedLM, rewards
 from bayeslm.models.lm import CausalNetwork, decoding
 
@@ -57,7 +57,7 @@ def profile(run: Callable[[], Any]) -> dict[str, float]:
         (torch.Tensor, "backward", "networks"),
         (torch.optim.Adam, "step", "networks"),
         (rewards.Sentiment, "score", "reward"),
-        (Islands, "resample", "resampling"),
+        (Population, "resample", "resampling"),
         (decoding.Decoder, "select", "resampling"),
     ]
     patches = [mock.patch.object(o, name, watches.wrap(kind, getattr(o, name))) for o, name, kind in parts]

@@ -45,7 +45,8 @@ from scipy.optimize import brentq
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bayeslm.inference import SVI, LogVariance, Replay
+from bayeslm.inference import SVI
+from bayeslm.inference.training import Adam, LogVariance, Replay
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm import word_tokenizer
 
@@ -160,7 +161,7 @@ def ours(problem: Problem, samples: int, settings: Settings, seed: int) -> Resul
 
     engine = SVI(
         num_steps=steps,
-        learning_rate=rate,
+        optimizer=Adam(rate),
         objective=LogVariance(GROUP, Replay(samples, every)),
         on_step=watch,
         num_samples=1,

@@ -23,9 +23,9 @@ import torch
 from svi_trl import PROMPT, TOKENS, Problem, count, pairs, position
 from torch import Tensor
 
-from bayeslm.inference import (
-    MCMC,
-    SVI,
+from bayeslm.inference import MCMC, SVI
+from bayeslm.inference.training import (
+    Adam,
     Critic,
     ExponentialAverage,
     FromPosterior,
@@ -91,7 +91,7 @@ def train(
 ) -> LanguageModel:
     engine = SVI(
         num_steps=steps,
-        learning_rate=RATE,
+        optimizer=Adam(RATE),
         objective=objective,
         temperature=temperature,
         on_step=watch,

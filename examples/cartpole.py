@@ -16,7 +16,8 @@ import matplotlib
 import numpy as np
 import torch
 
-from bayeslm.inference import SVI, Critic, ReverseKL
+from bayeslm.inference import SVI
+from bayeslm.inference.training import Adam, Critic, ReverseKL
 from bayeslm.models.control import Control, GymEnvironment, MLPPolicy
 
 matplotlib.use("Agg")
@@ -32,7 +33,7 @@ def main(folder: Path) -> None:
     policy = MLPPolicy(environment)
     svi = SVI(
         num_steps=40,
-        learning_rate=1e-2,
+        optimizer=Adam(1e-2),
         objective=ReverseKL(16, Critic()),
         guide=control.guide(policy),
         num_samples=100,

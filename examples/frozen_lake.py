@@ -20,8 +20,9 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from bayeslm.inference import SVI, ReverseKL, Tempering
+from bayeslm.inference import SVI
 from bayeslm.inference.control import ControlledSMC, SoftValueIteration, StateValues
+from bayeslm.inference.training import Adam, ReverseKL, Tempering
 from bayeslm.models.control import MDP, Control, CountdownPolicy, TabularEnvironment
 
 matplotlib.use("Agg")
@@ -46,8 +47,7 @@ def main(folder: Path, name: str) -> None:
     policy = CountdownPolicy(mdp.num_states, mdp.num_actions, horizon)
     svi = SVI(
         num_steps=400,
-        learning_rate=0.2,
-        schedule="cosine",
+        optimizer=Adam(0.2, schedule="cosine"),
         objective=ReverseKL(1000, StateValues(mdp.num_states)),
         temperature=Tempering(start=0.1, share=0.4),
         guide=control.guide(policy),

@@ -4,17 +4,18 @@ With g_0 = 0 < g_1 < ... < g_K = 1 and \pi_g(z) \propto p(z) L(z)^g, N particles
 
     w <- w L(z)^{g_k - g_{k-1}}
     where ESS(w) < threshold:  Z <- Z mean(w),  ancestors ~ resampling(w),  w = 1
-    z ~ a sweep of Metropolis-Hastings moves that leaves \pi_{g_k} as it is (`moves`)
+    z ~ a sweep of Metropolis-Hastings moves that leaves \pi_{g_k} invariant (`Move`)
 
 Del Moral, Doucet and Jasra 2006, doi 10.1111/j.1467-9868.2006.00553.x; Neal 2001, arXiv physics/9803008, without
-resampling. E[\hat Z] = Z where the ladder is given. By default it is found on the way: each step goes as far as lets
-the conditional ESS
+resampling. With a fixed ladder E[\hat Z] = Z. By default the ladder is adaptive: each step is as long as lets the
+conditional ESS
 
     CESS(g) = N (\sum_i W_i v_i)^2 / \sum_i W_i v_i^2,     v_i = L(z_i)^{g - g_{k-1}},  W normalised
 
 fall to a share of N, by bisection (Zhou, Johansen and Aston 2016, arXiv 1303.3123; Jasra, Stephens, Doucet and
-Tsagaris 2011, doi 10.1111/j.1467-9469.2010.00723.x), and random walks adapt to their islands. \hat Z is then
-consistent, with a bias that is small beside its spread (Beskos, Jasra, Kantas and Thiery 2016, arXiv 1306.6462).
+Tsagaris 2011, doi 10.1111/j.1467-9469.2010.00723.x), and random walks adapt their steps to the particles of each chain.
+\hat Z is then consistent, with a bias that is small compared with its standard error (Beskos, Jasra, Kantas and Thiery
+2016, arXiv 1306.6462).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from bayeslm.inference.program import (
     seeded,
     to_numpy,
 )
-from bayeslm.inference.sequential import Islands, Step, check_resampling
+from bayeslm.inference.sequential import Population, WeightUpdate, check_resampling
 from bayeslm.models.lm import LanguageModel
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
@@ -49,18 +50,22 @@ from bayeslm.progress import track
 
 @dataclass(frozen=True)
 class AnnealedSMC:
-    """Particles that are cooled from the prior to the posterior. Each prompt of each chain has a ladder of its own.
+    """Weighted particles that move from the prior to the posterior, with a ladder for each prompt of each chain.
 
-    :param num_particles: in each chain, which is an island of its own: resampled within itself.
-    :param num_chains: independent islands.
-    :param ladder: inverse temperatures, ascending to 1; None finds them.
-    :param cess: share of the particles to which the conditional ESS falls at each step of a ladder that is found.
-    :param num_sweeps: sweeps of moves at each temperature.
-    :param ess_threshold: resample where the ESS falls below this share of the particles; 0 never, 1 at each step.
+    :param num_particles: the number of particles in each chain.
+    :param num_chains: the number of independent chains, each resampled within itself.
+    :param ladder: inverse temperatures, ascending from above 0 to 1; None for an adaptive ladder.
+    :param cess: the share of the particles to which the conditional ESS falls at each step of an adaptive ladder.
+    :param num_sweeps: the number of sweeps of moves at each inverse temperature.
+    :param ess_threshold: resample where the effective sample size is below this share of the particles; 0 never
+        resamples, 1 resamples at every step.
     :param resampling: "systematic", "stratified", "residual" or "multinomial".
-    :param proposal: a policy (trained by `SVI`) that proposes suffixes in the prior's place.
-    :param step_size: of random walks on continuous latents, see `RandomWalk`; adapted if the ladder is found.
-    :param seed, progress: as in `ImportanceSampling`.
+    :param proposal: a policy (trained by `SVI`) that proposes suffixes of completions; None for the prior.
+    :param step_size: the initial step size of random walks on continuous latents, see `RandomWalk`; it is adapted if
+        the ladder is adaptive.
+    :param seed: seed of all random numbers; None draws from the global random state.
+    :param progress: whether to show progress bars.
+    :raises ValueError: if a setting is out of range.
     """
 
     num_particles: int = 64
@@ -89,14 +94,17 @@ class AnnealedSMC:
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Sample the posterior of ``model(*args, **kwargs)``.
 
-        ``stats``, a step being a temperature: ``inverse_temperatures``, ``ess_by_step`` before resampling and
-        ``resampled`` (chain, step, prompt), ``ancestors`` (chain, step, draw, prompt), the genealogy; acceptance as
-        `MCMC`'s.
+        ``stats``, where a step is an inverse temperature: ``inverse_temperatures`` (chain, step, prompt);
+        ``ess_by_step`` (chain, step, prompt), the effective sample size before resampling; ``resampled`` (chain, step,
+        prompt); ``ancestors`` (chain, step, draw, prompt), the genealogy; for each site ``acceptance_<site>``
+        (prompt,), and of completions ``acceptance_by_cut_<site>`` and ``cuts_<site>`` (max_new_tokens,), see `Tally`;
+        ``interrupted``, ``seconds``, ``tokens`` and ``model_calls``.
 
-        Ctrl-C cools what there is at once; an error on the way carries the particles as its ``particles``.
+        After Ctrl-C the particles go to inverse temperature 1 in one step, without further moves.
 
         :raises EvidenceError: if no particle of a prompt has positive probability.
-        :raises ProgramError: if a latent is masked, or a term of the log-joint is NaN.
+        :raises ProgramError: if a latent is masked, or a term of the log-joint is NaN or +inf.
+        :raises RunError: if an error stops the run after particles were drawn; it carries those of the last sweep.
         """
         with seeded(self.seed), Stopwatch() as watch, torch.no_grad():
             program = inspect(model, *args, **kwargs)
@@ -106,29 +114,26 @@ class AnnealedSMC:
                 raise KeyboardInterrupt
             groups = torch.arange(self.num_chains, device=program.device).repeat_interleave(self.num_particles)
             moves = latent_moves(program, policy=self.proposal, step_size=self.step_size, groups=groups)
-            islands = Islands(
-                program,
-                self.num_chains,
-                self.num_particles,
-                scheme=self.resampling,
-                threshold=self.ess_threshold,
-                alone=True,
-            )
+            population = Population(program, self)
             state, tally = initial, Tally()
             gamma = torch.zeros((self.num_chains, program.weight_prompts), device=program.device)
             one = torch.ones_like(gamma)
             ladder: list[Tensor] = []
+
+            def so_far() -> SoFar:
+                return SoFar(particles=state)
+
             with track("annealing", None if self.ladder is None else len(self.ladder), self.progress) as report:
                 while (gamma < 1.0).any():
-                    last, gamma = gamma, one if interrupted else self._next(islands, state, gamma, len(ladder))
+                    last, gamma = gamma, one if interrupted else self._next(population, state, gamma, len(ladder))
                     ladder.append(gamma)
-                    name = f"inverse temperature {gamma.max().item():.3g}"
+                    step = f"inverse temperature {gamma.max().item():.3g}"
                     change = (gamma - last).repeat_interleave(self.num_particles, 0)
                     increment = tempered(state.total_log_likelihood, change)
-                    islands.weigh(increment, Step(name, {}, state.log_likelihood, None))
-                    if (index := islands.resample()) is not None:
+                    population.weigh(increment, WeightUpdate(step, {}, state.log_likelihood))
+                    if (index := population.resample()) is not None:
                         state = state.gather(program, index)
-                    with keeping(lambda state=state: SoFar(particles=state)) as run:  # type: ignore[misc]
+                    with keeping(so_far) as run:
                         for _ in range(0 if interrupted else self.num_sweeps):
                             each = gamma.repeat_interleave(self.num_particles, 0)
                             state = sweep(moves, state, each, tally=tally, adapt=self.ladder is None)
@@ -140,49 +145,52 @@ class AnnealedSMC:
                 engine="AnnealedSMC",
                 kind="particles",
                 num_chains=self.num_chains,
-                log_weights=islands.total,
-                roots=islands.roots,
+                log_weights=population.total_log_weights,
+                roots=population.roots,
                 stats=watch.stats()
-                | Islands.record([islands])
+                | Population.stats([population])
                 | {"inverse_temperatures": to_numpy(torch.stack(ladder, 1))}
                 | tally.stats()
                 | {"interrupted": interrupted},
                 prior=initial,
             )
 
-    def _next(self, islands: Islands, state: Particles, gamma: Tensor, step: int) -> Tensor:
-        """The next inverse temperatures (chain, column)."""
+    def _next(self, population: Population, state: Particles, gamma: Tensor, step: int) -> Tensor:
+        """Return the next inverse temperatures, (chain, prompt)."""
         if self.ladder is not None:
             return torch.full_like(gamma, self.ladder[step])
         shape = (self.num_chains, self.num_particles, -1)
-        return next_temperature(
-            islands.log_weights.reshape(shape), state.total_log_likelihood.reshape(shape), gamma, self.cess
+        return next_inverse_temperature(
+            population.log_weights.reshape(shape), state.total_log_likelihood.reshape(shape), gamma, self.cess
         )
 
 
-def next_temperature(log_weights: Tensor, log_likelihood: Tensor, gamma: Tensor, share: float) -> Tensor:
-    """How far each posterior may cool until its conditional ESS is ``share`` of its particles, at most to 1.
+def next_inverse_temperature(log_weights: Tensor, log_likelihood: Tensor, gamma: Tensor, share: float) -> Tensor:
+    """Return the inverse temperatures (chain, prompt) at which the conditional ESS is a share of the particles.
 
-    :param log_weights, log_likelihood: (chain, particle, column). Particles that are dead, or that any cooling kills,
-        do not count: no step is small enough to keep them.
-    :param gamma: the inverse temperatures (chain, column) now.
+    :param log_weights: (chain, particle, prompt).
+    :param log_likelihood: log L of the particles, (chain, particle, prompt). Particles of weight or likelihood 0 do not
+        count, because every step, however short, leaves them without weight.
+    :param gamma: the present inverse temperatures, (chain, prompt). The new ones are larger, and at most 1.
+    :param share: the conditional ESS divided by the number of particles.
     """
-    wide = torch.float32 if gamma.device.type == "mps" else torch.float64
+    dtype = torch.float32 if gamma.device.type == "mps" else torch.float64  # MPS has no float64
     alive = log_likelihood > -torch.inf
-    weights = torch.where(alive, log_weights, -torch.inf).to(wide)
-    likelihood = torch.where(alive, log_likelihood, 0.0).to(wide)
+    weights = torch.where(alive, log_weights, -torch.inf).to(dtype)
+    likelihood = torch.where(alive, log_likelihood, 0.0).to(dtype)
 
-    def enough(step: Tensor) -> Tensor:
-        rise = step[:, None] * likelihood
-        log_cess = 2 * (weights + rise).logsumexp(1) - weights.logsumexp(1) - (weights + 2 * rise).logsumexp(1)
-        return ~(log_cess < math.log(share))  # not a number where all are dead: no step is too long
+    def is_short(step: Tensor) -> Tensor:
+        """Return whether the conditional ESS after a step is at least the share, (chain, prompt)."""
+        change = step[:, None] * likelihood
+        log_cess = 2 * (weights + change).logsumexp(1) - weights.logsumexp(1) - (weights + 2 * change).logsumexp(1)
+        return ~(log_cess < math.log(share))  # NaN, where all particles have weight 0: no step is too long
 
-    high = 1.0 - gamma.to(wide)
-    low, whole = torch.zeros_like(high), enough(high)
+    high = 1.0 - gamma.to(dtype)
+    low, reaches_one = torch.zeros_like(high), is_short(high)
     for _ in range(50):
         middle = (low + high) / 2
-        fits = enough(middle)
-        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+        short = is_short(middle)
+        low, high = torch.where(short, middle, low), torch.where(short, high, middle)
     one = torch.ones_like(gamma)
     further = torch.maximum((gamma + low).to(gamma), torch.nextafter(gamma, one))
-    return torch.where(whole, one, further)
+    return torch.where(reaches_one, one, further)

@@ -1,9 +1,9 @@
-r"""Exact inference by enumeration: the oracle of every test.
+r"""Exact inference by enumeration, the reference of the tests.
 
     Z = \sum_x p(x) exp(r(x)/beta),    \pi^*(x) = p(x) exp(r(x)/beta) / Z
 
-The atoms are all joint assignments of the latent sites. Where prompts are posteriors of their own, they are
-enumerated side by side; elements of any other plate combine freely.
+The atoms are all joint assignments of the latent sites. Prompts that are posteriors of their own are enumerated
+independently, each in its own column; elements of any other plate are combined in all ways.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ from bayeslm.posterior import Posterior
 
 @dataclass(frozen=True)
 class Exact:
-    """Every value of every latent, with its exact posterior weight.
+    """Every joint assignment of the latents, with its exact posterior weight.
 
-    :param max_atoms: refuse above so many joint assignments a prompt.
-    :param num_prior_samples: draws of the prior kept for comparison.
-    :param seed: of those draws.
+    :param max_atoms: the largest number of joint assignments for each prompt.
+    :param num_prior_samples: the number of draws of the prior in the posterior's ``prior``, for comparison.
+    :param seed: seed of these draws; None draws from the global random state.
+    :raises ValueError: if a setting is out of range.
     """
 
     max_atoms: int = 1_000_000
@@ -52,7 +53,9 @@ class Exact:
         check_counts(self, "max_atoms", "num_prior_samples")
 
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
-        """Enumerate ``model(*args, **kwargs)``: one chain whose draws are the atoms, log Z without error.
+        """Enumerate ``model(*args, **kwargs)``: one chain whose draws are the atoms, and the exact log Z.
+
+        ``stats``: ``atoms`` (their number), ``seconds``, ``tokens`` and ``model_calls``.
 
         :raises ProgramError: if a latent cannot be enumerated, or there are more than ``max_atoms`` atoms.
         :raises EvidenceError: if no atom has positive probability.
@@ -68,7 +71,7 @@ class Exact:
                 engine="Exact",
                 kind="enumerated",
                 num_chains=1,
-                # as if drawn uniformly from the atoms, so that the mean weight is Z for this engine as for all
+                # as if drawn uniformly from the atoms, so that the mean weight is Z, as for all engines
                 log_weights=particles.log_joint + np.log(atoms),
                 evidence=(log_z, np.zeros_like(log_z)),
                 stats=watch.stats() | {"atoms": atoms},
@@ -76,15 +79,15 @@ class Exact:
             )
 
     def _enumerate(self, program: Program) -> Particles:
-        """All joint assignments, scored in batches of bounded memory."""
+        """Score all joint assignments, in batches of bounded memory."""
         free = {site.name: _free_elements(program, site) for site in program.latents}
         sizes = {site.name: _support_size(site) ** free[site.name] for site in program.latents}
         total = math.prod(sizes.values())
         if total > self.max_atoms:
             each = " x ".join(f"{size:,} of {name!r}" for name, size in sizes.items())
             raise ProgramError(
-                f"{total:,} atoms ({each}) are more than max_atoms={self.max_atoms:,}: "
-                "use a smaller vocabulary or fewer tokens, or another engine"
+                f"{total:,} atoms ({each}) are more than max_atoms={self.max_atoms:,}: raise max_atoms, use a smaller "
+                "vocabulary or fewer tokens, or use another engine"
             )
         values: dict[str, Tensor] = {}
         inner, outer = total, 1
@@ -103,40 +106,43 @@ class Exact:
         return Particles.concatenate(parts)
 
     def _prior(self, program: Program, atoms: Particles) -> Particles:
-        """Draws of the prior, by its exact probabilities of the atoms."""
+        """Draw from the prior by the exact probabilities of the atoms."""
         mass = (atoms.log_prior - atoms.log_prior.amax(0)).exp()
         index = torch.multinomial(mass.T.cpu(), self.num_prior_samples, replacement=True).T
         return atoms.gather(program, index)
 
 
 def _support_size(site: Site) -> int:
-    """How many values one element of a site has."""
+    """Return the number of values of one element of a site."""
     if site.masked:
-        raise ProgramError(f"Exact cannot enumerate site {site.name!r}: masked, its values have no probabilities")
+        raise ProgramError(
+            f"Exact cannot enumerate site {site.name!r}: it is masked, so its values have no probabilities"
+        )
     if isinstance(site.fn, Autoregressive):
         return site.fn.support_size
     try:
         return len(site.fn.enumerate_support(expand=False))
     except NotImplementedError:
         raise ProgramError(
-            f"Exact cannot enumerate site {site.name!r} ({type(site.fn).__name__}): it needs finite supports; "
-            "use ImportanceSampling or SVI"
+            f"Exact cannot enumerate site {site.name!r}: the support of {type(site.fn).__name__} is not finite. Use "
+            "ImportanceSampling or SVI"
         ) from None
 
 
 def _free_dims(program: Program, site: Site) -> list[int]:
-    """Sizes of a site's batch dims whose elements combine freely, 1 for the others (prompts side by side)."""
-    together = None if program.shared else PROMPTS
+    """Return the sizes of a site's batch dims, but 1 for the prompts' where each is enumerated on its own."""
+    separate = None if program.shared else PROMPTS
     batch = enumerate(site.shape[: site.batch_dims])
-    return [1 if site.plates.get(i - site.batch_dims) == together else size for i, size in batch]
+    return [1 if site.plates.get(i - site.batch_dims) == separate else size for i, size in batch]
 
 
 def _free_elements(program: Program, site: Site) -> int:
+    """Return the number of elements of a site whose values are combined."""
     return math.prod(_free_dims(program, site))
 
 
 def _atoms(program: Program, site: Site, elements: int) -> Tensor:
-    """Every value of a site, (atom, *batch, *event)."""
+    """Return all values of a site, (atom, *batch, *event), by the number of its combined ``elements``."""
     batch, event = site.shape[: site.batch_dims], site.shape[site.batch_dims :]
     support = site.fn.enumerate_support(expand=False).reshape(-1, *event)
     one = torch.arange(len(support), device=support.device)

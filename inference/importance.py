@@ -1,12 +1,12 @@
-r"""Importance sampling: weigh draws of a proposal q by what they miss of the posterior.
+r"""Importance sampling: draws of a proposal q, weighted by the ratio of the posterior to q.
 
     x_i ~ q,    w_i = p(x_i) exp(r(x_i)/beta) / q(x_i),    \hat Z = (1/n) \sum_i w_i,    E[\hat Z] = Z
 
-With the prior as the proposal the weight is the likelihood alone. The k-hat of Pareto-smoothed importance sampling
+With the prior as the proposal the weight is the likelihood. The k-hat of Pareto-smoothed importance sampling
 (Vehtari, Simpson, Gelman, Yao and Gabry, arXiv 1507.02646) says whether the weights can be trusted: below 0.7.
 
-Conditional importance sampling has a draw of the posterior itself as the first of each chain: log \hat Z is then an
-upper bound of log Z in expectation, as it is a lower bound without (`retained`, `bayeslm.diagnostics.certify`).
+Conditional importance sampling replaces the first draw of each chain by an exact draw of the posterior: log \hat Z is
+then an upper bound of log Z in expectation, while it is a lower bound without it (`bayeslm.diagnostics.certify`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bayeslm.inference.program import (
     posterior,
     seeded,
 )
-from bayeslm.inference.sequential import check_retained, in_front, retained_particles
+from bayeslm.inference.sequential import check_retained, put_first, retained_particles
 from bayeslm.models.lm import LanguageModel
 from bayeslm.posterior import Posterior
 
@@ -35,16 +35,19 @@ from bayeslm.posterior import Posterior
 class ImportanceSampling:
     """Weighted draws of a proposal.
 
-    :param num_particles: draws in each chain.
-    :param num_chains: independent replicates.
-    :param guide: the proposal: a Pyro guide of the program, or a `LanguageModel` that takes the place of the
-        program's own (a policy trained by `SVI`). None proposes from the prior.
-    :param retained: exact draws of the posterior, from `RejectionSampling` or `Exact` on the same program: chain c
-        has the c-th of them as its first particle, and log Z is bounded from above. At least one a chain.
-    :param batch_size: particles run at once; by default what bounded memory takes.
-    :param vectorize: run all particles of a batch as one program run; False for programs whose Python code
-        depends on single latent values.
-    :param seed: reproduces the run; None leaves the global random state in charge.
+    :param num_particles: the number of draws in each chain.
+    :param num_chains: the number of independent chains.
+    :param guide: the proposal, a Pyro guide of the program or a `LanguageModel` (a policy trained by `SVI`) in the
+        place of the program's own. None proposes from the prior.
+    :param retained: exact draws of the posterior, by `RejectionSampling` or `Exact` on the same program, at least one
+        for each chain. Then the first particle of chain c is the c-th of them, and the chain's log Z is an upper bound
+        in expectation.
+    :param batch_size: the number of particles in one run of the program; None for as many as bounded memory allows.
+    :param vectorize: whether one run of the program holds all particles of a batch. False runs them one by one, for
+        programs whose Python code depends on the value of a latent.
+    :param seed: seed of all random numbers; None draws from the global random state.
+    :param progress: whether to show a progress bar.
+    :raises ValueError: if a setting is out of range.
     """
 
     num_particles: int = 256
@@ -61,14 +64,20 @@ class ImportanceSampling:
         check_retained(self)
         if isinstance(self.guide, type):
             raise ValueError(
-                f"ImportanceSampling: guide is the class {self.guide.__name__}: make one and train it, by SVI"
+                f"ImportanceSampling: guide is the class {self.guide.__name__}, not an instance: make one, and train "
+                "it by SVI"
             )
 
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
-        """Sample the posterior of ``model(*args, **kwargs)``. ``stats``: ``ess`` and ``khat`` a prompt.
+        """Sample the posterior of ``model(*args, **kwargs)``.
 
-        :raises EvidenceError: if no draw has positive probability.
+        ``stats``: ``ess`` (prompt,), the effective sample size; ``khat`` (prompt,), the shape of the weights' tail;
+        ``interrupted``, ``seconds``, ``tokens`` and ``model_calls``. After Ctrl-C the posterior has the draws until
+        then.
+
+        :raises EvidenceError: if no draw of a prompt has positive probability.
         :raises ProgramError: if the retained draws are not of this program, or the guide cannot have proposed them.
+        :raises RunError: if an error stops the run after the first batch; it carries the draws.
         """
         with seeded(self.seed), Stopwatch() as watch:
             program = (
@@ -78,9 +87,9 @@ class ImportanceSampling:
             )
             guide = PolicyGuide(program, self.guide) if isinstance(self.guide, LanguageModel) else self.guide
             guide = None if guide is None else as_law(guide, program)
-            kept = None
+            retained = None
             if self.retained is not None:
-                kept = retained_particles(
+                retained = retained_particles(
                     program,
                     self.retained,
                     self.num_chains,
@@ -99,11 +108,11 @@ class ImportanceSampling:
             )
             return posterior(
                 program,
-                particles if kept is None else in_front(kept, particles),
+                particles if retained is None else put_first(retained, particles),
                 engine="ImportanceSampling",
                 kind="weighted",
                 num_chains=self.num_chains,
-                conditional=kept is not None,
+                conditional=retained is not None,
                 stats=watch.stats() | {"interrupted": interrupted},
                 prior=particles if guide is None else None,
             )

@@ -1,26 +1,27 @@
-r"""Markov chain Monte Carlo over texts, and whatever other latents a program has: many chains as one batch.
+r"""Markov chain Monte Carlo over completions and the other latents of a program: many chains as one batch.
 
-    a sweep: for each latent in turn, a Metropolis-Hastings step (`moves`) that leaves \pi(z) \propto p(z) L(z) as it is
+    a sweep: for each latent in turn, a Metropolis-Hastings step (`Move`) that leaves \pi(z) \propto p(z) L(z) invariant
 
-Chains start from importance sampling: they are draws of its particles with probabilities proportional to the weights
-(sampling-importance resampling, Rubin 1988), and a warm-up follows, which adapts step sizes and is thrown away.
+Chains start from importance sampling: their first states are draws of its particles with probabilities proportional to
+the weights (sampling-importance resampling, Rubin 1988). A warm-up follows, which adapts step sizes and is discarded.
 
 Parallel tempering runs K replicas of each chain, at inverse temperatures 0 = g_1 < ... < g_K = 1 of the likelihood,
-and exchanges neighbours with probability min(1, (L(z_k) / L(z_{k+1}))^{g_{k+1} - g_k}), even and odd pairs in turn.
-The first replica draws from the prior and forgets; only the last one is kept. In the warm-up the temperatures move to
-where all neighbours refuse equally often (Syed, Bouchard-Côté, Deligiannidis and Doucet 2021, arXiv 1905.02939).
+and exchanges neighbours with probability min(1, (L(z_k) / L(z_{k+1}))^{g_{k+1} - g_k}), even and odd pairs alternating.
+The first replica samples the prior, where chains mix fast; only the last one is kept. In the warm-up the inverse
+temperatures move to where all pairs reject equally often (Syed, Bouchard-Côté, Deligiannidis and Doucet 2021, arXiv
+1905.02939).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from bayeslm import diagnostics
-from bayeslm.inference.markov import RandomWalk, Replicas, Tally, latent_moves, sweep
+from bayeslm.inference.markov import RandomWalk, Replicas, Tally, as_draws, chain_by_chain, latent_moves, sweep
 from bayeslm.inference.program import (
     Particles,
     PolicyGuide,
@@ -44,18 +45,20 @@ from bayeslm.progress import track
 
 @dataclass(frozen=True)
 class MCMC:
-    """Chains of completions whose suffixes are redrawn, with steps for the other latents of the program.
+    """Markov chains whose steps redraw suffixes of completions, and move the other latents of the program.
 
-    :param num_samples: draws kept of each chain.
-    :param num_chains: chains, all run as one batch.
-    :param warmup: sweeps before the first draw.
-    :param thin: sweeps for each draw.
-    :param initial_particles: draws of the prior, or of the proposal, that chains start from.
-    :param proposal: a policy (trained by `SVI`) that proposes suffixes in the prior's place.
-    :param num_temperatures: replicas of each chain in parallel tempering, for posteriors with modes far apart. 1 is
-        none; each costs as much as a chain.
-    :param step_size: of random walks on continuous latents, at the start; see `RandomWalk`.
-    :param seed, progress: as in `ImportanceSampling`.
+    :param num_samples: the number of draws of each chain.
+    :param num_chains: the number of chains, which run as one batch.
+    :param warmup: the number of sweeps before the first draw.
+    :param thin: the number of sweeps for each draw.
+    :param initial_particles: the number of draws of the prior, or of the proposal, from which the chains start.
+    :param proposal: a policy (trained by `SVI`) that proposes suffixes of completions; None for the prior.
+    :param num_temperatures: the number of replicas of each chain in parallel tempering, for posteriors with modes that
+        are far apart. 1 is none; each costs as much as a chain.
+    :param step_size: the initial step size of random walks on continuous latents, see `RandomWalk`.
+    :param seed: seed of all random numbers; None draws from the global random state.
+    :param progress: whether to show progress bars.
+    :raises ValueError: if a setting is out of range.
     """
 
     num_samples: int = 200
@@ -74,17 +77,18 @@ class MCMC:
         check_positive(self, "step_size")
 
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
-        """Sample the posterior of ``model(*args, **kwargs)``. Draws come equally weighted; log Z is not estimated.
+        """Sample the posterior of ``model(*args, **kwargs)``. Draws are equally weighted; log Z is not estimated (NaN).
 
-        ``stats``, for each site: ``acceptance_<site>`` (prompt,), ``acceptance_by_cut_<site>`` and ``cuts_<site>``
-        (max_new_tokens,) of completions, ``step_size_<site>`` (prompt,) of continuous latents; of the warm start
-        ``initial_ess`` and ``initial_log_evidence`` (prompt,), importance sampling's own; with parallel tempering
-        ``swap_acceptance`` (pair, prompt) and ``inverse_temperatures`` (temperature, prompt).
+        ``stats``, for each site: ``acceptance_<site>`` (prompt,); of completions ``acceptance_by_cut_<site>`` and
+        ``cuts_<site>`` (max_new_tokens,), see `Tally`; of continuous latents ``step_size_<site>`` (prompt,). Of the
+        initial particles: ``initial_ess`` and ``initial_log_evidence`` (prompt,), the estimates of importance sampling.
+        With parallel tempering: ``swap_acceptance`` (pair, prompt) and ``inverse_temperatures`` (temperature, prompt).
+        And ``warmup``, ``thin``, ``interrupted``, ``seconds``, ``tokens`` and ``model_calls``. After Ctrl-C the
+        posterior has the draws until then, equally many of each chain.
 
-        Ctrl-C keeps the draws so far; an error on the way carries them as its ``particles``.
-
-        :raises EvidenceError: if no initial particle has positive probability.
-        :raises ProgramError: if a latent is masked, or a term of the log-joint is NaN.
+        :raises EvidenceError: if no initial particle of a prompt has positive probability.
+        :raises ProgramError: if a latent is masked, or a term of the log-joint is NaN or +inf.
+        :raises RunError: if an error stops the run after the first draws; it carries them.
         """
         with seeded(self.seed), Stopwatch() as watch, torch.no_grad():
             program = inspect(model, *args, **kwargs)
@@ -101,11 +105,11 @@ class MCMC:
             moves = latent_moves(program, policy=self.proposal, step_size=self.step_size, groups=groups)
             state = replicas.start(initial)
             tally = Tally()
-            parts: list[Particles] = []
+            states: list[Particles] = []
             steps = self.warmup + self.num_samples * self.thin
 
             def so_far() -> SoFar | None:
-                return SoFar(particles=chain_major(parts)) if parts else None
+                return SoFar(particles=chain_by_chain(states)) if states else None
 
             with track("MCMC", steps, self.progress) as report, keeping(so_far) as run:
                 for step in range(steps):
@@ -117,19 +121,18 @@ class MCMC:
                     if warm:
                         replicas.adapt(step + 1)
                     elif (step - self.warmup + 1) % self.thin == 0:
-                        parts.append(recorded(state[replicas.cold]))
+                        states.append(as_draws(state[replicas.cold]))
                     report()
-            steps_of = {m.site.name: m.step_size[-1] for m in moves if isinstance(m, RandomWalk)}
-            kept = chain_major(parts)
+            step_sizes = {move.site.name: move.step_size[-1] for move in moves if isinstance(move, RandomWalk)}
             return posterior(
                 program,
-                kept,
+                chain_by_chain(states),
                 engine="MCMC",
                 kind="markov",
                 num_chains=self.num_chains,
                 stats=watch.stats()
                 | tally.stats()
-                | {f"step_size_{name}": to_numpy(size) for name, size in steps_of.items()}
+                | {f"step_size_{name}": to_numpy(size) for name, size in step_sizes.items()}
                 | {
                     "initial_ess": diagnostics.ess(weights),
                     "initial_log_evidence": diagnostics.log_evidence(weights)[0],
@@ -138,25 +141,3 @@ class MCMC:
                 | {"warmup": self.warmup, "thin": self.thin, "interrupted": run.interrupted},
                 prior=initial if guide is None else None,
             )
-
-
-def recorded(state: Particles) -> Particles:
-    """Return the chains' state as draws: on the CPU, without the tokens' log-probabilities."""
-    return replace(
-        state,
-        values={name: value.cpu() for name, value in state.values.items()},
-        log_prior=state.log_prior.cpu(),
-        log_proposal=state.log_proposal.cpu(),
-        log_likelihood={name: term.cpu() for name, term in state.log_likelihood.items()},
-        token_log_prob={},
-        pointwise={name: term.cpu() for name, term in state.pointwise.items()},
-        auxiliary={},
-        proposal_token_log_prob={},
-        log_left_out=None,
-    )
-
-
-def chain_major(parts: list[Particles]) -> Particles:
-    """Draws of all chains, one part a draw, in the order of chains."""
-    draws, chains = len(parts), len(parts[0])
-    return Particles.concatenate(parts)[torch.arange(draws * chains).reshape(draws, chains).T.reshape(-1)]

@@ -1,8 +1,8 @@
-r"""The No-U-Turn Sampler, Pyro's own, for programs whose latents are all continuous.
+r"""The No-U-Turn Sampler of Pyro, for programs whose latents are all continuous.
 
-Hamiltonian Monte Carlo whose trajectories end where they turn back (Hoffman and Gelman 2014, arXiv 1111.4246), the
-next point being drawn from the trajectory by its density (Betancourt 2017, arXiv 1701.02434). It moves over real
-numbers z, each latent being x = f(z) with f the bijection onto its support:
+It is Hamiltonian Monte Carlo whose trajectories end where they turn back (Hoffman and Gelman 2014, arXiv 1111.4246) and
+whose next point is drawn from the trajectory by its density (Betancourt 2017, arXiv 1701.02434). Its state is real
+numbers z, each latent being x = f(z) with f the bijection onto its support, and its potential is
 
     U(z) = -log p(f(z), y) - log |det f'(z)|
 """
@@ -19,7 +19,13 @@ from pyro.infer import MCMC as PyroMCMC
 from pyro.infer import NUTS as PyroNUTS
 from torch import Tensor
 
-from bayeslm.inference.markov import Potential, ScoredOnce, score, starting_point, unconstrained_shapes
+from bayeslm.inference.markov import (
+    Potential,
+    ScoreOnce,
+    score_unconstrained,
+    starting_point,
+    unconstrained_shapes,
+)
 from bayeslm.inference.program import (
     Particles,
     Program,
@@ -35,24 +41,30 @@ from bayeslm.inference.program import (
 from bayeslm.posterior import Posterior
 from bayeslm.progress import Report, track
 
-STARTS = 100  # points tried, for one that the posterior allows
+STARTS = 100  # points to try, until one has positive density
 
 
 @dataclass(frozen=True)
 class NUTS:
-    """Chains of Pyro's No-U-Turn Sampler, one after the other.
+    """Chains of Pyro's No-U-Turn Sampler, run one after another.
 
-    All latents of all prompts are one state, and one trajectory moves them together: prompts that are posteriors of
-    their own stay so, and share the length and the step size of trajectories. Completions can be observed
+    The latents of all prompts are one state, and each trajectory moves them together: prompts that are posteriors of
+    their own remain independent, but share the length and the step size of trajectories. Completions can be observed
     (``pyro.sample("x", lm(prompts), obs=tokens)``); their networks run once, not at each step.
 
-    :param num_samples: draws of each chain, after ``warmup`` steps that adapt step size and mass matrix.
-    :param num_chains: chains, from starting points of their own.
-    :param target_accept: the mean acceptance that the step size is adapted to; higher is slower, with fewer
+    :param num_samples: the number of draws of each chain.
+    :param warmup: the number of steps before the first draw; they adapt the step size and the mass matrix.
+    :param num_chains: the number of chains, each with its own starting point.
+    :param target_accept: the mean acceptance to which the step size is adapted; a higher one is slower and has fewer
         divergences.
     :param max_tree_depth: trajectories have at most 2 ** max_tree_depth steps.
-    :param batch_size, vectorize, seed, progress: as in `ImportanceSampling`. (A step runs the program at one point;
-        the first two concern draws of the prior, and of the posterior when they are scored.)
+    :param batch_size: the number of particles in one run of the program, where it is run for draws of the prior, for
+        starting points and for the final scores; None for as many as bounded memory allows. A step runs one particle.
+    :param vectorize: whether one of these runs holds all particles of a batch. False runs them one by one, for programs
+        whose Python code depends on the value of a latent.
+    :param seed: seed of all random numbers; None draws from the global random state.
+    :param progress: whether to show a progress bar.
+    :raises ValueError: if a setting is out of range.
     """
 
     num_samples: int = 500
@@ -71,25 +83,26 @@ class NUTS:
             raise ValueError(f"NUTS: target_accept must be between 0 and 1, got {self.target_accept}")
 
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
-        """Sample the posterior of ``model(*args, **kwargs)``; log Z is not estimated (NaN).
+        """Sample the posterior of ``model(*args, **kwargs)``. Draws are equally weighted; log Z is not estimated (NaN).
 
-        ``stats``: ``acceptance`` (mean acceptance probability), ``divergences`` (their number) and ``step_size``, one
-        a chain. Ctrl-C keeps the chains that are done, or what the first has drawn.
+        ``stats``: ``acceptance``, the mean probability of acceptance, ``divergences``, their number, and ``step_size``,
+        all (chain,); ``interrupted``, ``seconds``, ``tokens`` and ``model_calls``. After Ctrl-C the posterior has the
+        complete chains or, if there are none, the draws of the first.
 
         :raises ProgramError: if a latent is not continuous, or the log-density has no finite gradient.
         :raises EvidenceError: if no starting point has positive probability.
+        :raises RunError: if an error stops the run after the first draw; it carries the same draws.
         """
         with seeded(self.seed), Stopwatch() as watch:
             program = inspect(model, *args, **kwargs)
             shapes = unconstrained_shapes(program)
-            scored = ScoredOnce(program)
-            with scored:
+            score_once = ScoreOnce(program)
+            with score_once:
                 prior, _ = draw(program, None, self.num_samples, batch_size=self._size, vectorize=self.vectorize)
-            parts, stats, interrupted = self._chains(program, shapes, scored)
-            particles = Particles.concatenate(parts)
+            parts, stats, interrupted = self._chains(program, shapes, score_once)
             return posterior(
                 program,
-                particles,
+                Particles.concatenate(parts),
                 engine="NUTS",
                 kind="markov",
                 num_chains=len(parts),
@@ -102,20 +115,22 @@ class NUTS:
         return self.batch_size if self.vectorize else 1
 
     def _chains(
-        self, program: Program, shapes: dict[str, torch.Size], scored: ScoredOnce
+        self, program: Program, shapes: dict[str, torch.Size], score_once: ScoreOnce
     ) -> tuple[list[Particles], dict[str, Any], bool]:
-        """Return the draws of each chain, its figures, and whether Ctrl-C interrupted them.
+        """Run the chains.
 
-        :raises RunError: if a later chain fails; it carries the finished chains.
+        :returns: the particles of each chain, their ``stats`` (chain,), and whether Ctrl-C interrupted them.
+        :raises RunError: if an error stops them after the first draw; it carries the complete chains, or the first's
+            draws.
         """
         parts: list[Particles] = []
         figures: list[dict[str, float]] = []
         draws: list[dict[str, Tensor]] = []
 
         def so_far() -> SoFar | None:
-            """The finished chains or, if there are none, the draws of the first."""
+            """Return the complete chains; if there are none, the draws of the first become one."""
             if not parts and draws:
-                parts.append(self._score(program, scored, _stack(draws)))
+                parts.append(self._score(program, score_once, _stack(draws)))
             return SoFar(particles=Particles.concatenate(parts)) if parts else None
 
         steps = self.num_chains * (self.warmup + self.num_samples)
@@ -123,33 +138,36 @@ class NUTS:
             for _ in range(self.num_chains):
                 draws.clear()
                 figures.append({})
-                z = self._start(program, shapes, scored)
-                self._walk(Potential(program, scored), z, draws, figures[-1], report)
-                parts.append(self._score(program, scored, _stack(draws)))
-        return parts, _columns(figures[: len(parts)]), run.interrupted
+                z = self._start(program, shapes, score_once)
+                self._walk(Potential(program, score_once), z, draws, figures[-1], report)
+                parts.append(self._score(program, score_once, _stack(draws)))
+        names = ("acceptance", "divergences", "step_size")
+        stats = {name: np.array([chain[name] for chain in figures[: len(parts)]]) for name in names}
+        return parts, stats, run.interrupted
 
-    def _start(self, program: Program, shapes: dict[str, torch.Size], scored: ScoredOnce) -> dict[str, Tensor]:
-        """A point of U(-2, 2) that the posterior allows, the first of `STARTS`."""
+    def _start(self, program: Program, shapes: dict[str, torch.Size], score_once: ScoreOnce) -> dict[str, Tensor]:
+        """Draw points from U(-2, 2) and return the first with positive density."""
         like = {site.name: site.value for site in program.latents}
         z = {name: torch.empty((STARTS, *shapes[name])).uniform_(-2, 2).to(like[name]) for name in shapes}
-        return starting_point(program, scored, z, batch_size=self.batch_size, vectorize=self.vectorize)
+        return starting_point(program, score_once, z, batch_size=self.batch_size, vectorize=self.vectorize)
 
     def _walk(
         self,
         potential: Potential,
         z: dict[str, Tensor],
         draws: list[dict[str, Tensor]],
-        seen: dict[str, float],
+        figures: dict[str, float],
         report: Report,
     ) -> None:
-        """One chain from z: its draws go to ``draws``, its figures to ``seen``."""
+        """Run one chain from z; append its draws to ``draws``, and set its ``stats`` so far in ``figures``."""
 
-        def note(kernel: PyroNUTS, params: dict[str, Tensor], stage: str, step: int) -> None:
+        def record(kernel: PyroNUTS, params: dict[str, Tensor], stage: str, step: int) -> None:
             acceptance = float(kernel.logging()["acc. prob"])
             if stage == "Sample":
-                draws.append({name: x.detach() for name, x in params.items()})
                 divergences = len(kernel.diagnostics()["divergences"])
-                seen.update(acceptance=acceptance, divergences=divergences, step_size=kernel.step_size)
+                # before the draw, so that Ctrl-C between the two leaves no draw without figures
+                figures.update(acceptance=acceptance, divergences=divergences, step_size=kernel.step_size)
+                draws.append({name: x.detach() for name, x in params.items()})
             report(values={"acceptance": acceptance, "step size": kernel.step_size})
 
         kernel = PyroNUTS(
@@ -160,19 +178,15 @@ class NUTS:
             num_samples=self.num_samples,
             warmup_steps=self.warmup,
             initial_params=z,
-            transforms={},  # draws are brought back where they are scored
-            hook_fn=note,
+            transforms={},  # `_score` maps z to the supports
+            hook_fn=record,
             disable_progbar=True,
         ).run()
 
-    def _score(self, program: Program, scored: ScoredOnce, z: dict[str, Tensor]) -> Particles:
-        return score(program, scored, z, batch_size=self.batch_size, vectorize=self.vectorize)[0]
+    def _score(self, program: Program, score_once: ScoreOnce, z: dict[str, Tensor]) -> Particles:
+        return score_unconstrained(program, score_once, z, batch_size=self.batch_size, vectorize=self.vectorize)[0]
 
 
 def _stack(draws: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack draws (*batch, *event) by site, (draw, *batch, *event)."""
     return {name: torch.stack([z[name] for z in draws]) for name in draws[0]}
-
-
-def _columns(seen: list[dict[str, float]]) -> dict[str, Any]:
-    """Figures of chains, (chain,)."""
-    return {name: np.array([figures[name] for figures in seen]) for name in seen[0]}

@@ -1,8 +1,8 @@
-r"""Data drawn anew from a posterior, to be compared with the data that were seen: posterior predictive checks.
+r"""Posterior predictive checks: replicated data from a posterior, to compare with the observed data.
 
     y^{rep}_s ~ p(y | \theta_s),     \theta_s ~ p(\theta | y)
 
-If a program fits, a statistic T(y) of what was observed is no outlier among the T(y^{rep}_s) (Rubin 1984; Gelman, Meng
+If a program fits, a statistic T(y) of the observed data is no outlier among the T(y^{rep}_s) (Rubin 1984; Gelman, Meng
 and Stern 1996, "Posterior predictive assessment of model fitness via realized discrepancies").
 """
 
@@ -41,36 +41,42 @@ def predict(
     seed: int | None = None,
     **kwargs: Any,
 ) -> Posterior:
-    """The posterior's equally weighted draws, and with each a data set: a program's observed sites drawn anew.
+    """Draw a replicated data set for each of the posterior's equally weighted draws.
 
-    They are ``predictive[name]`` (chain, draw, *batch, *event), and ArviZ's group ``posterior_predictive``. The program
-    may be given other data than the posterior's, held out: ``observed``, ``log_likelihood`` and ``pointwise`` are those
-    of the data given, while ``log_joint`` and log Z stay the posterior's.
+    The result is the resampled posterior with ``predictive[name]`` (chain, draw, *batch, *event) for each observed
+    site, which is ArviZ's group ``posterior_predictive``. If the program has other data than the posterior's (held-out
+    data), then ``observed``, ``log_likelihood`` and ``pointwise`` are those of the program's data, while ``log_joint``
+    and log Z remain the posterior's.
 
-    :param posterior: by any engine, of a program with the same latents as ``model(*args, **kwargs)``.
-    :param num_draws: in each chain, as in `Posterior.resample`.
-    :raises ProgramError: if the program has other latents than the posterior, or observes nothing.
+    :param posterior: the posterior by any engine, of a program with the same latents as ``model(*args, **kwargs)``.
+    :param model: the program; ``args`` and ``kwargs`` are its arguments.
+    :param num_draws: the number of draws in each chain; None for as many as the posterior has, or 1000
+        if it is an enumeration.
+    :param seed: seed of all random numbers; None draws from the global random state.
+    :raises ProgramError: if the program has other latents than the posterior, or no observed data.
     """
     with seeded(seed), torch.no_grad():
         program = inspect(model, *args, **kwargs)
         observed = [site for site in program.sites.values() if site.kind == "observed" and site.value.numel()]
         if not observed:
-            raise ProgramError("the program observes nothing: there are no data to draw anew (factors are none)")
+            raise ProgramError("the program has no observed data to replicate (a factor is none): give a site obs=...")
         draws = posterior.resample(num_draws, seed=int(torch.randint(2**31, ())))
         chains, per_chain = draws.log_weights.shape[:2]
         values = {}
         for site in program.latents:
             x = draws.samples.get(site.name)
             if x is None or x.shape[2:] != site.shape:
-                raise ProgramError(f"the posterior has no {site.name!r} of shape {site.shape}: it is another program's")
+                raise ProgramError(
+                    f"the posterior has no {site.name!r} of shape {site.shape}: it must be of the same program"
+                )
             values[site.name] = torch.as_tensor(x.reshape(-1, *site.shape)).to(site.value)
-        anew = replace(program, model=poutine.uncondition(program.model))
-        scored, drawn = [], []
+        unconditioned = replace(program, model=poutine.uncondition(program.model))
+        scored, replicated = [], []
         for rows in torch.arange(chains * per_chain).split(program.max_particles):
             with assign_values(program, {name: x[rows.to(x.device)] for name, x in values.items()}):
                 scored.append(run_particles(program, None, len(rows)))
-                nodes = dict(sample_sites(traces(anew, None, len(rows))[0]))
-            drawn.append({site.name: site_value(site, nodes[site.name]["value"], len(rows)) for site in observed})
+                nodes = dict(sample_sites(traces(unconditioned, None, len(rows))[0]))
+            replicated.append({site.name: site_value(site, nodes[site.name]["value"], len(rows)) for site in observed})
     particles = Particles.concatenate(scored)
 
     def split(x: Tensor) -> np.ndarray:
@@ -78,7 +84,7 @@ def predict(
 
     return replace(
         draws,
-        predictive={site.name: split(torch.cat([part[site.name] for part in drawn])) for site in observed},
+        predictive={site.name: split(torch.cat([part[site.name] for part in replicated])) for site in observed},
         pointwise={name: split(x) for name, x in particles.pointwise.items()},
         log_likelihood={name: split(x) for name, x in particles.log_likelihood.items()},
         observed={site.name: to_numpy(site.value) for site in observed},

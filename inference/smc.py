@@ -1,18 +1,19 @@
-r"""Twisted sequential Monte Carlo: completions written token by token, weighed on the way, and resampled.
+r"""Twisted sequential Monte Carlo: completions are written token by token, and weighted and resampled meanwhile.
 
-For t = 1, ..., T, on N particles, with a twist \psi_t (psi_0 = 1) and a proposal q:
+For t = 1, ..., T, on N particles, with a twist \psi_t (\psi_0 = 1) and a proposal q:
 
     x_t ~ q( . | x_{1:t-1})
     w_t = w_{t-1}  p(x_t | x_{1:t-1}) / q(x_t | x_{1:t-1})  \psi_t(x_{1:t}) / \psi_{t-1}(x_{1:t-1})
     where ESS(w) < threshold:  Z <- Z mean(w),  ancestors ~ resampling(w),  w = 1
 
-and at the end the twist gives way to the truth, exp(r / beta). E[\hat Z] = Z whatever the twist and the proposal; a
-good twist makes \hat Z precise (Zhao, Brekelmans, Makhzani and Grosse 2024, arXiv 2404.17546; Lew et al. 2023, "SMC
-steering", arXiv 2306.03081; the bound \psi = E[exp(r / beta) | x_{1:t}] is exact sampling). Without a twist the
-weights arrive at the end, and this is importance sampling.
+and at the end exp(r / beta) replaces the twist. E[\hat Z] = Z for any twist and any proposal; a good twist makes \hat Z
+precise (Zhao, Brekelmans, Makhzani and Grosse 2024, arXiv 2404.17546; Lew et al. 2023, "SMC steering", arXiv
+2306.03081; with the optimal \psi_t = E_p[exp(r / beta) | x_{1:t}] and the proposal it induces, sampling is exact).
+Without a twist all weights come at the end, and the algorithm is importance sampling.
 
-Any Pyro program: latents before a completion are particles too and follow the resampling, several completions come
-one after the other, and prompts that are posteriors of their own are resampled separately, in one forward pass.
+The program may be any Pyro program: latents before a completion are part of a particle and are resampled with it,
+several completions are written one after another, and prompts that are posteriors of their own are resampled
+separately, but share each forward pass.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ from bayeslm.inference.program import (
     seeded,
 )
 from bayeslm.inference.sequential import (
-    Islands,
     LearnedTwist,
     PolicyTwist,
+    Population,
     PrefixTwist,
-    Rows,
+    SiteRows,
     SiteTwist,
-    Step,
+    WeightUpdate,
     check_resampling,
     check_retained,
     induced,
@@ -55,22 +56,30 @@ from bayeslm.progress import track
 
 @dataclass(frozen=True)
 class SMC:
-    """Weighted particles, resampled while they are written.
+    """Weighted particles that are resampled while their completions are written.
 
-    :param num_particles: in each chain, which is an island of its own: resampled within itself.
-    :param num_chains: independent islands.
-    :param twist: what an unfinished text is weighed by. None: nothing. "prefix": the program's own factors, by rewards
-        that know what to say of unfinished texts (a `Reward.prefix`). "partial": the same, all other rewards scoring
-        the text so far as it is. A learned `Twist`, or one a completion site by name. A `LanguageModel`, trained by
-        `SVI`: its log-ratio to the prior; it then proposes too, unless ``proposal`` says otherwise.
-    :param proposal: the law of the next token. "prior"; "twist": the law that the twist induces on the ``top_k``
-        likeliest tokens; a `LanguageModel`, or a guide that has a ``policy``. None is "prior", or the twist's policy.
-    :param top_k: see ``proposal``.
+    :param num_particles: the number of particles in each chain.
+    :param num_chains: the number of independent chains, each resampled within itself. As many run at once as bounded
+        memory allows.
+    :param twist: the twist that weights unfinished texts. None: 1. "prefix": exp of the program's own factors, by the
+        ``prefix`` methods of its rewards (`Reward.prefix`). "partial": the same, except that rewards without such a
+        method score the text so far as if it were finished. A `Twist` (from `TwistLearning`), or a mapping from the
+        names of completion sites to any of these. A `LanguageModel` (trained by `SVI`): its ratio to the prior; it is
+        then also the proposal, unless ``proposal`` is set.
+    :param proposal: the distribution of the next token. "prior"; "twist", the distribution that the twist induces on
+        the ``top_k`` likeliest tokens; a `LanguageModel`; or a guide with a `LanguageModel` as its ``policy``. None is
+        the twist if that is a `LanguageModel`, and else "prior".
+    :param top_k: the number of tokens at which ``proposal="twist"`` evaluates the twist; the others keep their
+        probability under the prior.
     :param resampling: "systematic", "stratified", "residual" or "multinomial".
-    :param ess_threshold: resample where the ESS falls below this share of the particles; 0 never, 1 at every token.
-    :param retained: exact draws of the posterior (by `RejectionSampling`, or `Exact`). Chain i then holds the i-th
-        from beginning to end (conditional SMC, with multinomial resampling), and its log Z is a bound from above.
-    :param seed, progress: as in `ImportanceSampling`.
+    :param ess_threshold: resample where the effective sample size is below this share of the particles; 0 never
+        resamples, 1 resamples at every token.
+    :param retained: exact draws of the posterior, by `RejectionSampling` or `Exact` on the same program, at least one
+        for each chain. Then particle 0 of chain c is the c-th of them from beginning to end (conditional SMC, with
+        multinomial resampling), and the chain's log Z is an upper bound in expectation.
+    :param seed: seed of all random numbers; None draws from the global random state.
+    :param progress: whether to show a progress bar.
+    :raises ValueError: if a setting is out of range or of the wrong type.
     """
 
     num_particles: int = 64
@@ -99,25 +108,29 @@ class SMC:
         if named and self.proposal not in ("prior", "twist"):
             raise ValueError(f'SMC: proposal must be "prior", "twist" or a policy, got {self.proposal!r}')
         if not named and self.proposal is not None and _policy_of(self.proposal) is None:
-            raise ValueError("SMC: a guide as proposal needs a `policy`, the LanguageModel that writes completions")
+            raise ValueError(f"SMC: a guide as proposal needs a `policy`, a LanguageModel, got {self.proposal!r}")
         if self.proposal == "twist" and not self.twist:
-            raise ValueError('SMC: proposal="twist" needs a twist')
+            raise ValueError(f'SMC: proposal="twist" needs a twist, got twist={self.twist!r}')
 
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Sample the posterior of ``model(*args, **kwargs)``.
 
-        ``stats``, a step being a token: ``ess_by_step`` (chain, step, prompt) before resampling, ``resampled`` (chain,
-        step, prompt), and ``ancestors`` (chain, step, draw, prompt), the genealogy. Ctrl-C keeps the islands that are
-        complete, and so does an error, as its ``particles``.
+        ``stats``, where a step is a token: ``ess_by_step`` (chain, step, prompt), the effective sample size before
+        resampling; ``resampled`` (chain, step, prompt); ``ancestors`` (chain, step, draw, prompt), the genealogy;
+        ``interrupted``, ``seconds``, ``tokens`` and ``model_calls``. After Ctrl-C the posterior has the chains that
+        were complete.
 
-        :raises EvidenceError: if all particles of a prompt die: says where, of what, and what was alive until then.
-        :raises ProgramError: if the program cannot be split: its particles depend on one another.
+        :raises EvidenceError: if all particles of a prompt get weight 0; the message has the token and the factors,
+            and ``survivors`` the texts before it.
+        :raises ProgramError: if a weight is NaN or +inf, if particles depend on one another, or if a twist or retained
+            draws are not for this program.
+        :raises RunError: if an error stops the run after the first chains; it carries their particles.
         """
         with seeded(self.seed), Stopwatch() as watch:
             program = inspect(model, *args, **kwargs)
             at_once = max(1, program.max_particles // self.num_particles)
-            exact = None if self.retained is None else retained_values(program, self.retained, self.num_chains)
-            done: list[tuple[Islands, Particles]] = []
+            retained = None if self.retained is None else retained_values(program, self.retained, self.num_chains)
+            done: list[tuple[Population, Particles]] = []
             length = sum(site.fn.max_new_tokens for site in program.completions)
             rounds = range(0, self.num_chains, at_once)
 
@@ -127,116 +140,117 @@ class SMC:
             with track("SMC", length * len(rounds), self.progress) as report, keeping(so_far) as run:
                 for first in rounds:
                     chains = min(at_once, self.num_chains - first)
-                    islands = Islands(
-                        program,
-                        chains,
-                        self.num_particles,
-                        scheme=self.resampling,
-                        threshold=self.ess_threshold,
-                        alone=chains == self.num_chains,
-                        retained=exact and {name: value[first : first + chains] for name, value in exact.items()},
-                    )
-                    done.append((islands, self._run(islands, report)))
+                    own = retained and {name: value[first : first + chains] for name, value in retained.items()}
+                    population = Population(program, self, chains=chains, retained=own)
+                    done.append((population, self._run(population, report)))
+            populations = [population for population, _ in done]
             return posterior(
                 program,
                 Particles.concatenate([particles for _, particles in done]),
                 engine="SMC",
                 kind="particles",
-                num_chains=sum(islands.chains for islands, _ in done),
-                log_weights=torch.cat([islands.total for islands, _ in done]),
-                roots=torch.cat([islands.roots for islands, _ in done]),
+                num_chains=sum(population.chains for population in populations),
+                log_weights=torch.cat([population.total_log_weights for population in populations]),
+                roots=torch.cat([population.roots for population in populations]),
                 conditional=self.retained is not None,
-                stats=watch.stats()
-                | Islands.record([islands for islands, _ in done])
-                | {"interrupted": run.interrupted},
+                stats=watch.stats() | Population.stats(populations) | {"interrupted": run.interrupted},
             )
 
     @torch.no_grad()
-    def _run(self, islands: Islands, report: Callable[..., None]) -> Particles:
-        """Particles of a few islands, from the program's beginning to its end."""
-        history = islands.history
-        while not history.complete:
-            name, law = history.advance()
-            islands.weigh_terms(history.likelihood, f"the beginning of {name!r}")
-            self._write(islands, name, law, report)
-        return islands.finish()
+    def _run(self, population: Population, report: Callable[..., None]) -> Particles:
+        """Run the chains of a population from the program's beginning to its end."""
+        partial_run = population.partial_run
+        while not partial_run.complete:
+            name, distribution = partial_run.advance()
+            population.weigh_terms(partial_run.likelihood, f"the beginning of {name!r}")
+            self._write(population, name, distribution, report)
+        return population.finish()
 
-    def _write(self, islands: Islands, name: str, law: Autoregressive, report: Callable[..., None]) -> None:
-        """The completion of one site, token by token."""
-        history = islands.history
-        history.begin(name, law)
-        steps, rows, policies = law.decoder(), Rows(history.program, name, law), self._policies(law)
-        twist = self._twist(history, name, rows, steps, policies)
+    def _write(
+        self, population: Population, name: str, distribution: Autoregressive, report: Callable[..., None]
+    ) -> None:
+        """Write the completions of one site, token by token."""
+        partial_run, length = population.partial_run, distribution.max_new_tokens
+        partial_run.begin(name, distribution)
+        decoder, policies = distribution.decoder(), self._policies(distribution)
+        rows = SiteRows(partial_run.program, name, distribution)
+        twist = self._twist(partial_run, name, rows, decoder, policies)
         proposer = policies.get(id(self._proposer))
-        kept = islands.kept(name)
-        psi = torch.zeros_like(islands.log_weights)
-        while not steps.done:
-            logits = steps.logits
+        retained = population.retained_rows(name)
+        log_psi = torch.zeros_like(population.log_weights)
+        while not decoder.done:
+            logits = decoder.logits
             if proposer is not None:
                 logits = proposer.logits
             elif self.proposal == "twist" and twist is not None:
                 logits = induced(logits, twist, self.top_k)
             token, log_q = categorical(logits)
-            if kept is not None:
-                token[kept.rows] = kept.values[:, steps.t].clamp(0, logits.shape[-1] - 1)  # padding: of one that ended
+            if retained is not None:  # clamped, because the pad token of an ended text may be out of the vocabulary
+                token[retained.rows] = retained.values[:, decoder.t].clamp(0, logits.shape[-1] - 1)
                 log_q = log_softmax_at(logits, token)
-            log_p = log_q if logits is steps.logits else log_softmax_at(steps.logits, token)
-            ratio = torch.where(steps.finished, 0.0, log_p - log_q)
+            log_p = log_q if logits is decoder.logits else log_softmax_at(decoder.logits, token)
+            log_ratio = torch.where(decoder.finished, 0.0, log_p - log_q)
             for policy in policies.values():
                 policy.append(token, log_q if policy is proposer else log_softmax_at(policy.logits, token))
-            steps.append(token, log_p)
-            increment, parts, factors = rows.pooled(ratio), {"the proposal": ratio}, {}
-            if twist is not None and steps.t < law.max_new_tokens:  # after the last token comes the truth
-                now = twist.log_psi()
-                increment, psi = increment + now - psi, now
-                parts, factors = parts | {"the twist": now}, twist.factors
-            islands.weigh(increment, Step(f"token {steps.t} of {name!r}", parts, factors, (law, steps)))
-            if steps.t == law.max_new_tokens:
-                break  # not resampled by weights that are about to change
-            if (index := islands.resample()) is not None:
-                psi = psi.gather(0, index)
-                chosen = rows.chosen(index)
-                for moved in (steps, *policies.values(), twist):
+            decoder.append(token, log_p)
+            increment, parts, factors = rows.pooled(log_ratio), {"the proposal": log_ratio}, {}
+            if twist is not None and decoder.t < length:  # after the last token come the program's own factors
+                last, log_psi = log_psi, twist.log_psi()
+                increment = increment + log_psi - last
+                parts, factors = parts | {"the twist": log_psi}, twist.factors
+            population.weigh(
+                increment, WeightUpdate(f"token {decoder.t} of {name!r}", parts, factors, (distribution, decoder))
+            )
+            if decoder.t == length:
+                break  # without resampling by weights that are about to change
+            if (index := population.resample()) is not None:
+                log_psi = log_psi.gather(0, index)
+                selected = rows.selected(index)
+                for moved in (decoder, *policies.values(), twist):
                     if moved is not None:
-                        moved.select(chosen)
+                        moved.select(selected)
             report()
-        islands.idle(max(1, law.max_new_tokens - steps.t))
-        report(max(1, law.max_new_tokens - steps.t))
-        islands.weigh(-psi, Step(f"the end of {name!r}", {"the twist": psi}, {}, (law, steps)))
-        history.write(name, steps.values, steps.scores)
+        left = max(1, length - decoder.t)
+        population.record_without_resampling(left)
+        report(left)
+        population.weigh(
+            -log_psi, WeightUpdate(f"the end of {name!r}", {"the twist": log_psi}, {}, (distribution, decoder))
+        )
+        partial_run.write(name, decoder.values, decoder.scores)
 
     @property
     def _proposer(self) -> Any:
-        """The policy that proposes, if one does."""
+        """The policy that is the proposal, or None if none is."""
         if self.proposal is None:
             return self.twist if isinstance(self.twist, LanguageModel) else None
         if isinstance(self.proposal, str):
             return None
         return _policy_of(self.proposal)
 
-    def _policies(self, law: Autoregressive) -> dict[int, Decoder]:
-        """Policies that read along, each once, though it be twist and proposal: their scores of what is written."""
-        models = [lm for lm in (self._proposer, self.twist) if isinstance(lm, LanguageModel)]
-        return {id(lm): law.with_model(lm).decoder() for lm in {id(lm): lm for lm in models}.values()}
+    def _policies(self, distribution: Autoregressive) -> dict[int, Decoder]:
+        """Return a decoder for each policy, by its id: one for a policy that is both twist and proposal."""
+        models = {id(lm): lm for lm in (self._proposer, self.twist) if isinstance(lm, LanguageModel)}
+        return {key: distribution.with_model(lm).decoder() for key, lm in models.items()}
 
     def _twist(
-        self, history: PartialRun, name: str, rows: Rows, steps: Decoder, policies: dict[int, Decoder]
+        self, partial_run: PartialRun, name: str, rows: SiteRows, decoder: Decoder, policies: dict[int, Decoder]
     ) -> SiteTwist | None:
-        twist, program = self.twist, history.program
+        """Return the twist of one site, or None if it has none."""
+        twist, program = self.twist, partial_run.program
         if isinstance(twist, Mapping):
             if unknown := set(twist) - {site.name for site in program.completions}:
                 raise ProgramError(f"a twist is for site {min(unknown)!r}, which is no completion of the program")
             twist = twist.get(name)
         if isinstance(twist, str):
-            return PrefixTwist(history, rows, steps, partial=twist == "partial")
+            return PrefixTwist(partial_run, rows, decoder, partial=twist == "partial")
         if isinstance(twist, LanguageModel):
-            return PolicyTwist(policies[id(twist)], rows, steps)
+            return PolicyTwist(policies[id(twist)], rows, decoder)
         if twist is None:
             return None
-        so_far = PrefixTwist(history, rows, steps, partial=True) if twist.reads_reward else None
-        return LearnedTwist(twist, rows, steps, so_far)
+        prefix_twist = PrefixTwist(partial_run, rows, decoder, partial=True) if twist.reads_reward else None
+        return LearnedTwist(twist, rows, decoder, prefix_twist)
 
 
 def _policy_of(proposal: Any) -> LanguageModel | None:
-    """A policy, or the one that a guide has."""
+    """Return a policy: the proposal itself, or that of a guide."""
     return proposal if isinstance(proposal, LanguageModel) else getattr(proposal, "policy", None)

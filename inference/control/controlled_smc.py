@@ -40,7 +40,7 @@ from bayeslm.inference.program import (
     run_particles,
     seeded,
 )
-from bayeslm.inference.sequential import Islands, Step, check_resampling
+from bayeslm.inference.sequential import Population, WeightUpdate, check_resampling
 from bayeslm.models.control import MDP, Control, TabularPolicy, Trajectory, step_rewards
 from bayeslm.models.lm import categorical, log_softmax_at
 from bayeslm.posterior import Posterior
@@ -107,18 +107,18 @@ class ControlledSMC:
             with track("controlled SMC", self.num_sweeps, self.progress) as report:
                 for _ in range(self.num_sweeps):
                     plan = self._plan(model, transitions)
-                    islands, values = self._sweep(program, model, trajectory, plan, transitions)
+                    population, values = self._sweep(program, model, trajectory, plan, transitions)
                     report()
-            particles = self._weigh(program, islands, values)
+            particles = self._weigh(program, population, values)
             return posterior(
                 program,
                 particles,
                 engine="ControlledSMC",
                 kind="particles",
                 num_chains=self.num_chains,
-                log_weights=islands.total,
-                roots=islands.roots,
-                stats=watch.stats() | Islands.record([islands]) | {"environment_steps": transitions.total},
+                log_weights=population.total_log_weights,
+                roots=population.roots,
+                stats=watch.stats() | Population.stats([population]) | {"environment_steps": transitions.total},
                 policy=TabularPolicy(self._plan(model, transitions).policy.log().clamp_min(-50.0)),
             )
 
@@ -135,20 +135,13 @@ class ControlledSMC:
         trajectory: Trajectory,
         plan: SoftValues,
         transitions: _TransitionCounts,
-    ) -> tuple[Islands, Tensor]:
+    ) -> tuple[Population, Tensor]:
         """Play and resample particles by the plan, and count their transitions.
 
         :returns: the weighted population, and the trajectories (particle, prompt, T, 2 + observation_size).
         """
         size, prompts = self.num_chains * self.num_particles, len(trajectory.starts)
-        islands = Islands(
-            program,
-            self.num_chains,
-            self.num_particles,
-            scheme=self.resampling,
-            threshold=self.ess_threshold,
-            alone=True,
-        )
+        population = Population(program, self)
         mixture = torch.lerp(plan.policy.float(), transitions.prior, self.defensive)
         rollout = trajectory.with_policy(TabularPolicy(mixture.log())).expand((size, prompts)).rollout()
         values = (plan.values / model.beta).float()
@@ -163,7 +156,7 @@ class ControlledSMC:
         log_g = torch.zeros(size * prompts, device=trajectory.environment.device)  # sum of log g_t, plus V_0 / beta
         if tilted:
             log_g = state_values()
-            islands.weigh(log_g.reshape(size, prompts), Step("the beginning", {}, {}, None))
+            population.weigh(log_g.reshape(size, prompts), WeightUpdate("the beginning", {}, {}))
         while not rollout.done:
             state, ended = rollout.episodes.observations, rollout.finished
             before, step = state_values(), rollout.t
@@ -178,22 +171,22 @@ class ControlledSMC:
             gain = gain.masked_fill(ended, 0.0)
             log_g = log_g + gain
             increment = (log_p - log_q).masked_fill(ended, 0.0) + gain
-            islands.weigh(increment.reshape(size, prompts), Step(f"step {rollout.t}", {}, {}, None))
-            if not rollout.done and (index := islands.resample()) is not None:
+            population.weigh(increment.reshape(size, prompts), WeightUpdate(f"step {rollout.t}", {}, {}))
+            if not rollout.done and (index := population.resample()) is not None:
                 rows = (index * prompts + torch.arange(prompts, device=index.device)).reshape(-1)
                 rollout.select(rows)
                 log_g = log_g[rows]
-        islands.weigh(-log_g.reshape(size, prompts), Step("the end", {}, {}, None))
-        return islands, rollout.values.reshape(size, prompts, *trajectory.event_shape)
+        population.weigh(-log_g.reshape(size, prompts), WeightUpdate("the end", {}, {}))
+        return population, rollout.values.reshape(size, prompts, *trajectory.event_shape)
 
-    def _weigh(self, program: Program, islands: Islands, values: Tensor) -> Particles:
+    def _weigh(self, program: Program, population: Population, values: Tensor) -> Particles:
         """Run the program with these trajectories, and multiply the weights by its factors."""
         parts = []
         for some in values.split(program.max_particles):
             with assign_values(program, {"trajectory": some}):
                 parts.append(run_particles(program, None, len(some)))
         particles = Particles.concatenate(parts)
-        islands.weigh_terms(particles.log_likelihood, "the end of the program")
+        population.weigh_terms(particles.log_likelihood, "the end of the program")
         return particles
 
 

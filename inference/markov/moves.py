@@ -3,22 +3,22 @@ r"""Markov moves: Metropolis-Hastings steps that leave a program's posterior inv
     target at inverse temperature g:   \pi_g(z) \propto p(z) L(z)^g,    L the product of factors and observations
     z' ~ q(. | z) is accepted with probability   min(1, \pi_g(z') q(z | z') / (\pi_g(z) q(z' | z)))
 
-A move proposes one latent site and keeps the others; z is all of them, so a latent whose law depends on that site
-counts in p(z'). Chains are the particles of one program run; each prompt that is a posterior of its own accepts or
-refuses on its own.
+A move proposes a new value of one latent site and keeps the others; z is all of them, so a latent whose distribution
+depends on that site counts in p(z'). Chains are the particles of one program run; each prompt that is a posterior of
+its own accepts or rejects on its own.
 
-* `SuffixMove` redraws a completion x from a cut: i ~ U{0, ..., |x| - 1}, x'_{>i} ~ q(. | x_{<=i}). The way back has
-  the same cut, with probability 1 / |x'|, so
+* `SuffixMove` redraws a completion x from a cut: i ~ U{0, ..., |x| - 1}, x'_{>i} ~ q(. | x_{<=i}). The reverse move
+  has the same cut, with probability 1 / |x'|, so
 
       q(z | z') / q(z' | z)  =  |x| / |x'|  q(x_{>i} | x_{<=i}) / q(x'_{>i} | x_{<=i})
 
-  and where q is the prior, what is left of the whole ratio is (L(z') / L(z))^g |x| / |x'|. Faria, Agrawal,
+  and where q is the prior, the complete ratio is (L(z') / L(z))^g |x| / |x'|. Faria, Agrawal,
   Farinhas, Rei, de Souza and Martins 2024, QUEST, arXiv 2406.00049.
-* `PriorMove` redraws a discrete latent of any other kind from its own law given the latents before it: an
+* `PriorMove` redraws a discrete latent of any other kind from its prior conditional on the latents before it: an
   independence step (Tierney 1994, doi 10.1214/aos/1176325750).
 * `RandomWalk` adds a normal step to a continuous latent in unconstrained space, u = T^{-1}(z), with the ratio of
-  |dT/du|. Its step size follows Robbins and Monro's rule to the acceptance that is best in one dimension, 0.44, or
-  in many, 0.234 (Roberts and Rosenthal 2001, doi 10.1214/ss/1015346320; Andrieu and Thoms 2008,
+  |dT/du|. Its step size follows Robbins and Monro's rule to the optimal acceptance, 0.44 in one dimension and 0.234
+  in many (Roberts and Rosenthal 2001, doi 10.1214/ss/1015346320; Andrieu and Thoms 2008,
   doi 10.1007/s11222-008-9110-y).
 """
 
@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
@@ -49,14 +48,17 @@ from bayeslm.inference.program import (
 )
 from bayeslm.models.lm import LanguageModel, redraw
 
+from .tempering import log_target
+
 
 @dataclass
 class Proposal:
-    """A new value of one site, as the program sees it: particles in the outermost plate.
+    """A proposed value of one site, with the particles in the outermost plate.
 
-    ``value`` (particle, *plates, *event); ``log_ratio``, log q(z | z') - log q(z' | z), (particle, *plates);
-    ``token_log_prob`` log p of a completion's tokens, where known; ``cut`` (particle, *plates) where a completion was
-    cut, -1 where it was left alone.
+    :param value: (particle, *plates, *event).
+    :param log_ratio: log q(z | z') - log q(z' | z), (particle, *plates).
+    :param token_log_prob: log p of a completion's tokens, (particle, *plates, token); None where it is not known.
+    :param cut: the number of tokens of a completion that are kept, (particle, *plates); -1 where none is redrawn.
     """
 
     value: Tensor
@@ -67,8 +69,12 @@ class Proposal:
 
 @dataclass
 class Outcome:
-    """What came of a move: ``accepted`` (bool) and with what ``probability``, both (particle, column), a column being
-    a prompt, or all prompts if they share a latent; ``cut`` (particle, *batch) as in `Proposal`."""
+    """The result of a move; the prompt axis has length 1 where prompts share a latent.
+
+    :param accepted: whether the proposal was accepted, bool (particle, prompt).
+    :param probability: the probability of acceptance, (particle, prompt).
+    :param cut: that of the `Proposal`, (particle, *batch).
+    """
 
     accepted: Tensor
     probability: Tensor
@@ -76,10 +82,10 @@ class Outcome:
 
 
 class Move(ABC):
-    """A Metropolis-Hastings step on one latent site.
+    """A Metropolis-Hastings step on one latent site: a function from the chains to the chains after the step.
 
-    Called with chains and their inverse temperature, it gives the chains after one step, and what came of it.
-
+    :param program: the inspected program.
+    :param name: the site's name.
     :raises ProgramError: if the site is masked.
     """
 
@@ -87,36 +93,41 @@ class Move(ABC):
         self.program = program
         self.site = program.sites[name]
         if self.site.masked:
-            raise ProgramError(f"site {name!r} is masked: its values have no probabilities to move by")
+            raise ProgramError(
+                f"site {name!r} is masked, so its values have no probabilities to accept moves by: take the mask off"
+            )
 
     @property
     def repeats(self) -> int:
-        """Steps after which every element of the site has been proposed once, on average."""
+        """The number of steps that propose every element of the site once on average."""
         return 1
 
     @abstractmethod
-    def propose(self, fn: Any, value: Tensor, known: Tensor | None) -> Proposal:
+    def propose(self, fn: Any, value: Tensor, token_log_prob: Tensor | None) -> Proposal:
         """Propose a new value.
 
         :param fn: the site's distribution, which may depend on the latents before it.
-        :param value: its current value, (particle, *plates, *event).
-        :param known: log p of the tokens of a completion, (particle, *plates, token).
+        :param value: the site's current value, (particle, *plates, *event).
+        :param token_log_prob: log p of the tokens of a completion, (particle, *plates, token).
         """
 
     def __call__(self, state: Particles, gamma: Tensor | float = 1.0) -> tuple[Particles, Outcome]:
-        """One step of every chain.
+        """Make one step of every chain.
 
-        :param state: the chains, their terms and token scores up to date (`score` makes one of values).
-        :param gamma: inverse temperature, broadcast to (particle, column).
+        :param state: the chains, one a particle, scored at their values (`score`).
+        :param gamma: inverse temperatures, broadcast to (particle, prompt).
+        :returns: the chains after the step, and the result of the move.
         :raises ProgramError: if a term of the proposal's log-joint is NaN or +inf.
         """
         program, size = self.program, len(state)
-        run = _Proposing(self, state)
+        run = _MoveRun(self, state)
         with run.handler():
             new = run_particles(program, None, size)
         log_ratio = program.pooled(program.terms(run.log_ratio, size, self.site.in_prompts)) + run.outside
         log_ratio = log_ratio + log_target(new, gamma) - log_target(state, gamma)
-        log_ratio = log_ratio.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)  # -inf to -inf: refused
+        log_ratio = log_ratio.nan_to_num(
+            nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf
+        )  # from -inf to -inf: rejected
         accepted = torch.rand_like(log_ratio).log() < log_ratio
         index = torch.arange(size, device=accepted.device)[:, None] + size * accepted
         state = Particles.concatenate([state, new]).gather(program, index)
@@ -124,9 +135,11 @@ class Move(ABC):
         return state, Outcome(accepted, log_ratio.clamp_max(0.0).exp(), cut)
 
     def _pick(self, batch: Tensor) -> Tensor:
-        """One element of the site for each posterior, at random: a mask of the shape of ``batch`` (particle, *plates).
+        """Choose one element of the site for each posterior at random; return a mask in the shape of ``batch``.
 
-        Of many elements, changing one is accepted far more often than changing all.
+        A proposal that changes one of many elements is accepted far more often than one that changes all of them.
+
+        :param batch: any tensor (particle, *plates).
         """
         u = torch.rand_like(batch, dtype=torch.float32)
         together = None if self.program.shared else self.program.prompt_dim
@@ -135,15 +148,17 @@ class Move(ABC):
 
     @property
     def _elements(self) -> int:
-        """Elements of the site in one posterior."""
+        """The number of elements of the site in one posterior."""
         batch = math.prod(self.site.shape[: self.site.batch_dims])
         return batch if self.program.shared else batch // self.program.num_prompts
 
 
 class SuffixMove(Move):
-    """Redraws a completion from a uniform cut, one completion of each posterior at a time.
+    """Redraw a completion from a uniform cut, one completion of each posterior at a time.
 
-    :param policy: proposes in the prior's place.
+    :param program: the inspected program.
+    :param name: the name of a completion site.
+    :param policy: the language model that proposes suffixes; None for the prior.
     """
 
     def __init__(self, program: Program, name: str, policy: LanguageModel | None = None) -> None:
@@ -154,29 +169,29 @@ class SuffixMove(Move):
     def repeats(self) -> int:
         return self._elements
 
-    def propose(self, fn: Any, value: Tensor, known: Tensor | None) -> Proposal:
-        assert known is not None
+    def propose(self, fn: Any, value: Tensor, token_log_prob: Tensor | None) -> Proposal:
+        assert token_log_prob is not None
         lengths = fn.lengths(value)
         chosen = self._pick(lengths)
         cut = (torch.rand_like(lengths, dtype=torch.float32) * lengths).long().minimum(lengths - 1)
         proposer = fn if self.policy is None else fn.with_model(self.policy)
         new, forward = redraw(proposer, value, torch.where(chosen, cut, lengths))
         redrawn = chosen[..., None] & (torch.arange(value.shape[-1], device=value.device) >= cut[..., None])
-        old = known if self.policy is None else proposer.token_log_prob(value)
+        old = token_log_prob if self.policy is None else proposer.token_log_prob(value)
         backward = old.masked_fill(~redrawn, 0.0)
         log_ratio = (backward - forward).sum(-1) + lengths.log() - fn.lengths(new).log()
-        token_log_prob = torch.where(redrawn, forward, known) if self.policy is None else None
-        return Proposal(new, log_ratio, token_log_prob, torch.where(chosen, cut, -1))
+        known = torch.where(redrawn, forward, token_log_prob) if self.policy is None else None
+        return Proposal(new, log_ratio, known, torch.where(chosen, cut, -1))
 
 
 class PriorMove(Move):
-    """Redraws a discrete latent from its law given the latents before it, one element of each posterior at a time."""
+    """Redraw a discrete latent from its prior given earlier latents, one element of each posterior at a time."""
 
     @property
     def repeats(self) -> int:
         return self._elements
 
-    def propose(self, fn: Any, value: Tensor, known: Tensor | None) -> Proposal:
+    def propose(self, fn: Any, value: Tensor, token_log_prob: Tensor | None) -> Proposal:
         log_prob = fn.log_prob(value)
         chosen = self._pick(log_prob)
         event = (1,) * (value.dim() - chosen.dim())
@@ -185,16 +200,20 @@ class PriorMove(Move):
 
 
 class RandomWalk(Move):
-    """A normal step of a continuous latent in unconstrained space, all elements together.
+    """Add a normal step to a continuous latent in unconstrained space, all elements together.
 
-    The step is ``step_size`` times 2.38 / sqrt(d) (Roberts and Rosenthal 2001) times the spread of the latent's own
-    law, measured on a few draws of it: they know nothing of the current value, so the step stays symmetric.
+    The standard deviation of the step is ``step_size`` times 2.38 / sqrt(d) (Roberts and Rosenthal 2001) times that of
+    the latent's own distribution, estimated by a few draws: these do not depend on the current value, so the step is
+    symmetric.
 
-    :param step_size: at the start.
-    :param groups: (particle,) the group of each chain; chains of a group adapt one step size together.
+    :param program: the inspected program.
+    :param name: the name of a continuous latent site.
+    :param step_size: the initial step size.
+    :param groups: the group of each chain, (particle,); the chains of a group adapt one step size together. None for
+        one group.
     """
 
-    draws = 32
+    draws = 32  # from which the standard deviation is estimated
 
     def __init__(self, program: Program, name: str, step_size: float = 1.0, groups: Tensor | None = None) -> None:
         super().__init__(program, name)
@@ -202,24 +221,24 @@ class RandomWalk(Move):
         self._count = 1 if groups is None else int(groups.max()) + 1
         size = (self._count, program.weight_prompts)
         self._log_step = torch.full(size, math.log(step_size), device=program.device)
-        self._dimension = 1  # of u in one posterior, known once there is one
+        self._dimension = 1  # of u in one posterior; set by `propose`
         self._adapted = 0
 
     @property
     def step_size(self) -> Tensor:
-        """(group, column)."""
+        """Step sizes, (group, prompt)."""
         return self._log_step.exp()
 
-    def propose(self, fn: Any, value: Tensor, known: Tensor | None) -> Proposal:
+    def propose(self, fn: Any, value: Tensor, token_log_prob: Tensor | None) -> Proposal:
         transform = biject_to(fn.support)
         u = transform.inv(value)
         spread = transform.inv(fn.sample((self.draws,))).sort(0).values
-        spread = (spread[self.draws * 5 // 6] - spread[self.draws // 6]) / 2  # a normal's standard deviation, nearly
-        columns = self.program.weight_prompts
-        self._dimension = u.numel() // (len(u) * columns)
+        spread = (spread[self.draws * 5 // 6] - spread[self.draws // 6]) / 2  # about the standard deviation, if normal
+        prompts = self.program.weight_prompts
+        self._dimension = u.numel() // (len(u) * prompts)
         shape = [len(u)] + [1] * (u.dim() - 1)
         if not self.program.shared and self.program.prompt_dim is not None:
-            shape[1 + self.program.max_plate_nesting + self.program.prompt_dim] = columns
+            shape[1 + self.program.max_plate_nesting + self.program.prompt_dim] = prompts
         step = self.step_size[self._groups_of(len(u))].reshape(shape) * 2.38 / self._dimension**0.5
         moved = u + step * spread * torch.randn_like(u)
         new = transform(moved)
@@ -227,7 +246,7 @@ class RandomWalk(Move):
         return Proposal(new, sum_rightmost(log_ratio, log_ratio.dim() - len(fn.batch_shape)))
 
     def adapt(self, outcome: Outcome) -> None:
-        """Move step sizes towards the best acceptance. The chain is Markov only while this is not called."""
+        """Move the step sizes towards the optimal acceptance. While they adapt, the chain is not Markov."""
         self._adapted += 1
         rates = torch.zeros_like(self._log_step)
         groups = self._groups_of(len(outcome.probability))
@@ -241,11 +260,11 @@ class RandomWalk(Move):
         return torch.zeros(size, dtype=torch.long, device=self._log_step.device)
 
 
-class _Proposing:
-    """One run of a move: latents keep their current values, and the move's site has the value that it proposes.
+class _MoveRun:
+    """The assignments of one run of a move: all latents keep their values, but the move's site has the proposed one.
 
-    ``log_ratio`` and ``cut`` are the proposal's; ``outside`` (particle, column) is -inf where a later latent's value is
-    no longer in the support of its distribution.
+    ``log_ratio`` and ``cut`` are those of the proposal; ``outside`` (particle, prompt) is -inf where the value of a
+    later latent is no longer in the support of its distribution, and 0 elsewhere.
     """
 
     def __init__(self, move: Move, state: Particles) -> None:
@@ -266,13 +285,13 @@ class _Proposing:
             self.log_ratio, self.cut, self._proposed = proposal.log_ratio, proposal.cut, True
             return proposal.value, proposal.token_log_prob
         if self._proposed and known is not None and not same_distribution(fn, self._program.sites[name].fn):
-            return value, None  # the proposal may have changed its prompts; before it, nothing has changed
+            return value, None  # the proposal may have changed its prompts; sites before the move's site are unchanged
         if self._proposed and known is None:
             value = self._within_support(name, fn, value)
         return value, known
 
     def _within_support(self, name: str, fn: Any, value: Tensor) -> Tensor:
-        """Return the value, with another one of the support where it is outside."""
+        """Return the value, replaced by a draw where it is outside the support."""
         inside = fn.support.check(value)
         if inside.all():
             return value
@@ -285,10 +304,12 @@ class _Proposing:
 def latent_moves(
     program: Program, *, policy: LanguageModel | None = None, step_size: float = 1.0, groups: Tensor | None = None
 ) -> list[Move]:
-    """A move for each latent: suffixes of completions, other discrete latents, continuous ones; in their order.
+    """Return a move for each latent in the program's order: `SuffixMove`, `PriorMove` or `RandomWalk`.
 
-    :param policy: proposes completions in the prior's place.
-    :param step_size, groups: of `RandomWalk`.
+    :param program: the inspected program.
+    :param policy: the language model that proposes suffixes of completions; None for the prior.
+    :param step_size: the initial step size of random walks.
+    :param groups: the group of each chain, (particle,); the random walks of a group adapt one step size together.
     :raises ProgramError: if a latent is masked.
     """
 
@@ -303,79 +324,11 @@ def latent_moves(
 
 
 def score(program: Program, values: dict[str, Tensor], token_log_prob: dict[str, Tensor] | None = None) -> Particles:
-    """Particles at given values (particle, *batch, *event) of all latents, as moves take them."""
+    """Run and score the program at the values of its latents.
+
+    :param program: the inspected program.
+    :param values: all latents, (particle, *batch, *event) by site.
+    :param token_log_prob: log p of the tokens of completions, (particle, *batch, token) by site, where it is known.
+    """
     with assign_values(program, values, token_log_prob):
         return run_particles(program, None, len(next(iter(values.values()))))
-
-
-def log_target(state: Particles, gamma: Tensor | float) -> Tensor:
-    """log p(z) + gamma log L(z), (particle, column); at gamma = 0 the prior, where L = 0 too."""
-    return state.log_prior + tempered(state.total_log_likelihood, gamma)
-
-
-def tempered(log_likelihood: Tensor, gamma: Tensor | float) -> Tensor:
-    """gamma log L, with 0 log 0 = 0."""
-    gamma = torch.as_tensor(gamma, dtype=log_likelihood.dtype, device=log_likelihood.device)
-    return torch.where(gamma == 0, 0.0, gamma * log_likelihood)
-
-
-class Tally:
-    """Acceptance of moves: by site and column, and of completions by the position of the cut."""
-
-    def __init__(self) -> None:
-        self._sites: dict[str, Tensor] = {}  # (2, column): tried, accepted
-        self._cuts: dict[str, Tensor] = {}  # (2, token)
-
-    def add(self, move: Move, outcome: Outcome, rows: Tensor | slice = slice(None)) -> None:
-        """Count a move; of the particles ``rows`` alone."""
-        name, site = move.site.name, move.site
-        accepted = outcome.accepted[rows]
-        counts = torch.stack([torch.full_like(accepted[0], len(accepted), dtype=torch.long), accepted.sum(0)])
-        self._sites[name] = counts + self._sites.get(name, 0)
-        if outcome.cut is None:
-            return
-        cut = outcome.cut[rows]
-        shape = [len(cut)] + [1] * (cut.dim() - 1)
-        if not move.program.shared:
-            shape[1 + site.dims.index("prompt")] = accepted.shape[1]
-        accepted = accepted.reshape(shape).expand_as(cut)
-        length = site.shape[-1]
-        tried = (cut[cut >= 0].bincount(minlength=length), cut[(cut >= 0) & accepted].bincount(minlength=length))
-        self._cuts[name] = torch.stack(tried) + self._cuts.get(name, 0)
-
-    def stats(self) -> dict[str, np.ndarray]:
-        """``acceptance_<site>`` (column,); and of completions ``acceptance_by_cut_<site>`` (max_new_tokens,), where 0,
-        1, ... tokens were kept (NaN where that never was), with ``cuts_<site>``, how often they were."""
-        stats = {}
-        with np.errstate(invalid="ignore"):
-            for name, counts in self._sites.items():
-                tried, accepted = counts.cpu().numpy()
-                stats[f"acceptance_{name}"] = accepted / tried
-            for name, counts in self._cuts.items():
-                tried, accepted = counts.cpu().numpy()
-                stats |= {f"acceptance_by_cut_{name}": accepted / tried, f"cuts_{name}": tried}
-        return stats
-
-
-def sweep(
-    moves: list[Move],
-    state: Particles,
-    gamma: Tensor | float = 1.0,
-    *,
-    tally: Tally | None = None,
-    rows: Tensor | slice = slice(None),
-    adapt: bool = False,
-) -> Particles:
-    """Each move in turn, as often as it takes to propose every element once on average.
-
-    :param tally: counts the moves of the particles ``rows``.
-    :param adapt: let random walks adapt their steps.
-    """
-    for move in moves:
-        for _ in range(move.repeats):
-            state, outcome = move(state, gamma)
-            if tally is not None:
-                tally.add(move, outcome, rows)
-            if adapt and isinstance(move, RandomWalk):
-                move.adapt(outcome)
-    return state

@@ -1,6 +1,6 @@
-r"""Programs whose latents are all continuous, as functions of real numbers z.
+r"""Programs whose latents are all continuous, as a potential U of unconstrained real numbers z.
 
-Each latent is x = f(z) with f the bijection onto its support, and what engines walk on is
+Each latent is x = f(z) with f the bijection onto its support, and
 
     U(z) = -log p(f(z), y) - log |det f'(z)|
 """
@@ -37,20 +37,20 @@ from bayeslm.models.lm import Autoregressive
 
 
 class Unconstrained:
-    """The values that real numbers z stand for, assigned to continuous latents.
+    """Assignments of f(z) to continuous latents, for one run of a program.
 
-    A support may depend on earlier latents: the bijection is that of the site's distribution in the run. Use each
-    object for one run.
+    A support may depend on earlier latents, so f is the bijection of the site's distribution in the run.
 
-    :param z: by site, in the site's shape (but for the event, where the bijection changes it).
+    :param z: real numbers by site, in the site's shape, except for event dims that the bijection changes.
     """
 
     def __init__(self, z: dict[str, Tensor]) -> None:
         self._z = z
         self.log_dets: dict[str, Tensor] = {}
-        """log |det f'(z)| by site, in the shape of its batch, once the program has run."""
+        """log |det f'(z)| by site, in the shape of its batch; set by the run."""
 
     def assignments(self) -> dict[str, Callable[[Any], Assignment]]:
+        """Return the assignment of each site, for `Assign`."""
         return {name: partial(self._assignment, name) for name in self._z}
 
     def _assignment(self, name: str, fn: Any) -> Assignment:
@@ -61,19 +61,21 @@ class Unconstrained:
 
     @property
     def log_det(self) -> Tensor:
-        """The sum over all sites, a scalar."""
+        """log |det f'(z)| of all sites and particles, a scalar."""
         return torch.stack([log_det.sum() for log_det in self.log_dets.values()]).sum()
 
     def log_det_of_each(self, num_particles: int) -> Tensor:
-        """The sum for each particle, (particle,); particles are the first axis of z."""
+        """Return log |det f'(z)| of each particle, (particle,); particles are the first axis of z."""
         each = [log_det.reshape(num_particles, -1).sum(-1) for log_det in self.log_dets.values()]
         return torch.stack(each).sum(0)
 
 
-class ScoredOnce(Messenger):
-    """Score a completion that has a value once, and again only where its value, its prompts or its network change.
+class ScoreOnce(Messenger):
+    """Score an observed or conditioned completion once, and again only after its value, prompts or network changed.
 
-    Otherwise log p of it is a constant: no network runs at a leapfrog step, and no gradient passes through one.
+    Its log p is a constant: no network runs at a leapfrog step, and no gradient passes through one.
+
+    :param program: the inspected program.
     """
 
     def __init__(self, program: Program) -> None:
@@ -98,28 +100,36 @@ class ScoredOnce(Messenger):
 
 
 class Potential:
-    """U(z) of a program, a scalar that can be differentiated: what Pyro's NUTS walks on.
+    """The potential U of a program, a differentiable function of z, for Pyro's NUTS.
 
-    :raises ProgramError: where a run of the program has other latents than ``z``.
+    :param program: the inspected program.
+    :param score_once: the handler that scores its completions.
     """
 
-    def __init__(self, program: Program, scored: ScoredOnce) -> None:
+    def __init__(self, program: Program, score_once: ScoreOnce) -> None:
         self._program = program
-        self._scored = scored
+        self._score_once = score_once
 
     def __call__(self, z: dict[str, Tensor]) -> Tensor:
+        """Return U(z), a scalar.
+
+        :param z: real numbers (*batch, *event) by site.
+        :raises ProgramError: if the run has other latents than ``z``.
+        """
         at = Unconstrained(z)
-        with self._scored, Assign(at.assignments()):
+        with self._score_once, Assign(at.assignments()):
             trace = poutine.trace(self._program.model).get_trace(*self._program.args, **self._program.kwargs)
         trace = prune_subsample_sites(trace)
         latents = {name for name, node in sample_sites(trace) if not node["is_observed"]}
         if latents != z.keys():
-            raise ProgramError(f"the program's latents changed between runs: {sorted(latents)}, first {sorted(z)}")
+            raise ProgramError(
+                f"the program's latents changed between runs: {sorted(latents)} now, {sorted(z)} when it was inspected"
+            )
         return -torch.as_tensor(trace.log_prob_sum() + at.log_det)
 
 
 def unconstrained_shapes(program: Program) -> dict[str, torch.Size]:
-    """The shape of the real numbers z of every latent.
+    """Return the shape of the real numbers z of every latent, by site.
 
     :raises ProgramError: if a latent is not continuous.
     """
@@ -127,51 +137,68 @@ def unconstrained_shapes(program: Program) -> dict[str, torch.Size]:
     for site in program.latents:
         if site.is_completion:
             raise ProgramError(
-                f"site {site.name!r} is a completion, and NUTS moves continuous latents alone: observe it (obs=...), "
+                f"site {site.name!r} is a completion, but this engine needs continuous latents: observe it (obs=...), "
                 "or use MCMC, which redraws its suffixes"
             )
         if site.fn.support.is_discrete:
             raise ProgramError(
-                f"site {site.name!r} is discrete, and NUTS moves continuous latents alone: observe it, or use MCMC"
+                f"site {site.name!r} is discrete, but this engine needs continuous latents: observe it, or use MCMC"
             )
         try:
             shapes[site.name] = biject_to(site.fn.support).inv(site.value).shape
         except NotImplementedError as error:
-            raise ProgramError(f"site {site.name!r}: no bijection from real numbers onto {site.fn.support}") from error
+            raise ProgramError(
+                f"site {site.name!r} has the support {site.fn.support}, onto which PyTorch has no bijection from real "
+                "numbers: use ImportanceSampling or SVI"
+            ) from error
     return shapes
 
 
-def score(
-    program: Program, scored: ScoredOnce, z: dict[str, Tensor], *, batch_size: int | None, vectorize: bool
+def score_unconstrained(
+    program: Program, score_once: ScoreOnce, z: dict[str, Tensor], *, batch_size: int | None, vectorize: bool
 ) -> tuple[Particles, Tensor]:
-    """The program run at real numbers (draw, *batch, *event), in batches of bounded memory.
+    """Run and score the program at f(z), in batches of bounded memory.
 
-    :return: its runs, and log |det f'(z)| of each, (draw,).
+    :param program: the inspected program.
+    :param score_once: the handler that scores its completions.
+    :param z: real numbers (draw, *batch, *event) by site.
+    :param batch_size: draws in one run; None for as many as bounded memory allows.
+    :param vectorize: whether one run holds all draws of a batch.
+    :returns: the particles, one a draw, and log |det f'(z)| of each, (draw,).
     """
     draws = len(next(iter(z.values())))
     parts, log_dets = [], []
     for rows in torch.arange(draws).split((batch_size or program.max_particles) if vectorize else 1):
         at = Unconstrained({name: program.under_plate(name, x[rows]) for name, x in z.items()})
-        with scored, Assign(at.assignments()):
+        with score_once, Assign(at.assignments()):
             parts.append(run_particles(program, None, len(rows), vectorize=vectorize))
         log_dets.append(at.log_det_of_each(len(rows)))
     return Particles.concatenate(parts), torch.cat(log_dets)
 
 
 def starting_point(
-    program: Program, scored: ScoredOnce, z: dict[str, Tensor], *, batch_size: int | None, vectorize: bool
+    program: Program, score_once: ScoreOnce, z: dict[str, Tensor], *, batch_size: int | None, vectorize: bool
 ) -> dict[str, Tensor]:
-    """The first of the points z (point, *batch, *event) that the posterior allows, for each prompt by itself.
+    """Return the first point at which the posterior density is positive, for each prompt.
 
-    :raises EvidenceError: if none is.
+    :param program: the inspected program.
+    :param score_once: the handler that scores its completions.
+    :param z: the points to try, (point, *batch, *event) by site.
+    :param batch_size: points in one run; None for as many as bounded memory allows.
+    :param vectorize: whether one run holds all points of a batch.
+    :returns: real numbers (*batch, *event) by site.
+    :raises EvidenceError: if the density is 0 at all points.
     :raises ProgramError: if the log-density has no finite gradient there.
     """
-    particles, _ = score(program, scored, z, batch_size=batch_size, vectorize=vectorize)
+    particles, _ = score_unconstrained(program, score_once, z, batch_size=batch_size, vectorize=vectorize)
     check_evidence(to_numpy(particles.log_joint)[None], prompt_labels(program))
     first = particles.log_joint.isfinite().long().argmax(0, keepdim=True)  # (1, prompt)
     z = {name: program.take(name, x, first)[0] for name, x in z.items()}
-    gradient, _ = potential_grad(Potential(program, scored), z)
+    gradient, _ = potential_grad(Potential(program, score_once), z)
     for name, slope in gradient.items():
         if not slope.isfinite().all():
-            raise ProgramError(f"the gradient of the log-density along site {name!r} is not finite: it is needed here")
+            raise ProgramError(
+                f"the gradient of the log-density along site {name!r} is not finite at the starting point: make the "
+                "program differentiable in it, or use ImportanceSampling or MCMC"
+            )
     return z

@@ -4,9 +4,9 @@ r"""Metropolis-Hastings on suffixes as a kernel of Pyro's own MCMC.
     mcmc.run(prompts)
     mcmc.get_samples()["completion"]      # (draw, *batch, token), int64
 
-A step is a sweep of `moves` over all latents: suffixes of completions, the prior's redraws of other discrete latents,
-and for continuous ones either random walks, or one step of NUTS given all discrete latents: Metropolis within Gibbs,
-each block of which leaves the posterior as it is.
+A step is a sweep of moves over all latents: new suffixes of completions, redraws of other discrete latents from the
+prior, and for continuous latents either random walks or one step of NUTS conditional on all discrete latents. This is
+Metropolis within Gibbs, each block of which leaves the posterior invariant.
 """
 
 from __future__ import annotations
@@ -40,30 +40,33 @@ from bayeslm.inference.program import (
 )
 from bayeslm.models.lm import LanguageModel
 
-from .moves import Move, RandomWalk, Tally, latent_moves, score, sweep
-from .potential import Potential, ScoredOnce, Unconstrained
+from .chains import Tally, sweep
+from .moves import Move, RandomWalk, latent_moves, score
+from .potential import Potential, ScoreOnce, Unconstrained
 from .tempering import Replicas
 
-CONTINUOUS = ("random-walk", "nuts")
+CONTINUOUS = ("random-walk", "nuts")  # how continuous latents can move
 
 
 class SuffixKernel(MCMCKernel):
-    """A sweep over the latents of a program, completions by their suffixes; for `pyro.infer.MCMC`.
+    """A kernel for `pyro.infer.MCMC`: a step is a sweep over the latents of a program, completions by their suffixes.
 
-    Each prompt that is a posterior of its own accepts or refuses on its own (NUTS moves all prompts together). What
-    adapts, does so in the warm-up alone: step sizes, and the mass matrix of NUTS. A chain starts from a draw of
-    importance sampling, or at ``initial_params``, which are values as the program has them (token ids, scales that are
-    positive), not mapped to real numbers; so are the values that a ``hook_fn`` sees.
+    Each prompt that is a posterior of its own accepts or rejects on its own (NUTS moves all prompts together). Step
+    sizes and the mass matrix of NUTS adapt during the warm-up only. A chain starts from a draw of importance sampling,
+    or at ``initial_params``. These are values of the sites themselves (token ids, positive scales), not mapped to real
+    numbers, and so are the values that a ``hook_fn`` gets.
 
-    Pyro's `MCMC.summary` and `MCMC.diagnostics` take means, which token ids have not: hand ``save_params`` the other
-    latents for these, or use `bayeslm.inference.MCMC`, whose posterior has diagnostics for both.
+    Pyro's `MCMC.summary` and `MCMC.diagnostics` compute means, which token ids do not have: restrict them to the other
+    latents by ``save_params``, or use `bayeslm.inference.MCMC`, whose posterior has diagnostics of completions too.
 
     :param model: a Pyro program.
-    :param proposal: a policy (trained by `SVI`) that proposes suffixes in the prior's place.
-    :param continuous: "random-walk" or "nuts".
-    :param step_size: of random walks, at the start, see `RandomWalk`; that of NUTS finds itself.
-    :param initial_particles: draws of the prior, or of the proposal, that a chain starts from.
-    :param target_accept, max_tree_depth: of NUTS, see `bayeslm.inference.NUTS`.
+    :param proposal: a policy (trained by `SVI`) that proposes suffixes of completions; None for the prior.
+    :param continuous: how continuous latents move, "random-walk" or "nuts".
+    :param step_size: the initial step size of random walks, see `RandomWalk`; NUTS finds its own.
+    :param initial_particles: the number of draws of the prior, or of the proposal, from which a chain starts.
+    :param target_accept: the mean acceptance to which NUTS adapts its step size.
+    :param max_tree_depth: trajectories of NUTS have at most 2 ** max_tree_depth steps.
+    :raises ValueError: if a setting is out of range.
     """
 
     def __init__(
@@ -88,38 +91,39 @@ class SuffixKernel(MCMCKernel):
         self.max_tree_depth = max_tree_depth
         check_counts(self, "initial_particles", "max_tree_depth")
         check_positive(self, "step_size")
-        self.transforms: dict[str, Transform] | None = None  # known to Pyro's MCMC once set up
-        self._given: dict[str, Tensor] | None = None
+        self.transforms: dict[str, Transform] | None = None  # for Pyro's MCMC; set by `setup`
+        self._initial_params: dict[str, Tensor] | None = None
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
-        """Look at ``model(*args, **kwargs)`` and start a chain.
+        """Inspect ``model(*args, **kwargs)`` and start a chain.
 
-        :raises ProgramError: if a latent is masked, or a term of the log-joint is NaN.
+        :param warmup_steps: the number of steps that adapt.
+        :raises ProgramError: if a latent is masked, or a term of the log-joint is NaN or +inf.
         :raises EvidenceError: if no starting point has positive probability.
         """
         self._program = program = inspect(self.model, *args, **kwargs)
         self._latents = [site.name for site in program.latents]
-        self.transforms = {site.name: _Restored(site.value.dtype) for site in program.latents}
+        self.transforms = {site.name: _RestoreDtype(site.value.dtype) for site in program.latents}
         moves = latent_moves(program, policy=self.proposal, step_size=self.step_size)
         by_nuts = self.continuous == "nuts"
         self._moves: list[Move] = [move for move in moves if not (by_nuts and isinstance(move, RandomWalk))]
         self._warmup, self._step, self._tally = warmup_steps, 0, Tally()
         self._params: dict[str, Tensor] = {}
-        state = self._start() if self._given is None else self._at(self._given)
+        state = self._start() if self._initial_params is None else self._at(self._initial_params)
         check_evidence(to_numpy(state.log_joint)[None], prompt_labels(program))
-        self._accept(state)
+        self._set(state)
         self._nuts = None
         if names := [move.site.name for move in moves if move not in self._moves]:
             self._nuts = _NUTSBlock(program, names, self._state, warmup_steps, self.target_accept, self.max_tree_depth)
 
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The next state of the chain that is at ``params``."""
-        if params is not self._params:  # not where this kernel has left it
-            self._accept(self._at(params))
+        """Return the state after ``params``, both (*batch, *event) by site."""
+        if params is not self._params:  # not the state after this kernel's last step
+            self._set(self._at(params))
         warm = self._step < self._warmup
         with torch.no_grad():
             state = sweep(self._moves, self._state, tally=None if warm else self._tally, adapt=warm)
-        self._accept(state if self._nuts is None else self._nuts(state))
+        self._set(state if self._nuts is None else self._nuts(state))
         self._step += 1
         return self._params
 
@@ -129,47 +133,50 @@ class SuffixKernel(MCMCKernel):
 
     @initial_params.setter
     def initial_params(self, params: dict[str, Tensor]) -> None:
-        self._given = params
+        self._initial_params = params
 
     @property
     def step_sizes(self) -> dict[str, Tensor]:
-        """Of random walks (1, prompt) by site, and of "NUTS"."""
+        """Step sizes of random walks, (1, prompt) by site, and of "NUTS"."""
         sizes = {move.site.name: move.step_size for move in self._moves if isinstance(move, RandomWalk)}
         return sizes | ({} if self._nuts is None else {"NUTS": torch.tensor(self._nuts.step_size)})
 
     def logging(self) -> dict[str, str]:
+        """Return the acceptance of each site since the warm-up, for Pyro's progress bar."""
         rates = self._tally.stats()
-        own = {f"acc. {move.site.name}": rates.get(f"acceptance_{move.site.name}") for move in self._moves}
-        shown = {name: f"{rate.mean():.3f}" for name, rate in own.items() if rate is not None}
+        by_site = {f"acc. {move.site.name}": rates.get(f"acceptance_{move.site.name}") for move in self._moves}
+        shown = {name: f"{rate.mean():.3f}" for name, rate in by_site.items() if rate is not None}
         return shown | ({} if self._nuts is None else self._nuts.logging())
 
     def diagnostics(self) -> dict[str, Any]:
-        """What happened since the warm-up: acceptance as `Tally.stats` has it, and the ``divergences`` of NUTS."""
+        """Return the figures of `Tally.stats` since the warm-up, and the ``divergences`` of NUTS."""
         return self._tally.stats() | ({} if self._nuts is None else self._nuts.diagnostics())
 
     def cleanup(self) -> None:
-        self._given = None
+        self._initial_params = None
 
-    def _accept(self, state: Particles) -> None:
+    def _set(self, state: Particles) -> None:
         self._state = state
-        self._params = {name: _wide(state.values[name][0]) for name in self._latents}
+        self._params = {name: _at_least_float32(state.values[name][0]) for name in self._latents}
 
     def _at(self, params: dict[str, Tensor]) -> Particles:
+        """Return the program run and scored at ``params``."""
         values = {name: params[name].to(self._program.sites[name].value)[None] for name in self._latents}
         return score(self._program, values)
 
     def _start(self) -> Particles:
+        """Return a draw of importance sampling."""
         program = self._program
         guide = None if self.proposal is None else PolicyGuide(program, self.proposal)
         initial, _ = draw(program, guide, self.initial_particles)
-        check_evidence(to_numpy(initial.log_weights)[None], prompt_labels(program))  # before one is chosen by them
+        check_evidence(to_numpy(initial.log_weights)[None], prompt_labels(program))  # before the weights choose one
         return Replicas(program, 1, 1).start(initial)
 
 
 class _NUTSBlock:
-    """A step of Pyro's NUTS in continuous latents, given the values of all others.
+    """A step of Pyro's NUTS in the continuous latents, conditional on all others.
 
-    Those have changed since its last step, and the density with them: nothing that NUTS keeps of it is used again.
+    The others, and so the density, have changed since its last step: what NUTS has cached of the density is dropped.
     """
 
     def __init__(
@@ -177,7 +184,7 @@ class _NUTSBlock:
     ) -> None:
         self._program = program
         self._names = names
-        self._scored = ScoredOnce(program)
+        self._score_once = ScoreOnce(program)
         self._kernel = PyroNUTS(potential_fn=self._potential, target_accept_prob=target_accept, max_tree_depth=depth)
         self._kernel.initial_params = self._condition(state)
         with torch.enable_grad():
@@ -194,16 +201,16 @@ class _NUTSBlock:
             return run_particles(self._program, None, 1)
 
     def _condition(self, state: Particles) -> dict[str, Tensor]:
-        """Where the continuous latents stand, in real numbers; all others are given their values from now on."""
+        """Condition the potential on the other latents of a state; return its continuous latents as real numbers."""
         values = {site.name: state.values[site.name][0] for site in self._program.latents}
-        with torch.no_grad(), poutine.block(), _RealNumbers(self._names) as seen:
+        with torch.no_grad(), poutine.block(), _RecordUnconstrained(self._names) as record:
             poutine.condition(self._program.model, values)(*self._program.args, **self._program.kwargs)
         others = {name: value for name, value in values.items() if name not in self._names}
-        self._given = replace(self._program, model=poutine.condition(self._program.model, others))
-        return seen.z
+        self._conditioned = replace(self._program, model=poutine.condition(self._program.model, others))
+        return record.z
 
     def _potential(self, z: dict[str, Tensor]) -> Tensor:
-        return Potential(self._given, self._scored)(z)
+        return Potential(self._conditioned, self._score_once)(z)
 
     def logging(self) -> dict[str, str]:
         return dict(self._kernel.logging())
@@ -216,8 +223,8 @@ class _NUTSBlock:
         return float(self._kernel.step_size)
 
 
-class _RealNumbers(Messenger):
-    """Notes the real numbers that bijections onto the supports of sites take to their values."""
+class _RecordUnconstrained(Messenger):
+    """Record the real numbers ``z`` by site, from which bijections onto the supports give the sites' values."""
 
     def __init__(self, names: list[str]) -> None:
         super().__init__()
@@ -229,8 +236,8 @@ class _RealNumbers(Messenger):
             self.z[msg["name"]] = biject_to(msg["fn"].support).inv(msg["value"])
 
 
-class _Restored(Transform):
-    """What Pyro's MCMC takes samples back by: their own dtype, lost where it keeps those of all sites in one tensor."""
+class _RestoreDtype(Transform):
+    """The transform whose inverse restores a site's dtype: Pyro's MCMC keeps samples of all sites in one tensor."""
 
     domain = codomain = constraints.real
     bijective = True
@@ -246,6 +253,6 @@ class _Restored(Transform):
         return y.to(self._dtype)
 
 
-def _wide(value: Tensor) -> Tensor:
-    """Half precisions as float32, in which token ids beside them are exact."""
+def _at_least_float32(value: Tensor) -> Tensor:
+    """Convert half precisions to float32, as token ids in the same tensor must stay exact."""
     return value.float() if value.is_floating_point() and value.dtype.itemsize < 4 else value

@@ -1,25 +1,25 @@
-"""Populations of particles, resampling, retained draws, and twists."""
+"""Sequential Monte Carlo: populations of weighted particles, resampling, retained draws, and twists."""
 
-from .population import Islands, Step
+from .population import Population, WeightUpdate
 from .resampling import RESAMPLING, check_resampling
-from .retained import check_retained, in_front, retained_particles, retained_values
+from .retained import check_retained, put_first, retained_particles, retained_values
 from .twist_learning import TwistLearning
-from .twists import LearnedTwist, PolicyTwist, PrefixTwist, Rows, SiteTwist, induced
+from .twists import LearnedTwist, PolicyTwist, PrefixTwist, SiteRows, SiteTwist, induced
 
 __all__ = [
     "RESAMPLING",
-    "Islands",
     "LearnedTwist",
     "PolicyTwist",
+    "Population",
     "PrefixTwist",
-    "Rows",
+    "SiteRows",
     "SiteTwist",
-    "Step",
     "TwistLearning",
+    "WeightUpdate",
     "check_resampling",
     "check_retained",
-    "in_front",
     "induced",
+    "put_first",
     "retained_particles",
     "retained_values",
 ]

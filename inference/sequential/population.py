@@ -1,9 +1,9 @@
-"""Islands of particles in mid-program: their weights, when they are resampled, and what became of them."""
+"""Weighted particles in mid-program, in independent chains: their weights, their resampling and their genealogy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -23,77 +23,103 @@ from bayeslm.models.lm import Autoregressive, Decoder
 from .resampling import RESAMPLING, conditional_multinomial, ess, keep_in_place
 
 
-class Step(NamedTuple):
-    """What a step of writing adds to the weights: its name, and the parts to blame if it is no number or all die."""
+class ParticleSettings(Protocol):
+    """The settings that engines of resampled particles share; `check_resampling` checks the last two."""
 
-    name: str
-    parts: dict[str, Tensor]  # log psi, log q: NaN is theirs
-    factors: dict[str, Tensor]  # the program's terms (particle, weight prompt): -inf is theirs
-    texts: tuple[Autoregressive, Decoder] | None  # with this step's token, and their distribution
+    @property
+    def num_particles(self) -> int: ...
+    @property
+    def num_chains(self) -> int: ...
+    @property
+    def resampling(self) -> str: ...
+    @property
+    def ess_threshold(self) -> float: ...
 
 
-class Kept(NamedTuple):
-    """Completions that are retained: their rows, and their tokens (row, token)."""
+class WeightUpdate(NamedTuple):
+    """A change of the weights, as error messages need it.
+
+    ``step`` names the step of the engine. ``parts`` are the terms of the change (row,) by name, one of which is NaN or
+    +inf where a weight is. ``factors`` are terms of the program (particle, prompt) by site, one of which is -inf where
+    a particle dies. ``texts`` are a completion's distribution and its texts with the step's token, if it wrote one.
+    """
+
+    step: str
+    parts: dict[str, Tensor]
+    factors: dict[str, Tensor]
+    texts: tuple[Autoregressive, Decoder] | None = None
+
+
+class RetainedRows(NamedTuple):
+    """Completions that are retained: the indices of their rows (slot,), and their tokens (slot, token)."""
 
     rows: Tensor
     values: Tensor
 
 
-class Seen(NamedTuple):
-    """A step of resampling, as ``stats`` calls its parts: (chain, weight prompt), and ancestors (chain, particle,
-    weight prompt)."""
+class ResamplingRecord(NamedTuple):
+    """One step of resampling; fields are named as in an engine's ``stats``.
 
-    ess_by_step: Tensor  # before it
+    ``ess_by_step`` (chain, prompt) is the effective sample size before the step, ``resampled`` (chain, prompt) whether
+    the chain was resampled, ``ancestors`` (chain, particle, prompt) the index of each particle's ancestor in its chain.
+    """
+
+    ess_by_step: Tensor
     resampled: Tensor
     ancestors: Tensor
 
 
-class Islands:
-    """``chains`` islands of ``size`` particles each, chain-major in one axis, resampled each within itself.
+class Population:
+    """Weighted particles of one or more independent chains, each resampled within itself.
 
-    ``log_weights`` (particle, weight prompt) since the last resampling, ``log_z`` (chain, weight prompt) up to it,
-    ``roots`` (particle, weight prompt): the slot of each one's first ancestor in its island.
+    The particles are one axis, chain by chain. The prompt axis has length 1 where prompts share a latent.
+    ``log_weights`` (particle, prompt) are the log-weights since the last resampling, ``log_z`` (chain, prompt) is the
+    estimate of log Z up to it, and ``roots`` (particle, prompt) is the index of each particle's first ancestor in its
+    chain.
 
-    :param alone: no other islands are to come: if all of these die, there is no posterior.
-    :param retained: by site (chain, *batch, *event), what slot 0 of each island holds throughout.
+    :param program: the inspected program.
+    :param settings: the engine; each chain has ``settings.num_particles`` particles.
+    :param chains: the number of chains in this population; None for ``settings.num_chains``, that is for all of them.
+    :param retained: values of the latents (chain, *batch, *event) by site, which particle 0 of each chain has from the
+        beginning to the end: conditional SMC, with multinomial resampling.
     """
 
     def __init__(
         self,
         program: Program,
-        chains: int,
-        size: int,
+        settings: ParticleSettings,
         *,
-        scheme: str,
-        threshold: float,
-        alone: bool,
+        chains: int | None = None,
         retained: dict[str, Tensor] | None = None,
     ) -> None:
-        self.chains = chains
-        self.size = size
-        device = program.device
-        slots = torch.arange(chains, device=device) * size
-        self.history = PartialRun(program, chains * size, retained=retained or {}, slots=slots)
-        self.log_weights = torch.zeros((chains * size, program.weight_prompts), device=device)
-        self.log_z = torch.zeros((chains, program.weight_prompts), device=device)
-        self.roots = torch.arange(size, device=device).repeat(chains)[:, None].repeat(1, program.weight_prompts)
-        self._resample: Callable[[Tensor], Tensor] = conditional_multinomial if retained else RESAMPLING[scheme]
-        self._threshold = threshold * size
-        self._alone = alone
+        self.chains = settings.num_chains if chains is None else chains
+        self.size = settings.num_particles
+        device, total, prompts = program.device, self.chains * self.size, program.weight_prompts
+        first = torch.arange(self.chains, device=device) * self.size
+        self.partial_run = PartialRun(program, total, retained=retained or {}, slots=first)
+        self.log_weights = torch.zeros((total, prompts), device=device)
+        self.log_z = torch.zeros((self.chains, prompts), device=device)
+        self.roots = torch.arange(self.size, device=device).repeat(self.chains)[:, None].repeat(1, prompts)
+        scheme = RESAMPLING[settings.resampling]
+        self._resample: Callable[[Tensor], Tensor] = conditional_multinomial if retained else scheme
+        self._threshold = settings.ess_threshold * self.size
+        self._has_all_chains = self.chains == settings.num_chains
         self._counted: set[str] = set()
-        self._own = torch.arange(size, device=device)[None, :, None].expand(chains, -1, program.weight_prompts)
-        self._seen: list[Seen] = []
+        self._identity = torch.arange(self.size, device=device)[None, :, None].expand(self.chains, -1, prompts)
+        self._records: list[ResamplingRecord] = []
 
     @property
-    def total(self) -> Tensor:
-        """Weights (particle, weight prompt) whose mean over an island is its estimate of Z."""
+    def total_log_weights(self) -> Tensor:
+        """Log-weights (particle, prompt) since the beginning; the mean weight of a chain is its estimate of Z."""
         return self.log_weights + self.log_z.repeat_interleave(self.size, 0)
 
-    def weigh(self, increment: Tensor, step: Step) -> None:
-        """Add to the weights (particle, weight prompt). What is dead stays dead.
+    def weigh(self, increment: Tensor, update: WeightUpdate) -> None:
+        """Add to the log-weights. A particle of weight 0 keeps it.
 
-        :raises ProgramError: if the sum is NaN or +inf.
-        :raises EvidenceError: if all particles of a prompt are dead now.
+        :param increment: the change of the log-weights, (particle, prompt).
+        :param update: the origin of the change, for error messages.
+        :raises ProgramError: if a new log-weight is NaN or +inf.
+        :raises EvidenceError: if all particles of a prompt have weight 0, and there are no other chains.
         """
         dead = self.log_weights == -torch.inf
         weights = torch.where(dead, -torch.inf, self.log_weights + increment)
@@ -101,94 +127,105 @@ class Islands:
         invalid = weights.isnan() | (weights == torch.inf)
         if bool(invalid.any() | extinct.any()):
             if bool(invalid.any()):
-                self._blame(step, invalid)
-            if self._alone:
-                self._bury(step, int(extinct.long().argmax()))
+                raise self._invalid_weight(update, invalid)
+            if self._has_all_chains:
+                raise self._extinction(update, int(extinct.long().argmax()))
         self.log_weights = weights
 
-    def weigh_terms(self, terms: dict[str, Tensor], name: str) -> None:
-        """Add those terms (particle, weight prompt) of factors and observations that are not yet in the weights."""
+    def weigh_terms(self, terms: dict[str, Tensor], step: str) -> None:
+        """Add the terms (particle, prompt) of those factors and observations that are not yet part of the weights.
+
+        :param terms: by site; sites of earlier calls are skipped.
+        :param step: the name of the step, for error messages.
+        """
         new = {site: term for site, term in terms.items() if site not in self._counted}
         self._counted |= new.keys()
         if new:
-            self.weigh(sum(new.values(), torch.zeros_like(self.log_weights)), Step(name, {}, new, None))
+            self.weigh(sum(new.values(), torch.zeros_like(self.log_weights)), WeightUpdate(step, {}, new))
 
     def resample(self) -> Tensor | None:
-        """Ancestors (particle, weight prompt) by their place among all particles; None if nobody moves."""
+        """Resample chains whose effective sample size is below the threshold, and record the step.
+
+        :returns: the index of each particle's ancestor among all particles, (particle, prompt); None if no chain was
+            resampled.
+        """
         weights = self.log_weights.reshape(self.chains, self.size, -1)
-        now = ess(weights)
-        need = (now < self._threshold) & (now > 0)
-        if not bool(need.any()):
-            self._seen.append(Seen(now, need, self._own))
+        before = ess(weights)
+        low = (before < self._threshold) & (before > 0)
+        if not bool(low.any()):
+            self._records.append(ResamplingRecord(before, low, self._identity))
             return None
-        ancestors = torch.where(need[:, None], keep_in_place(self._resample(weights)), self._own)
-        self._seen.append(Seen(now, need, ancestors))
+        ancestors = torch.where(low[:, None], keep_in_place(self._resample(weights)), self._identity)
+        self._records.append(ResamplingRecord(before, low, ancestors))
         mean = weights.logsumexp(1) - np.log(self.size)
-        self.log_z = self.log_z + torch.where(need, mean, 0.0)
-        self.log_weights = torch.where(need[:, None], 0.0, weights).reshape(self.log_weights.shape)
+        self.log_z = self.log_z + torch.where(low, mean, 0.0)
+        self.log_weights = torch.where(low[:, None], 0.0, weights).reshape(self.log_weights.shape)
         first = torch.arange(self.chains, device=ancestors.device)[:, None, None] * self.size
         index = (ancestors + first).reshape(self.log_weights.shape)
         self.roots = self.roots.gather(0, index)
-        self.history.select(index)
+        self.partial_run.select(index)
         return index
 
-    def idle(self, steps: int) -> None:
-        """Note steps at which no one is resampled."""
+    def record_without_resampling(self, steps: int) -> None:
+        """Record steps at which no chain is resampled."""
         now = ess(self.log_weights.reshape(self.chains, self.size, -1))
-        self._seen += [Seen(now, torch.zeros_like(now, dtype=torch.bool), self._own)] * steps
+        self._records += [ResamplingRecord(now, torch.zeros_like(now, dtype=torch.bool), self._identity)] * steps
 
-    def kept(self, name: str) -> Kept | None:
-        """Where the completions of a site are retained."""
-        if name not in self.history.retained:
+    def retained_rows(self, name: str) -> RetainedRows | None:
+        """Return the retained completions of a site, or None if the run retains none."""
+        if name not in self.partial_run.retained:
             return None
-        values = self.history.retained[name]
+        values = self.partial_run.retained[name]
         each = values.shape[1:-1].numel()
-        rows = self.history.slots[:, None] * each + torch.arange(each, device=values.device)
-        return Kept(rows.reshape(-1), values.reshape(-1, values.shape[-1]))
+        rows = self.partial_run.slots[:, None] * each + torch.arange(each, device=values.device)
+        return RetainedRows(rows.reshape(-1), values.reshape(-1, values.shape[-1]))
 
     def finish(self) -> Particles:
-        """Run the program to its end, and weigh by what was not yet weighed."""
-        particles = self.history.finish()
+        """Run the program to its end, add the terms that the weights lack, and return the particles."""
+        particles = self.partial_run.finish()
         self.weigh_terms(particles.log_likelihood, "the end of the program")
         return particles
 
     @staticmethod
-    def record(groups: Sequence[Islands]) -> dict[str, Any]:
-        """The histories of all islands, as ``stats``."""
-        if not groups[0]._seen:
+    def stats(populations: Sequence[Population]) -> dict[str, Any]:
+        """Return the records of all steps, by the names of `ResamplingRecord`, with the axes (chain, step, ...).
+
+        :param populations: the populations of a run, whose chains are joined; all have equally many steps.
+        """
+        if not populations[0]._records:
             return {}
 
-        def together(name: str) -> np.ndarray:
-            each = [torch.stack([getattr(seen, name) for seen in islands._seen], 1) for islands in groups]
+        def joined(name: str) -> np.ndarray:
+            each = [torch.stack([getattr(step, name) for step in one._records], 1) for one in populations]
             return to_numpy(torch.cat(each))
 
-        return {name: together(name) for name in Seen._fields}
+        return {name: joined(name) for name in ResamplingRecord._fields}
 
-    def _blame(self, step: Step, invalid: Tensor) -> None:
-        what = [name for name, part in step.parts.items() if bool((part.isnan() | (part == torch.inf)).any())]
-        raise ProgramError(
-            f"{' and '.join(what) or 'the weight'} is NaN or +inf at {step.name}, for {int(invalid.any(1).sum())} of "
-            f"{len(invalid)} particles"
+    def _invalid_weight(self, update: WeightUpdate, invalid: Tensor) -> ProgramError:
+        """Return the error of a weight that is NaN or +inf, ``invalid`` (particle, prompt) saying where."""
+        names = [name for name, part in update.parts.items() if bool((part.isnan() | (part == torch.inf)).any())]
+        return ProgramError(
+            f"{' and '.join(names) or 'the weight'} is NaN or +inf at {update.step}, for "
+            f"{int(invalid.any(1).sum())} of {len(invalid)} particles"
         )
 
-    def _bury(self, step: Step, column: int) -> None:
-        """:raises EvidenceError: that tells where the particles of a prompt died, of what, and what was alive."""
-        program = self.history.program
-        causes = [name for name, term in step.factors.items() if bool((term[:, column] == -torch.inf).any())]
-        of = "" if program.shared else f" of prompt {column} ({prompt_labels(program)[column]!r})"
+    def _extinction(self, update: WeightUpdate, column: int) -> EvidenceError:
+        """Return the error of a prompt whose particles have all died: the step, the factors, and the last texts."""
+        program = self.partial_run.program
+        causes = [name for name, term in update.factors.items() if bool((term[:, column] == -torch.inf).any())]
+        prompt = "" if program.shared else f" of prompt {column} ({prompt_labels(program)[column]!r})"
         because = f": {' and '.join(map(repr, causes))} is -inf for the last of them" if causes else ""
-        error = EvidenceError(f"all {len(self.log_weights)} particles{of} are dead at {step.name}{because}")
-        if step.texts is not None and step.texts[0].has_text:
-            law, steps = step.texts
-            rows = torch.arange(len(steps.values), device=steps.values.device).reshape(law.batch_shape)
+        error = EvidenceError(f"all {len(self.log_weights)} particles{prompt} are dead at {update.step}{because}")
+        if update.texts is not None and update.texts[0].has_text:
+            distribution, decoder = update.texts
+            rows = torch.arange(len(decoder.values), device=decoder.values.device).reshape(distribution.batch_shape)
             alive = (self.log_weights != -torch.inf)[:, column]
             if not program.shared and program.prompt_dim is not None:
                 rows = rows.movedim(program.prompt_dim, 1)[:, column]
-            before = steps.values.clone()
-            before[:, steps.t - 1] = law.vocabulary.pad_token_id
-            texts = [str(text) for text in law.decode(before[rows[alive].reshape(-1)])]
-            error.survivors = tuple(texts)
-            shown = ", ".join(repr(text) for text in texts[:3])
-            error.add_note(f"alive until then ({len(texts)}, kept in this error's .survivors): {shown}")
-        error.add_note("use more particles, a softer constraint, or a twist or proposal that knows of it")
-        raise error
+            before = decoder.values.clone()
+            before[:, decoder.t - 1] = distribution.vocabulary.pad_token_id
+            error.survivors = tuple(str(text) for text in distribution.decode(before[rows[alive].reshape(-1)]))
+            shown = ", ".join(map(repr, error.survivors[:3]))
+            error.add_note(f"alive until then ({len(error.survivors)}, all in this error's .survivors): {shown}")
+        error.add_note("use more particles, a softer constraint, or a twist or a proposal that anticipates it")
+        return error

@@ -1,11 +1,11 @@
-r"""Exact draws of the posterior, one retained in each chain: they turn an estimate of log Z into an upper bound.
+r"""Retained draws: with one exact draw of the posterior in each chain, an estimate of log Z becomes an upper bound.
 
     \hat Z = (1/N) \sum_i w_i,    x_0 ~ \pi^*,  x_1, ..., x_{N-1} ~ q
 
     E[1 / \hat Z] <= 1 / Z,    E[log \hat Z] >= log Z
 
 (the second by Jensen's inequality; the first is an equality unless all N weights can be 0 at once): bidirectional Monte
-Carlo (Grosse, Ghahramani and Adams 2015, arXiv 1511.02543). With resampling, x_0 keeps its slot: conditional SMC
+Carlo (Grosse, Ghahramani and Adams 2015, arXiv 1511.02543). With resampling, x_0 always survives: conditional SMC
 (Andrieu, Doucet and Holenstein 2010).
 """
 
@@ -22,15 +22,18 @@ from bayeslm.inference.program import Particles, Program, ProgramError, assign_v
 from bayeslm.posterior import Posterior
 
 _REFUSED = {
-    "weighted": "weighted draws are a proposal's",
-    "particles": "weighted particles are a sampler's",
-    "markov": "a Markov chain's draws only come near the posterior",
-    "uncorrected": "their law is not known",
+    "weighted": "weighted draws have the distribution of a proposal",
+    "particles": "weighted particles have the distribution of a sampler",
+    "markov": "draws of a Markov chain have only approximately the distribution of the posterior",
+    "uncorrected": "the distribution of uncorrected draws is not known",
 }
 
 
 def check_retained(engine: Any) -> None:
-    """:raises ValueError: if ``engine.retained`` is not of exact draws, one a chain at least."""
+    """Check the setting ``retained`` of an engine.
+
+    :raises ValueError: if it is neither None nor a `Posterior` of exact draws, at least one for each chain.
+    """
     retained: Posterior | None = engine.retained
     if retained is None:
         return
@@ -39,12 +42,12 @@ def check_retained(engine: Any) -> None:
         raise ValueError(f"{name}: retained must be a Posterior of exact draws, got {retained!r}")
     if retained.kind in _REFUSED:
         raise ValueError(
-            f"{name}: retained must hold exact draws of the posterior (RejectionSampling, Exact), and "
-            f"{_REFUSED[retained.kind]}: the upper bound would be none"
+            f"{name}: retained must hold exact draws of the posterior (RejectionSampling, Exact), but "
+            f"{_REFUSED[retained.kind]}, and log Z would have no upper bound"
         )
     draws = retained.log_weights[..., 0].size
     if retained.kind == "exact" and draws < engine.num_chains:
-        raise ValueError(f"{name}: {engine.num_chains} chains need a retained draw each, and there are {draws}")
+        raise ValueError(f"{name}: retained has {draws} draws, fewer than num_chains={engine.num_chains}: draw more")
 
 
 def retained_particles(
@@ -56,16 +59,19 @@ def retained_particles(
     batch_size: int | None = None,
     vectorize: bool = True,
 ) -> Particles:
-    """The first draws of an exact posterior (drawn from it if it is enumerated), scored: one a chain.
+    """Score one retained draw for each chain.
 
-    ``log_proposal`` is the guide's, run at these values; without one, the prior's.
-
+    :param retained: a posterior of exact draws, whose first draws are used, or an enumerated one, which is sampled.
+    :param guide: the proposal, whose density at these values is ``log_proposal``; None for the prior.
+    :param batch_size: particles in one run; None for as many as bounded memory allows.
+    :param vectorize: whether one run holds all particles of a batch.
+    :returns: the retained draws, one particle for each chain.
     :raises ProgramError: if the draws are not of this program, or the guide cannot have proposed them.
     """
     if retained.kind == "enumerated":
         retained = retained.resample(num_chains, seed=int(torch.randint(2**31, ())))
     if retained.prompts != prompt_labels(program):
-        raise ProgramError("the retained draws are of other prompts")
+        raise ProgramError(f"the retained draws have other prompts than the program: {retained.prompts}")
 
     def flat(x: Any) -> Tensor:
         return torch.as_tensor(x.reshape(-1, *x.shape[2:])[:num_chains])
@@ -79,14 +85,14 @@ def retained_particles(
     parts = []
     for i in range(0, num_chains, size):
         some = {name: value[i : i + size] for name, value in values.items()}
-        with _Known(program), assign_values(program, some):
+        with _RefuseAuxiliary(program), assign_values(program, some):
             parts.append(run_particles(program, guide, min(size, num_chains - i), vectorize=vectorize))
     particles = Particles.concatenate(parts)
     expected = flat(retained.log_joint).to(particles.log_joint)
     off = (particles.log_joint - expected).abs()
-    if not (off <= 0.1 + 0.02 * expected.abs()).all():  # more than numerics of half precision explain
+    if not (off <= 0.1 + 0.02 * expected.abs()).all():  # more than the rounding of half precision
         raise ProgramError(
-            f"the retained draws are of another program: their log-joint here is off by {off.max().item():.3g} nats"
+            f"the retained draws are of another program: their log-joint differs by {off.max().item():.3g} nats here"
         )
     if (particles.log_proposal == -torch.inf).any():
         raise ProgramError("the guide gives a retained draw probability 0: it does not cover the posterior")
@@ -94,22 +100,29 @@ def retained_particles(
 
 
 def retained_values(program: Program, retained: Posterior, num_chains: int) -> dict[str, Tensor]:
-    """Values of the latent sites (chain, *batch, *event) of exact draws, checked as by `retained_particles`."""
+    """Return the latents (chain, *batch, *event) of one retained draw for each chain, by site.
+
+    :raises ProgramError: if the draws are not of this program.
+    """
     values = retained_particles(program, retained, num_chains).values
     return {site.name: values[site.name] for site in program.latents}
 
 
-def in_front(kept: Particles, particles: Particles) -> Particles:
-    """Particles, chain-major, with the first of each chain replaced by the chain's one of ``kept``."""
-    chains = len(kept)
+def put_first(retained: Particles, particles: Particles) -> Particles:
+    """Replace the first particle of each chain by the chain's retained one.
+
+    :param retained: one particle for each chain.
+    :param particles: the particles of all chains, chain by chain.
+    """
+    chains = len(retained)
     each = len(particles) // chains
     index = chains + torch.arange(chains * each).reshape(chains, each)
     index[:, :1] = torch.arange(chains)[:, None]
-    return Particles.concatenate([kept, particles])[index.flatten().to(kept.log_prior.device)]
+    return Particles.concatenate([retained, particles])[index.flatten().to(retained.log_prior.device)]
 
 
-class _Known(Messenger):
-    """Refuses guides that draw more than the program's latents: what led to given latents is then not known."""
+class _RefuseAuxiliary(Messenger):
+    """Refuse guides with auxiliary variables, whose values are not known for a retained draw."""
 
     def __init__(self, program: Program) -> None:
         super().__init__()

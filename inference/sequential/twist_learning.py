@@ -1,26 +1,26 @@
 r"""Learning a twist \psi_t(x_{1:t}) ~ E_p[ L(x) | x_{1:t} ], L = exp(r / beta), from draws of the prior.
 
-Draws x ~ p and their likelihoods are made once, with the network's hidden states; the head is then fitted to them for
-as many steps as pay. Two objectives (Zhao, Brekelmans, Makhzani and Grosse 2024, arXiv 2404.17546):
+Draws x ~ p, their likelihoods and the network's hidden states are computed once; the head is then fitted to them, with
+early stopping. Two objectives (Zhao, Brekelmans, Makhzani and Grosse 2024, arXiv 2404.17546):
 
 * ``contrastive`` twist learning makes the targets \pi_t(x_{1:t}) \propto p(x_{1:t}) \psi_t(x_{1:t}) the posterior's
   own marginals \sigma(x_{1:t}), by the gradient of \sum_t KL(\sigma || \pi_t):
 
       \sum_t  E_{\pi_t}[\nabla \log \psi_t] - E_\sigma[\nabla \log \psi_t]
 
-  Both expectations are self-normalised over the draws (weights \psi_t, and L), which makes the loss the cross-entropy
+  Both expectations are self-normalised over the draws (weights \psi_t and L), which makes the loss the cross-entropy
   -\sum_i \bar L_i \log softmax_i(\log \psi_t) and its bias O(1 / draws).
 
 * ``soft-value`` regression fits the soft Bellman equation, log \psi_t being the soft value / beta,
 
       \psi_t(x_{1:t}) = \sum_v p(v | x_{1:t}) \psi_{t+1}(x_{1:t}, v),    \psi_T = L
 
-  The paper regresses logarithms, with the sum over v at hand. Here the draw's own next token stands for the sum, which
-  is unbiased for a loss whose minimiser is the mean: that of Poisson regression, \psi_t - y \log \psi_t, with y half
-  L and half the \psi_{t+1} of the step before (both have the mean that is sought).
+  The paper regresses logarithms and computes the sum over v. Here the draw's own next token estimates the sum, without
+  bias for a loss whose minimiser is the mean: that of Poisson regression, \psi_t - y \log \psi_t, with y half L and
+  half \psi_{t+1} without gradient (both have the mean \psi_t).
 
-Both are summed over powers of L (`models.twist.POWERS`). A part of the draws is held out: the head with the lowest
-contrastive loss on it is kept, and how far that is to be believed, c_t, is found there too.
+Both are summed over powers of L (`POWERS`). A part of the draws is held out: the head with the lowest contrastive loss
+on it is kept, and the power c_t that tempers \psi_t is fitted to it.
 """
 
 from __future__ import annotations
@@ -49,34 +49,42 @@ from bayeslm.inference.program import (
 from bayeslm.models.lm import POWERS, Twist, TwistInputs, categorical, generate
 from bayeslm.progress import track
 
-from .twists import PrefixTwist, Rows
+from .twists import PrefixTwist, SiteRows
 
-PATIENCE = 10  # steps between looks at what is held out
+EVALUATE_EVERY = 10  # steps between evaluations of the held-out loss
 
 
 @dataclass
-class Draws:
-    """Completions of the prior: ``of`` as the head reads them, which tokens teach it (row, token), and the
-    log-likelihood (particle, text), rows being (particle, text): a text for each prompt, or more."""
+class TwistData:
+    """Completions of the prior, to which a twist is fitted; a row is one text of one particle.
 
-    of: TwistInputs
-    taught: Tensor
+    :param inputs: the inputs of the head.
+    :param used: whether a token is part of the loss, (row, token).
+    :param log_likelihood: log L of each text, (particle, text); a particle has one text for each prompt, or more.
+    """
+
+    inputs: TwistInputs
+    used: Tensor
     log_likelihood: Tensor
 
 
 @dataclass(frozen=True)
 class TwistLearning:
-    """Trains a `Twist` for `SMC`.
+    """Train a `Twist` for `SMC`.
 
-    :param method: "contrastive" or "soft-value".
-    :param reads_reward: the twist also reads what the program's factors say of the text so far, as by SMC's "partial".
-        Much more precise where that means anything (sentiment), and free of model calls; but the reward is then called
-        for every unfinished text, and, with ``proposal="twist"``, for each of its ``top_k`` continuations.
-    :param num_particles: draws of the prior, a quarter of which is held out.
-    :param num_steps: gradient steps, each on all draws.
-    :param learning_rate, weight_decay: of AdamW.
-    :param site: the completion, where the program has several.
-    :param seed, progress: as in `ImportanceSampling`.
+    :param method: the loss, "contrastive" or "soft-value".
+    :param reads_reward: whether the program's own terms of the text so far are an input of the twist, as in SMC's
+        "partial". This is much more precise where a reward is meaningful for unfinished texts (sentiment), and costs no
+        model calls; but the reward is then called for every unfinished text and, with ``proposal="twist"``, for each
+        of its ``top_k`` continuations.
+    :param num_particles: the number of draws of the prior, at least 8; a quarter of them is held out.
+    :param num_steps: the number of gradient steps, each on all draws that are not held out.
+    :param learning_rate: the learning rate of AdamW.
+    :param weight_decay: the weight decay of AdamW.
+    :param site: the name of the completion; None if the program has only one.
+    :param seed: seed of all random numbers; None draws from the global random state.
+    :param progress: whether to show a progress bar.
+    :raises ValueError: if a setting is out of range.
     """
 
     method: str = "contrastive"
@@ -95,21 +103,26 @@ class TwistLearning:
         if self.method not in LOSSES:
             raise ValueError(f"TwistLearning: method must be one of {', '.join(LOSSES)}, got {self.method!r}")
         if self.num_particles < 8:
-            raise ValueError("TwistLearning: num_particles must be at least 8, of which a quarter is held out")
+            raise ValueError(
+                f"TwistLearning: num_particles must be at least 8, as a quarter is held out, got {self.num_particles}"
+            )
 
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Twist:
-        """A twist for ``model(*args, **kwargs)``. ``stats``: ``loss`` and ``held_out`` by step, ``kept_step``, and the
-        cost.
+        """Train a twist for ``model(*args, **kwargs)``.
+
+        The twist's ``stats``: ``loss`` of each step, ``held_out``, the contrastive loss on held-out draws at every
+        10th step and at the last, ``kept_step``, the step of the lowest of these, ``method``, ``draws``
+        (``num_particles``), ``seconds``, ``tokens`` and ``model_calls``.
 
         :raises EvidenceError: if no draw has positive probability.
-        :raises ProgramError: if the program has no completion, or several and ``site`` names none of them.
+        :raises ProgramError: if the program has no completion, or several and ``site`` is not one of their names.
         """
         with seeded(self.seed), Stopwatch() as watch:
             program = inspect(model, *args, **kwargs)
             name = self._site(program)
-            twist, draws = self._draw(program, name)
-            history = self._fit(twist, draws)
-            twist.stats = watch.stats() | history | {"method": self.method, "draws": self.num_particles}
+            twist, data = self._draw(program, name)
+            losses = self._fit(twist, data)
+            twist.stats = watch.stats() | losses | {"method": self.method, "draws": self.num_particles}
             return twist
 
     def _site(self, program: Program) -> str:
@@ -120,139 +133,157 @@ class TwistLearning:
             raise ProgramError(f"TwistLearning: site must be one of {names}, got {self.site!r}")
         return self.site
 
-    def _draw(self, program: Program, name: str) -> tuple[Twist, Draws]:
-        """Draws of the prior, and a twist that knows how their features are scaled."""
-        law = program.sites[name].fn
-        twist = Twist(law.lm, law.max_new_tokens, reads_reward=self.reads_reward)
-        parts: list[_Batch] = []
+    def _draw(self, program: Program, name: str) -> tuple[Twist, TwistData]:
+        """Draw completions of the prior; return them with an untrained twist that standardises their features."""
+        distribution = program.sites[name].fn
+        twist = Twist(distribution.lm, distribution.max_new_tokens, reads_reward=self.reads_reward)
+        parts: list[_PriorDraws] = []
         size = program.max_particles
         with track("draws for the twist", self.num_particles, self.progress) as report, torch.no_grad():
             for done in range(0, self.num_particles, size):
                 n = min(size, self.num_particles - done)
-                batch = _write(program, name, n, self.reads_reward)
+                part = _draw_prior(program, name, n, self.reads_reward)
                 if not parts:
-                    twist.fit_projection(batch.hidden[batch.written])
-                parts.append(batch._replace(hidden=twist.project(batch.hidden)))  # a fifth of the memory, or less
+                    twist.fit_projection(part.hidden[part.written])
+                parts.append(part._replace(hidden=twist.project(part.hidden)))  # a fifth of the memory, or less
                 report(n)
-        hidden, tokens, written, ends, said, log_l = (torch.cat(x) for x in zip(*parts, strict=True))
-        taught = written
+        hidden, tokens, written, ends, so_far, log_l = (torch.cat(x) for x in zip(*parts, strict=True))
+        used = written
         if self.reads_reward:
-            taught = written & ~ends & said.isfinite()  # what has ended, or is lost, is worth what the reward says
-            if taught.any():
+            used = written & ~ends & so_far.isfinite()  # elsewhere SMC uses the program's own terms
+            if used.any():
                 twist.so_far_scale.copy_(
-                    torch.stack([said[taught].mean(), said[taught].std(correction=0).clamp_min(1e-6)])
+                    torch.stack([so_far[used].mean(), so_far[used].std(correction=0).clamp_min(1e-6)])
                 )
         check_evidence(log_l[None].cpu().numpy(), prompt_labels(program))
-        log_l = Rows(program, name, law).spread(log_l).reshape(len(log_l), -1).float()
-        return twist, Draws(twist.inputs(hidden, tokens, said if self.reads_reward else None), taught, log_l)
+        log_l = SiteRows(program, name, distribution).spread(log_l).reshape(len(log_l), -1).float()
+        return twist, TwistData(twist.inputs(hidden, tokens, so_far if self.reads_reward else None), used, log_l)
 
-    def _fit(self, twist: Twist, draws: Draws) -> dict[str, Any]:
-        """Gradient steps; what was seen in each."""
-        # every fourth draw in the order of likelihood is held out, so that there are good ones on both sides
-        order = draws.log_likelihood.amax(1).argsort(descending=True)
-        held = torch.zeros(len(order), dtype=torch.bool, device=order.device)
-        held[order[1::4]] = True
-        learn, check = (_part(draws, chosen) for chosen in (~held, held))
+    def _fit(self, twist: Twist, data: TwistData) -> dict[str, Any]:
+        """Train the twist; return the losses by step and the step of the head that is kept."""
+        # every fourth draw in the order of likelihood is held out, so that both parts have likely ones
+        order = data.log_likelihood.amax(1).argsort(descending=True)
+        held_out = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+        held_out[order[1::4]] = True
+        train, test = (_subset(data, chosen) for chosen in (~held_out, held_out))
         optimizer = torch.optim.AdamW(twist.parameters(), self.learning_rate, weight_decay=self.weight_decay)
-        losses, held_out, best = [], [], None
+        losses, test_losses, best = [], [], None
         with torch.enable_grad(), track("the twist", self.num_steps, self.progress) as report:
             for step in range(self.num_steps):
                 twist.train()
-                loss = _over_powers(LOSSES[self.method], twist(learn.of), learn)
+                loss = _over_powers(LOSSES[self.method], twist(train.inputs), train)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 losses.append(float(loss.detach()))
-                if (step + 1) % PATIENCE == 0 or step + 1 == self.num_steps:
+                if (step + 1) % EVALUATE_EVERY == 0 or step + 1 == self.num_steps:
                     twist.eval()
                     with torch.no_grad():
-                        now = float(_over_powers(contrastive, twist(check.of), check))
-                    held_out.append(now)
-                    if best is None or now <= best[0]:
-                        best = (now, step + 1, copy.deepcopy(twist.state_dict()))
+                        test_loss = float(_over_powers(contrastive, twist(test.inputs), test))
+                    test_losses.append(test_loss)
+                    if best is None or test_loss <= best[0]:
+                        best = (test_loss, step + 1, copy.deepcopy(twist.state_dict()))
                 report(values={"loss": losses[-1]})
         assert best is not None
         twist.load_state_dict(best[2])
         twist.eval()
         with torch.no_grad():
-            twist.confidence[1:] = confidence(twist(check.of)[..., 0], check)
-            psi = twist.confidence[1:] * twist(draws.of)[..., 0]
-            twist.offset[1:] = offset(psi, draws)
-        return {"loss": losses, "held_out": held_out, "kept_step": best[1]}
+            twist.confidence[1:] = confidence(twist(test.inputs)[..., 0], test)
+            psi = twist.confidence[1:] * twist(data.inputs)[..., 0]
+            twist.offset[1:] = offset(psi, data)
+        return {"loss": losses, "held_out": test_losses, "kept_step": best[1]}
 
 
-class _Batch(NamedTuple):
-    """Draws as they are written, a completion a row: ``tokens``, whether there is a token (``written``), whether it
-    ``ends`` the text, and what the reward has ``said`` of the text then, all (row, token)."""
+class _PriorDraws(NamedTuple):
+    """Completions of the prior with features of each token, (row, token).
+
+    ``hidden`` (row, token, width) is the hidden state before it, ``tokens`` its id, ``written`` whether there is a
+    token, ``ends`` whether the text ends with it, ``so_far`` the sum of the program's terms of the text up to it (0
+    if the twist does not use them). ``log_likelihood`` (particle, prompt) is that of the complete texts.
+    """
 
     hidden: Tensor
     tokens: Tensor
     written: Tensor
     ends: Tensor
-    said: Tensor
+    so_far: Tensor
     log_likelihood: Tensor
 
 
-def _write(program: Program, name: str, size: int, reads_reward: bool) -> _Batch:
-    """Particles of the prior, with what is seen while the completion of a site is written."""
-    history = PartialRun(program, size, retained={}, slots=torch.arange(0, device=program.device))
-    seen: _Batch | None = None
-    while not history.complete:
-        site, law = history.advance()
-        history.begin(site, law)
-        steps = law.decoder()
+def _draw_prior(program: Program, name: str, size: int, reads_reward: bool) -> _PriorDraws:
+    """Draw particles from the prior, with the features of the completion of one site.
+
+    :param size: the number of particles.
+    :param reads_reward: whether to evaluate the program's terms of each unfinished text.
+    """
+    partial_run = PartialRun(program, size, retained={}, slots=torch.arange(0, device=program.device))
+    draws: _PriorDraws | None = None
+    while not partial_run.complete:
+        site, distribution = partial_run.advance()
+        partial_run.begin(site, distribution)
+        decoder = distribution.decoder()
         if site != name:
-            history.write(site, *generate(steps))
+            partial_run.write(site, *generate(decoder))
             continue
-        so_far = PrefixTwist(history, Rows(program, site, law), steps, partial=True) if reads_reward else None
-        hidden = steps.hidden.new_zeros((len(steps.values), law.max_new_tokens, steps.hidden.shape[-1]))
-        written, ends = (torch.zeros_like(steps.values, dtype=torch.bool) for _ in range(2))
-        said = torch.zeros_like(steps.scores)
-        while not steps.done:
-            t = steps.t
-            hidden[:, t], written[:, t] = steps.hidden, ~steps.finished
-            steps.append(*categorical(steps.logits))
-            ends[:, t] = steps.finished & written[:, t]
-            if so_far is not None:
-                said[:, t] = so_far.by_rows()
-        history.write(site, steps.values, steps.scores)
-        seen = _Batch(hidden, steps.values, written, ends, said, torch.empty(0))
-    assert seen is not None
-    return seen._replace(log_likelihood=history.finish().total_log_likelihood)
+        rows = SiteRows(program, site, distribution)
+        prefix_twist = PrefixTwist(partial_run, rows, decoder, partial=True) if reads_reward else None
+        shape = (len(decoder.values), distribution.max_new_tokens, decoder.hidden.shape[-1])
+        hidden = decoder.hidden.new_zeros(shape)
+        written, ends = (torch.zeros_like(decoder.values, dtype=torch.bool) for _ in range(2))
+        so_far = torch.zeros_like(decoder.scores)
+        while not decoder.done:
+            t = decoder.t
+            hidden[:, t], written[:, t] = decoder.hidden, ~decoder.finished
+            decoder.append(*categorical(decoder.logits))
+            ends[:, t] = decoder.finished & written[:, t]
+            if prefix_twist is not None:
+                so_far[:, t] = prefix_twist.by_rows()
+        partial_run.write(site, decoder.values, decoder.scores)
+        draws = _PriorDraws(hidden, decoder.values, written, ends, so_far, torch.empty(0))
+    assert draws is not None
+    return draws._replace(log_likelihood=partial_run.finish().total_log_likelihood)
 
 
-def _part(draws: Draws, chosen: Tensor) -> Draws:
-    """Some of the particles (particle,)."""
-    rows = chosen.repeat_interleave(len(draws.taught) // len(chosen))
-    of = draws.of
-    some = of._replace(
-        hidden=of.hidden[rows], tokens=of.tokens[rows], so_far=None if of.so_far is None else of.so_far[rows]
+def _subset(data: TwistData, chosen: Tensor) -> TwistData:
+    """Return the data of the ``chosen`` particles, a mask (particle,)."""
+    rows = chosen.repeat_interleave(len(data.used) // len(chosen))
+    inputs = data.inputs
+    some = inputs._replace(
+        hidden=inputs.hidden[rows],
+        tokens=inputs.tokens[rows],
+        so_far=None if inputs.so_far is None else inputs.so_far[rows],
     )
-    return Draws(some, draws.taught[rows], draws.log_likelihood[chosen])
+    return TwistData(some, data.used[rows], data.log_likelihood[chosen])
 
 
-def _over_powers(loss: Callable[[Tensor, Draws], Tensor], log_psi: Tensor, draws: Draws) -> Tensor:
-    """A loss for each power a of the likelihood over a: as a nears 0, so that no power's loss vanishes."""
+def _over_powers(loss: Callable[[Tensor, TwistData], Tensor], log_psi: Tensor, data: TwistData) -> Tensor:
+    """Return the sum over powers a of the loss for L^a, divided by a, so that it does not vanish as a approaches 0.
+
+    :param log_psi: the head's estimates, (row, token, power).
+    """
     return torch.stack(
         [
-            loss(log_psi[..., j], replace(draws, log_likelihood=power * draws.log_likelihood)) / power
+            loss(log_psi[..., j], replace(data, log_likelihood=power * data.log_likelihood)) / power
             for j, power in enumerate(POWERS)
         ]
     ).sum()
 
 
-def _by_prompt(log_psi: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-    """log psi_t and log L, (particle, prompt, token): -inf where a token does not teach."""
-    shape = (*draws.log_likelihood.shape, -1)
-    taught = draws.taught.reshape(shape)
-    log_l = torch.where(taught, draws.log_likelihood[..., None], -torch.inf)
-    return log_psi.reshape(shape).masked_fill(~taught, -torch.inf), log_l
+def _by_prompt(log_psi: Tensor, data: TwistData) -> tuple[Tensor, Tensor]:
+    """Return log psi_t and log L, (particle, text, token), both -inf at tokens that are not part of the loss."""
+    shape = (*data.log_likelihood.shape, -1)
+    used = data.used.reshape(shape)
+    log_l = torch.where(used, data.log_likelihood[..., None], -torch.inf)
+    return log_psi.reshape(shape).masked_fill(~used, -torch.inf), log_l
 
 
-def contrastive(log_psi: Tensor, draws: Draws) -> Tensor:
-    """Mean over t and prompts of -sum_i L_i log softmax_i(log psi_t), L normalised; log_psi (row, token)."""
-    log_psi, log_l = _by_prompt(log_psi, draws)
-    alive = log_l.logsumexp(0) > -torch.inf  # a prompt of which no draw has any likelihood teaches nothing
+def contrastive(log_psi: Tensor, data: TwistData) -> Tensor:
+    """Return the mean over t and prompts of -sum_i L_i log softmax_i(log psi_t), with L normalised.
+
+    :param log_psi: (row, token).
+    """
+    log_psi, log_l = _by_prompt(log_psi, data)
+    alive = log_l.logsumexp(0) > -torch.inf  # a prompt whose draws all have likelihood 0 has no loss
     if not alive.any():
         return log_psi.nan_to_num(neginf=0.0).sum() * 0.0
     log_psi, log_l = log_psi[:, alive], log_l[:, alive]
@@ -260,20 +291,22 @@ def contrastive(log_psi: Tensor, draws: Draws) -> Tensor:
     return -(log_l.softmax(0) * share.masked_fill(log_l == -torch.inf, 0.0)).sum(0).mean()
 
 
-def soft_value(log_psi: Tensor, draws: Draws) -> Tensor:
-    """Mean over t and draws of psi_t - y log psi_t, y half L and half psi_{t+1}, over mean(L); log_psi (row, token).
+def soft_value(log_psi: Tensor, data: TwistData) -> Tensor:
+    """Return the mean over t and draws of psi_t - y log psi_t, y half L and half psi_{t+1}, divided by mean(L).
 
-    The level of psi_t, which is fitted in the end, is here as if it were right.
+    The level of psi_t, which `offset` fits in the end, is set to its right value first.
+
+    :param log_psi: (row, token).
     """
-    log_psi, log_l = _by_prompt(log_psi, draws)
-    mean_l = draws.log_likelihood.logsumexp(0)[:, None] - math.log(len(log_l))
-    likelihood = (draws.log_likelihood[..., None] - mean_l).exp()
+    log_psi, log_l = _by_prompt(log_psi, data)
+    mean_l = data.log_likelihood.logsumexp(0)[:, None] - math.log(len(log_l))
+    likelihood = (data.log_likelihood[..., None] - mean_l).exp()
     level = (log_l.logsumexp(0) - log_psi.logsumexp(0)).detach() - mean_l
     psi = (log_psi.detach() + level).exp()
-    teaching = log_psi > -torch.inf
-    after = torch.where(teaching, psi, likelihood)[..., 1:]  # what has ended is worth what it is worth
+    used = log_psi > -torch.inf
+    after = torch.where(used, psi, likelihood)[..., 1:]  # the value of a finished text is its likelihood
     target = (torch.cat([after, likelihood], -1) + likelihood) / 2
-    chosen = teaching & level.isfinite()
+    chosen = used & level.isfinite()
     log_psi = (log_psi + level)[chosen]
     return (log_psi.exp() - target[chosen] * log_psi).mean() if len(log_psi) else log_psi.sum()
 
@@ -281,26 +314,31 @@ def soft_value(log_psi: Tensor, draws: Draws) -> Tensor:
 LOSSES = {"contrastive": contrastive, "soft-value": soft_value}
 
 
-def confidence(log_psi: Tensor, draws: Draws) -> Tensor:
-    """c_t, (token,), of the least E[L^2 / psi_t^c] E[psi_t^c] / Z^2, the prompts' geometric mean; log_psi (row, token).
+def confidence(log_psi: Tensor, data: TwistData) -> Tensor:
+    """Return the powers c_t (token,) that minimise E[L^2 / psi_t^c] E[psi_t^c] / Z^2, the prompts' geometric mean.
 
-    That is 1 + chi^2 of the posterior from the target at t, which the variance of SMC adds up. What is fitted to few
-    draws is too sure of itself, and the second moment pays for it.
+    That is 1 + chi^2 of the posterior from the target at t, the term of step t in the variance of SMC. A head that is
+    fitted to few draws is overconfident, which the second moment penalises.
+
+    :param log_psi: of held-out draws, (row, token).
     """
-    log_psi, log_l = _by_prompt(log_psi, draws)
+    log_psi, log_l = _by_prompt(log_psi, data)
     alive = log_l.logsumexp(0) > -torch.inf
     grid = torch.linspace(0.2, 1.0, 17, device=log_psi.device)
     costs = []
     for c in grid:
-        tempered = c * log_psi  # -inf where nothing is taught, as is log_l
+        tempered = c * log_psi  # -inf where log_l is, at tokens that are not used
         second = (2 * log_l - tempered.nan_to_num(neginf=0.0)).logsumexp(0)
         moments = second + tempered.logsumexp(0) - 2 * log_l.logsumexp(0)
         costs.append(torch.where(alive, moments, 0.0).sum(0))
     return grid[torch.stack(costs).argmin(0)].where(alive.any(0), 1.0)
 
 
-def offset(log_psi: Tensor, draws: Draws) -> Tensor:
-    """b_t, (token,): with it the mean of psi_t is that of L, over the draws that t teaches; log_psi (row, token)."""
-    log_psi, log_l = _by_prompt(log_psi, draws)
+def offset(log_psi: Tensor, data: TwistData) -> Tensor:
+    """Return the constants b_t (token,) with which the mean of psi_t is that of L, over the draws with a token t.
+
+    :param log_psi: (row, token).
+    """
+    log_psi, log_l = _by_prompt(log_psi, data)
     gap = (log_l.logsumexp(0) - log_psi.logsumexp(0)).T  # (token, prompt)
     return torch.stack([of[of.isfinite()].mean() if of.isfinite().any() else of.new_zeros(()) for of in gap])

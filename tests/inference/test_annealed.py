@@ -23,7 +23,7 @@ from support.statistics import assert_agrees, assert_estimate, assert_evidence
 
 from bayeslm import Posterior, diagnostics
 from bayeslm.inference import EvidenceError, Exact, RunError
-from bayeslm.inference.annealed import AnnealedSMC, next_temperature
+from bayeslm.inference.annealed import AnnealedSMC, next_inverse_temperature
 
 ISLANDS = 64
 LADDER = (0.15, 0.4, 0.7, 1.0)
@@ -127,7 +127,7 @@ def test_a_step_goes_as_far_as_the_conditional_ess_allows():
     likelihood[2, :, 0] = 0.1 * likelihood[2, :, 0]
     weights = torch.randn(3, 500, 2)
     gamma = torch.tensor([[0.0, 0.0], [0.3, 0.99], [0.5, 0.0]])
-    new = next_temperature(weights, likelihood, gamma, 0.8)
+    new = next_inverse_temperature(weights, likelihood, gamma, 0.8)
     assert (new > gamma).all()
     for chain in range(3):
         for column in range(2):

@@ -14,15 +14,13 @@ from support.statistics import assert_mean
 
 from bayeslm.inference import (
     SVI,
-    Critic,
     ImportanceSampling,
-    LogVariance,
     ProgramError,
     RejectionSampling,
-    ReverseKL,
-    Tempering,
+    RunError,
 )
 from bayeslm.inference.control import ControlledSMC, SoftValueIteration, StateValues
+from bayeslm.inference.training import Adam, Checkpointing, Critic, LogVariance, ReverseKL, StatefulLoss, Tempering
 from bayeslm.models.control import (
     MDP,
     Control,
@@ -116,8 +114,8 @@ def elbo_problem(seed: int = 0):
 
 
 def learned(baseline, control, policy, steps: int = 20):
-    """Return an objective whose baseline has learned for some steps."""
-    objective = ReverseKL(4, baseline)
+    """A loss whose baseline has learned from some steps."""
+    objective = StatefulLoss(ReverseKL(4, baseline))
     for _ in range(steps):
         objective.loss_and_grads(control, control.guide(policy), COPIES)
     return objective
@@ -127,7 +125,7 @@ def learned(baseline, control, policy, steps: int = 20):
 def test_gradients_are_those_of_the_soft_value(baseline):
     control, policy, elbo, gradient = elbo_problem()
     pyro.set_rng_seed(0)
-    objective = ReverseKL(4) if baseline is None else learned(baseline, control, policy)
+    objective = StatefulLoss(ReverseKL(4)) if baseline is None else learned(baseline, control, policy)
     found = gradients(objective, control, control.guide(policy), [policy.logits], (COPIES,), repeats=100)
     assert_unbiased(-found, gradient)
     with torch.no_grad():
@@ -155,7 +153,7 @@ def test_state_values_learn_the_soft_values_of_the_policy():
     values = StateValues(4, HORIZON, decay=0.99)
     pyro.set_rng_seed(0)
     objective = learned(values, control, policy, 200)
-    (table,) = objective._baseline.state_dict().values()
+    (table,) = objective.state.values()
     found, visits = table.reshape(2, HORIZON, 4)
     exact = SoftValueIteration(BETA, HORIZON).evaluate(mdp, policy.probabilities, control.prior.probabilities) / BETA
     visited = visits > 1000
@@ -186,11 +184,11 @@ def test_rewards_of_steps_follow_the_beta_schedule():
     values = SoftValueIteration(2 * BETA, HORIZON).evaluate(mdp, logits.softmax(-1), control.prior.probabilities)
     (gradient,) = torch.autograd.grad(values[0, COPIES].sum() / (2 * BETA), logits)
     pyro.set_rng_seed(0)
-    objective = ReverseKL(4, StateValues(4, HORIZON, decay=0.99))
+    objective = StatefulLoss(ReverseKL(4, StateValues(4, HORIZON, decay=0.99)))
     objective.inverse_temperature = 0.5
     found = gradients(objective, control, control.guide(policy), [policy.logits], (COPIES,), repeats=100)
     assert_unbiased(-found[5:], gradient.float().reshape(-1))
-    (table,) = objective._baseline.state_dict().values()
+    (table,) = objective.state.values()
     expected = values[:-1].detach() / (2 * BETA)
     visited = table[1].reshape(HORIZON, 4) > 1000
     torch.testing.assert_close(table[0].reshape(HORIZON, 4)[visited].double(), expected[visited], atol=0.06, rtol=0.02)
@@ -224,7 +222,7 @@ def gym_problem(name: str, beta: float, horizon: int, **kwargs) -> tuple[MDP, Co
 def test_svi_finds_the_best_policy(objective):
     mdp, control = problem(0)
     policy = TabularPolicy.uniform(4, 2, HORIZON)
-    svi = SVI(num_steps=100, learning_rate=0.2, objective=objective, guide=control.guide(policy), seed=0)
+    svi = SVI(num_steps=100, optimizer=Adam(0.2), objective=objective, guide=control.guide(policy), seed=0)
     trained = svi.run(control)
     assert trained.policy is policy
     less, best = missed(control, mdp, policy)
@@ -236,7 +234,7 @@ def test_svi_finds_the_best_policy(objective):
 def test_a_second_guide_does_not_train_the_first():
     _, control = problem(0)
     first, second = (TabularPolicy.uniform(4, 2) for _ in range(2))
-    settings = {"num_steps": 3, "learning_rate": 0.1, "num_samples": 8, "seed": 0}
+    settings = {"num_steps": 3, "optimizer": Adam(0.1), "num_samples": 8, "seed": 0}
     SVI(guide=control.guide(first), **settings).run(control)
     kept = first.logits.detach().clone()
     SVI(guide=control.guide(second), **settings).run(control)
@@ -252,12 +250,10 @@ def test_a_training_resumes_from_its_checkpoint(tmp_path):
         objective = ReverseKL(8, StateValues(4, 2))
         svi = SVI(
             num_steps=steps,
-            schedule="constant",
-            learning_rate=0.1,
+            optimizer=Adam(0.1, schedule="constant"),
             objective=objective,
             guide=control.guide(policy),
-            checkpoint=folder,
-            checkpoint_every=3,
+            checkpoint=folder and Checkpointing(folder, every=3),
             num_samples=8,
             seed=0,
         )
@@ -273,14 +269,14 @@ def test_a_training_resumes_from_its_checkpoint(tmp_path):
 def _until_third(svi: SVI, control: Control) -> None:
     """Stop a run of six steps after three."""
 
-    def stop(step, policy):
-        if step == 4:
+    def stop(record):
+        if record.step == 4:
             raise RuntimeError("killed")
 
     import dataclasses
 
-    with pytest.raises(RuntimeError, match="killed"):
-        dataclasses.replace(svi, num_steps=6, on_step=stop).run(control)
+    with pytest.raises(RunError, match="killed"):
+        dataclasses.replace(svi, num_steps=6, callbacks=[stop]).run(control)
 
 
 SETTINGS = [
@@ -291,8 +287,8 @@ SETTINGS = [
     ("CliffWalking-v1", 1.0, 100, {}),
 ]
 
-QUICK = {"num_steps": 400, "learning_rate": 0.2, "schedule": "cosine", "temperature": Tempering(0.1, 0.4)}
-SLOW = {"num_steps": 1000, "learning_rate": 0.1, "schedule": "linear", "temperature": Tempering(0.03, 0.5)}
+QUICK = {"num_steps": 400, "optimizer": Adam(0.2, schedule="cosine"), "callbacks": [Tempering(0.1, 0.4)]}
+SLOW = {"num_steps": 1000, "optimizer": Adam(0.1), "callbacks": [Tempering(0.03, 0.5)]}
 
 
 @pytest.mark.long

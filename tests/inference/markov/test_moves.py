@@ -22,7 +22,8 @@ from support.programs import SHORT, conversation, score_table, shared, tilted
 from support.statistics import assert_drawn_from, count_completions
 
 from bayeslm.inference import ProgramError
-from bayeslm.inference.markov.moves import RandomWalk, SuffixMove, Tally, latent_moves, score
+from bayeslm.inference.markov import Tally
+from bayeslm.inference.markov.moves import RandomWalk, SuffixMove, latent_moves, score
 from bayeslm.inference.program import inspect
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm import count_usage, redraw

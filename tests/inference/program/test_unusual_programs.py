@@ -15,7 +15,8 @@ from support.models import table_lm, tiny_llama
 from support.programs import PROMPTS, score_table, tilted
 from support.statistics import LIMIT, assert_evidence, assert_mean
 
-from bayeslm.inference import SVI, Exact, ImportanceSampling, ProgramError, ReverseKL
+from bayeslm.inference import SVI, Exact, ImportanceSampling, ProgramError
+from bayeslm.inference.training import ReverseKL
 
 SHORT = [[1, 2], [3]]
 

@@ -11,8 +11,9 @@ from support.gradients import assert_unbiased, gradients
 from torch import Tensor
 
 from bayeslm import Posterior
-from bayeslm.inference import SVI, Critic, ImportanceSampling, ReverseKL
+from bayeslm.inference import SVI, ImportanceSampling, RunError
 from bayeslm.inference.control import SoftValueIteration
+from bayeslm.inference.training import Adam, Checkpointing, Critic, ReverseKL
 from bayeslm.models.control import (
     MDP,
     Control,
@@ -139,7 +140,7 @@ def test_it_learns_the_best_policy(seed):
     policy = MLPPolicy(environment, hidden=(8,), seed=seed)
     svi = SVI(
         num_steps=60,
-        learning_rate=5e-2,
+        optimizer=Adam(5e-2),
         objective=ReverseKL(128, Critic()),
         guide=control.guide(policy),
         num_samples=2000,
@@ -168,18 +169,17 @@ def cartpole(seed: int, num_steps: int, schedule: str) -> tuple[float, int]:
     objective = ReverseKL(16, Critic())
     played = 0
 
-    def count(history) -> bool:
+    def count(record) -> None:
         nonlocal played
-        played += int((actions(objective.particles.values["trajectory"]) >= 0).sum())
-        return False
+        if record.particles is not None:
+            played += int((actions(record.particles.values["trajectory"]) >= 0).sum())
 
     svi = SVI(
         num_steps=num_steps,
-        learning_rate=1e-2,
-        schedule=schedule,
+        optimizer=Adam(1e-2, schedule=schedule),
         objective=objective,
         guide=control.guide(policy),
-        stop=count,
+        callbacks=[count],
         num_samples=100,
         seed=seed,
         progress=False,
@@ -213,7 +213,7 @@ def test_trainings_do_not_share_parameters():
     control = Control(environment, BETA, HORIZON)
     policies = [MLPPolicy(environment, seed=3) for _ in range(2)]
     for guide in [control.guide(policy) for policy in policies]:
-        SVI(num_steps=5, learning_rate=0.1, guide=guide, num_samples=1, seed=0, progress=False).run(control)
+        SVI(num_steps=5, optimizer=Adam(0.1), guide=guide, num_samples=1, seed=0, progress=False).run(control)
     for one, other, begun in zip(*(p.parameters() for p in (*policies, MLPPolicy(environment, seed=3))), strict=True):
         assert one is not other
         assert torch.equal(one, other)
@@ -244,7 +244,7 @@ def test_a_policy_is_saved_with_its_posterior(tmp_path, name):
 def test_a_training_resumes(tmp_path):
     """A training that was stopped resumes bit-identically, episodes and critic included."""
 
-    def train(folder, on_step=None):
+    def train(folder, *callbacks):
         environment = GymEnvironment("CartPole-v1")
         control = Control(environment, beta=0.1, horizon=50)
         return SVI(
@@ -252,19 +252,18 @@ def test_a_training_resumes(tmp_path):
             objective=ReverseKL(4, Critic()),
             guide=control.guide(MLPPolicy(environment)),
             num_samples=2,
-            checkpoint=tmp_path / folder,
-            checkpoint_every=2,
-            on_step=on_step,
+            checkpoint=Checkpointing(tmp_path / folder, every=2),
+            callbacks=callbacks,
             seed=0,
             progress=False,
         ).run(control)
 
-    def kill(step, policy):
-        if step == 3:
+    def kill(record):
+        if record.step == 3:
             raise KeyError("killed")
 
     complete = train("whole")
-    with pytest.raises(KeyError, match="killed"):
+    with pytest.raises(RunError, match="killed"):
         train("broken", kill)
     again = train("broken")
     np.testing.assert_array_equal(complete.samples["trajectory"], again.samples["trajectory"])

@@ -10,6 +10,7 @@ from support.statistics import assert_estimate, assert_evidence, assert_mean
 
 from bayeslm import diagnostics
 from bayeslm.inference import NUTS, SVI, ImportanceSampling
+from bayeslm.inference.training import Adam
 from bayeslm.models.control import Dirichlet, Experience, NormalGamma, UnknownMDP, Worlds
 
 REWARD = (0.3, 1.5, 3.0, 2.0)
@@ -176,7 +177,14 @@ def test_nuts_agrees_with_the_closed_form(seed):
 def test_svi_agrees_with_the_closed_form(seed):
     """Weighted draws of an automatic guide agree, and the ELBO is below log Z by the KL of a mean-field guide."""
     prior, steps, belief = problem(seed)
-    svi = SVI(num_steps=250, num_particles=16, latent_learning_rate=0.05, num_samples=4_000, seed=seed, progress=False)
+    svi = SVI(
+        num_steps=250,
+        num_particles=16,
+        optimizer=Adam(latent_learning_rate=0.05),
+        num_samples=4_000,
+        seed=seed,
+        progress=False,
+    )
     posterior = svi.run(UnknownMDP(prior), steps)
     assert_closed_form(posterior, belief)
     log_z = log_evidence(prior, belief, steps)

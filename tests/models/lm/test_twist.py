@@ -16,8 +16,15 @@ from support.statistics import assert_evidence, assert_mean
 
 from bayeslm.inference import SMC, EvidenceError, Exact, ImportanceSampling, ProgramError, TwistLearning
 from bayeslm.inference.program import inspect, seeded
-from bayeslm.inference.sequential.twist_learning import Draws, _write, confidence, contrastive, offset, soft_value
-from bayeslm.inference.sequential.twists import LearnedTwist, Rows
+from bayeslm.inference.sequential.twist_learning import (
+    TwistData,
+    _draw_prior,
+    confidence,
+    contrastive,
+    offset,
+    soft_value,
+)
+from bayeslm.inference.sequential.twists import LearnedTwist, SiteRows
 from bayeslm.models import LanguageModel, Twist, rewards
 from bayeslm.models.lm.decoding import categorical
 from bayeslm.models.lm.twist import TwistInputs
@@ -50,7 +57,7 @@ def drawn(log_psi, log_l, taught=None):
     """Draws of one prompt: log psi (row, token), log L (row,)."""
     taught = torch.ones(log_psi.shape, dtype=torch.bool) if taught is None else taught
     nothing = TwistInputs(*(torch.empty(0) for _ in range(3)), None)
-    return Draws(nothing, taught, log_l[:, None])
+    return TwistData(nothing, taught, log_l[:, None])
 
 
 @pytest.mark.parametrize("reads_reward", [False, True])
@@ -105,7 +112,7 @@ def test_step_by_step_and_whole_completions_agree(reads_reward):
     model = words(lm)
     twist = learn(model, num_steps=20, num_particles=100, reads_reward=reads_reward)
     with seeded(1), torch.no_grad():
-        batch = _write(inspect(model, PROMPTS), "completion", 20, reads_reward)
+        batch = _draw_prior(inspect(model, PROMPTS), "completion", 20, reads_reward)
     assert batch.ends.any()
     assert not batch.written.all()
     law = lm(PROMPTS, max_new_tokens=T).expand((20, 2))
@@ -114,14 +121,14 @@ def test_step_by_step_and_whole_completions_agree(reads_reward):
     for t in range(T):
         token = batch.tokens[:, t]
         assert torch.equal(batch.written[:, t], ~steps.finished)
-        found.append(twist.lookahead(state, token[:, None], batch.said[:, t : t + 1] if reads_reward else None)[:, 0])
+        found.append(twist.lookahead(state, token[:, None], batch.so_far[:, t : t + 1] if reads_reward else None)[:, 0])
         steps.append(token, torch.zeros(len(token)))
         assert torch.equal(batch.ends[:, t], steps.finished & batch.written[:, t])
         state = twist.advance(state, steps)
         if reads_reward:
             so_far = count(torch.where(torch.arange(T) < steps.t, steps.values, -1)) / 0.5
-            torch.testing.assert_close(batch.said[batch.written[:, t], t], so_far[batch.written[:, t]])
-    of = twist.inputs(twist.project(batch.hidden), batch.tokens, batch.said if reads_reward else None)
+            torch.testing.assert_close(batch.so_far[batch.written[:, t], t], so_far[batch.written[:, t]])
+    of = twist.inputs(twist.project(batch.hidden), batch.tokens, batch.so_far if reads_reward else None)
     with torch.no_grad():
         expected = twist.confidence[1:] * twist(of)[..., 0] + twist.offset[1:]
     written = batch.written
@@ -151,7 +158,7 @@ def test_what_has_ended_takes_its_last_guess_along():
     twist = learn(model, num_steps=20, num_particles=100)
     program, law = inspect(model, PROMPTS[:1]), lm(PROMPTS[:1], max_new_tokens=T).expand((4, 1))
     steps = law.decoder()
-    site_twist = LearnedTwist(twist, Rows(program, "completion", law), steps, so_far=None)
+    site_twist = LearnedTwist(twist, SiteRows(program, "completion", law), steps, prefix_twist=None)
     steps.append(torch.tensor([1, 0, 2, 0]), torch.zeros(4))  # 0 ends a text
     site_twist.log_psi()
     steps.append(torch.tensor([0, 5, 0, 5]), torch.zeros(4))

@@ -29,7 +29,8 @@ from support.statistics import assert_drawn_from, assert_estimate, assert_eviden
 from torch import Tensor
 
 from bayeslm import Posterior, diagnostics
-from bayeslm.inference import NUTS, SVI, ImportanceSampling, ProgramError, predict
+from bayeslm.inference import NUTS, SVI, ImportanceSampling, ProgramError, RunError, predict
+from bayeslm.inference.training import Adam, Checkpointing, StepRecord
 from bayeslm.models.preferences import BradleyTerry, Comparisons, PlackettLuce, Rankings
 from bayeslm.models.preferences.plackett_luce import ABSENT, RankingDistribution
 
@@ -45,6 +46,11 @@ def counts(prompts: list[str], completions: list[str]) -> Tensor:
 PAIRS = [(0, 1), (2, 1), (2, 3), (6, 5), (3, 4), (5, 7), (1, 7), (6, 0), (4, 2), (0, 3)]
 DATA = Comparisons([""] * len(PAIRS), [WORDS[i] for i, _ in PAIRS], [WORDS[j] for _, j in PAIRS])
 MODEL = BradleyTerry(counts, scale=1.0)
+
+
+def log_odds(weights: Any) -> Tensor:
+    """Return log P(chosen preferred) - log P(rejected preferred), (*, comparison), under weights (*, 2)."""
+    return MODEL.reward(DATA.prompts, DATA.chosen, weights) - MODEL.reward(DATA.prompts, DATA.rejected, weights)
 
 
 def quadrature(log_likelihood: Callable[[Tensor], Tensor], scale: float) -> tuple[np.ndarray, np.ndarray, float]:
@@ -89,7 +95,7 @@ def test_the_program_is_the_formula():
     )
     expected = torch.log(1 / (1 + torch.exp(-(w[:, 0] @ x.T))))
     torch.testing.assert_close(trace.nodes["preferred"]["log_prob"], expected)
-    torch.testing.assert_close(MODEL.log_odds(DATA, w[:, 0]), w[:, 0] @ x.T)
+    torch.testing.assert_close(log_odds(w[:, 0]), w[:, 0] @ x.T)
     rewards = MODEL.reward(["", ""], ["banana", "quiz"], w.numpy())  # an array of any leading shape
     torch.testing.assert_close(rewards, w @ torch.tensor([[2.0, 1.0], [-1.0, 0.0]]).T)
 
@@ -134,7 +140,7 @@ def test_guides_against_quadrature(name: str, seed: int):
     mean, covariance, log_z = truth()
     guide = None if GUIDES[name] is None else GUIDES[name](MODEL)
     svi = SVI(
-        num_steps=120, num_particles=8, learning_rate=0.1, num_samples=3000, seed=seed, progress=False, guide=guide
+        num_steps=120, num_particles=8, optimizer=Adam(0.1), num_samples=3000, seed=seed, progress=False, guide=guide
     )
     posterior = svi.run(MODEL, DATA)
     assert_posterior(posterior, mean, covariance)
@@ -153,7 +159,7 @@ def test_a_class_of_guides_is_made_for_each_chain():
     svi = SVI(
         num_steps=100,
         num_chains=2,
-        latent_learning_rate=0.1,
+        optimizer=Adam(latent_learning_rate=0.1),
         num_samples=2000,
         seed=0,
         progress=False,
@@ -174,15 +180,15 @@ def test_a_class_of_guides_is_made_for_each_chain():
 def test_a_class_of_guides_resumes_from_a_checkpoint(tmp_path: Any):
     """A training that was stopped after 20 of 40 steps resumes bit-identically."""
 
-    def stop(step: int, policy: Any) -> None:
-        if step == 20:
+    def stop(record: StepRecord) -> None:
+        if record.step == 20:
             raise RuntimeError("killed")
 
     settings = {"num_steps": 40, "num_samples": 10, "seed": 0, "progress": False, "guide": AutoMultivariateNormal}
     complete = SVI(**settings).run(MODEL, DATA)
-    with pytest.raises(RuntimeError, match="killed"):
-        SVI(**settings, checkpoint=tmp_path, checkpoint_every=10, on_step=stop).run(MODEL, DATA)
-    resumed = SVI(**settings, checkpoint=tmp_path, checkpoint_every=10).run(MODEL, DATA)
+    with pytest.raises(RunError, match="killed"):
+        SVI(**settings, checkpoint=Checkpointing(tmp_path, every=10), callbacks=[stop]).run(MODEL, DATA)
+    resumed = SVI(**settings, checkpoint=Checkpointing(tmp_path, every=10)).run(MODEL, DATA)
     np.testing.assert_array_equal(resumed.samples["weights"], complete.samples["weights"])
     with pytest.raises(ValueError, match="is the class AutoMultivariateNormal: make one and train it"):
         ImportanceSampling(guide=AutoMultivariateNormal)
@@ -192,7 +198,9 @@ def test_a_full_covariance_guide_is_better_than_a_diagonal_one():
     """log Z - ELBO is KL(q || posterior), which is larger for the diagonal guide because the weights correlate."""
     elbos = {}
     for name in ("normal", "full"):
-        svi = SVI(num_steps=120, num_particles=16, learning_rate=0.1, seed=0, progress=False, guide=GUIDES[name](MODEL))
+        svi = SVI(
+            num_steps=120, num_particles=16, optimizer=Adam(0.1), seed=0, progress=False, guide=GUIDES[name](MODEL)
+        )
         elbos[name] = float(svi.run(MODEL, DATA).log_weights.mean())
     log_z = truth()[2]
     assert elbos["normal"] < elbos["full"] < log_z + 0.01
@@ -207,7 +215,7 @@ def test_laplace_is_the_normal_at_the_maximum():
         hessian = x.T @ (x * (p * (1 - p))[:, None]) + torch.eye(2, dtype=torch.float64) * 2
         w = w + torch.linalg.solve(hessian, x.T @ (1 - p) - w * 2)
     guide = AutoLaplaceApproximation(MODEL)
-    svi = SVI(num_steps=200, learning_rate=0.05, num_samples=20_000, seed=0, progress=False, guide=guide)
+    svi = SVI(num_steps=200, optimizer=Adam(0.05), num_samples=20_000, seed=0, progress=False, guide=guide)
     draws = svi.run(MODEL, DATA).samples["weights"][0]
     covariance = np.linalg.inv(hessian.numpy())
     np.testing.assert_allclose(draws.mean(0), w, atol=LIMIT * np.sqrt(covariance.max() / 20_000) + 0.01)
@@ -224,7 +232,7 @@ def test_predicted_comparisons():
     assert drawn.shape == log_p.shape == (1, 20_000, len(DATA))
     assert set(np.unique(drawn)) == {0.0, 1.0}
     np.testing.assert_allclose(log_p.sum(-1, keepdims=True), checked.log_likelihood["preferred"], atol=1e-4)
-    odds = MODEL.log_odds(DATA, checked.samples["weights"])
+    odds = log_odds(checked.samples["weights"])
     np.testing.assert_allclose(log_p, torch.nn.functional.logsigmoid(odds), atol=1e-5)
     z = (drawn - np.exp(log_p)).mean((0, 1)) / np.sqrt((np.exp(log_p) * (1 - np.exp(log_p))).mean((0, 1)) / 20_000)
     assert (np.abs(z) < LIMIT).all(), z
@@ -252,7 +260,7 @@ def test_arviz_compares_models():
 def test_arviz_and_saved_folders_have_pointwise_log_likelihoods(tmp_path: Any):
     posterior = ImportanceSampling(num_particles=50, seed=0, progress=False).run(MODEL, DATA)
     resampled = posterior.to_arviz()  # pointwise terms are resampled with their draws
-    odds = MODEL.log_odds(DATA, resampled.posterior["weights"].to_numpy())
+    odds = log_odds(resampled.posterior["weights"].to_numpy())
     np.testing.assert_allclose(
         resampled.log_likelihood["preferred"], torch.nn.functional.logsigmoid(odds), rtol=1e-4, atol=1e-5
     )

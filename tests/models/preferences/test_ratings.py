@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bayeslm import Posterior, diagnostics
 from bayeslm.inference import NUTS, SVI, ImportanceSampling, predict
+from bayeslm.inference.training import Adam
 from bayeslm.models.preferences import GaussianRatings, OrdinalRatings, PreferenceError, Ratings
 from bayeslm.models.preferences.ratings import log_level_probs
 
@@ -65,7 +66,7 @@ def test_svi_agrees_with_the_closed_form(guide: type, seed: int):
     """The posterior is normal, so that both guides can represent it, and their unweighted draws are exact too."""
     guide = guide(GAUSSIAN)
     svi = SVI(
-        num_steps=400, learning_rate=0.1, clip_norm=None, num_samples=3000, seed=seed, progress=False, guide=guide
+        num_steps=400, optimizer=Adam(0.1, clip_norm=None), num_samples=3000, seed=seed, progress=False, guide=guide
     )
     posterior = svi.run(GAUSSIAN, DATA)
     mean, covariance, log_z = closed_form()

@@ -1,0 +1,109 @@
+"""Markov chains of particles: sweeps of moves, their counts of acceptance, and the draws that are kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayeslm.inference.program import Particles
+
+from .moves import Move, Outcome, RandomWalk
+
+
+class Tally:
+    """Counts of accepted moves: by site and prompt, and of completions also by the position of the cut."""
+
+    def __init__(self) -> None:
+        self._sites: dict[str, Tensor] = {}  # (2, prompt): tried, accepted
+        self._cuts: dict[str, Tensor] = {}  # (2, token)
+
+    def add(self, move: Move, outcome: Outcome, rows: Tensor | slice = slice(None)) -> None:
+        """Count one move.
+
+        :param rows: the particles that count.
+        """
+        name, site = move.site.name, move.site
+        accepted = outcome.accepted[rows]
+        counts = torch.stack([torch.full_like(accepted[0], len(accepted), dtype=torch.long), accepted.sum(0)])
+        self._sites[name] = counts + self._sites.get(name, 0)
+        if outcome.cut is None:
+            return
+        cut = outcome.cut[rows]
+        shape = [len(cut)] + [1] * (cut.dim() - 1)
+        if not move.program.shared:
+            shape[1 + site.dims.index("prompt")] = accepted.shape[1]
+        accepted = accepted.reshape(shape).expand_as(cut)
+        length = site.shape[-1]
+        tried = (cut[cut >= 0].bincount(minlength=length), cut[(cut >= 0) & accepted].bincount(minlength=length))
+        self._cuts[name] = torch.stack(tried) + self._cuts.get(name, 0)
+
+    def stats(self) -> dict[str, np.ndarray]:
+        """Return the share of accepted moves.
+
+        ``acceptance_<site>`` (prompt,); and of completions ``acceptance_by_cut_<site>`` (max_new_tokens,), the share by
+        the number of tokens kept (0, 1, ...; NaN where none was tried), and ``cuts_<site>`` (max_new_tokens,), the
+        number tried. The prompt axis has length 1 where prompts share a latent.
+        """
+        stats = {}
+        with np.errstate(invalid="ignore"):
+            for name, counts in self._sites.items():
+                tried, accepted = counts.cpu().numpy()
+                stats[f"acceptance_{name}"] = accepted / tried
+            for name, counts in self._cuts.items():
+                tried, accepted = counts.cpu().numpy()
+                stats |= {f"acceptance_by_cut_{name}": accepted / tried, f"cuts_{name}": tried}
+        return stats
+
+
+def sweep(
+    moves: list[Move],
+    state: Particles,
+    gamma: Tensor | float = 1.0,
+    *,
+    tally: Tally | None = None,
+    rows: Tensor | slice = slice(None),
+    adapt: bool = False,
+) -> Particles:
+    """Make each move in turn, as often as proposes every element of its site once on average.
+
+    :param moves: a move for each latent (`latent_moves`).
+    :param state: the chains, one a particle.
+    :param gamma: inverse temperatures, broadcast to (particle, prompt).
+    :param tally: counts the moves of the particles ``rows``; None counts none.
+    :param rows: the particles that the tally counts.
+    :param adapt: whether random walks adapt their step sizes.
+    :returns: the chains after the sweep.
+    """
+    for move in moves:
+        for _ in range(move.repeats):
+            state, outcome = move(state, gamma)
+            if tally is not None:
+                tally.add(move, outcome, rows)
+            if adapt and isinstance(move, RandomWalk):
+                move.adapt(outcome)
+    return state
+
+
+def as_draws(state: Particles) -> Particles:
+    """Return the chains' state on the CPU, without what a posterior does not keep (log-probabilities of tokens)."""
+    return replace(
+        state,
+        values={name: value.cpu() for name, value in state.values.items()},
+        log_prior=state.log_prior.cpu(),
+        log_proposal=state.log_proposal.cpu(),
+        log_likelihood={name: term.cpu() for name, term in state.log_likelihood.items()},
+        token_log_prob={},
+        pointwise={name: term.cpu() for name, term in state.pointwise.items()},
+        auxiliary={},
+        proposal_token_log_prob={},
+        log_left_out=None,
+    )
+
+
+def chain_by_chain(states: list[Particles]) -> Particles:
+    """Join the states of all chains, one element a draw, into particles in the order of chains, then of draws."""
+    draws, chains = len(states), len(states[0])
+    return Particles.concatenate(states)[torch.arange(draws * chains).reshape(draws, chains).T.reshape(-1)]

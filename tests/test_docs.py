@@ -40,10 +40,15 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 
 def run(page: Path) -> dict[str, object]:
-    """Run a page's blocks from top to bottom in one namespace, as a reader does."""
+    """Run a page's blocks from top to bottom in one namespace, as a reader does, each from a file of its own.
+
+    (Files, since a checkpoint identifies functions by their source.)
+    """
     names: dict[str, object] = {}
-    for block in blocks(page):
-        exec(compile(block, str(page), "exec"), names)
+    for i, block in enumerate(blocks(page)):
+        file = Path(f"{page.stem}_{i}.py")
+        file.write_text(block, encoding="utf-8")
+        exec(compile(block, str(file.resolve()), "exec"), names)
     return names
 
 

@@ -42,8 +42,10 @@ def commands(page: Path) -> Iterator[list[str]]:
 def run(page: Path) -> dict[str, object]:
     """Run a page's blocks from top to bottom in one namespace, as a reader does."""
     names: dict[str, object] = {}
+    text = page.read_text(encoding="utf-8")
     for block in blocks(page):
-        exec(compile(block, str(page), "exec"), names)
+        above = text[: text.index(block)].count("\n")  # so that `inspect` finds the source of the page's functions
+        exec(compile("\n" * above + block, str(page), "exec"), names)
     return names
 
 

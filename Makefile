@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TYPES := build/types
 
-.PHONY: help install weights demo test test-long examples bench lint style types wheel clean
+.PHONY: help install weights demo test test-long examples bench lint style imports types wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' \
@@ -62,11 +62,15 @@ examples: install weights  ## run every script in examples/, whose pictures go t
 bench: install weights  ## run every script in benchmarks/
 	@for script in benchmarks/[!_]*.py; do echo "==> $$script"; $(BIN)/python "$$script" $(ARGS); done
 
-lint: style types  ## ruff, then mypy
+lint: style imports types  ## ruff, who imports whom, mypy
 
 style: install  ## ruff: rules and formatting
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+
+imports: install  ## who may import whom (docs/architecture.md)
+	@$(BIN)/python docs/check_imports.py
+	@$(BIN)/python docs/draw_architecture.py --check
 
 types: wheel  ## mypy on the built wheel, which is what a user's type checker sees
 	@rm -rf $(TYPES) && $(BIN)/python -m zipfile -e dist/*.whl $(TYPES)

@@ -212,11 +212,11 @@ def summary(
     *,
     weighted: bool = True,
 ) -> pd.DataFrame:
-    """Return a table with a row for each prompt: mean rewards of prior and posterior, divergences, evidence,
-    convergence, diversity and cost.
+    """Return a table with a row for each prompt.
 
-    The column "reward" is the deterministic site "score" if the model has one, else the summed log-likelihood r/β.
-    Columns ending in "_se" are standard errors. A column that the posterior's kind cannot have is left out; an unknown
+    Columns are mean rewards of prior and posterior, divergences, evidence, convergence, diversity and cost. The column
+    "reward" is the deterministic site "score" if the model has one, else the summed log-likelihood r/β. Columns ending
+    in "_se" are standard errors. A column that the posterior's kind cannot have is left out; an unknown
     value is NaN. If prompts share a latent, rows repeat the values of their joint posterior.
 
     :param reference_log_evidence: log Z for "kl_to_posterior", which is that of the raw draws even if ``weighted`` (see

@@ -110,6 +110,7 @@ def as_log_weights(log_weights: ArrayLike) -> Array:
 
 
 def num_draws(array: Array) -> int:
+    """Return the number of draws in all chains."""
     return array.shape[0] * array.shape[1]
 
 

@@ -8,7 +8,8 @@ import torch
 from _memory import peak, resident
 from _peer import serve
 
-from bayeslm.inference import SVI, LogVariance, ReverseKL
+from bayeslm.inference import SVI
+from bayeslm.inference.training import Adam, LogVariance, ReverseKL
 from bayeslm.models import LanguageModel, TiltedLM, rewards
 
 OBJECTIVES = {"reverse-kl": ReverseKL, "log-variance": LogVariance}
@@ -40,7 +41,7 @@ def train(
 
     engine = SVI(
         num_steps=steps,
-        learning_rate=learning_rate,
+        optimizer=Adam(learning_rate),
         objective=OBJECTIVES[method](group),
         lora_rank=rank,
         on_step=watch,

@@ -1,4 +1,4 @@
-"""When CartPole-v1 is solved, told in the same way of every library's policies."""
+"""When CartPole-v1 is solved, measured in the same way for the policies of every library."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 GOAL = 475.0  # Gymnasium's own threshold
 EPISODES = 100
-EVERY = 2000  # environment steps from one look to the next, at least: each look is another chance
+EVERY = 2000  # environment steps from one evaluation to the next, at least: each one is another chance to pass
 
 Act = Callable[[Any, bool], Any]
 """Observations (100, 4) and whether to take the likeliest actions, or draw them -> actions (100,)."""
@@ -30,10 +30,10 @@ def mean_return(act: Act, greedy: bool, seed: int) -> float:
 
 
 class Watch:
-    """Looks at a policy now and then; its clock stands still meanwhile.
+    """Evaluates a policy every so many steps; its clock stops meanwhile.
 
-    :param greedy: whether looks are at the policy's likeliest actions, or at actions that are drawn from it.
-    :param seed: of the looks' episodes.
+    :param greedy: whether the policy's likeliest actions are evaluated, or actions that are drawn from it.
+    :param seed: of the evaluations' episodes.
     """
 
     def __init__(self, act: Act, greedy: bool, seed: int) -> None:
@@ -43,19 +43,22 @@ class Watch:
         self._start = time.perf_counter()
 
     def __call__(self, steps: int) -> bool:
-        """After so many environment steps in all. Whether the goal is reached."""
+        """Return whether the goal is reached, after so many environment steps in all."""
         if steps - (self._curve[-1][0] if self._curve else 0) < EVERY:
             return False
         now = time.perf_counter()
-        found = self._look()
+        found = self._evaluate()
         self._curve.append((steps, now - self._start, found))
         self._start += time.perf_counter() - now
         return found >= GOAL
 
     def result(self) -> dict[str, Any]:
-        """``curve``, the looks: (environment steps, seconds, mean return); and ``again``, what the last policy has in
-        other episodes."""
-        return {"curve": self._curve, "again": self._look()}
+        """Return ``curve`` and ``again``.
 
-    def _look(self) -> float:
+        ``curve`` are the evaluations, (environment steps, seconds, mean return); ``again`` is the last policy's mean
+        return in other episodes.
+        """
+        return {"curve": self._curve, "again": self._evaluate()}
+
+    def _evaluate(self) -> float:
         return mean_return(self._act, self._greedy, int(self._rng.integers(2**31)))

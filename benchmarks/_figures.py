@@ -1,4 +1,4 @@
-"""Means and variances of what a few runs gave, for the tables."""
+"""Means and variances over a few runs, for the tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def log_mean(logs: ArrayLike) -> Estimate:
 
 
 def log_variance(values: ArrayLike) -> Estimate:
-    """Logarithm of the variance, by the jackknife, which is sound for any law (Miller 1968)."""
+    """Logarithm of the variance, by the jackknife, which is sound for any distribution (Miller 1968)."""
     values = np.asarray(values)
     n = len(values)
     without = np.array([np.log(np.delete(values, i).var(ddof=1)) for i in range(n)])

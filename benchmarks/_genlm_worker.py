@@ -7,7 +7,7 @@ on stdout. What genlm-control (0.4.1) does with the problem:
 - The critic gives a cut-off text the weight of an ended one, exp(r / beta), so that its intermediate targets are
   p(x_1:t) exp(r(x_1:t) / beta) and its last one is bayeslm's.
 - `max_tokens` would force EOS at the limit and charge its probability, another target: texts of that length would be
-  weighed by p(EOS | x). `terminate_when` closes them free of charge, as bayeslm's law of completions does.
+  weighed by p(EOS | x). `terminate_when` closes them free of charge, as bayeslm's distribution of completions does.
 - Its backend for Hugging Face models (AsyncTransformer; the others need a GPU or Apple silicon) at its best: all
   particles in one forward pass (its default is 20 at most), no waiting for stragglers (its default is 20 ms), equal
   prefixes evaluated once, and the prompt's keys and values cached. It has no cache for those of sampled tokens.
@@ -82,7 +82,7 @@ class Sampler:
 
 
 def main() -> None:
-    answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints must not get among the answers
+    answers, sys.stdout = sys.stdout, sys.stderr  # the prints of a library must not mix with the answers
     logging.disable_progress_bar()
     sampler = Sampler(**json.loads(sys.stdin.readline()))
     for line in sys.stdin:

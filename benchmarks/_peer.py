@@ -15,10 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 class Peer:
     """A worker script that answers each line on its stdin by one on its stdout.
 
-    :param name: of the environment, build/NAME, which is made at the first run.
-    :param requirements: what is installed there, at the versions of constraints.txt where it has them. None: the
-        process has the environment that asks.
-    :param worker: the script, beside this file.
+    :param name: of the environment, build/NAME, which is created at the first run.
+    :param requirements: packages to install there, at the versions of constraints.txt where it has them. None: the
+        process runs in the environment of the caller.
+    :param worker: the script, in the folder of this file.
     """
 
     def __init__(self, name: str, requirements: Sequence[str] | None, worker: str) -> None:
@@ -27,11 +27,11 @@ class Peer:
         command = [python, Path(__file__).with_name(worker)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def tell(self, message: dict[str, Any]) -> None:
+    def send(self, message: dict[str, Any]) -> None:
         print(json.dumps(message), file=self.process.stdin, flush=True)
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        self.tell(message)
+        self.send(message)
         assert self.process.stdout is not None
         answer = self.process.stdout.readline()
         if not answer:
@@ -39,21 +39,21 @@ class Peer:
         return dict(json.loads(answer))
 
     def close(self) -> None:
-        """Let the process end; what it held in memory is free."""
+        """End the process and free its memory."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
 
 
 def serve(answer: Callable[..., dict[str, Any]]) -> None:
-    """What a worker does: answer each line of JSON on stdin, the arguments, by one on stdout."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints must not get among the answers
+    """Answer each line of JSON on stdin, the arguments, by a line on stdout: the loop of a worker."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # the prints of a library must not mix with the answers
     for line in sys.stdin:
         print(json.dumps(answer(**json.loads(line))), file=answers, flush=True)
 
 
 def _environment(name: str, requirements: Sequence[str]) -> Path:
-    """The Python of an environment, which is made if it is not there."""
+    """Return the Python of an environment, which is created if it does not exist."""
     folder, constraints = ROOT / "build" / name, ROOT / "constraints.txt"
     python, stamp = folder / "bin" / "python", folder / "installed.txt"
     wanted = "\n".join(requirements) + "\n" + constraints.read_text()

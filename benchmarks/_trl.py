@@ -1,11 +1,11 @@
-"""What TRL's trainers are told in every benchmark: bayeslm's law and rules, and to do nothing but train."""
+"""Settings of TRL's trainers in every benchmark: bayeslm's distribution and rules, and nothing but training."""
 
 from __future__ import annotations
 
 from typing import Any
 
 RULES: dict[str, Any] = {
-    # completions come from the policy as it is
+    # completions come from the current policy
     "temperature": 1.0,
     "top_p": 1.0,
     "top_k": 0,

@@ -8,11 +8,11 @@ KL(q || posterior) as a function of the completions drawn and of the seconds tra
   acts. The learning rate falls linearly to 0 from the first step. All of this is float32, without the gradient
   checkpointing and the bfloat16 that are TRL's defaults.
 - Nothing comes between the policy and its samples: temperature 1, no top-k or top-p. A completion without an EOS
-  counts as complete at the limit, as in bayeslm's law of completions, and is trained on.
-- `RLOOTrainer` subtracts beta (log q(x) - log p(x)) of the whole completion from its reward, and the leave-one-out
+  counts as complete at the limit, as in bayeslm's distribution of completions, and is trained on.
+- `RLOOTrainer` subtracts beta (log q(x) - log p(x)) of the completion from its reward, and the leave-one-out
   mean from that. Its loss is the mean over completions of -advantage log q(x), an unbiased gradient of
   E[r] - beta KL(q || p), whose maximum is the posterior. Normalised advantages (off by default) would change beta.
-- `GRPOTrainer` is told to come as close as it can: rewards are not divided by their standard deviation (its default,
+- `GRPOTrainer` is set to come as close as it can: rewards are not divided by their standard deviation (its default,
   which would change beta), and the loss is summed over tokens, not averaged (`dr_grpo`; the constant by which it
   divides, the limit of tokens, is nothing to Adam, but puts off the clipping of gradients). Its KL is of single tokens
   and is not credited to the tokens before them. What it converges to is therefore not the posterior: q(x_t | x_<t) is
@@ -69,7 +69,7 @@ class Problem:
         return float(torch.stack(kls).mean())
 
     def reward_function(self, vocabulary: int) -> Callable[..., list[float]]:
-        """TRL's kind of reward function. ``index``, a column of `dataset`, tells which prompt was completed."""
+        """TRL's kind of reward function. ``index``, a column of `dataset`, says which prompt was completed."""
         digits = vocabulary ** torch.arange(self.values.shape[-1])
         table = self.reward.new_full((len(self.prompts), vocabulary ** len(digits)), torch.nan)
         table[:, (self.values * digits).sum(-1)] = self.reward

@@ -1,16 +1,16 @@
-"""What `SVI` costs beyond its arithmetic: its steps beside those of the same loop written by hand.
+"""The cost of `SVI` beyond its arithmetic: its steps compared with those of the same loop written by hand.
 
     python benchmarks/bare_loop.py [--steps 40] [--threads 2]
 
-`BareLoop` is plain PyTorch and transformers, written for one program: it knows no Pyro, no plates and no factors, and
+`BareLoop` is plain PyTorch and transformers, written for one program: it uses no Pyro, no plates, no factors, and
 nothing of bayeslm. A step draws a group of completions from the policy with a key-value cache (the prompt once, then
 token by token), scores them under the prior, and under the policy with gradient (the prompt once, then all tokens),
 and moves along the leave-one-out gradient of the ELBO: clipped, by Adam, at a rate that falls linearly. Networks,
-adapters, reward and group are the same on both sides, and they take their steps in turn in one process: what else the
-machine does falls on both.
+adapters, reward and group are the same on both sides, and they take their steps in turn in one process, so that other
+work on the machine slows both.
 
-First both take the loss and its gradient on the same completions, with weights away from where they begin. They must
-agree to 0.1%.
+First both compute the loss and its gradient on the same completions, with weights that differ from the initial
+ones. They must agree to 0.1%.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from bayeslm.inference import SVI, ReverseKL
-from bayeslm.inference.program import AutoPolicy, inspect
+from bayeslm.inference import SVI
+from bayeslm.inference.program import inspect
+from bayeslm.inference.training import Adam, AutoPolicy, ReverseKL
 from bayeslm.models import LanguageModel, rewards
 from bayeslm.models.lm import word_tokenizer
 
@@ -55,12 +56,12 @@ class Task:
     rank: int | None
     reward: Callable[[Tensor], Tensor]
     bare_reward: Callable[[Tensor], Tensor]
-    seen: Tensor | None = None
+    drawn: Tensor | None = None
 
     def model(self, prompts: list[list[int]]) -> None:
         with pyro.plate("prompts", len(prompts)):
-            self.seen = pyro.sample("completion", self.lm(prompts, self.tokens))
-            pyro.factor("reward", self.reward(self.seen))
+            self.drawn = pyro.sample("completion", self.lm(prompts, self.tokens))
+            pyro.factor("reward", self.reward(self.drawn))
 
 
 def tiny() -> Task:
@@ -202,8 +203,8 @@ def check(task: Task) -> tuple[float, float]:
         mine = ReverseKL(task.group).loss_and_grads(task.model, guide, [task.prompt])
     gradient = torch.cat([p.grad.flatten() for p in loop.params])
     loop.adam.zero_grad()
-    assert task.seen is not None
-    loss = loop.loss(task.seen[:, 0])
+    assert task.drawn is not None
+    loss = loop.loss(task.drawn[:, 0])
     loss.backward()
     other = torch.cat([p.grad.flatten() for p in loop.params])
     return abs(mine / float(loss.detach()) - 1.0), float((gradient - other).norm() / other.norm())
@@ -227,7 +228,7 @@ def measure(task: Task, steps: int) -> tuple[np.ndarray, np.ndarray]:
     engine = SVI(
         num_steps=steps,
         num_particles=task.group,
-        learning_rate=RATE,
+        optimizer=Adam(RATE),
         clip_norm=CLIP,
         lora_rank=task.rank,
         log=watch,

@@ -3,10 +3,10 @@
     python benchmarks/cartpole.py [--seeds 3]
 
 Solved is a mean return of at least 475 over 100 fresh episodes: of the policy's likeliest actions ("greedy") and, in
-trainings of their own, of actions drawn from it. Policies are looked at in the same way (`_cartpole.py`) once 2,000
-environment steps or more have been taken since the last look. Looks are not counted, as steps or as seconds, nor are
-imports, and what only the first training does: each side begins with one that is thrown away. One thread each, one side
-after the other; a training that has not come there by 100,000 environment steps has failed.
+trainings of their own, of actions drawn from it. Policies are evaluated in the same way (`_cartpole.py`), at least
+2,000 environment steps apart. Evaluations are not counted, as steps or as seconds, nor are imports and the work of a
+first training: each side begins with one that is discarded. One thread each, one side after the other; a training that
+is not solved by 100,000 environment steps has failed.
 
 PPO has the settings of rl-baselines3-zoo, or the library's defaults. It lives in an environment of its own, build/sb3,
 made at the first run (1 GB). SVI trains a policy of the same size, two layers of 64 with tanh, on the program
@@ -28,7 +28,8 @@ import torch
 from _cartpole import GOAL, Watch
 from _peer import Peer
 
-from bayeslm.inference import SVI, Critic, ReverseKL
+from bayeslm.inference import SVI
+from bayeslm.inference.training import Adam, Critic, ReverseKL
 from bayeslm.models.control import Control, GymEnvironment, MLPPolicy, actions
 
 REQUIREMENTS = ["stable-baselines3==2.9.0", "gymnasium", "torch", "numpy"]
@@ -58,7 +59,7 @@ def svi(greedy: bool, seed: int, budget: int = BUDGET) -> dict[str, Any]:
 
     engine = SVI(
         num_steps=math.ceil(budget / EPISODES),  # more than it takes to spend the budget
-        learning_rate=1e-2,
+        optimizer=Adam(1e-2),
         schedule="constant",
         objective=objective,
         guide=control.guide(policy),

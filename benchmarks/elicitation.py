@@ -5,10 +5,10 @@
 The hidden reward is VADER's sentiment of completions that SmolLM2-135M draws of eight prompts (drawn once, kept in
 build/). The learner sees answers of a judge with Bradley-Terry noise, and the 16 first principal components of
 sentence embeddings, whitened on the texts that it may ask about: half of all, at random. Accuracy is measured on the
-other half: of two texts of one prompt, neither of which the learner has seen, how often does the posterior mean rank
-the one of higher true reward higher? Of the pairs whose rewards differ by at least `gap`, and of all that differ at
-all: embeddings that know no lexicon cannot tell which of two near-equal texts VADER prefers, with however many answers
-("all": learned from every pair of the first half, without noise).
+other half: how often the posterior mean ranks the text of higher true reward higher, of two texts of one prompt. Of the
+pairs whose rewards differ by at least `gap`, and of all that differ at all: embeddings without a lexicon cannot rank
+two near-equal texts as VADER does, with however many answers ("all": learned from every pair of the first half, without
+noise).
 """
 
 from __future__ import annotations

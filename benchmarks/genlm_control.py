@@ -5,7 +5,7 @@
 The same on both sides: network (float32), torch and transformers (those of constraints.txt), threads, prompt, target
 p(x) exp(r(x) / beta) with r VADER's sentiment and beta = 0.1, intermediate targets (the sentiment of the text so far),
 proposal (the prior), systematic resampling below half the effective sample size. A text that reaches the limit is
-weighed as it stands, as is one that ends earlier, so that both estimate the same Z (last column). Each runs at its
+weighed like one that ends earlier, so that both estimate the same Z (last column). Each runs at its
 best settings for this network: bayeslm's weights are packed; `_genlm_worker.py` says what genlm-control's are. It lives
 in an environment of its own, build/genlm, made at the first run (about 2 GB), and is driven through pipes; loading the
 networks, and packing ours, is not timed.
@@ -83,7 +83,7 @@ def main() -> None:
     lm = LanguageModel.from_pretrained("smollm2", device=options.device, dtype=torch.float32)
     model = TiltedLM(lm.packed(), rewards.Sentiment(), BETA, max_new_tokens=options.tokens)
     peer = Peer("genlm", REQUIREMENTS, "_genlm_worker.py")
-    peer.tell(
+    peer.send(
         {
             "model": lm.network.name_or_path,
             "prompt": lm.tokenizer(PROMPT)["input_ids"],

@@ -26,7 +26,8 @@ from svi_trl import GROUP, Problem, count
 from svi_trl import PROMPT as IDS
 from torch import Tensor
 
-from bayeslm.inference import SVI, Exact, LogVariance, Replay
+from bayeslm.inference import SVI, Exact
+from bayeslm.inference.training import Adam, LogVariance, Replay
 from bayeslm.models import LanguageModel, rewards
 
 SAMPLES, EVERY, RATE, LIMIT = 24576, 8, 1e-2, 0.03
@@ -50,7 +51,7 @@ class Meter:
         return time.perf_counter()
 
     def memory(self) -> float:
-        """MB: what tensors took on the device, or the whole process on a CPU."""
+        """MB: what tensors took on the device, or the complete process on a CPU."""
         return torch.cuda.max_memory_allocated(self.device) / 2**20 if self.device.type == "cuda" else peak()
 
 
@@ -62,13 +63,13 @@ def known(device: torch.device) -> tuple[float, float]:
     start = time.perf_counter()
     objective = LogVariance(GROUP, Replay(SAMPLES, EVERY))
     steps = EVERY * SAMPLES // GROUP
-    engine = SVI(num_steps=steps, learning_rate=RATE, objective=objective, num_samples=1, seed=0, progress=False)
+    engine = SVI(num_steps=steps, optimizer=Adam(RATE), objective=objective, num_samples=1, seed=0, progress=False)
     policy = engine.run(problem.model, [IDS]).policy
     seconds = time.perf_counter() - start
-    law, prior = (lm([IDS], problem.values.shape[-1]) for lm in (policy, problem.lm))
-    x = law.enumerate_support()
+    distribution, prior = (lm([IDS], problem.values.shape[-1]) for lm in (policy, problem.lm))
+    x = distribution.enumerate_support()
     with torch.no_grad():
-        log_q, log_p = law.log_prob(x)[:, 0].double(), prior.log_prob(x)[:, 0].double()
+        log_q, log_p = distribution.log_prob(x)[:, 0].double(), prior.log_prob(x)[:, 0].double()
         log_target = log_p + count(x)[:, 0].double() / problem.beta
         return float((log_q.exp() * (log_q - log_target)).sum()) + log_z, seconds
 
@@ -76,11 +77,11 @@ def known(device: torch.device) -> tuple[float, float]:
 def rounding(lm: LanguageModel, number: int) -> float:
     """The root mean square, in nats, of what drawing and scoring say of the same tokens' log-probability."""
     with torch.no_grad():
-        law = lm([PROMPT], TOKENS).expand((number, 1))
-        x = law.sample()
-        drawn = law.token_log_prob(x)
-        scored = law.token_log_prob(x.clone())  # of which nothing is kept
-    return float((drawn - scored).square().sum().div(law.lengths(x).sum()).sqrt())
+        distribution = lm([PROMPT], TOKENS).expand((number, 1))
+        x = distribution.sample()
+        drawn = distribution.token_log_prob(x)
+        scored = distribution.token_log_prob(x.clone())  # a copy: the scores of the sample itself are kept
+    return float((drawn - scored).square().sum().div(distribution.lengths(x).sum()).sqrt())
 
 
 def train(lm: LanguageModel, particles: int, steps: int) -> tuple[float, float, float]:
@@ -90,10 +91,10 @@ def train(lm: LanguageModel, particles: int, steps: int) -> tuple[float, float, 
     marks: list[tuple[float, int]] = []  # when a step ended, and how many runs of the program there had been
 
     def model(prompts: list[str]) -> None:
-        law = lm(prompts, TOKENS)
+        distribution = lm(prompts, TOKENS)
         with pyro.plate("prompts", len(prompts)):
-            x = pyro.sample("completion", law)
-            lengths.append(law.lengths(x).sum())
+            x = pyro.sample("completion", distribution)
+            lengths.append(distribution.lengths(x).sum())
             pyro.factor("reward", sentiment(prompts, lm.decode(x)).to(x.device) / BETA)
 
     meter = Meter(lm.device)

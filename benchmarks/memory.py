@@ -25,11 +25,11 @@ def measure(particles: int, kind: str) -> None:
     if kind != "no":
         lm.gradient_checkpointing = kind == "checkpointed"
         lm = lm.policy(lora_rank=16)
-    law = lm(["My dinner at the restaurant was"], max_new_tokens=TOKENS).expand((particles, 1))
+    distribution = lm(["My dinner at the restaurant was"], max_new_tokens=TOKENS).expand((particles, 1))
     value = torch.randint(3, lm.vocab_size, (particles, 1, TOKENS), generator=torch.Generator().manual_seed(0))
-    law.log_prob(value[:1])
+    distribution.log_prob(value[:1])
     before = peak()
-    score = law.log_prob(value)
+    score = distribution.log_prob(value)
     if kind != "no":
         score.sum().backward()
     print(peak() - before, lm.vocab_size)
@@ -42,8 +42,8 @@ def main() -> None:
         for particles in (16, 64, 256):
             arguments = [sys.executable, __file__, str(particles), kind]
             out = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout.split()
-            whole = particles * TOKENS * int(out[-1]) * 4 / 2**20
-            print(f"| {particles} | {kind} | {float(out[-2]):.0f} | {whole:.0f} |", flush=True)
+            logits = particles * TOKENS * int(out[-1]) * 4 / 2**20
+            print(f"| {particles} | {kind} | {float(out[-2]):.0f} | {logits:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ given 100 steps. The regret is exact: V* less the value of each episode's policy
 
 The prior of next states is a Dirichlet of 0.1 observations' worth in all: few successors. That of rewards is a
 normal-gamma of mean m, worth 0.01 observations, with noise of about 0.01. m is 0; for CliffWalking, where every step
-costs 1, also -1: with 0 whatever is not yet known looks good there, and greedy explores by itself. The prior was chosen
+costs 1, also -1: with 0 every unknown action appears good there, and greedy explores by itself. The prior was chosen
 among some ten by their regret in runs of seed 0; these are others.
 """
 

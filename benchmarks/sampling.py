@@ -2,8 +2,8 @@
 
     python benchmarks/sampling.py [--repeats 5] [--particles 8 32 96]
 
-Same network, prompt, number of completions, length and law (temperature 1, the whole vocabulary); each draws its
-completions and no more (generate gives no log-probabilities; ours come with theirs). Medians over alternating runs.
+Same network, prompt, number of completions, length and distribution (temperature 1, the full vocabulary); each draws
+its completions and no more (generate gives no log-probabilities; ours come with theirs). Medians over alternating runs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""SVI beside TRL's RLOO on SmolLM2-135M-Instruct: seconds a step, peak memory, and the frontier of reward and KL.
+"""SVI and TRL's RLOO on SmolLM2-135M-Instruct: seconds a step, peak memory, and the frontier of reward and KL.
 
     python benchmarks/svi_smollm2.py [--steps 40] [--draws 512] [--plot frontier.png]
     python benchmarks/svi_smollm2.py --quick         # some minutes, to see that it runs
@@ -59,7 +59,7 @@ class Training:
     rate: float
     adapter: Path
     seconds: list[float] = field(default_factory=list)  # of the steps after WARM_UP
-    whole: float = 0.0  # seconds from the first step's beginning to the last one's end
+    total: float = 0.0  # seconds from the beginning of the first step to the end of the last
     loaded: float = 0.0
     peak: float = 0.0
 
@@ -69,9 +69,9 @@ class Draws:
 
     def __init__(self, policy: LanguageModel, prior: LanguageModel, number: int) -> None:
         with torch.no_grad():
-            law = policy([PROMPT], TOKENS).expand((number, 1))
-            x = law.sample()
-            log_q, log_p = law.log_prob(x), prior([PROMPT], TOKENS).log_prob(x)
+            distribution = policy([PROMPT], TOKENS).expand((number, 1))
+            x = distribution.sample()
+            log_q, log_p = distribution.log_prob(x), prior([PROMPT], TOKENS).log_prob(x)
         self.reward = self._column(rewards.Sentiment()([PROMPT], prior.decode(x)))
         self.log_ratio = self._column(log_q - log_p)
 
@@ -122,7 +122,7 @@ class Bench:
         answer = peer.ask(request)
         peer.close()
         training.seconds = np.diff(answer["ends"]).tolist()[WARM_UP:]
-        training.whole = answer["ends"][-1] - answer["ends"][0]
+        training.total = answer["ends"][-1] - answer["ends"][0]
         training.loaded, training.peak = answer["loaded"], answer["peak"]
         note(f"{METHODS[method]}, {rate:g}: {statistics.median(training.seconds):.2f} s a step")
         return training
@@ -228,8 +228,8 @@ def tune(bench: Bench, repeats: int) -> None:
     for settings, own in zip(TUNING, zip(*runs, strict=True), strict=True):
         names = ", ".join(f"{key}={value}" for key, value in settings.items()) or "as in the comparison"
         middle, low, high = np.quantile([second for run in own for second in run.seconds], (0.5, 0.25, 0.75))
-        whole, peak = statistics.median(run.whole for run in own), max(run.peak for run in own)
-        print(f"| {names} | {middle:.2f}; {low:.2f} to {high:.2f} | {whole:.0f} | {peak:.0f} |")
+        total, peak = statistics.median(run.total for run in own), max(run.peak for run in own)
+        print(f"| {names} | {middle:.2f}; {low:.2f} to {high:.2f} | {total:.0f} | {peak:.0f} |")
 
 
 def main() -> None:

@@ -45,7 +45,8 @@ from scipy.optimize import brentq
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bayeslm.inference import SVI, LogVariance, Replay
+from bayeslm.inference import SVI
+from bayeslm.inference.training import Adam, LogVariance, Replay
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm import word_tokenizer
 
@@ -106,11 +107,11 @@ class Problem:
         network = LlamaForCausalLM(LlamaConfig(**config, **tokens, max_position_embeddings=64, initializer_range=0.3))
         torch.nn.init.normal_(network.lm_head.weight, std=spread / config["hidden_size"] ** 0.5)
         self.lm = LanguageModel(network, word_tokenizer(WORDS, WORDS[0]))
-        law = self.lm([PROMPT], TOKENS)
-        self.values = law.enumerate_support()
+        distribution = self.lm([PROMPT], TOKENS)
+        self.values = distribution.enumerate_support()
         self.reward = reward
         with torch.no_grad():
-            log_p = law.log_prob(self.values)[:, 0].double()
+            log_p = distribution.log_prob(self.values)[:, 0].double()
         rewards = reward(self.values[:, 0]).double()
         self.beta = beta_of(log_p, rewards)
         self.log_posterior = (log_p + rewards / self.beta).log_softmax(0)
@@ -160,7 +161,7 @@ def ours(problem: Problem, samples: int, settings: Settings, seed: int) -> Resul
 
     engine = SVI(
         num_steps=steps,
-        learning_rate=rate,
+        optimizer=Adam(rate),
         objective=LogVariance(GROUP, Replay(samples, every)),
         on_step=watch,
         num_samples=1,
@@ -320,10 +321,10 @@ def main() -> None:
         parser.error("--seeds must be odd: the median is one of them")
     torch.set_num_threads(1)
     theirs = Theirs(options.reuse)
-    laws = [(position, 0, 1.0), (pairs, 1, 1.0), (count, 2, 0.3), (pairs, 3, 1.0)]
+    problems = [(position, 0, 1.0), (pairs, 1, 1.0), (count, 2, 0.3), (pairs, 3, 1.0)]
     print(f"torch {torch.__version__}, one thread, {REQUIREMENTS[0]}, {options.seeds} seeds")
     with tempfile.TemporaryDirectory() as folder:
-        chosen = [Problem(*laws[i]) for i in options.problems]
+        chosen = [Problem(*problems[i]) for i in options.problems]
         rows = [compare(problem, theirs, Path(folder) / str(i), options.seeds) for i, problem in enumerate(chosen)]
     print(
         f"\nbayeslm's share of what TRL takes to a KL of {GOAL}, and the KL at the end with a third of its samples:\n"

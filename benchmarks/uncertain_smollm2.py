@@ -63,8 +63,8 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    law = LanguageModel.from_pretrained("smollm2").packed()(PROMPTS, max_new_tokens=16)
-    texts = law.decode(law.sample(torch.Size([options.texts]))).T  # (prompt, text)
+    distribution = LanguageModel.from_pretrained("smollm2").packed()(PROMPTS, max_new_tokens=16)
+    texts = distribution.decode(distribution.sample(torch.Size([options.texts]))).T  # (prompt, text)
     prompts = np.repeat(PROMPTS, options.texts).tolist()
     flat = texts.ravel().tolist()
     reward = 4.0 * rewards.Sentiment()(prompts, flat).double().numpy().reshape(texts.shape)
@@ -89,8 +89,8 @@ def main() -> None:
         for form in FORMS:
             found = np.stack(picked[form])
             more = found[:, -1] - np.stack(picked["mean"])[:, -1]
-            beside = "" if form == "mean" else f"{more.mean():+.2f} ± {more.std(ddof=1) / np.sqrt(len(more)):.2f}"
-            print(f"| {form} | " + " | ".join(f"{x:.2f}" for x in found.mean(0)[1::2]) + f" | {beside} |", flush=True)
+            excess = "" if form == "mean" else f"{more.mean():+.2f} ± {more.std(ddof=1) / np.sqrt(len(more)):.2f}"
+            print(f"| {form} | " + " | ".join(f"{x:.2f}" for x in found.mean(0)[1::2]) + f" | {excess} |", flush=True)
 
 
 if __name__ == "__main__":

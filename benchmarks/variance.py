@@ -23,9 +23,9 @@ import torch
 from svi_trl import PROMPT, TOKENS, Problem, count, pairs, position
 from torch import Tensor
 
-from bayeslm.inference import (
-    MCMC,
-    SVI,
+from bayeslm.inference import MCMC, SVI
+from bayeslm.inference.training import (
+    Adam,
     Critic,
     ExponentialAverage,
     FromPosterior,
@@ -68,8 +68,10 @@ def trained(policy: LanguageModel) -> list[Tensor]:
 def gradients(
     problem: Problem, policy: LanguageModel, objective: Any, repeats: int, *, learns: bool = False, first: int = 0
 ) -> Tensor:
-    """Estimates (repeat, coordinate) with seeds from ``first`` on; each begins with what the objective had learned
-    before, unless it ``learns``."""
+    """Return estimates (repeat, coordinate) with seeds from ``first`` on.
+
+    Each begins with what the objective had learned before, unless it ``learns``.
+    """
     state = objective.state_dict()
     rows = []
     for seed in range(repeats):
@@ -89,7 +91,7 @@ def train(
 ) -> LanguageModel:
     engine = SVI(
         num_steps=steps,
-        learning_rate=RATE,
+        optimizer=Adam(RATE),
         objective=objective,
         temperature=temperature,
         on_step=watch,

@@ -1,10 +1,10 @@
-"""Balancing a pole by variational inference: reinforcement learning as the search for a posterior.
+"""Balance a pole by variational inference: reinforcement learning as the search for a posterior.
 
     python examples/cartpole.py [folder]
 
-The prior acts at random, which keeps the pole up for some 22 steps. The evidence is exp(return / beta). `SVI` trains a
-neural policy towards the posterior over what to do: 40 gradient steps on 16 episodes each, half a minute. Prints the
-mean return of 100 episodes and draws the learning curve into the folder (default: runs/cartpole).
+The prior policy acts at random and keeps the pole up for about 22 steps. The likelihood is exp(return / beta). `SVI`
+trains a neural policy towards the posterior, in 40 gradient steps on 16 episodes each, which takes half a minute. The
+script prints the mean return of 100 episodes and plots the learning curve into the folder (default: runs/cartpole).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import matplotlib
 import numpy as np
 import torch
 
-from bayeslm.inference import SVI, Critic, ReverseKL
+from bayeslm.inference import SVI
+from bayeslm.inference.training import Adam, Critic, ReverseKL
 from bayeslm.models.control import Control, GymEnvironment, MLPPolicy
 
 matplotlib.use("Agg")
@@ -26,13 +27,13 @@ HORIZON = 500
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)  # the networks are too small to be shared between cores
+    torch.set_num_threads(1)  # the networks are too small for several threads
     environment = GymEnvironment("CartPole-v1")
     control = Control(environment, beta=0.1, horizon=HORIZON)
     policy = MLPPolicy(environment)
     svi = SVI(
         num_steps=40,
-        learning_rate=1e-2,
+        optimizer=Adam(1e-2),
         objective=ReverseKL(16, Critic()),
         guide=control.guide(policy),
         num_samples=100,
@@ -40,21 +41,21 @@ def main(folder: Path) -> None:
     )
     posterior = svi.run(control)
 
-    curve = posterior.stats["score"][0, :, 0]  # the mean return of each step's episodes
-    played = np.cumsum(16 * curve)  # a reward of 1 a step: as many steps as rewards
-    print(f"random:  mean return of 100 episodes {posterior.prior['score'].mean():6.1f}")
-    print(f"trained: mean return of 100 episodes {posterior.samples['score'].mean():6.1f}")
+    curve = posterior.stats["score"][0, :, 0]  # mean return of the episodes of each gradient step
+    played = np.cumsum(16 * curve)  # each step of the environment has reward 1, so returns count steps
+    print(f"random policy:  mean return of 100 episodes {posterior.prior['score'].mean():6.1f}")
+    print(f"trained policy: mean return of 100 episodes {posterior.samples['score'].mean():6.1f}")
     seconds = posterior.stats["seconds"]
-    print(f"after {len(curve)} gradient steps on {played[-1]:,.0f} steps of the environment, {seconds:.0f} s")
+    print(f"after {len(curve)} gradient steps with {played[-1]:,.0f} environment steps, in {seconds:.0f} s")
 
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     axes.plot(played, curve)
     axes.axhline(475, linestyle=":", color="grey", label="solved: 475")
-    axes.set(xlabel="steps of the environment", ylabel="mean return of 16 episodes", ylim=(0, HORIZON * 1.02))
+    axes.set(xlabel="environment steps", ylabel="mean return of 16 episodes", ylim=(0, HORIZON * 1.02))
     axes.legend(loc="lower right")
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "learning_curve.png", dpi=150)
-    print(f"the learning curve is in {folder / 'learning_curve.png'}")
+    print(f"learning curve: {folder / 'learning_curve.png'}")
 
 
 if __name__ == "__main__":

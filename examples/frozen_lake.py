@@ -1,11 +1,12 @@
-"""Control as inference on FrozenLake: exact, by variational inference, and by planning, side by side.
+"""Control as inference on FrozenLake: an exact solution, variational inference, and planning.
 
     python examples/frozen_lake.py [folder] [--map 8x8]
 
-An agent crosses a frozen lake and slips: of three steps one goes where it wants to. Its prior is to move at random, and
-exp(return / beta) is the evidence. `SoftValueIteration` reads the best policy off the environment's tables;
-`SVI` and `ControlledSMC` only play. Each policy is then judged exactly, by E[return] - beta KL(policy || prior).
-The last row is what the posterior over trajectories would do, which takes it for granted that the ice will be kind.
+An agent crosses a frozen lake; it moves in the chosen direction with probability 1/3 and slips to either side
+otherwise. The prior policy is uniform, and the likelihood is exp(return / beta). `SoftValueIteration` computes the best
+policy from the environment's tables; `SVI` and `ControlledSMC` play episodes only. Each policy is then evaluated
+exactly, by E[return] - beta KL(policy || prior). The last row of the table is the policy of the posterior over
+trajectories, which is optimistic: it assumes that the agent will rarely slip.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from bayeslm.inference import SVI, ReverseKL, Tempering
+from bayeslm.inference import SVI
 from bayeslm.inference.control import ControlledSMC, SoftValueIteration, StateValues
+from bayeslm.inference.training import Adam, ReverseKL, Tempering
 from bayeslm.models.control import MDP, Control, CountdownPolicy, TabularEnvironment
 
 matplotlib.use("Agg")
@@ -31,7 +33,7 @@ ARROWS = ((-1, 0), (0, -1), (1, 0), (0, 1))  # left, down, right, up: x to the r
 
 
 def main(folder: Path, name: str) -> None:
-    torch.set_num_threads(1)  # what is computed at a time is too small to be shared between cores
+    torch.set_num_threads(1)  # the computations are too small for several threads
     env = gymnasium.make("FrozenLake-v1", map_name=name)
     mdp, horizon = MDP.from_gymnasium(env), {"4x4": 100, "8x8": 200}[name]
     control = Control(TabularEnvironment(mdp), BETA, horizon)
@@ -45,8 +47,7 @@ def main(folder: Path, name: str) -> None:
     policy = CountdownPolicy(mdp.num_states, mdp.num_actions, horizon)
     svi = SVI(
         num_steps=400,
-        learning_rate=0.2,
-        schedule="cosine",
+        optimizer=Adam(0.2, schedule="cosine"),
         objective=ReverseKL(1000, StateValues(mdp.num_states)),
         temperature=Tempering(start=0.1, share=0.4),
         guide=control.guide(policy),
@@ -61,24 +62,25 @@ def main(folder: Path, name: str) -> None:
     planned = planner.run(control)
     policies["SMC"], took["SMC"] = planned.policy.probabilities, (time.perf_counter() - start, planner.num_sweeps)
 
-    policies["optimist"] = SoftValueIteration(BETA, horizon, dynamics="tilted").run(mdp).policy
+    policies["optimistic"] = SoftValueIteration(BETA, horizon, dynamics="tilted").run(mdp).policy
     plain = SoftValueIteration(0.0, horizon)
     best = float(mdp.initial @ solver.run(mdp).values[0])
     print(f"FrozenLake {name}, beta = {BETA}, {horizon} steps: the best soft value is {best:.4f}\n")
-    print(f"{'':10} {'soft value':>10} {'missed':>8} {'reaches goal':>13} {'rounds':>7} {'sec.':>6}")
+    print(f"{'policy':10} {'soft value':>10} {'gap':>8} {'P(goal)':>8} {'iterations':>10} {'seconds':>8}")
     for label, found in policies.items():
         value = float(mdp.initial @ solver.evaluate(mdp, found)[0])
         goal = float(mdp.initial @ plain.evaluate(mdp, found)[0])
-        seconds, rounds = took.get(label, (0.0, 0))
-        print(f"{label:10} {value:10.4f} {(best - value) / best:8.2%} {goal:13.3f} {rounds:7d} {seconds:6.1f}")
+        seconds, iterations = took.get(label, (0.0, 0))
+        gap = (best - value) / best
+        print(f"{label:10} {value:10.4f} {gap:8.2%} {goal:8.3f} {iterations:10d} {seconds:8.1f}")
 
     folder.mkdir(parents=True, exist_ok=True)
     draw(env.unwrapped.desc, solver.run(mdp).values[0], policies).savefig(folder / "policies.png", dpi=150)
-    print(f"\nThe policies' first steps, on the values of states: {folder / 'policies.png'}")
+    print(f"\npolicies at the first step, and values of states: {folder / 'policies.png'}")
 
 
 def draw(tiles, values: Tensor, policies: dict[str, Tensor]) -> plt.Figure:
-    """Each policy's first step in each state, arrows as long as they are probable, on the values of states."""
+    """Plot each policy at the first step as arrows, of length proportional to probability, over the states' values."""
     rows, columns = tiles.shape
     figure, axes = plt.subplots(1, len(policies), figsize=(3.4 * len(policies), 3.8), layout="constrained")
     for axis, (label, policy) in zip(axes, policies.items(), strict=True):

@@ -1,10 +1,11 @@
-"""Learn what a judge likes from comparisons of a language model's texts, and how far to believe it.
+"""Learn a judge's reward from comparisons of a language model's texts, and check how reliable it is.
 
     python examples/preferences.py [folder, by default runs/preferences]
 
-SmolLM2 writes completions. A judge compares pairs of them: likes the more positive one by VADER, errs on close calls,
-and says nothing where two are equal. A linear reward on sentence embeddings is learned from these comparisons by NUTS
-and by SVI, and both say how sure they are of comparisons of texts that they have not seen. About a minute on two cores.
+SmolLM2 writes completions. A judge compares pairs of them: it prefers the one with the more positive sentiment by
+VADER, makes mistakes on close pairs, and skips pairs of equal sentiment. NUTS and SVI infer a linear reward on sentence
+embeddings from these comparisons. Both predict comparisons of held-out texts, and the calibration of these
+probabilities is measured. This takes about a minute on two cores.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from bayeslm.models.preferences import BradleyTerry, Comparisons, SentenceEmbedd
 from bayeslm.plots import plot_reliability
 
 PROMPTS = ["My dinner at the restaurant was", "The film I saw was", "The hotel room was", "My new phone is"]
-TEXTS = 64  # of each prompt
+TEXTS = 64  # completions of each prompt
 SHARPNESS = 6.0  # P(a is preferred) = sigmoid(sharpness * (sentiment of a - sentiment of b))
 
 
 def judged(texts: np.ndarray, number: int, rng: np.random.Generator) -> Comparisons:
-    """Comparisons of random pairs among texts (text, prompt)."""
+    """Draw random pairs from texts (text, prompt), and let the judge compare them."""
     sentiment = rewards.Sentiment()
     rows = []
     while len(rows) < number:
@@ -51,7 +52,7 @@ def main(folder: Path) -> None:
     lm = LanguageModel.from_pretrained("smollm2").packed()
     with seeded(0):
         texts = lm.decode(lm(PROMPTS, max_new_tokens=16).sample((TEXTS,)))  # (text, prompt)
-    train, held_out = judged(texts[:40], 400, rng), judged(texts[40:], 300, rng)  # no text is in both
+    train, held_out = judged(texts[:40], 400, rng), judged(texts[40:], 300, rng)  # they share no text
     train.to_jsonl(folder / "comparisons.jsonl")
 
     features = Standardised(SentenceEmbedding(), PROMPTS * TEXTS, list(texts.flat), components=24)
@@ -64,12 +65,12 @@ def main(folder: Path) -> None:
     for name, engine in engines.items():
         posterior = engine.run(model, train)
         calibrations[name] = found = calibrate(predict(posterior, model, held_out, seed=1))
-        mean, spread = found.ece_if_calibrated
-        print(f"\n{name}: {posterior.stats['seconds']:.0f} seconds. On {len(held_out)} held-out comparisons:")
+        mean, limit = found.ece_if_calibrated
+        print(f"\n{name}: {posterior.stats['seconds']:.0f} seconds. {len(held_out)} held-out comparisons:")
         print(found.table().round(4).to_string())
-        print(f"(right probabilities would have an ECE of {mean:.3f}, and 95 in 100 times below {spread:.3f})")
-        print(f"leave-one-out on the {len(train)} that it learned from, a comparison:", end=" ")
-        print(f"{az.loo(posterior.to_arviz(), var_name='preferred').elpd_loo / len(train):.3f} nats")
+        print(f"(calibrated probabilities have a mean ECE of {mean:.3f}, and below {limit:.3f} in 95% of data sets)")
+        loo = az.loo(posterior.to_arviz(), var_name="preferred").elpd_loo / len(train)
+        print(f"leave-one-out log score of the {len(train)} training comparisons: {loo:.3f} nats each")
         if name == "NUTS":
             print(f"largest R-hat: {diagnostics.rhat(posterior.samples['weights']).max():.3f}")
             weights = posterior.samples["weights"]
@@ -78,7 +79,7 @@ def main(folder: Path) -> None:
     best = [(PROMPTS[column], text) for text, column in zip(texts[40:].flat, 24 * [*range(4)], strict=True)]
     learned = model.reward([prompt for prompt, _ in best], [text for _, text in best], weights)  # (chain, draw, text)
     mean, spread = learned.mean((0, 1)), learned.std((0, 1))
-    print("\nUnseen texts by their learned reward, mean ± standard deviation of the posterior:")
+    print("\nHeld-out texts with the highest and lowest learned rewards, posterior mean ± standard deviation:")
     for i in [*mean.argsort(descending=True)[:3].tolist(), *mean.argsort()[:3].tolist()]:
         print(f"{mean[i]:6.2f} ± {spread[i]:.2f}  {' '.join((best[i][0] + best[i][1]).split())[:90]}")
     plot_reliability(calibrations).savefig(folder / "reliability.png", dpi=150)

@@ -1,11 +1,11 @@
-"""Learning an unknown world: what it costs to explore by posterior sampling, by epsilon-greedy, and by chance.
+"""Reinforcement learning in unknown worlds: regret of posterior sampling, epsilon-greedy and random exploration.
 
     python examples/psrl.py [runs/psrl]
 
-Three worlds: a bandit of five arms, RiverSwim, whose reward lies against the current, and FrozenLake. An agent sees
-states and rewards alone, and keeps a posterior over the world's law in closed form. PSRL draws a world from it, acts
-for an episode as if that were the true one, and learns. Others act on the mean world. Writes regret.png, and prints the
-regret.
+There are three worlds: a bandit with five arms, RiverSwim, whose reward lies against the current, and FrozenLake. The
+agent observes states and rewards only, and its belief is a posterior over transitions and rewards in closed form. PSRL
+draws a world from the posterior, acts by its best policy for an episode, and updates the posterior. The other
+strategies act on the mean world. The script prints the regret and plots it to regret.png.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STRATEGIES = {
 
 
 def episodic(mdp: MDP, horizon: int) -> tuple[EpisodicTask, Worlds]:
-    """The task, and a prior: few successors of a state; rewards near 0, with little noise."""
+    """Return the task, and a prior of few next states for each state, and rewards near 0 with little noise."""
     prior = Worlds.prior(
         mdp.num_states, mdp.num_actions, concentration=0.1 / mdp.num_states, reward=(0.0, 0.01, 2.0, 1e-4)
     )
@@ -60,7 +60,7 @@ def main(folder: Path) -> None:
         axis.set_title(name)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "regret.png", dpi=150)
-    print(f"\n{folder / 'regret.png'}")
+    print(f"\nregret: {folder / 'regret.png'}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-r"""The ready-made program: a prior tilted by a reward.
+r"""The built-in program: a prior tilted by a reward.
 
     \pi^*(x | c) = p(x | c) \exp(r(c, x) / \beta) / Z(c)
 
@@ -17,8 +17,7 @@ import pyro
 from torch import Tensor
 
 from bayeslm.models.lm import LanguageModel, Prompt
-
-from .rewards import Reward
+from bayeslm.models.rewards import Reward
 
 
 class TiltedLM:
@@ -26,11 +25,11 @@ class TiltedLM:
 
     :param prior: the frozen language model.
     :param reward: any function of (prompts, completions, **columns), see `bayeslm.models.rewards`.
-    :param beta: the KL coefficient, or temperature of the likelihood; small is sharp.
+    :param beta: the KL coefficient; the smaller it is, the sharper is the posterior.
     :param max_new_tokens: the longest completion.
-    :param temperature: of the prior's sampling law.
-    :param subsample_size: prompts in each run of the program, picked at random as Pyro's plates do: the minibatch of a
-        training step. None is all of them.
+    :param temperature: divides the prior's logits.
+    :param subsample_size: prompts in each run of the program, chosen at random by Pyro's plate: the minibatch of a
+        training step. None: all of them.
     :raises ValueError: if ``beta`` or ``temperature`` is not positive and finite, or ``max_new_tokens`` or
         ``subsample_size`` < 1.
     """
@@ -65,27 +64,35 @@ class TiltedLM:
         """An upper bound of the log-likelihood r / beta, for rejection sampling; inf if the reward has none."""
         return self.reward.upper_bound / self.beta
 
+    def identity(self) -> Mapping[str, Any]:
+        """Return the settings on which the posterior depends, by which checkpoints tell runs apart."""
+        return vars(self)
+
     def __call__(self, prompts: Sequence[Prompt], /, **columns: Sequence[Any]) -> None:
-        """Run the program; ``columns`` are handed to the reward, those of one value a prompt subsampled as prompts."""
+        """Run the program.
+
+        :param prompts: what `LanguageModel` takes.
+        :param columns: further arguments of the reward; those with one value a prompt are subsampled as prompts are.
+        """
         size = None if self.subsample_size is None else min(self.subsample_size, len(prompts))
         with pyro.plate("prompts", len(prompts), subsample_size=size) as batch:
             if batch is not None and len(batch) < len(prompts):
                 columns = {name: _some(name, column, batch, len(prompts)) for name, column in columns.items()}
                 prompts = [prompts[i] for i in batch.tolist()]
-            law = self.prior(prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature)
-            x = pyro.sample("completion", law)
+            distribution = self.prior(prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature)
+            x = pyro.sample("completion", distribution)
             score = self.reward(prompts, self.prior.decode(x), **columns).to(x.device)
             pyro.deterministic("score", score, event_dim=0)
             pyro.factor("reward", score / self.beta)
 
 
 def _some(name: str, column: Any, batch: Tensor, size: int) -> Any:
-    """What a column of ``size`` prompts has of a batch of them.
+    """Return the values of a column of ``size`` prompts for a batch of them.
 
-    :raises ValueError: if it has neither one value a prompt, nor one for all.
+    :raises ValueError: if the column has neither one value a prompt, nor one for all.
     """
     if isinstance(column, (str, bytes, Mapping)) or not hasattr(column, "__len__"):
-        return column  # handed on as it is, or refused there
+        return column  # the reward takes or refuses it
     is_array = isinstance(column, (Tensor, np.ndarray))
     length = (column.shape[-1] if column.ndim else 1) if is_array else len(column)
     if length not in (1, size):

@@ -22,6 +22,8 @@ def compare(
     :param columns: of the prompts, for the reward.
     :raises typer.Exit: after Ctrl-C in an engine that returned the draws it had.
     """
+    from bayeslm.inference import RunError
+
     posteriors: dict[str, Posterior] = {}
     for name, engine in engines.items():
         if (saved := resume.load(out, name)) is not None:
@@ -31,9 +33,9 @@ def compare(
         try:
             posteriors[name] = engine.run(model, prompts, **columns)
         except BaseException as error:
-            policy = getattr(error, "policy", None)
+            policy = error.so_far.policy if isinstance(error, RunError) else None
             checkpoint = getattr(engine, "checkpoint", None)
-            if checkpoint is not None and isinstance(error, KeyboardInterrupt):
+            if checkpoint is not None and isinstance(error.__cause__ or error, KeyboardInterrupt):
                 error.add_note(f"the training so far is saved in {checkpoint}: repeat the command to resume it")
             if out is not None and policy is not None and checkpoint is None:
                 policy.save_pretrained(out / f"{name}-policy-so-far")
@@ -50,10 +52,8 @@ def compare(
             break
     report.show(posteriors, out_console)
     if out is not None:
-        pictures = ", ".join(_save_plots(posteriors, out))
-        out_console.print(
-            f"written to {out}: posteriors (each with posterior.nc for ArviZ), policy, {pictures}", highlight=False
-        )
+        plots = ", ".join(_save_plots(posteriors, out))
+        out_console.print(f"written to {out}: posteriors (each with posterior.nc for ArviZ), {plots}", highlight=False)
         out_console.print(f"to print this again: bayeslm show {out}", highlight=False)
     if any(posterior.stats.get("interrupted") for posterior in posteriors.values()):
         raise typer.Exit(INTERRUPTED)

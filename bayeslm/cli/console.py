@@ -28,7 +28,7 @@ def one_line_errors() -> Iterator[None]:
         return
     except (Exception, KeyboardInterrupt) as error:
         cause = error.__cause__ if isinstance(error, RunError) else error
-        notes = getattr(error, "__notes__", [])
+        notes = [note for x in dict.fromkeys((cause, error)) for note in getattr(x, "__notes__", [])]
         if isinstance(cause, KeyboardInterrupt):
             results = notes or ["before there was a result" if cause is error else str(error)]
             message, code = "interrupted: " + "\n".join(results), INTERRUPTED

@@ -28,6 +28,7 @@ def demo(
     """
     with one_line_errors():
         from bayeslm.inference import SVI, ImportanceSampling, RejectionSampling
+        from bayeslm.inference.training import Adam
         from bayeslm.models import TiltedLM, rewards
 
         out = out or next(path for path in _numbered("demo") if not path.exists())
@@ -38,7 +39,12 @@ def demo(
             "importance": ImportanceSampling(num_particles=160, seed=seed),
             "rejection": RejectionSampling(num_samples=24, max_proposals=1000, seed=seed + 1),
             "svi": SVI(
-                num_steps=16, num_particles=8, num_samples=128, num_prior_samples=64, learning_rate=5e-4, seed=seed + 2
+                num_steps=16,
+                num_particles=8,
+                optimizer=Adam(5e-4),
+                num_samples=128,
+                num_prior_samples=64,
+                seed=seed + 2,
             ),
         }
         out_console.print(

@@ -141,8 +141,7 @@ def infer(
       bayeslm infer --prompts prompts.jsonl --reward my_rewards:politeness --engine rejection
     """
     with one_line_errors():
-        from bayeslm.inference import HeldOut
-        from bayeslm.inference.training.checkpoints import describe
+        from bayeslm.inference.training import HeldOut, TensorBoard, identify
         from bayeslm.models import TiltedLM, rewards
 
         names = engine or ["importance"]
@@ -181,7 +180,7 @@ def infer(
         evidence = scale * (rewards.load(reward) if ":" in reward else rewards.get(reward, **options))
         if out is not None:
             contents = {"prompts": texts, "columns": columns, "held_out": held_out_prompts}
-            contents["code of the reward"] = describe(evidence)
+            contents["code of the reward"] = identify(evidence)
             settings = {name: str(x) for name, x in ctx.params.items() if name not in NOT_COMPARED}
             resume.reserve(out, settings | contents)
         sizes_of_passes = {"batch_size": batch_size, "gradient_checkpointing": gradient_checkpointing}
@@ -195,10 +194,14 @@ def infer(
         model = program(subsample_size=minibatch)
         for name in ("svi", "importance") if start is not None else ():
             if name in engines:
-                engines[name] = dataclasses.replace(engines[name], guide=start)
+                factory = engines[name].guide  # of a policy with the rank of --lora-rank
+                guide = start if factory is None else functools.partial(factory, start=start)
+                engines[name] = dataclasses.replace(engines[name], guide=guide)
         if held_out_prompts is not None:
             unseen = functools.partial(program(), held_out_prompts[0], **held_out_prompts[1])
-            engines["svi"] = dataclasses.replace(engines["svi"], held_out=HeldOut({"held out": unseen}))
+            callbacks = [*engines["svi"].callbacks, HeldOut({"held out": unseen})]
+            callbacks.sort(key=lambda callback: isinstance(callback, TensorBoard))  # it logs what the others evaluate
+            engines["svi"] = dataclasses.replace(engines["svi"], callbacks=callbacks)
         if twist is not None and twist != ready:
             learned = make_twist(twist, lm, model, texts, columns, seed, out)
             engines["smc"] = make_engine("smc", seed=seed, twist=learned, **sizes)

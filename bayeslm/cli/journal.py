@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from bayeslm.files import hold
+from filelock import FileLock, Timeout
 
 
 class Journal:
@@ -30,11 +30,15 @@ class Journal:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115, closed by `close`
+        self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=0)
         try:
-            hold(self._file.fileno(), f"{self.path} is open in another process")
+            self._lock.acquire()
             self.removed: str | None = None
             """The incomplete last line that was removed, or None."""
             self.rows, self._starts = self._read()
+        except Timeout:
+            self.close()
+            raise BlockingIOError(f"{self.path} is open in another process: end that first") from None
         except BaseException:
             self.close()
             raise
@@ -47,6 +51,7 @@ class Journal:
 
     def close(self) -> None:
         self._file.close()
+        self._lock.release()
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one object and flush it to the disk.

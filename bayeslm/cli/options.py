@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ def make_engine(name: str, *, seed: int, twist: Any, **sizes: Any) -> Any:
     :param sizes: the options by name; each sets the field of the same meaning, and None leaves the default.
     :raises ValueError: if there is no such engine, or a setting is invalid.
     """
-    from bayeslm.inference import ENGINES, KLTarget, NearPosterior, TensorBoard
+    from bayeslm.inference import ENGINES
+    from bayeslm.inference.training import Adam, AutoPolicy, KLTarget, NearPosterior, TensorBoard
 
     if name not in ENGINES:
         near = difflib.get_close_matches(name, ENGINES, n=1, cutoff=0.4)
-        hint = f", did you mean {near[0]!r}?" if near else ""
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"--engine {name} is unknown{hint}: choose one of {', '.join(ENGINES)}")
     fields = {field.name for field in dataclasses.fields(ENGINES[name])}
     particles = {"rejection": "max_proposals", "bestofn": "n", "mcmc": "initial_particles"}.get(name, "num_particles")
@@ -31,7 +33,6 @@ def make_engine(name: str, *, seed: int, twist: Any, **sizes: Any) -> Any:
         "num_samples": sizes["samples"],
         "num_steps": sizes["steps"],
         "warmup": sizes["steps"],
-        "learning_rate": sizes["learning_rate"],
         "num_chains": sizes["chains"],
         "twist": twist,
         "top_k": sizes["top_k"],
@@ -42,22 +43,18 @@ def make_engine(name: str, *, seed: int, twist: Any, **sizes: Any) -> Any:
         meant |= {
             "objective": make_objective(sizes["objective"], sizes["particles"]),
             "checkpoint": sizes["checkpoint"],
+            "optimizer": Adam(sizes["learning_rate"]),
         }
-        if sizes["kl_target"] is not None:
-            meant["temperature"] = KLTarget(sizes["kl_target"])
-        if sizes["tensorboard"] is not None:
-            meant["log"] = TensorBoard(sizes["tensorboard"])
-        if sizes["stop_kl"] is not None:
-            meant["stop"] = NearPosterior(sizes["stop_kl"])
-    made = ENGINES[name](**{field: value for field, value in meant.items() if field in fields and value is not None})
-    if name == "svi" and (rank := sizes["lora_rank"]) is not None:
-        return dataclasses.replace(made, lora_rank=rank or None)  # None trains every weight
-    return made
+        callbacks = {"kl_target": KLTarget, "stop_kl": NearPosterior, "tensorboard": TensorBoard}
+        meant["callbacks"] = [make(sizes[option]) for option, make in callbacks.items() if sizes[option] is not None]
+        if (rank := sizes["lora_rank"]) is not None:
+            meant["guide"] = functools.partial(AutoPolicy, lora_rank=rank or None)  # None trains every weight
+    return ENGINES[name](**{field: value for field, value in meant.items() if field in fields and value is not None})
 
 
 def make_objective(name: str | None, particles: int | None) -> Any:
     """Make an objective of SVI by name; None, the default of the engine, for None."""
-    from bayeslm.inference import FDivergence, ForwardKL, LogVariance, Renyi, Replay, ReverseKL
+    from bayeslm.inference.training import FDivergence, ForwardKL, LogVariance, Renyi, Replay, ReverseKL
 
     makers: dict[str, Any] = {
         "elbo": ReverseKL,
@@ -79,7 +76,7 @@ def make_twist(
     name: str, lm: Any, model: Any, prompts: list[str], columns: dict[str, list[Any]], seed: int, out: Path | None
 ) -> Any:
     """Train a twist and save it, or load one from a folder."""
-    from bayeslm.inference import TwistLearning
+    from bayeslm.inference.sequential import TwistLearning
     from bayeslm.models import Twist
 
     if name not in ("learned", "learned-partial"):

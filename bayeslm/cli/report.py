@@ -88,9 +88,10 @@ def show(posteriors: Mapping[str, Posterior], console: Console, k: int = 3) -> N
     """Print the comparison, the best texts, and warnings."""
     for prompt in range(len(next(iter(posteriors.values())).prompts)):
         console.print(comparison(posteriors, prompt))
+    policy = "A trained policy has two rows: its own draws, and the same draws weighted towards the posterior. "
     console.print(
-        "Means ± one standard error; KL in nats. A trained policy has two rows: its own draws, and the same draws "
-        f"weighted towards the posterior. Weights are reliable if k̂ < {KHAT_LIMIT} and ESS > {ESS_LIMIT:.0f}.\n",
+        f"Means ± one standard error; KL in nats. {policy if any(map(_has_policy, posteriors.values())) else ''}"
+        f"Weights are reliable if k̂ < {KHAT_LIMIT} and ESS > {ESS_LIMIT:.0f}.\n",
         style="dim",
         highlight=False,
     )

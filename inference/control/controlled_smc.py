@@ -143,7 +143,7 @@ class ControlledSMC:
         size, prompts = self.num_chains * self.num_particles, len(trajectory.starts)
         population = Population(program, self)
         mixture = torch.lerp(plan.policy.float(), transitions.prior, self.defensive)
-        rollout = trajectory.with_policy(TabularPolicy(mixture.log())).expand((size, prompts)).steps()
+        rollout = trajectory.with_policy(TabularPolicy(mixture.log())).expand((size, prompts)).rollout()
         values = (plan.values / model.beta).float()
         advantages = ((plan.action_values - plan.values[:-1, :, None]) / model.beta).float()
 

@@ -1,6 +1,6 @@
 r"""A table of soft values: the baseline of trajectories through finitely many states.
 
-With f = \sum_t (r_t / \beta + log p(a_t | s_t) - log q(a_t | s_t)) of a whole trajectory, the gradient of the ELBO is
+With f = \sum_t (r_t / \beta + log p(a_t | s_t) - log q(a_t | s_t)) of a trajectory, the gradient of the ELBO is
 
     \nabla L  =  E_q[ \sum_t (f_{\geq t} - V_t(s_t)) \nabla log q(a_t | s_t) ],     f_{\geq t} = \sum_{k \geq t} ...,
 
@@ -9,74 +9,69 @@ the policy over \beta, V_t(s) = E_q[f_{\geq t} | s_t = s] (Levine 2018, arXiv 18
 by a running mean for each state and part of the horizon. It is made of the steps before: the gradient is unbiased.
 
 What is past is known where the program says what each step earns: by a factor in a plate ``steps``, as `Control` has
-it. A factor of the whole trajectory belongs to all of its steps.
+it. A factor of the complete trajectory belongs to all of its steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bayeslm.inference.program import Program, ProgramError, check_counts
-from bayeslm.inference.training.baselines import leave_one_out
-from bayeslm.inference.training.critic import Texts
+from bayeslm.inference.program import ProgramError, check_counts
+from bayeslm.inference.training import EMPTY, State, Texts, leave_one_out
 
 
+@dataclass(frozen=True)
 class StateValues:
     """`ReverseKL`'s baseline of trajectories through discrete states; other latents have leave-one-out.
 
     :param num_states: S, of the environment.
     :param parts: of the horizon, each with values of its own.
-    :param decay: what a step remembers of the steps before, in [0, 1).
+    :param decay: the weight of the earlier steps, in [0, 1).
     :raises ValueError: if a setting is out of range.
     """
 
-    def __init__(self, num_states: int, parts: int = 10, decay: float = 0.9) -> None:
-        self.num_states, self.parts, self.decay = num_states, parts, decay
+    num_states: int
+    parts: int = 10
+    decay: float = 0.9
+
+    def __post_init__(self) -> None:
         check_counts(self, "num_states", "parts")
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"StateValues: decay must be in [0, 1), got {decay}")
-        self._tables: dict[str, Tensor] = {}  # (2, parts, S) a site: values, and of how many visits they are
+        if not 0.0 <= self.decay < 1.0:
+            raise ValueError(f"StateValues: decay must be in [0, 1), got {self.decay}")
 
-    def __call__(self, name: str, f: Tensor, prompts: Tensor | None = None) -> Tensor:
-        """The advantage (particle, prompt) of a latent that is no trajectory."""
-        return leave_one_out(name, f)
+    def __call__(
+        self, name: str, f: Tensor, prompts: Tensor | None = None, state: State = EMPTY
+    ) -> tuple[Tensor, State]:
+        """Return the advantage (particle, prompt) of a latent that is no trajectory, and the next state."""
+        return leave_one_out(name, f, prompts, state)
 
-    def of_tokens(self, name: str, f: Tensor, texts: Texts) -> Tensor:
-        """The advantages (particle, prompt, text, step) of a trajectory, by what was learned before; then learn.
+    def of_tokens(self, name: str, f: Tensor, texts: Texts, state: State = EMPTY) -> tuple[Tensor, State]:
+        """Return the advantages (particle, prompt, text, step) of a trajectory by what was learned before; then learn.
+
+        The state holds a ``table`` (2, parts * S): the values, and of how many visits they are.
 
         :param f: (particle, prompt), or (particle, 1).
         :raises ProgramError: if its environment has another number of states.
         """
-        known = texts.hidden.shape[-1]  # of `Trajectory.read`: a state, one-hot, the time and the return so far
-        if known != self.num_states + 2:
+        width = texts.hidden.shape[-1]  # of a trajectory: a state, one-hot, the time and the return so far
+        if width != self.num_states + 2:
             raise ProgramError(
                 f"StateValues({self.num_states}): site {name!r} is no trajectory through so many states: what is "
-                f"known before an action has {known} numbers, and would have {self.num_states + 2}; give it "
+                f"known before an action has {width} numbers, and would have {self.num_states + 2}; give it "
                 "environment.num_states, or use Critic where states are not discrete"
             )
         to_go = f[:, :, None, None] - texts.past - texts.earned
         horizon = to_go.shape[-1]
         part = torch.arange(horizon, device=to_go.device) * self.parts // horizon
         cell = (part * self.num_states + texts.hidden[..., : self.num_states].argmax(-1))[texts.live]
-        values, visits = self._tables.get(name, to_go.new_zeros(2, self.parts * self.num_states))
+        values, visits = state.get("table", to_go.new_zeros(2, self.parts * self.num_states))
         advantage = torch.zeros_like(to_go)
         surprise = to_go[texts.live] - values[cell]
         advantage[texts.live] = surprise
         count = torch.zeros_like(visits).index_add_(0, cell, torch.ones_like(surprise))
         visits = self.decay * visits + count
         values = values + torch.zeros_like(values).index_add_(0, cell, surprise) / visits.clamp_min(1.0)
-        self._tables[name] = torch.stack([values, visits])
-        return advantage
-
-    def reset(self, program: Program) -> None:
-        """Forget the steps before: another training begins."""
-        self._tables.clear()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return dict(self._tables)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self._tables = dict(state)
+        return advantage, {"table": torch.stack([values, visits])}

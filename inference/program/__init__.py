@@ -3,8 +3,8 @@
 from .assign import assign_values, same_distribution
 from .checks import check_counts, check_positive
 from .errors import EvidenceError, ProgramError
-from .guides import AutoPolicy, PolicyGuide, as_law
-from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, Epochs, RandomStates, seeded
+from .guides import PolicyGuide, as_law, draw_latents
+from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, RandomStates, seeded
 from .partial import PartialRun
 from .particles import Particles, particles_of, run_particles, score_sites, site_value, traces
 from .program import STEPS, Program, Site, along, in_prompts, inspect, inspect_or_reuse, sample_sites
@@ -17,8 +17,6 @@ __all__ = [
     "Arbitrary",
     "Assign",
     "Assignment",
-    "AutoPolicy",
-    "Epochs",
     "EvidenceError",
     "PartialRun",
     "Particles",
@@ -37,6 +35,7 @@ __all__ = [
     "check_evidence",
     "check_positive",
     "draw",
+    "draw_latents",
     "in_prompts",
     "inspect",
     "inspect_or_reuse",

@@ -35,7 +35,7 @@ from bayeslm.models.lm import Autoregressive
 from .errors import ProgramError
 
 if TYPE_CHECKING:
-    from .program import Program
+    pass
 
 PROMPTS = "prompts"  # the plate whose elements are posteriors of their own
 PARTICLES = "_particles"  # the outermost plate, which engines add
@@ -203,36 +203,3 @@ def seeded(seed: int | None) -> Iterator[None]:
         yield
     finally:
         before.restore()
-
-
-class Epochs:
-    """Minibatches in which every prompt has its turn before one has its next, in an order that is new each time.
-
-    Each minibatch is a uniform subset, as Pyro's own are, so sums over it stay unbiased; its variance over an epoch is
-    less (random reshuffling).
-    """
-
-    def __init__(self) -> None:
-        self._waiting = torch.empty(0, dtype=torch.long)
-
-    def reset(self, program: Program) -> None:
-        """Begin an epoch: another training begins."""
-        self._waiting = self._waiting[:0]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"waiting": self._waiting}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self._waiting = state["waiting"].cpu()
-
-    def next(self, size: int, full_size: int) -> Tensor:
-        """Indices (size,) of the next of ``full_size`` prompts."""
-        batch, self._waiting = self._waiting[:size], self._waiting[size:]
-        if len(batch) < size:  # those left of an epoch, and others
-            order = torch.randperm(full_size)
-            others = (~torch.isin(order, batch)).nonzero().squeeze(-1)[: size - len(batch)]
-            batch = torch.cat([batch, order[others]])
-            rest = torch.ones(full_size, dtype=torch.bool)
-            rest[others] = False
-            self._waiting = order[rest]
-        return batch

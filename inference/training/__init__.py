@@ -1,1 +1,75 @@
-"""Training of guides: the loop, objectives, baselines, sources of particles, steps, checkpoints, callbacks."""
+"""How a guide is trained: objectives, baselines, sources of particles, callbacks, Adam, checkpoints, the loop."""
+
+from .auto_policy import AutoPolicy
+from .baselines import Baseline, ExponentialAverage, Texts, TokenBaseline, TokenDistribution, leave_one_out
+from .beta_schedules import KLTarget, Tempering
+from .callbacks import Callback, Reply, StepRecord
+from .checkpoints import Checkpointing, Checkpoints, describe_run
+from .critic import Critic
+from .divergences import (
+    Divergence,
+    FDivergence,
+    ForwardKL,
+    LogDensities,
+    LogVariance,
+    ParticleObjective,
+    Renyi,
+    alpha_divergence,
+)
+from .held_out import HeldOut
+from .identity import Identified, identify
+from .loop import Training, stack_chains
+from .objective import Estimate, Objective, StatefulLoss
+from .optimizer import Adam
+from .reverse_kl import ReverseKL
+from .sources import FromPosterior, Replay, Source, of_guide, of_prior
+from .state import EMPTY, State
+from .stopping import NearPosterior, Plateau
+from .tensorboard import TensorBoard
+
+__all__ = [
+    "EMPTY",
+    "Adam",
+    "AutoPolicy",
+    "Baseline",
+    "Callback",
+    "Checkpointing",
+    "Checkpoints",
+    "Critic",
+    "Divergence",
+    "Estimate",
+    "ExponentialAverage",
+    "FDivergence",
+    "ForwardKL",
+    "FromPosterior",
+    "HeldOut",
+    "Identified",
+    "KLTarget",
+    "LogDensities",
+    "LogVariance",
+    "NearPosterior",
+    "Objective",
+    "ParticleObjective",
+    "Plateau",
+    "Renyi",
+    "Replay",
+    "Reply",
+    "ReverseKL",
+    "Source",
+    "State",
+    "StatefulLoss",
+    "StepRecord",
+    "Tempering",
+    "TensorBoard",
+    "Texts",
+    "TokenBaseline",
+    "TokenDistribution",
+    "Training",
+    "alpha_divergence",
+    "describe_run",
+    "identify",
+    "leave_one_out",
+    "of_guide",
+    "of_prior",
+    "stack_chains",
+]

@@ -1,68 +1,119 @@
-"""Baselines of the score-function gradient: f less what is known of it without the particle itself.
+r"""Baselines of the score-function gradient: the part of f that can be predicted without the particle itself.
 
-A baseline is called with the name of a latent, f (particle, prompt), and the indices (prompt,) of its prompts where
-they are a minibatch.
+A `Baseline` returns the advantage, f less the baseline. A `TokenBaseline` also has one for every token of a completion
+or a trajectory, which may depend on the tokens before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bayeslm.inference.program import Program
+from .state import EMPTY, State
 
-Baseline = Callable[[str, Tensor, Tensor | None], Tensor]
+Baseline = Callable[[str, Tensor, Tensor | None, State], tuple[Tensor, State]]
+"""``baseline(name, f, prompts, state)`` returns the advantage and the next state.
+
+``name`` is a latent site's, ``f`` (particle, prompt), ``prompts`` (prompt,) the indices of a minibatch's prompts or
+None, and ``state`` what the baseline has remembered of this site.
+"""
 
 
-def leave_one_out(name: str, f: Tensor, prompts: Tensor | None = None) -> Tensor:
-    """f_i (particle, prompt) less the mean of the other particles'; one particle has none.
+@runtime_checkable
+class TokenDistribution(Protocol):
+    """A distribution of sequences: `Autoregressive`, or that of a trajectory, whose tokens are actions."""
+
+    def token_log_prob(self, value: Tensor) -> Tensor:
+        """Return log-probabilities (*batch, token), 0 on padding."""
+
+    def token_log_prob_and_hidden(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the same without gradient, and the hidden state before each token, (*batch, token, width)."""
+
+    def lengths(self, value: Tensor) -> Tensor:
+        """Return the number of tokens before the padding, (*batch,)."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    r"""The sequences of one site as a `TokenBaseline` gets them, without gradient.
+
+    A prompt has one text, or more of them in a plate of its own.
+
+    :param hidden: (particle, prompt, text, token, width), the hidden state before each token.
+    :param past: (particle, prompt, text, token), \sum_{s<t} log p(x_s) - log q(x_s).
+    :param live: (particle, prompt, text, token), which tokens are not padding.
+    :param earned: (particle, prompt, text or 1, token), the sum of the factors of earlier tokens, where the program has
+        a factor for each token, in a plate ``steps``.
+    :param prompts: (prompt,), the indices of a minibatch's prompts.
+    """
+
+    hidden: Tensor
+    past: Tensor
+    live: Tensor
+    earned: Tensor
+    prompts: Tensor | None = None
+
+
+@runtime_checkable
+class TokenBaseline(Protocol):
+    """A baseline for every token; as a `Baseline` it serves the latents that are no sequences."""
+
+    def __call__(self, name: str, f: Tensor, prompts: Tensor | None, state: State) -> tuple[Tensor, State]:
+        """Return the advantage (particle, prompt) of a latent that is no sequence, and the next state."""
+
+    def of_tokens(self, name: str, f: Tensor, texts: Texts, state: State) -> tuple[Tensor, State]:
+        """Return the advantages (particle, prompt, text, token), and the next state.
+
+        :param f: (particle, prompt), or (particle, 1) where all prompts are one posterior.
+        """
+
+
+def leave_one_out(name: str, f: Tensor, prompts: Tensor | None = None, state: State = EMPTY) -> tuple[Tensor, State]:
+    """Return f_i (particle, prompt) less the mean of the other particles' f; a single particle has no baseline.
 
     Kool, van Hoof and Welling 2019; RLOO, Ahmadian et al. 2024, arXiv 2402.14740. Also the gradient of the log-variance
     divergence (VarGrad, Richter et al. 2020, arXiv 2010.10436).
     """
-    return less_others(f, f)
+    return less_others(f, f), state
 
 
 def less_others(f: Tensor, own: Tensor) -> Tensor:
-    """``own`` (particle, prompt) less the mean of the other particles' ``f``; one particle has none."""
+    """Return ``own`` (particle, prompt) less the mean of the other particles' ``f``, 0 if there is no other."""
     n = len(f)
     return own if n == 1 else own - (f.sum(0) - f) / (n - 1)
 
 
+@dataclass(frozen=True)
 class ExponentialAverage:
-    """f less an exponential moving average of the steps before, of the same prompt's particles (Williams 1992).
+    """The baseline is an exponential moving average of earlier steps' f, of the same prompt (Williams 1992).
 
-    For groups of one particle, which leave no other to compare with. A prompt that was never seen has the mean of the
-    others' averages.
+    For groups of one particle, which have no other to compare with. A prompt without an average yet has the mean of the
+    other prompts' averages.
+
+    :param decay: the weight of the earlier steps, in [0, 1).
+    :raises ValueError: if ``decay`` is out of range.
     """
 
-    def __init__(self, decay: float = 0.9) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"ExponentialAverage: decay must be in [0, 1), got {decay}")
-        self.decay = decay
-        self._averages: dict[str, Tensor] = {}  # (prompt,) a latent, NaN of those that were never seen
+    decay: float = 0.9
 
-    def reset(self, program: Program) -> None:
-        """Forget the steps before: another training begins."""
-        self._averages.clear()
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.decay < 1.0:
+            raise ValueError(f"ExponentialAverage: decay must be in [0, 1), got {self.decay}")
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return dict(self._averages)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self._averages = dict(state)
-
-    def __call__(self, name: str, f: Tensor, prompts: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, name: str, f: Tensor, prompts: Tensor | None = None, state: State = EMPTY
+    ) -> tuple[Tensor, State]:
+        """Return f (particle, prompt) less the averages, and these updated: ``average`` (prompt,), NaN of new ones."""
         rows = torch.arange(f.shape[-1]) if prompts is None else prompts
-        averages = self._averages.get(name, f.new_empty(0))
+        averages = state.get("average", f.new_empty(0))
         averages = pad(averages, (0, max(0, int(rows.max()) + 1 - len(averages))), value=torch.nan)
         rows = rows.to(f.device)
         own, now = averages[rows], f.mean(0)
         before = own.where(~own.isnan(), averages.nanmean().nan_to_num(0.0))
-        self._averages[name] = averages.index_copy(
-            0, rows, torch.where(own.isnan(), now, self.decay * own + (1.0 - self.decay) * now)
-        )
-        return f - before
+        after = torch.where(own.isnan(), now, self.decay * own + (1.0 - self.decay) * now)
+        return f - before, {"average": averages.index_copy(0, rows, after)}

@@ -1,5 +1,6 @@
-r"""How the likelihood's inverse temperature \gamma moves while SVI trains: the target is p(x) exp(\gamma l(x)).
+r"""Beta schedules: callbacks that move the inverse temperature \gamma of the likelihood.
 
+The target is p(x) exp(\gamma l(x)):
 \gamma = 1 is the program's own posterior; r / beta times \gamma is r over a beta of beta / \gamma.
 """
 
@@ -7,45 +8,41 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 from bayeslm.inference.program import check_positive
 
-
-class Temperature(Protocol):
-    """The first \\gamma, and the next ones."""
-
-    def first(self) -> float: ...
-
-    def after(self, gamma: float, done: float, kl: float) -> float:
-        """What follows ``gamma``, a share ``done`` of the steps being done and KL(q || p) in the last ``kl`` nats."""
+from .callbacks import Callback, Memory, Reply, StepRecord
 
 
 @dataclass(frozen=True)
-class Tempering:
-    r"""From the prior's end to the posterior: \gamma grows geometrically from ``start`` to 1, then stays.
+class Tempering(Callback):
+    r"""Moves from near the prior to the posterior: \gamma grows geometrically from ``first`` to 1, then stays.
 
-    :param start: \gamma of the first step, in (0, 1].
-    :param share: of the steps, in (0, 1], after which it is 1.
+    :param first: \gamma of the first step, in (0, 1].
+    :param share: of the steps, in (0, 1], after which \gamma is 1.
+    :raises ValueError: if a setting is out of range.
     """
 
-    start: float = 0.1
+    first: float = 0.1
     share: float = 0.5
 
+    needs_num_steps = True
+
     def __post_init__(self) -> None:
-        for name in ("start", "share"):
+        for name in ("first", "share"):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise ValueError(f"Tempering: {name} must be in (0, 1], got {getattr(self, name)}")
 
-    def first(self) -> float:
-        return self.start
+    def start(self, record: StepRecord, state: Memory) -> Reply | None:
+        return Reply(inverse_temperature=self.first) if record.step == 0 else None
 
-    def after(self, gamma: float, done: float, kl: float) -> float:
-        return self.start ** (1.0 - min(1.0, done / self.share))
+    def step(self, record: StepRecord, state: Memory) -> Reply:
+        done = record.step / record.num_steps
+        return Reply(inverse_temperature=self.first ** (1.0 - min(1.0, done / self.share)))
 
 
 @dataclass(frozen=True)
-class KLTarget:
+class KLTarget(Callback):
     r"""Holds KL(q || p) at a target by moving beta = 1 / \gamma (Ziegler et al. 2019, arXiv 1909.08593):
 
         e = clip(KL / target - 1, -0.2, 0.2),    beta <- beta (1 + gain e)
@@ -55,6 +52,7 @@ class KLTarget:
 
     :param nats: the target, the mean over prompts.
     :param gain: how fast beta follows, a step.
+    :raises ValueError: if a setting is not positive; in training, if the objective does not estimate the KL.
     """
 
     nats: float
@@ -63,11 +61,11 @@ class KLTarget:
     def __post_init__(self) -> None:
         check_positive(self, "nats", "gain")
 
-    def first(self) -> float:
-        return 1.0
-
-    def after(self, gamma: float, done: float, kl: float) -> float:
+    def step(self, record: StepRecord, state: Memory) -> Reply | None:
+        if "kl" not in record.figures:
+            raise ValueError("KLTarget: this objective does not estimate KL(q || p): use ReverseKL")
+        kl = record.figures["kl"]
         if not math.isfinite(kl):
-            return gamma
+            return None
         error = min(max(kl / self.nats - 1.0, -0.2), 0.2)
-        return gamma / (1.0 + self.gain * error)
+        return Reply(inverse_temperature=record.inverse_temperature / (1.0 + self.gain * error))

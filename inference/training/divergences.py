@@ -1,34 +1,39 @@
-r"""Objectives of variational inference over whole draws, as Pyro ELBOs; a new one is its mathematics alone.
+r"""Objectives over whole particles; a new one is its mathematics alone.
 
-A guide q is to become \pi^*(x) = p(x) exp(l(x)) / Z, l = r / beta. Draws x_1..x_n come from a law s, the guide's own
-unless a `draws.Source` says otherwise; what an objective sees of them, prompt by prompt, is
+A guide q is to become \pi^*(x) = p(x) exp(l(x)) / Z, l = r / beta. Particles x_1..x_n come from a distribution s, the
+guide's own unless a `sources.Source` says otherwise; an objective sees of them, prompt by prompt,
 
     log q(x_i), with its gradient     log \tilde p(x_i) = log p(x_i) + l(x_i)     log s(x_i)
 
-and what it gives is a loss whose gradient is the estimate. They train the guide alone: draws have no gradient (no
-pathwise one either), and nor do the program's own parameters. `ReverseKL` has a file of its own, since it knows more of
-a program than these sums.
+and returns a loss whose gradient is the estimate. They train the guide alone: particles have no gradient (no pathwise
+one either), nor have the program's own parameters. `ReverseKL` has a file of its own, since it knows more of a program
+than these sums.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from bayeslm.inference.program import Program, ProgramError
+from bayeslm.inference.program import Particles, Program, ProgramError
 
 from .baselines import less_others
-from .objective import Objective, Seen
-from .sources import Draws, FromPosterior, Replay, Source, log_q, of_guide
+from .objective import Estimate, Objective
+from .sources import FromPosterior, Replay, Source, log_q, of_guide
+from .state import State, under, within
 
 
-class Scores(NamedTuple):
-    """Of draws, (particle, prompt): log q with gradient, log p + l, and log s; indices (prompt,) if of a minibatch."""
+class LogDensities(NamedTuple):
+    """The log-densities of particles, (particle, prompt): log q with gradient, log p + l, and log s.
+
+    ``prompts`` (prompt,) are the indices of a minibatch's prompts.
+    """
 
     log_q: Tensor
     log_target: Tensor
@@ -36,98 +41,113 @@ class Scores(NamedTuple):
     prompts: Tensor | None = None
 
 
-class OverDraws(Objective):
-    """A loss over whole draws; subclasses say `of`.
+class ParticleObjective(Objective):
+    """A loss of the log-densities of particles; subclasses implement `loss`.
 
-    :param num_particles: draws of each prompt in a step; all run at once.
-    :param source: where they come from; by default the guide. In ``last``, draws of another law are weighted by q / s.
+    :param num_particles: of each prompt in a step; all run at once.
+    :param source: where they come from; by default the guide. In the figures, particles of another distribution s are
+        weighted by q / s.
+    :raises ValueError: if there are fewer particles than the loss needs.
     """
 
-    least = 1  # particles that `of` needs
+    least = 1  # particles that `loss` needs
 
     def __init__(self, num_particles: int = 8, source: Source = of_guide) -> None:
         if num_particles < self.least:
             raise ValueError(f"{type(self).__name__}: num_particles must be at least {self.least}, got {num_particles}")
-        super().__init__(num_particles, source)
-        self._source = source
+        super().__init__(num_particles)
+        self.source = source
 
-    def of(self, scores: Scores) -> Tensor:
-        """The loss (prompt,), whose gradient is the estimate."""
+    def loss(self, densities: LogDensities) -> Tensor:
+        """Return the loss (prompt,), whose gradient is the estimate."""
         raise NotImplementedError
 
-    def estimate(self, program: Program, guide: Callable[..., Any]) -> Tensor:
-        draws = self._source(program, guide, self.num_particles)
-        if draws.prompts is not None:
-            program = program.on(draws.prompts[0])  # which are not this step's where old draws are learned from
-        cooled = (self.inverse_temperature - 1.0) * draws.log_likelihood
-        log_target = draws.log_target + cooled.masked_fill(torch.isneginf(draws.log_likelihood), 0.0)
-        scores = Scores(log_q(program, guide, draws), log_target, draws.log_s, program.minibatch)
-        self._note(draws, scores.log_q.detach())
-        return self.of(scores).sum()
+    def estimate(
+        self, program: Program, guide: Callable[..., Any], state: State, inverse_temperature: float
+    ) -> Estimate:
+        particles, kept = self.source(program, guide, self.num_particles, within("source", state))
+        if particles.prompts is not None:
+            program = program.on(particles.prompts[0])  # which are not this step's where kept particles are used again
+        # a latent that the guide leaves to the prior has the prior's density in q too: it cancels
+        left_out = torch.zeros_like(particles.log_prior) if particles.log_left_out is None else particles.log_left_out
+        likelihood = particles.total_log_likelihood
+        target, log_s = particles.log_joint - left_out, particles.log_proposal - left_out
+        cooled = (inverse_temperature - 1.0) * likelihood
+        cooled = target + cooled.masked_fill(torch.isneginf(likelihood), 0.0)
+        densities = LogDensities(log_q(program, guide, particles), cooled, log_s, program.minibatch)
+        score = densities.log_q.detach()
+        figures = self._figures(particles, LogDensities(score, target, log_s))
+        particles = replace(particles, log_proposal=score + left_out)
+        return Estimate(self.loss(densities).sum(), figures, particles, {**state, **under("source", kept)})
 
-    def _minibatch(self, program: Program) -> Tensor:
-        if isinstance(self._source, Replay) and self._source.repeats:  # draws and their prompts: no turn is taken
-            return torch.arange(program.num_prompts)
-        return super()._minibatch(program)
+    def next_prompts(self, program: Program, state: State) -> tuple[Tensor, State]:
+        if isinstance(self.source, Replay) and self.source.repeats(within("source", state)):
+            return torch.arange(program.num_prompts), state  # kept particles bring their prompts: no turn is taken
+        return super().next_prompts(program, state)
 
-    def _note(self, draws: Draws, log_q: Tensor) -> None:
-        """Keep what the particles saw in ``last``."""
-        ratio = log_q - draws.log_s
+    def of_another_program(self, state: State) -> State:
+        return {name: value for name, value in state.items() if not name.startswith("source.")}
+
+    def _figures(self, particles: Particles, densities: LogDensities) -> dict[str, Tensor]:
+        """Return figures (prompt,) of the target itself, whose inverse temperature is 1."""
+        log_q, log_target, log_s, _ = densities
+        ratio = log_q - log_s
         shares = ratio.masked_fill(ratio.isnan(), -torch.inf).softmax(0)  # NaN: see `_log_weight`
 
         def mean(x: Tensor) -> Tensor:
             return torch.where(shares > 0, shares * x, 0.0).sum(0)
 
-        likelihood, elbo = mean(draws.log_likelihood), mean(draws.log_target - log_q)
-        self.particles = Seen(draws.values, draws.log_target - log_q, draws.log_likelihood)
-        self.last = {"elbo": elbo, "log_likelihood": likelihood, "kl": likelihood - elbo}
-        if not isinstance(self._source, FromPosterior):  # whose log s may lack a constant
-            self.last["log_evidence"] = _log_mean_exp(draws.log_target - draws.log_s)
-        if draws.score is not None and draws.score.shape == shares.shape:
-            self.last["score"] = mean(draws.score.to(shares))
-        if draws.prompts is not None:
-            self.last["prompts"] = draws.prompts[0]
+        likelihood, elbo = mean(particles.total_log_likelihood), mean(log_target - log_q)
+        figures = {"elbo": elbo, "log_likelihood": likelihood, "kl": likelihood - elbo}
+        if not isinstance(self.source, FromPosterior):  # whose log s may lack a constant
+            figures["log_evidence"] = _log_mean_exp(log_target - log_s)
+        score = particles.values.get("score")
+        if score is not None and score.shape == shares.shape:
+            figures["score"] = mean(score.to(shares))
+        if particles.prompts is not None:
+            figures["prompts"] = particles.prompts[0]
+        return figures
 
 
-class LogVariance(OverDraws):
+class LogVariance(ParticleObjective):
     r"""The log-variance divergence, of any s whose support is q's:
 
         \frac12 Var_s[ log \tilde p(x) - log q(x) ],     estimated by the variance over the particles
 
     Its gradient is unbiased; log Z drops out. It is 0 only where q is the posterior, whatever s, which makes it the
-    loss for draws of other laws and for draws kept (`Replay`). For s = q the gradient is `ReverseKL`'s with the
-    leave-one-out baseline (VarGrad, Richter et al. 2020, arXiv 2010.10436; trajectory balance with log Z profiled out,
-    Malkin et al. 2022, arXiv 2201.13259).
+    loss for particles of other distributions and for kept ones (`Replay`). For s = q the gradient is `ReverseKL`'s with
+    the leave-one-out baseline (VarGrad, Richter et al. 2020, arXiv 2010.10436; trajectory balance with log Z profiled
+    out, Malkin et al. 2022, arXiv 2201.13259).
 
-    :raises ProgramError: if a draw has a reward of -inf.
+    :raises ProgramError: if a particle has a reward of -inf.
     """
 
     least = 2
 
-    def of(self, scores: Scores) -> Tensor:
-        return 0.5 * (_finite(scores.log_target) - scores.log_q).var(0)
+    def loss(self, densities: LogDensities) -> Tensor:
+        return 0.5 * (_finite(densities.log_target) - densities.log_q).var(0)
 
 
-class ForwardKL(OverDraws):
+class ForwardKL(ParticleObjective):
     r"""KL(\pi^* || q), by distributional policy gradient (Khalifa, Elsahar and Dymetman 2021, arXiv 2012.11635), also
     the wake phase of reweighted wake-sleep (Bornschein and Bengio 2015, arXiv 1406.2751):
 
         -\sum_i (\bar w_i - b) \nabla log q(x_i),    \bar w \propto \tilde p / s
 
-    Weights are self-normalised, which makes a bias O(1 / n). For q's own draws b = 1 / n is a control variate,
+    Weights are self-normalised, which makes a bias O(1 / n). For q's own particles b = 1 / n is a control variate,
     E_q[\nabla log q] = 0, and the variance vanishes as q becomes the posterior; for others' b = 0, and with
-    `FromPosterior` this is maximum likelihood. Rewards of -inf are welcome: such draws have no weight.
+    `FromPosterior` this is maximum likelihood. Rewards of -inf are welcome: such particles have no weight.
     """
 
     least = 2
 
-    def of(self, scores: Scores) -> Tensor:
-        weight = _log_weight(scores.log_target, scores.log_s).softmax(0)
-        control = 1 / len(weight) if self._source is of_guide else 0.0
-        dead = weight.isnan()  # a prompt of which no draw has any weight teaches nothing
-        surrogate = -(torch.where(dead, 0.0, weight - control) * scores.log_q).sum(0)
-        ratio = (scores.log_target - scores.log_q.detach()).masked_fill(weight == 0, 0.0)
-        value = (weight * ratio).sum(0) - _log_mean_exp(_log_weight(scores.log_target, scores.log_s))
+    def loss(self, densities: LogDensities) -> Tensor:
+        weight = _log_weight(densities.log_target, densities.log_s).softmax(0)
+        control = 1 / len(weight) if self.source is of_guide else 0.0
+        dead = weight.isnan()  # a prompt of which no particle has any weight teaches nothing
+        surrogate = -(torch.where(dead, 0.0, weight - control) * densities.log_q).sum(0)
+        ratio = (densities.log_target - densities.log_q.detach()).masked_fill(weight == 0, 0.0)
+        value = (weight * ratio).sum(0) - _log_mean_exp(_log_weight(densities.log_target, densities.log_s))
         return _with_value(torch.where(dead.any(0), 0.0, value), surrogate)
 
 
@@ -139,7 +159,7 @@ class Divergence(NamedTuple):
 
 
 def alpha_divergence(alpha: float) -> Divergence:
-    """f(t) = (t^a - a t - (1 - a)) / (a (a - 1)); 1 and 0 are the two KLs' limits."""
+    """Return f(t) = (t^a - a t - (1 - a)) / (a (a - 1)); 1 and 0 are the limits, the two KLs."""
     if alpha in (0.0, 1.0):
         return DIVERGENCES["reverse-kl" if alpha else "forward-kl"]
     a, b = alpha, alpha - 1.0
@@ -159,17 +179,20 @@ DIVERGENCES: dict[str, Divergence] = {
 }
 
 
-class FDivergence(OverDraws):
+class FDivergence(ParticleObjective):
     r"""D_f(q || \pi^*) = E_{\pi^*}[ f(q / \pi^*) ] (Go et al. 2023, arXiv 2302.08215):
 
         D_f = E_q[ f(t) / t ],    \nabla D_f = E_q[ f'(t) \nabla log q ],    t(x) = q(x) Z / \tilde p(x)
 
-    with the leave-one-out mean of f' as a baseline and, for draws of another law, weights q / s truncated at sqrt(n)
-    times their mean (Ionides 2008). Without truncation both are unbiased if log Z is given; by default Z is the
-    particles' own estimate, and the bias O(1 / n).
+    with the leave-one-out mean of f' as a baseline and, for particles of another distribution, weights q / s truncated
+    at sqrt(n) times their mean (Ionides 2008). Without truncation both are unbiased if log Z is given; by default Z is
+    the particles' own estimate, and the bias O(1 / n).
 
     :param divergence: f, or a name of `DIVERGENCES`.
+    :param num_particles: of each prompt in a step.
+    :param source: where the particles come from; by default the guide.
     :param log_evidence: log Z of each prompt, (prompt,), where it is known.
+    :raises ValueError: if there is no divergence of this name.
     :raises ProgramError: if f' is not finite where a reward is -inf.
     """
 
@@ -186,32 +209,32 @@ class FDivergence(OverDraws):
             names = ", ".join(DIVERGENCES)
             raise ValueError(f"FDivergence: divergence must be a Divergence or one of {names}, got {divergence!r}")
         self.divergence = divergence
-        self._f = DIVERGENCES[divergence] if isinstance(divergence, str) else divergence
-        self._log_evidence = log_evidence
+        self.log_evidence = log_evidence
 
-    def of(self, scores: Scores) -> Tensor:
-        n, log_q = len(scores.log_q), scores.log_q.detach()
-        if scores.log_s.isnan().any():
+    def loss(self, densities: LogDensities) -> Tensor:
+        f = DIVERGENCES[self.divergence] if isinstance(self.divergence, str) else self.divergence
+        n, log_q = len(densities.log_q), densities.log_q.detach()
+        if densities.log_s.isnan().any():
             raise ProgramError(
-                "the law of another engine's draws is not known where their reward is -inf, and an f-divergence needs "
-                "it there: use ForwardKL, or draws of the guide or the prior"
+                "the density of another engine's draws is not known where their reward is -inf, and an f-divergence "
+                "needs it there: use ForwardKL, or draw from the guide or the prior"
             )
-        if self._log_evidence is None:
-            log_z = _log_mean_exp(scores.log_target - scores.log_s)
+        if self.log_evidence is None:
+            log_z = _log_mean_exp(densities.log_target - densities.log_s)
         else:
-            log_z = torch.as_tensor(self._log_evidence).to(log_q)
-            log_z = log_z if scores.prompts is None or log_z.dim() == 0 else log_z[scores.prompts]
-        log_t = log_q + log_z - scores.log_target
-        unknown = log_z == -torch.inf  # no draw has any weight: nothing is known of the posterior
-        f_prime = _finite(torch.where(unknown, 0.0, self._f.f_prime(log_t)))
-        weight = (log_q - scores.log_s).exp()
+            log_z = torch.as_tensor(self.log_evidence).to(log_q)
+            log_z = log_z if densities.prompts is None or log_z.dim() == 0 else log_z[densities.prompts]
+        log_t = log_q + log_z - densities.log_target
+        unknown = log_z == -torch.inf  # no particle has any weight: nothing is known of the posterior
+        f_prime = _finite(torch.where(unknown, 0.0, f.f_prime(log_t)))
+        weight = (log_q - densities.log_s).exp()
         weight = torch.minimum(weight, weight.mean(0) * n**0.5)
-        value = (weight * torch.where(unknown, 0.0, self._f.f_over_t(log_t))).mean(0)
-        surrogate = (weight * less_others(weight * f_prime, f_prime) * scores.log_q).mean(0)
+        value = (weight * torch.where(unknown, 0.0, f.f_over_t(log_t))).mean(0)
+        surrogate = (weight * less_others(weight * f_prime, f_prime) * densities.log_q).mean(0)
         return _with_value(value, surrogate)
 
 
-class Renyi(OverDraws):
+class Renyi(ParticleObjective):
     r"""The variational Renyi bound of order a < 1 on n particles of q (Li and Turner 2016, arXiv 1602.02311),
 
         L = 1 / (1 - a)  log (1/n) \sum_i w_i^{1 - a},     w_i = \tilde p(x_i) / q(x_i)
@@ -225,7 +248,9 @@ class Renyi(OverDraws):
     where 1/n is a control variate, E_q[\nabla log q] = 0: the variance vanishes as q becomes the posterior.
 
     :param order: a.
-    :raises ProgramError: if a draw has a reward of -inf.
+    :param num_particles: n, of each prompt in a step.
+    :raises ValueError: if ``order`` is not below 1.
+    :raises ProgramError: if a particle has a reward of -inf.
     """
 
     def __init__(self, order: float = 0.0, num_particles: int = 8) -> None:
@@ -234,9 +259,9 @@ class Renyi(OverDraws):
             raise ValueError(f"Renyi: order must be below 1 (ReverseKL is the limit at 1), got {order}")
         self.order = order
 
-    def of(self, scores: Scores) -> Tensor:
-        n, power = len(scores.log_q), 1.0 - self.order
-        log_w = power * (_finite(scores.log_target) - scores.log_q.detach())
+    def loss(self, densities: LogDensities) -> Tensor:
+        n, power = len(densities.log_q), 1.0 - self.order
+        log_w = power * (_finite(densities.log_target) - densities.log_q.detach())
         bound = _log_mean_exp(log_w)
         advantage = bound.expand_as(log_w)
         if n > 1:
@@ -245,12 +270,12 @@ class Renyi(OverDraws):
             after = torch.cat([nothing, log_w[1:].flip(0).logcumsumexp(0)]).flip(0)
             replaced = torch.logaddexp(torch.logaddexp(before, after), (log_w.sum(0) - log_w) / (n - 1))
             advantage = bound - (replaced - math.log(n))
-        surrogate = -((advantage / power - log_w.softmax(0) + 1 / n) * scores.log_q).sum(0)
+        surrogate = -((advantage / power - log_w.softmax(0) + 1 / n) * densities.log_q).sum(0)
         return _with_value(-bound / power, surrogate)
 
 
 def _log_weight(log_target: Tensor, log_s: Tensor) -> Tensor:
-    """log of target / s: nothing where the target is 0, though another engine's log s is not known there (NaN)."""
+    """Return log(target / s); -inf where the target is 0, though another engine's log s is not known there (NaN)."""
     return torch.where(torch.isneginf(log_target), log_target, log_target - log_s)
 
 
@@ -259,15 +284,18 @@ def _log_mean_exp(x: Tensor) -> Tensor:
 
 
 def _with_value(value: Tensor, surrogate: Tensor) -> Tensor:
-    """``value``, with the gradient of ``surrogate``."""
+    """Return ``value`` with the gradient of ``surrogate``."""
     return value.detach() + surrogate - surrogate.detach()
 
 
 def _finite(x: Tensor) -> Tensor:
-    """:raises ProgramError: if a draw makes the objective infinite."""
+    """Return x.
+
+    :raises ProgramError: if a particle makes the objective infinite.
+    """
     if not x.isfinite().all():
         raise ProgramError(
-            "a reward is -inf, where this objective is infinite. Use ForwardKL, or an f-divergence that is bounded "
+            "a reward is -inf, which makes this objective infinite. Use ForwardKL, or an f-divergence that is bounded "
             '("jensen-shannon", "total-variation"), for hard constraints; or a finite penalty'
         )
     return x

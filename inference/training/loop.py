@@ -1,13 +1,14 @@
-"""One training of a guide: its steps, what they saw, and all that it takes to go on with them another day."""
+"""One chain of a training: its steps, their figures, and what it takes to resume it."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pyro
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from bayeslm.inference.program import (
     Arbitrary,
-    AutoPolicy,
+    Particles,
     Program,
     RandomStates,
     Stopwatch,
@@ -25,245 +26,262 @@ from bayeslm.inference.program import (
     seeded,
     to_numpy,
 )
-from bayeslm.models.lm import LanguageModel
 from bayeslm.progress import track
 
+from .callbacks import Callback, Callbacks, Reply, StepRecord
 from .checkpoints import Checkpoints, Saved
-from .objective import Objective
-from .optimizer import ScheduledAdam
+from .display import describe_outlier, texts_of
+from .objective import Estimate, Objective, StatefulLoss
+from .optimizer import Adam, ScheduledAdam
+from .state import EMPTY, State, under, within
 
-if TYPE_CHECKING:
-    from bayeslm.inference.svi import SVI
-
-SEEN = ("elbo", "kl", "log_likelihood", "score", "log_evidence", "prompts")
-
-
-@runtime_checkable
-class ShowsTexts(Protocol):
-    """A log that wants completions too, every so many steps."""
-
-    texts_every: int
-
-    def texts(self, step: int, rows: Sequence[tuple[str, str, float]]) -> None:
-        """A prompt, a completion of it, and its log-likelihood, r / beta, in each row."""
+FIGURES = ("elbo", "kl", "log_likelihood", "score", "log_evidence", "prompts")  # that are kept of an `Estimate`
 
 
 class Training:
     """A chain of `SVI`.
 
-    ``history`` holds what each step saw under the names of ``stats``, ``looks`` what `HeldOut` saw.
+    ``history`` holds the figures of each step, and the callbacks' evaluations, under the names of ``stats``.
+
+    :param program: the program, inspected.
+    :param guide: is trained; its attribute ``policy``, if it has one, is the language model in it.
+    :param objective: an `Objective`, or a Pyro ELBO.
+    :param optimizer: settings of Adam.
+    :param num_steps: gradient steps.
+    :param callbacks: called in this order.
+    :param owns_guide: whether the guide was made for this chain. Its parameters are then the chain's own; those of a
+        user's guide stay where Pyro's users look for them, in Pyro's store.
+    :param chain: the index of the chain.
+    :param num_chains: how many there are.
+    :param progress: whether to show a bar.
+    :param stopwatch: of the run.
     """
 
-    def __init__(self, engine: SVI, program: Program, objective: Any, chain: int, stopwatch: Stopwatch) -> None:
-        self.engine, self.program, self.objective, self.chain = engine, program, objective, chain
-        self.guide: Any = engine.guide
-        if engine.guide is None or isinstance(engine.guide, LanguageModel):
-            self.guide = AutoPolicy(program, engine.lora_rank, start=engine.guide)
-        elif engine.makes_guides:
-            self.guide = engine.guide(program.model)
-        self.policy = getattr(self.guide, "policy", None)
+    def __init__(
+        self,
+        program: Program,
+        guide: Any,
+        objective: Any,
+        optimizer: Adam,
+        *,
+        num_steps: int,
+        callbacks: Sequence[Callback | Callable[[StepRecord], Reply | None]],
+        owns_guide: bool,
+        chain: int,
+        num_chains: int,
+        progress: bool,
+        stopwatch: Stopwatch,
+    ) -> None:
+        self.program, self.guide, self.num_steps, self.chain = program, guide, num_steps, chain
+        self.policy = getattr(guide, "policy", None)
+        self.loss = StatefulLoss(objective, program) if isinstance(objective, Objective) else objective
         adapters = getattr(self.policy, "has_adapters", False)
-        self.learning_rate = engine.learning_rate or (3e-4 if adapters else 1e-3)
-        if engine.held_out is not None and self.policy is None:
-            raise ValueError("SVI: held_out looks at a policy, and this guide has none as its attribute .policy")
-        # A guide of the user's keeps its parameters where Pyro's users look for them; the default one's are its own.
-        self.params: Any = {"params": {}, "constraints": {}} if engine.makes_guides else None
-        self.optimizer = ScheduledAdam(
-            self._rate_of, engine.num_steps, engine.schedule, engine.clip_norm, program.full_size
-        )
+        self.learning_rate = optimizer.learning_rate or (3e-4 if adapters else 1e-3)
+
+        def rate_of(name: str) -> float:
+            is_latent = owns_guide and not name.startswith("policies")
+            return optimizer.latent_learning_rate if is_latent else self.learning_rate
+
+        self.optimizer = ScheduledAdam(optimizer, rate_of, num_steps, program.full_size)
+        self.callbacks = Callbacks(callbacks)
         self.history: dict[str, list[np.ndarray]] = {}
-        self.looks: dict[str, list[np.ndarray]] = {}
         self.step = 0
-        self.ended = False  # before its last step, since it was far enough
+        self.inverse_temperature = 1.0  # of the next step
+        self.ended = False  # before its last step, by a callback
         self.interrupted = False
-        self.checkpoint: str | None = None  # the last one's path
-        self._stopwatch = stopwatch
-        if isinstance(objective, Objective):  # chains, and runs, learn nothing from one another
-            objective.reset(program)
-            if engine.temperature is not None:
-                objective.inverse_temperature = engine.temperature.first()
+        self.checkpoint: str | None = None  # the path of the last one
+        self.lost: Particles | None = None  # those of the step in which a number was not finite
+        self._params: Any = {"params": {}, "constraints": {}} if owns_guide else None
+        self._title = "SVI" if num_chains == 1 else f"SVI, chain {chain + 1} of {num_chains}"
+        self._progress, self._stopwatch = progress, stopwatch
 
     def run(self, checkpoints: Checkpoints | None) -> None:
-        """All steps that are not done yet."""
-        engine = self.engine
-        svi = pyro.infer.SVI(self.program.model, self.guide, self.optimizer, loss=self.objective)
-        name = "SVI" if engine.num_chains == 1 else f"SVI, chain {self.chain + 1} of {engine.num_chains}"
-        with self.own_params(), track(name, engine.num_steps, engine.progress) as report:
+        """Take all steps that are not done yet."""
+        svi = pyro.infer.SVI(self.program.model, self.guide, self.optimizer, loss=self.loss)
+        with self.own_params(), track(self._title, self.num_steps, self._progress) as report:
             report(self.step)
             for x in _unconstrained().values():
                 x.grad = None  # of a step that was broken off
             try:
-                if self.step == 0:
-                    self._watch()
-                while not self.done:
-                    with self._rescued(checkpoints):
-                        report(values=self._take_step(svi))
-                    self._watch()
-                    self._log()
-                    if checkpoints is not None and self.step % engine.checkpoint_every == 0 and not self.done:
-                        self.checkpoint = checkpoints.write(self._saved())
-            except KeyboardInterrupt:
-                self.interrupted = True
-                return
+                with self._ended_by_ctrl_c():
+                    self._call("start", self._record())
+                    while not self.done:
+                        with self._rescued(checkpoints):
+                            seconds = self._take_step(svi)
+                        record = self._record(seconds) if self.callbacks else None
+                        report(values=self._shown(seconds))
+                        if record is not None:
+                            self.ended = self._call("step", record).is_last and self.step < self.num_steps
+                        if checkpoints is not None and self.step % checkpoints.every == 0 and not self.done:
+                            self.checkpoint = checkpoints.write(self._saved())
+                with self._ended_by_ctrl_c():
+                    self._call("end", self._record())
             except Exception as error:
                 self._explain(error)
                 raise
-            if checkpoints is not None:
+            if checkpoints is not None and not self.interrupted:
                 self.checkpoint = checkpoints.write(self._saved())
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is left."""
+        return self.ended or self.step == self.num_steps
+
+    @contextlib.contextmanager
+    def own_params(self) -> Iterator[None]:
+        """Have the chain's parameters in Pyro's store."""
+        if self._params is None:
+            yield
+        else:
+            with pyro.get_param_store().scope(self._params):
+                yield
+
+    @contextlib.contextmanager
+    def _ended_by_ctrl_c(self) -> Iterator[None]:
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.interrupted = True
+
+    # -- a step --------------------------------------------------------------------------------------------------
+
+    def _take_step(self, svi: pyro.infer.SVI) -> float:
+        """Take a gradient step and note its figures; return the seconds that it took."""
+        start = time.perf_counter()
+        if isinstance(self.loss, StatefulLoss):
+            self.loss.inverse_temperature = self.inverse_temperature
+        loss = svi.step(*self.program.args, **self.program.kwargs)
+        seconds = time.perf_counter() - start
+        figures = {"elbo": torch.tensor([-loss])} if self._last is None else self._last.figures
+        self._note({key: to_numpy(figures[key]) for key in FIGURES if key in figures})
+        norm, gamma = self.optimizer.gradient_norm, self.inverse_temperature
+        self._note({"gradient_norm": np.array(norm), "inverse_temperature": np.array(gamma)})
+        self.step += 1
+        return seconds
 
     @contextlib.contextmanager
     def _rescued(self, checkpoints: Checkpoints | None) -> Iterator[None]:
-        """A step that is broken off, before it has moved the guide, leaves a checkpoint of where it began."""
+        """Write a checkpoint of where a step began, if it is broken off before it has moved the guide."""
         if checkpoints is None or self.step == 0:
             yield
             return
-        begun = self.step
-        # as they are, to be written in the case: nothing here is changed in place, or read from the device
-        random, seconds, usage = RandomStates.now(), self._stopwatch.seconds(), copy(self._stopwatch.usage)
-        remembered = self.objective.state_dict() if isinstance(self.objective, Objective) else {}
+        begun, random, state = self.step, RandomStates.now(), self._state
+        seconds, usage = self._stopwatch.seconds(), copy(self._stopwatch.usage)
         try:
             yield
         except BaseException:
             if self.optimizer.steps == begun:
                 random.restore()
-                self._remember(remembered)
+                self._state = state
                 saved, used = self._saved(), {"seconds": seconds} | usage.state_dict()
                 self.checkpoint = checkpoints.write(replace(saved, values=saved.values | {"used": used}))
             raise
 
-    def _remember(self, state: dict[str, Tensor]) -> None:
-        if isinstance(self.objective, Objective):
-            gamma = self.objective.inverse_temperature
-            self.objective.reset(self.program)
-            self.objective.load_state_dict(state)
-            self.objective.inverse_temperature = gamma
-
-    def _take_step(self, svi: pyro.infer.SVI) -> dict[str, float]:
-        """One gradient step; gives what to show."""
-        start = time.perf_counter()
-        loss = svi.step(*self.program.args, **self.program.kwargs)
-        return self._note(loss, time.perf_counter() - start)
-
-    @contextlib.contextmanager
-    def own_params(self) -> Iterator[None]:
-        """With the chain's parameters in Pyro's store."""
-        if self.params is None:
-            yield
-        else:
-            with pyro.get_param_store().scope(self.params):
-                yield
+    @property
+    def _last(self) -> Estimate | None:
+        """The last step's estimate, if the objective is not a Pyro ELBO."""
+        return self.loss.last if isinstance(self.loss, StatefulLoss) else None
 
     @property
-    def done(self) -> bool:
-        return self.ended or self.step == self.engine.num_steps
+    def _state(self) -> State:
+        """What the objective remembers."""
+        return self.loss.state if isinstance(self.loss, StatefulLoss) else EMPTY
 
-    def _rate_of(self, name: str) -> float:
-        is_latent = self.engine.makes_guides and not name.startswith("policies")
-        return self.engine.latent_learning_rate if is_latent else self.learning_rate
+    @_state.setter
+    def _state(self, state: State) -> None:
+        if isinstance(self.loss, StatefulLoss):
+            self.loss.state = state
 
-    # -- what a step saw -------------------------------------------------------------------------------------
+    # -- figures and callbacks -----------------------------------------------------------------------------------
 
-    def _note(self, loss: float, seconds: float) -> dict[str, float]:
-        """Keep what the step saw, move the temperature, and ask whether it is far enough; gives what to show."""
-        engine, objective = self.engine, self.objective
-        seen = getattr(objective, "last", None) or {"elbo": torch.tensor([-loss])}
-        gamma = getattr(objective, "inverse_temperature", 1.0)
-        now = {key: to_numpy(seen[key]) for key in SEEN if key in seen}
-        now |= {"gradient_norm": np.array(self.optimizer.gradient_norm), "inverse_temperature": np.array(gamma)}
-        for key, value in now.items():
+    def _note(self, figures: dict[str, np.ndarray]) -> None:
+        for key, value in figures.items():
             self.history.setdefault(key, []).append(value)
-        self.step += 1
-        if engine.temperature is not None:
-            kl = float(now["kl"].mean()) if "kl" in now else float("nan")
-            objective.inverse_temperature = engine.temperature.after(gamma, self.step / engine.num_steps, kl)
-        self.ended = engine.stop is not None and engine.stop(self.history)
-        shown = {"elbo": "elbo", "score": "reward", "kl": "kl", "gradient_norm": "gradient"}
-        self._speed = getattr(objective, "num_particles", 1) * now["elbo"].size / max(seconds, 1e-9)
-        return {label: float(now[key].mean()) for key, label in shown.items() if key in now} | {
-            "samples/s": self._speed
-        }
 
-    def _log(self) -> None:
-        log, particles = self.engine.log, getattr(self.objective, "particles", None)
-        if log is None:
-            return
-        at = self.chain * self.engine.num_steps + self.step
-        log(at, self._means())
-        if isinstance(log, ShowsTexts) and particles is not None and (self.step % log.texts_every == 0 or self.done):
-            log.texts(at, particles.texts(self.program, self._labels()))
+    def _call(self, when: str, record: StepRecord) -> StepRecord:
+        """Call the callbacks, keep their evaluations, and return the record after them."""
+        record, gamma = self.callbacks.call(when, record)
+        if gamma != self.inverse_temperature and not isinstance(self.loss, StatefulLoss):
+            raise ValueError(
+                f"SVI: a callback moves the inverse temperature of an objective, and {type(self.loss).__name__} has "
+                "none: use ReverseKL, or temper in the program"
+            )
+        self.inverse_temperature = gamma
+        self._note(dict(record.evaluations))
+        return record
 
-    def _means(self) -> dict[str, float]:
-        """The last of everything, means over prompts."""
-        means = {key: float(values[-1].mean()) for key, values in self.history.items() if key != "prompts"}
-        means |= {"samples_per_second": self._speed, "learning_rate": self.learning_rate * self.optimizer.factor}
-        if self.looks and int(self.looks["held_out_steps"][-1]) == self.step:
-            means |= {
-                f"held_out/{key}": float(x[-1].mean()) for key, x in self.looks.items() if key != "held_out_steps"
-            }
-        return means
+    def _record(self, seconds: float | None = None) -> StepRecord:
+        """Return what callbacks get; with figures if a step took so many seconds."""
+        figures: dict[str, float] = {}
+        if seconds is not None:
+            names = [key for key in (*FIGURES, "gradient_norm", "inverse_temperature") if key in self.history]
+            figures = {key: float(self.history[key][-1].mean()) for key in names if key != "prompts"}
+            figures |= {"samples_per_second": self._speed(seconds)}
+            figures |= {"learning_rate": self.learning_rate * self.optimizer.factor}
+        particles = None if self._last is None else self._last.particles
+        return StepRecord(
+            step=self.step,
+            num_steps=self.num_steps,
+            chain=self.chain,
+            is_last=self.done,
+            policy=self.policy,
+            inverse_temperature=self.inverse_temperature,
+            history=MappingProxyType(self.history),
+            figures=figures,
+            particles=particles,
+            texts=lambda: [] if particles is None else texts_of(particles, self.program, self._labels()),
+        )
 
-    def _watch(self) -> None:
-        """Let others look, who leave the random numbers as they are."""
-        engine, held_out = self.engine, self.engine.held_out
-        if engine.on_step is not None:
-            with seeded(self.step):
-                engine.on_step(self.step, self.policy)
-        if held_out is not None and (self.step % held_out.every == 0 or self.done):
-            with seeded(self.step):
-                seen = held_out.look(self.policy)
-            for key, value in (seen | {"held_out_steps": np.array(self.step)}).items():
-                self.looks.setdefault(key, []).append(value)
+    def _speed(self, seconds: float) -> float:
+        return float(getattr(self.loss, "num_particles", 1) * self.history["elbo"][-1].size / max(seconds, 1e-9))
+
+    def _shown(self, seconds: float) -> dict[str, float]:
+        """Return what the progress bar shows."""
+        labels = {"elbo": "elbo", "score": "reward", "kl": "kl", "gradient_norm": "gradient"}
+        shown = {label: float(self.history[key][-1].mean()) for key, label in labels.items() if key in self.history}
+        return shown | {"samples/s": self._speed(seconds)}
 
     def _explain(self, error: Exception) -> None:
-        """Say where it was, and what the particles were if numbers went wrong."""
+        """Add to an error where the training was, and the particles if numbers went wrong."""
         error.add_note(f"SVI stopped at step {self.step}" + (f" of chain {self.chain}" if self.chain else ""))
-        particles = getattr(self.objective, "particles", None)
-        if isinstance(error, FloatingPointError) and particles is not None:
-            error.add_note(particles.farthest(self.program, self._labels()))
-            error.draws = particles.values  # type: ignore[attr-defined]
+        if isinstance(error, FloatingPointError) and self._last is not None:
+            self.lost = self._last.particles
+            error.add_note(describe_outlier(self.lost, self.program, self._labels()))
         if self.checkpoint is not None:
-            error.add_note(f"the last checkpoint is {self.checkpoint}: the same call goes on from there")
+            error.add_note(f"the last checkpoint is {self.checkpoint}: the same call resumes it")
 
     def _labels(self) -> list[str]:
-        """What to call the prompts of the last step."""
+        """Return the names of the last step's prompts."""
         labels = prompt_labels(self.program)
-        batch = self.objective.last.get("prompts")
+        batch = None if self._last is None else self._last.figures.get("prompts")
         return labels if batch is None else [labels[i] for i in batch.tolist()]
 
-    # -- stopping and going on -------------------------------------------------------------------------------
+    # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def _saved(self) -> Saved:
-        """Where it stands."""
+        """Return all that it takes to resume the chain from here."""
         rng, states = RandomStates.now().saved()
-        trained = self.optimizer.names  # a user's store may hold what is none of this guide's
+        trained = self.optimizer.names  # a user's store may hold parameters of other guides
         tensors = rng | {f"param.{name}": x for name, x in _unconstrained().items() if name in trained}
-        tensors |= {f"adam.{name}": x for name, x in self.optimizer.moments().items()}
-        if isinstance(self.objective, Objective):
-            tensors |= {f"objective.{name}": x for name, x in self.objective.state_dict().items()}
-            states["gamma"] = self.objective.inverse_temperature
-        for group, seen in (("history", self.history), ("looks", self.looks)):
-            tensors |= {f"{group}.{name}": torch.from_numpy(np.array(values)) for name, values in seen.items()}
-        done = {"step": self.step, "ended": self.ended, "used": self._stopwatch.snapshot()}
-        return Saved(self.chain, tensors, done | states)
+        tensors |= under("adam", self.optimizer.moments()) | under("objective", self._state)
+        tensors |= under("callbacks", self.callbacks.state())
+        tensors |= {f"history.{name}": torch.from_numpy(np.array(values)) for name, values in self.history.items()}
+        done = {"step": self.step, "ended": self.ended, "gamma": self.inverse_temperature}
+        return Saved(self.chain, tensors, done | {"used": self._stopwatch.snapshot()} | states)
 
     def restore(self, saved: Saved) -> None:
-        """Go on from there, the random numbers included.
+        """Resume from a checkpoint, the random numbers included.
 
-        :raises ValueError: if it is of another guide, or of more steps than there are to be.
+        :raises ValueError: if it is of another guide, or has more steps than ``num_steps``.
         """
-        if saved.values["step"] > self.engine.num_steps:
+        if saved.values["step"] > self.num_steps:
             raise ValueError(
-                f"the checkpoint has {saved.values['step']} steps already, and num_steps is {self.engine.num_steps}: "
-                "give as many, or choose another folder"
+                f"the checkpoint has {saved.values['step']} steps already, and num_steps is {self.num_steps}: give as "
+                "many, or choose another folder"
             )
-
-        def group(name: str) -> dict[str, Tensor]:
-            return {key.removeprefix(f"{name}."): x for key, x in saved.tensors.items() if key.startswith(f"{name}.")}
-
         with self.own_params():
             self._set_up()
-            params = _unconstrained()
-            kept = group("param")
+            params, kept = _unconstrained(), within("param", saved.tensors)
             if missing := sorted(kept.keys() - params.keys()):
                 raise ValueError(f"the checkpoint is of another guide: this one has no parameter {missing[0]!r}")
             for name, x in kept.items():
@@ -274,19 +292,17 @@ class Training:
                 with torch.no_grad():
                     params[name].copy_(x)
         self.step, self.ended = saved.values["step"], saved.values["ended"]
+        self.inverse_temperature = saved.values["gamma"]
         self._stopwatch.resume(**saved.values["used"])
-        self.optimizer.load_moments(group("adam"), params, self.step)
-        if isinstance(self.objective, Objective):
-            device = self.program.device
-            self.objective.load_state_dict({name: x.to(device) for name, x in group("objective").items()})
-            self.objective.inverse_temperature = saved.values["gamma"]
-        self.history, self.looks = (
-            {name: list(x.numpy()) for name, x in group(kind).items()} for kind in ("history", "looks")
-        )
+        self.optimizer.restore(within("adam", saved.tensors), {name: params[name] for name in kept}, self.step)
+        state = within("objective", saved.tensors)
+        self._state = {name: x.to(self.program.device) for name, x in state.items()}
+        self.callbacks.restore(within("callbacks", saved.tensors))
+        self.history = {name: list(x.numpy()) for name, x in within("history", saved.tensors).items()}
         RandomStates.of(saved.tensors, saved.values).restore()
 
     def _set_up(self) -> None:
-        """Run guide and program once, so that what parameters they have is there to be set."""
+        """Run guide and program once, so that their parameters are in Pyro's store."""
         args, kwargs = self.program.args, self.program.kwargs
         with seeded(0), torch.no_grad(), poutine.block(), Arbitrary():
             self.guide(*args, **kwargs)
@@ -294,19 +310,25 @@ class Training:
 
 
 def _unconstrained() -> dict[str, Tensor]:
-    """The parameters in Pyro's store, as they are optimised."""
+    """Return the parameters in Pyro's store, in the unconstrained form that is optimised."""
     store = pyro.get_param_store()
     return {name: store[name].unconstrained() for name in sorted(store.keys())}  # type: ignore[attr-defined]
 
 
-def stack(chains: list[dict[str, list[np.ndarray]]]) -> dict[str, Any]:
-    """Lists of chains as arrays (chain, step, ...); NaN after the end of a chain that ended before others."""
-    stacked = {}
-    for key in [key for key in chains[0] if all(key in chain for chain in chains)]:
-        rows = [np.array(chain[key]) for chain in chains]
-        most = max(map(len, rows))
-        ended = [np.full((most - len(x), *x.shape[1:]), np.nan) for x in rows]
+def stack_chains(histories: list[dict[str, list[np.ndarray]]]) -> dict[str, Any]:
+    """Return lists of chains as arrays (chain, step, ...), NaN after the end of a chain that ended before others.
+
+    Entries that name steps, ``..._steps``, are one list, the longest chain's.
+    """
+    stacked: dict[str, Any] = {}
+    for key in [key for key in histories[0] if all(key in history for history in histories)]:
+        rows = [np.array(history[key]) for history in histories]
+        longest = max(rows, key=len)
+        if key.endswith("_steps"):
+            stacked[key] = longest.tolist()
+            continue
+        padding = [np.full((len(longest) - len(x), *x.shape[1:]), np.nan) for x in rows]
         stacked[key] = np.array(
-            [np.concatenate([x, nan]) if len(nan) else x for x, nan in zip(rows, ended, strict=True)]
+            [np.concatenate([x, nan]) if len(nan) else x for x, nan in zip(rows, padding, strict=True)]
         )
     return stacked

@@ -1,148 +1,147 @@
-"""What the objectives of variational inference share as Pyro ELBOs."""
+"""The base class of objectives of variational inference, and their use as losses of Pyro's own `SVI`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from bayeslm.inference.program import Epochs, Program, inspect_or_reuse
+from bayeslm.inference.program import Particles, Program, inspect_or_reuse
+
+from .epochs import next_minibatch
+from .state import EMPTY, State
+
+EPOCH = "epoch"  # in an objective's state: the prompts whose turn in this epoch is still to come
 
 
-@runtime_checkable
-class Stateful(Protocol):
-    """What remembers something of the steps before: a baseline that learns, a buffer of draws."""
+@dataclass(frozen=True)
+class Estimate:
+    """The result of one step of an objective.
 
-    def reset(self, program: Program) -> None:
-        """Forget it: another training begins, of this program."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """All that is remembered, so that a training can go on as if it had never stopped; of tensors that no later
-        step changes in place."""
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Remember what `state_dict` gave; comes after `reset`."""
-
-
-@dataclass
-class Seen:
-    """A step's particles: ``values`` of the guide's sites; ``ratio``, log p + l - log q, and ``log_likelihood``, l,
-    (particle, weight prompt).
+    :param loss: a scalar, with the estimate of its gradient.
+    :param figures: one value a prompt, of the target with an inverse temperature of 1: ``elbo``, ``log_likelihood``
+        (r / beta and observed terms), ``kl`` (to the prior), ``score`` where the program records one, and
+        ``log_evidence``, the logarithm of the mean weight, where the particles' distribution is known. Of a minibatch
+        also ``prompts``, the indices of its prompts.
+    :param particles: of the step, without gradient; log q is the guide's.
+    :param state: what the objective remembers, for its next step.
     """
 
-    values: dict[str, Tensor]
-    ratio: Tensor
-    log_likelihood: Tensor
-
-    def farthest(self, program: Program, labels: Sequence[str]) -> str:
-        """Where numbers went wrong, or are likeliest to have: the particle whose ratio is farthest from the others'.
-
-        :param labels: what to call the step's prompts.
-        """
-        ratio = self.ratio.detach().float()
-        away = (ratio - ratio.nanmedian(0).values).abs().nan_to_num(torch.inf, torch.inf)
-        particle, prompt = divmod(int(away.argmax()), ratio.shape[1])
-        lines = [f"log p + l - log q is {float(ratio[particle, prompt]):.6g} of particle {particle}, prompt {prompt}"]
-        for site in program.completions:
-            value = self.values.get(site.name)
-            if value is not None and site.fn.has_text:
-                texts = site.fn.decode(value[particle]).reshape(-1)
-                if len(texts) == len(labels):
-                    some = [prompt] if len(texts) == ratio.shape[1] else range(len(texts))
-                    lines += [f"{site.name} of {labels[i]!r}: {texts[i]!r}" for i in some]
-                else:
-                    lines.append(f"{site.name}: {', '.join(map(repr, texts))}")
-        return "\n".join(lines)
-
-    def texts(self, program: Program, labels: Sequence[str]) -> list[tuple[str, str, float]]:
-        """The first particle's completions, as many of them as there are prompts, each with its prompt and l.
-
-        :param labels: what to call the step's prompts.
-        """
-        rows: list[tuple[str, str, float]] = []
-        told = self.log_likelihood[0].expand(len(labels)).tolist()
-        for site in program.completions:
-            value = self.values.get(site.name)
-            if value is not None and site.fn.has_text:
-                texts = site.fn.decode(value[0]).reshape(-1)
-                rows += zip(labels, texts, told, strict=False)
-        return rows
+    loss: Tensor
+    figures: Mapping[str, Tensor]
+    particles: Particles
+    state: State
 
 
-class Objective(ELBO):
-    r"""A loss over particles that run all at once; subclasses say `estimate`.
+class Objective:
+    r"""A loss over particles that run all at once; subclasses implement `estimate`.
+
+    An objective holds settings alone. What it remembers of earlier steps is a `State`, which `step` takes and returns.
+    One that remembers nothing is a loss of ``pyro.infer.SVI``; for the others `StatefulLoss` keeps the state.
 
     :param num_particles: draws of each prompt in a step.
-    :param parts: what it is made of; those that remember something (`Stateful`) are reset and saved with it.
-
-    After each call ``last`` holds what the particles saw, one value a prompt: ``elbo``, ``log_likelihood`` (r / beta),
-    ``kl`` (to the prior), ``score`` where the program records one, and ``log_evidence``, the logarithm of the mean
-    weight, where the law of the draws is known; and ``particles`` the particles themselves. Where the plate of prompts
-    is subsampled these are of the minibatch's prompts, whose indices are ``prompts``, and losses are estimates of those
-    of all prompts.
-
-    ``inverse_temperature``, \gamma > 0, multiplies the log-likelihood: the target is p(x) exp(\gamma l(x)), the
-    posterior at 1. `SVI` moves it for tempering and to hold the KL to the prior; ``last`` is always told at 1.
     """
 
-    def __init__(self, num_particles: int, *parts: Any) -> None:
-        super().__init__(num_particles=num_particles, vectorize_particles=True)
-        self.inverse_temperature = 1.0
-        self.last: dict[str, Tensor] = {}
-        self.particles: Seen | None = None
-        self._program: Program | None = None
-        self._epochs = Epochs()
-        self._parts = [part for part in (*parts, self._epochs) if isinstance(part, Stateful)]
+    def __init__(self, num_particles: int) -> None:
+        self.num_particles = num_particles
 
-    def estimate(self, program: Program, guide: Callable[..., Any]) -> Tensor:
-        """The loss, summed over the program's prompts, with the estimate of its gradient; sets ``last``."""
+    def estimate(
+        self, program: Program, guide: Callable[..., Any], state: State, inverse_temperature: float
+    ) -> Estimate:
+        """Return the loss, summed over the program's prompts, with its gradient, figures and the next state.
+
+        :param state: what the step before returned; empty at the first. Entries that the objective does not know are
+            to be kept.
+        :param inverse_temperature: \\gamma > 0, which multiplies the log-likelihood: the target is
+            p(x) exp(\\gamma l(x)).
+        """
         raise NotImplementedError
 
-    def reset(self, program: Program) -> None:
-        """Forget what is remembered of the steps before: another training begins, of this program."""
-        self._program = program
+    def step(
+        self,
+        program: Program,
+        guide: Callable[..., Any],
+        state: State = EMPTY,
+        inverse_temperature: float = 1.0,
+    ) -> Estimate:
+        """Return the `estimate` of all prompts, or of the next minibatch, whose loss estimates that of all."""
+        if program.in_chunks:
+            prompts, state = self.next_prompts(program, state)
+            program = program.on(prompts)
+        estimate = self.estimate(program, guide, state, inverse_temperature)
+        batch = {} if program.minibatch is None else {"prompts": program.minibatch}
+        return replace(estimate, loss=program.scale * estimate.loss, figures={**batch, **estimate.figures})
+
+    def next_prompts(self, program: Program, state: State) -> tuple[Tensor, State]:
+        """Return the indices of the next minibatch's prompts, and the next state."""
+        batch, waiting = next_minibatch(state.get(EPOCH), program.num_prompts, program.full_size)
+        return batch, {**state, EPOCH: waiting}
+
+    def of_another_program(self, state: State) -> State:
+        """Return what of a state still holds where the program, or its arguments, are others."""
+        return state
+
+    def identity(self) -> Mapping[str, Any]:
+        """Return the settings on which results depend, for checkpoints."""
+        return vars(self)
+
+    def __call__(self, model: Callable[..., Any], guide: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the loss with its gradient, for ``pyro.infer.SVI(..., loss=objective)``.
+
+        :raises TypeError: if the objective remembers something of its steps: see `StatefulLoss`.
+        """
+        estimate = self.step(inspect_or_reuse(None, model, args, kwargs), guide)
+        if estimate.state.keys() - {EPOCH}:
+            raise TypeError(
+                f"this {type(self).__name__} remembers something from step to step: use loss=StatefulLoss(objective)"
+            )
+        return estimate.loss
+
+
+class StatefulLoss(ELBO):
+    """An objective as the loss of one run of ``pyro.infer.SVI``, whose state it keeps.
+
+    ``state`` is what the objective remembers, ``last`` the last step's `Estimate`, and ``inverse_temperature`` that of
+    the next step.
+
+    :param objective: the settings, which stay unchanged.
+    :param program: the program, if it is inspected already.
+    """
+
+    def __init__(self, objective: Objective, program: Program | None = None) -> None:
+        super().__init__(num_particles=objective.num_particles, vectorize_particles=True)
+        self.objective = objective
+        self.state: State = EMPTY
         self.inverse_temperature = 1.0
-        for part in self._parts:
-            part.reset(program)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """All that is remembered of the steps before."""
-        return {f"{i}.{key}": value for i, part in enumerate(self._parts) for key, value in part.state_dict().items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Remember what `state_dict` gave; comes after `reset`."""
-        for i, part in enumerate(self._parts):
-            own = f"{i}."
-            part.load_state_dict({key.removeprefix(own): value for key, value in state.items() if key.startswith(own)})
+        self.last: Estimate | None = None
+        self._program = program
 
     def differentiable_loss(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+        self, model: Callable[..., Any], guide: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """The loss, summed over prompts, with its estimated gradient."""
-        self._program = program = inspect_or_reuse(self._program, model, args, kwargs)
-        if program.in_chunks:
-            program = program.on(self._minibatch(program))
-        loss = program.scale * self.estimate(program, guide)
-        if program.minibatch is not None:
-            self.last.setdefault("prompts", program.minibatch)
-        return loss
+        """Return the loss, summed over prompts, with its estimated gradient."""
+        program = inspect_or_reuse(self._program, model, args, kwargs)
+        if program is not self._program:
+            self.state = self.objective.of_another_program(self.state)
+        self._program = program
+        estimate = self.objective.step(program, guide, self.state, self.inverse_temperature)
+        self.state, self.last = estimate.state, replace(estimate, loss=estimate.loss.detach())
+        return estimate.loss
 
-    def _minibatch(self, program: Program) -> Tensor:
-        """Which prompts the next step is of."""
-        return self._epochs.next(program.num_prompts, program.full_size)
-
-    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
-        """The loss, summed over prompts."""
+    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], /, *args: Any, **kwargs: Any) -> float:
+        """Return the loss, summed over prompts."""
         with torch.no_grad():
             return float(self.differentiable_loss(model, guide, *args, **kwargs))
 
-    def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
-        """The loss, summed over prompts; adds its gradient to the parameters'.
+    def loss_and_grads(
+        self, model: Callable[..., Any], guide: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> float:
+        """Return the loss, summed over prompts, and add its gradient to the parameters'.
 
         :raises FloatingPointError: if the loss is not finite.
         """
@@ -155,4 +154,4 @@ class Objective(ELBO):
         return value
 
     def _get_trace(self, *args: Any) -> Any:
-        raise NotImplementedError(f"{type(self).__name__} runs all particles in one trace")
+        raise NotImplementedError(f"{type(self.objective).__name__} runs all particles in one trace")

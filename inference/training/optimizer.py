@@ -1,74 +1,116 @@
-"""What moves the parameters of a guide."""
+"""Adam for the parameters of a guide: its settings, and the one of a run."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
 import torch
+import transformers
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda done: 1.0,
-    "linear": lambda done: 1.0 - done,
-    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
-}
+from bayeslm.inference.program import check_positive
+
+from .state import State
+
+SCHEDULES = ("constant", "linear", "cosine")
+FUSED = ("cpu", "cuda")  # where Adam has a fused kernel
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Settings of Adam (Kingma and Ba 2015, arXiv 1412.6980), its learning rates and their schedule.
+
+    :param learning_rate: at the start. None: 1e-3, and 3e-4 for adapters (1e-3 can lead SmolLM2 away from its posterior
+        with as few particles as 8).
+    :param latent_learning_rate: of the default guide's distributions of latents that are not completions, whose few
+        parameters have further to go than a network's.
+    :param schedule: "constant", or "linear" or "cosine" decay to 0 at the last step.
+    :param clip_norm: the largest norm of a gradient, of the mean over prompts; None clips nothing.
+    :param betas: decay of the averages of gradients and of squared gradients, a step. Squares are averaged over some 20
+        steps, not over Adam's usual 1000, which is more than a complete training has: those of the start, far from the
+        posterior and large, would hold steps small to its end.
+    :raises ValueError: if a setting is out of range.
+    """
+
+    learning_rate: float | None = None
+    latent_learning_rate: float = 3e-2
+    schedule: str = "linear"
+    clip_norm: float | None = 1.0
+    betas: tuple[float, float] = (0.9, 0.95)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "learning_rate", "latent_learning_rate", "clip_norm")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"Adam: schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+
+    def factor(self, num_steps: int) -> Callable[[int], float]:
+        """Return the function that multiplies the learning rates, of the steps done."""
+        unused = torch.optim.SGD([torch.zeros(())], lr=1.0)
+        schedule = transformers.get_scheduler(self.schedule, unused, num_warmup_steps=0, num_training_steps=num_steps)
+        return schedule.lr_lambdas[0]  # type: ignore[no-any-return]
 
 
 class ScheduledAdam(PyroOptim):
-    """Adam over all parameters at once, with the gradient clipped by its global norm and a learning-rate schedule.
+    """Adam over all parameters of a run at once, with the gradient clipped by its global norm.
 
     (Pyro's own optimisers hold one optimiser a parameter, and clip each parameter by itself. One fused kernel for all
     parameters where there is one: an adapter has hundreds of small ones, and a loop over them costs more than Adam.)
 
-    Squared gradients are averaged over some 20 steps, not Adam's 1000, which is more than a whole training has: those
-    of the start, far from the posterior and large, would hold steps small to its end.
+    ``gradient_norm`` is the last step's, before it was clipped, of the mean over prompts, and ``factor`` what its
+    learning rates were multiplied by.
 
+    :param settings: Adam's.
     :param rate_of: the learning rate of a parameter, by its name in Pyro's store.
-    :param num_prompts: that the loss is a sum over. The norm that is clipped, and told as ``gradient_norm``, is that of
-        the gradient of their mean, so that neither depends on how many they are.
+    :param num_steps: of the run.
+    :param num_prompts: over which the loss is a sum. The norm that is clipped is that of the gradient of their mean, so
+        that it does not depend on how many they are.
     """
 
-    def __init__(
-        self, rate_of: Callable[[str], float], num_steps: int, schedule: str, clip_norm: float | None, num_prompts: int
-    ) -> None:
+    def __init__(self, settings: Adam, rate_of: Callable[[str], float], num_steps: int, num_prompts: int) -> None:
         super().__init__(torch.optim.Adam, {})
         self._rate_of = rate_of
-        self._num_steps = num_steps
-        self._schedule = SCHEDULES[schedule]
-        self.factor = 1.0  # of the learning rates in the last step
+        self._betas = settings.betas
+        self._factor_of = settings.factor(num_steps)
+        self.factor = 1.0
         self._num_prompts = num_prompts
-        self._clip = math.inf if clip_norm is None else clip_norm * num_prompts
+        self._clip = math.inf if settings.clip_norm is None else settings.clip_norm * num_prompts
         self._adam: torch.optim.Adam | None = None
-        self._names: dict[Tensor, str] = {}
+        self._names: dict[Tensor, str] = {}  # in Adam's own order
         self.steps = 0
         self.gradient_norm = 0.0
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
+        """Move the parameters by their gradients.
+
+        :raises ValueError: if there are no parameters.
+        :raises FloatingPointError: if the gradient is not finite.
+        """
         store = pyro.get_param_store()
         self._add({p: str(store.param_name(p)) for p in set(params) - self._names.keys()})
         if self._adam is None:
             raise ValueError("the guide has no parameters that require a gradient: there is nothing to train")
-        self.factor = self._schedule(self.steps / self._num_steps)
-        for settings in self._adam.param_groups:
-            settings["lr"] = settings["rate"] * self.factor
+        self.factor = self._factor_of(self.steps)
+        for group in self._adam.param_groups:
+            group["lr"] = group["rate"] * self.factor
         self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(self._names, self._clip)) / self._num_prompts
         if not math.isfinite(self.gradient_norm):
             raise FloatingPointError(f"the gradient is {self.gradient_norm}")
         self._adam.step()
-        # the fused kernel does not tell torch of its changes, and kept scores must not outlive them
+        # the fused kernel does not report its changes to torch, and kept scores must not outlive them
         torch.autograd.graph.increment_version(list(self._names))
         self.steps += 1
 
     @property
     def names(self) -> set[str]:
-        """The parameters that it has been given."""
+        """Names of the parameters that it moves."""
         return set(self._names.values())
 
-    def _add(self, names: dict[Tensor, str]) -> None:
+    def _add(self, names: Mapping[Tensor, str]) -> None:
         """Move these too. Params are a set: taken in the order of their names, so that a seed reproduces the run."""
         groups: dict[float, list[Tensor]] = {}
         for p in sorted(names, key=names.__getitem__):
@@ -77,36 +119,30 @@ class ScheduledAdam(PyroOptim):
             fused = all(p.device.type in FUSED for p in group)
             settings: dict[str, Any] = {"params": group, "lr": rate, "rate": rate, "fused": fused}
             if self._adam is None:
-                self._adam = torch.optim.Adam([settings], betas=BETAS)
+                self._adam = torch.optim.Adam([settings], betas=self._betas)
             else:
                 self._adam.add_param_group(settings)
             self._names |= {p: names[p] for p in group}
 
-    # `state_dict` would be Pyro's own name, for a state of another form.
-    def moments(self) -> dict[str, Tensor]:
-        """Adam's state by parameter, as "moment.parameter", to go on from."""
+    # `state_dict` and `load_state_dict` would be Pyro's own names, for states of another form.
+    def moments(self) -> State:
+        """Return the state of Adam, as "moment.parameter"."""
+        names = list(self._names.values())
+        state = {} if self._adam is None else self._adam.state_dict()["state"]
+        return {f"{key}.{names[i]}": value for i, each in state.items() for key, value in each.items()}
+
+    def restore(self, moments: State, params: Mapping[str, Tensor], steps: int) -> None:
+        """Put back what `moments` returned after so many steps.
+
+        :param params: all parameters that were moved, by name.
+        """
+        self._add({p: name for name, p in params.items()})
+        self.steps = steps
         if self._adam is None:
-            return {}
-        moments: dict[str, Tensor] = {}
-        for p, name in self._names.items():
-            # a parameter that has had no gradient has no state yet, which is as good as zeros
-            state = self._adam.state[p] or {"step": torch.tensor(0.0)} | {k: torch.zeros_like(p) for k in MOMENTS[1:]}
-            moments |= {f"{key}.{name}": state[key] for key in MOMENTS}
-        return moments
-
-    def load_moments(self, moments: Mapping[str, Tensor], params: Mapping[str, Tensor], step: int) -> None:
-        """Go on from what `moments` gave after so many steps, with the parameters of these names."""
-        names = [key.partition(".")[2] for key in moments if key.startswith("step.")]
-        self._add({params[name]: name for name in names})
-        for settings in [] if self._adam is None else self._adam.param_groups:
-            for p in settings["params"]:
-                state = {key: moments[f"{key}.{self._names[p]}"].to(p.device) for key in MOMENTS}
-                if not settings["fused"]:
-                    state["step"] = state["step"].cpu()  # where Adam's loop over parameters counts
-                self._adam.state[p] = state  # type: ignore[union-attr]
-        self.steps = step
-
-
-BETAS = (0.9, 0.95)
-FUSED = ("cpu", "cuda")  # where Adam has a fused kernel
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+            return
+        places = {name: i for i, name in enumerate(self._names.values())}
+        state: dict[int, dict[str, Tensor]] = {}
+        for entry, value in moments.items():
+            key, _, name = entry.partition(".")
+            state.setdefault(places[name], {})[key] = value
+        self._adam.load_state_dict(self._adam.state_dict() | {"state": state})

@@ -1,51 +1,72 @@
-"""A training's numbers for TensorBoard; needs the extra "tensorboard"."""
+"""A training's figures for TensorBoard; needs the extra "tensorboard"."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from bayeslm.inference.program import check_counts
 
+from .callbacks import Callback, Memory, Reply, StepRecord
 
-class TensorBoard:
-    """Writes what `SVI` tells its ``log`` into a folder that ``tensorboard --logdir`` shows: numbers of every step, and
-    a completion of each prompt every so many steps.
 
-    A run that goes on from a checkpoint continues its curves: what was written of later steps is dropped.
+@dataclass(frozen=True)
+class TensorBoard(Callback):
+    """Writes a training into a folder that ``tensorboard --logdir`` shows: the figures of every step, and a completion
+    of each prompt every so many steps. Steps are counted on through chains.
 
-    :param texts_every: steps from one look at completions to the next.
+    A run that is resumed continues its curves: what was written of later steps is dropped.
+
+    :param folder: where to write.
+    :param texts_every: steps from one table of completions to the next.
     :raises ImportError: if the package tensorboard is missing.
+    :raises ValueError: if ``texts_every`` is below 1.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], texts_every: int = 25) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError('TensorBoard needs its package: pip install "bayeslm[tensorboard]"') from error
-        self._make = SummaryWriter
-        self.folder = os.fspath(folder)
-        self.texts_every = texts_every
+    folder: str | os.PathLike[str]
+    texts_every: int = 25
+
+    def __post_init__(self) -> None:
         check_counts(self, "texts_every")
-        self._writer: Any = None
+        _summary_writer()
 
-    def __call__(self, step: int, values: Mapping[str, float]) -> None:
-        if self._writer is None:
-            self._writer = self._make(self.folder, purge_step=step)
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+    def start(self, record: StepRecord, state: Memory) -> Reply:
+        return Reply(state={"writer": _summary_writer()(os.fspath(self.folder), purge_step=_total(record) + 1)})
 
-    def texts(self, step: int, rows: Sequence[tuple[str, str, float]]) -> None:
-        """A table of prompts, completions and log-likelihoods r / beta."""
-        lines = [f"| {_cell(prompt)} | {_cell(text)} | {told:.3g} |" for prompt, text, told in rows]
-        self._writer.add_text(
-            "completions", "\n".join(["| prompt | completion | r / β |", "|---|---|---|", *lines]), step
-        )
-        self._writer.flush()
+    def step(self, record: StepRecord, state: Memory) -> None:
+        writer, total = state["writer"], _total(record)
+        figures = dict(record.figures)
+        figures |= {f"held_out/{k}": float(x.mean()) for k, x in record.evaluations.items() if not k.endswith("_steps")}
+        for name, value in figures.items():
+            writer.add_scalar(name, value, total)
+        if record.particles is not None and (record.step % self.texts_every == 0 or record.is_last):
+            rows = [f"| {_cell(prompt)} | {_cell(text)} | {value:.3g} |" for prompt, text, value in record.texts()]
+            table = ["| prompt | completion | r / β |", "|---|---|---|", *rows]
+            writer.add_text("completions", "\n".join(table), total)
+        writer.flush()
+
+    def end(self, record: StepRecord, state: Memory) -> None:
+        if "writer" in state:
+            state["writer"].close()
+
+    def identity(self) -> None:
+        return None
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError('TensorBoard needs its package: pip install "bayeslm[tensorboard]"') from error
+    return SummaryWriter
+
+
+def _total(record: StepRecord) -> int:
+    """Return the steps done, those of the chains before included."""
+    return record.chain * record.num_steps + record.step
 
 
 def _cell(text: str) -> str:
-    """Text in a table of Markdown."""
+    """Return a text for a table of Markdown."""
     return text.replace("|", "\\|").replace("\n", " ↵ ")

@@ -4,7 +4,8 @@ import importlib.util
 
 from .bandits import Bandit, BernoulliArms, GaussianArms, Pull
 from .control import Control, ControlGuide
-from .environments import Environment, Episodes, GymEnvironment, TabularEnvironment
+from .environments import Environment, Episodes, TabularEnvironment
+from .gym_environment import GymEnvironment
 from .mdp import MDP, river_swim
 from .policies import CountdownPolicy, MLPPolicy, Policy, TabularPolicy, TrainablePolicy, UniformPolicy
 from .trajectory import Trajectory, actions, by_step, observations, returns, step_rewards

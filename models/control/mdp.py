@@ -73,11 +73,6 @@ class MDP:
         """E[r | s, a], (*batch, S, A)."""
         return (self.transitions * self.rewards).sum(-1)
 
-    @property
-    def deterministic(self) -> bool:
-        """Whether every action in every state has one outcome."""
-        return bool((self.transitions.amax(-1) == 1).all())
-
     @staticmethod
     def from_gymnasium(env: Any) -> MDP:
         """Return the process of an environment with tables ``P`` and ``initial_state_distrib``.

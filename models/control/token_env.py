@@ -96,7 +96,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         self.action_space = spaces.Discrete(padding)
         self.observation_space = spaces.MultiDiscrete(np.full(self._first_observations.shape[-1], padding + 1))
         self._prompt = 0
-        self._steps: Decoder | None = None
+        self._decoder: Decoder | None = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -110,7 +110,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         self._prompt = int(self.np_random.integers(len(self.prompts)) if chosen is None else chosen)
         if not 0 <= self._prompt < len(self.prompts):
             raise IndexError(f"TokenEnv: there is no prompt {self._prompt} among {len(self.prompts)}")
-        self._steps = self._distribution.decoder()
+        self._decoder = self._distribution.decoder()
         return self._first_observations[self._prompt].copy(), {"prompt": self._prompt}
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
@@ -121,8 +121,8 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         :raises ValueError: if the completion's reward is -inf, which would make the mean return of any policy that may
             write this completion -inf.
         """
-        steps = self._steps
-        if steps is None or self._over:
+        decoder = self._decoder
+        if decoder is None or self._over:
             raise ResetNeeded(
                 "TokenEnv: call reset() before writing the first token of a completion, and after the last"
             )
@@ -131,9 +131,9 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
                 f"TokenEnv: action {action!r} is no token id, which is an integer from 0 to {self.prior.vocab_size - 1}"
             )
         with torch.no_grad():
-            token = torch.tensor([int(action)], device=steps.values.device)
-            score = steps.logits.log_softmax(-1)[:, int(action)]
-            steps.append(token, score)
+            token = torch.tensor([int(action)], device=decoder.values.device)
+            score = decoder.logits.log_softmax(-1)[:, int(action)]
+            decoder.append(token, score)
         info: dict[str, Any] = {"log_prior": float(score)}
         gain = 0.0 if self.beta is None else self.beta * info["log_prior"]
         over = self._over
@@ -147,14 +147,15 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         """Return the prompt, a bar, and the completion so far; None without a ``render_mode``."""
         if self.render_mode is None:
             return None
-        return f"{self._distribution.prompt_texts()[0]}|{'' if self._steps is None else self._text}"
+        return f"{self._distribution.prompt_texts()[0]}|{'' if self._decoder is None else self._text}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenEnv:
         """Return a copy with its own completion and random state, which shares the language model and the reward."""
         new = copy.copy(self)
         memo[id(self)] = new
-        memo |= {id(distribution): distribution for distribution in self._distributions}
-        new._steps = copy.deepcopy(self._steps, memo)
+        if self._decoder is not None:
+            memo[id(self._decoder.prompted)] = self._decoder.prompted  # holds the network
+        new._decoder = copy.deepcopy(self._decoder, memo)
         new._np_random = copy.deepcopy(self._np_random, memo)
         new.action_space = copy.deepcopy(self.action_space, memo)
         return new
@@ -166,18 +167,18 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
     @property
     def _over(self) -> bool:
         """Whether the completion has ended. `Decoder.done` may notice it some tokens later on an accelerator."""
-        steps = self._steps
-        return steps is not None and (steps.t == self._distribution.max_new_tokens or bool(steps.finished.all()))
+        decoder = self._decoder
+        return decoder is not None and (decoder.t == self._distribution.max_new_tokens or bool(decoder.finished.all()))
 
     @property
     def _text(self) -> str:
-        assert self._steps is not None
-        return str(self._distribution.decode(self._steps.values[:, : self._steps.t])[0]) if self._steps.t else ""
+        assert self._decoder is not None
+        return str(self._distribution.decode(self._decoder.values[:, : self._decoder.t])[0]) if self._decoder.t else ""
 
     def _observation(self) -> Observation:
-        assert self._steps is not None
-        observation, t = self._first_observations[self._prompt].copy(), self._steps.t
-        observation[self._prompt_length : self._prompt_length + t] = self._steps.values[0, :t].cpu().numpy()
+        assert self._decoder is not None
+        observation, t = self._first_observations[self._prompt].copy(), self._decoder.t
+        observation[self._prompt_length : self._prompt_length + t] = self._decoder.values[0, :t].cpu().numpy()
         return observation
 
     def _score(self, text: str) -> float:

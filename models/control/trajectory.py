@@ -148,7 +148,7 @@ class Trajectory(TorchDistribution):
         """Return the number of actions of each episode, (*batch)."""
         return (actions(value) >= 0).sum(-1)
 
-    def steps(self) -> Rollout:
+    def rollout(self) -> Rollout:
         """Begin an episode for every element of the batch, to be played action by action by a particle method."""
         return Rollout(self, self.environment.play(self.starts.reshape(-1), copies=True))
 

@@ -96,7 +96,7 @@ class Autoregressive(TorchDistribution):
         self.prompt_mask = prompt_mask
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
-        self._scored: tuple[Tensor, tuple[int, ...], Tensor] | None = None  # a value, versions, token scores
+        self._drawn: tuple[Tensor, tuple[int, ...], Tensor] | None = None  # the last sample, versions, token scores
         super().__init__(prompt_ids.shape[:-1], Size([max_new_tokens]), validate_args=False)
 
     @property
@@ -154,7 +154,7 @@ class Autoregressive(TorchDistribution):
             for part, prefix in prompted.prefixes(rows):
                 value[part], scores[part] = generate(Decoder(prompted, prefix))
         value = value.reshape(shape + self.event_shape)
-        self.know(value, scores.reshape(value.shape))
+        self._drawn = None if value.is_inference() else (value, self._versions(value), scores.reshape(value.shape))
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -172,19 +172,14 @@ class Autoregressive(TorchDistribution):
         :raises ValueError: for completions of another length.
         """
         wants_grad = torch.is_grad_enabled() and self.lm.causal.requires_grad
-        kept = self._known(value) if known is None else known
-        if kept is not None and not wants_grad:
-            return kept
+        known = self._score_of_drawn(value) if known is None else known
+        if known is not None and not wants_grad:
+            return known
         rows, flat, shape = self._flat(value)
         if known is not None:
             known = known.expand(shape + self.event_shape).reshape(flat.shape)
-        elif kept is not None and kept.numel() == flat.numel():
-            known = kept.reshape(flat.shape)
         with torch.set_grad_enabled(wants_grad):
-            scores = self._in_batch(token_scores(self.prompted, rows, flat, known), shape)
-        if not wants_grad:
-            self.know(value, scores)
-        return scores
+            return self._in_batch(token_scores(self.prompted, rows, flat, known), shape)
 
     def token_log_prob_and_hidden(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return `token_log_prob`, without gradient, and, of the same pass, the last hidden states before each token.
@@ -194,9 +189,8 @@ class Autoregressive(TorchDistribution):
         """
         rows, flat, shape = self._flat(value)
         with torch.no_grad():
-            scores, hidden = (self._in_batch(x, shape) for x in scores_and_hidden(self.prompted, rows, flat))
-        self.know(value, scores)
-        return scores, hidden
+            scores, hidden = scores_and_hidden(self.prompted, rows, flat)
+        return self._in_batch(scores, shape), self._in_batch(hidden, shape)
 
     # -- the support -----------------------------------------------------------------------------------------
 
@@ -277,10 +271,6 @@ class Autoregressive(TorchDistribution):
         prompted = self.prompted
         return Decoder(prompted, prompted.prefix(self.prompt_rows(self.batch_shape)))
 
-    def know(self, value: Tensor, scores: Tensor) -> None:
-        """Note the token log-probabilities (*batch, max_new_tokens) of a value: `token_log_prob` then gives them."""
-        self._scored = None if value.is_inference() else (value, self._versions(value), scores)
-
     # -- inside ----------------------------------------------------------------------------------------------
 
     def _flat(self, value: Tensor) -> tuple[Tensor, Tensor, Size]:
@@ -304,12 +294,12 @@ class Autoregressive(TorchDistribution):
         """Return torch's counts of in-place changes, of a value and of the weights, for which a kept score is valid."""
         return (value._version, self.lm.causal.version)
 
-    def _known(self, value: Tensor) -> Tensor | None:
-        """Return the token log-probabilities that are kept of a value, if they are still valid."""
-        if self._scored is None:
+    def _score_of_drawn(self, value: Tensor) -> Tensor | None:
+        """Return the token log-probabilities of the last sample, if ``value`` is that and they are still valid."""
+        if self._drawn is None:
             return None
-        known, versions, scores = self._scored
-        return scores if known is value and versions == self._versions(value) else None
+        drawn, versions, scores = self._drawn
+        return scores if drawn is value and versions == self._versions(value) else None
 
 
 class _WellFormed(constraints.Constraint):

@@ -1,4 +1,4 @@
-"""Prompts of every kind to one left-padded batch of token ids."""
+"""Encoding of prompts, texts or chats or token ids, as one left-padded batch of token ids."""
 
 from __future__ import annotations
 
@@ -32,10 +32,14 @@ def encode(
     """Encode a batch of prompts.
 
     :param prompts: a sequence of strings, chats (lists of ``{"role", "content"}``, through the tokenizer's chat
-        template) or token ids; or an object array of them, whose shape becomes the batch's. An array or tensor
-        of integers is a row of token ids a prompt.
+        template) or token ids; or an object array of them, whose shape becomes the batch's. An array or tensor of
+        integers is a row of token ids a prompt.
+    :param tokenizer: None if prompts are token ids.
+    :param bos_token_id: stands for an empty prompt.
+    :param vocab_size: number of token ids.
     :param room: the most tokens a prompt may have, None for no limit.
-    :raises TypeError: for one prompt alone where a list of prompts belongs, or strings without a tokenizer.
+    :param device: where the batch goes.
+    :raises TypeError: for one prompt instead of a list of prompts, or strings without a tokenizer.
     :raises ValueError: for no prompts, an empty prompt without a BOS, ids out of range, or a prompt over ``room``.
     """
     if isinstance(prompts, str):
@@ -52,8 +56,8 @@ def encode(
             raise ValueError(f"prompts[{i}] holds token ids outside 0..{vocab_size - 1}")
         if room is not None and len(row) > room:
             raise ValueError(
-                f"prompts[{i}] has {len(row)} tokens, and the model's context leaves room for {max(room, 0)} "
-                "beside max_new_tokens: shorten the prompt or max_new_tokens"
+                f"prompts[{i}] has {len(row)} tokens, and the model's context has room for {max(room, 0)} "
+                "before max_new_tokens: shorten the prompt or max_new_tokens"
             )
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])  # masked, so any id in range will do
@@ -66,7 +70,7 @@ def encode(
 
 
 def _one(i: int, prompt: Prompt, tokenizer: Any, bos_token_id: int | None) -> list[int]:
-    """The token ids of one prompt."""
+    """Return the token ids of one prompt."""
     if isinstance(prompt, str):
         if tokenizer is None:
             raise TypeError(f"prompts[{i}] is a string, and this LanguageModel has no tokenizer: give token ids")

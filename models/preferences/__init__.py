@@ -3,12 +3,13 @@
 from .bradley_terry import BradleyTerry
 from .comparisons import Comparisons
 from .features import CachedFeatures, Features, LastHidden, SentenceEmbedding, Standardised
+from .judged_lm import JudgedLM
 from .judges import Answer, Judge, Question, SimulatedJudge, to_comparisons
 from .linear import LinearReward
 from .plackett_luce import PlackettLuce, Rankings
 from .ratings import GaussianRatings, OrdinalRatings, Ratings
 from .rows import PreferenceError
-from .uncertain import Form, JudgedLM, UncertainReward
+from .uncertain import Form, UncertainReward
 
 __all__ = [
     "Answer",

@@ -9,8 +9,6 @@ constant for each prompt.
 
 from __future__ import annotations
 
-from typing import Any
-
 import pyro
 import pyro.distributions as dist
 from torch import Tensor
@@ -36,11 +34,3 @@ class BradleyTerry(LinearReward[Comparisons, Tensor]):
         log_odds = under_plate(self.weights(prepared), prepared)
         with pyro.plate("comparisons", prepared.shape[-2]):
             pyro.sample("preferred", dist.Bernoulli(logits=log_odds), obs=prepared.new_ones(prepared.shape[:-1]))
-
-    def log_odds(self, data: Comparisons, weights: Any) -> Tensor:
-        """Return log P(chosen preferred) - log P(rejected preferred), (*, comparisons).
-
-        :param weights: (*, d), a tensor or an array.
-        """
-        chosen = self.reward(data.prompts, data.chosen, weights)
-        return chosen - self.reward(data.prompts, data.rejected, weights)

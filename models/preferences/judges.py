@@ -53,11 +53,6 @@ class Answer(Question):
     first_is_better: bool | None
 
     @property
-    def pair(self) -> tuple[str, frozenset[str]]:
-        """The prompt and both completions, regardless of their order."""
-        return self.prompt, frozenset((self.first, self.second))
-
-    @property
     def surprisal(self) -> float:
         """-log of the posterior probability of the answer when it was asked, in nats; 0 without an answer."""
         if self.first_is_better is None:

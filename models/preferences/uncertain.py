@@ -41,10 +41,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-import pyro
-import pyro.distributions as dist
 import torch
-from pyro.ops.indexing import Vindex
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -239,54 +236,3 @@ class UncertainReward(Reward):
 def log_mean_sigmoid(margins: Tensor) -> Tensor:
     r"""Return log E_w[\sigma(\Delta_w)], the mean over the last axis."""
     return logsigmoid(margins).logsumexp(-1) - math.log(margins.shape[-1])
-
-
-class JudgedLM:
-    r"""A Pyro program of a completion and its judges, each of them a latent draw of the weights that prefers it.
-
-        judge_k ~ p(w | D),   x ~ p(x | c),   preferred_k ~ Bernoulli(\sigma(\Delta_{judge_k}(c, x))) observed to be 1
-
-    Sites are ``completion`` and ``judge``, the index of a draw. The completion's posterior is that of
-    ``TiltedLM(prior, reward, beta=1 / judges)`` with the reward in the form ``marginal``, and engines infer the judges
-    too. ``score`` is that reward.
-
-    :param prior: the language model.
-    :param reward: the learned reward, in any form.
-    :param judges: number of judges of each completion, 1 / beta.
-    :param max_new_tokens: length of the longest completion, in tokens.
-    :param temperature: divides the prior's logits.
-    :raises ValueError: if ``judges`` or ``max_new_tokens`` < 1.
-    """
-
-    def __init__(
-        self,
-        prior: LanguageModel,
-        reward: UncertainReward,
-        judges: int = 1,
-        *,
-        max_new_tokens: int = 24,
-        temperature: float = 1.0,
-    ) -> None:
-        for name, count in (("judges", judges), ("max_new_tokens", max_new_tokens)):
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
-        self.prior = prior
-        self.reward = reward
-        self.judges = judges
-        self.max_new_tokens = max_new_tokens
-        self.temperature = temperature
-
-    def __call__(self, prompts: Sequence[str], /) -> None:
-        """Run the program."""
-        completion = self.prior(prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature)
-        judges = pyro.plate("judges", self.judges, dim=-2)
-        with pyro.plate("prompts", len(prompts), dim=-1):
-            with judges:
-                equal = torch.zeros(len(self.reward.weights), device=self.prior.device)
-                judge = pyro.sample("judge", dist.Categorical(logits=equal))  # (judge, prompt)
-            x = pyro.sample("completion", completion)
-            margins = self.reward.margins(prompts, self.prior.decode(x)).to(x.device)  # (prompt, draw)
-            pyro.deterministic("score", log_mean_sigmoid(margins), event_dim=0)
-            with judges:
-                preferred = dist.Bernoulli(logits=Vindex(margins)[..., judge])
-                pyro.sample("preferred", preferred, obs=margins.new_ones(()).expand(judge.shape))

@@ -1,7 +1,7 @@
-"""Rewards: what makes one completion better evidence than another, and ready ones.
+"""Rewards of completions, built-in and of any function in TRL's convention.
 
-Any function in TRL's convention is one, ``f(prompts, completions, **columns) -> list[float]``; `Reward` wraps
-it, checks what it gives, and lets it be added and scaled:
+Such a function is ``f(prompts, completions, **columns) -> list[float]``; `Reward` wraps it, checks its scores, and adds
+and scales it:
 
     reward = Sentiment() - 2 * Toxicity() + Constraint(lambda text: "refund" not in text)
     scores = reward(prompts, lm.decode(x))

@@ -15,9 +15,10 @@ Flat = tuple[list[Any], list[str], dict[str, Any]]  # prompts, completions, colu
 def broadcast(
     prompts: Any, completions: Any, columns: Mapping[str, Any]
 ) -> tuple[tuple[int, ...], tuple[int, ...], Flat]:
-    """The common shape, the completions' own, and flat lists of equal length.
+    """Broadcast prompts, completions and columns.
 
-    :raises TypeError: if one prompt or text stands where a list of them belongs, or a completion is no text.
+    :returns: the common shape, the shape of the completions, and flat lists of equal length.
+    :raises TypeError: if one prompt or text is given instead of a list of them, or a completion is not a text.
     :raises ValueError: if shapes do not broadcast, or nested completions are ragged.
     """
     prompt_array, text_array = _prompts(prompts), _completions(completions)
@@ -38,7 +39,7 @@ def broadcast(
         if not isinstance(values, (Tensor, np.ndarray)) and (
             not hasattr(values, "__len__") or isinstance(values, Mapping)
         ):
-            flat_columns[name] = values  # a callback or a setting, which TRL hands to every reward
+            flat_columns[name] = values  # a callback or a setting, which TRL passes to every reward
             continue
         column = _objects(values)
         try:
@@ -49,7 +50,7 @@ def broadcast(
 
 
 def take(rows: Sequence[int] | np.ndarray, flat: Flat) -> Flat:
-    """Some of the entries; a column that is no list is handed on as it is."""
+    """Return some of the entries; a column that is not a list is passed on unchanged."""
     prompts, completions, columns = flat
 
     def some(values: list[Any]) -> list[Any]:
@@ -59,7 +60,7 @@ def take(rows: Sequence[int] | np.ndarray, flat: Flat) -> Flat:
 
 
 def _objects(values: Any) -> np.ndarray:
-    """An object array; the elements of what is no array or tensor stay whole."""
+    """Return an object array; the elements of other sequences than arrays and tensors become its elements."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().numpy()
     if isinstance(values, np.ndarray):
@@ -88,7 +89,7 @@ def _completions(completions: Any) -> np.ndarray:
 
 
 def _nested(value: Any) -> np.ndarray:
-    """Nested lists to an object array whose elements are texts or conversations."""
+    """Return nested lists as an object array whose elements are texts or conversations."""
     if isinstance(value, np.ndarray):
         return value.astype(object)
     if isinstance(value, str) or _is_chat(value) or not isinstance(value, Sequence):
@@ -106,12 +107,12 @@ def _is_chat(value: Any) -> bool:
 
 
 def _text(completion: Any) -> str:
-    """A completion's text; TRL writes those of a conversation as messages."""
+    """Return a completion's text; TRL writes those of a conversation as messages."""
     if isinstance(completion, str):
         return completion
     contents = [message.get("content") for message in completion] if _is_chat(completion) else [None]
     if not all(isinstance(content, str) for content in contents):
         raise TypeError(
-            f"completions must hold texts, got {type(completion).__name__}; lm.decode makes token ids texts"
+            f"completions must hold texts, got {type(completion).__name__}; lm.decode turns token ids into texts"
         )
     return "".join(map(str, contents))

@@ -23,11 +23,11 @@ class Classifier(Reward):
     With one label, a reward model: its logit. With several, the log-probability of one of them: a softmax
     over the labels, or a sigmoid of each where the network's config says ``multi_label_classification``.
 
-    Prompt and completion are joined as they stand. Where the prompt is a chat, the completion becomes the
+    Prompt and completion are joined without a separator. If the prompt is a chat, the completion becomes the
     assistant's turn, and the classifier's own chat template writes the text.
 
-    The network runs where and in the precision it is, without gradient; scores are float32. If its config
-    names no padding token, texts go through it one at a time.
+    The network runs on its device and in its precision, without gradient; scores are float32. If its config names no
+    padding token, texts go through it one at a time.
 
     :param model: a folder or hub name (remote code is never run), loaded to torch's default device; or a
         ``...ForSequenceClassification`` network, which is put in evaluation mode.

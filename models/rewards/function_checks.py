@@ -1,4 +1,4 @@
-"""What a reward function must be, and must give."""
+"""Checks of reward functions and of the scores that they return."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _ROUNDING = 1e-6  # how far past a declared bound a score may be, relative to th
 
 
 def check_function(function: Any) -> None:
-    """:raises TypeError: if it is not callable, or a coroutine function."""
+    """Refuse a function that cannot be called.
+
+    :raises TypeError: if it is not callable, or a coroutine function.
+    """
     if not callable(function):
         raise TypeError(f"a reward function must be callable, got {type(function).__name__}")
     if inspect.iscoroutinefunction(function):
@@ -27,7 +30,14 @@ def check_function(function: Any) -> None:
 
 
 def check_scores(result: Any, count: int, low: float, high: float, fail: Callable[[str, int], NoReturn]) -> np.ndarray:
-    """A function's result as ``count`` float64 scores within bounds; ``fail(what, i)`` raises, about completion i."""
+    """Return a function's result as ``count`` float64 scores within bounds.
+
+    :param result: the scores, in a sequence, an array or a tensor.
+    :param count: how many they must be.
+    :param low: the lower bound.
+    :param high: the upper bound.
+    :param fail: ``fail(what, i)`` raises an error about completion i.
+    """
     if hasattr(result, "tolist"):  # arrays, tensors, series
         result = result.tolist()
     if not isinstance(result, Sequence) or isinstance(result, str):
@@ -51,17 +61,19 @@ def check_scores(result: Any, count: int, low: float, high: float, fail: Callabl
 
 
 def is_real(value: Any) -> bool:
+    """Return whether a value is a real number."""
     return isinstance(value, numbers.Real)  # numpy's numbers too
 
 
 def name_of(function: Any) -> str:
+    """Return the name of a function, or of the class of a callable without one."""
     while isinstance(function, partial):
         function = function.func
     return str(getattr(function, "__name__", type(function).__name__))
 
 
 def parameters(function: Callable[..., Any]) -> tuple[frozenset[str] | None, frozenset[str]]:
-    """Names a function accepts (None: any) and names it must have."""
+    """Return the names that a function accepts (None: any), and those that it requires."""
     try:
         found = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # some callables of extension modules have none
@@ -73,7 +85,7 @@ def parameters(function: Callable[..., Any]) -> tuple[frozenset[str] | None, fro
 
 
 def _number(value: Any) -> float | None:
-    """A Python, numpy or torch scalar as a float, None if it is not one."""
+    """Return a Python, numpy or torch scalar as a float, None if it is not one."""
     if getattr(value, "ndim", None) == 0:
         value = value.item()
     return float(value) if is_real(value) else None

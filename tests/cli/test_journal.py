@@ -72,7 +72,7 @@ def test_any_other_bad_line_is_refused_with_its_number(path, line):
 @pytest.mark.parametrize("tail", [b"[1]", b"text", b'[{"a": 1}]', b"3", b"{a: 1", b'{"a": \r[1]'])
 @pytest.mark.parametrize("head", [b"", b'{"a": 1}\n'])
 def test_a_file_of_another_kind_is_not_changed(path, head, tail):
-    """Its last line lacks an end, but is no part of an object; or it contains a \\r, which does not end a line."""
+    r"""Its last line lacks an end, but is no part of an object; or it contains a \r, which does not end a line."""
     path.parent.mkdir()
     before = head + tail + (b"\n" if b"\r" in tail else b"")
     path.write_bytes(before)

@@ -25,7 +25,8 @@ from support.toys import enumerated
 from bayeslm import Posterior, diagnostics
 from bayeslm.cli import report
 from bayeslm.inference import Exact, ImportanceSampling, ProgramError, RejectionSampling
-from bayeslm.inference.program import AutoPolicy, inspect
+from bayeslm.inference.program import inspect
+from bayeslm.inference.training import AutoPolicy
 
 LIMIT = 4.0
 PROMPTS = [[1, 2], [3]]
@@ -322,7 +323,7 @@ def test_reports_warn_of_few_roots_and_of_retained_draws() -> None:
     retained = weights_only(log_weights, conditional=True)
     lines = report.warnings({"few": few, "many": many, "retained": retained})
     assert [line.split(",")[0].split(" ")[0] for line in lines] == ["few", "retained"]
-    assert "of 2 first particles" in lines[0]
+    assert "descend from 2 first particles" in lines[0]
     guided = dataclasses.replace(many, policy=POLICY)  # its raw particles are not the policy's own draws
     for posterior in (few, retained, guided):
         assert report.comparison({"run": posterior}, 0).row_count == 1

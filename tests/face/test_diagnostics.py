@@ -242,8 +242,10 @@ def test_ess_by_hand() -> None:
 
 @pytest.mark.parametrize("k", [0.2, 0.5, 0.9])
 def test_khat_of_pareto_weights(k: float) -> None:
-    """w = U^−k has tail index k. One k̂ has sd (1 + k)/√190, at most 0.14, so the mean of 50 at most 0.02; the
-    fit's prior (at 0.5) and its own bias may add 0.05. So 0.14 leaves 4.5 sd, and tells 0.2, 0.5, 0.9 apart.
+    """w = U^−k has tail index k.
+
+    One k̂ has sd (1 + k)/√190, at most 0.14, so the mean of 50 at most 0.02; the fit's prior (at 0.5) and
+    its own bias may add 0.05. So 0.14 leaves 4.5 sd, and separates 0.2, 0.5, 0.9.
     """
     uniform = np.random.default_rng(0).random((4, 1000, 50))
     smoothed, khat = diagnostics.psis(-k * np.log(uniform))

@@ -20,6 +20,7 @@ from support.statistics import LIMIT, assert_estimate, assert_evidence
 
 from bayeslm import diagnostics
 from bayeslm.inference import SVI, BestOfN, Exact, ImportanceSampling, RejectionSampling
+from bayeslm.inference.training import Adam
 from bayeslm.models import LanguageModel
 
 SMALL = {"vocab": 4, "tokens": 4}
@@ -92,8 +93,7 @@ def test_svi_reaches_the_posterior(kind, beta, seed):
     engine = SVI(
         num_steps=250,
         num_particles=64,
-        learning_rate=rate,
-        schedule="cosine",
+        optimizer=Adam(rate, schedule="cosine"),
         num_samples=2000,
         seed=seed,
         progress=False,
@@ -162,7 +162,7 @@ def test_svi_with_every_kind_of_latent_agrees_with_exact():
             pyro.factor("reward", (0.5 + mood) * 1.5 * (x == topic[..., None] + 1).sum(-1))
 
     exact = Exact().run(model, SHORT)
-    engine = SVI(num_steps=200, num_particles=32, learning_rate=0.03, num_samples=2000, seed=0, progress=False)
+    engine = SVI(num_steps=200, num_particles=32, optimizer=Adam(0.03), num_samples=2000, seed=0, progress=False)
     posterior = engine.run(model, SHORT)
     assert posterior.log_weights.shape == (1, 2000, 1)
     assert_evidence(posterior, exact.log_evidence)
@@ -180,7 +180,7 @@ def test_svi_on_a_continuous_latent_alone_matches_the_closed_form():
         theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
 
-    engine = SVI(num_steps=400, num_particles=16, learning_rate=0.05, num_samples=4000, seed=0, progress=False)
+    engine = SVI(num_steps=400, num_particles=16, optimizer=Adam(0.05), num_samples=4000, seed=0, progress=False)
     posterior = engine.run(model)
     evidence = dist.Normal(0.0, math.sqrt(2.0)).log_prob(y).item()
     assert_estimate(posterior.log_evidence, posterior.log_evidence_stderr, evidence, rounding=1e-4)

@@ -6,6 +6,8 @@ import pyro
 import torch
 from torch import Tensor
 
+from bayeslm.inference.training import Objective, StatefulLoss
+
 REPEATS = 100
 COPIES = 50  # of each prompt in a batch: more independent terms a gradient, which cost less than more gradients
 LIMIT = 4.5  # standard errors; false alarm 2e-5 a check (Student's t), 2e-4 a gradient
@@ -30,13 +32,17 @@ def policy_guide(policy, tokens: int):
 
 
 def gradients(objective, model, guide, parameters, args, repeats: int = REPEATS) -> Tensor:
-    """Many gradient estimates, (repeat, coordinate)."""
+    """Return many gradient estimates, (repeat, coordinate).
+
+    :param objective: one of ours, which begins anew; or a Pyro ELBO, such as the `StatefulLoss` of one of ours.
+    """
+    loss = StatefulLoss(objective) if isinstance(objective, Objective) else objective
     rows = []
     for _ in range(repeats):
         for p in parameters:
             p.grad = None
         with pyro.get_param_store().scope():
-            objective.loss_and_grads(model, guide, *args)
+            loss.loss_and_grads(model, guide, *args)
         rows.append(torch.cat([p.grad.reshape(-1) for p in parameters]))
     return torch.stack(rows)
 

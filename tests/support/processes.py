@@ -1,4 +1,4 @@
-"""Small Markov decision processes that are known exactly."""
+"""Small random Markov decision processes, and the enumeration of their episodes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bayeslm.models.control import MDP
 
 
 def random_mdp(seed: int = 0, states: int = 4, actions: int = 2, *, deterministic: bool = False) -> MDP:
-    """Random transitions and rewards; the last state is terminal, and no episode begins there."""
+    """Return random transitions and rewards; the last state is terminal, and no episode begins there."""
     generator = torch.Generator().manual_seed(seed)
     transitions = torch.rand(states, actions, states, generator=generator, dtype=torch.float64) ** 3
     if deterministic:
@@ -25,27 +25,27 @@ def random_mdp(seed: int = 0, states: int = 4, actions: int = 2, *, deterministi
 
 
 def all_episodes(mdp: MDP, start: int, horizon: int) -> Iterator[tuple[float, list[tuple[int, int, float]]]]:
-    """Every course of an episode: what chance gives it (the actions' probabilities left out), and its (s, a, r)."""
+    """Yield every possible episode: the product of its transition probabilities, and its steps (s, a, r)."""
     for actions in itertools.product(range(mdp.num_actions), repeat=horizon):
-        yield from _courses(mdp, start, actions)
+        yield from _episodes(mdp, start, actions)
 
 
-def _courses(mdp: MDP, state: int, actions: tuple[int, ...]) -> Iterator[tuple[float, list[tuple[int, int, float]]]]:
+def _episodes(mdp: MDP, state: int, actions: tuple[int, ...]) -> Iterator[tuple[float, list[tuple[int, int, float]]]]:
     if not actions or mdp.terminal[state]:
-        if all(a == 0 for a in actions):  # of the actions that are never taken, one set stands for all
+        if all(a == 0 for a in actions):  # all continuations of a finished episode are counted once
             yield 1.0, []
         return
-    for following in range(mdp.num_states):
-        chance = float(mdp.transitions[state, actions[0], following])
-        if chance == 0.0:
+    for next_state in range(mdp.num_states):
+        p = float(mdp.transitions[state, actions[0], next_state])
+        if p == 0.0:
             continue
-        step = (state, actions[0], float(mdp.rewards[state, actions[0], following]))
-        for rest, steps in _courses(mdp, following, actions[1:]):
-            yield chance * rest, [step, *steps]
+        step = (state, actions[0], float(mdp.rewards[state, actions[0], next_state]))
+        for rest, steps in _episodes(mdp, next_state, actions[1:]):
+            yield p * rest, [step, *steps]
 
 
 def random_policy(mdp: MDP, seed: int = 0, horizon: int | None = None) -> Tensor:
-    """Logits (S, A), or (horizon, S, A), that are far from uniform."""
+    """Return logits (S, A), or (horizon, S, A), that are far from uniform."""
     generator = torch.Generator().manual_seed(seed)
     shape = (*(() if horizon is None else (horizon,)), mdp.num_states, mdp.num_actions)
     return torch.randn(shape, generator=generator)

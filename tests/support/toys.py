@@ -1,4 +1,4 @@
-"""Posteriors whose every number is known in closed form, and the calibration check that uses them."""
+"""Posteriors in closed form, and a check of stated standard errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Gaussian:
         return float(0.5 * np.log(2 * np.pi * np.e * var))
 
     def posterior(self, seed: int, kind: str = "weighted", prompts: int = 200) -> Posterior:
-        """4 chains of 250 draws; every prompt is an independent replicate."""
+        """Return 4 chains of 250 draws; every prompt is an independent replicate."""
         rng = np.random.default_rng(seed)
         shape = (4, 250, prompts)
         if kind == "weighted":
@@ -81,7 +81,7 @@ class RandomWalk:
         self.kl_to_prior = float(np.sum(-0.5 * np.log(2 * np.pi) - 0.5 * squares)) - self.log_z
 
     def posterior(self, seed: int, prompts: int = 200, multinomial: bool = False) -> Posterior:
-        """4 chains of 250 particles, resampled after all times but the last, systematically unless told.
+        """4 chains of 250 particles, resampled after all times but the last, by default systematically.
 
         Every prompt is an independent replicate.
         """
@@ -122,7 +122,7 @@ class RandomWalk:
 
 
 PRIOR = np.array([0.4, 0.3, 0.2, 0.1])
-REWARD = np.array([[0.0, 1.0, -1.0, 2.0], [0.5, -np.inf, 0.0, 1.0]])  # (prompt, value): one value breaks a constraint
+REWARD = np.array([[0.0, 1.0, -1.0, 2.0], [0.5, -np.inf, 0.0, 1.0]])  # (prompt, value); one value violates a constraint
 JOINT = np.log(PRIOR) + REWARD
 LOG_Z = logsumexp(JOINT, axis=1)
 TARGET = softmax(JOINT, axis=1)
@@ -130,7 +130,7 @@ WORDS = np.array(["no", "yes", "maybe", "sure"], dtype=object)
 
 
 def discrete(index: Array, log_q: Array | None, kind: str, **fields: Any) -> Posterior:
-    """A posterior over the four values above for two prompts; the completion is two tokens, (i, i + 1)."""
+    """Return a posterior over the four values above for two prompts; the completion is two tokens, (i, i + 1)."""
     prompts = np.arange(2)
     joint, reward = JOINT[prompts, index], REWARD[prompts, index]
     weights = np.zeros(index.shape) if log_q is None else joint - log_q
@@ -161,13 +161,13 @@ def enumerated() -> Posterior:
 
 
 def from_prior(seed: int, **fields: Any) -> Posterior:
-    """4 chains of 250 draws of the prior, weighted."""
+    """Return 4 chains of 250 weighted draws from the prior."""
     index = np.random.default_rng(seed).choice(4, size=(4, 250, 2), p=PRIOR)
     return discrete(index, np.log(PRIOR)[index], **({"kind": "weighted"} | fields))
 
 
 def shared() -> Posterior:
-    """One latent z in {0, 1} shared by three prompts, enumerated: p(z) = 1/2, reward z · (prompt + 1)."""
+    """Return the enumerated posterior of a latent z in {0, 1} shared by three prompts, with reward z · (prompt + 1)."""
     z = np.array([[0.0, 1.0]])
     reward = z[..., None] * np.arange(1.0, 4.0)
     joint = np.log(0.5) + reward.sum(axis=2, keepdims=True)
@@ -186,7 +186,7 @@ def shared() -> Posterior:
 
 
 def shared_weighted(seed: int = 0) -> Posterior:
-    """A latent theta shared by two prompts, each with a completion: all of a draw must move together."""
+    """Return a posterior of a latent theta shared by two prompts; a draw and its completions are resampled together."""
     rng = np.random.default_rng(seed)
     theta = rng.normal(size=(2, 50, 3))
     tokens = np.repeat(np.arange(100).reshape(2, 50, 1, 1), 2, axis=2) * np.ones(4, dtype=int)
@@ -218,7 +218,7 @@ MAKERS: dict[str, Callable[[], Posterior]] = {
 
 
 def assert_calibrated(estimate: Array, stderr: Array, truth: float) -> None:
-    """The z-scores of 200 replicates have mean 0 and sd 1.
+    """Assert that the z-scores of 200 replicates have mean 0 and sd 1.
 
     Their mean has sd 0.07 and their sd has sd 0.05, so bounds of 4.5 sd fail by chance in 1 of 70,000 calls;
     the bound on the mean leaves 0.1 more for the bias of order 1/N that ratios and logarithms have.

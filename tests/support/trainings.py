@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from pathlib import Path
 
 import numpy as np
 import pyro
@@ -11,17 +12,17 @@ import pyro.distributions as dist
 import torch
 from support.programs import PROMPTS, case, score_table, tilted
 
-from bayeslm.inference import (
-    Exact,
-)
+from bayeslm.inference import Exact
+from bayeslm.inference.training import Adam, Checkpointing, LogVariance, Replay, StepRecord
 
 LM, MODEL, EXACT = case("table", 1.0)
 # of two tokens, so that the table can be the posterior: the places after these prompts have contexts of their own
 TWO = tilted(LM, score_table(1, tokens=2, scale=1.5))
 EXACT_TWO = Exact().run(TWO, PROMPTS)
-FAST = {"num_particles": 32, "learning_rate": 0.1, "num_samples": 8, "seed": 0, "progress": False}
+FAST = {"num_particles": 32, "optimizer": Adam(0.1), "num_samples": 8, "seed": 0, "progress": False}
 GOLD = functools.partial(tilted(LM, score_table(5)), PROMPTS)
-SMALL = {"num_steps": 12, "num_samples": 16, "seed": 0, "progress": False, "checkpoint_every": 5}
+SMALL = {"num_steps": 12, "num_samples": 16, "seed": 0, "progress": False}
+LONG = SMALL | {"num_steps": 300, "objective": LogVariance(8, Replay())}
 
 
 class Killed(BaseException):
@@ -29,11 +30,19 @@ class Killed(BaseException):
 
 
 def killer(step: int):
-    def on_step(done: int, policy: object) -> None:
-        if done == step:
+    def kill(record: StepRecord) -> None:
+        if record.step == step:
             raise Killed
 
-    return on_step
+    return kill
+
+
+def every_5(folder: str | Path) -> Checkpointing:
+    return Checkpointing(folder, every=5)
+
+
+def every_step(folder: str | Path) -> Checkpointing:
+    return Checkpointing(folder, every=1)
 
 
 def topical(prompts):

@@ -14,15 +14,13 @@ from support.statistics import assert_mean
 
 from bayeslm.inference import (
     SVI,
-    Critic,
     ImportanceSampling,
-    LogVariance,
     ProgramError,
     RejectionSampling,
-    ReverseKL,
-    Tempering,
+    RunError,
 )
 from bayeslm.inference.control import ControlledSMC, SoftValueIteration, StateValues
+from bayeslm.inference.training import Adam, Checkpointing, Critic, LogVariance, ReverseKL, StatefulLoss, Tempering
 from bayeslm.models.control import (
     MDP,
     Control,
@@ -68,7 +66,7 @@ def test_importance_sampling_finds_the_evidence_and_the_first_action(seed):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_any_policy_may_propose(seed):
-    """The optimist's policy proposes better than the prior; the weights are the ratio of policies, dynamics cancel."""
+    """The posterior's policy is a better proposal than the prior; weights are ratios of policies, dynamics cancel."""
     mdp, control = problem(seed)
     exact = SoftValueIteration(BETA, HORIZON, "tilted").run(mdp)
     guide = control.guide(TabularPolicy(exact.policy.log()))
@@ -78,8 +76,8 @@ def test_any_policy_may_propose(seed):
     assert guided.stats["ess"].sum() > 1.2 * blind.stats["ess"].sum()
 
 
-def test_where_all_is_determined_the_best_policy_is_the_posterior():
-    """Every weight of the soft-optimal policy's trajectories is then Z."""
+def test_in_a_deterministic_environment_the_best_policy_is_the_posterior():
+    """Every weight of the soft-optimal policy's trajectories is Z."""
     mdp, control = problem(1, deterministic=True)
     exact = SoftValueIteration(BETA, HORIZON).run(mdp)
     guide = control.guide(TabularPolicy(exact.policy.log()))
@@ -104,7 +102,7 @@ COPIES = torch.arange(3).repeat(20)  # starts: many independent terms in a gradi
 
 
 def elbo_problem(seed: int = 0):
-    """A policy that is neither prior nor best, and the exact gradient of its ELBO."""
+    """Return a policy that is neither the prior nor the best, and the exact gradient of its ELBO."""
     prior = TabularPolicy(random_policy(random_mdp(seed), seed + 5)).requires_grad_(False)
     mdp, control = problem(seed, prior)
     policy = TabularPolicy(random_policy(mdp, seed + 1, HORIZON))
@@ -116,8 +114,8 @@ def elbo_problem(seed: int = 0):
 
 
 def learned(baseline, control, policy, steps: int = 20):
-    """A baseline that has seen some steps."""
-    objective = ReverseKL(4, baseline)
+    """A loss whose baseline has learned from some steps."""
+    objective = StatefulLoss(ReverseKL(4, baseline))
     for _ in range(steps):
         objective.loss_and_grads(control, control.guide(policy), COPIES)
     return objective
@@ -127,7 +125,7 @@ def learned(baseline, control, policy, steps: int = 20):
 def test_gradients_are_those_of_the_soft_value(baseline):
     control, policy, elbo, gradient = elbo_problem()
     pyro.set_rng_seed(0)
-    objective = ReverseKL(4) if baseline is None else learned(baseline, control, policy)
+    objective = StatefulLoss(ReverseKL(4)) if baseline is None else learned(baseline, control, policy)
     found = gradients(objective, control, control.guide(policy), [policy.logits], (COPIES,), repeats=100)
     assert_unbiased(-found, gradient)
     with torch.no_grad():
@@ -135,18 +133,18 @@ def test_gradients_are_those_of_the_soft_value(baseline):
     assert_mean(losses, -float(elbo))
 
 
-def test_state_values_take_out_what_is_past_and_what_was_expected():
-    """Rewards to go less a state's value have a smaller variance than the whole less its mean."""
+def test_state_values_lower_the_variance():
+    """Rewards to go minus the state's value have a smaller variance than returns minus their mean."""
     control, policy, _, _ = elbo_problem()
     spread = {}
     for name, objective in {
-        "whole": ReverseKL(4),
+        "returns": ReverseKL(4),
         "values": learned(StateValues(4, HORIZON), control, policy, 50),
     }.items():
         pyro.set_rng_seed(1)
         found = gradients(objective, control, control.guide(policy), [policy.logits], (COPIES,), repeats=60)
         spread[name] = float(found.var(0).sum())
-    assert spread["values"] < 0.6 * spread["whole"]
+    assert spread["values"] < 0.6 * spread["returns"]
 
 
 def test_state_values_learn_the_soft_values_of_the_policy():
@@ -155,30 +153,30 @@ def test_state_values_learn_the_soft_values_of_the_policy():
     values = StateValues(4, HORIZON, decay=0.99)
     pyro.set_rng_seed(0)
     objective = learned(values, control, policy, 200)
-    (table,) = objective._baseline.state_dict().values()
+    (table,) = objective.state.values()
     found, visits = table.reshape(2, HORIZON, 4)
     exact = SoftValueIteration(BETA, HORIZON).evaluate(mdp, policy.probabilities, control.prior.probabilities) / BETA
-    seen = visits > 1000
-    assert seen.sum() >= 9
-    torch.testing.assert_close(found[seen].double(), exact[:-1][seen], atol=0.15, rtol=0.05)
+    visited = visits > 1000
+    assert visited.sum() >= 9
+    torch.testing.assert_close(found[visited].double(), exact[:-1][visited], atol=0.15, rtol=0.05)
 
 
 def test_a_factor_of_the_whole_trajectory_has_the_same_gradient():
-    """Without the plate of steps nothing is known to be past, and nothing is biased."""
+    """Without the plate of steps all rewards belong to every action, and the gradient is unbiased."""
     control, policy, _, gradient = elbo_problem(1)
 
-    def whole(starts):
-        law = control.trajectory(control.prior, starts)
+    def model(starts):
+        distribution = control.trajectory(control.prior, starts)
         with pyro.plate("prompts", len(starts)):
-            pyro.factor("return", returns(pyro.sample("trajectory", law)) / BETA)
+            pyro.factor("return", returns(pyro.sample("trajectory", distribution)) / BETA)
 
     pyro.set_rng_seed(0)
     objective = ReverseKL(4, StateValues(4, 2))
-    found = gradients(objective, whole, control.guide(policy), [policy.logits], (COPIES,), repeats=100)
+    found = gradients(objective, model, control.guide(policy), [policy.logits], (COPIES,), repeats=100)
     assert_unbiased(-found[5:], gradient)
 
 
-def test_tempered_rewards_are_tempered_where_they_are_credited():
+def test_rewards_of_steps_follow_the_beta_schedule():
     """At an inverse temperature of 1/2, gradients are those of twice beta."""
     control, policy, _, _ = elbo_problem()
     mdp = control.environment.mdp
@@ -186,28 +184,28 @@ def test_tempered_rewards_are_tempered_where_they_are_credited():
     values = SoftValueIteration(2 * BETA, HORIZON).evaluate(mdp, logits.softmax(-1), control.prior.probabilities)
     (gradient,) = torch.autograd.grad(values[0, COPIES].sum() / (2 * BETA), logits)
     pyro.set_rng_seed(0)
-    objective = ReverseKL(4, StateValues(4, HORIZON, decay=0.99))
+    objective = StatefulLoss(ReverseKL(4, StateValues(4, HORIZON, decay=0.99)))
     objective.inverse_temperature = 0.5
     found = gradients(objective, control, control.guide(policy), [policy.logits], (COPIES,), repeats=100)
     assert_unbiased(-found[5:], gradient.float().reshape(-1))
-    (table,) = objective._baseline.state_dict().values()
+    (table,) = objective.state.values()
     expected = values[:-1].detach() / (2 * BETA)
-    seen = table[1].reshape(HORIZON, 4) > 1000
-    torch.testing.assert_close(table[0].reshape(HORIZON, 4)[seen].double(), expected[seen], atol=0.06, rtol=0.02)
+    visited = table[1].reshape(HORIZON, 4) > 1000
+    torch.testing.assert_close(table[0].reshape(HORIZON, 4)[visited].double(), expected[visited], atol=0.06, rtol=0.02)
 
 
 # -- policies ----------------------------------------------------------------------------------------------------------
 
 
 def missed(control: Control, mdp: MDP, policy) -> tuple[float, float]:
-    """How far a policy's soft value is from the best, and the best."""
+    """Return the difference of a policy's soft value to the best, and the best."""
     solver = SoftValueIteration(control.beta, control.horizon)
     best = float(mdp.initial @ solver.run(mdp).values[0])
     return best - float(mdp.initial @ solver.evaluate(mdp, policy.probabilities)[0]), best
 
 
 def gap(control: Control, mdp: MDP, policy) -> float:
-    """The same as a share of the best."""
+    """Return the difference of a policy's soft value to the best, as a share of the best."""
     less, best = missed(control, mdp, policy)
     return less / abs(best)
 
@@ -224,7 +222,7 @@ def gym_problem(name: str, beta: float, horizon: int, **kwargs) -> tuple[MDP, Co
 def test_svi_finds_the_best_policy(objective):
     mdp, control = problem(0)
     policy = TabularPolicy.uniform(4, 2, HORIZON)
-    svi = SVI(num_steps=100, learning_rate=0.2, objective=objective, guide=control.guide(policy), seed=0)
+    svi = SVI(num_steps=100, optimizer=Adam(0.2), objective=objective, guide=control.guide(policy), seed=0)
     trained = svi.run(control)
     assert trained.policy is policy
     less, best = missed(control, mdp, policy)
@@ -236,7 +234,7 @@ def test_svi_finds_the_best_policy(objective):
 def test_a_second_guide_does_not_train_the_first():
     _, control = problem(0)
     first, second = (TabularPolicy.uniform(4, 2) for _ in range(2))
-    settings = {"num_steps": 3, "learning_rate": 0.1, "num_samples": 8, "seed": 0}
+    settings = {"num_steps": 3, "optimizer": Adam(0.1), "num_samples": 8, "seed": 0}
     SVI(guide=control.guide(first), **settings).run(control)
     kept = first.logits.detach().clone()
     SVI(guide=control.guide(second), **settings).run(control)
@@ -244,7 +242,7 @@ def test_a_second_guide_does_not_train_the_first():
     torch.testing.assert_close(first.logits, kept)
 
 
-def test_a_training_goes_on_from_its_checkpoint(tmp_path):
+def test_a_training_resumes_from_its_checkpoint(tmp_path):
     _, control = problem(0)
     ends = []
     for steps, folder in ((6, None), (3, tmp_path), (6, tmp_path)):
@@ -252,12 +250,10 @@ def test_a_training_goes_on_from_its_checkpoint(tmp_path):
         objective = ReverseKL(8, StateValues(4, 2))
         svi = SVI(
             num_steps=steps,
-            schedule="constant",
-            learning_rate=0.1,
+            optimizer=Adam(0.1, schedule="constant"),
             objective=objective,
             guide=control.guide(policy),
-            checkpoint=folder,
-            checkpoint_every=3,
+            checkpoint=folder and Checkpointing(folder, every=3),
             num_samples=8,
             seed=0,
         )
@@ -271,16 +267,16 @@ def test_a_training_goes_on_from_its_checkpoint(tmp_path):
 
 
 def _until_third(svi: SVI, control: Control) -> None:
-    """A run of six steps that is broken off after three."""
+    """Stop a run of six steps after three."""
 
-    def stop(step, policy):
-        if step == 4:
+    def stop(record):
+        if record.step == 4:
             raise RuntimeError("killed")
 
     import dataclasses
 
-    with pytest.raises(RuntimeError, match="killed"):
-        dataclasses.replace(svi, num_steps=6, on_step=stop).run(control)
+    with pytest.raises(RunError, match="killed"):
+        dataclasses.replace(svi, num_steps=6, callbacks=[stop]).run(control)
 
 
 SETTINGS = [
@@ -291,8 +287,8 @@ SETTINGS = [
     ("CliffWalking-v1", 1.0, 100, {}),
 ]
 
-QUICK = {"num_steps": 400, "learning_rate": 0.2, "schedule": "cosine", "temperature": Tempering(0.1, 0.4)}
-SLOW = {"num_steps": 1000, "learning_rate": 0.1, "schedule": "linear", "temperature": Tempering(0.03, 0.5)}
+QUICK = {"num_steps": 400, "optimizer": Adam(0.2, schedule="cosine"), "callbacks": [Tempering(0.1, 0.4)]}
+SLOW = {"num_steps": 1000, "optimizer": Adam(0.1), "callbacks": [Tempering(0.03, 0.5)]}
 
 
 @pytest.mark.long
@@ -300,8 +296,8 @@ SLOW = {"num_steps": 1000, "learning_rate": 0.1, "schedule": "linear", "temperat
     ("setting", "training", "limit"),
     [(setting, QUICK, 0.01) for setting in (*SETTINGS[:3], SETTINGS[4])] + [(SETTINGS[3], SLOW, 0.02)],
 )
-def test_svi_is_within_some_hundredths_of_the_soft_optimal_value(setting, training, limit):
-    """Two of them on the slippery 8x8 lake, which is the hardest."""
+def test_svi_is_close_to_the_soft_optimal_value(setting, training, limit):
+    """Within 1%, and within 2% on the slippery 8x8 lake, which is the hardest."""
     name, beta, horizon, kwargs = setting
     mdp, control = gym_problem(name, beta, horizon, **kwargs)
     policy = CountdownPolicy(mdp.num_states, mdp.num_actions, horizon)
@@ -321,7 +317,7 @@ def test_svi_is_within_some_hundredths_of_the_soft_optimal_value(setting, traini
 @pytest.mark.parametrize("dynamics", ["tilted", "fixed"])
 @pytest.mark.parametrize("seed", range(3))
 def test_controlled_smc_finds_the_evidence(dynamics, seed):
-    """Whatever plan it follows, and however it resamples."""
+    """The evidence is unbiased under both plans, with resampling at every step."""
     mdp, control = problem(seed)
     exact = SoftValueIteration(BETA, HORIZON, "tilted").run(mdp)
     smc = ControlledSMC(num_sweeps=2, num_particles=100, num_chains=20, dynamics=dynamics, ess_threshold=1.0, seed=seed)
@@ -331,13 +327,13 @@ def test_controlled_smc_finds_the_evidence(dynamics, seed):
     assert within(posterior.log_evidence, posterior.log_evidence_stderr, exact.values[0, STARTS] / BETA)
     weights = torch.as_tensor(posterior.weights())
     first = torch.as_tensor(posterior.samples["trajectory"])[..., 0, 0] == 1
-    by_chain = (weights * first).sum(1) / weights.sum(1)  # each its own estimate
+    by_chain = (weights * first).sum(1) / weights.sum(1)  # an estimate for each chain
     assert within(by_chain.mean(0), by_chain.std(0) / 20**0.5 + 0.01, exact.policy[0, STARTS, 1])
 
 
 @pytest.mark.parametrize("dynamics", ["tilted", "fixed"])
 def test_a_prior_may_change_with_the_steps(dynamics):
-    """What it all but forbids at first is the plan later. log Z is by enumeration of all episodes."""
+    """Its first step makes improbable the action that is best later. log Z is computed from all episodes."""
     forward = torch.tensor([1, 2, 2])
     transitions = torch.stack([torch.eye(3), torch.eye(3)[forward]], 1)
     rewards = torch.zeros(3, 2, 3)
@@ -361,8 +357,8 @@ def test_a_prior_may_change_with_the_steps(dynamics):
 
 @pytest.mark.parametrize("dynamics", ["tilted", "fixed"])
 def test_the_exact_plan_makes_every_particle_exact(monkeypatch, dynamics):
-    """With nothing defensive all particles weigh the same on the way and, where nothing is left to chance, Z at the
-    end. With fixed dynamics, chance makes no difference on the way."""
+    """Without a defensive share all particles have equal weights before the end and, in a deterministic environment,
+    the weight Z at the end. With fixed dynamics weights are equal in a random environment too."""
     mdp, control = problem(1, deterministic=dynamics == "tilted")
     exact = SoftValueIteration(BETA, HORIZON, dynamics).run(mdp)
     monkeypatch.setattr(SoftValueIteration, "run", lambda *_: exact)
@@ -404,7 +400,7 @@ def test_planning_in_larger_worlds(name, beta, horizon, kwargs, seed):
 
 
 def test_planning_with_copies_of_gymnasium():
-    """The environment itself, without its table: what is learned from copies is within a hundredth, too."""
+    """Planning by copies of the environment, without its table, is within a hundredth of the best too."""
     mdp, table = gym_problem("FrozenLake-v1", 0.1, 12, is_slippery=False)
     control = Control(GymEnvironment("FrozenLake-v1", is_slippery=False), 0.1, 12)
     posterior = ControlledSMC(num_sweeps=4, num_particles=150, dynamics="fixed", seed=0).run(control)
@@ -414,7 +410,7 @@ def test_planning_with_copies_of_gymnasium():
     assert posterior.stats["environment_steps"] > 1000
 
 
-def test_what_cannot_be_planned_is_refused():
+def test_unsupported_programs_and_settings_are_refused():
     _, control = problem()
     with pytest.raises(ProgramError, match="discrete states"):
         ControlledSMC().run(Control(GymEnvironment("CartPole-v1"), 1.0, 5))
@@ -432,16 +428,16 @@ def test_what_cannot_be_planned_is_refused():
         SVI(num_steps=1).run(control)
 
 
-def test_a_trajectory_may_stand_beside_other_latents():
-    """An uncertain temperature of the likelihood, in the same program: weights are of the joint."""
+def test_a_program_may_have_a_trajectory_and_other_latents():
+    """beta is uncertain in the same program; weights are those of the joint distribution."""
     mdp = random_mdp(0)
     environment = TabularEnvironment(mdp)
 
     def model():
         with pyro.plate("prompts", 1):
             cold = pyro.sample("cold", pyro.distributions.Bernoulli(0.3))
-            law = Trajectory(environment, UniformPolicy(2), HORIZON, torch.tensor([0]))
-            value = pyro.sample("trajectory", law)
+            distribution = Trajectory(environment, UniformPolicy(2), HORIZON, torch.tensor([0]))
+            value = pyro.sample("trajectory", distribution)
             pyro.factor("return", returns(value) * torch.where(cold > 0, 2.0, 0.5))
 
     posterior = ImportanceSampling(num_particles=6000, seed=0).run(model)

@@ -1,4 +1,4 @@
-"""Exploration: each strategy's law against its formula, Thompson's against the probability that an action is best."""
+"""Exploration: each strategy's probabilities against its formula, and Thompson's against P(action is best)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DRAWS = torch.tensor([[0.0, 1.0, 3.0], [4.0, 1.0, 0.0]])  # means 2, 1, 1.5
 STRATEGIES = [Random(), EpsilonGreedy(0.3), Boltzmann(0.5), Thompson()]
 
 
-def test_laws():
+def test_probabilities():
     weights = np.exp(np.array([2.0, 1.0, 1.5]) / 0.5)
     expected = {
         Random(): [1 / 3] * 3,
@@ -25,12 +25,12 @@ def test_laws():
         Boltzmann(0.5): weights / weights.sum(),
         Thompson(): [0.5, 0.0, 0.5],
     }
-    for strategy, law in expected.items():
-        np.testing.assert_allclose(strategy.probabilities(DRAWS), law, rtol=1e-6, err_msg=str(strategy))
+    for strategy, distribution in expected.items():
+        np.testing.assert_allclose(strategy.probabilities(DRAWS), distribution, rtol=1e-6, err_msg=str(strategy))
     assert [s.needs_draws for s in STRATEGIES] == [False, False, False, True]
 
 
-def test_the_highest_value_is_shared_where_several_have_it():
+def test_ties_share_their_probability():
     values = torch.tensor([[1.0, 1.0, 0.0], [-torch.inf, -torch.inf, -torch.inf]])[None]
     for strategy in (EpsilonGreedy(0.0), Thompson()):
         expected = [[0.5, 0.5, 0.0], [1 / 3] * 3]
@@ -38,18 +38,18 @@ def test_the_highest_value_is_shared_where_several_have_it():
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_batches_of_values_are_each_their_own(strategy):
+def test_elements_of_a_batch_are_independent(strategy):
     values = torch.randn(7, 4, 5, 3, dtype=torch.float64)
-    law = strategy.probabilities(values)
-    assert law.shape == (4, 5, 3)
-    torch.testing.assert_close(law.sum(-1), torch.ones(4, 5, dtype=torch.float64))
+    distribution = strategy.probabilities(values)
+    assert distribution.shape == (4, 5, 3)
+    torch.testing.assert_close(distribution.sum(-1), torch.ones(4, 5, dtype=torch.float64))
     for i in range(4):
-        torch.testing.assert_close(law[i], strategy.probabilities(values[:, i]))
+        torch.testing.assert_close(distribution[i], strategy.probabilities(values[:, i]))
     assert strategy.choose(values).shape == (4, 5)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_actions_are_drawn_from_the_law(strategy):
+def test_actions_are_drawn_with_their_probabilities(strategy):
     chosen = strategy.choose(DRAWS[:, None].expand(-1, 20_000, -1))
     assert chosen.dtype == torch.int64
     assert_drawn_from(torch.bincount(chosen, minlength=3), strategy.probabilities(DRAWS).log())
@@ -57,7 +57,7 @@ def test_actions_are_drawn_from_the_law(strategy):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_thompson_is_the_probability_that_an_arm_is_best(seed):
-    """P(arm is best) of Beta posteriors by quadrature, of Student's t by the same; within 4.5 standard errors."""
+    """P(arm is best) by quadrature, for Beta and Student's t posteriors, within 4.5 standard errors."""
     torch.manual_seed(seed)
     n = 40_000
     a, b = torch.tensor([2.0, 8.0, 3.0]), torch.tensor([1.0, 5.0, 3.0])
@@ -69,14 +69,14 @@ def test_thompson_is_the_probability_that_an_arm_is_best(seed):
         stats.t(2 * x, loc, np.sqrt(y / (x * c)))
         for loc, c, x, y in zip(*(p.tolist() for p in (m, k, shape, rate)), strict=True)
     ]
-    for belief, laws, limits in ((arms, betas, (0, 1)), (normals, students, (-np.inf, np.inf))):
-        law = Thompson().probabilities(belief.sample((n,))[:, None])[0]
-        for i, own in enumerate(laws):
-            others = [other for j, other in enumerate(laws) if j != i]
+    for belief, distributions, limits in ((arms, betas, (0, 1)), (normals, students, (-np.inf, np.inf))):
+        distribution = Thompson().probabilities(belief.sample((n,))[:, None])[0]
+        for i, own in enumerate(distributions):
+            others = [other for j, other in enumerate(distributions) if j != i]
             p, _ = integrate.quad(
                 lambda x, own=own, others=others: own.pdf(x) * np.prod([o.cdf(x) for o in others]), *limits
             )
-            assert abs(law[i] - p) < 4.5 * np.sqrt(p * (1 - p) / n), (belief, i, law, p)
+            assert abs(distribution[i] - p) < 4.5 * np.sqrt(p * (1 - p) / n), (belief, i, distribution, p)
 
 
 @pytest.mark.parametrize(

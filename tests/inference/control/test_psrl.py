@@ -1,4 +1,4 @@
-"""PSRL: its regret against an exact computation, its tasks against exact values, and what it is for."""
+"""PSRL: its regret against an exact computation, its tasks against exact values, and RiverSwim."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ ARMS = (0.8, 0.5)
 
 @functools.cache
 def first_is_best(a: float, b: float, c: float, d: float) -> float:
-    """P(p_1 > p_2) for p_1 ~ Beta(a, b) and p_2 ~ Beta(c, d)."""
+    """Return P(p_1 > p_2) for p_1 ~ Beta(a, b) and p_2 ~ Beta(c, d)."""
     return integrate.quad(lambda x: stats.beta.pdf(x, a, b) * stats.beta.cdf(x, c, d), 0, 1)[0]
 
 
-def exact_law(strategy, counts: tuple[int, ...]) -> np.ndarray:
-    """What the strategy does at Beta(1 + wins, 1 + losses), from its definition."""
+def exact_probabilities(strategy, counts: tuple[int, ...]) -> np.ndarray:
+    """Return the strategy's probabilities at Beta(1 + wins, 1 + losses), from its definition."""
     a, b, c, d = (1 + n for n in counts)
     means = np.array([a / (a + b), c / (c + d)])
     if isinstance(strategy, Thompson):
@@ -50,19 +50,19 @@ def exact_law(strategy, counts: tuple[int, ...]) -> np.ndarray:
 
 
 def exact_regret(strategy, steps: int) -> list[float]:
-    """Expected regret of each step, by the law of wins and losses (w1, l1, w2, l2) after each."""
+    """Return the expected regret of each step, from the probabilities of wins and losses (w1, l1, w2, l2)."""
     states, regret = {(0, 0, 0, 0): 1.0}, []
     for _ in range(steps):
         following: dict[tuple[int, ...], float] = {}
         loss = 0.0
         for counts, p in states.items():
-            law = exact_law(strategy, counts)
-            loss += p * (max(ARMS) - law @ ARMS)
+            distribution = exact_probabilities(strategy, counts)
+            loss += p * (max(ARMS) - distribution @ ARMS)
             for arm in (0, 1):
                 for lost in (0, 1):
                     after = list(counts)
                     after[2 * arm + lost] += 1
-                    q = p * law[arm] * (1 - ARMS[arm] if lost else ARMS[arm])
+                    q = p * distribution[arm] * (1 - ARMS[arm] if lost else ARMS[arm])
                     following[tuple(after)] = following.get(tuple(after), 0.0) + q
         states = following
         regret.append(loss)
@@ -78,21 +78,23 @@ def test_the_regret_of_a_bernoulli_bandit_is_the_exact_one(strategy, seed):
     expected = exact_regret(strategy, 7)
     assert_mean(learning.regret, expected)
     assert_mean(learning.returns, max(ARMS) - np.array(expected))
-    assert_mean(learning.belief.rewards.concentration.sum((1, 2)) - 7, 4.0)  # every pull was counted, once
+    assert_mean(learning.belief.rewards.concentration.sum((1, 2)) - 7, 4.0)  # every pull is counted once
 
 
 def test_gaussian_arms_learn_from_their_own_pulls():
     bandit = Bandit(torch.tensor([1.0, 0.0, -3.0]), scale=torch.tensor([0.5, 2.0, 1.0]))
     learning = PSRL(300, Random(), num_runs=200, seed=0, progress=False).run(bandit, GaussianArms.prior(3))
-    law = learning.belief.rewards
-    assert_mean(law.count.sum(1), 303.0)
-    assert_mean(law.mean * law.count / (law.count - 1), bandit.means)  # the prior's mean of 0 taken off
-    np.testing.assert_allclose((law.rate / law.shape).mean(0), [0.25, 4.0, 1.0], rtol=0.1)
+    distribution = learning.belief.rewards
+    assert_mean(distribution.count.sum(1), 303.0)
+    assert_mean(
+        distribution.mean * distribution.count / (distribution.count - 1), bandit.means
+    )  # without the prior's mean of 0
+    np.testing.assert_allclose((distribution.rate / distribution.shape).mean(0), [0.25, 4.0, 1.0], rtol=0.1)
     torch.testing.assert_close(learning.regret, torch.full_like(learning.regret, 1 + 2 / 3))
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_thompson_pulls_about_as_rarely_as_lai_and_robbins_allow(seed):
+def test_regret_of_thompson_sampling_is_near_the_bound_of_lai_and_robbins(seed):
     r"""Regret grows by \sum_a gap / KL(p_a, p_*) a unit of log t (Lai and Robbins 1985, Kaufmann et al. 2012).
 
     Between t = 200 and 2000 that slope is met within a factor of 2; that of a fixed epsilon is linear.
@@ -115,11 +117,11 @@ def test_thompson_pulls_about_as_rarely_as_lai_and_robbins_allow(seed):
 
 def random_world(seed: int, states: int = 4, actions: int = 3) -> MDP:
     generator = torch.Generator().manual_seed(seed)
-    laws = torch.rand(states * actions + 1, states, generator=generator, dtype=torch.float64) ** 3
-    laws = laws / laws.sum(-1, keepdim=True)
+    distributions = torch.rand(states * actions + 1, states, generator=generator, dtype=torch.float64) ** 3
+    distributions = distributions / distributions.sum(-1, keepdim=True)
     rewards = torch.randn(states, actions, states, generator=generator, dtype=torch.float64)
     terminal = torch.arange(states) == states - 1
-    return MDP(laws[:-1].view(states, actions, states), rewards, terminal, laws[-1])
+    return MDP(distributions[:-1].view(states, actions, states), rewards, terminal, distributions[-1])
 
 
 def test_the_regret_of_an_episode_is_that_of_dynamic_programming():
@@ -155,8 +157,8 @@ def test_episodes_pay_what_their_policy_is_worth(seed):
         torch.testing.assert_close(go_on, steps.valid[:, t] & ~steps.terminated[:, t])
 
 
-def test_gymnasium_is_seen_by_states_and_rewards_alone():
-    """FrozenLake by a random policy: what was seen is the table's law; the states that ended episodes are its own."""
+def test_worlds_are_learned_from_gymnasium_episodes():
+    """Transitions of FrozenLake under a random policy agree with its table, and so do terminal states."""
     gymnasium = pytest.importorskip("gymnasium")
     mdp = MDP.from_gymnasium(gymnasium.make("FrozenLake-v1"))
     task = EpisodicTask(GymEnvironment("FrozenLake-v1"), 100)
@@ -164,11 +166,11 @@ def test_gymnasium_is_seen_by_states_and_rewards_alone():
     assert learning.regret.isnan().all()
     ended = learning.belief.terminal.any(0)
     assert torch.equal(ended & ~mdp.terminal, torch.zeros(16, dtype=torch.bool))
-    assert ended[[5, 7]].all()  # the two holes that are near
-    seen = learning.belief.transitions.concentration.sum(0) - 50 / 16
+    assert ended[[5, 7]].all()  # the two nearest holes
+    observed = learning.belief.transitions.concentration.sum(0) - 50 / 16
     impossible = (mdp.transitions == 0) & ~mdp.terminal[:, None, None]
-    assert seen[impossible].abs().max() < 1e-9
-    counts = seen[0, 2]  # from the start, right: a third each of staying, right and down
+    assert observed[impossible].abs().max() < 1e-9
+    counts = observed[0, 2]  # from the start, right: a third each of staying, right and down
     assert stats.chisquare(counts[[0, 1, 4]]).pvalue > 1e-6
     known = EpisodicTask(GymEnvironment("FrozenLake-v1"), 100, truth=mdp)
     learning = PSRL(2, Random(), num_runs=4, seed=0, progress=False).run(known, Worlds.prior(16, 4))
@@ -178,8 +180,8 @@ def test_gymnasium_is_seen_by_states_and_rewards_alone():
 
 
 @pytest.mark.parametrize("limit", ["wrapper", "its own"])
-def test_a_state_in_which_time_ended_an_episode_is_not_terminal(limit):
-    """A ring that goes on for ever, and a limit of three steps that no specification tells."""
+def test_a_state_in_which_an_episode_was_truncated_is_not_terminal(limit):
+    """A ring without terminal states, and a limit of three steps that the environment does not declare."""
     gymnasium = pytest.importorskip("gymnasium")
 
     class Ring(gymnasium.Env):
@@ -196,9 +198,9 @@ def test_a_state_in_which_time_ended_an_episode_is_not_terminal(limit):
 
     make = Ring if limit == "its own" else lambda: gymnasium.wrappers.TimeLimit(Ring(), 3)
     task = EpisodicTask(GymEnvironment(make), 6)
-    seen = task.play(torch.full((20, 6, 5, 2), 0.5))
-    assert not seen.terminated.any()
-    assert torch.equal(seen.valid, torch.arange(6).expand(20, 6) < 3)
+    observed = task.play(torch.full((20, 6, 5, 2), 0.5))
+    assert not observed.terminated.any()
+    assert torch.equal(observed.valid, torch.arange(6).expand(20, 6) < 3)
     learning = PSRL(4, Random(), num_runs=20, seed=0, progress=False).run(task, Worlds.prior(5, 2))
     assert not learning.belief.terminal.any()
     torch.testing.assert_close(
@@ -206,8 +208,8 @@ def test_a_state_in_which_time_ended_an_episode_is_not_terminal(limit):
     )
 
 
-def test_posterior_sampling_swims_the_river():
-    """What it is for: RiverSwim's far end is found by PSRL, and not by epsilon-greedy or at random."""
+def test_posterior_sampling_solves_river_swim():
+    """PSRL finds the right bank of RiverSwim; epsilon-greedy and random exploration do not."""
     task = EpisodicTask(TabularEnvironment(river_swim()), 20)
     prior = Worlds.prior(6, 2, reward=(0.0, 1.0, 1.0, 0.01))
     regret = {}
@@ -224,9 +226,9 @@ def test_the_posterior_finds_the_true_world():
         EpisodicTask(TabularEnvironment(mdp), 6), Worlds.prior(4, 3, concentration=1e-6)
     )
     assert torch.equal(learning.belief.terminal, mdp.terminal.expand(50, 4))
-    laws = learning.belief.transitions, learning.belief.initial
-    for law, p in zip(laws, (mdp.transitions[:3], mdp.initial), strict=True):
-        counts = law.concentration.sum(0)[: len(p)]  # of all runs together
+    distributions = learning.belief.transitions, learning.belief.initial
+    for distribution, p in zip(distributions, (mdp.transitions[:3], mdp.initial), strict=True):
+        counts = distribution.concentration.sum(0)[: len(p)]  # sums over all runs
         n = counts.sum(-1, keepdim=True)
         assert n.min() > 100
         assert ((counts - n * p) / (n * p * (1 - p)).sqrt()).abs().max() < LIMIT

@@ -1,4 +1,4 @@
-"""The loop of questions: what it asks, what it learns, and that nothing is lost on the way."""
+"""Preference elicitation: its questions, its posterior, and that no answer is lost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRUTH = torch.tensor([1.5, -1.0, 0.5, 0.0, 2.0])
 
 
 def features(prompts, completions):
-    """Standard normals that the text determines, (n, 5)."""
+    """Return standard normal features that are a function of the text, (n, 5)."""
     rows = [torch.randn(5, generator=torch.Generator().manual_seed(int(text))) for text in completions]
     return torch.stack(rows)
 
@@ -38,6 +38,11 @@ POOL = Pool(["a"] * 12 + ["b"] * 8, [str(i) for i in range(20)])
 JUDGE = SimulatedJudge(Reward(truth), temperature=1.0)
 
 
+def pair(answer):
+    """Return what was compared, regardless of the order."""
+    return answer.prompt, frozenset((answer.first, answer.second))
+
+
 def take(loop, number, judge=JUDGE, answers=None, pool=POOL):
     return list(itertools.islice(loop.run(pool, judge, answers), number))
 
@@ -45,15 +50,15 @@ def take(loop, number, judge=JUDGE, answers=None, pool=POOL):
 # -- which pair ------------------------------------------------------------------------------------------------
 
 
-def test_information_against_the_joint_law():
-    """I(y; theta) as the KL from the joint law of draw and answer to the product of its margins."""
+def test_information_against_the_joint_distribution():
+    """I(y; theta) is the KL from the joint distribution of draw and answer to the product of its margins."""
     log_odds = torch.randn(7, 30, generator=torch.Generator().manual_seed(0)) * 3
     p = log_odds.double().sigmoid()
     joint = torch.stack([p, 1 - p]) / 7  # (answer, draw, pair)
     expected = (joint * (joint / (joint.sum(1, keepdim=True) / 7)).log()).sum((0, 1))
     torch.testing.assert_close(information(log_odds).double(), expected, atol=1e-6, rtol=1e-4)
-    assert information(torch.full((5, 1), 0.3)).abs() < 1e-6  # all draws agree: only noise is left
-    half = information(torch.tensor([[1e4], [-1e4]]))  # each is sure, of opposite answers: all there is to know
+    assert information(torch.full((5, 1), 0.3)).abs() < 1e-6  # all draws agree: only the noise remains
+    half = information(torch.tensor([[1e4], [-1e4]]))  # the draws are sure of opposite answers: one bit
     assert half.item() == pytest.approx(math.log(2))
 
 
@@ -71,20 +76,20 @@ def test_information_gain_asks_for_the_most_informative():
 
 
 @pytest.mark.parametrize("strategy", [Random(), Thompson(), EpsilonGreedy(0.4), Boltzmann(0.7), Tilted(0.5)])
-def test_duels_have_the_law_of_their_strategy(strategy):
-    """The first by the strategy, the second by it among the others, of a prompt picked evenly."""
+def test_duels_have_the_probabilities_of_their_strategy(strategy):
+    """The strategy chooses the first completion, and then the second of the others, of a uniformly drawn prompt."""
     rewards = torch.randn(6, 5, generator=torch.Generator().manual_seed(2))
     prompts = torch.tensor([0, 0, 0, 1, 1])
     pairs = torch.tensor([[0, 1], [0, 2], [1, 2], [3, 4]])
-    law = torch.zeros(4).double()
-    law[3] = 0.5
+    distribution = torch.zeros(4).double()
+    distribution[3] = 0.5
     first = strategy.probabilities(rewards[:, :3])
     for i, j in itertools.permutations(range(3), 2):
         others = [k for k in range(3) if k != i]
         second = strategy.probabilities(rewards[:, others])[others.index(j)]
-        law[i + j - 1] += 0.5 * first[i] * second
+        distribution[i + j - 1] += 0.5 * first[i] * second
     draws = torch.tensor([Duel(strategy).choose(rewards, pairs, prompts) for _ in range(1500)])
-    assert_drawn_from(torch.bincount(draws, minlength=4), law.log())
+    assert_drawn_from(torch.bincount(draws, minlength=4), distribution.log())
 
 
 def test_duels_ask_nothing_twice():
@@ -111,7 +116,7 @@ def test_pools():
     assert pool.prompt_indices.tolist() == [0, 1, 0, 1]
     assert pool.pairs().tolist() == [[0, 2], [1, 3]]
     asked = [Answer("b", "3", "1", 0.5, None), Answer("a", "1", "3", 0.5, True), Answer("c", "1", "2", 0.5, True)]
-    assert pool.pairs(asked).tolist() == [[0, 2]]  # the second and third are of texts that it does not have
+    assert pool.pairs(asked).tolist() == [[0, 2]]  # the second and third have texts that are not in the pool
     with pytest.raises(ValueError, match="nothing to compare"):
         Pool(["a", "b", "a"], ["1", "2", "1"])
     with pytest.raises(ValueError, match="2 prompts for 1"):
@@ -128,7 +133,7 @@ def test_pools_are_drawn_of_the_prior():
 
 @pytest.mark.parametrize("epsilon", [None, 0.3])
 def test_fresh_completions_have_the_posterior_with_the_reward_uncertain(epsilon):
-    """Of a tiny model, by `Exact`, against the mixture over draws (or of mean and prior) of enumerated posteriors."""
+    """Draws by `Exact` agree with the mixture over weights (or of mean and prior) of enumerated posteriors."""
     lm = table_lm(order=2, vocab=4)
 
     def letters(prompts, completions):
@@ -138,7 +143,7 @@ def test_fresh_completions_have_the_posterior_with_the_reward_uncertain(epsilon)
     weights = torch.tensor([[2.0, -1.0], [-1.0, 1.0], [0.5, 3.0]])
     fresh = FreshCompletions(lm, ["c"], model, beta=0.8, engine=Exact(), epsilon=epsilon, max_new_tokens=2)
 
-    def law(w):
+    def distribution(w):
         posterior = Exact().run(TiltedLM(lm, UncertainReward(model, w[None], "mean"), 0.8, max_new_tokens=2), ["c"])
         texts = posterior.texts["completion"][0, :, 0]
         by_text = dict.fromkeys(sorted(set(texts)), 0.0)
@@ -146,11 +151,11 @@ def test_fresh_completions_have_the_posterior_with_the_reward_uncertain(epsilon)
             by_text[text] += float(weight)
         return torch.tensor(list(by_text.values())), list(by_text)
 
-    laws = [law(w) for w in weights]
-    names = laws[0][1]
-    mixture = torch.stack([p for p, _ in laws]).mean(0)
+    distributions = [distribution(w) for w in weights]
+    names = distributions[0][1]
+    mixture = torch.stack([p for p, _ in distributions]).mean(0)
     if epsilon is not None:
-        mixture = 0.7 * law(weights.mean(0))[0] + 0.3 * law(torch.zeros(2))[0]
+        mixture = 0.7 * distribution(weights.mean(0))[0] + 0.3 * distribution(torch.zeros(2))[0]
     drawn = [fresh.draw("c", weights) for _ in range(200)]
     counts = torch.tensor([drawn.count(name) for name in names])
     assert_drawn_from(counts, mixture.log())
@@ -164,8 +169,8 @@ def letters_of(prompts, completions):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_fresh_completions_that_coincide_are_drawn_anew(monkeypatch, seed):
-    """Of a model with three texts, and the blank one: all of their pairs are asked, then an error says what to do."""
+def test_fresh_completions_that_are_equal_are_drawn_again(monkeypatch, seed):
+    """The model has three texts and the blank one: after all three pairs, an error says what to do."""
     model = BradleyTerry(letters_of)
     lm = table_lm(order=1, vocab=4, seed=1)
     fresh = FreshCompletions(lm, ["c"], model, engine=Exact(), beta=5.0, max_new_tokens=1)
@@ -173,13 +178,13 @@ def test_fresh_completions_that_coincide_are_drawn_anew(monkeypatch, seed):
     monkeypatch.setattr("bayeslm.inference.preferences.elicitation.TRIES", 60)
     with pytest.raises(ValueError, match=r"60 times the completions were .* a larger beta, longer texts"):
         take(loop, 9, lambda prompt, first, second: first < second, answers, fresh)
-    assert len({answer.pair for answer in answers}) == len(answers) == 3
-    assert loop.ask(fresh, answers[:2]) == Question(*astuple(answers[2])[:4])  # to go on is to ask the same
+    assert len({pair(answer) for answer in answers}) == len(answers) == 3
+    assert loop.ask(fresh, answers[:2]) == Question(*astuple(answers[2])[:4])  # a resumed loop asks the same question
 
 
-def test_an_engine_with_a_seed_draws_others_each_time():
+def test_the_seed_of_the_engine_is_ignored():
     model, lm = BradleyTerry(letters_of), table_lm(order=2, vocab=8)
-    engine = ImportanceSampling(num_particles=1, progress=False, seed=0)  # whose one particle would be all there is
+    engine = ImportanceSampling(num_particles=1, progress=False, seed=0)  # its seed would make all completions equal
     fresh = FreshCompletions(lm, ["c"], model, engine=engine, num_completions=4, max_new_tokens=6)
     torch.manual_seed(0)
     assert len(fresh(torch.zeros(1, 2)).completions) > 1
@@ -213,7 +218,7 @@ def test_fresh_completions_in_a_loop():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_simulated_judges_have_bradley_terrys_noise(seed):
+def test_simulated_judges_have_bradley_terry_noise(seed):
     reward = Reward(lambda completions, **_: [0.3 if c[0] == "x" else 0.0 for c in completions])
     judge = SimulatedJudge(reward, temperature=0.4, seed=seed)
     answers = [judge("p", f"x{i}", f"y{i}") for i in range(4000)]
@@ -264,34 +269,34 @@ LOOPS = {
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_a_loop_goes_on_as_if_it_had_not_been_broken_off(name):
-    """After any number of answers, skipped ones among them; and leaves the global random state alone."""
+def test_a_loop_resumes_from_its_answers(name):
+    """After any number of answers and skipped questions, without changing the global random state."""
     loop = LOOPS[name]
 
     def moody(prompt, first, second):
         return None if (int(first) + int(second)) % 3 == 0 else JUDGE(prompt, first, second)
 
-    whole = take(loop, 12, moody)
-    assert {answer.first_is_better for answer in whole} == {True, False, None}
+    complete = take(loop, 12, moody)
+    assert {answer.first_is_better for answer in complete} == {True, False, None}
     for cut in (1, 5, 11):
         torch.manual_seed(cut)
         before = torch.get_rng_state()
-        answers = list(whole[:cut])
+        answers = list(complete[:cut])
         take(loop, 12 - cut, moody, answers)
-        assert answers == whole
+        assert answers == complete
         assert torch.get_rng_state().equal(before)
-    assert take(replace(loop, seed=6), 12, moody) != whole
+    assert take(replace(loop, seed=6), 12, moody) != complete
 
 
 def test_nothing_is_asked_twice_and_it_ends():
     pool = Pool(["a"] * 3 + ["b"] * 2, list("12345"))
     answers = take(Elicitation(MODEL), 100, pool=pool)
-    assert len({answer.pair for answer in answers}) == len(answers) == 4
+    assert len({pair(answer) for answer in answers}) == len(answers) == 4
     assert Elicitation(MODEL).ask(pool, answers) is None
 
 
 @pytest.mark.parametrize("error", [RuntimeError("the judge went home"), KeyboardInterrupt()])
-def test_a_judge_who_raises_loses_nothing(error):
+def test_no_answer_is_lost_if_a_judge_raises(error):
     answers = []
 
     def tired(prompt, first, second):
@@ -307,7 +312,7 @@ def test_a_judge_who_raises_loses_nothing(error):
 
 
 def test_probabilities_are_those_of_the_posterior():
-    """Of many questions after as many answers: as often right as they say; and the first of two is either."""
+    """Questions are answered with their stated probabilities, and the order of the two completions is random."""
     foreseen, swapped = [], []
     for seed in range(8):
         answers = take(replace(LOOPS["random"], seed=seed), 20, replace(JUDGE, seed=seed))
@@ -319,7 +324,7 @@ def test_probabilities_are_those_of_the_posterior():
     assert abs(np.mean(swapped) - 0.5) < 4.5 * 0.5 / math.sqrt(len(swapped))
 
 
-def test_before_the_first_answer_there_is_the_prior():
+def test_without_answers_the_posterior_is_the_prior():
     weights = LOOPS["information"].weights([], POOL.example)
     assert weights.shape == (256, 5)
     assert weights.square().mean().item() == pytest.approx(16 / 5, rel=4.5 * math.sqrt(2 / 1280))
@@ -327,8 +332,8 @@ def test_before_the_first_answer_there_is_the_prior():
         LOOPS["information"].posterior([Answer("a", "1", "2", 0.5, None)])
 
 
-def test_information_gain_learns_sooner_than_random_pairs():
-    """Of what the true weights predict, after 20 answers: more accurate on texts never seen, over 6 seeds."""
+def test_information_gain_needs_fewer_answers_than_random_pairs():
+    """After 20 answers its predictions on new texts are closer to those of the true weights, over 6 seeds."""
     held = Pool(["a"] * 60, [str(i) for i in range(1000, 1060)])
     pairs = held.pairs()
     true = torch.tensor(truth(held.prompts, held.completions))
@@ -345,8 +350,8 @@ def test_information_gain_learns_sooner_than_random_pairs():
     assert gain.mean() > 2.0 * gain.std(ddof=1) / math.sqrt(6)
 
 
-def test_any_engine_updates():
-    """The posterior of the same answers by a sampler that knows nothing of modes: the same mean."""
+def test_any_engine_infers_the_weights():
+    """Importance sampling of the same answers has the same posterior mean."""
     from bayeslm import diagnostics
 
     small = BradleyTerry(lambda prompts, completions: features(prompts, completions)[:, :2], scale=1.0)

@@ -15,7 +15,8 @@ from support.models import table_lm, tiny_llama
 from support.programs import PROMPTS, score_table, tilted
 from support.statistics import LIMIT, assert_evidence, assert_mean
 
-from bayeslm.inference import SVI, Exact, ImportanceSampling, ProgramError, ReverseKL
+from bayeslm.inference import SVI, Exact, ImportanceSampling, ProgramError
+from bayeslm.inference.training import ReverseKL
 
 SHORT = [[1, 2], [3]]
 
@@ -201,7 +202,7 @@ def test_masked_latents_are_not_enumerated():
 
 def test_a_proposal_of_other_completions_is_refused():
     model = tilted(table_lm(order=2, vocab=4), score_table(0, vocab=4, tokens=3))
-    with pytest.raises(ValueError, match="vocab_size differ"):
+    with pytest.raises(ValueError, match="vocabularies differ"):
         importance(guide=table_lm(order=2, vocab=3)).run(model, SHORT)
 
 

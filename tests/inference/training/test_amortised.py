@@ -6,6 +6,7 @@ Vocabulary 4, 3 tokens, and a reward that depends on the prompt's last token: 40
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pyro
@@ -19,22 +20,22 @@ from support.models import table_lm, tiny_llama
 from support.statistics import assert_evidence
 from torch.nn.functional import softplus
 
-from bayeslm.inference import (
-    SMC,
-    SVI,
+from bayeslm.inference import SMC, SVI, Exact, ImportanceSampling, ProgramError
+from bayeslm.inference.program import inspect_or_reuse
+from bayeslm.inference.training import (
+    Adam,
+    AutoPolicy,
     Critic,
-    Exact,
     ExponentialAverage,
     FDivergence,
     ForwardKL,
     FromPosterior,
-    ImportanceSampling,
     LogVariance,
-    ProgramError,
     Replay,
     ReverseKL,
+    StatefulLoss,
 )
-from bayeslm.inference.program import AutoPolicy, Epochs, inspect_or_reuse
+from bayeslm.inference.training.epochs import next_minibatch
 from bayeslm.inference.training.sources import log_q
 from bayeslm.models import TiltedLM
 
@@ -116,7 +117,7 @@ def test_svi_reaches_the_posterior_of_every_prompt(objective, seed):
     if objective == "exact draws":
         objective = ForwardKL(64, FromPosterior(Exact().run(family.model(), prompts)))
     assert (family.kl(family.lm) > 0.1).all()
-    settings = {"num_steps": 300, "learning_rate": 0.05, "num_samples": 500}
+    settings = {"num_steps": 300, "optimizer": Adam(0.05), "num_samples": 500}
     engine = SVI(objective=objective, seed=seed, progress=False, **settings)
     posterior = engine.run(family.model(2), prompts)
     reached = family.kl(posterior.policy)
@@ -144,8 +145,9 @@ def test_a_prompts_average_lessens_the_variance_of_minibatches():
 
 
 class _OneForAll(ExponentialAverage):
-    def __call__(self, name, f, prompts=None):
-        return super().__call__(name, f.reshape(-1, 1)).reshape(f.shape)
+    def __call__(self, name, f, prompts, state):
+        advantage, state = super().__call__(name, f.reshape(-1, 1), None, state)
+        return advantage.reshape(f.shape), state
 
 
 @pytest.mark.parametrize(("size", "drawn"), [(None, 256), (2, 102), (1, 51)])
@@ -175,10 +177,14 @@ def test_a_policy_serves_prompts_it_was_never_trained_on(kind):
     """
     if kind == "table":
         lm, prompts = table_lm(order=4, vocab=5), [f"{a} {b} {c} d" for a, b, c in itertools.product("abc", repeat=3)]
-        settings, share, word = {"num_steps": 200, "learning_rate": 0.05}, 0.05, 2
+        settings, share, word = {"num_steps": 200, "optimizer": Adam(0.05)}, 0.05, 2
     else:
         lm, prompts = tiny_llama(seed=3, scale=1.0), [" ".join(four) for four in itertools.product("abcd", repeat=4)]
-        settings, share, word = {"num_steps": 600, "learning_rate": 1e-2, "lora_rank": 8}, 0.75, 3
+        settings, share, word = (
+            {"num_steps": 600, "optimizer": Adam(1e-2), "guide": partial(AutoPolicy, lora_rank=8)},
+            0.75,
+            3,
+        )
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
     held_out, trained_on = [prompts[i] for i in order[::4]], [prompts[i] for j, i in enumerate(order) if j % 4]
 
@@ -237,7 +243,7 @@ def test_draws_are_of_all_prompts_with_columns_observations_and_other_latents_of
     assert found.observed["same"] == exact.observed["same"]
     assert found.samples["completion"].shape == (*found.lengths["completion"].shape, 2) == (1, 2000, 7, 2)
     assert (found.lengths["completion"] >= found.samples["length"]).all()
-    trained = SVI(num_steps=150, learning_rate=0.05, num_samples=500, seed=0, progress=False).run(model, prompts, 3)
+    trained = SVI(num_steps=150, optimizer=Adam(0.05), num_samples=500, seed=0, progress=False).run(model, prompts, 3)
     assert (abs(trained.log_evidence - exact.log_evidence) < 4.5 * trained.log_evidence_stderr + 0.01).all()
     gap = exact.log_evidence - trained.log_weights.mean((0, 1))
     assert (gap < 0.03).all(), gap  # the posterior is of the policy's family
@@ -268,8 +274,11 @@ def test_tilted_lm_subsamples_columns_with_their_prompts():
 
 
 def test_epochs_give_every_prompt_its_turn():
-    epochs = Epochs()
-    turns = torch.stack([epochs.next(3, 7) for _ in range(7 * 200)])  # 3 epochs in 7 minibatches
+    waiting, batches = None, []
+    for _ in range(7 * 200):  # 3 epochs in 7 minibatches
+        batch, waiting = next_minibatch(waiting, 3, 7)
+        batches.append(batch)
+    turns = torch.stack(batches)
     assert (turns.sort(-1).values.diff(dim=-1) > 0).all()
     for i in range(200):
         assert (torch.bincount(turns[7 * i : 7 * i + 7].flatten()) == 3).all()
@@ -280,26 +289,26 @@ def test_epochs_give_every_prompt_its_turn():
         counts = pairs[torch.triu_indices(7, 7, 1).unbind()]
         mean = 200 * 3 / 21  # binomial, sd 4.95: beyond 5.5 sd, one in 10^6 of 147
         assert (counts - mean).abs().max() < 5.5 * (mean * (1 - 1 / 7)) ** 0.5
-    kept = epochs.state_dict()
-    other = Epochs()
-    other.load_state_dict(kept)
-    assert len(kept["waiting"]) == 0
-    epochs.next(3, 7)
-    other.load_state_dict(epochs.state_dict())
-    state = torch.get_rng_state()
-    ahead = [epochs.next(3, 7) for _ in range(3)]
-    torch.set_rng_state(state)
-    assert all(torch.equal(a, other.next(3, 7)) for a in ahead)
+    assert len(waiting) == 0
+    _, waiting = next_minibatch(waiting, 3, 7)
+    kept, state, found = waiting.clone(), torch.get_rng_state(), []
+    for begun in (waiting, kept):  # what waits is not changed: it gives the same again
+        torch.set_rng_state(state)
+        for _ in range(3):
+            batch, begun = next_minibatch(begun, 3, 7)
+            found.append(batch)
+    assert torch.equal(waiting, kept)
+    assert all(torch.equal(a, b) for a, b in zip(found[:3], found[3:], strict=True))
 
 
 def test_kept_draws_stay_with_their_prompts():
     """Learned from again, a minibatch has the score it was drawn with; other engines' draws are their prompts' too."""
     family = Family(PROMPTS)
     program, guide = inspect_or_reuse(None, family.model(2), (PROMPTS,), {}), family.guide(2)
-    replay, epochs, lots, ages = Replay(capacity=24, every=3), Epochs(), [], set()
+    replay, state, waiting, lots, ages = Replay(capacity=24, every=3), {}, None, [], set()
     for step in range(30):
-        asked = epochs.next(2, len(PROMPTS))
-        draws = replay(program.on(asked), guide, 8)
+        asked, waiting = next_minibatch(waiting, 2, len(PROMPTS))
+        draws, state = replay(program.on(asked), guide, 8, state)
         got = draws.prompts[0]
         assert (draws.prompts == got).all()
         if step % 3 == 0:
@@ -308,19 +317,19 @@ def test_kept_draws_stay_with_their_prompts():
         age = next(i for i, lot in enumerate(reversed(lots)) if torch.equal(lot.prompts, draws.prompts))
         assert torch.equal(lots[-1 - age].values["completion"], draws.values["completion"])
         ages.add(age)
-        torch.testing.assert_close(log_q(program.on(got), guide, draws).detach(), draws.log_s)
+        torch.testing.assert_close(log_q(program.on(got), guide, draws).detach(), draws.log_proposal)
         x = draws.values["completion"].reshape(8, 2, T)
         some = [PROMPTS[i] for i in got]
         expected = family.lm(some, max_new_tokens=T).log_prob(x) + family.reward(some, x)
-        torch.testing.assert_close(draws.log_target, expected)
+        torch.testing.assert_close(draws.log_joint, expected)
     assert ages == {0, 1, 2}  # three lots are kept
     source = FromPosterior(Exact().run(family.model(), PROMPTS))
-    draws = source(program.on(torch.tensor([3, 1])), guide, 50)
+    draws, _ = source(program.on(torch.tensor([3, 1])), guide, 50)
     x, some = draws.values["completion"].reshape(50, 2, T), [PROMPTS[3], PROMPTS[1]]
     reward = family.reward(some, x)
-    torch.testing.assert_close(draws.log_likelihood, reward)
-    torch.testing.assert_close(draws.score, reward)
-    torch.testing.assert_close(draws.log_target, family.lm(some, max_new_tokens=T).log_prob(x) + reward)
+    torch.testing.assert_close(draws.total_log_likelihood, reward)
+    torch.testing.assert_close(draws.values["score"], reward)
+    torch.testing.assert_close(draws.log_joint, family.lm(some, max_new_tokens=T).log_prob(x) + reward)
 
 
 def test_a_subsample_of_the_programs_own():
@@ -340,13 +349,14 @@ def test_a_subsample_of_the_programs_own():
     posterior = ImportanceSampling(4000, seed=0, progress=False).run(model, PROMPTS, torch.tensor([4, 0]))
     error = posterior.log_evidence - family.log_z.detach().numpy()[[4, 0]]
     assert (abs(error) < 4.5 * posterior.log_evidence_stderr).all()
-    objective = ReverseKL(4000)
+    objective = StatefulLoss(ReverseKL(4000))
     elbo = (family.log_q.exp() * (family.log_target - family.log_q)).sum(0).detach()
     for batch in ([4, 0], [1, 2]):
         loss = objective.loss(model, guide, PROMPTS, torch.tensor(batch))
-        assert objective.last["prompts"].tolist() == batch
-        torch.testing.assert_close(objective.last["elbo"], elbo[batch], atol=0.15, rtol=0)  # sd of a particle under 2
-        assert loss == pytest.approx(-2.5 * float(objective.last["elbo"].sum()), rel=1e-5)
+        figures = objective.last.figures
+        assert figures["prompts"].tolist() == batch
+        torch.testing.assert_close(figures["elbo"], elbo[batch], atol=0.15, rtol=0)  # sd of a particle under 2
+        assert loss == pytest.approx(-2.5 * float(figures["elbo"].sum()), rel=1e-5)
 
 
 def test_what_a_subsample_cannot_tell_is_refused():

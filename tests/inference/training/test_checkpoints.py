@@ -1,9 +1,10 @@
-"""Checkpoints of a training: going on to the bit, and refusing what is another run's."""
+"""Checkpoints of a training: it resumes bit-identically, and refuses what is another run's."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import re
 import resource
@@ -18,10 +19,26 @@ import torch
 from support.gradients import policy_guide
 from support.models import table_lm, tiny_llama
 from support.programs import PROMPTS, TOKENS, score_table, tilted
-from support.trainings import GOLD, LM, MODEL, SMALL, Killed, assert_same, batches, fickle, killer, topical
+from support.trainings import (
+    GOLD,
+    LM,
+    LONG,
+    MODEL,
+    SMALL,
+    Killed,
+    assert_same,
+    batches,
+    every_5,
+    every_step,
+    fickle,
+    killer,
+    topical,
+)
 
-from bayeslm.inference import (
-    SVI,
+from bayeslm.inference import SVI, RunError
+from bayeslm.inference.training import (
+    Adam,
+    AutoPolicy,
     Critic,
     ExponentialAverage,
     FDivergence,
@@ -31,10 +48,13 @@ from bayeslm.inference import (
     Plateau,
     Replay,
     ReverseKL,
+    StatefulLoss,
+    StepRecord,
     Tempering,
     alpha_divergence,
+    identify,
 )
-from bayeslm.inference.training.checkpoints import describe, digest
+from bayeslm.inference.training.identity import digest
 from bayeslm.models import TiltedLM, rewards
 
 
@@ -46,15 +66,15 @@ def kept(folder: Path) -> list[str]:
 # -- going on from a checkpoint ------------------------------------------------------------------------------
 
 RUNS = {
-    "elbo": (MODEL, {"held_out": HeldOut({"gold": GOLD}, every=4, num_particles=4), "stop": Plateau(3, -0.5)}),
-    "replay": (MODEL, {"objective": LogVariance(8, Replay(20)), "temperature": Tempering(), "num_chains": 2}),
-    "average": (MODEL, {"objective": ReverseKL(2, baseline=ExponentialAverage()), "temperature": KLTarget(0.5)}),
+    "elbo": (MODEL, {"callbacks": [HeldOut({"gold": GOLD}, every=4, num_particles=4), Plateau(3, -0.5)]}),
+    "replay": (MODEL, {"objective": LogVariance(8, Replay(20)), "callbacks": [Tempering()], "num_chains": 2}),
+    "average": (MODEL, {"objective": ReverseKL(2, baseline=ExponentialAverage()), "callbacks": [KLTarget(0.5)]}),
     "latents": (topical, {"num_chains": 2}),
     "no gradient": (topical, {"objective": LogVariance(4)}),  # which gives the program's own parameter none
     "critic": (MODEL, {"objective": ReverseKL(4, Critic())}),
     "fickle": (fickle, {}),
     "minibatches": (batches, {"objective": LogVariance(4, Replay(20, every=2))}),
-    "lora": (tilted(tiny_llama(seed=1), score_table(1)), {"lora_rank": 2}),
+    "lora": (tilted(tiny_llama(seed=1), score_table(1)), {"guide": functools.partial(AutoPolicy, lora_rank=2)}),
 }
 
 
@@ -65,22 +85,27 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(name, tmp_path):
     whole = SVI(**settings).run(model, PROMPTS)
     for step in (7, 11, 2):  # each time the run goes further: from 5, from 10, into a second chain
         with contextlib.suppress(Killed):
-            SVI(**settings, checkpoint=tmp_path, on_step=killer(step)).run(model, PROMPTS)
+            callbacks = [*settings.get("callbacks", []), killer(step)]
+            SVI(**settings | {"callbacks": callbacks, "checkpoint": every_5(tmp_path)}).run(model, PROMPTS)
     torch.manual_seed(1)  # whatever the process did meanwhile
-    assert_same(SVI(**settings, checkpoint=tmp_path).run(model, PROMPTS), whole)
+    assert_same(SVI(**settings, checkpoint=every_5(tmp_path)).run(model, PROMPTS), whole)
     chains = settings.get("num_chains", 1)
     there = sorted(path.name.partition("-step-")[0] for path in tmp_path.iterdir())
     assert there == [".lock", *(f"chain-{i}" for i in range(chains))]
-    assert_same(SVI(**settings, checkpoint=tmp_path).run(model, PROMPTS), whole)  # nothing left to train
+    assert_same(SVI(**settings, checkpoint=every_5(tmp_path)).run(model, PROMPTS), whole)  # nothing left to train
 
 
-TESTS = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
-SCRIPT = """
-import os, signal, sys
-sys.path[:0] = {tests!r}
-import safetensors.torch
+TESTS = str(Path(__file__).parents[2])
+TRAIN = f"""
+import sys
+sys.path.insert(0, {TESTS!r})
+from support.trainings import LONG, MODEL, PROMPTS, SMALL, every_5, every_step
+from bayeslm.inference import SVI, RunError
+from bayeslm.inference.training import LogVariance, Replay
+"""
+DIE = """
+import os, signal
 from bayeslm.inference.training import checkpoints
-from test_checkpoints import MODEL, PROMPTS, SMALL, SVI, LogVariance, Replay
 
 write = checkpoints.save_file
 def dies(tensors, path):
@@ -90,18 +115,17 @@ def dies(tensors, path):
             file.truncate(100)
         os.kill(os.getpid(), signal.SIGKILL)
 checkpoints.save_file = dies
-SVI(**SMALL, objective=LogVariance(8, Replay()), checkpoint=sys.argv[1]).run(MODEL, PROMPTS)
+SVI(**SMALL, objective=LogVariance(8, Replay()), checkpoint=every_5(sys.argv[1])).run(MODEL, PROMPTS)
 """
 
 
 def test_killed_while_it_writes_a_checkpoint(tmp_path):
     """SIGKILL with half of the second checkpoint written: the first stands, and the run ends the same."""
-    script = SCRIPT.format(tests=TESTS)
-    assert subprocess.run([sys.executable, "-c", script, tmp_path / "run"]).returncode == -9
+    assert subprocess.run([sys.executable, "-c", TRAIN + DIE, tmp_path / "run"]).returncode == -9
     assert kept(tmp_path / "run") == ["chain-0-step-5"]
     assert any(path.name.startswith(".chain-0-step-10") for path in (tmp_path / "run").iterdir())
     settings = SMALL | {"objective": LogVariance(8, Replay())}
-    again = SVI(**settings, checkpoint=tmp_path / "run").run(MODEL, PROMPTS)
+    again = SVI(**settings, checkpoint=every_5(tmp_path / "run")).run(MODEL, PROMPTS)
     assert_same(again, SVI(**settings).run(MODEL, PROMPTS))
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "chain-0-step-12"]
 
@@ -109,9 +133,7 @@ def test_killed_while_it_writes_a_checkpoint(tmp_path):
 @pytest.mark.long
 def test_killed_at_any_moment(tmp_path):
     """SIGKILL after random times, until a run comes through."""
-    script = f"import sys; sys.path[:0] = {TESTS!r}; from test_checkpoints import *; " + (
-        "SVI(**LONG, checkpoint=sys.argv[1]).run(MODEL, PROMPTS)"
-    )
+    script = TRAIN + "SVI(**LONG, checkpoint=every_step(sys.argv[1])).run(MODEL, PROMPTS)"
     waits = np.random.default_rng(0).uniform(0.0, 4.0, 30)
     kills = 0
     for wait in waits:
@@ -126,10 +148,7 @@ def test_killed_at_any_moment(tmp_path):
             process.wait()
             kills += 1
     assert kills >= 2
-    assert_same(SVI(**LONG, checkpoint=tmp_path).run(MODEL, PROMPTS), SVI(**LONG).run(MODEL, PROMPTS))
-
-
-LONG = SMALL | {"num_steps": 300, "checkpoint_every": 1, "objective": LogVariance(8, Replay())}
+    assert_same(SVI(**LONG, checkpoint=every_step(tmp_path)).run(MODEL, PROMPTS), SVI(**LONG).run(MODEL, PROMPTS))
 
 
 @pytest.mark.parametrize(
@@ -144,46 +163,44 @@ LONG = SMALL | {"num_steps": 300, "checkpoint_every": 1, "objective": LogVarianc
 )
 @pytest.mark.parametrize("raised", [ConnectionError, KeyboardInterrupt])
 def test_a_reward_that_raises_in_mid_run_loses_nothing(tmp_path, make, raised):
-    """No step: what there was before it is written, though the next checkpoint was far."""
-    calls = []
+    """No step: a checkpoint of where it began is written, though the next was far."""
+    calls = itertools.count(1)
 
     def model(prompts):
         with pyro.plate("prompts", len(prompts)):
             x = pyro.sample("completion", LM(prompts, max_new_tokens=TOKENS))
-            calls.append(1)
             torch.rand(())  # as rewards may
-            if len(calls) == 5:
+            if next(calls) == 5:
                 raise raised("the judge does not answer")
             pyro.factor("reward", 0.5 * (x == 2).sum(-1))
 
-    settings = SMALL | {"checkpoint_every": 50}
-    engine = SVI(**settings, objective=make(), checkpoint=tmp_path)
+    engine = SVI(**SMALL, objective=make(), checkpoint=tmp_path)
     if raised is KeyboardInterrupt:
         done = engine.run(model, PROMPTS).stats["steps"]
     else:
-        with pytest.raises(raised) as caught:
+        with pytest.raises(RunError, match="ConnectionError: the judge does not answer") as caught:
             engine.run(model, PROMPTS)
-        notes = "\n".join(caught.value.__notes__)
+        notes = "\n".join(caught.value.__cause__.__notes__)
         done = int(re.search(r"stopped at step (\d+)", notes)[1])
         assert f"chain-0-step-{done}" in notes
-        assert caught.value.policy is not None
-    assert done in (3, 6)  # the first call was the look at the program; replay has one in two steps
+        assert caught.value.so_far.policy is not None
+        assert caught.value.so_far.step == done
+    assert done in (3, 6)  # the first call inspected the program; replay has one in two steps
     assert (tmp_path / f"chain-0-step-{done}").exists()
-    assert_same(engine.run(model, PROMPTS), SVI(**settings, objective=make()).run(model, PROMPTS))
+    assert_same(engine.run(model, PROMPTS), SVI(**SMALL, objective=make()).run(model, PROMPTS))
 
 
-def test_a_step_that_is_broken_off_after_it_moved_the_guide(tmp_path):
-    """Such a place cannot be gone on from: the checkpoint before it is."""
+def test_a_callback_that_raises_after_a_step_has_moved_the_guide(tmp_path):
+    """From there a run cannot be resumed: it is from the checkpoint before."""
     broken = []
 
-    def stop(history):
-        if len(history["elbo"]) == 7 and not broken:
+    def fail(record):
+        if record.step == 7 and not broken:
             broken.append(1)
             raise ConnectionError
-        return False
 
-    engine = SVI(**SMALL, stop=stop, checkpoint=tmp_path)
-    with pytest.raises(ConnectionError):
+    engine = SVI(**SMALL, callbacks=[fail], checkpoint=every_5(tmp_path))
+    with pytest.raises(RunError, match="ConnectionError"):
         engine.run(MODEL, PROMPTS)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "chain-0-step-5"]
     assert_same(engine.run(MODEL, PROMPTS), SVI(**SMALL).run(MODEL, PROMPTS))
@@ -193,21 +210,21 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     """The system refuses files of more than 4 kB from step 6 on, as a full disk would."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def on_step(done: int, policy: object) -> None:
-        if done == 6:
+    def fill(record: StepRecord) -> None:
+        if record.step == 6:
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
 
     try:
-        with pytest.warns(UserWarning, match=r"no checkpoint .*step-10.*step-5 is kept, and the training goes on"):
-            run = SVI(**SMALL, checkpoint=tmp_path, on_step=on_step).run(MODEL, PROMPTS)
+        with pytest.warns(UserWarning, match=r"no checkpoint .*step-10.*step-5 is kept, and the training continues"):
+            run = SVI(**SMALL, checkpoint=every_5(tmp_path), callbacks=[fill]).run(MODEL, PROMPTS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "chain-0-step-5"]
-    assert_same(SVI(**SMALL, checkpoint=tmp_path).run(MODEL, PROMPTS), run)
+    assert_same(SVI(**SMALL, checkpoint=every_5(tmp_path)).run(MODEL, PROMPTS), run)
 
 
 OTHERS = {
-    "learning_rate was null and is 0.01": {"learning_rate": 0.01},
+    "optimizer: learning_rate was null and is 0.01": {"optimizer": Adam(0.01)},
     'objective: type was "ReverseKL" and is "LogVariance"': {"objective": LogVariance(8)},
     "log p of 'reward'": {"model": tilted(LM, score_table(1), 0.5)},
     "weights of the prior": {"model": tilted(table_lm(order=3, seed=2), score_table(1))},
@@ -218,7 +235,7 @@ OTHERS = {
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    SVI(**SMALL, checkpoint=folder).run(MODEL, PROMPTS)
+    SVI(**SMALL, checkpoint=every_5(folder)).run(MODEL, PROMPTS)
     return folder
 
 
@@ -232,7 +249,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(finished, says
     if "prompts" not in says:  # which are told by their texts as well
         differences = str(caught.value).partition("another run: ")[2].partition(". Run what")[0].split("; ")
         # nothing else differs: of an objective its settings do, and a reward of other numbers is another program
-        may = (says.partition(" was")[0].partition(": type")[0], *(["program: with"] if "log p" in says else []))
+        may = (says.partition(" was")[0].partition(": type")[0], *(["program: cells"] if "log p" in says else []))
         assert all(difference.startswith(may) for difference in differences), differences
 
 
@@ -247,7 +264,7 @@ def test_checkpoints_that_cannot_be_read_are_refused(finished, tmp_path):
     header = copied("version") / "checkpoint.json"
     header.write_text(header.read_text().replace('"version": "', '"version": "9.'))
     with pytest.raises(ValueError, match=r"version was \"9\."):
-        SVI(**SMALL, checkpoint=tmp_path / "version").run(MODEL, PROMPTS)
+        SVI(**SMALL, checkpoint=every_5(tmp_path / "version")).run(MODEL, PROMPTS)
     tensors = copied("cut") / "tensors.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:500])
     with pytest.raises(ValueError, match="no checkpoint that can be read"):
@@ -255,7 +272,7 @@ def test_checkpoints_that_cannot_be_read_are_refused(finished, tmp_path):
     guide = policy_guide(LM.policy(), TOKENS)
     SVI(**SMALL, guide=guide, checkpoint=tmp_path / "guide").run(MODEL, PROMPTS)
     named = json.loads((tmp_path / "guide/chain-0-step-12/checkpoint.json").read_text())["run"]["guide"]
-    assert "guide" in named["function"]
+    assert named["name"] == "policy_guide.<locals>.guide"
 
 
 def begins(word):
@@ -279,7 +296,7 @@ def begins(word):
     ids=["alpha", "reward", "beta", "sum of rewards", "held-out program", "held-out name", "function"],
 )
 def test_what_a_checkpoint_tells_apart(make):
-    assert describe(make(1)) == describe(make(1)) != describe(make(2))
+    assert identify(make(1)) == identify(make(1)) != identify(make(2))
 
 
 def test_columns_of_prompts_that_are_not_in_the_first_minibatch(tmp_path):
@@ -295,13 +312,13 @@ def test_columns_of_prompts_that_are_not_in_the_first_minibatch(tmp_path):
             engine.run(model, PROMPTS, answer=answer)
 
 
-def test_what_a_checkpoint_tells_apart_beside_plain_numbers():
-    given, others = (describe(FDivergence(log_evidence=[0.0, x])) for x in (1.0, 2.0))
+def test_arrays_and_packed_weights_are_told_apart():
+    given, others = (identify(FDivergence(log_evidence=[0.0, x])) for x in (1.0, 2.0))
     assert given != others
-    given, others = (describe(FDivergence(log_evidence=torch.tensor([0.0, x]))) for x in (1.0, 2.0))
+    given, others = (identify(FDivergence(log_evidence=torch.tensor([0.0, x]))) for x in (1.0, 2.0))
     assert given != others
     same, other, changed = (
-        describe(np.array([f"text {number}", None], dtype=object))
+        identify(np.array([f"text {number}", None], dtype=object))
         for number in (1, 1, 2)  # three objects in memory
     )
     assert same == other != changed
@@ -311,12 +328,12 @@ def test_what_a_checkpoint_tells_apart_beside_plain_numbers():
 
 # -- more steps, and others at work --------------------------------------------------------------------------
 
-OPEN = {"schedule": "constant"}  # what a step does, does not depend on how many there are to be
+OPEN = {"optimizer": Adam(schedule="constant")}  # what a step does, does not depend on how many there are to be
 
 
 @pytest.mark.parametrize(
     "settings",
-    [OPEN, OPEN | {"temperature": KLTarget(0.5), "objective": LogVariance(8, Replay(20))}],
+    [OPEN, OPEN | {"callbacks": [KLTarget(0.5)], "objective": LogVariance(8, Replay(20))}],
     ids=["elbo", "a KL target, replay"],
 )
 @pytest.mark.parametrize("killed", [False, True])
@@ -324,20 +341,21 @@ def test_more_steps_are_as_if_there_had_been_as_many_from_the_start(settings, ki
     settings = SMALL | settings
     whole = SVI(**settings | {"num_steps": 30}).run(MODEL, PROMPTS)
     with contextlib.suppress(Killed):
-        on_step = killer(9) if killed else None
-        SVI(**settings, checkpoint=tmp_path, on_step=on_step).run(MODEL, PROMPTS)
-    assert_same(SVI(**settings | {"num_steps": 30}, checkpoint=tmp_path).run(MODEL, PROMPTS), whole)
+        callbacks = [*settings.get("callbacks", []), *([killer(9)] if killed else [])]
+        SVI(**settings | {"callbacks": callbacks, "checkpoint": every_5(tmp_path)}).run(MODEL, PROMPTS)
+    assert_same(SVI(**settings | {"num_steps": 30}, checkpoint=every_5(tmp_path)).run(MODEL, PROMPTS), whole)
     assert kept(tmp_path) == ["chain-0-step-30"]
     with pytest.raises(ValueError, match="has 30 steps already, and num_steps is 12: give as many"):
         SVI(**settings, checkpoint=tmp_path).run(MODEL, PROMPTS)
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"schedule": "cosine"}, OPEN | {"temperature": Tempering()}, OPEN | {"num_chains": 2}]
+    "settings",
+    [{}, {"optimizer": Adam(schedule="cosine")}, OPEN | {"callbacks": [Tempering()]}, OPEN | {"num_chains": 2}],
 )
 def test_what_has_an_end_has_no_more_steps(settings, tmp_path):
     SVI(**SMALL | settings, checkpoint=tmp_path).run(MODEL, PROMPTS)
-    with pytest.raises(ValueError, match=r"num_steps was 12 and is 20\..*More steps are for schedule='constant'"):
+    with pytest.raises(ValueError, match=r"num_steps was 12 and is 20\..*More steps need schedule='constant'"):
         SVI(**SMALL | settings | {"num_steps": 20}, checkpoint=tmp_path).run(MODEL, PROMPTS)
 
 
@@ -345,34 +363,38 @@ def test_one_training_at_a_time_writes_to_a_folder(tmp_path):
     """Also while it draws; and whoever is refused has touched nothing. After the end the next may."""
     refused = []
 
-    def another(done: int, policy: object) -> None:
-        if done == 8:
+    def another(record: StepRecord) -> None:
+        if record.step == 8:
             before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-            code = f"import sys; sys.path[:0] = {TESTS!r}; from test_checkpoints import *; "
-            code += "SVI(**SMALL, checkpoint=sys.argv[1]).run(MODEL, PROMPTS)"
+            code = TRAIN + "SVI(**SMALL, checkpoint=every_5(sys.argv[1])).run(MODEL, PROMPTS)"
             seen = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False)
             refused.append(seen.stderr.strip().splitlines()[-1])
             assert seen.returncode == 1
             assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
-    whole = SVI(**SMALL, checkpoint=tmp_path, on_step=another).run(MODEL, PROMPTS)
+    whole = SVI(**SMALL, checkpoint=every_5(tmp_path), callbacks=[another]).run(MODEL, PROMPTS)
     assert refused[0].startswith(f"BlockingIOError: {tmp_path} is written by another training: end that first")
     assert_same(SVI(**SMALL, checkpoint=tmp_path).run(MODEL, PROMPTS), whole)
 
 
-def test_what_a_step_keeps_for_the_case_is_never_changed_in_place():
-    """The objectives' memory, as it was before each step, is the same after the step."""
-    for name in ("replay", "average", "critic", "minibatches"):
-        model, settings = RUNS[name]
-        objective = settings["objective"]
-        before: list[tuple[dict, dict]] = []
+@pytest.mark.parametrize("name", ["replay", "average", "critic", "minibatches"])
+def test_no_step_changes_a_state_in_place(name):
+    """What an objective remembered before each step is the same after it."""
+    model, settings = RUNS[name]
+    loss, states = StatefulLoss(settings["objective"]), []
+    policy = LM.policy()
 
-        def on_step(done, policy, objective=objective, before=before):
-            for held, copies in before:
-                assert all(torch.equal(held[key].nan_to_num(), copies[key].nan_to_num()) for key in copies)
-            held = objective.state_dict()
-            before.append((held, {key: x.clone() for key, x in held.items()}))
+    def guide(prompts):
+        pyro.module("policy", policy)
+        size = 1 if model is batches else None
+        with pyro.plate("prompts", len(prompts), subsample_size=size) as some:
+            pyro.sample("completion", policy([prompts[i] for i in some], max_new_tokens=3 if size else TOKENS))
 
-        SVI(**SMALL | settings | {"num_chains": 1}, on_step=on_step).run(model, PROMPTS)
-        assert len(before) == 13
-        assert before[-1][0], name
+    with pyro.get_param_store().scope():
+        for _ in range(12):
+            loss.loss_and_grads(model, guide, PROMPTS)
+            states.append((loss.state, {key: x.clone() for key, x in loss.state.items()}))
+    assert states[-1][0], name
+    for held, copies in states:
+        assert held.keys() == copies.keys()
+        assert all(torch.equal(held[key].nan_to_num(), copies[key].nan_to_num()) for key in copies)

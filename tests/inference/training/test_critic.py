@@ -10,9 +10,11 @@ from support.gradients import COPIES, assert_unbiased, gradients, perturbed, pol
 from support.models import table_lm, tiny_llama
 from support.programs import PROMPTS, longer, score_table, tilted
 
-from bayeslm.inference import SVI, Critic, ProgramError, ReverseKL
+from bayeslm.inference import SVI, ProgramError
 from bayeslm.inference.control import StateValues
-from bayeslm.inference.training.critic import Texts
+from bayeslm.inference.training import Critic, ReverseKL, StatefulLoss
+from bayeslm.inference.training.critic import Texts, value_of
+from bayeslm.inference.training.state import within
 
 SHORT = [[1], [2, 3]]
 T = 3
@@ -37,15 +39,16 @@ class Case:
         return gradients(objective, self.model, self.guide, self.parameters, (SHORT * COPIES,), repeats=repeats)
 
 
-class Frozen:
-    """An objective that begins each step with what it had learned before the first."""
+class Frozen(StatefulLoss):
+    """Begins each step with what another had learned."""
 
-    def __init__(self, objective: ReverseKL) -> None:
-        self._objective, self._state = objective, objective.state_dict()
+    def __init__(self, learned: StatefulLoss) -> None:
+        super().__init__(learned.objective)
+        self._learned = learned.state
 
     def loss_and_grads(self, *args):
-        self._objective.load_state_dict(self._state)
-        return self._objective.loss_and_grads(*args)
+        self.state = self._learned
+        return super().loss_and_grads(*args)
 
 
 def quick() -> Critic:
@@ -56,7 +59,7 @@ def quick() -> Critic:
 @pytest.mark.parametrize("when", ["while it learns", "half-way", "after"])
 def test_gradient_is_unbiased(num_particles, when):
     """At any time: what it has learned from the steps before does not depend on this one's draws."""
-    case, objective = Case(), ReverseKL(num_particles, quick())
+    case, objective = Case(), StatefulLoss(ReverseKL(num_particles, quick()))
     torch.manual_seed(0)
     if when != "while it learns":
         case.estimates(objective, repeats=4 if when == "half-way" else 40)
@@ -66,7 +69,7 @@ def test_gradient_is_unbiased(num_particles, when):
 
 def test_variance_is_less_than_that_of_leave_one_out():
     """Once it has learned, of a policy that stays as it is."""
-    case, objective = Case(), ReverseKL(4, quick())
+    case, objective = Case(), StatefulLoss(ReverseKL(4, quick()))
     torch.manual_seed(0)
     case.estimates(objective, repeats=60)
     spread = [case.estimates(o, repeats=150).var(0).sum() for o in (Frozen(objective), ReverseKL(4))]
@@ -138,11 +141,10 @@ def test_a_reply_to_a_draft():
     parameters = list(policy.network.parameters())
     expected = torch.cat([g.reshape(-1) for g in torch.autograd.grad(-COPIES * elbo, parameters)])
     torch.manual_seed(0)
-    objective = ReverseKL(4, quick())
+    objective = StatefulLoss(ReverseKL(4, quick()))
     found = gradients(objective, model, guide, parameters, (SHORT * COPIES,), repeats=100)
     assert_unbiased(found, expected)
-    kept = [key for key in objective.state_dict() if key.startswith("0.")]  # the critic, the first of its parts
-    assert {key.rpartition(":")[2] for key in kept} == {"completion", "reply"}
+    assert {key.rpartition(":")[2] for key in objective.state} == {"completion", "reply"}
 
 
 def test_advantages_by_hand():
@@ -150,13 +152,12 @@ def test_advantages_by_hand():
     f, live = torch.tensor([[1.0], [3.0], [8.0]]), torch.tensor([[1, 1], [1, 0], [1, 1]])[:, None, None].bool()
     texts = Texts(torch.randn(3, 1, 1, 2, 5), torch.randn(3, 1, 1, 2), live, torch.zeros(3, 1, 1, 2))
     critic = Critic(learning_rate=0.1)
-    first = critic.of_tokens("x", f, texts)[:, 0, 0]
+    first, state = critic.of_tokens("x", f, texts)
+    first = first[:, 0, 0]
     torch.testing.assert_close(first, torch.tensor([[1 - 19 / 3] * 2, [3 - 18 / 4] * 2, [8 - 5 / 3] * 2]))
-    learner = critic._sites["x"]
-    scale = learner._variance.sqrt()
-    with torch.no_grad():
-        rest = (f[:, :, None, None] - scale * learner._head(texts.hidden, texts.past / scale))[:, 0, 0]
-    second = critic.of_tokens("x", f, texts)[:, 0, 0]
+    scale = state["variance"].sqrt()
+    rest = (f[:, :, None, None] - scale * value_of(within("head", state), texts.hidden, texts.past / scale))[:, 0, 0]
+    second = critic.of_tokens("x", f, texts, state)[0][:, 0, 0]
     assert (second - first).abs().max() > 1e-3
     torch.testing.assert_close(second[1], rest[1] - (rest[0].sum() + rest[2].sum()) / 4)
     torch.testing.assert_close(second[0], rest[0] - (rest[1, 0] + rest[2].sum()) / 3)
@@ -169,34 +170,39 @@ def test_episodes_that_ended_before_they_began(baseline):
     past = torch.zeros(2, 2, 1, T)
     hidden, live = torch.randn(2, 2, 1, T, 5), torch.zeros(2, 2, 1, T, dtype=torch.bool)
     nobody = Texts(hidden, past, live, past)
-    assert torch.equal(baseline.of_tokens("x", f, nobody), past)
+    advantage, state = baseline.of_tokens("x", f, nobody)
+    assert torch.equal(advantage, past)
     live = live.clone()
     live[1, 0, 0, 0] = True
-    advantage = baseline.of_tokens("x", f, Texts(hidden, past, live, past))
+    advantage, state = baseline.of_tokens("x", f, Texts(hidden, past, live, past), state)
     assert advantage[1, 0, 0, 0] == 3.0
     assert advantage.isfinite().all()
-    assert torch.equal(baseline.of_tokens("x", f, nobody), past)
-    assert all(value.isfinite().all() for value in baseline.state_dict().values())
+    advantage, state = baseline.of_tokens("x", f, nobody, state)
+    assert torch.equal(advantage, past)
+    assert all(value.isfinite().all() for value in state.values())
 
 
 def test_it_goes_on_as_if_it_had_never_stopped():
     case = Case()
-    whole, part = ReverseKL(4, Critic()), ReverseKL(4, Critic())
+    whole, part = StatefulLoss(ReverseKL(4, Critic())), StatefulLoss(ReverseKL(4, Critic()))
     torch.manual_seed(0)
     case.estimates(whole, repeats=3)
     case.estimates(part, repeats=1)  # something else was learned
-    held, state = whole.state_dict(), torch.get_rng_state()
+    held, state = whole.state, torch.get_rng_state()
+    copies = {key: value.clone() for key, value in held.items()}
     expected = case.estimates(whole, repeats=3)
-    part.load_state_dict(held)
+    assert all(torch.equal(held[key], value) for key, value in copies.items())  # no step changes a state in place
+    part.state = held
     torch.set_rng_state(state)
     assert torch.equal(case.estimates(part, repeats=3), expected)
-    assert whole.state_dict().keys() == part.state_dict().keys()
-    for key, value in whole.state_dict().items():
-        assert torch.equal(value, part.state_dict()[key]), key
-    single = ReverseKL(1, Critic())
+    assert whole.state.keys() == part.state.keys()
+    for key, value in whole.state.items():
+        assert torch.equal(value, part.state[key]), key
+    single, again = StatefulLoss(ReverseKL(1, Critic())), StatefulLoss(ReverseKL(1, Critic()))
     case.estimates(single, repeats=2)
-    part.load_state_dict(single.state_dict())
-    assert part.state_dict().keys() == single.state_dict().keys()
+    again.state = single.state
+    case.estimates(again, repeats=1)
+    assert single.state.keys() == again.state.keys() > {"baseline.average:completion"}
 
 
 def test_trainings_learn_nothing_from_one_another():
@@ -221,7 +227,7 @@ def test_what_is_read_is_what_the_network_knows_before_each_token(kind):
     live = torch.arange(4) < law.lengths(x)[..., None]
     expected = logits.gather(-1, x[..., None]).squeeze(-1)
     torch.testing.assert_close(scores, expected.masked_fill(~live, 0.0), rtol=1e-4, atol=1e-5)
-    assert law.token_log_prob(x) is scores  # known now: no second pass
+    assert law.token_log_prob(x, known=scores) is scores  # no second pass
     assert not scores.requires_grad
     assert not hidden.requires_grad
 
@@ -236,7 +242,7 @@ def test_no_pass_more_than_leave_one_out():
     for objective in (ReverseKL(4), ReverseKL(4, Critic())):
         torch.manual_seed(0)
         with count_usage() as usage, pyro.get_param_store().scope():
-            objective.loss_and_grads(model, guide, PROMPTS)
+            StatefulLoss(objective).loss_and_grads(model, guide, PROMPTS)
         calls.append((usage.model_calls, usage.tokens))
     assert calls[0] == calls[1]
 
@@ -252,7 +258,7 @@ def test_programs_without_completions_are_refused():
             pyro.sample("mood", dist.Bernoulli(logits=pyro.param("logit", torch.tensor(0.0))))
 
     with pyro.get_param_store().scope(), pytest.raises(ProgramError, match="leave_one_out"):
-        ReverseKL(4, Critic()).loss_and_grads(model, guide)
+        StatefulLoss(ReverseKL(4, Critic())).loss_and_grads(model, guide)
 
 
 def test_states_may_move_far_from_the_first():
@@ -261,10 +267,11 @@ def test_states_may_move_far_from_the_first():
     critic = Critic(learning_rate=0.01, num_steps=4)
     live = torch.ones(64, 1, 1, T, dtype=torch.bool)
     past = torch.zeros(64, 1, 1, T)
+    state = {}
     for step in range(60):
         hidden = torch.randn(64, 1, 1, 1, 2).expand(-1, -1, -1, T, -1) * (1.0 if step < 5 else 100.0)
         f = hidden[:, :, 0, 0, 0]  # what is known before a token says it all
-        advantage = critic.of_tokens("x", f, Texts(hidden, past, live, torch.zeros_like(past)))
+        advantage, state = critic.of_tokens("x", f, Texts(hidden, past, live, torch.zeros_like(past)), state)
     assert advantage.square().mean() < 0.1 * f.square().mean()
 
 

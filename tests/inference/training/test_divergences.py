@@ -12,29 +12,30 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.enumerated import BETA, PROMPTS, Problem, T, kl_to
 from support.gradients import COPIES, assert_unbiased, gradients, perturbed, policy_guide
 from support.models import table_lm
 from torch import nn
 
-from bayeslm.inference import (
-    SVI,
-    BestOfN,
+from bayeslm.inference import SVI, BestOfN, Exact, ProgramError
+from bayeslm.inference.program import inspect
+from bayeslm.inference.training import (
+    Adam,
     Divergence,
-    Exact,
     ExponentialAverage,
     FDivergence,
     ForwardKL,
     FromPosterior,
     LogVariance,
-    ProgramError,
     Renyi,
     Replay,
     ReverseKL,
+    StatefulLoss,
     alpha_divergence,
     of_prior,
 )
-from bayeslm.inference.training.divergences import DIVERGENCES, Scores
+from bayeslm.inference.training.divergences import DIVERGENCES, LogDensities
 from bayeslm.inference.training.sources import of_guide
 
 
@@ -166,7 +167,7 @@ def test_values_of_the_losses():
     }
     for objective, expected in exact.items():
         torch.manual_seed(0)
-        found = objective.loss(small.model, small.guide, PROMPTS)
+        found = float(objective(small.model, small.guide, PROMPTS))
         assert found == pytest.approx(float(expected.detach().sum()), abs=0.08), type(objective).__name__
 
 
@@ -178,7 +179,8 @@ def test_the_value_of_an_f_divergence_is_unbiased(name, seed):
     make, loss = UNBIASED[name]
     objective = make(small.log_z.repeat(COPIES))
     torch.manual_seed(seed)
-    found = torch.tensor([objective.loss(small.model, small.guide, PROMPTS * COPIES) for _ in range(100)]) / COPIES
+    program = inspect(small.model, PROMPTS * COPIES)
+    found = torch.stack([objective.step(program, small.guide).loss.detach() for _ in range(100)]) / COPIES
     error = found.mean() - loss(small).sum().detach()
     assert abs(error) < 4.5 * found.std() / 10
     assert found.std() / 10 < 0.1 * loss(small).sum()
@@ -264,7 +266,7 @@ def test_svi_reaches_the_posterior_by(objective, steps, seed):
     """KL(q || pi*) under 0.01 nats by enumeration, from 0.5 to 2; Renyi's own gradient is noisier."""
     small = Problem(seed, order=4)
     assert (kl_to(small.lm, small) > 0.4).all()
-    engine = SVI(objective=objective, num_steps=steps, learning_rate=0.05, num_samples=500, seed=seed, progress=False)
+    engine = SVI(objective=objective, num_steps=steps, optimizer=Adam(0.05), num_samples=500, seed=seed, progress=False)
     reached = kl_to(engine.run(small.model, PROMPTS).policy, small)
     assert (reached < (0.05 if isinstance(objective, Renyi) else 0.01)).all()
 
@@ -280,11 +282,11 @@ def test_hard_constraints_are_for_those_that_stay_finite():
     guide = policy_guide(perturbed(lm), T)
     for objective in (LogVariance(64), FDivergence("reverse-kl", 64), Renyi(0.0, 64)):
         with pytest.raises(ProgramError, match="ForwardKL"):
-            objective.loss_and_grads(model, guide, [[1]])
+            objective(model, guide, [[1]])
     exact = Exact().run(model, [[1]])
     support, truth = torch.tensor(exact.samples["completion"][0, :, 0]), torch.tensor(exact.log_joint[0, :, 0]).float()
     for objective in (ForwardKL(64), FDivergence("jensen-shannon", 64)):
-        engine = SVI(objective=objective, num_steps=300, learning_rate=0.05, num_samples=500, seed=0, progress=False)
+        engine = SVI(objective=objective, num_steps=300, optimizer=Adam(0.05), num_samples=500, seed=0, progress=False)
         posterior = engine.run(model, [[1]])
         share = float((posterior.log_weights > -np.inf).mean())
         passed = float(truth.logsumexp(0).exp())
@@ -309,14 +311,14 @@ def test_a_group_without_any_weight_teaches_nothing():
 
 
 def test_what_the_particles_saw():
-    """`last`: the ELBO and its parts, whichever law the draws come from."""
+    """The figures: the ELBO and its parts, whichever distribution the particles come from."""
     small = Problem()
     elbo = (small.log_q.exp() * (small.log_target - small.log_q)).sum(0)
     for source in (of_guide, of_prior):
-        objective = LogVariance(20_000, source)
+        objective = StatefulLoss(LogVariance(20_000, source))
         torch.manual_seed(0)
         objective.loss(small.model, small.guide, PROMPTS)
-        last = objective.last
+        last = objective.last.figures
         torch.testing.assert_close(last["elbo"], elbo.detach(), atol=0.06, rtol=0)
         torch.testing.assert_close(last["log_likelihood"] - last["kl"], last["elbo"])
         torch.testing.assert_close(last["score"] / BETA, last["log_likelihood"])
@@ -326,8 +328,8 @@ def test_weights_of_other_draws_are_truncated():
     """At sqrt(n) times their mean: q / s is (9, 1, 1, 1) / 3 here, and 9 becomes 6."""
     ratio, log_q = torch.tensor([9.0, 1.0, 1.0, 1.0])[:, None] / 3, torch.zeros(4, 1, requires_grad=True)
     log_target = -torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None]
-    scores = Scores(log_q, log_target, -ratio.log())
-    loss = FDivergence(Divergence(lambda u: u, lambda u: u + 1.0), 4, log_evidence=0.0).of(scores).sum()
+    scores = LogDensities(log_q, log_target, -ratio.log())
+    loss = FDivergence(Divergence(lambda u: u, lambda u: u + 1.0), 4, log_evidence=0.0).loss(scores).sum()
     loss.backward()
     weight = torch.tensor([6.0, 1.0, 1.0, 1.0]) / 3
     f = weight * -log_target[:, 0]
@@ -340,11 +342,11 @@ def test_a_watcher_sees_every_step_and_changes_nothing():
     small = Problem()
     seen = []
 
-    def watch(done, policy):
-        seen.append((done, float(policy(PROMPTS, T).log_prob(policy(PROMPTS, T).sample()).sum())))
+    def watch(record):
+        seen.append((record.step, float(record.policy(PROMPTS, T).log_prob(record.policy(PROMPTS, T).sample()).sum())))
 
     settings = {"num_steps": 5, "objective": LogVariance(8), "num_samples": 10, "seed": 0, "progress": False}
-    plain, watched = (SVI(on_step=on_step, **settings).run(small.model, PROMPTS) for on_step in (None, watch))
+    plain, watched = (SVI(callbacks=x, **settings).run(small.model, PROMPTS) for x in ([], [watch]))
     assert [done for done, _ in seen] == list(range(6))
     assert len({score for _, score in seen}) == 6
     assert (plain.samples["completion"] == watched.samples["completion"]).all()
@@ -353,16 +355,18 @@ def test_a_watcher_sees_every_step_and_changes_nothing():
 @pytest.mark.parametrize(
     "objective", [LogVariance(8, Replay()), ReverseKL(2, baseline=ExponentialAverage())], ids=["replay", "average"]
 )
-def test_trainings_learn_nothing_from_one_another(objective):
+def test_trainings_learn_nothing_from_one_another(objective, tmp_path):
     """The same seed gives the same, whatever was trained before; and a chain is what it is without the one before."""
     small = Problem()
     settings = {"objective": objective, "num_steps": 5, "num_samples": 10, "seed": 0, "progress": False}
-    first, again, chains = (SVI(num_chains=n, **settings).run(small.model, PROMPTS) for n in (1, 1, 2))
+    first, again = (SVI(**settings).run(small.model, PROMPTS) for _ in range(2))
+    chains = SVI(num_chains=2, checkpoint=tmp_path, **settings).run(small.model, PROMPTS)
     for name in ("elbo", "gradient_norm"):
         assert (first.stats[name] == again.stats[name]).all()
         assert (first.stats[name][0] == chains.stats[name][0]).all()
-    if isinstance(objective, LogVariance):
-        assert len(objective._source._kept.log_s) == 2 * 8  # the second chain's alone: steps 0 and 4
+    if isinstance(objective, LogVariance):  # what is remembered is the second chain's alone: steps 0 and 4
+        kept = load_file(tmp_path / "chain-1-step-5" / "tensors.safetensors")
+        assert len(kept["objective.source.kept.log_prior"]) == 2 * 8
 
 
 def test_what_is_refused():
@@ -379,8 +383,8 @@ def test_what_is_refused():
         Replay(capacity=0)
     small = Problem()
     best = BestOfN(n=2, num_samples=2, seed=0, progress=False).run(small.model, PROMPTS)
-    with pytest.raises(ValueError, match="no known law"):
+    with pytest.raises(ValueError, match="no known distribution"):
         FromPosterior(best)
     other = Exact().run(small.model, PROMPTS[:1])
     with pytest.raises(ProgramError, match="other prompts"):
-        LogVariance(8, FromPosterior(other)).loss(small.model, small.guide, PROMPTS)
+        LogVariance(8, FromPosterior(other))(small.model, small.guide, PROMPTS)

@@ -5,8 +5,9 @@ import pytest
 import torch
 from support.family import PROMPTS, Family
 
-from bayeslm.inference import SVI, ReverseKL
-from bayeslm.inference.program import AutoPolicy, inspect_or_reuse
+from bayeslm.inference import SVI
+from bayeslm.inference.program import inspect_or_reuse
+from bayeslm.inference.training import Adam, AutoPolicy, ReverseKL
 from bayeslm.inference.training.optimizer import ScheduledAdam
 
 
@@ -16,7 +17,7 @@ def test_the_norm_is_of_the_mean_over_prompts(clip, kept):
     pyro.clear_param_store()
     x = pyro.param("x", torch.zeros(2))
     x.grad = torch.tensor([12.0, -16.0])
-    optimizer = ScheduledAdam(lambda name: 0.1, 10, "linear", clip, num_prompts=4)
+    optimizer = ScheduledAdam(Adam(clip_norm=clip), lambda name: 0.1, num_steps=10, num_prompts=4)
     optimizer([x])
     assert optimizer.gradient_norm == pytest.approx(5.0)
     assert float(x.grad.norm()) == pytest.approx(kept, rel=1e-4)

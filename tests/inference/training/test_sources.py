@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
+from dataclasses import replace
 
 import numpy as np
 import pyro
@@ -16,23 +17,21 @@ from support.models import table_lm
 from support.programs import SHORT, tilted
 from support.statistics import assert_drawn_from, count_completions
 
-from bayeslm.inference import (
-    MCMC,
-    SMC,
-    SVI,
-    Exact,
+from bayeslm.inference import MCMC, SMC, SVI, Exact, ImportanceSampling, ProgramError
+from bayeslm.inference.program import inspect, run_particles, seeded
+from bayeslm.inference.program import program as program_module
+from bayeslm.inference.training import (
+    Adam,
+    AutoPolicy,
     FDivergence,
     ForwardKL,
     FromPosterior,
-    ImportanceSampling,
     LogVariance,
-    ProgramError,
     Replay,
+    StatefulLoss,
 )
-from bayeslm.inference.program import AutoPolicy, inspect, run_particles, seeded
-from bayeslm.inference.program import program as program_module
 from bayeslm.inference.training import sources as draws_module
-from bayeslm.inference.training.sources import log_q, of_guide
+from bayeslm.inference.training.sources import log_q
 from bayeslm.models.lm import count_usage
 
 
@@ -49,12 +48,12 @@ def test_auxiliary_sites_of_a_guide_are_drawn_and_kept_with_it():
     with seeded(0), pyro.get_param_store().scope():
         program = inspect(model, SHORT)
         guide = AutoPolicy(program)
-        draws = of_guide(program, guide, 50)
+        draws = run_particles(program, guide, 50)
         again = log_q(program, guide, draws)
-        torch.testing.assert_close(again.detach(), draws.log_s)
+        torch.testing.assert_close(again.detach(), draws.log_proposal)
         assert again.requires_grad
         with pytest.raises(ProgramError, match="learn from its own draws"):
-            log_q(program, guide, of_guide(program, None, 50))
+            log_q(program, guide, run_particles(program, None, 50))
 
 
 def test_replay_keeps_what_was_drawn():
@@ -62,27 +61,28 @@ def test_replay_keeps_what_was_drawn():
     replay = Replay(capacity=40, every=3)
     program = inspect(small.model, PROMPTS)
     torch.manual_seed(0)
-    seen = [replay(program, small.guide, 16) for _ in range(12)]
-    assert all(len(draws.log_s) == 16 for draws in seen)
+    seen, state = [], {}
+    for _ in range(12):
+        draws, state = replay(program, small.guide, 16, state)
+        seen.append(draws)
+    assert all(len(draws) == 16 for draws in seen)
     for i, draws in enumerate(seen):
         if i % 3:
             newest = torch.cat([new.values["completion"] for new in seen[: i + 1 : 3]])[-40:]
             same = (draws.values["completion"][:, None] == newest).flatten(2).all(-1)
             assert same.any(1).all()
-        torch.testing.assert_close(log_q(program, small.guide, draws).detach(), draws.log_s)
-    other = inspect(small.model, PROMPTS[:1])
-    assert replay(other, small.guide, 16).values["completion"].shape[1] == 1  # other prompts, another buffer
+        torch.testing.assert_close(log_q(program, small.guide, draws).detach(), draws.log_proposal)
 
 
 def test_replayed_draws_take_turns():
     """Of the buffer, each as often as any other, or once more: new draws too, and none that had to give way."""
     small = Problem()
     program, replay = inspect(small.model, PROMPTS), Replay(capacity=48, every=6)
-    buffer, picked = [], []
+    buffer, picked, state = [], [], {}
     torch.manual_seed(0)
     for step in range(24):
-        draws = replay(program, small.guide, 16)
-        rows = [tuple(row) for row in torch.cat([draws.log_s, draws.log_target], 1).tolist()]
+        draws, state = replay(program, small.guide, 16, state)
+        rows = [tuple(row) for row in torch.cat([draws.log_proposal, draws.log_joint], 1).tolist()]
         if step % 6 == 0:
             buffer, picked = [*buffer, *rows][-48:], []
             continue
@@ -99,16 +99,17 @@ def test_replay_goes_on_where_it_was():
     small = Problem()
     program = inspect(small.model, PROMPTS)
     torch.manual_seed(0)
-    replay, other = Replay(capacity=40, every=4), Replay(capacity=40, every=4)
+    replay, state = Replay(capacity=40, every=4), {}
     for _ in range(6):
-        replay(program, small.guide, 16)
-    other.reset(program)
-    other.load_state_dict(replay.state_dict())
-    rng = torch.get_rng_state()
-    expected = [replay(program, small.guide, 16).log_s for _ in range(6)]
-    torch.set_rng_state(rng)
-    for log_s in expected:
-        assert torch.equal(other(program, small.guide, 16).log_s, log_s)
+        _, state = replay(program, small.guide, 16, state)
+    rng, found = torch.get_rng_state(), []
+    for _ in range(2):
+        torch.set_rng_state(rng)
+        after = state
+        for _ in range(6):
+            draws, after = replay(program, small.guide, 16, after)
+            found.append(draws.log_proposal)
+    assert all(torch.equal(a, b) for a, b in zip(found[:6], found[6:], strict=True))
 
 
 def test_draws_that_agree_are_scored_once():
@@ -116,7 +117,7 @@ def test_draws_that_agree_are_scored_once():
     small = Problem()
     program = inspect(small.model, PROMPTS)
     torch.manual_seed(0)
-    draws = of_guide(program, small.guide, 300)[:]  # as of an earlier step, whose scores are not known
+    draws = replace(run_particles(program, small.guide, 300), proposal_token_log_prob={})  # as of an earlier step
     pairs_of_texts = len({tuple(x.flatten().tolist()) for x in draws.values["completion"]})
     assert 50 < pairs_of_texts < 150
     with pyro.get_param_store().scope(), count_usage() as usage:
@@ -149,9 +150,9 @@ def test_new_draws_are_not_scored_again():
     small.policy.batch_size = 8
     program = inspect(small.model, PROMPTS)
     torch.manual_seed(0)
-    draws = of_guide(program, small.guide, 40)
+    draws = run_particles(program, small.guide, 40)
     found = {}
-    for name, some in {"new": draws, "kept": draws[:]}.items():
+    for name, some in {"new": draws, "kept": replace(draws, proposal_token_log_prob={})}.items():
         with pyro.get_param_store().scope(), count_usage() as usage:
             scores = log_q(program, small.guide, some)
             forward = usage.model_calls
@@ -164,11 +165,11 @@ def test_new_draws_are_not_scored_again():
 
 def test_replay_starts_again_with_other_prompts_in_an_objective():
     small = Problem()
-    objective = LogVariance(8, Replay(every=2))
+    objective = StatefulLoss(LogVariance(8, Replay(every=2)))
     for prompts in (PROMPTS, PROMPTS, PROMPTS[:1], PROMPTS):
         with pyro.get_param_store().scope():
             assert math.isfinite(objective.loss_and_grads(small.model, small.guide, prompts))
-        assert objective.last["elbo"].shape == (len(prompts),)
+        assert objective.last.figures["elbo"].shape == (len(prompts),)
 
 
 @pytest.mark.parametrize(
@@ -186,14 +187,14 @@ def test_other_engines_draws(engine):
     posterior = engine.run(small.model, PROMPTS)
     program = inspect(small.model, PROMPTS)
     torch.manual_seed(0)
-    draws = FromPosterior(posterior)(program, small.guide, 4000)
+    draws, _ = FromPosterior(posterior)(program, small.guide, 4000)
     expected = Exact().run(small.model, PROMPTS)
-    weights = (draws.log_target - draws.log_s).softmax(0)
-    reward = (weights * draws.log_likelihood).sum(0).numpy()
+    weights = (draws.log_joint - draws.log_proposal).softmax(0)
+    reward = (weights * draws.total_log_likelihood).sum(0).numpy()
     exact_weights = np.exp(expected.log_weights[0] - expected.log_weights[0].max(0))
     truth = (exact_weights * expected.log_likelihood["reward"][0]).sum(0) / exact_weights.sum(0)
     assert reward == pytest.approx(truth, abs=0.25)  # the draws' own error: standard error 0.03 to 0.05
-    settings = {"num_steps": 300, "learning_rate": 0.05, "num_samples": 2000, "seed": 0, "progress": False}
+    settings = {"num_steps": 300, "optimizer": Adam(0.05), "num_samples": 2000, "seed": 0, "progress": False}
     trained = SVI(objective=ForwardKL(64, FromPosterior(posterior)), **settings).run(small.model, PROMPTS)
     assert (kl_to(trained.policy, small) < 0.05).all()
 
@@ -202,7 +203,7 @@ def test_draws_are_the_policys():
     small = Problem()
     program = inspect(small.model, PROMPTS[:1])
     torch.manual_seed(0)
-    draws = of_guide(program, small.guide, 4000)
+    draws = run_particles(program, small.guide, 4000)
     counts = count_completions(draws.values["completion"][:, 0], small.x[:, 0], vocab=4)
     assert_drawn_from(counts, small.log_q[:, 0].detach())
 
@@ -219,17 +220,18 @@ def test_draws_have_the_weights_that_engines_give_them():
 
     program, guide = inspect(model, PROMPTS), policy_guide(perturbed(lm), T)
     with seeded(0):
-        expected = run_particles(program, guide, 20)
-    with seeded(0):
-        draws = of_guide(program, guide, 20)
-    assert (draws.values["completion"].squeeze() == expected.values["completion"]).all()
-    torch.testing.assert_close(draws.log_target - draws.log_s, expected.log_weights)
-    torch.testing.assert_close(draws.log_likelihood, expected.total_log_likelihood)
-    torch.testing.assert_close(log_q(program, guide, draws).detach(), draws.log_s)
+        draws = run_particles(program, guide, 20)
+    latents = [site.name for site in program.latents]
+    mood, x = (draws.values[name] for name in latents)
+    with torch.no_grad():
+        left_out = dist.Bernoulli(0.3).log_prob(mood)
+        torch.testing.assert_close(draws.log_left_out, left_out)
+        torch.testing.assert_close(log_q(program, guide, draws), draws.log_proposal - left_out)
+    torch.testing.assert_close(draws.total_log_likelihood, (x == 1).sum(-1) * (0.5 + mood))
 
 
 def test_hard_constraints_on_another_engines_draws():
-    """The law of draws of no probability is not known, and maximum likelihood needs it not."""
+    """The density of draws of no probability is not known, and maximum likelihood does not need it."""
     small = Problem(order=4)
     never = small.table.clone()
     never[0, 2] = -torch.inf
@@ -237,7 +239,7 @@ def test_hard_constraints_on_another_engines_draws():
     posterior = ImportanceSampling(num_particles=2000, seed=0, progress=False).run(model, PROMPTS)
     assert 0.05 < np.isneginf(posterior.log_weights).mean() < 0.95
     objective = ForwardKL(64, FromPosterior(posterior))
-    settings = {"num_steps": 300, "learning_rate": 0.05, "num_samples": 2000, "seed": 0, "progress": False}
+    settings = {"num_steps": 300, "optimizer": Adam(0.05), "num_samples": 2000, "seed": 0, "progress": False}
     trained = SVI(objective=objective, **settings).run(model, PROMPTS)
     exact = Exact().run(model, PROMPTS)
     weights = torch.as_tensor(exact.log_weights[0]).softmax(0)
@@ -255,10 +257,11 @@ def test_hard_constraints_on_another_engines_draws():
 def test_equal_prompts_keep_the_buffer_and_others_do_not(monkeypatch):
     """In a loop of plain Pyro that makes its list of prompts at every step: new draws at every third."""
     small, drawn, looks = Problem(), [], []
-    new, first_look = draws_module.of_guide, program_module._inspect
-    monkeypatch.setattr(draws_module, "of_guide", lambda *args: drawn.append(1) or new(*args))
+    new, first_look = draws_module.run_particles, program_module._inspect
+    monkeypatch.setattr(draws_module, "run_particles", lambda *args: drawn.append(1) or new(*args))
     monkeypatch.setattr(program_module, "_inspect", lambda *args: looks.append(1) or first_look(*args))
-    svi = pyro.infer.SVI(small.model, small.guide, pyro.optim.Adam({"lr": 1e-3}), LogVariance(8, Replay(every=3)))
+    loss = StatefulLoss(LogVariance(8, Replay(every=3)))
+    svi = pyro.infer.SVI(small.model, small.guide, pyro.optim.Adam({"lr": 1e-3}), loss)
 
     def lots(prompts, steps):
         drawn.clear()

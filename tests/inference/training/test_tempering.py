@@ -8,12 +8,10 @@ from support.gradients import gradients, perturbed, policy_guide
 from support.models import table_lm
 from support.programs import SHORT, score_table, tilted
 
-from bayeslm.inference import (
-    MCMC,
-    SMC,
-    SVI,
+from bayeslm.inference import MCMC, SMC, SVI, Exact
+from bayeslm.inference.training import (
+    Adam,
     Critic,
-    Exact,
     ExponentialAverage,
     FDivergence,
     ForwardKL,
@@ -21,6 +19,7 @@ from bayeslm.inference import (
     LogVariance,
     Renyi,
     ReverseKL,
+    StatefulLoss,
 )
 
 T = 3
@@ -40,17 +39,17 @@ T = 3
     ids=["leave-one-out", "average", "critic", "log-variance", "forward KL", "Jensen-Shannon", "Renyi"],
 )
 def test_an_inverse_temperature_of_a_half_is_twice_the_beta(make):
-    """The same draws, and the same gradients step by step; what is told of them stays that of the target itself."""
+    """The same draws, and the same gradients step by step; their figures stay those of the target itself."""
     lm, table = table_lm(order=2, seed=0, vocab=4), score_table(0, vocab=4, tokens=T, scale=1.0)
     policy = perturbed(lm)
     found, told = [], []
     for beta, gamma in ((0.5, 0.5), (1.0, 1.0), (0.5, 1.0)):
-        objective = make()
-        objective.inverse_temperature = gamma
+        loss = StatefulLoss(make())
+        loss.inverse_temperature = gamma
         torch.manual_seed(0)
         parameters = list(policy.network.parameters())
-        found.append(gradients(objective, tilted(lm, table, beta), policy_guide(policy, T), parameters, (SHORT,), 3))
-        told.append(objective.last)
+        found.append(gradients(loss, tilted(lm, table, beta), policy_guide(policy, T), parameters, (SHORT,), 3))
+        told.append(loss.last.figures)
     torch.testing.assert_close(found[0], found[1])
     assert (found[0] - found[2]).norm() > 0.05 * found[2].norm()
     for name in ("elbo", "log_likelihood", "kl"):
@@ -73,7 +72,7 @@ def test_log_variance_of_other_engines_draws(engine):
     exact = Exact().run(model, SHORT)
     x, log_joint = torch.tensor(exact.samples["completion"][0]), torch.tensor(exact.log_joint[0])
     source = FromPosterior(engine.run(model, SHORT))
-    settings = {"num_steps": 300, "learning_rate": 0.05, "num_samples": 10, "seed": 0, "progress": False}
+    settings = {"num_steps": 300, "optimizer": Adam(0.05), "num_samples": 10, "seed": 0, "progress": False}
     policy = SVI(objective=LogVariance(64, source), **settings).run(model, SHORT).policy
     with torch.no_grad():
         log_q = torch.stack([law(SHORT, T).log_prob(x).double() for law in (lm, policy)])

@@ -1,7 +1,8 @@
-"""Long runs of SVI: checkpoints, temperature, stopping, what is looked at beside."""
+"""Long runs of SVI: callbacks that move beta, stop, evaluate and log; interruptions and errors."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 
@@ -11,23 +12,25 @@ import pytest
 import torch
 from support.gradients import policy_guide
 from support.programs import PROMPTS, TOKENS, score_table, tilted
-from support.trainings import EXACT, FAST, GOLD, LM, MODEL, SMALL, TWO, assert_same, batches, kl_of, log_probs
+from support.trainings import EXACT, FAST, GOLD, LM, MODEL, SMALL, TWO, assert_same, batches, every_5, kl_of, log_probs
 
-from bayeslm.inference import (
-    SVI,
-    Exact,
+from bayeslm.inference import SVI, Exact, ProgramError, RunError
+from bayeslm.inference.training import (
+    Adam,
+    Checkpointing,
     FromPosterior,
     HeldOut,
     KLTarget,
     LogVariance,
     NearPosterior,
     Plateau,
-    ProgramError,
     ReverseKL,
+    StepRecord,
     Tempering,
     TensorBoard,
 )
 
+AT_START = StepRecord(step=0, num_steps=30, chain=0, is_last=False, policy=None, inverse_temperature=1.0)
 VALUE = torch.tensor([[1, 2, 3], [4, 5, 6]])
 
 
@@ -35,34 +38,34 @@ def test_interrupted_in_the_first_step_of_a_second_chain():
     """What the first chain has learned is kept."""
     steps = []
 
-    def on_step(done: int, policy: object) -> None:
-        steps.append(done)
+    def interrupt(record: StepRecord) -> None:
+        steps.append(record.step)
         if len(steps) == SMALL["num_steps"] + 2:
             raise KeyboardInterrupt
 
-    run = SVI(**SMALL, num_chains=2, on_step=on_step).run(MODEL, PROMPTS)
+    run = SVI(**SMALL, num_chains=2, callbacks=[interrupt]).run(MODEL, PROMPTS)
     assert run.stats["elbo"].shape[:2] == (1, SMALL["num_steps"])
     assert run.stats["interrupted"]
 
 
 def test_kept_scores_do_not_outlive_a_step():
     """Adam's fused kernel does not tell torch that it changed the weights; its user has to."""
-    law, seen = [], []
+    kept, seen = [], []
 
-    def on_step(done: int, policy: object) -> None:
-        law.append(law[0] if law else policy(PROMPTS, 3))
+    def score(record: StepRecord) -> None:
+        kept.append(kept[0] if kept else record.policy(PROMPTS, 3))
         with torch.no_grad():
-            seen.append(law[0].log_prob(VALUE).sum().item())
+            seen.append(kept[0].log_prob(VALUE).sum().item())
 
-    SVI(**SMALL, on_step=on_step).run(tilted(LM, score_table(1, tokens=3)), PROMPTS)
+    SVI(**SMALL, callbacks=[score]).run(tilted(LM, score_table(1, tokens=3)), PROMPTS)
     assert len(set(seen)) == len(seen)
 
 
-def test_ctrl_c_in_the_first_look_at_held_out_programs():
+def test_ctrl_c_in_the_first_evaluation_of_held_out_programs():
     def interrupts():
         raise KeyboardInterrupt
 
-    run = SVI(**SMALL, held_out=HeldOut({"gold": interrupts})).run(MODEL, PROMPTS)
+    run = SVI(**SMALL, callbacks=[HeldOut({"gold": interrupts})]).run(MODEL, PROMPTS)
     assert run.stats["interrupted"]
 
 
@@ -81,27 +84,32 @@ def test_what_svi_cannot_train():
 class Infinite(ReverseKL):
     """An ELBO that is lost in its seventh step."""
 
-    def estimate(self, program, guide):
-        loss = super().estimate(program, guide)
-        self.calls = getattr(self, "calls", 0) + 1
-        return loss * (torch.inf if self.calls == 7 else 1.0)
+    def estimate(self, program, guide, state, inverse_temperature):
+        calls = state.get("calls", torch.tensor(0)) + 1
+        estimate = super().estimate(program, guide, state, inverse_temperature)
+        loss = estimate.loss * (torch.inf if calls == 7 else 1.0)
+        return dataclasses.replace(estimate, loss=loss, state=estimate.state | {"calls": calls})
 
 
 def test_what_is_not_finite_stops_with_step_prompt_texts_and_checkpoint(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"the loss is -?(inf|nan)") as caught:
-        SVI(**SMALL, objective=Infinite(4), checkpoint=tmp_path).run(MODEL, PROMPTS)
-    notes = "\n".join(caught.value.__notes__)
+    with pytest.raises(RunError, match=r"the loss is -?(inf|nan)") as caught:
+        SVI(**SMALL, objective=Infinite(4), checkpoint=every_5(tmp_path)).run(MODEL, PROMPTS)
+    assert isinstance(caught.value.__cause__, FloatingPointError)
+    notes = "\n".join(caught.value.__cause__.__notes__)
     for part in ("step 6", "of particle", "completion of 'b c d'", "chain-0-step-6"):
         assert part in notes or part.replace("b c d", "e f") in notes, notes
-    assert caught.value.draws["completion"].shape == (4, 2, TOKENS)
-    assert all(p.isfinite().all() for p in caught.value.policy.parameters())
+    kept = caught.value.so_far
+    assert kept.particles.values["completion"].shape == (4, 2, TOKENS)
+    assert kept.step == 6
+    assert kept.checkpoint.endswith("chain-0-step-6")
+    assert all(p.isfinite().all() for p in kept.policy.parameters())
 
 
-# -- temperature and stopping --------------------------------------------------------------------------------
+# -- beta and stopping ---------------------------------------------------------------------------------------
 
 
 def test_tempering_ends_at_the_posterior():
-    run = SVI(**FAST, num_steps=200, temperature=Tempering(0.1, share=0.5)).run(TWO, PROMPTS)
+    run = SVI(**FAST, num_steps=200, callbacks=[Tempering(0.1, share=0.5)]).run(TWO, PROMPTS)
     gamma = run.stats["inverse_temperature"][0]
     assert gamma[0] == 0.1
     assert gamma[50] == pytest.approx(0.1**0.5)
@@ -113,7 +121,7 @@ def test_tempering_ends_at_the_posterior():
 def test_a_kl_target_is_held():
     """By enumeration of the policy's own KL to the prior, within a tenth; beta moves there from far away."""
     target = 0.3
-    run = SVI(**FAST, num_steps=300, temperature=KLTarget(target)).run(TWO, PROMPTS)
+    run = SVI(**FAST, num_steps=300, callbacks=[KLTarget(target)]).run(TWO, PROMPTS)
     gamma = float(run.stats["inverse_temperature"][0, -1])
     assert gamma < 0.7  # at beta 1 it would have ended elsewhere
     log_q = log_probs(run.policy)
@@ -121,13 +129,15 @@ def test_a_kl_target_is_held():
     assert kl_of(run.policy, gamma) < 0.03  # it is the posterior of that beta
     assert kl_of(run.policy) > 0.1  # and not the program's
     for kl, error in ((2.2, 0.1), (1.0, -0.2), (9.0, 0.2), (2.0, 0.0)):
-        assert KLTarget(2.0, gain=0.5).after(3.0, 0.0, kl) == pytest.approx(3.0 / (1.0 + 0.5 * error))
+        record = dataclasses.replace(AT_START, inverse_temperature=3.0, figures={"kl": kl})
+        reply = KLTarget(2.0, gain=0.5).step(record, {})
+        assert reply.inverse_temperature == pytest.approx(3.0 / (1.0 + 0.5 * error))
 
 
 def test_stopping_near_the_posterior():
     """What is estimated when it stops is near the truth; of two chains the one that ends first has NaN after."""
-    settings = FAST | {"learning_rate": 0.03, "num_chains": 2, "schedule": "constant"}
-    run = SVI(**settings, num_steps=500, stop=NearPosterior(0.05, window=10)).run(TWO, PROMPTS)
+    settings = FAST | {"optimizer": Adam(0.03, schedule="constant"), "num_chains": 2}
+    run = SVI(**settings, num_steps=500, callbacks=[NearPosterior(0.05, window=10)]).run(TWO, PROMPTS)
     ends = np.isfinite(run.stats["elbo"][..., 0]).sum(1)
     assert 10 <= ends.min() < ends.max() == run.stats["steps"] < 400
     assert run.stats["elbo"].shape == (2, ends.max(), 2)
@@ -135,27 +145,29 @@ def test_stopping_near_the_posterior():
 
 
 def test_stopping_on_a_plateau():
-    run = SVI(**FAST | {"schedule": "constant"}, num_steps=500, stop=Plateau(window=40)).run(TWO, PROMPTS)
+    settings = FAST | {"optimizer": Adam(0.1, schedule="constant")}
+    run = SVI(**settings, num_steps=500, callbacks=[Plateau(window=40)]).run(TWO, PROMPTS)
     assert 80 <= run.stats["steps"] < 500
     assert kl_of(run.policy) < 0.03
-    rising = {"elbo": [np.array([0.1 * i, 0.0]) for i in range(20)]}
-    assert not Plateau(window=10, nats=0.4)(rising)
-    assert Plateau(window=10, nats=0.6)(rising)
+    rising = {"elbo": [np.array([0.1 * i, 0.0]) for i in range(20)], "inverse_temperature": 20 * [np.array(1.0)]}
+    record = dataclasses.replace(AT_START, step=20, history=rising)
+    assert not Plateau(window=10, nats=0.4).step(record, {}).stop
+    assert Plateau(window=10, nats=0.6).step(record, {}).stop
     moving = rising | {"inverse_temperature": [np.array(0.05 * i) for i in range(20)]}
-    assert not Plateau(window=10, nats=0.6)(moving)
+    assert Plateau(window=10, nats=0.6).step(dataclasses.replace(record, history=moving), {}) is None
 
 
-# -- what is looked at beside --------------------------------------------------------------------------------
+# -- evaluation and logs -------------------------------------------------------------------------------------
 
 
-def test_held_out_programs_are_seen_as_they_are():
-    """The last look against enumeration: 4.5 standard errors, false alarm 7e-6 a number."""
+def test_held_out_programs_are_evaluated_without_bias():
+    """The last evaluation against enumeration: 4.5 standard errors, false alarm 7e-6 a number."""
     held_out = HeldOut({"gold": GOLD}, every=10, num_particles=2000)
-    settings = {"num_steps": 25, "learning_rate": 0.05, "num_samples": 8, "seed": 0, "progress": False}
+    settings = {"num_steps": 25, "optimizer": Adam(0.05), "num_samples": 8, "seed": 0, "progress": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        run = SVI(**settings, held_out=held_out).run(MODEL, PROMPTS)
-        assert_same(run, SVI(**settings, held_out=held_out).run(MODEL, PROMPTS))
+        run = SVI(**settings, callbacks=[held_out]).run(MODEL, PROMPTS)
+        assert_same(run, SVI(**settings, callbacks=[held_out]).run(MODEL, PROMPTS))
     assert run.stats["held_out_steps"] == [0, 10, 20, 25]
     exact = Exact().run(GOLD.func, PROMPTS)
     values = torch.as_tensor(exact.samples["completion"][0])
@@ -166,25 +178,25 @@ def test_held_out_programs_are_seen_as_they_are():
     assert (np.abs(error) < 4.5 * run.stats["gold_log_likelihood_stderr"][0, -1]).all()
     assert (np.abs(run.stats["gold_kl"][0, 0]) < 1e-5).all()  # it began as the prior
     plain = SVI(**settings).run(MODEL, PROMPTS)
-    assert (plain.stats["elbo"] == run.stats["elbo"]).all()  # and looking changes nothing
+    assert (plain.stats["elbo"] == run.stats["elbo"]).all()  # and evaluating changes nothing
 
 
 def test_over_optimisation_is_warned_of():
     opposed = functools.partial(tilted(LM, -score_table(1, tokens=2, scale=1.5)), PROMPTS)
     settings = FAST | {"num_steps": 60}
     with pytest.warns(UserWarning, match="over-optimisation: the log-likelihood of 'opposed'"):
-        SVI(**settings, held_out=HeldOut({"opposed": opposed})).run(TWO, PROMPTS)
+        SVI(**settings, callbacks=[HeldOut({"opposed": opposed})]).run(TWO, PROMPTS)
     same = functools.partial(TWO, PROMPTS)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        SVI(**settings, held_out=HeldOut({"same": same})).run(TWO, PROMPTS)
+        SVI(**settings, callbacks=[HeldOut({"same": same})]).run(TWO, PROMPTS)
 
 
 def test_tensorboard_gets_every_step(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    settings = SMALL | {"held_out": HeldOut({"gold": GOLD}, every=6, num_particles=4), "num_chains": 2}
-    run = SVI(**settings, log=TensorBoard(tmp_path, texts_every=5)).run(MODEL, PROMPTS)
+    callbacks = [HeldOut({"gold": GOLD}, every=6, num_particles=4), TensorBoard(tmp_path, texts_every=5)]
+    run = SVI(**SMALL, num_chains=2, callbacks=callbacks).run(MODEL, PROMPTS)
     events = EventAccumulator(str(tmp_path)).Reload()
     elbo = events.Scalars("elbo")
     assert [event.step for event in elbo] == list(range(1, 25))
@@ -205,70 +217,67 @@ def test_texts_are_shown_with_their_prompts_and_rewards():
     """Of a minibatch the prompt's own; r / beta is the program's at the completion."""
     rows: list[tuple[str, str, float]] = []
 
-    class Log:
-        texts_every = 3
+    def log(record: StepRecord) -> None:
+        assert record.step == 0 or "samples_per_second" in record.figures
+        if record.step and record.step % 3 == 0:
+            rows.extend(record.texts())
 
-        def __call__(self, step, values):
-            assert "samples_per_second" in values
-
-        def texts(self, step, seen):
-            assert step % 3 == 0
-            rows.extend(seen)
-
-    SVI(**SMALL, log=Log()).run(batches, ["a a", "b", "c c"])
+    SVI(**SMALL, callbacks=[log]).run(batches, ["a a", "b", "c c"])
     assert len(rows) == 4
     assert len({prompt for prompt, _, _ in rows}) > 1
     assert {prompt for prompt, _, _ in rows} <= {"a a", "b", "c c"}
-    for _, text, told in rows:
-        assert told == text.split().count("b")  # token 2
+    for _, text, log_likelihood in rows:
+        assert log_likelihood == text.split().count("b")  # token 2
 
 
 def test_an_error_in_a_later_chain_carries_the_policies_of_all():
     calls = []
 
-    def on_step(done, policy):
-        calls.append(done)
+    def fail(record: StepRecord) -> None:
+        calls.append(record.step)
         if len(calls) == 20:  # of 13 a chain
             raise ConnectionError("gone")
 
-    with pytest.raises(ConnectionError) as caught:
-        SVI(**SMALL, num_chains=2, on_step=on_step).run(TWO, PROMPTS)
-    first, second = caught.value.policies
-    assert caught.value.policy is second
-    assert ".policy, those of all 2 chains in .policies" in " ".join(caught.value.__notes__)
+    with pytest.raises(RunError, match=r"ConnectionError: gone(.|\n)*2 trained policies") as caught:
+        SVI(**SMALL, num_chains=2, callbacks=[fail]).run(TWO, PROMPTS)
+    assert isinstance(caught.value.__cause__, ConnectionError)
+    first, second = caught.value.so_far.policies
+    assert caught.value.so_far.policy is second
     whole = SVI(**SMALL).run(TWO, PROMPTS)
     assert (log_probs(first) == log_probs(whole.policy)).all()
     assert (log_probs(second) != log_probs(first)).any()
 
 
 def test_mistakes():
-    with pytest.raises(ValueError, match="start must be in"):
-        Tempering(start=0.0)
+    with pytest.raises(ValueError, match="first must be in"):
+        Tempering(first=0.0)
     with pytest.raises(ValueError, match="nats must be positive"):
         KLTarget(-1.0)
     with pytest.raises(ValueError, match="programs is empty"):
         HeldOut({})
-    with pytest.raises(ValueError, match="checkpoint_every"):
-        SVI(checkpoint_every=0)
+    with pytest.raises(ValueError, match="Checkpointing: every"):
+        Checkpointing("run", every=0)
     with pytest.raises(ValueError, match="has none as its attribute"):
-        SVI(**SMALL, guide=policy_guide(LM.policy(), TOKENS), held_out=HeldOut({"gold": GOLD})).run(MODEL, PROMPTS)
+        SVI(**SMALL, guide=policy_guide(LM.policy(), TOKENS), callbacks=[HeldOut({"gold": GOLD})]).run(MODEL, PROMPTS)
     stock = pyro.infer.Trace_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1)
-    with pytest.raises(ValueError, match="temperature moves that of an objective"):
-        SVI(**SMALL, objective=stock, temperature=Tempering()).run(MODEL, PROMPTS)
-    SVI(**SMALL, objective=stock, held_out=HeldOut({"gold": GOLD}, num_particles=2)).run(MODEL, PROMPTS)
+    with pytest.raises(ValueError, match="moves the inverse temperature of an objective, and Trace_ELBO has none"):
+        SVI(**SMALL, objective=stock, callbacks=[Tempering()]).run(MODEL, PROMPTS)
+    with pytest.raises(RunError, match="ValueError: KLTarget: this objective does not estimate KL"):
+        SVI(**SMALL, objective=stock, callbacks=[KLTarget(1.0)]).run(MODEL, PROMPTS)
+    SVI(**SMALL, objective=stock, callbacks=[HeldOut({"gold": GOLD}, num_particles=2)]).run(MODEL, PROMPTS)
     objective = LogVariance(8, FromPosterior(EXACT))
-    with pytest.raises(ValueError, match="draws whose law is known"):
-        SVI(**SMALL, objective=objective, stop=NearPosterior()).run(MODEL, PROMPTS)
+    with pytest.raises(RunError, match="does not know the density of its particles"):
+        SVI(**SMALL, objective=objective, callbacks=[NearPosterior()]).run(MODEL, PROMPTS)
 
 
-def test_errors_of_what_looks_on_tell_step_and_checkpoint(tmp_path):
-    def on_step(done, policy):
-        if done == 7:
+def test_errors_of_callbacks_tell_step_and_checkpoint(tmp_path):
+    def fail(record: StepRecord) -> None:
+        if record.step == 7:
             raise RuntimeError("no more")
 
-    with pytest.raises(RuntimeError) as caught:
-        SVI(**SMALL, on_step=on_step, checkpoint=tmp_path).run(MODEL, PROMPTS)
-    notes = "\n".join(caught.value.__notes__)
+    with pytest.raises(RunError, match="RuntimeError: no more") as caught:
+        SVI(**SMALL, callbacks=[fail], checkpoint=every_5(tmp_path)).run(MODEL, PROMPTS)
+    notes = "\n".join(caught.value.__cause__.__notes__)
     assert "stopped at step 7" in notes
     assert "chain-0-step-5" in notes
 
@@ -282,5 +291,6 @@ def test_a_wrong_reward_in_a_minibatch_names_the_prompt_of_all():
             wrong = torch.inf if batch[0] == 2 and torch.is_grad_enabled() else 0.0
             pyro.factor("reward", torch.tensor([wrong]))
 
-    with pytest.raises(ProgramError, match="particle 0, prompt 2"):
+    with pytest.raises((ProgramError, RunError), match="particle 0, prompt 2") as caught:
         SVI(**SMALL).run(model, prompts)
+    assert ProgramError in (type(caught.value), type(caught.value.__cause__))

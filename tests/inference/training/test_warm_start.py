@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pyro
 import pytest
@@ -10,11 +12,12 @@ from support.models import table_lm, tiny_llama
 from support.programs import PROMPTS, TOKENS, score_table, tilted
 
 from bayeslm.inference import SVI, ProgramError
-from bayeslm.inference.program import AutoPolicy, inspect
+from bayeslm.inference.program import inspect
+from bayeslm.inference.training import Adam, AutoPolicy, StepRecord
 from bayeslm.models import LanguageModel
-from bayeslm.models.lm import adapters
+from bayeslm.models.lm import loading
 
-SETTINGS = {"num_particles": 32, "learning_rate": 0.03, "num_samples": 4, "seed": 0, "progress": False}
+SETTINGS = {"num_particles": 32, "optimizer": Adam(0.03), "num_samples": 4, "seed": 0, "progress": False}
 KINDS = {"a table": (lambda: table_lm(order=3, seed=1), None), "adapters": (lambda: tiny_llama(seed=1), 2)}
 
 
@@ -23,7 +26,11 @@ def problem(request):
     make, rank = KINDS[request.param]
     prior = make()
     model = tilted(prior, score_table(1), 0.5)
-    return prior, model, SVI(num_steps=60, lora_rank=rank, **SETTINGS).run(model, PROMPTS).policy
+    return (
+        prior,
+        model,
+        SVI(num_steps=60, guide=partial(AutoPolicy, lora_rank=rank), **SETTINGS).run(model, PROMPTS).policy,
+    )
 
 
 def weights(lm: LanguageModel) -> list[torch.Tensor]:
@@ -51,23 +58,23 @@ def test_it_begins_as_the_policy_and_goes_on(problem):
 def test_weights_under_adapters_are_one_copy(tmp_path):
     prior = tiny_llama(seed=1)
     model = tilted(prior, score_table(1), 0.5)
-    first = SVI(num_steps=2, lora_rank=2, **SETTINGS).run(model, PROMPTS).policy
+    first = SVI(num_steps=2, guide=partial(AutoPolicy, lora_rank=2), **SETTINGS).run(model, PROMPTS).policy
     first.save_pretrained(tmp_path)
     loaded = LanguageModel.from_pretrained(tmp_path, base=prior)
     second = SVI(num_steps=2, guide=loaded, **SETTINGS).run(model, PROMPTS).policy
     held = {p.data_ptr() for p in prior.parameters()}
-    own = adapters.own_parameters(second.network)
+    own = loading.own_parameters(second.network)
     assert {p.data_ptr() for p in second.parameters()} - held == {p.data_ptr() for p in own}
     assert all(p.requires_grad and p.dtype == torch.float32 for p in own)
     assert not held & {p.data_ptr() for p in own}
-    assert not {p.data_ptr() for p in adapters.own_parameters(loaded.network)} & {p.data_ptr() for p in own}
+    assert not {p.data_ptr() for p in loading.own_parameters(loaded.network)} & {p.data_ptr() for p in own}
     assert second.network.peft_config["default"].r == 2
 
 
 def test_adapters_of_bfloat16_weights_go_on_in_float32():
     prior = LanguageModel(tiny_llama(seed=1).network.bfloat16())
     start = prior.policy(2).bfloat16()
-    own = adapters.own_parameters(start.continued().network)
+    own = loading.own_parameters(start.continued().network)
     assert all(p.dtype == torch.float32 for p in own)
 
 
@@ -98,8 +105,8 @@ def test_a_checkpoint_knows_what_it_began_as(tmp_path):
 def test_what_cannot_be_begun_with():
     prior = tiny_llama(seed=1)
     model = tilted(prior, score_table(1), 0.5)
-    with pytest.raises(ValueError, match="has adapters, which are trained on as they are: leave out lora_rank"):
-        SVI(num_steps=1, guide=prior.policy(2), lora_rank=4, **SETTINGS).run(model, PROMPTS)
+    with pytest.raises(ValueError, match="has adapters, which keep their rank: leave out lora_rank"):
+        SVI(num_steps=1, guide=partial(AutoPolicy, lora_rank=4, start=prior.policy(2)), **SETTINGS).run(model, PROMPTS)
     with pytest.raises(ValueError, match=r"vocabularies differ, Vocabulary\(size=8, .* and Vocabulary\(size=12, "):
         SVI(num_steps=1, guide=table_lm(vocab=12), **SETTINGS).run(model, PROMPTS)
     other = table_lm()
@@ -119,8 +126,11 @@ def test_what_cannot_be_begun_with():
 def test_adapters_have_a_lower_learning_rate(rank, rate):
     seen: list[float] = []
     model = tilted(tiny_llama(seed=1), score_table(1), 0.5)
-    settings = {key: value for key, value in SETTINGS.items() if key != "learning_rate"}
-    for given in ({}, {"learning_rate": 0.01}):
-        log = lambda step, values: seen.append(values["learning_rate"])  # noqa: E731
-        SVI(num_steps=2, lora_rank=rank, log=log, **settings | given).run(model, PROMPTS)
+    guide = partial(AutoPolicy, lora_rank=rank)
+
+    def note(record: StepRecord) -> None:
+        seen.extend([record.figures["learning_rate"]] if record.step else [])
+
+    for optimizer in (Adam(), Adam(0.01)):
+        SVI(num_steps=2, guide=guide, callbacks=[note], **SETTINGS | {"optimizer": optimizer}).run(model, PROMPTS)
     assert seen == pytest.approx([rate, rate / 2, 0.01, 0.005])

@@ -40,18 +40,18 @@ def test_episodes_end_where_gymnasium_ends_them():
     lake = MDP.from_gymnasium(gymnasium.make("FrozenLake-v1"))
     assert lake.terminal.nonzero().squeeze(-1).tolist() == [5, 7, 11, 12, 15]
     cliff = MDP.from_gymnasium(gymnasium.make("CliffWalking-v1"))
-    assert cliff.terminal.nonzero().squeeze(-1).tolist() == [47]  # whose own row in the table goes on
-    assert cliff.deterministic
-    assert not lake.deterministic
+    assert cliff.terminal.nonzero().squeeze(-1).tolist() == [47]  # though its own row in the table continues
+    assert (cliff.transitions.amax(-1) == 1).all()  # every action has one outcome
+    assert not (lake.transitions.amax(-1) == 1).all()
     assert (cliff.transitions[47, :, 47] == 1).all()
     assert (cliff.rewards[47] == 0).all()
     taxi = MDP.from_gymnasium(gymnasium.make("Taxi-v4"))
-    assert int(taxi.terminal.sum()) == 4  # the passenger out of the taxi at each of four places
+    assert int(taxi.terminal.sum()) == 4  # the passenger has left the taxi at one of four places
 
 
-def test_rewards_that_vary_are_means_and_said_to_be():
-    """On slippery cliffs who stays at the start may have walked, for -1, or fallen, for -100: the mean is enough for
-    expected returns, and not for log Z."""
+def test_rewards_that_vary_are_means_and_mark_the_process_as_mixed():
+    """On slippery cliffs an agent that is at the start again has walked, for -1, or fallen, for -100. The mean of these
+    is enough for expected returns, but not for log Z."""
     mixed = {name: MDP.from_gymnasium(gymnasium.make(name)).mixed for name, kwargs in TABULAR if not kwargs}
     assert mixed == {"CliffWalking-v1": False, "Taxi-v4": False}
     assert not MDP.from_gymnasium(gymnasium.make("FrozenLake-v1")).mixed
@@ -62,14 +62,14 @@ def test_rewards_that_vary_are_means_and_said_to_be():
         P = {0: {0: [(1.0, 1, 1.0, True)]}, 1: {0: [(0.5, 1, 0.0, True), (0.5, 1, 1.0, True)]}}
         initial_state_distrib = [1.0, 0.0]
 
-    assert not MDP.from_gymnasium(Ends()).mixed  # nobody is paid in a terminal state
+    assert not MDP.from_gymnasium(Ends()).mixed  # a terminal state pays nothing
     assert float(cliff.rewards[36, 1, 36]) == pytest.approx(-50.5)  # right: down is a wall, ahead is the cliff
     assert SoftValueIteration(1.0, 3).run(cliff).values.isfinite().all()
     with pytest.raises(ValueError, match=r"MDP\.mixed.*fixed"):
         SoftValueIteration(1.0, 3, "tilted").run(cliff)
 
 
-def test_what_is_no_process_is_refused():
+def test_invalid_processes_are_refused():
     mdp = random_mdp()
     for name, wrong in {
         "transitions": mdp.transitions * 0.9,
@@ -87,7 +87,7 @@ def test_what_is_no_process_is_refused():
         MDP.from_gymnasium(gymnasium.make("CartPole-v1"))
 
 
-def test_a_state_that_is_an_end_only_sometimes_is_refused():
+def test_a_state_that_ends_only_some_episodes_is_refused():
     class Odd(gymnasium.Env):
         P = {0: {0: [(0.5, 1, 0.0, True), (0.5, 1, 0.0, False)]}, 1: {0: [(1.0, 0, 0.0, False)]}}
         initial_state_distrib = [1.0, 0.0]
@@ -137,8 +137,8 @@ def test_a_policy_is_worth_its_return_less_its_kl(seed, beta, horizon):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_no_policy_is_better_than_the_soft_optimal_one(seed):
-    """It is worth what the recursion says, is stationary, and beats its neighbours; concavity in each step's law does
-    the rest."""
+    """Its value is that of the recursion and stationary, and nearby policies have lower ones; the value is concave in
+    each step's probabilities."""
     mdp, solver = random_mdp(seed), SoftValueIteration(0.5, 4)
     best = solver.run(mdp)
     torch.testing.assert_close(solver.evaluate(mdp, best.policy), best.values)
@@ -152,15 +152,15 @@ def test_no_policy_is_better_than_the_soft_optimal_one(seed):
         assert float(mdp.initial @ solver.evaluate(mdp, near)[0]) < worth - 1e-4
 
 
-def test_they_agree_where_nothing_is_left_to_chance_and_only_there():
-    sure, chancy = random_mdp(1, deterministic=True), random_mdp(1)
+def test_fixed_and_tilted_dynamics_agree_for_deterministic_processes_only():
+    deterministic, random = random_mdp(1, deterministic=True), random_mdp(1)
     fixed, tilted = SoftValueIteration(0.5, 5), SoftValueIteration(0.5, 5, "tilted")
-    torch.testing.assert_close(fixed.run(sure).values, tilted.run(sure).values)
-    torch.testing.assert_close(fixed.run(sure).policy, tilted.run(sure).policy)
-    assert (tilted.run(chancy).values[0, :3] > fixed.run(chancy).values[0, :3] + 1e-3).all()
+    torch.testing.assert_close(fixed.run(deterministic).values, tilted.run(deterministic).values)
+    torch.testing.assert_close(fixed.run(deterministic).policy, tilted.run(deterministic).policy)
+    assert (tilted.run(random).values[0, :3] > fixed.run(random).values[0, :3] + 1e-3).all()
 
 
-def test_without_temperature_it_is_value_iteration():
+def test_beta_0_is_value_iteration():
     mdp = random_mdp(2)
     plain, cold = SoftValueIteration(0.0, 6).run(mdp), SoftValueIteration(1e-4, 6).run(mdp)
     torch.testing.assert_close(plain.values, cold.values, atol=6e-4, rtol=0)  # off by up to T beta log A
@@ -168,19 +168,19 @@ def test_without_temperature_it_is_value_iteration():
     assert set(plain.policy[:, :3].unique().tolist()) == {0.0, 1.0}
     nothing = MDP(mdp.transitions, torch.zeros_like(mdp.rewards), mdp.terminal, mdp.initial)
     prior = torch.tensor([[0.2, 0.8], [1.0, 0.0], [0.5, 0.5], [0.5, 0.5]], dtype=torch.float64)
-    torch.testing.assert_close(SoftValueIteration(0.0, 1).run(nothing, prior).policy[0], prior)  # ties are the prior's
+    torch.testing.assert_close(SoftValueIteration(0.0, 1).run(nothing, prior).policy[0], prior)  # ties keep the prior
     banned = SoftValueIteration(0.0, 6).run(mdp, prior)
-    assert (banned.policy[:, 1, 1] == 0).all()  # what the prior forbids is not chosen, however good
+    assert (banned.policy[:, 1, 1] == 0).all()  # an action of prior probability 0 is never chosen
     assert (banned.values[0, 1] <= plain.values[0, 1]).all()
 
 
-def test_a_discount_is_the_probability_of_living_on():
+def test_a_discount_is_the_probability_that_the_episode_continues():
     mdp, discount = random_mdp(3), 0.8
     alive = torch.zeros(5, 2, 5, dtype=torch.float64)
     alive[:4, :, :4] = discount * mdp.transitions
     alive[:4, :, 4] = 1 - discount
     rewards = torch.zeros_like(alive)
-    rewards[:4] = mdp.expected_rewards[..., None]  # the step before the death is paid for
+    rewards[:4] = mdp.expected_rewards[..., None]  # the last step is paid
     mortal = MDP(alive, rewards, torch.tensor([*mdp.terminal, True]), torch.tensor([*mdp.initial, 0.0]))
     found = SoftValueIteration(0.5, 6, discount=discount).run(mdp)
     torch.testing.assert_close(found.values, SoftValueIteration(0.5, 6).run(mortal).values[:, :4])

@@ -1,4 +1,4 @@
-"""Neural policies: what they read, their gradient against enumeration, and CartPole."""
+"""Neural policies: their inputs, their gradient against dynamic programming, and CartPole."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from support.gradients import assert_unbiased, gradients
 from torch import Tensor
 
 from bayeslm import Posterior
-from bayeslm.inference import SVI, Critic, ImportanceSampling, ReverseKL
+from bayeslm.inference import SVI, ImportanceSampling, RunError
 from bayeslm.inference.control import SoftValueIteration
+from bayeslm.inference.training import Adam, Checkpointing, Critic, ReverseKL
 from bayeslm.models.control import (
     MDP,
     Control,
@@ -29,7 +30,7 @@ BETA = 0.7
 
 
 def small_world(seed: int = 0) -> MDP:
-    """Three states, the last terminal, and two actions, with chance in everything."""
+    """Return a random process of three states, the last of which is terminal, and two actions."""
     generator = torch.Generator().manual_seed(seed)
     return MDP(
         transitions=torch.randn(3, 2, 3, generator=generator, dtype=torch.float64).softmax(-1),
@@ -40,10 +41,10 @@ def small_world(seed: int = 0) -> MDP:
 
 
 def elbo(mdp: MDP, policy: MLPPolicy) -> Tensor:
-    """E[return] / beta - KL(q || uniform), by going through all states backwards."""
+    """Return E[return] / beta - KL(q || uniform) by dynamic programming."""
     states = torch.arange(mdp.num_states)[:, None].float()
     log_pi = policy(states, torch.zeros(mdp.num_states, dtype=torch.long)).log_softmax(-1).double()
-    log_pi = log_pi.masked_fill(mdp.terminal[:, None], -np.log(mdp.num_actions))  # nobody acts there any more
+    log_pi = log_pi.masked_fill(mdp.terminal[:, None], -np.log(mdp.num_actions))  # no action is taken there
     value = torch.zeros(mdp.num_states, dtype=torch.float64)
     for _ in range(HORIZON):
         gain = (mdp.transitions * (mdp.rewards / BETA + value)).sum(-1)
@@ -51,23 +52,23 @@ def elbo(mdp: MDP, policy: MLPPolicy) -> Tensor:
     return mdp.initial @ value
 
 
-# -- what a policy reads --------------------------------------------------------------------------------------------
+# -- inputs of a policy --------------------------------------------------------------------------------------------
 
 
 def test_boxes_are_scaled_by_their_bounds():
     environment = GymEnvironment("CartPole-v1")
     policy = MLPPolicy(environment)
-    torch.testing.assert_close(policy.scale, torch.tensor([4.8, 1.0, 0.41887903, 1.0]))  # two speeds have no bounds
-    seen = torch.randn(5, 3, 4)
-    expected = policy.layers(seen / policy.scale)
-    torch.testing.assert_close(policy(seen, torch.zeros(5, 3, dtype=torch.long)), expected)
+    torch.testing.assert_close(policy.scale, torch.tensor([4.8, 1.0, 0.41887903, 1.0]))  # two velocities have no bounds
+    observed = torch.randn(5, 3, 4)
+    expected = policy.layers(observed / policy.scale)
+    torch.testing.assert_close(policy(observed, torch.zeros(5, 3, dtype=torch.long)), expected)
     torch.testing.assert_close(
         MLPPolicy(GymEnvironment("Acrobot-v1")).scale, torch.tensor([1.0, 1.0, 1.0, 1.0, 12.566371, 28.274334])
     )
 
 
-def test_states_are_told_apart():
-    """A network without hidden layers is a table of its own."""
+def test_discrete_states_are_one_hot_inputs():
+    """A network without hidden layers is a table."""
     policy = MLPPolicy(TabularEnvironment(small_world()), hidden=())
     torch.nn.init.normal_(policy.layers[-1].weight)
     logits = policy(torch.tensor([[0.0], [1.0], [2.0]]), torch.zeros(3, dtype=torch.long))
@@ -82,14 +83,14 @@ def test_it_begins_near_the_uniform_policy(name):
     assert torch.equal(before, torch.get_rng_state())
     space = gymnasium.make(name).observation_space
     space.seed(0)
-    seen = torch.tensor(np.array([space.sample() for _ in range(100)]), dtype=torch.float32).reshape(100, -1)
-    seen = seen.clamp(-5, 5)  # a box without bounds is sampled far outside what is ever seen
+    observed = torch.tensor(np.array([space.sample() for _ in range(100)]), dtype=torch.float32).reshape(100, -1)
+    observed = observed.clamp(-5, 5)  # samples of an unbounded box are far larger than observations
     steps = torch.zeros(100, dtype=torch.long)
-    log_pi = policy(seen, steps).log_softmax(-1)
+    log_pi = policy(observed, steps).log_softmax(-1)
     assert log_pi.shape == (100, environment.num_actions)
     assert (log_pi.exp() - 1 / environment.num_actions).abs().max() < 0.02
-    assert torch.equal(policy(seen, steps), same(seen, steps))
-    assert not torch.equal(policy(seen, steps), other(seen, steps))
+    assert torch.equal(policy(observed, steps), same(observed, steps))
+    assert not torch.equal(policy(observed, steps), other(observed, steps))
 
 
 # -- its gradient ---------------------------------------------------------------------------------------------------
@@ -98,7 +99,7 @@ def test_it_begins_near_the_uniform_policy(name):
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("critic", [None, Critic(learning_rate=0.02, num_steps=3)], ids=["leave-one-out", "critic"])
 def test_the_gradient_is_unbiased(critic, seed):
-    """Against the ELBO's by dynamic programming; the critic learns all the while."""
+    """The gradient is that of the ELBO by dynamic programming, while the critic is trained."""
     mdp = small_world(seed)
     environment = TabularEnvironment(mdp)
     policy = MLPPolicy(environment, hidden=(3,), seed=seed)
@@ -114,7 +115,7 @@ def test_the_gradient_is_unbiased(critic, seed):
 
 
 def test_the_critic_lowers_the_variance():
-    """Of a policy that has learned nothing yet, in a world whose rewards are known by the state."""
+    """The policy is untrained, and the expected return depends on the state."""
     mdp = small_world(1)
     environment = TabularEnvironment(mdp)
     policy = MLPPolicy(environment, hidden=(3,), seed=0)
@@ -131,15 +132,15 @@ def test_the_critic_lowers_the_variance():
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_it_learns_the_best_policy_there_is(seed):
-    """Of a single action, for which the best policy is the same at every step: by soft values."""
+def test_it_learns_the_best_policy(seed):
+    """For a single action the best policy does not depend on the step; it is known from soft values."""
     mdp = small_world(seed)
     environment = TabularEnvironment(mdp)
     control = Control(environment, BETA, 1)
     policy = MLPPolicy(environment, hidden=(8,), seed=seed)
     svi = SVI(
         num_steps=60,
-        learning_rate=5e-2,
+        optimizer=Adam(5e-2),
         objective=ReverseKL(128, Critic()),
         guide=control.guide(policy),
         num_samples=2000,
@@ -161,25 +162,24 @@ def test_it_learns_the_best_policy_there_is(seed):
 
 
 def cartpole(seed: int, num_steps: int, schedule: str) -> tuple[float, int]:
-    """The mean return of 100 episodes of a trained policy's own actions, and how many steps training played."""
+    """Return the mean return of 100 episodes of a trained policy, and the number of steps played in training."""
     environment = GymEnvironment("CartPole-v1")
     control = Control(environment, beta=0.1, horizon=500)
     policy = MLPPolicy(environment, seed=seed)
     objective = ReverseKL(16, Critic())
     played = 0
 
-    def count(history) -> bool:
+    def count(record) -> None:
         nonlocal played
-        played += int((actions(objective.particles.values["trajectory"]) >= 0).sum())
-        return False
+        if record.particles is not None:
+            played += int((actions(record.particles.values["trajectory"]) >= 0).sum())
 
     svi = SVI(
         num_steps=num_steps,
-        learning_rate=1e-2,
-        schedule=schedule,
+        optimizer=Adam(1e-2, schedule=schedule),
         objective=objective,
         guide=control.guide(policy),
-        stop=count,
+        callbacks=[count],
         num_samples=100,
         seed=seed,
         progress=False,
@@ -193,7 +193,7 @@ def cartpole(seed: int, num_steps: int, schedule: str) -> tuple[float, int]:
 
 
 def test_cartpole():
-    """On the way: a uniform policy has a mean return of 22."""
+    """A short training improves on the mean return of a uniform policy, which is 22."""
     score, played = cartpole(seed=0, num_steps=12, schedule="constant")
     assert score > 150, score
     assert played < 20_000
@@ -207,13 +207,13 @@ def test_cartpole_is_solved(seed):
     assert played < 250_000
 
 
-def test_one_training_leaves_the_next_alone():
-    """Pyro keeps parameters by name in one store, and would train those in place of another policy's."""
+def test_trainings_do_not_share_parameters():
+    """Pyro stores parameters by name, and would train the first policy's in place of the second's."""
     environment = TabularEnvironment(small_world())
     control = Control(environment, BETA, HORIZON)
     policies = [MLPPolicy(environment, seed=3) for _ in range(2)]
     for guide in [control.guide(policy) for policy in policies]:
-        SVI(num_steps=5, learning_rate=0.1, guide=guide, num_samples=1, seed=0, progress=False).run(control)
+        SVI(num_steps=5, optimizer=Adam(0.1), guide=guide, num_samples=1, seed=0, progress=False).run(control)
     for one, other, begun in zip(*(p.parameters() for p in (*policies, MLPPolicy(environment, seed=3))), strict=True):
         assert one is not other
         assert torch.equal(one, other)
@@ -221,7 +221,7 @@ def test_one_training_leaves_the_next_alone():
 
 
 @pytest.mark.parametrize("name", ["mlp", "table"])
-def test_a_policy_is_kept_with_its_posterior(tmp_path, name):
+def test_a_policy_is_saved_with_its_posterior(tmp_path, name):
     environment = TabularEnvironment(small_world())
 
     def untrained():
@@ -241,10 +241,10 @@ def test_a_policy_is_kept_with_its_posterior(tmp_path, name):
         )
 
 
-def test_a_training_goes_on(tmp_path):
-    """Killed, and called again, it ends as one that was not, to the bit: episodes and the critic included."""
+def test_a_training_resumes(tmp_path):
+    """A training that was stopped resumes bit-identically, episodes and critic included."""
 
-    def train(folder, on_step=None):
+    def train(folder, *callbacks):
         environment = GymEnvironment("CartPole-v1")
         control = Control(environment, beta=0.1, horizon=50)
         return SVI(
@@ -252,28 +252,27 @@ def test_a_training_goes_on(tmp_path):
             objective=ReverseKL(4, Critic()),
             guide=control.guide(MLPPolicy(environment)),
             num_samples=2,
-            checkpoint=tmp_path / folder,
-            checkpoint_every=2,
-            on_step=on_step,
+            checkpoint=Checkpointing(tmp_path / folder, every=2),
+            callbacks=callbacks,
             seed=0,
             progress=False,
         ).run(control)
 
-    def kill(step, policy):
-        if step == 3:
+    def kill(record):
+        if record.step == 3:
             raise KeyError("killed")
 
-    whole = train("whole")
-    with pytest.raises(KeyError, match="killed"):
+    complete = train("whole")
+    with pytest.raises(RunError, match="killed"):
         train("broken", kill)
     again = train("broken")
-    np.testing.assert_array_equal(whole.samples["trajectory"], again.samples["trajectory"])
-    for one, other in zip(whole.policy.parameters(), again.policy.parameters(), strict=True):
+    np.testing.assert_array_equal(complete.samples["trajectory"], again.samples["trajectory"])
+    for one, other in zip(complete.policy.parameters(), again.policy.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
 def test_acrobot():
-    """Three actions, no vectorised version: training steps, and the trained policy as a proposal."""
+    """An environment with three actions and no vectorised version is trained on, and the policy is a proposal."""
     environment = GymEnvironment("Acrobot-v1")
     control = Control(environment, beta=1.0, horizon=30)
     policy = MLPPolicy(environment)

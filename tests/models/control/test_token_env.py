@@ -1,4 +1,4 @@
-"""Writing completions as a Gymnasium environment: it keeps Gymnasium's rules, and its optimum is the posterior."""
+"""Completions as a Gymnasium environment: it obeys Gymnasium's rules, and its optimal policy is the posterior."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LETTERS = np.array([0.0, 1.0, -0.5, 0.25])
 
 
 def letters(prompts, completions, **columns):
-    """A score that depends on the words, their order and the prompt."""
+    """Return rewards that depend on the words, their order and the prompt."""
     return [
         sum(LETTERS["_abc".index(word)] / (1 + t) for t, word in enumerate(text.split())) + 0.3 * (prompt == "c")
         for prompt, text in zip(prompts, completions, strict=True)
@@ -43,7 +43,7 @@ def make(**settings):
 
 
 def episode(env, actions, **options):
-    """Rewards and infos of an episode that takes these actions for as long as it lasts, and its last observation."""
+    """Return the rewards and infos of an episode with these actions, and its last observation."""
     _, info = env.reset(options=options)
     rewards, infos = [], [info]
     for action in actions:
@@ -89,17 +89,17 @@ def test_many_at_once():
     assert all(env.unwrapped.prior is lm for env in envs.envs)
 
 
-# -- what an episode is ---------------------------------------------------------------------------------------------
+# -- episodes ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("beta", [None, 0.5])
 @pytest.mark.parametrize("lm", [table_lm(vocab=VOCAB), tiny_llama()], ids=["table", "llama"])
 def test_returns_are_the_rewards_of_the_texts(lm, beta):
-    """Of every completion of a table, and of some of a network; log-probabilities are the law's."""
+    """This holds for every completion of a table and some of a network; log-probabilities are the model's."""
     env = TokenEnv(lm, letters, PROMPTS, TOKENS, beta=beta, temperature=0.8)
-    law = lm(PROMPTS, TOKENS, 0.8)
-    values = law.enumerate_support()[:: 1 if lm.vocab_size == VOCAB else 37]
-    log_p = law.log_prob(values)
+    distribution = lm(PROMPTS, TOKENS, 0.8)
+    values = distribution.enumerate_support()[:: 1 if lm.vocab_size == VOCAB else 37]
+    log_p = distribution.log_prob(values)
     texts = lm.decode(values)
     with torch.no_grad():
         for value, score, text in zip(values[:, 0], log_p, texts, strict=True):
@@ -107,7 +107,7 @@ def test_returns_are_the_rewards_of_the_texts(lm, beta):
                 continue
             for i, prompt in enumerate(PROMPTS):
                 rewards, infos, observation = episode(env, value.tolist(), prompt=i)
-                length = int(law.lengths(value[None].expand(2, -1))[0])
+                length = int(distribution.lengths(value[None].expand(2, -1))[0])
                 assert len(rewards) == length
                 assert infos[0] == {"prompt": i}
                 assert infos[-1]["completion"] == text[i]
@@ -124,7 +124,7 @@ def test_returns_are_the_rewards_of_the_texts(lm, beta):
 
 
 def test_an_eos_ends_the_episode_on_an_accelerator_too(monkeypatch):
-    """Where `Decoder` asks every eight tokens whether all rows have ended."""
+    """There `Decoder` checks only every eight tokens whether all rows have ended."""
     begin = Decoder.__init__
 
     def seldom_asked(self, *args, **kwargs):
@@ -152,7 +152,7 @@ def test_columns_go_to_the_reward():
 
 @pytest.mark.parametrize("seed", range(2))
 def test_a_random_policy_draws_uniform_tokens(seed):
-    """Completions of tokens picked by the action space: each has the probability VOCAB^-length, prompts are uniform."""
+    """Completions sampled from the action space have probability VOCAB^-length, and prompts are uniform."""
     env = make(max_new_tokens=TOKENS)
     env.reset(seed=seed)
     env.action_space.seed(seed)
@@ -180,9 +180,15 @@ def test_a_seed_reproduces_the_prompts():
     assert prompts(0) == prompts(0) != prompts(1)
 
 
-def test_a_copy_goes_on_by_itself():
-    """Which planning needs; the language model is not copied."""
-    env = make(prior=tiny_llama(), max_new_tokens=TOKENS)
+def test_a_copy_is_independent():
+    """Planning needs copies; they share the language model."""
+    lm = tiny_llama()
+
+    def refuse(memo):
+        raise AssertionError("the network is copied")
+
+    lm.network.__deepcopy__ = refuse
+    env = make(prior=lambda: lm, max_new_tokens=TOKENS)
     env.reset(seed=0, options={"prompt": 0})
     env.step(1)
     twin = copy.deepcopy(env)
@@ -205,8 +211,10 @@ def test_it_shows_the_text():
 
 
 def plan(env, beta: float, prompt: int) -> tuple[float, dict[str, float]]:
-    """Soft value iteration over prefixes, which sees the environment alone: the root's value, and each text's
-    probability under the optimal policy."""
+    """Run soft value iteration over prefixes by playing the environment.
+
+    :returns: the root's value, and each text's probability under the optimal policy.
+    """
     probabilities: dict[str, float] = {}
 
     def value(prefix: tuple[int, ...]) -> tuple[float, dict[str, float]]:
@@ -255,7 +263,7 @@ def test_without_beta_the_best_return_is_the_best_reward():
 
 @pytest.mark.long
 def test_stable_baselines3_learns_to_write():
-    """Its PPO finds the best text for each prompt, to a hundredth of the reward's range."""
+    """Its PPO finds the best text of each prompt."""
     ppo = pytest.importorskip("stable_baselines3").PPO
     env = make(max_new_tokens=TOKENS)
     agent = ppo("MlpPolicy", env, n_steps=256, learning_rate=3e-3, gamma=1.0, seed=0, device="cpu").learn(10_000)
@@ -271,7 +279,7 @@ def test_stable_baselines3_learns_to_write():
     np.testing.assert_allclose(scores, [best, best + 0.3], atol=0.02)
 
 
-# -- what is refused ------------------------------------------------------------------------------------------------
+# -- errors ------------------------------------------------------------------------------------------------
 
 
 def test_bad_settings():

@@ -1,4 +1,4 @@
-"""The law of trajectories: against every episode of a small process, and in Gymnasium's own environments."""
+"""Trajectories: against all episodes of a small process, and in Gymnasium's environments."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def small(seed: int = 0, horizon: int = 3, starts=None) -> tuple[MDP, torch.Tens
 
 
 def as_value(steps, horizon: int) -> torch.Tensor:
-    """A trajectory as the law writes it."""
+    """Return an episode as a value of `Trajectory`."""
     value = torch.zeros(horizon, 3)
     value[:, 0] = -1
     for t, (s, a, r) in enumerate(steps):
@@ -56,9 +56,9 @@ def as_value(steps, horizon: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_episodes_are_as_frequent_as_they_are_probable(seed):
-    """Chi-squared over all courses of two steps, where each begins by chance; rewards are those of the course."""
-    mdp, logits, law = small(seed, horizon=2)
+def test_frequencies_of_episodes_are_their_probabilities(seed):
+    """Chi-squared test over all episodes of two steps with random starts; their rewards are those of the process."""
+    mdp, logits, distribution = small(seed, horizon=2)
     policy = logits.double().softmax(-1)
     expected: Counter = Counter()
     for start in range(3):
@@ -69,7 +69,7 @@ def test_episodes_are_as_frequent_as_they_are_probable(seed):
     assert sum(expected.values()) == pytest.approx(1.0)
     n = 20_000
     with seeded(seed):
-        drawn = law.sample((n,))
+        drawn = distribution.sample((n,))
     rows = [
         tuple((int(s), int(a), round(float(r), 3)) for a, r, s in steps if a >= 0) for steps in drawn.numpy().tolist()
     ]
@@ -83,11 +83,11 @@ def test_episodes_are_as_frequent_as_they_are_probable(seed):
 
 
 def test_probabilities_are_the_actions_and_normalised():
-    mdp, logits, law = small(1, starts=torch.tensor(0))
+    mdp, logits, distribution = small(1, starts=torch.tensor(0))
     policy = logits.double().softmax(-1)
     total = 0.0
     for chance, steps in all_episodes(mdp, 0, 3):
-        log_p = law.log_prob(as_value(steps, 3)).detach()
+        log_p = distribution.log_prob(as_value(steps, 3)).detach()
         assert float(log_p) == pytest.approx(
             sum(math.log(policy[t, s, a]) for t, (s, a, _) in enumerate(steps)), abs=1e-5
         )
@@ -96,12 +96,12 @@ def test_probabilities_are_the_actions_and_normalised():
 
 
 def test_a_trajectory_is_a_value():
-    """It is scored under any policy, and its return read, without playing it again."""
-    mdp, _, law = small(2, horizon=6, starts=torch.tensor([0, 1, 2]))
+    """Its score under any policy and its return are known without playing it again."""
+    mdp, _, distribution = small(2, horizon=6, starts=torch.tensor([0, 1, 2]))
     with seeded(0):
-        value = law.sample((500,))
+        value = distribution.sample((500,))
     assert value.shape == (500, 3, 6, 3)
-    lengths = law.lengths(value)
+    lengths = distribution.lengths(value)
     assert lengths.min() < 6 == lengths.max()
     assert (observations(value)[:, :, 0, 0] == torch.tensor([0.0, 1.0, 2.0])).all()
     after = torch.arange(6) >= lengths[..., None]
@@ -114,11 +114,11 @@ def test_a_trajectory_is_a_value():
     inner = ~after[..., 1:]
     torch.testing.assert_close(step_rewards(value)[..., :-1][inner], paid[inner])
     torch.testing.assert_close(returns(value), step_rewards(value).sum(-1))
-    other = law.with_policy(UniformPolicy(2))
+    other = distribution.with_policy(UniformPolicy(2))
     torch.testing.assert_close(other.log_prob(value), -math.log(2) * lengths.float())
-    assert law.support.check(value).all()
-    torch.testing.assert_close(law.expand((500, 3)).log_prob(value), law.log_prob(value))
-    scores, known = law.token_log_prob_and_hidden(value)
+    assert distribution.support.check(value).all()
+    torch.testing.assert_close(distribution.expand((500, 3)).log_prob(value), distribution.log_prob(value))
+    scores, known = distribution.token_log_prob_and_hidden(value)
     assert known.shape == (500, 3, 6, 4 + 2)
     assert not scores.requires_grad
     torch.testing.assert_close(known[..., -1], step_rewards(value).cumsum(-1) - step_rewards(value))
@@ -127,37 +127,37 @@ def test_a_trajectory_is_a_value():
 
 
 def test_malformed_trajectories_have_no_probability():
-    _, _, law = small(0)
-    value = law.sample()
+    _, _, distribution = small(0)
+    value = distribution.sample()
     value[:, 0] = torch.tensor([0.0, 1.0, 0.0])
-    assert law.log_prob(value).isfinite()
+    assert distribution.log_prob(value).isfinite()
     for wrong in ([0.0, -1.0, 1.0], [2.0, 0.0, 0.0], [0.5, 0.0, 0.0], [-2.0, -1.0, -1.0]):
         value[:, 0] = torch.tensor(wrong)
-        assert law.log_prob(value) == -torch.inf, wrong
-        assert not law.support.check(value)
+        assert distribution.log_prob(value) == -torch.inf, wrong
+        assert not distribution.support.check(value)
     with pytest.raises(ValueError, match="expected trajectories"):
-        law.log_prob(value[:2])
+        distribution.log_prob(value[:2])
     with pytest.raises(ValueError, match="horizon"):
-        Trajectory(law.environment, law.policy, 0)
+        Trajectory(distribution.environment, distribution.policy, 0)
 
 
 def test_gradients_reach_the_policy():
-    _, logits, law = small(3, starts=torch.tensor([0, 1]))
+    _, logits, distribution = small(3, starts=torch.tensor([0, 1]))
     with seeded(0):
-        value = law.sample((200,))
-    law.log_prob(value).sum().backward()
+        value = distribution.sample((200,))
+    distribution.log_prob(value).sum().backward()
     wanted = logits.clone().requires_grad_()
     state, action = observations(value)[..., 0].long(), actions(value)
     steps = torch.arange(3).expand_as(action)
     scores = wanted.log_softmax(-1)[steps, state, action.clamp_min(0)]
     scores.masked_fill(action < 0, 0.0).sum().backward()
-    torch.testing.assert_close(law.policy.logits.grad, wanted.grad, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(distribution.policy.logits.grad, wanted.grad, rtol=1e-5, atol=1e-4)
 
 
-def test_a_factor_of_each_step_is_one_of_the_whole():
-    """The plate of steps sums to return / beta for each particle and prompt; stock Pyro sees the same."""
-    _, _, law = small(4)
-    control = Control(law.environment, 0.5, 3, prior=law.policy)
+def test_the_factors_of_all_steps_sum_to_the_return():
+    """The plate of steps sums to return / beta for each particle and prompt, in stock Pyro too."""
+    _, _, distribution = small(4)
+    control = Control(distribution.environment, 0.5, 3, prior=distribution.policy)
     program = inspect(control, torch.tensor([0, 1]))
     with seeded(0):
         particles = run_particles(program, None, 7)
@@ -165,7 +165,7 @@ def test_a_factor_of_each_step_is_one_of_the_whole():
     assert score.shape == (7, 2)
     torch.testing.assert_close(particles.log_likelihood["reward"], score / 0.5)
     torch.testing.assert_close(particles.values["score"], score)
-    torch.testing.assert_close(particles.log_prior, law.log_prob(particles.values["trajectory"]).detach())
+    torch.testing.assert_close(particles.log_prior, distribution.log_prob(particles.values["trajectory"]).detach())
     with seeded(0), pyro.plate("outer", 4, dim=-3):
         trace = poutine.trace(control).get_trace(torch.tensor([0, 1]))
     value = trace.nodes["trajectory"]["value"]
@@ -179,11 +179,11 @@ def test_policies_as_tables():
     torch.testing.assert_close(policy.probabilities, torch.full((8, 4, 2), 0.5, dtype=torch.float64))
     with torch.no_grad():
         policy.logits[:] = torch.randn(3, 4, 2)
-    seen, steps = torch.arange(4)[None, :, None].expand(8, 4, 1).float(), torch.arange(8)[:, None].expand(8, 4)
-    torch.testing.assert_close(policy(seen, steps).double().softmax(-1), policy.probabilities)
-    torch.testing.assert_close(policy(seen, steps)[0], policy.logits[2])  # eight steps to go
-    torch.testing.assert_close(policy(seen, steps)[7], policy.logits[0])  # the last
-    halfway = policy(seen, steps)[8 - 4]  # four to go: log2 is 2 of 3, 4 / 3 of the way through the tables
+    observed, steps = torch.arange(4)[None, :, None].expand(8, 4, 1).float(), torch.arange(8)[:, None].expand(8, 4)
+    torch.testing.assert_close(policy(observed, steps).double().softmax(-1), policy.probabilities)
+    torch.testing.assert_close(policy(observed, steps)[0], policy.logits[2])  # 8 steps to go
+    torch.testing.assert_close(policy(observed, steps)[7], policy.logits[0])  # 1 step to go
+    halfway = policy(observed, steps)[8 - 4]  # 4 steps to go: log2 4 is 2/3 of log2 8, position 4/3 of the tables
     torch.testing.assert_close(halfway, (2 * policy.logits[1] + policy.logits[2]) / 3)
     assert TabularPolicy.uniform(4, 2, 8).probabilities.shape == (8, 4, 2)
     with pytest.raises(ValueError, match="logits"):
@@ -198,7 +198,7 @@ def test_policies_as_tables():
 
 
 def test_gymnasium_plays_as_its_table_says():
-    """The mean return and length under a policy that is not uniform, against their exact values."""
+    """The mean return and length under a non-uniform policy have their exact values."""
     env = gymnasium.make("FrozenLake-v1", is_slippery=True, desc=["SFG", "FHF", "FFG"])
     mdp = MDP.from_gymnasium(env)
     logits = random_policy(mdp, 0)
@@ -208,61 +208,61 @@ def test_gymnasium_plays_as_its_table_says():
     ones = MDP(mdp.transitions, torch.ones_like(mdp.rewards), mdp.terminal, mdp.initial)
     wanted = [float(mdp.initial @ exact.evaluate(m, logits.softmax(-1))[0]) for m in (mdp, ones)]
     with seeded(0):
-        law = Trajectory(gym, TabularPolicy(logits), 6)
-        value = law.sample((1500,))
-    for x, mean in zip((returns(value), law.lengths(value).float()), wanted, strict=True):
+        distribution = Trajectory(gym, TabularPolicy(logits), 6)
+        value = distribution.sample((1500,))
+    for x, mean in zip((returns(value), distribution.lengths(value).float()), wanted, strict=True):
         assert_mean(x, mean)
 
 
-def test_seeds_reproduce_and_starts_are_the_same_for_all():
+def test_seeds_reproduce_episodes_and_starts_fix_first_observations():
     lake = GymEnvironment("FrozenLake-v1")
     pole = GymEnvironment("CartPole-v1")
     for gym in (lake, pole):
-        law = Trajectory(gym, UniformPolicy(gym.num_actions), 20)
+        distribution = Trajectory(gym, UniformPolicy(gym.num_actions), 20)
         draws = []
         for seed in (0, 0, 1):
             with seeded(seed):
-                draws.append(law.sample((8,)))
+                draws.append(distribution.sample((8,)))
         assert torch.equal(draws[0], draws[1])
         assert not torch.equal(draws[0], draws[2])
-    law = Trajectory(pole, UniformPolicy(2), 5, torch.tensor([3, 4]))
-    first = observations(law.sample((6,)))[:, :, 0]
+    distribution = Trajectory(pole, UniformPolicy(2), 5, torch.tensor([3, 4]))
+    first = observations(distribution.sample((6,)))[:, :, 0]
     assert (first == first[:1]).all()
     assert not torch.equal(first[0, 0], first[0, 1])
     expected, _ = gymnasium.make("CartPole-v1").reset(seed=4)
     torch.testing.assert_close(first[0, 1], torch.from_numpy(expected))
 
 
-def test_episodes_of_one_start_part_from_there():
-    """A start says where, not what chance will do: always to the right, on ice, leads to different places."""
+def test_episodes_of_one_start_differ_after_it():
+    """A start fixes the first state only: moving right on ice leads to different states."""
     right = TabularPolicy(torch.tensor([0.0, 0.0, 50.0, 0.0]).expand(16, 4))
-    law = Trajectory(GymEnvironment("FrozenLake-v1"), right, 6, torch.tensor([3]))
+    distribution = Trajectory(GymEnvironment("FrozenLake-v1"), right, 6, torch.tensor([3]))
     with seeded(0):
-        assert len(observations(law.sample((20,))).unique(dim=0)) > 3
+        assert len(observations(distribution.sample((20,))).unique(dim=0)) > 3
 
 
-def test_vectorised_and_copied_environments_are_one_law():
-    """CartPole under the uniform policy: mean lengths agree, and every step is paid, whichever plays; in episodes that
-    follow one another, too."""
+def test_vectorised_and_copied_environments_agree():
+    """CartPole under the uniform policy has the same mean length in both, and every step is paid, also in episodes
+    that follow one another."""
     pole = GymEnvironment("CartPole-v1")
-    law = Trajectory(pole, UniformPolicy(2), 60)
+    distribution = Trajectory(pole, UniformPolicy(2), 60)
     with seeded(0):
-        vector = torch.cat([law.sample((200,)) for _ in range(2)])
-        copied = law.expand((200,)).steps()
+        vector = torch.cat([distribution.sample((200,)) for _ in range(2)])
+        copied = distribution.expand((200,)).rollout()
         while not copied.done:
             copied.append(torch.randint(2, (200,)), torch.zeros(200))
     for value in (vector, copied.values):
-        torch.testing.assert_close(returns(value), law.lengths(value).float())
-    ours, theirs = (law.lengths(value).float() for value in (vector, copied.values))
+        torch.testing.assert_close(returns(value), distribution.lengths(value).float())
+    ours, theirs = (distribution.lengths(value).float() for value in (vector, copied.values))
     stderr = (ours.var() / len(ours) + theirs.var() / len(theirs)).sqrt()
     assert_estimate(ours.mean(), stderr, theirs.mean())
 
 
-def test_copies_go_their_own_ways():
-    """A copy has what its original had, and chance of its own from there on; no row disturbs another."""
-    law = Trajectory(GymEnvironment("FrozenLake-v1", map_name="8x8"), UniformPolicy(4), 40).expand((30,))
+def test_copies_are_independent():
+    """A copy has the steps of its original, and random numbers of its own after them."""
+    distribution = Trajectory(GymEnvironment("FrozenLake-v1", map_name="8x8"), UniformPolicy(4), 40).expand((30,))
     with seeded(0):
-        rollout = law.steps()
+        rollout = distribution.rollout()
         for _ in range(3):
             rollout.append(torch.full((30,), 2), torch.zeros(30))
         before = rollout.values.clone()
@@ -271,18 +271,18 @@ def test_copies_go_their_own_ways():
         assert torch.equal(rollout.values[29], before[7])
         for _ in range(10):
             rollout.append(torch.full((30,), 2), torch.zeros(30))
-    seen = observations(rollout.values)[:, :13, 0]
-    assert len(seen[:29].unique(dim=0)) > 20
+    observed = observations(rollout.values)[:, :13, 0]
+    assert len(observed[:29].unique(dim=0)) > 20
     legal = MDP.from_gymnasium(gymnasium.make("FrozenLake-v1", map_name="8x8")).transitions[:, 2]
     for row, length in itertools.islice(
-        zip(seen.long().tolist(), law.lengths(rollout.values).tolist(), strict=True), 30
+        zip(observed.long().tolist(), distribution.lengths(rollout.values).tolist(), strict=True), 30
     ):
         for here, there in itertools.pairwise(row[:length]):
             assert legal[here, there] > 0
 
 
-def test_copies_share_no_state_and_no_chance():
-    """Though the environment calls its state what others call their table, and has a generator of its own."""
+def test_copies_share_no_state_and_no_random_generator():
+    """This environment's state has the name of other environments' tables, and it has a generator of its own."""
 
     class Walk(gymnasium.Env):
         action_space = gymnasium.spaces.Discrete(2)
@@ -296,15 +296,15 @@ def test_copies_share_no_state_and_no_chance():
             super().reset(seed=seed)
             self.P[:] = 0.0
             self.desc = [0.0]
-            return self.seen(), {}
+            return self.observed(), {}
 
-        def seen(self):
+        def observed(self):
             return np.array([self.P[0], self.desc[0]], dtype=np.float32)
 
         def step(self, action):
             self.P += action
             self.desc[0] += self.rng.normal()
-            return self.seen(), 0.0, False, False, {}
+            return self.observed(), 0.0, False, False, {}
 
     right = torch.tensor([0, 1, 0, 1])
     draws = []
@@ -321,7 +321,7 @@ def test_copies_share_no_state_and_no_chance():
     assert torch.equal(draws[0], draws[1])
 
 
-def test_an_episode_ends_at_a_time_limit_and_spaces_may_begin_elsewhere():
+def test_an_episode_ends_at_a_time_limit_and_spaces_may_not_start_at_0():
     class Shifted(gymnasium.Env):
         action_space = gymnasium.spaces.Discrete(2, start=5)
         observation_space = gymnasium.spaces.Discrete(10, start=3)
@@ -344,7 +344,7 @@ def test_an_episode_ends_at_a_time_limit_and_spaces_may_begin_elsewhere():
 
 
 def test_a_time_limit_truncates_and_a_fall_terminates():
-    """CartPole pushed one way falls, pushed both ways in turn it outlives a limit of 12; copies keep what they had."""
+    """CartPole pushed one way falls; pushed both ways in turn it reaches a limit of 12. Copies keep both flags."""
     pole = GymEnvironment("CartPole-v1", max_episode_steps=12)
     one_way, in_turn = torch.zeros(12, dtype=torch.long), torch.arange(12) % 2
     pushes = torch.stack([one_way, one_way, in_turn, in_turn])
@@ -361,7 +361,7 @@ def test_a_time_limit_truncates_and_a_fall_terminates():
     assert table.terminated.tolist() == [False, True]
 
 
-def test_what_cannot_be_played_is_refused(monkeypatch):
+def test_unsupported_environments_are_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"Pendulum-v1 has actions Box.*Discrete"):
         GymEnvironment("Pendulum-v1")
     with pytest.raises(ValueError, match="FlattenObservation"):

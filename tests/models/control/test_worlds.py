@@ -1,4 +1,4 @@
-"""Unknown worlds: closed forms against Bayes' rule, and the same posterior as a program under the engines."""
+"""Unknown worlds: closed forms against Bayes' rule, and the same posterior inferred by engines."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from support.statistics import assert_estimate, assert_evidence, assert_mean
 
 from bayeslm import diagnostics
 from bayeslm.inference import NUTS, SVI, ImportanceSampling
+from bayeslm.inference.training import Adam
 from bayeslm.models.control import Dirichlet, Experience, NormalGamma, UnknownMDP, Worlds
 
 REWARD = (0.3, 1.5, 3.0, 2.0)
@@ -19,13 +20,13 @@ def draws(*shape: int) -> torch.Tensor:
     return torch.rand(shape, dtype=torch.float64) + 0.5
 
 
-def log_normal_gamma(law: NormalGamma, mean: torch.Tensor, precision: torch.Tensor) -> torch.Tensor:
-    m, k, a, b = law.parameters
+def log_normal_gamma(distribution: NormalGamma, mean: torch.Tensor, precision: torch.Tensor) -> torch.Tensor:
+    m, k, a, b = distribution.parameters
     return dist.Gamma(a, b).log_prob(precision) + dist.Normal(m, (k * precision).rsqrt()).log_prob(mean)
 
 
 def log_evidence_of_rewards(prior: NormalGamma, posterior: NormalGamma, rewards: torch.Tensor) -> torch.Tensor:
-    """log prior + log-likelihood - log posterior, at any 50 points: by Bayes' rule the same at all of them."""
+    """Return log prior + log-likelihood - log posterior at 50 points, which by Bayes' rule are equal."""
     mean, precision = torch.randn(50, dtype=torch.float64), draws(50)
     like = dist.Normal(mean[:, None], precision[:, None].rsqrt()).log_prob(rewards).sum(-1)
     return log_normal_gamma(prior, mean, precision) + like - log_normal_gamma(posterior, mean, precision)
@@ -41,16 +42,16 @@ def test_normal_gamma_is_bayes_rule():
 
 
 def test_dirichlet_is_bayes_rule():
-    prior, seen = Dirichlet(draws(4)), torch.tensor([2, 0, 5, 1])
-    posterior = prior.update(seen)
+    prior, observed = Dirichlet(draws(4)), torch.tensor([2, 0, 5, 1])
+    posterior = prior.update(observed)
     p = dist.Dirichlet(torch.ones(4, dtype=torch.float64)).sample((50,))
     prior_term = dist.Dirichlet(prior.concentration).log_prob(p)
-    constant = prior_term + (seen * p.log()).sum(-1) - dist.Dirichlet(posterior.concentration).log_prob(p)
+    constant = prior_term + (observed * p.log()).sum(-1) - dist.Dirichlet(posterior.concentration).log_prob(p)
     torch.testing.assert_close(constant, constant[:1].expand(50), atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_draws_have_the_moments_of_their_laws(seed):
+def test_draws_have_the_exact_moments(seed):
     torch.manual_seed(seed)
     c = draws(2, 3)
     p, total = Dirichlet(c).sample((20_000,)), c.sum(-1, keepdim=True)
@@ -61,12 +62,12 @@ def test_draws_have_the_moments_of_their_laws(seed):
     assert_mean(precision, a / b)
     assert_mean(mean, m)
     assert_mean((mean - m) ** 2, b / (k * (a - 1)))
-    assert_mean(precision * (mean - m) ** 2, 1 / k)  # the mean is tighter where the precision is higher
+    assert_mean(precision * (mean - m) ** 2, 1 / k)  # the mean varies less where the precision is higher
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_small_concentrations_are_drawn_as_they_are(dtype):
-    """Nearly all of a draw is one category; their gamma variates are smaller than any number."""
+def test_small_concentrations_are_drawn_exactly(dtype):
+    """Nearly all of the probability is that of one category; gamma variates underflow to 0."""
     torch.manual_seed(0)
     for c in (torch.full((4,), 2.5e-4, dtype=dtype), torch.tensor([3e-4, 1e-4], dtype=dtype)):
         p, total = Dirichlet(c).sample((20_000,)), c.sum()
@@ -77,7 +78,7 @@ def test_small_concentrations_are_drawn_as_they_are(dtype):
 
 
 def episode() -> Experience:
-    """Two runs in 3 states with 2 actions; the second ends early, and is padded with steps that never were."""
+    """Return two runs in 3 states with 2 actions; the second ends early and is padded."""
     return Experience(
         states=torch.tensor([[0, 1, 1, 0], [0, 1, 2, 2]]),
         actions=torch.tensor([[1, 0, 0, 1], [1, 1, 0, 0]]),
@@ -88,7 +89,7 @@ def episode() -> Experience:
     )
 
 
-def test_an_update_counts_what_was_seen():
+def test_an_update_counts_transitions():
     prior = Worlds.prior(3, 2, concentration=0.5, reward=REWARD)
     belief = prior.expand(2).update(episode())
     counts = torch.zeros(2, 3, 2, 3, dtype=torch.float64)
@@ -98,17 +99,17 @@ def test_an_update_counts_what_was_seen():
     assert belief.terminal.tolist() == [[False] * 3, [False, False, True]]
     torch.testing.assert_close(belief.initial.concentration[:, 0], torch.full((2,), 4 / 3, dtype=torch.float64))
     for run, s, a, rewards in ((0, 0, 1, [0.5, 1.5]), (0, 1, 0, [1.0, -2.0]), (1, 1, 1, [4.0]), (1, 2, 0, [])):
-        seen = torch.tensor(rewards, dtype=torch.float64)
+        observed = torch.tensor(rewards, dtype=torch.float64)
         one = NormalGamma(*torch.tensor(REWARD, dtype=torch.float64))
-        one = one.update(torch.tensor(float(len(seen))), seen.sum(), (seen**2).sum())
+        one = one.update(torch.tensor(float(len(observed))), observed.sum(), (observed**2).sum())
         for mine, expected in zip(belief.rewards.parameters, one.parameters, strict=True):
             torch.testing.assert_close(mine[run, s, a], expected)
     assert episode().returns.tolist() == [1.0, 4.25]
-    again = belief.update(episode())  # today's posterior is tomorrow's prior
+    again = belief.update(episode())  # a posterior is the next prior
     torch.testing.assert_close(again.transitions.concentration, 0.5 + 2 * counts)
 
 
-def test_worlds_drawn_have_the_mean_world():
+def test_drawn_worlds_have_the_mean_world():
     belief = Worlds.prior(3, 2, concentration=0.5, reward=REWARD).expand(2).update(episode())
     worlds, mean = belief.sample((5_000,)), belief.mean
     assert worlds.transitions.shape == (5_000, 2, 3, 2, 3)
@@ -116,12 +117,12 @@ def test_worlds_drawn_have_the_mean_world():
     assert_mean(worlds.transitions[:, live], mean.transitions[live])
     assert_mean(worlds.expected_rewards[:, live], mean.expected_rewards[live])
     assert_mean(worlds.initial, mean.initial)
-    assert (worlds.transitions[:, 1, 2, :, 2] == 1).all()  # a terminal state keeps what enters it
+    assert (worlds.transitions[:, 1, 2, :, 2] == 1).all()  # a terminal state is absorbing
     assert (worlds.expected_rewards[:, 1, 2] == 0).all()
 
 
 def problem(seed: int) -> tuple[Worlds, Experience, Worlds]:
-    """A prior of 2 states and 2 actions, 40 steps, and the posterior in closed form."""
+    """Return a prior of 2 states and 2 actions, 40 steps, and the posterior in closed form."""
     generator = torch.Generator().manual_seed(seed)
     walk = torch.randint(2, (41,), generator=generator)
     steps = Experience(
@@ -137,7 +138,7 @@ def problem(seed: int) -> tuple[Worlds, Experience, Worlds]:
 
 
 def moments(belief: Worlds) -> dict[str, np.ndarray]:
-    """What the draws of `UnknownMDP` must have on average: first and second moments, (pair,)."""
+    """Return first and second moments of the posterior of `UnknownMDP`, (pair,)."""
     c = belief.transitions.concentration.flatten(0, 1)
     total = c.sum(-1)
     m, k, a, b = (x.flatten() for x in belief.rewards.parameters)
@@ -145,7 +146,7 @@ def moments(belief: Worlds) -> dict[str, np.ndarray]:
         "p": c[:, 0] / total,
         "p^2": c[:, 0] * (c[:, 0] + 1) / total / (total + 1),
         "mean": m,
-        "precision (mean - m)^2": 1 / k,  # the mean's own square has tails that weights of a normal guide miss
+        "precision (mean - m)^2": 1 / k,  # mean^2 is too heavy-tailed for a normal guide
         "precision": a / b,
         "precision^2": a * (a + 1) / b**2,
     }
@@ -174,9 +175,16 @@ def test_nuts_agrees_with_the_closed_form(seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_svi_agrees_with_the_closed_form(seed):
-    """An automatic guide's draws, weighted; and the ELBO is below log Z by no more than a mean-field guide misses."""
+    """Weighted draws of an automatic guide agree, and the ELBO is below log Z by the KL of a mean-field guide."""
     prior, steps, belief = problem(seed)
-    svi = SVI(num_steps=250, num_particles=16, latent_learning_rate=0.05, num_samples=4_000, seed=seed, progress=False)
+    svi = SVI(
+        num_steps=250,
+        num_particles=16,
+        optimizer=Adam(latent_learning_rate=0.05),
+        num_samples=4_000,
+        seed=seed,
+        progress=False,
+    )
     posterior = svi.run(UnknownMDP(prior), steps)
     assert_closed_form(posterior, belief)
     log_z = log_evidence(prior, belief, steps)
@@ -186,15 +194,15 @@ def test_svi_agrees_with_the_closed_form(seed):
 
 
 def log_evidence(prior: Worlds, belief: Worlds, steps: Experience) -> float:
-    """log Z in closed form, pair by pair: Polya's urn of the next states, and `log_evidence_of_rewards`."""
+    """Return log Z in closed form: for each pair, Polya's urn of next states and `log_evidence_of_rewards`."""
     total = 0.0
     pair = (2 * steps.states + steps.actions)[steps.valid]
     before, after = (x.transitions.concentration.flatten(0, 1) for x in (prior, belief))
     for i in range(4):
         total += float(torch.lgamma(before[i].sum()) - torch.lgamma(after[i].sum()))
         total += float((torch.lgamma(after[i]) - torch.lgamma(before[i])).sum())
-        laws = [NormalGamma(*(x.flatten()[i] for x in world.rewards.parameters)) for world in (prior, belief)]
-        total += float(log_evidence_of_rewards(*laws, steps.rewards[steps.valid][pair == i])[0])
+        distributions = [NormalGamma(*(x.flatten()[i] for x in world.rewards.parameters)) for world in (prior, belief)]
+        total += float(log_evidence_of_rewards(*distributions, steps.rewards[steps.valid][pair == i])[0])
     return total
 
 

@@ -91,7 +91,7 @@ def test_an_empty_prompt_is_the_beginning_of_a_text():
         ([[1], None], TypeError, r"prompts\[1\] is None"),
         ([[1], [8]], ValueError, r"prompts\[1\] holds token ids outside 0\.\.7"),
         ([[-1]], ValueError, r"prompts\[0\] holds token ids outside"),
-        ([[1], [1] * 60], ValueError, r"prompts\[1\] has 60 tokens, and the model's context leaves room for 54 "),
+        ([[1], [1] * 60], ValueError, r"prompts\[1\] has 60 tokens, and the model's context has room for 54 "),
         ([[{"role": "b", "content": "c"}]], TypeError, r"prompts\[0\] is a chat, .*no chat template"),
     ],
 )

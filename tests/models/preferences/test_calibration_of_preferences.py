@@ -1,4 +1,4 @@
-"""Calibration: figures by hand, errors against what many data sets and many runs really show, and the picture."""
+"""Calibration of predicted preferences: figures by hand, errors against the spread over many runs, and the plot."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_figures_by_hand():
     assert list(table.columns) == ["value", "stderr", "mcse"]
 
 
-def test_the_first_of_a_pair_is_anyones_choice():
+def test_the_order_of_a_pair_does_not_matter():
     rng = RNG(0)
     p, y = sigmoid(rng.normal(size=(2, 30, 50))), rng.random(50) < 0.5
     flip = rng.random(50) < 0.5
@@ -52,8 +52,8 @@ def test_the_first_of_a_pair_is_anyones_choice():
 
 
 def test_standard_errors_over_pairs():
-    """The spread of the figures over 200 data sets is the stated standard error, and right probabilities have the ECE
-    that is promised if they are."""
+    """The spread of the figures over 200 data sets is the stated standard error, and calibrated probabilities have the
+    stated ECE."""
     rng = RNG(1)
     log_odds = rng.normal(size=(200, 300)) * 1.5
     sets = [calibrate(sigmoid(x)[None, None], rng.random(300) < sigmoid(x), seed=i) for i, x in enumerate(log_odds)]

@@ -1,4 +1,4 @@
-"""Preference data: every form that is read, and every bad row refused with its number and what to do."""
+"""Preference data: all supported formats, and errors with the number of each bad row."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_strings_and_conversations():
     rows = [
         GOOD,
         {"prompt": [ask], "chosen": [good], "rejected": [bad]},
-        {"chosen": [ask, good], "rejected": [ask, bad]},  # the prompt is what both begin with
+        {"chosen": [ask, good], "rejected": [ask, bad]},  # the prompt is the common beginning
         {"chosen": [*earlier, good], "rejected": [*earlier, bad], "prompt": None},
     ]
     data = Comparisons.from_rows(rows)
@@ -36,8 +36,8 @@ def test_strings_and_conversations():
 
 
 @pytest.mark.parametrize("listed", [False, True])
-def test_a_prompt_that_the_conversations_repeat_is_no_completion(listed: bool):
-    """As in ``HuggingFaceH4/ultrafeedback_binarized``; fields of a message beside role and content do not count."""
+def test_a_prompt_that_begins_the_conversations_is_removed(listed: bool):
+    """As in ``HuggingFaceH4/ultrafeedback_binarized``; further fields of a message are ignored."""
     ask, good, bad = message("user", "Say hi."), message("assistant", "Hi!"), message("assistant", "No.")
     more = message("user", "Thanks.")
     prompt = [ask | {"id": "7"}] if listed else "Say hi."
@@ -45,8 +45,8 @@ def test_a_prompt_that_the_conversations_repeat_is_no_completion(listed: bool):
         {"prompt": prompt, "chosen": [ask, good], "rejected": [ask, bad]},
         {"prompt": prompt, "chosen": [ask, good, more], "rejected": [ask, bad]},
         {"prompt": prompt, "chosen": [good], "rejected": [bad]},
-        {"prompt": prompt, "chosen": [ask, good], "rejected": [bad]},  # one of them alone says something else by it
-        {"prompt": prompt, "chosen": [ask], "rejected": [ask, bad]},  # to repeat the prompt is the completion
+        {"prompt": prompt, "chosen": [ask, good], "rejected": [bad]},  # only one of them begins with the prompt
+        {"prompt": prompt, "chosen": [ask], "rejected": [ask, bad]},  # the prompt alone is a completion
         {"prompt": prompt, "chosen": [message("assistant", "Say hi."), good], "rejected": [ask, bad]},
     ]
     data = Comparisons.from_rows(rows)
@@ -57,7 +57,7 @@ def test_a_prompt_that_the_conversations_repeat_is_no_completion(listed: bool):
     assert data.rejected[3:] == ["No.", *["user: Say hi.\n\nassistant: No."] * 2]
 
 
-def test_files_come_back(tmp_path: Path):
+def test_files_round_trip(tmp_path: Path):
     data = Comparisons(["p", "é\n"], ["a", "ü\u2028"], ["b", "c"])
     data.to_jsonl(tmp_path / "pairs.jsonl")
     assert Comparisons.from_jsonl(tmp_path / "pairs.jsonl") == data
@@ -162,14 +162,14 @@ def test_last_hidden_is_the_networks_own(batch_size: int | None):
 def test_features_of_a_text_are_computed_once(monkeypatch: pytest.MonkeyPatch):
     lm = tiny_llama()
     features = LastHidden(lm)
-    seen: list[int] = []
+    observed: list[int] = []
     compute = features.compute
-    monkeypatch.setattr(features, "compute", lambda p, c: (seen.append(len(p)), compute(p, c))[1])
+    monkeypatch.setattr(features, "compute", lambda p, c: (observed.append(len(p)), compute(p, c))[1])
     first = features(["a", "a", "a"], [" b", " c", " b"])
     assert torch.equal(first[0], first[2])
     again = features(["a", "b"], [" c", " c"])
     torch.testing.assert_close(again[0], first[1])
-    assert seen == [2, 1]  # neither twice in a call, nor in the next
+    assert observed == [2, 1]  # once in a call, and not again in the next
     with pytest.raises(ValueError, match="features of no texts"):
         features([], [])
 
@@ -189,7 +189,7 @@ def test_the_oldest_features_are_forgotten(monkeypatch: pytest.MonkeyPatch):
 
 
 def correlated(prompts: list[str], completions: list[str]) -> torch.Tensor:
-    """Five numbers of a text that are linear in three."""
+    """Return five features of a text that are linear in three numbers."""
     x = torch.tensor([[len(c), c.count("a"), c.count("b")] for c in completions], dtype=torch.float32)
     return x @ torch.tensor([[1.0, 0.5, 2.0, 0.0, 1.0], [0.0, 3.0, 1.0, 1.0, 1.0], [2.0, 0.0, 1.0, 5.0, 1.0]]) + 7.0
 
@@ -217,7 +217,7 @@ def test_standardised():
 
 
 def test_real_features(smollm2: LanguageModel):
-    """A policy in training and a batch of padded texts: the same numbers as one text at a time."""
+    """Features of a padded batch equal those of one text at a time."""
     prompts, completions = ["My dinner was"] * 2, [" good.", " a disaster from its beginning to its very end."]
     together = LastHidden(smollm2)(prompts, completions)
     apart = [LastHidden(smollm2)([p], [c]) for p, c in zip(prompts, completions, strict=True)]

@@ -29,7 +29,8 @@ from support.statistics import assert_drawn_from, assert_estimate, assert_eviden
 from torch import Tensor
 
 from bayeslm import Posterior, diagnostics
-from bayeslm.inference import NUTS, SVI, ImportanceSampling, ProgramError, predict
+from bayeslm.inference import NUTS, SVI, ImportanceSampling, ProgramError, RunError, predict
+from bayeslm.inference.training import Adam, Checkpointing, StepRecord
 from bayeslm.models.preferences import BradleyTerry, Comparisons, PlackettLuce, Rankings
 from bayeslm.models.preferences.plackett_luce import ABSENT, RankingDistribution
 
@@ -38,7 +39,7 @@ WORDS = ["aaa", "b", "banana", "cab", "zebra", "quiz", "aardvark", "bb"]
 
 
 def counts(prompts: list[str], completions: list[str]) -> Tensor:
-    """Two features of a word."""
+    """Return two features of each word."""
     return torch.tensor([[c.count("a") - 1.0, len(c) / 2.0 - 2.0] for c in completions])
 
 
@@ -47,8 +48,13 @@ DATA = Comparisons([""] * len(PAIRS), [WORDS[i] for i, _ in PAIRS], [WORDS[j] fo
 MODEL = BradleyTerry(counts, scale=1.0)
 
 
+def log_odds(weights: Any) -> Tensor:
+    """Return log P(chosen preferred) - log P(rejected preferred), (*, comparison), under weights (*, 2)."""
+    return MODEL.reward(DATA.prompts, DATA.chosen, weights) - MODEL.reward(DATA.prompts, DATA.rejected, weights)
+
+
 def quadrature(log_likelihood: Callable[[Tensor], Tensor], scale: float) -> tuple[np.ndarray, np.ndarray, float]:
-    """Mean (2,), covariance (2, 2) and log Z of two weights by a grid, far finer than the posterior is wide."""
+    """Return mean (2,), covariance (2, 2) and log Z of two weights, by a fine grid."""
     axis = torch.linspace(-9, 9, 721, dtype=torch.float64)
     w = torch.cartesian_prod(axis, axis)
     prior = torch.distributions.Normal(0.0, scale / math.sqrt(2)).log_prob(w).sum(-1)
@@ -69,9 +75,9 @@ def assert_posterior(posterior: Posterior, mean: np.ndarray, covariance: np.ndar
     """Assert the mean of both weights and their covariance."""
     w = posterior.samples["weights"].astype(float)
     off = w - mean
-    seen = np.stack([w[..., 0], w[..., 1], off[..., 0] ** 2, off[..., 1] ** 2, off[..., 0] * off[..., 1]], -1)
+    observed = np.stack([w[..., 0], w[..., 1], off[..., 0] ** 2, off[..., 1] ** 2, off[..., 0] * off[..., 1]], -1)
     expected = np.array([*mean, covariance[0, 0], covariance[1, 1], covariance[0, 1]])
-    found, stderr = diagnostics.expectation(posterior, seen)
+    found, stderr = diagnostics.expectation(posterior, observed)
     assert_estimate(found, stderr, expected)
     assert (stderr[:2] < 0.2 * np.sqrt(np.diag(covariance))).all(), "too few draws to tell anything"
 
@@ -89,7 +95,7 @@ def test_the_program_is_the_formula():
     )
     expected = torch.log(1 / (1 + torch.exp(-(w[:, 0] @ x.T))))
     torch.testing.assert_close(trace.nodes["preferred"]["log_prob"], expected)
-    torch.testing.assert_close(MODEL.log_odds(DATA, w[:, 0]), w[:, 0] @ x.T)
+    torch.testing.assert_close(log_odds(w[:, 0]), w[:, 0] @ x.T)
     rewards = MODEL.reward(["", ""], ["banana", "quiz"], w.numpy())  # an array of any leading shape
     torch.testing.assert_close(rewards, w @ torch.tensor([[2.0, 1.0], [-1.0, 0.0]]).T)
 
@@ -130,11 +136,11 @@ GUIDES = {
 @pytest.mark.parametrize("name", GUIDES)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_guides_against_quadrature(name: str, seed: int):
-    """Weighted draws of each guide; as a proposal of importance sampling too."""
+    """Weighted draws of each guide agree, and so do those of importance sampling with it as the proposal."""
     mean, covariance, log_z = truth()
     guide = None if GUIDES[name] is None else GUIDES[name](MODEL)
     svi = SVI(
-        num_steps=120, num_particles=8, learning_rate=0.1, num_samples=3000, seed=seed, progress=False, guide=guide
+        num_steps=120, num_particles=8, optimizer=Adam(0.1), num_samples=3000, seed=seed, progress=False, guide=guide
     )
     posterior = svi.run(MODEL, DATA)
     assert_posterior(posterior, mean, covariance)
@@ -148,12 +154,12 @@ def test_guides_against_quadrature(name: str, seed: int):
 
 
 def test_a_class_of_guides_is_made_for_each_chain():
-    """Two chains of different starts, whose parameters are not in Pyro's store: another program's guide begins anew."""
+    """Two chains start differently, and leave no parameters in Pyro's store to a guide of another program."""
     mean, covariance, log_z = truth()
     svi = SVI(
         num_steps=100,
         num_chains=2,
-        latent_learning_rate=0.1,
+        optimizer=Adam(latent_learning_rate=0.1),
         num_samples=2000,
         seed=0,
         progress=False,
@@ -171,28 +177,30 @@ def test_a_class_of_guides_is_made_for_each_chain():
         SVI(num_chains=2, guide=AutoMultivariateNormal(MODEL))
 
 
-def test_a_class_of_guides_goes_on_from_a_checkpoint(tmp_path: Any):
-    """Interrupted after 20 of 40 steps, and gone on with, it ends as if it had not been."""
+def test_a_class_of_guides_resumes_from_a_checkpoint(tmp_path: Any):
+    """A training that was stopped after 20 of 40 steps resumes bit-identically."""
 
-    def stop(step: int, policy: Any) -> None:
-        if step == 20:
+    def stop(record: StepRecord) -> None:
+        if record.step == 20:
             raise RuntimeError("killed")
 
     settings = {"num_steps": 40, "num_samples": 10, "seed": 0, "progress": False, "guide": AutoMultivariateNormal}
-    whole = SVI(**settings).run(MODEL, DATA)
-    with pytest.raises(RuntimeError, match="killed"):
-        SVI(**settings, checkpoint=tmp_path, checkpoint_every=10, on_step=stop).run(MODEL, DATA)
-    resumed = SVI(**settings, checkpoint=tmp_path, checkpoint_every=10).run(MODEL, DATA)
-    np.testing.assert_array_equal(resumed.samples["weights"], whole.samples["weights"])
+    complete = SVI(**settings).run(MODEL, DATA)
+    with pytest.raises(RunError, match="killed"):
+        SVI(**settings, checkpoint=Checkpointing(tmp_path, every=10), callbacks=[stop]).run(MODEL, DATA)
+    resumed = SVI(**settings, checkpoint=Checkpointing(tmp_path, every=10)).run(MODEL, DATA)
+    np.testing.assert_array_equal(resumed.samples["weights"], complete.samples["weights"])
     with pytest.raises(ValueError, match="is the class AutoMultivariateNormal: make one and train it"):
         ImportanceSampling(guide=AutoMultivariateNormal)
 
 
-def test_a_full_normal_is_nearer_than_independent_ones():
-    """log Z - ELBO, which is KL(q || posterior): the guides differ as they should on weights that are correlated."""
+def test_a_full_covariance_guide_is_better_than_a_diagonal_one():
+    """log Z - ELBO is KL(q || posterior), which is larger for the diagonal guide because the weights correlate."""
     elbos = {}
     for name in ("normal", "full"):
-        svi = SVI(num_steps=120, num_particles=16, learning_rate=0.1, seed=0, progress=False, guide=GUIDES[name](MODEL))
+        svi = SVI(
+            num_steps=120, num_particles=16, optimizer=Adam(0.1), seed=0, progress=False, guide=GUIDES[name](MODEL)
+        )
         elbos[name] = float(svi.run(MODEL, DATA).log_weights.mean())
     log_z = truth()[2]
     assert elbos["normal"] < elbos["full"] < log_z + 0.01
@@ -207,7 +215,7 @@ def test_laplace_is_the_normal_at_the_maximum():
         hessian = x.T @ (x * (p * (1 - p))[:, None]) + torch.eye(2, dtype=torch.float64) * 2
         w = w + torch.linalg.solve(hessian, x.T @ (1 - p) - w * 2)
     guide = AutoLaplaceApproximation(MODEL)
-    svi = SVI(num_steps=200, learning_rate=0.05, num_samples=20_000, seed=0, progress=False, guide=guide)
+    svi = SVI(num_steps=200, optimizer=Adam(0.05), num_samples=20_000, seed=0, progress=False, guide=guide)
     draws = svi.run(MODEL, DATA).samples["weights"][0]
     covariance = np.linalg.inv(hessian.numpy())
     np.testing.assert_allclose(draws.mean(0), w, atol=LIMIT * np.sqrt(covariance.max() / 20_000) + 0.01)
@@ -224,7 +232,7 @@ def test_predicted_comparisons():
     assert drawn.shape == log_p.shape == (1, 20_000, len(DATA))
     assert set(np.unique(drawn)) == {0.0, 1.0}
     np.testing.assert_allclose(log_p.sum(-1, keepdims=True), checked.log_likelihood["preferred"], atol=1e-4)
-    odds = MODEL.log_odds(DATA, checked.samples["weights"])
+    odds = log_odds(checked.samples["weights"])
     np.testing.assert_allclose(log_p, torch.nn.functional.logsigmoid(odds), atol=1e-5)
     z = (drawn - np.exp(log_p)).mean((0, 1)) / np.sqrt((np.exp(log_p) * (1 - np.exp(log_p))).mean((0, 1)) / 20_000)
     assert (np.abs(z) < LIMIT).all(), z
@@ -237,7 +245,7 @@ def test_predicted_comparisons():
 
 
 def test_arviz_compares_models():
-    """Pareto-smoothed leave-one-out cross-validation against exact leave-one-out, by quadrature without each pair."""
+    """Pareto-smoothed leave-one-out cross-validation agrees with exact leave-one-out by quadrature."""
     posterior = ImportanceSampling(num_particles=20_000, seed=0, progress=False).run(MODEL, DATA)
     found = az.loo(predict(posterior, MODEL, DATA, seed=0).to_arviz(), var_name="preferred", pointwise=True)
     x = (counts([], DATA.chosen) - counts([], DATA.rejected)).double()
@@ -249,10 +257,10 @@ def test_arviz_compares_models():
     np.testing.assert_allclose(found.loo_i, expected, atol=0.03)
 
 
-def test_the_container_and_the_folder_keep_single_observations(tmp_path: Any):
+def test_arviz_and_saved_folders_have_pointwise_log_likelihoods(tmp_path: Any):
     posterior = ImportanceSampling(num_particles=50, seed=0, progress=False).run(MODEL, DATA)
-    resampled = posterior.to_arviz()  # single observations move with their draws
-    odds = MODEL.log_odds(DATA, resampled.posterior["weights"].to_numpy())
+    resampled = posterior.to_arviz()  # pointwise terms are resampled with their draws
+    odds = log_odds(resampled.posterior["weights"].to_numpy())
     np.testing.assert_allclose(
         resampled.log_likelihood["preferred"], torch.nn.functional.logsigmoid(odds), rtol=1e-4, atol=1e-5
     )
@@ -270,7 +278,7 @@ def test_the_container_and_the_folder_keep_single_observations(tmp_path: Any):
 
 
 class Replications(BradleyTerry):
-    """Many data sets, each with weights of its own: so many posteriors, and one state of NUTS."""
+    """Many data sets with weights of their own, inferred in one run of NUTS."""
 
     def __init__(self, features: Any, number: int) -> None:
         super().__init__(features)
@@ -285,7 +293,7 @@ class Replications(BradleyTerry):
 
 
 def simulate(replications: int, pairs: int, seed: int) -> tuple[Tensor, Comparisons, Callable[..., Tensor]]:
-    """Weights of the prior (replication, 2), comparisons of random texts under them, and their features."""
+    """Return weights from the prior (replication, 2), comparisons of random texts under them, and their features."""
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn((replications, 2), generator=generator) / math.sqrt(2)
     x = 1.5 * torch.randn((replications, pairs, 2, 2), generator=generator)  # two texts a pair, two features
@@ -304,18 +312,23 @@ def simulate(replications: int, pairs: int, seed: int) -> tuple[Tensor, Comparis
 
 
 def log_likelihood(weights: Tensor, differences: Tensor) -> Tensor:
-    """(*, replication) of weights (*, replication, 2) and f(chosen) - f(rejected) (replication, pair, 2)."""
+    """Return log-likelihoods (*, replication).
+
+    :param weights: (*, replication, 2).
+    :param differences: f(chosen) - f(rejected), (replication, pair, 2).
+    """
     return torch.nn.functional.logsigmoid((differences * weights[..., None, :]).sum(-1)).sum(-1)
 
 
 def assert_uniform(draws: Tensor, true: Tensor, differences: Tensor, alarm: float = 1e-4) -> None:
-    """Ranks of the true value among draws (draw, replication, 2) are uniform, by chi-square on 8 bins.
+    """Assert by chi-square tests on 8 bins that true values have uniform ranks among draws (draw, replication, 2).
 
-    Of both weights, their product, and the log-likelihood, which shows data that are not used (Modrak et al. 2023).
+    The values are both weights, their product, and the log-likelihood, which detects unused data (Modrak et al.
+    2023).
     """
-    seen = torch.cat([draws, draws.prod(-1, keepdim=True), log_likelihood(draws, differences)[..., None]], -1)
+    observed = torch.cat([draws, draws.prod(-1, keepdim=True), log_likelihood(draws, differences)[..., None]], -1)
     real = torch.cat([true, true.prod(-1, keepdim=True), log_likelihood(true, differences)[..., None]], -1)
-    ranks = (seen < real).sum(0)  # (replication, quantity), 0 to the number of draws
+    ranks = (observed < real).sum(0)  # (replication, quantity), 0 to the number of draws
     values = len(draws) + 1
     assert values % 8 == 0
     for quantity in range(ranks.shape[-1]):
@@ -352,8 +365,8 @@ def test_simulation_based_calibration_of_single_runs(seed: int):
 # -- rankings --------------------------------------------------------------------------------------------------
 
 
-def test_rankings_are_a_law():
-    """Probabilities of all permutations sum to 1, draws have them, and items that are absent come last."""
+def test_rankings_are_a_distribution():
+    """Probabilities of all permutations sum to 1, draws have these probabilities, and padding comes last."""
     scores = torch.tensor([[0.3, -1.0, 2.0, 0.5], [1.0, 0.0, ABSENT, ABSENT]])
     permutations = torch.tensor(list(itertools.permutations(range(4))))
     log_p = RankingDistribution(scores).log_prob(permutations[:, None])  # (24, 2)
@@ -401,10 +414,10 @@ def test_rankings_of_different_lengths_against_quadrature():
     drawn = predict(posterior, model, data, num_draws=20, seed=0).predictive["ranking"]
     assert drawn.shape == (1, 20, 5, 4)
     assert (np.sort(drawn, -1) == np.arange(4)).all()
-    assert (drawn[:, :, 1, 2:] == [2, 3]).all()  # two were ranked: no draw ranks others before them
+    assert (drawn[:, :, 1, 2:] == [2, 3]).all()  # two items were ranked: padding comes last in every draw
 
 
-# -- what is refused -------------------------------------------------------------------------------------------
+# -- errors -------------------------------------------------------------------------------------------
 
 
 def test_bad_features_and_scales():

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bayeslm import Posterior, diagnostics
 from bayeslm.inference import NUTS, SVI, ImportanceSampling, predict
+from bayeslm.inference.training import Adam
 from bayeslm.models.preferences import GaussianRatings, OrdinalRatings, PreferenceError, Ratings
 from bayeslm.models.preferences.ratings import log_level_probs
 
@@ -27,7 +28,7 @@ NOISE, LEVEL, SCALE = 0.8, 3.0, 1.5
 
 
 def counts(prompts: list[str], completions: list[str]) -> Tensor:
-    """Two features of a word."""
+    """Return two features of each word."""
     return torch.tensor([[c.count("a") - 1.0, len(c) / 2.0 - 2.0] for c in completions])
 
 
@@ -35,7 +36,7 @@ GAUSSIAN = GaussianRatings(counts, SCALE, noise=NOISE, level_scale=LEVEL)
 
 
 def closed_form() -> tuple[np.ndarray, np.ndarray, float]:
-    """Mean (3,) and covariance (3, 3) of both weights and the level, and log Z, of Bayesian linear regression."""
+    """Return mean (3,) and covariance (3, 3) of weights and level, and log Z, by Bayesian linear regression."""
     x = np.column_stack([counts([], WORDS).numpy(), np.ones(8)])
     y, prior = np.array(DATA.ratings), np.diag([SCALE**2 / 2, SCALE**2 / 2, LEVEL**2])
     covariance = np.linalg.inv(x.T @ x / NOISE**2 + np.linalg.inv(prior))
@@ -62,10 +63,10 @@ def test_nuts_agrees_with_the_closed_form(seed: int):
 @pytest.mark.parametrize("guide", [AutoMultivariateNormal, AutoLaplaceApproximation])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_svi_agrees_with_the_closed_form(guide: type, seed: int):
-    """The posterior is normal, so either guide can be it: the draws before weighing have its law too."""
+    """The posterior is normal, so that both guides can represent it, and their unweighted draws are exact too."""
     guide = guide(GAUSSIAN)
     svi = SVI(
-        num_steps=400, learning_rate=0.1, clip_norm=None, num_samples=3000, seed=seed, progress=False, guide=guide
+        num_steps=400, optimizer=Adam(0.1, clip_norm=None), num_samples=3000, seed=seed, progress=False, guide=guide
     )
     posterior = svi.run(GAUSSIAN, DATA)
     mean, covariance, log_z = closed_form()
@@ -85,8 +86,8 @@ def test_importance_sampling_agrees_with_the_closed_form():
     assert_evidence(posterior, closed_form()[2])
 
 
-def test_ratings_drawn_anew():
-    """The posterior predictive of the closed form: Normal(x m, x V x^T + noise^2)."""
+def test_predicted_ratings():
+    """They have the exact posterior predictive distribution, Normal(x m, x V x^T + noise^2)."""
     posterior = ImportanceSampling(num_particles=40_000, seed=0, progress=False).run(GAUSSIAN, DATA)
     checked = predict(posterior, GAUSSIAN, DATA, seed=1)
     drawn = checked.predictive["rating"][0]
@@ -100,7 +101,7 @@ def test_ratings_drawn_anew():
 
 
 def test_an_unknown_noise_is_inferred():
-    """Against quadrature over the noise alone: given it, log Z is that of the conjugate model."""
+    """Checked by quadrature over the noise: conditional on it, log Z is that of the conjugate model."""
     posterior = ImportanceSampling(num_particles=40_000, seed=0, progress=False).run(
         GaussianRatings(counts, SCALE, level_scale=LEVEL), DATA
     )
@@ -126,7 +127,7 @@ CDF = {"logit": special.expit, "probit": special.ndtr}
 
 @pytest.mark.parametrize("link", CDF)
 def test_probabilities_of_levels(link: str):
-    """Differences of F in float64 near the middle; finite, and right, where float32 of them would be 0."""
+    """They are differences of F near the middle, and accurate where such differences underflow in float32."""
     rewards, cutpoints = np.linspace(-4, 4, 9), np.array([-1.0, 0.2, 2.0])
     cdf = CDF[link](cutpoints - rewards[:, None])
     edges = np.column_stack([np.zeros(9), cdf, np.ones(9)])
@@ -137,7 +138,7 @@ def test_probabilities_of_levels(link: str):
     (slope,) = torch.autograd.grad(log_p[:, 1].sum(), far)
     assert log_p.isfinite().all()
     assert slope.isfinite().all()
-    assert (slope.sign() == torch.tensor([1.0, -1.0])).all()  # towards the level that was given
+    assert (slope.sign() == torch.tensor([1.0, -1.0])).all()  # towards the observed level
     if link == "logit":  # log(F(0.2 - r) - F(-1 - r)) -> log(e^{0.2} - e^{-1}) - r far above, and likewise below
         expected = [math.log(math.exp(1.0) - math.exp(-0.2)) - 30.0, math.log(math.exp(0.2) - math.exp(-1.0)) - 30.0]
         np.testing.assert_allclose(log_p[:, 1].detach(), expected, rtol=1e-5)
@@ -145,7 +146,7 @@ def test_probabilities_of_levels(link: str):
 
 @pytest.mark.parametrize("link", CDF)
 def test_ordinal_against_quadrature(link: str):
-    """One weight and three levels: a grid over the weight and the simplex of shares."""
+    """Quadrature for one weight and three levels, over the weight and the simplex of shares."""
 
     def one(prompts: list[str], completions: list[str]) -> Tensor:
         return counts(prompts, completions)[:, :1]
@@ -164,7 +165,7 @@ def test_ordinal_against_quadrature(link: str):
     for x, rating in zip(one([], WORDS).numpy()[:, 0], data.ratings, strict=True):
         cdf = CDF[link](cutpoints[None] - (w * x)[:, None, None])
         edges_of = np.concatenate([np.zeros_like(cdf[..., :1]), cdf, np.ones_like(cdf[..., :1])], -1)
-        with np.errstate(divide="ignore"):  # what has no mass
+        with np.errstate(divide="ignore"):  # cells of probability 0
             log_p += np.log(np.diff(edges_of, axis=-1)[..., int(rating) - 1])
     log_p += stats.norm.logpdf(w)[:, None]
     mass = np.exp(log_p - special.logsumexp(log_p))
@@ -185,7 +186,7 @@ def test_ordinal_against_quadrature(link: str):
     assert set(np.unique(drawn)) == {0, 1, 2}
 
 
-def test_what_is_refused():
+def test_invalid_ratings_and_settings_are_refused():
     with pytest.raises(
         PreferenceError, match=r"row 2 has the rating 5, which is none of the levels \[1.0, 2.0, 3.0, 4"
     ):

@@ -1,4 +1,4 @@
-"""A learned reward with its uncertainty: its four forms, judges as latents, and what strong optimisation does."""
+"""A learned reward with its uncertainty: its four forms, judges as latents, and over-optimisation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from bayeslm.inference import MCMC, SMC, SVI, AnnealedSMC, Exact, ImportanceSamp
 from bayeslm.models import TiltedLM, rewards
 from bayeslm.models.preferences import BradleyTerry, JudgedLM, UncertainReward
 
-pytest.importorskip("matplotlib").use("Agg")  # the example draws
+pytest.importorskip("matplotlib").use("Agg")  # the example plots
 
 PROMPTS = ["a b", "c"]
 TOKENS = 3
@@ -33,7 +33,7 @@ LM = table_lm(order=3, seed=1, vocab=4)
 
 
 def count(prompts: list[str], completions: list[str]) -> torch.Tensor:
-    """How often a, b and c are said; b counts double after a prompt of several words."""
+    """Return how often a, b and c occur; b counts double after a prompt of several words."""
     counts = torch.tensor([[float(text.split().count(word)) for word in WORDS[1:4]] for text in completions])
     counts[:, 1] *= torch.tensor([2.0 if " " in prompt else 1.0 for prompt in prompts])
     return counts
@@ -52,7 +52,7 @@ TEXTS = ["a", "b b", "c a c", "b"]
 
 
 def margins(reward: UncertainReward, prompts: list[str], texts: list[str]) -> np.ndarray:
-    """Delta_w (text, draw), by hand."""
+    """Return Delta_w (text, draw), by hand."""
     above = [count([c], [x])[0] - TYPICAL[c] for c, x in zip(prompts, texts, strict=True)]
     return np.array([[float(w @ f) for w in reward.weights] for f in above])
 
@@ -62,7 +62,7 @@ def margins(reward: UncertainReward, prompts: list[str], texts: list[str]) -> np
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_each_form_is_what_its_formula_says(prompt: str, seed: int) -> None:
+def test_each_form_has_the_value_of_its_formula(prompt: str, seed: int) -> None:
     delta = margins(learned("mean", seed), [prompt] * 4, TEXTS)
     expected = {
         "mean": delta.mean(1),
@@ -81,7 +81,7 @@ def test_the_default_quantile_is_pessimistic() -> None:
     assert reward(["c"], ["a b"]) == pytest.approx(-1.2816 * 2**0.5, abs=4.5 * 2**0.5 * 0.0383)  # sd of it: 1.71 / √n
 
 
-def test_a_draw_is_one_of_the_draws_for_every_text_and_each_as_often() -> None:
+def test_the_form_draw_uses_one_draw_for_all_texts_and_each_equally_often() -> None:
     delta = margins(learned("draw"), ["c"] * 4, TEXTS)
     times = np.zeros(5)
     for seed in range(200):
@@ -102,10 +102,10 @@ def test_one_vector_is_typical_of_every_prompt() -> None:
     torch.testing.assert_close(learned("marginal")(["c"], TEXTS), zero(["c"], TEXTS))
 
 
-def test_many_texts_are_scored_in_parts_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = learned("quantile")(["c"], TEXTS)
+def test_texts_scored_in_parts_have_the_same_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
+    complete = learned("quantile")(["c"], TEXTS)
     monkeypatch.setattr("bayeslm.models.preferences.uncertain.MAX_MARGINS", 11)  # two texts
-    torch.testing.assert_close(learned("quantile")(["c"], TEXTS), whole)
+    torch.testing.assert_close(learned("quantile")(["c"], TEXTS), complete)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -120,8 +120,8 @@ def test_centring_finds_the_mean_features_of_the_prior(seed: int) -> None:
         assert (np.abs(reward.typical[prompt].numpy() - mean) < 4.5 * error).all()
 
 
-def test_a_constant_of_the_prompt_changes_nothing_once_centred() -> None:
-    """What comparisons cannot tell: features that all completions of a prompt share, and their uncertain weights."""
+def test_a_constant_of_the_prompt_cancels_after_centring() -> None:
+    """Comparisons do not determine the weights of features that all completions of a prompt share."""
 
     def with_constant(prompts: list[str], completions: list[str]) -> torch.Tensor:
         constant = torch.tensor([[3.0 * len(prompt)] for prompt in prompts])
@@ -168,8 +168,10 @@ def test_the_posterior_is_tilted_by_the_form(form: str) -> None:
             "quantile": np.quantile(delta, 0.1, axis=1),
             "marginal": np.log(expit(delta).mean(1)),
         }[form]
-        law = LM([prompt], max_new_tokens=TOKENS)
-        log_p = law.log_prob(torch.as_tensor(exact.samples["completion"][0, :, i])[:, None])[:, 0].double().numpy()
+        distribution = LM([prompt], max_new_tokens=TOKENS)
+        log_p = (
+            distribution.log_prob(torch.as_tensor(exact.samples["completion"][0, :, i])[:, None])[:, 0].double().numpy()
+        )
         assert exact.log_evidence[i] == pytest.approx(logsumexp(log_p + score / 0.4), abs=1e-5)
         np.testing.assert_allclose(exact.weights()[0, :, i], softmax(log_p + score / 0.4), atol=1e-6)
 
@@ -184,7 +186,7 @@ def test_smc_steers_by_an_uncertain_reward(form: str, seed: int) -> None:
 
 
 def agree(posterior: Any, exact: Any) -> None:
-    """log Z and the mean reward, to 4.5 standard errors."""
+    """Assert log Z and the mean reward, within 4.5 standard errors."""
     truth = diagnostics.expectation(exact, exact.rewards)[0]
     mean, error = diagnostics.expectation(posterior, posterior.rewards)
     assert (np.abs(mean - truth) < 4.5 * error).all(), (mean, truth, error)
@@ -206,7 +208,7 @@ def test_the_marginal_form_is_bounded_and_can_be_rejected() -> None:
 
 
 @pytest.mark.parametrize("judges", [1, 2])
-def test_judges_integrated_out_leave_the_marginal_form(judges: int) -> None:
+def test_marginalised_judges_are_the_marginal_form(judges: int) -> None:
     reward = learned("mean", typical=TYPICAL)
     joint = Exact(num_prior_samples=1).run(JudgedLM(LM, reward, judges, max_new_tokens=TOKENS), PROMPTS)
     model = TiltedLM(LM, reward.to_form("marginal"), 1 / judges, max_new_tokens=TOKENS)
@@ -222,8 +224,8 @@ def test_judges_integrated_out_leave_the_marginal_form(judges: int) -> None:
         p = np.exp((alone.log_joint - alone.log_likelihood["reward"])[0, :, i])
         of_judge = (p * win.mean(1) ** (judges - 1)) @ win
         for k in range(judges):
-            seen = [weights[joint.samples["judge"][0, :, k, i] == j].sum() for j in range(5)]
-            np.testing.assert_allclose(seen, of_judge / of_judge.sum(), atol=1e-5)
+            observed = [weights[joint.samples["judge"][0, :, k, i] == j].sum() for j in range(5)]
+            np.testing.assert_allclose(observed, of_judge / of_judge.sum(), atol=1e-5)
 
 
 ENGINES = {
@@ -251,8 +253,8 @@ def test_engines_infer_the_completion_and_its_judges(engine: str, seed: int) -> 
         assert (np.abs(mean - truth) < 4.5 * error).all(), (j, mean, truth, error)
 
 
-def test_a_latent_beside_exp_of_the_reward_is_optimistic() -> None:
-    """The claim of the file's head: x-marginal p(x) E_w[exp(Delta_w / beta)], and w is revised by Z_w."""
+def test_a_latent_weight_with_the_factor_exp_of_the_reward_is_optimistic() -> None:
+    """As the module says: the marginal of x is p(x) E_w[exp(Delta_w / beta)], and that of w is multiplied by Z_w."""
     reward, beta = learned("mean", typical=TYPICAL), 0.7
 
     def program(prompts: list[str]) -> None:
@@ -291,7 +293,7 @@ def example() -> ModuleType:
 
 
 def laplace(task: Any) -> UncertainReward:
-    """As `Task.learn`, with draws of the normal law at the posterior's mode in the place of NUTS'."""
+    """Do what `Task.learn` does, with draws of the Laplace approximation in place of NUTS."""
     model = task.learner()
     x = model.prepare(task.comparisons()).double().numpy()  # (comparison, 7)
     precision = np.eye(7) * 7 / model.scale**2
@@ -308,7 +310,7 @@ def laplace(task: Any) -> UncertainReward:
 def test_pessimistic_and_marginal_forms_keep_the_true_reward(
     example: ModuleType, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    """Where the learned reward is wrong off the data: at the smallest beta, the largest n, and at equal KL."""
+    """Where the learned reward is wrong away from its data: at the smallest beta, the largest n, and at equal KL."""
     if way == "laplace":
         monkeypatch.setattr(example.Task, "learn", laplace)
         both = example.curves(0.75, range(20), length=4)
@@ -316,7 +318,7 @@ def test_pessimistic_and_marginal_forms_keep_the_true_reward(
         both = example.curves(0.5, range(100, 120))
     for curves in both:
         mean = curves["mean"]
-        assert (np.diff(mean["proxy"]) > -1e-4).all()  # what is optimised grows
+        assert (np.diff(mean["proxy"]) > -1e-4).all()  # the optimised reward grows
         falls = mean["true"].max(1) - mean["true"][:, -1]
         assert falls.mean() > 3 * standard_error(falls)
         for form in ("quantile", "marginal"):
@@ -343,17 +345,17 @@ def standard_error(x: np.ndarray) -> float:
 
 
 def at_kl(curve: dict[str, np.ndarray], kl: np.ndarray) -> np.ndarray:
-    """True reward of each seed at its KL, between those seen."""
+    """Interpolate the true reward of each seed at a KL."""
     rows = zip(kl, curve["kl"], curve["true"], strict=True)
     return np.array([np.interp(at, k, true) for at, k, true in rows])
 
 
-def test_the_curves_are_those_of_the_enumerated_posterior(example: ModuleType) -> None:
+def test_the_curves_agree_with_the_enumerated_posterior(example: ModuleType) -> None:
     task = example.Task(0, 0.5, length=3)
     reward = laplace(task)
     scores = task.scores(reward)
-    laws = task.tilted(scores, reward.margins([example.PROMPT], task.texts))
-    curve = task.curve(laws["quantile"], scores["mean"])
+    distributions = task.tilted(scores, reward.margins([example.PROMPT], task.texts))
+    curve = task.curve(distributions["quantile"], scores["mean"])
     for i in (0, 12):
         model = TiltedLM(task.prior, reward.to_form("quantile"), float(example.BETAS[i]), max_new_tokens=3)
         exact = Exact(num_prior_samples=1).run(model, [example.PROMPT])
@@ -363,8 +365,8 @@ def test_the_curves_are_those_of_the_enumerated_posterior(example: ModuleType) -
         assert curve["true"][i] == pytest.approx(mean, abs=1e-4)
 
 
-def test_best_of_n_is_enumerated_right(example: ModuleType) -> None:
-    """Of two, by all pairs, ties shared; and of one, the prior."""
+def test_best_of_n_is_exact(example: ModuleType) -> None:
+    """The best of two agrees with all pairs, and the best of one is the prior."""
     task = example.Task(0, 0.5, length=2)
     scores = {"any": np.round(task.true)}  # with ties
     example_ns, example.NS = example.NS, np.array([1, 2])
@@ -384,7 +386,7 @@ def test_best_of_n_is_enumerated_right(example: ModuleType) -> None:
 
 @pytest.mark.parametrize("typical", [None, torch.tensor([0.1, 0.2, 0.3]), TYPICAL], ids=["none", "one", "each"])
 @pytest.mark.parametrize("form", FORMS)
-def test_what_was_saved_is_read(tmp_path: Path, form: str, typical: Any) -> None:
+def test_saved_rewards_are_loaded(tmp_path: Path, form: str, typical: Any) -> None:
     reward = replace(learned(form, typical=typical), level=0.3, seed=4)
     reward.save_pretrained(tmp_path / "reward")
     again = UncertainReward.from_pretrained(tmp_path / "reward", BradleyTerry(count))
@@ -394,7 +396,7 @@ def test_what_was_saved_is_read(tmp_path: Path, form: str, typical: Any) -> None
         reward.save_pretrained(tmp_path / "reward")
 
 
-def test_what_is_no_reward_is_not_read(tmp_path: Path) -> None:
+def test_loading_refuses_other_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"uncertain\.json is missing"):
         UncertainReward.from_pretrained(tmp_path, BradleyTerry(count))
     (tmp_path / "uncertain.json").write_text('{"format": 0}')
@@ -402,8 +404,8 @@ def test_what_is_no_reward_is_not_read(tmp_path: Path) -> None:
         UncertainReward.from_pretrained(tmp_path, BradleyTerry(count))
 
 
-def test_other_features_are_told_at_loading(tmp_path: Path) -> None:
-    """Such as principal components whose signs came out otherwise."""
+def test_loading_refuses_other_features(tmp_path: Path) -> None:
+    """For example principal components with other signs."""
 
     def length(sign: float, width: int = 3) -> BradleyTerry:
         return BradleyTerry(lambda prompts, completions: torch.tensor([[sign * len(x)] * width for x in completions]))

@@ -300,7 +300,7 @@ def test_matches_with_a_column_expects_the_answer_so_far():
 
 def test_what_is_not_prefix_closed_is_refused():
     for predicate in (Contains("a"), lambda text: "a" in text, str.isupper):
-        with pytest.raises(ValueError, match="a prefix-closed predicate holds of the empty text"):
+        with pytest.raises(ValueError, match="a prefix-closed predicate holds for the empty text"):
             Constraint(predicate, prefix_closed=True)
     needy = Reward(lambda completions, banned: [float(b not in t) for t, b in zip(completions, banned, strict=True)])
     constraint = Constraint(needy, prefix_closed=True)  # cannot be tried before its column is there

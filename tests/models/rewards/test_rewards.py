@@ -233,7 +233,9 @@ def test_a_function_that_fails_on_batches_only():
 
 
 def test_a_missing_column_is_named():
-    with pytest.raises(RewardError, match="'right' needs answer; it was given prompts, completions, label, by name"):
+    with pytest.raises(
+        RewardError, match="'right' needs answer; its arguments are prompts, completions, label, by name"
+    ):
         Reward(right)(["p"], ["a"], label=[1])
 
 

@@ -24,11 +24,10 @@ from bayeslm.inference.program import (
     ProgramError,
     Site,
     Stopwatch,
-    assign_values,
     check_counts,
     inspect,
     posterior,
-    run_particles,
+    score_values,
     seeded,
 )
 from bayeslm.models.lm import Autoregressive
@@ -97,13 +96,7 @@ class Exact:
             atoms = atoms.repeat_interleave(inner, 0)
             values[site.name] = atoms.repeat(outer, *(1,) * (atoms.dim() - 1))
             outer *= sizes[site.name]
-        step = program.max_particles
-        parts = []
-        for i in range(0, total, step):
-            some = {name: value[i : i + step] for name, value in values.items()}
-            with assign_values(program, some):
-                parts.append(run_particles(program, None, min(step, total - i)))
-        return Particles.concatenate(parts)
+        return score_values(program, values)
 
     def _prior(self, program: Program, atoms: Particles) -> Particles:
         """Draw from the prior by the exact probabilities of the atoms."""

@@ -41,8 +41,6 @@ from bayeslm.inference.program import (
 from bayeslm.posterior import Posterior
 from bayeslm.progress import Report, track
 
-STARTS = 100  # points to try, until one has positive density
-
 
 @dataclass(frozen=True)
 class NUTS:
@@ -138,18 +136,19 @@ class NUTS:
             for _ in range(self.num_chains):
                 draws.clear()
                 figures.append({})
-                z = self._start(program, shapes, score_once)
+                z = starting_point(
+                    program,
+                    score_once,
+                    shapes,
+                    zero_first=False,
+                    batch_size=self.batch_size,
+                    vectorize=self.vectorize,
+                )
                 self._walk(Potential(program, score_once), z, draws, figures[-1], report)
                 parts.append(self._score(program, score_once, _stack(draws)))
         names = ("acceptance", "divergences", "step_size")
         stats = {name: np.array([chain[name] for chain in figures[: len(parts)]]) for name in names}
         return parts, stats, run.interrupted
-
-    def _start(self, program: Program, shapes: dict[str, torch.Size], score_once: ScoreOnce) -> dict[str, Tensor]:
-        """Draw points from U(-2, 2) and return the first with positive density."""
-        like = {site.name: site.value for site in program.latents}
-        z = {name: torch.empty((STARTS, *shapes[name])).uniform_(-2, 2).to(like[name]) for name in shapes}
-        return starting_point(program, score_once, z, batch_size=self.batch_size, vectorize=self.vectorize)
 
     def _walk(
         self,

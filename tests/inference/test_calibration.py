@@ -28,9 +28,10 @@ from scipy.stats import chi2
 from support.engines import ENGINES, those
 from support.models import table_lm
 
-from bayeslm.inference.markov.moves import PriorMove, RandomWalk, SuffixMove, latent_moves, score, sweep
+from bayeslm.inference.markov import sweep
+from bayeslm.inference.markov.moves import PriorMove, RandomWalk, SuffixMove, latent_moves
 from bayeslm.inference.markov.suffix_kernel import SuffixKernel
-from bayeslm.inference.program import inspect, sample_sites
+from bayeslm.inference.program import inspect, sample_sites, score_values
 from bayeslm.models.lm import Autoregressive
 
 LIMIT = 4.0
@@ -239,7 +240,7 @@ def stepping(make, replicates):
 
     def step(values, y):
         data["y"] = y
-        state = sweep(moves, score(program, {name: value[None] for name, value in values.items()}))
+        state = sweep(moves, score_values(program, {name: value[None] for name, value in values.items()}))
         return {name: state.values[name][0] for name in values}
 
     return step

@@ -96,7 +96,7 @@ class NUTS:
             shapes = unconstrained_shapes(program)
             score_once = ScoreOnce(program)
             with score_once:
-                prior, _ = draw(program, None, self.num_samples, batch_size=self._size, vectorize=self.vectorize)
+                prior, _ = draw(program, None, self.num_samples, **self._batches)
             parts, stats, interrupted = self._chains(program, shapes, score_once)
             return posterior(
                 program,
@@ -109,8 +109,9 @@ class NUTS:
             )
 
     @property
-    def _size(self) -> int | None:
-        return self.batch_size if self.vectorize else 1
+    def _batches(self) -> dict[str, Any]:
+        """The arguments of functions that run many particles at once."""
+        return {"batch_size": self.batch_size if self.vectorize else 1, "vectorize": self.vectorize}
 
     def _chains(
         self, program: Program, shapes: dict[str, torch.Size], score_once: ScoreOnce
@@ -136,14 +137,7 @@ class NUTS:
             for _ in range(self.num_chains):
                 draws.clear()
                 figures.append({})
-                z = starting_point(
-                    program,
-                    score_once,
-                    shapes,
-                    zero_first=False,
-                    batch_size=self.batch_size,
-                    vectorize=self.vectorize,
-                )
+                z = starting_point(program, score_once, shapes, zero_first=False, **self._batches)
                 self._walk(Potential(program, score_once), z, draws, figures[-1], report)
                 parts.append(self._score(program, score_once, _stack(draws)))
         names = ("acceptance", "divergences", "step_size")
@@ -183,7 +177,7 @@ class NUTS:
         ).run()
 
     def _score(self, program: Program, score_once: ScoreOnce, z: dict[str, Tensor]) -> Particles:
-        return score_unconstrained(program, score_once, z, batch_size=self.batch_size, vectorize=self.vectorize)[0]
+        return score_unconstrained(program, score_once, z, **self._batches)[0]
 
 
 def _stack(draws: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -14,8 +14,9 @@ from support.oracles import ExactTwist
 from support.programs import PROMPTS, score_table, tilted
 from support.statistics import assert_evidence, assert_mean
 
-from bayeslm.inference import SMC, EvidenceError, Exact, ImportanceSampling, ProgramError, TwistLearning
+from bayeslm.inference import SMC, EvidenceError, Exact, ImportanceSampling, ProgramError
 from bayeslm.inference.program import inspect, seeded
+from bayeslm.inference.sequential import TwistLearning
 from bayeslm.inference.sequential.twist_learning import (
     TwistData,
     _draw_prior,

@@ -24,13 +24,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from bayeslm import diagnostics
-from bayeslm.inference.markov import (
-    Potential,
-    ScoreOnce,
-    score_unconstrained,
-    starting_point,
-    unconstrained_shapes,
-)
+from bayeslm.inference.markov import Potential, ScoreOnce, score_unconstrained, starting_point, unconstrained_shapes
 from bayeslm.inference.program import (
     ProgramError,
     Stopwatch,

@@ -19,13 +19,7 @@ from pyro.infer import MCMC as PyroMCMC
 from pyro.infer import NUTS as PyroNUTS
 from torch import Tensor
 
-from bayeslm.inference.markov import (
-    Potential,
-    ScoreOnce,
-    score_unconstrained,
-    starting_point,
-    unconstrained_shapes,
-)
+from bayeslm.inference.markov import Potential, ScoreOnce, score_unconstrained, starting_point, unconstrained_shapes
 from bayeslm.inference.program import (
     Particles,
     Program,

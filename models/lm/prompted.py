@@ -1,4 +1,4 @@
-"""A network after each of some prompts: what drawing, scoring and redrawing completions share."""
+"""A network after each of some prompts, for drawing, scoring and redrawing completions."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class PromptedNetwork:
 
     @contextlib.contextmanager
     def drawing(self, rows: int) -> Iterator[PromptedNetwork]:
-        """Give what draws so many completions fastest; see `CausalNetwork.drawing`."""
+        """Give a copy that draws so many completions fast; see `CausalNetwork.drawing`."""
         with self.network.drawing(-(-rows // self.max_rows) * (self.max_new_tokens - 1)) as network:
             yield replace(self, network=network)
 

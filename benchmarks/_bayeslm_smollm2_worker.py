@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import torch
 from _memory import peak, resident
 from _peer import serve
 
 from bayeslm.inference import SVI
-from bayeslm.inference.training import Adam, LogVariance, ReverseKL
+from bayeslm.inference.training import Adam, AutoPolicy, LogVariance, ReverseKL, StepRecord
 from bayeslm.models import LanguageModel, TiltedLM, rewards
 
 OBJECTIVES = {"reverse-kl": ReverseKL, "log-variance": LogVariance}
@@ -35,7 +36,7 @@ def train(
     ends: list[float] = []
     peaks: list[float] = []
 
-    def watch(done: int, policy: LanguageModel) -> None:
+    def watch(record: StepRecord) -> None:
         ends.append(time.perf_counter())
         peaks.append(peak())
 
@@ -43,8 +44,8 @@ def train(
         num_steps=steps,
         optimizer=Adam(learning_rate),
         objective=OBJECTIVES[method](group),
-        lora_rank=rank,
-        on_step=watch,
+        guide=partial(AutoPolicy, lora_rank=rank),
+        callbacks=[watch],
         num_samples=1,
         seed=seed,
         progress=False,

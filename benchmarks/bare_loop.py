@@ -18,8 +18,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -36,7 +37,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from bayeslm.inference import SVI
 from bayeslm.inference.program import inspect
-from bayeslm.inference.training import Adam, AutoPolicy, ReverseKL
+from bayeslm.inference.training import Adam, AutoPolicy, ReverseKL, StepRecord
 from bayeslm.models import LanguageModel, rewards
 from bayeslm.models.lm import word_tokenizer
 
@@ -217,8 +218,10 @@ def measure(task: Task, steps: int) -> tuple[np.ndarray, np.ndarray]:
     other: list[float] = []
     began = time.perf_counter()
 
-    def watch(done: int, seen: Mapping[str, float]) -> None:
+    def watch(record: StepRecord) -> None:
         nonlocal began
+        if record.step == 0:
+            return
         now = time.perf_counter()
         mine.append(now - began)
         loop.step()
@@ -228,10 +231,9 @@ def measure(task: Task, steps: int) -> tuple[np.ndarray, np.ndarray]:
     engine = SVI(
         num_steps=steps,
         num_particles=task.group,
-        optimizer=Adam(RATE),
-        clip_norm=CLIP,
-        lora_rank=task.rank,
-        log=watch,
+        guide=partial(AutoPolicy, lora_rank=task.rank),
+        optimizer=Adam(RATE, clip_norm=CLIP),
+        callbacks=[watch],
         num_samples=1,
         seed=0,
         progress=False,

@@ -29,7 +29,7 @@ from _cartpole import GOAL, Watch
 from _peer import Peer
 
 from bayeslm.inference import SVI
-from bayeslm.inference.training import Adam, Critic, ReverseKL
+from bayeslm.inference.training import Adam, Critic, Reply, ReverseKL, StepRecord
 from bayeslm.models.control import Control, GymEnvironment, MLPPolicy, actions
 
 REQUIREMENTS = ["stable-baselines3==2.9.0", "gymnasium", "torch", "numpy"]
@@ -43,7 +43,6 @@ def svi(greedy: bool, seed: int, budget: int = BUDGET) -> dict[str, Any]:
     environment = GymEnvironment("CartPole-v1")
     control = Control(environment, BETA, HORIZON)
     policy = MLPPolicy(environment, seed=seed)
-    objective = ReverseKL(EPISODES, Critic())
     played = 0
 
     def act(observations: np.ndarray, greedy: bool) -> np.ndarray:
@@ -51,19 +50,19 @@ def svi(greedy: bool, seed: int, budget: int = BUDGET) -> dict[str, Any]:
             logits = policy(torch.from_numpy(observations), torch.zeros(len(observations), dtype=torch.long))
         return (logits.argmax(-1) if greedy else torch.distributions.Categorical(logits=logits).sample()).numpy()
 
-    def solved(history: dict[str, list[np.ndarray]]) -> bool:
+    def solved(record: StepRecord) -> Reply | None:
         nonlocal played
-        assert objective.particles is not None
-        played += int((actions(objective.particles.values["trajectory"]) >= 0).sum())
-        return watch(played) or played >= budget
+        if record.particles is None:  # before the first step
+            return None
+        played += int((actions(record.particles.values["trajectory"]) >= 0).sum())
+        return Reply(stop=watch(played) or played >= budget)
 
     engine = SVI(
         num_steps=math.ceil(budget / EPISODES),  # more than it takes to spend the budget
-        optimizer=Adam(1e-2),
-        schedule="constant",
-        objective=objective,
+        optimizer=Adam(1e-2, schedule="constant"),
+        objective=ReverseKL(EPISODES, Critic()),
         guide=control.guide(policy),
-        stop=solved,
+        callbacks=[solved],
         num_samples=1,
         seed=seed,
         progress=False,

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import partial
 from importlib.metadata import version
 
 import pyro
@@ -27,7 +28,7 @@ from svi_trl import PROMPT as IDS
 from torch import Tensor
 
 from bayeslm.inference import SVI, Exact
-from bayeslm.inference.training import Adam, LogVariance, Replay
+from bayeslm.inference.training import Adam, AutoPolicy, LogVariance, Replay, StepRecord
 from bayeslm.models import LanguageModel, rewards
 
 SAMPLES, EVERY, RATE, LIMIT = 24576, 8, 1e-2, 0.03
@@ -99,14 +100,14 @@ def train(lm: LanguageModel, particles: int, steps: int) -> tuple[float, float, 
 
     meter = Meter(lm.device)
 
-    def watch(done: int, policy: LanguageModel) -> None:
+    def watch(record: StepRecord) -> None:
         marks.append((meter.now(), len(lengths)))
 
     engine = SVI(
         num_steps=steps,
         num_particles=particles,
-        lora_rank=RANK,
-        on_step=watch,
+        guide=partial(AutoPolicy, lora_rank=RANK),
+        callbacks=[watch],
         num_samples=1,
         seed=0,
         progress=False,

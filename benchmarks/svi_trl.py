@@ -46,7 +46,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bayeslm.inference import SVI
-from bayeslm.inference.training import Adam, LogVariance, Replay
+from bayeslm.inference.training import Adam, LogVariance, Replay, StepRecord
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm import word_tokenizer
 
@@ -155,15 +155,15 @@ def ours(problem: Problem, samples: int, settings: Settings, seed: int) -> Resul
     steps = every * samples // GROUP
     ends: list[float] = []
 
-    def watch(done: int, policy: LanguageModel) -> None:
-        if done in (0, steps):
+    def watch(record: StepRecord) -> None:
+        if record.step in (0, steps):
             ends.append(time.perf_counter())
 
     engine = SVI(
         num_steps=steps,
         optimizer=Adam(rate),
         objective=LogVariance(GROUP, Replay(samples, every)),
-        on_step=watch,
+        callbacks=[watch],
         num_samples=1,
         seed=seed,
         progress=False,

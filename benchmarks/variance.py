@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
@@ -30,8 +30,12 @@ from bayeslm.inference.training import (
     ExponentialAverage,
     FromPosterior,
     LogVariance,
+    Objective,
     Replay,
     ReverseKL,
+    State,
+    StatefulLoss,
+    StepRecord,
     Tempering,
     of_prior,
 )
@@ -40,8 +44,8 @@ from bayeslm.models import LanguageModel
 RATE = 3e-3
 
 
-def no_baseline(name: str, f: Tensor) -> Tensor:
-    return f
+def no_baseline(name: str, f: Tensor, prompts: Tensor | None, state: State) -> tuple[Tensor, State]:
+    return f, state
 
 
 def guide_of(policy: LanguageModel) -> Callable[..., None]:
@@ -66,35 +70,34 @@ def trained(policy: LanguageModel) -> list[Tensor]:
 
 
 def gradients(
-    problem: Problem, policy: LanguageModel, objective: Any, repeats: int, *, learns: bool = False, first: int = 0
+    problem: Problem, policy: LanguageModel, loss: StatefulLoss, repeats: int, *, learns: bool = False, first: int = 0
 ) -> Tensor:
     """Return estimates (repeat, coordinate) with seeds from ``first`` on.
 
     Each begins with what the objective had learned before, unless it ``learns``.
     """
-    state = objective.state_dict()
+    state = loss.state
     rows = []
     for seed in range(repeats):
         torch.manual_seed(first + seed + 10_000 * learns)
         for p in trained(policy):
             p.grad = None
         if not learns:
-            objective.load_state_dict(state)
+            loss.state = state
         with pyro.get_param_store().scope():
-            objective.loss_and_grads(problem.model, guide_of(policy), [PROMPT])
+            loss.loss_and_grads(problem.model, guide_of(policy), [PROMPT])
         rows.append(torch.cat([p.grad.reshape(-1) for p in trained(policy)]))  # type: ignore[union-attr]
     return torch.stack(rows)
 
 
 def train(
-    problem: Problem, objective: Any, steps: int, seed: int, watch: Any = None, temperature: Tempering | None = None
+    problem: Problem, objective: Objective, steps: int, seed: int, callbacks: Sequence[Any] = ()
 ) -> LanguageModel:
     engine = SVI(
         num_steps=steps,
         optimizer=Adam(RATE),
         objective=objective,
-        temperature=temperature,
-        on_step=watch,
+        callbacks=callbacks,
         num_samples=1,
         seed=seed,
         progress=False,
@@ -104,21 +107,23 @@ def train(
 
 
 def variances(problem: Problem, n: int, steps: int, repeats: int) -> None:
-    points: list[tuple[int, LanguageModel, dict[str, Any]]] = []
-    learning = {"exponential average": ReverseKL(n, ExponentialAverage()), "critic": ReverseKL(n, Critic())}
+    points: list[tuple[int, LanguageModel, dict[str, State]]] = []
+    baselines = {"exponential average": ExponentialAverage(), "critic": Critic()}
+    learning = {name: StatefulLoss(ReverseKL(n, baseline)) for name, baseline in baselines.items()}
 
-    def watch(done: int, policy: LanguageModel) -> None:
+    def watch(record: StepRecord) -> None:
+        done, policy = record.step, record.policy
         if done in (steps // 15, steps // 3, steps):
-            points.append((done, copy.deepcopy(policy), {k: o.state_dict() for k, o in learning.items()}))
-        for objective in learning.values():  # they learn from the policy of each step, which does not learn from them
+            points.append((done, copy.deepcopy(policy), {name: loss.state for name, loss in learning.items()}))
+        for loss in learning.values():  # they learn from the policy of each step, which does not learn from them
             if done < steps:
-                gradients(problem, copy.deepcopy(policy), objective, 1, learns=True, first=done)
+                gradients(problem, copy.deepcopy(policy), loss, 1, learns=True, first=done)
 
-    train(problem, ReverseKL(n), steps, 0, watch)
+    train(problem, ReverseKL(n), steps, 0, [watch])
     rows: dict[str, list[str]] = {}
     for _, policy, states in points:
         g = true_gradient(problem, policy)
-        objectives: dict[str, Any] = {
+        objectives = {
             "no baseline": ReverseKL(n, no_baseline),
             "exponential average": ReverseKL(n, ExponentialAverage()),
             "leave-one-out": ReverseKL(n),
@@ -127,13 +132,14 @@ def variances(problem: Problem, n: int, steps: int, repeats: int) -> None:
             "log-variance, the policy's draws": LogVariance(n),
             "log-variance, the prior's draws": LogVariance(n, of_prior),
         }
+        losses = {name: StatefulLoss(objective) for name, objective in objectives.items()}
         for name, state in states.items():
-            objectives[name].load_state_dict(state)
-        later = objectives["critic, after more steps at this policy"]
-        later.load_state_dict(states["critic"])
+            losses[name].state = state
+        later = losses["critic, after more steps at this policy"]
+        later.state = states["critic"]
         gradients(problem, policy, later, steps, learns=True)
-        for name, objective in objectives.items():
-            spread = gradients(problem, policy, objective, repeats).var(0).sum() / (g @ g)
+        for name, loss in losses.items():
+            spread = gradients(problem, policy, loss, repeats).var(0).sum() / (g @ g)
             rows.setdefault(name, []).append(f"{float(spread):.3g}")
     kls = ", ".join(f"{problem.kl(policy):.2f}" for _, policy, _ in points)
     print(f"\n{problem.name}, {n} particles: trace of the covariance over |g|^2, at KLs of {kls}\n")
@@ -163,8 +169,8 @@ def reached(problem: Problem, n: int, steps: int, seeds: int) -> None:
     print(f"\n{problem.name}: KL to the posterior after {steps} steps of {n}, median; min to max of {seeds}\n")
     print("| objective | KL |\n|---|---|")
     for name, make in makers.items():
-        warm = temperings.get(name)
-        kls = [problem.kl(train(problem, make(), steps, seed, temperature=warm)) for seed in range(seeds)]
+        warm = [temperings[name]] if name in temperings else []
+        kls = [problem.kl(train(problem, make(), steps, seed, warm)) for seed in range(seeds)]
         print(f"| {name} | {statistics.median(kls):.3f}; {min(kls):.3f} to {max(kls):.3f} |", flush=True)
 
 

@@ -49,7 +49,7 @@ def main(folder: Path, name: str) -> None:
         num_steps=400,
         optimizer=Adam(0.2, schedule="cosine"),
         objective=ReverseKL(1000, StateValues(mdp.num_states)),
-        temperature=Tempering(start=0.1, share=0.4),
+        callbacks=[Tempering(first=0.1, share=0.4)],
         guide=control.guide(policy),
         seed=0,
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from functools import partial
 
 import torch
 from _memory import peak, resident
@@ -44,7 +44,7 @@ def train(
         num_steps=steps,
         optimizer=Adam(learning_rate),
         objective=OBJECTIVES[method](group),
-        guide=partial(AutoPolicy, lora_rank=rank),
+        guide=functools.partial(AutoPolicy, lora_rank=rank),
         callbacks=[watch],
         num_samples=1,
         seed=seed,

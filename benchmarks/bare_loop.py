@@ -16,11 +16,11 @@ ones. They must agree to 0.1%.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -37,7 +37,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from bayeslm.inference import SVI
 from bayeslm.inference.program import inspect
-from bayeslm.inference.training import Adam, AutoPolicy, ReverseKL, StepRecord
+from bayeslm.inference.training import Adam, AutoPolicy, ReverseKL, StatefulLoss, StepRecord
 from bayeslm.models import LanguageModel, rewards
 from bayeslm.models.lm import word_tokenizer
 
@@ -201,7 +201,7 @@ def check(task: Task) -> tuple[float, float]:
         loop = bare(task, guide.policy, 1)
         for p in loop.params:
             p.data += 0.02 * torch.randn_like(p)
-        mine = ReverseKL(task.group).loss_and_grads(task.model, guide, [task.prompt])
+        mine = StatefulLoss(ReverseKL(task.group)).loss_and_grads(task.model, guide, [task.prompt])
     gradient = torch.cat([p.grad.flatten() for p in loop.params])
     loop.adam.zero_grad()
     assert task.drawn is not None
@@ -231,8 +231,8 @@ def measure(task: Task, steps: int) -> tuple[np.ndarray, np.ndarray]:
     engine = SVI(
         num_steps=steps,
         num_particles=task.group,
-        guide=partial(AutoPolicy, lora_rank=task.rank),
         optimizer=Adam(RATE, clip_norm=CLIP),
+        guide=functools.partial(AutoPolicy, lora_rank=task.rank),
         callbacks=[watch],
         num_samples=1,
         seed=0,

@@ -43,6 +43,7 @@ def svi(greedy: bool, seed: int, budget: int = BUDGET) -> dict[str, Any]:
     environment = GymEnvironment("CartPole-v1")
     control = Control(environment, BETA, HORIZON)
     policy = MLPPolicy(environment, seed=seed)
+    objective = ReverseKL(EPISODES, Critic())
     played = 0
 
     def act(observations: np.ndarray, greedy: bool) -> np.ndarray:
@@ -50,17 +51,17 @@ def svi(greedy: bool, seed: int, budget: int = BUDGET) -> dict[str, Any]:
             logits = policy(torch.from_numpy(observations), torch.zeros(len(observations), dtype=torch.long))
         return (logits.argmax(-1) if greedy else torch.distributions.Categorical(logits=logits).sample()).numpy()
 
-    def solved(record: StepRecord) -> Reply | None:
+    def solved(record: StepRecord) -> Reply:
         nonlocal played
         if record.particles is None:  # before the first step
-            return None
+            return Reply()
         played += int((actions(record.particles.values["trajectory"]) >= 0).sum())
         return Reply(stop=watch(played) or played >= budget)
 
     engine = SVI(
         num_steps=math.ceil(budget / EPISODES),  # more than it takes to spend the budget
         optimizer=Adam(1e-2, schedule="constant"),
-        objective=ReverseKL(EPISODES, Critic()),
+        objective=objective,
         guide=control.guide(policy),
         callbacks=[solved],
         num_samples=1,

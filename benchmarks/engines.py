@@ -33,8 +33,8 @@ from bayeslm.inference import (
     Exact,
     ImportanceSampling,
     RejectionSampling,
-    TwistLearning,
 )
+from bayeslm.inference.sequential import TwistLearning
 from bayeslm.models import LanguageModel
 
 PROMPTS = [[2, 3, 4], [5, 6]]

@@ -19,7 +19,8 @@ import torch
 from _figures import log_mean, variance_ratio
 
 from bayeslm import diagnostics
-from bayeslm.inference import SMC, ImportanceSampling, TwistLearning
+from bayeslm.inference import SMC, ImportanceSampling
+from bayeslm.inference.sequential import TwistLearning
 from bayeslm.models import LanguageModel, TiltedLM, Twist, rewards
 
 PROMPT = "My dinner at the restaurant was"

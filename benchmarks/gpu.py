@@ -14,9 +14,9 @@ Without an accelerator it says so and runs on the CPU, with fewer completions an
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
-from functools import partial
 from importlib.metadata import version
 
 import pyro
@@ -106,7 +106,7 @@ def train(lm: LanguageModel, particles: int, steps: int) -> tuple[float, float, 
     engine = SVI(
         num_steps=steps,
         num_particles=particles,
-        guide=partial(AutoPolicy, lora_rank=RANK),
+        guide=functools.partial(AutoPolicy, lora_rank=RANK),
         callbacks=[watch],
         num_samples=1,
         seed=0,

@@ -30,7 +30,6 @@ from bayeslm.inference.training import (
     ExponentialAverage,
     FromPosterior,
     LogVariance,
-    Objective,
     Replay,
     ReverseKL,
     State,
@@ -90,9 +89,7 @@ def gradients(
     return torch.stack(rows)
 
 
-def train(
-    problem: Problem, objective: Objective, steps: int, seed: int, callbacks: Sequence[Any] = ()
-) -> LanguageModel:
+def train(problem: Problem, objective: Any, steps: int, seed: int, callbacks: Sequence[Any] = ()) -> LanguageModel:
     engine = SVI(
         num_steps=steps,
         optimizer=Adam(RATE),
@@ -107,17 +104,17 @@ def train(
 
 
 def variances(problem: Problem, n: int, steps: int, repeats: int) -> None:
-    points: list[tuple[int, LanguageModel, dict[str, State]]] = []
+    points: list[tuple[int, LanguageModel, dict[str, Any]]] = []
     baselines = {"exponential average": ExponentialAverage(), "critic": Critic()}
     learning = {name: StatefulLoss(ReverseKL(n, baseline)) for name, baseline in baselines.items()}
 
     def watch(record: StepRecord) -> None:
-        done, policy = record.step, record.policy
-        if done in (steps // 15, steps // 3, steps):
-            points.append((done, copy.deepcopy(policy), {name: loss.state for name, loss in learning.items()}))
+        if record.step in (steps // 15, steps // 3, steps):
+            states = {name: loss.state for name, loss in learning.items()}
+            points.append((record.step, copy.deepcopy(record.policy), states))
         for loss in learning.values():  # they learn from the policy of each step, which does not learn from them
-            if done < steps:
-                gradients(problem, copy.deepcopy(policy), loss, 1, learns=True, first=done)
+            if record.step < steps:
+                gradients(problem, copy.deepcopy(record.policy), loss, 1, learns=True, first=record.step)
 
     train(problem, ReverseKL(n), steps, 0, [watch])
     rows: dict[str, list[str]] = {}
@@ -170,7 +167,7 @@ def reached(problem: Problem, n: int, steps: int, seeds: int) -> None:
     print("| objective | KL |\n|---|---|")
     for name, make in makers.items():
         warm = [temperings[name]] if name in temperings else []
-        kls = [problem.kl(train(problem, make(), steps, seed, warm)) for seed in range(seeds)]
+        kls = [problem.kl(train(problem, make(), steps, seed, callbacks=warm)) for seed in range(seeds)]
         print(f"| {name} | {statistics.median(kls):.3f}; {min(kls):.3f} to {max(kls):.3f} |", flush=True)
 
 

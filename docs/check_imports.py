@@ -27,7 +27,8 @@ FACE = "bayeslm"
 FLOORS = [  # rooms from top to bottom, by the names of their packages; a new room needs its place here
     ["bayeslm.__main__"],
     ["bayeslm.cli"],
-    ["bayeslm.inference.preferences", "bayeslm.inference.control"],
+    ["bayeslm.inference.preferences"],  # its acquisitions use the exploration strategies of control
+    ["bayeslm.inference.control"],
     ["bayeslm.inference"],  # the engines
     ["bayeslm.inference.training", "bayeslm.inference.sequential", "bayeslm.inference.markov"],
     ["bayeslm.inference.program"],

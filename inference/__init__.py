@@ -4,13 +4,11 @@ from .annealed import AnnealedSMC
 from .exact import Exact
 from .importance import ImportanceSampling
 from .laplace import Laplace
-from .markov.suffix_kernel import SuffixKernel
 from .mcmc import MCMC
 from .nuts import NUTS
 from .predictive import predict
 from .program import EvidenceError, ProgramError, RunError
 from .rejection import BestOfN, RejectionSampling
-from .sequential.twist_learning import TwistLearning
 from .smc import SMC
 from .svi import SVI
 
@@ -41,7 +39,5 @@ __all__ = [
     "ProgramError",
     "RejectionSampling",
     "RunError",
-    "SuffixKernel",
-    "TwistLearning",
     "predict",
 ]

@@ -71,7 +71,7 @@ class TiltedLM:
     def __call__(self, prompts: Sequence[Prompt], /, **columns: Sequence[Any]) -> None:
         """Run the program.
 
-        :param prompts: what `LanguageModel` takes.
+        :param prompts: strings, chats or token ids, as for `LanguageModel`.
         :param columns: further arguments of the reward; those with one value a prompt are subsampled as prompts are.
         """
         size = None if self.subsample_size is None else min(self.subsample_size, len(prompts))

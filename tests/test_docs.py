@@ -40,15 +40,12 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 
 def run(page: Path) -> dict[str, object]:
-    """Run a page's blocks from top to bottom in one namespace, as a reader does, each from a file of its own.
-
-    (Files, since a checkpoint identifies functions by their source.)
-    """
+    """Run a page's blocks from top to bottom in one namespace, as a reader does."""
     names: dict[str, object] = {}
-    for i, block in enumerate(blocks(page)):
-        file = Path(f"{page.stem}_{i}.py")
-        file.write_text(block, encoding="utf-8")
-        exec(compile(block, str(file.resolve()), "exec"), names)
+    text = page.read_text(encoding="utf-8")
+    for block in blocks(page):
+        above = text[: text.index(block)].count("\n")  # so that `inspect` finds the source of the page's functions
+        exec(compile("\n" * above + block, str(page), "exec"), names)
     return names
 
 

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from bayeslm.inference import ImportanceSampling, Laplace
 from bayeslm.inference.program import check_counts, check_positive, seeded
+from bayeslm.models import TiltedLM
 from bayeslm.models.lm import LanguageModel
 from bayeslm.models.preferences import Answer, BradleyTerry, Judge, Question, UncertainReward, to_comparisons
-from bayeslm.models.tilted import TiltedLM
 from bayeslm.posterior import Posterior
 
 from .acquisition import Acquisition, InformationGain

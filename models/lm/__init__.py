@@ -2,7 +2,7 @@
 
 from .autoregressive import Autoregressive
 from .decoding import Decoder, categorical, generate
-from .encoding import Prompt, encode
+from .encoding import Prompt
 from .language_model import LanguageModel
 from .network import CausalNetwork, log_softmax_at
 from .suffix import redraw
@@ -21,7 +21,6 @@ __all__ = [
     "TwistInputs",
     "categorical",
     "count_usage",
-    "encode",
     "generate",
     "log_softmax_at",
     "redraw",

@@ -20,10 +20,10 @@ from torch import Size, Tensor
 from torch.distributions import constraints
 
 from .decoding import Decoder, generate
+from .encoding import Vocabulary
 from .network import CausalNetwork
-from .prompted import PromptedNetwork
+from .prefix import PromptedNetwork
 from .scoring import scores_and_hidden, token_scores
-from .vocabulary import Vocabulary
 
 
 class TokenModel(Protocol):
@@ -185,7 +185,7 @@ class Autoregressive(TorchDistribution):
         """Return `token_log_prob`, without gradient, and, of the same pass, the last hidden states before each token.
 
         Hidden states are (*batch, max_new_tokens, width), 0 where every completion has ended. A network whose head
-        cannot be told from its body has logits for hidden states.
+        cannot be separated from its body has logits for hidden states.
         """
         rows, flat, shape = self._flat(value)
         with torch.no_grad():

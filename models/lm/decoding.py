@@ -1,4 +1,4 @@
-"""Completions written token by token, many rows at once: what sampling and particle methods share.
+"""Decoding of completions token by token, many rows at once, for sampling and for particle methods.
 
 Rows may be exchanged for one another between tokens (resampling); their key-value caches follow, and nothing is
 computed again.
@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .prefix import Prefix, extend
-from .prompted import PromptedNetwork
+from .prefix import Prefix, PromptedNetwork, extend
 
 
 class Decoder:
@@ -81,7 +80,7 @@ class Decoder:
         self.t += 1
         if self._room is not None:
             self.finished = self.finished | (self.t >= self._room)
-        self._pending = token  # rows that have ended compute too; what comes of it is not used
+        self._pending = token  # rows that have ended are processed too; the result is not used
         self._logits = None
 
     def select(self, rows: Tensor) -> None:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from . import adapters, encoding, fitting, loading, packing
 from .autoregressive import Autoregressive
+from .encoding import Vocabulary
 from .gradient_checkpointing import checkpointable_layers
 from .network import CausalNetwork
 from .tabular import NGramConfig, NGramForCausalLM, word_tokenizer
-from .vocabulary import Vocabulary
 
 
 class LanguageModel(nn.Module):
@@ -56,9 +56,9 @@ class LanguageModel(nn.Module):
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for what, size in {"batch_size": batch_size, "micro_batch_size": micro_batch_size}.items():
+        for setting, size in {"batch_size": batch_size, "micro_batch_size": micro_batch_size}.items():
             if size is not None and size < 1:
-                raise ValueError(f"{what} must be at least 1, got {size}")
+                raise ValueError(f"{setting} must be at least 1, got {size}")
         self.network = network.requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
@@ -151,7 +151,7 @@ class LanguageModel(nn.Module):
         :param table: logits, shape ((V + 1) ** (order - 1), V), the extra context token meaning "none"; drawn from a
             standard normal with ``seed`` if None.
         :param seed: of a table that is drawn.
-        :param eos: ends a text. It also begins one, so that an empty prompt is one ``eos``.
+        :param eos: the token before and after a text; an empty prompt is one ``eos``.
         :raises ValueError: if ``eos`` is not in the vocabulary, a token is in it twice, or ``table`` has another shape.
         """
         if eos not in vocabulary:
@@ -173,7 +173,7 @@ class LanguageModel(nn.Module):
 
         :param lora_rank: None copies every weight. A number gives LoRA adapters of that rank (Hu et al. 2021, arXiv
             2106.09685) through PEFT on all linear layers but the head; the frozen weights under them are shared with
-            this model, one copy in memory. Adapters begin at zero: the copy's distribution is at first this model's.
+            this model, one copy in memory. Adapters are 0 at first: the copy starts with this model's distribution.
         :param lora_alpha: scales the adapters by ``lora_alpha / lora_rank``; default: twice the rank.
         :raises TypeError: if this model is `packed`.
         :raises ValueError: if ``lora_rank`` < 1.
@@ -351,8 +351,15 @@ class LanguageModel(nn.Module):
         :param max_new_tokens: the longest completion.
         :param temperature: divides the logits.
         """
+        ids, mask = self.encode(prompts, max_new_tokens)
+        return Autoregressive(self, ids, mask, max_new_tokens, temperature)
+
+    def encode(
+        self, prompts: Sequence[encoding.Prompt] | np.ndarray | Tensor, max_new_tokens: int = 0
+    ) -> encoding.Encoded:
+        """Return the token ids of prompts that leave room for ``max_new_tokens`` more; see `encoding.encode`."""
         context = self.causal.context_length
-        ids, mask = encoding.encode(
+        return encoding.encode(
             prompts,
             self.tokenizer,
             bos_token_id=self.bos_token_id,
@@ -360,7 +367,6 @@ class LanguageModel(nn.Module):
             room=None if context is None else context - max_new_tokens,
             device=self.device,
         )
-        return Autoregressive(self, ids, mask, max_new_tokens, temperature)
 
     def decode(self, value: Tensor) -> np.ndarray:
         """Return the texts of completions (*batch, token), up to their end, as an object array of the batch's shape.

@@ -35,7 +35,10 @@ def load(
 ) -> Pretrained:
     """Load a network and its tokenizer; see `LanguageModel.from_pretrained`.
 
-    :param base: what the adapter in the folder is put around; None: the model that the adapter names.
+    :param name_or_path: a short name, a folder, or a name on the Hugging Face hub.
+    :param base: the model under the adapter in the folder; None: the one that the adapter names.
+    :param dtype: of the weights; None: as they are stored.
+    :param kwargs: for ``AutoModelForCausalLM.from_pretrained``.
     :raises OSError: if the model is not found, with how to get it.
     :raises ValueError: if ``base`` is given and the folder holds no adapter.
     """
@@ -52,7 +55,7 @@ def load(
     module, distribution, hub_name = PACKAGED[name]
     found = importlib.util.find_spec(module)
     if found is not None and found.submodule_search_locations:
-        folder = _converted(Path(next(iter(found.submodule_search_locations))))
+        folder = converted(Path(next(iter(found.submodule_search_locations))))
         return Pretrained(*_load_transformers(str(folder), dtype, **kwargs), name)
     try:
         return Pretrained(*_load_transformers(hub_name, dtype, **kwargs), name)
@@ -68,7 +71,7 @@ def _not_found(name: str, error: Exception) -> str:
         return f"the folder {name!r} holds no model that transformers can load: {str(error).splitlines()[0]}"
     near = difflib.get_close_matches(name.lower(), PACKAGED, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"no model {name!r}: it is not a folder here, and the Hugging Face hub did not give it{hint}"
+    return f"no model {name!r}: it is not a folder here, and the Hugging Face hub has not returned it{hint}"
 
 
 def _load_transformers(name: str, dtype: torch.dtype | None, **kwargs: Any) -> tuple[nn.Module, Any]:
@@ -106,7 +109,7 @@ def save_compute_dtype(folder: str | os.PathLike[str], dtype: torch.dtype | None
 def load_compute_dtype(name_or_path: str | os.PathLike[str]) -> torch.dtype | None:
     """Return the dtype that a saved model computes in; None: that of its weights.
 
-    :raises OSError: if the file of it cannot be read.
+    :raises OSError: if the file that names it cannot be read.
     """
     path = Path(name_or_path) / SETTINGS
     if not path.is_file():
@@ -129,7 +132,7 @@ def cache_folder() -> Path:
     return Path(root)
 
 
-def _converted(package: Path) -> Path:
+def converted(package: Path) -> Path:
     """Return the folder of safetensors of a package's GGUF file, converted at the first use (half a minute)."""
     files = sorted(package.glob("*.gguf"))
     if not files:
@@ -140,7 +143,7 @@ def _converted(package: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         # A rename at the end, so that a kill or a full disk never leaves an incomplete model.
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            _convert(source, Path(folder) / "model")
+            convert_gguf(source, Path(folder) / "model")
             try:
                 (Path(folder) / "model").rename(target)
             except OSError:
@@ -149,7 +152,8 @@ def _converted(package: Path) -> Path:
     return target
 
 
-def _convert(source: Path, target: Path) -> None:
+def convert_gguf(source: Path, target: Path) -> None:
+    """Write a GGUF file's model and tokenizer into a new folder, in float32 and transformers' format."""
     files = {"gguf_file": source.name}
     quantised = AutoModelForCausalLM.from_pretrained(str(source.parent), dtype=torch.float32, **files)
     settings = {k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}

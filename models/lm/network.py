@@ -25,7 +25,6 @@ from torch.utils.checkpoint import checkpoint
 
 from . import packing
 from .gradient_checkpointing import checkpointed
-from .masks import causal_mask, positions_of
 from .module_copies import with_forward, with_modules
 from .usage import count_pass
 
@@ -50,8 +49,8 @@ class CausalNetwork:
         self.parameters = list(causal.parameters())
         accepted = inspect.signature(causal.forward).parameters
         self._takes_positions = "position_ids" in accepted
-        self._body: nn.Module | None = None  # None: logits are the hidden states
-        self._head: nn.Module | None = None  # None with a body: logits are `_through` the network
+        self.body: nn.Module | None = None  # None: logits are the hidden states
+        self.head: nn.Module | None = None  # None with a body: logits are `_through` the network
         self._output_type: type[Any] = object  # of the body
         self._split()
 
@@ -85,12 +84,12 @@ class CausalNetwork:
         hidden = getattr(out, "last_hidden_state", None)
         if hidden is None or len(outputs) != 1:
             return
-        self._body, self._output_type = body, type(out)
+        self.body, self._output_type = body, type(out)
         unchanged = inputs[0].shape == hidden.shape and torch.allclose(inputs[0], hidden, rtol=1e-3)
         if unchanged and torch.equal(logits.to(outputs[0]), outputs[0]):
-            self._head = head
+            self.head = head
         elif not self._goes_through(hidden, probe):
-            self._body = None
+            self.body = None
 
     def _goes_through(self, hidden: Tensor, probe: Tensor) -> bool:
         """Return whether the network's logits are a function of its body's hidden states."""
@@ -103,10 +102,10 @@ class CausalNetwork:
 
     def _through(self, hidden: Tensor) -> Tensor:
         """Return the logits (..., vocabulary) that the network computes of its body's hidden states (..., width)."""
-        assert self._body is not None
+        assert self.body is not None
         states = hidden.reshape(1, -1, hidden.shape[-1])
         output = self._output_type(last_hidden_state=states)
-        network = with_modules(self.network, {self._body: with_forward(self._body, lambda *_, **__: output)})
+        network = with_modules(self.network, {self.body: with_forward(self.body, lambda *_, **__: output)})
         ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
         logits: Tensor = network(input_ids=ids, use_cache=False).logits
         return logits.reshape(*hidden.shape[:-1], -1)
@@ -148,7 +147,7 @@ class CausalNetwork:
         Counted are all keys and values, the states of a layer, and the logits of one token each, three times over,
         which drawing from them takes.
         """
-        return max(1, self._room // (length * (self._cached + self._layer) + 3 * self.vocab_size))
+        return max(1, self._room // (length * (self.cached_numbers + self.layer_numbers) + 3 * self.vocab_size))
 
     def rows_per_micro_batch(self, length: int) -> int:
         """Return of how many sequences of ``length`` tokens the activations, kept for a gradient, fit."""
@@ -156,17 +155,17 @@ class CausalNetwork:
 
     @property
     def _room(self) -> int:
-        """Numbers that a pass may hold: a share of all memory, not of what is free, so that a seed reproduces runs."""
+        """Numbers that a pass may hold: a share of all memory, not of free memory, so that a seed reproduces runs."""
         if self.device.type != "cuda":
             return HELD
         return max(HELD, torch.cuda.get_device_properties(self.device).total_memory // (8 * 4))
 
     @cached_property
-    def _cached(self) -> int:
+    def cached_numbers(self) -> int:
         """Numbers in the keys and values of a token, counted on a pass."""
         ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
         with torch.no_grad():
-            _, cache = self._pass(ids, None, positions_of(ids, None), None)
+            _, cache = self._probe(ids, None, positions_of(ids, None), None)
         kept = [getattr(layer, name, None) for layer in getattr(cache, "layers", ()) for name in ("keys", "values")]
         return sum(x.numel() for x in kept if isinstance(x, Tensor)) // ids.numel()
 
@@ -175,16 +174,16 @@ class CausalNetwork:
         return int(getattr(self.network.config.get_text_config(), "num_hidden_layers", 0) or 0)
 
     @cached_property
-    def _layer(self) -> int:
+    def layer_numbers(self) -> int:
         """Numbers that one layer computes of a token, as counted in Llamas; and logits that stand for hidden states."""
         config = self.network.config.get_text_config()
         inner = int(getattr(config, "intermediate_size", 0) or 4 * self.width)
-        return 12 * self.width + 4 * inner + (self.vocab_size if self._body is None else 0)
+        return 12 * self.width + 4 * inner + (self.vocab_size if self.body is None else 0)
 
     @property
     def _kept(self) -> int:
         """Numbers that a gradient keeps of a token."""
-        return max(self._layers, 1) * self._layer
+        return max(self._layers, 1) * self.layer_numbers
 
     # -- body ------------------------------------------------------------------------------------------------
 
@@ -206,35 +205,33 @@ class CausalNetwork:
         :param gradient_checkpointing: the backward pass computes the inside of each layer again.
         """
         count_pass(ids.numel())
-        if mask is not None and self._mask_dtype is not None:
-            mask = causal_mask(mask, ids.shape[-1], self._mask_dtype)
-        return self._pass(ids, mask, positions, cache, use_cache, gradient_checkpointing)
+        if mask is not None and self.mask_dtype is not None:
+            mask = causal_mask(mask, ids.shape[-1], self.mask_dtype)
+        module = self.body or self.network
+        with self.precision():
+            inputs = self._inputs(ids, mask, positions, cache)
+            out = (checkpointed(module) if gradient_checkpointing else module)(**inputs, use_cache=use_cache)
+        return self._states(out)
 
     def hidden_of_texts(self, ids: Tensor, mask: Tensor | None, gradient_checkpointing: bool = False) -> Tensor:
         """Return hidden states (rows, tokens, width) of left-padded texts (rows, tokens), without a cache."""
         positions = positions_of(ids, mask)
         return self.hidden(ids, mask, positions, use_cache=False, gradient_checkpointing=gradient_checkpointing)[0]
 
-    def _pass(
-        self,
-        ids: Tensor,
-        mask: Tensor | None,
-        positions: Tensor,
-        cache: Any,
-        use_cache: bool = True,
-        gradient_checkpointing: bool = False,
-    ) -> tuple[Tensor, Any]:
+    def _inputs(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
-        if self._takes_positions:
-            inputs["position_ids"] = positions
-        module = self._body or self.network
+        return inputs | {"position_ids": positions} if self._takes_positions else inputs
+
+    def _states(self, out: Any) -> tuple[Tensor, Any]:
+        return out.logits if self.body is None else out.last_hidden_state, getattr(out, "past_key_values", None)
+
+    def _probe(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """Return what `hidden` does, with any form of mask, and without counting the pass."""
         with self.precision():
-            out = (checkpointed(module) if gradient_checkpointing else module)(**inputs, use_cache=use_cache)
-        hidden = out.logits if self._body is None else out.last_hidden_state
-        return hidden, getattr(out, "past_key_values", None)
+            return self._states((self.body or self.network)(**self._inputs(ids, mask, positions, cache)))
 
     @cached_property
-    def _mask_dtype(self) -> torch.dtype | None:
+    def mask_dtype(self) -> torch.dtype | None:
         """The dtype of the `causal_mask` that the network takes; None if it takes masks (rows, cached + tokens) alone.
 
         A network that makes the causal mask itself asks the device, at every token, whether anything is padding, and
@@ -254,8 +251,8 @@ class CausalNetwork:
 
         def states(form: Callable[[Tensor, int], Tensor]) -> Tensor:
             """Return the hidden states of a pass of three tokens, and of one more of the last."""
-            first, cache = self._pass(ids[:, :3], form(mask[:, :3], 3), positions[:, :3], None)
-            last, _ = self._pass(ids[:, 3:], form(mask, 1), positions[:, 3:], cache)
+            first, cache = self._probe(ids[:, :3], form(mask[:, :3], 3), positions[:, :3], None)
+            last, _ = self._probe(ids[:, 3:], form(mask, 1), positions[:, 3:], cache)
             return torch.cat([first, last], dim=1)[mask.bool()].float()
 
         with torch.no_grad():
@@ -289,8 +286,8 @@ class CausalNetwork:
         new = copy.copy(self)
         network: Any = packing.packed(self.network)
         new.network = network
-        new._body = None if self._body is None else network.base_model
-        new._head = None if self._head is None else network.get_output_embeddings()
+        new.body = None if self.body is None else network.base_model
+        new.head = None if self.head is None else network.get_output_embeddings()
         return new
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
@@ -304,10 +301,12 @@ class CausalNetwork:
     def logits(self, hidden: Tensor, temperature: float) -> Tensor:
         """Return float32 logits (..., vocabulary) of hidden states (..., width)."""
         with self.precision():
-            if self._body is None:
+            if self.body is None:
                 logits = hidden
+            elif self.head is None:
+                logits = self._through(hidden)
             else:
-                logits = self._through(hidden) if self._head is None else self._head(hidden)
+                logits = self.head(hidden)
         return logits.float() / temperature if temperature != 1.0 else logits.float()
 
     def token_log_prob(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -330,3 +329,26 @@ class CausalNetwork:
 def log_softmax_at(logits: Tensor, token: Tensor) -> Tensor:
     """Return log softmax(logits), of logits (rows, vocabulary), at tokens (rows,)."""
     return logits.gather(-1, token[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def positions_of(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the positions (row, length) of left-padded ids (row, length)."""
+    if mask is None:
+        return torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
+    return (mask.cumsum(-1) - 1).clamp_min(0)  # no token attends to padding, whose own position does not matter
+
+
+def causal_mask(mask: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+    """Return where each of the last ``tokens`` of left-padded texts attends to, (row, 1, tokens, length).
+
+    :param mask: 1 at tokens that are not padding, (row, length).
+    :param dtype: bool for True and False; a float type for 0 and its minimum, which are added to attention logits.
+    """
+    length = mask.shape[-1]
+    at = torch.arange(length, device=mask.device)
+    row = at[length - tokens :, None]
+    # padding attends to itself: some kernels return NaN for a row that attends to nothing
+    attended = (mask.bool()[:, None, None, :] & (at < row)) | (at == row)
+    if dtype == torch.bool:
+        return attended
+    return torch.zeros_like(attended, dtype=dtype).masked_fill(~attended, torch.finfo(dtype).min)

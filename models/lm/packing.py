@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from .module_copies import with_modules
 
 ROWS = 32  # for which the blocks are chosen; products of any number of rows are right
-MIN_PASSES = 12  # packing costs more than it saves in fewer forward passes,
-MIN_WEIGHTS = 2**22  # or in a network of fewer weights, where products are not what takes the time
+MIN_PASSES = 12  # in fewer forward passes packing costs more than it saves,
+MIN_WEIGHTS = 2**22  # and in a network of fewer weights, where products take a small part of the time
 
 
 class PackedLinear(nn.Module):

@@ -3,7 +3,7 @@ r"""Log-probabilities of given completions, and their gradient in bounded memory
 Scores s_i = log p(x_i | c_i), token by token, of many completions are computed in micro-batches. Of a gradient
 \sum_i g_i \nabla s_i nothing but the numbers s_i is needed until the g_i are known. So beyond one micro-batch no
 activations are kept: the backward pass computes each micro-batch again, differentiates it, and adds its part (gradient
-accumulation; what is recomputed, as in Chen et al. 2016, arXiv 1604.06174, is a micro-batch). Scores that the same
+accumulation; a micro-batch is recomputed as a layer is in Chen et al. 2016, arXiv 1604.06174). Scores that the same
 weights have computed already, in sampling, are not computed again: the backward pass is then the first.
 
 A prompt with many completions goes through the network once, and its keys and values are shared (`Prefix.fork`); in the
@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from .prefix import Prefix, extend
-from .prompted import PromptedNetwork
+from .prefix import Prefix, PromptedNetwork, extend
 from .usage import active_usages, counting, note_mismatch
 
 # (prompt tokens computed more than once) x width, up to which prompts are computed with every completion: a pass of
@@ -99,7 +98,7 @@ class _Recomputed(torch.autograd.Function):
         if ctx.weights != prompted.network.version:
             raise RuntimeError(
                 "the language model's weights were changed in place after its completions were scored, and the "
-                "gradient is gone: call backward() before optimizer.step(), or score the completions again"
+                "gradient cannot be computed: call backward() before optimizer.step(), or score the completions again"
             )
         rows, values, known, *trained = ctx.saved_tensors
         size = prompted.max_rows_with_gradient

@@ -1,4 +1,4 @@
-"""Completions redrawn from a cut: the tokens before it are kept, the rest is drawn anew.
+"""Redrawing of completions from a cut: the tokens before it are kept, the rest is drawn again.
 
 Every prompt is prefilled once, and one more forward pass processes the kept tokens of all completions. Cuts are ragged:
 each row's keys and values are then moved to the right, so that new tokens follow at once.
@@ -11,8 +11,7 @@ from torch import Tensor
 
 from .autoregressive import Autoregressive
 from .decoding import Decoder, generate
-from .prefix import Prefix, prefill
-from .prompted import PromptedNetwork
+from .prefix import Prefix, PromptedNetwork, prefill
 
 
 @torch.no_grad()
@@ -58,7 +57,7 @@ def _extended(prompted: PromptedNetwork, prefix: Prefix, prompts: Tensor, tokens
     moved = (torch.arange(length, device=tokens.device) - (longest - kept)[:, None]) % length
     ragged = bool((kept < longest).any())
     if ragged and any(getattr(layer, "sliding_window", length) < length for layer in prefix.cache.layers):
-        # a window no longer holds what rows that move to the right would attend to
+        # the window has lost tokens to which rows that move to the right would attend
         return prefill(network, torch.cat([ids[prompts], tokens], -1).gather(-1, moved), mask.gather(-1, moved))
     hidden, cache = network.hidden(tokens, mask, prefix.lengths[:, None] + new, prefix.cache)
     hidden = torch.cat([prefix.hidden[:, None], hidden], 1)

@@ -70,7 +70,12 @@ class NGramForCausalLM(PreTrainedModel):
 
 
 def word_tokenizer(vocabulary: Sequence[str], eos: str) -> Any:
-    """Return a tokenizer of words between spaces, whose ``eos`` also begins texts and pads them."""
+    """Return a tokenizer of words between spaces.
+
+    :param vocabulary: the words.
+    :param eos: the word before and after a text, and its padding.
+    :raises ValueError: if a word is in the vocabulary twice.
+    """
     if len(set(vocabulary)) != len(vocabulary):
         raise ValueError("vocabulary holds a token twice")
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=eos))

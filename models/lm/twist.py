@@ -253,7 +253,7 @@ class Twist(nn.Module):
         if not self.reads_reward:
             return self.out(self.dropout(gelu(inner)))
         if so_far is None:
-            raise ValueError("this twist reads the reward of texts so far: give so_far")
+            raise ValueError("this twist reads_reward: give so_far, the reward of the text so far")
         mean, scale = self.so_far_scale
         s = ((so_far - mean) / scale).clamp(-5.0, 5.0)
         inner = inner + self.reward(torch.stack([s, s.square()], -1))
@@ -290,7 +290,7 @@ def _embedding(lm: LanguageModel) -> Tensor:
 
 @torch.no_grad()
 def _probe(network: CausalNetwork) -> Tensor:
-    """Return the hidden state (width,) after token 0, by which networks are told apart."""
+    """Return the hidden state (width,) after token 0, which differs between networks."""
     one = torch.zeros((1, 1), dtype=torch.long, device=network.device)
     return network.hidden(one, None, one)[0][0, -1].float()
 

@@ -1,4 +1,4 @@
-"""Counts of what networks compute: forward passes, tokens, and how far two passes over the same tokens differ."""
+"""Counts of forward passes and tokens, and the difference of two passes over the same tokens."""
 
 from __future__ import annotations
 

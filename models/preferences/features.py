@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bayeslm.models.lm import LanguageModel, encode
+from bayeslm.models.lm import LanguageModel
 from bayeslm.models.rewards import sentence_embeddings
 
 Features = Callable[[list[str], list[str]], Tensor]
@@ -75,14 +75,8 @@ class LastHidden(CachedFeatures):
 
     def compute(self, prompts: list[str], completions: list[str]) -> Tensor:
         lm, causal = self.lm, self.lm.causal
-        ids, mask = encode(
-            [prompt + completion + self.suffix for prompt, completion in zip(prompts, completions, strict=True)],
-            lm.tokenizer,
-            bos_token_id=lm.bos_token_id,
-            vocab_size=lm.vocab_size,
-            room=causal.context_length,
-            device=lm.device,
-        )
+        texts = [prompt + completion + self.suffix for prompt, completion in zip(prompts, completions, strict=True)]
+        ids, mask = lm.encode(texts)
         mask = torch.ones_like(ids) if mask is None else mask
         order = mask.sum(-1).argsort()  # batches of similar lengths need little padding
         hidden = []

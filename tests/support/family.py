@@ -22,9 +22,9 @@ class Family:
         self.lm, self.prompts = table_lm(order, seed=seed, vocab=4), prompts
         self.tables = torch.stack([score_table(10 * seed + i, vocab=4, tokens=T, scale=1.0) for i in range(4)])
         self.policy = perturbed(self.lm, seed)
-        law = self.policy(prompts, max_new_tokens=T)
-        self.x = law.enumerate_support()
-        self.log_q = law.log_prob(self.x)
+        q = self.policy(prompts, max_new_tokens=T)
+        self.x = q.enumerate_support()
+        self.log_q = q.log_prob(self.x)
         self.log_target = self.lm(prompts, max_new_tokens=T).log_prob(self.x) + self.reward(prompts, self.x)
         self.log_z = self.log_target.logsumexp(0)
 

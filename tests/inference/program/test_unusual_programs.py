@@ -16,7 +16,7 @@ from support.programs import PROMPTS, score_table, tilted
 from support.statistics import LIMIT, assert_evidence, assert_mean
 
 from bayeslm.inference import SVI, Exact, ImportanceSampling, ProgramError
-from bayeslm.inference.training import ReverseKL
+from bayeslm.inference.training import ReverseKL, StatefulLoss
 
 SHORT = [[1, 2], [3]]
 
@@ -80,7 +80,7 @@ def test_gradient_where_the_guide_leaves_a_latent_to_the_prior(family):
         exact = q * on + (1 - q) * off - kl
     (expected,) = torch.autograd.grad(-exact, a)
     estimates = []
-    objective = ReverseKL(num_particles=50)
+    objective = StatefulLoss(ReverseKL(num_particles=50))
     for _ in range(200):
         a.grad = None
         with pyro.get_param_store().scope():
@@ -129,7 +129,7 @@ def test_gradient_of_a_guide_that_draws_the_shared_latent_last():
         for p in parameters:
             p.grad = None
         with pyro.get_param_store().scope():
-            ReverseKL(num_particles=400).loss_and_grads(model, guide, prompts)
+            StatefulLoss(ReverseKL(num_particles=400)).loss_and_grads(model, guide, prompts)
         rows.append(torch.cat([p.grad.reshape(-1) for p in parameters]))
     estimates = torch.stack(rows)
     assert_mean(estimates, expected, rounding=1e-6)

@@ -1,4 +1,6 @@
-"""The law of completions against exact answers: it is normalised, draws follow it, and batching does not change it."""
+"""The distribution of completions against exact answers: normalisation, draws, and independence of batching."""
+
+from types import SimpleNamespace
 
 import pyro
 import pytest
@@ -7,13 +9,16 @@ from support.models import table_lm, tiny_llama
 from support.oracles import by_hand
 from support.statistics import assert_drawn_from, count_completions
 
-from bayeslm.models import LanguageModel
+from bayeslm.models import Autoregressive, LanguageModel
 from bayeslm.models.lm.decoding import categorical
+from bayeslm.models.lm.encoding import Vocabulary
+from bayeslm.models.lm.network import CausalNetwork
+from bayeslm.models.lm.usage import count_usage
 
 PROMPTS = ["a b c d e", "f", "g a b"]  # of different lengths, so that two are padded
 IDS = [[1, 2, 3, 4, 5], [6], [7, 1, 2]]
 
-LAWS = {
+MODELS = {
     "table of order 1": lambda: table_lm(order=1, seed=1),
     "table of order 2": lambda: table_lm(order=2, seed=2),
     "table of order 4": lambda: table_lm(order=4, seed=3),
@@ -26,9 +31,9 @@ LAWS = {
 }
 
 
-@pytest.fixture(params=LAWS, scope="module")
+@pytest.fixture(params=MODELS, scope="module")
 def lm(request) -> LanguageModel:
-    return LAWS[request.param]()
+    return MODELS[request.param]()
 
 
 # -- normalisation and the support ---------------------------------------------------------------------------
@@ -36,21 +41,21 @@ def lm(request) -> LanguageModel:
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
 def test_probabilities_sum_to_one(lm, temperature):
-    law = lm(PROMPTS, max_new_tokens=3, temperature=temperature)
-    values = law.enumerate_support(expand=False)
-    assert values.shape == (law.support_size, 1, 3)
-    assert len(torch.unique(values.squeeze(1), dim=0)) == law.support_size
-    assert law.support.check(values).all()
-    log_prob = law.log_prob(values)
-    assert log_prob.shape == (law.support_size, 3)
+    dist = lm(PROMPTS, max_new_tokens=3, temperature=temperature)
+    values = dist.enumerate_support(expand=False)
+    assert values.shape == (dist.support_size, 1, 3)
+    assert len(torch.unique(values.squeeze(1), dim=0)) == dist.support_size
+    assert dist.support.check(values).all()
+    log_prob = dist.log_prob(values)
+    assert log_prob.shape == (dist.support_size, 3)
     torch.testing.assert_close(log_prob.double().logsumexp(0), torch.zeros(3).double(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 4])
 def test_support_size(tokens):
-    law = tiny_llama(eos_token_ids=(0, 3))(PROMPTS, max_new_tokens=tokens)
-    assert law.support_size == {1: 8, 2: 2 + 6 * 8, 4: 2 + 6 * (2 + 6 * (2 + 6 * 8))}[tokens]
-    assert law.enumerate_support().shape == (law.support_size, 3, tokens)
+    dist = tiny_llama(eos_token_ids=(0, 3))(PROMPTS, max_new_tokens=tokens)
+    assert dist.support_size == {1: 8, 2: 2 + 6 * 8, 4: 2 + 6 * (2 + 6 * (2 + 6 * 8))}[tokens]
+    assert dist.enumerate_support().shape == (dist.support_size, 3, tokens)
 
 
 def test_a_support_too_large_is_refused():
@@ -79,15 +84,15 @@ def test_temperature_divides_the_logits():
     ],
 )
 def test_malformed_completions_have_no_probability(value, wrong):
-    law = tiny_llama(pad_token_id=6)(PROMPTS, max_new_tokens=4)
+    dist = tiny_llama(pad_token_id=6)(PROMPTS, max_new_tokens=4)
     fine = torch.tensor([1, 2, 0, 6])
     both = torch.stack([torch.tensor(value).expand(3, -1), fine.expand(3, -1)])
-    assert law.support.check(both).tolist() == [[False] * 3, [True] * 3]
-    tokens = law.token_log_prob(both)
+    assert dist.support.check(both).tolist() == [[False] * 3, [True] * 3]
+    tokens = dist.token_log_prob(both)
     assert tokens[0, :, wrong].eq(-torch.inf).all()
-    assert law.log_prob(both)[0].eq(-torch.inf).all()
+    assert dist.log_prob(both)[0].eq(-torch.inf).all()
     assert tokens[1, :, 3].eq(0).all()
-    torch.testing.assert_close(law.log_prob(both)[1], law.log_prob(fine))
+    torch.testing.assert_close(dist.log_prob(both)[1], dist.log_prob(fine))
 
 
 def test_a_malformed_completion_leaves_the_gradient_finite():
@@ -111,44 +116,44 @@ def test_settings_out_of_range_are_refused(settings):
 
 
 def test_arbitrary_completions_are_well_formed():
-    for make in LAWS.values():
-        law = make()(PROMPTS, 4).expand([50, 3])
-        assert law.arbitrary().shape == (50, 3, 4)
-        assert law.support.check(law.arbitrary()).all()
+    for make in MODELS.values():
+        dist = make()(PROMPTS, 4).expand([50, 3])
+        assert dist.arbitrary().shape == (50, 3, 4)
+        assert dist.support.check(dist.arbitrary()).all()
 
 
 def test_lengths_count_the_end():
-    law = tiny_llama(eos_token_ids=(0, 3), pad_token_id=6)(["a"], max_new_tokens=3)
+    dist = tiny_llama(eos_token_ids=(0, 3), pad_token_id=6)(["a"], max_new_tokens=3)
     values = torch.tensor([[0, 6, 6], [1, 3, 6], [1, 2, 0], [1, 6, 2]])
-    assert law.lengths(values).tolist() == [1, 2, 3, 3]
+    assert dist.lengths(values).tolist() == [1, 2, 3, 3]
 
 
 # -- sampling ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", ["sample_shape", "expand", "both"])
-def test_draws_follow_the_law(lm, way):
+def test_draws_follow_the_distribution(lm, way):
     pyro.set_rng_seed(11)
     num, temperature = 3000, 0.8
-    law = lm(PROMPTS, max_new_tokens=2, temperature=temperature)
+    dist = lm(PROMPTS, max_new_tokens=2, temperature=temperature)
     values = {
-        "sample_shape": lambda: law.sample((num,)),
-        "expand": lambda: law.expand([num, 3]).sample(),
-        "both": lambda: law.expand([num // 100, 3]).sample((100,)).reshape(num, 3, 2),
+        "sample_shape": lambda: dist.sample((num,)),
+        "expand": lambda: dist.expand([num, 3]).sample(),
+        "both": lambda: dist.expand([num // 100, 3]).sample((100,)).reshape(num, 3, 2),
     }[way]()
     assert values.shape == (num, 3, 2)
-    assert law.support.check(values).all()
-    support = law.enumerate_support(expand=False)
-    log_prob = law.log_prob(support)
+    assert dist.support.check(values).all()
+    support = dist.enumerate_support(expand=False)
+    log_prob = dist.log_prob(support)
     for prompt in range(3):
         counts = count_completions(values[:, prompt], support.squeeze(1), 8)
         assert_drawn_from(counts, log_prob[:, prompt])
 
 
-def test_sampling_in_micro_batches_follows_the_law():
+def test_sampling_in_micro_batches_follows_the_distribution():
     lm = tiny_llama(seed=1, batch_size=2)
-    law = lm(PROMPTS, max_new_tokens=1)
-    values = law.sample((500,))
+    dist = lm(PROMPTS, max_new_tokens=1)
+    values = dist.sample((500,))
     for prompt in range(3):
         expected = lm.network(input_ids=torch.tensor([IDS[prompt]])).logits[0, -1].log_softmax(-1)
         assert_drawn_from(torch.bincount(values[:, prompt, 0], minlength=8), expected)
@@ -224,11 +229,11 @@ def test_categorical_at_the_edge_of_a_block(monkeypatch, block, ulps):
 
 @pytest.mark.parametrize("batch_size", [None, 1, 2, 5])
 def test_scores_do_not_depend_on_the_batch(lm, batch_size):
-    """Not on other prompts, padding or micro-batches; and what sampling scored is what the network says."""
-    law = lm(PROMPTS, max_new_tokens=6)
-    x = law.sample((4,))
+    """Nor on other prompts, padding or micro-batches; and the scores of sampling are the network's own."""
+    dist = lm(PROMPTS, max_new_tokens=6)
+    x = dist.sample((4,))
     expected = torch.stack([torch.stack([by_hand(lm, p, c) for p, c in zip(IDS, row, strict=True)]) for row in x])
-    torch.testing.assert_close(law.token_log_prob(x), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(dist.token_log_prob(x), expected, atol=1e-5, rtol=0)
     parted = LanguageModel(
         lm.network,
         lm.tokenizer,
@@ -237,24 +242,24 @@ def test_scores_do_not_depend_on_the_batch(lm, batch_size):
         batch_size=batch_size,
     )
     torch.testing.assert_close(parted(PROMPTS, 6).token_log_prob(x), expected, atol=1e-5, rtol=0)
-    law = parted(PROMPTS, 6)
-    y = law.sample((4,))
-    torch.testing.assert_close(law.log_prob(y), lm(PROMPTS, 6).log_prob(y), atol=1e-5, rtol=0)
+    dist = parted(PROMPTS, 6)
+    y = dist.sample((4,))
+    torch.testing.assert_close(dist.log_prob(y), lm(PROMPTS, 6).log_prob(y), atol=1e-5, rtol=0)
     for i in range(3):
         torch.testing.assert_close(lm(IDS[i : i + 1], 6).token_log_prob(x[:, i]), expected[:, i], atol=1e-5, rtol=0)
 
 
 def test_shapes_broadcast():
     lm = table_lm()
-    law = lm(PROMPTS, max_new_tokens=3)
-    x = law.sample()
-    assert law.log_prob(x[0]).shape == (3,)
-    assert law.log_prob(x[:1].expand(2, 1, 3)).shape == (2, 3)
-    assert law.log_prob(x[:, None]).shape == (3, 3)
-    wide = law.expand([7, 3])
+    dist = lm(PROMPTS, max_new_tokens=3)
+    x = dist.sample()
+    assert dist.log_prob(x[0]).shape == (3,)
+    assert dist.log_prob(x[:1].expand(2, 1, 3)).shape == (2, 3)
+    assert dist.log_prob(x[:, None]).shape == (3, 3)
+    wide = dist.expand([7, 3])
     assert wide.batch_shape == (7, 3)
     assert wide.event_shape == (3,)
-    torch.testing.assert_close(wide.log_prob(x), law.log_prob(x).expand(7, 3))
+    torch.testing.assert_close(wide.log_prob(x), dist.log_prob(x).expand(7, 3))
     values = wide.sample((2,))
     assert values.shape == (2, 7, 3, 3)
     torch.testing.assert_close(wide.log_prob(values), lm(PROMPTS, 3).log_prob(values))
@@ -262,29 +267,59 @@ def test_shapes_broadcast():
 
 def test_a_kept_score_is_dropped_when_the_value_changes():
     lm = tiny_llama()
-    law = lm(PROMPTS, max_new_tokens=3)
-    x = law.sample()
+    dist = lm(PROMPTS, max_new_tokens=3)
+    x = dist.sample()
     x[:] = torch.tensor([1, 2, 3])
-    torch.testing.assert_close(law.log_prob(x), lm(PROMPTS, 3).log_prob(x))
+    torch.testing.assert_close(dist.log_prob(x), lm(PROMPTS, 3).log_prob(x))
 
 
 @torch.no_grad()
 def test_a_kept_score_is_dropped_when_the_weights_change():
     policy = tiny_llama().policy()
-    law = policy(PROMPTS, max_new_tokens=3)
-    x = law.sample()
-    before = law.log_prob(x)
+    dist = policy(PROMPTS, max_new_tokens=3)
+    x = dist.sample()
+    before = dist.log_prob(x)
     for p in policy.parameters():
         p.mul_(1.5)
-    after = law.log_prob(x)
+    after = dist.log_prob(x)
     assert not torch.allclose(before, after)
     torch.testing.assert_close(after, policy(PROMPTS, 3).log_prob(x))
 
 
-def test_the_law_of_another_model():
+def test_only_the_last_sample_has_a_kept_score():
+    dist = tiny_llama()(PROMPTS, max_new_tokens=3)
+    first, second = dist.sample(), dist.sample()
+    with count_usage() as usage:
+        dist.log_prob(second)
+    assert usage.model_calls == 0
+    for value in (first, first, second.clone()):
+        with count_usage() as usage:
+            dist.log_prob(value)
+        assert usage.model_calls > 0
+
+
+def test_any_network_with_a_vocabulary_will_do():
+    """No tokenizer, and no `LanguageModel`."""
+    lm = tiny_llama(eos_token_ids=(0, 3))
+    model = SimpleNamespace(
+        causal=CausalNetwork(lm.network),
+        vocabulary=Vocabulary(8, (0, 3), pad_token_id=0),
+        batch_size=None,
+        micro_batch_size=None,
+        gradient_checkpointing=False,
+        has_text=False,
+    )
+    dist = Autoregressive(model, torch.tensor([[1, 2], [4, 5]]), None, max_new_tokens=4)
+    x = dist.sample((5,))
+    torch.testing.assert_close(dist.log_prob(x), lm([[1, 2], [4, 5]], 4).log_prob(x))
+    assert dist.prompt_texts() == ["1 2", "4 5"]
+    assert not dist.has_text
+
+
+def test_the_same_prompts_under_another_model():
     prior, other = table_lm(seed=1), table_lm(seed=2)
-    law = prior(PROMPTS, 3, temperature=0.7).expand([5, 3])
-    x = law.sample()
-    swapped = law.with_model(other)
+    dist = prior(PROMPTS, 3, temperature=0.7).expand([5, 3])
+    x = dist.sample()
+    swapped = dist.with_model(other)
     assert swapped.batch_shape == (5, 3)
     torch.testing.assert_close(swapped.log_prob(x), other(PROMPTS, 3, temperature=0.7).log_prob(x))

@@ -46,28 +46,28 @@ def chat_model():
 def test_prompts_of_every_kind(prompts, shape):
     lm = chat_model()
     lm.tokenizer.chat_template = "a b c"
-    law = lm(prompts, max_new_tokens=2)
-    assert law.batch_shape == shape
-    first = law.prompt_ids.reshape(-1, law.prompt_ids.shape[-1])[0]
+    dist = lm(prompts, max_new_tokens=2)
+    assert dist.batch_shape == shape
+    first = dist.prompt_ids.reshape(-1, dist.prompt_ids.shape[-1])[0]
     assert first.tolist() == [1, 2, 3]
-    value = law.sample()
+    value = dist.sample()
     assert value.shape == (*shape, 2)
     torch.testing.assert_close(
-        law.log_prob(value).reshape(-1)[:1], lm([[1, 2, 3]], 2).log_prob(value.reshape(-1, 2)[:1]), atol=1e-5, rtol=0
+        dist.log_prob(value).reshape(-1)[:1], lm([[1, 2, 3]], 2).log_prob(value.reshape(-1, 2)[:1]), atol=1e-5, rtol=0
     )
 
 
 def test_prompts_are_padded_on_the_left():
-    law = tiny_llama()(["a b c", "d"], 2)
-    assert law.prompt_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
-    assert law.prompt_ids[1, 2] == 4
-    assert law.prompt_texts() == ["a b c", "d"]
+    dist = tiny_llama()(["a b c", "d"], 2)
+    assert dist.prompt_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert dist.prompt_ids[1, 2] == 4
+    assert dist.prompt_texts() == ["a b c", "d"]
     assert tiny_llama()(["a b", "d c"], 2).prompt_mask is None
 
 
 def test_a_chat_goes_through_the_template():
-    law = chat_model()([[{"role": "b", "content": "c d"}, {"role": "e", "content": "f"}]], 2)
-    assert law.prompt_texts() == ["b c d e f a"]
+    dist = chat_model()([[{"role": "b", "content": "c d"}, {"role": "e", "content": "f"}]], 2)
+    assert dist.prompt_texts() == ["b c d e f a"]
 
 
 def test_an_empty_prompt_is_the_beginning_of_a_text():
@@ -100,19 +100,19 @@ def test_prompts_that_are_refused(prompts, error, match):
         tiny_llama()(prompts, max_new_tokens=10)
 
 
-def test_the_whole_context_can_be_used():
-    law = tiny_llama()([[1] * 54], max_new_tokens=10)
-    assert torch.isfinite(law.log_prob(law.sample()))
+def test_prompt_and_completion_may_fill_the_context():
+    dist = tiny_llama()([[1] * 54], max_new_tokens=10)
+    assert torch.isfinite(dist.log_prob(dist.sample()))
 
 
 def test_without_a_tokenizer_prompts_are_ids():
     lm = LanguageModel(llama_network())
-    law = lm([[1, 2], [3]], 2)
-    assert law.prompt_texts() == ["1 2", "3"]
+    dist = lm([[1, 2], [3]], 2)
+    assert dist.prompt_texts() == ["1 2", "3"]
     with pytest.raises(TypeError, match=r"prompts\[1\] is a string, and this LanguageModel has no tokenizer"):
         lm([[1], "a"], 2)
     with pytest.raises(TypeError, match="no tokenizer to decode with"):
-        lm.decode(law.sample())
+        lm.decode(dist.sample())
 
 
 # -- special tokens ------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def test_special_tokens_are_found():
 
 
 def test_an_end_outside_the_vocabulary_ends_nothing():
-    """GPT2Config names 50256 whatever the vocabulary; a user who names one is told."""
+    """GPT2Config has 50256 for any vocabulary; one that a user gives is refused."""
     network = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2))
     assert LanguageModel(network).eos_token_ids == ()
     with pytest.raises(ValueError, match=r"eos_token_ids \[20\] are not all in 0\.\.19"):
@@ -149,9 +149,9 @@ def test_a_prior_is_frozen_and_in_evaluation_mode():
     lm = LanguageModel(network)
     assert not any(module.training for module in lm.network.modules())
     assert not any(p.requires_grad for p in lm.parameters())
-    law = lm([[1, 2]], 3)
-    x = law.sample()
-    assert torch.equal(law.log_prob(x.clone()), law.log_prob(x.clone()))
+    dist = lm([[1, 2]], 3)
+    x = dist.sample()
+    assert torch.equal(dist.log_prob(x.clone()), dist.log_prob(x.clone()))
 
 
 # -- texts ---------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def test_decode_drops_special_tokens_and_malformed_ids():
 
 def test_copies_are_independent():
     lm = tiny_llama()
-    law = lm(PROMPTS, 3)
+    dist = lm(PROMPTS, 3)
     twin = copy.deepcopy(lm)
     assert_same_distribution(lm, twin)
     assert twin.tokenizer is lm.tokenizer
@@ -187,7 +187,7 @@ def test_copies_are_independent():
             p.zero_()
     x = torch.tensor([[1, 2, 3], [4, 5, 6]])
     torch.testing.assert_close(twin(PROMPTS, 3).log_prob(x), torch.full((2,), 3 * np.log(1 / 8), dtype=torch.float32))
-    assert not torch.allclose(law.log_prob(x), twin(PROMPTS, 3).log_prob(x))
+    assert not torch.allclose(dist.log_prob(x), twin(PROMPTS, 3).log_prob(x))
 
 
 def test_parameters_are_counted_once_and_known_to_pyro():

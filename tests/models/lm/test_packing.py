@@ -1,4 +1,4 @@
-"""Packed weights: the same law, to draw from and to score with only. (Other architectures: test_network.py.)"""
+"""Packed weights: the same distribution, for drawing and scoring only. (Other architectures: test_network.py.)"""
 
 import copy
 from unittest import mock
@@ -32,14 +32,14 @@ def test_a_packed_layer_gives_the_same_products(bias, shape):
     torch.testing.assert_close(PackedLinear(linear)(x), linear(x).detach(), atol=1e-5, rtol=1e-5)
 
 
-def test_what_is_packed():
+def test_float32_linear_layers_on_a_cpu_are_packed():
     assert can_pack(nn.Linear(2, 2))
     assert not can_pack(nn.Linear(2, 2).bfloat16())
     assert not can_pack(nn.Linear(2, 2, device="meta"))
     assert not can_pack(nn.Embedding(2, 2))
 
 
-def test_all_else_is_shared_and_the_original_stays_as_it_is():
+def test_all_else_is_shared_and_the_original_does_not_change():
     lm = tiny_llama()
     before = {name: id(p) for name, p in lm.network.named_parameters()}
     packed = lm.packed()
@@ -63,10 +63,10 @@ def test_a_policy_is_packed_as_it_is_now_and_goes_on_training():
         assert all(p.requires_grad for p in trained)
         assert not any(p.requires_grad for p in packed.network.parameters())
         x = policy([[1, 2]], 5).sample((64,))
-        law = packed([[1, 2]], 5).log_prob(x)
+        dist = packed([[1, 2]], 5).log_prob(x)
         for p in trained:
             p.data.add_(0.3)
-        assert torch.equal(packed([[1, 2]], 5).log_prob(x), law)
+        assert torch.equal(packed([[1, 2]], 5).log_prob(x), dist)
 
 
 def test_an_engine_draws_the_same_from_it():
@@ -79,7 +79,7 @@ def test_an_engine_draws_the_same_from_it():
     torch.testing.assert_close(*(torch.as_tensor(run.log_evidence) for run in runs))
 
 
-def test_what_it_cannot_do_is_refused(tmp_path):
+def test_training_moving_and_saving_are_refused(tmp_path):
     packed = tiny_llama().packed()
     refused = "neither trained nor saved"
     with pytest.raises(TypeError, match=refused):
@@ -111,7 +111,7 @@ def drawn_with(policy, prompts, tokens):
 
     def noting(self, *args, **kwargs):
         kinds.update(type(module) for module in self.network.modules() if isinstance(module, nn.Linear | PackedLinear))
-        kinds.add(type(self._head))
+        kinds.add(type(self.head))
         return hidden(self, *args, **kwargs)
 
     with mock.patch.object(CausalNetwork, "hidden", noting):
@@ -121,7 +121,7 @@ def drawn_with(policy, prompts, tokens):
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("lora_rank", [None, 2])
 def test_a_policy_is_packed_while_it_samples(lora_rank):
-    """The same draws and scores to rounding; weights and modules are left as they were, to the last bit."""
+    """The same draws, and scores to rounding; weights and modules do not change."""
     policy = tiny_llama(eos_token_ids=(0, 3)).policy(lora_rank)
     with torch.no_grad():
         for p in policy.parameters():
@@ -139,24 +139,24 @@ def test_a_policy_is_packed_while_it_samples(lora_rank):
         y, kinds = drawn_with(policy, prompts, 6)
     assert PackedLinear not in kinds
     assert torch.equal(x, y)
-    law = policy(prompts, 6).expand((30, 2))
-    x = law.sample()
+    dist = policy(prompts, 6).expand((30, 2))
+    x = dist.sample()
     with count_usage() as usage:
-        law.log_prob(x).sum().backward()
+        dist.log_prob(x).sum().backward()
     assert usage.mismatch[0] < 2e-5
     assert all(p.grad is not None for p in policy.parameters() if p.requires_grad)
 
 
 @pytest.mark.usefixtures("always")
-def test_a_sample_that_fails_leaves_the_policy_whole():
+def test_a_sample_that_fails_does_not_change_the_policy():
     policy = tiny_llama().policy(lora_rank=2)
     modules = dict(policy.named_modules())
-    head = policy.causal._head
+    head = policy.causal.head
     policy.network.base_model.model.model.norm.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         policy([[1, 2]], 6).sample()
     assert dict(policy.named_modules()) == modules
-    assert policy.causal._head is head
+    assert policy.causal.head is head
 
 
 def test_priors_and_small_networks_are_not_packed():

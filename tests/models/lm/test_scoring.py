@@ -33,29 +33,29 @@ def gradient(policy: LanguageModel, scores: torch.Tensor, weights: torch.Tensor)
     return list(torch.autograd.grad(scores, trained(policy), weights))
 
 
-@pytest.fixture(params=["with their completions", "once"])
-def prompts_read(request, monkeypatch):
-    """Prompts are read again with every completion, or in a pass of their own."""
-    if request.param == "once":
+@pytest.fixture(params=["with their completions", "apart"])
+def prompt_passes(request, monkeypatch):
+    """Prompts go through the network with every completion, or in a pass of their own."""
+    if request.param == "apart":
         monkeypatch.setattr(scoring, "PROMPTS_AGAIN", -1)
 
 
-@pytest.mark.usefixtures("prompts_read")
+@pytest.mark.usefixtures("prompt_passes")
 @pytest.mark.parametrize("lora_rank", [None, 2])
 @pytest.mark.parametrize("batch_size", [None, 1, 2, 5])
 def test_gradients_are_those_of_the_network(lora_rank, batch_size):
-    """Of the policy's own draws and of others, malformed ones and the law's temperature included."""
+    """Of the policy's own draws and of others, malformed ones and a temperature included."""
     policy = policy_of(lora_rank, batch_size=batch_size)
-    law = policy(PROMPTS, TOKENS, temperature=1.3)
-    x = law.sample((4,))
+    dist = policy(PROMPTS, TOKENS, temperature=1.3)
+    x = dist.sample((4,))
     weights = torch.randn(x.shape)
     rows = [torch.stack([by_hand(policy, p, c, 1.3) for p, c in zip(PROMPTS, row, strict=True)]) for row in x]
     by_hand_scores = torch.stack(rows)
     expected = gradient(policy, by_hand_scores, weights)
-    own = law.token_log_prob(x)
+    own = dist.token_log_prob(x)
     torch.testing.assert_close(own, by_hand_scores, atol=1e-5, rtol=0)
     torch.testing.assert_close(gradient(policy, own, weights), expected, atol=1e-4, rtol=1e-4)
-    given = law.token_log_prob(x.clone())
+    given = dist.token_log_prob(x.clone())
     torch.testing.assert_close(given, by_hand_scores, atol=1e-5, rtol=0)
     torch.testing.assert_close(gradient(policy, given, weights), expected, atol=1e-4, rtol=1e-4)
 
@@ -70,17 +70,17 @@ def test_malformed_completions_leave_the_gradient_of_the_others(batch_size):
     torch.testing.assert_close(gradient(policy, scores[0, 2], torch.tensor(1.0)), expected, atol=1e-4, rtol=1e-4)
 
 
-# -- what it costs -------------------------------------------------------------------------------------------
+# -- cost ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("prompts_read")
+@pytest.mark.usefixtures("prompt_passes")
 @pytest.mark.parametrize("batch_size", [None, 2])
-def test_own_draws_are_read_by_the_backward_pass_alone(batch_size):
+def test_own_draws_are_scored_by_the_backward_pass_alone(batch_size):
     policy = policy_of(batch_size=batch_size)
-    law = policy(PROMPTS, TOKENS)
-    x = law.sample((4,))
+    dist = policy(PROMPTS, TOKENS)
+    x = dist.sample((4,))
     with count_usage() as usage:
-        scores = law.log_prob(x)
+        scores = dist.log_prob(x)
     assert (usage.model_calls, usage.tokens) == (0, 0)
     with count_usage() as later:
         scores.sum().backward()
@@ -95,23 +95,23 @@ def test_own_draws_are_read_by_the_backward_pass_alone(batch_size):
 def test_known_scores_are_not_computed_again(batch_size):
     """They are returned, though they be wrong; the backward pass is the first to run the network, and is right."""
     policy = policy_of(batch_size=batch_size)
-    law = policy(PROMPTS, TOKENS)
-    x = law.arbitrary().expand(4, -1, -1)
+    dist = policy(PROMPTS, TOKENS)
+    x = dist.arbitrary().expand(4, -1, -1)
     weights = torch.randn(x.shape)
-    expected = gradient(policy, law.token_log_prob(x), weights)
+    expected = gradient(policy, dist.token_log_prob(x), weights)
     known = torch.randn(x.shape)
     with count_usage() as forward:
         with torch.no_grad():
-            assert law.token_log_prob(x, known) is known
-        scores = law.token_log_prob(x, known)
+            assert dist.token_log_prob(x, known) is known
+        scores = dist.token_log_prob(x, known)
     assert forward.model_calls == 0
     assert torch.equal(scores, known)
     torch.testing.assert_close(gradient(policy, scores, weights), expected, atol=1e-4, rtol=1e-4)
-    assert not torch.equal(law.token_log_prob(x), known)  # nothing is kept of them
+    assert not torch.equal(dist.token_log_prob(x), known)  # they are not kept
 
 
 @pytest.mark.parametrize(("batch_size", "forward", "backward"), [(None, 1, 0), (12, 1, 0), (5, 3, 3), (1, 12, 12)])
-def test_others_are_read_again_beyond_one_micro_batch(batch_size, forward, backward):
+def test_others_are_scored_again_beyond_one_micro_batch(batch_size, forward, backward):
     policy = policy_of(batch_size=batch_size)
     x = policy(PROMPTS, TOKENS).arbitrary().expand(4, -1, -1)
     with count_usage() as usage:
@@ -121,18 +121,18 @@ def test_others_are_read_again_beyond_one_micro_batch(batch_size, forward, backw
     assert usage.model_calls == forward + backward
 
 
-@pytest.mark.usefixtures("prompts_read")
+@pytest.mark.usefixtures("prompt_passes")
 @pytest.mark.parametrize("own", [True, False])
 def test_one_micro_batch_of_activations_is_alive_at_most(own):
     """Nothing but ids, scores and weights is kept between the passes, and no pass has more rows than allowed."""
     policy = policy_of(batch_size=3)
-    law = policy(PROMPTS, TOKENS)
-    x = law.sample((8,))
+    dist = policy(PROMPTS, TOKENS)
+    x = dist.sample((8,))
     kept = []
     rows = []
-    policy.causal._body.register_forward_hook(lambda module, inputs, out: rows.append(len(out.last_hidden_state)))
+    policy.causal.body.register_forward_hook(lambda module, inputs, out: rows.append(len(out.last_hidden_state)))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        loss = (0.3 * law.token_log_prob(x if own else x.clone())).sum()
+        loss = (0.3 * dist.token_log_prob(x if own else x.clone())).sum()
     weights = {p.data_ptr() for p in policy.parameters()}
     largest = max(t.numel() for t in kept if t.data_ptr() not in weights)
     assert largest == x.numel()
@@ -142,10 +142,10 @@ def test_one_micro_batch_of_activations_is_alive_at_most(own):
 
 def kept_numbers(policy: LanguageModel, rows: int, length: int) -> int:
     """Numbers, but for the weights, that the graph of so many completions' scores keeps."""
-    law = policy([[1] * length] * rows, max_new_tokens=10)
+    dist = policy([[1] * length] * rows, max_new_tokens=10)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        law.log_prob(torch.ones((rows, 10), dtype=torch.long))
+        dist.log_prob(torch.ones((rows, 10), dtype=torch.long))
     weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // 4 for t in kept}
     return sum(size for place, size in storages.items() if place not in weights)
@@ -164,8 +164,8 @@ def test_micro_batches_have_bounded_activations(lora_rank):
 
 def test_a_graph_is_kept_only_if_asked():
     policy = policy_of(batch_size=2)
-    law = policy(PROMPTS, TOKENS)
-    score = law.log_prob(law.sample((2,))).sum()
+    dist = policy(PROMPTS, TOKENS)
+    score = dist.log_prob(dist.sample((2,))).sum()
     score.backward(retain_graph=True)
     once = [p.grad.clone() for p in trained(policy)]
     score.backward()
@@ -176,8 +176,8 @@ def test_a_graph_is_kept_only_if_asked():
 
 def test_second_derivatives_are_refused():
     policy = policy_of(batch_size=2)
-    law = policy(PROMPTS, TOKENS)
-    score = law.log_prob(law.sample((2,))).square().sum()
+    dist = policy(PROMPTS, TOKENS)
+    score = dist.log_prob(dist.sample((2,))).square().sum()
     first = torch.autograd.grad(score, trained(policy), create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         sum(g.square().sum() for g in first).backward()
@@ -185,8 +185,8 @@ def test_second_derivatives_are_refused():
 
 def test_weights_that_change_before_the_backward_pass_are_an_error():
     policy = policy_of(batch_size=2)
-    law = policy(PROMPTS, TOKENS)
-    score = law.log_prob(law.sample((2,))).sum()
+    dist = policy(PROMPTS, TOKENS)
+    score = dist.log_prob(dist.sample((2,))).sum()
     with torch.no_grad():
         trained(policy)[0].mul_(1.1)
     with pytest.raises(RuntimeError, match=r"weights were changed in place .*call backward\(\) before optimizer.step"):
@@ -196,8 +196,8 @@ def test_weights_that_change_before_the_backward_pass_are_an_error():
 def test_parameters_that_take_no_part_have_no_gradient():
     policy = policy_of(batch_size=2)
     policy.network.unused = nn.Parameter(torch.ones(3))
-    law = policy(PROMPTS, TOKENS)
-    law.log_prob(law.sample((2,))).sum().backward()
+    dist = policy(PROMPTS, TOKENS)
+    dist.log_prob(dist.sample((2,))).sum().backward()
     assert policy.network.unused.grad is None
     others = [p for p in trained(policy) if p is not policy.network.unused]
     assert all(p.grad.abs().sum() > 0 for p in others)
@@ -206,19 +206,19 @@ def test_parameters_that_take_no_part_have_no_gradient():
 def test_parameters_frozen_on_the_way_are_left_alone():
     policy = policy_of(batch_size=2)
     policy.network.model.requires_grad_(False)
-    law = policy(PROMPTS, TOKENS)
-    law.log_prob(law.sample((2,))).sum().backward()
+    dist = policy(PROMPTS, TOKENS)
+    dist.log_prob(dist.sample((2,))).sum().backward()
     assert policy.network.lm_head.weight.grad.abs().sum() > 0
     assert all(p.grad is None for p in policy.network.model.parameters())
 
 
 def test_without_gradients_scores_have_no_graph():
     policy = policy_of(batch_size=2)
-    law = policy(PROMPTS, TOKENS)
-    x = law.sample((2,))
+    dist = policy(PROMPTS, TOKENS)
+    x = dist.sample((2,))
     with torch.no_grad():
-        assert not law.log_prob(x).requires_grad
-    assert law.log_prob(x).requires_grad
+        assert not dist.log_prob(x).requires_grad
+    assert dist.log_prob(x).requires_grad
     assert not policy.requires_grad_(False)(PROMPTS, TOKENS).log_prob(x).requires_grad
 
 
@@ -228,15 +228,15 @@ def test_without_gradients_scores_have_no_graph():
 def test_the_mismatch_is_that_of_the_scores():
     """Kept scores that are off by a known amount, on some tokens."""
     policy = policy_of(batch_size=5)
-    law = policy(PROMPTS, TOKENS)
-    x = law.sample((4,))
+    dist = policy(PROMPTS, TOKENS)
+    x = dist.sample((4,))
     with torch.no_grad():
-        scores = law.token_log_prob(x).clone()
-    live = law.vocabulary.is_live(x)
+        scores = dist.token_log_prob(x).clone()
+    live = dist.vocabulary.is_live(x)
     off = torch.where(torch.rand(x.shape) < 0.3, 0.25, 0.0) * live
     assert 0 < off.sum() < 0.25 * live.sum()
     with count_usage() as usage:
-        law.token_log_prob(x, known=scores + off).sum().backward()
+        dist.token_log_prob(x, known=scores + off).sum().backward()
     largest, mean = usage.mismatch
     assert abs(largest - 0.25) < 1e-4
     assert abs(mean - float(off.sum() / live.sum())) < 1e-4
@@ -245,11 +245,11 @@ def test_the_mismatch_is_that_of_the_scores():
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 0.3)])
 def test_the_mismatch_of_rounding(dtype, limit):
     policy = LanguageModel(llama_network().to(dtype)).policy(lora_rank=2)
-    law = policy(PROMPTS, TOKENS)
-    x = law.sample((20,))
+    dist = policy(PROMPTS, TOKENS)
+    x = dist.sample((20,))
     with count_usage() as usage:
         assert usage.mismatch is None
-        score = law.log_prob(x).sum()
+        score = dist.log_prob(x).sum()
         assert usage.mismatch is None
         score.backward()
     largest, mean = usage.mismatch
@@ -270,10 +270,10 @@ def test_checkpointing_gives_the_same_gradient(model_type, lora_rank):
         pytest.skip("its Conv1D layers are not PEFT's linear ones")
     policy = LanguageModel(random_network(model_type)).policy(lora_rank)
     prompts = [[5, 6, 7, 8], [20]]
-    law = policy(prompts, TOKENS)
-    x = law.sample((3,))
+    dist = policy(prompts, TOKENS)
+    x = dist.sample((3,))
     weights = torch.randn(x.shape)
-    expected = gradient(policy, law.token_log_prob(x), weights)
+    expected = gradient(policy, dist.token_log_prob(x), weights)
     policy.gradient_checkpointing = True
     layers = checkpointable_layers(policy.network)
     for value in (x, x.clone()):
@@ -313,7 +313,7 @@ def bfloat16_prior() -> LanguageModel:
 
 @pytest.mark.parametrize("lora_rank", [None, 2])
 def test_a_policy_of_a_bfloat16_prior_trains_in_float32(lora_rank):
-    """Steps that bfloat16 weights would lose are kept, and add up; the prior stays as it is."""
+    """Steps too small for bfloat16 weights are kept, and add up; the prior does not change."""
     prior = bfloat16_prior()
     policy = prior.policy(lora_rank)
     assert {p.dtype for p in trained(policy)} == {torch.float32}
@@ -338,7 +338,7 @@ def test_a_policy_of_a_bfloat16_prior_trains_in_float32(lora_rank):
     moved = torch.cat([(p - b).abs().reshape(-1) for p, b in zip(trained(policy), before, strict=True)])
     assert (moved > 0).float().mean() > 0.9
     assert all(torch.equal(p, b) for p, b in zip(prior.parameters(), untouched, strict=True))
-    if lora_rank is None:  # what Adam's steps of 1e-4 would do to the weights themselves
+    if lora_rank is None:  # steps of 1e-4 on the bfloat16 weights themselves
         kept = torch.cat([(b.bfloat16() - 1e-4) != b.bfloat16() for b in map(torch.flatten, before)])
         assert kept.float().mean() < 0.1
 
@@ -352,12 +352,12 @@ def test_gradients_in_bfloat16_point_where_those_in_float32_do(lora_rank, own):
     with torch.no_grad():
         for p, q in zip(trained(policy), trained(exact), strict=True):
             p.copy_(q.add_(0.05 * torch.randn_like(q)))
-    law = policy(PROMPTS, TOKENS)
-    x = law.sample((4,))
-    assert law.support.check(x).all()
-    torch.testing.assert_close(law.log_prob(x), exact(PROMPTS, TOKENS).log_prob(x), atol=0.3, rtol=0)
+    dist = policy(PROMPTS, TOKENS)
+    x = dist.sample((4,))
+    assert dist.support.check(x).all()
+    torch.testing.assert_close(dist.log_prob(x), exact(PROMPTS, TOKENS).log_prob(x), atol=0.3, rtol=0)
     weights = torch.randn(x.shape)
-    one = torch.cat([g.flatten() for g in gradient(policy, law.token_log_prob(x if own else x.clone()), weights)])
+    one = torch.cat([g.flatten() for g in gradient(policy, dist.token_log_prob(x if own else x.clone()), weights)])
     two = torch.cat([g.flatten() for g in gradient(exact, exact(PROMPTS, TOKENS).token_log_prob(x), weights)])
     assert one.dtype == torch.float32
     assert torch.cosine_similarity(one, two, dim=0) > 0.995
@@ -367,7 +367,7 @@ def test_gradients_in_bfloat16_point_where_those_in_float32_do(lora_rank, own):
 def test_sampling_is_one_autocast(monkeypatch):
     """So that weights are converted once, and not at every token."""
     policy = bfloat16_prior().policy()
-    law = policy(PROMPTS, TOKENS)
+    dist = policy(PROMPTS, TOKENS)
     inside = []
     original = CausalNetwork.hidden
 
@@ -376,7 +376,7 @@ def test_sampling_is_one_autocast(monkeypatch):
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(CausalNetwork, "hidden", hidden)
-    law.sample()
+    dist.sample()
     assert len(inside) > 1
     assert all(inside)
     assert not torch.is_autocast_enabled("cpu")
@@ -397,5 +397,5 @@ def test_a_bfloat16_policy_computes_as_before_when_it_is_loaded(tmp_path):
     with pytest.raises(OSError, match=r"bayeslm\.json cannot be read"):
         LanguageModel.from_pretrained(tmp_path)
     llama = LanguageModel(llama_network())
-    llama.save_pretrained(tmp_path)  # over it: what was noted is gone
+    llama.save_pretrained(tmp_path)  # overwrites it: the file of the dtype goes
     assert LanguageModel.from_pretrained(tmp_path).compute_dtype is None

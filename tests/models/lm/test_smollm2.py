@@ -19,16 +19,16 @@ def ids(smollm2):
 
 def test_agrees_with_transformers(smollm2, ids):
     """Sampled and scored, padded and not, to 1e-4 a token; drawn with one prefill of the three prompts."""
-    law = smollm2(PROMPTS, max_new_tokens=TOKENS)
-    assert law.prompt_mask is not None
+    dist = smollm2(PROMPTS, max_new_tokens=TOKENS)
+    assert dist.prompt_mask is not None
     with count_usage() as usage:
-        x = law.sample((2,))
+        x = dist.sample((2,))
     assert usage.model_calls == TOKENS
     assert usage.tokens == 3 * max(map(len, ids)) + 6 * (TOKENS - 1)
     with torch.no_grad():
         rows = [torch.stack([by_hand(smollm2, p, c) for p, c in zip(ids, row, strict=True)]) for row in x]
     expected = torch.stack(rows)
-    torch.testing.assert_close(law.token_log_prob(x), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(dist.token_log_prob(x), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(smollm2(PROMPTS, TOKENS).token_log_prob(x), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(smollm2.packed()(PROMPTS, TOKENS).token_log_prob(x), expected, atol=1e-4, rtol=0)
     alone = smollm2(PROMPTS[:1], TOKENS)
@@ -47,10 +47,10 @@ def test_at_temperature_zero_it_is_greedy_search(smollm2):
 
 def test_chats_are_those_of_the_template(smollm2):
     chat = [{"role": "user", "content": "Say hello."}]
-    law = smollm2([chat], max_new_tokens=TOKENS)
+    dist = smollm2([chat], max_new_tokens=TOKENS)
     expected = smollm2.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    assert law.prompt_ids[0].tolist() == list(expected)
-    assert "Say hello." in law.prompt_texts()[0]
+    assert dist.prompt_ids[0].tolist() == list(expected)
+    assert "Say hello." in dist.prompt_texts()[0]
 
 
 def test_special_tokens_and_texts(smollm2):
@@ -65,9 +65,9 @@ def test_special_tokens_and_texts(smollm2):
 
 def test_the_head_is_apart_and_batches_are_bounded(smollm2):
     causal = smollm2.causal
-    assert causal._head is smollm2.network.lm_head
-    assert causal._cached == 2 * 30 * 3 * 64
-    assert 50 < causal.rows_per_batch(100) == 2**27 // (100 * (11_520 + causal._layer) + 3 * 49_152)
+    assert causal.head is smollm2.network.lm_head
+    assert causal.cached_numbers == 2 * 30 * 3 * 64
+    assert 50 < causal.rows_per_batch(100) == 2**27 // (100 * (11_520 + causal.layer_numbers) + 3 * 49_152)
 
 
 def test_lora(smollm2, tmp_path):
@@ -91,5 +91,5 @@ def test_lora(smollm2, tmp_path):
     assert (tmp_path / "adapter_model.safetensors").stat().st_size < 10e6
     loaded = LanguageModel.from_pretrained(tmp_path)
     assert loaded.name == "smollm2"
-    assert CausalNetwork(loaded.network)._head is not None
+    assert CausalNetwork(loaded.network).head is not None
     torch.testing.assert_close(loaded(PROMPTS[:1], 4).log_prob(x), after, atol=1e-4, rtol=0)

@@ -1,4 +1,4 @@
-"""The explicit n-gram table: what its entries mean."""
+"""The explicit n-gram table: the meaning of its entries."""
 
 import pytest
 import torch
@@ -24,13 +24,13 @@ def test_rows_are_contexts(order):
     rows = {context: i for i, context in enumerate(contexts(order, vocab))}
     assert lm.network.table.shape == (len(rows), vocab)
     prompts = [[1], [2, 3, 1, 2]]
-    law = lm(prompts, max_new_tokens=3)
-    x = law.sample((10,))
-    scores = law.token_log_prob(x)
+    dist = lm(prompts, max_new_tokens=3)
+    x = dist.sample((10,))
+    scores = dist.token_log_prob(x)
     for particle in range(10):
         for prompt in range(2):
             text = list(prompts[prompt])
-            for t in range(int(law.lengths(x)[particle, prompt])):
+            for t in range(int(dist.lengths(x)[particle, prompt])):
                 before = ((None,) * order + tuple(text))[len(text) + 1 :]
                 token = int(x[particle, prompt, t])
                 expected = lm.network.table[rows[before]].log_softmax(-1)[token]
@@ -71,7 +71,7 @@ def test_half_precision_keeps_its_tokens():
     """bfloat16 has 8 bits, and a vocabulary more tokens than that: the cache must not round them."""
     lm = LanguageModel.tabular([WORDS[0], *(f"w{i}" for i in range(400))], order=2)
     lm.network.bfloat16()
-    law = lm([[399]], max_new_tokens=2)
+    dist = lm([[399]], max_new_tokens=2)
     expected = lm.network.table.float().log_softmax(-1)
     value = torch.tensor([[397, 5]])
-    torch.testing.assert_close(law.token_log_prob(value), torch.stack([expected[399, 397], expected[397, 5]])[None])
+    torch.testing.assert_close(dist.token_log_prob(value), torch.stack([expected[399, 397], expected[397, 5]])[None])

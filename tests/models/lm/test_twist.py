@@ -1,7 +1,8 @@
-"""Learned twists against the exact twist by enumeration; on disk; and what they refuse."""
+"""Learned twists against the exact twist by enumeration; saved and loaded; and their errors."""
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 
@@ -14,8 +15,9 @@ from support.oracles import ExactTwist
 from support.programs import PROMPTS, score_table, tilted
 from support.statistics import assert_evidence, assert_mean
 
-from bayeslm.inference import SMC, EvidenceError, Exact, ImportanceSampling, ProgramError, TwistLearning
+from bayeslm.inference import SMC, EvidenceError, Exact, ImportanceSampling, ProgramError
 from bayeslm.inference.program import inspect, seeded
+from bayeslm.inference.sequential import TwistLearning
 from bayeslm.inference.sequential.twist_learning import (
     TwistData,
     _draw_prior,
@@ -39,7 +41,7 @@ def learn(model, **settings):
 
 
 def words(lm, beta=0.5):
-    """A reward that counts two words: what a text so far has of them is what its future adds to."""
+    """A reward that counts two words: the count so far is a term of the final one."""
 
     def model(prompts):
         with pyro.plate("prompts", len(prompts)):
@@ -60,22 +62,29 @@ def drawn(log_psi, log_l, taught=None):
     return TwistData(nothing, taught, log_l[:, None])
 
 
+@functools.cache
+def learned(kind, method, reads_reward):
+    """A model, a program on it, its exact posterior and its learned twist."""
+    lm = table_lm(order=3, seed=0) if kind == "table" else tiny_llama(seed=1)
+    model = words(lm, beta=0.4)
+    twist = learn(model, method=method, reads_reward=reads_reward)
+    return lm, model, Exact(num_prior_samples=1).run(model, PROMPTS), twist
+
+
 @pytest.mark.parametrize("reads_reward", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["table", "llama"])
 def test_learns_the_exact_twist(kind, method, reads_reward):
-    """It goes with the enumerated expectation at every step, prompt by prompt."""
-    lm = table_lm(order=3, seed=0) if kind == "table" else tiny_llama(seed=0)
-    model = words(lm)
-    exact = ExactTwist(Exact(num_prior_samples=1).run(model, PROMPTS))
-    twist = learn(model, method=method, reads_reward=reads_reward)
+    """It is correlated with the enumerated expectation at every step, for each prompt."""
+    lm, _, posterior, twist = learned(kind, method, reads_reward)
+    exact = ExactTwist(posterior)
     torch.manual_seed(0)
     steps = lm(PROMPTS, max_new_tokens=T).expand((200, 2)).decoder()
     state, known = twist.start(steps), exact.start(steps)
     while steps.t < T:
         token, score = categorical(steps.logits)
         truth, live = exact.lookahead(known, token[:, None])[:, 0], ~steps.finished & (token != 0)
-        so_far = count(torch.cat([steps.values[:, : steps.t], token[:, None]], -1)) / 0.5
+        so_far = count(torch.cat([steps.values[:, : steps.t], token[:, None]], -1)) / 0.4
         guess = twist.lookahead(state, token[:, None], so_far[:, None] if reads_reward else None)[:, 0]
         for prompt in range(2):
             of = live.reshape(200, 2).clone()
@@ -89,9 +98,7 @@ def test_learns_the_exact_twist(kind, method, reads_reward):
 @pytest.mark.parametrize("reads_reward", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_smc_with_a_learned_twist_is_unbiased_and_better(method, reads_reward):
-    model = words(tiny_llama(seed=1), beta=0.4)
-    exact = Exact(num_prior_samples=1).run(model, PROMPTS)
-    twist = learn(model, method=method, reads_reward=reads_reward)
+    _, model, exact, twist = learned("llama", method, reads_reward)
     settings = {"num_particles": 16, "num_chains": 150, "seed": 0, "progress": False}
     variances = []
     for engine in (
@@ -106,8 +113,8 @@ def test_smc_with_a_learned_twist_is_unbiased_and_better(method, reads_reward):
 
 
 @pytest.mark.parametrize("reads_reward", [False, True])
-def test_step_by_step_and_whole_completions_agree(reads_reward):
-    """What SMC reads token by token is what training read, of prompts of different lengths, to their ends."""
+def test_token_by_token_and_complete_texts_agree(reads_reward):
+    """The twist token by token, for SMC, equals that of complete texts, for training, at prompts of any length."""
     lm = tiny_llama(seed=0)
     model = words(lm)
     twist = learn(model, num_steps=20, num_particles=100, reads_reward=reads_reward)
@@ -115,8 +122,8 @@ def test_step_by_step_and_whole_completions_agree(reads_reward):
         batch = _draw_prior(inspect(model, PROMPTS), "completion", 20, reads_reward)
     assert batch.ends.any()
     assert not batch.written.all()
-    law = lm(PROMPTS, max_new_tokens=T).expand((20, 2))
-    steps = law.decoder()
+    dist = lm(PROMPTS, max_new_tokens=T).expand((20, 2))
+    steps = dist.decoder()
     state, found = twist.start(steps), []
     for t in range(T):
         token = batch.tokens[:, t]
@@ -135,7 +142,7 @@ def test_step_by_step_and_whole_completions_agree(reads_reward):
     torch.testing.assert_close(torch.stack(found, 1)[written], expected[written], atol=1e-4, rtol=1e-4)
 
 
-def test_what_is_resampled_takes_its_twist_along():
+def test_resampled_texts_keep_their_twist():
     """A row that becomes another has the other's psi from then on: all of its features move."""
     lm = tiny_llama(seed=0)
     twist = learn(words(lm), num_steps=20, num_particles=100)
@@ -152,13 +159,13 @@ def test_what_is_resampled_takes_its_twist_along():
     torch.testing.assert_close(twist.lookahead(state.select(rows), tokens), before[rows])
 
 
-def test_what_has_ended_takes_its_last_guess_along():
+def test_ended_texts_keep_their_last_estimate():
     lm = tiny_llama(seed=0)
     model = words(lm)
     twist = learn(model, num_steps=20, num_particles=100)
-    program, law = inspect(model, PROMPTS[:1]), lm(PROMPTS[:1], max_new_tokens=T).expand((4, 1))
-    steps = law.decoder()
-    site_twist = LearnedTwist(twist, SiteRows(program, "completion", law), steps, prefix_twist=None)
+    program, dist = inspect(model, PROMPTS[:1]), lm(PROMPTS[:1], max_new_tokens=T).expand((4, 1))
+    steps = dist.decoder()
+    site_twist = LearnedTwist(twist, SiteRows(program, "completion", dist), steps, prefix_twist=None)
     steps.append(torch.tensor([1, 0, 2, 0]), torch.zeros(4))  # 0 ends a text
     site_twist.log_psi()
     steps.append(torch.tensor([0, 5, 0, 5]), torch.zeros(4))
@@ -171,7 +178,7 @@ def test_what_has_ended_takes_its_last_guess_along():
     assert torch.equal(site_twist.log_psi(), before[rows])
 
 
-def test_what_the_reward_has_given_up_is_worth_nothing():
+def test_texts_of_final_minus_infinity_have_twist_zero():
     lm = tiny_llama(seed=0)
     twist = learn(words(lm), num_steps=5, num_particles=100, reads_reward=True)
     steps = lm(PROMPTS, max_new_tokens=T).expand((1, 2)).decoder()
@@ -179,7 +186,7 @@ def test_what_the_reward_has_given_up_is_worth_nothing():
     psi = twist.lookahead(twist.start(steps), torch.tensor([[1, 2], [3, 4]]), said)
     assert torch.equal(psi == -torch.inf, said == -torch.inf)
     assert not psi.isnan().any()
-    with pytest.raises(ValueError, match="reads the reward"):
+    with pytest.raises(ValueError, match="reads_reward: give so_far"):
         twist.lookahead(twist.start(steps), torch.tensor([[1], [3]]))
 
 
@@ -198,7 +205,7 @@ def test_gradient_of_contrastive_learning():
 
 
 def test_gradient_of_soft_value_regression():
-    """It is zero, on average over what follows, exactly at the exact twist: 2 tokens, drawn by their probabilities."""
+    """It is zero on average over continuations exactly at the exact twist; 2 tokens, by their probabilities."""
     p = torch.tensor([[0.3, 0.7], [0.4, 0.6], [0.9, 0.1]])  # of the first token, of the second given the first
     likelihood = torch.tensor([[1.0, 3.0], [0.5, 2.0]])
     counts = torch.stack([torch.stack([1000 * p[0, a] * p[1 + a, b] for b in range(2)]) for a in range(2)])
@@ -218,12 +225,12 @@ def test_gradient_of_soft_value_regression():
     tilt = torch.tensor([0.5, -0.5])
     assert gradients(first.log() + tilt, likelihood.log())[0].abs().min() > 0.01
     assert gradients(first.log(), likelihood.log() + tilt)[1].abs().min() > 0.001
-    # psi_1 learns from psi_2 as it is, and not from L alone: a wrong psi_2 moves it
+    # psi_1 learns from the current psi_2, and not from L alone: a wrong psi_2 moves it
     assert gradients(first.log(), likelihood.log() + tilt[:, None])[0].abs().min() > 0.001
 
 
 def test_confidence_is_lowered_where_a_twist_exaggerates():
-    """Of log psi_t = 2 log L nothing above half is to be believed; what is right is believed."""
+    """A twist log psi_t = 2 log L gets confidence 1/2 at most; a right one gets confidence 1."""
     log_l = torch.randn(4000, generator=torch.Generator().manual_seed(0))
     right, wild = (drawn(log_psi, log_l) for log_psi in 2 * [log_l[:, None].repeat(1, 3)])
     torch.testing.assert_close(confidence(log_l[:, None].repeat(1, 3), right), torch.ones(3))
@@ -232,7 +239,7 @@ def test_confidence_is_lowered_where_a_twist_exaggerates():
     )
 
 
-def test_level_of_what_is_taught():
+def test_level_of_the_training_targets():
     """b_t makes the mean of psi_t that of L over the draws that still write at t, prompt by prompt."""
     generator = torch.Generator().manual_seed(0)
     log_psi, log_l = torch.randn(50, 3, generator=generator), torch.randn(50, generator=generator)
@@ -355,7 +362,7 @@ def test_one_draw_alone_has_a_likelihood():
     assert all(value.isfinite().all() for value in twist.state_dict().values())
 
 
-def test_what_is_refused():
+def test_errors():
     with pytest.raises(ValueError, match="method must be one of"):
         TwistLearning(method="magic")
     with pytest.raises(ValueError, match="at least 8"):

@@ -1,4 +1,4 @@
-"""The laws of combined rewards."""
+"""The algebra of combined rewards."""
 
 import math
 import pickle
@@ -43,7 +43,7 @@ FORMS = [lambda w, r: w * r, lambda w, r: r * np.float64(w), lambda w, r: -(r * 
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_combinations_are_what_their_parts_say(seed):
+def test_combinations_are_those_of_their_parts(seed):
     """(b + sum w r)(x) = b + sum w r(x), within bounds that follow from the parts', and never NaN."""
     rng = random.Random(seed)
     total, values, low, high = 0.0, torch.zeros(len(TEXTS)).double(), 0.0, 0.0

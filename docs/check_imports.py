@@ -69,6 +69,7 @@ def modules() -> dict[str, Path]:
 
 @cache
 def tree(module: str) -> ast.Module:
+    """The syntax tree of a module."""
     return ast.parse(modules()[module].read_text(encoding="utf-8"))
 
 

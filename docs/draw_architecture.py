@@ -166,6 +166,7 @@ def curves(found: dict[str, Box], pairs: list[tuple[str, str]]) -> list[str]:
 
 
 def picture() -> str:
+    """The picture as SVG."""
     found, pairs = boxes(), arrows()
     height = max(box.y + box.height for box in found.values()) + MARGIN
     return "\n".join(

@@ -152,10 +152,9 @@ def _with_earned(texts: Texts, earned: list[Tensor]) -> Texts:
 
 
 def _texts(program: Program, model_trace: Trace, guide_trace: Trace) -> tuple[dict[str, Texts], dict[str, Tensor]]:
-    """Return completions and trajectories by site, and log q of each of their tokens (particle, prompt, text, token),
-    with gradient.
+    """Return completions and trajectories by site, and log q of each of their tokens, with gradient.
 
-    They come from the passes that score them, which are not made again.
+    log q is (particle, prompt, text, token). The values come from the passes that score them, which are not made again.
 
     :raises ProgramError: if the program has no such site.
     """

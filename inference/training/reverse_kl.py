@@ -180,7 +180,8 @@ def _texts(program: Program, model_trace: Trace, guide_trace: Trace) -> tuple[di
             return x.reshape(len(x), x.shape[1], -1, *x.shape[-rest:])
 
         log_p, hidden = priors[name]["fn"].token_log_prob_and_hidden(node["value"])
-        model_trace.nodes[name]["token_log_prob"] = log_p  # `score_sites` does not compute it again
+        scored: Any = model_trace.nodes[name]
+        scored["token_log_prob"] = log_p  # `score_sites` does not compute it again
         tokens[name] = by_prompt(dist.token_log_prob(node["value"]))
         ratio = by_prompt(log_p) - tokens[name].detach()
         live = torch.arange(ratio.shape[-1], device=ratio.device) < by_prompt(dist.lengths(node["value"])[..., None])

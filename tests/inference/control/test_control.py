@@ -424,7 +424,7 @@ def test_unsupported_programs_and_settings_are_refused():
     with pytest.raises(ValueError, match="decay"):
         StateValues(4, decay=1.0)
     with pytest.raises(ProgramError, match=r"StateValues\(5\).*'trajectory'.*6 numbers"):
-        ReverseKL(2, StateValues(5))(control, control.guide(TabularPolicy.uniform(4, 2)))
+        StatefulLoss(ReverseKL(2, StateValues(5))).loss_and_grads(control, control.guide(TabularPolicy.uniform(4, 2)))
     with pytest.raises(ProgramError, match="guide"):
         SVI(num_steps=1).run(control)
 

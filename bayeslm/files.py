@@ -11,11 +11,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-try:
-    import fcntl
-except ImportError:  # on Windows, where nobody else can open what is being written anyway
-    fcntl = None  # type: ignore[assignment]
-
 
 def require_empty(folder: Path, choose: str = "another name") -> None:
     """Check that a folder is absent or empty.
@@ -25,38 +20,6 @@ def require_empty(folder: Path, choose: str = "another name") -> None:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty: choose {choose}, or remove it first")
-
-
-def hold(file: int, taken: str) -> None:
-    """Keep other processes from an open file (its descriptor) until it is closed, however this one ends.
-
-    (Where there are no locks, as on some network disks, nothing is kept from anybody.)
-
-    :raises BlockingIOError: if another has it, with ``taken`` as what is said.
-    """
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BlockingIOError(f"{taken}: end that first") from None
-    except OSError:
-        return
-
-
-@contextlib.contextmanager
-def lock(path: Path, taken: str) -> Iterator[None]:
-    """`hold` a file that is made for it, where it can be."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError:  # what cannot be written needs no lock
-        yield
-        return
-    try:
-        hold(descriptor, taken)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

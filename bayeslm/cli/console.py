@@ -27,14 +27,15 @@ def one_line_errors() -> Iterator[None]:
         yield
         return
     except (Exception, KeyboardInterrupt) as error:
-        cause = error.__cause__ if isinstance(error, RunError) else error
+        so_far = error.so_far if isinstance(error, RunError) else None
+        cause = error if so_far is None else error.__cause__
         notes = [note for x in dict.fromkeys((cause, error)) for note in getattr(x, "__notes__", [])]
         if isinstance(cause, KeyboardInterrupt):
-            results = notes or ["before there was a result" if cause is error else str(error)]
+            results = notes or ["before there was a result" if so_far is None else f"the run had {so_far}"]
             message, code = "interrupted: " + "\n".join(results), INTERRUPTED
         elif isinstance(cause, ValueError | TypeError | OSError | ImportError | FloatingPointError):
             code = NO_POSTERIOR if isinstance(cause, EvidenceError) else FAILED
-            message = "\n".join([str(error).partition("\nTrace Shapes:")[0].strip(), *notes])  # Pyro appends a trace
+            message = "\n".join([str(cause).partition("\nTrace Shapes:")[0].strip(), *notes])  # Pyro appends a trace
         else:
             raise
     err_console.print(f"bayeslm: {message}", style="red", markup=False, highlight=False)

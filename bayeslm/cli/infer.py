@@ -167,8 +167,8 @@ def infer(
             raise ValueError("--policy is for --engine svi and importance")
         sizes: dict[str, Any] = {"particles": particles, "samples": samples, "chains": chains, "steps": steps}
         sizes |= {"learning_rate": learning_rate, "top_k": top_k} | training
-        ready = twist if twist in ("partial", "prefix") else None  # learned twists need the language model
-        engines = {name: make_engine(name, seed=seed, twist=ready, **sizes) for name in names}
+        fixed = twist if twist in ("partial", "prefix") else None  # learned twists need the language model
+        engines = {name: make_engine(name, seed=seed, twist=fixed, **sizes) for name in names}
         texts, columns = read_prompts(prompt or [], prompts)
         held_out_prompts = None if held_out is None else read_prompts([], held_out)
         sys.path.insert(0, str(Path.cwd()))  # package.module:function may be in the working directory
@@ -177,32 +177,32 @@ def infer(
             raise ValueError(
                 "--reward-settings are for built-in rewards only: give a function of your own its settings in Python"
             )
-        evidence = scale * (rewards.load(reward) if ":" in reward else rewards.get(reward, **options))
+        scaled_reward = scale * (rewards.load(reward) if ":" in reward else rewards.get(reward, **options))
         if out is not None:
             contents = {"prompts": texts, "columns": columns, "held_out": held_out_prompts}
-            contents["code of the reward"] = identify(evidence)
+            contents["code of the reward"] = identify(scaled_reward)
             settings = {name: str(x) for name, x in ctx.params.items() if name not in NOT_COMPARED}
             resume.reserve(out, settings | contents)
         sizes_of_passes = {"batch_size": batch_size, "gradient_checkpointing": gradient_checkpointing}
         lm = language_model(prior, device, dtype, **sizes_of_passes)
-        start = None if policy is None else trained_policy(policy, lm)
+        trained = None if policy is None else trained_policy(policy, lm)
         if "svi" not in engines:  # no weight is trained
-            lm, start = lm.packed(), None if start is None else start.packed()
+            lm, trained = lm.packed(), None if trained is None else trained.packed()
         program = functools.partial(
-            TiltedLM, lm, evidence, beta, max_new_tokens=max_new_tokens, temperature=temperature
+            TiltedLM, lm, scaled_reward, beta, max_new_tokens=max_new_tokens, temperature=temperature
         )
         model = program(subsample_size=minibatch)
-        for name in ("svi", "importance") if start is not None else ():
+        for name in ("svi", "importance") if trained is not None else ():
             if name in engines:
                 factory = engines[name].guide  # of a policy with the rank of --lora-rank
-                guide = start if factory is None else functools.partial(factory, start=start)
+                guide = trained if factory is None else functools.partial(factory, start=trained)
                 engines[name] = dataclasses.replace(engines[name], guide=guide)
         if held_out_prompts is not None:
             unseen = functools.partial(program(), held_out_prompts[0], **held_out_prompts[1])
             callbacks = [*engines["svi"].callbacks, HeldOut({"held out": unseen})]
             callbacks.sort(key=lambda callback: isinstance(callback, TensorBoard))  # it logs what the others evaluate
             engines["svi"] = dataclasses.replace(engines["svi"], callbacks=callbacks)
-        if twist is not None and twist != ready:
+        if twist is not None and twist != fixed:
             learned = make_twist(twist, lm, model, texts, columns, seed, out)
             engines["smc"] = make_engine("smc", seed=seed, twist=learned, **sizes)
         compare(model, texts, columns, engines, out)

@@ -1,14 +1,14 @@
 """A Pyro program as engines see it: its sites and plates, its particles, and the posterior that they give."""
 
-from .assign import assign_values, same_distribution
+from .assign import assign_values, same_distribution, score_values
 from .checks import check_counts, check_positive
 from .errors import EvidenceError, ProgramError
 from .guides import PolicyGuide, as_law, draw_latents
 from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, RandomStates, seeded
 from .partial import PartialRun
-from .particles import Particles, particles_of, run_particles, score_sites, site_value, traces
+from .particles import Particles, particles_of, run_particles, score_sites, site_value, to_numpy, traces
 from .program import STEPS, Program, Site, along, in_prompts, inspect, inspect_or_reuse, sample_sites
-from .run import RunError, SoFar, Stopwatch, check_evidence, draw, keeping, posterior, prompt_labels, to_numpy
+from .run import RunError, SoFar, Stopwatch, check_evidence, draw, keeping, posterior, prompt_labels
 
 __all__ = [
     "PARTICLES",
@@ -47,6 +47,7 @@ __all__ = [
     "same_distribution",
     "sample_sites",
     "score_sites",
+    "score_values",
     "seeded",
     "site_value",
     "to_numpy",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -300,3 +301,8 @@ def site_value(site: Site, value: Tensor, num_particles: int) -> Tensor:
 def _per_observation(site: Site, log_prob: Tensor, num_particles: int) -> Tensor:
     """Return a site's log_prob as (particle, *batch)."""
     return site_value(replace(site, shape=site.shape[: site.batch_dims]), log_prob, num_particles)
+
+
+def to_numpy(x: Tensor) -> np.ndarray:
+    """Return a tensor as an array; half precisions, which NumPy lacks or computes badly in, become float32."""
+    return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).detach().cpu().numpy()

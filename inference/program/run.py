@@ -19,7 +19,7 @@ from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 
 from .errors import EvidenceError
-from .particles import Particles, run_particles
+from .particles import Particles, run_particles, to_numpy
 from .program import Program
 
 # -- time and usage -----------------------------------------------------------------------------------------------
@@ -315,8 +315,3 @@ def check_evidence(log_weights: np.ndarray, labels: list[str]) -> None:
             f"every reward is -inf {of}in all {log_weights[..., i].size} draws: the posterior does not exist, or the "
             "constraint is too rare to be met by chance. Draw more, loosen the constraint, or use a better proposal"
         )
-
-
-def to_numpy(x: Tensor) -> np.ndarray:
-    """Return a tensor as an array; half precisions, which NumPy lacks or computes badly in, become float32."""
-    return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).detach().cpu().numpy()

@@ -20,10 +20,10 @@ from torch import Size, Tensor
 from torch.distributions import constraints
 
 from .decoding import Decoder, generate
+from .encoding import Vocabulary
 from .network import CausalNetwork
-from .prompted import PromptedNetwork
+from .prefix import PromptedNetwork
 from .scoring import scores_and_hidden, token_scores
-from .vocabulary import Vocabulary
 
 
 class TokenModel(Protocol):

@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .prefix import Prefix, extend
-from .prompted import PromptedNetwork
+from .prefix import Prefix, PromptedNetwork, extend
 
 
 class Decoder:

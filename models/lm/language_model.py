@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from . import adapters, encoding, fitting, loading, packing
 from .autoregressive import Autoregressive
+from .encoding import Vocabulary
 from .gradient_checkpointing import checkpointable_layers
 from .network import CausalNetwork
 from .tabular import NGramConfig, NGramForCausalLM, word_tokenizer
-from .vocabulary import Vocabulary
 
 
 class LanguageModel(nn.Module):

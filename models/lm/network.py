@@ -25,7 +25,6 @@ from torch.utils.checkpoint import checkpoint
 
 from . import packing
 from .gradient_checkpointing import checkpointed
-from .masks import causal_mask, positions_of
 from .module_copies import with_forward, with_modules
 from .usage import count_pass
 
@@ -166,7 +165,7 @@ class CausalNetwork:
         """Numbers in the keys and values of a token, counted on a pass."""
         ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
         with torch.no_grad():
-            _, cache = self._pass(ids, None, positions_of(ids, None), None)
+            _, cache = self._probe(ids, None, positions_of(ids, None), None)
         kept = [getattr(layer, name, None) for layer in getattr(cache, "layers", ()) for name in ("keys", "values")]
         return sum(x.numel() for x in kept if isinstance(x, Tensor)) // ids.numel()
 
@@ -208,30 +207,28 @@ class CausalNetwork:
         count_pass(ids.numel())
         if mask is not None and self.mask_dtype is not None:
             mask = causal_mask(mask, ids.shape[-1], self.mask_dtype)
-        return self._pass(ids, mask, positions, cache, use_cache, gradient_checkpointing)
+        module = self.body or self.network
+        with self.precision():
+            inputs = self._inputs(ids, mask, positions, cache)
+            out = (checkpointed(module) if gradient_checkpointing else module)(**inputs, use_cache=use_cache)
+        return self._states(out)
 
     def hidden_of_texts(self, ids: Tensor, mask: Tensor | None, gradient_checkpointing: bool = False) -> Tensor:
         """Return hidden states (rows, tokens, width) of left-padded texts (rows, tokens), without a cache."""
         positions = positions_of(ids, mask)
         return self.hidden(ids, mask, positions, use_cache=False, gradient_checkpointing=gradient_checkpointing)[0]
 
-    def _pass(
-        self,
-        ids: Tensor,
-        mask: Tensor | None,
-        positions: Tensor,
-        cache: Any,
-        use_cache: bool = True,
-        gradient_checkpointing: bool = False,
-    ) -> tuple[Tensor, Any]:
+    def _inputs(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
-        if self._takes_positions:
-            inputs["position_ids"] = positions
-        module = self.body or self.network
+        return inputs | {"position_ids": positions} if self._takes_positions else inputs
+
+    def _states(self, out: Any) -> tuple[Tensor, Any]:
+        return out.logits if self.body is None else out.last_hidden_state, getattr(out, "past_key_values", None)
+
+    def _probe(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """Return what `hidden` does, with any form of mask, and without counting the pass."""
         with self.precision():
-            out = (checkpointed(module) if gradient_checkpointing else module)(**inputs, use_cache=use_cache)
-        hidden = out.logits if self.body is None else out.last_hidden_state
-        return hidden, getattr(out, "past_key_values", None)
+            return self._states((self.body or self.network)(**self._inputs(ids, mask, positions, cache)))
 
     @cached_property
     def mask_dtype(self) -> torch.dtype | None:
@@ -254,8 +251,8 @@ class CausalNetwork:
 
         def states(form: Callable[[Tensor, int], Tensor]) -> Tensor:
             """Return the hidden states of a pass of three tokens, and of one more of the last."""
-            first, cache = self._pass(ids[:, :3], form(mask[:, :3], 3), positions[:, :3], None)
-            last, _ = self._pass(ids[:, 3:], form(mask, 1), positions[:, 3:], cache)
+            first, cache = self._probe(ids[:, :3], form(mask[:, :3], 3), positions[:, :3], None)
+            last, _ = self._probe(ids[:, 3:], form(mask, 1), positions[:, 3:], cache)
             return torch.cat([first, last], dim=1)[mask.bool()].float()
 
         with torch.no_grad():
@@ -332,3 +329,26 @@ class CausalNetwork:
 def log_softmax_at(logits: Tensor, token: Tensor) -> Tensor:
     """Return log softmax(logits), of logits (rows, vocabulary), at tokens (rows,)."""
     return logits.gather(-1, token[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def positions_of(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the positions (row, length) of left-padded ids (row, length)."""
+    if mask is None:
+        return torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
+    return (mask.cumsum(-1) - 1).clamp_min(0)  # no token attends to padding, whose own position does not matter
+
+
+def causal_mask(mask: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+    """Return where each of the last ``tokens`` of left-padded texts attends to, (row, 1, tokens, length).
+
+    :param mask: 1 at tokens that are not padding, (row, length).
+    :param dtype: bool for True and False; a float type for 0 and its minimum, which are added to attention logits.
+    """
+    length = mask.shape[-1]
+    at = torch.arange(length, device=mask.device)
+    row = at[length - tokens :, None]
+    # padding attends to itself: some kernels return NaN for a row that attends to nothing
+    attended = (mask.bool()[:, None, None, :] & (at < row)) | (at == row)
+    if dtype == torch.bool:
+        return attended
+    return torch.zeros_like(attended, dtype=dtype).masked_fill(~attended, torch.finfo(dtype).min)

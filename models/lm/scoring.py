@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from .prefix import Prefix, extend
-from .prompted import PromptedNetwork
+from .prefix import Prefix, PromptedNetwork, extend
 from .usage import active_usages, counting, note_mismatch
 
 # (prompt tokens computed more than once) x width, up to which prompts are computed with every completion: a pass of

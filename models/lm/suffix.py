@@ -11,8 +11,7 @@ from torch import Tensor
 
 from .autoregressive import Autoregressive
 from .decoding import Decoder, generate
-from .prefix import Prefix, prefill
-from .prompted import PromptedNetwork
+from .prefix import Prefix, PromptedNetwork, prefill
 
 
 @torch.no_grad()

@@ -175,8 +175,8 @@ def test_results_are_never_overwritten(folder):
 
 
 def test_an_error_in_mid_training_keeps_the_policy(folder):
-    out = infer("a", "--engine", "svi", "--reward", "my_rewards:breaks_later", "--out", "run", code=1)
-    assert "the judge went home" in " ".join(out.split())
+    out = " ".join(infer("a", "--engine", "svi", "--reward", "my_rewards:breaks_later", "--out", "run", code=1).split())
+    assert "the judge went home" in out
     assert "SVI stopped at step" in out
     kept = LanguageModel.from_pretrained("run/svi-policy-so-far")
     assert kept(["a"], max_new_tokens=2).support_size == 57
@@ -216,10 +216,8 @@ def test_training_in_minibatches_at_a_target_of_the_kl(folder):
 def test_a_failed_training_resumes_from_its_checkpoint(folder):
     """After a reward that raised once; the policy is that of an uninterrupted run."""
     training = ["--engine", "svi", "--steps", "60", "--samples", "8", "--objective", "log-variance-replay"]
-    failing = REWARDS.replace(
-        "calls > 4", "calls == 15"
-    )  # in step 52: the reward is called at the inspection and at every fourth step
-    Path("my_rewards.py").write_text(failing)
+    # in step 52: the reward is called at the inspection and at every fourth step
+    Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 15"))
     settings = ["a", *training, "--reward", "my_rewards:breaks_later", "--checkpoint", "kept"]
     settings += ["--tensorboard", "curves", "--out", "again"]
     assert "the last checkpoint is" in " ".join(infer(*settings, code=1).split())
@@ -279,8 +277,8 @@ def test_a_changed_reward_is_refused_in_the_same_folder(folder):
 
 def test_after_ctrl_c_the_repeated_command_resumes(folder):
     """From its checkpoint; the interrupted result stays until the engine has finished."""
-    training = ["--engine", "svi", "--steps", "60", "--samples", "8"]
-    Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 30"))
+    training = ["--engine", "svi", "--steps", "12", "--samples", "8"]
+    Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 8"))
     call = ["a", *training, "--reward", "my_rewards:interrupts", "--checkpoint", "kept"]
     infer(*call, "--out", "run", code=130)
     interrupted = Posterior.load("run/svi")
@@ -292,7 +290,7 @@ def test_after_ctrl_c_the_repeated_command_resumes(folder):
     infer(*call[:-2], "--engine", "svi", "--out", "anew")
     again, anew = (Posterior.load(f"{name}/svi") for name in ("run", "anew"))
     assert not again.stats["interrupted"]
-    assert again.stats["steps"] == anew.stats["steps"] == 60
+    assert again.stats["steps"] == anew.stats["steps"] == 12
     assert (again.samples["completion"] == anew.samples["completion"]).all()
 
 
@@ -324,8 +322,8 @@ def test_ctrl_c_in_the_first_draws_after_a_training(folder):
 
 def test_an_interrupted_result_outlives_another_interruption(folder):
     """Of two interrupted results both are kept until a run has finished."""
-    Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls in (30, 60)"))
-    call = ["a", "--engine", "svi", "--steps", "200", "--samples", "8", "--reward", "my_rewards:interrupts"]
+    Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls in (6, 12)"))
+    call = ["a", "--engine", "svi", "--steps", "12", "--samples", "8", "--reward", "my_rewards:interrupts"]
     infer(*call, "--out", "run", code=130)
     infer(*call, "--out", "run", code=130)
     assert sorted(path.name for path in Path("run").glob("svi*")) == ["svi", "svi-interrupted"]
@@ -363,8 +361,8 @@ def test_a_policy_to_start_from_and_to_propose_with(folder):
 
 def test_settings_of_a_training(folder):
     (folder / "unseen.txt").write_text("c\nd\n")
-    training = ["--engine", "svi", "--steps", "60", "--samples", "8", "--particles", "32", "--beta", "5"]
-    settings = ["--held-out", "unseen.txt", "--stop-kl", "3", "--lora-rank", "0", "--batch-size", "3"]
+    training = ["--engine", "svi", "--steps", "60", "--samples", "8", "--particles", "12", "--beta", "5"]
+    settings = ["--held-out", "unseen.txt", "--stop-kl", "3", "--lora-rank", "0", "--batch-size", "8"]
     infer("a", "b", *training, *settings, "--gradient-checkpointing", "--out", "run")
     posterior = Posterior.load("run/svi")
     assert posterior.stats["held out_elbo"].shape[::2] == (1, 2)

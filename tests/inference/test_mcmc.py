@@ -26,9 +26,8 @@ from support.statistics import assert_agrees, assert_drawn_from, assert_mean
 
 from bayeslm import Posterior, diagnostics
 from bayeslm.inference import EvidenceError, Exact, RunError
-from bayeslm.inference.markov.moves import log_target
+from bayeslm.inference.markov.tempering import log_target
 from bayeslm.inference.mcmc import MCMC, Replicas
-from bayeslm.inference.program import inspect
 from bayeslm.models import LanguageModel
 
 CHAINS = 64
@@ -178,10 +177,13 @@ def test_tempering_crosses_between_modes():
 
 def test_temperatures_move_to_where_neighbours_refuse_equally():
     """Refusals of 0.6, 0.2 and 0.2: the ladder between 0 and 1/3 then needs three of five parts of the steps."""
-    program = inspect(shared(), SHORT)
-    replicas = Replicas(program, 4, 100)
-    replicas._tried += 100
-    replicas._accepted += torch.tensor([[40.0], [80.0], [80.0]])
+    target = Enumerated(shared())
+    replicas = Replicas(target.program, 4, 100)
+    log_likelihood = -3.0 * torch.tensor([1.0, 0.4, 0.8, 0.8]).log().cumsum(0)  # a third of the gap is log acceptance
+    state = replace(target.draw(400), log_likelihood={"reward": log_likelihood.repeat_interleave(100)[:, None]})
+    for _ in range(2):  # the even pairs, and the odd one
+        replicas.swap(state)
+    np.testing.assert_allclose(replicas.stats()["swap_acceptance"][:, 0], [0.4, 0.8, 0.8], rtol=1e-5)
     replicas.adapt(17)
     np.testing.assert_allclose(replicas.stats()["inverse_temperatures"][:, 0], [0, 1 / 3, 2 / 3, 1], atol=1e-6)
     replicas.adapt(32)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bayeslm import Posterior
 from bayeslm.inference import Exact
-from bayeslm.inference.markov.moves import log_target
-from bayeslm.inference.program import Particles, inspect
+from bayeslm.inference.markov.tempering import log_target
+from bayeslm.inference.program import Particles, assign_values, inspect, run_particles
 from bayeslm.models import LanguageModel
 
 
@@ -83,7 +83,10 @@ class Enumerated:
 
     def __init__(self, model: Callable[[list[Any]], None], gamma: float = 1.0) -> None:
         self.program = inspect(model, SHORT)
-        self.atoms = Exact()._enumerate(self.program)
+        exact = Exact(num_prior_samples=1).run(model, SHORT)
+        values = {site.name: torch.as_tensor(exact.samples[site.name][0]) for site in self.program.latents}
+        with assign_values(self.program, values):
+            self.atoms = run_particles(self.program, None, exact.stats["atoms"])
         target = log_target(self.atoms, gamma).double()
         self.log_prob = target - target.logsumexp(0)  # (atom, column)
         self._place = [{code: i for i, code in enumerate(column)} for column in self._codes(self.atoms)]

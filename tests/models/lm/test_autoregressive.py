@@ -11,9 +11,9 @@ from support.statistics import assert_drawn_from, count_completions
 
 from bayeslm.models import Autoregressive, LanguageModel
 from bayeslm.models.lm.decoding import categorical
+from bayeslm.models.lm.encoding import Vocabulary
 from bayeslm.models.lm.network import CausalNetwork
 from bayeslm.models.lm.usage import count_usage
-from bayeslm.models.lm.vocabulary import Vocabulary
 
 PROMPTS = ["a b c d e", "f", "g a b"]  # of different lengths, so that two are padded
 IDS = [[1, 2, 3, 4, 5], [6], [7, 1, 2]]

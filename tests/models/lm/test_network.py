@@ -10,8 +10,7 @@ from transformers import masking_utils
 
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm import network, scoring
-from bayeslm.models.lm.masks import causal_mask
-from bayeslm.models.lm.network import CausalNetwork
+from bayeslm.models.lm.network import CausalNetwork, causal_mask
 from bayeslm.models.lm.prefix import prefill
 from bayeslm.models.lm.usage import count_usage
 

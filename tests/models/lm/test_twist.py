@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 
@@ -61,22 +62,29 @@ def drawn(log_psi, log_l, taught=None):
     return TwistData(nothing, taught, log_l[:, None])
 
 
+@functools.cache
+def learned(kind, method, reads_reward):
+    """A model, a program on it, its exact posterior and its learned twist."""
+    lm = table_lm(order=3, seed=0) if kind == "table" else tiny_llama(seed=1)
+    model = words(lm, beta=0.4)
+    twist = learn(model, method=method, reads_reward=reads_reward)
+    return lm, model, Exact(num_prior_samples=1).run(model, PROMPTS), twist
+
+
 @pytest.mark.parametrize("reads_reward", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["table", "llama"])
 def test_learns_the_exact_twist(kind, method, reads_reward):
-    """It goes with the enumerated expectation at every step, prompt by prompt."""
-    lm = table_lm(order=3, seed=0) if kind == "table" else tiny_llama(seed=0)
-    model = words(lm)
-    exact = ExactTwist(Exact(num_prior_samples=1).run(model, PROMPTS))
-    twist = learn(model, method=method, reads_reward=reads_reward)
+    """It is correlated with the enumerated expectation at every step, for each prompt."""
+    lm, _, posterior, twist = learned(kind, method, reads_reward)
+    exact = ExactTwist(posterior)
     torch.manual_seed(0)
     steps = lm(PROMPTS, max_new_tokens=T).expand((200, 2)).decoder()
     state, known = twist.start(steps), exact.start(steps)
     while steps.t < T:
         token, score = categorical(steps.logits)
         truth, live = exact.lookahead(known, token[:, None])[:, 0], ~steps.finished & (token != 0)
-        so_far = count(torch.cat([steps.values[:, : steps.t], token[:, None]], -1)) / 0.5
+        so_far = count(torch.cat([steps.values[:, : steps.t], token[:, None]], -1)) / 0.4
         guess = twist.lookahead(state, token[:, None], so_far[:, None] if reads_reward else None)[:, 0]
         for prompt in range(2):
             of = live.reshape(200, 2).clone()
@@ -90,9 +98,7 @@ def test_learns_the_exact_twist(kind, method, reads_reward):
 @pytest.mark.parametrize("reads_reward", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_smc_with_a_learned_twist_is_unbiased_and_better(method, reads_reward):
-    model = words(tiny_llama(seed=1), beta=0.4)
-    exact = Exact(num_prior_samples=1).run(model, PROMPTS)
-    twist = learn(model, method=method, reads_reward=reads_reward)
+    _, model, exact, twist = learned("llama", method, reads_reward)
     settings = {"num_particles": 16, "num_chains": 150, "seed": 0, "progress": False}
     variances = []
     for engine in (

@@ -18,7 +18,7 @@ from typing import Any
 from bayeslm.inference.program import (
     PolicyGuide,
     Stopwatch,
-    as_law,
+    as_proposal,
     check_counts,
     draw,
     inspect,
@@ -86,7 +86,7 @@ class ImportanceSampling:
                 else inspect(model, *args, **kwargs)
             )
             guide = PolicyGuide(program, self.guide) if isinstance(self.guide, LanguageModel) else self.guide
-            guide = None if guide is None else as_law(guide, program)
+            guide = None if guide is None else as_proposal(guide, program)
             retained = None
             if self.retained is not None:
                 retained = retained_particles(

@@ -20,7 +20,7 @@ from bayeslm.inference.program import (
     Program,
     SoFar,
     Stopwatch,
-    as_law,
+    as_proposal,
     check_counts,
     draw,
     inspect_or_reuse,
@@ -173,7 +173,7 @@ class SVI:
         parts = []
         for chain in chains:
             with chain.own_params():
-                part, cut = self._draw(program, as_law(chain.guide, program), num, "draws of the policy")
+                part, cut = self._draw(program, as_proposal(chain.guide, program), num, "draws of the policy")
                 parts.append(part)
                 interrupted |= cut
         prior = None

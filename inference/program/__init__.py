@@ -3,7 +3,7 @@
 from .assign import assign_values, same_distribution, score_values
 from .checks import check_counts, check_positive
 from .errors import EvidenceError, ProgramError
-from .guides import PolicyGuide, as_law, draw_latents
+from .guides import PolicyGuide, as_proposal, draw_latents
 from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, RandomStates, seeded
 from .partial import PartialRun
 from .particles import Particles, particles_of, run_particles, score_sites, site_value, to_numpy, traces
@@ -29,7 +29,7 @@ __all__ = [
     "SoFar",
     "Stopwatch",
     "along",
-    "as_law",
+    "as_proposal",
     "assign_values",
     "check_counts",
     "check_evidence",

@@ -222,7 +222,7 @@ def score_sites(program: Program, trace: Trace, num_particles: int, *, skip: Con
 
 
 def _score_completion(node: Any) -> None:
-    """Compute the log-probabilities of a completion's tokens, and of the whole as Pyro's traces hold it."""
+    """Compute the log-probabilities of a completion's tokens, and their sum where Pyro's traces hold it."""
     node["token_log_prob"] = node["fn"].token_log_prob(node["value"], known=node.get("token_log_prob"))
     node["unscaled_log_prob"] = node["token_log_prob"].sum(-1)
     node["log_prob"] = scale_and_mask(node["unscaled_log_prob"], node["scale"], node["mask"])
@@ -255,7 +255,7 @@ def particles_of(
     if unknown or len(terms) < sum(site.kind != "deterministic" for site in program.sites.values()):
         raise ProgramError(
             "the program's sites changed between runs: a site that is only sometimes there cannot be a latent "
-            f"(seen now: {sorted(terms)}; first: {sorted(program.sites)})"
+            f"(now: {sorted(terms)}; when it was inspected: {sorted(program.sites)})"
         )
     nodes = dict(sample_sites(model_trace))
     guide_nodes = {} if guide_trace is None else dict(sample_sites(guide_trace))

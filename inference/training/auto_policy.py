@@ -74,7 +74,7 @@ class AutoPolicy(nn.Module):
         pyro.module("policies", self.policies)
         if self.logits:
             pyro.module("logits", self.logits)
-        values = None
+        values: dict[str, Tensor] = {}
         if self.continuous is not None:
             values = self.continuous(*args, **kwargs)
             values |= {plate.name: plate.indices for plate in self.continuous.plates.values()}

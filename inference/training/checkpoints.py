@@ -5,7 +5,7 @@
         checkpoint.json       format, version, the run's description, step, random numbers' states
         tensors.safetensors   parameters, Adam's moments, the state of objective and callbacks, the history
 
-Each is written into a hidden folder beside its place and renamed; only then is the one before it removed.
+Each is written into a hidden folder next to its final name and renamed; only then is the one before it removed.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Checkpoints:
             values = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
             tensors = load_file(path / "tensors.safetensors")
         except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(f"{path} is no checkpoint that can be read ({error}): remove it to begin anew") from error
+            raise ValueError(f"{path} is no checkpoint that can be read ({error}): remove it to start again") from error
         there = {"format": values.pop("format", None), "version": values.pop("version", None)} | values.pop("run", {})
         here = {"format": FORMAT, "version": bayeslm.__version__} | self._description
         if has_unreadable(here) and self._settings.version is None:

@@ -1,4 +1,4 @@
-r"""Objectives over whole particles; a new one is its mathematics alone.
+r"""Objectives over complete particles; a new one is its mathematics alone.
 
 A guide q is to become \pi^*(x) = p(x) exp(l(x)) / Z, l = r / beta. Particles x_1..x_n come from a distribution s, the
 guide's own unless a `sources.Source` says otherwise; an objective sees of them, prompt by prompt,

@@ -222,7 +222,7 @@ def _source(value: Any) -> tuple[str, ast.AST]:
         nodes = [x for x in nodes if at and _start(x) <= min(at) and max(at) <= (x.end_lineno, x.end_col_offset)]
     segment = ast.get_source_segment(file, max(nodes, key=_start)) if nodes else None
     if segment is None:
-        raise OSError("a lambda whose source cannot be told from others'")
+        raise OSError("a lambda whose source cannot be separated from other lambdas of its line")
     return segment, ast.parse(f"({segment})")
 
 

@@ -101,7 +101,7 @@ class Training:
         with self.own_params(), track(self._title, self.num_steps, self._progress) as report:
             report(self.step)
             for x in _unconstrained().values():
-                x.grad = None  # of a step that was broken off
+                x.grad = None  # of an interrupted step
             try:
                 with self._ended_by_ctrl_c():
                     self._call("start", self._record())
@@ -161,7 +161,7 @@ class Training:
 
     @contextlib.contextmanager
     def _rescued(self, checkpoints: Checkpoints | None) -> Iterator[None]:
-        """Write a checkpoint of where a step began, if it is broken off before it has moved the guide."""
+        """Write a checkpoint of the state before a step, if the step is stopped before it has moved the guide."""
         if checkpoints is None or self.step == 0:
             yield
             return

@@ -2,7 +2,7 @@
 
     python benchmarks/evidence.py [--runs 40] [--particles 32] [--beta 0.1] [--draws 2048]
 
-Each run is an island of its own. Importance sampling and SMC push the same tokens through the network: one forward
+Each run is a chain of its own. Importance sampling and SMC push the same tokens through the network: one forward
 pass a token for all particles. Two twists are learned: from the prior's hidden states alone, and from these with the
 sentiment of the text so far. Their training is counted by itself: it is done once a prompt and a reward. Variances are
 compared by the jackknife of their logarithms (Miller 1968), with intervals of 95%. SMC resamples where the ESS falls

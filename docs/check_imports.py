@@ -69,6 +69,7 @@ def modules() -> dict[str, Path]:
 
 @cache
 def tree(module: str) -> ast.Module:
+    """The syntax tree of a module."""
     return ast.parse(modules()[module].read_text(encoding="utf-8"))
 
 
@@ -133,10 +134,11 @@ def past_the_exports(found: Import) -> str | None:
 
 
 def circles(found: list[Import]) -> Iterator[str]:
-    """Circles of modules, each with the imports that close it."""
+    """Circles of modules, each with the imports that close it; those against the floors are left out."""
     graph: dict[str, dict[str, Import]] = {module: {} for module in modules()}
     for each in found:
-        graph[each.importer].setdefault(each.target, each)
+        if against_the_floors(each) is None:
+            graph[each.importer].setdefault(each.target, each)
     while True:
         try:
             return TopologicalSorter(graph).prepare()

@@ -133,6 +133,11 @@ def curves(found: dict[str, Box], pairs: list[tuple[str, str]]) -> list[str]:
     paths = []
     for a, b in sorted(pairs, key=lambda pair: (-abs(FLOOR[pair[0]] - FLOOR[pair[1]]), pair)):
         upper, lower = found[a], found[b]
+        if upper.row == lower.row:  # of one row: a straight line between their sides
+            sides = (upper.x + upper.width, lower.x - 2) if upper.x < lower.x else (upper.x, lower.x + lower.width + 2)
+            line = f"M{sides[0]:.0f},{upper.y + 36:.0f} H{sides[1]:.0f}"
+            paths.append(f'<path class="arrow" d="{line}" stroke="{upper.edge}" marker-end="url(#tip)"/>')
+            continue
         between = [box for row in range(upper.row + 1, lower.row) for box in rows[row]]
         channels = [
             x for x in range(10, WIDTH - 9, 2) if not any(box.x - 14 < x < box.x + box.width + 14 for box in between)
@@ -161,6 +166,7 @@ def curves(found: dict[str, Box], pairs: list[tuple[str, str]]) -> list[str]:
 
 
 def picture() -> str:
+    """The picture as SVG."""
     found, pairs = boxes(), arrows()
     height = max(box.y + box.height for box in found.values()) + MARGIN
     return "\n".join(

@@ -24,11 +24,10 @@ from bayeslm.inference.program import (
     ProgramError,
     Site,
     Stopwatch,
-    assign_values,
     check_counts,
     inspect,
     posterior,
-    run_particles,
+    score_values,
     seeded,
 )
 from bayeslm.models.lm import Autoregressive
@@ -80,7 +79,7 @@ class Exact:
 
     def _enumerate(self, program: Program) -> Particles:
         """Score all joint assignments, in batches of bounded memory."""
-        free = {site.name: _free_elements(program, site) for site in program.latents}
+        free = {site.name: math.prod(_free_dims(program, site)) for site in program.latents}
         sizes = {site.name: _support_size(site) ** free[site.name] for site in program.latents}
         total = math.prod(sizes.values())
         if total > self.max_atoms:
@@ -97,13 +96,7 @@ class Exact:
             atoms = atoms.repeat_interleave(inner, 0)
             values[site.name] = atoms.repeat(outer, *(1,) * (atoms.dim() - 1))
             outer *= sizes[site.name]
-        step = program.max_particles
-        parts = []
-        for i in range(0, total, step):
-            some = {name: value[i : i + step] for name, value in values.items()}
-            with assign_values(program, some):
-                parts.append(run_particles(program, None, min(step, total - i)))
-        return Particles.concatenate(parts)
+        return score_values(program, values)
 
     def _prior(self, program: Program, atoms: Particles) -> Particles:
         """Draw from the prior by the exact probabilities of the atoms."""
@@ -124,7 +117,7 @@ def _support_size(site: Site) -> int:
         return len(site.fn.enumerate_support(expand=False))
     except NotImplementedError:
         raise ProgramError(
-            f"Exact cannot enumerate site {site.name!r}: the support of {type(site.fn).__name__} is not finite. Use "
+            f"Exact cannot enumerate site {site.name!r}: {type(site.fn).__name__} has no enumerable support. Use "
             "ImportanceSampling or SVI"
         ) from None
 
@@ -134,11 +127,6 @@ def _free_dims(program: Program, site: Site) -> list[int]:
     separate = None if program.shared else PROMPTS
     batch = enumerate(site.shape[: site.batch_dims])
     return [1 if site.plates.get(i - site.batch_dims) == separate else size for i, size in batch]
-
-
-def _free_elements(program: Program, site: Site) -> int:
-    """Return the number of elements of a site whose values are combined."""
-    return math.prod(_free_dims(program, site))
 
 
 def _atoms(program: Program, site: Site, elements: int) -> Tensor:

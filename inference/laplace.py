@@ -24,15 +24,8 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from bayeslm import diagnostics
-from bayeslm.inference.markov import (
-    Potential,
-    ScoreOnce,
-    score_unconstrained,
-    starting_point,
-    unconstrained_shapes,
-)
+from bayeslm.inference.markov import Potential, ScoreOnce, score_unconstrained, starting_point, unconstrained_shapes
 from bayeslm.inference.program import (
-    Program,
     ProgramError,
     Stopwatch,
     check_counts,
@@ -44,7 +37,6 @@ from bayeslm.inference.program import (
 )
 from bayeslm.posterior import Posterior
 
-STARTS = 100  # points to try, the first of them 0
 HALVINGS = 30  # of one Newton step
 LONGEST = 1e3  # norm of a step: where the curvature is nearly 0, log-densities overflow at longer ones
 SUFFICIENT = 0.1  # a step must lower U by this share of the decrease that the slope predicts
@@ -103,7 +95,7 @@ class Laplace:
                 )
             score_once = ScoreOnce(program)
             batches: dict[str, Any] = {"batch_size": self.batch_size, "vectorize": self.vectorize}
-            start = starting_point(program, score_once, _starts(program, shapes), **batches)
+            start = starting_point(program, score_once, shapes, zero_first=True, **batches)
             mode, hessian, stats = self._mode(Potential(program, score_once), start)
             normal = MultivariateNormal(mode, precision_matrix=hessian)
             z = normal.sample((self.num_samples,))  # (draw, d)
@@ -179,16 +171,6 @@ def _derivatives(potential: Potential, z: Tensor, like: dict[str, Tensor]) -> tu
             "Newton's method met a point where the log-density has no finite second derivative: use NUTS"
         )
     return value.detach(), slope.detach(), (hessian + hessian.T) / 2
-
-
-def _starts(program: Program, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """Return points (point, *batch, *event) by site: 0, near the mode of most priors, and draws of U(-2, 2)."""
-    points = {}
-    for site in program.latents:
-        z = torch.empty((STARTS, *shapes[site.name])).uniform_(-2, 2)
-        z[0] = 0.0
-        points[site.name] = z.to(site.value)
-    return points
 
 
 def _unflatten(z: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -19,13 +19,7 @@ from pyro.infer import MCMC as PyroMCMC
 from pyro.infer import NUTS as PyroNUTS
 from torch import Tensor
 
-from bayeslm.inference.markov import (
-    Potential,
-    ScoreOnce,
-    score_unconstrained,
-    starting_point,
-    unconstrained_shapes,
-)
+from bayeslm.inference.markov import Potential, ScoreOnce, score_unconstrained, starting_point, unconstrained_shapes
 from bayeslm.inference.program import (
     Particles,
     Program,
@@ -40,8 +34,6 @@ from bayeslm.inference.program import (
 )
 from bayeslm.posterior import Posterior
 from bayeslm.progress import Report, track
-
-STARTS = 100  # points to try, until one has positive density
 
 
 @dataclass(frozen=True)
@@ -98,7 +90,7 @@ class NUTS:
             shapes = unconstrained_shapes(program)
             score_once = ScoreOnce(program)
             with score_once:
-                prior, _ = draw(program, None, self.num_samples, batch_size=self._size, vectorize=self.vectorize)
+                prior, _ = draw(program, None, self.num_samples, **self._batches)
             parts, stats, interrupted = self._chains(program, shapes, score_once)
             return posterior(
                 program,
@@ -111,8 +103,9 @@ class NUTS:
             )
 
     @property
-    def _size(self) -> int | None:
-        return self.batch_size if self.vectorize else 1
+    def _batches(self) -> dict[str, Any]:
+        """The arguments of functions that run many particles at once."""
+        return {"batch_size": self.batch_size if self.vectorize else 1, "vectorize": self.vectorize}
 
     def _chains(
         self, program: Program, shapes: dict[str, torch.Size], score_once: ScoreOnce
@@ -138,18 +131,12 @@ class NUTS:
             for _ in range(self.num_chains):
                 draws.clear()
                 figures.append({})
-                z = self._start(program, shapes, score_once)
+                z = starting_point(program, score_once, shapes, zero_first=False, **self._batches)
                 self._walk(Potential(program, score_once), z, draws, figures[-1], report)
                 parts.append(self._score(program, score_once, _stack(draws)))
         names = ("acceptance", "divergences", "step_size")
         stats = {name: np.array([chain[name] for chain in figures[: len(parts)]]) for name in names}
         return parts, stats, run.interrupted
-
-    def _start(self, program: Program, shapes: dict[str, torch.Size], score_once: ScoreOnce) -> dict[str, Tensor]:
-        """Draw points from U(-2, 2) and return the first with positive density."""
-        like = {site.name: site.value for site in program.latents}
-        z = {name: torch.empty((STARTS, *shapes[name])).uniform_(-2, 2).to(like[name]) for name in shapes}
-        return starting_point(program, score_once, z, batch_size=self.batch_size, vectorize=self.vectorize)
 
     def _walk(
         self,
@@ -184,7 +171,7 @@ class NUTS:
         ).run()
 
     def _score(self, program: Program, score_once: ScoreOnce, z: dict[str, Tensor]) -> Particles:
-        return score_unconstrained(program, score_once, z, batch_size=self.batch_size, vectorize=self.vectorize)[0]
+        return score_unconstrained(program, score_once, z, **self._batches)[0]
 
 
 def _stack(draws: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,11 +1,11 @@
-r"""Rejection sampling: exact draws of the posterior, where the likelihood is bounded; and best-of-n, its imitation.
+r"""Rejection sampling, exact draws of the posterior where the likelihood is bounded; and best-of-n, a baseline.
 
     x ~ p,    accept with probability exp(l(x) - M),    l = \sum_f log-likelihood terms <= M
 
 Accepted draws are independent draws of the posterior, and the acceptance rate is Z exp(-M) (von Neumann 1951).
 
-Best-of-n keeps the best of n draws instead. It is the practitioners' baseline: no temperature, no Z. Its divergence
-from the prior is at most log n - (n - 1)/n (Beirami et al. 2024, arXiv 2401.01879).
+Best-of-n keeps the best of n draws instead: it has no beta and no Z. Its KL divergence from the prior is at most
+log n - (n - 1)/n (Beirami et al. 2024, arXiv 2401.01879).
 """
 
 from __future__ import annotations
@@ -44,12 +44,18 @@ from bayeslm.progress import track
 class RejectionSampling:
     """Exact draws of the posterior.
 
-    :param num_samples: draws in each chain.
-    :param num_chains: independent replicates.
-    :param log_bound: M, an upper bound of the summed log-likelihood terms (r_max / beta). None reads it from the
-        program's ``log_bound``, which `TiltedLM` has where its reward has an upper bound.
-    :param max_proposals: the budget, proposals a prompt. When it is spent the draws so far are given with a warning.
-    :param batch_size, vectorize, seed, progress: as in `ImportanceSampling`.
+    :param num_samples: the number of draws in each chain.
+    :param num_chains: the number of independent chains.
+    :param log_bound: M, an upper bound of the sum of all log-likelihood terms (r_max / beta). None takes the program's
+        attribute ``log_bound``, which a `TiltedLM` has if its reward has an upper bound.
+    :param max_proposals: the largest number of proposals for each prompt. If it does not suffice, the posterior has
+        fewer draws, and a warning says so.
+    :param batch_size: the number of particles in one run of the program; None for as many as bounded memory allows.
+    :param vectorize: whether one run of the program holds all particles of a batch. False runs them one by one, for
+        programs whose Python code depends on the value of a latent.
+    :param seed: seed of all random numbers; None draws from the global random state.
+    :param progress: whether to show a progress bar.
+    :raises ValueError: if a setting is out of range.
     """
 
     num_samples: int = 100
@@ -65,18 +71,23 @@ class RejectionSampling:
         check_counts(self, "num_samples", "num_chains", "max_proposals", "batch_size")
 
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
-        """Sample the posterior of ``model(*args, **kwargs)``. ``stats``: ``acceptance`` a prompt, ``proposals``.
+        """Sample the posterior of ``model(*args, **kwargs)``; log Z is estimated from all proposals.
 
-        log Z comes from all proposals, accepted or not.
+        ``stats``: ``acceptance`` (prompt,), the share of accepted proposals; ``proposals``, their number for each
+        prompt; ``interrupted``, ``seconds``, ``tokens`` and ``model_calls``. After Ctrl-C the posterior has the draws
+        until then, equally many of each prompt and chain.
 
-        :raises ProgramError: if no finite bound is known, or a draw exceeds it.
-        :raises EvidenceError: if the budget is spent before each prompt has a draw a chain.
+        :raises ProgramError: if no finite bound is known, or a proposal exceeds it. As a wrong bound makes all accepted
+            draws wrong, there are no results then.
+        :raises EvidenceError: if ``max_proposals``, or Ctrl-C, leave a prompt with fewer draws than chains.
+        :raises RunError: if another error stops the run after the first batch; it carries all proposals, weighted as by
+            `ImportanceSampling`.
         """
         bound = self.log_bound if self.log_bound is not None else getattr(model, "log_bound", math.inf)
-        if not bound < math.inf:
+        if not math.isfinite(bound):
             raise ProgramError(
-                "rejection sampling needs an upper bound of the log-likelihood: give log_bound = r_max / beta, "
-                "or a reward with an upper_bound to TiltedLM"
+                f"rejection sampling needs a finite upper bound of the log-likelihood, got {bound}: set log_bound to "
+                "r_max / beta, or use TiltedLM with a reward that has an upper_bound"
             )
         with seeded(self.seed), Stopwatch() as watch:
             program = inspect(model, *args, **kwargs)
@@ -101,10 +112,9 @@ class RejectionSampling:
                     raise EvidenceError(report)
                 warnings.warn(report, stacklevel=2)
             first = accepted.long().argsort(dim=0, descending=True, stable=True)[:draws]
-            kept = proposals.gather(program, first)
             return posterior(
                 program,
-                kept,
+                proposals.gather(program, first),
                 engine="RejectionSampling",
                 kind="exact",
                 num_chains=self.num_chains,
@@ -114,28 +124,30 @@ class RejectionSampling:
             )
 
     def _propose(self, program: Program, bound: float) -> tuple[Particles, torch.Tensor, bool]:
-        """Proposals until every prompt has its draws or the budget is spent: them, and which are accepted."""
+        """Propose until every prompt has its draws or ``max_proposals`` is reached.
+
+        :returns: the proposals; whether each is accepted, bool (proposal, prompt); whether Ctrl-C interrupted.
+        :raises ProgramError: if a proposal exceeds the bound.
+        """
         wanted = self.num_samples * self.num_chains
         size = self.batch_size or program.max_particles
         parts: list[tuple[Particles, torch.Tensor]] = []
         least = done = 0
+        highest = -math.inf
+        tolerance = 1e-4 * max(1.0, abs(bound))
         counts = torch.zeros((), dtype=torch.long, device=program.device)
 
         def so_far() -> SoFar | None:
             return SoFar(particles=Particles.concatenate([part for part, _ in parts])) if parts else None
 
         with track("rejection sampling", wanted, self.progress) as report, keeping(so_far) as run:
-            while least < wanted and done < self.max_proposals:
-                # no larger a batch than the acceptance so far asks for
+            while least < wanted and done < self.max_proposals and highest - bound <= tolerance:
+                # no larger a batch than the acceptance so far requires
                 expected = math.ceil(1.2 * (wanted - least) * done / least) + 1 if least else wanted
                 n = min(size, self.max_proposals - done, max(expected, 16))
                 part = run_particles(program, None, n, vectorize=self.vectorize)
+                highest = max(highest, part.log_weights.max().item())
                 log_ratio = part.log_weights - bound
-                if (log_ratio > 1e-4 * max(1.0, abs(bound))).any():
-                    raise ProgramError(
-                        f"a draw has log-likelihood {part.log_weights.max().item():.6g}, above the bound "
-                        f"{bound:.6g}: the accepted draws would be wrong. Raise log_bound"
-                    )
                 accepted = torch.rand_like(log_ratio).log() < log_ratio
                 parts.append((part, accepted))
                 done += n
@@ -143,6 +155,11 @@ class RejectionSampling:
                 now = int(counts.min())
                 report(min(now, wanted) - min(least, wanted), values={"proposals": done})
                 least = now
+        if highest - bound > tolerance:  # raised here, as inside the block it would become a RunError with results
+            raise ProgramError(
+                f"a draw has log-likelihood {highest:.6g}, above the bound {bound:.6g}: the accepted draws would be "
+                "wrong. Raise log_bound"
+            )
         proposals = Particles.concatenate([part for part, _ in parts])
         return proposals, torch.cat([accepted for _, accepted in parts]), run.interrupted
 
@@ -151,9 +168,15 @@ class RejectionSampling:
 class BestOfN:
     """The best of n draws of the prior: a baseline, not a posterior.
 
-    :param n: candidates of each draw.
-    :param num_samples: draws in each chain.
-    :param num_chains, batch_size, vectorize, seed, progress: as in `ImportanceSampling`.
+    :param n: the number of candidates for each draw.
+    :param num_samples: the number of draws in each chain.
+    :param num_chains: the number of independent chains.
+    :param batch_size: the number of particles in one run of the program; None for as many as bounded memory allows.
+    :param vectorize: whether one run of the program holds all particles of a batch. False runs them one by one, for
+        programs whose Python code depends on the value of a latent.
+    :param seed: seed of all random numbers; None draws from the global random state.
+    :param progress: whether to show a progress bar.
+    :raises ValueError: if a setting is out of range.
     """
 
     n: int = 16
@@ -168,10 +191,16 @@ class BestOfN:
         check_counts(self, "n", "num_samples", "num_chains", "batch_size")
 
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
-        """Best-of-n draws of ``model(*args, **kwargs)`` by summed log-likelihood.
+        """Draw from the best-of-n distribution of ``model(*args, **kwargs)``, best by the sum of log-likelihood terms.
 
-        ``stats``: ``kl_bound`` of KL(best-of-n || prior). Weights are 0 and mean nothing; log Z is the true
-        posterior's, from all candidates.
+        All weights are equal, though the draws are not the posterior's; log Z is that of the posterior, estimated from
+        all candidates. ``stats``: ``n``; ``kl_bound``, an upper bound of KL(best-of-n || prior); ``interrupted``,
+        ``seconds``, ``tokens`` and ``model_calls``. After Ctrl-C the posterior has the draws whose candidates were
+        complete.
+
+        :raises EvidenceError: if no candidate of a prompt has positive probability, or Ctrl-C came before each chain
+            had a draw.
+        :raises RunError: if an error stops the run after the first batch; it carries the candidates.
         """
         with seeded(self.seed), Stopwatch() as watch:
             program = inspect(model, *args, **kwargs)
@@ -184,14 +213,13 @@ class BestOfN:
                 progress=self.progress,
                 label=f"best of {self.n}",
             )
-            scores = candidates.log_weights  # the prior proposes: the likelihood alone
+            scores = candidates.log_weights  # log-likelihoods, as the prior is the proposal
             groups = len(scores) // self.n
-            best = scores[: groups * self.n].reshape(groups, self.n, -1).argmax(1)
+            best = scores[: groups * self.n].reshape(groups, self.n, scores.shape[1]).argmax(1)
             index = best + self.n * torch.arange(groups, device=best.device)[:, None]
-            kept = candidates.gather(program, index)
             return posterior(
                 program,
-                kept,
+                candidates.gather(program, index),
                 engine="BestOfN",
                 kind="uncorrected",
                 num_chains=self.num_chains,

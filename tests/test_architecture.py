@@ -87,10 +87,10 @@ def test_the_picture_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_paths_of_the_page_are_those_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     calls = importlib.import_module("call_depth").count()
-    for name, limit, depth in (("ImportanceSampling.run", 15, 9), ("one step of SVI", 22, 15)):
-        section = PAGE.split(name, 1)[1].split("\n## ")[0]
+    for name, files, depth in (("ImportanceSampling.run", 16, 9), ("one step of SVI", 22, 15)):
+        section = PAGE.split(f"{name}\n\n", 1)[1].split("\n## ")[0]
         listed = re.findall(r"^\| `([a-z_/]+\.py)` \|", section, re.MULTILINE)
-        found = calls["TiltedLM with a Reward", name]
+        found = calls["a program written out", name]
         assert sorted(listed) == found.files
-        assert len(found.files) <= limit
+        assert len(found.files) <= files  # one of which is the network's own
         assert len(found.deepest) <= depth

@@ -33,11 +33,10 @@ from bayeslm.inference.program import (
     Program,
     ProgramError,
     Stopwatch,
-    assign_values,
     check_counts,
     inspect,
     posterior,
-    run_particles,
+    score_values,
     seeded,
 )
 from bayeslm.inference.sequential import Population, WeightUpdate, check_resampling
@@ -181,11 +180,7 @@ class ControlledSMC:
 
     def _weigh(self, program: Program, population: Population, values: Tensor) -> Particles:
         """Run the program with these trajectories, and multiply the weights by its factors."""
-        parts = []
-        for some in values.split(program.max_particles):
-            with assign_values(program, {"trajectory": some}):
-                parts.append(run_particles(program, None, len(some)))
-        particles = Particles.concatenate(parts)
+        particles = score_values(program, {"trajectory": values})
         population.weigh_terms(particles.log_likelihood, "the end of the program")
         return particles
 

@@ -175,7 +175,7 @@ class EpisodicTask:
         return Experience(*(torch.stack(column, -1).to(policy.device) for column in zip(*steps, strict=True)))
 
     def regret(self, policy: Tensor) -> Tensor:
-        """Return V^* - V^\\pi, (run,), computed with the state probabilities of each step, (run, S)."""
+        r"""Return V^* - V^\pi, (run,), computed with the state probabilities of each step, (run, S)."""
         if self.truth is None or self.optimum is None:
             return policy.new_full((len(policy),), torch.nan)
         state = self.truth.initial.expand(len(policy), -1)

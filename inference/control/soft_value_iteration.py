@@ -31,11 +31,11 @@ from bayeslm.models.control import MDP
 
 @dataclass(frozen=True)
 class SoftValues:
-    """The solution by `SoftValueIteration`, in units of reward; T is the horizon.
+    r"""The solution by `SoftValueIteration`, in units of reward; T is the horizon.
 
     :param values: V_t(s), (T + 1, *batch, S) float64; the last row is 0.
     :param action_values: Q_t(s, a), (T, *batch, S, A) float64.
-    :param policy: \\pi_t(a | s), (T, *batch, S, A) float64.
+    :param policy: \pi_t(a | s), (T, *batch, S, A) float64.
     """
 
     values: Tensor
@@ -45,13 +45,13 @@ class SoftValues:
 
 @dataclass(frozen=True)
 class SoftValueIteration:
-    """Dynamic programming over a finite horizon.
+    r"""Dynamic programming over a finite horizon.
 
     :param beta: the KL coefficient, in units of reward; 0 is value iteration, where best actions that tie keep the
         ratio of their prior probabilities.
     :param horizon: T, number of actions in an episode.
     :param dynamics: "fixed" for the best policy, "tilted" for the posterior over trajectories, as described above.
-    :param discount: \\gamma in [0, 1]; below 1 with fixed dynamics only.
+    :param discount: \gamma in [0, 1]; below 1 with fixed dynamics only.
     :raises ValueError: if a setting is out of range.
     """
 

@@ -42,7 +42,6 @@ from bayeslm.inference.program import (
     Program,
     ProgramError,
     Site,
-    assign_values,
     run_particles,
     same_distribution,
 )
@@ -114,7 +113,7 @@ class Move(ABC):
     def __call__(self, state: Particles, gamma: Tensor | float = 1.0) -> tuple[Particles, Outcome]:
         """Make one step of every chain.
 
-        :param state: the chains, one a particle, scored at their values (`score`).
+        :param state: the chains, one a particle, scored at their values (`score_values`).
         :param gamma: inverse temperatures, broadcast to (particle, prompt).
         :returns: the chains after the step, and the result of the move.
         :raises ProgramError: if a term of the proposal's log-joint is NaN or +inf.
@@ -125,9 +124,8 @@ class Move(ABC):
             new = run_particles(program, None, size)
         log_ratio = program.pooled(program.terms(run.log_ratio, size, self.site.in_prompts)) + run.outside
         log_ratio = log_ratio + log_target(new, gamma) - log_target(state, gamma)
-        log_ratio = log_ratio.nan_to_num(
-            nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf
-        )  # from -inf to -inf: rejected
+        # a move from -inf to -inf is rejected
+        log_ratio = log_ratio.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         accepted = torch.rand_like(log_ratio).log() < log_ratio
         index = torch.arange(size, device=accepted.device)[:, None] + size * accepted
         state = Particles.concatenate([state, new]).gather(program, index)
@@ -321,14 +319,3 @@ def latent_moves(
         return RandomWalk(program, site.name, step_size, groups)
 
     return [move(site) for site in program.latents]
-
-
-def score(program: Program, values: dict[str, Tensor], token_log_prob: dict[str, Tensor] | None = None) -> Particles:
-    """Run and score the program at the values of its latents.
-
-    :param program: the inspected program.
-    :param values: all latents, (particle, *batch, *event) by site.
-    :param token_log_prob: log p of the tokens of completions, (particle, *batch, token) by site, where it is known.
-    """
-    with assign_values(program, values, token_log_prob):
-        return run_particles(program, None, len(next(iter(values.values()))))

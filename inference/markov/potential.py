@@ -35,6 +35,8 @@ from bayeslm.inference.program import (
 )
 from bayeslm.models.lm import Autoregressive
 
+STARTS = 100  # points that `starting_point` tries
+
 
 class Unconstrained:
     """Assignments of f(z) to continuous latents, for one run of a program.
@@ -177,19 +179,32 @@ def score_unconstrained(
 
 
 def starting_point(
-    program: Program, score_once: ScoreOnce, z: dict[str, Tensor], *, batch_size: int | None, vectorize: bool
+    program: Program,
+    score_once: ScoreOnce,
+    shapes: dict[str, torch.Size],
+    *,
+    zero_first: bool,
+    batch_size: int | None,
+    vectorize: bool,
 ) -> dict[str, Tensor]:
-    """Return the first point at which the posterior density is positive, for each prompt.
+    """Draw points from U(-2, 2) and return the first with positive posterior density, for each prompt.
 
     :param program: the inspected program.
     :param score_once: the handler that scores its completions.
-    :param z: the points to try, (point, *batch, *event) by site.
+    :param shapes: `unconstrained_shapes`.
+    :param zero_first: whether the first point is 0, near the mode of most priors.
     :param batch_size: points in one run; None for as many as bounded memory allows.
     :param vectorize: whether one run holds all points of a batch.
     :returns: real numbers (*batch, *event) by site.
     :raises EvidenceError: if the density is 0 at all points.
     :raises ProgramError: if the log-density has no finite gradient there.
     """
+    z = {}
+    for site in program.latents:
+        points = torch.empty((STARTS, *shapes[site.name])).uniform_(-2, 2)
+        if zero_first:
+            points[0] = 0.0
+        z[site.name] = points.to(site.value)
     particles, _ = score_unconstrained(program, score_once, z, batch_size=batch_size, vectorize=vectorize)
     check_evidence(to_numpy(particles.log_joint)[None], prompt_labels(program))
     first = particles.log_joint.isfinite().long().argmax(0, keepdim=True)  # (1, prompt)

@@ -36,12 +36,13 @@ from bayeslm.inference.program import (
     inspect,
     prompt_labels,
     run_particles,
+    score_values,
     to_numpy,
 )
 from bayeslm.models.lm import LanguageModel
 
 from .chains import Tally, sweep
-from .moves import Move, RandomWalk, latent_moves, score
+from .moves import Move, RandomWalk, latent_moves
 from .potential import Potential, ScoreOnce, Unconstrained
 from .tempering import Replicas
 
@@ -162,7 +163,7 @@ class SuffixKernel(MCMCKernel):
     def _at(self, params: dict[str, Tensor]) -> Particles:
         """Return the program run and scored at ``params``."""
         values = {name: params[name].to(self._program.sites[name].value)[None] for name in self._latents}
-        return score(self._program, values)
+        return score_values(self._program, values)
 
     def _start(self) -> Particles:
         """Return a draw of importance sampling."""

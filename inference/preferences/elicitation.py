@@ -116,11 +116,11 @@ class Pool:
 
 @dataclass(frozen=True)
 class FreshCompletions:
-    """New completions for each question, drawn from the current posterior over completions.
+    r"""New completions for each question, drawn from the current posterior over completions.
 
     One prompt is picked at random. An engine draws each of its completions from
 
-        \\pi(x)  \\propto  p(x) exp(r(x) / beta)
+        \pi(x)  \propto  p(x) exp(r(x) / beta)
 
     where r is the reward of a fresh draw of the weights (Thompson sampling: the marginal distribution of x integrates
     over the uncertain reward). With ``epsilon``, r is the mean reward instead, or with probability epsilon 0, so that x

@@ -1,6 +1,6 @@
 """A Pyro program as engines see it: its sites and plates, its particles, and the posterior that they give."""
 
-from .assign import assign_values, same_distribution
+from .assign import assign_values, same_distribution, score_values
 from .checks import check_counts, check_positive
 from .errors import EvidenceError, ProgramError
 from .guides import PolicyGuide, as_law, draw_latents
@@ -47,6 +47,7 @@ __all__ = [
     "same_distribution",
     "sample_sites",
     "score_sites",
+    "score_values",
     "seeded",
     "site_value",
     "to_numpy",

@@ -11,7 +11,33 @@ from torch import Tensor
 from bayeslm.models.lm import Autoregressive
 
 from .handlers import Assign, Assignment
+from .particles import Particles, run_particles
 from .program import Program
+
+
+def score_values(
+    program: Program,
+    values: Mapping[str, Tensor],
+    token_log_prob: Mapping[str, Tensor] | None = None,
+    *,
+    guide: Callable[..., Any] | None = None,
+    batch_size: int | None = None,
+    vectorize: bool = True,
+) -> Particles:
+    """Run and score the program at the values of its latents, in batches of bounded memory.
+
+    :param values: all latents by site, (particle, *batch, *event).
+    :param token_log_prob: log p of the tokens of completions where it is known, see `assign_values`.
+    :param guide: the proposal, scored at the same values; None for the prior.
+    :param batch_size: particles in one batch; None for as many as bounded memory allows.
+    :param vectorize: see `run_particles`.
+    """
+    known, parts = token_log_prob or {}, []
+    for rows in torch.arange(len(next(iter(values.values())))).split(batch_size or program.max_particles):
+        some, scores = ({name: x[rows.to(x.device)] for name, x in of.items()} for of in (values, known))
+        with assign_values(program, some, scores):
+            parts.append(run_particles(program, guide, len(rows), vectorize=vectorize))
+    return Particles.concatenate(parts)
 
 
 def assign_values(

@@ -51,7 +51,7 @@ class WeightUpdate(NamedTuple):
 
 
 class RetainedRows(NamedTuple):
-    """Completions that are retained: the indices of their rows (slot,), and their tokens (slot, token)."""
+    """Completions that are retained: the indices of their rows (row,), and their tokens (row, token)."""
 
     rows: Tensor
     values: Tensor

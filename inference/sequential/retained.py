@@ -18,7 +18,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from bayeslm.inference.program import Particles, Program, ProgramError, assign_values, prompt_labels, run_particles
+from bayeslm.inference.program import Particles, Program, ProgramError, prompt_labels, score_values
 from bayeslm.posterior import Posterior
 
 _REFUSED = {
@@ -81,13 +81,9 @@ def retained_particles(
         if site.name not in retained.samples or retained.samples[site.name].shape[2:] != site.shape:
             raise ProgramError(f"the retained draws have no {site.name!r} of shape {site.shape}")
         values[site.name] = flat(retained.samples[site.name]).to(site.value)
-    size = (batch_size or program.max_particles) if vectorize else 1
-    parts = []
-    for i in range(0, num_chains, size):
-        some = {name: value[i : i + size] for name, value in values.items()}
-        with _RefuseAuxiliary(program), assign_values(program, some):
-            parts.append(run_particles(program, guide, min(size, num_chains - i), vectorize=vectorize))
-    particles = Particles.concatenate(parts)
+    size = batch_size if vectorize else 1
+    with _RefuseAuxiliary(program):
+        particles = score_values(program, values, guide=guide, batch_size=size, vectorize=vectorize)
     expected = flat(retained.log_joint).to(particles.log_joint)
     off = (particles.log_joint - expected).abs()
     if not (off <= 0.1 + 0.02 * expected.abs()).all():  # more than the rounding of half precision
@@ -131,6 +127,6 @@ class _RefuseAuxiliary(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["infer"].get("is_auxiliary") and msg["name"] not in self._program.sites:
             raise ProgramError(
-                f"the guide draws {msg['name']!r} besides the program's latents, so the probability that it proposes "
-                "a retained draw is not known: use a guide without auxiliary variables"
+                f"the guide draws {msg['name']!r}, which is no latent of the program, so the probability that it "
+                "proposes a retained draw is not known: use a guide without auxiliary variables"
             )

@@ -43,7 +43,7 @@ class Tempering(Callback):
 
 @dataclass(frozen=True)
 class KLTarget(Callback):
-    r"""Holds KL(q || p) at a target by moving beta = 1 / \gamma (Ziegler et al. 2019, arXiv 1909.08593):
+    r"""Holds KL(q || p) at a target by moving beta = 1 / \gamma (Ziegler et al. 2019, arXiv 1909.08593).
 
         e = clip(KL / target - 1, -0.2, 0.2),    beta <- beta (1 + gain e)
 

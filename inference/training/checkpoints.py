@@ -165,8 +165,10 @@ def _step(path: Path) -> int:
 
 
 def describe_run(engine: Any, program: Program, objective: Any) -> dict[str, Any]:
-    """Return the identity of a run: the engine's settings, the objective, the program with its arguments and sites, the
-    values of its factors at arbitrary latents, and the priors' weights.
+    """Return the identity of a run.
+
+    It has the engine's settings, the objective, the program with its arguments and sites, the values of its factors at
+    arbitrary latents, and the priors' weights.
 
     :param engine: a dataclass; those of its settings on which no step depends are left out.
     """

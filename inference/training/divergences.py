@@ -110,7 +110,7 @@ class ParticleObjective(Objective):
 
 
 class LogVariance(ParticleObjective):
-    r"""The log-variance divergence, of any s whose support is q's:
+    r"""The log-variance divergence, of any s whose support is q's.
 
         \frac12 Var_s[ log \tilde p(x) - log q(x) ],     estimated by the variance over the particles
 
@@ -129,8 +129,10 @@ class LogVariance(ParticleObjective):
 
 
 class ForwardKL(ParticleObjective):
-    r"""KL(\pi^* || q), by distributional policy gradient (Khalifa, Elsahar and Dymetman 2021, arXiv 2012.11635), also
-    the wake phase of reweighted wake-sleep (Bornschein and Bengio 2015, arXiv 1406.2751):
+    r"""KL(\pi^* || q), by distributional policy gradient.
+
+    Khalifa, Elsahar and Dymetman 2021, arXiv 2012.11635; also the wake phase of reweighted wake-sleep (Bornschein and
+    Bengio 2015, arXiv 1406.2751):
 
         -\sum_i (\bar w_i - b) \nabla log q(x_i),    \bar w \propto \tilde p / s
 
@@ -180,7 +182,7 @@ DIVERGENCES: dict[str, Divergence] = {
 
 
 class FDivergence(ParticleObjective):
-    r"""D_f(q || \pi^*) = E_{\pi^*}[ f(q / \pi^*) ] (Go et al. 2023, arXiv 2302.08215):
+    r"""D_f(q || \pi^*) = E_{\pi^*}[ f(q / \pi^*) ] (Go et al. 2023, arXiv 2302.08215).
 
         D_f = E_q[ f(t) / t ],    \nabla D_f = E_q[ f'(t) \nabla log q ],    t(x) = q(x) Z / \tilde p(x)
 
@@ -235,7 +237,7 @@ class FDivergence(ParticleObjective):
 
 
 class Renyi(ParticleObjective):
-    r"""The variational Renyi bound of order a < 1 on n particles of q (Li and Turner 2016, arXiv 1602.02311),
+    r"""The variational Renyi bound of order a < 1 on n particles of q (Li and Turner 2016, arXiv 1602.02311).
 
         L = 1 / (1 - a)  log (1/n) \sum_i w_i^{1 - a},     w_i = \tilde p(x_i) / q(x_i)
 

@@ -53,12 +53,12 @@ class Objective:
     def estimate(
         self, program: Program, guide: Callable[..., Any], state: State, inverse_temperature: float
     ) -> Estimate:
-        """Return the loss, summed over the program's prompts, with its gradient, figures and the next state.
+        r"""Return the loss, summed over the program's prompts, with its gradient, figures and the next state.
 
         :param state: what the step before returned; empty at the first. Entries that the objective does not know are
             to be kept.
-        :param inverse_temperature: \\gamma > 0, which multiplies the log-likelihood: the target is
-            p(x) exp(\\gamma l(x)).
+        :param inverse_temperature: \gamma > 0, which multiplies the log-likelihood: the target is
+            p(x) exp(\gamma l(x)).
         """
         raise NotImplementedError
 

@@ -152,10 +152,9 @@ def _with_earned(texts: Texts, earned: list[Tensor]) -> Texts:
 
 
 def _texts(program: Program, model_trace: Trace, guide_trace: Trace) -> tuple[dict[str, Texts], dict[str, Tensor]]:
-    """Return completions and trajectories by site, and log q of each of their tokens (particle, prompt, text, token),
-    with gradient.
+    """Return completions and trajectories by site, and log q of each of their tokens, with gradient.
 
-    They come from the passes that score them, which are not made again.
+    log q is (particle, prompt, text, token). The values come from the passes that score them, which are not made again.
 
     :raises ProgramError: if the program has no such site.
     """
@@ -181,7 +180,8 @@ def _texts(program: Program, model_trace: Trace, guide_trace: Trace) -> tuple[di
             return x.reshape(len(x), x.shape[1], -1, *x.shape[-rest:])
 
         log_p, hidden = priors[name]["fn"].token_log_prob_and_hidden(node["value"])
-        model_trace.nodes[name]["token_log_prob"] = log_p  # `score_sites` does not compute it again
+        scored: Any = model_trace.nodes[name]
+        scored["token_log_prob"] = log_p  # `score_sites` does not compute it again
         tokens[name] = by_prompt(dist.token_log_prob(node["value"]))
         ratio = by_prompt(log_p) - tokens[name].detach()
         live = torch.arange(ratio.shape[-1], device=ratio.device) < by_prompt(dist.lengths(node["value"])[..., None])

@@ -13,8 +13,10 @@ from .callbacks import Callback, Memory, Reply, StepRecord
 
 @dataclass(frozen=True)
 class TensorBoard(Callback):
-    """Writes a training into a folder that ``tensorboard --logdir`` shows: the figures of every step, and a completion
-    of each prompt every so many steps. Steps are counted on through chains.
+    """Writes a training into a folder that ``tensorboard --logdir`` shows.
+
+    It has the figures of every step, and a completion of each prompt every so many steps. Steps are counted on through
+    chains.
 
     A run that is resumed continues its curves: what was written of later steps is dropped.
 

@@ -1,4 +1,4 @@
-r"""The ready-made program of control as inference (Levine 2018, arXiv 1805.00909):
+r"""The ready-made program of control as inference (Levine 2018, arXiv 1805.00909).
 
     \tau ~ p(\tau | prior policy),      factor exp(\sum_t r_t / \beta)
 

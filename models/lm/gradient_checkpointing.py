@@ -1,5 +1,7 @@
-"""Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): a layer keeps its input, and the backward pass computes
-its inside again."""
+"""Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174).
+
+A layer keeps its input, and the backward pass computes its inside again.
+"""
 
 from __future__ import annotations
 

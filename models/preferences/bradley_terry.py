@@ -18,9 +18,9 @@ from .linear import LinearReward, under_plate
 
 
 class BradleyTerry(LinearReward[Comparisons, Tensor]):
-    """A Pyro program of `Comparisons`: ``weights`` ~ prior, and ``preferred``, observed to be 1, in a plate
-    ``comparisons``.
+    """A Pyro program of `Comparisons`.
 
+    ``weights`` ~ prior, and ``preferred``, observed to be 1, in a plate ``comparisons``.
     ``NUTS().run(BradleyTerry(features), comparisons).samples["weights"]`` is (chain, draw, d). In predictions
     (`bayeslm.inference.predict`) ``preferred`` is 0 where the rejected completion is preferred.
     """

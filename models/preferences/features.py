@@ -56,9 +56,9 @@ class CachedFeatures:
 
 
 class LastHidden(CachedFeatures):
-    """A language model's last hidden state, (n, width), at the last token of prompt, completion and ``suffix``.
+    r"""A language model's last hidden state, (n, width), at the last token of prompt, completion and ``suffix``.
 
-    This state predicts the next token; a suffix such as "\\nIn one word, it was" makes it summarise the completion
+    This state predicts the next token; a suffix such as "\nIn one word, it was" makes it summarise the completion
     (Jiang et al. 2023, "Scaling sentence embeddings with large language models", arXiv 2307.16645).
 
     Prompt, completion and suffix are concatenated before they are tokenized. For a network whose head cannot be

@@ -81,8 +81,9 @@ class RankingDistribution(TorchDistribution):
 
 
 class PlackettLuce(LinearReward[Rankings, tuple[Tensor, Tensor]]):
-    """A Pyro program of `Rankings`: ``weights`` ~ prior, and ``ranking``, observed to be 0, 1, ..., in a plate
-    ``rankings``.
+    """A Pyro program of `Rankings`.
+
+    ``weights`` ~ prior, and ``ranking``, observed to be 0, 1, ..., in a plate ``rankings``.
     """
 
     def prepare(self, data: Rankings) -> tuple[Tensor, Tensor]:

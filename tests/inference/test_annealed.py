@@ -25,12 +25,12 @@ from bayeslm import Posterior, diagnostics
 from bayeslm.inference import EvidenceError, Exact, RunError
 from bayeslm.inference.annealed import AnnealedSMC, next_inverse_temperature
 
-ISLANDS = 64
+CHAINS = 64
 LADDER = (0.15, 0.4, 0.7, 1.0)
 
 
 def annealed(**settings) -> AnnealedSMC:
-    return AnnealedSMC(**({"num_particles": 32, "num_chains": ISLANDS, "seed": 0, "progress": False} | settings))
+    return AnnealedSMC(**({"num_particles": 32, "num_chains": CHAINS, "seed": 0, "progress": False} | settings))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_latent_that_prompts_share():
     model = shared()
     exact = Exact().run(model, SHORT)
     posterior = annealed(ladder=(0.4, 1.0)).run(model, SHORT)
-    assert posterior.roots.shape == (ISLANDS, 32, 1)
+    assert posterior.roots.shape == (CHAINS, 32, 1)
     functions = [
         lambda p: p.samples["mood"][..., None],
         lambda p: p.samples["mood"][..., None] * (p.samples["completion"][..., 1:, 1] == 2),
@@ -230,8 +230,8 @@ def test_an_interruption_cools_what_there_is():
     with pytest.raises(RunError, match="server is down") as caught:
         engine.run(model, PROMPTS)
     assert isinstance(caught.value.__cause__, RuntimeError)
-    assert len(caught.value.so_far.particles) == 100 * ISLANDS
-    assert f"{100 * ISLANDS} particles" in str(caught.value)
+    assert len(caught.value.so_far.particles) == 100 * CHAINS
+    assert f"{100 * CHAINS} particles" in str(caught.value)
 
 
 def test_particles_that_all_die_are_an_error_that_names_the_constraint():
@@ -239,7 +239,7 @@ def test_particles_that_all_die_are_an_error_that_names_the_constraint():
         small(second_is_impossible(table_lm(order=2, vocab=4)))
 
 
-def test_an_island_may_die_alone():
+def test_a_chain_may_die_alone():
     """Its Z-hat is 0; the others' are not."""
     lm = table_lm(order=1, seed=0, vocab=8)
 

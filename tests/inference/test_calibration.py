@@ -29,8 +29,8 @@ from support.engines import ENGINES, those
 from support.models import table_lm
 
 from bayeslm.inference.markov import SuffixKernel, latent_moves, sweep
-from bayeslm.inference.markov.moves import PriorMove, RandomWalk, SuffixMove, score
-from bayeslm.inference.program import inspect, sample_sites
+from bayeslm.inference.markov.moves import PriorMove, RandomWalk, SuffixMove
+from bayeslm.inference.program import inspect, sample_sites, score_values
 from bayeslm.models.lm import Autoregressive
 
 LIMIT = 4.0
@@ -239,7 +239,7 @@ def stepping(make, replicates):
 
     def step(values, y):
         data["y"] = y
-        state = sweep(moves, score(program, {name: value[None] for name, value in values.items()}))
+        state = sweep(moves, score_values(program, {name: value[None] for name, value in values.items()}))
         return {name: state.values[name][0] for name in values}
 
     return step

@@ -26,7 +26,7 @@ from support.statistics import assert_agrees, assert_drawn_from, assert_mean
 
 from bayeslm import Posterior, diagnostics
 from bayeslm.inference import EvidenceError, Exact, RunError
-from bayeslm.inference.markov.moves import log_target
+from bayeslm.inference.markov.tempering import log_target
 from bayeslm.inference.mcmc import MCMC, Replicas
 from bayeslm.models import LanguageModel
 

@@ -30,7 +30,7 @@ SETTINGS = {
 
 
 def ratios(posterior, log_z):
-    """Z-hat / Z of each island, (chain, prompt)."""
+    """Z-hat / Z of each chain, (chain, prompt)."""
     return np.exp(posterior.log_weights - log_z).mean(1)
 
 
@@ -172,9 +172,9 @@ def test_scores_follow_the_resampling():
         np.testing.assert_allclose(posterior.log_joint[0] - posterior.log_likelihood["reward"][0], fresh, atol=1e-4)
 
 
-def test_islands_in_groups_of_bounded_memory():
+def test_chains_in_groups_of_bounded_memory():
     lm = table_lm(order=3, seed=0)
-    lm.batch_size = 64  # 2 prompts of 16 particles: two islands at once
+    lm.batch_size = 64  # 2 prompts of 16 particles: two chains at once
     posterior = SMC(num_particles=16, num_chains=301, twist="partial", seed=0, progress=False).run(
         tilted(lm, score_table(0), 0.5), PROMPTS
     )
@@ -376,8 +376,8 @@ def test_a_pad_token_that_is_a_word_is_not_read():
     assert {len(text.split()) for text in seen} >= {1, 2, 3}
 
 
-def test_a_dead_island_counts_as_an_estimate_of_zero():
-    """Few particles, a rare word: some islands die out, and Z-hat is unbiased all the same."""
+def test_a_dead_chain_counts_as_an_estimate_of_zero():
+    """Few particles, a rare word: some chains die out, and Z-hat is unbiased all the same."""
     lm = table_lm(order=2, seed=0, vocab=8)
     model = TiltedLM(lm, rewards.Constraint(rewards.Contains("f")), beta=1.0, max_new_tokens=3)
     exact = Exact().run(model, PROMPTS)
@@ -425,7 +425,7 @@ def test_a_twist_for_a_site_that_is_not_there():
         SMC(twist={"completon": "partial"}, progress=False).run(case("table", 0.5, 0)[1], PROMPTS)
 
 
-def test_ctrl_c_and_errors_keep_complete_islands():
+def test_ctrl_c_and_errors_keep_complete_chains():
     lm = table_lm(order=3, seed=0)
     lm.batch_size = 20
     calls = {"left": 7, "error": KeyboardInterrupt()}
@@ -440,7 +440,7 @@ def test_ctrl_c_and_errors_keep_complete_islands():
             pyro.factor("reward", table[torch.arange(5), x].sum(-1))
 
     engine = SMC(num_particles=10, num_chains=10, twist="partial", seed=0, progress=False)
-    calls["left"] = 13  # the first look, then five runs an island
+    calls["left"] = 13  # the inspection, then five runs a chain
     posterior = engine.run(model, PROMPTS)
     assert posterior.stats["interrupted"]
     assert posterior.log_weights.shape == (2, 10, 2)

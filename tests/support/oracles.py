@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bayeslm import Posterior
 from bayeslm.inference import Exact
-from bayeslm.inference.markov.moves import log_target
+from bayeslm.inference.markov.tempering import log_target
 from bayeslm.inference.program import Particles, assign_values, inspect, run_particles
 from bayeslm.models import LanguageModel
 

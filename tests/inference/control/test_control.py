@@ -358,7 +358,8 @@ def test_a_prior_may_change_with_the_steps(dynamics):
 @pytest.mark.parametrize("dynamics", ["tilted", "fixed"])
 def test_the_exact_plan_makes_every_particle_exact(monkeypatch, dynamics):
     """Without a defensive share all particles have equal weights before the end and, in a deterministic environment,
-    the weight Z at the end. With fixed dynamics weights are equal in a random environment too."""
+    the weight Z at the end. With fixed dynamics weights are equal in a random environment too.
+    """
     mdp, control = problem(1, deterministic=dynamics == "tilted")
     exact = SoftValueIteration(BETA, HORIZON, dynamics).run(mdp)
     monkeypatch.setattr(SoftValueIteration, "run", lambda *_: exact)
@@ -423,7 +424,7 @@ def test_unsupported_programs_and_settings_are_refused():
     with pytest.raises(ValueError, match="decay"):
         StateValues(4, decay=1.0)
     with pytest.raises(ProgramError, match=r"StateValues\(5\).*'trajectory'.*6 numbers"):
-        ReverseKL(2, StateValues(5))(control, control.guide(TabularPolicy.uniform(4, 2)))
+        StatefulLoss(ReverseKL(2, StateValues(5))).loss_and_grads(control, control.guide(TabularPolicy.uniform(4, 2)))
     with pytest.raises(ProgramError, match="guide"):
         SVI(num_steps=1).run(control)
 

@@ -23,8 +23,8 @@ from support.statistics import assert_drawn_from, count_completions
 
 from bayeslm.inference import ProgramError
 from bayeslm.inference.markov import Tally
-from bayeslm.inference.markov.moves import RandomWalk, SuffixMove, latent_moves, score
-from bayeslm.inference.program import inspect
+from bayeslm.inference.markov.moves import RandomWalk, SuffixMove, latent_moves
+from bayeslm.inference.program import inspect, score_values
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm import count_usage, redraw
 
@@ -168,7 +168,7 @@ def test_moves_of_every_latent_are_reversible(model):
         after, outcome = move(state)
         assert outcome.accepted.shape == (size, target.program.weight_prompts)
         assert_reversible(target, target.index(state), target.index(after))
-        again = score(target.program, {site.name: after.values[site.name] for site in target.program.latents})
+        again = score_values(target.program, {site.name: after.values[site.name] for site in target.program.latents})
         torch.testing.assert_close(after.log_prior, again.log_prior, atol=1e-5, rtol=1e-5)
         for name, scores in again.token_log_prob.items():
             torch.testing.assert_close(after.token_log_prob[name], scores, atol=1e-5, rtol=1e-5)
@@ -210,7 +210,7 @@ def test_only_what_a_move_changes_is_scored():
 
     program = inspect(model, SHORT)
     laws = {site.name: site.fn.expand((40, 2)) for site in program.completions}
-    state = score(program, {name: law.sample() for name, law in laws.items()})
+    state = score_values(program, {name: law.sample() for name, law in laws.items()})
     for name, law in laws.items():
         with count_usage() as whole:
             _, outcome = SuffixMove(program, name)(state)
@@ -259,7 +259,7 @@ def test_random_walks_keep_a_normal_posterior(gamma):
     precision = 1 + 4 * gamma
     torch.manual_seed(0)
     theta = 4 * gamma * y / precision + torch.randn(20_000, 2) / precision**0.5
-    after, outcome = RandomWalk(program, "theta")(score(program, {"theta": theta}), gamma)
+    after, outcome = RandomWalk(program, "theta")(score_values(program, {"theta": theta}), gamma)
     assert (outcome.accepted.float().mean(0) > 0.2).all()
     for i in range(2):
         moved = after.values["theta"][:, i]
@@ -292,7 +292,7 @@ def test_random_walks_have_the_jacobian(family):
         z = dist.Dirichlet(torch.tensor([1.0, 3.0, 0.8])).sample((size,))
     else:
         z = torch.as_tensor(posterior.rvs(size, random_state=0), dtype=torch.float32)
-    state, move = score(program, {"z": z}), RandomWalk(program, "z")
+    state, move = score_values(program, {"z": z}), RandomWalk(program, "z")
     for _ in range(3):
         state, outcome = move(state)
     assert outcome.accepted.float().mean() > 0.2
@@ -314,7 +314,7 @@ def test_a_support_that_depends_on_another_latent():
     program = inspect(model)
     torch.manual_seed(0)
     w = torch.rand(20_000)
-    state = score(program, {"w": w, "x": w * torch.rand(20_000)})
+    state = score_values(program, {"w": w, "x": w * torch.rand(20_000)})
     for move in latent_moves(program) * 2:
         state, outcome = move(state)
         assert 0.1 < outcome.accepted.float().mean() < 0.9
@@ -338,7 +338,7 @@ def test_step_sizes_adapt_to_the_best_acceptance_of_each_group(dimension, best):
     torch.manual_seed(0)
     z = torch.randn(100, dimension)
     z[50:] /= 100
-    state = score(program, {"z": z})
+    state = score_values(program, {"z": z})
     rates = []
     for step in range(180):
         state, outcome = move(state, gamma)
@@ -358,7 +358,7 @@ def test_a_broken_constraint_is_never_accepted_and_a_dead_chain_may_come_alive()
     move = SuffixMove(target.program, "completion")
     alive = move(target.draw(2_000))[0]
     assert (alive.log_joint > -torch.inf).all()
-    dead = score(target.program, {"completion": torch.full((500, 2, 4), 1)})
+    dead = score_values(target.program, {"completion": torch.full((500, 2, 4), 1)})
     assert (dead.log_joint == -torch.inf).all()
     after, outcome = move(dead)
     assert torch.equal(after.log_joint > -torch.inf, outcome.accepted)
@@ -374,7 +374,7 @@ def test_a_reward_that_is_not_a_number_is_named():
         pyro.factor("liking", torch.where(z > 0, torch.inf if broken else 0.0, -z))
 
     program = inspect(model)
-    state = score(program, {"z": torch.zeros(50)})
+    state = score_values(program, {"z": torch.zeros(50)})
     broken = True
     with pytest.raises(ProgramError, match="'liking' has log-probability inf"):
         RandomWalk(program, "z")(state)

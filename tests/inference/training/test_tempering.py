@@ -66,7 +66,8 @@ def test_an_inverse_temperature_of_a_half_is_twice_the_beta(make):
 )
 def test_log_variance_of_other_engines_draws(engine):
     """Under the law of the draws, the posterior, it falls to a twentieth. (KL(q || pi*) need not: it counts what q has
-    and the draws have not, and log Z, which would tell, drops out. `ForwardKL` is in test_objectives.py.)"""
+    and the draws have not, and log Z, which would tell, drops out. `ForwardKL` is in test_objectives.py.)
+    """
     lm, table = table_lm(order=4, seed=0, vocab=4), score_table(0, vocab=4, tokens=T, scale=1.0)
     model = tilted(lm, table, 0.5)
     exact = Exact().run(model, SHORT)

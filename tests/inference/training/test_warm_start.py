@@ -15,7 +15,7 @@ from bayeslm.inference import SVI, ProgramError
 from bayeslm.inference.program import inspect
 from bayeslm.inference.training import Adam, AutoPolicy, StepRecord
 from bayeslm.models import LanguageModel
-from bayeslm.models.lm import loading
+from bayeslm.models.lm import adapters
 
 SETTINGS = {"num_particles": 32, "optimizer": Adam(0.03), "num_samples": 4, "seed": 0, "progress": False}
 KINDS = {"a table": (lambda: table_lm(order=3, seed=1), None), "adapters": (lambda: tiny_llama(seed=1), 2)}
@@ -63,18 +63,18 @@ def test_weights_under_adapters_are_one_copy(tmp_path):
     loaded = LanguageModel.from_pretrained(tmp_path, base=prior)
     second = SVI(num_steps=2, guide=loaded, **SETTINGS).run(model, PROMPTS).policy
     held = {p.data_ptr() for p in prior.parameters()}
-    own = loading.own_parameters(second.network)
+    own = adapters.own_parameters(second.network)
     assert {p.data_ptr() for p in second.parameters()} - held == {p.data_ptr() for p in own}
     assert all(p.requires_grad and p.dtype == torch.float32 for p in own)
     assert not held & {p.data_ptr() for p in own}
-    assert not {p.data_ptr() for p in loading.own_parameters(loaded.network)} & {p.data_ptr() for p in own}
+    assert not {p.data_ptr() for p in adapters.own_parameters(loaded.network)} & {p.data_ptr() for p in own}
     assert second.network.peft_config["default"].r == 2
 
 
 def test_adapters_of_bfloat16_weights_go_on_in_float32():
     prior = LanguageModel(tiny_llama(seed=1).network.bfloat16())
     start = prior.policy(2).bfloat16()
-    own = loading.own_parameters(start.continued().network)
+    own = adapters.own_parameters(start.continued().network)
     assert all(p.dtype == torch.float32 for p in own)
 
 

@@ -51,7 +51,8 @@ def test_episodes_end_where_gymnasium_ends_them():
 
 def test_rewards_that_vary_are_means_and_mark_the_process_as_mixed():
     """On slippery cliffs an agent that is at the start again has walked, for -1, or fallen, for -100. The mean of these
-    is enough for expected returns, but not for log Z."""
+    is enough for expected returns, but not for log Z.
+    """
     mixed = {name: MDP.from_gymnasium(gymnasium.make(name)).mixed for name, kwargs in TABULAR if not kwargs}
     assert mixed == {"CliffWalking-v1": False, "Taxi-v4": False}
     assert not MDP.from_gymnasium(gymnasium.make("FrozenLake-v1")).mixed
@@ -138,7 +139,8 @@ def test_a_policy_is_worth_its_return_less_its_kl(seed, beta, horizon):
 @pytest.mark.parametrize("seed", range(3))
 def test_no_policy_is_better_than_the_soft_optimal_one(seed):
     """Its value is that of the recursion and stationary, and nearby policies have lower ones; the value is concave in
-    each step's probabilities."""
+    each step's probabilities.
+    """
     mdp, solver = random_mdp(seed), SoftValueIteration(0.5, 4)
     best = solver.run(mdp)
     torch.testing.assert_close(solver.evaluate(mdp, best.policy), best.values)

@@ -243,7 +243,8 @@ def test_episodes_of_one_start_differ_after_it():
 
 def test_vectorised_and_copied_environments_agree():
     """CartPole under the uniform policy has the same mean length in both, and every step is paid, also in episodes
-    that follow one another."""
+    that follow one another.
+    """
     pole = GymEnvironment("CartPole-v1")
     distribution = Trajectory(pole, UniformPolicy(2), 60)
     with seeded(0):

@@ -53,7 +53,8 @@ def test_the_order_of_a_pair_does_not_matter():
 
 def test_standard_errors_over_pairs():
     """The spread of the figures over 200 data sets is the stated standard error, and calibrated probabilities have the
-    stated ECE."""
+    stated ECE.
+    """
     rng = RNG(1)
     log_odds = rng.normal(size=(200, 300)) * 1.5
     sets = [calibrate(sigmoid(x)[None, None], rng.random(300) < sigmoid(x), seed=i) for i, x in enumerate(log_odds)]

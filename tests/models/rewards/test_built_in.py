@@ -1,4 +1,4 @@
-"""Every ready reward against known answers, with the packages they are made of."""
+"""Every built-in reward against known answers, with the packages that it needs."""
 
 import importlib.util
 import math

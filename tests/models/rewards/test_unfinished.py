@@ -257,13 +257,11 @@ def test_partial_rules_nothing_out():
         assert so_far(reward, ["Yes", "Yes."], partial=True) == [kept, -2.0]
     found = Contains("Yes").map(lambda s: -2 - s if s else NEG_INF, upper_bound=-2.0)
     assert so_far(found, ["No", "Yes"]) == [-2.0, -3.0]
-    assert so_far(Reward(must_end, prefix=must_end), ["Yes", "Yes."], partial=True) == [
-        NEG_INF,
-        1.0,
-    ]  # its own -inf
+    own = Reward(must_end, prefix=must_end)  # whose -inf is final
+    assert so_far(own, ["Yes", "Yes."], partial=True) == [NEG_INF, 1.0]
 
 
-# -- the ready ones ------------------------------------------------------------------------------------------
+# -- built-in rewards ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

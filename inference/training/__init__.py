@@ -17,8 +17,9 @@ from .divergences import (
     alpha_divergence,
 )
 from .held_out import HeldOut
+from .history import stack_chains
 from .identity import Identified, identify
-from .loop import Training, stack_chains
+from .loop import Training
 from .objective import Estimate, Objective, StatefulLoss
 from .optimizer import Adam
 from .reverse_kl import ReverseKL

@@ -145,8 +145,9 @@ class _Identifier:
         assigned = {x for node in ast.walk(tree) if isinstance(node, ast.Global | ast.Nonlocal) for x in node.names}
         scope = getattr(value, "__globals__", None) or vars(sys.modules.get(module, object))
         uses = {name: self._global(x, module) for name, x in _globals_of(tree, scope) if name not in assigned}
-        found = {"name": _name(value), "code": blake2b(source.encode(), digest_size=8).hexdigest()}
-        found |= {"assigned": assigned} if isinstance(value, FunctionType) else {}
+        found: dict[str, Any] = {"name": _name(value), "code": blake2b(source.encode(), digest_size=8).hexdigest()}
+        if isinstance(value, FunctionType):
+            found["assigned"] = assigned  # which `_function` takes out again
         return found | ({"uses": uses} if uses else {})
 
     def _global(self, value: Any, module: str) -> Any:

@@ -313,22 +313,3 @@ def _unconstrained() -> dict[str, Tensor]:
     """Return the parameters in Pyro's store, in the unconstrained form that is optimised."""
     store = pyro.get_param_store()
     return {name: store[name].unconstrained() for name in sorted(store.keys())}  # type: ignore[attr-defined]
-
-
-def stack_chains(histories: list[dict[str, list[np.ndarray]]]) -> dict[str, Any]:
-    """Return lists of chains as arrays (chain, step, ...), NaN after the end of a chain that ended before others.
-
-    Entries that name steps, ``..._steps``, are one list, the longest chain's.
-    """
-    stacked: dict[str, Any] = {}
-    for key in [key for key in histories[0] if all(key in history for history in histories)]:
-        rows = [np.array(history[key]) for history in histories]
-        longest = max(rows, key=len)
-        if key.endswith("_steps"):
-            stacked[key] = longest.tolist()
-            continue
-        padding = [np.full((len(longest) - len(x), *x.shape[1:]), np.nan) for x in rows]
-        stacked[key] = np.array(
-            [np.concatenate([x, nan]) if len(nan) else x for x, nan in zip(rows, padding, strict=True)]
-        )
-    return stacked

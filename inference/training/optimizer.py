@@ -52,7 +52,7 @@ class Adam:
         """Return the function that multiplies the learning rates, of the steps done."""
         unused = torch.optim.SGD([torch.zeros(())], lr=1.0)
         schedule = transformers.get_scheduler(self.schedule, unused, num_warmup_steps=0, num_training_steps=num_steps)
-        return schedule.lr_lambdas[0]  # type: ignore[no-any-return]
+        return schedule.lr_lambdas[0]
 
 
 class ScheduledAdam(PyroOptim):

@@ -160,7 +160,7 @@ def test_draws_of_another_posterior_are_refused() -> None:
 def test_guides_that_cannot_have_proposed_the_draws_are_refused() -> None:
     kept = RejectionSampling(num_samples=20, log_bound=0.0, seed=1, progress=False).run(continuous, PROMPTS)
     guide = AutoPolicy(inspect(continuous, PROMPTS))
-    with pytest.raises(ProgramError, match="draws 'theta_unconstrained' besides"):
+    with pytest.raises(ProgramError, match="draws 'theta_unconstrained', which is no latent of the program"):
         run(continuous, retained=kept, guide=guide, num_chains=20)
 
     oracle = Exact(num_prior_samples=1).run(mixed, PROMPTS)

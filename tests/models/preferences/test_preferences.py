@@ -190,7 +190,9 @@ def test_a_class_of_guides_resumes_from_a_checkpoint(tmp_path: Any):
         SVI(**settings, checkpoint=Checkpointing(tmp_path, every=10), callbacks=[stop]).run(MODEL, DATA)
     resumed = SVI(**settings, checkpoint=Checkpointing(tmp_path, every=10)).run(MODEL, DATA)
     np.testing.assert_array_equal(resumed.samples["weights"], complete.samples["weights"])
-    with pytest.raises(ValueError, match="is the class AutoMultivariateNormal: make one and train it"):
+    with pytest.raises(
+        ValueError, match="is the class AutoMultivariateNormal, not an instance: make one, and train it"
+    ):
         ImportanceSampling(guide=AutoMultivariateNormal)
 
 

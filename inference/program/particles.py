@@ -199,9 +199,9 @@ def score_sites(program: Program, trace: Trace, num_particles: int, *, skip: Con
     :param skip: sites to leave out.
     :raises ProgramError: if a term is NaN or +inf.
     """
-    for name, node in trace.nodes.items():
-        if node["type"] == "sample" and name not in skip and isinstance(node["fn"], Autoregressive):
-            _score_completion(node)
+    for name, message in trace.nodes.items():  # not `sample_sites`, whose nodes are copies
+        if message["type"] == "sample" and name not in skip and isinstance(message["fn"], Autoregressive):
+            _score_completion(message)
     trace.compute_log_prob(site_filter=lambda name, node: name not in skip)
     terms = {}
     for name, node in sample_sites(trace):

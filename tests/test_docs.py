@@ -51,8 +51,8 @@ def run(page: Path) -> dict[str, object]:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """An empty working directory, and figures that open no window."""
-    pytest.importorskip("matplotlib").use("Agg")
+    """An empty working directory; pages draw figures."""
+    pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
 
 

@@ -14,7 +14,6 @@ from bayeslm import diagnostics
 from bayeslm.plots import COLOURS, plot_over_optimisation, plot_rewards, plot_training
 
 matplotlib = pytest.importorskip("matplotlib")
-matplotlib.use("Agg")
 
 
 @pytest.fixture(autouse=True)

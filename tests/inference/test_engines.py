@@ -99,9 +99,9 @@ def test_svi_reaches_the_posterior(kind, beta, seed):
         progress=False,
     )
     posterior = engine.run(model, prompts)
-    law = posterior.policy(prompts, max_new_tokens=len(table))
+    distribution = posterior.policy(prompts, max_new_tokens=len(table))
     atoms = torch.as_tensor(exact.samples["completion"][0])
-    log_q = law.log_prob(atoms).detach().double().numpy()
+    log_q = distribution.log_prob(atoms).detach().double().numpy()
     gap = (np.exp(log_q) * (log_q - (exact.log_joint[0] - exact.log_evidence))).sum(0)
     assert (gap <= 0.05).all(), gap
     assert (gap >= -1e-6).all()
@@ -151,7 +151,7 @@ def test_importance_sampling_with_other_latents_agrees_with_exact():
 
 
 def test_svi_with_every_kind_of_latent_agrees_with_exact():
-    """A Bernoulli mood shared by prompts, a topic a prompt, a completion: the default guide has a law for each."""
+    """A Bernoulli mood shared by prompts, a topic a prompt, a completion: all in the default guide."""
     lm = table_lm(order=4, seed=1, vocab=4)
 
     def model(prompts):

@@ -26,7 +26,7 @@ def expect(posterior, values):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_normal_posterior_is_exact(seed):
-    """Linear regression: log Z has no error at all, since every weight is Z, and draws have the known law."""
+    """Linear regression: log Z has no error at all, since every weight is Z, and draws have the known distribution."""
     rng = np.random.default_rng(seed)
     x = torch.tensor(rng.normal(size=(8, 3)), dtype=torch.float32)
     y = torch.tensor(rng.normal(size=8), dtype=torch.float32)
@@ -43,10 +43,10 @@ def test_a_normal_posterior_is_exact(seed):
     assert np.ptp(posterior.log_weights) < 1e-2
     precision = (x.T @ x / 0.25 + torch.eye(3) / 4.0).double()
     mean = torch.linalg.solve(precision, (x.T @ y / 0.25).double()).numpy()
-    law = torch.linalg.inv(precision).numpy()
+    distribution = torch.linalg.inv(precision).numpy()
     w = posterior.samples["w"][0]
-    assert_estimate(w.mean(0), np.sqrt(np.diag(law) / 4000), mean)
-    assert np.cov(w.T) == pytest.approx(law, abs=6 * law.max() / math.sqrt(2000))
+    assert_estimate(w.mean(0), np.sqrt(np.diag(distribution) / 4000), mean)
+    assert np.cov(w.T) == pytest.approx(distribution, abs=6 * distribution.max() / math.sqrt(2000))
     assert posterior.stats["steps"] <= 2
 
 

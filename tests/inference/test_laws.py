@@ -38,7 +38,7 @@ def run(name, model, bound, prompts=SHORT, *, seed=0, size=4):
 
 @functools.cache
 def small(name):
-    """A run of few particles, which tests read and leave as it is."""
+    """A run of few particles, which tests read and do not change."""
     return run(name, *case(), size=1)
 
 

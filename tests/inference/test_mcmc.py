@@ -51,8 +51,8 @@ def test_agrees_with_exact(kind, setting):
     posterior = mcmc(**settings).run(model, PROMPTS)
     assert_agrees(posterior, exact, FUNCTIONS)
     # the terms of a draw are its own
-    law = lm(PROMPTS, max_new_tokens=5)
-    log_prior = law.log_prob(torch.as_tensor(posterior.samples["completion"])).detach().numpy()
+    distribution = lm(PROMPTS, max_new_tokens=5)
+    log_prior = distribution.log_prob(torch.as_tensor(posterior.samples["completion"])).detach().numpy()
     np.testing.assert_allclose(posterior.log_joint - posterior.log_likelihood["reward"], log_prior, atol=1e-4)
 
 
@@ -112,11 +112,11 @@ def uncertain_reward():
 
 def test_a_continuous_latent_beside_completions_by_quadrature():
     lm, model = uncertain_reward()
-    law = lm(SHORT, max_new_tokens=2)
-    support = law.enumerate_support()
+    distribution = lm(SHORT, max_new_tokens=2)
+    support = distribution.enumerate_support()
     hits = (support == 1).sum(-1)
     grid = torch.linspace(-6, 6, 2001, dtype=torch.double)
-    terms = law.log_prob(support).double() + 0.6 * grid[:, None, None] * hits  # (w, value, prompt)
+    terms = distribution.log_prob(support).double() + 0.6 * grid[:, None, None] * hits  # (w, value, prompt)
     log_z = terms.logsumexp(1)  # (w, prompt)
     weight = (log_z.sum(-1) - grid**2 / 2).softmax(0)
     expected_hits = (weight[:, None] * ((terms - log_z[:, None]).exp() * hits).sum(1)).sum(0)
@@ -196,16 +196,16 @@ def test_swaps_leave_every_temperature_as_it_is():
     target = Enumerated(conversation())
     replicas = Replicas(target.program, temperatures, chains)
     gammas = replicas.gamma.reshape(temperatures, chains, 2)[:, 0]
-    laws = [log_target(target.atoms, gamma).double().log_softmax(0) for gamma in gammas]
+    distributions = [log_target(target.atoms, gamma).double().log_softmax(0) for gamma in gammas]
     torch.manual_seed(0)
-    index = torch.cat([law.exp().T.multinomial(chains, replacement=True).T for law in laws])
+    index = torch.cat([distribution.exp().T.multinomial(chains, replacement=True).T for distribution in distributions])
     state = target.atoms.gather(target.program, index)
     moved = replicas.swap(replicas.swap(state))
     after = target.index(moved).reshape(temperatures, chains, 2)
-    for law, place, before in zip(laws, after, index.reshape(temperatures, chains, 2), strict=True):
+    for distribution, place, before in zip(distributions, after, index.reshape(temperatures, chains, 2), strict=True):
         assert (place != before).float().mean() > 0.1
         for prompt in range(2):
-            assert_drawn_from(place[:, prompt].bincount(minlength=len(law)), law[:, prompt])
+            assert_drawn_from(place[:, prompt].bincount(minlength=len(distribution)), distribution[:, prompt])
 
 
 def test_the_warm_start_draws_from_the_weights():
@@ -220,8 +220,8 @@ def test_the_warm_start_draws_from_the_weights():
         part = state[k * 20_000 : (k + 1) * 20_000]
         weights = gamma * particles.total_log_likelihood + particles.log_prior - particles.log_proposal
         atoms = target.index(particles)[:, 0]
-        law = torch.zeros(len(target.log_prob)).index_add_(0, atoms, weights[:, 0].softmax(0))
-        assert_drawn_from(target.index(part)[:, 0].bincount(minlength=len(law)), law.log())
+        distribution = torch.zeros(len(target.log_prob)).index_add_(0, atoms, weights[:, 0].softmax(0))
+        assert_drawn_from(target.index(part)[:, 0].bincount(minlength=len(distribution)), distribution.log())
 
 
 # -- the contract ----------------------------------------------------------------------------------------------------

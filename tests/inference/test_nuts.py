@@ -113,7 +113,7 @@ def test_a_support_that_depends_on_a_latent():
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_an_observed_completion_is_scored_once(frozen):
-    """Its network runs at the first look and not at each leapfrog, be it frozen or not; its score is in the terms."""
+    """Its network, frozen or not, runs at the inspection and not at each leapfrog; its score is in the terms."""
     lm = tiny_llama(seed=1) if frozen else tiny_llama(seed=1).policy()
     tokens = lm(SHORT, 4).sample()
 
@@ -260,7 +260,7 @@ def interrupting(after: int, error: type[BaseException], calls: list[int]):
 
 
 def runs_of(chains: int) -> int:
-    """Program runs of so many chains of `short`, the first look and the prior's draws included."""
+    """Program runs of so many chains of `short`, the inspection and the prior's draws included."""
     calls: list[int] = []
     short(num_chains=chains).run(interrupting(0, KeyboardInterrupt, calls), SHORT)
     return len(calls)

@@ -34,9 +34,9 @@ def program(lm):
 
 def posterior(lm):
     """Every completion (support, tokens), with log p(x) + r(x) / beta and log p(x), (support, prompts)."""
-    law = lm(PROMPTS, TOKENS)
-    support = law.enumerate_support(expand=False)
-    log_prior = law.log_prob(support)
+    distribution = lm(PROMPTS, TOKENS)
+    support = distribution.enumerate_support(expand=False)
+    log_prior = distribution.log_prob(support)
     reward = torch.tensor(count_a(lm.decode(support.squeeze(1))))
     return support.squeeze(1), log_prior + reward[:, None] / BETA, log_prior
 
@@ -105,9 +105,9 @@ def test_predictive_draws_from_the_prior(lm, program, parallel):
 
 
 def test_expand_to_event_and_mask(lm):
-    law = lm(PROMPTS, TOKENS)
-    x = law.sample()
-    log_prob = law.log_prob(x)
+    distribution = lm(PROMPTS, TOKENS)
+    x = distribution.sample()
+    log_prob = distribution.log_prob(x)
     joint = lm(PROMPTS, TOKENS).to_event(1)
     assert (joint.batch_shape, joint.event_shape) == ((), (2, TOKENS))
     torch.testing.assert_close(joint.log_prob(x), log_prob.sum())
@@ -140,9 +140,9 @@ def test_svi_trains_a_policy(make, rate):
             pyro.sample("completion", policy(prompts, max_new_tokens=2))
 
     def kl():
-        law = prior(PROMPTS, 2)
-        x = law.enumerate_support(expand=False)
-        log_joint = law.log_prob(x) + torch.tensor(count_a(prior.decode(x).squeeze(1)))[:, None] / BETA
+        distribution = prior(PROMPTS, 2)
+        x = distribution.enumerate_support(expand=False)
+        log_joint = distribution.log_prob(x) + torch.tensor(count_a(prior.decode(x).squeeze(1)))[:, None] / BETA
         with torch.no_grad():
             log_q = policy(PROMPTS, 2).log_prob(x)
         return (log_q.exp() * (log_q - log_joint.log_softmax(0))).sum().item()
@@ -159,8 +159,8 @@ def test_svi_trains_a_policy(make, rate):
 
 def test_nuts_on_a_continuous_latent(lm):
     """w ~ N(0, 1), reward w · (number of a's), two texts observed, two completions summed out."""
-    law = lm(PROMPTS, 2)
-    support = law.enumerate_support(expand=False)
+    distribution = lm(PROMPTS, 2)
+    support = distribution.enumerate_support(expand=False)
     number = torch.tensor(count_a(lm.decode(support).squeeze(1)))
 
     def model():
@@ -172,7 +172,7 @@ def test_nuts_on_a_continuous_latent(lm):
             pyro.sample("rating", dist.Normal(score, 0.5), obs=torch.tensor([1.0, 2.0]))
 
     initial, potential, *_ = initialize_model(model, max_plate_nesting=1)
-    log_prior = law.log_prob(support)
+    log_prior = distribution.log_prob(support)
     rating = dist.Normal(number[:, None], 0.5).log_prob(torch.tensor([1.0, 2.0]))
     for w in (-1.0, 0.3, 2.0):
         exact = (log_prior + w * number[:, None] + rating).logsumexp(0).sum() + dist.Normal(0.0, 1.0).log_prob(

@@ -81,7 +81,7 @@ def test_without_a_twist_it_is_importance_sampling():
 
 
 def test_a_reward_that_knows_the_exact_twist_knows_z():
-    """Unfinished texts, candidates among them, are told from finished ones, though texts are padded by an EOS."""
+    """Unfinished texts and candidates are distinguished from finished texts, though padding is an EOS."""
     lm = table_lm(order=3, seed=2, vocab=4)
     assert lm.pad_token_id in lm.eos_token_ids
     known: dict[str, float] = {}
@@ -162,7 +162,7 @@ def test_cost_is_linear_in_particles_and_tokens(particles, tokens):
 
 
 def test_scores_follow_the_resampling():
-    """log p of what came out, as the law itself scores it."""
+    """log p of the result is the score that the distribution gives it."""
     for kind in ("table", "llama"):
         lm, model, _ = case(kind, 0.5, 0)
         engine = SMC(num_particles=30, twist="partial", ess_threshold=1.0, seed=0, progress=False)
@@ -184,7 +184,7 @@ def test_chains_in_groups_of_bounded_memory():
 
 
 def test_prompts_are_resampled_separately():
-    """A second prompt does not move the first one's law; both agree with Exact alone."""
+    """A second prompt does not move the first one's distribution; both agree with Exact alone."""
     _, model, exact = case("table", 0.5, 0)
     alone = SMC(num_particles=16, num_chains=300, twist="partial", seed=4, progress=False).run(model, PROMPTS[:1])
     assert_evidence(alone, exact.log_evidence[:1], unbiased=True)
@@ -317,7 +317,7 @@ def mixing(how):
 def test_programs_that_mix_particles_are_refused(how, message):
     engine = SMC(num_particles=32, num_chains=2, twist="partial", ess_threshold=1.0, seed=0, progress=False)
     engine.run(mixing("no"), SHORT)
-    for prompts in [SHORT] if how != "branch" else [SHORT, SHORT[:1]]:  # one prompt passes the first look
+    for prompts in [SHORT] if how != "branch" else [SHORT, SHORT[:1]]:  # one prompt passes the inspection
         with pytest.raises(ProgramError, match=message):
             engine.run(mixing(how), prompts)
 
@@ -366,14 +366,14 @@ def test_a_constraint_that_unfinished_texts_cannot_meet_kills_nobody(twist):
 def test_a_pad_token_that_is_a_word_is_not_read():
     lm = table_lm(order=2, seed=0, vocab=4)
     lm.eos_token_ids, lm.pad_token_id = (), 1
-    seen = set()
+    prefixes = set()
 
     def reward(completions, **columns):
-        seen.update(completions)
+        prefixes.update(completions)
         return [float(len(text.split())) for text in completions]
 
     SMC(num_particles=8, twist="partial", seed=0, progress=False).run(TiltedLM(lm, reward, max_new_tokens=4), SHORT)
-    assert {len(text.split()) for text in seen} >= {1, 2, 3}
+    assert {len(text.split()) for text in prefixes} >= {1, 2, 3}
 
 
 def test_a_dead_chain_counts_as_an_estimate_of_zero():

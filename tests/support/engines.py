@@ -1,4 +1,4 @@
-"""Every engine, in settings small enough for a test, with what it claims. A new engine needs an entry in `ENGINES`."""
+"""Every engine, in settings small enough for a test, with its claims. A new engine needs an entry in `ENGINES`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from bayeslm.models import LanguageModel
 
 @dataclass(frozen=True)
 class Claims:
-    """What an engine gives: laws that do not concern it are not asked of it.
+    """What an engine gives; `test_laws.py` skips the laws that do not concern it.
 
     :param make: the engine from a seed, an upper bound of the log-likelihood, and a number that scales its size.
     :param posterior: its draws, weighted or not, are the posterior's (best-of-n's are not).

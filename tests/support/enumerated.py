@@ -1,4 +1,4 @@
-"""A small problem that is enumerated whole, for objectives and the draws that they learn from.
+"""A small enumerated problem for objectives and their sources of particles.
 
 Vocabulary 4, 3 tokens, bigram: 40 completions a prompt.
 """
@@ -18,7 +18,7 @@ T = 3
 class Problem:
     """A problem that is enumerated: log q (completion, prompt) with gradient, log p + l, log pi*.
 
-    A table of order 4 knows all of a text, and can be the posterior; one of order 2 cannot.
+    A table of order 4 depends on all of a text, and can be the posterior; one of order 2 cannot.
     """
 
     def __init__(self, seed: int = 0, order: int = 2, scale: float = 0.5) -> None:
@@ -26,9 +26,9 @@ class Problem:
         self.policy = perturbed(self.lm, seed, scale)
         self.parameters = list(self.policy.network.parameters())
         self.model, self.guide = tilted(self.lm, self.table, BETA), policy_guide(self.policy, T)
-        law = self.policy(PROMPTS, max_new_tokens=T)
-        self.x = law.enumerate_support()
-        self.log_q = law.log_prob(self.x)
+        distribution = self.policy(PROMPTS, max_new_tokens=T)
+        self.x = distribution.enumerate_support()
+        self.log_q = distribution.log_prob(self.x)
         self.log_p = self.lm(PROMPTS, max_new_tokens=T).log_prob(self.x)
         self.log_target = self.log_p + self.table[torch.arange(T), self.x].sum(-1) / BETA
         self.log_z = self.log_target.logsumexp(0)

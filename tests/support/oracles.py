@@ -39,7 +39,7 @@ def assert_same_distribution(one: LanguageModel, other: LanguageModel) -> None:
 
 
 class ExactTwist:
-    """psi_t(x_1:t) = E[exp(r / beta) | x_1:t] by enumeration: what a learned twist learns to be. Token 0 is the EOS."""
+    """psi_t(x_1:t) = E[exp(r / beta) | x_1:t] by enumeration: the optimum of a learned twist. Token 0 is the EOS."""
 
     reads_reward = False
 

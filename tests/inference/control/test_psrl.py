@@ -281,7 +281,6 @@ def test_refused():
 
 def test_the_picture_has_the_mean_and_the_interval():
     matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("Agg")
     regret = np.arange(12.0).reshape(3, 4)
     figure = plot_regret({"PSRL": regret, "random": 2 * regret}, interval=1.0)
     (axis,) = figure.axes

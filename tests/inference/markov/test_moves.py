@@ -1,7 +1,7 @@
-"""Markov moves: each leaves its target as it is, and is reversible; and the suffixes they redraw have the right law.
+"""Markov moves: each keeps its target and is reversible; and redrawn suffixes have the right distribution.
 
-Chains that begin as exact draws of an enumerated target must have its law after a move (chi-square), and as many must
-go from i to j as from j to i (Bowker's test of symmetry). Each test fails by chance once in a million.
+Chains that begin as exact draws of an enumerated target must have its distribution after a move (chi-square), and
+as many must go from i to j as from j to i (Bowker's test of symmetry). Each test fails by chance once in a million.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ def test_redrawn_suffixes_are_scored_as_the_network_does(model_type, batch_size)
     """Ragged cuts and prompts, windows shorter than them, in one batch or several."""
     extra, _ = ARCHITECTURES[model_type]
     lm = LanguageModel(random_network(model_type, **extra), eos_token_ids=(2, 7), batch_size=batch_size)
-    law = lm(PROMPTS, max_new_tokens=8, temperature=1.2).expand((6, len(PROMPTS)))
+    distribution = lm(PROMPTS, max_new_tokens=8, temperature=1.2).expand((6, len(PROMPTS)))
     torch.manual_seed(0)
-    x = law.sample()
-    lengths = law.lengths(x)
+    x = distribution.sample()
+    lengths = distribution.lengths(x)
     cut = (torch.rand(lengths.shape) * (lengths + 1)).long()  # some at their end
-    y, scores = redraw(law, x, cut)
+    y, scores = redraw(distribution, x, cut)
     kept = torch.arange(8) < cut[..., None]
     assert torch.equal(y[kept], x[kept])
     assert torch.equal(y[cut == lengths], x[cut == lengths])
     assert not torch.equal(y, x)
-    assert law.support.check(y).all()
+    assert distribution.support.check(y).all()
     for row, keep, score_ in zip(y, kept, scores, strict=True):
         for prompt, completion, k, s in zip(PROMPTS, row, keep, score_, strict=True):
-            at_end = torch.equal(s, torch.zeros_like(s)) and (k.sum() >= law.lengths(completion))
+            at_end = torch.equal(s, torch.zeros_like(s)) and (k.sum() >= distribution.lengths(completion))
             expected = torch.zeros(8) if at_end else by_hand(lm, prompt, completion, 1.2).masked_fill(k, 0.0)
             torch.testing.assert_close(s, expected, atol=2e-5, rtol=2e-5)
 
@@ -62,16 +62,16 @@ def test_redrawn_suffixes_are_scored_as_the_network_does(model_type, batch_size)
 def test_redrawn_suffixes_have_the_law_of_the_rest(kind):
     """p(x_{>i} | x_{<=i}) by enumeration, for cuts after 0, 1 and 2 tokens in one batch."""
     lm = table_lm(order=3, vocab=4) if kind == "table" else tiny_llama()
-    law = lm([[1, 2], [3]], max_new_tokens=3)
-    support = law.enumerate_support()[:, 0]
-    log_p = law.log_prob(law.enumerate_support())
+    distribution = lm([[1, 2], [3]], max_new_tokens=3)
+    support = distribution.enumerate_support()[:, 0]
+    log_p = distribution.log_prob(distribution.enumerate_support())
     start = torch.tensor([1, 2, 1])
     size = 9000
-    law = law.expand((size, 2))
+    distribution = distribution.expand((size, 2))
     value = start.expand(size, 2, 3)
     cut = (torch.arange(size) % 3)[:, None].expand(size, 2)
     torch.manual_seed(1)
-    y, _ = redraw(law, value, cut)
+    y, _ = redraw(distribution, value, cut)
     for i in range(3):
         same = (support[:, :i] == start[:i]).all(-1)
         for prompt in range(2):
@@ -82,14 +82,14 @@ def test_redrawn_suffixes_have_the_law_of_the_rest(kind):
 
 def test_redrawing_prefills_a_prompt_once_and_drops_rows_that_have_ended():
     lm = table_lm(order=2, vocab=4)
-    law = lm([[1] * 30, [2]], max_new_tokens=20).expand((50, 2))
+    distribution = lm([[1] * 30, [2]], max_new_tokens=20).expand((50, 2))
     x = torch.ones((50, 2, 20), dtype=torch.long)
     cut = torch.full((50, 2), 19)
     cut[0] = 0
     with count_usage() as usage:
-        y, _ = redraw(law, x, cut)
+        y, _ = redraw(distribution, x, cut)
     prefill, kept = 2 * 30, 100 * 19
-    longest = int(law.lengths(y)[0].max())
+    longest = int(distribution.lengths(y)[0].max())
     assert prefill + kept <= usage.tokens <= prefill + kept + 2 * longest
     assert usage.model_calls <= 2 + longest
 
@@ -126,17 +126,17 @@ def candidates():
 
 
 def assert_reversible(target, before, after):
-    """The law after a move is the target's, and flows between any two values are equal both ways."""
+    """The distribution after a move is the target's, and flows between any two values are equal both ways."""
     atoms = len(target.log_prob)
     for column in range(target.log_prob.shape[1]):
         i, j = before[:, column], after[:, column]
         assert_drawn_from(j.bincount(minlength=atoms), target.log_prob[:, column])
         flow = torch.zeros((atoms, atoms), dtype=torch.double).index_put_((i, j), torch.ones(len(i)).double(), True)
         there, back = flow.triu(1), flow.T.triu(1)
-        seen = there + back >= 8
-        assert seen.any()
-        statistic = ((there - back) ** 2 / (there + back))[seen].sum()
-        assert statistic < stats.chi2.isf(ALARM, int(seen.sum())), statistic
+        frequent = there + back >= 8
+        assert frequent.any()
+        statistic = ((there - back) ** 2 / (there + back))[frequent].sum()
+        assert statistic < stats.chi2.isf(ALARM, int(frequent.sum())), statistic
 
 
 POLICY = {"prior": lambda: None, "policy": lambda: table_lm(order=2, seed=9, vocab=4)}
@@ -209,15 +209,15 @@ def test_only_what_a_move_changes_is_scored():
             pyro.factor("match", (x == y).sum(-1) * 1.0)
 
     program = inspect(model, SHORT)
-    laws = {site.name: site.fn.expand((40, 2)) for site in program.completions}
-    state = score_values(program, {name: law.sample() for name, law in laws.items()})
-    for name, law in laws.items():
+    distributions = {site.name: site.fn.expand((40, 2)) for site in program.completions}
+    state = score_values(program, {name: distribution.sample() for name, distribution in distributions.items()})
+    for name, distribution in distributions.items():
         with count_usage() as whole:
             _, outcome = SuffixMove(program, name)(state)
         rooms = 5 - outcome.cut
         prefill, kept, steps = 2 * 2, 80 * int(outcome.cut.max()), int(rooms.clamp_min(1).sum())
         assert whole.tokens <= prefill + kept + steps
-        assert law.batch_shape == (40, 2)
+        assert distribution.batch_shape == (40, 2)
 
 
 def test_acceptance_is_counted_by_site_column_and_cut():
@@ -241,8 +241,8 @@ def test_acceptance_is_counted_by_site_column_and_cut():
 # -- continuous latents ------------------------------------------------------------------------------------------
 
 
-def assert_law(draws, law):
-    assert stats.kstest(draws.reshape(-1).numpy(), law.cdf).pvalue > ALARM
+def assert_distribution(draws, distribution):
+    assert stats.kstest(draws.reshape(-1).numpy(), distribution.cdf).pvalue > ALARM
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.5])
@@ -263,7 +263,7 @@ def test_random_walks_keep_a_normal_posterior(gamma):
     assert (outcome.accepted.float().mean(0) > 0.2).all()
     for i in range(2):
         moved = after.values["theta"][:, i]
-        assert_law(moved, stats.norm(4 * gamma * float(y[i]) / precision, precision**-0.5))
+        assert_distribution(moved, stats.norm(4 * gamma * float(y[i]) / precision, precision**-0.5))
         # reversible: E[f(before) g(after)] is symmetric
         f = theta[:, i] * (moved > 0.3) - moved * (theta[:, i] > 0.3)
         assert abs(f.mean()) < 5 * f.std() / 20_000**0.5
@@ -299,9 +299,9 @@ def test_random_walks_have_the_jacobian(family):
     after = state.values["z"]
     if family == "dirichlet":
         for i, a in enumerate([1.0, 3.0, 0.8]):
-            assert_law(after[:, i], stats.beta(a, 4.8 - a))
+            assert_distribution(after[:, i], stats.beta(a, 4.8 - a))
     else:
-        assert_law(after, posterior)
+        assert_distribution(after, posterior)
 
 
 def test_a_support_that_depends_on_another_latent():
@@ -319,8 +319,8 @@ def test_a_support_that_depends_on_another_latent():
         state, outcome = move(state)
         assert 0.1 < outcome.accepted.float().mean() < 0.9
     assert (state.values["x"] < state.values["w"]).all()
-    assert_law(state.values["w"], stats.uniform())
-    assert_law(state.values["x"] / state.values["w"], stats.uniform())
+    assert_distribution(state.values["w"], stats.uniform())
+    assert_distribution(state.values["x"] / state.values["w"], stats.uniform())
 
 
 @pytest.mark.parametrize(("dimension", "best"), [(1, 0.44), (20, 0.234)])

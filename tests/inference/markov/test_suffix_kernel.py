@@ -1,7 +1,7 @@
 """The kernel for Pyro's own MCMC: exact answers, what comes out of it, and how it starts, adapts and refuses.
 
 Means over chains of many replicates (equal prompts, each a posterior of its own) are compared by
-`assert_mean`. That each step leaves the posterior as it is: ../test_calibration.py.
+`assert_mean`. ../test_calibration.py tests that each step keeps the posterior.
 """
 
 from __future__ import annotations
@@ -173,10 +173,10 @@ def test_diagnostics_tell_of_the_chain_after_the_warm_up():
     model, _ = mixed(1.5)
     kernel = SuffixKernel(model, continuous="nuts")
     run(kernel, SHORT, samples=10, warmup=5)
-    seen = kernel.diagnostics()
-    assert seen["acceptance_topic"].shape == seen["acceptance_completion"].shape == (2,)
-    assert seen["cuts_completion"].sum() == 20  # two prompts, ten steps
-    assert seen["divergences"] == [] or isinstance(seen["divergences"][0], int)
+    found = kernel.diagnostics()
+    assert found["acceptance_topic"].shape == found["acceptance_completion"].shape == (2,)
+    assert found["cuts_completion"].sum() == 20  # two prompts, ten steps
+    assert found["divergences"] == [] or isinstance(found["divergences"][0], int)
     assert {"acc. topic", "acc. completion", "step size"} <= set(kernel.logging())
     walking = SuffixKernel(model)
     run(walking, SHORT, samples=10, warmup=5)

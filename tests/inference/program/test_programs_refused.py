@@ -158,7 +158,7 @@ def test_a_reward_that_raises_shows_the_text_and_loses_no_particle():
     batches = iter(range(100))
 
     def moody(completions, **columns):
-        if next(batches) >= 3:  # one look at the program, two batches of particles
+        if next(batches) >= 3:  # one inspection of the program, two batches of particles
             raise RuntimeError("out of patience")
         return [0.0] * len(completions)
 

@@ -109,9 +109,9 @@ def test_gradient_of_a_guide_that_draws_the_shared_latent_last():
         pyro.sample("mood", dist.Bernoulli(logits=pyro.param("slope", slope) * hits))
 
     prompts = [[1], [2]]
-    law = policy(prompts, max_new_tokens=1)
-    tokens = law.enumerate_support(expand=False)
-    log_q = law.log_prob(tokens)  # (token, prompt)
+    distribution = policy(prompts, max_new_tokens=1)
+    tokens = distribution.enumerate_support(expand=False)
+    log_q = distribution.log_prob(tokens)  # (token, prompt)
     log_p = lm(prompts, max_new_tokens=1).log_prob(tokens)
     total = torch.zeros(())
     for i in range(3):
@@ -137,7 +137,7 @@ def test_gradient_of_a_guide_that_draws_the_shared_latent_last():
 
 @pytest.mark.parametrize("raters", [2, 3])
 def test_another_plate_at_the_prompts_dim_is_not_the_prompts(raters):
-    """A latent in a plate beside the prompts makes one posterior; the loss is stock Pyro's."""
+    """A latent in a plate parallel to the prompts makes one posterior; the loss is stock Pyro's."""
     lm = table_lm(order=2, seed=0, vocab=3)
 
     def model(prompts):
@@ -245,13 +245,13 @@ def test_a_network_in_bfloat16_has_float32_log_probabilities():
     """Sampled and scored, normalised up to bfloat16's rounding of the hidden states; and SVI trains it."""
     lm = tiny_llama(scale=1.0)
     lm.network.to(torch.bfloat16)
-    law = lm(PROMPTS, max_new_tokens=4)
-    atoms = law.enumerate_support()
-    scores = law.log_prob(atoms)
+    distribution = lm(PROMPTS, max_new_tokens=4)
+    atoms = distribution.enumerate_support()
+    scores = distribution.log_prob(atoms)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores.logsumexp(0), torch.zeros(2), atol=0.05, rtol=0)
-    drawn = law.expand((64, 2)).sample()
-    sampled = law.expand((64, 2)).log_prob(drawn.clone())
+    drawn = distribution.expand((64, 2)).sample()
+    sampled = distribution.expand((64, 2)).log_prob(drawn.clone())
     assert sampled.dtype == torch.float32
     posterior = SVI(num_steps=2, num_samples=8, progress=False).run(tilted(lm, score_table(0)), PROMPTS)
     assert np.isfinite(posterior.log_weights).all()

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from support.enumerated import BETA, PROMPTS, Problem, T, kl_to
 from support.gradients import COPIES, assert_unbiased, gradients, perturbed, policy_guide
 from support.models import table_lm
+from support.statistics import assert_mean
 from torch import nn
 
 from bayeslm.inference import SVI, BestOfN, Exact, ProgramError
@@ -96,7 +97,7 @@ def test_gradient_is_unbiased(name, seed):
     small = Problem(seed)
     make, loss = UNBIASED[name]
     torch.manual_seed(seed)
-    estimates = small.estimates(make(small.log_z.repeat(COPIES)), repeats=250)
+    estimates = small.estimates(make(small.log_z.repeat(COPIES)), repeats=64)
     assert_unbiased(estimates, small.gradient(loss(small)))
 
 
@@ -114,10 +115,10 @@ def test_self_normalised_gradients_are_biased_by_one_over_n(make, loss, source):
     small = Problem(scale=0.3)
     expected = small.gradient(loss(small))
     torch.manual_seed(0)
-    many = gradients(make(4000, source), small.model, small.guide, small.parameters, (PROMPTS,))
+    many = gradients(make(4000, source), small.model, small.guide, small.parameters, (PROMPTS,), repeats=100)
     assert_unbiased(COPIES * many, expected)
-    few = small.estimates(make(2, source), repeats=200) @ expected
-    assert abs(few.mean() - expected @ expected) > 6 * few.std() / 200**0.5
+    few = small.estimates(make(2, source), repeats=50) @ expected
+    assert abs(few.mean() - expected @ expected) > 6 * few.std() / 50**0.5
 
 
 def test_log_variance_of_own_draws_is_reverse_kl_with_the_leave_one_out_baseline():
@@ -174,16 +175,15 @@ def test_values_of_the_losses():
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", [name for name, (make, _) in UNBIASED.items() if type(make(0.0)) is FDivergence])
 def test_the_value_of_an_f_divergence_is_unbiased(name, seed):
-    """With log Z known: within 4.5 standard errors of the enumerated divergence (false alarm: 7e-6 a check)."""
+    """With log Z known, the mean of the estimates is the enumerated divergence."""
     small = Problem(seed)
     make, loss = UNBIASED[name]
     objective = make(small.log_z.repeat(COPIES))
     torch.manual_seed(seed)
     program = inspect(small.model, PROMPTS * COPIES)
-    found = torch.stack([objective.step(program, small.guide).loss.detach() for _ in range(100)]) / COPIES
-    error = found.mean() - loss(small).sum().detach()
-    assert abs(error) < 4.5 * found.std() / 10
-    assert found.std() / 10 < 0.1 * loss(small).sum()
+    found = torch.stack([objective.step(program, small.guide).loss.detach() for _ in range(40)]) / COPIES
+    assert_mean(found, loss(small).sum().detach())
+    assert found.std() / 40**0.5 < 0.1 * loss(small).sum()
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)

@@ -12,7 +12,6 @@ from bayeslm.calibration import calibrate
 from bayeslm.plots import plot_reliability
 
 matplotlib = pytest.importorskip("matplotlib")
-matplotlib.use("Agg")
 
 RNG = np.random.default_rng
 

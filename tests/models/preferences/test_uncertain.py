@@ -24,7 +24,7 @@ from bayeslm.inference import MCMC, SMC, SVI, AnnealedSMC, Exact, ImportanceSamp
 from bayeslm.models import TiltedLM, rewards
 from bayeslm.models.preferences import BradleyTerry, JudgedLM, UncertainReward
 
-pytest.importorskip("matplotlib").use("Agg")  # the example plots
+pytest.importorskip("matplotlib")  # the example plots
 
 PROMPTS = ["a b", "c"]
 TOKENS = 3

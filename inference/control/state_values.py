@@ -5,9 +5,8 @@ With f = \sum_t (r_t / \beta + log p(a_t | s_t) - log q(a_t | s_t)) of a traject
     \nabla L  =  E_q[ \sum_t (f_{\geq t} - V_t(s_t)) \nabla log q(a_t | s_t) ],     f_{\geq t} = \sum_{k \geq t} ...,
 
 since neither the terms of earlier steps nor any V_t(s_t) has covariance with the score of a_t. The best such V is the
-soft value of the policy over \beta, V_t(s) = E_q[f_{\geq t} | s_t = s] (Levine 2018, arXiv 1805.00909, section 3), which
-is estimated by a running mean for each state and part of the horizon. It is made of the steps before: the gradient is
-unbiased.
+soft value of the policy over \beta, V_t(s) = E_q[f_{\geq t} | s_t = s] (Levine 2018, arXiv 1805.00909, section 3). It
+is estimated by a running mean for each state and part of the horizon, of the steps before: the gradient is unbiased.
 
 The terms of earlier steps are known where the program has a factor for each step, in a plate ``steps``, as `Control`
 does. A factor of the complete trajectory belongs to all of its steps.

@@ -199,7 +199,7 @@ def test_masked_latents_are_not_enumerated():
         with pyro.plate("prompts", 2), poutine.mask(mask=torch.tensor([True, False])):
             pyro.sample("z", dist.Bernoulli(0.5))
 
-    with pytest.raises(ProgramError, match="'z': masked"):
+    with pytest.raises(ProgramError, match="'z': it is masked"):
         Exact().run(model)
 
 

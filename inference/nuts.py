@@ -9,6 +9,7 @@ numbers z, each latent being x = f(z) with f the bijection onto its support, and
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -123,7 +124,8 @@ class NUTS:
         def so_far() -> SoFar | None:
             """Return the complete chains; if there are none, the draws of the first become one."""
             if not parts and draws:
-                parts.append(self._score(program, score_once, _stack(draws)))
+                with contextlib.suppress(Exception):  # a program that has just failed may fail at its draws too
+                    parts.append(self._score(program, score_once, _stack(draws)))
             return SoFar(particles=Particles.concatenate(parts)) if parts else None
 
         steps = self.num_chains * (self.warmup + self.num_samples)

@@ -4,6 +4,7 @@ import importlib.util
 import os
 
 os.environ["MPLBACKEND"] = "Agg"  # before matplotlib is imported: no figure opens a window
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: on tiny networks threads cost time
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test asks the network for anything
 
 import pyro

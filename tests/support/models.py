@@ -61,8 +61,37 @@ COMMON = {
 }
 
 
+PADDED_PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [20], [30, 31, 32]]
+
+SHORT_WINDOW = {"sliding_window": 5}  # shorter than the longest prompt
+
+# model type: (settings in addition to `COMMON`, whether it is only a body and a linear head)
+ARCHITECTURES = {
+    "llama": ({}, True),
+    "qwen2": ({}, True),
+    "qwen3": ({}, True),
+    "mistral": (SHORT_WINDOW, True),
+    "mixtral": ({"num_local_experts": 4}, True),
+    "gemma": ({}, True),
+    "gemma2": (SHORT_WINDOW | {"query_pre_attn_scalar": 8}, False),  # logits soft-capped
+    "gemma3_text": (SHORT_WINDOW | {"query_pre_attn_scalar": 8}, True),
+    "granite": ({"logits_scaling": 2.0}, False),
+    "cohere": ({"logit_scale": 0.5}, False),
+    "gpt2": ({"n_positions": 64}, True),  # absolute positions
+    "opt": ({"ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.3}, True),
+    "bloom": ({}, True),  # positions by linear biases, from the mask
+}
+
+
 def random_network(model_type: str, **extra: Any) -> PreTrainedModel:
     """A random network of an architecture of transformers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(COMMON | extra)))
+
+
+def count_abc(prompts: list[str], completions: list[str]) -> torch.Tensor:
+    """Return how often a, b and c occur; b counts double after a prompt of several words."""
+    counts = torch.tensor([[float(text.split().count(word)) for word in WORDS[1:4]] for text in completions])
+    counts[:, 1] *= torch.tensor([2.0 if " " in prompt else 1.0 for prompt in prompts])
+    return counts

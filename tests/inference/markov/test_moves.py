@@ -13,10 +13,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models.lm.test_network import ARCHITECTURES, PROMPTS
 from pyro import poutine
 from scipy import stats
-from support.models import random_network, table_lm, tiny_llama
+from support.models import ARCHITECTURES, PADDED_PROMPTS, random_network, table_lm, tiny_llama
 from support.oracles import Enumerated, by_hand
 from support.programs import SHORT, conversation, score_table, shared, tilted
 from support.statistics import assert_drawn_from, count_completions
@@ -40,7 +39,7 @@ def test_redrawn_suffixes_are_scored_as_the_network_does(model_type, batch_size)
     """Ragged cuts and prompts, windows shorter than them, in one batch or several."""
     extra, _ = ARCHITECTURES[model_type]
     lm = LanguageModel(random_network(model_type, **extra), eos_token_ids=(2, 7), batch_size=batch_size)
-    distribution = lm(PROMPTS, max_new_tokens=8, temperature=1.2).expand((6, len(PROMPTS)))
+    distribution = lm(PADDED_PROMPTS, max_new_tokens=8, temperature=1.2).expand((6, len(PADDED_PROMPTS)))
     torch.manual_seed(0)
     x = distribution.sample()
     lengths = distribution.lengths(x)
@@ -52,7 +51,7 @@ def test_redrawn_suffixes_are_scored_as_the_network_does(model_type, batch_size)
     assert not torch.equal(y, x)
     assert distribution.support.check(y).all()
     for row, keep, score_ in zip(y, kept, scores, strict=True):
-        for prompt, completion, k, s in zip(PROMPTS, row, keep, score_, strict=True):
+        for prompt, completion, k, s in zip(PADDED_PROMPTS, row, keep, score_, strict=True):
             at_end = torch.equal(s, torch.zeros_like(s)) and (k.sum() >= distribution.lengths(completion))
             expected = torch.zeros(8) if at_end else by_hand(lm, prompt, completion, 1.2).masked_fill(k, 0.0)
             torch.testing.assert_close(s, expected, atol=2e-5, rtol=2e-5)

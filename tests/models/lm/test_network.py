@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.models import llama_network, random_network, table_lm, tiny_llama
+from support.models import ARCHITECTURES, PADDED_PROMPTS, llama_network, random_network, table_lm, tiny_llama
 from support.oracles import by_hand
 from transformers import masking_utils
 
@@ -13,27 +13,6 @@ from bayeslm.models.lm import network, scoring
 from bayeslm.models.lm.network import CausalNetwork, causal_mask
 from bayeslm.models.lm.prefix import prefill
 from bayeslm.models.lm.usage import count_usage
-
-PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [20], [30, 31, 32]]
-
-SHORT_WINDOW = {"sliding_window": 5}  # shorter than the longest prompt
-
-# model type: (settings in addition to `support.models.COMMON`, whether it is only a body and a linear head)
-ARCHITECTURES = {
-    "llama": ({}, True),
-    "qwen2": ({}, True),
-    "qwen3": ({}, True),
-    "mistral": (SHORT_WINDOW, True),
-    "mixtral": ({"num_local_experts": 4}, True),
-    "gemma": ({}, True),
-    "gemma2": (SHORT_WINDOW | {"query_pre_attn_scalar": 8}, False),  # logits soft-capped
-    "gemma3_text": (SHORT_WINDOW | {"query_pre_attn_scalar": 8}, True),
-    "granite": ({"logits_scaling": 2.0}, False),
-    "cohere": ({"logit_scale": 0.5}, False),
-    "gpt2": ({"n_positions": 64}, True),  # absolute positions
-    "opt": ({"ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.3}, True),
-    "bloom": ({}, True),  # positions by linear biases, from the mask
-}
 
 
 @pytest.fixture
@@ -49,17 +28,19 @@ def test_agrees_with_the_networks_own_forward_pass(model_type, monkeypatch):
     """
     extra, linear_head = ARCHITECTURES[model_type]
     lm = LanguageModel(random_network(model_type, **extra), eos_token_ids=(2, 7))
-    dist = lm(PROMPTS, max_new_tokens=12, temperature=1.2)
+    dist = lm(PADDED_PROMPTS, max_new_tokens=12, temperature=1.2)
     x = dist.sample((3,))
-    rows = [[by_hand(lm, p, c, 1.2) for p, c in zip(PROMPTS, row, strict=True)] for row in x]
+    rows = [[by_hand(lm, p, c, 1.2) for p, c in zip(PADDED_PROMPTS, row, strict=True)] for row in x]
     expected = torch.stack([torch.stack(row) for row in rows])
     assert expected.std() > 0.3
     torch.testing.assert_close(dist.token_log_prob(x), expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(lm(PROMPTS, 12, 1.2).token_log_prob(x), expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(lm(PROMPTS[:1], 12, 1.2).token_log_prob(x[:, 0]), expected[:, 0], atol=1e-4, rtol=0)
-    torch.testing.assert_close(lm.packed()(PROMPTS, 12, 1.2).token_log_prob(x), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(lm(PADDED_PROMPTS, 12, 1.2).token_log_prob(x), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        lm(PADDED_PROMPTS[:1], 12, 1.2).token_log_prob(x[:, 0]), expected[:, 0], atol=1e-4, rtol=0
+    )
+    torch.testing.assert_close(lm.packed()(PADDED_PROMPTS, 12, 1.2).token_log_prob(x), expected, atol=1e-4, rtol=0)
     monkeypatch.setattr(scoring, "PROMPTS_AGAIN", -1)
-    torch.testing.assert_close(lm(PROMPTS, 12, 1.2).token_log_prob(x), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(lm(PADDED_PROMPTS, 12, 1.2).token_log_prob(x), expected, atol=1e-4, rtol=0)
     assert lm.causal.body is not None
     assert (lm.causal.head is not None) == linear_head
     assert dist.token_log_prob_and_hidden(x)[1].shape == (*x.shape, lm.causal.width)
@@ -79,7 +60,7 @@ def test_a_body_with_a_forward_of_its_own_keeps_it():
     calls, forward = [], network.model.forward
     network.model.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
     own = network.model.forward
-    dist = LanguageModel(network)(PROMPTS, 3)
+    dist = LanguageModel(network)(PADDED_PROMPTS, 3)
     dist.log_prob(dist.sample().clone())
     assert network.model.forward is own
     assert calls
@@ -136,7 +117,7 @@ def test_finding_the_head_leaves_the_random_state_alone():
 def test_recurrent_networks_are_refused(model_type, extra):
     lm = LanguageModel(random_network(model_type, **extra))
     with pytest.raises(TypeError, match="recurrent and hybrid networks"):
-        lm(PROMPTS, 3).sample()
+        lm(PADDED_PROMPTS, 3).sample()
 
 
 def test_half_precision_scores_in_float32():
@@ -303,14 +284,14 @@ def test_masks_of_padded_prompts_are_not_inspected_at_every_token(model_type, at
     lm = LanguageModel(network, eos_token_ids=(2, 7))
     assert lm.causal.mask_dtype == (torch.bool if attention == "sdpa" else torch.float32)
     inspections.clear()
-    dist = lm(PROMPTS, max_new_tokens=12)
+    dist = lm(PADDED_PROMPTS, max_new_tokens=12)
     x = dist.sample((3,))
     assert not inspections
-    expected = [[by_hand(lm, p, c) for p, c in zip(PROMPTS, row, strict=True)] for row in x]
+    expected = [[by_hand(lm, p, c) for p, c in zip(PADDED_PROMPTS, row, strict=True)] for row in x]
     expected = torch.stack([torch.stack(row) for row in expected])
     inspections.clear()
     torch.testing.assert_close(dist.token_log_prob(x), expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(lm(PROMPTS, 12).token_log_prob(x.clone()), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(lm(PADDED_PROMPTS, 12).token_log_prob(x.clone()), expected, atol=1e-4, rtol=0)
     assert not inspections
 
 

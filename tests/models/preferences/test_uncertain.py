@@ -16,7 +16,7 @@ import pytest
 import torch
 from pyro.ops.indexing import Vindex
 from scipy.special import expit, logsumexp, softmax
-from support.models import WORDS, table_lm
+from support.models import count_abc, table_lm
 from support.toys import Gaussian
 
 from bayeslm import diagnostics
@@ -32,19 +32,12 @@ FORMS = ("mean", "draw", "quantile", "marginal")
 LM = table_lm(order=3, seed=1, vocab=4)
 
 
-def count(prompts: list[str], completions: list[str]) -> torch.Tensor:
-    """Return how often a, b and c occur; b counts double after a prompt of several words."""
-    counts = torch.tensor([[float(text.split().count(word)) for word in WORDS[1:4]] for text in completions])
-    counts[:, 1] *= torch.tensor([2.0 if " " in prompt else 1.0 for prompt in prompts])
-    return counts
-
-
 def draws(seed: int = 0, number: int = 5) -> torch.Tensor:
     return 1.5 * torch.randn(number, 3, generator=torch.Generator().manual_seed(seed))
 
 
 def learned(form: str, seed: int = 0, **settings: Any) -> UncertainReward:
-    return UncertainReward(BradleyTerry(count), draws(seed), form, **settings)
+    return UncertainReward(BradleyTerry(count_abc), draws(seed), form, **settings)
 
 
 TYPICAL = {"a b": torch.tensor([1.0, 0.5, 0.2]), "c": torch.tensor([0.3, 0.1, 0.9])}
@@ -53,7 +46,7 @@ TEXTS = ["a", "b b", "c a c", "b"]
 
 def margins(reward: UncertainReward, prompts: list[str], texts: list[str]) -> np.ndarray:
     """Return Delta_w (text, draw), by hand."""
-    above = [count([c], [x])[0] - TYPICAL[c] for c, x in zip(prompts, texts, strict=True)]
+    above = [count_abc([c], [x])[0] - TYPICAL[c] for c, x in zip(prompts, texts, strict=True)]
     return np.array([[float(w @ f) for w in reward.weights] for f in above])
 
 
@@ -77,7 +70,7 @@ def test_each_form_has_the_value_of_its_formula(prompt: str, seed: int) -> None:
 
 def test_the_default_quantile_is_pessimistic() -> None:
     many = torch.randn(2000, 3, generator=torch.Generator().manual_seed(0))
-    reward = UncertainReward(BradleyTerry(count), many, "quantile")
+    reward = UncertainReward(BradleyTerry(count_abc), many, "quantile")
     assert reward(["c"], ["a b"]) == pytest.approx(-1.2816 * 2**0.5, abs=4.5 * 2**0.5 * 0.0383)  # sd of it: 1.71 / √n
 
 
@@ -114,7 +107,7 @@ def test_centring_finds_the_mean_features_of_the_prior(seed: int) -> None:
     exact = Exact(num_prior_samples=1).run(TiltedLM(LM, learned("mean"), max_new_tokens=TOKENS), PROMPTS)
     for i, prompt in enumerate(PROMPTS):
         p = np.exp(exact.log_joint - exact.log_likelihood["reward"])[0, :, i]
-        features = count([prompt], exact.texts["completion"][0, :, i].tolist()).numpy()
+        features = count_abc([prompt], exact.texts["completion"][0, :, i].tolist()).numpy()
         mean = p @ features
         error = np.sqrt((p @ features**2 - mean**2) / 1000)
         assert (np.abs(reward.typical[prompt].numpy() - mean) < 4.5 * error).all()
@@ -125,7 +118,7 @@ def test_a_constant_of_the_prompt_cancels_after_centring() -> None:
 
     def with_constant(prompts: list[str], completions: list[str]) -> torch.Tensor:
         constant = torch.tensor([[3.0 * len(prompt)] for prompt in prompts])
-        return torch.cat([count(prompts, completions), constant], 1)
+        return torch.cat([count_abc(prompts, completions), constant], 1)
 
     level = 2.0 * torch.randn(5, 1, generator=torch.Generator().manual_seed(9))
     for form in FORMS:
@@ -141,12 +134,12 @@ def test_weighted_draws_of_a_posterior_are_resampled() -> None:
         pyro.sample("y", dist.Normal(w[..., 0], 0.5), obs=torch.tensor(2.0))  # posterior mean 1.6, variance 0.2
 
     posterior = ImportanceSampling(num_particles=5_000, seed=0, progress=False).run(model, None)
-    reward = UncertainReward.from_posterior(BradleyTerry(count), posterior, "mean", num_draws=1000, level=0.2)
+    reward = UncertainReward.from_posterior(BradleyTerry(count_abc), posterior, "mean", num_draws=1000, level=0.2)
     assert reward.weights.shape == (1000, 3)
     assert reward.level == 0.2
     assert (reward.weights.mean(0) - torch.tensor([1.6, 0, 0])).abs().max() < 4.5 / 1000**0.5
     assert (reward.weights.var(0) - torch.tensor([0.2, 1, 1])).abs().max() < 4.5 * (2 / 1000) ** 0.5
-    few = UncertainReward.from_posterior(BradleyTerry(count), posterior, "mean", num_draws=10**6)
+    few = UncertainReward.from_posterior(BradleyTerry(count_abc), posterior, "mean", num_draws=10**6)
     assert few.weights.shape == (5_000, 3)
 
 
@@ -389,7 +382,7 @@ def test_best_of_n_is_exact(example: ModuleType) -> None:
 def test_saved_rewards_are_loaded(tmp_path: Path, form: str, typical: Any) -> None:
     reward = replace(learned(form, typical=typical), level=0.3, seed=4)
     reward.save_pretrained(tmp_path / "reward")
-    again = UncertainReward.from_pretrained(tmp_path / "reward", BradleyTerry(count))
+    again = UncertainReward.from_pretrained(tmp_path / "reward", BradleyTerry(count_abc))
     assert (again(["c"], TEXTS) == reward(["c"], TEXTS)).all()
     assert (again.form, again.level, again.seed, again.upper_bound) == (form, 0.3, 4, reward.upper_bound)
     with pytest.raises(FileExistsError, match="not empty"):
@@ -398,10 +391,10 @@ def test_saved_rewards_are_loaded(tmp_path: Path, form: str, typical: Any) -> No
 
 def test_loading_refuses_other_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"uncertain\.json is missing"):
-        UncertainReward.from_pretrained(tmp_path, BradleyTerry(count))
+        UncertainReward.from_pretrained(tmp_path, BradleyTerry(count_abc))
     (tmp_path / "uncertain.json").write_text('{"format": 0}')
     with pytest.raises(ValueError, match="this version of bayeslm reads"):
-        UncertainReward.from_pretrained(tmp_path, BradleyTerry(count))
+        UncertainReward.from_pretrained(tmp_path, BradleyTerry(count_abc))
 
 
 def test_loading_refuses_other_features(tmp_path: Path) -> None:
@@ -421,12 +414,11 @@ def test_the_command_line_finds_one_by_its_address(tmp_path: Path, monkeypatch: 
     learned("quantile").save_pretrained(tmp_path / "kept")
     source = """
     from bayeslm.models.preferences import BradleyTerry, UncertainReward
-    from test_uncertain import count
-    pessimistic = UncertainReward.from_pretrained(FOLDER, BradleyTerry(count))
+    from support.models import count_abc
+    pessimistic = UncertainReward.from_pretrained(FOLDER, BradleyTerry(count_abc))
     """.replace("    ", "").replace("FOLDER", repr(str(tmp_path / "kept")))
     (tmp_path / "my_learned.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.syspath_prepend(Path(__file__).parent)
     reward = rewards.load("my_learned:pessimistic") - 0.1 * rewards.Length()
     plain = learned("quantile")
     np.testing.assert_allclose(reward(["c"], ["a b"]), plain(["c"], ["a b"]) - 0.1 * 2, atol=1e-5)
@@ -453,13 +445,13 @@ def test_bad_use_is_refused() -> None:
     with pytest.raises(rewards.RewardError, match=r"prompt 'd' has no typical completion: call `centred`"):
         learned("mean", typical=TYPICAL)(["d"], ["a"])
     with pytest.raises(rewards.RewardError, match="there are 3 features, but 2 weights"):
-        UncertainReward(BradleyTerry(count), torch.zeros(4, 2), "mean")(["c"], ["a"])
+        UncertainReward(BradleyTerry(count_abc), torch.zeros(4, 2), "mean")(["c"], ["a"])
     with pytest.raises(ValueError, match="no site 'weights'"):
-        UncertainReward.from_posterior(BradleyTerry(count), Gaussian().posterior(0), "mean")
+        UncertainReward.from_posterior(BradleyTerry(count_abc), Gaussian().posterior(0), "mean")
     one = Gaussian().posterior(0, prompts=1)
     posterior = replace(one, samples={"weights": np.zeros((4, 250, 3))}, dims={"weights": ("weights_dim_0",)})
     with pytest.raises(ValueError, match="num_draws must be at least 1"):
-        UncertainReward.from_posterior(BradleyTerry(count), posterior, "mean", num_draws=0)
+        UncertainReward.from_posterior(BradleyTerry(count_abc), posterior, "mean", num_draws=0)
     with pytest.raises(ValueError, match="judges must be at least 1"):
         JudgedLM(LM, learned("mean"), 0)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):

@@ -20,7 +20,7 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +33,6 @@ from torch import Tensor
 from bayeslm.models.lm import Autoregressive
 
 from .errors import ProgramError
-
-if TYPE_CHECKING:
-    pass
 
 PROMPTS = "prompts"  # the plate whose elements are posteriors of their own
 PARTICLES = "_particles"  # the outermost plate, which engines add

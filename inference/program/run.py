@@ -124,7 +124,7 @@ def keeping(so_far: Callable[[], SoFar | None], *, can_return: bool = True) -> I
             run.interrupted = True
             return
         inner = error.so_far if isinstance(error, RunError) else None
-        if kept is None or kept == inner:
+        if kept is None:
             raise
         if inner is not None and kept.particles is None:
             kept = replace(kept, particles=inner.particles)

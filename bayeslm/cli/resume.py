@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bayeslm.files import differences, read_header, require_empty
+from bayeslm.files import differences, read_header, require_empty, sweep, write_file
 from bayeslm.posterior import Posterior
 
 FORMAT = "bayeslm.call/2"
@@ -28,16 +28,15 @@ def reserve(out: Path, settings: Mapping[str, Any]) -> None:
     :raises ValueError: if it holds results of other settings; with the differences.
     """
     current = json.loads(json.dumps(settings))
+    sweep(out)
     if (out / "call.json").is_file():
         found = differences(read_header(out, "call.json", FORMAT, "results")["settings"], current)
         if found and any(path.name != "call.json" for path in out.iterdir()):  # else there are no results to protect
             raise ValueError(f"{out} holds results of other settings: {'; '.join(found)}. Choose another --out")
     else:
         require_empty(out, choose="another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    unfinished = out / ".call.json"  # also checks that the folder can be written to
-    unfinished.write_text(json.dumps({"format": FORMAT, "settings": current}, indent=1), encoding="utf-8")
-    unfinished.rename(out / "call.json")
+    # This also checks that the folder can be written to.
+    write_file(out / "call.json", json.dumps({"format": FORMAT, "settings": current}, indent=1))
 
 
 def load(out: Path | None, name: str) -> Posterior | None:

@@ -6,7 +6,6 @@ import difflib
 import importlib.util
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,8 @@ import torch
 from peft import PeftConfig
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bayeslm.files import atomic_folder
 
 from .adapters import load_adapters, twin
 
@@ -140,20 +141,17 @@ def converted(package: Path) -> Path:
     source = files[0]
     target = cache_folder() / f"{source.stem}-{source.stat().st_size}"
     if not (target / "config.json").is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # A rename at the end, so that a kill or a full disk never leaves an incomplete model.
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            convert_gguf(source, Path(folder) / "model")
-            try:
-                (Path(folder) / "model").rename(target)
-            except OSError:
-                if not (target / "config.json").is_file():  # else another process was first
-                    raise
+        try:
+            with atomic_folder(target) as folder:
+                convert_gguf(source, folder)
+        except OSError:
+            if not (target / "config.json").is_file():  # else another process was first
+                raise
     return target
 
 
 def convert_gguf(source: Path, target: Path) -> None:
-    """Write a GGUF file's model and tokenizer into a new folder, in float32 and transformers' format."""
+    """Write a GGUF file's model and tokenizer into a folder, in float32 and transformers' format."""
     files = {"gguf_file": source.name}
     quantised = AutoModelForCausalLM.from_pretrained(str(source.parent), dtype=torch.float32, **files)
     settings = {k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}

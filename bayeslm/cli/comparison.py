@@ -27,7 +27,7 @@ def compare(
     posteriors: dict[str, Posterior] = {}
     for name, engine in engines.items():
         if (saved := resume.load(out, name)) is not None:
-            err_console.print(f"{name}: already in {out}", highlight=False)
+            err_console.print(f"{name}: already in {out}")
             posteriors[name] = saved
             continue
         try:
@@ -46,15 +46,15 @@ def compare(
         if out is not None:
             resume.save(out, name, posteriors[name])
         seconds = posteriors[name].stats["seconds"]
-        err_console.print(f"{name}: {seconds:.0f} s", highlight=False)
+        err_console.print(f"{name}: {seconds:.0f} s")
         if posteriors[name].stats.get("interrupted"):
             err_console.print(f"{name} was interrupted: the results so far follow", style="yellow")
             break
     report.show(posteriors, out_console)
     if out is not None:
         plots = ", ".join(_save_plots(posteriors, out))
-        out_console.print(f"written to {out}: posteriors (each with posterior.nc for ArviZ), {plots}", highlight=False)
-        out_console.print(f"to print this again: bayeslm show {out}", highlight=False)
+        out_console.print(f"written to {out}: posteriors (each with posterior.nc for ArviZ), {plots}")
+        out_console.print(f"to print this again: bayeslm show {out}")
     if any(posterior.stats.get("interrupted") for posterior in posteriors.values()):
         raise typer.Exit(INTERRUPTED)
 
@@ -64,13 +64,16 @@ def _save_plots(posteriors: Mapping[str, Posterior], out: Path) -> list[str]:
     from bayeslm.plots import plot_rewards, plot_training
 
     try:
+        import matplotlib
+
+        matplotlib.use("Agg")  # a matplotlibrc in the working folder may name code as the backend
         from matplotlib.pyplot import close
 
         figures = {"rewards.png": plot_rewards(posteriors)}
         if "svi" in posteriors and "elbo" in posteriors["svi"].stats:
             figures["training.png"] = plot_training(posteriors["svi"])
     except ImportError as error:
-        err_console.print(f"no plots: {error}", style="yellow", markup=False)
+        err_console.print(f"no plots: {error}", style="yellow")
         return ["no plots"]
     for name, figure in figures.items():
         figure.savefig(out / name, dpi=120)

@@ -25,13 +25,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad
 
+from bayeslm.checksums import verify
 from bayeslm.files import atomic_folder, read_header
 
 from .decoding import Decoder
 from .language_model import LanguageModel
 from .network import CausalNetwork
 
-FORMAT = "bayeslm.twist/2"
+FORMAT = "bayeslm.twist/3"
 # Heads learn E[L^a | x_1:t], L = exp(r / beta), for each of these powers a, and SMC uses that of the first. At a small
 # beta few draws have any weight: of the milder powers of L the shared features learn from all draws.
 POWERS = (1.0, 0.5, 0.25, 0.1)
@@ -238,6 +239,7 @@ class Twist(nn.Module):
         :raises ValueError: if another version wrote it, or it was trained on another language model.
         """
         config = read_header(path, "twist.json", FORMAT, "twist")
+        verify(Path(path))
         twist = cls(lm, **config["settings"])
         state = load_file(Path(path) / "twist.safetensors", device=str(lm.device))
         _check_same(twist.probe, state["probe"])

@@ -1,0 +1,44 @@
+"""Checksums of a folder's files, in a file that ``sha256sum -c SHA256SUMS`` reads too."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+NAME = "SHA256SUMS"
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the checksums of all files in a folder, those of its folders among them."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
+    lines = [f"{_digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    (folder / NAME).write_text("".join(lines), encoding="utf-8")
+
+
+def verify(folder: Path) -> None:
+    """Check that the files of a folder are as they were when `write_checksums` was called; others are ignored.
+
+    :raises ValueError: if one is changed or missing, or there are no checksums; with its name.
+    """
+    try:
+        lines = (folder / NAME).read_text(encoding="utf-8").splitlines()
+        expected = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    except (OSError, ValueError) as error:  # of UTF-8 too
+        raise ValueError(f"{folder / NAME} is damaged or missing: {error}") from error
+    if not expected:
+        raise ValueError(f"{folder / NAME} is damaged: it is empty")
+    for name, digest in expected.items():
+        path = folder / name
+        try:
+            if not path.is_file():
+                raise FileNotFoundError("there is no such file")
+            found = _digest(path)
+        except (OSError, ValueError) as error:  # a damaged name may hold NUL
+            raise ValueError(f"{path}, named in {NAME}, cannot be read: {error}") from error
+        if found != digest:
+            raise ValueError(f"{path} is damaged: it is not what was written (its checksum in {NAME} differs)")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,10 +8,15 @@ from pathlib import Path
 NAME = "SHA256SUMS"
 
 
-def write_checksums(folder: Path) -> None:
-    """Write the checksums of all files in a folder, those of its folders among them."""
+def checksums(folder: Path) -> dict[str, str]:
+    """Return the checksums of all files in a folder, those of its folders among them, by name."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
-    lines = [f"{_digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    return {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the checksums of a folder's files into it."""
+    lines = [f"{digest}  {name}\n" for name, digest in checksums(folder).items()]
     (folder / NAME).write_text("".join(lines), encoding="utf-8")
 
 

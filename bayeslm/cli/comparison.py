@@ -10,12 +10,13 @@ import typer
 
 from bayeslm.posterior import Posterior
 
-from . import report, resume
+from . import report
 from .console import INTERRUPTED, err_console, out_console
+from .resume import Results
 
 
 def compare(
-    model: Any, prompts: list[str], columns: dict[str, list[Any]], engines: Mapping[str, Any], out: Path | None
+    model: Any, prompts: list[str], columns: dict[str, list[Any]], engines: Mapping[str, Any], results: Results
 ) -> None:
     """Run the engines that have no result in the output folder, save each result at once, and print the comparison.
 
@@ -24,9 +25,10 @@ def compare(
     """
     from bayeslm.inference import RunError
 
+    out = results.out
     posteriors: dict[str, Posterior] = {}
     for name, engine in engines.items():
-        if (saved := resume.load(out, name)) is not None:
+        if (saved := results.load(name)) is not None:
             err_console.print(f"{name}: already in {out}", highlight=False)
             posteriors[name] = saved
             continue
@@ -43,8 +45,7 @@ def compare(
             if posteriors:
                 report.show(posteriors, out_console)
             raise
-        if out is not None:
-            resume.save(out, name, posteriors[name])
+        results.save(name, posteriors[name])
         seconds = posteriors[name].stats["seconds"]
         err_console.print(f"{name}: {seconds:.0f} s", highlight=False)
         if posteriors[name].stats.get("interrupted"):

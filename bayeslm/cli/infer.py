@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from bayeslm.checksums import checksums
 
 from . import resume
 from .comparison import compare
@@ -140,7 +143,7 @@ def infer(
 
       bayeslm infer --prompts prompts.jsonl --reward my_rewards:politeness --engine rejection
     """
-    with one_line_errors():
+    with one_line_errors(), contextlib.ExitStack() as held:
         from bayeslm.inference.training import HeldOut, TensorBoard, identify
         from bayeslm.models import TiltedLM, rewards
 
@@ -178,14 +181,18 @@ def infer(
                 "--reward-settings are for built-in rewards only: give a function of your own its settings in Python"
             )
         scaled_reward = scale * (rewards.load(reward) if ":" in reward else rewards.get(reward, **options))
-        if out is not None:
-            contents = {"prompts": texts, "columns": columns, "held_out": held_out_prompts}
-            contents["code of the reward"] = identify(scaled_reward)
-            settings = {name: str(x) for name, x in ctx.params.items() if name not in NOT_COMPARED}
-            resume.reserve(out, settings | contents)
+        results = held.enter_context(resume.Results(out))
+        settings: dict[str, Any] = {name: str(x) for name, x in ctx.params.items() if name not in NOT_COMPARED}
+        settings |= {"prompts": texts, "columns": columns, "held_out": held_out_prompts}
+        settings |= {"reward's code": identify(scaled_reward)}
+        results.require_same(settings)
         sizes_of_passes = {"batch_size": batch_size, "gradient_checkpointing": gradient_checkpointing}
         lm = language_model(prior, device, dtype, **sizes_of_passes)
         trained = None if policy is None else trained_policy(policy, lm)
+        if out is not None:  # else nothing is compared, and the weights need not be read through
+            given = {"prior's content": identify(lm), "policy's content": identify(trained)}
+            is_folder = twist is not None and Path(twist).is_dir()
+            results.begin(settings | given | {"twist's content": checksums(Path(twist)) if is_folder else None})
         if "svi" not in engines:  # no weight is trained
             lm, trained = lm.packed(), None if trained is None else trained.packed()
         program = functools.partial(
@@ -205,4 +212,4 @@ def infer(
         if twist is not None and twist != fixed:
             learned = make_twist(twist, lm, model, texts, columns, seed, out)
             engines["smc"] = make_engine("smc", seed=seed, twist=learned, **sizes)
-        compare(model, texts, columns, engines, out)
+        compare(model, texts, columns, engines, results)

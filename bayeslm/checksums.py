@@ -20,9 +20,10 @@ def write_checksums(folder: Path) -> None:
     (folder / NAME).write_text("".join(lines), encoding="utf-8")
 
 
-def verify(folder: Path) -> None:
+def verify(folder: Path, part: str = "") -> None:
     """Check that the files of a folder are as they were when `write_checksums` was called; others are ignored.
 
+    :param part: only files whose names begin so.
     :raises ValueError: if one is changed or missing, or there are no checksums; with its name.
     """
     try:
@@ -33,6 +34,8 @@ def verify(folder: Path) -> None:
     if not expected:
         raise ValueError(f"{folder / NAME} is damaged: it is empty")
     for name, digest in expected.items():
+        if not name.startswith(part):
+            continue
         path = folder / name
         try:
             if not path.is_file():
@@ -42,6 +45,15 @@ def verify(folder: Path) -> None:
             raise ValueError(f"{path}, named in {NAME}, cannot be read: {error}") from error
         if found != digest:
             raise ValueError(f"{path} is damaged: it is not what was written (its checksum in {NAME} differs)")
+
+
+def verify_within(folder: Path) -> None:
+    """Check the files of a folder that is part of one with checksums, as a posterior's policy is.
+
+    :raises ValueError: as `verify`.
+    """
+    if (folder.parent / NAME).is_file():
+        verify(folder.parent, f"{folder.name}/")
 
 
 def _digest(path: Path) -> str:

@@ -14,6 +14,7 @@ from peft import PeftConfig
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bayeslm.checksums import verify_within
 from bayeslm.files import atomic_folder
 
 from .adapters import load_adapters, twin
@@ -41,9 +42,10 @@ def load(
     :param dtype: of the weights; None: as they are stored.
     :param kwargs: for ``AutoModelForCausalLM.from_pretrained``.
     :raises OSError: if the model is not found, with how to get it.
-    :raises ValueError: if ``base`` is given and the folder holds no adapter.
+    :raises ValueError: if ``base`` is given and the folder holds no adapter, or it is a posterior's and damaged.
     """
     name = os.fspath(name_or_path)
+    verify_within(Path(name))
     if (Path(name) / "adapter_config.json").is_file():
         return _load_adapter(Path(name), base=base, dtype=dtype, **kwargs)
     if base is not None:

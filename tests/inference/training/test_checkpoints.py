@@ -25,14 +25,12 @@ from support.programs import PROMPTS, TOKENS, score_table, tilted
 from support.trainings import (
     GOLD,
     LM,
-    LONG,
     MODEL,
     SMALL,
     Killed,
     assert_same,
     batches,
     every_5,
-    every_step,
     fickle,
     killer,
     topical,
@@ -104,7 +102,7 @@ TESTS = str(Path(__file__).parents[2])
 TRAIN = f"""
 import sys
 sys.path.insert(0, {TESTS!r})
-from support.trainings import LONG, MODEL, PROMPTS, SMALL, every_5, every_step
+from support.trainings import MODEL, PROMPTS, SMALL, every_5
 from bayeslm.inference import SVI, RunError
 from bayeslm.inference.training import LogVariance, Replay
 """
@@ -133,27 +131,6 @@ def test_killed_while_it_writes_a_checkpoint(tmp_path):
     again = SVI(**settings, checkpoint=every_5(tmp_path / "run")).run(MODEL, PROMPTS)
     assert_same(again, SVI(**settings).run(MODEL, PROMPTS))
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "chain-0-step-12"]
-
-
-@pytest.mark.long
-def test_killed_at_any_moment(tmp_path):
-    """SIGKILL after random times, until a run comes through."""
-    script = TRAIN + "SVI(**LONG, checkpoint=every_step(sys.argv[1])).run(MODEL, PROMPTS)"
-    waits = np.random.default_rng(0).uniform(0.0, 4.0, 30)
-    kills = 0
-    for wait in waits:
-        process = subprocess.Popen([sys.executable, "-c", script, tmp_path])
-        while process.poll() is None and not any(tmp_path.glob("*")):
-            pass
-        try:
-            process.wait(wait)
-            break
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-    assert kills >= 2
-    assert_same(SVI(**LONG, checkpoint=every_step(tmp_path)).run(MODEL, PROMPTS), SVI(**LONG).run(MODEL, PROMPTS))
 
 
 @pytest.mark.parametrize(

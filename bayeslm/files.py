@@ -243,8 +243,8 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
         old, new = saved.get(name), current.get(name)
         if old == new:
             continue
-        lists = isinstance(old, list) and isinstance(new, list) and len(old) == len(new)
-        if lists and any(isinstance(x, list | dict) for x in new):
+        nested = isinstance(new, list) and any(isinstance(x, list | dict) for x in new)
+        if nested and isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
             old, new = ({str(i): x for i, x in enumerate(each)} for each in (old, new))
         if isinstance(old, dict) and isinstance(new, dict):
             found += [f"{name}: {inside}" for inside in differences(old, new)]

@@ -191,8 +191,9 @@ def infer(
         trained = None if policy is None else trained_policy(policy, lm)
         if out is not None:  # else nothing is compared, and the weights need not be read through
             given = {"prior's content": identify(lm), "policy's content": identify(trained)}
-            is_folder = twist is not None and Path(twist).is_dir()
-            results.begin(settings | given | {"twist's content": checksums(Path(twist)) if is_folder else None})
+            folder = None if twist is None or not Path(twist).is_dir() else Path(twist)
+            given |= {"twist's content": None if folder is None else checksums(folder)}
+            results.begin(settings | given)
         if "svi" not in engines:  # no weight is trained
             lm, trained = lm.packed(), None if trained is None else trained.packed()
         program = functools.partial(

@@ -61,10 +61,7 @@ class Results:
         """
         if self.out is None or not (self.out / CALL).is_file():
             return
-        header = read_header(self.out, CALL, FORMAT, "results")
-        begun = header.get("settings")
-        if not isinstance(begun, dict) or header.get("digest") != _digest(begun):
-            raise ValueError(f"{self.out / CALL} is damaged: it is not what was written. Choose another --out")
+        begun = _read_settings(self.out)
         current = _as_json(settings)
         found = differences({name: begun.get(name) for name in current}, current)
         if found and {path.name for path in self.out.iterdir()} - {CALL, LOCK}:  # else there are no results to protect
@@ -89,7 +86,7 @@ class Results:
         if self.out is None or not (self.out / name).exists():
             return None
         posterior = Posterior.load(self.out / name)
-        if posterior.stats.get("call") != self._call(name):
+        if posterior.stats.get("call") != _call(name, self._settings):
             raise ValueError(f"{self.out / name} is not a result of {name} in this call: remove it to run {name} again")
         if not posterior.stats.get("interrupted"):
             return posterior
@@ -102,13 +99,34 @@ class Results:
         """Save the posterior of an engine; if the engine has finished, remove an interrupted one."""
         if self.out is None:
             return
-        posterior.stats["call"] = self._call(name)
+        posterior.stats["call"] = _call(name, self._settings)
         posterior.save(self.out / name)
         if not posterior.stats.get("interrupted"):
             shutil.rmtree(self.out / f"{name}-interrupted", ignore_errors=True)
 
-    def _call(self, name: str) -> str:
-        return _digest([name, self._settings])
+
+def others(out: Path, posteriors: Mapping[str, Posterior]) -> list[str]:
+    """Return the names of those posteriors in an output folder that are not results of its call.
+
+    :raises ValueError: if ``call.json`` is damaged.
+    """
+    if not (out / CALL).is_file():
+        return []
+    settings = _read_settings(out)
+    calls = {name: _call(name.removesuffix("-interrupted"), settings) for name in posteriors}
+    return [name for name, posterior in posteriors.items() if posterior.stats.get("call") != calls[name]]
+
+
+def _read_settings(out: Path) -> dict[str, Any]:
+    header = read_header(out, CALL, FORMAT, "results")
+    settings = header.get("settings")
+    if not isinstance(settings, dict) or header.get("digest") != _digest(settings):
+        raise ValueError(f"{out / CALL} is damaged: it is not what was written. Choose another --out")
+    return settings
+
+
+def _call(name: str, settings: Mapping[str, Any]) -> str:
+    return _digest([name, settings])
 
 
 def _is_used(out: Path) -> bool:

@@ -39,7 +39,7 @@ from torch import Tensor
 from .source import assigned_outside, is_own, source_of, values_named
 
 UNREADABLE = "source cannot be read"
-GENERATORS = (random._inst, np.random.mtrand._rand)  # type: ignore[attr-defined]  # whose states checkpoints hold
+GENERATORS = (random._inst, np.random.mtrand._rand)  # whose states checkpoints hold
 SHOWN = (re.Pattern, PurePath, bytes, np.generic, torch.dtype, torch.device)  # whose text tells them apart
 PLACES = ("_name_or_path", "base_model_name_or_path", "transformers_version")  # not what a network computes
 
@@ -213,7 +213,7 @@ class _Identifier:
         found = {"name": _name(value)} | code
         if bases := [self.of(x) for x in value.__bases__ if is_own(x.__module__)]:
             found["bases"] = bases
-        members = {}
+        members: dict[str, Any] = {}
         for name, x in vars(value).items():
             for inner in ("__func__", "fget", "func"):  # of static and class methods, properties, cached ones
                 x = getattr(x, inner, x) if hasattr(type(x), "__get__") and not isinstance(x, FunctionType) else x
@@ -256,7 +256,8 @@ def _array(value: np.ndarray | Tensor) -> dict[str, Any]:
 
 def _settings_of(module: torch.nn.Module) -> dict[str, Any]:
     """Return what else than weights tells modules apart: transformers' and PEFT's configs, or numbers of all parts."""
-    config, adapters = getattr(module, "config", None), getattr(module, "peft_config", None) or {}
+    config: Any = getattr(module, "config", None)
+    adapters = getattr(module, "peft_config", None) or {}
     if not hasattr(config, "to_dict"):
         parts = [(name, k, x) for name, part in module.named_modules() for k, x in vars(part).items()]
         return {f"{name}.{k}": x for name, k, x in parts if not k.startswith("_") and _is_plain(x)}

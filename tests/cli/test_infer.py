@@ -366,6 +366,7 @@ def test_a_result_of_another_call_in_its_place_is_refused(folder):
         shutil.copytree(source, "one/importance")
         out = " ".join(infer("a", "--engine", "importance", "--particles", "8", "--out", "one", code=1).split())
         assert "one/importance is not a result of importance in this call" in out
+    assert "one/importance: left out, a copy or a result of another call" in " ".join(run("show", "one").split())
     edit("one/call.json", '"beta": "0.5"', '"beta": "0.7"')
     assert "one/call.json is damaged" in " ".join(infer("a", "--beta", "0.7", "--out", "one", code=1).split())
 

@@ -319,6 +319,12 @@ def _repeated(folder: Path) -> Any:
     return {name: _fields(Posterior.load(folder / "run" / name)) for name in ("importance", "smc", "svi")}
 
 
+def _retrained(folder: Path) -> Any:
+    """What a repeated command makes of a checkpoint, where there is no result yet."""
+    shutil.rmtree(folder / "run/svi")
+    return _repeated(folder)
+
+
 def _shown(folder: Path) -> Any:
     code, output = command(folder, "show", "run")
     if code != 0:
@@ -365,7 +371,7 @@ CASES: dict[str, tuple[Callable[[Path, int], None], str, Callable[[Path], Any]]]
     "posterior": (_write_posterior, "**/*", _loaded),
     "policy": (_write_posterior, "policy/*", _policy),
     "infer --out": (_write_place, "run/**/*", _repeated),
-    "infer --checkpoint": (_write_place, "kept/**/*", _repeated),
+    "infer --checkpoint": (_write_place, "kept/**/*", _retrained),
     "show": (_write_place, "run/*/*", _shown),
     "journal": (_write_journal, "labels.jsonl", _rows),
 }

@@ -14,10 +14,12 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from uuid import uuid4
 
 from bayeslm.files import differences, read_header, sweep, write_file
 from bayeslm.locking import locked
@@ -96,13 +98,40 @@ class Results:
         return None
 
     def save(self, name: str, posterior: Posterior) -> None:
-        """Save the posterior of an engine; if the engine has finished, remove an interrupted one."""
+        """Save the posterior of an engine; if the engine has finished, remove an interrupted one.
+
+        :raises OSError: if the disk refuses; a note says where the posterior, or at least its policy, is instead.
+        """
         if self.out is None:
             return
         posterior.stats["call"] = _call(name, self._settings)
-        posterior.save(self.out / name)
+        try:
+            posterior.save(self.out / name)
+        except OSError as error:
+            error.add_note(rescue(self.out, name, posterior.save, posterior.policy))
+            raise
         if not posterior.stats.get("interrupted"):
             shutil.rmtree(self.out / f"{name}-interrupted", ignore_errors=True)
+
+
+def rescue(out: Path, name: str, save_all: Callable[[Path], object] | None, policy: Any) -> str:
+    """Write results that the output folder has no room for: all to the temporary folder, or the trained policy alone.
+
+    :param save_all: writes all results into a folder, or None.
+    :returns: where they are, or that they are lost, in a sentence.
+    """
+    elsewhere = Path(tempfile.gettempdir()) / f"bayeslm-{uuid4().hex[:8]}"
+    attempts: list[tuple[str, Callable[[Path], object] | None, Path]] = [
+        ("results", save_all, elsewhere / name),
+        ("trained weights", policy and policy.save_pretrained, out / f"{name}-policy-so-far"),
+        ("trained weights", policy and policy.save_pretrained, elsewhere / f"{name}-policy"),
+    ]
+    for what, write, place in attempts:
+        if write is not None:
+            with contextlib.suppress(OSError):
+                write(place)
+                return f"the {what} of {name} are in {place} instead"
+    return f"nothing of {name} could be saved in {elsewhere.parent} either: free some space, and repeat the command"
 
 
 def others(out: Path, posteriors: Mapping[str, Posterior]) -> list[str]:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from bayeslm.files import atomic_file
+from bayeslm.models.lm import read_tensors
 
 from .environments import Environment
 
@@ -48,9 +49,10 @@ class TrainablePolicy(nn.Module):
         """Load the weights that `save_pretrained` of a policy of the same shape wrote, and return this policy.
 
         :raises FileNotFoundError: if ``folder`` has no ``policy.safetensors``.
+        :raises ValueError: if it is damaged.
         :raises RuntimeError: if its weights have other shapes.
         """
-        self.load_state_dict(load_file(Path(folder) / WEIGHTS))
+        self.load_state_dict(read_tensors(Path(folder) / WEIGHTS))
         return self
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftConfig
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bayeslm.checksums import verify_within
 from bayeslm.files import atomic_folder
+from bayeslm.weight_files import check_folder
 
+from .adapter_folders import check_adapter_sizes, read_adapter_config
 from .adapters import load_adapters, twin
 
 # Short names: the package that carries the weights as a GGUF file, and the hub's name for the same model.
@@ -53,7 +54,7 @@ def load(
     if name not in PACKAGED:
         try:
             return Pretrained(*_load_transformers(name, dtype, **kwargs), name)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise OSError(_not_found(name, error)) from error
     module, distribution, hub_name = PACKAGED[name]
     found = importlib.util.find_spec(module)
@@ -78,6 +79,9 @@ def _not_found(name: str, error: Exception) -> str:
 
 
 def _load_transformers(name: str, dtype: torch.dtype | None, **kwargs: Any) -> tuple[nn.Module, Any]:
+    folder = Path(name, kwargs.get("subfolder") or "")
+    if folder.is_dir():
+        check_folder(folder, lambda: _empty(folder))
     network = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", trust_remote_code=False, **kwargs)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -86,15 +90,27 @@ def _load_transformers(name: str, dtype: torch.dtype | None, **kwargs: Any) -> t
     return network, tokenizer
 
 
+def _empty(folder: Path) -> nn.Module:
+    """Return the network of a folder's config without memory for its tensors."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        network: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return network
+
+
 def _load_adapter(path: Path, *, base: Pretrained | None, dtype: torch.dtype | None, **kwargs: Any) -> Pretrained:
+    config = read_adapter_config(path)
+    check_adapter_sizes(path, config)
     if base is None:
-        name = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+        name = config.base_model_name_or_path
         if not name:
             raise OSError(f"{path} is an adapter that does not name its base model: give base=LanguageModel(...)")
+        if (Path(name) / "adapter_config.json").is_file():
+            raise ValueError(f"{path} is an adapter around the adapter {name}: merge that into its base model first")
         base = load(name, base=None, dtype=dtype, **kwargs)
     else:
         base = base._replace(network=twin(base.network))
-    return base._replace(network=load_adapters(base.network, path))
+    return base._replace(network=load_adapters(base.network, path, config))
 
 
 # -- the dtype that a saved model computes in ----------------------------------------------------------------

@@ -138,12 +138,13 @@ class SVI:
             checkpoints = self._checkpoints(program, objective)
             if checkpoints is not None:
                 held.enter_context(checkpoints)
+            saved = [None if checkpoints is None else checkpoints.newest(i) for i in range(self.num_chains)]
             chains: list[Training] = []
             with keeping(lambda: _so_far(chains)):
                 while len(chains) < self.num_chains and not any(chain.interrupted for chain in chains):
                     chains.append(self._chain(program, objective, len(chains), watch))
-                    if checkpoints is not None and (saved := checkpoints.newest(len(chains) - 1)) is not None:
-                        chains[-1].restore(saved)
+                    if (state := saved.pop(0)) is not None:
+                        chains[-1].restore(state)
                     if not chains[-1].done:
                         chains[-1].run(checkpoints)
             with keeping(lambda: _so_far(chains), can_return=False):

@@ -64,10 +64,6 @@ class TiltedLM:
         """An upper bound of the log-likelihood r / beta, for rejection sampling; inf if the reward has none."""
         return self.reward.upper_bound / self.beta
 
-    def identity(self) -> Mapping[str, Any]:
-        """Return the settings on which the posterior depends, by which checkpoints tell runs apart."""
-        return vars(self)
-
     def __call__(self, prompts: Sequence[Prompt], /, **columns: Sequence[Any]) -> None:
         """Run the program.
 

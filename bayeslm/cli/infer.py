@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from bayeslm.checksums import checksums
 
 from . import resume
 from .comparison import compare
@@ -139,7 +142,7 @@ def infer(
 
       bayeslm infer --prompts prompts.jsonl --reward my_rewards:politeness --engine rejection
     """
-    with one_line_errors():
+    with one_line_errors(), contextlib.ExitStack() as held:
         from bayeslm.inference.training import HeldOut, TensorBoard, identify
         from bayeslm.models import TiltedLM
 
@@ -171,14 +174,19 @@ def infer(
         texts, columns = read_prompts(prompt or [], prompts)
         held_out_prompts = None if held_out is None else read_prompts([], held_out)
         scaled_reward = scale * load_reward(reward, read_settings(reward_settings))
-        if out is not None:
-            contents = {"prompts": texts, "columns": columns, "held_out": held_out_prompts}
-            contents["code of the reward"] = identify(scaled_reward)
-            settings = {name: str(x) for name, x in ctx.params.items() if name not in NOT_COMPARED}
-            resume.reserve(out, settings | contents)
+        results = held.enter_context(resume.Results(out))
+        settings: dict[str, Any] = {name: str(x) for name, x in ctx.params.items() if name not in NOT_COMPARED}
+        settings |= {"prompts": texts, "columns": columns, "held_out": held_out_prompts}
+        settings |= {"reward's code": identify(scaled_reward)}
+        results.require_same(settings)
         sizes_of_passes = {"batch_size": batch_size, "gradient_checkpointing": gradient_checkpointing}
         lm = language_model(prior, device, dtype, **sizes_of_passes)
         trained = None if policy is None else trained_policy(policy, lm)
+        if out is not None:  # else nothing is compared, and the weights need not be read through
+            given = {"prior's content": identify(lm), "policy's content": identify(trained)}
+            folder = None if twist is None or not Path(twist).is_dir() else Path(twist)
+            given |= {"twist's content": None if folder is None else checksums(folder)}
+            results.begin(settings | given)
         if "svi" not in engines:  # no weight is trained
             lm, trained = lm.packed(), None if trained is None else trained.packed()
         program = functools.partial(
@@ -198,4 +206,4 @@ def infer(
         if twist is not None and twist != fixed:
             learned = make_twist(twist, lm, model, texts, columns, seed, out)
             engines["smc"] = make_engine("smc", seed=seed, twist=learned, **sizes)
-        compare(model, texts, columns, engines, out)
+        compare(model, texts, columns, engines, results)

@@ -296,6 +296,11 @@ class LanguageModel(nn.Module):
 
     # -- properties ------------------------------------------------------------------------------------------
 
+    def identity(self) -> dict[str, Any]:
+        """Return all on which the distribution depends, by which checkpoints tell runs apart."""
+        names = ("network", "tokenizer", "eos_token_ids", "bos_token_id", "pad_token_id", "compute_dtype")
+        return {name: getattr(self, name) for name in names}
+
     @property
     def config(self) -> Any:
         return getattr(self.network, "config", None)

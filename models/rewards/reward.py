@@ -15,7 +15,7 @@ unfinished text (see `unfinished`) is the same combination of the parts' rewards
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -113,10 +113,6 @@ class Reward:
                 scores = self._scores_so_far(context, context.finished_of(text_shape, shape), flat)
                 context.record(scores.reshape(shape))
         return torch.tensor(scores, dtype=torch.get_default_dtype()).reshape(shape)
-
-    def identity(self) -> Mapping[str, Any]:
-        """Return the settings on which scores depend, by which checkpoints tell runs apart."""
-        return vars(self)
 
     def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
         """Return one number a completion, from flat lists of equal length (columns too). Override this."""

@@ -125,7 +125,7 @@ class CausalNetwork:
         if hidden is None or len(outputs) != 1:
             return
         self.body, self._output_type = body, type(out)
-        unchanged = inputs[0].shape == hidden.shape and torch.allclose(inputs[0], hidden, rtol=1e-3)
+        unchanged = inputs[0].shape == hidden.shape and torch.allclose(inputs[0].to(hidden), hidden, rtol=1e-3)
         if unchanged and torch.equal(logits.to(outputs[0]), outputs[0]):
             self.head = head
         elif not self._goes_through(hidden, ids):

@@ -1,16 +1,9 @@
-"""Positions of left-padded tokens, and the masks by which they attend to one another."""
+"""The mask by which left-padded tokens attend to one another."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-def positions_of(ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the positions (row, length) of left-padded ids (row, length)."""
-    if mask is None:
-        return torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
-    return (mask.cumsum(-1) - 1).clamp_min(0)  # no token attends to padding, whose own position does not matter
 
 
 def causal_mask(mask: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,7 @@ import contextlib
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from functools import cached_property, partial
 from typing import Any
 
@@ -28,8 +28,9 @@ from torch.utils.checkpoint import checkpoint
 
 from . import own_forward, packing, weights
 from .adapters import has_adapters, own_parameters, plain_name
+from .encoding import positions_of
 from .gradient_checkpointing import checkpointed
-from .masks import causal_mask, positions_of
+from .masks import causal_mask
 from .module_copies import with_forward, with_modules, with_parameters
 from .own_forward import Findings
 from .usage import count_pass
@@ -72,7 +73,7 @@ class CausalNetwork:
         self.findings = Findings() if findings is None else findings
         ids = own_forward.texts(self)
         counts = [p._version for p in self.parameters]
-        with own_forward.random_state(self.device), torch.no_grad():
+        with own_forward.aside(self.device):
             logits = self._logits_of(network, ids)
             self._split(ids)
             if findings is None:
@@ -174,7 +175,8 @@ class CausalNetwork:
         """A value that changes with the weights and with which adapters are active."""
         count = sum(p._version for p in self.parameters) - sum(p._version for p in self._miscounted)
         active = tuple((m.disable_adapters, *m.active_adapters) for m in self._adapted)
-        return count, active, tuple(weights.values(self._miscounted).items())
+        few = tuple(weights.values(self._miscounted).items()) if self._miscounted else ()
+        return count, active, few
 
     @property
     def is_current(self) -> bool:
@@ -224,8 +226,8 @@ class CausalNetwork:
         if not self.findings.caches:
             return 0
         ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
-        with torch.no_grad():
-            _, cache = self.states(ids, None, positions_of(ids, None), None)
+        with own_forward.aside(self.device):
+            _, cache = self.hidden(ids, None, positions_of(ids, None))
         kept = [getattr(layer, name, None) for layer in getattr(cache, "layers", ()) for name in ("keys", "values")]
         return sum(x.numel() for x in kept if isinstance(x, Tensor)) // ids.numel()
 
@@ -267,7 +269,16 @@ class CausalNetwork:
         count_pass(ids.numel())
         if mask is not None and not isinstance(cache, TextCache) and self.mask_dtype is not None:
             mask = causal_mask(mask, ids.shape[-1], self.mask_dtype)
-        return self.states(ids, mask, positions, cache, use_cache, gradient_checkpointing)
+        module = self._converted(self.body or self.network)
+        run = checkpointed(module) if gradient_checkpointing else module
+        if isinstance(cache, TextCache):
+            whole = one_length_at_a_time(partial(self._states_of_whole, run), cache.append(ids), mask)
+            return whole[:, -ids.shape[-1] :], cache
+        inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": use_cache}
+        if self.takes_positions:
+            inputs["position_ids"] = positions
+        out = run(**inputs)
+        return self._states(out), getattr(out, "past_key_values", None)
 
     def hidden_of_texts(self, ids: Tensor, mask: Tensor | None, gradient_checkpointing: bool = False) -> Tensor:
         """Return hidden states (rows, tokens, width) of left-padded texts (rows, tokens), without a cache."""
@@ -285,34 +296,13 @@ class CausalNetwork:
     def shares_prefill(self, mask: Tensor | None) -> bool:
         """Return whether tokens continue the keys and values of texts with this mask; else whole texts are read."""
         if mask is not None and self.findings.caches and self.findings.pads is None:
-            with own_forward.random_state(self.device):
+            with own_forward.aside(self.device):
                 self.findings.pads = own_forward.holds_padded(self)
         return self.findings.caches and (mask is None or bool(self.findings.pads))
 
     def new_cache(self, mask: Tensor | None) -> TextCache | None:
         """Return the cache for the first tokens of texts with this mask; None: the network makes its own."""
         return None if self.shares_prefill(mask) else TextCache()
-
-    def states(
-        self,
-        ids: Tensor,
-        mask: Tensor | None,
-        positions: Tensor,
-        cache: Any,
-        use_cache: bool = True,
-        gradient_checkpointing: bool = False,
-    ) -> tuple[Tensor, Any]:
-        """Return what `hidden` does, with any form of mask, and without counting the pass."""
-        module = self._converted(self.body or self.network)
-        run = checkpointed(module) if gradient_checkpointing else module
-        if isinstance(cache, TextCache):
-            whole = one_length_at_a_time(partial(self._states_of_whole, run), cache.append(ids), mask)
-            return whole[:, -ids.shape[-1] :], cache
-        inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": use_cache}
-        if self.takes_positions:
-            inputs["position_ids"] = positions
-        out = run(**inputs)
-        return self._states(out), getattr(out, "past_key_values", None)
 
     def _states_of_whole(self, module: nn.Module, ids: Tensor) -> Tensor:
         """Return hidden states (rows, tokens, width) of texts as the network's own forward pass computes them."""
@@ -330,31 +320,9 @@ class CausalNetwork:
         the host waits for the answer. Those whose layers have windows need several masks, and make them themselves.
         Others are tried: hidden states must be the same.
         """
-        config = self.network.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ())
-        windows = kinds - {"full_attention"} or getattr(config, "sliding_window", None)
-        own = self.compute_dtype or next((p.dtype for p in self.parameters), torch.float32)
-        dtype = {"sdpa": torch.bool, "eager": own}.get(getattr(config, "_attn_implementation", ""))
-        if windows or dtype is None or not self.takes_positions:
-            return None
-        ids = (torch.arange(8, device=self.device) % self.vocab_size).reshape(2, 4)
-        mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]], device=self.device)
-        positions = positions_of(ids, mask)
-
-        def states(form: Callable[[Tensor, int], Tensor]) -> Tensor:
-            """Return the hidden states of a pass of three tokens, and of one more of the last."""
-            first, cache = self.states(ids[:, :3], form(mask[:, :3], 3), positions[:, :3], None)
-            last, _ = self.states(ids[:, 3:], form(mask, 1), positions[:, 3:], cache)
-            return torch.cat([first, last], dim=1)[mask.bool()].float()
-
-        with torch.no_grad():
-            expected = states(lambda mask, tokens: mask)
-            try:
-                found = states(lambda mask, tokens: causal_mask(mask, tokens, dtype))
-            except Exception:  # of whatever type, where the network expects another mask
-                return None
-        close = (expected - found).abs().max() <= self.rounding * expected.abs().max()
-        return dtype if close else None
+        self.__dict__["mask_dtype"] = None  # while it is tried
+        with own_forward.aside(self.device):
+            return own_forward.mask_dtype(self)
 
     # -- precision -------------------------------------------------------------------------------------------
 

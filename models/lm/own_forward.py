@@ -8,14 +8,16 @@ network reads whole texts (`whole_texts`); where these disagree too, it is refus
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .masks import positions_of
+from .encoding import positions_of
+from .masks import causal_mask
+from .usage import counting
 from .whole_texts import TextCache, is_shareable
 
 LENGTH = 6  # of the texts that are tried
@@ -40,6 +42,8 @@ class TriedNetwork(Protocol):
     """What is needed of a network to try it: `CausalNetwork` is one."""
 
     network: Any
+    parameters: list[nn.Parameter]
+    compute_dtype: torch.dtype | None
     findings: Findings
     accepts_positions: bool
 
@@ -53,11 +57,12 @@ class TriedNetwork(Protocol):
     def context_length(self) -> int | None: ...
     @property
     def rounding(self) -> float: ...
+    @property
+    def takes_positions(self) -> bool: ...
     def logits(self, hidden: Tensor, temperature: float) -> Tensor: ...
-    def states(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> tuple[Tensor, Any]: ...
+    def hidden(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> tuple[Tensor, Any]: ...
 
 
-@torch.no_grad()
 def find(network: TriedNetwork, ids: Tensor, expected: Tensor) -> Findings:
     """Return how a network scores as its own forward pass does.
 
@@ -94,7 +99,6 @@ def find(network: TriedNetwork, ids: Tensor, expected: Tensor) -> Findings:
     return found
 
 
-@torch.no_grad()
 def holds_padded(network: TriedNetwork) -> bool:
     """Return whether a text with padding on its left scores as it does alone, a continued cache included."""
     ids = texts(network)[:1]
@@ -107,6 +111,34 @@ def holds_padded(network: TriedNetwork) -> bool:
     except Exception:  # of whatever type, where the network takes no mask
         return False
     return _difference(found[:1, -real:], alone) <= network.rounding
+
+
+def mask_dtype(network: TriedNetwork) -> torch.dtype | None:
+    """Return the dtype of the `causal_mask` that a network takes; None if it takes masks (rows, length) alone."""
+    config = network.network.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    windows = kinds - {"full_attention"} or getattr(config, "sliding_window", None)
+    own = network.compute_dtype or next((p.dtype for p in network.parameters), torch.float32)
+    dtype = {"sdpa": torch.bool, "eager": own}.get(getattr(config, "_attn_implementation", ""))
+    if windows or dtype is None or not network.takes_positions:
+        return None
+    ids = (torch.arange(8, device=network.device) % network.vocab_size).reshape(2, 4)
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]], device=network.device)
+    positions = positions_of(ids, mask)
+
+    def states(form: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """Return the hidden states of a pass of three tokens, and of one more of the last."""
+        first, cache = network.hidden(ids[:, :3], form(mask[:, :3], 3), positions[:, :3], None)
+        last, _ = network.hidden(ids[:, 3:], form(mask, 1), positions[:, 3:], cache)
+        return torch.cat([first, last], dim=1)[mask.bool()].float()
+
+    expected = states(lambda mask, tokens: mask)
+    try:
+        found = states(lambda mask, tokens: causal_mask(mask, tokens, dtype))
+    except Exception:  # of whatever type, where the network expects another mask
+        return None
+    close = (expected - found).abs().max() <= network.rounding * expected.abs().max()
+    return dtype if close else None
 
 
 def texts(network: TriedNetwork) -> Tensor:
@@ -122,9 +154,9 @@ def texts(network: TriedNetwork) -> Tensor:
 
 
 @contextlib.contextmanager
-def random_state(device: torch.device) -> Iterator[None]:
-    """Restore the random state at the end of the block."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+def aside(device: torch.device) -> Iterator[None]:
+    """Run passes without a gradient that are not counted, and restore the random state."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad(), counting(()):
         yield
 
 
@@ -134,12 +166,12 @@ def _scores(network: TriedNetwork, ids: Tensor, mask: Tensor | None) -> Tensor:
     positions = positions_of(ids, mask)
     first = None if mask is None else mask[:, :cut]
     cache = None if network.findings.caches else TextCache()
-    hidden, cache = network.states(ids[:, :cut], first, positions[:, :cut], cache)
+    hidden, cache = network.hidden(ids[:, :cut], first, positions[:, :cut], cache)
     if network.findings.caches and not is_shareable(cache):
         raise TypeError(f"{network.name} keeps more than keys and values")
     parts = [hidden]
     if cut < ids.shape[-1]:
-        parts.append(network.states(ids[:, cut:], mask, positions[:, cut:], cache)[0])
+        parts.append(network.hidden(ids[:, cut:], mask, positions[:, cut:], cache)[0])
     return network.logits(torch.cat(parts, 1), 1.0).log_softmax(-1)
 
 

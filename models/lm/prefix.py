@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .encoding import Vocabulary
-from .masks import positions_of
+from .encoding import Vocabulary, positions_of
 from .network import CausalNetwork
 
 

@@ -33,6 +33,9 @@ class TokenModel(Protocol):
     def causal(self) -> CausalNetwork:
         """The network."""
 
+    def current(self) -> CausalNetwork:
+        """Return the network, after a check that its weights have not been changed through another model."""
+
     @property
     def vocabulary(self) -> Vocabulary:
         """The token ids of its completions."""
@@ -96,7 +99,7 @@ class Autoregressive(TorchDistribution):
         self.prompt_mask = prompt_mask
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
-        self._drawn: tuple[Tensor, tuple[int, ...], Tensor] | None = None  # the last sample, versions, token scores
+        self._drawn: tuple[Tensor, tuple[Any, ...], Tensor] | None = None  # the last sample, versions, token scores
         super().__init__(prompt_ids.shape[:-1], Size([max_new_tokens]), validate_args=False)
 
     @property
@@ -108,7 +111,7 @@ class Autoregressive(TorchDistribution):
     def prompted(self) -> PromptedNetwork:
         """The network and its prompts."""
         return PromptedNetwork(
-            self.lm.causal,
+            self.lm.current(),
             self.vocabulary,
             *self.flat_prompts,
             max_new_tokens=self.max_new_tokens,
@@ -298,8 +301,8 @@ class Autoregressive(TorchDistribution):
         x = x.reshape(shape + x.shape[1:])
         return x.expand(broadcast_shape(shape, self.batch_shape) + x.shape[len(shape) :])
 
-    def _versions(self, value: Tensor) -> tuple[int, ...]:
-        """Return torch's counts of in-place changes, of a value and of the weights, for which a kept score is valid."""
+    def _versions(self, value: Tensor) -> tuple[Any, ...]:
+        """Return the versions of a value and of the weights for which a kept score is valid."""
         return (value._version, self.lm.causal.version)
 
     def _score_of_drawn(self, value: Tensor) -> Tensor | None:

@@ -98,6 +98,13 @@ def _one(i: int, prompt: Prompt, tokenizer: Any, bos_token_id: int | None) -> li
     return [bos_token_id]
 
 
+def positions_of(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the positions (row, length) of left-padded ids (row, length)."""
+    if mask is None:
+        return torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
+    return (mask.cumsum(-1) - 1).clamp_min(0)  # no token attends to padding, whose own position does not matter
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """The token ids 0, ..., size - 1 of a network, and how a completion of T of them ends.

@@ -17,7 +17,7 @@ from .inputs import language_model, read_prompts, trained_policy
 from .options import make_engine, make_twist, read_settings
 
 # Options that do not change an engine's result, or are compared by their content when a command is repeated.
-NOT_COMPARED = ("prompt", "prompts", "engine", "device", "checkpoint", "tensorboard", "out")
+NOT_COMPARED = ("prompt", "prompts", "engine", "device", "checkpoint", "tensorboard", "out", "timeout")
 
 
 def infer(
@@ -25,7 +25,10 @@ def infer(
     prompt: Annotated[list[str] | None, typer.Argument(help="Prompts, each completed on its own.")] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help='A file of prompts: one per line, or JSONL with "prompt" and columns for the reward.'),
+        typer.Option(
+            help='A file of prompts: lines of text, or JSON(L), CSV, TSV or Parquet with "prompt" and columns for '
+            "the reward."
+        ),
     ] = None,
     prior: Annotated[
         str, typer.Option(help="The language model: smollm2, a folder, or a name on the Hugging Face hub.")
@@ -36,6 +39,9 @@ def infer(
     reward_settings: Annotated[
         str, typer.Option(help="Settings of a built-in reward, as JSON: '{\"target\": 20}'.")
     ] = "{}",
+    timeout: Annotated[
+        float | None, typer.Option(help="Time limit of the reward for a batch of texts, in seconds. Default: none.")
+    ] = None,
     scale: Annotated[float, typer.Option(help="A factor of the reward, such as -1 for less toxicity.")] = 1.0,
     beta: Annotated[
         float,
@@ -177,7 +183,8 @@ def infer(
             raise ValueError(
                 "--reward-settings are for built-in rewards only: give a function of your own its settings in Python"
             )
-        scaled_reward = scale * (rewards.load(reward) if ":" in reward else rewards.get(reward, **options))
+        one = rewards.load(reward) if ":" in reward else rewards.get(reward, **options)
+        scaled_reward = scale * (one if timeout is None else one.with_timeout(timeout))
         if out is not None:
             contents = {"prompts": texts, "columns": columns, "held_out": held_out_prompts}
             contents["code of the reward"] = identify(scaled_reward)

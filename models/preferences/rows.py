@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
+from bayeslm.tables import check_characters, json_lines
+
 Row = TypeVar("Row")
 MAX_ERRORS = 10  # bad rows that an error lists
 
@@ -92,15 +94,8 @@ def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, Any]]:
 
     The value of a line that is no JSON is a `PreferenceError`.
     """
-    for number, line in enumerate(Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line.decode())
-        except UnicodeDecodeError:
-            yield number, PreferenceError("is not UTF-8: write the file in that encoding")
-        except (json.JSONDecodeError, RecursionError) as error:
-            yield number, PreferenceError(f"is no JSON ({error}): write one JSON object a line")
+    for number, value in json_lines(Path(path).read_bytes()):
+        yield number, PreferenceError(str(value)) if isinstance(value, ValueError) else value
 
 
 def parse_rows(source: str, rows: Iterable[tuple[int, Any]], parse: Callable[[Any], Row]) -> list[Row]:
@@ -141,12 +136,16 @@ def require_fields(row: Any, *names: str) -> list[Any]:
 
 
 def check_texts(texts: Mapping[str, Any]) -> None:
-    """Check that all values are strings, and that all but ``prompt`` hold more than white space.
+    """Check that all values are strings of whole characters, and that all but ``prompt`` hold more than white space.
 
     :raises PreferenceError: otherwise.
     """
     for name, text in texts.items():
         if not isinstance(text, str):
             raise PreferenceError(f"has {text!r:.60} for {name!r}: it must be a string")
+        try:
+            check_characters(repr(name), text)
+        except ValueError as error:
+            raise PreferenceError(f"is no text: {error}") from None
         if not text.strip() and name != "prompt":
             raise PreferenceError(f"has no text for {name!r}: fill it in, or drop the row")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -127,12 +128,17 @@ def require_fields(row: Any, *names: str) -> list[Any]:
     """
     if not isinstance(row, Mapping):
         raise PreferenceError(f"is {row!r:.60}, no object: it needs the fields {', '.join(names)}")
-    if missing := [name for name in names if row.get(name) is None]:
+    if missing := [name for name in names if is_missing(row.get(name))]:
         found = ", ".join(map(str, row)) or "nothing"
         raise PreferenceError(
             f"lacks {' and '.join(map(repr, missing))} (it has {found}): add it, or rename its column"
         )
     return [row[name] for name in names]
+
+
+def is_missing(value: Any) -> bool:
+    """Return whether a field has no value: None, or NaN in rows of a data frame."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def check_texts(texts: Mapping[str, Any]) -> None:

@@ -41,7 +41,7 @@ def read_table(path: str | os.PathLike[str]) -> tuple[list[Any], dict[str, list[
     rows = _rows(path)
     if not rows:
         raise ValueError(f"{path} holds no prompts")
-    table = []
+    table: list[Mapping[str, Any]] = []
     for place, row in rows:
         row = row if isinstance(row, Mapping) else {"prompt": row}
         if "prompt" not in row:

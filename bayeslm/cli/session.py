@@ -160,7 +160,7 @@ def _skip(row: dict[str, Any]) -> Answer:
     """Return the answer of a row of skipped pairs."""
     from bayeslm.models.preferences import Answer
 
-    texts = [row.get(name) for name in ("prompt", "first", "second")]
+    prompt, first, second = texts = [row.get(name) for name in ("prompt", "first", "second")]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"prompt, first and second must be texts, got {texts!r:.60}")
-    return Answer(*map(str, texts), 0.5, None)
+    return Answer(str(prompt), str(first), str(second), 0.5, None)

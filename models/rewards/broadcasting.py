@@ -48,8 +48,9 @@ def broadcast(
 
     :returns: the common shape, the shape of the completions, and flat lists of equal length.
     :raises TypeError: for one prompt or text instead of a list of them, or a completion is not a text.
-    :raises ValueError: if shapes do not broadcast, or nested completions are ragged.
+    :raises ValueError: if shapes do not broadcast, nested completions are ragged, or a column has a reserved name.
     """
+    check_columns(columns)
     prompt_array, text_array = _prompts(prompts), _completions(completions)
     try:
         shape = np.broadcast_shapes(prompt_array.shape, text_array.shape)

@@ -45,6 +45,7 @@ def copied(value: Any) -> Any:
     """Return a copy of a container with all containers, arrays and tensors in it; other objects are shared."""
     if type(value) in _ATOMS:
         return value
+    new: Any
     if isinstance(value, list | MutableSequence):  # list first: abstract classes are slow to ask
         new = copy.copy(value)
         if not _ATOMS.issuperset(map(type, new)):

@@ -20,7 +20,7 @@ BUILT_IN: dict[str, type[Reward]] = {
 }
 
 
-def get(name: str, **settings: Any) -> Reward:
+def get(name: str, /, **settings: Any) -> Reward:
     """Return a built-in reward by its name in lower case, with settings: ``get("length", target=20)``.
 
     :raises ValueError: if there is none of that name, with the nearest one, or settings are missing or unknown.

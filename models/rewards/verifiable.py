@@ -183,7 +183,7 @@ class Constraint(Reward):
         if not isinstance(self.predicate, Reward):
             truths = self._each(self.predicate, completions, prompts, completions)
             return [0.0 if truth else -math.inf for truth in truths]
-        truths = self.predicate._scores(prompts, completions, columns)
+        truths = self.predicate._scores(prompts, completions, columns).tolist()
         for truth, prompt, text in zip(truths, prompts, completions, strict=True):
             if truth not in (0.0, 1.0) and not math.isnan(truth):
                 self._fail(f"needs {self.predicate.__name__!r} to be 0 or 1, got {truth}", prompt, text)

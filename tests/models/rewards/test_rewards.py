@@ -312,9 +312,27 @@ def test_get():
         rewards.get("xyzzy")
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("contains", {}, r"reward 'contains' needs the settings phrase: --reward-settings '{\"phrase\": \"...\"}'"),
+        ("similarity", {}, "needs the settings reference"),
+        ("classifier", {}, "needs the settings model"),
+        ("constraint", {"prefix_closed": True}, "needs the settings predicate"),
+        ("matches", {"column": "a"}, "needs the settings pattern"),
+        ("length", {"targt": 3}, "has no setting 'targt', did you mean 'target'.; its settings are target, unit"),
+        ("sentiment", {"self": 3}, "has no setting 'self'"),
+    ],
+)
+def test_settings_that_are_missing_or_unknown(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        rewards.get(name, **settings)
+
+
 def test_load(monkeypatch):
     module = types.ModuleType("my_rewards")
     module.length, module.ready, module.Kind, module.number = length, Sentiment(), Sentiment, 3
+    module.Needy = rewards.Contains
     monkeypatch.setitem(sys.modules, "my_rewards", module)
     assert rewards.load("my_rewards:length")(["p"], ["abc"]).item() == 3.0
     assert rewards.load("my_rewards:ready") is module.ready
@@ -326,6 +344,7 @@ def test_load(monkeypatch):
         ("no_such_package.rewards:f", ValueError, "there is no module 'no_such_package'"),
         ("email.rewards:f", ValueError, "there is no module 'email.rewards'"),
         ("my_rewards:number", TypeError, "must be callable, got int"),
+        ("my_rewards:Needy", ValueError, "'my_rewards:Needy' needs the settings phrase: write one with its settings"),
     ]:
         with pytest.raises(error, match=message):
             rewards.load(address)

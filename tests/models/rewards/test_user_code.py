@@ -207,6 +207,30 @@ def test_a_program_passes_what_trls_trainer_passes():
     assert lm.token_ids(same).shape == (2,)
 
 
+@pytest.mark.parametrize(
+    "name", ["prompts", "completions", "self", "fn", "model", "args", "name", "my column", "prompt"]
+)
+def test_names_of_columns(name):
+    """Reserved ones are refused by name, and all others reach the reward."""
+    seen = {}
+
+    def reward(completions, **columns):
+        seen.update(columns)
+        return [0.0] * len(completions)
+
+    model = TiltedLM(table_lm(vocab=3), reward, 1.0, max_new_tokens=1)
+    engine = ImportanceSampling(num_particles=2, seed=0, progress=False)
+    if name in ("prompts", "completions", "self", "fn"):
+        with pytest.raises(ValueError, match=f"column is called '{name}'.* rename it"):
+            engine.run(model, [[1]], **{name: ["x"]})
+    else:
+        engine.run(model, [[1]], **{name: ["x"]})
+        assert seen[name] == ["x", "x"]
+    if name == "self":
+        with pytest.raises(ValueError, match="column is called 'self'"):
+            Length()(["p"], ["a"], self=["x"])
+
+
 @pytest.mark.parametrize("reward", [Reward(later), Later(), Reward(LaterCallable()), Reward(lambda **k: later(**k))])
 def test_coroutines_are_awaited(reward):
     texts = ["a", "bb", ""]

@@ -158,7 +158,7 @@ def _messages(name: str, value: Any) -> list[Message]:
     :raises PreferenceError: if it is none.
     """
     listed = list(value) if isinstance(value, list | tuple) else []
-    messages = [{**m, "content": _content(m)} for m in listed if isinstance(m, Mapping) and "role" in m]
+    messages: list[Message] = [{**m, "content": _content(m)} for m in listed if isinstance(m, Mapping) and "role" in m]
     if not messages or len(messages) < len(listed) or any(m["content"] is None for m in messages):
         raise PreferenceError(
             f"has {value!r:.60} for {name!r}: it must be a string, or a list of role and content, which is a text"

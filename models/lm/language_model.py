@@ -454,6 +454,16 @@ class LanguageModel(nn.Module):
         texts[:] = self.detokenize(rows)
         return texts.reshape(tuple(value.shape[:-1]))
 
+    def token_ids(self, value: Tensor) -> np.ndarray:
+        """Return completions (*batch, token) as lists of token ids, with the end, an object array of the batch's shape.
+
+        These are the ``completion_ids`` of a reward in TRL's convention.
+        """
+        lengths = self.vocabulary.is_live(value).sum(-1)
+        rows = zip(value.reshape(-1, value.shape[-1]).tolist(), lengths.reshape(-1).tolist(), strict=True)
+        ids = np.fromiter((row[:length] for row, length in rows), dtype=object, count=lengths.numel())
+        return ids.reshape(tuple(value.shape[:-1]))
+
     def detokenize(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each row of token ids, without special tokens."""
         return list(self.tokenizer.batch_decode(rows, skip_special_tokens=True))

@@ -25,7 +25,6 @@ from bayeslm.inference.program import (
     Program,
     ProgramError,
     SoFar,
-    Stopwatch,
     check_counts,
     check_evidence,
     draw,
@@ -34,7 +33,7 @@ from bayeslm.inference.program import (
     posterior,
     prompt_labels,
     run_particles,
-    seeded,
+    running,
 )
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
@@ -89,7 +88,7 @@ class RejectionSampling:
                 f"rejection sampling needs a finite upper bound of the log-likelihood, got {bound}: set log_bound to "
                 "r_max / beta, or use TiltedLM with a reward that has an upper_bound"
             )
-        with seeded(self.seed), Stopwatch() as watch:
+        with running(self.seed) as watch:
             program = inspect(model, *args, **kwargs)
             proposals, accepted, interrupted = self._propose(program, bound)
             counts = accepted.sum(0)
@@ -202,7 +201,7 @@ class BestOfN:
             had a draw.
         :raises RunError: if an error stops the run after the first batch; it carries the candidates.
         """
-        with seeded(self.seed), Stopwatch() as watch:
+        with running(self.seed) as watch:
             program = inspect(model, *args, **kwargs)
             candidates, interrupted = draw(
                 program,

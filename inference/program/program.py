@@ -7,7 +7,7 @@ A program is inspected once, by a run without its networks: which sites are late
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -90,6 +90,7 @@ class Program:
     :param full_size: the size of the plate of prompts.
     :param minibatch: indices (num_prompts,) of the prompts of this program, if they are a minibatch.
     :param whole: the program of all prompts, of which this one has a minibatch.
+    :param verified: the names of what has been checked of the program; its copies share it.
     """
 
     model: Callable[..., Any]
@@ -104,6 +105,7 @@ class Program:
     full_size: int
     minibatch: Tensor | None = None
     whole: Program | None = None
+    verified: set[str] = field(default_factory=set, repr=False, compare=False)
 
     @property
     def latents(self) -> list[Site]:
@@ -149,7 +151,8 @@ class Program:
         """Minibatches that cover all prompts, each inspected; the last may overlap with the one before."""
         starts = [*range(0, self.full_size - self.num_prompts, self.num_prompts), self.full_size - self.num_prompts]
         parts = [torch.arange(start, start + self.num_prompts) for start in starts]
-        return [replace(_inspect(self.model, self.args, self.kwargs, prompts), whole=self) for prompts in parts]
+        some = [_inspect(self.model, self.args, self.kwargs, prompts) for prompts in parts]
+        return [replace(program, whole=self, verified=self.verified) for program in some]
 
     def side_by_side(self, parts: Sequence[Tensor], axis: int) -> Tensor:
         """Join one tensor of each of the `chunks` along the axis of prompts."""
@@ -189,6 +192,14 @@ class Program:
         if self.shared:
             return value[index[:, 0].to(value.device)]
         return along(value, 1 + self.sites[name].dims.index("prompt"), index)
+
+
+def site_value(site: Site, value: Tensor, num_particles: int) -> Tensor:
+    """Return a site's value as (particle, *batch, *event), without the axes that vectorisation put between."""
+    shape = (num_particles, *site.shape)
+    if value.numel() == torch.Size(shape).numel():
+        return value.reshape(shape)
+    return value.expand(shape)
 
 
 def sample_sites(trace: Trace) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -3,10 +3,12 @@
 from .autoregressive import Autoregressive
 from .decoding import Decoder, categorical, generate
 from .encoding import Prompt
+from .gradients import differentiating
 from .language_model import LanguageModel
 from .network import CausalNetwork, log_softmax_at
 from .suffix import redraw
 from .tabular import word_tokenizer
+from .turns import exclusive, forked
 from .twist import POWERS, Twist, TwistInputs
 from .usage import count_usage
 
@@ -21,6 +23,9 @@ __all__ = [
     "TwistInputs",
     "categorical",
     "count_usage",
+    "differentiating",
+    "exclusive",
+    "forked",
     "generate",
     "log_softmax_at",
     "redraw",

@@ -15,8 +15,10 @@ from . import adapters, encoding, fitting, loading, packing
 from .autoregressive import Autoregressive
 from .encoding import Vocabulary
 from .gradient_checkpointing import checkpointable_layers
+from .gradients import differentiating
 from .network import CausalNetwork
 from .tabular import NGramConfig, NGramForCausalLM, word_tokenizer
+from .turns import forked
 
 
 class LanguageModel(nn.Module):
@@ -95,6 +97,7 @@ class LanguageModel(nn.Module):
     # -- loading and copying ---------------------------------------------------------------------------------
 
     @classmethod
+    @differentiating()
     def from_pretrained(
         cls,
         name_or_path: str | os.PathLike[str],
@@ -135,6 +138,7 @@ class LanguageModel(nn.Module):
         return lm.to(device) if device is not None else lm
 
     @classmethod
+    @differentiating()
     def tabular(
         cls,
         vocabulary: Sequence[str],
@@ -156,8 +160,7 @@ class LanguageModel(nn.Module):
         """
         if eos not in vocabulary:
             raise ValueError(f"vocabulary has no {eos!r}: completions could not end")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with forked(seed):
             network = NGramForCausalLM(NGramConfig(vocab_size=len(vocabulary), order=order))
         if table is not None:
             if table.shape != network.table.shape:
@@ -165,6 +168,7 @@ class LanguageModel(nn.Module):
             network.table.data = table.clone()
         return cls(network, word_tokenizer(vocabulary, eos))
 
+    @differentiating()
     def policy(self, lora_rank: int | None = None, *, lora_alpha: int | None = None) -> LanguageModel:
         """Return a trainable copy.
 
@@ -186,6 +190,7 @@ class LanguageModel(nn.Module):
         network = adapters.with_lora(self.network, lora_rank, lora_alpha or 2 * lora_rank, self.name)
         return self._with_network(network, self.name, self.compute_dtype)._unfreeze(adapters.own_parameters(network))
 
+    @differentiating()
     def continued(self) -> LanguageModel:
         """Return a trainable copy of a policy, with which its training can continue.
 

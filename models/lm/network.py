@@ -120,8 +120,11 @@ class CausalNetwork:
 
     @property
     def version(self) -> int:
-        """Torch's count of the weights' in-place changes."""
-        return sum(p._version for p in self.parameters)
+        """Torch's count of the weights' in-place changes.
+
+        Weights that were made in inference mode have none: only there could they be changed, where no score is kept.
+        """
+        return sum(p._version for p in self.parameters if not p.is_inference())
 
     @cached_property
     def vocab_size(self) -> int:

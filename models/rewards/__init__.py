@@ -10,6 +10,7 @@ and scales it:
 from .broadcasting import broadcast
 from .classifier import Classifier
 from .registry import get, load
+from .rehearsal import rehearsal
 from .reward import Reward, RewardError
 from .text_rewards import Sentiment, Similarity, TextReward, Toxicity, sentence_embeddings
 from .unfinished import prefixes
@@ -31,5 +32,6 @@ __all__ = [
     "get",
     "load",
     "prefixes",
+    "rehearsal",
     "sentence_embeddings",
 ]

@@ -46,6 +46,21 @@ def test_a_bound_that_a_later_batch_exceeds_leaves_no_results():
     assert not hasattr(caught.value, "so_far")
 
 
+@pytest.mark.parametrize("bound", [-1e30, -1e6, -1.0, 0.0, 100.0, 1e4, 1e6])
+@pytest.mark.parametrize("excess", [0.3, 90.0, 1e5])
+def test_the_tolerance_of_a_bound_is_in_nats_whatever_the_bound(bound, excess):
+    with pytest.raises(ProgramError, match=r"above the bound"):
+        rejection(log_bound=bound).run(scripted(bound, max(bound + excess, -1e20)))
+
+
+@pytest.mark.parametrize("bound", [-1e6, 0.0, 1e3, 1e6])
+def test_rounding_of_the_bound_is_tolerated(bound):
+    rounding = float(np.spacing(np.float32(abs(bound)))) if bound else 1e-6
+    engine = rejection(num_samples=2, num_chains=1, log_bound=bound)
+    posterior = engine.run(scripted(*[bound + rounding] * 20))
+    assert posterior.samples["x"].shape == (1, 2, 2)
+
+
 @pytest.mark.parametrize("bound", [math.inf, -math.inf, math.nan])
 def test_a_bound_must_be_finite(bound):
     with pytest.raises(ProgramError, match=f"needs a finite upper bound of the log-likelihood, got {bound}"):

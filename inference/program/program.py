@@ -6,6 +6,7 @@ A program is inspected once, by a run without its networks: which sites are late
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -257,6 +258,8 @@ def _inspect(
             "subsample of them does not determine its weight. Leave out subsample_size, or put the site inside the "
             "plate"
         )
+    if prompt_dim is None:
+        _warn_of_another_plate(random)
     return Program(
         model=model,
         args=args,
@@ -271,6 +274,24 @@ def _inspect(
         full_size=full_size or num_prompts,
         minibatch=minibatch.prompts if minibatch.fixed and full_size is not None else None,
     )
+
+
+def _warn_of_another_plate(sites: list[Site]) -> None:
+    """Warn if a plate of another name than "prompts" holds all sites, and the completions of different prompts."""
+    for site in sites:
+        shared = set.intersection(*[set(other.plates.values()) for other in sites])
+        if not (site.kind == "latent" and site.is_completion and shared):
+            continue
+        ids = site.fn.prompt_ids.expand(*site.shape[: site.batch_dims], -1)
+        for dim, name in site.plates.items():
+            axis = site.batch_dims + dim
+            if name in shared and not torch.equal(ids, ids.narrow(axis, 0, 1).expand_as(ids)):
+                warnings.warn(
+                    f"the plate around {site.name!r} is named {name!r}, so its {ids.shape[axis]} prompts are one "
+                    f"posterior, whose draws are weighted all together: name it {PROMPTS!r} for a posterior of each",
+                    stacklevel=2,
+                )
+                return
 
 
 def _plates(node: dict[str, Any]) -> list[Any]:
@@ -312,10 +333,13 @@ def inspect_or_reuse(
 ) -> Program:
     """Return ``program`` if it is of this model and these arguments; else inspect them.
 
-    The plate of prompts may be subsampled.
+    The plate of prompts may be subsampled. Arguments are those that the model reads in them by its method
+    ``program_arguments``, if it has one (tables of prompts).
 
     :raises ProgramError: as `inspect`.
     """
+    if (read := getattr(model, "program_arguments", None)) is not None:
+        args, kwargs = read(*args, **kwargs)
     if (
         program is not None
         and program.model is model

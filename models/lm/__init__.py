@@ -7,6 +7,7 @@ from .gradients import differentiating
 from .language_model import LanguageModel
 from .network import CausalNetwork, log_softmax_at
 from .suffix import redraw
+from .tables import read_table, without_index
 from .tabular import word_tokenizer
 from .turns import exclusive, forked
 from .twist import POWERS, Twist, TwistInputs
@@ -28,6 +29,8 @@ __all__ = [
     "forked",
     "generate",
     "log_softmax_at",
+    "read_table",
     "redraw",
+    "without_index",
     "word_tokenizer",
 ]

@@ -9,6 +9,7 @@ from .network import CausalNetwork, log_softmax_at
 from .suffix import redraw
 from .tables import read_table, without_index
 from .tabular import word_tokenizer
+from .tensor_files import read_tensors
 from .turns import exclusive, forked
 from .twist import POWERS, Twist, TwistInputs
 from .usage import count_usage
@@ -30,6 +31,7 @@ __all__ = [
     "generate",
     "log_softmax_at",
     "read_table",
+    "read_tensors",
     "redraw",
     "without_index",
     "word_tokenizer",

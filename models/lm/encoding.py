@@ -14,6 +14,8 @@ from torch.nn.functional import pad
 
 from bayeslm.tables import check_characters
 
+from .tables import refuse_table
+
 Prompt = str | Sequence[dict[str, Any]] | Sequence[int] | Tensor
 
 
@@ -43,12 +45,13 @@ def encode(
     :param vocab_size: number of token ids.
     :param room: the most tokens a prompt may have, None for no limit.
     :param device: where the batch goes.
-    :raises TypeError: for one prompt instead of a list of prompts, or strings without a tokenizer.
+    :raises TypeError: for one prompt or a table instead of a list of prompts, or strings without a tokenizer.
     :raises ValueError: for no prompts, an empty prompt without a BOS, a lone surrogate, ids out of range, or a prompt
         over ``room``.
     """
     if isinstance(prompts, str):
         raise TypeError(f"prompts must be a list of prompts, got one string: write [{prompts[:40]!r}]")
+    refuse_table(prompts)
     if isinstance(prompts, np.ndarray) and prompts.dtype.kind in "iu":
         prompts = list(prompts)
     shape = prompts.shape if isinstance(prompts, np.ndarray) else (len(prompts),)

@@ -15,9 +15,11 @@ from . import adapters, encoding, fitting, loading, packing
 from .autoregressive import Autoregressive
 from .encoding import Vocabulary
 from .gradient_checkpointing import checkpointable_layers
+from .gradients import differentiating
 from .network import CausalNetwork
 from .own_forward import Findings
 from .tabular import NGramConfig, NGramForCausalLM, word_tokenizer
+from .turns import forked
 from .weights import SharedWeights
 
 
@@ -104,6 +106,7 @@ class LanguageModel(nn.Module):
     # -- loading and copying ---------------------------------------------------------------------------------
 
     @classmethod
+    @differentiating()
     def from_pretrained(
         cls,
         name_or_path: str | os.PathLike[str],
@@ -145,6 +148,7 @@ class LanguageModel(nn.Module):
         return lm.to(device) if device is not None else lm
 
     @classmethod
+    @differentiating()
     def tabular(
         cls,
         vocabulary: Sequence[str],
@@ -166,8 +170,7 @@ class LanguageModel(nn.Module):
         """
         if eos not in vocabulary:
             raise ValueError(f"vocabulary has no {eos!r}: completions could not end")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with forked(seed):
             network = NGramForCausalLM(NGramConfig(vocab_size=len(vocabulary), order=order))
         if table is not None:
             if table.shape != network.table.shape:
@@ -175,6 +178,7 @@ class LanguageModel(nn.Module):
             network.table.data = table.clone()
         return cls(network, word_tokenizer(vocabulary, eos))
 
+    @differentiating()
     def policy(self, lora_rank: int | None = None, *, lora_alpha: int | None = None) -> LanguageModel:
         """Return a trainable copy.
 
@@ -200,6 +204,7 @@ class LanguageModel(nn.Module):
         lm = self._with_network(network, self.name, self.compute_dtype)
         return self._sharing(lm)._unfreeze(adapters.own_parameters(network))
 
+    @differentiating()
     def continued(self) -> LanguageModel:
         """Return a trainable copy of a policy, with which its training can continue.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bayeslm.tables import check_characters
+from bayeslm.prompt_files import check_characters
 
 from .tables import refuse_table
 

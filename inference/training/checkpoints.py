@@ -25,12 +25,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import bayeslm
-from bayeslm.files import atomic_folder, differences, sweep
+from bayeslm.files import atomic_folder, differences, read_json, sweep
 from bayeslm.inference.program import Program, check_counts, prompt_labels, to_numpy
+from bayeslm.models.lm import read_tensors
 
 from .callbacks import Callback
 from .identity import has_unreadable, identify
@@ -133,8 +134,8 @@ class Checkpoints:
 
     def _read(self, path: Path) -> Saved:
         try:
-            values = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
-            tensors = load_file(path / "tensors.safetensors")
+            values = read_json(path / "checkpoint.json")
+            tensors = read_tensors(path / "tensors.safetensors")
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"{path} is no checkpoint that can be read ({error}): remove it to start again") from error
         there = {"format": values.pop("format", None), "version": values.pop("version", None)} | values.pop("run", {})

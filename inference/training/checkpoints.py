@@ -126,7 +126,7 @@ class Checkpoints:
                 (unfinished / "checkpoint.json").write_text(json.dumps(header | saved.values), encoding="utf-8")
         except (OSError, SafetensorError) as error:
             kept = f"{before[0]} is kept" if before else "there is none yet"
-            warnings.warn(f"no checkpoint: {error}; {kept}, and the training continues", stacklevel=2)
+            warnings.warn(f"no checkpoint ({error}); {kept}, and the training continues", stacklevel=2)
             return str(before[0]) if before else None
         for path in before:
             shutil.rmtree(path, ignore_errors=True)

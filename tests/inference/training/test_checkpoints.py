@@ -273,7 +273,7 @@ def test_checkpoints_that_cannot_be_read_are_refused(finished, tmp_path):
         SVI(**SMALL, checkpoint=tmp_path / "cut").run(MODEL, PROMPTS)
     with (copied("huge") / "tensors.safetensors").open("ab") as file:
         file.truncate(2**43)  # no block of it is on the disk
-    with pytest.raises(ValueError, match="no checkpoint that can be read.*bytes, and this machine has"):
+    with pytest.raises(ValueError, match=r"no checkpoint that can be read.*bytes, and this machine has"):
         SVI(**SMALL, checkpoint=tmp_path / "huge").run(MODEL, PROMPTS)
     guide = policy_guide(LM.policy(), TOKENS)
     SVI(**SMALL, guide=guide, checkpoint=tmp_path / "guide").run(MODEL, PROMPTS)

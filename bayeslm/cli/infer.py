@@ -19,7 +19,7 @@ from .inputs import language_model, load_reward, read_prompts, trained_policy
 from .options import make_engine, make_twist, read_settings
 
 # Options that do not change an engine's result, or are compared by their content when a command is repeated.
-NOT_COMPARED = ("prompt", "prompts", "engine", "device", "checkpoint", "tensorboard", "out")
+NOT_COMPARED = ("prompt", "prompts", "engine", "device", "checkpoint", "tensorboard", "out", "timeout")
 
 
 def infer(
@@ -27,7 +27,10 @@ def infer(
     prompt: Annotated[list[str] | None, typer.Argument(help="Prompts, each completed on its own.")] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help='A file of prompts: one per line, or JSONL with "prompt" and columns for the reward.'),
+        typer.Option(
+            help='A file of prompts: lines of text, or JSON(L), CSV, TSV or Parquet with "prompt" and columns for '
+            "the reward."
+        ),
     ] = None,
     prior: Annotated[
         str, typer.Option(help="The language model: smollm2, a folder, or a name on the Hugging Face hub.")
@@ -38,6 +41,9 @@ def infer(
     reward_settings: Annotated[
         str, typer.Option(help="Settings of a built-in reward, as JSON: '{\"target\": 20}'.")
     ] = "{}",
+    timeout: Annotated[
+        float | None, typer.Option(help="Time limit of the reward for a batch of texts, in seconds. Default: none.")
+    ] = None,
     scale: Annotated[float, typer.Option(help="A factor of the reward, such as -1 for less toxicity.")] = 1.0,
     beta: Annotated[
         float,
@@ -173,7 +179,8 @@ def infer(
         engines = {name: make_engine(name, seed=seed, twist=fixed, **sizes) for name in names}
         texts, columns = read_prompts(prompt or [], prompts)
         held_out_prompts = None if held_out is None else read_prompts([], held_out)
-        scaled_reward = scale * load_reward(reward, read_settings(reward_settings))
+        one = load_reward(reward, read_settings(reward_settings))
+        scaled_reward = scale * (one if timeout is None else one.with_timeout(timeout))
         results = held.enter_context(resume.Results(out))
         settings: dict[str, Any] = {name: str(x) for name, x in ctx.params.items() if name not in NOT_COMPARED}
         settings |= {"prompts": texts, "columns": columns, "held_out": held_out_prompts}

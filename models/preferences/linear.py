@@ -17,6 +17,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from bayeslm.models.rewards import copied
+
 from .features import Features
 
 Data = TypeVar("Data")
@@ -76,7 +78,7 @@ class LinearReward(Generic[Data, Prepared]):
 
         :raises ValueError: if they have another shape, or are not finite.
         """
-        x = self.features(list(prompts), list(completions))
+        x = self.features(copied(list(prompts)), list(completions))  # which may edit its lists
         if not isinstance(x, Tensor) or x.ndim != 2 or len(x) != len(completions):
             shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"features must be a tensor ({len(completions)}, d), one row a completion, got {shape}")

@@ -39,6 +39,10 @@ def breaks_later(completions, **kwargs):
         raise RuntimeError("the judge went home")
     return [0.1 * len(text) for text in completions]
 
+def hangs(completions, **kwargs):
+    while True:
+        pass
+
 def interrupts(completions, **kwargs):
     global calls
     calls += 1
@@ -145,8 +149,16 @@ def test_a_file_of_prompts_with_columns(folder):
     assert Posterior.load("json/importance").prompts == ["a b", "d"]
     infer("--prompts", "prompts.txt", "--out", "plain")
     assert Posterior.load("plain/importance").prompts == ["a b", "d"]
-    Path("bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}')
-    assert "line 2" in infer("--prompts", "bad.jsonl", code=1)
+    Path("bad.jsonl").write_text('{"prompt": "a"}\n\n{"text": "b"}')
+    assert "line 3" in infer("--prompts", "bad.jsonl", code=1)
+    Path("prompts.CSV").write_text("answer,prompt\nc,a b\ne,d\n", encoding="utf-8-sig")
+    infer("--prompts", "prompts.CSV", "--reward", "my_rewards:target", "--out", "csv")
+    found, expected = (Posterior.load(f"{name}/importance") for name in ("csv", "json"))
+    assert found.prompts == expected.prompts
+    assert (found.log_weights == expected.log_weights).all()
+    for name in ("prompts", "completions", "self"):
+        Path("taken.csv").write_text(f"prompt,{name}\na,b\n")
+        assert f"a column is called '{name}'" in " ".join(infer("--prompts", "taken.csv", code=1).split())
 
 
 @pytest.mark.parametrize(
@@ -155,6 +167,12 @@ def test_a_file_of_prompts_with_columns(folder):
         (["a", "--engine", "importanc"], 1, "did you mean 'importance'"),
         (["a", "--reward", "sentimnt"], 1, "did you mean 'sentiment'"),
         (["a", "--reward", "my_rewards:leters"], 1, "did you mean 'letters'"),
+        (["a", "--reward", "contains"], 1, "reward 'contains' needs the settings phrase: --reward-settings"),
+        (["a", "--reward", "length", "--reward-settings", '{"targt": 1}'], 1, "'targt', did you mean 'target'?"),
+        (["a", "--reward", "my_rewards:hangs", "--timeout", "0.2"], 1, "'hangs' reached its time limit of 0.2 s"),
+        (["a", "--timeout", "0"], 1, "timeout must be a positive number of seconds"),
+        (["a\udc80"], 1, "prompt 1 holds the lone surrogate"),
+        (["--prompts", "."], 1, ". is a folder"),
         (["a", "--prior", "smolm2"], 1, "did you mean 'smollm2'"),
         (["a", "--beta", "0"], 1, "beta must be positive"),
         (["a", "--beta", "nan"], 1, "beta must be positive"),

@@ -9,7 +9,7 @@ arXiv 2205.11275).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import pyro
 from torch import Tensor
 
 from bayeslm.models.lm import LanguageModel, Prompt
-from bayeslm.models.rewards import Reward
+from bayeslm.models.rewards import Reward, RewardFunction, with_trainer_arguments
 
 
 class TiltedLM:
@@ -37,7 +37,7 @@ class TiltedLM:
     def __init__(
         self,
         prior: LanguageModel,
-        reward: Reward | Callable[..., Sequence[float]],
+        reward: Reward | RewardFunction,
         beta: float = 0.1,
         *,
         max_new_tokens: int = 24,
@@ -64,10 +64,6 @@ class TiltedLM:
         """An upper bound of the log-likelihood r / beta, for rejection sampling; inf if the reward has none."""
         return self.reward.upper_bound / self.beta
 
-    def identity(self) -> Mapping[str, Any]:
-        """Return the settings on which the posterior depends, by which checkpoints tell runs apart."""
-        return vars(self)
-
     def __call__(self, prompts: Sequence[Prompt], /, **columns: Sequence[Any]) -> None:
         """Run the program.
 
@@ -81,7 +77,8 @@ class TiltedLM:
                 prompts = [prompts[i] for i in batch.tolist()]
             distribution = self.prior(prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature)
             x = pyro.sample("completion", distribution)
-            score = self.reward(prompts, self.prior.decode(x), **columns).to(x.device)
+            arguments = with_trainer_arguments(columns, self.prior.token_ids(x))
+            score = self.reward(prompts, self.prior.decode(x), **arguments).to(x.device)
             pyro.deterministic("score", score, event_dim=0)
             pyro.factor("reward", score / self.beta)
 

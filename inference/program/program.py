@@ -221,6 +221,8 @@ def _inspect(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], prompts: Tensor | None = None
 ) -> Program:
     """Inspect a program; of these prompts, or of the first ones, if its plate of prompts is subsampled."""
+    if taken := sorted({"self", "fn"} & kwargs.keys()):  # arguments of Pyro's own wrappers of programs
+        raise ProgramError(f"an argument or column is called {taken[0]!r}, which Pyro uses itself: rename it")
     minibatch = Minibatch(prompts)
     # seeded, so that every inspection of a program gives the same
     with seeded(0), torch.no_grad(), explained(), poutine.block(), minibatch, Arbitrary():

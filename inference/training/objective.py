@@ -86,10 +86,6 @@ class Objective:
         """Return what of a state still holds where the program, or its arguments, are others."""
         return state
 
-    def identity(self) -> Mapping[str, Any]:
-        """Return the settings on which results depend, for checkpoints."""
-        return vars(self)
-
     def __call__(self, model: Callable[..., Any], guide: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss with its gradient, for ``pyro.infer.SVI(..., loss=objective)``.
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from bayeslm.tables import check_characters
+
 Prompt = str | Sequence[dict[str, Any]] | Sequence[int] | Tensor
 
 
@@ -42,7 +44,8 @@ def encode(
     :param room: the most tokens a prompt may have, None for no limit.
     :param device: where the batch goes.
     :raises TypeError: for one prompt instead of a list of prompts, or strings without a tokenizer.
-    :raises ValueError: for no prompts, an empty prompt without a BOS, ids out of range, or a prompt over ``room``.
+    :raises ValueError: for no prompts, an empty prompt without a BOS, a lone surrogate, ids out of range, or a prompt
+        over ``room``.
     """
     if isinstance(prompts, str):
         raise TypeError(f"prompts must be a list of prompts, got one string: write [{prompts[:40]!r}]")
@@ -76,11 +79,13 @@ def _one(i: int, prompt: Prompt, tokenizer: Any, bos_token_id: int | None) -> li
     if isinstance(prompt, str):
         if tokenizer is None:
             raise TypeError(f"prompts[{i}] is a string, and this LanguageModel has no tokenizer: give token ids")
+        check_characters(f"prompts[{i}]", prompt)
         row = list(tokenizer(prompt)["input_ids"])
     elif isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], dict):
         if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
             raise TypeError(f"prompts[{i}] is a chat, and this LanguageModel's tokenizer has no chat template")
         chat = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+        check_characters(f"prompts[{i}]", chat)
         row = list(tokenizer(chat, add_special_tokens=False)["input_ids"])
     else:
         try:

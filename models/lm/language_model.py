@@ -338,6 +338,11 @@ class LanguageModel(nn.Module):
 
     # -- properties ------------------------------------------------------------------------------------------
 
+    def identity(self) -> dict[str, Any]:
+        """Return all on which the distribution depends, by which checkpoints tell runs apart."""
+        names = ("network", "tokenizer", "eos_token_ids", "bos_token_id", "pad_token_id", "compute_dtype")
+        return {name: getattr(self, name) for name in names}
+
     @property
     def config(self) -> Any:
         return getattr(self.network, "config", None)
@@ -448,6 +453,16 @@ class LanguageModel(nn.Module):
         texts = np.empty(len(rows), dtype=object)
         texts[:] = self.detokenize(rows)
         return texts.reshape(tuple(value.shape[:-1]))
+
+    def token_ids(self, value: Tensor) -> np.ndarray:
+        """Return completions (*batch, token) as lists of token ids, with the end, an object array of the batch's shape.
+
+        These are the ``completion_ids`` of a reward in TRL's convention.
+        """
+        lengths = self.vocabulary.is_live(value).sum(-1)
+        rows = zip(value.reshape(-1, value.shape[-1]).tolist(), lengths.reshape(-1).tolist(), strict=True)
+        ids = np.fromiter((row[:length] for row, length in rows), dtype=object, count=lengths.numel())
+        return ids.reshape(tuple(value.shape[:-1]))
 
     def detokenize(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each row of token ids, without special tokens."""

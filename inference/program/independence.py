@@ -73,10 +73,15 @@ def check_independence(program: Program) -> None:
             again = _joined(program, [_alone(program, _assign(x)) for x in values])
             different = [name for name in different if _agree(again.get(name), expected[name])]
     if different:
-        name, kind = different[0], program.sites[different[0]].kind
-        what = "prompts" if program.sites[name].is_completion else "values" if kind == "deterministic" else "scores"
+        name = different[0]
+        site, other = program.sites[name], "log-probability"
+        if site.kind == "deterministic":
+            other = "value"
+        what = (
+            f"the prompts of site {name!r} are others" if site.is_completion else f"site {name!r} has another {other}"
+        )
         raise ProgramError(
-            f"site {name!r} has other {what} where particles run together than where each runs alone"
+            f"{what} where particles run together than where each runs alone"
             f"{_shown(found.get(name), expected[name])}: the program mixes particles. {ADVICE}"
         )
 

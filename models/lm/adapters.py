@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 OTHERS = ("XLORA", "POLY")  # whose layers' inputs are more than the hidden states before them
@@ -142,12 +142,22 @@ def _not_linear(network: nn.Module) -> list[str]:
     special = [
         name
         for name, module in network.named_modules()
-        if isinstance(module, nn.Linear)
-        and type(module).forward is not nn.Linear.forward
-        and type(module).__module__.startswith("transformers.models.")
+        if isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models.")
+        if not _is_linear(module)
     ]
     mixers = [name for name, module in network.named_modules() if {"conv1d", "out_proj"} <= module._modules.keys()]
     return special + [f"{name}.out_proj" for name in mixers]
+
+
+@torch.no_grad()
+def _is_linear(module: nn.Linear) -> bool:
+    """Return whether a layer that derives from `nn.Linear` computes what that does."""
+    x = torch.linspace(-1, 1, 2 * module.in_features).reshape(2, -1).to(module.weight)
+    try:
+        y = module(x)
+    except Exception:  # of whatever type, where its inputs have another form
+        return False
+    return isinstance(y, Tensor) and torch.allclose(y, nn.functional.linear(x, module.weight, module.bias), rtol=1e-2)
 
 
 def load_adapters(network: Any, path: Path, config: PeftConfig) -> nn.Module:

@@ -240,7 +240,6 @@ class Twist(nn.Module):
         :raises ValueError: if another version wrote it, or it was trained on another language model.
         """
         config = read_header(path, "twist.json", FORMAT, "twist")
-        verify(Path(path))
         state = read_tensors(Path(path) / "twist.safetensors", str(lm.device))
         try:
             settings = config["settings"]
@@ -251,6 +250,7 @@ class Twist(nn.Module):
             twist.stats = dict(config["stats"])
         except (LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{Path(path) / 'twist.json'} does not fit twist.safetensors: {error}") from error
+        verify(Path(path))
         return twist
 
     # -- inside --------------------------------------------------------------------------------------------------

@@ -223,8 +223,8 @@ class UncertainReward(Reward):
         :raises ValueError: if another version wrote it, or the program has other features.
         """
         config = read_header(path, "uncertain.json", FORMAT, "uncertain reward")
-        verify(Path(path))
         tensors = read_tensors(Path(path) / "uncertain.safetensors")
+        verify(Path(path))
         probe = model.featurise(*PROBE).cpu()
         if probe.shape != tensors["probe"].shape or not torch.allclose(probe, tensors["probe"], rtol=1e-3, atol=1e-3):
             raise ValueError(f"the weights in {path} belong to other features: pass those, fitted to the same texts")

@@ -42,7 +42,7 @@ LATENT_ATTENTION = {
     "n_group": 1,
     "topk_group": 1,
 }
-INDEXED = LATENT_ATTENTION | {"index_head_dim": 8, "index_n_heads": 2, "index_topk": 4}
+INDEXED = LATENT_ATTENTION | {"index_head_dim": 8, "index_n_heads": 2, "index_topk": 64}
 DECODER = {  # of an encoder-decoder architecture
     "d_model": 32,
     "encoder_layers": 1,
@@ -98,6 +98,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": STATE_SPACE | {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 32},
     "hy_v4": LATENT_ATTENTION,
+    "hrm_text": {"initializer_range": 0.1},  # its layers repeat, and so does rounding
     "jamba": STATE_SPACE | {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
     "kimi_linear": LATENT_ATTENTION | HYBRID | {"linear_attn_config": None},
     "lfm2": {"layer_types": ["conv", "full_attention"]},

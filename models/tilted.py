@@ -81,7 +81,7 @@ class TiltedLM:
                 prompts = [prompts[i] for i in batch.tolist()]
             distribution = self.prior(prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature)
             x = pyro.sample("completion", distribution)
-            score = self.reward(prompts, self.prior.decode(x), **columns).to(x.device)
+            score = self.reward(prompts, distribution.decode(x), **columns).to(x.device)
             pyro.deterministic("score", score, event_dim=0)
             pyro.factor("reward", score / self.beta)
 

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from bayeslm.models.lm import ModuleWithProperties
+
 from .environments import Environment
 
 Policy = Callable[[Tensor, Tensor], Tensor]
@@ -31,7 +33,7 @@ class UniformPolicy(nn.Module):
         return observations.new_zeros(*observations.shape[:-1], self.num_actions)
 
 
-class TrainablePolicy(nn.Module):
+class TrainablePolicy(ModuleWithProperties):
     """A policy whose weights can be saved and loaded."""
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

@@ -4,6 +4,7 @@ from .autoregressive import Autoregressive
 from .decoding import Decoder, categorical, generate
 from .encoding import Prompt
 from .language_model import LanguageModel
+from .module_errors import ModuleWithProperties
 from .network import CausalNetwork, log_softmax_at
 from .suffix import redraw
 from .tabular import word_tokenizer
@@ -16,6 +17,7 @@ __all__ = [
     "CausalNetwork",
     "Decoder",
     "LanguageModel",
+    "ModuleWithProperties",
     "Prompt",
     "Twist",
     "TwistInputs",

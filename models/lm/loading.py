@@ -167,8 +167,8 @@ def _load_adapter(path: Path, *, base: Pretrained | None, dtype: torch.dtype | N
         ends = (named,) if isinstance(named, int) else named
     elif tokenizer is not base.tokenizer and tokenizer.eos_token_id is not None:
         known = base.settings.eos_token_ids or find_special_tokens(base.network, base.tokenizer).eos
-        own_end = tokenizer.eos_token_id
-        ends = (own_end,) if own_end not in known and own_end < vocab_size(base.network) else None
+        other = tokenizer.eos_token_id not in (*known, getattr(base.tokenizer, "eos_token_id", None))
+        ends = (tokenizer.eos_token_id,) if other and tokenizer.eos_token_id < vocab_size(base.network) else None
     settings = own.over(Settings(eos_token_ids=None if ends is None else tuple(ends))).over(base.settings)
     return base._replace(network=load_adapters(base.network, path), tokenizer=tokenizer, settings=settings)
 

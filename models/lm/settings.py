@@ -48,7 +48,7 @@ class Settings:
         if path is None or not path.is_file():
             return cls()
         try:
-            said = dict(json.loads(path.read_text(encoding="utf-8")))
+            said = json.loads(path.read_text(encoding="utf-8"))
             ends, pad = said.get("eos_token_ids"), said.get("pad_token_id")
             if not isinstance(pad, int | None) or not all(isinstance(end, int) for end in ends or ()):
                 raise TypeError(f"token ids {ends!r} and {pad!r} are no integers")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from safetensors import SafetensorError
 from torch import nn
+from transformers import GenerationConfig
 
 from bayeslm.files import atomic_folder
 
@@ -51,7 +54,8 @@ def save(network: nn.Module, tokenizer: Any, settings: Settings, path: str | os.
 
 def _write_network(network: Any, folder: Path) -> None:
     if not has_adapters(network):
-        network.save_pretrained(folder)
+        with _valid_generation_config(network):
+            network.save_pretrained(folder)
         return
     active = list(network.active_adapters)
     if len(active) != 1:
@@ -63,11 +67,32 @@ def _write_network(network: Any, folder: Path) -> None:
         shutil.rmtree(folder / active[0])
 
 
+@contextlib.contextmanager
+def _valid_generation_config(network: Any) -> Iterator[None]:
+    """Reduce a generation config that transformers loads but refuses to save to its special tokens, for the block."""
+    kept = getattr(network, "generation_config", None)
+    try:
+        if kept is not None:
+            kept.validate(strict=True)
+    except ValueError:
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        network.generation_config = GenerationConfig(**{name: getattr(kept, name) for name in names})
+    try:
+        yield
+    finally:
+        if kept is not None:
+            network.generation_config = kept
+
+
 def _replace(target: Path, complete: Path) -> None:
     """Put a complete folder in the place of another, whose files that are no model's it takes over."""
     old = target.with_name(f".{target.name}.{uuid4().hex[:8]}.old")
     target.rename(old)
-    complete.rename(target)
+    try:
+        complete.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
     for path in old.iterdir():
         if not any(fnmatch.fnmatch(path.name, pattern) for pattern in OWN) and not (target / path.name).exists():
             path.rename(target / path.name)

@@ -104,6 +104,17 @@ def test_tokenizer_settings_survive(tmp_path):
     assert (loaded.tokenizer.chat_template, loaded.tokenizer.model_max_length) == ("{{ messages[0].content }}", 77)
 
 
+def test_a_generation_config_that_transformers_does_not_save(tmp_path):
+    """Some on the hub have a temperature for sampling that they do not ask for."""
+    lm = tiny_llama()
+    config = lm.network.generation_config
+    config.temperature, config.do_sample, config.eos_token_id = 0.5, False, [3, 4]
+    lm = LanguageModel(lm.network, lm.tokenizer)
+    lm.save_pretrained(tmp_path)
+    assert lm.network.generation_config is config
+    assert LanguageModel.from_pretrained(tmp_path).eos_token_ids == (3, 4)
+
+
 def test_adapters_of_another_name(tmp_path):
     network = get_peft_model(llama_network(), LoraConfig(init_lora_weights=False), adapter_name="mine")
     lm = LanguageModel(network, letters())

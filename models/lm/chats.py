@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 
-def is_chat(prompt: Any) -> bool:
+def is_chat(prompt: Any) -> TypeGuard[Sequence[Mapping[str, Any]]]:
     """Return whether a prompt is a list of messages."""
     return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], Mapping)
 

@@ -14,7 +14,7 @@ import torch
 from peft import PeftConfig
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from .adapters import load_adapters, twin
 from .settings import NAME as SETTINGS
@@ -28,14 +28,9 @@ WHERE = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "for
 ABSENT = ("gated_repo", "missing_entries", "connection_errors")
 TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
+    *("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"),
+    *("spiece.model", "sentencepiece.bpe.model", "tekken.json", "special_tokens_map.json", TEMPLATE),
 )
-TOKENIZER_FILES += ("spiece.model", "sentencepiece.bpe.model", "tekken.json", "special_tokens_map.json", TEMPLATE)
 
 
 class Pretrained(NamedTuple):

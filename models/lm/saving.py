@@ -21,8 +21,10 @@ from .adapters import has_adapters
 from .settings import NAME, Settings
 
 # Files of a model; those of one that is saved over another do not outlive it.
-OWN = (NAME, "config.json", "generation_config.json", "adapter_*", "model*.safetensors*", "pytorch_model*.bin*")
-OWN += ("tokenizer*", "special_tokens_map.json", "chat_template.*", "added_tokens.json", "vocab.*", "merges.txt")
+OWN = (
+    *(NAME, "config.json", "generation_config.json", "adapter_*", "model*.safetensors*", "pytorch_model*.bin*"),
+    *("tokenizer*", "special_tokens_map.json", "chat_template.*", "added_tokens.json", "vocab.*", "merges.txt"),
+)
 
 
 def save(network: nn.Module, tokenizer: Any, settings: Settings, path: str | os.PathLike[str]) -> None:

@@ -57,12 +57,13 @@ def vocab_size(network: nn.Module) -> int:
     """
     config: Any = getattr(network, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
-    if getattr(text, "vocab_size", None) is None:
+    size = getattr(text, "vocab_size", None)
+    if size is None:
         raise TypeError(
             f"the network, a {type(network).__name__}, has no config with a vocab_size: give it the attribute "
             "config of a causal language model of transformers"
         )
-    return int(text.vocab_size)
+    return int(size)
 
 
 def _of(source: Any, name: str) -> list[int]:

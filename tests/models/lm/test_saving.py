@@ -161,6 +161,10 @@ def test_a_revision_has_its_own_tokenizer_and_ends(tmp_path):
     assert [lm.tokenizer.eos_token for lm in (main, old)] == ["f", "e"]
     assert [lm.eos_token_ids for lm in (main, old)] == [(6,), (5,)]
     assert [lm.name for lm in (main, old)] == ["someone/tiny", None]  # which adapters would name as their base
+    main.policy(2).network.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"revision": "old"}))
+    assert LanguageModel.from_pretrained(tmp_path / "adapter", **where).eos_token_ids == (5,)
 
 
 @pytest.fixture

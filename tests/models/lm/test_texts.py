@@ -33,7 +33,7 @@ def whole(tokenizer, prompt, row):
         (metaspace(), "My food ", ["good"], "good"),
         (metaspace(), "", ["▁good", "▁food"], "good food"),  # nothing before it: the beginning of a text
         (metaspace(), "My é", ["▁good"], " good"),
-        (metaspace(), "é" * 9, ["<0xC3>", "<0xA9>"], "é"),  # whose context begins inside a character
+        (metaspace(), "中" * 9, ["<0xC3>", "<0xA9>"], "é"),  # whose context begins inside a character
         (metaspace(), "é", ["<0xC3>"], "\ufffd"),  # cut off: the decoder gives up the prompt's bytes as well
         (byte_level(), "My food", ["Ġgood"], " good"),
         (byte_level(), "My food", ["good"], "good"),

@@ -8,6 +8,7 @@ from .module_errors import ModuleWithProperties
 from .network import CausalNetwork, log_softmax_at
 from .suffix import redraw
 from .tabular import word_tokenizer
+from .tensor_files import read_tensors
 from .twist import POWERS, Twist, TwistInputs
 from .usage import count_usage
 
@@ -25,6 +26,7 @@ __all__ = [
     "count_usage",
     "generate",
     "log_softmax_at",
+    "read_tensors",
     "redraw",
     "word_tokenizer",
 ]

@@ -6,16 +6,18 @@ import copy
 import difflib
 import importlib.util
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftConfig
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils.hub import cached_file
 
+from bayeslm.files import atomic_folder
+from bayeslm.weight_files import check_folder
+
+from .adapter_folders import check_adapter_sizes, read_adapter_config
 from .adapters import load_adapters, twin
 from .settings import NAME as SETTINGS
 from .settings import Settings
@@ -91,11 +93,14 @@ def _load_transformers(name: str, dtype: torch.dtype | None, root: str | None = 
     :param root: the folder whose tokenizer is used if ``name``, inside it, has none.
     """
     where = {key: kwargs[key] for key in WHERE if key in kwargs}
+    folder = Path(name)
     try:
+        if folder.is_dir():
+            check_folder(folder, lambda: _empty(folder))
         network: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype or "auto", trust_remote_code=False, **kwargs
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise OSError(_not_found(name, error)) from error
     tokenizer = load_tokenizer(name, where)
     if tokenizer is None and root is not None:
@@ -144,16 +149,28 @@ def load_tokenizer(name: str, where: dict[str, Any], config: Any = None) -> Any:
     return tokenizer
 
 
+def _empty(folder: Path) -> nn.Module:
+    """Return the network of a folder's config without memory for its tensors."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        network: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return network
+
+
 def _load_adapter(path: Path, *, base: Pretrained | None, dtype: torch.dtype | None, **kwargs: Any) -> Pretrained:
     """Load an adapter, its own tokenizer, chat template and ends of texts; the base's where it has none."""
+    config = read_adapter_config(path)
+    check_adapter_sizes(path, config)
     own = Settings.read(path / SETTINGS)
     if base is None:
-        config = PeftConfig.from_pretrained(str(path))
-        if not config.base_model_name_or_path:
+        name = config.base_model_name_or_path
+        if not name:
             raise OSError(f"{path} is an adapter that does not name its base model: give base=LanguageModel(...)")
+        if (Path(name) / "adapter_config.json").is_file():
+            raise ValueError(f"{path} is an adapter around the adapter {name}: merge that into its base model first")
         if config.revision:
             kwargs = {"revision": config.revision} | kwargs
-        base = load(config.base_model_name_or_path, base=None, dtype=dtype or own.base_dtype, **kwargs)
+        base = load(name, base=None, dtype=dtype or own.base_dtype, **kwargs)
     else:
         base = base._replace(network=twin(base.network))
     tokenizer, ends = _adapted_tokenizer(path, base), None
@@ -165,7 +182,7 @@ def _load_adapter(path: Path, *, base: Pretrained | None, dtype: torch.dtype | N
         other = tokenizer.eos_token_id not in (*known, getattr(base.tokenizer, "eos_token_id", None))
         ends = (tokenizer.eos_token_id,) if other and tokenizer.eos_token_id < vocab_size(base.network) else None
     settings = own.over(Settings(eos_token_ids=None if ends is None else tuple(ends))).over(base.settings)
-    return base._replace(network=load_adapters(base.network, path), tokenizer=tokenizer, settings=settings)
+    return base._replace(network=load_adapters(base.network, path, config), tokenizer=tokenizer, settings=settings)
 
 
 def _adapted_tokenizer(path: Path, base: Pretrained) -> Any:
@@ -196,20 +213,17 @@ def converted(package: Path) -> Path:
     source = files[0]
     target = cache_folder() / f"{source.stem}-{source.stat().st_size}"
     if not (target / "config.json").is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # A rename at the end, so that a kill or a full disk never leaves an incomplete model.
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            convert_gguf(source, Path(folder) / "model")
-            try:
-                (Path(folder) / "model").rename(target)
-            except OSError:
-                if not (target / "config.json").is_file():  # else another process was first
-                    raise
+        try:
+            with atomic_folder(target) as folder:
+                convert_gguf(source, folder)
+        except OSError:
+            if not (target / "config.json").is_file():  # else another process was first
+                raise
     return target
 
 
 def convert_gguf(source: Path, target: Path) -> None:
-    """Write a GGUF file's model and tokenizer into a new folder, in float32 and transformers' format."""
+    """Write a GGUF file's model and tokenizer into a folder, in float32 and transformers' format."""
     files = {"gguf_file": source.name}
     quantised = AutoModelForCausalLM.from_pretrained(str(source.parent), dtype=torch.float32, **files)
     settings = {k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}

@@ -88,7 +88,7 @@ def test_a_later_edit_of_the_config_counts_unless_a_hand_was_there(tmp_path):
 def test_damaged_settings_are_named(tmp_path, content):
     tiny_llama().save_pretrained(tmp_path)
     (tmp_path / "bayeslm.json").write_text(content)
-    with pytest.raises(OSError, match=r"bayeslm\.json cannot be read"):
+    with pytest.raises(OSError, match=r"bayeslm\.json (cannot be read|is damaged)"):
         LanguageModel.from_pretrained(tmp_path)
 
 
@@ -209,9 +209,9 @@ def cut(path):
     ("damage", "match"),
     [
         (lambda path: (path / "tokenizer.json").unlink(), "holds a part of a tokenizer, tokenizer_config.json, which"),
-        (lambda path: cut(path / "tokenizer.json"), "cannot be loaded"),
-        (lambda path: (path / "tokenizer_config.json").write_text("{"), "cannot be loaded"),
-        (lambda path: (path / "tokenizer.json").write_text("{}"), "cannot be loaded"),
+        (lambda path: cut(path / "tokenizer.json"), "cannot be loaded|is damaged"),
+        (lambda path: (path / "tokenizer_config.json").write_text("{"), "cannot be loaded|is damaged"),
+        (lambda path: (path / "tokenizer.json").write_text("{}"), "cannot be loaded|is damaged"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_loaded_is_an_error(tmp_path, adapter, damage, match):

@@ -12,10 +12,10 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
 from bayeslm.inference.program import Arbitrary, Program, ProgramError, Site, draw_latents
-from bayeslm.models.lm import LanguageModel, ModuleWithProperties
+from bayeslm.models.lm import LanguageModel
 
 
-class AutoPolicy(ModuleWithProperties):
+class AutoPolicy(nn.Module):
     """The default guide: trainable copies of the program's language models; other latents are independent.
 
     A completion's distribution is a policy's (`LanguageModel.policy`); continuous latents have Pyro's `AutoNormal`;

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
-
-
-def is_chat(prompt: Any) -> TypeGuard[Sequence[Mapping[str, Any]]]:
-    """Return whether a prompt is a list of messages."""
-    return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], Mapping)
+from typing import Any
 
 
 def chat_text(name: str, chat: Sequence[Mapping[str, Any]], tokenizer: Any) -> str:

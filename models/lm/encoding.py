@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .chats import chat_text, is_chat
+from .chats import chat_text
 
 Prompt = str | Sequence[dict[str, Any]] | Sequence[int] | Tensor
 
@@ -89,7 +89,7 @@ def _one(i: int, prompt: Prompt, tokenizer: Any, bos_token_id: int | None) -> li
         if tokenizer is None:
             raise TypeError(f"prompts[{i}] is a string, and this LanguageModel has no tokenizer: give token ids")
         row = _text_ids(prompt, tokenizer)
-    elif is_chat(prompt):
+    elif isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
         row = list(tokenizer(chat_text(f"prompts[{i}]", prompt, tokenizer), add_special_tokens=False)["input_ids"])
     else:
         try:

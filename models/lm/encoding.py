@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from bayeslm.tables import check_characters
+
 from .chats import chat_text
+from .tables import refuse_table
 
 Prompt = str | Sequence[dict[str, Any]] | Sequence[int] | Tensor
 
@@ -52,12 +55,14 @@ def encode(
     :param vocab_size: number of token ids.
     :param room: the most tokens a prompt may have, None for no limit.
     :param device: where the batch goes.
-    :raises TypeError: for one prompt instead of a list of prompts, strings without a tokenizer, or malformed messages.
-    :raises ValueError: for no prompts, an empty prompt without a BOS, ids out of range, a prompt over ``room``, or a
-        chat that the template refuses.
+    :raises TypeError: for one prompt or a table instead of a list of prompts, strings without a tokenizer, or malformed
+        messages.
+    :raises ValueError: for no prompts, an empty prompt without a BOS, a lone surrogate, ids out of range, a prompt over
+        ``room``, or a chat that the template refuses.
     """
     if isinstance(prompts, str):
         raise TypeError(f"prompts must be a list of prompts, got one string: write [{prompts[:40]!r}]")
+    refuse_table(prompts)
     if isinstance(prompts, np.ndarray) and prompts.dtype.kind in "iu":
         prompts = list(prompts)
     shape = prompts.shape if isinstance(prompts, np.ndarray) else (len(prompts),)
@@ -88,9 +93,12 @@ def _one(i: int, prompt: Prompt, tokenizer: Any, bos_token_id: int | None) -> li
     if isinstance(prompt, str):
         if tokenizer is None:
             raise TypeError(f"prompts[{i}] is a string, and this LanguageModel has no tokenizer: give token ids")
+        check_characters(f"prompts[{i}]", prompt)
         row = _text_ids(prompt, tokenizer)
     elif isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
-        row = list(tokenizer(chat_text(f"prompts[{i}]", prompt, tokenizer), add_special_tokens=False)["input_ids"])
+        chat = chat_text(f"prompts[{i}]", prompt, tokenizer)
+        check_characters(f"prompts[{i}]", chat)
+        row = list(tokenizer(chat, add_special_tokens=False)["input_ids"])
     else:
         try:
             ids: Any = prompt
@@ -123,6 +131,13 @@ def _with_added(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the token ids of a text, and 1 at those that the tokenizer has added."""
     encoded = tokenizer(text, return_special_tokens_mask=True)
     return list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
+
+
+def positions_of(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the positions (row, length) of left-padded ids (row, length)."""
+    if mask is None:
+        return torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
+    return (mask.cumsum(-1) - 1).clamp_min(0)  # no token attends to padding, whose own position does not matter
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from bayeslm.progress import track
 
 from .encoding import Vocabulary
+from .gradients import differentiating
 from .network import CausalNetwork
 
 
+@differentiating()
 def fit(
     network: CausalNetwork,
     weights: Sequence[nn.Parameter],

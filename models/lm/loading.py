@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils.hub import cached_file
 
+from bayeslm.checksums import verify_within
 from bayeslm.files import atomic_folder
 from bayeslm.weight_files import check_folder
 
@@ -54,11 +55,12 @@ def load(
     :param dtype: of the weights; None: as they are stored.
     :param kwargs: for ``AutoModelForCausalLM.from_pretrained``.
     :raises OSError: if the model or a part of it is not found or cannot be read, with what to do.
-    :raises ValueError: if ``base`` is given and the folder holds no adapter.
+    :raises ValueError: if ``base`` is given and the folder holds no adapter, or it is a posterior's and damaged.
     """
     name, root = os.fspath(name_or_path), None
     if Path(name).is_dir() and kwargs.get("subfolder"):
         root, name = name, str(Path(name) / kwargs.pop("subfolder"))
+    verify_within(Path(name))
     if (Path(name) / "adapter_config.json").is_file():
         return _load_adapter(Path(name), base=base, dtype=dtype, **kwargs)
     if base is not None:

@@ -99,7 +99,8 @@ class Headless(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.config = llama_network().config
+        self.inner = llama_network()
+        self.config = self.inner.config
 
     def get_output_embeddings(self):
         return self.no_such_layer
@@ -108,8 +109,8 @@ class Headless(nn.Module):
     def base_model(self):
         return nn.Identity()
 
-    def forward(self, input_ids):
-        return input_ids
+    def forward(self, input_ids, **settings):
+        return self.inner(input_ids, **settings)
 
 
 @pytest.mark.parametrize("name", ["causal", "device", "vocab_size", "vocabulary"])

@@ -95,7 +95,7 @@ class TiltedLM:
             distribution = self.prior(prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature)
             x = pyro.sample("completion", distribution)
             arguments = with_trainer_arguments(columns, self.prior.token_ids(x))
-            score = self.reward(prompts, self.prior.decode(x), **arguments).to(x.device)
+            score = self.reward(prompts, distribution.decode(x), **arguments).to(x.device)
             pyro.deterministic("score", score, event_dim=0)
             pyro.factor("reward", score / self.beta)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from bayeslm.files import atomic_file
-from bayeslm.models.lm import forked, read_tensors
+from bayeslm.models.lm import ModuleWithProperties, forked, read_tensors
 
 from .environments import Environment
 
@@ -34,7 +34,7 @@ class UniformPolicy(nn.Module):
         return observations.new_zeros(*observations.shape[:-1], self.num_actions)
 
 
-class TrainablePolicy(nn.Module):
+class TrainablePolicy(ModuleWithProperties):
     """A policy whose weights can be saved and loaded."""
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

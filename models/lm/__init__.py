@@ -5,6 +5,7 @@ from .decoding import Decoder, categorical, generate
 from .encoding import Prompt
 from .gradients import differentiating
 from .language_model import LanguageModel
+from .module_errors import ModuleWithProperties
 from .network import CausalNetwork, log_softmax_at
 from .suffix import redraw
 from .tables import read_table, without_index
@@ -20,6 +21,7 @@ __all__ = [
     "CausalNetwork",
     "Decoder",
     "LanguageModel",
+    "ModuleWithProperties",
     "Prompt",
     "Twist",
     "TwistInputs",

@@ -20,7 +20,7 @@ from torch import Size, Tensor
 from torch.distributions import constraints
 
 from .decoding import Decoder, generate
-from .encoding import Vocabulary
+from .encoding import Encoded, Vocabulary
 from .network import CausalNetwork
 from .prefix import PromptedNetwork
 from .scoring import scores_and_hidden, token_scores
@@ -57,8 +57,8 @@ class TokenModel(Protocol):
     def has_text(self) -> bool:
         """Whether token ids have texts."""
 
-    def decode(self, value: Tensor) -> np.ndarray:
-        """Return the texts of completions (*batch, token), an object array of the batch's shape."""
+    def decode(self, value: Tensor, prompts: Encoded | None = None) -> np.ndarray:
+        """Return the texts of completions (*batch, token) of prompts, an object array of the batch's shape."""
 
     def detokenize(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each row of token ids."""
@@ -255,14 +255,12 @@ class Autoregressive(TorchDistribution):
         return self.lm.has_text
 
     def decode(self, value: Tensor) -> np.ndarray:
-        """Return the texts of completions (*batch, max_new_tokens), an object array of the batch's shape."""
-        return self.lm.decode(value)
+        """Return the texts that completions (*batch, token) add to their prompts, an array of the batch's shape."""
+        return self.lm.decode(value, Encoded(self.prompt_ids, self.prompt_mask))
 
     def prompt_texts(self) -> list[str]:
         """Return the text of each prompt, or its token ids if token ids have no texts."""
-        ids, mask = self.flat_prompts
-        mask = torch.ones_like(ids) if mask is None else mask
-        rows = [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
+        rows = Encoded(self.prompt_ids, self.prompt_mask).rows()
         return self.lm.detokenize(rows) if self.has_text else [" ".join(map(str, row)) for row in rows]
 
     # -- rows, for engines -----------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from bayeslm.files import atomic_folder, read_header
 
 from .decoding import Decoder
 from .language_model import LanguageModel
+from .module_errors import ModuleWithProperties
 from .network import CausalNetwork
 from .tensor_files import read_tensors
 
@@ -68,7 +69,7 @@ class TwistInputs(NamedTuple):
     so_far: Tensor | None
 
 
-class Twist(nn.Module):
+class Twist(ModuleWithProperties):
     """log psi of unfinished completions of a language model; made by `bayeslm.inference.sequential.TwistLearning`.
 
     :param lm: the prior. Its weights are used, never changed, and not saved with the twist.

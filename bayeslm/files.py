@@ -46,6 +46,23 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[Path]:
+    """Raise whatever a damaged or missing file causes in the block as a `ValueError` with its name.
+
+    Readers of formats raise many types of errors: of zip archives, of pickles, of lookups in what they have read.
+    """
+    try:
+        yield path
+    except Exception as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):
+            raise
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).strip() or type(error).__name__
+        raise ValueError(f"{path} is damaged or missing: {' '.join(reason.split())[:300]}") from error
+
+
 def read_header(folder: str | os.PathLike[str], name: str, expected: object, what: str) -> dict[str, Any]:
     """Return the JSON object in the file ``name`` of a folder; its entry ``format`` is that of all files there.
 
@@ -59,7 +76,7 @@ def read_header(folder: str | os.PathLike[str], name: str, expected: object, wha
         raise FileNotFoundError(f"{folder} holds no {what}: {name} is missing")
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8; nested too deeply
         raise ValueError(f"{path} is damaged: {error}") from error
     found = header.get("format") if isinstance(header, dict) else None
     if found != expected:

@@ -11,9 +11,8 @@ policy/          the trained policy, if there is one, as its `save_pretrained` w
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import numpy as np
 import xarray
 
 from bayeslm.arviz import Variables, make_datasets
-from bayeslm.files import atomic_folder, read_header
+from bayeslm.files import atomic_folder, read_header, reading
 from bayeslm.version import __version__
 from bayeslm.weights import Array
 
@@ -76,10 +75,12 @@ def load(directory: Path) -> dict[str, Any]:
     :raises ValueError: if a version of bayeslm with another format wrote it, or a file is damaged; with its name.
     """
     header = read_header(directory, "posterior.json", FORMAT, "posterior")
-    with _naming(directory / TEXTS) as path:
+    with reading(directory / "posterior.json"):
+        fields = dict(header["fields"])
+    with reading(directory / TEXTS) as path:
         texts = json.loads(path.read_text(encoding="utf-8"))
-        fields = _fill(header["fields"], TEXTS, lambda name: np.array(texts[name], dtype=object))
-    with _naming(directory / ARRAYS) as path, h5py.File(path) as file:
+        fields = _fill(fields, TEXTS, lambda name: np.array(texts[name], dtype=object))
+    with reading(directory / ARRAYS) as path, h5py.File(path) as file:
         fields = _fill(fields, ARRAYS, lambda name: file[name][()])
     policy = directory / "policy"
     return fields | {"policy_path": policy if policy.is_dir() else None}
@@ -145,15 +146,6 @@ def _netcdf(datasets: Mapping[str, xarray.Dataset], attrs: Mapping[str, str]) ->
     }
     tree = xarray.DataTree.from_dict({"/": xarray.Dataset(attrs=attrs), **datasets})
     return bytes(tree.to_netcdf(engine="h5netcdf", encoding=encoding))
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[Path]:
-    """Raise errors that name the damaged file."""
-    try:
-        yield path
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or missing: {error}") from error
 
 
 def _number(value: object) -> Any:

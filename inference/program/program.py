@@ -20,6 +20,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from bayeslm.models.lm import Autoregressive
+from bayeslm.validation import check_program
 
 from .errors import ProgramError
 from .handlers import PROMPTS, Arbitrary, Minibatch, explained, seeded
@@ -304,7 +305,9 @@ def inspect_or_reuse(
     The plate of prompts may be subsampled.
 
     :raises ProgramError: as `inspect`.
+    :raises TypeError: if the model cannot be called.
     """
+    check_program(model)
     if (
         program is not None
         and program.model is model

@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +21,15 @@ from bayeslm.progress import track
 from .errors import EvidenceError
 from .particles import Particles, run_particles, to_numpy
 from .program import Program
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """An engine of inference."""
+
+    def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
+        """Infer the posterior of ``model(*args, **kwargs)``."""
+
 
 # -- time and usage -----------------------------------------------------------------------------------------------
 

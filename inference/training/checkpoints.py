@@ -30,7 +30,8 @@ from torch import Tensor
 
 import bayeslm
 from bayeslm.files import atomic_folder, differences
-from bayeslm.inference.program import Program, check_counts, prompt_labels, to_numpy
+from bayeslm.inference.program import Program, prompt_labels, to_numpy
+from bayeslm.validation import Count, validated
 
 from .callbacks import Callback
 from .identity import has_unreadable, identify
@@ -38,6 +39,7 @@ from .identity import has_unreadable, identify
 FORMAT = "bayeslm.checkpoint/2"
 
 
+@validated
 @dataclass(frozen=True)
 class Checkpointing:
     """Where and how often a training writes checkpoints. Each is a policy's parameters three times over.
@@ -50,11 +52,8 @@ class Checkpointing:
     """
 
     folder: str | PathLike[str]
-    every: int = 50
+    every: Count = 50
     version: str | None = None
-
-    def __post_init__(self) -> None:
-        check_counts(self, "every")
 
 
 @dataclass
@@ -66,6 +65,7 @@ class Saved:
     values: dict[str, Any]
 
 
+@validated
 class Checkpoints:
     """The checkpoints of one run, in a folder of their own; use it in a ``with`` block.
 

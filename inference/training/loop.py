@@ -27,6 +27,7 @@ from bayeslm.inference.program import (
     to_numpy,
 )
 from bayeslm.progress import track
+from bayeslm.validation import validated
 
 from .callbacks import Callback, Callbacks, Reply, StepRecord
 from .checkpoints import Checkpoints, Saved
@@ -38,6 +39,7 @@ from .state import EMPTY, State, under, within
 FIGURES = ("elbo", "kl", "log_likelihood", "score", "log_evidence", "prompts")  # that are kept of an `Estimate`
 
 
+@validated
 class Training:
     """A chain of `SVI`.
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from bayeslm.validation import Unchecked, show
+
 Prompt = str | Sequence[dict[str, Any]] | Sequence[int] | Tensor
+Prompts = Annotated[Sequence[Prompt] | np.ndarray | Tensor, Unchecked]  # by `encode`
 
 
 class Encoded(NamedTuple):
@@ -23,7 +26,7 @@ class Encoded(NamedTuple):
 
 
 def encode(
-    prompts: Sequence[Prompt] | np.ndarray | Tensor,
+    prompts: Prompts,
     tokenizer: Any,
     *,
     bos_token_id: int | None,
@@ -46,6 +49,12 @@ def encode(
     """
     if isinstance(prompts, str):
         raise TypeError(f"prompts must be a list of prompts, got one string: write [{prompts[:40]!r}]")
+    if (
+        not hasattr(prompts, "__len__")
+        or isinstance(prompts, bytes | Mapping | type)
+        or getattr(prompts, "ndim", 1) == 0
+    ):
+        raise TypeError(f"prompts must be a list of prompts, got {show(prompts)}")
     if isinstance(prompts, np.ndarray) and prompts.dtype.kind in "iu":
         prompts = list(prompts)
     shape = prompts.shape if isinstance(prompts, np.ndarray) else (len(prompts),)

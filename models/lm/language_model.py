@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bayeslm.validation import Count, Positive, Seed, validated
+
 from . import adapters, encoding, fitting, loading, packing
 from .autoregressive import Autoregressive
 from .encoding import Vocabulary
@@ -19,6 +21,7 @@ from .network import CausalNetwork
 from .tabular import NGramConfig, NGramForCausalLM, word_tokenizer
 
 
+@validated
 class LanguageModel(nn.Module):
     """Any Hugging Face causal language model as a distribution over completions.
 
@@ -50,15 +53,12 @@ class LanguageModel(nn.Module):
         eos_token_ids: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         name: str | None = None,
-        batch_size: int | None = None,
-        micro_batch_size: int | None = None,
+        batch_size: Count | None = None,
+        micro_batch_size: Count | None = None,
         gradient_checkpointing: bool = False,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for setting, size in {"batch_size": batch_size, "micro_batch_size": micro_batch_size}.items():
-            if size is not None and size < 1:
-                raise ValueError(f"{setting} must be at least 1, got {size}")
         self.network = network.requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
@@ -95,6 +95,7 @@ class LanguageModel(nn.Module):
     # -- loading and copying ---------------------------------------------------------------------------------
 
     @classmethod
+    @validated
     def from_pretrained(
         cls,
         name_or_path: str | os.PathLike[str],
@@ -102,8 +103,8 @@ class LanguageModel(nn.Module):
         base: LanguageModel | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        batch_size: int | None = None,
-        micro_batch_size: int | None = None,
+        batch_size: Count | None = None,
+        micro_batch_size: Count | None = None,
         gradient_checkpointing: bool = False,
         **kwargs: Any,
     ) -> LanguageModel:
@@ -135,13 +136,14 @@ class LanguageModel(nn.Module):
         return lm.to(device) if device is not None else lm
 
     @classmethod
+    @validated
     def tabular(
         cls,
         vocabulary: Sequence[str],
         *,
-        order: int = 2,
+        order: Count = 2,
         table: Tensor | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
         eos: str = "<eos>",
     ) -> LanguageModel:
         """Return a small explicit n-gram table, for exact work.
@@ -165,7 +167,8 @@ class LanguageModel(nn.Module):
             network.table.data = table.clone()
         return cls(network, word_tokenizer(vocabulary, eos))
 
-    def policy(self, lora_rank: int | None = None, *, lora_alpha: int | None = None) -> LanguageModel:
+    @validated
+    def policy(self, lora_rank: Count | None = None, *, lora_alpha: Count | None = None) -> LanguageModel:
         """Return a trainable copy.
 
         Trained weights are float32, so that small steps are not lost: those of adapters, whatever the dtype of the
@@ -236,6 +239,7 @@ class LanguageModel(nn.Module):
         if any(isinstance(module, packing.PackedLinear) for module in self.network.modules()):
             raise TypeError("a packed model can be neither trained nor saved: use the model it was packed from")
 
+    @validated
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write the network (only the adapter, if there is one) and the tokenizer in the transformers/PEFT format.
 
@@ -252,15 +256,16 @@ class LanguageModel(nn.Module):
             self.tokenizer.save_pretrained(path)
         loading.save_compute_dtype(path, self.compute_dtype)
 
+    @validated
     def fit(
         self,
         texts: Sequence[str],
         *,
-        num_steps: int = 200,
-        batch_size: int = 16,
-        learning_rate: float = 1e-3,
-        max_tokens: int = 128,
-        seed: int | None = None,
+        num_steps: Count = 200,
+        batch_size: Count = 16,
+        learning_rate: Positive = 1e-3,
+        max_tokens: Count = 128,
+        seed: Seed | None = None,
         progress: bool = True,
     ) -> list[float]:
         """Maximise sum_n log p(text_n EOS | BOS) over the network's weights with AdamW; they are frozen again after.
@@ -339,11 +344,17 @@ class LanguageModel(nn.Module):
 
     # -- the distribution ------------------------------------------------------------------------------------
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not args and not kwargs:  # as Pyro calls what stands in the place of a distribution
+            raise TypeError("a LanguageModel is no distribution, lm(prompts, max_new_tokens=24) is: sample from that")
+        return super().__call__(*args, **kwargs)
+
+    @validated
     def forward(
         self,
-        prompts: Sequence[encoding.Prompt] | np.ndarray | Tensor,
-        max_new_tokens: int = 24,
-        temperature: float = 1.0,
+        prompts: encoding.Prompts,
+        max_new_tokens: Count = 24,
+        temperature: Positive = 1.0,
     ) -> Autoregressive:
         """Return the distribution of completions of ``prompts``.
 
@@ -354,9 +365,7 @@ class LanguageModel(nn.Module):
         ids, mask = self.encode(prompts, max_new_tokens)
         return Autoregressive(self, ids, mask, max_new_tokens, temperature)
 
-    def encode(
-        self, prompts: Sequence[encoding.Prompt] | np.ndarray | Tensor, max_new_tokens: int = 0
-    ) -> encoding.Encoded:
+    def encode(self, prompts: encoding.Prompts, max_new_tokens: int = 0) -> encoding.Encoded:
         """Return the token ids of prompts that leave room for ``max_new_tokens`` more; see `encoding.encode`."""
         context = self.causal.context_length
         return encoding.encode(
@@ -368,6 +377,7 @@ class LanguageModel(nn.Module):
             device=self.device,
         )
 
+    @validated
     def decode(self, value: Tensor) -> np.ndarray:
         """Return the texts of completions (*batch, token), up to their end, as an object array of the batch's shape.
 

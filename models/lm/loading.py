@@ -15,6 +15,8 @@ from peft import PeftConfig
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bayeslm.files import reading
+
 from .adapters import load_adapters, twin
 
 # Short names: the package that carries the weights as a GGUF file, and the hub's name for the same model.
@@ -50,7 +52,9 @@ def load(
     if name not in PACKAGED:
         try:
             return Pretrained(*_load_transformers(name, dtype, **kwargs), name)
-        except (OSError, ValueError) as error:
+        except Exception as error:
+            if not isinstance(error, OSError | ValueError) and not Path(name).is_dir():
+                raise  # of a folder all of them: damaged weights raise errors of many types
             raise OSError(_not_found(name, error)) from error
     module, distribution, hub_name = PACKAGED[name]
     found = importlib.util.find_spec(module)
@@ -85,13 +89,15 @@ def _load_transformers(name: str, dtype: torch.dtype | None, **kwargs: Any) -> t
 
 def _load_adapter(path: Path, *, base: Pretrained | None, dtype: torch.dtype | None, **kwargs: Any) -> Pretrained:
     if base is None:
-        name = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+        with reading(path / "adapter_config.json"):
+            name = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
         if not name:
             raise OSError(f"{path} is an adapter that does not name its base model: give base=LanguageModel(...)")
         base = load(name, base=None, dtype=dtype, **kwargs)
     else:
         base = base._replace(network=twin(base.network))
-    return base._replace(network=load_adapters(base.network, path))
+    with reading(path):
+        return base._replace(network=load_adapters(base.network, path))
 
 
 # -- the dtype that a saved model computes in ----------------------------------------------------------------

@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad
 
-from bayeslm.files import atomic_folder, read_header
+from bayeslm.files import atomic_folder, read_header, reading
+from bayeslm.validation import Count, Share, validated
 
 from .decoding import Decoder
 from .language_model import LanguageModel
@@ -66,6 +67,7 @@ class TwistInputs(NamedTuple):
     so_far: Tensor | None
 
 
+@validated
 class Twist(nn.Module):
     """log psi of unfinished completions of a language model; made by `bayeslm.inference.sequential.TwistLearning`.
 
@@ -90,13 +92,13 @@ class Twist(nn.Module):
     def __init__(
         self,
         lm: LanguageModel,
-        max_new_tokens: int,
+        max_new_tokens: Count,
         *,
         reads_reward: bool = False,
-        components: int = 64,
-        inner: int = 16,
-        width: int = 32,
-        dropout: float = 0.3,
+        components: Count = 64,
+        inner: Count = 16,
+        width: Count = 32,
+        dropout: Share = 0.3,
     ) -> None:
         super().__init__()
         self.settings = {
@@ -238,11 +240,14 @@ class Twist(nn.Module):
         :raises ValueError: if another version wrote it, or it was trained on another language model.
         """
         config = read_header(path, "twist.json", FORMAT, "twist")
-        twist = cls(lm, **config["settings"])
-        state = load_file(Path(path) / "twist.safetensors", device=str(lm.device))
-        _check_same(twist.probe, state["probe"])
-        twist.load_state_dict(state)
-        twist.stats = config["stats"]
+        with reading(Path(path) / "twist.json"):
+            twist, twist.stats = cls(lm, **config["settings"]), config["stats"]
+        with reading(Path(path) / "twist.safetensors") as file:
+            state = load_file(file, device=str(lm.device))
+            probe = state["probe"]
+        _check_same(twist.probe, probe)
+        with reading(file):
+            twist.load_state_dict(state)
         return twist
 
     # -- inside --------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bayeslm.models.lm import LanguageModel
 from bayeslm.models.rewards import sentence_embeddings
+from bayeslm.validation import Count, validated
 
 Features = Callable[[list[str], list[str]], Tensor]
 CACHE_SIZE = 2**15  # texts whose features are kept: 75 MB for 576 features
@@ -55,6 +56,7 @@ class CachedFeatures:
         return torch.stack([known[pair] for pair in pairs])
 
 
+@validated
 class LastHidden(CachedFeatures):
     r"""A language model's last hidden state, (n, width), at the last token of prompt, completion and ``suffix``.
 
@@ -96,6 +98,7 @@ class SentenceEmbedding(CachedFeatures):
         return sentence_embeddings(completions)
 
 
+@validated
 class Standardised(CachedFeatures):
     """Principal components of other features, scaled to mean 0 and variance 1 on the texts passed here.
 
@@ -107,7 +110,7 @@ class Standardised(CachedFeatures):
     """
 
     def __init__(
-        self, features: Features, prompts: Sequence[str], completions: Sequence[str], components: int | None = None
+        self, features: Features, prompts: Sequence[str], completions: Sequence[str], components: Count | None = None
     ) -> None:
         super().__init__()
         self.features = features

@@ -17,12 +17,15 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from bayeslm.validation import Positive, validated
+
 from .features import Features
 
 Data = TypeVar("Data")
 Prepared = TypeVar("Prepared")
 
 
+@validated
 class LinearReward(Generic[Data, Prepared]):
     """A Pyro program of data that depend on a linear reward; subclasses override `prepare` and `observe`.
 
@@ -33,9 +36,7 @@ class LinearReward(Generic[Data, Prepared]):
     :raises ValueError: if ``scale`` is not positive and finite.
     """
 
-    def __init__(self, features: Features, scale: float = 1.0) -> None:
-        if not (scale > 0 and math.isfinite(scale)):
-            raise ValueError(f"scale must be positive and finite, got {scale}")
+    def __init__(self, features: Features, scale: Positive = 1.0) -> None:
         self.features = features
         self.scale = scale
         self._last: tuple[Data, Prepared] | None = None

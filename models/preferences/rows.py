@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
+from bayeslm.validation import show
+
 Row = TypeVar("Row")
 MAX_ERRORS = 10  # bad rows that an error lists
 
@@ -31,6 +33,9 @@ class PreferenceData:
     def __post_init__(self) -> None:
         names = [field.name for field in dataclasses.fields(self)]
         columns = [getattr(self, name) for name in names]
+        for name, column in zip(names, columns, strict=True):
+            if not isinstance(column, list | tuple):
+                raise PreferenceError(f"{name} must be a list, got {show(column)}")
         if len({len(column) for column in columns}) > 1:
             sizes = _enumeration([str(len(column)) for column in columns])
             raise PreferenceError(f"{_enumeration(names)} must be of one length, not {sizes}")

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayeslm.validation import validated
+
 from .broadcasting import Flat, broadcast, take
 from .function_checks import check_function, check_scores, is_real, name_of, parameters, short
 from .unfinished import UnfinishedTexts, suspended
@@ -31,6 +33,7 @@ class RewardError(ValueError):
     """A reward function failed, or returned something other than a score; names the prompt and the completion."""
 
 
+@validated
 class Reward:
     """A function of prompts and completions, with bounds.
 

@@ -16,9 +16,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from bayeslm.validation import NonNegative, validated
+
 from .reward import Reward, RewardError
 
 
+@validated
 @dataclass(eq=False)
 class Length(Reward):
     """How long the completion is: n, or -abs(n - target).
@@ -31,18 +34,14 @@ class Length(Reward):
     :raises ValueError: if ``target`` is negative or not finite, or ``unit`` is unknown.
     """
 
-    target: float | None = None
+    target: NonNegative | None = None
     unit: Literal["words", "characters"] | Callable[[str], float] = "words"
 
     def __post_init__(self) -> None:
         if self.target is None:
             self.lower_bound = 0.0
-        elif 0 <= self.target < math.inf:
-            self.upper_bound = 0.0
         else:
-            raise ValueError(f"target must be a length, got {self.target}")
-        if not (callable(self.unit) or self.unit in ("words", "characters")):
-            raise ValueError(f"unit must be 'words', 'characters' or a function, got {self.unit!r}")
+            self.upper_bound = 0.0
 
     def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
         lengths = [self._count(text) for text in completions]
@@ -61,6 +60,7 @@ class Length(Reward):
         return len(text.split() if self.unit == "words" else text)
 
 
+@validated
 @dataclass(eq=False)
 class Contains(Reward):
     """1 if the completion contains a phrase, else 0. For words and alternatives see `Matches`.
@@ -86,6 +86,7 @@ class Contains(Reward):
     prefix = score  # a phrase stays contained; one that is not contained yet counts as 0
 
 
+@validated
 @dataclass(eq=False)
 class Matches(Reward):
     r"""1 if a regular expression is found in the completion, or if the part that it finds is the right answer; else 0.
@@ -125,6 +126,7 @@ class Matches(Reward):
         return None if found is None else found.strip()
 
 
+@validated
 @dataclass(eq=False)
 class Constraint(Reward):
     """0 where a predicate holds, -inf where it does not: there the posterior has no probability.

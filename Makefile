@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TYPES := build/types
 
-.PHONY: help install weights demo test test-long examples bench lint style imports types wheel clean
+.PHONY: help install weights demo test test-long examples bench lint style imports types wheel clean fuzz
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' \
@@ -55,6 +55,9 @@ test: install weights  ## run the test suite
 
 test-long: install weights  ## run the tests marked long
 	@$(BIN)/pytest -m long $(ARGS)
+
+fuzz: install  ## random arguments, runs, command lines and damaged folders, for minutes (ARGS="-k constructors")
+	@FUZZ=large $(BIN)/pytest tests/test_fuzz.py $(ARGS)
 
 examples: install weights  ## run every script in examples/, whose pictures go to runs/
 	@for script in examples/*.py; do echo "==> $$script"; $(BIN)/python "$$script" $(ARGS); done

@@ -35,7 +35,9 @@ def psislw(log_weights: NDArray[Any]) -> tuple[NDArray[Any], float]:
 
 
 def statistic(name: str, values: NDArray[Any], **options: str) -> NDArray[Any]:
-    """Return ArviZ's "rhat" or "ess" of values (chain, draw, ...), shape (...)."""
+    """Return ArviZ's "rhat" or "ess" of values (chain, draw, ...), shape (...); NaN of fewer than four draws."""
+    if values.shape[1] < 4:
+        return np.full(values.shape[2:], np.nan)
     flat = values.reshape(*values.shape[:2], -1)
     data = xarray.Dataset({"x": (("chain", "draw", "quantity"), flat)})  # both versions take a data set
     with np.errstate(all="ignore"):

@@ -176,17 +176,30 @@ def annotations_of(target: Any) -> dict[str, Any]:
     return {name: _resolve(hint, names) for hints, names in owners for name, hint in hints.items()}
 
 
-def _resolve(hint: Any, names: Mapping[str, Any]) -> Any:
-    class Names(dict[str, Any]):
-        def __missing__(self, name: str) -> Any:
-            return Any
+class _Unknown:
+    """What a name stands for that is imported for type checkers alone: with attributes and in unions, anything."""
 
+    def __getattr__(self, name: str) -> _Unknown:
+        return self
+
+    def __getitem__(self, arguments: Any) -> _Unknown:
+        return self
+
+    def __or__(self, other: Any) -> Any:
+        return Any
+
+    __ror__ = __or__
+
+
+class _Names(dict[str, Any]):
+    def __missing__(self, name: str) -> _Unknown:
+        return _Unknown()
+
+
+def _resolve(hint: Any, names: Mapping[str, Any]) -> Any:
     if not isinstance(hint, str):
         return hint
-    try:
-        return eval(hint, {}, Names({**vars(builtins), **names}))  # our own source text
-    except Exception:  # an attribute of a module that is imported for type checkers alone
-        return Any
+    return eval(hint, {}, _Names({**vars(builtins), **names}))  # our own source text
 
 
 def _compile(hint: Any) -> _Check:

@@ -24,6 +24,21 @@ Features = Callable[[list[str], list[str]], Tensor]
 CACHE_SIZE = 2**15  # texts whose features are kept: 75 MB for 576 features
 
 
+def checked_features(features: Features, prompts: Sequence[str], completions: Sequence[str]) -> Tensor:
+    """Return the features of texts, (n, d).
+
+    :raises ValueError: if they have another shape, or are not finite.
+    """
+    x = features(list(prompts), list(completions))
+    if not isinstance(x, Tensor) or x.ndim != 2 or len(x) != len(completions):
+        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"features must be a tensor ({len(completions)}, d), one row a completion, got {shape}")
+    if not x.isfinite().all():
+        i = int((~x.isfinite().all(-1)).nonzero()[0])
+        raise ValueError(f"features of {completions[i]!r:.60} are not finite")
+    return x
+
+
 class CachedFeatures:
     """Features that are computed once for each pair of prompt and completion; subclasses override `compute`.
 
@@ -114,7 +129,7 @@ class Standardised(CachedFeatures):
     ) -> None:
         super().__init__()
         self.features = features
-        x = features(list(prompts), list(completions)).double()
+        x = checked_features(features, prompts, completions).double()
         self.mean = x.mean(0)
         _, spread, axes = torch.linalg.svd(x - self.mean, full_matrices=False)
         spread = spread / len(x) ** 0.5  # standard deviations of the components

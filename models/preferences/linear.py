@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bayeslm.validation import Positive, validated
 
-from .features import Features
+from .features import Features, checked_features
 
 Data = TypeVar("Data")
 Prepared = TypeVar("Prepared")
@@ -73,14 +73,7 @@ class LinearReward(Generic[Data, Prepared]):
 
         :raises ValueError: if they have another shape, or are not finite.
         """
-        x = self.features(list(prompts), list(completions))
-        if not isinstance(x, Tensor) or x.ndim != 2 or len(x) != len(completions):
-            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"features must be a tensor ({len(completions)}, d), one row a completion, got {shape}")
-        if not x.isfinite().all():
-            i = int((~x.isfinite().all(-1)).nonzero()[0])
-            raise ValueError(f"features of {completions[i]!r:.60} are not finite")
-        return x.float()
+        return checked_features(self.features, prompts, completions).float()
 
 
 def under_plate(weights: Tensor, x: Tensor) -> Tensor:

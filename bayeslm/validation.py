@@ -171,7 +171,7 @@ def annotations_of(target: Any) -> dict[str, Any]:
         bases = reversed(typing.cast(type, target).__mro__)
         owners = [(inspect.get_annotations(base), vars(sys.modules[base.__module__])) for base in bases]
     else:
-        function = inspect.unwrap(target.__init__ if isinstance(target, type) else target)
+        function = inspect.unwrap(typing.cast(Any, target).__init__ if isinstance(target, type) else target)
         owners = [(inspect.get_annotations(function), function.__globals__)] if inspect.isfunction(function) else []
     return {name: _resolve(hint, names) for hints, names in owners for name, hint in hints.items()}
 
@@ -272,7 +272,7 @@ def _number(kind: type, interval: Within | None) -> _Check:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral if kind is int else numbers.Real):
             raise _Refused
         try:
-            number = value if type(value) in (int, float) else kind(value)
+            number = value if any(type(value) is plain for plain in (int, float)) else kind(value)
             inside = not math.isnan(number) if interval is None else float(number) in interval
         except OverflowError:
             raise _Refused(out_of_range=True) from None

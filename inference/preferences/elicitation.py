@@ -200,8 +200,9 @@ class FreshCompletions:
             drawn = torch.zeros_like(weights[0]) if torch.rand(()) < self.epsilon else weights.mean(0)
         reward = UncertainReward(self.model, drawn[None], "mean")
         tilted = TiltedLM(self.prior, reward, self.beta, max_new_tokens=self.max_new_tokens)
-        has_seed = getattr(self.engine, "seed", None) is not None
-        posterior = (replace(self.engine, seed=None) if has_seed else self.engine).run(tilted, [prompt])
+        engine: Any = self.engine
+        has_seed = getattr(engine, "seed", None) is not None
+        posterior = (replace(engine, seed=None) if has_seed else engine).run(tilted, [prompt])
         (draw,) = posterior.resample(1, seed=int(torch.randint(2**31, ()))).texts["completion"][0]
         return str(draw[0])
 

@@ -85,7 +85,7 @@ class AutoPolicy(nn.Module):
 
 def _to_train(lm: LanguageModel, lora_rank: int | Literal["auto"] | None) -> LanguageModel:
     if not lm.has_adapters:
-        return lm.policy((16 if lm.name else None) if lora_rank == "auto" else lora_rank)  # type: ignore[arg-type]
+        return lm.policy((16 if lm.name else None) if lora_rank == "auto" else lora_rank)
     if lora_rank != "auto":
         raise ValueError("the policy to begin with has adapters, which keep their rank: leave out lora_rank")
     return lm.continued()

@@ -227,10 +227,9 @@ class UncertainReward(Reward):
         probe = model.featurise(*PROBE).cpu()
         if probe.shape != saved.shape or not torch.allclose(probe, saved, rtol=1e-3, atol=1e-3):
             raise ValueError(f"the weights in {path} belong to other features: pass those, fitted to the same texts")
-        typical: Tensor | dict[str, Tensor] | None = tensors.get("typical")
+        rows = tensors.get("typical")
         with reading(Path(path) / "uncertain.json"):
-            if typical is not None and prompts is not None:
-                typical = dict(zip(prompts, typical, strict=True))
+            typical = rows if rows is None or prompts is None else dict(zip(prompts, rows, strict=True))
             return cls(model, weights, typical=typical, **settings)
 
 

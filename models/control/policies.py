@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from bayeslm.files import reading
+from bayeslm.files import atomic_file, reading
+from bayeslm.models.lm import read_tensors
 from bayeslm.validation import Count, Seed, validated
 
 from .environments import Environment
@@ -39,9 +40,12 @@ class TrainablePolicy(nn.Module):
     """A policy whose weights can be saved and loaded."""
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the weights to ``policy.safetensors`` in ``folder``, which is created if missing."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file({name: x.contiguous() for name, x in self.state_dict().items()}, Path(folder) / WEIGHTS)
+        """Write the weights to ``policy.safetensors`` in ``folder``, which is created if missing.
+
+        :raises OSError: if the disk refuses, with the path; weights that were there are then kept.
+        """
+        with atomic_file(Path(folder) / WEIGHTS) as unfinished:
+            save_file({name: x.contiguous() for name, x in self.state_dict().items()}, unfinished)
 
     def load_pretrained(self, folder: str | os.PathLike[str]) -> Self:
         """Load the weights that `save_pretrained` of a policy of the same shape wrote, and return this policy.
@@ -49,7 +53,7 @@ class TrainablePolicy(nn.Module):
         :raises ValueError: if the file ``policy.safetensors`` in ``folder`` is missing or damaged, or of other shapes.
         """
         with reading(Path(folder) / WEIGHTS) as file:
-            self.load_state_dict(load_file(file))
+            self.load_state_dict(read_tensors(file))
         return self
 
 

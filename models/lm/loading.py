@@ -6,17 +6,17 @@ import difflib
 import importlib.util
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftConfig
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from bayeslm.files import reading
+from bayeslm.files import atomic_folder, reading
+from bayeslm.weight_files import check_folder
 
+from .adapter_folders import check_adapter_sizes, read_adapter_config
 from .adapters import load_adapters, twin
 
 # Short names: the package that carries the weights as a GGUF file, and the hub's name for the same model.
@@ -79,6 +79,9 @@ def _not_found(name: str, error: Exception) -> str:
 
 
 def _load_transformers(name: str, dtype: torch.dtype | None, **kwargs: Any) -> tuple[nn.Module, Any]:
+    folder = Path(name, kwargs.get("subfolder") or "")
+    if folder.is_dir():
+        check_folder(folder, lambda: _empty(folder))
     network = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", trust_remote_code=False, **kwargs)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -87,17 +90,28 @@ def _load_transformers(name: str, dtype: torch.dtype | None, **kwargs: Any) -> t
     return network, tokenizer
 
 
+def _empty(folder: Path) -> nn.Module:
+    """Return the network of a folder's config without memory for its tensors."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        network: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return network
+
+
 def _load_adapter(path: Path, *, base: Pretrained | None, dtype: torch.dtype | None, **kwargs: Any) -> Pretrained:
+    config = read_adapter_config(path)
+    check_adapter_sizes(path, config)
     if base is None:
-        with reading(path / "adapter_config.json"):
-            name = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+        name = config.base_model_name_or_path
         if not name:
             raise OSError(f"{path} is an adapter that does not name its base model: give base=LanguageModel(...)")
+        if (Path(name) / "adapter_config.json").is_file():
+            raise ValueError(f"{path} is an adapter around the adapter {name}: merge that into its base model first")
         base = load(name, base=None, dtype=dtype, **kwargs)
     else:
         base = base._replace(network=twin(base.network))
     with reading(path):
-        return base._replace(network=load_adapters(base.network, path))
+        return base._replace(network=load_adapters(base.network, path, config))
 
 
 # -- the dtype that a saved model computes in ----------------------------------------------------------------
@@ -146,20 +160,17 @@ def converted(package: Path) -> Path:
     source = files[0]
     target = cache_folder() / f"{source.stem}-{source.stat().st_size}"
     if not (target / "config.json").is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # A rename at the end, so that a kill or a full disk never leaves an incomplete model.
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            convert_gguf(source, Path(folder) / "model")
-            try:
-                (Path(folder) / "model").rename(target)
-            except OSError:
-                if not (target / "config.json").is_file():  # else another process was first
-                    raise
+        try:
+            with atomic_folder(target) as folder:
+                convert_gguf(source, folder)
+        except OSError:
+            if not (target / "config.json").is_file():  # else another process was first
+                raise
     return target
 
 
 def convert_gguf(source: Path, target: Path) -> None:
-    """Write a GGUF file's model and tokenizer into a new folder, in float32 and transformers' format."""
+    """Write a GGUF file's model and tokenizer into a folder, in float32 and transformers' format."""
     files = {"gguf_file": source.name}
     quantised = AutoModelForCausalLM.from_pretrained(str(source.parent), dtype=torch.float32, **files)
     settings = {k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}

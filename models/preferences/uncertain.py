@@ -42,12 +42,12 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from bayeslm.files import atomic_folder, read_header, reading
-from bayeslm.models.lm import LanguageModel
+from bayeslm.models.lm import LanguageModel, read_tensors
 from bayeslm.models.rewards import Reward, broadcast
 from bayeslm.posterior import Posterior
 from bayeslm.validation import Count, Seed, Within, validated
@@ -222,7 +222,7 @@ class UncertainReward(Reward):
         with reading(Path(path) / "uncertain.json"):
             settings, prompts = dict(config["settings"]), config["prompts"]
         with reading(Path(path) / "uncertain.safetensors") as file:
-            tensors = load_file(file)
+            tensors = read_tensors(file)
             saved, weights = tensors["probe"], tensors["weights"]
         probe = model.featurise(*PROBE).cpu()
         if probe.shape != saved.shape or not torch.allclose(probe, saved, rtol=1e-3, atol=1e-3):

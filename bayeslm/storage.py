@@ -7,6 +7,7 @@ posterior.nc     every array of numbers, at full precision, in a NetCDF file tha
                  (that group alone if no draw has positive weight)
 texts.json       every array of strings, character by character (NetCDF has no NUL), and empty arrays
 policy/          the trained policy, if there is one, as its `save_pretrained` writes it
+SHA256SUMS       of all these files
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ import numpy as np
 import xarray
 
 from bayeslm.arviz import Variables, make_datasets
+from bayeslm.checksums import verify
 from bayeslm.files import atomic_folder, read_header, read_json, reading, require_memory
 from bayeslm.version import __version__
 from bayeslm.weights import Array
 
-FORMAT = "bayeslm.posterior/2"
+FORMAT = "bayeslm.posterior/3"
 ARRAYS, TEXTS = "posterior.nc", "texts.json"
 OWN_GROUP = "bayeslm"
 MAX_TEXTS = 2**32  # bytes of texts.json
@@ -78,6 +80,7 @@ def load(directory: Path) -> dict[str, Any]:
     :raises ValueError: if a version of bayeslm with another format wrote it, or a file is damaged; with its name.
     """
     header = read_header(directory, "posterior.json", FORMAT, "posterior")
+    verify(directory)
     with reading(directory / "posterior.json"):
         fields = dict(header["fields"])
     with reading(directory / TEXTS) as path:

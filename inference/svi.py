@@ -23,11 +23,12 @@ from bayeslm.inference.program import (
     SoFar,
     Stopwatch,
     as_proposal,
+    check_independence,
     draw,
     inspect_or_reuse,
     keeping,
     posterior,
-    seeded,
+    running,
 )
 from bayeslm.inference.training import (
     Adam,
@@ -40,6 +41,7 @@ from bayeslm.inference.training import (
     ReverseKL,
     StepRecord,
     Training,
+    TrustRegion,
     describe_run,
     stack_chains,
 )
@@ -65,7 +67,7 @@ class SVI:
         (`AutoMultivariateNormal`, `AutoLowRankMultivariateNormal`; `AutoLaplaceApproximation`, whose draws are of its
         normal distribution). Anything else is a Pyro guide of the program, whose parameters stay in Pyro's store; if it
         has an attribute ``policy``, that is the trained language model.
-    :param optimizer: Adam's settings: learning rates, schedule, clipping.
+    :param optimizer: `Adam`, with learning rates, a schedule and clipping; or `TrustRegion`, which needs none of them.
     :param callbacks: called at the start, after each step and at the end, in this order: `HeldOut` evaluates other
         prompts and rewards, `Tempering` and `KLTarget` move beta, `Plateau` and `NearPosterior` stop a chain early,
         `TensorBoard` logs. Or your own: a `Callback`, or a function of the `StepRecord`.
@@ -86,7 +88,7 @@ class SVI:
     num_particles: Count | None = None
     objective: Objective | ELBO | None = None
     guide: Callable[..., Any] | LanguageModel | None = None
-    optimizer: Adam = field(default_factory=Adam)
+    optimizer: Adam | TrustRegion = field(default_factory=Adam)
     callbacks: Sequence[Callback | Callable[[StepRecord], Reply | None]] = ()
     checkpoint: str | PathLike[str] | Checkpointing | None = None
     num_samples: Count | None = None
@@ -132,18 +134,20 @@ class SVI:
         :raises ValueError: if ``checkpoint`` holds another run's, with what differs.
         :raises BlockingIOError: if another process trains with the same ``checkpoint``.
         """
-        with seeded(self.seed), Stopwatch() as watch, contextlib.ExitStack() as held:
+        with running(self.seed) as watch, contextlib.ExitStack() as held:
             program = inspect_or_reuse(None, model, args, kwargs)
+            check_independence(program)  # before the training, also where the objective runs one particle at a time
             objective = self.objective if self.objective is not None else ReverseKL(self.num_particles or 8)
             checkpoints = self._checkpoints(program, objective)
             if checkpoints is not None:
                 held.enter_context(checkpoints)
+            saved = [None if checkpoints is None else checkpoints.newest(i) for i in range(self.num_chains)]
             chains: list[Training] = []
             with keeping(lambda: _so_far(chains)):
                 while len(chains) < self.num_chains and not any(chain.interrupted for chain in chains):
                     chains.append(self._chain(program, objective, len(chains), watch))
-                    if checkpoints is not None and (saved := checkpoints.newest(len(chains) - 1)) is not None:
-                        chains[-1].restore(saved)
+                    if (state := saved.pop(0)) is not None:
+                        chains[-1].restore(state)
                     if not chains[-1].done:
                         chains[-1].run(checkpoints)
             with keeping(lambda: _so_far(chains), can_return=False):

@@ -32,11 +32,10 @@ from bayeslm.inference.program import (
     Particles,
     Program,
     ProgramError,
-    Stopwatch,
     inspect,
     posterior,
+    running,
     score_values,
-    seeded,
 )
 from bayeslm.inference.sequential import Population, Resampling, WeightUpdate
 from bayeslm.models.control import MDP, Control, TabularPolicy, Trajectory, step_rewards
@@ -93,7 +92,7 @@ class ControlledSMC:
                 "ControlledSMC needs a Control program whose environment has discrete states; use SVI with a neural "
                 "policy for other observations, and ImportanceSampling for other programs"
             )
-        with seeded(self.seed), Stopwatch() as watch:
+        with running(self.seed) as watch:
             program = inspect(model, *args, **kwargs)
             trajectory = model.trajectory(model.prior, *args, **kwargs)
             transitions = _TransitionCounts(model)

@@ -259,7 +259,8 @@ class Elicitation:
             if not len(pairs):
                 return None
             rewards = self.model.reward(pool.prompts, pool.completions, weights).cpu()  # (draw, completion)
-            i, j = pairs[self.acquisition.choose(rewards, pairs, pool.prompt_indices)].tolist()
+            chosen = self.acquisition.choose(rewards.clone(), pairs.clone(), pool.prompt_indices.clone())
+            i, j = pairs[chosen].tolist()
             if torch.rand(()) < 0.5:
                 i, j = j, i
             probability = (rewards[:, i] - rewards[:, j]).sigmoid().mean()

@@ -4,10 +4,11 @@ from .assign import assign_values, same_distribution, score_values
 from .errors import EvidenceError, ProgramError
 from .guides import PolicyGuide, as_proposal, draw_latents
 from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, RandomStates, seeded
+from .independence import check_independence
 from .partial import PartialRun
-from .particles import Particles, particles_of, run_particles, score_sites, site_value, to_numpy, traces
-from .program import STEPS, Program, Site, along, in_prompts, inspect, inspect_or_reuse, sample_sites
-from .run import Engine, RunError, SoFar, Stopwatch, check_evidence, draw, keeping, posterior, prompt_labels
+from .particles import Particles, particles_of, run_particles, score_sites, to_numpy, traces
+from .program import STEPS, Program, Site, along, in_prompts, inspect, inspect_or_reuse, sample_sites, site_value
+from .run import Engine, RunError, SoFar, Stopwatch, check_evidence, draw, keeping, posterior, prompt_labels, running
 
 __all__ = [
     "PARTICLES",
@@ -32,6 +33,7 @@ __all__ = [
     "as_proposal",
     "assign_values",
     "check_evidence",
+    "check_independence",
     "draw",
     "draw_latents",
     "in_prompts",
@@ -42,6 +44,7 @@ __all__ = [
     "posterior",
     "prompt_labels",
     "run_particles",
+    "running",
     "same_distribution",
     "sample_sites",
     "score_sites",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from bayeslm.files import atomic_file, reading
-from bayeslm.models.lm import read_tensors
+from bayeslm.models.lm import forked, read_tensors
 from bayeslm.validation import Count, Seed, validated
 
 from .environments import Environment
@@ -154,8 +154,7 @@ class MLPPolicy(TrainablePolicy):
         self.register_buffer("scale", torch.ones(environment.observation_size) if scale is None else scale.clone())
         widths = [environment.observation_size if self.num_states is None else self.num_states, *hidden]
         layers: list[nn.Module] = []
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with forked(seed):
             for inputs, outputs in itertools.pairwise(widths):
                 layers += [nn.Linear(inputs, outputs), nn.Tanh()]
             last = nn.Linear(widths[-1], environment.num_actions)

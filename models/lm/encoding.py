@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from bayeslm.tables import check_characters
 from bayeslm.validation import Unchecked, show
+
+from .tables import refuse_table
 
 Prompt = str | Sequence[dict[str, Any]] | Sequence[int] | Tensor
 Prompts = Annotated[Sequence[Prompt] | np.ndarray | Tensor, Unchecked]  # by `encode`
@@ -44,16 +47,15 @@ def encode(
     :param vocab_size: number of token ids.
     :param room: the most tokens a prompt may have, None for no limit.
     :param device: where the batch goes.
-    :raises TypeError: for one prompt instead of a list of prompts, or strings without a tokenizer.
-    :raises ValueError: for no prompts, an empty prompt without a BOS, ids out of range, or a prompt over ``room``.
+    :raises TypeError: for one prompt or a table instead of a list of prompts, or strings without a tokenizer.
+    :raises ValueError: for no prompts, an empty prompt without a BOS, a lone surrogate, ids out of range, or a prompt
+        over ``room``.
     """
     if isinstance(prompts, str):
         raise TypeError(f"prompts must be a list of prompts, got one string: write [{prompts[:40]!r}]")
-    if (
-        not hasattr(prompts, "__len__")
-        or isinstance(prompts, bytes | Mapping | type)
-        or getattr(prompts, "ndim", 1) == 0
-    ):
+    refuse_table(prompts)
+    is_list = hasattr(prompts, "__len__") and getattr(prompts, "ndim", 1) > 0
+    if not is_list or isinstance(prompts, bytes | type):
         raise TypeError(f"prompts must be a list of prompts, got {show(prompts)}")
     if isinstance(prompts, np.ndarray) and prompts.dtype.kind in "iu":
         prompts = list(prompts)
@@ -85,11 +87,13 @@ def _one(i: int, prompt: Prompt, tokenizer: Any, bos_token_id: int | None) -> li
     if isinstance(prompt, str):
         if tokenizer is None:
             raise TypeError(f"prompts[{i}] is a string, and this LanguageModel has no tokenizer: give token ids")
+        check_characters(f"prompts[{i}]", prompt)
         row = list(tokenizer(prompt)["input_ids"])
     elif isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], dict):
         if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
             raise TypeError(f"prompts[{i}] is a chat, and this LanguageModel's tokenizer has no chat template")
         chat = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+        check_characters(f"prompts[{i}]", chat)
         row = list(tokenizer(chat, add_special_tokens=False)["input_ids"])
     else:
         try:
@@ -105,6 +109,13 @@ def _one(i: int, prompt: Prompt, tokenizer: Any, bos_token_id: int | None) -> li
     if bos_token_id is None:
         raise ValueError(f"prompts[{i}] is empty, and the model has no BOS token to start from")
     return [bos_token_id]
+
+
+def positions_of(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the positions (row, length) of left-padded ids (row, length)."""
+    if mask is None:
+        return torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
+    return (mask.cumsum(-1) - 1).clamp_min(0)  # no token attends to padding, whose own position does not matter
 
 
 @dataclass(frozen=True)

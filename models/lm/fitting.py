@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from bayeslm.progress import track
 
+from .gradients import differentiating
 from .network import CausalNetwork
 
 
+@differentiating()
 def fit(
     network: CausalNetwork,
     weights: Sequence[nn.Parameter],

@@ -17,16 +17,21 @@ from . import adapters, encoding, fitting, loading, packing
 from .autoregressive import Autoregressive
 from .encoding import Vocabulary
 from .gradient_checkpointing import checkpointable_layers
+from .gradients import differentiating
 from .network import CausalNetwork
+from .own_forward import Findings
 from .tabular import NGramConfig, NGramForCausalLM, word_tokenizer
+from .turns import forked
+from .weights import SharedWeights
 
 
 @validated
 class LanguageModel(nn.Module):
     """Any Hugging Face causal language model as a distribution over completions.
 
-    ``lm(prompts, max_new_tokens=24)`` is an `Autoregressive` distribution. The network is put in evaluation mode (a
-    distribution must not change from call to call) and frozen (it is a prior); `policy` makes a trainable copy.
+    ``lm(prompts, max_new_tokens=24)`` is an `Autoregressive` distribution. The network is kept in evaluation mode (a
+    distribution must not change from call to call) and frozen (it is a prior); `policy` makes a trainable copy. It is
+    scored as its own forward pass scores: that is tried at its first use, and otherwise it is refused.
 
     :param network: a causal language model of `transformers`, a PEFT model around one, or any module with their call
         convention.
@@ -40,8 +45,9 @@ class LanguageModel(nn.Module):
         bounded memory allows, ``batch_size`` at most.
     :param gradient_checkpointing: keep of each layer its input alone, and compute the rest again in the backward pass
         of a policy: a third more time, and far less memory where texts are long.
-    :param compute_dtype: the dtype in which products of float32 weights are computed (autocast), as in policies of
-        bfloat16 priors; None: float32.
+    :param compute_dtype: the dtype that float32 weights are converted to in every pass, as in policies of bfloat16
+        priors; None: they are not.
+    :raises TypeError: for an encoder-decoder network, and for adapters that are not inside the network's layers.
     :raises ValueError: if a batch size is < 1, an end is not a token, or no layer can be checkpointed.
     """
 
@@ -59,6 +65,8 @@ class LanguageModel(nn.Module):
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        network = adapters.unwrapped(network)
+        adapters.check_supported(network)
         self.network = network.requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
@@ -68,7 +76,10 @@ class LanguageModel(nn.Module):
             checkpointable_layers(network)
         self.gradient_checkpointing = gradient_checkpointing
         self.compute_dtype = compute_dtype
+        self._exact: frozenset[str] | None = None  # the names of weights that are not converted, if known
         self._causal: CausalNetwork | None = None
+        self._findings: Findings | None = None
+        self._shared: SharedWeights | None = None
         self.eval()
         found = _first(
             eos_token_ids,
@@ -96,6 +107,7 @@ class LanguageModel(nn.Module):
 
     @classmethod
     @validated
+    @differentiating()
     def from_pretrained(
         cls,
         name_or_path: str | os.PathLike[str],
@@ -133,10 +145,12 @@ class LanguageModel(nn.Module):
             gradient_checkpointing=gradient_checkpointing,
             compute_dtype=loading.load_compute_dtype(name_or_path),
         )
+        lm = lm if base is None else base._sharing(lm)
         return lm.to(device) if device is not None else lm
 
     @classmethod
     @validated
+    @differentiating()
     def tabular(
         cls,
         vocabulary: Sequence[str],
@@ -158,8 +172,7 @@ class LanguageModel(nn.Module):
         """
         if eos not in vocabulary:
             raise ValueError(f"vocabulary has no {eos!r}: completions could not end")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with forked(seed):
             network = NGramForCausalLM(NGramConfig(vocab_size=len(vocabulary), order=order))
         if table is not None:
             if table.shape != network.table.shape:
@@ -168,6 +181,7 @@ class LanguageModel(nn.Module):
         return cls(network, word_tokenizer(vocabulary, eos))
 
     @validated
+    @differentiating()
     def policy(self, lora_rank: Count | None = None, *, lora_alpha: Count | None = None) -> LanguageModel:
         """Return a trainable copy.
 
@@ -182,13 +196,18 @@ class LanguageModel(nn.Module):
         :raises ValueError: if ``lora_rank`` < 1.
         """
         self._refuse_packed()
+        self.current()
         if lora_rank is None:
-            network, compute_dtype = adapters.float32_copy(self.network)
+            network, compute_dtype, exact = adapters.float32_copy(self.network)
             lm = self._with_network(network, None, self.compute_dtype or compute_dtype)
+            if self.compute_dtype is None:
+                lm._exact = exact
             return lm._unfreeze(list(network.parameters()))
         network = adapters.with_lora(self.network, lora_rank, lora_alpha or 2 * lora_rank, self.name)
-        return self._with_network(network, self.name, self.compute_dtype)._unfreeze(adapters.own_parameters(network))
+        lm = self._with_network(network, self.name, self.compute_dtype)
+        return self._sharing(lm)._unfreeze(adapters.own_parameters(network))
 
+    @differentiating()
     def continued(self) -> LanguageModel:
         """Return a trainable copy of a policy, with which its training can continue.
 
@@ -199,8 +218,22 @@ class LanguageModel(nn.Module):
         if not self.has_adapters:
             return self.policy()
         self._refuse_packed()
+        self.current()
         network = adapters.adapters_copy(self.network)
-        return self._with_network(network, self.name, self.compute_dtype)._unfreeze(adapters.own_parameters(network))
+        lm = self._with_network(network, self.name, self.compute_dtype)
+        return self._sharing(lm)._unfreeze(adapters.own_parameters(network))
+
+    def merged(self) -> LanguageModel:
+        """Return the same distribution without adapters: a copy into whose weights they are merged.
+
+        It shares nothing with this model. PEFT's own ``merge_and_unload`` changes weights in place, and with them the
+        prior of a LoRA policy.
+
+        :raises TypeError: if this model is `packed`.
+        """
+        self._refuse_packed()
+        self.current()
+        return self._with_network(adapters.merged(self.network), None, self.compute_dtype)
 
     def packed(self) -> LanguageModel:
         """Return the same distribution, for drawing and scoring only, faster on a CPU.
@@ -210,14 +243,15 @@ class LanguageModel(nn.Module):
         changes of its linear layers do not reach the packed one. Where nothing can be packed, as on a GPU, all is
         shared. A packed model can be neither trained, nor moved, nor saved.
         """
+        self.current()
         network = adapters.twin(self.network)
         if self.compute_dtype is None:
             network = packing.packed(network, checksums=True)
-        return self._with_network(network, self.name, self.compute_dtype)
+        return self._sharing(self._with_network(network, self.name, self.compute_dtype))
 
     def _with_network(self, network: nn.Module, name: str | None, compute_dtype: torch.dtype | None) -> LanguageModel:
         """Return a copy with another network and the same settings."""
-        return LanguageModel(
+        lm = LanguageModel(
             network,
             self.tokenizer,
             eos_token_ids=self.eos_token_ids,
@@ -228,6 +262,16 @@ class LanguageModel(nn.Module):
             gradient_checkpointing=self.gradient_checkpointing,
             compute_dtype=compute_dtype,
         )
+        lm._exact, lm._findings = self._exact, self._findings
+        return lm
+
+    def _sharing(self, other: LanguageModel) -> LanguageModel:
+        """Note which weights another model shares with this one, and return the other."""
+        own = {id(p) for p in self.parameters()}
+        shared = {name: p for name, p in other.network.named_parameters() if id(p) in own}
+        other._shared = SharedWeights(shared)
+        self._shared = SharedWeights(shared | ({} if self._shared is None else self._shared.tensors))
+        return other
 
     def _unfreeze(self, weights: list[nn.Parameter]) -> LanguageModel:
         """Make some weights trainable, and return the model."""
@@ -288,8 +332,8 @@ class LanguageModel(nn.Module):
         if self.tokenizer is None:
             raise TypeError("fit needs a tokenizer")
         eos = self.eos_token_ids[0] if self.eos_token_ids else None
-        return fitting.fit(
-            self.causal,
+        losses = fitting.fit(
+            self.current(),
             adapters.own_parameters(self.network),
             fitting.to_sequences(texts, self.tokenizer, self.bos_token_id, eos, max_tokens),
             num_steps=num_steps,
@@ -298,8 +342,16 @@ class LanguageModel(nn.Module):
             seed=seed,
             progress=progress,
         )
+        if self._shared is not None:
+            self._shared.renew()
+        return losses
 
     # -- properties ------------------------------------------------------------------------------------------
+
+    def identity(self) -> dict[str, Any]:
+        """Return all on which the distribution depends, by which checkpoints tell runs apart."""
+        names = ("network", "tokenizer", "eos_token_ids", "bos_token_id", "pad_token_id", "compute_dtype")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def config(self) -> Any:
@@ -319,8 +371,24 @@ class LanguageModel(nn.Module):
     def causal(self) -> CausalNetwork:
         """The network as body and head (found at first use, since the device may change until then)."""
         if self._causal is None:
-            self._causal = CausalNetwork(self.network, self.compute_dtype)
+            self._causal = CausalNetwork(self.network, self.compute_dtype, self._exact, self._findings)
+            self._findings = self._causal.findings
         return self._causal
+
+    def current(self) -> CausalNetwork:
+        """Return the network, after a look at what may have happened to it since its last use.
+
+        It is put back in evaluation mode, and tried again if layers have been replaced.
+
+        :raises RuntimeError: if weights that it shares with another model were changed through the other.
+        """
+        if self._shared is not None:
+            self._shared.check()
+        if any(module.training for module in self.network.modules()):
+            self.network.eval()
+        if self._causal is not None and not self._causal.is_current:
+            self._causal = self._findings = None
+        return self.causal
 
     @property
     def device(self) -> torch.device:
@@ -334,6 +402,13 @@ class LanguageModel(nn.Module):
     def vocabulary(self) -> Vocabulary:
         """The token ids of completions."""
         return Vocabulary(self.vocab_size, self.eos_token_ids, self.pad_token_id)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LanguageModel:
+        """Convert or move all weights, as `to` does. Another model that shares them then refuses converted ones."""
+        super()._apply(fn, recurse)
+        if self._shared is not None:
+            self._shared.renew()
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LanguageModel:
         new = self.__class__.__new__(self.__class__)
@@ -393,6 +468,16 @@ class LanguageModel(nn.Module):
         texts = np.empty(len(rows), dtype=object)
         texts[:] = self.detokenize(rows)
         return texts.reshape(tuple(value.shape[:-1]))
+
+    def token_ids(self, value: Tensor) -> np.ndarray:
+        """Return completions (*batch, token) as lists of token ids, with the end, an object array of the batch's shape.
+
+        These are the ``completion_ids`` of a reward in TRL's convention.
+        """
+        lengths = self.vocabulary.is_live(value).sum(-1)
+        rows = zip(value.reshape(-1, value.shape[-1]).tolist(), lengths.reshape(-1).tolist(), strict=True)
+        ids = np.fromiter((row[:length] for row, length in rows), dtype=object, count=lengths.numel())
+        return ids.reshape(tuple(value.shape[:-1]))
 
     def detokenize(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each row of token ids, without special tokens."""

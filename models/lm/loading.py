@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from bayeslm.checksums import verify_within
 from bayeslm.files import atomic_folder, reading
 from bayeslm.weight_files import check_folder
 
@@ -42,9 +43,10 @@ def load(
     :param dtype: of the weights; None: as they are stored.
     :param kwargs: for ``AutoModelForCausalLM.from_pretrained``.
     :raises OSError: if the model is not found, with how to get it.
-    :raises ValueError: if ``base`` is given and the folder holds no adapter.
+    :raises ValueError: if ``base`` is given and the folder holds no adapter, or it is a posterior's and damaged.
     """
     name = os.fspath(name_or_path)
+    verify_within(Path(name))
     if (Path(name) / "adapter_config.json").is_file():
         return _load_adapter(Path(name), base=base, dtype=dtype, **kwargs)
     if base is not None:

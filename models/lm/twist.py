@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad
 
+from bayeslm.checksums import verify
 from bayeslm.files import atomic_folder, read_header
 from bayeslm.validation import Count, Share, validated
 
@@ -33,7 +34,7 @@ from .language_model import LanguageModel
 from .network import CausalNetwork
 from .tensor_files import read_tensors
 
-FORMAT = "bayeslm.twist/2"
+FORMAT = "bayeslm.twist/3"
 # Heads learn E[L^a | x_1:t], L = exp(r / beta), for each of these powers a, and SMC uses that of the first. At a small
 # beta few draws have any weight: of the milder powers of L the shared features learn from all draws.
 POWERS = (1.0, 0.5, 0.25, 0.1)
@@ -241,6 +242,7 @@ class Twist(nn.Module):
         :raises ValueError: if another version wrote it, or it was trained on another language model.
         """
         config = read_header(path, "twist.json", FORMAT, "twist")
+        verify(Path(path))
         state = read_tensors(Path(path) / "twist.safetensors", str(lm.device))
         try:
             settings = config["settings"]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bayeslm.models.lm import LanguageModel
-from bayeslm.models.rewards import sentence_embeddings
+from bayeslm.models.rewards import copied, sentence_embeddings
 from bayeslm.validation import Count, validated
 
 Features = Callable[[list[str], list[str]], Tensor]
@@ -29,7 +29,7 @@ def checked_features(features: Features, prompts: Sequence[str], completions: Se
 
     :raises ValueError: if they have another shape, or are not finite.
     """
-    x = features(list(prompts), list(completions))
+    x = features(copied(list(prompts)), list(completions))  # which may edit its lists
     if not isinstance(x, Tensor) or x.ndim != 2 or len(x) != len(completions):
         shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"features must be a tensor ({len(completions)}, d), one row a completion, got {shape}")

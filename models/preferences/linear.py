@@ -47,6 +47,10 @@ class LinearReward(Generic[Data, Prepared]):
             self._last = data, self.prepare(data)
         self.observe(self._last[1])
 
+    def identity(self) -> dict[str, Any]:
+        """Return the settings, by which checkpoints tell runs apart."""
+        return {name: x for name, x in vars(self).items() if name != "_last"}
+
     def prepare(self, data: Data) -> Prepared:
         """Return the tensors that `observe` needs: features and observations."""
         raise NotImplementedError

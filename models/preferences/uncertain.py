@@ -46,8 +46,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from bayeslm.checksums import verify
 from bayeslm.files import atomic_folder, read_header, reading
-from bayeslm.models.lm import LanguageModel, read_tensors
+from bayeslm.models.lm import LanguageModel, exclusive, read_tensors
 from bayeslm.models.rewards import Reward, broadcast
 from bayeslm.posterior import Posterior
 from bayeslm.validation import Count, Seed, Within, validated
@@ -55,7 +56,7 @@ from bayeslm.validation import Count, Seed, Within, validated
 from .linear import LinearReward
 
 Form = Literal["mean", "draw", "quantile", "marginal"]
-FORMAT = 1
+FORMAT = 2
 PROBE = (["The weather today is"], [" fine, and a walk would be good."])  # a text whose features identify them in files
 MAX_MARGINS = 2**24  # margins computed at once: 64 MB
 
@@ -136,7 +137,7 @@ class UncertainReward(Reward):
         :param temperature: divides the prior's logits.
         :param seed: seed of the completions; the global random state does not change.
         """
-        with torch.random.fork_rng():
+        with exclusive(), torch.random.fork_rng():
             torch.manual_seed(seed)
             completion = prior(list(prompts), max_new_tokens=max_new_tokens, temperature=temperature)
             texts = completion.decode(completion.sample(torch.Size([num_samples])))  # (sample, prompt)
@@ -219,6 +220,7 @@ class UncertainReward(Reward):
         :raises ValueError: if another version wrote it, or the program has other features.
         """
         config = read_header(path, "uncertain.json", FORMAT, "uncertain reward")
+        verify(Path(path))
         with reading(Path(path) / "uncertain.json"):
             settings, prompts = dict(config["settings"]), config["prompts"]
         with reading(Path(path) / "uncertain.safetensors") as file:

@@ -213,6 +213,23 @@ def require_memory(num_bytes: float, what: str) -> None:
         raise ValueError(f"{what} needs {num_bytes:.3g} bytes, and this machine has {memory:.3g}")
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[Path]:
+    """Raise whatever a damaged or missing file causes in the block as a `ValueError` with its name.
+
+    Readers of formats raise many types of errors: of zip archives, of pickles, of lookups in what they have read.
+    """
+    try:
+        yield path
+    except Exception as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):
+            raise
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).strip() or type(error).__name__
+        raise ValueError(f"{path} is damaged or missing: {' '.join(reason.split())[:300]}") from error
+
+
 def read_header(folder: str | os.PathLike[str], name: str, expected: object, what: str) -> dict[str, Any]:
     """Return the JSON object in the file ``name`` of a folder; its entry ``format`` is that of all files there.
 

@@ -12,10 +12,9 @@ SHA256SUMS       of all these files
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ import xarray
 
 from bayeslm.arviz import Variables, make_datasets
 from bayeslm.checksums import verify
-from bayeslm.files import atomic_folder, read_header, read_json, require_memory
+from bayeslm.files import atomic_folder, read_header, read_json, reading, require_memory
 from bayeslm.version import __version__
 from bayeslm.weights import Array
 
@@ -81,10 +80,12 @@ def load(directory: Path) -> dict[str, Any]:
     :raises ValueError: if a version of bayeslm with another format wrote it, or a file is damaged; with its name.
     """
     header = read_header(directory, "posterior.json", FORMAT, "posterior")
-    with _naming(directory / TEXTS) as path:
+    with reading(directory / "posterior.json"):
+        fields = dict(header["fields"])
+    with reading(directory / TEXTS) as path:
         texts = read_json(path, MAX_TEXTS)
-        fields = _fill(header["fields"], TEXTS, lambda mark: _read_texts(texts[mark["name"]], mark))
-    with _naming(directory / ARRAYS) as path, h5py.File(path) as file:
+        fields = _fill(fields, TEXTS, lambda mark: _read_texts(texts[mark["name"]], mark))
+    with reading(directory / ARRAYS) as path, h5py.File(path) as file:
         fields = _fill(fields, ARRAYS, lambda mark: _read_array(file, mark))
     verify(directory)  # at the end, when it is known that no file is too large
     policy = directory / "policy"
@@ -180,16 +181,6 @@ def _netcdf(datasets: Mapping[str, xarray.Dataset], attrs: Mapping[str, str]) ->
     }
     tree = xarray.DataTree.from_dict({"/": xarray.Dataset(attrs=attrs), **datasets})
     return bytes(tree.to_netcdf(engine="h5netcdf", encoding=encoding))
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[Path]:
-    """Raise errors that name the damaged file."""
-    try:
-        yield path
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        message = str(error)
-        raise ValueError(message if str(path) in message else f"{path} is damaged or missing: {message}") from error
 
 
 def _number(value: object) -> Any:

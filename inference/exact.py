@@ -23,7 +23,6 @@ from bayeslm.inference.program import (
     Program,
     ProgramError,
     Site,
-    check_counts,
     inspect,
     posterior,
     running,
@@ -31,8 +30,10 @@ from bayeslm.inference.program import (
 )
 from bayeslm.models.lm import Autoregressive
 from bayeslm.posterior import Posterior
+from bayeslm.validation import Count, Seed, validated
 
 
+@validated
 @dataclass(frozen=True)
 class Exact:
     """Every joint assignment of the latents, with its exact posterior weight.
@@ -43,12 +44,9 @@ class Exact:
     :raises ValueError: if a setting is out of range.
     """
 
-    max_atoms: int = 1_000_000
-    num_prior_samples: int = 1000
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        check_counts(self, "max_atoms", "num_prior_samples")
+    max_atoms: Count = 1_000_000
+    num_prior_samples: Count = 1000
+    seed: Seed | None = None
 
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Enumerate ``model(*args, **kwargs)``: one chain whose draws are the atoms, and the exact log Z.

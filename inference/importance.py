@@ -18,7 +18,6 @@ from typing import Any
 from bayeslm.inference.program import (
     PolicyGuide,
     as_proposal,
-    check_counts,
     draw,
     inspect,
     inspect_or_reuse,
@@ -28,8 +27,10 @@ from bayeslm.inference.program import (
 from bayeslm.inference.sequential import check_retained, put_first, retained_particles
 from bayeslm.models.lm import LanguageModel
 from bayeslm.posterior import Posterior
+from bayeslm.validation import Count, Seed, validated
 
 
+@validated
 @dataclass(frozen=True)
 class ImportanceSampling:
     """Weighted draws of a proposal.
@@ -49,17 +50,16 @@ class ImportanceSampling:
     :raises ValueError: if a setting is out of range.
     """
 
-    num_particles: int = 256
-    num_chains: int = 1
+    num_particles: Count = 256
+    num_chains: Count = 1
     guide: Callable[..., Any] | LanguageModel | None = None
     retained: Posterior | None = None
-    batch_size: int | None = None
+    batch_size: Count | None = None
     vectorize: bool = True
-    seed: int | None = None
+    seed: Seed | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
-        check_counts(self, "num_particles", "num_chains", "batch_size")
         check_retained(self)
         if isinstance(self.guide, type):
             raise ValueError(

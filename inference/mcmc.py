@@ -26,9 +26,7 @@ from bayeslm.inference.program import (
     Particles,
     PolicyGuide,
     SoFar,
-    check_counts,
     check_evidence,
-    check_positive,
     draw,
     inspect,
     keeping,
@@ -40,8 +38,10 @@ from bayeslm.inference.program import (
 from bayeslm.models.lm import LanguageModel
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
+from bayeslm.validation import Count, Positive, Seed, validated
 
 
+@validated
 @dataclass(frozen=True)
 class MCMC:
     """Markov chains whose steps redraw suffixes of completions, and move the other latents of the program.
@@ -60,20 +60,16 @@ class MCMC:
     :raises ValueError: if a setting is out of range.
     """
 
-    num_samples: int = 200
-    num_chains: int = 16
-    warmup: int = 100
-    thin: int = 1
-    initial_particles: int = 256
+    num_samples: Count = 200
+    num_chains: Count = 16
+    warmup: Count = 100
+    thin: Count = 1
+    initial_particles: Count = 256
     proposal: LanguageModel | None = None
-    num_temperatures: int = 1
-    step_size: float = 1.0
-    seed: int | None = None
+    num_temperatures: Count = 1
+    step_size: Positive = 1.0
+    seed: Seed | None = None
     progress: bool = True
-
-    def __post_init__(self) -> None:
-        check_counts(self, "num_samples", "num_chains", "warmup", "thin", "initial_particles", "num_temperatures")
-        check_positive(self, "step_size")
 
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Sample the posterior of ``model(*args, **kwargs)``. Draws are equally weighted; log Z is not estimated (NaN).

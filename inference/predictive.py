@@ -30,15 +30,17 @@ from bayeslm.inference.program import (
     traces,
 )
 from bayeslm.posterior import Posterior
+from bayeslm.validation import Count, Seed, validated
 
 
+@validated
 def predict(
     posterior: Posterior,
     model: Callable[..., Any],
     /,
     *args: Any,
-    num_draws: int | None = None,
-    seed: int | None = None,
+    num_draws: Count | None = None,
+    seed: Seed | None = None,
     **kwargs: Any,
 ) -> Posterior:
     """Draw a replicated data set for each of the posterior's equally weighted draws.

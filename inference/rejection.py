@@ -25,7 +25,6 @@ from bayeslm.inference.program import (
     Program,
     ProgramError,
     SoFar,
-    check_counts,
     check_evidence,
     draw,
     inspect,
@@ -37,10 +36,12 @@ from bayeslm.inference.program import (
 )
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
+from bayeslm.validation import Count, Seed, validated
 
 TOLERANCE = 1e-4  # nats by which a draw may exceed the bound
 
 
+@validated
 @dataclass(frozen=True)
 class RejectionSampling:
     """Exact draws of the posterior.
@@ -59,17 +60,14 @@ class RejectionSampling:
     :raises ValueError: if a setting is out of range.
     """
 
-    num_samples: int = 100
-    num_chains: int = 1
+    num_samples: Count = 100
+    num_chains: Count = 1
     log_bound: float | None = None
-    max_proposals: int = 100_000
-    batch_size: int | None = None
+    max_proposals: Count = 100_000
+    batch_size: Count | None = None
     vectorize: bool = True
-    seed: int | None = None
+    seed: Seed | None = None
     progress: bool = True
-
-    def __post_init__(self) -> None:
-        check_counts(self, "num_samples", "num_chains", "max_proposals", "batch_size")
 
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Sample the posterior of ``model(*args, **kwargs)``; log Z is estimated from all proposals.
@@ -165,6 +163,7 @@ class RejectionSampling:
         return proposals, torch.cat([accepted for _, accepted in parts]), run.interrupted
 
 
+@validated
 @dataclass(frozen=True)
 class BestOfN:
     """The best of n draws of the prior: a baseline, not a posterior.
@@ -180,16 +179,13 @@ class BestOfN:
     :raises ValueError: if a setting is out of range.
     """
 
-    n: int = 16
-    num_samples: int = 16
-    num_chains: int = 1
-    batch_size: int | None = None
+    n: Count = 16
+    num_samples: Count = 16
+    num_chains: Count = 1
+    batch_size: Count | None = None
     vectorize: bool = True
-    seed: int | None = None
+    seed: Seed | None = None
     progress: bool = True
-
-    def __post_init__(self) -> None:
-        check_counts(self, "n", "num_samples", "num_chains", "batch_size")
 
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Draw from the best-of-n distribution of ``model(*args, **kwargs)``, best by the sum of log-likelihood terms.

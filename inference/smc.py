@@ -29,7 +29,6 @@ from bayeslm.inference.program import (
     Particles,
     ProgramError,
     SoFar,
-    check_counts,
     inspect,
     keeping,
     posterior,
@@ -40,10 +39,10 @@ from bayeslm.inference.sequential import (
     PolicyTwist,
     Population,
     PrefixTwist,
+    Resampling,
     SiteRows,
     SiteTwist,
     WeightUpdate,
-    check_resampling,
     check_retained,
     induced,
     retained_values,
@@ -51,8 +50,10 @@ from bayeslm.inference.sequential import (
 from bayeslm.models.lm import Autoregressive, Decoder, LanguageModel, Twist, categorical, log_softmax_at
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
+from bayeslm.validation import Count, Seed, Share, validated
 
 
+@validated
 @dataclass(frozen=True)
 class SMC:
     """Weighted particles that are resampled while their completions are written.
@@ -81,20 +82,18 @@ class SMC:
     :raises ValueError: if a setting is out of range or of the wrong type.
     """
 
-    num_particles: int = 64
-    num_chains: int = 1
+    num_particles: Count = 64
+    num_chains: Count = 1
     twist: str | Twist | Mapping[str, str | Twist] | LanguageModel | None = None
     proposal: str | LanguageModel | Callable[..., Any] | None = None
-    top_k: int = 64
-    resampling: str = "systematic"
-    ess_threshold: float = 0.5
+    top_k: Count = 64
+    resampling: Resampling = "systematic"
+    ess_threshold: Share = 0.5
     retained: Posterior | None = None
-    seed: int | None = None
+    seed: Seed | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
-        check_counts(self, "num_particles", "num_chains", "top_k")
-        check_resampling(self)
         check_retained(self)
         if self.twist is not None and not isinstance(self.twist, LanguageModel):
             for twist in self.twist.values() if isinstance(self.twist, Mapping) else [self.twist]:

@@ -15,13 +15,14 @@ from functools import partial
 from os import PathLike
 from typing import Any
 
+from pyro.infer import ELBO
+
 from bayeslm.inference.program import (
     Particles,
     Program,
     SoFar,
     Stopwatch,
     as_proposal,
-    check_counts,
     check_independence,
     draw,
     inspect_or_reuse,
@@ -35,6 +36,7 @@ from bayeslm.inference.training import (
     Callback,
     Checkpointing,
     Checkpoints,
+    Objective,
     Reply,
     ReverseKL,
     StepRecord,
@@ -45,10 +47,12 @@ from bayeslm.inference.training import (
 )
 from bayeslm.models.lm import LanguageModel
 from bayeslm.posterior import Posterior
+from bayeslm.validation import Count, Natural, Seed, validated
 
 NUM_SAMPLES, FEWEST = 256, 16  # draws of each prompt: by default, and the fewest where prompts are many
 
 
+@validated
 @dataclass(frozen=True)
 class SVI:
     """A policy trained towards the posterior, and weighted draws of it.
@@ -80,23 +84,20 @@ class SVI:
     :raises ValueError: if a setting is out of range.
     """
 
-    num_steps: int = 200
-    num_particles: int | None = None
-    objective: Any = None
+    num_steps: Count = 200
+    num_particles: Count | None = None
+    objective: Objective | ELBO | None = None
     guide: Callable[..., Any] | LanguageModel | None = None
     optimizer: Adam | TrustRegion = field(default_factory=Adam)
     callbacks: Sequence[Callback | Callable[[StepRecord], Reply | None]] = ()
     checkpoint: str | PathLike[str] | Checkpointing | None = None
-    num_samples: int | None = None
-    num_prior_samples: int | None = None
-    num_chains: int = 1
-    seed: int | None = None
+    num_samples: Count | None = None
+    num_prior_samples: Natural | None = None
+    num_chains: Count = 1
+    seed: Seed | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
-        check_counts(self, "num_steps", "num_particles", "num_samples", "num_chains")
-        if self.num_prior_samples != 0:
-            check_counts(self, "num_prior_samples")
         own = getattr(self.objective, "num_particles", None)
         if None not in (own, self.num_particles) and own != self.num_particles:
             raise ValueError(

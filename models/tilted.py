@@ -8,7 +8,6 @@ arXiv 2205.11275).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,8 +17,10 @@ from torch import Tensor
 
 from bayeslm.models.lm import LanguageModel, Prompt, read_table, without_index
 from bayeslm.models.rewards import Reward, RewardFunction, with_trainer_arguments
+from bayeslm.validation import Count, Positive, validated
 
 
+@validated
 class TiltedLM:
     """A Pyro program: ``completion`` ~ prior, ``reward`` = factor r / beta, ``score`` = r in the reward's own units.
 
@@ -38,20 +39,12 @@ class TiltedLM:
         self,
         prior: LanguageModel,
         reward: Reward | RewardFunction,
-        beta: float = 0.1,
+        beta: Positive = 0.1,
         *,
-        max_new_tokens: int = 24,
-        temperature: float = 1.0,
-        subsample_size: int | None = None,
+        max_new_tokens: Count = 24,
+        temperature: Positive = 1.0,
+        subsample_size: Count | None = None,
     ) -> None:
-        if not (beta > 0 and math.isfinite(beta)):
-            raise ValueError(f"beta must be positive and finite, got {beta}")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        if subsample_size is not None and subsample_size < 1:
-            raise ValueError(f"subsample_size must be at least 1, got {subsample_size}")
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature must be positive and finite, got {temperature}")
         self.prior = prior
         self.reward = reward if isinstance(reward, Reward) else Reward(reward)
         self.beta = beta

@@ -32,8 +32,8 @@ def language_model(name: str, device: str | None, dtype: str | None = None, **se
     logging.disable_progress_bar()
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=chosen).item()  # the device "meta" has shapes and no numbers
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {chosen}: {str(error).splitlines()[0]}") from None
     with err_console.status(f"loading {name} (the first time, its weights are converted)"):
         return LanguageModel.from_pretrained(

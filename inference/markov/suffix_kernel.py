@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pyro import poutine
@@ -29,9 +29,7 @@ from bayeslm.inference.program import (
     PolicyGuide,
     Program,
     assign_values,
-    check_counts,
     check_evidence,
-    check_positive,
     draw,
     inspect,
     prompt_labels,
@@ -40,15 +38,15 @@ from bayeslm.inference.program import (
     to_numpy,
 )
 from bayeslm.models.lm import LanguageModel, differentiating
+from bayeslm.validation import Count, Positive, Within, validated
 
 from .chains import Tally, sweep
 from .moves import Move, RandomWalk, latent_moves
 from .potential import Potential, ScoreOnce, Unconstrained
 from .tempering import Replicas
 
-CONTINUOUS = ("random-walk", "nuts")  # how continuous latents can move
 
-
+@validated
 class SuffixKernel(MCMCKernel):
     """A kernel for `pyro.infer.MCMC`: a step is a sweep over the latents of a program, completions by their suffixes.
 
@@ -75,14 +73,12 @@ class SuffixKernel(MCMCKernel):
         model: Callable[..., Any],
         *,
         proposal: LanguageModel | None = None,
-        continuous: str = "random-walk",
-        step_size: float = 1.0,
-        initial_particles: int = 256,
-        target_accept: float = 0.8,
-        max_tree_depth: int = 10,
+        continuous: Literal["random-walk", "nuts"] = "random-walk",
+        step_size: Positive = 1.0,
+        initial_particles: Count = 256,
+        target_accept: Annotated[float, Within("(0, 1)")] = 0.8,
+        max_tree_depth: Count = 10,
     ) -> None:
-        if continuous not in CONTINUOUS:
-            raise ValueError(f"SuffixKernel: continuous must be one of {', '.join(CONTINUOUS)}, got {continuous!r}")
         self.model = model
         self.proposal = proposal
         self.continuous = continuous
@@ -90,8 +86,6 @@ class SuffixKernel(MCMCKernel):
         self.initial_particles = initial_particles
         self.target_accept = target_accept
         self.max_tree_depth = max_tree_depth
-        check_counts(self, "initial_particles", "max_tree_depth")
-        check_positive(self, "step_size")
         self.transforms: dict[str, Transform] | None = None  # for Pyro's MCMC; set by `setup`
         self._initial_params: dict[str, Tensor] | None = None
 

@@ -1,7 +1,6 @@
 """A Pyro program as engines see it: its sites and plates, its particles, and the posterior that they give."""
 
 from .assign import assign_values, same_distribution, score_values
-from .checks import check_counts, check_positive
 from .errors import EvidenceError, ProgramError
 from .guides import PolicyGuide, as_proposal, draw_latents
 from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, RandomStates, seeded
@@ -9,7 +8,7 @@ from .independence import check_independence
 from .partial import PartialRun
 from .particles import Particles, particles_of, run_particles, score_sites, to_numpy, traces
 from .program import STEPS, Program, Site, along, in_prompts, inspect, inspect_or_reuse, sample_sites, site_value
-from .run import RunError, SoFar, Stopwatch, check_evidence, draw, keeping, posterior, prompt_labels, running
+from .run import Engine, RunError, SoFar, Stopwatch, check_evidence, draw, keeping, posterior, prompt_labels, running
 
 __all__ = [
     "PARTICLES",
@@ -18,6 +17,7 @@ __all__ = [
     "Arbitrary",
     "Assign",
     "Assignment",
+    "Engine",
     "EvidenceError",
     "PartialRun",
     "Particles",
@@ -32,10 +32,8 @@ __all__ = [
     "along",
     "as_proposal",
     "assign_values",
-    "check_counts",
     "check_evidence",
     "check_independence",
-    "check_positive",
     "draw",
     "draw_latents",
     "in_prompts",

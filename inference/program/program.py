@@ -21,6 +21,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from bayeslm.models.lm import Autoregressive
+from bayeslm.validation import check_program
 
 from .errors import ProgramError
 from .handlers import PROMPTS, Arbitrary, Minibatch, explained, seeded
@@ -339,7 +340,9 @@ def inspect_or_reuse(
     ``program_arguments``, if it has one (tables of prompts).
 
     :raises ProgramError: as `inspect`.
+    :raises TypeError: if the model cannot be called.
     """
+    check_program(model)
     if (read := getattr(model, "program_arguments", None)) is not None:
         args, kwargs = read(*args, **kwargs)
     if (

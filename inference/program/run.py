@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -24,6 +24,15 @@ from .errors import EvidenceError
 from .handlers import seeded
 from .particles import Particles, run_particles, to_numpy
 from .program import Program
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """An engine of inference."""
+
+    def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
+        """Infer the posterior of ``model(*args, **kwargs)``."""
+
 
 # -- time and usage -----------------------------------------------------------------------------------------------
 

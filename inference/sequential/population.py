@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,19 +19,21 @@ from bayeslm.inference.program import (
     to_numpy,
 )
 from bayeslm.models.lm import Autoregressive, Decoder
+from bayeslm.validation import validated
 
-from .resampling import RESAMPLING, conditional_multinomial, ess, keep_in_place
+from .resampling import RESAMPLING, Resampling, conditional_multinomial, ess, keep_in_place
 
 
+@runtime_checkable
 class ParticleSettings(Protocol):
-    """The settings that engines of resampled particles share; `check_resampling` checks the last two."""
+    """The settings that engines of resampled particles share."""
 
     @property
     def num_particles(self) -> int: ...
     @property
     def num_chains(self) -> int: ...
     @property
-    def resampling(self) -> str: ...
+    def resampling(self) -> Resampling: ...
     @property
     def ess_threshold(self) -> float: ...
 
@@ -69,6 +71,7 @@ class ResamplingRecord(NamedTuple):
     ancestors: Tensor
 
 
+@validated
 class Population:
     """Weighted particles of one or more independent chains, each resampled within itself.
 

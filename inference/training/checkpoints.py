@@ -34,9 +34,10 @@ from torch import Tensor
 import bayeslm
 from bayeslm.checksums import verify
 from bayeslm.files import atomic_folder, differences, read_header, require_memory, sweep
-from bayeslm.inference.program import Program, check_counts, prompt_labels, to_numpy
+from bayeslm.inference.program import Program, prompt_labels, to_numpy
 from bayeslm.locking import locked
 from bayeslm.models.lm import read_tensors
+from bayeslm.validation import Count, validated
 
 from .callbacks import Callback
 from .identity import has_unreadable, identify
@@ -47,6 +48,7 @@ NOT_THE_STATE = ("format", "version", "run", "chain")  # of the header
 CHECKPOINT = re.compile(r"chain-\d+-step-(0|[1-9]\d*)")
 
 
+@validated
 @dataclass(frozen=True)
 class Checkpointing:
     """Where and how often a training writes checkpoints. Each is a policy's parameters three times over.
@@ -59,11 +61,8 @@ class Checkpointing:
     """
 
     folder: str | PathLike[str]
-    every: int = 50
+    every: Count = 50
     version: str | None = None
-
-    def __post_init__(self) -> None:
-        check_counts(self, "every")
 
 
 @dataclass
@@ -75,6 +74,7 @@ class Saved:
     values: dict[str, Any]
 
 
+@validated
 class Checkpoints:
     """The checkpoints of one run, in a folder of their own; use it in a ``with`` block.
 

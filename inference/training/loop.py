@@ -28,6 +28,7 @@ from bayeslm.inference.program import (
     to_numpy,
 )
 from bayeslm.progress import track
+from bayeslm.validation import validated
 
 from .callbacks import Callback, Callbacks, Reply, StepRecord
 from .checkpoints import Checkpoints, Saved
@@ -42,6 +43,7 @@ FIGURES = ("elbo", "kl", "log_likelihood", "score", "log_evidence", "prompts")  
 FEWEST_MEASURED, MOST_MEASURED = 4, 16  # particles at which a trust region measures how far a step moves the guide
 
 
+@validated
 class Training:
     """A chain of `SVI`.
 

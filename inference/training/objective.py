@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bayeslm.inference.program import Particles, Program, inspect_or_reuse
 from bayeslm.models.lm import differentiating
+from bayeslm.validation import Count, validated
 
 from .epochs import next_minibatch
 from .state import EMPTY, State
@@ -20,6 +21,7 @@ from .state import EMPTY, State
 EPOCH = "epoch"  # in an objective's state: the prompts whose turn in this epoch is still to come
 
 
+@validated
 @dataclass(frozen=True)
 class Estimate:
     """The result of one step of an objective.
@@ -39,6 +41,7 @@ class Estimate:
     state: State
 
 
+@validated
 class Objective:
     r"""A loss over particles that run all at once; subclasses implement `estimate`.
 
@@ -48,7 +51,7 @@ class Objective:
     :param num_particles: draws of each prompt in a step.
     """
 
-    def __init__(self, num_particles: int) -> None:
+    def __init__(self, num_particles: Count) -> None:
         self.num_particles = num_particles
 
     def estimate(
@@ -101,6 +104,7 @@ class Objective:
         return estimate.loss
 
 
+@validated
 class StatefulLoss(ELBO):
     """An objective as the loss of one run of ``pyro.infer.SVI``, whose state it keeps.
 

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayeslm.validation import show, validated
+
 from .environments import Episodes
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 UNBOUNDED = 1e4  # spaces denote "no bound" by inf, or by the largest number of their type
 
 
+@validated
 class GymEnvironment:
     """A Gymnasium environment with discrete actions, and observations that are a number (Discrete) or an array (Box).
 
@@ -44,7 +47,12 @@ class GymEnvironment:
             import gymnasium
         except ImportError as error:
             raise ImportError('GymEnvironment needs gymnasium: pip install "bayeslm[gym]"') from error
-        self._env = gymnasium.make(make, **kwargs) if isinstance(make, str) else make(**kwargs)
+        try:
+            self._env = gymnasium.make(make, **kwargs) if isinstance(make, str) else make(**kwargs)
+        except gymnasium.error.Error as error:
+            raise ValueError(f"GymEnvironment: make must name an environment: {error}") from error
+        if not isinstance(self._env, gymnasium.Env):
+            raise TypeError(f"GymEnvironment: make must give a gymnasium.Env, got {show(self._env)}")
         name = make if isinstance(make, str) else str(self._env.unwrapped)
         actions: Any = self._env.action_space
         observations: Any = self._env.observation_space

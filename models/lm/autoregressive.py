@@ -19,6 +19,8 @@ from pyro.distributions.util import broadcast_shape  # torch's takes ten times a
 from torch import Size, Tensor
 from torch.distributions import constraints
 
+from bayeslm.validation import Count, Positive, validated
+
 from .decoding import Decoder, generate
 from .encoding import Encoded, Vocabulary
 from .network import CausalNetwork
@@ -64,6 +66,7 @@ class TokenModel(Protocol):
         """Return the text of each row of token ids."""
 
 
+@validated
 class Autoregressive(TorchDistribution):
     """Completions of a batch of prompts.
 
@@ -88,13 +91,9 @@ class Autoregressive(TorchDistribution):
         lm: TokenModel,
         prompt_ids: Tensor,
         prompt_mask: Tensor | None,
-        max_new_tokens: int,
-        temperature: float = 1.0,
+        max_new_tokens: Count,
+        temperature: Positive = 1.0,
     ) -> None:
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature must be positive and finite, got {temperature}")
         self.lm = lm
         self.prompt_ids = prompt_ids
         self.prompt_mask = prompt_mask

@@ -6,7 +6,7 @@ import itertools
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bayeslm.prompt_files import check_characters
+from bayeslm.validation import Unchecked, show
 
 from .chats import chat_text
 from .tables import refuse_table
 
 Prompt = str | Sequence[dict[str, Any]] | Sequence[int] | Tensor
+Prompts = Annotated[Sequence[Prompt] | np.ndarray | Tensor, Unchecked]  # by `encode`
 
 
 class Encoded(NamedTuple):
@@ -37,7 +39,7 @@ class Encoded(NamedTuple):
 
 
 def encode(
-    prompts: Sequence[Prompt] | np.ndarray | Tensor,
+    prompts: Prompts,
     tokenizer: Any,
     *,
     bos_token_id: int | None,
@@ -63,6 +65,9 @@ def encode(
     if isinstance(prompts, str):
         raise TypeError(f"prompts must be a list of prompts, got one string: write [{prompts[:40]!r}]")
     refuse_table(prompts)
+    is_list = hasattr(prompts, "__len__") and getattr(prompts, "ndim", 1) > 0
+    if not is_list or isinstance(prompts, bytes | type):
+        raise TypeError(f"prompts must be a list of prompts, got {show(prompts)}")
     if isinstance(prompts, np.ndarray) and prompts.dtype.kind in "iu":
         prompts = list(prompts)
     shape = prompts.shape if isinstance(prompts, np.ndarray) else (len(prompts),)

@@ -38,10 +38,7 @@ def fit(
     :param seed: of the batches; None: one that the system chooses.
     :param progress: show a progress bar.
     :returns: the loss of each step, nats a token.
-    :raises ValueError: if ``num_steps`` or ``batch_size`` < 1, or ``learning_rate`` is negative.
     """
-    if batch_size < 1 or num_steps < 1:
-        raise ValueError(f"num_steps and batch_size must be at least 1, got {num_steps} and {batch_size}")
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0)
     generator = torch.Generator()
     generator.manual_seed(seed) if seed is not None else generator.seed()

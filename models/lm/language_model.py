@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bayeslm.validation import Count, Positive, Seed, validated
+
 from . import adapters, encoding, fitting, loading, packing, saving, texts
 from .autoregressive import Autoregressive
 from .encoding import Vocabulary
@@ -26,6 +28,7 @@ from .turns import forked
 from .weights import SharedWeights
 
 
+@validated
 class LanguageModel(ModuleWithProperties):
     """Any Hugging Face causal language model as a distribution over completions.
 
@@ -60,17 +63,14 @@ class LanguageModel(ModuleWithProperties):
         eos_token_ids: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         name: str | None = None,
-        batch_size: int | None = None,
-        micro_batch_size: int | None = None,
+        batch_size: Count | None = None,
+        micro_batch_size: Count | None = None,
         gradient_checkpointing: bool = False,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         network = adapters.unwrapped(network)
         adapters.check_supported(network)
-        for setting, size in {"batch_size": batch_size, "micro_batch_size": micro_batch_size}.items():
-            if size is not None and size < 1:
-                raise ValueError(f"{setting} must be at least 1, got {size}")
         self.network = network.requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
@@ -93,6 +93,7 @@ class LanguageModel(ModuleWithProperties):
     # -- loading and copying ---------------------------------------------------------------------------------
 
     @classmethod
+    @validated
     @differentiating()
     def from_pretrained(
         cls,
@@ -103,8 +104,8 @@ class LanguageModel(ModuleWithProperties):
         dtype: torch.dtype | None = None,
         eos_token_ids: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
-        batch_size: int | None = None,
-        micro_batch_size: int | None = None,
+        batch_size: Count | None = None,
+        micro_batch_size: Count | None = None,
         gradient_checkpointing: bool = False,
         **kwargs: Any,
     ) -> LanguageModel:
@@ -146,14 +147,15 @@ class LanguageModel(ModuleWithProperties):
         return lm.to(device) if device is not None else lm
 
     @classmethod
+    @validated
     @differentiating()
     def tabular(
         cls,
         vocabulary: Sequence[str],
         *,
-        order: int = 2,
+        order: Count = 2,
         table: Tensor | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
         eos: str = "<eos>",
     ) -> LanguageModel:
         """Return a small explicit n-gram table, for exact work.
@@ -176,8 +178,9 @@ class LanguageModel(ModuleWithProperties):
             network.table.data = table.clone()
         return cls(network, word_tokenizer(vocabulary, eos))
 
+    @validated
     @differentiating()
-    def policy(self, lora_rank: int | None = None, *, lora_alpha: int | None = None) -> LanguageModel:
+    def policy(self, lora_rank: Count | None = None, *, lora_alpha: Count | None = None) -> LanguageModel:
         """Return a trainable copy.
 
         Trained weights are float32, so that small steps are not lost: those of adapters, whatever the dtype of the
@@ -278,6 +281,7 @@ class LanguageModel(ModuleWithProperties):
         if any(isinstance(module, packing.PackedLinear) for module in self.network.modules()):
             raise TypeError("a packed model can be neither trained nor saved: use the model it was packed from")
 
+    @validated
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write the network (only the adapter, if there is one) and the tokenizer in the transformers/PEFT format.
 
@@ -300,15 +304,16 @@ class LanguageModel(ModuleWithProperties):
         )
         saving.save(self.network, self.tokenizer, settings, path)
 
+    @validated
     def fit(
         self,
         texts: Sequence[str],
         *,
-        num_steps: int = 200,
-        batch_size: int = 16,
-        learning_rate: float = 1e-3,
-        max_tokens: int = 128,
-        seed: int | None = None,
+        num_steps: Count = 200,
+        batch_size: Count = 16,
+        learning_rate: Positive = 1e-3,
+        max_tokens: Count = 128,
+        seed: Seed | None = None,
         progress: bool = True,
     ) -> list[float]:
         """Maximise sum_n log p(text_n EOS | BOS) over the network's weights with AdamW; they are frozen again after.
@@ -417,11 +422,17 @@ class LanguageModel(ModuleWithProperties):
 
     # -- the distribution ------------------------------------------------------------------------------------
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not args and not kwargs:  # as Pyro calls what stands in the place of a distribution
+            raise TypeError("a LanguageModel is no distribution, lm(prompts, max_new_tokens=24) is: sample from that")
+        return super().__call__(*args, **kwargs)
+
+    @validated
     def forward(
         self,
-        prompts: Sequence[encoding.Prompt] | np.ndarray | Tensor,
-        max_new_tokens: int = 24,
-        temperature: float = 1.0,
+        prompts: encoding.Prompts,
+        max_new_tokens: Count = 24,
+        temperature: Positive = 1.0,
     ) -> Autoregressive:
         """Return the distribution of completions of ``prompts``.
 
@@ -432,9 +443,7 @@ class LanguageModel(ModuleWithProperties):
         ids, mask = self.encode(prompts, max_new_tokens)
         return Autoregressive(self, ids, mask, max_new_tokens, temperature)
 
-    def encode(
-        self, prompts: Sequence[encoding.Prompt] | np.ndarray | Tensor, max_new_tokens: int = 0
-    ) -> encoding.Encoded:
+    def encode(self, prompts: encoding.Prompts, max_new_tokens: int = 0) -> encoding.Encoded:
         """Return the token ids of prompts that leave room for ``max_new_tokens`` more; see `encoding.encode`."""
         context = self.causal.context_length
         return encoding.encode(
@@ -446,6 +455,7 @@ class LanguageModel(ModuleWithProperties):
             device=self.device,
         )
 
+    @validated
     def decode(
         self,
         value: Tensor,

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils.hub import cached_file
 
 from bayeslm.checksums import verify_within
-from bayeslm.files import atomic_folder
+from bayeslm.files import atomic_folder, reading
 from bayeslm.weight_files import check_folder
 
 from .adapter_folders import check_adapter_sizes, read_adapter_config
@@ -102,7 +102,9 @@ def _load_transformers(name: str, dtype: torch.dtype | None, root: str | None = 
         network: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype or "auto", trust_remote_code=False, **kwargs
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError | ValueError | RuntimeError) and not folder.is_dir():
+            raise  # of a folder all of them: damaged weights raise errors of many types
         raise OSError(_not_found(name, error)) from error
     tokenizer = load_tokenizer(name, where)
     if tokenizer is None and root is not None:
@@ -177,14 +179,17 @@ def _load_adapter(path: Path, *, base: Pretrained | None, dtype: torch.dtype | N
         base = base._replace(network=twin(base.network))
     tokenizer, ends = _adapted_tokenizer(path, base), None
     if (path / "generation_config.json").is_file():
-        named = GenerationConfig.from_pretrained(str(path)).eos_token_id
-        ends = (named,) if isinstance(named, int) else named
+        with reading(path / "generation_config.json"):
+            named = GenerationConfig.from_pretrained(str(path)).eos_token_id
+            ends = (named,) if isinstance(named, int) else named
     elif tokenizer is not base.tokenizer and tokenizer.eos_token_id is not None:
         known = base.settings.eos_token_ids or find_special_tokens(base.network, base.tokenizer).eos
         other = tokenizer.eos_token_id not in (*known, getattr(base.tokenizer, "eos_token_id", None))
         ends = (tokenizer.eos_token_id,) if other and tokenizer.eos_token_id < vocab_size(base.network) else None
     settings = own.over(Settings(eos_token_ids=None if ends is None else tuple(ends))).over(base.settings)
-    return base._replace(network=load_adapters(base.network, path, config), tokenizer=tokenizer, settings=settings)
+    with reading(path):
+        network = load_adapters(base.network, path, config)
+    return base._replace(network=network, tokenizer=tokenizer, settings=settings)
 
 
 def _adapted_tokenizer(path: Path, base: Pretrained) -> Any:

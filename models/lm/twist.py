@@ -27,6 +27,7 @@ from torch.nn.functional import gelu, pad
 
 from bayeslm.checksums import verify
 from bayeslm.files import atomic_folder, read_header
+from bayeslm.validation import Count, Share, validated
 
 from .decoding import Decoder
 from .language_model import LanguageModel
@@ -69,6 +70,7 @@ class TwistInputs(NamedTuple):
     so_far: Tensor | None
 
 
+@validated
 class Twist(ModuleWithProperties):
     """log psi of unfinished completions of a language model; made by `bayeslm.inference.sequential.TwistLearning`.
 
@@ -93,13 +95,13 @@ class Twist(ModuleWithProperties):
     def __init__(
         self,
         lm: LanguageModel,
-        max_new_tokens: int,
+        max_new_tokens: Count,
         *,
         reads_reward: bool = False,
-        components: int = 64,
-        inner: int = 16,
-        width: int = 32,
-        dropout: float = 0.3,
+        components: Count = 64,
+        inner: Count = 16,
+        width: Count = 32,
+        dropout: Share = 0.3,
     ) -> None:
         super().__init__()
         self.settings = {

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from bayeslm.files import write_file
 from bayeslm.prompt_files import check_characters, json_lines
+from bayeslm.validation import show
 
 Row = TypeVar("Row")
 MAX_ERRORS = 10  # bad rows that an error lists
@@ -35,6 +36,9 @@ class PreferenceData:
     def __post_init__(self) -> None:
         names = [field.name for field in dataclasses.fields(self)]
         columns = [getattr(self, name) for name in names]
+        for name, column in zip(names, columns, strict=True):
+            if not isinstance(column, list | tuple):
+                raise PreferenceError(f"{name} must be a list, got {show(column)}")
         if len({len(column) for column in columns}) > 1:
             sizes = _enumeration([str(len(column)) for column in columns])
             raise PreferenceError(f"{_enumeration(names)} must be of one length, not {sizes}")

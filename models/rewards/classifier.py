@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from bayeslm.validation import Count, validated
 from bayeslm.weight_files import check_folder
 
 from .reward import Reward
-from .text_rewards import Part, check_part, once
+from .text_rewards import Part, once
 
 
+@validated
 class Classifier(Reward):
     """The score that a sequence-classification network gives a text.
 
@@ -54,12 +56,9 @@ class Classifier(Reward):
         label: str | int | None = None,
         output: Literal["logit", "log_prob", "prob"] | None = None,
         on: Part = "text",
-        batch_size: int = 32,
-        max_length: int | None = None,
+        batch_size: Count = 32,
+        max_length: Count | None = None,
     ) -> None:
-        check_part(on)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.model: Any = model if isinstance(model, nn.Module) else _load(model)
         if tokenizer is None and not isinstance(model, nn.Module):
             from transformers import AutoTokenizer
@@ -74,11 +73,9 @@ class Classifier(Reward):
         self._label = _index(label, config)
         self._pad_token_id: int | None = getattr(config.get_text_config(), "pad_token_id", None)
         self._longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", math.inf))
-        if max_length is not None and not 1 <= max_length <= self._longest:
+        if max_length is not None and max_length > self._longest:
             raise ValueError(f"max_length must be in 1..{self._longest}, got {max_length}")
         self.output = output or ("logit" if config.num_labels == 1 else "log_prob")
-        if self.output not in ("logit", "log_prob", "prob"):
-            raise ValueError(f"output must be 'logit', 'log_prob' or 'prob', got {output!r}")
         if self.output != "logit":
             if config.num_labels == 1:
                 raise ValueError(f"a network with one label gives a logit, not output={output!r}")
@@ -155,11 +152,15 @@ def _load(path: str | os.PathLike[str]) -> nn.Module:
             network: nn.Module = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
         return network
 
-    if Path(path).is_dir():
-        check_folder(Path(path), empty)
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        path, output_loading_info=True, trust_remote_code=False
-    )
+    try:
+        if Path(path).is_dir():
+            check_folder(Path(path), empty)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path, output_loading_info=True, trust_remote_code=False
+        )
+    except Exception as error:  # of many types, if files are damaged
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise OSError(f"Classifier: model {os.fspath(path)!r} cannot be loaded: {reason}") from error
     if info["missing_keys"]:  # transformers fills them with random numbers
         missing = ", ".join(sorted(info["missing_keys"]))
         raise ValueError(f"{os.fspath(path)!r} is no trained sequence classifier: it lacks {missing}")

@@ -9,6 +9,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from bayeslm.validation import validated
+
 from .classifier import Classifier
 from .reward import Reward
 from .text_rewards import Sentiment, Similarity, Toxicity
@@ -20,6 +22,7 @@ BUILT_IN: dict[str, type[Reward]] = {
 }
 
 
+@validated
 def get(name: str, /, **settings: Any) -> Reward:
     """Return a built-in reward by its name in lower case, with settings: ``get("length", target=20)``.
 
@@ -30,6 +33,7 @@ def get(name: str, /, **settings: Any) -> Reward:
     return _make(BUILT_IN[name], name, settings)
 
 
+@validated
 def load(address: str) -> Reward:
     """Import a reward: a function in TRL's convention, a `Reward`, or a class of one.
 

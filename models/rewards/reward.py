@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayeslm.validation import validated
+
 from .broadcasting import Flat, broadcast, is_chat, take
 from .calling import TimeLimitError, call, check_timeout, copied
 from .function_checks import ABSTAINED, check_function, check_scores, is_real, name_of, parameters, short, with_none
@@ -39,6 +41,7 @@ class RewardError(ValueError):
     """A reward function failed, or returned something other than a score; names the prompt and the completion."""
 
 
+@validated
 class Reward:
     """A function of prompts and completions, with bounds.
 

@@ -19,10 +19,13 @@ from typing import Any, Literal
 
 import regex
 
+from bayeslm.validation import NonNegative, validated
+
 from .calling import TimeLimitError, check_timeout
 from .reward import Reward, RewardError, Scores
 
 
+@validated
 @dataclass(eq=False)
 class Length(Reward):
     """How long the completion is: n, or -abs(n - target).
@@ -35,18 +38,14 @@ class Length(Reward):
     :raises ValueError: if ``target`` is negative or not finite, or ``unit`` is unknown.
     """
 
-    target: float | None = None
+    target: NonNegative | None = None
     unit: Literal["words", "characters"] | Callable[[str], float] = "words"
 
     def __post_init__(self) -> None:
         if self.target is None:
             self.lower_bound = 0.0
-        elif 0 <= self.target < math.inf:
-            self.upper_bound = 0.0
         else:
-            raise ValueError(f"target must be a length, got {self.target}")
-        if not (callable(self.unit) or self.unit in ("words", "characters")):
-            raise ValueError(f"unit must be 'words', 'characters' or a function, got {self.unit!r}")
+            self.upper_bound = 0.0
 
     def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
         lengths = self._each(self._count, completions, prompts, completions)
@@ -65,6 +64,7 @@ class Length(Reward):
         return len(text.split() if self.unit == "words" else text)
 
 
+@validated
 @dataclass(eq=False)
 class Contains(Reward):
     """1 if the completion contains a phrase, else 0. For words and alternatives see `Matches`.
@@ -90,6 +90,7 @@ class Contains(Reward):
     prefix = score  # a phrase stays contained; one that is not contained yet counts as 0
 
 
+@validated
 @dataclass(eq=False)
 class Matches(Reward):
     r"""1 if a regular expression is found in the completion, or if the part that it finds is the right answer; else 0.
@@ -149,6 +150,7 @@ class Matches(Reward):
         return [m[0][1 if self._regex.groups else 0] if m else None for m in last]
 
 
+@validated
 @dataclass(eq=False)
 class Constraint(Reward):
     """0 where a predicate holds, -inf where it does not: there the posterior has no probability.

@@ -204,7 +204,7 @@ def test_fresh_completions_in_a_loop():
     assert {answer.prompt for answer in answers} == {"c", "d e"}
     weights = loop.weights(answers, fresh.example)
     assert (weights[:, 0] > weights[:, 1]).float().mean() > 0.9
-    with pytest.raises(ValueError, match="num_completions must be at least 2"):
+    with pytest.raises(ValueError, match="num_completions must be a whole number of at least 2"):
         replace(fresh, num_completions=1)
     with pytest.raises(ValueError, match="epsilon"):
         replace(fresh, epsilon=1.1)

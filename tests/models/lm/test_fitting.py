@@ -104,7 +104,7 @@ def test_only_adapters_are_trained_where_there_are_some():
         ([], {}, ValueError, "texts is empty"),
         (["a", ""], {}, ValueError, r"texts\[1\] is empty"),
         (["a"], {"max_tokens": 1}, ValueError, r"texts\[0\] has one token"),
-        (["a"], {"learning_rate": -1.0}, ValueError, "learning rate"),
+        (["a"], {"learning_rate": -1.0}, ValueError, "learning_rate must be positive"),
     ],
 )
 def test_errors_leave_the_network_frozen(texts, settings, error, match):

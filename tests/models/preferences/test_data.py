@@ -290,9 +290,10 @@ def test_standardised():
     x = correlated(prompts, texts)
     variances = torch.linalg.eigvalsh(torch.cov(x.T)).flip(0)
     assert two.explained == pytest.approx(float(variances[:2].sum() / variances.sum()), rel=1e-4)
-    for components in (0, 4):
-        with pytest.raises(ValueError, match="components must be between 1 and 3"):
-            Standardised(correlated, prompts, texts, components=components)
+    with pytest.raises(ValueError, match="components must be a positive whole number or None, got 0"):
+        Standardised(correlated, prompts, texts, components=0)
+    with pytest.raises(ValueError, match="components must be between 1 and 3"):
+        Standardised(correlated, prompts, texts, components=4)
     with pytest.raises(ValueError, match="between 1 and 0"):
         Standardised(correlated, ["", ""], ["a", "a"])
 

@@ -278,16 +278,17 @@ def test_bad_arguments(prompts, completions, columns, error, message):
 
 
 def test_objects_that_cannot_be_a_reward():
-    for function, message in ((3, "must be callable, got int"), (None, "needs a function")):
+    for function, message in ((3, "must be a function or None, got 3"), (None, "needs a function")):
         with pytest.raises(TypeError, match=message):
             Reward(function)
     for bounds in (
         {"upper_bound": 0, "lower_bound": 1},
-        {"upper_bound": math.nan},
         {"lower_bound": math.inf},
     ):
         with pytest.raises(ValueError, match="lower_bound must not be above"):
             Reward(length, **bounds)
+    with pytest.raises(ValueError, match="upper_bound must be a number or None, got nan"):
+        Reward(length, upper_bound=math.nan)
 
 
 def test_scores_outside_declared_bounds_are_refused_and_rounding_is_not():
@@ -343,7 +344,7 @@ def test_load(monkeypatch):
         ("my_rewards:lenght", ValueError, "my_rewards has no 'lenght', did you mean 'length'?"),
         ("no_such_package.rewards:f", ValueError, "there is no module 'no_such_package'"),
         ("email.rewards:f", ValueError, "there is no module 'email.rewards'"),
-        ("my_rewards:number", TypeError, "must be callable, got int"),
+        ("my_rewards:number", TypeError, "must be a function or None, got 3"),
         ("my_rewards:Needy", ValueError, "'my_rewards:Needy' needs the settings phrase: write one with its settings"),
     ]:
         with pytest.raises(error, match=message):

@@ -157,7 +157,7 @@ def test_a_function_and_its_prefix_in_trls_convention():
         return [float(c[0]["role"] == "assistant") for c in completions]
 
     assert so_far(Reward(polite, prefix=polite, conversational=True), ["x"]) == [1.0]
-    with pytest.raises(TypeError, match="must be callable, got int"):
+    with pytest.raises(TypeError, match="must be a function or None, got 3"):
         Reward(right, prefix=3)
 
 

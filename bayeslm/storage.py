@@ -81,12 +81,12 @@ def load(directory: Path) -> dict[str, Any]:
     :raises ValueError: if a version of bayeslm with another format wrote it, or a file is damaged; with its name.
     """
     header = read_header(directory, "posterior.json", FORMAT, "posterior")
-    verify(directory)
     with _naming(directory / TEXTS) as path:
         texts = read_json(path, MAX_TEXTS)
         fields = _fill(header["fields"], TEXTS, lambda mark: _read_texts(texts[mark["name"]], mark))
     with _naming(directory / ARRAYS) as path, h5py.File(path) as file:
         fields = _fill(fields, ARRAYS, lambda mark: _read_array(file, mark))
+    verify(directory)  # at the end, when it is known that no file is too large
     policy = directory / "policy"
     return fields | {"policy_path": policy if policy.is_dir() else None}
 

@@ -22,11 +22,12 @@ from bayeslm.inference.program import (
     Stopwatch,
     as_proposal,
     check_counts,
+    check_independence,
     draw,
     inspect_or_reuse,
     keeping,
     posterior,
-    seeded,
+    running,
 )
 from bayeslm.inference.training import (
     Adam,
@@ -132,8 +133,9 @@ class SVI:
         :raises ValueError: if ``checkpoint`` holds another run's, with what differs.
         :raises BlockingIOError: if another process trains with the same ``checkpoint``.
         """
-        with seeded(self.seed), Stopwatch() as watch, contextlib.ExitStack() as held:
+        with running(self.seed) as watch, contextlib.ExitStack() as held:
             program = inspect_or_reuse(None, model, args, kwargs)
+            check_independence(program)  # before the training, also where the objective runs one particle at a time
             objective = self.objective if self.objective is not None else ReverseKL(self.num_particles or 8)
             checkpoints = self._checkpoints(program, objective)
             if checkpoints is not None:

@@ -183,8 +183,8 @@ def infer(
         scaled_reward = scale * (one if timeout is None else one.with_timeout(timeout))
         results = held.enter_context(resume.Results(out))
         settings: dict[str, Any] = {name: str(x) for name, x in ctx.params.items() if name not in NOT_COMPARED}
-        settings |= {"prompts": texts, "columns": columns, "held_out": held_out_prompts}
-        settings |= {"reward's code": identify(scaled_reward)}
+        contents = {"prompts": texts, "columns": columns, "held_out": held_out_prompts, "reward's code": scale * one}
+        settings |= {name: identify(x) for name, x in contents.items()}
         results.require_same(settings)
         sizes_of_passes = {"batch_size": batch_size, "gradient_checkpointing": gradient_checkpointing}
         lm = language_model(prior, device, dtype, **sizes_of_passes)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bayeslm.tables import check_prompt, read_table
+from bayeslm.prompt_files import check_prompt, read_prompt_file
 
 from .console import err_console
 
@@ -80,7 +80,7 @@ def trained_policy(folder: Path, prior: Any) -> Any:
 def read_prompts(arguments: list[str], path: Path | None) -> tuple[list[Any], dict[str, list[Any]]]:
     """Return the prompts of the command line or of a file, and the file's other columns.
 
-    :raises ValueError: if there are none or both, or the file is malformed; see `read_table`.
+    :raises ValueError: if there are none or both, or the file is malformed; see `read_prompt_file`.
     """
     from bayeslm.models.rewards import check_columns
 
@@ -92,7 +92,7 @@ def read_prompts(arguments: list[str], path: Path | None) -> tuple[list[Any], di
         return arguments, {}
     if arguments:
         raise ValueError("give prompts either on the command line or by --prompts, not both")
-    prompts, columns = read_table(path)
+    prompts, columns = read_prompt_file(path)
     try:
         check_columns(columns)
     except ValueError as error:

@@ -12,7 +12,6 @@ from bayeslm.posterior import Posterior
 from . import report
 from .console import err_console, one_line_errors, out_console
 from .resume import others
-from .terminal_judge import PLAIN
 
 
 def show(
@@ -27,7 +26,7 @@ def show(
         posteriors = {name: Posterior.load(path) for name, path in found.items()}
         for name in others(directory, posteriors):
             text = f"{directory / name}: left out, a copy or a result of another call"
-            err_console.print(text, style="yellow", **PLAIN)
+            err_console.print(text, style="yellow")
             del posteriors[name]
         if not posteriors:
             raise FileNotFoundError(f"{directory} holds no result of its call")

@@ -82,7 +82,7 @@ class Pool:
         """
         with seeded(seed):
             completion = lm(list(prompts), max_new_tokens=max_new_tokens, temperature=temperature)
-            texts = lm.decode(completion.sample(torch.Size([num_completions])))  # (completion, prompt)
+            texts = completion.decode(completion.sample(torch.Size([num_completions])))  # (completion, prompt)
         return cls(list(prompts) * num_completions, texts.ravel().tolist())
 
     def __call__(self, weights: Tensor, answers: Sequence[Answer] = ()) -> Pool:

@@ -28,14 +28,15 @@ from typing import Any
 from uuid import uuid4
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import bayeslm
 from bayeslm.checksums import verify
-from bayeslm.files import atomic_folder, differences, read_header, sweep
+from bayeslm.files import atomic_folder, differences, read_header, require_memory, sweep
 from bayeslm.inference.program import Program, check_counts, prompt_labels, to_numpy
 from bayeslm.locking import locked
+from bayeslm.models.lm import read_tensors
 
 from .callbacks import Callback
 from .identity import has_unreadable, identify
@@ -170,8 +171,9 @@ class Checkpoints:
         :raises ValueError: if it is another run's.
         """
         try:
+            require_memory(sum(file.stat().st_size for file in path.iterdir()), f"reading {path}")
             verify(path)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise _DamagedError(f"{path} is no checkpoint that can be read: {error}") from error
         values = read_header(path, HEADER, FORMAT, "checkpoint")
         if (values["chain"], values["step"]) != (chain, step):
@@ -179,7 +181,7 @@ class Checkpoints:
             raise _DamagedError(f"{path} is no checkpoint of its name: it is a copy of {was}")
         self._refuse_others(path, {"version": values["version"]} | values["run"])
         state = {k: x for k, x in values.items() if k not in NOT_THE_STATE}
-        return Saved(chain, load_file(path / TENSORS), state)
+        return Saved(chain, read_tensors(path / TENSORS), state)
 
     def _refuse_others(self, path: Path, there: dict[str, Any]) -> None:
         """Check that a checkpoint's description is this run's.

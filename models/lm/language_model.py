@@ -11,17 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import adapters, encoding, fitting, loading, packing
+from . import adapters, encoding, fitting, loading, packing, saving, texts
 from .autoregressive import Autoregressive
 from .encoding import Vocabulary
 from .gradient_checkpointing import checkpointable_layers
+from .gradients import differentiating
+from .module_errors import ModuleWithProperties
 from .network import CausalNetwork
 from .own_forward import Findings
+from .settings import Settings
+from .special_tokens import find_special_tokens
 from .tabular import NGramConfig, NGramForCausalLM, word_tokenizer
+from .turns import forked
 from .weights import SharedWeights
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(ModuleWithProperties):
     """Any Hugging Face causal language model as a distribution over completions.
 
     ``lm(prompts, max_new_tokens=24)`` is an `Autoregressive` distribution. The network is kept in evaluation mode (a
@@ -32,8 +37,9 @@ class LanguageModel(nn.Module):
         convention.
     :param tokenizer: its tokenizer; None if prompts are token ids and nothing is decoded.
     :param eos_token_ids: the tokens that end a completion. Default: those of the network's generation config, its
-        config or the tokenizer, the first of these that names any; else none.
-    :param pad_token_id: fills completions after their end; it need not be a token of the network.
+        config or the tokenizer, all those of the first of these that names a token of the vocabulary; else none.
+    :param pad_token_id: fills completions after their end; it need not be a token of the network. Default: the
+        tokenizer's or the config's, else the first end.
     :param name: where it was loaded from; written into adapters trained from it.
     :param batch_size: sequences in one forward pass at most; default: as many as bounded memory allows.
     :param micro_batch_size: of these, sequences whose activations are kept at once for a gradient; default: as many as
@@ -79,31 +85,15 @@ class LanguageModel(nn.Module):
         self._findings: Findings | None = None
         self._shared: SharedWeights | None = None
         self.eval()
-        found = _first(
-            eos_token_ids,
-            getattr(getattr(network, "generation_config", None), "eos_token_id", None),
-            getattr(self.config, "eos_token_id", None),
-            getattr(tokenizer, "eos_token_id", None),
-            (),
-        )
-        ends = {found} if isinstance(found, int) else set(found)
-        ids = range(self.config.get_text_config().vocab_size)
-        if eos_token_ids is not None and not all(end in ids for end in ends):
-            raise ValueError(f"eos_token_ids {sorted(ends)} are not all in 0..{len(ids) - 1}")
-        self.eos_token_ids: tuple[int, ...] = tuple(sorted(end for end in ends if end in ids))
-        self.bos_token_id: int | None = _first(
-            getattr(tokenizer, "bos_token_id", None), getattr(self.config, "bos_token_id", None)
-        )
-        self.pad_token_id: int = _first(
-            pad_token_id,
-            getattr(tokenizer, "pad_token_id", None),
-            getattr(self.config, "pad_token_id", None),
-            self.eos_token_ids[0] if self.eos_token_ids else 0,
-        )
+        found = find_special_tokens(network, tokenizer, eos_token_ids)
+        self.eos_token_ids: tuple[int, ...] = found.eos
+        self.bos_token_id: int | None = found.bos
+        self.pad_token_id: int = found.pad if pad_token_id is None else pad_token_id
 
     # -- loading and copying ---------------------------------------------------------------------------------
 
     @classmethod
+    @differentiating()
     def from_pretrained(
         cls,
         name_or_path: str | os.PathLike[str],
@@ -111,6 +101,8 @@ class LanguageModel(nn.Module):
         base: LanguageModel | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        eos_token_ids: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
         batch_size: int | None = None,
         micro_batch_size: int | None = None,
         gradient_checkpointing: bool = False,
@@ -119,32 +111,42 @@ class LanguageModel(nn.Module):
         """Load a model by hub name or path; ``"smollm2"`` is SmolLM2-135M-Instruct from a package's own file.
 
         :param name_or_path: ``"smollm2"``, a folder, or a name on the Hugging Face hub. A folder that holds a PEFT
-            adapter is loaded on top of its base model.
+            adapter is loaded on top of its base model, with the adapter's own tokenizer, chat template and EOS if the
+            folder has them.
         :param base: the base model of an adapter, if not the one that the adapter names.
         :param device: where to put it.
         :param dtype: of the weights; log-probabilities are float32 in any case, and so are weights in training.
+        :param eos_token_ids: default: those that were given to the saved model, else see `LanguageModel`.
+        :param pad_token_id: likewise.
         :param batch_size: see `LanguageModel`.
         :param micro_batch_size: see `LanguageModel`.
         :param gradient_checkpointing: see `LanguageModel`.
-        :param kwargs: for ``AutoModelForCausalLM.from_pretrained``. Remote code is never run.
-        :raises OSError: if the model is not found, with how to get it.
+        :param kwargs: for ``AutoModelForCausalLM.from_pretrained``; ``subfolder``, ``revision`` and others that say
+            where files are hold for the tokenizer too. Remote code is never run.
+        :raises OSError: if the model is not found, with how to get it, or its tokenizer cannot be loaded.
         :raises ValueError: if ``base`` is given and the folder holds no adapter.
         """
-        around = None if base is None else loading.Pretrained(base.network, base.tokenizer, base.name)
-        network, tokenizer, name = loading.load(name_or_path, base=around, dtype=dtype, **kwargs)
+        around = None
+        if base is not None:
+            settings = Settings(base.eos_token_ids, base.pad_token_id, base.compute_dtype)
+            around = loading.Pretrained(base.network, base.tokenizer, base.name, settings)
+        network, tokenizer, name, settings = loading.load(name_or_path, base=around, dtype=dtype, **kwargs)
         lm = cls(
             network,
             tokenizer,
+            eos_token_ids=settings.eos_token_ids if eos_token_ids is None else eos_token_ids,
+            pad_token_id=settings.pad_token_id if pad_token_id is None else pad_token_id,
             name=name,
             batch_size=batch_size,
             micro_batch_size=micro_batch_size,
             gradient_checkpointing=gradient_checkpointing,
-            compute_dtype=loading.load_compute_dtype(name_or_path),
+            compute_dtype=settings.compute_dtype,
         )
         lm = lm if base is None else base._sharing(lm)
         return lm.to(device) if device is not None else lm
 
     @classmethod
+    @differentiating()
     def tabular(
         cls,
         vocabulary: Sequence[str],
@@ -166,8 +168,7 @@ class LanguageModel(nn.Module):
         """
         if eos not in vocabulary:
             raise ValueError(f"vocabulary has no {eos!r}: completions could not end")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with forked(seed):
             network = NGramForCausalLM(NGramConfig(vocab_size=len(vocabulary), order=order))
         if table is not None:
             if table.shape != network.table.shape:
@@ -175,6 +176,7 @@ class LanguageModel(nn.Module):
             network.table.data = table.clone()
         return cls(network, word_tokenizer(vocabulary, eos))
 
+    @differentiating()
     def policy(self, lora_rank: int | None = None, *, lora_alpha: int | None = None) -> LanguageModel:
         """Return a trainable copy.
 
@@ -200,6 +202,7 @@ class LanguageModel(nn.Module):
         lm = self._with_network(network, self.name, self.compute_dtype)
         return self._sharing(lm)._unfreeze(adapters.own_parameters(network))
 
+    @differentiating()
     def continued(self) -> LanguageModel:
         """Return a trainable copy of a policy, with which its training can continue.
 
@@ -278,18 +281,24 @@ class LanguageModel(nn.Module):
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write the network (only the adapter, if there is one) and the tokenizer in the transformers/PEFT format.
 
-        ``compute_dtype``, for which that format has no place, goes into a file of its own.
+        The folder appears when it is complete; a model that it holds already is replaced, and other files stay. What
+        that format has no place for goes into a file of its own, ``bayeslm.json``: ``compute_dtype``, and end and
+        padding tokens that the saved network and tokenizer do not name themselves.
 
         :raises TypeError: if this model is `packed`.
+        :raises ValueError: if it has several active adapters.
+        :raises OSError: if the disk refuses; the folder is then as it was before.
         """
         self._refuse_packed()
-        network: Any = self.network
-        # Embeddings are not adapted; PEFT would ask the hub whether the base's vocabulary was changed.
-        settings: dict[str, Any] = {"save_embedding_layers": False} if self.has_adapters else {}
-        network.save_pretrained(path, **settings)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(path)
-        loading.save_compute_dtype(path, self.compute_dtype)
+        named = find_special_tokens(self.network, self.tokenizer)
+        # A folder of adapters does not say what its base names.
+        settings = Settings(
+            self.eos_token_ids if self.has_adapters or self.eos_token_ids != named.eos else None,
+            self.pad_token_id if self.has_adapters or self.pad_token_id != named.pad else None,
+            self.compute_dtype,
+            next((p.dtype for p in self.parameters() if p.is_floating_point()), None) if self.has_adapters else None,
+        )
+        saving.save(self.network, self.tokenizer, settings, path)
 
     def fit(
         self,
@@ -321,11 +330,10 @@ class LanguageModel(nn.Module):
         self._refuse_packed()
         if self.tokenizer is None:
             raise TypeError("fit needs a tokenizer")
-        eos = self.eos_token_ids[0] if self.eos_token_ids else None
         losses = fitting.fit(
             self.current(),
             adapters.own_parameters(self.network),
-            fitting.to_sequences(texts, self.tokenizer, self.bos_token_id, eos, max_tokens),
+            fitting.to_sequences(texts, self.tokenizer, self.bos_token_id, self.vocabulary, max_tokens),
             num_steps=num_steps,
             batch_size=batch_size,
             learning_rate=learning_rate,
@@ -438,21 +446,26 @@ class LanguageModel(nn.Module):
             device=self.device,
         )
 
-    def decode(self, value: Tensor) -> np.ndarray:
+    def decode(
+        self,
+        value: Tensor,
+        prompts: Sequence[encoding.Prompt] | np.ndarray | Tensor | encoding.Encoded | None = None,
+    ) -> np.ndarray:
         """Return the texts of completions (*batch, token), up to their end, as an object array of the batch's shape.
 
+        The text of a completion is what it adds to the text of its prompt (see `texts`); so it begins with a space
+        where a word of its own begins. Without ``prompts``, and where several prompts share a value, it is what the
+        completion adds to a text that ends in a word.
+
+        :param prompts: as for `forward`, or encoded; their shape broadcasts with the batch.
         :raises TypeError: if there is no tokenizer.
+        :raises ValueError: if the shapes of prompts and batch do not broadcast.
         """
         if self.tokenizer is None:
             raise TypeError("this LanguageModel has no tokenizer to decode with")
-        ends = set(self.eos_token_ids)
-        rows = []
-        for row in value.reshape(-1, value.shape[-1]).tolist():
-            end = next((t for t, token in enumerate(row) if token in ends), len(row))
-            rows.append([token for token in row[:end] if token >= 0])
-        texts = np.empty(len(rows), dtype=object)
-        texts[:] = self.detokenize(rows)
-        return texts.reshape(tuple(value.shape[:-1]))
+        encoded = prompts if isinstance(prompts, encoding.Encoded | None) else self.encode(prompts)
+        rows = self.vocabulary.before_end(value)
+        return texts.completion_texts(self.tokenizer, rows, value.shape[:-1], encoded)
 
     def token_ids(self, value: Tensor) -> np.ndarray:
         """Return completions (*batch, token) as lists of token ids, with the end, an object array of the batch's shape.
@@ -466,9 +479,4 @@ class LanguageModel(nn.Module):
 
     def detokenize(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each row of token ids, without special tokens."""
-        return list(self.tokenizer.batch_decode(rows, skip_special_tokens=True))
-
-
-def _first(*options: Any) -> Any:
-    """Return the first option that is not None, or None."""
-    return next((option for option in options if option is not None), None)
+        return texts.decode(self.tokenizer, rows)

@@ -72,14 +72,14 @@ class CausalNetwork:
         self._output_type: type[Any] = object  # of the body
         self.findings = Findings() if findings is None else findings
         ids = own_forward.texts(self)
-        counts = [p._version for p in self.parameters]
+        counts = [_version(p) for p in self.parameters]
         with own_forward.aside(self.device):
             logits = self._logits_of(network, ids)
             self._split(ids)
             if findings is None:
                 self.findings = own_forward.find(self, ids, logits)
         # Of these torch counts changes in every pass that are none: PEFT's adapters of experts raise the count.
-        self._miscounted = [p for p, n in zip(self.parameters, counts, strict=True) if p._version != n]
+        self._miscounted = [p for p, n in zip(self.parameters, counts, strict=True) if _version(p) != n]
 
     def _logits_of(self, network: nn.Module, ids: Tensor) -> Tensor:
         """Return the logits (row, length, vocabulary) that a network computes of texts (row, length).
@@ -173,7 +173,7 @@ class CausalNetwork:
     @property
     def version(self) -> Hashable:
         """A value that changes with the weights and with which adapters are active."""
-        count = sum(p._version for p in self.parameters) - sum(p._version for p in self._miscounted)
+        count = sum(map(_version, self.parameters)) - sum(map(_version, self._miscounted))
         active = tuple((m.disable_adapters, *m.active_adapters) for m in self._adapted)
         few = tuple(weights.values(self._miscounted).items()) if self._miscounted else ()
         return count, active, few
@@ -414,3 +414,11 @@ def _exact_weights(network: nn.Module, causal: Any, names: Collection[str] | Non
         names = [name for name, _ in causal.named_parameters() if any(part in name for part in parts)]
     adapters = own_parameters(network) if has_adapters(network) else []
     return {*adapters, *(p for name, p in causal.named_parameters() if plain_name(name) in names)}
+
+
+def _version(x: Tensor) -> int:
+    """Return torch's count of a tensor's in-place changes.
+
+    One that was made in inference mode has none: only there could it be changed, where no score is kept.
+    """
+    return 0 if x.is_inference() else x._version

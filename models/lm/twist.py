@@ -30,6 +30,7 @@ from bayeslm.files import atomic_folder, read_header
 
 from .decoding import Decoder
 from .language_model import LanguageModel
+from .module_errors import ModuleWithProperties
 from .network import CausalNetwork
 from .tensor_files import read_tensors
 
@@ -68,7 +69,7 @@ class TwistInputs(NamedTuple):
     so_far: Tensor | None
 
 
-class Twist(nn.Module):
+class Twist(ModuleWithProperties):
     """log psi of unfinished completions of a language model; made by `bayeslm.inference.sequential.TwistLearning`.
 
     :param lm: the prior. Its weights are used, never changed, and not saved with the twist.
@@ -240,7 +241,6 @@ class Twist(nn.Module):
         :raises ValueError: if another version wrote it, or it was trained on another language model.
         """
         config = read_header(path, "twist.json", FORMAT, "twist")
-        verify(Path(path))
         state = read_tensors(Path(path) / "twist.safetensors", str(lm.device))
         try:
             settings = config["settings"]
@@ -251,6 +251,7 @@ class Twist(nn.Module):
             twist.stats = dict(config["stats"])
         except (LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{Path(path) / 'twist.json'} does not fit twist.safetensors: {error}") from error
+        verify(Path(path))
         return twist
 
     # -- inside --------------------------------------------------------------------------------------------------

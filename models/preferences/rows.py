@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 from bayeslm.files import write_file
-from bayeslm.tables import check_characters, json_lines
+from bayeslm.prompt_files import check_characters, json_lines
 
 Row = TypeVar("Row")
 MAX_ERRORS = 10  # bad rows that an error lists

@@ -48,7 +48,7 @@ from torch.nn.functional import logsigmoid
 
 from bayeslm.checksums import verify
 from bayeslm.files import atomic_folder, read_header
-from bayeslm.models.lm import LanguageModel, read_tensors
+from bayeslm.models.lm import LanguageModel, exclusive, read_tensors
 from bayeslm.models.rewards import Reward, broadcast
 from bayeslm.posterior import Posterior
 
@@ -140,7 +140,7 @@ class UncertainReward(Reward):
         :param temperature: divides the prior's logits.
         :param seed: seed of the completions; the global random state does not change.
         """
-        with torch.random.fork_rng():
+        with exclusive(), torch.random.fork_rng():
             torch.manual_seed(seed)
             completion = prior(list(prompts), max_new_tokens=max_new_tokens, temperature=temperature)
             texts = completion.decode(completion.sample(torch.Size([num_samples])))  # (sample, prompt)
@@ -223,8 +223,8 @@ class UncertainReward(Reward):
         :raises ValueError: if another version wrote it, or the program has other features.
         """
         config = read_header(path, "uncertain.json", FORMAT, "uncertain reward")
-        verify(Path(path))
         tensors = read_tensors(Path(path) / "uncertain.safetensors")
+        verify(Path(path))
         probe = model.featurise(*PROBE).cpu()
         if probe.shape != tensors["probe"].shape or not torch.allclose(probe, tensors["probe"], rtol=1e-3, atol=1e-3):
             raise ValueError(f"the weights in {path} belong to other features: pass those, fitted to the same texts")

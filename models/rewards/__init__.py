@@ -11,6 +11,7 @@ from .broadcasting import broadcast, check_columns, with_trainer_arguments
 from .calling import copied
 from .classifier import Classifier
 from .registry import get, load
+from .rehearsal import rehearsal
 from .reward import Reward, RewardError, RewardFunction
 from .text_rewards import Sentiment, Similarity, TextReward, Toxicity, sentence_embeddings
 from .unfinished import prefixes
@@ -35,6 +36,7 @@ __all__ = [
     "get",
     "load",
     "prefixes",
+    "rehearsal",
     "sentence_embeddings",
     "with_trainer_arguments",
 ]

@@ -72,6 +72,8 @@ def broadcast(
             flat_columns[name] = values  # a callback or a setting, which TRL passes to every reward
             continue
         column = _objects(values)
+        if column.ndim and prompt_array.ndim and column.shape[-1] == 1 < prompt_array.shape[-1]:
+            raise ValueError(f"column {name!r} has 1 value for {prompt_array.shape[-1]} prompts: give one a prompt")
         try:
             flat_columns[name] = flat(column)
         except ValueError:

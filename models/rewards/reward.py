@@ -27,6 +27,7 @@ from torch import Tensor
 from .broadcasting import Flat, broadcast, is_chat, take
 from .calling import TimeLimitError, call, check_timeout, copied
 from .function_checks import ABSTAINED, check_function, check_scores, is_real, name_of, parameters, short, with_none
+from .rehearsal import arbitrary_scores, is_rehearsal
 from .unfinished import UnfinishedTexts, suspended
 
 Item = TypeVar("Item")
@@ -121,6 +122,8 @@ class Reward:
         shape, text_shape, flat = broadcast(prompts, completions, columns)
         if 0 in shape:
             return torch.zeros(shape)
+        if is_rehearsal():
+            return torch.tensor(arbitrary_scores(*flat[:2])).reshape(shape)
         with suspended() as context:
             if context is None:
                 scores = self._scores(*flat)

@@ -24,7 +24,7 @@ NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")  # as in 
 Rows = list[tuple[str, Any]]  # the place of each row in the file, and its value
 
 
-def read_table(path: str | os.PathLike[str]) -> tuple[list[Any], dict[str, list[Any]]]:
+def read_prompt_file(path: str | os.PathLike[str]) -> tuple[list[Any], dict[str, list[Any]]]:
     """Return the prompts in a file, and its other columns.
 
     A prompt is a text, a chat (a list of messages), or a list of token ids. In JSON a row is an object with "prompt",

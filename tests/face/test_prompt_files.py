@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bayeslm.tables import read_table
+from bayeslm.prompt_files import read_prompt_file
 
 CHAT = [{"role": "user", "content": "hi"}]
 ODD = "a\u2028b\u0085c\x0cd\x1ce"  # characters at which str.splitlines splits
@@ -37,7 +37,7 @@ KINDS = {
 def test_every_kind_of_file_gives_the_same_prompts_and_columns(name: str, upper: bool, encoding: str, tmp_path: Path):
     path = tmp_path / (name.upper() if upper else name)
     path.write_bytes(KINDS[name].encode(encoding))
-    prompts, columns = read_table(path)
+    prompts, columns = read_prompt_file(path)
     assert (prompts, columns) == EXPECTED
     assert list(map(type, columns["answer"]))[1] is float
 
@@ -45,7 +45,7 @@ def test_every_kind_of_file_gives_the_same_prompts_and_columns(name: str, upper:
 @pytest.mark.parametrize("name", ["a.txt", "a", "a.md", "A.TXT"])
 def test_other_files_are_lines_of_text(name: str, tmp_path: Path):
     (tmp_path / name).write_bytes(codecs.BOM_UTF8 + f"  first {ODD}\r\n\n \t\nsecond \rthird".encode())
-    assert read_table(tmp_path / name) == ([f"  first {ODD}", "second ", "third"], {})
+    assert read_prompt_file(tmp_path / name) == ([f"  first {ODD}", "second ", "third"], {})
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_other_files_are_lines_of_text(name: str, tmp_path: Path):
 )
 def test_forms_of_rows(name: str, text: str, prompts: list, columns: dict, tmp_path: Path):
     (tmp_path / name).write_text(text)
-    found = read_table(tmp_path / name)
+    found = read_prompt_file(tmp_path / name)
     assert found == (prompts, columns)
     assert [list(map(type, x)) for x in found[1].values()] == [list(map(type, x)) for x in columns.values()]
 
@@ -122,15 +122,15 @@ def test_forms_of_rows(name: str, text: str, prompts: list, columns: dict, tmp_p
 def test_what_is_wrong_is_named_with_its_place(name: str, content: bytes, says: str, tmp_path: Path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=says) as caught:
-        read_table(tmp_path / name)
+        read_prompt_file(tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)
 
 
 def test_folders_and_files_that_are_not_there(tmp_path: Path):
     with pytest.raises(IsADirectoryError, match="is a folder: give a file of prompts"):
-        read_table(tmp_path)
+        read_prompt_file(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"nowhere.csv"):
-        read_table(tmp_path / "nowhere.csv")
+        read_prompt_file(tmp_path / "nowhere.csv")
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "A.PARQUET", "no_suffix"])
@@ -140,20 +140,20 @@ def test_parquet(name: str, tmp_path: Path):
     table = {"prompt": ["a", "b"], "answer": [4, None], "words": [["x"], []], "weight": [0.5, float("nan")]}
     parquet.write_table(pyarrow.table(table), tmp_path / name)
     table["weight"][1] = None
-    assert read_table(tmp_path / name) == (table.pop("prompt"), table)
+    assert read_prompt_file(tmp_path / name) == (table.pop("prompt"), table)
     chats = {"prompt": [CHAT, CHAT]}
     parquet.write_table(pyarrow.table(chats), tmp_path / name)
-    assert read_table(tmp_path / name) == (chats["prompt"], {})
+    assert read_prompt_file(tmp_path / name) == (chats["prompt"], {})
     parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / name)
     with pytest.raises(ValueError, match="has no column 'prompt'; its columns are 'text'"):
-        read_table(tmp_path / name)
+        read_prompt_file(tmp_path / name)
     (tmp_path / name).write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match="is no readable Parquet file"):
-        read_table(tmp_path / name)
+        read_prompt_file(tmp_path / name)
 
 
 def test_parquet_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(ImportError, match=r'needs pyarrow: pip install "bayeslm\[parquet\]"'):
-        read_table(tmp_path / "a.parquet")
+        read_prompt_file(tmp_path / "a.parquet")

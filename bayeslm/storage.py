@@ -7,6 +7,7 @@ posterior.nc     every array of numbers, at full precision, in a NetCDF file tha
                  (that group alone if no draw has positive weight)
 texts.json       every array of strings, character by character (NetCDF has no NUL), and empty arrays
 policy/          the trained policy, if there is one, as its `save_pretrained` writes it
+SHA256SUMS       of all these files
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ import numpy as np
 import xarray
 
 from bayeslm.arviz import Variables, make_datasets
+from bayeslm.checksums import verify
 from bayeslm.files import atomic_folder, read_header, read_json, require_memory
 from bayeslm.version import __version__
 from bayeslm.weights import Array
 
-FORMAT = "bayeslm.posterior/2"
+FORMAT = "bayeslm.posterior/3"
 ARRAYS, TEXTS = "posterior.nc", "texts.json"
 OWN_GROUP = "bayeslm"
 MAX_TEXTS = 2**32  # bytes of texts.json
@@ -84,6 +86,7 @@ def load(directory: Path) -> dict[str, Any]:
         fields = _fill(header["fields"], TEXTS, lambda mark: _read_texts(texts[mark["name"]], mark))
     with _naming(directory / ARRAYS) as path, h5py.File(path) as file:
         fields = _fill(fields, ARRAYS, lambda mark: _read_array(file, mark))
+    verify(directory)  # at the end, when it is known that no file is too large
     policy = directory / "policy"
     return fields | {"policy_path": policy if policy.is_dir() else None}
 

@@ -32,14 +32,13 @@ from bayeslm.inference.markov import Tally, latent_moves, sweep, tempered
 from bayeslm.inference.program import (
     Particles,
     SoFar,
-    Stopwatch,
     check_counts,
     check_positive,
     draw,
     inspect,
     keeping,
     posterior,
-    seeded,
+    running,
     to_numpy,
 )
 from bayeslm.inference.sequential import Population, WeightUpdate, check_resampling
@@ -106,7 +105,7 @@ class AnnealedSMC:
         :raises ProgramError: if a latent is masked, or a term of the log-joint is NaN or +inf.
         :raises RunError: if an error stops the run after particles were drawn; it carries those of the last sweep.
         """
-        with seeded(self.seed), Stopwatch() as watch, torch.no_grad():
+        with running(self.seed) as watch, torch.no_grad():
             program = inspect(model, *args, **kwargs)
             size = self.num_particles * self.num_chains
             initial, interrupted = draw(program, None, size, progress=self.progress, label="particles of the prior")

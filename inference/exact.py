@@ -23,12 +23,11 @@ from bayeslm.inference.program import (
     Program,
     ProgramError,
     Site,
-    Stopwatch,
     check_counts,
     inspect,
     posterior,
+    running,
     score_values,
-    seeded,
 )
 from bayeslm.models.lm import Autoregressive
 from bayeslm.posterior import Posterior
@@ -59,7 +58,7 @@ class Exact:
         :raises ProgramError: if a latent cannot be enumerated, or there are more than ``max_atoms`` atoms.
         :raises EvidenceError: if no atom has positive probability.
         """
-        with seeded(self.seed), Stopwatch() as watch:
+        with running(self.seed) as watch:
             program = inspect(model, *args, **kwargs)
             particles = self._enumerate(program)
             atoms = len(particles)

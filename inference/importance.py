@@ -17,14 +17,13 @@ from typing import Any
 
 from bayeslm.inference.program import (
     PolicyGuide,
-    Stopwatch,
     as_proposal,
     check_counts,
     draw,
     inspect,
     inspect_or_reuse,
     posterior,
-    seeded,
+    running,
 )
 from bayeslm.inference.sequential import check_retained, put_first, retained_particles
 from bayeslm.models.lm import LanguageModel
@@ -79,7 +78,7 @@ class ImportanceSampling:
         :raises ProgramError: if the retained draws are not of this program, or the guide cannot have proposed them.
         :raises RunError: if an error stops the run after the first batch; it carries the draws.
         """
-        with seeded(self.seed), Stopwatch() as watch:
+        with running(self.seed) as watch:
             program = (
                 inspect_or_reuse(None, model, args, kwargs)
                 if self.retained is None

@@ -27,12 +27,11 @@ from bayeslm import diagnostics
 from bayeslm.inference.markov import Potential, ScoreOnce, score_unconstrained, starting_point, unconstrained_shapes
 from bayeslm.inference.program import (
     ProgramError,
-    Stopwatch,
     check_counts,
     check_positive,
     inspect,
     posterior,
-    seeded,
+    running,
     to_numpy,
 )
 from bayeslm.posterior import Posterior
@@ -85,7 +84,7 @@ class Laplace:
             one); if no mode is found, or the posterior is flat there.
         :raises EvidenceError: if no starting point has positive probability.
         """
-        with seeded(self.seed), Stopwatch() as watch:
+        with running(self.seed) as watch:
             program = inspect(model, *args, **kwargs)
             shapes = unconstrained_shapes(program)
             if program.weight_prompts > 1:

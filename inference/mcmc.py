@@ -26,7 +26,6 @@ from bayeslm.inference.program import (
     Particles,
     PolicyGuide,
     SoFar,
-    Stopwatch,
     check_counts,
     check_evidence,
     check_positive,
@@ -35,7 +34,7 @@ from bayeslm.inference.program import (
     keeping,
     posterior,
     prompt_labels,
-    seeded,
+    running,
     to_numpy,
 )
 from bayeslm.models.lm import LanguageModel
@@ -90,7 +89,7 @@ class MCMC:
         :raises ProgramError: if a latent is masked, or a term of the log-joint is NaN or +inf.
         :raises RunError: if an error stops the run after the first draws; it carries them.
         """
-        with seeded(self.seed), Stopwatch() as watch, torch.no_grad():
+        with running(self.seed) as watch, torch.no_grad():
             program = inspect(model, *args, **kwargs)
             guide = None if self.proposal is None else PolicyGuide(program, self.proposal)
             initial, interrupted = draw(

@@ -25,13 +25,12 @@ from bayeslm.inference.program import (
     Particles,
     Program,
     SoFar,
-    Stopwatch,
     check_counts,
     draw,
     inspect,
     keeping,
     posterior,
-    seeded,
+    running,
 )
 from bayeslm.posterior import Posterior
 from bayeslm.progress import Report, track
@@ -86,7 +85,7 @@ class NUTS:
         :raises EvidenceError: if no starting point has positive probability.
         :raises RunError: if an error stops the run after the first draw; it carries the same draws.
         """
-        with seeded(self.seed), Stopwatch() as watch:
+        with running(self.seed) as watch:
             program = inspect(model, *args, **kwargs)
             shapes = unconstrained_shapes(program)
             score_once = ScoreOnce(program)

@@ -23,8 +23,8 @@ from bayeslm.inference.program import (
     assign_values,
     inspect,
     run_particles,
+    running,
     sample_sites,
-    seeded,
     site_value,
     to_numpy,
     traces,
@@ -55,7 +55,7 @@ def predict(
     :param seed: seed of all random numbers; None draws from the global random state.
     :raises ProgramError: if the program has other latents than the posterior, or no observed data.
     """
-    with seeded(seed), torch.no_grad():
+    with running(seed), torch.no_grad():
         program = inspect(model, *args, **kwargs)
         observed = [site for site in program.sites.values() if site.kind == "observed" and site.value.numel()]
         if not observed:

@@ -25,7 +25,6 @@ from bayeslm.inference.program import (
     Program,
     ProgramError,
     SoFar,
-    Stopwatch,
     check_counts,
     check_evidence,
     draw,
@@ -34,10 +33,12 @@ from bayeslm.inference.program import (
     posterior,
     prompt_labels,
     run_particles,
-    seeded,
+    running,
 )
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
+
+TOLERANCE = 1e-4  # nats by which a draw may exceed the bound
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ class RejectionSampling:
         prompt; ``interrupted``, ``seconds``, ``tokens`` and ``model_calls``. After Ctrl-C the posterior has the draws
         until then, equally many of each prompt and chain.
 
-        :raises ProgramError: if no finite bound is known, or a proposal exceeds it. As a wrong bound makes all accepted
-            draws wrong, there are no results then.
+        :raises ProgramError: if no finite bound is known, or a proposal exceeds it by more than rounding. As a wrong
+            bound makes all accepted draws wrong, there are no results then.
         :raises EvidenceError: if ``max_proposals``, or Ctrl-C, leave a prompt with fewer draws than chains.
         :raises RunError: if another error stops the run after the first batch; it carries all proposals, weighted as by
             `ImportanceSampling`.
@@ -89,7 +90,7 @@ class RejectionSampling:
                 f"rejection sampling needs a finite upper bound of the log-likelihood, got {bound}: set log_bound to "
                 "r_max / beta, or use TiltedLM with a reward that has an upper_bound"
             )
-        with seeded(self.seed), Stopwatch() as watch:
+        with running(self.seed) as watch:
             program = inspect(model, *args, **kwargs)
             proposals, accepted, interrupted = self._propose(program, bound)
             counts = accepted.sum(0)
@@ -134,7 +135,7 @@ class RejectionSampling:
         parts: list[tuple[Particles, torch.Tensor]] = []
         least = done = 0
         highest = -math.inf
-        tolerance = 1e-4 * max(1.0, abs(bound))
+        tolerance = max(TOLERANCE, torch.finfo(torch.float32).eps * abs(bound))  # no more than rounding
         counts = torch.zeros((), dtype=torch.long, device=program.device)
 
         def so_far() -> SoFar | None:
@@ -202,7 +203,7 @@ class BestOfN:
             had a draw.
         :raises RunError: if an error stops the run after the first batch; it carries the candidates.
         """
-        with seeded(self.seed), Stopwatch() as watch:
+        with running(self.seed) as watch:
             program = inspect(model, *args, **kwargs)
             candidates, interrupted = draw(
                 program,

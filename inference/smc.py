@@ -29,12 +29,11 @@ from bayeslm.inference.program import (
     Particles,
     ProgramError,
     SoFar,
-    Stopwatch,
     check_counts,
     inspect,
     keeping,
     posterior,
-    seeded,
+    running,
 )
 from bayeslm.inference.sequential import (
     LearnedTwist,
@@ -126,7 +125,7 @@ class SMC:
             draws are not for this program.
         :raises RunError: if an error stops the run after the first chains; it carries their particles.
         """
-        with seeded(self.seed), Stopwatch() as watch:
+        with running(self.seed) as watch:
             program = inspect(model, *args, **kwargs)
             at_once = max(1, program.max_particles // self.num_particles)
             retained = None if self.retained is None else retained_values(program, self.retained, self.num_chains)

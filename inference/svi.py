@@ -22,11 +22,12 @@ from bayeslm.inference.program import (
     Stopwatch,
     as_proposal,
     check_counts,
+    check_independence,
     draw,
     inspect_or_reuse,
     keeping,
     posterior,
-    seeded,
+    running,
 )
 from bayeslm.inference.training import (
     Adam,
@@ -132,18 +133,20 @@ class SVI:
         :raises ValueError: if ``checkpoint`` holds another run's, with what differs.
         :raises BlockingIOError: if another process trains with the same ``checkpoint``.
         """
-        with seeded(self.seed), Stopwatch() as watch, contextlib.ExitStack() as held:
+        with running(self.seed) as watch, contextlib.ExitStack() as held:
             program = inspect_or_reuse(None, model, args, kwargs)
+            check_independence(program)  # before the training, also where the objective runs one particle at a time
             objective = self.objective if self.objective is not None else ReverseKL(self.num_particles or 8)
             checkpoints = self._checkpoints(program, objective)
             if checkpoints is not None:
                 held.enter_context(checkpoints)
+            saved = [None if checkpoints is None else checkpoints.newest(i) for i in range(self.num_chains)]
             chains: list[Training] = []
             with keeping(lambda: _so_far(chains)):
                 while len(chains) < self.num_chains and not any(chain.interrupted for chain in chains):
                     chains.append(self._chain(program, objective, len(chains), watch))
-                    if checkpoints is not None and (saved := checkpoints.newest(len(chains) - 1)) is not None:
-                        chains[-1].restore(saved)
+                    if (state := saved.pop(0)) is not None:
+                        chains[-1].restore(state)
                     if not chains[-1].done:
                         chains[-1].run(checkpoints)
             with keeping(lambda: _so_far(chains), can_return=False):

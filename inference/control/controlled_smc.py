@@ -32,12 +32,11 @@ from bayeslm.inference.program import (
     Particles,
     Program,
     ProgramError,
-    Stopwatch,
     check_counts,
     inspect,
     posterior,
+    running,
     score_values,
-    seeded,
 )
 from bayeslm.inference.sequential import Population, WeightUpdate, check_resampling
 from bayeslm.models.control import MDP, Control, TabularPolicy, Trajectory, step_rewards
@@ -99,7 +98,7 @@ class ControlledSMC:
                 "ControlledSMC needs a Control program whose environment has discrete states; use SVI with a neural "
                 "policy for other observations, and ImportanceSampling for other programs"
             )
-        with seeded(self.seed), Stopwatch() as watch:
+        with running(self.seed) as watch:
             program = inspect(model, *args, **kwargs)
             trajectory = model.trajectory(model.prior, *args, **kwargs)
             transitions = _TransitionCounts(model)

@@ -22,7 +22,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from bayeslm.inference.program import check_counts, seeded
+from bayeslm.inference.program import check_counts, running
 from bayeslm.models.control import MDP, Environment, Experience
 from bayeslm.progress import track
 
@@ -107,7 +107,7 @@ class PSRL:
         belief = prior.expand(self.num_runs)
         regret: list[Tensor] = []
         returns: list[Tensor] = []
-        with seeded(self.seed), track(type(self.exploration).__name__, self.num_episodes, self.progress) as report:
+        with running(self.seed), track(type(self.exploration).__name__, self.num_episodes, self.progress) as report:
             for _ in range(self.num_episodes):
                 try:
                     world = belief.sample() if self.exploration.needs_draws else belief.mean

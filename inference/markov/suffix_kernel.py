@@ -39,7 +39,7 @@ from bayeslm.inference.program import (
     score_values,
     to_numpy,
 )
-from bayeslm.models.lm import LanguageModel
+from bayeslm.models.lm import LanguageModel, differentiating
 
 from .chains import Tally, sweep
 from .moves import Move, RandomWalk, latent_moves
@@ -95,6 +95,7 @@ class SuffixKernel(MCMCKernel):
         self.transforms: dict[str, Transform] | None = None  # for Pyro's MCMC; set by `setup`
         self._initial_params: dict[str, Tensor] | None = None
 
+    @differentiating()
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Inspect ``model(*args, **kwargs)`` and start a chain.
 
@@ -117,6 +118,7 @@ class SuffixKernel(MCMCKernel):
         if names := [move.site.name for move in moves if move not in self._moves]:
             self._nuts = _NUTSBlock(program, names, self._state, warmup_steps, self.target_accept, self.max_tree_depth)
 
+    @differentiating()
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the state after ``params``, both (*batch, *event) by site."""
         if params is not self._params:  # not the state after this kernel's last step
@@ -188,14 +190,12 @@ class _NUTSBlock:
         self._score_once = ScoreOnce(program)
         self._kernel = PyroNUTS(potential_fn=self._potential, target_accept_prob=target_accept, max_tree_depth=depth)
         self._kernel.initial_params = self._condition(state)
-        with torch.enable_grad():
-            self._kernel.setup(warmup)
+        self._kernel.setup(warmup)
 
     def __call__(self, state: Particles) -> Particles:
         z = self._condition(state)
         self._kernel.clear_cache()
-        with torch.enable_grad():
-            z = self._kernel.sample(z)
+        z = self._kernel.sample(z)
         at = {name: self._program.under_plate(name, x.detach()[None]) for name, x in z.items()}
         others = {name: value for name, value in state.values.items() if name not in self._names}
         with assign_values(self._program, others, state.token_log_prob), Assign(Unconstrained(at).assignments()):

@@ -82,7 +82,7 @@ class Pool:
         """
         with seeded(seed):
             completion = lm(list(prompts), max_new_tokens=max_new_tokens, temperature=temperature)
-            texts = lm.decode(completion.sample(torch.Size([num_completions])))  # (completion, prompt)
+            texts = completion.decode(completion.sample(torch.Size([num_completions])))  # (completion, prompt)
         return cls(list(prompts) * num_completions, texts.ravel().tolist())
 
     def __call__(self, weights: Tensor, answers: Sequence[Answer] = ()) -> Pool:
@@ -249,7 +249,8 @@ class Elicitation:
             if not len(pairs):
                 return None
             rewards = self.model.reward(pool.prompts, pool.completions, weights).cpu()  # (draw, completion)
-            i, j = pairs[self.acquisition.choose(rewards, pairs, pool.prompt_indices)].tolist()
+            chosen = self.acquisition.choose(rewards.clone(), pairs.clone(), pool.prompt_indices.clone())
+            i, j = pairs[chosen].tolist()
             if torch.rand(()) < 0.5:
                 i, j = j, i
             probability = (rewards[:, i] - rewards[:, j]).sigmoid().mean()

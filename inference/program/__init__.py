@@ -5,10 +5,11 @@ from .checks import check_counts, check_positive
 from .errors import EvidenceError, ProgramError
 from .guides import PolicyGuide, as_proposal, draw_latents
 from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, RandomStates, seeded
+from .independence import check_independence
 from .partial import PartialRun
-from .particles import Particles, particles_of, run_particles, score_sites, site_value, to_numpy, traces
-from .program import STEPS, Program, Site, along, in_prompts, inspect, inspect_or_reuse, sample_sites
-from .run import RunError, SoFar, Stopwatch, check_evidence, draw, keeping, posterior, prompt_labels
+from .particles import Particles, particles_of, run_particles, score_sites, to_numpy, traces
+from .program import STEPS, Program, Site, along, in_prompts, inspect, inspect_or_reuse, sample_sites, site_value
+from .run import RunError, SoFar, Stopwatch, check_evidence, draw, keeping, posterior, prompt_labels, running
 
 __all__ = [
     "PARTICLES",
@@ -33,6 +34,7 @@ __all__ = [
     "assign_values",
     "check_counts",
     "check_evidence",
+    "check_independence",
     "check_positive",
     "draw",
     "draw_latents",
@@ -44,6 +46,7 @@ __all__ = [
     "posterior",
     "prompt_labels",
     "run_particles",
+    "running",
     "same_distribution",
     "sample_sites",
     "score_sites",

@@ -224,7 +224,8 @@ class Population:
                 rows = rows.movedim(program.prompt_dim, 1)[:, column]
             before = decoder.values.clone()
             before[:, decoder.t - 1] = distribution.vocabulary.pad_token_id
-            error.survivors = tuple(str(text) for text in distribution.decode(before[rows[alive].reshape(-1)]))
+            texts = distribution.decode(before.reshape(*distribution.batch_shape, -1)).reshape(-1)
+            error.survivors = tuple(map(str, texts[rows[alive].reshape(-1).cpu()]))
             shown = ", ".join(map(repr, error.survivors[:3]))
             error.add_note(f"alive until then ({len(error.survivors)}, all in this error's .survivors): {shown}")
         error.add_note("use more particles, a softer constraint, or a twist or a proposal that anticipates it")

@@ -38,13 +38,12 @@ from bayeslm.inference.program import (
     PartialRun,
     Program,
     ProgramError,
-    Stopwatch,
     check_counts,
     check_evidence,
     check_positive,
     inspect,
     prompt_labels,
-    seeded,
+    running,
 )
 from bayeslm.models.lm import POWERS, Twist, TwistInputs, categorical, generate
 from bayeslm.progress import track
@@ -117,7 +116,7 @@ class TwistLearning:
         :raises EvidenceError: if no draw has positive probability.
         :raises ProgramError: if the program has no completion, or several and ``site`` is not one of their names.
         """
-        with seeded(self.seed), Stopwatch() as watch:
+        with running(self.seed) as watch:
             program = inspect(model, *args, **kwargs)
             name = self._site(program)
             twist, data = self._draw(program, name)

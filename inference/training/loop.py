@@ -134,11 +134,15 @@ class Training:
     @contextlib.contextmanager
     def own_params(self) -> Iterator[None]:
         """Have the chain's parameters in Pyro's store."""
+        store = pyro.get_param_store()
         if self._params is None:
             yield
-        else:
-            with pyro.get_param_store().scope(self._params):
+            return
+        try:
+            with store.scope(self._params):
                 yield
+        finally:
+            list(store.values())  # gives parameters of an enclosing training the references that `scope` took off
 
     @contextlib.contextmanager
     def _ended_by_ctrl_c(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from bayeslm.inference.program import Particles, Program, inspect_or_reuse
+from bayeslm.models.lm import differentiating
 
 from .epochs import next_minibatch
 from .state import EMPTY, State
@@ -86,10 +87,7 @@ class Objective:
         """Return what of a state still holds where the program, or its arguments, are others."""
         return state
 
-    def identity(self) -> Mapping[str, Any]:
-        """Return the settings on which results depend, for checkpoints."""
-        return vars(self)
-
+    @differentiating()
     def __call__(self, model: Callable[..., Any], guide: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss with its gradient, for ``pyro.infer.SVI(..., loss=objective)``.
 
@@ -138,6 +136,7 @@ class StatefulLoss(ELBO):
         with torch.no_grad():
             return float(self.differentiable_loss(model, guide, *args, **kwargs))
 
+    @differentiating()
     def loss_and_grads(
         self, model: Callable[..., Any], guide: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> float:

@@ -110,6 +110,17 @@ def _scale(box: gymnasium.spaces.Box) -> Tensor:
     return torch.where((half > 0) & (half < UNBOUNDED), half, 1.0).float()
 
 
+def _row_values(name: str, values: Any, rows: int) -> Tensor:
+    """Return a number a row, (row,) float32, from any shape with as many elements, such as (row, 1).
+
+    :raises ValueError: if there are more or fewer, or one is not finite.
+    """
+    array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+    if array.size != rows or array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+        raise ValueError(f"GymEnvironment: {name} of a step must be {rows} finite numbers, got {values!r:.60}")
+    return torch.from_numpy(array.astype(np.float32).reshape(rows))
+
+
 def _seeds(n: int) -> list[int]:
     """Draw n seeds for NumPy generators from torch's."""
     return torch.randint(2**31, (n,)).tolist()
@@ -137,7 +148,9 @@ class CopiedEpisodes:
         for i in (~ended).nonzero().squeeze(-1).tolist():
             observation, reward, terminal, truncated, _ = self._envs[i].step(numbers[i])
             observations[i] = self._environment.to_tensor([observation])[0]
-            rewards[i], ended[i], terminated[i] = float(reward), terminal or truncated, terminal
+            plain = isinstance(reward, float | int) and math.isfinite(reward)  # others, of shape (1,), take longer
+            rewards[i] = reward if plain else _row_values("rewards", reward, 1)[0]
+            ended[i], terminated[i] = bool(terminal or truncated), bool(terminal)
         self.observations, self.ended, self.terminated = observations, ended, terminated
         return rewards
 
@@ -177,9 +190,11 @@ class VectorEpisodes:
     def step(self, actions: Tensor) -> Tensor:
         observations, rewards, terminated, truncated, _ = self._vector.step(self._environment.to_gymnasium(actions))
         self.observations = self._environment.to_tensor(observations)
-        rewards = torch.from_numpy(np.asarray(rewards, dtype=np.float32)).masked_fill(self.ended, 0.0)
-        self.terminated = self.terminated | torch.from_numpy(terminated) & ~self.ended
-        self.ended = self.ended | torch.from_numpy(terminated | truncated)
+        rewards = _row_values("rewards", rewards, len(self.ended)).masked_fill(self.ended, 0.0)
+        terminal = _row_values("terminated", terminated, len(self.ended)) != 0
+        stopped = _row_values("truncated", truncated, len(self.ended)) != 0
+        self.terminated = self.terminated | terminal & ~self.ended
+        self.ended = self.ended | terminal | stopped
         return rewards
 
     def select(self, rows: Tensor) -> None:

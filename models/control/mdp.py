@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,8 +98,9 @@ class MDP:
         for s, row in table.items():
             for a, outcomes in row.items():
                 for p, next_state, reward, terminated in outcomes:
+                    reward = np.asarray(reward, dtype=np.float64).item()  # which may be of shape (1,)
                     if p > 0:
-                        paid[s, a, next_state].add(float(reward))
+                        paid[s, a, next_state].add(reward)
                     transitions[s, a, next_state] += p
                     rewards[s, a, next_state] += p * reward
                     (ending if terminated else continuing)[s, a, next_state] += p

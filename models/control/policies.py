@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from bayeslm.files import atomic_file
-from bayeslm.models.lm import read_tensors
+from bayeslm.models.lm import ModuleWithProperties, forked, read_tensors
 
 from .environments import Environment
 
@@ -34,7 +34,7 @@ class UniformPolicy(nn.Module):
         return observations.new_zeros(*observations.shape[:-1], self.num_actions)
 
 
-class TrainablePolicy(nn.Module):
+class TrainablePolicy(ModuleWithProperties):
     """A policy whose weights can be saved and loaded."""
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -150,8 +150,7 @@ class MLPPolicy(TrainablePolicy):
         self.register_buffer("scale", torch.ones(environment.observation_size) if scale is None else scale.clone())
         widths = [environment.observation_size if self.num_states is None else self.num_states, *hidden]
         layers: list[nn.Module] = []
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with forked(seed):
             for inputs, outputs in itertools.pairwise(widths):
                 layers += [nn.Linear(inputs, outputs), nn.Tanh()]
             last = nn.Linear(widths[-1], environment.num_actions)

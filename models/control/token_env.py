@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from bayeslm.models.lm import Autoregressive, Decoder, LanguageModel, Prompt
-from bayeslm.models.rewards import Reward
+from bayeslm.models.rewards import Reward, RewardFunction, with_trainer_arguments
 
 try:
     import gymnasium
@@ -64,7 +64,7 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
     def __init__(
         self,
         prior: LanguageModel | Callable[[], LanguageModel],
-        reward: Reward | Callable[..., Sequence[float]],
+        reward: Reward | RewardFunction,
         prompts: Sequence[Prompt],
         max_new_tokens: int = 24,
         *,
@@ -182,8 +182,10 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         return observation
 
     def _score(self, text: str) -> float:
+        assert self._decoder is not None
         columns = {name: [column[self._prompt]] for name, column in self.columns.items()}
-        score = float(self.reward([self.prompts[self._prompt]], [text], **columns))
+        arguments = with_trainer_arguments(columns, self.prior.token_ids(self._decoder.values))
+        score = float(self.reward([self.prompts[self._prompt]], [text], **arguments))
         if math.isinf(score):
             raise ValueError(
                 f"TokenEnv: the reward of {text!r} is -inf, which makes mean returns -inf; replace constraints by a "

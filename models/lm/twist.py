@@ -25,14 +25,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad
 
+from bayeslm.checksums import verify
 from bayeslm.files import atomic_folder, read_header
 
 from .decoding import Decoder
 from .language_model import LanguageModel
+from .module_errors import ModuleWithProperties
 from .network import CausalNetwork
 from .tensor_files import read_tensors
 
-FORMAT = "bayeslm.twist/2"
+FORMAT = "bayeslm.twist/3"
 # Heads learn E[L^a | x_1:t], L = exp(r / beta), for each of these powers a, and SMC uses that of the first. At a small
 # beta few draws have any weight: of the milder powers of L the shared features learn from all draws.
 POWERS = (1.0, 0.5, 0.25, 0.1)
@@ -67,7 +69,7 @@ class TwistInputs(NamedTuple):
     so_far: Tensor | None
 
 
-class Twist(nn.Module):
+class Twist(ModuleWithProperties):
     """log psi of unfinished completions of a language model; made by `bayeslm.inference.sequential.TwistLearning`.
 
     :param lm: the prior. Its weights are used, never changed, and not saved with the twist.
@@ -249,6 +251,7 @@ class Twist(nn.Module):
             twist.stats = dict(config["stats"])
         except (LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{Path(path) / 'twist.json'} does not fit twist.safetensors: {error}") from error
+        verify(Path(path))
         return twist
 
     # -- inside --------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ class JudgedLM:
                 equal = torch.zeros(len(self.reward.weights), device=self.prior.device)
                 judge = pyro.sample("judge", dist.Categorical(logits=equal))  # (judge, prompt)
             x = pyro.sample("completion", completion)
-            margins = self.reward.margins(prompts, self.prior.decode(x)).to(x.device)  # (prompt, draw)
+            margins = self.reward.margins(prompts, completion.decode(x)).to(x.device)  # (prompt, draw)
             pyro.deterministic("score", log_mean_sigmoid(margins), event_dim=0)
             with judges:
                 preferred = dist.Bernoulli(logits=Vindex(margins)[..., judge])

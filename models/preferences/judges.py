@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from numbers import Real
 
 from bayeslm.models.rewards import Reward
 
@@ -26,12 +27,18 @@ class Question:
     """Which is better, the ``first`` completion of the prompt or the ``second``?
 
     :param probability: posterior probability, when the question is asked, that the answer is the first.
+    :raises ValueError: if it is not in [0, 1].
     """
 
     prompt: str
     first: str
     second: str
     probability: float
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.probability, Real) and not isinstance(self.probability, bool)
+        if not (number and 0.0 <= self.probability <= 1.0):
+            raise ValueError(f"probability must be a number in [0, 1], got {self.probability!r:.60}")
 
     def with_answer(self, first_is_better: bool | None) -> Answer:
         """Return this question with a judge's answer.

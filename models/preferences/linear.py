@@ -17,6 +17,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from bayeslm.models.rewards import copied
+
 from .features import Features
 
 Data = TypeVar("Data")
@@ -46,6 +48,10 @@ class LinearReward(Generic[Data, Prepared]):
             self._last = data, self.prepare(data)
         self.observe(self._last[1])
 
+    def identity(self) -> dict[str, Any]:
+        """Return the settings, by which checkpoints tell runs apart."""
+        return {name: x for name, x in vars(self).items() if name != "_last"}
+
     def prepare(self, data: Data) -> Prepared:
         """Return the tensors that `observe` needs: features and observations."""
         raise NotImplementedError
@@ -72,7 +78,7 @@ class LinearReward(Generic[Data, Prepared]):
 
         :raises ValueError: if they have another shape, or are not finite.
         """
-        x = self.features(list(prompts), list(completions))
+        x = self.features(copied(list(prompts)), list(completions))  # which may edit its lists
         if not isinstance(x, Tensor) or x.ndim != 2 or len(x) != len(completions):
             shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"features must be a tensor ({len(completions)}, d), one row a completion, got {shape}")

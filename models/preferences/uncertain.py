@@ -46,15 +46,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from bayeslm.checksums import verify
 from bayeslm.files import atomic_folder, read_header
-from bayeslm.models.lm import LanguageModel, read_tensors
+from bayeslm.models.lm import LanguageModel, exclusive, read_tensors
 from bayeslm.models.rewards import Reward, broadcast
 from bayeslm.posterior import Posterior
 
 from .linear import LinearReward
 
 Form = Literal["mean", "draw", "quantile", "marginal"]
-FORMAT = 1
+FORMAT = 2
 PROBE = (["The weather today is"], [" fine, and a walk would be good."])  # a text whose features identify them in files
 MAX_MARGINS = 2**24  # margins computed at once: 64 MB
 
@@ -139,7 +140,7 @@ class UncertainReward(Reward):
         :param temperature: divides the prior's logits.
         :param seed: seed of the completions; the global random state does not change.
         """
-        with torch.random.fork_rng():
+        with exclusive(), torch.random.fork_rng():
             torch.manual_seed(seed)
             completion = prior(list(prompts), max_new_tokens=max_new_tokens, temperature=temperature)
             texts = completion.decode(completion.sample(torch.Size([num_samples])))  # (sample, prompt)
@@ -223,6 +224,7 @@ class UncertainReward(Reward):
         """
         config = read_header(path, "uncertain.json", FORMAT, "uncertain reward")
         tensors = read_tensors(Path(path) / "uncertain.safetensors")
+        verify(Path(path))
         probe = model.featurise(*PROBE).cpu()
         if probe.shape != tensors["probe"].shape or not torch.allclose(probe, tensors["probe"], rtol=1e-3, atol=1e-3):
             raise ValueError(f"the weights in {path} belong to other features: pass those, fitted to the same texts")

@@ -27,7 +27,7 @@ class Classifier(Reward):
     over the labels, or a sigmoid of each where the network's config says ``multi_label_classification``.
 
     Prompt and completion are joined without a separator. If the prompt is a chat, the completion becomes the
-    assistant's turn, and the classifier's own chat template writes the text.
+    assistant's turn, or the end of it if the chat ends in one, and the classifier's own chat template writes the text.
 
     The network runs on its device and in its precision, without gradient; scores are float32. If its config names no
     padding token, texts go through it one at a time.
@@ -98,8 +98,7 @@ class Classifier(Reward):
             text = prompt + completion
         elif len(prompt) and isinstance(prompt[0], dict):
             chat = True
-            turn = {"role": "assistant", "content": completion}
-            text = self.tokenizer.apply_chat_template([*prompt, turn], tokenize=False)
+            text = self.tokenizer.apply_chat_template(_with_answer(prompt, completion), tokenize=False)
         else:
             raise TypeError("token ids are another tokenizer's: give prompts as texts, or judge on='completion'")
         ids = self.tokenizer(
@@ -166,6 +165,14 @@ def _load(path: str | os.PathLike[str]) -> nn.Module:
         raise ValueError(f"{os.fspath(path)!r} is no trained sequence classifier: it lacks {missing}")
     network: nn.Module = model.to(torch.get_default_device())
     return network
+
+
+def _with_answer(chat: Sequence[dict[str, Any]], completion: str) -> list[dict[str, Any]]:
+    """Return a chat with its completion, which continues the assistant's turn if the chat ends in one."""
+    *before, last = chat
+    if last.get("role") == "assistant" and isinstance(last.get("content"), str):
+        return [*before, {**last, "content": last["content"] + completion}]
+    return [*chat, {"role": "assistant", "content": completion}]
 
 
 def _index(label: str | int | None, config: Any) -> int:

@@ -219,3 +219,11 @@ def test_any_module_with_the_call_convention():
             )
 
     assert_same_distribution(LanguageModel(Wrapped()), tiny_llama())
+
+
+@pytest.mark.parametrize("prompt", ["a \udc80", "\ud83d", [{"role": "user", "content": "b \ud800"}]])
+def test_half_a_character_in_a_prompt_is_named(prompt):
+    lm = tiny_llama()
+    lm.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"prompts\[1\] holds the lone surrogate '.ud"):
+        lm(["a", prompt])

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from bayeslm.models.rewards import Reward
-from bayeslm.validation import NonNegative, Seed, validated
+from bayeslm.validation import NonNegative, Seed, Share, validated
 
 from .comparisons import Comparisons
 

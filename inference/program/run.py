@@ -16,14 +16,14 @@ from pyro.poutine import runtime
 from torch import Tensor
 
 from bayeslm import diagnostics
-from bayeslm.models.lm import count_usage, differentiating, exclusive
+from bayeslm.models.lm import Encoded, count_usage, differentiating, exclusive
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 
 from .errors import EvidenceError
 from .handlers import seeded
 from .particles import Particles, run_particles, to_numpy
-from .program import Program
+from .program import Program, Site
 
 
 @runtime_checkable
@@ -284,7 +284,7 @@ def posterior(
         value = particles.values[site.name][: draws * num_chains]
         lengths[site.name] = split(site.fn.lengths(value))
         if site.fn.has_text:
-            texts[site.name] = site.fn.decode(value).reshape(lengths[site.name].shape)
+            texts[site.name] = _decoded(program, site, value).reshape(lengths[site.name].shape)
     return Posterior(
         samples=values,
         log_weights=weights,
@@ -308,6 +308,22 @@ def posterior(
         stats=stats,
         policy=policy,
     )
+
+
+def _decoded(program: Program, site: Site, value: Tensor) -> np.ndarray:
+    """Return the texts of completions (particle, *batch, token) of all prompts."""
+    if not program.in_chunks:
+        return site.fn.decode(value)
+    fns = [chunk.sites[site.name].fn for chunk in program.chunks]
+    if site.dims != ("prompt",) or any(fn.prompt_ids.shape[:-1] != fn.batch_shape for fn in fns):
+        return site.fn.lm.decode(value)
+    return site.fn.lm.decode(value, _of_all(program, [Encoded(fn.prompt_ids, fn.prompt_mask).rows() for fn in fns]))
+
+
+def _of_all(program: Program, parts: list[list[Any]]) -> list[Any]:
+    """Return the values of all prompts, from those of each of a program's `chunks`, the last of which may overlap."""
+    *before, last = parts
+    return [*itertools.chain(*before), *last[sum(map(len, parts)) - program.full_size :]]
 
 
 def _kept(program: Program) -> list[str]:
@@ -340,8 +356,7 @@ def prior_draws(program: Program, particles: Particles | None) -> dict[str, np.n
 def prompt_labels(program: Program) -> list[str]:
     """Return the label of each prompt: its text, if a completion site has one text a prompt, else its number."""
     if program.in_chunks:
-        *labels, last = [prompt_labels(chunk) for chunk in program.chunks]
-        return [*itertools.chain(*labels), *last[sum(map(len, labels)) - program.full_size :]]
+        return _of_all(program, [prompt_labels(chunk) for chunk in program.chunks])
     for site in program.completions:
         if site.fn.prompt_ids.shape[:-1].numel() == program.num_prompts:
             return site.fn.prompt_texts()

@@ -197,8 +197,11 @@ class Training:
             return Movement(program, self.guide, run_particles(program, self.guide, FEWEST_MEASURED))
         num = len(self._last.particles) // 4
         particles = self._last.particles[: min(MOST_MEASURED, max(FEWEST_MEASURED, num))]
-        program = program if particles.prompts is None else self.program.on(particles.prompts[0])
-        return Movement(program, self.guide, particles)
+        return Movement(self._program_of(particles), self.guide, particles)
+
+    def _program_of(self, particles: Particles) -> Program:
+        """Return the program of the prompts that particles of a step have: all of them, or a minibatch."""
+        return self.program if particles.prompts is None else self.program.on(particles.prompts[0])
 
     @property
     def _last(self) -> Estimate | None:
@@ -252,7 +255,7 @@ class Training:
             history=MappingProxyType(self.history),
             figures=figures,
             particles=particles,
-            texts=lambda: [] if particles is None else texts_of(particles, self.program, self._labels()),
+            texts=lambda: [] if particles is None else texts_of(particles, self._program_of(particles), self._labels()),
         )
 
     def _speed(self, seconds: float) -> float:
@@ -269,7 +272,7 @@ class Training:
         error.add_note(f"SVI stopped at step {self.step}" + (f" of chain {self.chain}" if self.chain else ""))
         if isinstance(error, FloatingPointError) and self._last is not None:
             self.lost = self._last.particles
-            error.add_note(describe_outlier(self.lost, self.program, self._labels()))
+            error.add_note(describe_outlier(self.lost, self._program_of(self.lost), self._labels()))
         if self.checkpoint is not None:
             error.add_note(f"the last checkpoint is {self.checkpoint}: the same call resumes it")
 

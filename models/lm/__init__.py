@@ -2,7 +2,7 @@
 
 from .autoregressive import Autoregressive
 from .decoding import Decoder, categorical, generate
-from .encoding import Prompt
+from .encoding import Encoded, Prompt
 from .gradients import differentiating
 from .language_model import LanguageModel
 from .module_errors import ModuleWithProperties
@@ -20,6 +20,7 @@ __all__ = [
     "Autoregressive",
     "CausalNetwork",
     "Decoder",
+    "Encoded",
     "LanguageModel",
     "ModuleWithProperties",
     "Prompt",

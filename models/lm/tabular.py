@@ -52,11 +52,15 @@ class NGramForCausalLM(PreTrainedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: DynamicCache | None = None,
         use_cache: bool = True,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Return logits (batch, tokens, vocabulary) of the token after each of ``input_ids`` (batch, tokens)."""
+        """Return logits (batch, tokens, vocabulary) of the token after each of ``input_ids`` (batch, tokens).
+
+        :param position_ids: unused; a table is the same at every place, so that kept tokens may move.
+        """
         none, history = self.config.vocab_size, self.config.order - 1
         new = input_ids.shape[-1]
         ids = input_ids

@@ -63,13 +63,13 @@ def test_a_trained_policy_survives_its_posterior(tmp_path: Path, monkeypatch: py
     prior = LanguageModel.from_pretrained("model")
     policy = LanguageModel.from_pretrained("run/svi-policy-so-far", base=prior)
     assert policy.has_adapters
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["call.json", "svi-policy-so-far"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "call.json", "svi-policy-so-far"]
 
 
 def test_results_go_to_the_temporary_folder(small_disk: Path, temporary: Path) -> None:
     posterior = from_prior(0, policy=table_lm())
     with pytest.raises(OSError, match="svi could not be written: No space left") as caught:
-        resume.save(small_disk, "svi", posterior)
+        resume.Results(small_disk).save("svi", posterior)
     (folder,) = temporary.glob("*/svi")
     assert caught.value.__notes__ == [f"the results of svi are in {folder} instead"]
     assert (Posterior.load(folder).samples["score"] == posterior.samples["score"]).all()
@@ -78,7 +78,7 @@ def test_results_go_to_the_temporary_folder(small_disk: Path, temporary: Path) -
 
 def test_nothing_can_be_saved(tmp_path: Path, temporary: Path) -> None:
     with full_disk(10), pytest.raises(OSError, match="svi could not be written") as caught:
-        resume.save(tmp_path / "out", "svi", from_prior(0, policy=table_lm()))
+        resume.Results(tmp_path / "out").save("svi", from_prior(0, policy=table_lm()))
     assert caught.value.__notes__[0].startswith(f"nothing of svi could be saved in {temporary} either")
 
 

@@ -231,7 +231,7 @@ def test_training_in_minibatches_at_a_target_of_the_kl(folder):
     assert posterior.stats["inverse_temperature"][0, -1] == pytest.approx(
         0.98**-11
     )  # the limit of the change in 11 steps
-    assert LanguageModel.from_pretrained("run/svi/policy").network.dtype == torch.float32
+    assert LanguageModel.from_pretrained("run/svi/policy").network.dtype == torch.bfloat16  # as it was trained
     assert "exact takes all prompts at once" in " ".join(
         infer("a", "--engine", "exact", "--minibatch", "1", code=1).split()
     )
@@ -317,7 +317,7 @@ OTHER_CALLS = {
     "bonus: code": lambda: edit("helpers.py", "0.1 *", "0.2 *"),
     "prior's content: network: weights was": lambda: tiny_llama(seed=5).save_pretrained("model"),
     "prior's content: eos_token_ids was": lambda: edit(
-        "model/generation_config.json", '"eos_token_id": ', '"eos_token_id": 1'
+        "model/generation_config.json", '"eos_token_id": 0', '"eos_token_id": 1'
     ),
     "prompts was": lambda: Path("prompts.txt").write_text("a b\n"),
     "version was": list,

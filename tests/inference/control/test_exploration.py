@@ -82,8 +82,8 @@ def test_thompson_is_the_probability_that_an_arm_is_best(seed):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: EpsilonGreedy(1.5), "epsilon must be in"),
-        (lambda: EpsilonGreedy(float("nan")), "epsilon must be in"),
+        (lambda: EpsilonGreedy(1.5), "epsilon must be a number in"),
+        (lambda: EpsilonGreedy(float("nan")), "epsilon must be a number in"),
         (lambda: Boltzmann(0.0), "temperature must be positive"),
         (lambda: Thompson().probabilities(torch.zeros(3)), r"a mean is one draw: mean\[None\]"),
         (lambda: Thompson().probabilities(torch.zeros(1, 3, dtype=torch.int64)), "must be floats"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyro
+from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
 from bayeslm.models.lm import LanguageModel, Prompt, read_table, without_index
@@ -87,7 +88,8 @@ class TiltedLM:
                 prompts = [prompts[i] for i in batch.tolist()]
             distribution = self.prior(prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature)
             x = pyro.sample("completion", distribution)
-            arguments = with_trainer_arguments(columns, self.prior.token_ids(x))
+            every = x.expand(broadcast_shape(x.shape[:-1], distribution.batch_shape) + x.shape[-1:])
+            arguments = with_trainer_arguments(columns, self.prior.token_ids(every))
             score = self.reward(prompts, distribution.decode(x), **arguments).to(x.device)
             pyro.deterministic("score", score, event_dim=0)
             pyro.factor("reward", score / self.beta)

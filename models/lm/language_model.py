@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bayeslm.validation import Count, Positive, Seed, validated
+from bayeslm.validation import Count, Positive, Seed, Unchecked, validated
 
 from . import adapters, encoding, fitting, loading, packing, saving, texts
 from .autoregressive import Autoregressive
@@ -60,7 +60,7 @@ class LanguageModel(ModuleWithProperties):
         network: nn.Module,
         tokenizer: Any = None,
         *,
-        eos_token_ids: int | Sequence[int] | None = None,
+        eos_token_ids: Annotated[int | Collection[int] | None, Unchecked] = None,
         pad_token_id: int | None = None,
         name: str | None = None,
         batch_size: Count | None = None,
@@ -102,7 +102,7 @@ class LanguageModel(ModuleWithProperties):
         base: LanguageModel | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        eos_token_ids: int | Sequence[int] | None = None,
+        eos_token_ids: Annotated[int | Collection[int] | None, Unchecked] = None,
         pad_token_id: int | None = None,
         batch_size: Count | None = None,
         micro_batch_size: Count | None = None,

@@ -259,14 +259,14 @@ def test_tilted_lm_subsamples_columns_with_their_prompts():
     prompts, numbers = ["a", "b", "c", "a b", "b c"], [1.0, 2.0, 3.0, 4.0, 5.0]
     model = TiltedLM(table_lm(vocab=4), reward, 1.0, max_new_tokens=2, subsample_size=2)
     for number in (numbers, np.array(numbers), torch.tensor(numbers)):
-        columns = {"number": number, "same": [0.5], "scale": 2.0}
+        columns = {"number": number, "same": [0.5] * 5, "scale": 2.0}
         posterior = ImportanceSampling(3, seed=0, progress=False).run(model, prompts, **columns)
         np.testing.assert_allclose(posterior.samples["score"], np.broadcast_to(numbers, (1, 3, 5)))
         SVI(num_steps=3, num_samples=2, seed=0, progress=False).run(model, prompts, **columns)
     pairs = {(prompt, float(number)) for batch in seen for prompt, number in batch}
     assert pairs == set(zip(prompts, numbers, strict=True))
     with pytest.raises(ValueError, match="column 'number' has 2 values for 5 prompts"):
-        ImportanceSampling(3, progress=False).run(model, prompts, number=[1.0, 2.0], same=[1.0], scale=1.0)
+        ImportanceSampling(3, progress=False).run(model, prompts, number=[1.0, 2.0], same=[1.0] * 5, scale=1.0)
     few = ImportanceSampling(3, progress=False).run(model, ["a"], number=[1.0], same=[1.0], scale=1.0)
     assert few.log_weights.shape == (1, 3, 1)
     with pytest.raises(ValueError, match="subsample_size"):

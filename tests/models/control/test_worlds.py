@@ -218,7 +218,7 @@ def test_importance_sampling_finds_the_evidence():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Worlds.prior(0, 2), "at least one state"),
+        (lambda: Worlds.prior(0, 2), "num_states must be a positive whole number"),
         (lambda: Worlds.prior(2, 2, concentration=0.0), "must be positive"),
         (lambda: Worlds.prior(2, 2, reward=(0.0, 1.0, 0.0, 1.0)), "must be positive"),
         (lambda: UnknownMDP(Worlds.prior(2, 2).expand(3)), "one world"),

@@ -129,6 +129,7 @@ def test_a_policy_is_packed_while_it_samples(lora_rank):
     before = [p.detach().clone() for p in policy.parameters()]
     modules = dict(policy.named_modules())
     prompts = [[1, 2, 3], [4]]
+    policy(prompts, 6).sample()  # at first use a network is tried
     torch.manual_seed(5)
     x, kinds = drawn_with(policy, prompts, 6)
     assert kinds == {PackedLinear}

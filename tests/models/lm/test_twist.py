@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -27,7 +28,7 @@ from bayeslm.inference.sequential.twist_learning import (
     soft_value,
 )
 from bayeslm.inference.sequential.twists import LearnedTwist, SiteRows
-from bayeslm.models import LanguageModel, Twist, rewards
+from bayeslm.models import LanguageModel, TiltedLM, Twist, rewards
 from bayeslm.models.lm.decoding import categorical
 from bayeslm.models.lm.twist import TwistInputs
 
@@ -350,13 +351,8 @@ def test_hard_constraints(reads_reward):
 
 def test_one_draw_alone_has_a_likelihood():
     """It is learned from, and nothing breaks."""
-
-    def model(prompts):
-        with pyro.plate("prompts", len(prompts)):
-            x = pyro.sample("completion", table_lm(order=2, seed=0)(prompts, max_new_tokens=2))
-            first = torch.arange(len(x)).reshape(-1, *(1,) * (x.dim() - 2)) == 0
-            pyro.factor("reward", torch.where(first, 0.0, -torch.inf).expand(x.shape[:-1]))
-
+    first = rewards.Reward(lambda completions, **_: [0.0, *[-math.inf] * (len(completions) - 1)])
+    model = TiltedLM(table_lm(order=2, seed=0), first, max_new_tokens=2)
     twist = learn(model, num_particles=20, num_steps=20)
     assert twist.stats["kept_step"] == 20
     assert all(value.isfinite().all() for value in twist.state_dict().values())

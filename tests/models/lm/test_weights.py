@@ -205,7 +205,6 @@ KINDS = {
     "modules_to_save": ({"modules_to_save": ["lm_head", "embed_tokens"]}, "modules_to_save.default.weight"),
     "added tokens": ({"trainable_token_indices": [3, 5]}, "trainable_tokens_delta"),
     "tokens of one layer": ({"trainable_token_indices": {"embed_tokens": [3, 5]}}, "trainable_tokens_delta"),
-    "biases": ({"bias": "all"}, "bias"),
     "DoRA": ({"use_dora": True}, "lora_magnitude_vector"),
 }
 

@@ -426,7 +426,7 @@ def test_no_limit_for_what_is_fast_and_another_timer_goes_on():
         signal.signal(signal.SIGALRM, before)
     for timeout in (0, -1, math.inf, math.nan):
         for make in (lambda t: Reward(len, timeout=t), Length().with_timeout, lambda t: Matches("a", timeout=t)):
-            with pytest.raises(ValueError, match="timeout must be a positive number of seconds"):
+            with pytest.raises((TypeError, ValueError), match="timeout must be a"):
                 make(timeout)
 
 

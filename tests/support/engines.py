@@ -95,7 +95,10 @@ ENGINES = {
         trains=True,
     ),
     "smc": Claims(
-        lambda seed, bound, k: engine(SMC, num_particles=10 * k, num_chains=40, seed=seed, twist="partial"), prior=False
+        lambda seed, bound, k: engine(
+            SMC, num_particles=10 * k, num_chains=40, seed=seed, twist="partial", ess_threshold=0.9
+        ),
+        prior=False,
     ),
     "smc, no twist": Claims(
         lambda seed, bound, k: engine(SMC, num_particles=10 * k, num_chains=40, seed=seed), prior=False

@@ -31,6 +31,20 @@ def by_hand(lm: LanguageModel, prompt: list[int], completion: Tensor, temperatur
     return torch.nn.functional.pad(scores, (0, len(completion) - length))
 
 
+def all_by_hand(lm: LanguageModel, prompts: list[list[int]], completions: Tensor, temperature: float = 1.0) -> Tensor:
+    """`by_hand` of completions (particle, prompt, token)."""
+    rows = [[by_hand(lm, p, c, temperature) for p, c in zip(prompts, row, strict=True)] for row in completions]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def kl_to(exact: Posterior, policy: LanguageModel, prompts: list[Any]) -> Tensor:
+    """KL(q || pi*) of a policy to an enumerated posterior of completions, (prompt,)."""
+    x = torch.as_tensor(exact.samples["completion"][0])
+    with torch.no_grad():
+        log_q = policy(prompts, max_new_tokens=x.shape[-1]).log_prob(x).double()
+    return (log_q.exp() * (log_q - torch.as_tensor(exact.log_joint[0] - exact.log_evidence))).sum(0)
+
+
 def assert_same_distribution(one: LanguageModel, other: LanguageModel) -> None:
     """Assert that completions drawn from one model have the same probability under the other."""
     prompts = [[1, 2, 3], [4]]

@@ -5,7 +5,8 @@ Whatever the number of values, a comparison refuses a correct estimate with prob
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,24 @@ def assert_agrees(
             np.testing.assert_allclose(expectation(posterior, function(posterior)), mean, atol=1e-5)
         else:
             assert_mean(deviations(posterior, function(posterior), mean, log_z), 0.0, rounding=1e-6)
+
+
+def assert_roots_follow(posterior: Posterior) -> None:
+    """Assert that the roots of particles are those that the ancestors of each step lead back to."""
+    ancestors = posterior.stats["ancestors"]  # (chain, step, draw, prompt)
+    chains, steps, draws, prompts = ancestors.shape
+    roots = np.tile(np.arange(draws)[None, :, None], (chains, 1, prompts))
+    for step in range(steps):
+        roots = np.take_along_axis(roots, ancestors[:, step], axis=1)
+    np.testing.assert_array_equal(posterior.roots, roots)
+
+
+@contextlib.contextmanager
+def assert_random_state_kept() -> Iterator[None]:
+    """Assert that the block leaves torch's random state as it was."""
+    before = torch.get_rng_state()
+    yield
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def assert_drawn_from(counts: Tensor, log_prob: Tensor) -> None:

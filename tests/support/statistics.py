@@ -49,6 +49,24 @@ def assert_chain_mean(values: Any, expected: Any) -> Any:
     return stderr
 
 
+def assert_moments(posterior: Posterior, values: Any, mean: Any, covariance: Any) -> None:
+    """Assert mean and covariance of values (chain, draw, coordinate) under a posterior."""
+    values = np.asarray(values, dtype=float)
+    off = values - mean
+    i, j = np.triu_indices(len(mean))
+    found, stderr = diagnostics.expectation(posterior, np.concatenate([values, off[..., i] * off[..., j]], -1))
+    assert_estimate(found, stderr, np.concatenate([mean, covariance[i, j]]))
+    assert (stderr[: len(mean)] < 0.2 * np.sqrt(np.diag(covariance))).all(), "too few draws to tell anything"
+
+
+def assert_uniform(ranks: Any, num_ranks: int, bins: int, alarm: float = 1e-4) -> None:
+    """Assert that ranks in 0, ..., num_ranks - 1 are uniform, by Pearson's chi-square test on equal bins."""
+    assert num_ranks % bins == 0
+    counts = np.bincount(np.asarray(ranks) * bins // num_ranks, minlength=bins)
+    expected = counts.sum() / bins
+    assert ((counts - expected) ** 2 / expected).sum() < chi2.isf(alarm, bins - 1), counts
+
+
 def assert_evidence(posterior: Posterior, log_z: Any, *, unbiased: bool = False) -> None:
     """Assert that the estimate of log Z is right by its own standard error.
 

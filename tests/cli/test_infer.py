@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.models import tiny_llama
 from typer.testing import CliRunner
 
 from bayeslm.cli import app
@@ -47,15 +46,7 @@ def interrupts(completions, **kwargs):
 """
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
-    """A working directory with a model and a module of rewards."""
-    tiny_llama(scale=1.0).save_pretrained(tmp_path / "model")
-    (tmp_path / "my_rewards.py").write_text(REWARDS)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    sys.modules.pop("my_rewards", None)
-    return tmp_path
+MODULES = {"my_rewards": REWARDS}
 
 
 def run(*arguments: str, code: int = 0) -> str:

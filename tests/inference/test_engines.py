@@ -28,12 +28,7 @@ SHORT = [[1, 2], [3]]
 
 @pytest.mark.parametrize(
     ("kind", "beta", "seed"),
-    [
-        ("table", 0.7, 0),
-        ("table", 1.5, 1),
-        ("llama", 0.7, 0),
-        pytest.param("llama", 1.5, 1, marks=pytest.mark.long),
-    ],
+    [("table", 0.7, 0), ("table", 1.5, 1), ("llama", 0.7, 0), pytest.param("llama", 1.5, 1, marks=pytest.mark.long)],
 )
 def test_svi_reaches_the_posterior(kind, beta, seed):
     """KL(q || posterior) <= 0.05 nats by enumeration, with log Z and the reward of its weighted draws right.
@@ -47,15 +42,8 @@ def test_svi_reaches_the_posterior(kind, beta, seed):
         lm, rate = LanguageModel(llama_network(seed, scale=1.0, initializer_range=0.08, vocab_size=4)), 3e-3
     model = tilted(lm, table, beta)
     exact = Exact(num_prior_samples=1).run(model, prompts)
-    engine = SVI(
-        num_steps=250,
-        num_particles=64,
-        optimizer=Adam(rate, schedule="cosine"),
-        num_samples=2000,
-        seed=seed,
-        progress=False,
-    )
-    posterior = engine.run(model, prompts)
+    settings = {"num_steps": 250, "num_particles": 64, "num_samples": 2000, "seed": seed, "progress": False}
+    posterior = SVI(optimizer=Adam(rate, schedule="cosine"), **settings).run(model, prompts)
     gap = kl_to(exact, posterior.policy, prompts).numpy()
     assert (gap <= 0.05).all(), gap
     assert (gap >= -1e-6).all()

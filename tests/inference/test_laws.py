@@ -12,17 +12,7 @@ import torch
 from support import programs
 from support.engines import ENGINES, those
 from support.models import table_lm, tiny_llama
-from support.programs import (
-    conversation,
-    highest,
-    normal_mean,
-    rewarded,
-    score_table,
-    second_is_impossible,
-    shared,
-    tilted,
-    token_is,
-)
+from support.programs import highest, rewarded, score_table, tilted, token_is
 from support.statistics import (
     assert_agrees,
     assert_chain_mean,
@@ -71,7 +61,7 @@ def mood(posterior):
 # programs, and functions of their latents
 LATENTS = {
     "a latent that prompts depend on": (
-        conversation(reply=2),
+        programs.conversation(reply=2),
         [
             lambda p: p.samples["topic"],
             token_is(0, 1),
@@ -80,7 +70,7 @@ LATENTS = {
         ],
     ),
     "a latent that prompts share": (
-        shared(vocab=4),
+        programs.shared(vocab=4),
         [
             mood,
             lambda p: p.samples["completion"][..., :1, 0] == 1,
@@ -201,7 +191,7 @@ class TestTexts:
             np.testing.assert_allclose(b.log_evidence - a.log_evidence, 2.0, atol=1e-2 if moved else 1e-4)
 
     def test_all_rewards_minus_infinity_is_an_error(self, name):
-        model = second_is_impossible(table_lm(order=2, seed=0, vocab=4))
+        model = programs.second_is_impossible(table_lm(order=2, seed=0, vocab=4))
         with pytest.raises(ValueError, match="-inf") as caught:
             run(name, model, 0.0, size=1)
         if not ENGINES[name].trains:
@@ -248,7 +238,7 @@ def test_the_closed_form_of_a_gaussian(name):
     y = torch.tensor([0.4, -1.1])
     bound = float(dist.Normal(0.0, 0.1).log_prob(torch.tensor(0.0)))
     claims = ENGINES[name]
-    posterior = claims.make(0, bound, 8 if claims.texts else 3).run(normal_mean(y, 0.1), ["a", "b"])
+    posterior = claims.make(0, bound, 8 if claims.texts else 3).run(programs.normal_mean(y, 0.1), ["a", "b"])
     theta, mean = posterior.samples["theta"], (100 / 101 * y).numpy()
     log_z = dist.Normal(0.0, 1.01**0.5).log_prob(y).numpy()
     if claims.evidence:

@@ -16,7 +16,7 @@ from support.programs import FUNCTIONS, PROMPTS, SHORT, case, conversation, rewa
 from support.statistics import assert_agrees, assert_drawn_from, assert_mean
 
 from bayeslm import Posterior, diagnostics
-from bayeslm.inference import Exact, RunError
+from bayeslm.inference import Exact
 from bayeslm.inference.markov.tempering import log_target
 from bayeslm.inference.mcmc import MCMC, Replicas
 from bayeslm.models import LanguageModel
@@ -29,19 +29,14 @@ def mcmc(**settings) -> MCMC:
     return MCMC(**(defaults | {"seed": 0, "progress": False} | settings))
 
 
-@pytest.mark.parametrize(("kind", "setting"), [("table", "prior"), ("table", "policy"), ("llama", "tempered")])
+@pytest.mark.parametrize(("kind", "setting"), [("table", "policy"), ("llama", "tempered")])
 def test_agrees_with_exact(kind, setting):
     """The expected reward and length, and marginals of the first and third token."""
     lm, model, exact = case(kind, 1.0)
-    settings = {"num_samples": 15, "num_chains": 40, "num_temperatures": 2} if setting == "tempered" else {}
-    if setting == "policy":
-        settings = {"proposal": perturbed(lm)}
+    tempered = {"num_samples": 15, "num_chains": 40, "num_temperatures": 2}
+    settings = tempered if setting == "tempered" else {"proposal": perturbed(lm)}
     posterior = mcmc(**settings).run(model, PROMPTS)
     assert_agrees(posterior, exact, FUNCTIONS)
-    # the terms of a draw are its own
-    distribution = lm(PROMPTS, max_new_tokens=5)
-    log_prior = distribution.log_prob(torch.as_tensor(posterior.samples["completion"])).detach().numpy()
-    np.testing.assert_allclose(posterior.log_joint - posterior.log_likelihood["reward"], log_prior, atol=1e-4)
 
 
 def test_chains_agree_on_the_reward_within_a_budget():
@@ -195,37 +190,8 @@ def test_thinning_keeps_every_second_state():
     assert not with_policy.prior
 
 
-def test_what_is_drawn_before_an_interruption_or_an_error_is_kept():
-    whole = small()
-    calls = 0
-
-    def model(prompts):
-        nonlocal calls
-        calls += 1
-        if calls == 12:
-            raise error
-        MODEL(prompts)
-
-    run = mcmc(**SMALL).run
-    error: BaseException = KeyboardInterrupt()
-    posterior = run(model, SHORT)  # inspected, drawn, warmed up, and 5 sweeps
-    assert posterior.stats["interrupted"]
-    np.testing.assert_array_equal(posterior.samples["completion"], whole.samples["completion"][:, :5])
-    calls, error = 0, RuntimeError("the reward's server is down")
-    with pytest.raises(RunError, match="server is down") as caught:
-        run(model, SHORT)
-    assert isinstance(caught.value.__cause__, RuntimeError)
-    kept = caught.value.so_far.particles.values["completion"].reshape(3, 5, 2, 4)
-    np.testing.assert_array_equal(kept, whole.samples["completion"][:, :5])
-    calls, error = 7, KeyboardInterrupt()  # in the warm-up there is nothing to keep
-    with pytest.raises(KeyboardInterrupt):
-        run(model, SHORT)
-
-
 @pytest.mark.parametrize(
-    "settings",
-    [{"num_chains": 0}, {"thin": 0}, {"warmup": -1}, {"num_temperatures": 1.5}, {"step_size": 0.0}],
-    ids=str,
+    "settings", [{"num_chains": 0}, {"thin": 0}, {"warmup": -1}, {"num_temperatures": 1.5}, {"step_size": 0.0}], ids=str
 )
 def test_settings_are_checked(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):

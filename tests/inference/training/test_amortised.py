@@ -150,22 +150,17 @@ class _OneForAll(ExponentialAverage):
         return advantage.reshape(f.shape), state
 
 
-@pytest.mark.parametrize(("size", "drawn"), [(None, 256), (2, 102), (1, 51)])
-def test_draws_after_training_cost_what_those_of_a_minibatch_do(size, drawn):
-    family = Family(PROMPTS)
-    posterior = SVI(num_steps=1, seed=0, progress=False).run(family.model(size), PROMPTS)
-    assert posterior.samples["completion"].shape == (1, drawn, len(PROMPTS), T)
-    assert posterior.prior["completion"].shape == (1, drawn, len(PROMPTS), T)
+@pytest.mark.parametrize(("copies", "size", "drawn"), [(1, None, 256), (1, 2, 102), (1, 1, 51), (20, 2, 16)])
+def test_draws_after_training_cost_what_those_of_a_minibatch_do(copies, size, drawn):
+    """And some draws of very many prompts."""
+    family = Family(PROMPTS * copies)
+    shape = (len(family.prompts), T)
+    posterior = SVI(num_steps=1, seed=0, progress=False).run(family.model(size), family.prompts)
+    assert posterior.samples["completion"].shape == posterior.prior["completion"].shape == (1, drawn, *shape)
     asked = SVI(num_steps=1, num_samples=20, num_prior_samples=3, seed=0, progress=False)
-    posterior = asked.run(family.model(size), PROMPTS)
-    assert posterior.samples["completion"].shape == (1, 20, len(PROMPTS), T)
-    assert posterior.prior["completion"].shape == (1, 3, len(PROMPTS), T)
-
-
-def test_some_draws_of_very_many_prompts():
-    family = Family(PROMPTS * 20)
-    posterior = SVI(num_steps=1, seed=0, progress=False).run(family.model(2), family.prompts)
-    assert posterior.samples["completion"].shape == (1, 16, 100, T)
+    posterior = asked.run(family.model(size), family.prompts)
+    assert posterior.samples["completion"].shape == (1, 20, *shape)
+    assert posterior.prior["completion"].shape == (1, 3, *shape)
 
 
 @pytest.mark.parametrize("kind", ["table", pytest.param("llama", marks=pytest.mark.long)])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
+from support.enumerated import BETA, Problem
 from support.gradients import gradients, perturbed, policy_guide
 from support.models import table_lm, tiny_llama
 from support.programs import PROMPTS, rewarded, score_table, tilted
@@ -64,18 +65,15 @@ def test_exponential_average_is_of_the_steps_before():
 
 
 def test_baselines_reduce_the_variance():
-    lm, table = table_lm(order=2, seed=0, vocab=4), score_table(0, vocab=4, tokens=3) + 3.0
-    policy = perturbed(lm)
-    model, guide = tilted(lm, table, 0.5), policy_guide(policy, 3)
-    parameters = list(policy.network.parameters())
-    spread = {}
+    small, spread = Problem(), {}
+    model = tilted(small.lm, small.table + 3.0, BETA)
     for name, objective in {
         "leave-one-out": ReverseKL(num_particles=4),
         "exponential average": ReverseKL(num_particles=4, baseline=ExponentialAverage()),
         "stock": Trace_ELBO(num_particles=4, vectorize_particles=True),
     }.items():
         torch.manual_seed(0)
-        spread[name] = gradients(objective, model, guide, parameters, ([[1]],), repeats=50).std(0).norm()
+        spread[name] = gradients(objective, model, small.guide, small.parameters, ([[1]],), repeats=50).std(0).norm()
     assert spread["leave-one-out"] < 0.5 * spread["stock"]
     assert spread["exponential average"] < 0.5 * spread["stock"]
 

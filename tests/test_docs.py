@@ -66,8 +66,7 @@ def test_the_readme_has_python_and_commands():
 def test_a_page_runs_from_top_to_bottom(page, workplace):
     names = run(page)
     if page.stem == "training":
-        model = TiltedLM(names["lm"], names["letters"], 0.5, max_new_tokens=3)
-        exact = Exact().run(model, names["prompts"])
+        exact = Exact().run(TiltedLM(names["lm"], names["letters"], 0.5, max_new_tokens=3), names["prompts"])
         for name in ("trained", "kept", "learned", "own", "further"):
             kl = kl_to(exact, names[name].policy or names["policy"], names["prompts"])
             assert (kl < 0.05).all(), (name, kl)

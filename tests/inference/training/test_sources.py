@@ -94,20 +94,21 @@ def test_replayed_draws_take_turns():
 
 
 def with_flag(dtype):
-    """A program and its guide with a flag of a floating-point type beside the completion."""
+    """A program and its guide with a latent of a floating-point type, 1/4 or 3/4, beside the completion."""
     lm = table_lm(order=2, seed=5, vocab=4)
-    policy, chance = perturbed(lm), torch.tensor(0.3, dtype=dtype)
+    policy, zero_or_one = perturbed(lm), dist.Bernoulli(torch.tensor(0.3, dtype=dtype))
+    quarters = dist.TransformedDistribution(zero_or_one, dist.transforms.AffineTransform(0.25, 0.5))
 
     def model(prompts):
         with pyro.plate("prompts", len(prompts)):
-            flag = pyro.sample("flag", dist.Bernoulli(chance))
+            flag = pyro.sample("flag", quarters)
             x = pyro.sample("completion", lm(prompts, max_new_tokens=T))
             pyro.factor("reward", flag * (x == 1).sum(-1))
 
     def guide(prompts):
         pyro.module("policy", policy)
         with pyro.plate("prompts", len(prompts)):
-            pyro.sample("flag", dist.Bernoulli(chance))
+            pyro.sample("flag", quarters)
             pyro.sample("completion", policy(prompts, max_new_tokens=T))
 
     return model, guide, list(policy.network.parameters())

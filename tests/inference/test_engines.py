@@ -5,6 +5,7 @@ Standard errors are computed from the exact posterior where they can be, not fro
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -26,20 +27,28 @@ SMALL = {"vocab": 4, "tokens": 4}
 SHORT = [[1, 2], [3]]
 
 
+SVI_CASES = [*itertools.product((0.7, 1.5), (0, 1))]
+
+
 @pytest.mark.parametrize(
     ("kind", "beta", "seed"),
-    [("table", 0.7, 0), ("table", 1.5, 1), ("llama", 0.7, 0), pytest.param("llama", 1.5, 1, marks=pytest.mark.long)],
+    [
+        *(("table", *case) for case in SVI_CASES),
+        ("llama", 0.7, 0),
+        *(pytest.param("larger llama", *case, marks=pytest.mark.long) for case in SVI_CASES),
+    ],
 )
 def test_svi_reaches_the_posterior(kind, beta, seed):
     """KL(q || posterior) <= 0.05 nats by enumeration, with log Z and the reward of its weighted draws right.
 
     The table knows the whole history (order 6), so that it can hold the posterior.
     """
-    table, prompts = score_table(seed, **SMALL), SHORT
+    table, prompts = (score_table(seed), PROMPTS) if kind == "larger llama" else (score_table(seed, **SMALL), SHORT)
     if kind == "table":
         lm, rate = table_lm(order=6, seed=seed, vocab=4), 0.05
     else:
-        lm, rate = LanguageModel(llama_network(seed, scale=1.0, initializer_range=0.08, vocab_size=4)), 3e-3
+        network = llama_network(seed, scale=1.0, initializer_range=0.08, vocab_size=table.shape[1])
+        lm, rate = LanguageModel(network), 3e-3
     model = tilted(lm, table, beta)
     exact = Exact(num_prior_samples=1).run(model, prompts)
     settings = {"num_steps": 250, "num_particles": 64, "num_samples": 2000, "seed": seed, "progress": False}

@@ -1,4 +1,4 @@
-"""Laplace's approximation against closed forms and quadrature."""
+"""Laplace's approximation against closed forms, quadrature and NUTS."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scipy.stats import multivariate_normal
 from support.statistics import assert_estimate, assert_evidence
 
 from bayeslm import diagnostics
-from bayeslm.inference import EvidenceError, ImportanceSampling, Laplace, ProgramError
+from bayeslm.inference import NUTS, EvidenceError, ImportanceSampling, Laplace, ProgramError
 from bayeslm.models.preferences import BradleyTerry, Comparisons
 
 
@@ -111,6 +111,19 @@ def test_two_sites_in_a_plate():
         assert stderr < 0.03
     gap = laplace.log_evidence[0] - prior.log_evidence[0]
     assert_estimate(gap, math.hypot(laplace.log_evidence_stderr[0], prior.log_evidence_stderr[0]), 0.0)
+
+
+@pytest.mark.long
+def test_bradley_terry_agrees_with_nuts():
+    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    data = Comparisons(["p"] * 20, [str(i) for i in range(20)], [str(i) for i in range(20, 40)])
+    model = BradleyTerry(lambda prompts, completions: x[[int(c) for c in completions]], scale=2.0)
+    laplace = Laplace(num_samples=20_000, seed=0).run(model, data)
+    nuts = NUTS(num_samples=1000, warmup=300, num_chains=2, seed=0, progress=False).run(model, data)
+    for i in range(4):
+        mine, stderr = expect(laplace, laplace.samples["weights"][..., i])
+        theirs = nuts.samples["weights"][..., i]
+        assert_estimate(mine, math.hypot(stderr, theirs.std() / math.sqrt(1000)), theirs.mean())
 
 
 def test_newton_comes_back_from_afar():

@@ -94,7 +94,8 @@ def test_gaussian_arms_learn_from_their_own_pulls():
     torch.testing.assert_close(learning.regret, torch.full_like(learning.regret, 1 + 2 / 3))
 
 
-def test_regret_of_thompson_sampling_is_near_the_bound_of_lai_and_robbins():
+@pytest.mark.parametrize("seed", range(2))
+def test_regret_of_thompson_sampling_is_near_the_bound_of_lai_and_robbins(seed):
     r"""Regret grows by \sum_a gap / KL(p_a, p_*) a unit of log t (Lai and Robbins 1985, Kaufmann et al. 2012).
 
     Between t = 200 and 2000 that slope is met within a factor of 2; that of a fixed epsilon is linear.
@@ -103,7 +104,7 @@ def test_regret_of_thompson_sampling_is_near_the_bound_of_lai_and_robbins():
     bandit = Bandit(p)
     slope = {}
     for strategy in (Thompson(), EpsilonGreedy(0.1)):
-        learning = PSRL(2000, strategy, num_runs=300, seed=0, progress=False).run(bandit, BernoulliArms.prior(3))
+        learning = PSRL(2000, strategy, num_runs=300, seed=seed, progress=False).run(bandit, BernoulliArms.prior(3))
         slope[strategy] = float(learning.regret[:, 200:].sum(1).mean()) / np.log(2000 / 200)
     bernoulli = torch.distributions.Bernoulli
     kl = torch.distributions.kl_divergence(bernoulli(p[1:]), bernoulli(p[0]))

@@ -164,7 +164,7 @@ def test_fresh_completions_have_the_posterior_with_the_reward_uncertain(epsilon)
     assert len(pool.completions) == 2
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(3))
 def test_fresh_completions_that_are_equal_are_drawn_again(monkeypatch, seed):
     """The model has three texts and the blank one: after all three pairs, an error says what to do."""
     model = BradleyTerry(letters)
@@ -208,7 +208,7 @@ def test_fresh_completions_in_a_loop():
 # -- judges ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(3))
 def test_simulated_judges_have_bradley_terry_noise(seed):
     reward = Reward(lambda completions, **_: [0.3 if c[0] == "x" else 0.0 for c in completions])
     judge = SimulatedJudge(reward, temperature=0.4, seed=seed)

@@ -36,16 +36,14 @@ def quick() -> Critic:
     return Critic(learning_rate=0.02, num_steps=5)
 
 
-@pytest.mark.parametrize(
-    ("num_particles", "when"),
-    [(1, "while it learns"), (4, "while it learns"), (4, "half-way"), (1, "after"), (4, "after")],
-)
+@pytest.mark.parametrize("num_particles", [1, 4])
+@pytest.mark.parametrize("when", ["while it learns", "half-way", "after"])
 def test_gradient_is_unbiased(num_particles, when):
     """At any time: what it has learned from the steps before does not depend on this one's draws."""
     small, objective = Problem(scale=1.0), StatefulLoss(ReverseKL(num_particles, quick()))
     torch.manual_seed(0)
     if when != "while it learns":
-        small.estimates(objective, repeats=4 if when == "half-way" else 25)
+        small.estimates(objective, repeats=4 if when == "half-way" else 40)
         objective = Frozen(objective)
     assert_unbiased(
         small.estimates(objective, repeats=64 if num_particles == 1 else 40), small.gradient(small.reverse_kl())
@@ -56,8 +54,8 @@ def test_variance_is_less_than_that_of_leave_one_out():
     """Once it has learned, of a policy that stays as it is."""
     small, objective = Problem(scale=1.0), StatefulLoss(ReverseKL(4, quick()))
     torch.manual_seed(0)
-    small.estimates(objective, repeats=40)
-    spread = [small.estimates(o, repeats=40).var(0).sum() for o in (Frozen(objective), ReverseKL(4))]
+    small.estimates(objective, repeats=60)
+    spread = [small.estimates(o, repeats=60).var(0).sum() for o in (Frozen(objective), ReverseKL(4))]
     assert spread[0] < 0.8 * spread[1]
 
 

@@ -1,4 +1,4 @@
-r"""Bradley-Terry and Plackett-Luce against quadrature and enumeration.
+r"""Bradley-Terry and Plackett-Luce against quadrature, enumeration and simulation-based calibration.
 
 Means by sampling are compared within 4 standard errors by effective sample size: each comparison fails by chance once
 in 16,000.
@@ -19,7 +19,7 @@ import pyro
 import pytest
 import torch
 from pyro.infer import autoguide
-from support.statistics import LIMIT, assert_drawn_from, assert_evidence, assert_moments
+from support.statistics import LIMIT, assert_drawn_from, assert_evidence, assert_moments, assert_uniform
 from support.trainings import Killed, killer
 from torch import Tensor
 
@@ -99,9 +99,10 @@ def test_features_are_computed_once_a_data_set():
     assert posterior.pointwise["preferred"].shape == (1, 10, 4)
 
 
-def test_nuts_against_quadrature():
+@pytest.mark.parametrize("seed", [0, 1])
+def test_nuts_against_quadrature(seed: int):
     mean, covariance, _ = truth()
-    posterior = NUTS(num_samples=75, warmup=60, num_chains=2, seed=0, progress=False).run(MODEL, DATA)
+    posterior = NUTS(num_samples=75, warmup=60, num_chains=2, seed=seed, progress=False).run(MODEL, DATA)
     assert posterior.samples["weights"].shape == (2, 75, 2)
     assert_moments(posterior, posterior.samples["weights"], mean, covariance)
 
@@ -116,7 +117,8 @@ GUIDES = {
 }
 
 
-@pytest.mark.parametrize(("name", "seed"), [*zip(GUIDES, (0, 1, 0, 1, 0), strict=True)])
+@pytest.mark.parametrize("name", GUIDES)
+@pytest.mark.parametrize("seed", [0, 1])
 def test_guides_against_quadrature(name: str, seed: int):
     """Weighted draws of each guide agree, and so do those of importance sampling with it as the proposal."""
     mean, covariance, log_z = truth()
@@ -222,6 +224,78 @@ def test_arviz_and_saved_folders_have_pointwise_log_likelihoods(tmp_path: Any):
     loaded = Posterior.load(checked.save(tmp_path / "kept"))
     np.testing.assert_array_equal(loaded.pointwise["preferred"], checked.pointwise["preferred"])
     np.testing.assert_array_equal(loaded.predictive["preferred"], checked.predictive["preferred"])
+
+
+# -- simulation-based calibration ------------------------------------------------------------------------------
+
+
+class Replications(BradleyTerry):
+    """Many data sets with weights of their own, inferred in one run of NUTS."""
+
+    def __init__(self, features: Any, number: int) -> None:
+        super().__init__(features)
+        self.number = number
+
+    def prepare(self, data: Comparisons) -> Tensor:
+        return super().prepare(data).unflatten(0, (self.number, -1))
+
+    def observe(self, prepared: Tensor) -> None:
+        with pyro.plate("replications", self.number, dim=-2):
+            super().observe(prepared)
+
+
+def simulate(replications: int, pairs: int, seed: int) -> tuple[Tensor, Comparisons, Callable[..., Tensor]]:
+    """Return weights from the prior (replication, 2), comparisons of random texts under them, and their features."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn((replications, 2), generator=generator) / math.sqrt(2)
+    x = 1.5 * torch.randn((replications, pairs, 2, 2), generator=generator)  # two texts a pair, two features
+    rewards = (x * weights[:, None, None]).sum(-1)
+    first = torch.rand((replications, pairs), generator=generator) < torch.sigmoid(rewards[..., 0] - rewards[..., 1])
+    x, first = x.reshape(-1, 2, 2), first.flatten().int().tolist()
+    names = [[f"{i} {1 - chosen}", f"{i} {chosen}"] for i, chosen in enumerate(first)]
+
+    def features(prompts: list[str], completions: list[str]) -> Tensor:
+        return torch.stack([x[int(i), int(j)] for i, j in map(str.split, completions)])
+
+    return weights, Comparisons([""] * len(x), *map(list, zip(*names, strict=True))), features
+
+
+def assert_calibrated(draws: Tensor, true: Tensor, differences: Tensor) -> None:
+    """Assert that true values have uniform ranks among draws (draw, replication, 2): false alarm 4 in 10,000.
+
+    The values are both weights, their product, and the log-likelihood, which detects unused data (Modrak et al.
+    2023).
+
+    :param differences: f(chosen) - f(rejected), (replication, pair, 2).
+    """
+
+    def quantities(w: Tensor) -> Tensor:
+        log_likelihood = torch.nn.functional.logsigmoid((differences * w[..., None, :]).sum(-1)).sum(-1, keepdim=True)
+        return torch.cat([w, w.prod(-1, keepdim=True), log_likelihood], -1)
+
+    for ranks in (quantities(draws) < quantities(true)).sum(0).T:
+        assert_uniform(ranks, len(draws) + 1, bins=8)
+
+
+def test_simulation_based_calibration():
+    """96 data sets at once, each with 12 comparisons."""
+    weights, data, features = simulate(96, 12, seed=0)
+    model = Replications(features, 96)
+    nuts = NUTS(num_samples=93, warmup=70, num_chains=1, max_tree_depth=4, seed=0, progress=False)
+    draws = torch.as_tensor(nuts.run(model, data).samples["weights"])[0, 2::3].squeeze(-2)  # (31, replication, 2)
+    assert_calibrated(draws, weights, model.prepare(data))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_simulation_based_calibration_of_single_runs(seed: int):
+    """200 runs of NUTS on `BradleyTerry` itself."""
+    weights, data, features = simulate(200, 12, seed)
+    model = BradleyTerry(features)
+    nuts = NUTS(num_samples=126, warmup=100, num_chains=1, seed=seed, progress=False)
+    each = [data.take(range(12 * i, 12 * (i + 1))) for i in range(200)]
+    draws = [torch.as_tensor(nuts.run(model, one).samples["weights"])[0, 2::4] for one in each]  # (31, 2)
+    assert_calibrated(torch.stack(draws, 1), weights, torch.stack([model.prepare(one) for one in each]))
 
 
 # -- rankings --------------------------------------------------------------------------------------------------

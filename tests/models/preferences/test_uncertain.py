@@ -143,7 +143,8 @@ def test_weighted_draws_of_a_posterior_are_resampled() -> None:
 # -- the posterior of a completion -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("form", "seed"), [*zip(FORMS, (0, 1, 0, 1), strict=True)])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("seed", [0, 1])
 def test_smc_steers_by_an_uncertain_reward(form: str, seed: int) -> None:
     model = TiltedLM(LM, learned(form, seed, typical=TYPICAL), beta=2.0, max_new_tokens=TOKENS)
     exact = Exact(num_prior_samples=1).run(model, PROMPTS)

@@ -11,7 +11,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from scipy.special import expit
+from pyro.ops.indexing import Vindex
+from scipy.special import expit, logsumexp, softmax
 from support.engines import ENGINES
 from support.models import count_abc, table_lm
 from support.oracles import expectation
@@ -202,6 +203,29 @@ def test_engines_infer_the_completion_and_its_judges(engine: str) -> None:
     for j in range(5):
         true, found = ((p.samples["judge"] == j).mean(2) for p in (exact, posterior))
         assert_estimate(*diagnostics.expectation(posterior, found), expectation(exact, true))
+
+
+def test_a_latent_weight_with_the_factor_exp_of_the_reward_is_optimistic() -> None:
+    """As the module says: the marginal of x is p(x) E_w[exp(Delta_w / beta)], and that of w is multiplied by Z_w."""
+    reward, beta = learned("mean", typical=TYPICAL), 0.7
+
+    def program(prompts: list[str]) -> None:
+        judge = pyro.sample("judge", dist.Categorical(logits=torch.zeros(5)))
+        with pyro.plate("prompts", len(prompts)):
+            x = pyro.sample("completion", LM(prompts, max_new_tokens=TOKENS))
+            pyro.factor("reward", Vindex(reward.margins(prompts, LM.decode(x)))[..., judge] / beta)
+
+    joint = Exact(num_prior_samples=1).run(program, ["c"])
+    alone = Exact(num_prior_samples=1).run(TiltedLM(LM, reward, beta, max_new_tokens=TOKENS), ["c"])
+    texts, weights = alone.texts["completion"][0, :, 0], joint.weights()[0, :, 0]
+    log_p = (alone.log_joint - alone.log_likelihood["reward"])[0, :, 0]
+    delta = margins(reward, ["c"] * len(texts), texts.tolist())
+    seeking = beta * (logsumexp(delta / beta, axis=1) - np.log(5))
+    assert (seeking >= delta.mean(1)).all()
+    mass = [weights[joint.texts["completion"][0, :, 0] == text].sum() for text in texts]
+    np.testing.assert_allclose(mass, softmax(log_p + seeking / beta), atol=1e-6)
+    revised = [weights[joint.samples["judge"][0] == j].sum() for j in range(5)]
+    np.testing.assert_allclose(revised, softmax(logsumexp(log_p[:, None] + delta / beta, axis=0)), atol=1e-5)
 
 
 # -- files and bad input -------------------------------------------------------------------------------------

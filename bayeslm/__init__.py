@@ -5,6 +5,12 @@ itself needs NumPy and ArviZ only: it has `Posterior`, the result of every engin
 that a machine without PyTorch can load, check and plot a saved posterior.
 """
 
+import sys
+
+# `python -m bayeslm` puts the working folder first on the path, where files of others may bear the names of packages.
+if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] in ("bayeslm", "-mbayeslm") and not sys.flags.safe_path:
+    sys.path.pop(0)
+
 from bayeslm import diagnostics
 from bayeslm.posterior import Posterior
 from bayeslm.version import __version__

@@ -1,15 +1,24 @@
-"""Atomic, versioned output folders: complete or absent, never over existing files, readable in one format only."""
+"""Files and folders that appear whole or not at all, and JSON files that are read with care.
+
+Everything is written into a hidden folder next to its final name, flushed to the disk, and renamed. The writer holds a
+lock on that folder, by which the next writer in the same place recognises what killed processes left, and removes it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+HIDDEN = re.compile(r"\..*\.unfinished-[0-9a-f]{16}")  # names of hidden folders
+IN_RUST = re.compile(r"\(os error (\d+)\)")  # in errors of the disk from safetensors and tokenizers
+MAX_JSON = 2**28  # bytes of a JSON file; in memory it takes up to 30 times as much
 
 
 def require_empty(folder: Path, choose: str = "another name") -> None:
@@ -22,28 +31,183 @@ def require_empty(folder: Path, choose: str = "another name") -> None:
         raise FileExistsError(f"{folder} exists and is not empty: choose {choose}, or remove it first")
 
 
+# -- writing -------------------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a hidden folder next to ``path`` to write into; at the end of the block it is renamed to ``path``.
 
-    After an error it is removed. Files are flushed to the disk before the renaming.
+    After an error it is removed.
 
     :raises FileExistsError: if ``path`` is a file or not empty.
+    :raises OSError: if the disk refuses, with ``path``.
     """
     folder = Path(path).absolute()
     require_empty(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}")
-    try:
-        unfinished.mkdir()
+    with _unfinished(folder) as unfinished:
         yield unfinished
         _flush(unfinished, *unfinished.rglob("*"))
         if folder.exists():
             folder.rmdir()  # it is empty; Windows cannot rename onto it
         unfinished.rename(folder)
         _flush(folder.parent)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a hidden path of the same file name to write; at the end of the block that file replaces ``path``.
+
+    After an error ``path`` is as it was before. A device or a pipe is written directly.
+
+    :raises OSError: if the disk refuses, with ``path``.
+    """
+    final = Path(path).resolve()  # a link stays a link
+    if final.exists() and not final.is_file():
+        with _naming(final):
+            yield final
+        return
+    with _unfinished(final) as folder:
+        unfinished = folder / final.name
+        yield unfinished
+        if final.exists():
+            shutil.copymode(final, unfinished)
+        _flush(unfinished)
+        unfinished.replace(final)
+        _flush(final.parent)
+
+
+def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write a file, text in UTF-8, or leave what was there before.
+
+    :raises OSError: if the disk refuses, with ``path``.
+    """
+    with atomic_file(path) as unfinished:
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote into a folder have left in it."""
+    for path in folder.glob(".*"):
+        if HIDDEN.fullmatch(path.name):
+            with contextlib.suppress(OSError):  # a writer that lives has locked it, or another process sweeps too
+                if (lock := _lock(path)) is not None:
+                    shutil.rmtree(path, ignore_errors=True)
+                    os.close(lock)
+
+
+@contextlib.contextmanager
+def _unfinished(final: Path) -> Iterator[Path]:
+    """Yield a hidden folder next to ``final``; at the end it is removed if it is still there."""
+    with _naming(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        sweep(final.parent)
+        folder, lock = _locked_folder(final)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
+
+
+def _locked_folder(final: Path) -> tuple[Path, int | None]:
+    """Make a hidden folder next to ``final``; return it, and its lock."""
+    while True:
+        folder = final.with_name(f".{final.name[:50]}.unfinished-{uuid4().hex[:16]}")
+        folder.mkdir()
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):  # swept before it was locked
+            lock = _lock(folder)
+            if folder.is_dir():
+                return folder, lock
+            if lock is not None:
+                os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder until the descriptor that is returned is closed or the process ends.
+
+    :returns: None where the system has no such locks, and nothing is swept.
+    :raises BlockingIOError: if it is locked.
+    """
+    if os.name != "posix":
+        return None
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return descriptor
+
+
+@contextlib.contextmanager
+def _naming(final: Path) -> Iterator[None]:
+    """Raise each error of the disk as an `OSError` with the path that could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise _os_error(final, error.errno, str(error)) from error
+    except Exception as error:
+        if found := IN_RUST.search(str(error)):
+            raise _os_error(final, int(found[1]), "") from error
+        raise
+
+
+def _os_error(final: Path, number: int | None, text: str) -> OSError:
+    message = f"{final} could not be written"
+    return OSError(f"{message}: {text}") if number is None else OSError(number, f"{message}: {os.strerror(number)}")
+
+
+def _flush(*paths: Path) -> None:
+    """Bring files and folders to the disk, where the system can: a name must not outlast its content in a crash."""
+    for path in paths if os.name == "posix" else ():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# -- reading -------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON) -> Any:
+    """Return the value in a JSON file.
+
+    :raises OSError: if it cannot be read.
+    :raises ValueError: if it is not JSON, nested too deeply, or larger than ``max_bytes``; with its path.
+    """
+    require_size(path, max_bytes)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def require_size(path: Path, max_bytes: int) -> None:
+    """Check the size of a file before it is read.
+
+    :raises OSError: if there is no such file.
+    :raises ValueError: if it has more bytes than it can have.
+    """
+    if (size := path.stat().st_size) > max_bytes:
+        raise ValueError(f"{path} is damaged: it has {size} bytes, and at most {max_bytes} are read")
+
+
+def require_memory(num_bytes: float, what: str) -> None:
+    """Check that something fits in the memory of this machine, before it is allocated.
+
+    :param what: for the error.
+    :raises ValueError: if it does not.
+    """
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if os.name == "posix" else 2**40
+    if num_bytes > memory:
+        raise ValueError(f"{what} needs {num_bytes:.3g} bytes, and this machine has {memory:.3g}")
 
 
 def read_header(folder: str | os.PathLike[str], name: str, expected: object, what: str) -> dict[str, Any]:
@@ -57,10 +221,7 @@ def read_header(folder: str | os.PathLike[str], name: str, expected: object, wha
     path = Path(folder) / name
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {what}: {name} is missing")
-    try:
-        header = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON or of UTF-8
-        raise ValueError(f"{path} is damaged: {error}") from error
+    header = read_json(path)
     found = header.get("format") if isinstance(header, dict) else None
     if found != expected:
         raise ValueError(f"{path} has format {found!r}, and this version of bayeslm reads {expected!r} only")
@@ -84,13 +245,3 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
         else:
             found.append(f"{name} was {shortened(old)} and is {shortened(new)}")
     return found
-
-
-def _flush(*paths: Path) -> None:
-    """Bring files and folders to the disk, where the system can: a name must not outlast its content in a crash."""
-    for path in paths if os.name == "posix" else ():
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -10,6 +10,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from bayeslm.visible import visible
+
 
 class Report(Protocol):
     """A function to call after each step, with figures to show next to the bar."""
@@ -27,19 +29,19 @@ def track(what: str, total: int | None, enabled: bool = True) -> Iterator[Report
     """
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[values]}"),
+        TextColumn("{task.fields[values]}", markup=False),
     )
     shown = enabled and (console.is_terminal or console.is_jupyter)
     with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
-        task = bar.add_task(what, total=total, values="")
+        task = bar.add_task(visible(what), total=total, values="")
 
         def report(advance: int = 1, values: Mapping[str, float] | None = None) -> None:
             text = "  ".join(f"{name} {value:.3g}" for name, value in (values or {}).items())
-            bar.update(task, advance=advance, values=text)
+            bar.update(task, advance=advance, values=visible(text))
 
         yield report

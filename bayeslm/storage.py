@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,15 @@ import numpy as np
 import xarray
 
 from bayeslm.arviz import Variables, make_datasets
-from bayeslm.files import atomic_folder, read_header
+from bayeslm.files import atomic_folder, read_header, read_json, require_memory
 from bayeslm.version import __version__
 from bayeslm.weights import Array
 
 FORMAT = "bayeslm.posterior/2"
 ARRAYS, TEXTS = "posterior.nc", "texts.json"
 OWN_GROUP = "bayeslm"
+MAX_TEXTS = 2**32  # bytes of texts.json
+MAX_INFLATION = 2200  # deflate packs a byte into 1/1032 at most; twice, as a chunk is counted in addition
 FILE = "$file"  # marks an array in posterior.json: {"$file": file, "name": in the file, "dtype": ..., "shape": ...}
 
 
@@ -77,10 +80,10 @@ def load(directory: Path) -> dict[str, Any]:
     """
     header = read_header(directory, "posterior.json", FORMAT, "posterior")
     with _naming(directory / TEXTS) as path:
-        texts = json.loads(path.read_text(encoding="utf-8"))
-        fields = _fill(header["fields"], TEXTS, lambda name: np.array(texts[name], dtype=object))
+        texts = read_json(path, MAX_TEXTS)
+        fields = _fill(header["fields"], TEXTS, lambda mark: _read_texts(texts[mark["name"]], mark))
     with _naming(directory / ARRAYS) as path, h5py.File(path) as file:
-        fields = _fill(fields, ARRAYS, lambda name: file[name][()])
+        fields = _fill(fields, ARRAYS, lambda mark: _read_array(file, mark))
     policy = directory / "policy"
     return fields | {"policy_path": policy if policy.is_dir() else None}
 
@@ -124,13 +127,42 @@ class _Packing:
         return TEXTS, variable
 
 
-def _fill(value: Any, file: str, read: Callable[[str], Array]) -> Any:
+def _fill(value: Any, file: str, read: Callable[[dict[str, Any]], Array]) -> Any:
     """Return the value with an array in the place of each mark that names the file."""
     if not isinstance(value, dict):
         return value
     if value.get(FILE) == file:
-        return np.asarray(read(value["name"])).astype(value["dtype"], copy=False).reshape(value["shape"])
+        return read(value).astype(value["dtype"], copy=False).reshape(value["shape"])
     return {key: _fill(inner, file, read) for key, inner in value.items()}
+
+
+def _read_texts(texts: Any, mark: dict[str, Any]) -> Array:
+    """Return a flat array of the texts that a mark stands for."""
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{mark['name']} is no list of strings")
+    width = 4 * max([64, *map(len, texts)])  # bytes of an element
+    if len(texts) != math.prod(mark["shape"]) or (texts and np.dtype(mark["dtype"]).itemsize > width):
+        raise ValueError(f"{mark['name']} has {len(texts)} texts, not {mark['dtype']} {mark['shape']}")
+    require_memory(width * len(texts), mark["name"])
+    return np.array(texts, dtype=object)
+
+
+def _read_array(file: Any, mark: dict[str, Any]) -> Array:
+    """Return the numbers that a mark stands for, if they are in the file and as many as the mark says."""
+    dataset, dtype = file, np.dtype(mark["dtype"])
+    for part in mark["name"].split("/"):
+        if not isinstance(dataset.get(part, getlink=True), h5py.HardLink):
+            raise ValueError(f"{mark['name']} is not in the file itself")
+        dataset = dataset[part]
+    if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.external:
+        raise ValueError(f"{mark['name']} is not in the file itself")
+    if dtype.kind not in "biuf" or dataset.dtype.kind not in "biuf" or dataset.size != math.prod(mark["shape"]):
+        raise ValueError(f"{mark['name']} is {dataset.dtype} {dataset.shape}, not {dtype} {mark['shape']}")
+    size = math.prod(dataset.chunks or ()) * dataset.dtype.itemsize + dataset.nbytes
+    if size > MAX_INFLATION * dataset.id.get_storage_size():
+        raise ValueError(f"{mark['name']} would grow to {size} bytes")
+    require_memory(dataset.size * max(dtype.itemsize, dataset.dtype.itemsize), mark["name"])
+    return np.asarray(dataset[()])
 
 
 def _netcdf(datasets: Mapping[str, xarray.Dataset], attrs: Mapping[str, str]) -> bytes:
@@ -152,8 +184,9 @@ def _naming(path: Path) -> Iterator[Path]:
     """Raise errors that name the damaged file."""
     try:
         yield path
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or missing: {error}") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        message = str(error)
+        raise ValueError(message if str(path) in message else f"{path} is damaged or missing: {message}") from error
 
 
 def _number(value: object) -> Any:

@@ -38,6 +38,7 @@ from bayeslm.inference.training import (
     ReverseKL,
     StepRecord,
     Training,
+    TrustRegion,
     describe_run,
     stack_chains,
 )
@@ -61,7 +62,7 @@ class SVI:
         (`AutoMultivariateNormal`, `AutoLowRankMultivariateNormal`; `AutoLaplaceApproximation`, whose draws are of its
         normal distribution). Anything else is a Pyro guide of the program, whose parameters stay in Pyro's store; if it
         has an attribute ``policy``, that is the trained language model.
-    :param optimizer: Adam's settings: learning rates, schedule, clipping.
+    :param optimizer: `Adam`, with learning rates, a schedule and clipping; or `TrustRegion`, which needs none of them.
     :param callbacks: called at the start, after each step and at the end, in this order: `HeldOut` evaluates other
         prompts and rewards, `Tempering` and `KLTarget` move beta, `Plateau` and `NearPosterior` stop a chain early,
         `TensorBoard` logs. Or your own: a `Callback`, or a function of the `StepRecord`.
@@ -82,7 +83,7 @@ class SVI:
     num_particles: int | None = None
     objective: Any = None
     guide: Callable[..., Any] | LanguageModel | None = None
-    optimizer: Adam = field(default_factory=Adam)
+    optimizer: Adam | TrustRegion = field(default_factory=Adam)
     callbacks: Sequence[Callback | Callable[[StepRecord], Reply | None]] = ()
     checkpoint: str | PathLike[str] | Checkpointing | None = None
     num_samples: int | None = None

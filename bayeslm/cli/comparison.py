@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from bayeslm.files import atomic_file
 from bayeslm.posterior import Posterior
 
 from . import report, resume
@@ -27,7 +28,7 @@ def compare(
     posteriors: dict[str, Posterior] = {}
     for name, engine in engines.items():
         if (saved := resume.load(out, name)) is not None:
-            err_console.print(f"{name}: already in {out}", highlight=False)
+            err_console.print(f"{name}: already in {out}")
             posteriors[name] = saved
             continue
         try:
@@ -38,23 +39,31 @@ def compare(
             if checkpoint is not None and isinstance(error.__cause__ or error, KeyboardInterrupt):
                 error.add_note(f"the training so far is saved in {checkpoint}: repeat the command to resume it")
             if out is not None and policy is not None and checkpoint is None:
-                policy.save_pretrained(out / f"{name}-policy-so-far")
-                error.add_note(f"the policy trained so far is saved in {out / f'{name}-policy-so-far'}")
+                place = out / f"{name}-policy-so-far"
+                try:
+                    policy.save_pretrained(place)
+                    error.add_note(f"the policy trained so far is saved in {place}")
+                except OSError as refused:
+                    error.add_note(f"{refused}; {resume.rescue(out, name, None, policy)}")
             if posteriors:
                 report.show(posteriors, out_console)
             raise
         if out is not None:
-            resume.save(out, name, posteriors[name])
+            try:
+                resume.save(out, name, posteriors[name])
+            except OSError:
+                report.show(posteriors, out_console)  # what the run has cost is not lost with the disk
+                raise
         seconds = posteriors[name].stats["seconds"]
-        err_console.print(f"{name}: {seconds:.0f} s", highlight=False)
+        err_console.print(f"{name}: {seconds:.0f} s")
         if posteriors[name].stats.get("interrupted"):
             err_console.print(f"{name} was interrupted: the results so far follow", style="yellow")
             break
     report.show(posteriors, out_console)
     if out is not None:
         plots = ", ".join(_save_plots(posteriors, out))
-        out_console.print(f"written to {out}: posteriors (each with posterior.nc for ArviZ), {plots}", highlight=False)
-        out_console.print(f"to print this again: bayeslm show {out}", highlight=False)
+        out_console.print(f"written to {out}: posteriors (each with posterior.nc for ArviZ), {plots}")
+        out_console.print(f"to print this again: bayeslm show {out}")
     if any(posterior.stats.get("interrupted") for posterior in posteriors.values()):
         raise typer.Exit(INTERRUPTED)
 
@@ -64,15 +73,24 @@ def _save_plots(posteriors: Mapping[str, Posterior], out: Path) -> list[str]:
     from bayeslm.plots import plot_rewards, plot_training
 
     try:
+        import matplotlib
+
+        matplotlib.use("Agg")  # a matplotlibrc in the working folder may name code as the backend
         from matplotlib.pyplot import close
 
         figures = {"rewards.png": plot_rewards(posteriors)}
         if "svi" in posteriors and "elbo" in posteriors["svi"].stats:
             figures["training.png"] = plot_training(posteriors["svi"])
     except ImportError as error:
-        err_console.print(f"no plots: {error}", style="yellow", markup=False)
+        err_console.print(f"no plots: {error}", style="yellow")
         return ["no plots"]
-    for name, figure in figures.items():
-        figure.savefig(out / name, dpi=120)
-        close(figure)
+    try:
+        for name, figure in figures.items():
+            with atomic_file(out / name) as unfinished:
+                figure.savefig(unfinished, dpi=120)
+    except OSError as error:  # the posteriors are saved, and plots are made of them
+        err_console.print(f"no plots: {error}", style="yellow")
+        return ["no plots"]
+    finally:
+        close("all")
     return list(figures)

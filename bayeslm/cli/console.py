@@ -4,12 +4,41 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.status import Status
+from rich.text import Text
 
-out_console = Console()
-err_console = Console(stderr=True)
+from bayeslm.visible import visible
+
+
+class PlainConsole(Console):
+    """A console that shows every string unchanged, without markup, and what a terminal would obey as escapes."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **settings)
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        return super().render_str(visible(text), **settings)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):  # of texts that were made elsewhere
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+    def status(self, status: RenderableType, **settings: Any) -> Status:
+        return super().status(content(status) if isinstance(status, str) else status, **settings)
+
+
+def content(text: str, style: str = "") -> Text:
+    """Return a text of a model or a file to print."""
+    return Text(visible(text), style)
+
+
+out_console = PlainConsole()
+err_console = PlainConsole(stderr=True)
 
 # Exit codes other than 0 and typer's own 2 for wrong usage.
 FAILED, NO_POSTERIOR, INTERRUPTED = 1, 3, 130
@@ -38,5 +67,5 @@ def one_line_errors() -> Iterator[None]:
             message = "\n".join([str(cause).partition("\nTrace Shapes:")[0].strip(), *notes])  # Pyro appends a trace
         else:
             raise
-    err_console.print(f"bayeslm: {message}", style="red", markup=False, highlight=False)
+    err_console.print(f"bayeslm: {message}", style="red")
     raise typer.Exit(code)

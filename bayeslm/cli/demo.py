@@ -50,7 +50,6 @@ def demo(
         out_console.print(
             "prior SmolLM2-135M-Instruct · reward VADER sentiment in [-1, 1] · beta 0.2 · 24 tokens\n"
             "posterior p(x | prompt) exp(reward / beta) / Z, by " + ", ".join(engines),
-            highlight=False,
         )
         compare(model, prompts, {}, engines, out)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +12,7 @@ import typer
 from . import resume
 from .comparison import compare
 from .console import one_line_errors
-from .inputs import language_model, read_prompts, trained_policy
+from .inputs import language_model, load_reward, read_prompts, trained_policy
 from .options import make_engine, make_twist, read_settings
 
 # Options that do not change an engine's result, or are compared by their content when a command is repeated.
@@ -142,7 +141,7 @@ def infer(
     """
     with one_line_errors():
         from bayeslm.inference.training import HeldOut, TensorBoard, identify
-        from bayeslm.models import TiltedLM, rewards
+        from bayeslm.models import TiltedLM
 
         names = engine or ["importance"]
         if (twist is not None or top_k is not None) and "smc" not in names:
@@ -171,13 +170,7 @@ def infer(
         engines = {name: make_engine(name, seed=seed, twist=fixed, **sizes) for name in names}
         texts, columns = read_prompts(prompt or [], prompts)
         held_out_prompts = None if held_out is None else read_prompts([], held_out)
-        sys.path.insert(0, str(Path.cwd()))  # package.module:function may be in the working directory
-        options = read_settings(reward_settings)
-        if ":" in reward and options:
-            raise ValueError(
-                "--reward-settings are for built-in rewards only: give a function of your own its settings in Python"
-            )
-        scaled_reward = scale * (rewards.load(reward) if ":" in reward else rewards.get(reward, **options))
+        scaled_reward = scale * load_reward(reward, read_settings(reward_settings))
         if out is not None:
             contents = {"prompts": texts, "columns": columns, "held_out": held_out_prompts}
             contents["code of the reward"] = identify(scaled_reward)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,26 @@ def language_model(name: str, device: str | None, dtype: str | None = None, **se
         return LanguageModel.from_pretrained(
             name, device=chosen, dtype=None if dtype is None else getattr(torch, dtype), **settings
         )
+
+
+def load_reward(name: str, settings: Mapping[str, Any]) -> Any:
+    """Return a built-in reward, or a function of the user's own as ``package.module:function``.
+
+    That may be in the working folder, which is looked at last, so that nothing else is imported from there.
+
+    :raises ValueError: if there is none, or ``settings`` are given for a function.
+    """
+    from bayeslm.models import rewards
+
+    if ":" not in name:
+        return rewards.get(name, **settings)
+    if settings:
+        raise ValueError(
+            "--reward-settings are for built-in rewards only: give a function of your own its settings in Python"
+        )
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    return rewards.load(name)
 
 
 def trained_policy(folder: Path, prior: Any) -> Any:

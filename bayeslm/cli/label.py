@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import INTERRUPTED, err_console, one_line_errors, out_console
-from .inputs import language_model, read_prompts
+from .inputs import language_model, load_reward, read_prompts
 from .journal import Journal
 from .session import Session
 from .terminal_judge import TerminalJudge
@@ -109,7 +108,7 @@ def label(
             session = Session(files["labels"], files["skipped"], elicitation, pool)
             stopped = session.run(answering, number)
         session.show()
-        out_console.print(f"{out}: {len(session.labels)} labels", highlight=False)
+        out_console.print(f"{out}: {len(session.labels)} labels")
         if stopped:
             raise typer.Exit(INTERRUPTED)
 
@@ -127,7 +126,7 @@ def _files(out: Path) -> Iterator[dict[str, Journal]]:
         files = {name: stack.enter_context(Journal(path)) for name, path in _paths(out).items()}
         for file in files.values():
             if file.removed is not None:
-                err_console.print(f"{file.path}: removed an incomplete last line: {file.removed:.60}", markup=False)
+                err_console.print(f"{file.path}: removed an incomplete last line: {file.removed:.60}")
         yield files
 
 
@@ -202,8 +201,6 @@ def _acquisition(name: str) -> Any:
 
 
 def _simulated_judge(name: str, temperature: float, seed: int) -> Any:
-    from bayeslm.models import rewards
     from bayeslm.models.preferences import SimulatedJudge
 
-    sys.path.insert(0, str(Path.cwd()))  # package.module:function may be in the working directory
-    return SimulatedJudge(rewards.load(name) if ":" in name else rewards.get(name), temperature, seed)
+    return SimulatedJudge(load_reward(name, {}), temperature, seed)

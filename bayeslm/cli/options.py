@@ -86,12 +86,15 @@ def make_twist(
             )
         return Twist.from_pretrained(name, lm)
     if out is not None and (out / "twist").is_dir():
-        err_console.print(f"twist: already in {out / 'twist'}", highlight=False)
+        err_console.print(f"twist: already in {out / 'twist'}")
         return Twist.from_pretrained(out / "twist", lm)
     twist = TwistLearning(reads_reward=name == "learned-partial", seed=seed).run(model, prompts, **columns)
     if out is not None:
-        twist.save_pretrained(out / "twist")
-        err_console.print(f"twist: saved in {out / 'twist'}, for --twist", highlight=False)
+        try:
+            twist.save_pretrained(out / "twist")
+            err_console.print(f"twist: saved in {out / 'twist'}, for --twist")
+        except OSError as error:
+            err_console.print(f"{error}; the run goes on with the twist", style="yellow")
     return twist
 
 

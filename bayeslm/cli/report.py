@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from bayeslm import diagnostics
 from bayeslm.posterior import Posterior
+
+from .console import content
 
 KHAT_LIMIT = 0.7  # above it, estimates by importance weights are unreliable (Vehtari et al., arXiv 1507.02646)
 ESS_LIMIT = 20.0  # below it, their standard errors are unreliable too
@@ -20,7 +21,7 @@ ESS_LIMIT = 20.0  # below it, their standard errors are unreliable too
 def comparison(posteriors: Mapping[str, Posterior], prompt: int) -> Table:
     """Return a table with a row for each engine, and one more for the unweighted draws of a trained policy."""
     title = next(iter(posteriors.values())).prompt_labels[prompt]
-    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    table = Table(title=content(title), title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("engine", no_wrap=True)
     for name in ("reward", "KL to\nprior", "KL to\nposterior", "log Z", "ESS", "k̂", "sec.", "tokens\na sec."):
         table.add_column(name, justify="right", no_wrap=True)  # fits 80 columns
@@ -78,7 +79,7 @@ def best_texts(posteriors: Mapping[str, Posterior], k: int = 3) -> Table | None:
             if not posterior.texts:
                 continue
             for text, reward in posterior.best(i, k):
-                line = Text(" ".join(prompt.split()), style="dim") + Text(" " + " ".join(text.split()), style="default")
+                line = content(" ".join(prompt.split()), "dim") + content(" " + " ".join(text.split()), "default")
                 table.add_row(name, f"{reward:.3f}", line)
                 name = ""
     return table if table.row_count else None
@@ -93,13 +94,12 @@ def show(posteriors: Mapping[str, Posterior], console: Console, k: int = 3) -> N
         f"Means ± one standard error; KL in nats. {policy if any(map(_has_policy, posteriors.values())) else ''}"
         f"Weights are reliable if k̂ < {KHAT_LIMIT} and ESS > {ESS_LIMIT:.0f}.\n",
         style="dim",
-        highlight=False,
     )
     texts = best_texts(posteriors, k)
     if texts is not None:
         console.print(texts)
     for line in warnings(posteriors):
-        console.print(Text("! " + line, style="yellow"))
+        console.print("! " + line, style="yellow")
 
 
 def warnings(posteriors: Mapping[str, Posterior]) -> list[str]:

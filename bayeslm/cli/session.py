@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .console import err_console, out_console
 from .journal import Journal
-from .terminal_judge import PLAIN, Quit, TerminalJudge, Undo, one_line
+from .terminal_judge import Quit, TerminalJudge, Undo, one_line
 
 if TYPE_CHECKING:
     from bayeslm.inference.preferences import Elicitation, Pool
@@ -90,7 +90,7 @@ class Session:
         (self._skipped if skipped else self._labels).pop()
         first, second = one_line(answer.first, answer.second)
         result = "skipped" if skipped else "1 is better" if answer.first_is_better else "2 is better"
-        out_console.print(f"taken back: {result}, of 1 {first} and 2 {second}", **PLAIN)
+        out_console.print(f"taken back: {result}, of 1 {first} and 2 {second}")
 
     def show(self) -> None:
         """Print how many answers were predicted, and the remaining uncertainty."""
@@ -105,7 +105,6 @@ class Session:
             + (f", {sum(recent)} of the last {len(recent)}" if len(labels) > RECENT else "")
             + f" · {surprisal:.2f} nats per label (guessing: 0.69) · remaining uncertainty {self._uncertainty():.0%}",
             style="dim",
-            highlight=False,
         )
 
     def _uncertainty(self) -> float:

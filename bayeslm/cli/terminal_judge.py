@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from .console import out_console
-
-PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}  # prints a text unchanged
 
 
 class Undo(Exception):
@@ -27,9 +23,9 @@ class TerminalJudge:
         :raises Quit: to end the session, also at the end of the input.
         """
         out_console.print()
-        out_console.print(prompt, style="bold", **PLAIN)
+        out_console.print(prompt, style="bold")
         for key, text in zip("12", one_line(first, second), strict=True):
-            out_console.print(f"  {key}  {text}", **PLAIN)
+            out_console.print(f"  {key}  {text}")
         while True:
             try:
                 key = out_console.input("better: 1 or 2 (s skip, u undo, q quit) ").strip().lower()
@@ -43,7 +39,7 @@ class TerminalJudge:
                 raise Undo
             if key == "q":
                 raise Quit
-            out_console.print(f"{key!r} is none of 1, 2, s, u, q", **PLAIN)
+            out_console.print(f"{key!r} is none of 1, 2, s, u, q")
 
 
 def one_line(first: str, second: str) -> tuple[str, str]:

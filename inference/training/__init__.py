@@ -27,6 +27,7 @@ from .sources import FromPosterior, Replay, Source, of_guide, of_prior
 from .state import EMPTY, State
 from .stopping import NearPosterior, Plateau
 from .tensorboard import TensorBoard
+from .trust_region import TrustRegion
 
 __all__ = [
     "EMPTY",
@@ -66,6 +67,7 @@ __all__ = [
     "TokenBaseline",
     "TokenDistribution",
     "Training",
+    "TrustRegion",
     "alpha_divergence",
     "describe_run",
     "identify",

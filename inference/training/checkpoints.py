@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import bayeslm
-from bayeslm.files import atomic_folder, differences
+from bayeslm.files import atomic_folder, differences, sweep
 from bayeslm.inference.program import Program, check_counts, prompt_labels, to_numpy
 
 from .callbacks import Callback
@@ -91,8 +91,7 @@ class Checkpoints:
             raise BlockingIOError(f"{self.folder} is written by another training: end that first") from None
         except OSError:  # what cannot be written needs no lock
             pass
-        for unfinished in self.folder.glob(".chain-*"):  # of a run that was killed while it wrote
-            shutil.rmtree(unfinished, ignore_errors=True)
+        sweep(self.folder)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -126,7 +125,7 @@ class Checkpoints:
                 (unfinished / "checkpoint.json").write_text(json.dumps(header | saved.values), encoding="utf-8")
         except (OSError, SafetensorError) as error:
             kept = f"{before[0]} is kept" if before else "there is none yet"
-            warnings.warn(f"no checkpoint {target}: {error}; {kept}, and the training continues", stacklevel=2)
+            warnings.warn(f"no checkpoint: {error}; {kept}, and the training continues", stacklevel=2)
             return str(before[0]) if before else None
         for path in before:
             shutil.rmtree(path, ignore_errors=True)

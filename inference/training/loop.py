@@ -23,6 +23,7 @@ from bayeslm.inference.program import (
     RandomStates,
     Stopwatch,
     prompt_labels,
+    run_particles,
     seeded,
     to_numpy,
 )
@@ -31,11 +32,14 @@ from bayeslm.progress import track
 from .callbacks import Callback, Callbacks, Reply, StepRecord
 from .checkpoints import Checkpoints, Saved
 from .display import describe_outlier, texts_of
+from .movement import Movement
 from .objective import Estimate, Objective, StatefulLoss
-from .optimizer import Adam, ScheduledAdam
+from .optimizer import Adam
 from .state import EMPTY, State, under, within
+from .trust_region import TrustRegion
 
 FIGURES = ("elbo", "kl", "log_likelihood", "score", "log_evidence", "prompts")  # that are kept of an `Estimate`
+FEWEST_MEASURED, MOST_MEASURED = 4, 16  # particles at which a trust region measures how far a step moves the guide
 
 
 class Training:
@@ -62,7 +66,7 @@ class Training:
         program: Program,
         guide: Any,
         objective: Any,
-        optimizer: Adam,
+        optimizer: Adam | TrustRegion,
         *,
         num_steps: int,
         callbacks: Sequence[Callback | Callable[[StepRecord], Reply | None]],
@@ -76,13 +80,13 @@ class Training:
         self.policy = getattr(guide, "policy", None)
         self.loss = StatefulLoss(objective, program) if isinstance(objective, Objective) else objective
         adapters = getattr(self.policy, "has_adapters", False)
-        self.learning_rate = optimizer.learning_rate or (3e-4 if adapters else 1e-3)
+        self.learning_rate, latent_rate = optimizer.rates(adapters)
 
         def rate_of(name: str) -> float:
             is_latent = owns_guide and not name.startswith("policies")
-            return optimizer.latent_learning_rate if is_latent else self.learning_rate
+            return latent_rate if is_latent else self.learning_rate
 
-        self.optimizer = ScheduledAdam(optimizer, rate_of, num_steps, program.full_size)
+        self.optimizer = optimizer.start(rate_of, num_steps, program.full_size, self._movement)
         self.callbacks = Callbacks(callbacks)
         self.history: dict[str, list[np.ndarray]] = {}
         self.step = 0
@@ -156,6 +160,9 @@ class Training:
         self._note({key: to_numpy(figures[key]) for key in FIGURES if key in figures})
         norm, gamma = self.optimizer.gradient_norm, self.inverse_temperature
         self._note({"gradient_norm": np.array(norm), "inverse_temperature": np.array(gamma)})
+        if (moved := self.optimizer.moved) is not None:
+            rate = self.learning_rate * self.optimizer.factor
+            self._note({"moved": np.array(moved), "learning_rate": np.array(rate)})
         self.step += 1
         return seconds
 
@@ -176,6 +183,16 @@ class Training:
                 saved, used = self._saved(), {"seconds": seconds} | usage.state_dict()
                 self.checkpoint = checkpoints.write(replace(saved, values=saved.values | {"used": used}))
             raise
+
+    def _movement(self) -> Movement:
+        """Return the guide's distributions at some of the step's particles, or at draws of it where a loss has none."""
+        program = self.program.chunks[0] if self.program.in_chunks else self.program
+        if self._last is None:
+            return Movement(program, self.guide, run_particles(program, self.guide, FEWEST_MEASURED))
+        num = len(self._last.particles) // 4
+        particles = self._last.particles[: min(MOST_MEASURED, max(FEWEST_MEASURED, num))]
+        program = program if particles.prompts is None else self.program.on(particles.prompts[0])
+        return Movement(program, self.guide, particles)
 
     @property
     def _last(self) -> Estimate | None:
@@ -214,7 +231,7 @@ class Training:
         """Return what callbacks get; with figures if a step took so many seconds."""
         figures: dict[str, float] = {}
         if seconds is not None:
-            names = [key for key in (*FIGURES, "gradient_norm", "inverse_temperature") if key in self.history]
+            names = [key for key in (*FIGURES, "gradient_norm", "inverse_temperature", "moved") if key in self.history]
             figures = {key: float(self.history[key][-1].mean()) for key in names if key != "prompts"}
             figures |= {"samples_per_second": self._speed(seconds)}
             figures |= {"learning_rate": self.learning_rate * self.optimizer.factor}

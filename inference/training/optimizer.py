@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bayeslm.inference.program import check_positive
 
+from .movement import Movement
 from .state import State
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -47,6 +48,19 @@ class Adam:
         check_positive(self, "learning_rate", "latent_learning_rate", "clip_norm")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"Adam: schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+
+    def rates(self, has_adapters: bool) -> tuple[float, float]:
+        """Return the learning rates at the start, of all parameters but the latents', and of these.
+
+        :param has_adapters: whether the policy's adapters are trained, not all of its weights.
+        """
+        return self.learning_rate or (3e-4 if has_adapters else 1e-3), self.latent_learning_rate
+
+    def start(
+        self, rate_of: Callable[[str], float], num_steps: int, num_prompts: int, movement: Callable[[], Movement]
+    ) -> ScheduledAdam:
+        """Return the optimizer of a run; see `ScheduledAdam`. It does not measure how far the guide moves."""
+        return ScheduledAdam(self, rate_of, num_steps, num_prompts)
 
     def factor(self, num_steps: int) -> Callable[[int], float]:
         """Return the function that multiplies the learning rates, of the steps done."""
@@ -83,6 +97,7 @@ class ScheduledAdam(PyroOptim):
         self._names: dict[Tensor, str] = {}  # in Adam's own order
         self.steps = 0
         self.gradient_norm = 0.0
+        self.moved: float | None = None  # KL of the last step, if the optimizer measures it
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
         """Move the parameters by their gradients.
@@ -94,16 +109,23 @@ class ScheduledAdam(PyroOptim):
         self._add({p: str(store.param_name(p)) for p in set(params) - self._names.keys()})
         if self._adam is None:
             raise ValueError("the guide has no parameters that require a gradient: there is nothing to train")
-        self.factor = self._factor_of(self.steps)
+        self.factor = self._next_factor()
         for group in self._adam.param_groups:
             group["lr"] = group["rate"] * self.factor
         self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(self._names, self._clip)) / self._num_prompts
         if not math.isfinite(self.gradient_norm):
             raise FloatingPointError(f"the gradient is {self.gradient_norm}")
+        self.steps += 1  # before the guide moves: a step that is stopped from here on is not as if it had not begun
+        self._move()
+
+    def _next_factor(self) -> float:
+        return self._factor_of(self.steps)
+
+    def _move(self) -> None:
+        assert self._adam is not None
         self._adam.step()
         # the fused kernel does not report its changes to torch, and kept scores must not outlive them
         torch.autograd.graph.increment_version(list(self._names))
-        self.steps += 1
 
     @property
     def names(self) -> set[str]:

@@ -15,6 +15,7 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from bayeslm.inference.program import (
@@ -204,17 +205,26 @@ def log_q(program: Program, guide: Callable[..., Any], particles: Particles) -> 
     """
     values = {site.name: particles.values[site.name] for site in program.latents} | particles.auxiliary
     which, some = _distinct(values)
-    n = len(next(iter(values.values()))[some])
+    trace, n = guide_trace(program, guide, particles[some])
+    zero = torch.zeros((n, program.weight_prompts), device=program.device)
+    return sum((program.pooled(term) for term in score_sites(program, trace, n).values()), zero)[which]
+
+
+def guide_trace(program: Program, guide: Callable[..., Any], particles: Particles) -> tuple[Trace, int]:
+    """Return the trace of a guide whose sites have the particles' values, and the number of particles.
+
+    :raises ProgramError: if the guide has auxiliary sites, as AutoNormal does, and has not drawn the particles.
+    """
+    values = {site.name: particles.values[site.name] for site in program.latents} | particles.auxiliary
 
     def assignment(name: str) -> Callable[[Any], Assignment]:
-        known = particles.proposal_token_log_prob.get(name)
         if name in particles.auxiliary:
-            return lambda fn: (values[name][some], None)
-        under_plate = program.under_plate
-        scores = None if known is None else under_plate(name, known[some])
-        return lambda fn: (under_plate(name, values[name][some]), scores)
+            return lambda fn: (values[name], None)
+        known = particles.proposal_token_log_prob.get(name)
+        scores = None if known is None else program.under_plate(name, known)
+        return lambda fn: (program.under_plate(name, values[name]), scores)
 
-    assign = Assign({name: assignment(name) for name in values})
+    assign, n = Assign({name: assignment(name) for name in values}), len(particles)
     with assign, pyro.plate(PARTICLES, n, dim=-1 - program.max_plate_nesting):
         trace = poutine.trace(program.pinned(guide)).get_trace(*program.args, **program.kwargs)
     trace = poutine.util.prune_subsample_sites(trace)
@@ -222,8 +232,7 @@ def log_q(program: Program, guide: Callable[..., Any], particles: Particles) -> 
         raise ProgramError(
             f"the guide samples {unknown[0]!r}, which the draws to learn from do not have: learn from its own draws"
         )
-    zero = torch.zeros((n, program.weight_prompts), device=program.device)
-    return sum((program.pooled(term) for term in score_sites(program, trace, n).values()), zero)[which]
+    return trace, n
 
 
 def _distinct(values: dict[str, Tensor]) -> tuple[Tensor | slice, Tensor | slice]:

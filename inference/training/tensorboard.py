@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ class TensorBoard(Callback):
 
     It has the figures of every step, and a completion of each prompt every so many steps. Steps are counted on through
     chains.
+
+    A disk that refuses is a warning, and ends the curves alone.
 
     A run that is resumed continues its curves: what was written of later steps is dropped.
 
@@ -36,8 +39,18 @@ class TensorBoard(Callback):
     def start(self, record: StepRecord, state: Memory) -> Reply:
         return Reply(state={"writer": _summary_writer()(os.fspath(self.folder), purge_step=_total(record) + 1)})
 
-    def step(self, record: StepRecord, state: Memory) -> None:
-        writer, total = state["writer"], _total(record)
+    def step(self, record: StepRecord, state: Memory) -> Reply | None:
+        if "writer" not in state:
+            return None
+        try:
+            self._write(record, state["writer"])
+        except OSError as error:
+            warnings.warn(f"no more curves in {self.folder}: {error}; the training continues", stacklevel=2)
+            return Reply(state={})
+        return None
+
+    def _write(self, record: StepRecord, writer: Any) -> None:
+        total = _total(record)
         figures = dict(record.figures)
         figures |= {f"held_out/{k}": float(x.mean()) for k, x in record.evaluations.items() if not k.endswith("_steps")}
         for name, value in figures.items():

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
+
+from bayeslm.files import atomic_file
+from bayeslm.models.lm import read_tensors
 
 from .environments import Environment
 
@@ -35,17 +38,21 @@ class TrainablePolicy(nn.Module):
     """A policy whose weights can be saved and loaded."""
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the weights to ``policy.safetensors`` in ``folder``, which is created if missing."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file({name: x.contiguous() for name, x in self.state_dict().items()}, Path(folder) / WEIGHTS)
+        """Write the weights to ``policy.safetensors`` in ``folder``, which is created if missing.
+
+        :raises OSError: if the disk refuses, with the path; weights that were there are then kept.
+        """
+        with atomic_file(Path(folder) / WEIGHTS) as unfinished:
+            save_file({name: x.contiguous() for name, x in self.state_dict().items()}, unfinished)
 
     def load_pretrained(self, folder: str | os.PathLike[str]) -> Self:
         """Load the weights that `save_pretrained` of a policy of the same shape wrote, and return this policy.
 
         :raises FileNotFoundError: if ``folder`` has no ``policy.safetensors``.
+        :raises ValueError: if it is damaged.
         :raises RuntimeError: if its weights have other shapes.
         """
-        self.load_state_dict(load_file(Path(folder) / WEIGHTS))
+        self.load_state_dict(read_tensors(Path(folder) / WEIGHTS))
         return self
 
 

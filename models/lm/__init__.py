@@ -7,6 +7,7 @@ from .language_model import LanguageModel
 from .network import CausalNetwork, log_softmax_at
 from .suffix import redraw
 from .tabular import word_tokenizer
+from .tensor_files import read_tensors
 from .twist import POWERS, Twist, TwistInputs
 from .usage import count_usage
 
@@ -23,6 +24,7 @@ __all__ = [
     "count_usage",
     "generate",
     "log_softmax_at",
+    "read_tensors",
     "redraw",
     "word_tokenizer",
 ]

@@ -7,10 +7,12 @@ import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 
 
@@ -61,10 +63,24 @@ def with_lora(network: nn.Module, rank: int, alpha: int, name: str | None) -> nn
     return adapted
 
 
-def load_adapters(network: Any, path: Path) -> nn.Module:
-    """Return the adapters in a folder around a network, which is changed in place."""
-    with _quiet():
-        return PeftModel.from_pretrained(network, str(path))
+def load_adapters(network: Any, path: Path, config: PeftConfig) -> nn.Module:
+    """Return the adapters in a folder around a network, whose modules are changed in place, but not their tensors.
+
+    :param config: of the adapters, checked by `read_adapter_config` and `check_adapter_sizes`.
+    :raises ValueError: if the adapters do not fit the network, or the file holds more or less than them.
+    """
+    try:
+        with _quiet():  # nothing is allocated before the weights are read
+            adapted: Any = PeftModel.from_pretrained(network, str(path), config=config, low_cpu_mem_usage=True)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, UnpicklingError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the adapter in {path} does not fit this model, or is damaged: {reason:.300}") from error
+    if missing := [name for name, x in adapted.named_parameters() if x.is_meta]:
+        raise ValueError(f"the adapter in {path} is damaged: it lacks the weights of {missing[0]}")
+    for p in own_parameters(adapted):
+        if p.is_floating_point():
+            p.data = p.data.float()  # as trained ones are
+    return adapted
 
 
 def adapters_copy(network: nn.Module) -> nn.Module:

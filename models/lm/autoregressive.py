@@ -192,6 +192,14 @@ class Autoregressive(TorchDistribution):
             scores, hidden = scores_and_hidden(self.prompted, rows, flat)
         return self._in_batch(scores, shape), self._in_batch(hidden, shape)
 
+    def next_token_log_prob(self, value: Tensor) -> Tensor:
+        """Return log p(. | prompt, x_<t) before each token of a completion, (*batch, max_new_tokens, vocabulary).
+
+        Without gradient; of no meaning where the completion has ended.
+        """
+        _, hidden = self.token_log_prob_and_hidden(value)
+        return self.lm.causal.logits(hidden, self.temperature).log_softmax(-1)
+
     # -- the support -----------------------------------------------------------------------------------------
 
     @property

@@ -6,15 +6,17 @@ import difflib
 import importlib.util
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftConfig
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from bayeslm.files import atomic_folder
+from bayeslm.weight_files import check_folder
+
+from .adapter_folders import check_adapter_sizes, read_adapter_config
 from .adapters import load_adapters, twin
 
 # Short names: the package that carries the weights as a GGUF file, and the hub's name for the same model.
@@ -50,7 +52,7 @@ def load(
     if name not in PACKAGED:
         try:
             return Pretrained(*_load_transformers(name, dtype, **kwargs), name)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise OSError(_not_found(name, error)) from error
     module, distribution, hub_name = PACKAGED[name]
     found = importlib.util.find_spec(module)
@@ -75,6 +77,9 @@ def _not_found(name: str, error: Exception) -> str:
 
 
 def _load_transformers(name: str, dtype: torch.dtype | None, **kwargs: Any) -> tuple[nn.Module, Any]:
+    folder = Path(name, kwargs.get("subfolder") or "")
+    if folder.is_dir():
+        check_folder(folder, lambda: _empty(folder))
     network = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", trust_remote_code=False, **kwargs)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -83,15 +88,27 @@ def _load_transformers(name: str, dtype: torch.dtype | None, **kwargs: Any) -> t
     return network, tokenizer
 
 
+def _empty(folder: Path) -> nn.Module:
+    """Return the network of a folder's config without memory for its tensors."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        network: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return network
+
+
 def _load_adapter(path: Path, *, base: Pretrained | None, dtype: torch.dtype | None, **kwargs: Any) -> Pretrained:
+    config = read_adapter_config(path)
+    check_adapter_sizes(path, config)
     if base is None:
-        name = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+        name = config.base_model_name_or_path
         if not name:
             raise OSError(f"{path} is an adapter that does not name its base model: give base=LanguageModel(...)")
+        if (Path(name) / "adapter_config.json").is_file():
+            raise ValueError(f"{path} is an adapter around the adapter {name}: merge that into its base model first")
         base = load(name, base=None, dtype=dtype, **kwargs)
     else:
         base = base._replace(network=twin(base.network))
-    return base._replace(network=load_adapters(base.network, path))
+    return base._replace(network=load_adapters(base.network, path, config))
 
 
 # -- the dtype that a saved model computes in ----------------------------------------------------------------
@@ -140,20 +157,17 @@ def converted(package: Path) -> Path:
     source = files[0]
     target = cache_folder() / f"{source.stem}-{source.stat().st_size}"
     if not (target / "config.json").is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # A rename at the end, so that a kill or a full disk never leaves an incomplete model.
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            convert_gguf(source, Path(folder) / "model")
-            try:
-                (Path(folder) / "model").rename(target)
-            except OSError:
-                if not (target / "config.json").is_file():  # else another process was first
-                    raise
+        try:
+            with atomic_folder(target) as folder:
+                convert_gguf(source, folder)
+        except OSError:
+            if not (target / "config.json").is_file():  # else another process was first
+                raise
     return target
 
 
 def convert_gguf(source: Path, target: Path) -> None:
-    """Write a GGUF file's model and tokenizer into a new folder, in float32 and transformers' format."""
+    """Write a GGUF file's model and tokenizer into a folder, in float32 and transformers' format."""
     files = {"gguf_file": source.name}
     quantised = AutoModelForCausalLM.from_pretrained(str(source.parent), dtype=torch.float32, **files)
     settings = {k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}

@@ -6,6 +6,7 @@ holds the tokens themselves, so that all code for networks is tested on it exact
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,8 @@ class NGramForCausalLM(PreTrainedModel):
 
     def __init__(self, config: NGramConfig) -> None:
         super().__init__(config)
+        if config.order * math.log2(config.vocab_size + 1) > 40:
+            raise ValueError(f"a table of order {config.order} over {config.vocab_size} tokens has over 2^40 numbers")
         contexts = (config.vocab_size + 1) ** (config.order - 1)
         self.table = nn.Parameter(torch.empty(contexts, config.vocab_size))
         self.post_init()

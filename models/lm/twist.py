@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad
 
@@ -30,6 +30,7 @@ from bayeslm.files import atomic_folder, read_header
 from .decoding import Decoder
 from .language_model import LanguageModel
 from .network import CausalNetwork
+from .tensor_files import read_tensors
 
 FORMAT = "bayeslm.twist/2"
 # Heads learn E[L^a | x_1:t], L = exp(r / beta), for each of these powers a, and SMC uses that of the first. At a small
@@ -238,11 +239,16 @@ class Twist(nn.Module):
         :raises ValueError: if another version wrote it, or it was trained on another language model.
         """
         config = read_header(path, "twist.json", FORMAT, "twist")
-        twist = cls(lm, **config["settings"])
-        state = load_file(Path(path) / "twist.safetensors", device=str(lm.device))
-        _check_same(twist.probe, state["probe"])
-        twist.load_state_dict(state)
-        twist.stats = config["stats"]
+        state = read_tensors(Path(path) / "twist.safetensors", str(lm.device))
+        try:
+            settings = config["settings"]
+            _check_sizes(settings, state)
+            twist = cls(lm, **settings)
+            _check_same(twist.probe, state["probe"])
+            twist.load_state_dict(state)
+            twist.stats = dict(config["stats"])
+        except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{Path(path) / 'twist.json'} does not fit twist.safetensors: {error}") from error
         return twist
 
     # -- inside --------------------------------------------------------------------------------------------------
@@ -293,6 +299,22 @@ def _probe(network: CausalNetwork) -> Tensor:
     """Return the hidden state (width,) after token 0, which differs between networks."""
     one = torch.zeros((1, 1), dtype=torch.long, device=network.device)
     return network.hidden(one, None, one)[0][0, -1].float()
+
+
+def _check_sizes(settings: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Check the settings that sizes depend on before anything of these sizes is allocated.
+
+    :raises TypeError: if the tensors have other sizes.
+    """
+    stored = {
+        "max_new_tokens": len(state["offset"]) - 1,
+        "inner": len(state["tokens.weight"]),
+        "width": len(state["text.weight"]),
+        "reads_reward": "belief" in state,
+    }
+    for name, size in stored.items():
+        if settings[name] != size or isinstance(settings[name], float):
+            raise TypeError(f"{name} is {settings[name]} and {size}")
 
 
 def _check_same(probe: Tensor, trained: Tensor) -> None:

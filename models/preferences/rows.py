@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
+from bayeslm.files import write_file
+
 Row = TypeVar("Row")
 MAX_ERRORS = 10  # bad rows that an error lists
 
@@ -72,10 +74,13 @@ class PreferenceData:
         return cls(*map(list, zip(*parse_rows(source, rows, parse), strict=True)))
 
     def to_jsonl(self, path: str | os.PathLike[str]) -> None:
-        """Write one JSON object per row, in the format of `from_jsonl`."""
+        """Write one JSON object per row, in the format of `from_jsonl`.
+
+        :raises OSError: if the disk refuses, with the path; an existing file is then as it was before.
+        """
         rows = zip(*(getattr(self, field.name) for field in dataclasses.fields(self)), strict=True)
         objects = (dict(zip(self.FIELDS, row, strict=True)) for row in rows)
-        Path(path).write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in objects).encode())
+        write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in objects))
 
 
 def _enumeration(words: list[str]) -> str:

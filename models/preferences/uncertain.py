@@ -42,12 +42,12 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from bayeslm.files import atomic_folder, read_header
-from bayeslm.models.lm import LanguageModel
+from bayeslm.models.lm import LanguageModel, read_tensors
 from bayeslm.models.rewards import Reward, broadcast
 from bayeslm.posterior import Posterior
 
@@ -222,7 +222,7 @@ class UncertainReward(Reward):
         :raises ValueError: if another version wrote it, or the program has other features.
         """
         config = read_header(path, "uncertain.json", FORMAT, "uncertain reward")
-        tensors = load_file(Path(path) / "uncertain.safetensors")
+        tensors = read_tensors(Path(path) / "uncertain.safetensors")
         probe = model.featurise(*PROBE).cpu()
         if probe.shape != tensors["probe"].shape or not torch.allclose(probe, tensors["probe"], rtol=1e-3, atol=1e-3):
             raise ValueError(f"the weights in {path} belong to other features: pass those, fitted to the same texts")

@@ -6,12 +6,15 @@ import difflib
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
+
+from bayeslm.weight_files import check_folder
 
 from .reward import Reward
 from .text_rewards import Part, check_part, once
@@ -145,8 +148,16 @@ class Classifier(Reward):
 
 
 def _load(path: str | os.PathLike[str]) -> nn.Module:
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
+    def empty() -> nn.Module:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        with torch.device("meta"):
+            network: nn.Module = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+        return network
+
+    if Path(path).is_dir():
+        check_folder(Path(path), empty)
     model, info = AutoModelForSequenceClassification.from_pretrained(
         path, output_loading_info=True, trust_remote_code=False
     )

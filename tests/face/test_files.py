@@ -1,23 +1,30 @@
-"""An output folder is complete or absent, whatever happens to its writer."""
+"""A file or folder is complete or absent, whatever happens to its writer, and nothing of an attempt stays."""
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from support.disks import full_disk
 
-from bayeslm.files import atomic_folder
+from bayeslm.files import atomic_file, atomic_folder, read_header, read_json, require_memory, sweep, write_file
 
 KILLED = """
 import os, sys
-from bayeslm.files import atomic_folder
+from bayeslm.files import atomic_file, atomic_folder
 
-with atomic_folder(sys.argv[1]) as folder:
-    (folder / "first").write_text("1")
+with globals()[sys.argv[1]](sys.argv[2]) as unfinished:
+    ((unfinished / "first") if unfinished.is_dir() else unfinished).write_text("1")
     os._exit(9)  # as if killed: nothing is cleaned up
 """
+KINDS = {"atomic_file": atomic_file, "atomic_folder": atomic_folder}
 
 
 @pytest.mark.parametrize("existing", [False, True])
@@ -33,26 +40,101 @@ def test_the_folder_appears_at_the_end(tmp_path: Path, existing: bool) -> None:
     assert list(place.parent.iterdir()) == [place]
 
 
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_an_error_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+def test_the_file_is_replaced_at_the_end(tmp_path: Path) -> None:
+    place, link = tmp_path / "new" / "a[b].txt", tmp_path / "link"
+    write_file(place, "é")
+    place.chmod(0o640)
+    link.symlink_to(place)
+    with atomic_file(link) as unfinished:
+        unfinished.write_text("2")
+        assert place.read_text(encoding="utf-8") == "é"
+        assert unfinished.name == place.name
+    assert place.read_text() == "2"
+    assert link.is_symlink()
+    assert place.stat().st_mode & 0o777 == 0o640
+    assert list(place.parent.iterdir()) == [place]
+
+
+@pytest.mark.parametrize("error", [OSError("refused"), KeyboardInterrupt(), ValueError("mine")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_leaves_nothing(tmp_path: Path, error: BaseException, kind: str) -> None:
     def write() -> None:
-        with atomic_folder(tmp_path / "run") as folder:
-            (folder / "first").write_text("1")
+        with KINDS[kind](tmp_path / "run") as unfinished:
+            (unfinished / "first" if unfinished.is_dir() else unfinished).write_text("1")
             raise error
 
-    with pytest.raises(error):
+    with pytest.raises(type(error), match=str(error) or None) as caught:
         write()
+    assert (caught.value is error) == (not isinstance(error, OSError))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_killed_writer_leaves_no_folder_of_that_name(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "run")], check=False)
+def _tensors(path: Path) -> None:
+    save_file({"x": torch.zeros(30_000)}, path)
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "python": lambda path: path.write_bytes(b"x" * 100_000),
+    "rust": _tensors,
+    "nested": lambda path: write_file(path, "x" * 100_000),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_full_disk_names_the_file_and_leaves_what_was_there(
+    tmp_path: Path, write: Callable[[Path], object], kind: str
+) -> None:
+    place = tmp_path / "run"
+    if kind == "atomic_file":
+        place.write_text("before")
+
+    def attempt() -> None:
+        with full_disk(50_000), KINDS[kind](place) as unfinished:
+            write(unfinished / "first" if unfinished.is_dir() else unfinished)
+
+    with pytest.raises(OSError, match=f"{place} could not be written: File too large$") as caught:
+        attempt()
+    assert caught.value.errno == errno.EFBIG
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"] * (kind == "atomic_file")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_device_is_written_directly() -> None:
+    with pytest.raises(OSError, match="/dev/full could not be written: No space left"):
+        write_file("/dev/full", "1")
+    write_file("/dev/null", "1")
+    assert not Path("/dev/null").is_file()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_killed_writer_left_is_swept_by_the_next(tmp_path: Path, kind: str) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, kind, str(tmp_path / "run")], check=False)
     assert done.returncode == 9
-    assert not (tmp_path / "run").exists()
-    assert [path.name[:5] for path in tmp_path.iterdir()] == [".run."]
-    with atomic_folder(tmp_path / "run") as folder:  # its hidden folder is in no way
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".run.")
+    mine = tmp_path / ".run.backup"
+    mine.mkdir()
+    with atomic_folder(tmp_path / "other") as folder:
         (folder / "second").write_text("2")
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["second"]
+        sweep(tmp_path)  # a writer that lives is in no way
+        assert folder.is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".run.backup", "other"]
+
+
+def test_writers_at_once_do_not_sweep_each_other(tmp_path: Path) -> None:
+    def write(name: int) -> None:
+        for i in range(20):
+            write_file(tmp_path / f"{name}-{i}", str(i))
+
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        f"{n}-{i}": str(i) for n in range(4) for i in range(20)
+    }
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
@@ -68,3 +150,31 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
             write(place)
     assert (tmp_path / "full" / "mine").read_text() == (tmp_path / "file").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
+
+
+BAD_JSON = {
+    "deep": b"[" * 100_000,
+    "no UTF-8": b'"\xff"',
+    "cut": b'{"format":',
+    "long number": b"1" * 5000,
+    "large": b'"' + b"x" * 2000 + b'"',
+}
+
+
+@pytest.mark.parametrize("content", BAD_JSON.values(), ids=BAD_JSON)
+def test_bad_json_is_an_error_with_the_file(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path} is damaged"):
+        read_json(path, max_bytes=1000 if len(content) < 5000 else 200_000)
+
+
+def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    with path.open("wb") as file:
+        file.truncate(2**42)  # no block of it is on the disk
+    with pytest.raises(ValueError, match="4398046511104 bytes"):
+        read_header(tmp_path, "x.json", "format", "thing")
+    with pytest.raises(ValueError, match=r"x needs 1e\+18 bytes"):
+        require_memory(1e18, "x")
+    require_memory(1e6, "x")

@@ -51,6 +51,7 @@ from bayeslm.inference.training import (
     StatefulLoss,
     StepRecord,
     Tempering,
+    TrustRegion,
     alpha_divergence,
     identify,
 )
@@ -74,6 +75,7 @@ RUNS = {
     "critic": (MODEL, {"objective": ReverseKL(4, Critic())}),
     "fickle": (fickle, {}),
     "minibatches": (batches, {"objective": LogVariance(4, Replay(20, every=2))}),
+    "trust region": (MODEL, {"objective": LogVariance(8, Replay(20)), "optimizer": TrustRegion(), "num_chains": 2}),
     "lora": (tilted(tiny_llama(seed=1), score_table(1)), {"guide": functools.partial(AutoPolicy, lora_rank=2)}),
 }
 

@@ -10,6 +10,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from support.disks import full_disk
 from support.gradients import policy_guide
 from support.programs import PROMPTS, TOKENS, score_table, tilted
 from support.trainings import EXACT, FAST, GOLD, LM, MODEL, SMALL, TWO, assert_same, batches, every_5, kl_of, log_probs
@@ -282,3 +283,10 @@ def test_a_wrong_reward_in_a_minibatch_names_the_prompt_of_all():
     with pytest.raises((ProgramError, RunError), match="particle 0, prompt 2") as caught:
         SVI(**SMALL).run(model, prompts)
     assert ProgramError in (type(caught.value), type(caught.value.__cause__))
+
+
+def test_a_full_disk_ends_the_curves_of_tensorboard_alone(tmp_path):
+    with full_disk(2000), pytest.warns(UserWarning, match="no more curves in .*the training continues"):
+        run = SVI(**SMALL, callbacks=[TensorBoard(tmp_path)]).run(MODEL, PROMPTS)
+    plain = SVI(**SMALL).run(MODEL, PROMPTS)
+    np.testing.assert_array_equal(run.stats["elbo"], plain.stats["elbo"])

@@ -60,7 +60,6 @@ def package(tmp_path, monkeypatch):
     calls = []
 
     def convert(source, target):
-        target.mkdir()
         (target / "weights").write_bytes(source.read_bytes())
         if len(calls) < convert.failures:
             calls.append("failed")

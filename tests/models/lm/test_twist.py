@@ -388,3 +388,44 @@ def test_a_pad_id_that_is_no_token(pad):
     for setting in ({}, {"retained": exact}):
         posterior = SMC(8, 2, twist=twist, proposal="twist", seed=0, progress=False, **setting).run(model, [[1, 2]])
         assert np.isfinite(posterior.log_weights).all()
+
+
+WRONG_SIZES = [
+    {"max_new_tokens": 10**9},
+    {"max_new_tokens": 10**30},
+    {"max_new_tokens": 3.0},
+    {"inner": 10**9},
+    {"width": 10**9},
+    {"components": "64"},
+    {"reads_reward": True},
+    {"layers": 3},
+]
+
+
+@pytest.mark.parametrize("settings", WRONG_SIZES)
+def test_settings_of_another_size_than_the_tensors_are_refused_before_they_are_allocated(tmp_path, settings):
+    lm = table_lm()
+    Twist(lm, 3).save_pretrained(tmp_path / "twist")
+    path = tmp_path / "twist" / "twist.json"
+    config = json.loads(path.read_text())
+    config["settings"] |= settings
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"twist\.json does not fit twist\.safetensors: "):
+        Twist.from_pretrained(tmp_path / "twist", lm)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "huge"])
+def test_a_damaged_file_of_tensors_is_named(tmp_path, damage):
+    lm = table_lm()
+    Twist(lm, 3).save_pretrained(tmp_path / "twist")
+    path = tmp_path / "twist" / "twist.safetensors"
+    if damage == "huge":
+        with path.open("ab") as file:
+            file.truncate(2**43)
+    else:
+        content = path.read_bytes()
+        path.unlink()
+        if damage == "cut":
+            path.write_bytes(content[:-5])
+    with pytest.raises((ValueError, FileNotFoundError), match=r"twist\.safetensors"):
+        Twist.from_pretrained(tmp_path / "twist", lm)

@@ -1,0 +1,140 @@
+r"""Adam with steps in a trust region: how far the guide itself moves sets the learning rate.
+
+Step t, taken when the share u_t of all steps is done, may move the guide by
+
+    KL(q_t || q_{t+1})  <=  1.5 \delta_t,     \delta_t = \delta (1 - u_t)^2
+
+(Kakade and Langford 2002; Schulman et al. 2015, arXiv 1502.05477). Of a small step KL is a quadratic function of its
+length. So a step that moves the guide too far is shortened to the share sqrt(\delta_t / KL) of its length, at most six
+times, and else left out; and the next learning rate is this one times sqrt(\delta_t / KL), within [1/2, 2]. A rate that
+suits a table is hundreds of times one that suits a network's weights: both are found within some ten steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayeslm.inference.program import check_positive
+
+from .movement import Movement
+from .optimizer import Adam, ScheduledAdam
+from .state import State
+
+SLACK = 1.5  # times the target: a step that moves the guide further is shortened
+SHORTENED = 6  # times at most
+SWING = 2.0  # the most by which the learning rate changes from a step to the next
+FIRST, LARGEST = 1e-3, 0.3  # learning rates: a table's logits take hundreds of times those of a network's weights
+OF_LATENTS = 30.0  # times the learning rate: of the default guide's distributions of other latents
+
+
+@dataclass(frozen=True)
+class TrustRegion:
+    r"""Settings of Adam in a trust region: no learning rate, schedule or clipping is to be chosen.
+
+    :param kl: \delta, in nats a prompt: how far the first step may move the guide. A smaller one is safer, and needs
+        more steps to come far.
+    :param betas: decay of the averages of gradients and of squared gradients, a step.
+    :raises ValueError: if ``kl`` is not positive.
+
+    ``stats`` of the run then have ``moved``, KL(q_t || q_{t+1}) of each step, 0 where it was left out, and
+    ``learning_rate``, both (chain, step). The KL is the mean over a quarter of the step's particles, 4 at least
+    and 16 at most, see `Movement`; measuring it evaluates the guide at them twice, and once more each time a step is
+    shortened.
+    """
+
+    kl: float = 0.03
+    betas: tuple[float, float] = (0.9, 0.95)
+
+    schedule = "trust region"  # depends on the number of steps
+
+    def __post_init__(self) -> None:
+        check_positive(self, "kl")
+
+    def rates(self, has_adapters: bool) -> tuple[float, float]:
+        """Return what multiplies the learning rate, of all parameters but the latents', and of these."""
+        return 1.0, OF_LATENTS
+
+    def start(
+        self, rate_of: Callable[[str], float], num_steps: int, num_prompts: int, movement: Callable[[], Movement]
+    ) -> RegionAdam:
+        """Return the optimizer of a run."""
+        return RegionAdam(self, rate_of, num_steps, num_prompts, movement)
+
+
+class RegionAdam(ScheduledAdam):
+    """Adam whose steps stay in a trust region.
+
+    ``factor`` is the learning rate of the last step, and ``moved`` its KL.
+
+    :param region: the settings.
+    :param rate_of: what multiplies the learning rate, of a parameter by its name.
+    :param num_steps: of the run.
+    :param num_prompts: over which the loss is a sum.
+    :param movement: returns the guide's distributions before it moves.
+    """
+
+    def __init__(
+        self,
+        region: TrustRegion,
+        rate_of: Callable[[str], float],
+        num_steps: int,
+        num_prompts: int,
+        movement: Callable[[], Movement],
+    ) -> None:
+        adam = Adam(schedule="constant", clip_norm=None, betas=region.betas)
+        super().__init__(adam, rate_of, num_steps, num_prompts)
+        self._region, self._num_steps, self._movement = region, num_steps, movement
+        self._rate = FIRST  # of the next step
+        self.moved = 0.0
+
+    def _next_factor(self) -> float:
+        return self._rate
+
+    def _move(self) -> None:
+        target = self._region.kl * (1.0 - (self.steps - 1) / self._num_steps) ** 2
+        movement, before = self._movement(), [p.detach().clone() for p in self._names]
+        super()._move()
+        step = [p.detach() - x for p, x in zip(self._names, before, strict=True)]
+        try:
+            first, self.moved = self._shorten(movement, before, step, target)
+        except BaseException:  # a step that nobody has measured does not stay
+            self._put(before, step, 0.0)
+            raise
+        swing = SWING if first == 0.0 else math.sqrt(target / first) if math.isfinite(first) else 0.0
+        self._rate = min(LARGEST, self._rate * min(SWING, max(1.0 / SWING, swing)))
+
+    def _shorten(
+        self, movement: Movement, before: list[Tensor], step: list[Tensor], target: float
+    ) -> tuple[float, float]:
+        """Shorten a step until it is inside the region, or leave it out; return its KL at first and at last."""
+        length, first = 1.0, movement.kl()
+        kl = first
+        for _ in range(SHORTENED):
+            if kl <= SLACK * target:
+                break
+            length *= math.sqrt(target / kl) if math.isfinite(kl) else 0.1
+            self._put(before, step, length)
+            kl = movement.kl()
+        if kl <= SLACK * target:
+            return first, kl
+        self._put(before, step, 0.0)  # too far still, or NaN
+        return first, 0.0
+
+    def _put(self, before: list[Tensor], step: list[Tensor], length: float) -> None:
+        """Put the parameters where a share of the step leads; a share of 0 restores them exactly."""
+        with torch.no_grad():
+            for p, x, dx in zip(self._names, before, step, strict=True):
+                p.copy_(x if length == 0.0 else x + length * dx)
+
+    def moments(self) -> State:
+        return {**super().moments(), "rate": torch.tensor(self._rate, dtype=torch.float64)}
+
+    def restore(self, moments: State, params: Any, steps: int) -> None:
+        self._rate = float(moments["rate"])
+        super().restore({name: x for name, x in moments.items() if name != "rate"}, params, steps)

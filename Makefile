@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TYPES := build/types
 
-.PHONY: help install weights demo test test-long examples bench lint style imports types wheel clean
+.PHONY: help install weights demo test test-long fuzz chaos examples bench lint style imports types wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' \
@@ -55,6 +55,12 @@ test: install weights  ## run the test suite
 
 test-long: install weights  ## run the tests marked long
 	@$(BIN)/pytest -m long $(ARGS)
+
+fuzz: install  ## random arguments, runs, command lines and damaged folders, for minutes (ARGS="-k constructors")
+	@FUZZ=large $(BIN)/pytest tests/test_fuzz.py $(ARGS)
+
+chaos: install  ## kill runs and damage files at random: ARGS="--trials 100 --seed 0"
+	@PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m support.chaos $(ARGS)
 
 examples: install weights  ## run every script in examples/, whose pictures go to runs/
 	@for script in examples/*.py; do echo "==> $$script"; $(BIN)/python "$$script" $(ARGS); done

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 az: Any = import_module("arviz")  # untyped: the two versions share few signatures
 LEGACY = az.__version__.startswith("0.")
+MIN_DRAWS = 4  # of a chain, for which ArviZ has R-hat and ESS
 
 
 def container(groups: Mapping[str, xarray.Dataset], attrs: Mapping[str, str]) -> Any:
@@ -35,7 +36,9 @@ def psislw(log_weights: NDArray[Any]) -> tuple[NDArray[Any], float]:
 
 
 def statistic(name: str, values: NDArray[Any], **options: str) -> NDArray[Any]:
-    """Return ArviZ's "rhat" or "ess" of values (chain, draw, ...), shape (...)."""
+    """Return ArviZ's "rhat" or "ess" of values (chain, draw, ...), shape (...); NaN for fewer than four draws."""
+    if values.shape[1] < MIN_DRAWS:
+        return np.full(values.shape[2:], np.nan)
     flat = values.reshape(*values.shape[:2], -1)
     data = xarray.Dataset({"x": (("chain", "draw", "quantity"), flat)})  # both versions take a data set
     with np.errstate(all="ignore"):

@@ -185,11 +185,12 @@ def distinct_n(tokens: ArrayLike, lengths: ArrayLike, n: int = 2) -> Array:
     if ids.shape[3] >= n:
         grams = np.lib.stride_tricks.sliding_window_view(ids, n, axis=3)  # (chain, draw, prompt, position, n)
         complete = np.arange(grams.shape[3]) + n <= length[..., None]
+        base = ids.max() + 1
         for prompt in range(ids.shape[2]):
             if (found := grams[:, :, prompt][complete[:, :, prompt]]).size:  # (n-gram, n)
                 code = np.zeros(len(found), dtype=np.int64)  # of each prefix; integers sort far faster than rows
                 for column in found.T:
-                    code = np.unique(code * (ids.max() + 1) + column, return_inverse=True)[1]
+                    code = np.unique(code * base + column, return_inverse=True)[1]
                 ratios[prompt] = (code.max() + 1) / len(found)
     return ratios
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from bayeslm.checksums import write_checksums
+
 HIDDEN = re.compile(r"\..*\.unfinished-[0-9a-f]{16}")  # names of hidden folders
 IN_RUST = re.compile(r"\(os error (\d+)\)")  # in errors of the disk from safetensors and tokenizers
 MAX_JSON = 2**28  # bytes of a JSON file; in memory it takes up to 30 times as much
@@ -38,7 +40,7 @@ def require_empty(folder: Path, choose: str = "another name") -> None:
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a hidden folder next to ``path`` to write into; at the end of the block it is renamed to ``path``.
 
-    After an error it is removed.
+    After an error it is removed. Before the renaming `checksums` are added.
 
     :raises FileExistsError: if ``path`` is a file or not empty.
     :raises OSError: if the disk refuses, with ``path``.
@@ -47,6 +49,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     require_empty(folder)
     with _unfinished(folder) as unfinished:
         yield unfinished
+        write_checksums(unfinished)
         _flush(unfinished, *unfinished.rglob("*"))
         if folder.exists():
             folder.rmdir()  # it is empty; Windows cannot rename onto it
@@ -210,6 +213,23 @@ def require_memory(num_bytes: float, what: str) -> None:
         raise ValueError(f"{what} needs {num_bytes:.3g} bytes, and this machine has {memory:.3g}")
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[Path]:
+    """Raise whatever a damaged or missing file causes in the block as a `ValueError` with its name.
+
+    Readers of formats raise many types of errors: of zip archives, of pickles, of lookups in what they have read.
+    """
+    try:
+        yield path
+    except Exception as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):
+            raise
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).strip() or type(error).__name__
+        raise ValueError(f"{path} is damaged or missing: {' '.join(reason.split())[:300]}") from error
+
+
 def read_header(folder: str | os.PathLike[str], name: str, expected: object, what: str) -> dict[str, Any]:
     """Return the JSON object in the file ``name`` of a folder; its entry ``format`` is that of all files there.
 
@@ -240,6 +260,9 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
         old, new = saved.get(name), current.get(name)
         if old == new:
             continue
+        nested = isinstance(new, list) and any(isinstance(x, list | dict) for x in new)
+        if nested and isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+            old, new = ({str(i): x for i, x in enumerate(each)} for each in (old, new))
         if isinstance(old, dict) and isinstance(new, dict):
             found += [f"{name}: {inside}" for inside in differences(old, new)]
         else:

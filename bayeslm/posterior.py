@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from bayeslm.files import reading
 from bayeslm.weights import Array, normalise, num_draws, psis
 
 KINDS = ("enumerated", "exact", "weighted", "particles", "markov", "uncorrected")
@@ -121,11 +122,14 @@ class Posterior:
     def _has_score(self) -> bool:
         return "score" in self.samples and self.dims.get("score", ()) in ((), ("prompt",))
 
-    def _rewards(self, samples: dict[str, Array], terms: dict[str, Array]) -> Array:
+    def _rewards(
+        self, samples: dict[str, Array], terms: dict[str, Array], prompts: slice | list[int] = slice(None)
+    ) -> Array:
         terms = {"score": samples["score"]} if self._has_score else terms
         columns = [x[..., None] if x.ndim == 2 else x for x in terms.values()]
         leading = (columns or [self.log_weights])[0].shape[:2]
-        return sum(columns, start=np.zeros((*leading, len(self.prompts))))
+        size = len(prompts) if isinstance(prompts, list) else len(self.prompts)
+        return sum((x if x.shape[2] == 1 else x[..., prompts] for x in columns), start=np.zeros((*leading, size)))
 
     def weights(self) -> Array:
         """Return weights (chain, draw, prompt) that sum to 1 over chains and draws for each prompt.
@@ -173,7 +177,8 @@ class Posterior:
         texts, dims = self.texts[site], self.dims[site][:-1]
         if "prompt" in dims:
             texts = np.take(texts, prompt, axis=2 + dims.index("prompt"))
-        rewards = self.rewards[..., prompt].reshape(*texts.shape[:2], *(1,) * (texts.ndim - 2))
+        rewards = self._rewards(self.samples, self.log_likelihood, [prompt])
+        rewards = rewards.reshape(*texts.shape[:2], *(1,) * (texts.ndim - 2))
         highest: dict[str, float] = {}
         for text, reward in zip(texts.flat, np.broadcast_to(rewards, texts.shape).flat, strict=True):
             highest[text] = max(float(reward), highest.get(text, -np.inf))
@@ -238,7 +243,8 @@ class Posterior:
         from bayeslm.storage import load
 
         fields = load(Path(directory))
-        return Posterior(**fields | {"dims": {name: tuple(dims) for name, dims in fields["dims"].items()}})
+        with reading(Path(directory) / "posterior.json"):  # arrays of other shapes or types than it says
+            return Posterior(**fields | {"dims": {name: tuple(dims) for name, dims in fields["dims"].items()}})
 
     def _resampled(self, num_draws: int | None, seed: int) -> Posterior:
         """Resample as `resample` does, but let each draw keep its log weight."""

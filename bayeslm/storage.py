@@ -7,14 +7,14 @@ posterior.nc     every array of numbers, at full precision, in a NetCDF file tha
                  (that group alone if no draw has positive weight)
 texts.json       every array of strings, character by character (NetCDF has no NUL), and empty arrays
 policy/          the trained policy, if there is one, as its `save_pretrained` writes it
+SHA256SUMS       of all these files
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ import numpy as np
 import xarray
 
 from bayeslm.arviz import Variables, make_datasets
-from bayeslm.files import atomic_folder, read_header, read_json, require_memory
+from bayeslm.checksums import verify
+from bayeslm.files import atomic_folder, read_header, read_json, reading, require_memory
 from bayeslm.version import __version__
 from bayeslm.weights import Array
 
-FORMAT = "bayeslm.posterior/2"
+FORMAT = "bayeslm.posterior/3"
 ARRAYS, TEXTS = "posterior.nc", "texts.json"
 OWN_GROUP = "bayeslm"
 MAX_TEXTS = 2**32  # bytes of texts.json
@@ -79,11 +80,14 @@ def load(directory: Path) -> dict[str, Any]:
     :raises ValueError: if a version of bayeslm with another format wrote it, or a file is damaged; with its name.
     """
     header = read_header(directory, "posterior.json", FORMAT, "posterior")
-    with _naming(directory / TEXTS) as path:
+    with reading(directory / "posterior.json"):
+        fields = dict(header["fields"])
+    with reading(directory / TEXTS) as path:
         texts = read_json(path, MAX_TEXTS)
-        fields = _fill(header["fields"], TEXTS, lambda mark: _read_texts(texts[mark["name"]], mark))
-    with _naming(directory / ARRAYS) as path, h5py.File(path) as file:
+        fields = _fill(fields, TEXTS, lambda mark: _read_texts(texts[mark["name"]], mark))
+    with reading(directory / ARRAYS) as path, h5py.File(path) as file:
         fields = _fill(fields, ARRAYS, lambda mark: _read_array(file, mark))
+    verify(directory)  # at the end, when it is known that no file is too large
     policy = directory / "policy"
     return fields | {"policy_path": policy if policy.is_dir() else None}
 
@@ -177,16 +181,6 @@ def _netcdf(datasets: Mapping[str, xarray.Dataset], attrs: Mapping[str, str]) ->
     }
     tree = xarray.DataTree.from_dict({"/": xarray.Dataset(attrs=attrs), **datasets})
     return bytes(tree.to_netcdf(engine="h5netcdf", encoding=encoding))
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[Path]:
-    """Raise errors that name the damaged file."""
-    try:
-        yield path
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        message = str(error)
-        raise ValueError(message if str(path) in message else f"{path} is damaged or missing: {message}") from error
 
 
 def _number(value: object) -> Any:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -32,22 +32,21 @@ from bayeslm.inference.markov import Tally, latent_moves, sweep, tempered
 from bayeslm.inference.program import (
     Particles,
     SoFar,
-    Stopwatch,
-    check_counts,
-    check_positive,
     draw,
     inspect,
     keeping,
     posterior,
-    seeded,
+    running,
     to_numpy,
 )
-from bayeslm.inference.sequential import Population, WeightUpdate, check_resampling
+from bayeslm.inference.sequential import Population, Resampling, WeightUpdate
 from bayeslm.models.lm import LanguageModel
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
+from bayeslm.validation import Count, Finite, Positive, Seed, Share, Within, validated
 
 
+@validated
 @dataclass(frozen=True)
 class AnnealedSMC:
     """Weighted particles that move from the prior to the posterior, with a ladder for each prompt of each chain.
@@ -68,24 +67,19 @@ class AnnealedSMC:
     :raises ValueError: if a setting is out of range.
     """
 
-    num_particles: int = 64
-    num_chains: int = 1
-    ladder: Sequence[float] | None = None
-    cess: float = 0.9
-    num_sweeps: int = 1
-    ess_threshold: float = 0.5
-    resampling: str = "systematic"
+    num_particles: Count = 64
+    num_chains: Count = 1
+    ladder: Sequence[Finite] | None = None
+    cess: Annotated[float, Within("(0, 1)")] = 0.9
+    num_sweeps: Count = 1
+    ess_threshold: Share = 0.5
+    resampling: Resampling = "systematic"
     proposal: LanguageModel | None = None
-    step_size: float = 1.0
-    seed: int | None = None
+    step_size: Positive = 1.0
+    seed: Seed | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
-        check_counts(self, "num_particles", "num_chains", "num_sweeps")
-        check_positive(self, "step_size")
-        check_resampling(self)
-        if not 0.0 < self.cess < 1.0:
-            raise ValueError(f"AnnealedSMC: cess must be between 0 and 1, got {self.cess}")
         if self.ladder is not None:
             steps = [b - a for a, b in zip([0.0, *self.ladder], [*self.ladder, 1.0], strict=True)]
             if not self.ladder or not all(step > 0 for step in steps[:-1]) or steps[-1] != 0.0:
@@ -106,7 +100,7 @@ class AnnealedSMC:
         :raises ProgramError: if a latent is masked, or a term of the log-joint is NaN or +inf.
         :raises RunError: if an error stops the run after particles were drawn; it carries those of the last sweep.
         """
-        with seeded(self.seed), Stopwatch() as watch, torch.no_grad():
+        with running(self.seed) as watch, torch.no_grad():
             program = inspect(model, *args, **kwargs)
             size = self.num_particles * self.num_chains
             initial, interrupted = draw(program, None, size, progress=self.progress, label="particles of the prior")

@@ -23,17 +23,17 @@ from bayeslm.inference.program import (
     Program,
     ProgramError,
     Site,
-    Stopwatch,
-    check_counts,
     inspect,
     posterior,
+    running,
     score_values,
-    seeded,
 )
 from bayeslm.models.lm import Autoregressive
 from bayeslm.posterior import Posterior
+from bayeslm.validation import Count, Seed, validated
 
 
+@validated
 @dataclass(frozen=True)
 class Exact:
     """Every joint assignment of the latents, with its exact posterior weight.
@@ -44,12 +44,9 @@ class Exact:
     :raises ValueError: if a setting is out of range.
     """
 
-    max_atoms: int = 1_000_000
-    num_prior_samples: int = 1000
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        check_counts(self, "max_atoms", "num_prior_samples")
+    max_atoms: Count = 1_000_000
+    num_prior_samples: Count = 1000
+    seed: Seed | None = None
 
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Enumerate ``model(*args, **kwargs)``: one chain whose draws are the atoms, and the exact log Z.
@@ -59,7 +56,7 @@ class Exact:
         :raises ProgramError: if a latent cannot be enumerated, or there are more than ``max_atoms`` atoms.
         :raises EvidenceError: if no atom has positive probability.
         """
-        with seeded(self.seed), Stopwatch() as watch:
+        with running(self.seed) as watch:
             program = inspect(model, *args, **kwargs)
             particles = self._enumerate(program)
             atoms = len(particles)

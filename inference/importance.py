@@ -17,20 +17,20 @@ from typing import Any
 
 from bayeslm.inference.program import (
     PolicyGuide,
-    Stopwatch,
     as_proposal,
-    check_counts,
     draw,
     inspect,
     inspect_or_reuse,
     posterior,
-    seeded,
+    running,
 )
 from bayeslm.inference.sequential import check_retained, put_first, retained_particles
 from bayeslm.models.lm import LanguageModel
 from bayeslm.posterior import Posterior
+from bayeslm.validation import Count, Seed, validated
 
 
+@validated
 @dataclass(frozen=True)
 class ImportanceSampling:
     """Weighted draws of a proposal.
@@ -50,17 +50,16 @@ class ImportanceSampling:
     :raises ValueError: if a setting is out of range.
     """
 
-    num_particles: int = 256
-    num_chains: int = 1
+    num_particles: Count = 256
+    num_chains: Count = 1
     guide: Callable[..., Any] | LanguageModel | None = None
     retained: Posterior | None = None
-    batch_size: int | None = None
+    batch_size: Count | None = None
     vectorize: bool = True
-    seed: int | None = None
+    seed: Seed | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
-        check_counts(self, "num_particles", "num_chains", "batch_size")
         check_retained(self)
         if isinstance(self.guide, type):
             raise ValueError(
@@ -79,7 +78,7 @@ class ImportanceSampling:
         :raises ProgramError: if the retained draws are not of this program, or the guide cannot have proposed them.
         :raises RunError: if an error stops the run after the first batch; it carries the draws.
         """
-        with seeded(self.seed), Stopwatch() as watch:
+        with running(self.seed) as watch:
             program = (
                 inspect_or_reuse(None, model, args, kwargs)
                 if self.retained is None

@@ -27,21 +27,20 @@ from bayeslm import diagnostics
 from bayeslm.inference.markov import Potential, ScoreOnce, score_unconstrained, starting_point, unconstrained_shapes
 from bayeslm.inference.program import (
     ProgramError,
-    Stopwatch,
-    check_counts,
-    check_positive,
     inspect,
     posterior,
-    seeded,
+    running,
     to_numpy,
 )
 from bayeslm.posterior import Posterior
+from bayeslm.validation import Count, Positive, Seed, validated
 
 HALVINGS = 30  # of one Newton step
 LONGEST = 1e3  # norm of a step: where the curvature is nearly 0, log-densities overflow at longer ones
 SUFFICIENT = 0.1  # a step must lower U by this share of the decrease that the slope predicts
 
 
+@validated
 @dataclass(frozen=True)
 class Laplace:
     """Weighted draws of the normal approximation at a mode, in milliseconds where `NUTS` takes minutes.
@@ -62,17 +61,13 @@ class Laplace:
     :raises ValueError: if a setting is out of range.
     """
 
-    num_samples: int = 500
+    num_samples: Count = 500
     weighted: bool = True
-    max_steps: int = 100
-    tolerance: float = 1e-4
-    batch_size: int | None = None
+    max_steps: Count = 100
+    tolerance: Positive = 1e-4
+    batch_size: Count | None = None
     vectorize: bool = True
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        check_counts(self, "num_samples", "max_steps", "batch_size")
-        check_positive(self, "tolerance")
+    seed: Seed | None = None
 
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Approximate the posterior of ``model(*args, **kwargs)``; log Z is estimated from the weights.
@@ -85,7 +80,7 @@ class Laplace:
             one); if no mode is found, or the posterior is flat there.
         :raises EvidenceError: if no starting point has positive probability.
         """
-        with seeded(self.seed), Stopwatch() as watch:
+        with running(self.seed) as watch:
             program = inspect(model, *args, **kwargs)
             shapes = unconstrained_shapes(program)
             if program.weight_prompts > 1:

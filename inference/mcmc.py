@@ -26,23 +26,22 @@ from bayeslm.inference.program import (
     Particles,
     PolicyGuide,
     SoFar,
-    Stopwatch,
-    check_counts,
     check_evidence,
-    check_positive,
     draw,
     inspect,
     keeping,
     posterior,
     prompt_labels,
-    seeded,
+    running,
     to_numpy,
 )
 from bayeslm.models.lm import LanguageModel
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
+from bayeslm.validation import Count, Positive, Seed, validated
 
 
+@validated
 @dataclass(frozen=True)
 class MCMC:
     """Markov chains whose steps redraw suffixes of completions, and move the other latents of the program.
@@ -61,20 +60,16 @@ class MCMC:
     :raises ValueError: if a setting is out of range.
     """
 
-    num_samples: int = 200
-    num_chains: int = 16
-    warmup: int = 100
-    thin: int = 1
-    initial_particles: int = 256
+    num_samples: Count = 200
+    num_chains: Count = 16
+    warmup: Count = 100
+    thin: Count = 1
+    initial_particles: Count = 256
     proposal: LanguageModel | None = None
-    num_temperatures: int = 1
-    step_size: float = 1.0
-    seed: int | None = None
+    num_temperatures: Count = 1
+    step_size: Positive = 1.0
+    seed: Seed | None = None
     progress: bool = True
-
-    def __post_init__(self) -> None:
-        check_counts(self, "num_samples", "num_chains", "warmup", "thin", "initial_particles", "num_temperatures")
-        check_positive(self, "step_size")
 
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Sample the posterior of ``model(*args, **kwargs)``. Draws are equally weighted; log Z is not estimated (NaN).
@@ -90,7 +85,7 @@ class MCMC:
         :raises ProgramError: if a latent is masked, or a term of the log-joint is NaN or +inf.
         :raises RunError: if an error stops the run after the first draws; it carries them.
         """
-        with seeded(self.seed), Stopwatch() as watch, torch.no_grad():
+        with running(self.seed) as watch, torch.no_grad():
             program = inspect(model, *args, **kwargs)
             guide = None if self.proposal is None else PolicyGuide(program, self.proposal)
             initial, interrupted = draw(

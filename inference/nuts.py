@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -25,18 +25,18 @@ from bayeslm.inference.program import (
     Particles,
     Program,
     SoFar,
-    Stopwatch,
-    check_counts,
     draw,
     inspect,
     keeping,
     posterior,
-    seeded,
+    running,
 )
 from bayeslm.posterior import Posterior
 from bayeslm.progress import Report, track
+from bayeslm.validation import Count, Seed, Within, validated
 
 
+@validated
 @dataclass(frozen=True)
 class NUTS:
     """Chains of Pyro's No-U-Turn Sampler, run one after another.
@@ -60,20 +60,15 @@ class NUTS:
     :raises ValueError: if a setting is out of range.
     """
 
-    num_samples: int = 500
-    warmup: int = 500
-    num_chains: int = 4
-    target_accept: float = 0.8
-    max_tree_depth: int = 10
-    batch_size: int | None = None
+    num_samples: Count = 500
+    warmup: Count = 500
+    num_chains: Count = 4
+    target_accept: Annotated[float, Within("(0, 1)")] = 0.8
+    max_tree_depth: Count = 10
+    batch_size: Count | None = None
     vectorize: bool = True
-    seed: int | None = None
+    seed: Seed | None = None
     progress: bool = True
-
-    def __post_init__(self) -> None:
-        check_counts(self, "num_samples", "warmup", "num_chains", "max_tree_depth", "batch_size")
-        if not 0 < self.target_accept < 1:
-            raise ValueError(f"NUTS: target_accept must be between 0 and 1, got {self.target_accept}")
 
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Sample the posterior of ``model(*args, **kwargs)``. Draws are equally weighted; log Z is not estimated (NaN).
@@ -86,7 +81,7 @@ class NUTS:
         :raises EvidenceError: if no starting point has positive probability.
         :raises RunError: if an error stops the run after the first draw; it carries the same draws.
         """
-        with seeded(self.seed), Stopwatch() as watch:
+        with running(self.seed) as watch:
             program = inspect(model, *args, **kwargs)
             shapes = unconstrained_shapes(program)
             score_once = ScoreOnce(program)

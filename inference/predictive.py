@@ -23,22 +23,24 @@ from bayeslm.inference.program import (
     assign_values,
     inspect,
     run_particles,
+    running,
     sample_sites,
-    seeded,
     site_value,
     to_numpy,
     traces,
 )
 from bayeslm.posterior import Posterior
+from bayeslm.validation import Count, Seed, validated
 
 
+@validated
 def predict(
     posterior: Posterior,
     model: Callable[..., Any],
     /,
     *args: Any,
-    num_draws: int | None = None,
-    seed: int | None = None,
+    num_draws: Count | None = None,
+    seed: Seed | None = None,
     **kwargs: Any,
 ) -> Posterior:
     """Draw a replicated data set for each of the posterior's equally weighted draws.
@@ -55,7 +57,7 @@ def predict(
     :param seed: seed of all random numbers; None draws from the global random state.
     :raises ProgramError: if the program has other latents than the posterior, or no observed data.
     """
-    with seeded(seed), torch.no_grad():
+    with running(seed), torch.no_grad():
         program = inspect(model, *args, **kwargs)
         observed = [site for site in program.sites.values() if site.kind == "observed" and site.value.numel()]
         if not observed:

@@ -25,8 +25,6 @@ from bayeslm.inference.program import (
     Program,
     ProgramError,
     SoFar,
-    Stopwatch,
-    check_counts,
     check_evidence,
     draw,
     inspect,
@@ -34,12 +32,16 @@ from bayeslm.inference.program import (
     posterior,
     prompt_labels,
     run_particles,
-    seeded,
+    running,
 )
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
+from bayeslm.validation import Count, Seed, validated
+
+TOLERANCE = 1e-4  # nats by which a draw may exceed the bound
 
 
+@validated
 @dataclass(frozen=True)
 class RejectionSampling:
     """Exact draws of the posterior.
@@ -58,17 +60,14 @@ class RejectionSampling:
     :raises ValueError: if a setting is out of range.
     """
 
-    num_samples: int = 100
-    num_chains: int = 1
+    num_samples: Count = 100
+    num_chains: Count = 1
     log_bound: float | None = None
-    max_proposals: int = 100_000
-    batch_size: int | None = None
+    max_proposals: Count = 100_000
+    batch_size: Count | None = None
     vectorize: bool = True
-    seed: int | None = None
+    seed: Seed | None = None
     progress: bool = True
-
-    def __post_init__(self) -> None:
-        check_counts(self, "num_samples", "num_chains", "max_proposals", "batch_size")
 
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Sample the posterior of ``model(*args, **kwargs)``; log Z is estimated from all proposals.
@@ -77,8 +76,8 @@ class RejectionSampling:
         prompt; ``interrupted``, ``seconds``, ``tokens`` and ``model_calls``. After Ctrl-C the posterior has the draws
         until then, equally many of each prompt and chain.
 
-        :raises ProgramError: if no finite bound is known, or a proposal exceeds it. As a wrong bound makes all accepted
-            draws wrong, there are no results then.
+        :raises ProgramError: if no finite bound is known, or a proposal exceeds it by more than rounding. As a wrong
+            bound makes all accepted draws wrong, there are no results then.
         :raises EvidenceError: if ``max_proposals``, or Ctrl-C, leave a prompt with fewer draws than chains.
         :raises RunError: if another error stops the run after the first batch; it carries all proposals, weighted as by
             `ImportanceSampling`.
@@ -89,7 +88,7 @@ class RejectionSampling:
                 f"rejection sampling needs a finite upper bound of the log-likelihood, got {bound}: set log_bound to "
                 "r_max / beta, or use TiltedLM with a reward that has an upper_bound"
             )
-        with seeded(self.seed), Stopwatch() as watch:
+        with running(self.seed) as watch:
             program = inspect(model, *args, **kwargs)
             proposals, accepted, interrupted = self._propose(program, bound)
             counts = accepted.sum(0)
@@ -134,7 +133,7 @@ class RejectionSampling:
         parts: list[tuple[Particles, torch.Tensor]] = []
         least = done = 0
         highest = -math.inf
-        tolerance = 1e-4 * max(1.0, abs(bound))
+        tolerance = max(TOLERANCE, torch.finfo(torch.float32).eps * abs(bound))  # no more than rounding
         counts = torch.zeros((), dtype=torch.long, device=program.device)
 
         def so_far() -> SoFar | None:
@@ -164,6 +163,7 @@ class RejectionSampling:
         return proposals, torch.cat([accepted for _, accepted in parts]), run.interrupted
 
 
+@validated
 @dataclass(frozen=True)
 class BestOfN:
     """The best of n draws of the prior: a baseline, not a posterior.
@@ -179,16 +179,13 @@ class BestOfN:
     :raises ValueError: if a setting is out of range.
     """
 
-    n: int = 16
-    num_samples: int = 16
-    num_chains: int = 1
-    batch_size: int | None = None
+    n: Count = 16
+    num_samples: Count = 16
+    num_chains: Count = 1
+    batch_size: Count | None = None
     vectorize: bool = True
-    seed: int | None = None
+    seed: Seed | None = None
     progress: bool = True
-
-    def __post_init__(self) -> None:
-        check_counts(self, "n", "num_samples", "num_chains", "batch_size")
 
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Draw from the best-of-n distribution of ``model(*args, **kwargs)``, best by the sum of log-likelihood terms.
@@ -202,7 +199,7 @@ class BestOfN:
             had a draw.
         :raises RunError: if an error stops the run after the first batch; it carries the candidates.
         """
-        with seeded(self.seed), Stopwatch() as watch:
+        with running(self.seed) as watch:
             program = inspect(model, *args, **kwargs)
             candidates, interrupted = draw(
                 program,

@@ -29,22 +29,20 @@ from bayeslm.inference.program import (
     Particles,
     ProgramError,
     SoFar,
-    Stopwatch,
-    check_counts,
     inspect,
     keeping,
     posterior,
-    seeded,
+    running,
 )
 from bayeslm.inference.sequential import (
     LearnedTwist,
     PolicyTwist,
     Population,
     PrefixTwist,
+    Resampling,
     SiteRows,
     SiteTwist,
     WeightUpdate,
-    check_resampling,
     check_retained,
     induced,
     retained_values,
@@ -52,8 +50,10 @@ from bayeslm.inference.sequential import (
 from bayeslm.models.lm import Autoregressive, Decoder, LanguageModel, Twist, categorical, log_softmax_at
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
+from bayeslm.validation import Count, Seed, Share, validated
 
 
+@validated
 @dataclass(frozen=True)
 class SMC:
     """Weighted particles that are resampled while their completions are written.
@@ -82,20 +82,18 @@ class SMC:
     :raises ValueError: if a setting is out of range or of the wrong type.
     """
 
-    num_particles: int = 64
-    num_chains: int = 1
+    num_particles: Count = 64
+    num_chains: Count = 1
     twist: str | Twist | Mapping[str, str | Twist] | LanguageModel | None = None
     proposal: str | LanguageModel | Callable[..., Any] | None = None
-    top_k: int = 64
-    resampling: str = "systematic"
-    ess_threshold: float = 0.5
+    top_k: Count = 64
+    resampling: Resampling = "systematic"
+    ess_threshold: Share = 0.5
     retained: Posterior | None = None
-    seed: int | None = None
+    seed: Seed | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
-        check_counts(self, "num_particles", "num_chains", "top_k")
-        check_resampling(self)
         check_retained(self)
         if self.twist is not None and not isinstance(self.twist, LanguageModel):
             for twist in self.twist.values() if isinstance(self.twist, Mapping) else [self.twist]:
@@ -126,7 +124,7 @@ class SMC:
             draws are not for this program.
         :raises RunError: if an error stops the run after the first chains; it carries their particles.
         """
-        with seeded(self.seed), Stopwatch() as watch:
+        with running(self.seed) as watch:
             program = inspect(model, *args, **kwargs)
             at_once = max(1, program.max_particles // self.num_particles)
             retained = None if self.retained is None else retained_values(program, self.retained, self.num_chains)

@@ -15,18 +15,20 @@ from functools import partial
 from os import PathLike
 from typing import Any
 
+from pyro.infer import ELBO
+
 from bayeslm.inference.program import (
     Particles,
     Program,
     SoFar,
     Stopwatch,
     as_proposal,
-    check_counts,
+    check_independence,
     draw,
     inspect_or_reuse,
     keeping,
     posterior,
-    seeded,
+    running,
 )
 from bayeslm.inference.training import (
     Adam,
@@ -34,6 +36,7 @@ from bayeslm.inference.training import (
     Callback,
     Checkpointing,
     Checkpoints,
+    Objective,
     Reply,
     ReverseKL,
     StepRecord,
@@ -44,10 +47,12 @@ from bayeslm.inference.training import (
 )
 from bayeslm.models.lm import LanguageModel
 from bayeslm.posterior import Posterior
+from bayeslm.validation import Count, Natural, Seed, validated
 
 NUM_SAMPLES, FEWEST = 256, 16  # draws of each prompt: by default, and the fewest where prompts are many
 
 
+@validated
 @dataclass(frozen=True)
 class SVI:
     """A policy trained towards the posterior, and weighted draws of it.
@@ -79,23 +84,20 @@ class SVI:
     :raises ValueError: if a setting is out of range.
     """
 
-    num_steps: int = 200
-    num_particles: int | None = None
-    objective: Any = None
+    num_steps: Count = 200
+    num_particles: Count | None = None
+    objective: Objective | ELBO | None = None
     guide: Callable[..., Any] | LanguageModel | None = None
     optimizer: Adam | TrustRegion = field(default_factory=Adam)
     callbacks: Sequence[Callback | Callable[[StepRecord], Reply | None]] = ()
     checkpoint: str | PathLike[str] | Checkpointing | None = None
-    num_samples: int | None = None
-    num_prior_samples: int | None = None
-    num_chains: int = 1
-    seed: int | None = None
+    num_samples: Count | None = None
+    num_prior_samples: Natural | None = None
+    num_chains: Count = 1
+    seed: Seed | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
-        check_counts(self, "num_steps", "num_particles", "num_samples", "num_chains")
-        if self.num_prior_samples != 0:
-            check_counts(self, "num_prior_samples")
         own = getattr(self.objective, "num_particles", None)
         if None not in (own, self.num_particles) and own != self.num_particles:
             raise ValueError(
@@ -132,18 +134,20 @@ class SVI:
         :raises ValueError: if ``checkpoint`` holds another run's, with what differs.
         :raises BlockingIOError: if another process trains with the same ``checkpoint``.
         """
-        with seeded(self.seed), Stopwatch() as watch, contextlib.ExitStack() as held:
+        with running(self.seed) as watch, contextlib.ExitStack() as held:
             program = inspect_or_reuse(None, model, args, kwargs)
+            check_independence(program)  # before the training, also where the objective runs one particle at a time
             objective = self.objective if self.objective is not None else ReverseKL(self.num_particles or 8)
             checkpoints = self._checkpoints(program, objective)
             if checkpoints is not None:
                 held.enter_context(checkpoints)
+            saved = [None if checkpoints is None else checkpoints.newest(i) for i in range(self.num_chains)]
             chains: list[Training] = []
             with keeping(lambda: _so_far(chains)):
                 while len(chains) < self.num_chains and not any(chain.interrupted for chain in chains):
                     chains.append(self._chain(program, objective, len(chains), watch))
-                    if checkpoints is not None and (saved := checkpoints.newest(len(chains) - 1)) is not None:
-                        chains[-1].restore(saved)
+                    if (state := saved.pop(0)) is not None:
+                        chains[-1].restore(state)
                     if not chains[-1].done:
                         chains[-1].run(checkpoints)
             with keeping(lambda: _so_far(chains), can_return=False):

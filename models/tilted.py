@@ -8,18 +8,19 @@ arXiv 2205.11275).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyro
 from torch import Tensor
 
-from bayeslm.models.lm import LanguageModel, Prompt
-from bayeslm.models.rewards import Reward
+from bayeslm.models.lm import LanguageModel, Prompt, read_table, without_index
+from bayeslm.models.rewards import Reward, RewardFunction, with_trainer_arguments
+from bayeslm.validation import Count, Positive, validated
 
 
+@validated
 class TiltedLM:
     """A Pyro program: ``completion`` ~ prior, ``reward`` = factor r / beta, ``score`` = r in the reward's own units.
 
@@ -37,21 +38,13 @@ class TiltedLM:
     def __init__(
         self,
         prior: LanguageModel,
-        reward: Reward | Callable[..., Sequence[float]],
-        beta: float = 0.1,
+        reward: Reward | RewardFunction,
+        beta: Positive = 0.1,
         *,
-        max_new_tokens: int = 24,
-        temperature: float = 1.0,
-        subsample_size: int | None = None,
+        max_new_tokens: Count = 24,
+        temperature: Positive = 1.0,
+        subsample_size: Count | None = None,
     ) -> None:
-        if not (beta > 0 and math.isfinite(beta)):
-            raise ValueError(f"beta must be positive and finite, got {beta}")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        if subsample_size is not None and subsample_size < 1:
-            raise ValueError(f"subsample_size must be at least 1, got {subsample_size}")
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature must be positive and finite, got {temperature}")
         self.prior = prior
         self.reward = reward if isinstance(reward, Reward) else Reward(reward)
         self.beta = beta
@@ -64,16 +57,29 @@ class TiltedLM:
         """An upper bound of the log-likelihood r / beta, for rejection sampling; inf if the reward has none."""
         return self.reward.upper_bound / self.beta
 
-    def identity(self) -> Mapping[str, Any]:
-        """Return the settings on which the posterior depends, by which checkpoints tell runs apart."""
-        return vars(self)
+    def program_arguments(
+        self, prompts: Any, /, **columns: Sequence[Any]
+    ) -> tuple[tuple[Sequence[Prompt]], dict[str, Sequence[Any]]]:
+        """Return prompts and columns of what the program is called with, which engines read once a run.
 
-    def __call__(self, prompts: Sequence[Prompt], /, **columns: Sequence[Any]) -> None:
+        :raises ValueError: if a table has no column "prompt", columns of different lengths, or one that ``columns``
+            has too.
+        """
+        prompts, own = read_table(prompts)
+        if twice := own.keys() & columns.keys():
+            raise ValueError(f"column {min(twice)!r} is in the table and an argument too: give it once")
+        given = {name: without_index(column) for name, column in columns.items()}
+        return (without_index(prompts),), {**own, **given}
+
+    def __call__(self, prompts: Any, /, **columns: Sequence[Any]) -> None:
         """Run the program.
 
-        :param prompts: strings, chats or token ids, as for `LanguageModel`.
+        :param prompts: strings, chats or token ids, as for `LanguageModel`. Or a table with a column "prompt": a
+            mapping of columns, a list of rows, a ``datasets.Dataset`` or a slice of one, or a DataFrame; its other
+            columns are then arguments of the reward.
         :param columns: further arguments of the reward; those with one value a prompt are subsampled as prompts are.
         """
+        (prompts,), columns = self.program_arguments(prompts, **columns)
         size = None if self.subsample_size is None else min(self.subsample_size, len(prompts))
         with pyro.plate("prompts", len(prompts), subsample_size=size) as batch:
             if batch is not None and len(batch) < len(prompts):
@@ -81,7 +87,8 @@ class TiltedLM:
                 prompts = [prompts[i] for i in batch.tolist()]
             distribution = self.prior(prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature)
             x = pyro.sample("completion", distribution)
-            score = self.reward(prompts, self.prior.decode(x), **columns).to(x.device)
+            arguments = with_trainer_arguments(columns, self.prior.token_ids(x))
+            score = self.reward(prompts, distribution.decode(x), **arguments).to(x.device)
             pyro.deterministic("score", score, event_dim=0)
             pyro.factor("reward", score / self.beta)
 
@@ -89,14 +96,12 @@ class TiltedLM:
 def _some(name: str, column: Any, batch: Tensor, size: int) -> Any:
     """Return the values of a column of ``size`` prompts for a batch of them.
 
-    :raises ValueError: if the column has neither one value a prompt, nor one for all.
+    :raises ValueError: if the column has not one value a prompt.
     """
     if isinstance(column, (str, bytes, Mapping)) or not hasattr(column, "__len__"):
         return column  # the reward takes or refuses it
     is_array = isinstance(column, (Tensor, np.ndarray))
     length = (column.shape[-1] if column.ndim else 1) if is_array else len(column)
-    if length not in (1, size):
+    if length != size:
         raise ValueError(f"column {name!r} has {length} values for {size} prompts")
-    if length == 1:
-        return column
     return column[..., batch.cpu()] if is_array else [column[i] for i in batch.tolist()]

@@ -11,12 +11,13 @@ import typer
 from bayeslm.files import atomic_file
 from bayeslm.posterior import Posterior
 
-from . import report, resume
+from . import report
 from .console import INTERRUPTED, err_console, out_console
+from .resume import Results, rescue
 
 
 def compare(
-    model: Any, prompts: list[str], columns: dict[str, list[Any]], engines: Mapping[str, Any], out: Path | None
+    model: Any, prompts: list[str], columns: dict[str, list[Any]], engines: Mapping[str, Any], results: Results
 ) -> None:
     """Run the engines that have no result in the output folder, save each result at once, and print the comparison.
 
@@ -25,9 +26,10 @@ def compare(
     """
     from bayeslm.inference import RunError
 
+    out = results.out
     posteriors: dict[str, Posterior] = {}
     for name, engine in engines.items():
-        if (saved := resume.load(out, name)) is not None:
+        if (saved := results.load(name)) is not None:
             err_console.print(f"{name}: already in {out}")
             posteriors[name] = saved
             continue
@@ -44,16 +46,15 @@ def compare(
                     policy.save_pretrained(place)
                     error.add_note(f"the policy trained so far is saved in {place}")
                 except OSError as refused:
-                    error.add_note(f"{refused}; {resume.rescue(out, name, None, policy)}")
+                    error.add_note(f"{refused}; {rescue(out, name, None, policy)}")
             if posteriors:
                 report.show(posteriors, out_console)
             raise
-        if out is not None:
-            try:
-                resume.save(out, name, posteriors[name])
-            except OSError:
-                report.show(posteriors, out_console)  # what the run has cost is not lost with the disk
-                raise
+        try:
+            results.save(name, posteriors[name])
+        except OSError:
+            report.show(posteriors, out_console)  # what the run has cost is not lost with the disk
+            raise
         seconds = posteriors[name].stats["seconds"]
         err_console.print(f"{name}: {seconds:.0f} s")
         if posteriors[name].stats.get("interrupted"):

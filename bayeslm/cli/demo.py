@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,13 +27,14 @@ def demo(
     The engines are importance sampling, rejection sampling (exact draws) and SVI, which trains a LoRA policy. Compare
     their log Z and rewards. Takes some minutes on two cores.
     """
-    with one_line_errors():
+    with one_line_errors(), contextlib.ExitStack() as held:
         from bayeslm.inference import SVI, ImportanceSampling, RejectionSampling
         from bayeslm.inference.training import Adam
         from bayeslm.models import TiltedLM, rewards
 
         out = out or next(path for path in _numbered("demo") if not path.exists())
-        resume.reserve(out, {"demo": seed})
+        results = held.enter_context(resume.Results(out))
+        results.begin({"demo": seed})
         prompts = ["My dinner at the restaurant was", "The weather this weekend will be"]
         model = TiltedLM(language_model("smollm2", None), rewards.Sentiment(), beta=0.2)
         engines = {
@@ -51,7 +53,7 @@ def demo(
             "prior SmolLM2-135M-Instruct · reward VADER sentiment in [-1, 1] · beta 0.2 · 24 tokens\n"
             "posterior p(x | prompt) exp(reward / beta) / Z, by " + ", ".join(engines),
         )
-        compare(model, prompts, {}, engines, out)
+        compare(model, prompts, {}, engines, results)
 
 
 def _numbered(name: str) -> Iterator[Path]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from bayeslm.checksums import checksums
 
 from . import resume
 from .comparison import compare
@@ -16,7 +19,7 @@ from .inputs import language_model, load_reward, read_prompts, trained_policy
 from .options import make_engine, make_twist, read_settings
 
 # Options that do not change an engine's result, or are compared by their content when a command is repeated.
-NOT_COMPARED = ("prompt", "prompts", "engine", "device", "checkpoint", "tensorboard", "out")
+NOT_COMPARED = ("prompt", "prompts", "engine", "device", "checkpoint", "tensorboard", "out", "timeout")
 
 
 def infer(
@@ -24,7 +27,10 @@ def infer(
     prompt: Annotated[list[str] | None, typer.Argument(help="Prompts, each completed on its own.")] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help='A file of prompts: one per line, or JSONL with "prompt" and columns for the reward.'),
+        typer.Option(
+            help='A file of prompts: lines of text, or JSON(L), CSV, TSV or Parquet with "prompt" and columns for '
+            "the reward."
+        ),
     ] = None,
     prior: Annotated[
         str, typer.Option(help="The language model: smollm2, a folder, or a name on the Hugging Face hub.")
@@ -35,6 +41,9 @@ def infer(
     reward_settings: Annotated[
         str, typer.Option(help="Settings of a built-in reward, as JSON: '{\"target\": 20}'.")
     ] = "{}",
+    timeout: Annotated[
+        float | None, typer.Option(help="Time limit of the reward for a batch of texts, in seconds. Default: none.")
+    ] = None,
     scale: Annotated[float, typer.Option(help="A factor of the reward, such as -1 for less toxicity.")] = 1.0,
     beta: Annotated[
         float,
@@ -139,7 +148,7 @@ def infer(
 
       bayeslm infer --prompts prompts.jsonl --reward my_rewards:politeness --engine rejection
     """
-    with one_line_errors():
+    with one_line_errors(), contextlib.ExitStack() as held:
         from bayeslm.inference.training import HeldOut, TensorBoard, identify
         from bayeslm.models import TiltedLM
 
@@ -170,15 +179,21 @@ def infer(
         engines = {name: make_engine(name, seed=seed, twist=fixed, **sizes) for name in names}
         texts, columns = read_prompts(prompt or [], prompts)
         held_out_prompts = None if held_out is None else read_prompts([], held_out)
-        scaled_reward = scale * load_reward(reward, read_settings(reward_settings))
-        if out is not None:
-            contents = {"prompts": texts, "columns": columns, "held_out": held_out_prompts}
-            contents["code of the reward"] = identify(scaled_reward)
-            settings = {name: str(x) for name, x in ctx.params.items() if name not in NOT_COMPARED}
-            resume.reserve(out, settings | contents)
+        one = load_reward(reward, read_settings(reward_settings))
+        scaled_reward = scale * (one if timeout is None else one.with_timeout(timeout))
+        results = held.enter_context(resume.Results(out))
+        settings: dict[str, Any] = {name: str(x) for name, x in ctx.params.items() if name not in NOT_COMPARED}
+        contents = {"prompts": texts, "columns": columns, "held_out": held_out_prompts, "reward's code": scale * one}
+        settings |= {name: identify(x) for name, x in contents.items()}
+        results.require_same(settings)
         sizes_of_passes = {"batch_size": batch_size, "gradient_checkpointing": gradient_checkpointing}
         lm = language_model(prior, device, dtype, **sizes_of_passes)
         trained = None if policy is None else trained_policy(policy, lm)
+        if out is not None:  # else nothing is compared, and the weights need not be read through
+            given = {"prior's content": identify(lm), "policy's content": identify(trained)}
+            folder = None if twist is None or not Path(twist).is_dir() else Path(twist)
+            given |= {"twist's content": None if folder is None else checksums(folder)}
+            results.begin(settings | given)
         if "svi" not in engines:  # no weight is trained
             lm, trained = lm.packed(), None if trained is None else trained.packed()
         program = functools.partial(
@@ -198,4 +213,4 @@ def infer(
         if twist is not None and twist != fixed:
             learned = make_twist(twist, lm, model, texts, columns, seed, out)
             engines["smc"] = make_engine("smc", seed=seed, twist=learned, **sizes)
-        compare(model, texts, columns, engines, out)
+        compare(model, texts, columns, engines, results)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from bayeslm.prompt_files import check_prompt, read_prompt_file
 
 from .console import err_console
 
@@ -31,8 +32,8 @@ def language_model(name: str, device: str | None, dtype: str | None = None, **se
     logging.disable_progress_bar()
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=chosen).item()  # the device "meta" has shapes and no numbers
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {chosen}: {str(error).splitlines()[0]}") from None
     with err_console.status(f"loading {name} (the first time, its weights are converted)"):
         return LanguageModel.from_pretrained(
@@ -76,34 +77,35 @@ def trained_policy(folder: Path, prior: Any) -> Any:
     return LanguageModel.from_pretrained(folder, base=base, **sizes).to(prior.device)
 
 
-def read_prompts(arguments: list[str], path: Path | None) -> tuple[list[str], dict[str, list[Any]]]:
+def read_prompts(arguments: list[str], path: Path | None) -> tuple[list[Any], dict[str, list[Any]]]:
     """Return the prompts of the command line or of a file, and the file's other columns.
 
-    :raises ValueError: if there are none or both, or a line of a JSONL file is malformed.
+    :raises ValueError: if there are none or both, or the file is malformed; see `read_prompt_file`.
     """
+    from bayeslm.models.rewards import check_columns
+
     if path is None:
         if not arguments:
             raise ValueError('no prompts: give at least one, as in "The weather is", or --prompts FILE')
+        for number, prompt in enumerate(arguments, start=1):
+            check_prompt(f"prompt {number}", prompt)
         return arguments, {}
     if arguments:
         raise ValueError("give prompts either on the command line or by --prompts, not both")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"{path} holds no prompts")
-    if path.suffix != ".jsonl":
-        return lines, {}
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-        if not isinstance(row, dict) or "prompt" not in row:
-            raise ValueError(f'{path}, line {number} must be an object with a "prompt"')
-        if rows and row.keys() != rows[0].keys():
-            raise ValueError(
-                f"{path}, line {number} has columns {sorted(row)}, but the first line has {sorted(rows[0])}"
-            )
-        rows.append(row)
-    columns = {key: [row[key] for row in rows] for key in rows[0]}
-    return columns.pop("prompt"), columns
+    prompts, columns = read_prompt_file(path)
+    try:
+        check_columns(columns)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return prompts, columns
+
+
+def read_texts(arguments: list[str], path: Path | None) -> list[str]:
+    """Return prompts that are texts.
+
+    :raises ValueError: if one is a chat or token ids, or as in `read_prompts`.
+    """
+    prompts, _ = read_prompts(arguments, path)
+    if other := next((prompt for prompt in prompts if not isinstance(prompt, str)), None):
+        raise ValueError(f"{path}: this command needs prompts that are texts, got {other!r:.60}")
+    return prompts

@@ -2,7 +2,7 @@
 
 Objects that were appended survive the process. An incomplete last line, after a crash, is repaired when the file is
 opened: an object that lacks only the end of its line is kept, and a part of an object is removed. A file that is not a
-journal is never changed.
+journal is never changed. Each line that is appended ends in its checksum; lines without one, another tool's, are read.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from __future__ import annotations
 import io
 import json
 import os
+import zlib
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
+from bayeslm.locking import locked
+
+CHECKSUM = "crc32"
 
 
 class Journal:
@@ -30,15 +34,13 @@ class Journal:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115, closed by `close`
-        self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=0)
+        self._held = ExitStack()
         try:
-            self._lock.acquire()
+            held = f"{self.path} is open in another process: end that first"
+            self._held.enter_context(locked(self.path.with_name(f".{self.path.name}.lock"), held))
             self.removed: str | None = None
             """The incomplete last line that was removed, or None."""
             self.rows, self._starts = self._read()
-        except Timeout:
-            self.close()
-            raise BlockingIOError(f"{self.path} is open in another process: end that first") from None
         except BaseException:
             self.close()
             raise
@@ -51,14 +53,14 @@ class Journal:
 
     def close(self) -> None:
         self._file.close()
-        self._lock.release()
+        self._held.close()
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one object and flush it to the disk.
 
         :raises OSError: if it could not be written, as on a full disk; then no part of it is in the file.
         """
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        line = (json.dumps({**row, CHECKSUM: _checksum(row)}, ensure_ascii=False) + "\n").encode()
         start = self._file.seek(0, os.SEEK_END)
         try:
             view = memoryview(line)
@@ -96,12 +98,17 @@ class Journal:
                 row = json.loads(line.decode()) if line.strip() else None
                 if row is not None and not isinstance(row, dict):
                     raise ValueError(f"{line.decode():.60}")
-            except ValueError as error:  # of JSON or UTF-8 too
+            except (ValueError, RecursionError) as error:  # of JSON or UTF-8 too
                 if not (incomplete and _begins_an_object(line)):
                     raise ValueError(f"{self.path}: line {number} is not a JSON object: {error}") from None
                 self.removed = line.decode(errors="replace")
                 self._cut(start)
                 break
+            if row is not None and row.pop(CHECKSUM, None) not in (None, _checksum(row)):
+                raise ValueError(
+                    f"{self.path}: line {number} is not what was written: if you have edited it, remove its "
+                    f'"{CHECKSUM}", else the file is damaged'
+                )
             if incomplete:
                 self._file.write(b"\n")
             if row is not None:
@@ -109,6 +116,10 @@ class Journal:
                 starts.append(start)
             start += len(line)
         return rows, starts
+
+
+def _checksum(row: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(row, sort_keys=True).encode()):08x}"
 
 
 def _begins_an_object(line: bytes) -> bool:

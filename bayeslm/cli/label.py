@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import INTERRUPTED, err_console, one_line_errors, out_console
-from .inputs import language_model, load_reward, read_prompts
+from .inputs import language_model, load_reward, read_texts
 from .journal import Journal
 from .session import Session
 from .terminal_judge import TerminalJudge
@@ -33,7 +33,8 @@ def label(
         ),
     ] = Path("labels.jsonl"),
     prompts: Annotated[
-        Path | None, typer.Option(help='A file of prompts: one per line, or JSONL with "prompt".')
+        Path | None,
+        typer.Option(help='A file of prompts: lines of text, or JSON(L), CSV or Parquet with "prompt".'),
     ] = None,
     model: Annotated[
         str,
@@ -98,7 +99,7 @@ def label(
             raise ValueError(f"--prompts and --out are both {out}: labels need a file of their own")
         acquisition = _acquisition(ask)
         answering = TerminalJudge() if judge is None else _simulated_judge(judge, temperature, seed)
-        new_prompts = read_prompts(prompt or [], prompts)[0] if prompt or prompts else []
+        new_prompts = read_texts(prompt or [], prompts) if prompt or prompts else []
         if not (new_prompts or _paths(out)["pool"].exists()):
             raise ValueError(NO_PROMPTS)
         with _files(out) as files:

@@ -11,6 +11,8 @@ from typing import Any
 
 from .console import err_console
 
+OPTIONS = {"num_samples": "samples", "num_steps": "steps", "warmup": "steps", "num_chains": "chains", "seed": "seed"}
+
 
 def make_engine(name: str, *, seed: int, twist: Any, **sizes: Any) -> Any:
     """Make an engine by name.
@@ -49,7 +51,13 @@ def make_engine(name: str, *, seed: int, twist: Any, **sizes: Any) -> Any:
         meant["callbacks"] = [make(sizes[option]) for option, make in callbacks.items() if sizes[option] is not None]
         if (rank := sizes["lora_rank"]) is not None:
             meant["guide"] = functools.partial(AutoPolicy, lora_rank=rank or None)  # None trains every weight
-    return ENGINES[name](**{field: value for field, value in meant.items() if field in fields and value is not None})
+    used = {field: value for field, value in meant.items() if field in fields and value is not None}
+    try:
+        return ENGINES[name](**used)
+    except (TypeError, ValueError) as error:
+        options = {particles: "particles", **OPTIONS}
+        option = next((option for field, option in options.items() if f": {field} must be" in str(error)), None)
+        raise ValueError(f"--{option}: {error}" if option else str(error)) from None
 
 
 def make_objective(name: str | None, particles: int | None) -> Any:
@@ -105,7 +113,7 @@ def read_settings(text: str) -> dict[str, Any]:
     """
     try:
         settings = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--reward-settings is not JSON: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f'--reward-settings must be a JSON object, such as {{"target": 20}}, not {text}')

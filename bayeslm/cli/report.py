@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterator, Mapping
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -18,27 +18,38 @@ KHAT_LIMIT = 0.7  # above it, estimates by importance weights are unreliable (Ve
 ESS_LIMIT = 20.0  # below it, their standard errors are unreliable too
 
 
-def comparison(posteriors: Mapping[str, Posterior], prompt: int) -> Table:
-    """Return a table with a row for each engine, and one more for the unweighted draws of a trained policy."""
-    title = next(iter(posteriors.values())).prompt_labels[prompt]
-    table = Table(title=content(title), title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
-    table.add_column("engine", no_wrap=True)
-    for name in ("reward", "KL to\nprior", "KL to\nposterior", "log Z", "ESS", "k̂", "sec.", "tokens\na sec."):
-        table.add_column(name, justify="right", no_wrap=True)  # fits 80 columns
+def comparisons(posteriors: Mapping[str, Posterior]) -> Iterator[Table]:
+    """Yield a table for each prompt, with a row for each engine and one more for the unweighted draws of a policy."""
     prior_rewards = next((p.prior_rewards for p in posteriors.values() if p.prior_rewards is not None), None)
-    if prior_rewards is not None:
-        table.add_row("prior", f"{prior_rewards[..., prompt].mean():.2f}", "0")
-    for name, posterior in posteriors.items():
-        if _has_policy(posterior):
-            table.add_row(*_row(f"{name}: policy", posterior, prompt, weighted=False))
-            name = f"{name}: weighted"
-        table.add_row(*_row(name, posterior, prompt, weighted=True))
-    return table
+    prior_means = None if prior_rewards is None else prior_rewards.mean(axis=(0, 1))
+    engines = [row for name, posterior in posteriors.items() for row in _rows(name, posterior)]
+    for prompt, title in enumerate(next(iter(posteriors.values())).prompt_labels):
+        table = Table(title=content(title), title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+        table.add_column("engine", no_wrap=True)
+        for name in ("reward", "KL to\nprior", "KL to\nposterior", "log Z", "ESS", "k̂", "sec.", "tokens\na sec."):
+            table.add_column(name, justify="right", no_wrap=True)  # fits 80 columns
+        if prior_means is not None:
+            table.add_row("prior", f"{prior_means[prompt]:.2f}", "0")
+        for rows in engines:
+            table.add_row(*rows[prompt])
+        yield table
 
 
-def _row(name: str, posterior: Posterior, prompt: int, *, weighted: bool) -> list[str]:
-    row = diagnostics.summary(posterior, weighted=weighted).iloc[prompt].to_dict()
+def _rows(name: str, posterior: Posterior) -> Iterator[list[list[str]]]:
+    """Yield the cells of an engine's rows, a list for each prompt: of a policy's draws, and of its weighted draws."""
 
+    def cells(name: str, *, weighted: bool, repeated: bool = False) -> list[list[str]]:
+        records = diagnostics.summary(posterior, weighted=weighted).to_dict("records")
+        return [[name, *_cells(record, is_policy=not weighted, repeated=repeated)] for record in records]
+
+    if _has_policy(posterior):
+        yield cells(f"{name}: policy", weighted=False)
+        yield cells(f"{name}: weighted", weighted=True, repeated=True)  # the policy's row has the cost
+    else:
+        yield cells(name, weighted=True)
+
+
+def _cells(row: Mapping[Hashable, float], *, is_policy: bool, repeated: bool) -> list[str]:
     def value(column: str, digits: int = 2) -> str:
         number = row.get(column, math.nan)
         if not math.isfinite(number):
@@ -47,10 +58,7 @@ def _row(name: str, posterior: Posterior, prompt: int, *, weighted: bool) -> lis
         shown = f"±{error:.{digits}f}".replace("±0.", "±.") if math.isfinite(error) and error > 0 else ""
         return f"{number:.{digits}f}{shown}"
 
-    is_policy = not weighted
-    repeated = weighted and _has_policy(posterior)  # the policy's row has the cost
     return [
-        name,
         value("reward"),
         value("kl_to_prior"),
         value("kl_to_posterior") if is_policy else "–",
@@ -87,8 +95,8 @@ def best_texts(posteriors: Mapping[str, Posterior], k: int = 3) -> Table | None:
 
 def show(posteriors: Mapping[str, Posterior], console: Console, k: int = 3) -> None:
     """Print the comparison, the best texts, and warnings."""
-    for prompt in range(len(next(iter(posteriors.values())).prompts)):
-        console.print(comparison(posteriors, prompt))
+    for table in comparisons(posteriors):
+        console.print(table)
     policy = "A trained policy has two rows: its own draws, and the same draws weighted towards the posterior. "
     console.print(
         f"Means ± one standard error; KL in nats. {policy if any(map(_has_policy, posteriors.values())) else ''}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +35,12 @@ class Session:
         if labels.rows:
             data = Comparisons.from_jsonl(labels.path)  # refuses a malformed line by its number
             texts = zip(data.prompts, data.chosen, data.rejected, strict=True)
-            self.answers = [_label(row, *three) for row, three in zip(labels.rows, texts, strict=True)]
-        for row in reversed(skipped.rows):  # the last first, so that earlier positions stay valid
-            self.answers.insert(row.get("after", 0), _skip(row))
+            for number, (row, three) in enumerate(zip(labels.rows, texts, strict=True), start=1):
+                with _named(labels, number):
+                    self.answers.append(_label(row, *three))
+        for number, row in reversed(list(enumerate(skipped.rows, start=1))):  # so that earlier positions stay valid
+            with _named(skipped, number):
+                self.answers.insert(_position(row), _skip(row))
 
     @property
     def labels(self) -> list[Answer]:
@@ -122,18 +127,39 @@ class Session:
         return float((rewards[:, pairs[:, 0]] - rewards[:, pairs[:, 1]]).var(0).mean().sqrt())
 
 
+@contextmanager
+def _named(file: Journal, number: int) -> Iterator[None]:
+    """Name the file and the row in an error."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file.path}: row {number}: {error}") from None
+
+
 def _label(row: dict[str, Any], prompt: str, chosen: str, rejected: str) -> Answer:
     """Return the answer of a row. A row of another tool counts as shown in the order chosen, rejected, at odds 1:1."""
     from bayeslm.models.preferences import Answer
 
-    probability = row.get("probability")
-    first_is_better = row.get("first_is_better") is not False
-    first, second = (chosen, rejected) if first_is_better else (rejected, chosen)
-    return Answer(prompt, first, second, 0.5 if probability is None else float(probability), first_is_better)
+    probability, first_is_better = row.get("probability"), row.get("first_is_better")
+    if first_is_better is not None and not isinstance(first_is_better, bool):
+        raise ValueError(f"first_is_better must be true or false, got {first_is_better!r:.60}")
+    first, second = (rejected, chosen) if first_is_better is False else (chosen, rejected)
+    return Answer(prompt, first, second, 0.5 if probability is None else probability, first_is_better is not False)
+
+
+def _position(row: dict[str, Any]) -> int:
+    """Return the number of labels before a skipped pair."""
+    after = row.get("after", 0)
+    if not isinstance(after, int) or isinstance(after, bool) or after < 0:
+        raise ValueError(f"after must be a number of labels, got {after!r:.60}")
+    return after
 
 
 def _skip(row: dict[str, Any]) -> Answer:
     """Return the answer of a row of skipped pairs."""
     from bayeslm.models.preferences import Answer
 
-    return Answer(str(row.get("prompt")), str(row.get("first")), str(row.get("second")), 0.5, None)
+    prompt, first, second = texts = [row.get(name) for name in ("prompt", "first", "second")]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"prompt, first and second must be texts, got {texts!r:.60}")
+    return Answer(str(prompt), str(first), str(second), 0.5, None)

@@ -10,7 +10,8 @@ import typer
 from bayeslm.posterior import Posterior
 
 from . import report
-from .console import one_line_errors, out_console
+from .console import err_console, one_line_errors, out_console
+from .resume import others
 
 
 def show(
@@ -23,5 +24,11 @@ def show(
         if (directory / "posterior.json").is_file() or not found:
             found = {directory.name: directory}
         posteriors = {name: Posterior.load(path) for name, path in found.items()}
+        for name in others(directory, posteriors):
+            text = f"{directory / name}: left out, a copy or a result of another call"
+            err_console.print(text, style="yellow")
+            del posteriors[name]
+        if not posteriors:
+            raise FileNotFoundError(f"{directory} holds no result of its call")
         order = sorted(posteriors, key=lambda name: posteriors[name].policy_path is not None)  # policies last
         report.show({name: posteriors[name] for name in order}, out_console, texts)

@@ -32,22 +32,22 @@ from bayeslm.inference.program import (
     Particles,
     Program,
     ProgramError,
-    Stopwatch,
-    check_counts,
     inspect,
     posterior,
+    running,
     score_values,
-    seeded,
 )
-from bayeslm.inference.sequential import Population, WeightUpdate, check_resampling
+from bayeslm.inference.sequential import Population, Resampling, WeightUpdate
 from bayeslm.models.control import MDP, Control, TabularPolicy, Trajectory, step_rewards
 from bayeslm.models.lm import categorical, log_softmax_at
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
+from bayeslm.validation import Count, Seed, Share, validated
 
-from .soft_value_iteration import SoftValueIteration, SoftValues
+from .soft_value_iteration import Dynamics, SoftValueIteration, SoftValues
 
 
+@validated
 @dataclass(frozen=True)
 class ControlledSMC:
     """Plan a `Control` program in an environment of discrete states, and sample its posterior.
@@ -67,22 +67,15 @@ class ControlledSMC:
     :raises ValueError: if a setting is out of range.
     """
 
-    num_sweeps: int = 5
-    num_particles: int = 256
-    num_chains: int = 1
-    dynamics: str = "tilted"
-    defensive: float = 0.1
-    resampling: str = "systematic"
-    ess_threshold: float = 0.5
-    seed: int | None = None
+    num_sweeps: Count = 5
+    num_particles: Count = 256
+    num_chains: Count = 1
+    dynamics: Dynamics = "tilted"
+    defensive: Share = 0.1
+    resampling: Resampling = "systematic"
+    ess_threshold: Share = 0.5
+    seed: Seed | None = None
     progress: bool = True
-
-    def __post_init__(self) -> None:
-        check_counts(self, "num_sweeps", "num_particles", "num_chains")
-        check_resampling(self)
-        if not 0.0 <= self.defensive <= 1.0:
-            raise ValueError(f"ControlledSMC: defensive must be in [0, 1], got {self.defensive}")
-        SoftValueIteration(1.0, 1, self.dynamics)  # checks dynamics
 
     def run(self, model: Control, /, *args: Any, **kwargs: Any) -> Posterior:
         """Plan ``model(*args, **kwargs)`` and sample its posterior.
@@ -99,7 +92,7 @@ class ControlledSMC:
                 "ControlledSMC needs a Control program whose environment has discrete states; use SVI with a neural "
                 "policy for other observations, and ImportanceSampling for other programs"
             )
-        with seeded(self.seed), Stopwatch() as watch:
+        with running(self.seed) as watch:
             program = inspect(model, *args, **kwargs)
             trajectory = model.trajectory(model.prior, *args, **kwargs)
             transitions = _TransitionCounts(model)

@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bayeslm.inference.program import check_positive
+from bayeslm.validation import Positive, Share, validated
 
 
 class Exploration(ABC):
@@ -66,6 +66,7 @@ def _uniform(values: Tensor) -> Tensor:
     return torch.full_like(values[0], 1.0 / values.shape[-1])
 
 
+@validated
 @dataclass(frozen=True)
 class Random(Exploration):
     """Uniform probabilities, whatever the values."""
@@ -74,6 +75,7 @@ class Random(Exploration):
         return _uniform(values)
 
 
+@validated
 @dataclass(frozen=True)
 class EpsilonGreedy(Exploration):
     """The action with the highest mean value; with probability ``epsilon`` a uniformly drawn one.
@@ -82,16 +84,13 @@ class EpsilonGreedy(Exploration):
     :raises ValueError: if ``epsilon`` is not in [0, 1].
     """
 
-    epsilon: float = 0.1
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.epsilon <= 1.0:
-            raise ValueError(f"EpsilonGreedy: epsilon must be in [0, 1], got {self.epsilon}")
+    epsilon: Share = 0.1
 
     def _probabilities(self, values: Tensor) -> Tensor:
         return (1.0 - self.epsilon) * _greedy(values.mean(0)) + self.epsilon * _uniform(values)
 
 
+@validated
 @dataclass(frozen=True)
 class Boltzmann(Exploration):
     """A softmax of the mean values.
@@ -100,15 +99,13 @@ class Boltzmann(Exploration):
     :raises ValueError: if ``temperature`` is not positive and finite.
     """
 
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_positive(self, "temperature")
+    temperature: Positive = 1.0
 
     def _probabilities(self, values: Tensor) -> Tensor:
         return (values.mean(0) / self.temperature).softmax(-1)
 
 
+@validated
 @dataclass(frozen=True)
 class Thompson(Exploration):
     """The best action of one draw of the posterior: each action with the probability that it is the best."""

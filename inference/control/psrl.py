@@ -17,14 +17,15 @@ regret, in exact expectation over the episode rather than by its sampled return:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from bayeslm.inference.program import check_counts, seeded
+from bayeslm.inference.program import running
 from bayeslm.models.control import MDP, Environment, Experience
 from bayeslm.progress import track
+from bayeslm.validation import Count, Seed, validated
 
 from .exploration import Exploration, Thompson
 from .soft_value_iteration import SoftValueIteration
@@ -32,6 +33,7 @@ from .soft_value_iteration import SoftValueIteration
 BeliefT = TypeVar("BeliefT", bound="Belief")
 
 
+@runtime_checkable
 class Belief(Protocol):
     """A posterior over worlds: `Worlds` over processes, `BernoulliArms` and `GaussianArms` over bandits."""
 
@@ -49,6 +51,7 @@ class Belief(Protocol):
         """Return a copy for each of ``runs`` runs, as the first batch dimension."""
 
 
+@runtime_checkable
 class Task(Protocol):
     """A problem for `PSRL`. Runs are the first dimension of policies and values, and actions the last."""
 
@@ -65,6 +68,7 @@ class Task(Protocol):
         """Return the policy's expected loss in the true world, (run,); NaN where the true world is unknown."""
 
 
+@validated
 @dataclass(frozen=True)
 class Learning(Generic[BeliefT]):
     """The result of `PSRL`.
@@ -79,6 +83,7 @@ class Learning(Generic[BeliefT]):
     belief: BeliefT
 
 
+@validated
 @dataclass(frozen=True)
 class PSRL:
     """Posterior-sampling reinforcement learning, for a batch of independent runs.
@@ -90,14 +95,11 @@ class PSRL:
     :param progress: whether to show a progress bar.
     """
 
-    num_episodes: int
+    num_episodes: Count
     exploration: Exploration = field(default_factory=Thompson)
-    num_runs: int = 1
-    seed: int | None = None
+    num_runs: Count = 1
+    seed: Seed | None = None
     progress: bool = True
-
-    def __post_init__(self) -> None:
-        check_counts(self, "num_episodes", "num_runs")
 
     def run(self, task: Task, prior: BeliefT) -> Learning[BeliefT]:
         """Learn a task, from the same prior over its worlds in each run.
@@ -107,7 +109,7 @@ class PSRL:
         belief = prior.expand(self.num_runs)
         regret: list[Tensor] = []
         returns: list[Tensor] = []
-        with seeded(self.seed), track(type(self.exploration).__name__, self.num_episodes, self.progress) as report:
+        with running(self.seed), track(type(self.exploration).__name__, self.num_episodes, self.progress) as report:
             for _ in range(self.num_episodes):
                 try:
                     world = belief.sample() if self.exploration.needs_draws else belief.mean
@@ -125,6 +127,7 @@ class PSRL:
         return Learning(torch.stack(regret, 1), torch.stack(returns, 1), belief)
 
 
+@validated
 class EpisodicTask:
     """A world of S states and A actions, in which an agent acts for one episode at a time; its belief is `Worlds`.
 
@@ -137,7 +140,7 @@ class EpisodicTask:
     :raises ValueError: if observations are not discrete, or ``horizon`` is not positive or is above that limit.
     """
 
-    def __init__(self, environment: Environment, horizon: int, truth: MDP | None = None) -> None:
+    def __init__(self, environment: Environment, horizon: Count, truth: MDP | None = None) -> None:
         if environment.num_states is None:
             raise ValueError("EpisodicTask: observations must be discrete, because the belief is a table of states")
         limit = getattr(environment, "time_limit", None)

@@ -19,16 +19,19 @@ that the episode continues after a step. A batch of processes of one size is sol
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from bayeslm.inference.program import check_counts
 from bayeslm.models.control import MDP
+from bayeslm.validation import Count, NonNegative, Share, validated
+
+Dynamics = Literal["fixed", "tilted"]
 
 
+@validated
 @dataclass(frozen=True)
 class SoftValues:
     r"""The solution by `SoftValueIteration`, in units of reward; T is the horizon.
@@ -43,6 +46,7 @@ class SoftValues:
     policy: Tensor
 
 
+@validated
 @dataclass(frozen=True)
 class SoftValueIteration:
     r"""Dynamic programming over a finite horizon.
@@ -55,19 +59,12 @@ class SoftValueIteration:
     :raises ValueError: if a setting is out of range.
     """
 
-    beta: float
-    horizon: int
-    dynamics: str = "fixed"
-    discount: float = 1.0
+    beta: NonNegative
+    horizon: Count
+    dynamics: Dynamics = "fixed"
+    discount: Share = 1.0
 
     def __post_init__(self) -> None:
-        check_counts(self, "horizon")
-        if not (self.beta >= 0 and math.isfinite(self.beta)):
-            raise ValueError(f"SoftValueIteration: beta must be non-negative and finite, got {self.beta}")
-        if self.dynamics not in ("fixed", "tilted"):
-            raise ValueError(f'SoftValueIteration: dynamics must be "fixed" or "tilted", got {self.dynamics!r}')
-        if not 0.0 <= self.discount <= 1.0:
-            raise ValueError(f"SoftValueIteration: discount must be in [0, 1], got {self.discount}")
         if self.dynamics == "tilted" and (self.beta == 0 or self.discount < 1):
             raise ValueError(
                 f"SoftValueIteration: tilted dynamics need beta > 0 and discount 1, got {self.beta} and {self.discount}"

@@ -15,14 +15,17 @@ does. A factor of the complete trajectory belongs to all of its steps.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from bayeslm.inference.program import ProgramError, check_counts
+from bayeslm.inference.program import ProgramError
 from bayeslm.inference.training import EMPTY, State, Texts, leave_one_out
+from bayeslm.validation import Count, Within, validated
 
 
+@validated
 @dataclass(frozen=True)
 class StateValues:
     """`ReverseKL`'s baseline of trajectories through discrete states; other latents have leave-one-out.
@@ -33,14 +36,9 @@ class StateValues:
     :raises ValueError: if a setting is out of range.
     """
 
-    num_states: int
-    parts: int = 10
-    decay: float = 0.9
-
-    def __post_init__(self) -> None:
-        check_counts(self, "num_states", "parts")
-        if not 0.0 <= self.decay < 1.0:
-            raise ValueError(f"StateValues: decay must be in [0, 1), got {self.decay}")
+    num_states: Count
+    parts: Count = 10
+    decay: Annotated[float, Within("[0, 1)")] = 0.9
 
     def __call__(
         self, name: str, f: Tensor, prompts: Tensor | None = None, state: State = EMPTY

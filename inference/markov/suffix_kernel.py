@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pyro import poutine
@@ -29,9 +29,7 @@ from bayeslm.inference.program import (
     PolicyGuide,
     Program,
     assign_values,
-    check_counts,
     check_evidence,
-    check_positive,
     draw,
     inspect,
     prompt_labels,
@@ -39,16 +37,16 @@ from bayeslm.inference.program import (
     score_values,
     to_numpy,
 )
-from bayeslm.models.lm import LanguageModel
+from bayeslm.models.lm import LanguageModel, differentiating
+from bayeslm.validation import Count, Positive, Within, validated
 
 from .chains import Tally, sweep
 from .moves import Move, RandomWalk, latent_moves
 from .potential import Potential, ScoreOnce, Unconstrained
 from .tempering import Replicas
 
-CONTINUOUS = ("random-walk", "nuts")  # how continuous latents can move
 
-
+@validated
 class SuffixKernel(MCMCKernel):
     """A kernel for `pyro.infer.MCMC`: a step is a sweep over the latents of a program, completions by their suffixes.
 
@@ -75,14 +73,12 @@ class SuffixKernel(MCMCKernel):
         model: Callable[..., Any],
         *,
         proposal: LanguageModel | None = None,
-        continuous: str = "random-walk",
-        step_size: float = 1.0,
-        initial_particles: int = 256,
-        target_accept: float = 0.8,
-        max_tree_depth: int = 10,
+        continuous: Literal["random-walk", "nuts"] = "random-walk",
+        step_size: Positive = 1.0,
+        initial_particles: Count = 256,
+        target_accept: Annotated[float, Within("(0, 1)")] = 0.8,
+        max_tree_depth: Count = 10,
     ) -> None:
-        if continuous not in CONTINUOUS:
-            raise ValueError(f"SuffixKernel: continuous must be one of {', '.join(CONTINUOUS)}, got {continuous!r}")
         self.model = model
         self.proposal = proposal
         self.continuous = continuous
@@ -90,11 +86,10 @@ class SuffixKernel(MCMCKernel):
         self.initial_particles = initial_particles
         self.target_accept = target_accept
         self.max_tree_depth = max_tree_depth
-        check_counts(self, "initial_particles", "max_tree_depth")
-        check_positive(self, "step_size")
         self.transforms: dict[str, Transform] | None = None  # for Pyro's MCMC; set by `setup`
         self._initial_params: dict[str, Tensor] | None = None
 
+    @differentiating()
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Inspect ``model(*args, **kwargs)`` and start a chain.
 
@@ -117,6 +112,7 @@ class SuffixKernel(MCMCKernel):
         if names := [move.site.name for move in moves if move not in self._moves]:
             self._nuts = _NUTSBlock(program, names, self._state, warmup_steps, self.target_accept, self.max_tree_depth)
 
+    @differentiating()
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the state after ``params``, both (*batch, *event) by site."""
         if params is not self._params:  # not the state after this kernel's last step
@@ -188,14 +184,12 @@ class _NUTSBlock:
         self._score_once = ScoreOnce(program)
         self._kernel = PyroNUTS(potential_fn=self._potential, target_accept_prob=target_accept, max_tree_depth=depth)
         self._kernel.initial_params = self._condition(state)
-        with torch.enable_grad():
-            self._kernel.setup(warmup)
+        self._kernel.setup(warmup)
 
     def __call__(self, state: Particles) -> Particles:
         z = self._condition(state)
         self._kernel.clear_cache()
-        with torch.enable_grad():
-            z = self._kernel.sample(z)
+        z = self._kernel.sample(z)
         at = {name: self._program.under_plate(name, x.detach()[None]) for name, x in z.items()}
         others = {name: value for name, value in state.values.items() if name not in self._names}
         with assign_values(self._program, others, state.token_log_prob), Assign(Unconstrained(at).assignments()):

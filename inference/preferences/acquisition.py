@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
 from bayeslm.inference.control import Exploration, Thompson
-from bayeslm.inference.program import check_counts, check_positive
+from bayeslm.validation import Count, Positive, validated
 
 
 class Acquisition(ABC):
@@ -48,6 +48,7 @@ class Acquisition(ABC):
         """
 
 
+@validated
 @dataclass(frozen=True)
 class InformationGain(Acquisition):
     """The pair with the largest expected information about the parameters.
@@ -55,10 +56,7 @@ class InformationGain(Acquisition):
     :param max_pairs: largest number of pairs to compare; if there are more, that many are picked at random.
     """
 
-    max_pairs: int = 8192
-
-    def __post_init__(self) -> None:
-        check_counts(self, "max_pairs")
+    max_pairs: Count = 8192
 
     def choose(self, rewards: Tensor, pairs: Tensor, prompts: Tensor) -> int:
         compared = torch.randperm(len(pairs))[: self.max_pairs]
@@ -74,6 +72,7 @@ def information(log_odds: Tensor) -> Tensor:
     return torch.special.entr(mean) + torch.special.entr(1.0 - mean) - noise
 
 
+@validated
 @dataclass(frozen=True)
 class Duel(Acquisition):
     """Two completions of one prompt, the first and then the second of the others chosen by an exploration strategy.
@@ -97,6 +96,7 @@ class Duel(Acquisition):
         return int(rows[self.strategy.choose(rewards[:, partners])])
 
 
+@validated
 @dataclass(frozen=True)
 class Tilted(Exploration):
     """A draw of the posterior over completions under a draw of the reward, with a uniform prior over the candidates.
@@ -106,10 +106,7 @@ class Tilted(Exploration):
     """
 
     needs_draws: ClassVar[bool] = True
-    beta: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_positive(self, "beta")
+    beta: Positive = 1.0
 
     def _probabilities(self, values: Tensor) -> Tensor:
         return (values / self.beta).softmax(-1).mean(0)

@@ -16,10 +16,11 @@ question again.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyro
@@ -27,11 +28,12 @@ import torch
 from torch import Tensor
 
 from bayeslm.inference import ImportanceSampling, Laplace
-from bayeslm.inference.program import check_counts, check_positive, seeded
+from bayeslm.inference.program import Engine, seeded
 from bayeslm.models import TiltedLM
 from bayeslm.models.lm import LanguageModel
 from bayeslm.models.preferences import Answer, BradleyTerry, Judge, Question, UncertainReward, to_comparisons
 from bayeslm.posterior import Posterior
+from bayeslm.validation import Count, Positive, Seed, Share, Within, validated
 
 from .acquisition import Acquisition, InformationGain
 
@@ -39,6 +41,7 @@ NUM_DRAWS = 256  # draws of the posterior by which a question is chosen
 TRIES = 100  # attempts to draw two fresh completions that were not compared before
 
 
+@validated
 @dataclass(frozen=True)
 class Pool:
     """A fixed set of completions to compare.
@@ -63,15 +66,16 @@ class Pool:
             raise ValueError("no prompt has two different completions, so there is nothing to compare: draw more")
 
     @classmethod
+    @validated
     def drawn(
         cls,
         lm: LanguageModel,
         prompts: Sequence[str],
-        num_completions: int = 16,
+        num_completions: Count = 16,
         *,
-        max_new_tokens: int = 24,
-        temperature: float = 1.0,
-        seed: int | None = 0,
+        max_new_tokens: Count = 24,
+        temperature: Positive = 1.0,
+        seed: Seed | None = 0,
     ) -> Pool:
         """Draw completions of each prompt from a language model.
 
@@ -82,7 +86,7 @@ class Pool:
         """
         with seeded(seed):
             completion = lm(list(prompts), max_new_tokens=max_new_tokens, temperature=temperature)
-            texts = lm.decode(completion.sample(torch.Size([num_completions])))  # (completion, prompt)
+            texts = completion.decode(completion.sample(torch.Size([num_completions])))  # (completion, prompt)
         return cls(list(prompts) * num_completions, texts.ravel().tolist())
 
     def __call__(self, weights: Tensor, answers: Sequence[Answer] = ()) -> Pool:
@@ -102,18 +106,28 @@ class Pool:
 
     def pairs(self, answers: Sequence[Answer] = ()) -> Tensor:
         """Return the pairs of completions of one prompt that were not asked about, indices (pair, 2), lower first."""
-        remaining = (self.prompt_indices[:, None] == self.prompt_indices).triu(1)
-        for answer in answers:
-            i, j = (self._indices.get((answer.prompt, text)) for text in (answer.first, answer.second))
-            if i is not None and j is not None:
-                remaining[min(i, j), max(i, j)] = False
-        return remaining.nonzero()
+        asked = {
+            (self._indices.get((answer.prompt, text)), self._indices.get((answer.prompt, other)))
+            for answer in answers
+            for text, other in ((answer.first, answer.second), (answer.second, answer.first))
+        }
+        remaining = [pair for pair in self._pairs if pair not in asked]
+        return torch.tensor(remaining, dtype=torch.long).reshape(-1, 2)
+
+    @cached_property
+    def _pairs(self) -> list[tuple[int, int]]:
+        """All pairs of completions of one prompt; as many as a prompt has, squared, not as the pool has."""
+        completions: dict[str, list[int]] = {}
+        for i, prompt in enumerate(self.prompts):
+            completions.setdefault(prompt, []).append(i)
+        return sorted(pair for indices in completions.values() for pair in itertools.combinations(indices, 2))
 
     @cached_property
     def _indices(self) -> dict[tuple[str, str], int]:
         return {row: i for i, row in enumerate(zip(self.prompts, self.completions, strict=True))}
 
 
+@validated
 @dataclass(frozen=True)
 class FreshCompletions:
     r"""New completions for each question, drawn from the current posterior over completions.
@@ -140,19 +154,13 @@ class FreshCompletions:
     prior: LanguageModel
     prompts: Sequence[str]
     model: BradleyTerry
-    beta: float = 0.5
-    engine: Any = field(default_factory=lambda: ImportanceSampling(num_particles=16, progress=False))
-    epsilon: float | None = None
-    num_completions: int = 2
-    max_new_tokens: int = 24
+    beta: Positive = 0.5
+    engine: Engine = field(default_factory=lambda: ImportanceSampling(num_particles=16, progress=False))
+    epsilon: Share | None = None
+    num_completions: Annotated[int, Within("[2, inf)")] = 2
+    max_new_tokens: Count = 24
 
     def __post_init__(self) -> None:
-        check_counts(self, "num_completions", "max_new_tokens")
-        check_positive(self, "beta")
-        if self.num_completions < 2:
-            raise ValueError(f"FreshCompletions: num_completions must be at least 2, got {self.num_completions}")
-        if self.epsilon is not None and not 0.0 <= self.epsilon <= 1.0:
-            raise ValueError(f"FreshCompletions: epsilon must be in [0, 1], got {self.epsilon}")
         if not self.prompts:
             raise ValueError("FreshCompletions: give at least one prompt")
 
@@ -192,12 +200,14 @@ class FreshCompletions:
             drawn = torch.zeros_like(weights[0]) if torch.rand(()) < self.epsilon else weights.mean(0)
         reward = UncertainReward(self.model, drawn[None], "mean")
         tilted = TiltedLM(self.prior, reward, self.beta, max_new_tokens=self.max_new_tokens)
-        has_seed = getattr(self.engine, "seed", None) is not None
-        posterior = (replace(self.engine, seed=None) if has_seed else self.engine).run(tilted, [prompt])
+        engine: Any = self.engine
+        has_seed = getattr(engine, "seed", None) is not None
+        posterior = (replace(engine, seed=None) if has_seed else engine).run(tilted, [prompt])
         (draw,) = posterior.resample(1, seed=int(torch.randint(2**31, ()))).texts["completion"][0]
         return str(draw[0])
 
 
+@validated
 @dataclass(frozen=True)
 class Elicitation:
     """A loop of questions and the posterior after each answer.
@@ -211,8 +221,8 @@ class Elicitation:
 
     model: BradleyTerry
     acquisition: Acquisition = field(default_factory=InformationGain)
-    engine: Any = field(default_factory=lambda: Laplace(NUM_DRAWS, weighted=False))
-    seed: int = 0
+    engine: Engine = field(default_factory=lambda: Laplace(NUM_DRAWS, weighted=False))
+    seed: Seed = 0
 
     def posterior(self, answers: Sequence[Answer]) -> Posterior:
         """Infer the posterior of the weights.
@@ -249,7 +259,8 @@ class Elicitation:
             if not len(pairs):
                 return None
             rewards = self.model.reward(pool.prompts, pool.completions, weights).cpu()  # (draw, completion)
-            i, j = pairs[self.acquisition.choose(rewards, pairs, pool.prompt_indices)].tolist()
+            chosen = self.acquisition.choose(rewards.clone(), pairs.clone(), pool.prompt_indices.clone())
+            i, j = pairs[chosen].tolist()
             if torch.rand(()) < 0.5:
                 i, j = j, i
             probability = (rewards[:, i] - rewards[:, j]).sigmoid().mean()

@@ -1,14 +1,14 @@
 """A Pyro program as engines see it: its sites and plates, its particles, and the posterior that they give."""
 
 from .assign import assign_values, same_distribution, score_values
-from .checks import check_counts, check_positive
 from .errors import EvidenceError, ProgramError
 from .guides import PolicyGuide, as_proposal, draw_latents
 from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, RandomStates, seeded
+from .independence import check_independence
 from .partial import PartialRun
-from .particles import Particles, particles_of, run_particles, score_sites, site_value, to_numpy, traces
-from .program import STEPS, Program, Site, along, in_prompts, inspect, inspect_or_reuse, sample_sites
-from .run import RunError, SoFar, Stopwatch, check_evidence, draw, keeping, posterior, prompt_labels
+from .particles import Particles, particles_of, run_particles, score_sites, to_numpy, traces
+from .program import STEPS, Program, Site, along, in_prompts, inspect, inspect_or_reuse, sample_sites, site_value
+from .run import Engine, RunError, SoFar, Stopwatch, check_evidence, draw, keeping, posterior, prompt_labels, running
 
 __all__ = [
     "PARTICLES",
@@ -17,6 +17,7 @@ __all__ = [
     "Arbitrary",
     "Assign",
     "Assignment",
+    "Engine",
     "EvidenceError",
     "PartialRun",
     "Particles",
@@ -31,9 +32,8 @@ __all__ = [
     "along",
     "as_proposal",
     "assign_values",
-    "check_counts",
     "check_evidence",
-    "check_positive",
+    "check_independence",
     "draw",
     "draw_latents",
     "in_prompts",
@@ -44,6 +44,7 @@ __all__ = [
     "posterior",
     "prompt_labels",
     "run_particles",
+    "running",
     "same_distribution",
     "sample_sites",
     "score_sites",

@@ -30,7 +30,7 @@ from pyro.poutine.util import site_is_subsample
 from pyro.util import set_rng_seed
 from torch import Tensor
 
-from bayeslm.models.lm import Autoregressive
+from bayeslm.models.lm import Autoregressive, exclusive
 
 from .errors import ProgramError
 
@@ -88,11 +88,18 @@ class Minibatch(Messenger):
 
 
 class Arbitrary(Messenger):
-    """Replace the sampling of completions by arbitrary tokens, so that no network runs."""
+    """Replace the sampling of completions by arbitrary tokens, so that no network runs.
+
+    :param seed: of the tokens.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self._seed = seed
 
     def _pyro_sample(self, msg: Any) -> None:
         if isinstance(msg["fn"], Autoregressive) and msg["value"] is None:
-            msg["value"] = msg["fn"].arbitrary()
+            msg["value"] = msg["fn"].arbitrary(self._seed)
 
 
 class Assign(Messenger):
@@ -190,13 +197,17 @@ class RandomStates:
 
 @contextlib.contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Seed torch, NumPy and Python's random for the block and restore their states after it; None changes nothing."""
-    if seed is None:
-        yield
-        return
-    before = RandomStates.now()
-    set_rng_seed(seed)
-    try:
-        yield
-    finally:
-        before.restore()
+    """Seed torch, NumPy and Python's random for the block and restore their states after it; None changes nothing.
+
+    Other threads wait for their turn, as these states are one for the process.
+    """
+    with exclusive():
+        if seed is None:
+            yield
+            return
+        before = RandomStates.now()
+        set_rng_seed(seed)
+        try:
+            yield
+        finally:
+            before.restore()

@@ -26,8 +26,10 @@ from bayeslm.models.lm import Autoregressive
 from .assign import same_distribution
 from .errors import ProgramError
 from .handlers import PARTICLES, Assign, Assignment, explained
-from .particles import Particles, run_particles, score_sites, site_value
-from .program import Program, sample_sites
+from .independence import check_independence
+from .particles import Particles, run_particles, score_sites
+from .program import Program, sample_sites, site_value
+from .prompts import prompts_of, same_prompts
 
 
 class _Stopped(BaseException):  # which a program's own `except Exception` lets through
@@ -88,6 +90,7 @@ class PartialRun:
 
         :raises ProgramError: if an earlier term has changed.
         """
+        check_independence(self.program)
         trace, reached = self._run(self.values, stop="completion")
         self._add_terms(trace)
         for name, node in sample_sites(trace):
@@ -101,7 +104,7 @@ class PartialRun:
 
     def begin(self, name: str, fn: Autoregressive) -> None:
         """Record the prompts of a completion that is to be written."""
-        ids, mask = _prompts(fn, (self.size, *self.program.sites[name].shape[:-1]))
+        ids, mask = prompts_of(fn, (self.size, *self.program.sites[name].shape[:-1]))
         self.written[name] = Written(torch.zeros_like(ids), ids, mask)
 
     def write(self, name: str, value: Tensor, token_log_prob: Tensor) -> None:
@@ -168,8 +171,8 @@ class PartialRun:
         """
         old = self.written[name]
         if not same_distribution(fn, self.program.sites[name].fn):
-            ids, mask = _prompts(fn, old.prompt_ids.shape[:-1])
-            if not _same_prompts(old.prompt_ids, old.prompt_mask, ids, mask):
+            ids, mask = prompts_of(fn, old.prompt_ids.shape[:-1])
+            if not same_prompts(old.prompt_ids, old.prompt_mask, ids, mask):
                 raise ProgramError(
                     f"the prompts of site {name!r} are others since particles were resampled: they depend on more than "
                     "each particle's own latents, and SMC cannot split such a program"
@@ -213,20 +216,3 @@ class _Stop(Messenger):
             raise _Stopped
         if self._at == "latent":
             raise _Stopped
-
-
-def _prompts(fn: Autoregressive, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return ids and mask (particle, *batch, length) of the prompt of every completion."""
-    mask = torch.ones_like(fn.prompt_ids) if fn.prompt_mask is None else fn.prompt_mask
-    ids, mask = (x.expand(*fn.batch_shape, -1).reshape(*shape, -1) for x in (fn.prompt_ids, mask))
-    return ids, mask
-
-
-def _same_prompts(ids: Tensor, mask: Tensor, other: Tensor, other_mask: Tensor) -> bool:
-    """Return whether left-padded prompts are equal, without regard to their padding."""
-    length = max(ids.shape[-1], other.shape[-1])
-
-    def widened(ids: Tensor, mask: Tensor) -> Tensor:
-        return torch.nn.functional.pad(ids.masked_fill(mask == 0, -1), (length - ids.shape[-1], 0), value=-1)
-
-    return torch.equal(widened(ids, mask), widened(other, other_mask))

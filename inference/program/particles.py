@@ -23,7 +23,8 @@ from bayeslm.models.lm import Autoregressive
 
 from .errors import ProgramError
 from .handlers import PARTICLES, explained
-from .program import Program, Site, along, in_prompts, sample_sites
+from .independence import check_independence
+from .program import Program, Site, along, in_prompts, sample_sites, site_value
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def run_particles(
 
     :param guide: proposes the latents; None proposes from the prior.
     :param vectorize: False runs the particles one by one, for programs whose Python code depends on a latent's value.
-    :raises ProgramError: if a term of the log-joint is NaN or +inf, or the program's sites changed.
+    :raises ProgramError: if a term of the log-joint is NaN or +inf, the program's sites changed, or it mixes particles.
     """
     if program.in_chunks:
         runs = [run_particles(chunk, guide, num_particles, vectorize=vectorize) for chunk in program.chunks]
@@ -164,7 +165,10 @@ def traces(
     """Return the traces of model and guide, with all particles in one outermost plate.
 
     :param guide: proposes the latents; None proposes from the prior and has no trace.
+    :raises ProgramError: if the program mixes particles.
     """
+    if vectorize and num_particles > 1:
+        check_independence(program)
 
     def in_plate(fn: Callable[..., Any]) -> Callable[..., Any]:
         if not vectorize:
@@ -288,14 +292,6 @@ def particles_of(
         log_left_out=None if guide_trace is None else left_out,
         prompts=None if program.minibatch is None else program.minibatch.expand(num_particles, -1),
     )
-
-
-def site_value(site: Site, value: Tensor, num_particles: int) -> Tensor:
-    """Return a site's value as (particle, *batch, *event), without the axes that vectorisation put between."""
-    shape = (num_particles, *site.shape)
-    if value.numel() == torch.Size(shape).numel():
-        return value.reshape(shape)
-    return value.expand(shape)
 
 
 def _per_observation(site: Site, log_prob: Tensor, num_particles: int) -> Tensor:

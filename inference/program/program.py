@@ -6,8 +6,9 @@ A program is inspected once, by a run without its networks: which sites are late
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +21,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from bayeslm.models.lm import Autoregressive
+from bayeslm.validation import check_program
 
 from .errors import ProgramError
 from .handlers import PROMPTS, Arbitrary, Minibatch, explained, seeded
@@ -90,6 +92,7 @@ class Program:
     :param full_size: the size of the plate of prompts.
     :param minibatch: indices (num_prompts,) of the prompts of this program, if they are a minibatch.
     :param whole: the program of all prompts, of which this one has a minibatch.
+    :param verified: the names of what has been checked of the program; its copies share it.
     """
 
     model: Callable[..., Any]
@@ -104,6 +107,7 @@ class Program:
     full_size: int
     minibatch: Tensor | None = None
     whole: Program | None = None
+    verified: set[str] = field(default_factory=set, repr=False, compare=False)
 
     @property
     def latents(self) -> list[Site]:
@@ -149,7 +153,8 @@ class Program:
         """Minibatches that cover all prompts, each inspected; the last may overlap with the one before."""
         starts = [*range(0, self.full_size - self.num_prompts, self.num_prompts), self.full_size - self.num_prompts]
         parts = [torch.arange(start, start + self.num_prompts) for start in starts]
-        return [replace(_inspect(self.model, self.args, self.kwargs, prompts), whole=self) for prompts in parts]
+        some = [_inspect(self.model, self.args, self.kwargs, prompts) for prompts in parts]
+        return [replace(program, whole=self, verified=self.verified) for program in some]
 
     def side_by_side(self, parts: Sequence[Tensor], axis: int) -> Tensor:
         """Join one tensor of each of the `chunks` along the axis of prompts."""
@@ -191,6 +196,14 @@ class Program:
         return along(value, 1 + self.sites[name].dims.index("prompt"), index)
 
 
+def site_value(site: Site, value: Tensor, num_particles: int) -> Tensor:
+    """Return a site's value as (particle, *batch, *event), without the axes that vectorisation put between."""
+    shape = (num_particles, *site.shape)
+    if value.numel() == torch.Size(shape).numel():
+        return value.reshape(shape)
+    return value.expand(shape)
+
+
 def sample_sites(trace: Trace) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield names and nodes of a trace's sample statements, factors and observations included."""
     return ((name, dict(node)) for name, node in trace.nodes.items() if node["type"] == "sample")
@@ -221,6 +234,8 @@ def _inspect(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], prompts: Tensor | None = None
 ) -> Program:
     """Inspect a program; of these prompts, or of the first ones, if its plate of prompts is subsampled."""
+    if taken := sorted({"self", "fn"} & kwargs.keys()):  # arguments of Pyro's own wrappers of programs
+        raise ProgramError(f"an argument or column is called {taken[0]!r}, which Pyro uses itself: rename it")
     minibatch = Minibatch(prompts)
     # seeded, so that every inspection of a program gives the same
     with seeded(0), torch.no_grad(), explained(), poutine.block(), minibatch, Arbitrary():
@@ -246,6 +261,8 @@ def _inspect(
             "subsample of them does not determine its weight. Leave out subsample_size, or put the site inside the "
             "plate"
         )
+    if prompt_dim is None:
+        _warn_of_another_plate(random)
     return Program(
         model=model,
         args=args,
@@ -260,6 +277,24 @@ def _inspect(
         full_size=full_size or num_prompts,
         minibatch=minibatch.prompts if minibatch.fixed and full_size is not None else None,
     )
+
+
+def _warn_of_another_plate(sites: list[Site]) -> None:
+    """Warn if a plate of another name than "prompts" holds all sites, and the completions of different prompts."""
+    for site in sites:
+        shared = set.intersection(*[set(other.plates.values()) for other in sites])
+        if not (site.kind == "latent" and site.is_completion and shared):
+            continue
+        ids = site.fn.prompt_ids.expand(*site.shape[: site.batch_dims], -1)
+        for dim, name in site.plates.items():
+            axis = site.batch_dims + dim
+            if name in shared and not torch.equal(ids, ids.narrow(axis, 0, 1).expand_as(ids)):
+                warnings.warn(
+                    f"the plate around {site.name!r} is named {name!r}, so its {ids.shape[axis]} prompts are one "
+                    f"posterior, whose draws are weighted all together: name it {PROMPTS!r} for a posterior of each",
+                    stacklevel=2,
+                )
+                return
 
 
 def _plates(node: dict[str, Any]) -> list[Any]:
@@ -301,10 +336,15 @@ def inspect_or_reuse(
 ) -> Program:
     """Return ``program`` if it is of this model and these arguments; else inspect them.
 
-    The plate of prompts may be subsampled.
+    The plate of prompts may be subsampled. Arguments are those that the model reads in them by its method
+    ``program_arguments``, if it has one (tables of prompts).
 
     :raises ProgramError: as `inspect`.
+    :raises TypeError: if the model cannot be called.
     """
+    check_program(model)
+    if (read := getattr(model, "program_arguments", None)) is not None:
+        args, kwargs = read(*args, **kwargs)
     if (
         program is not None
         and program.model is model

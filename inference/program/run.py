@@ -1,4 +1,4 @@
-"""What the runs of all engines share: time and usage, Ctrl-C and errors, batches of particles, and the posterior."""
+"""What the runs of all engines share: their beginning, time and usage, Ctrl-C and errors, batches, the posterior."""
 
 from __future__ import annotations
 
@@ -6,21 +6,33 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from pyro.poutine import runtime
 from torch import Tensor
 
 from bayeslm import diagnostics
-from bayeslm.models.lm import count_usage
+from bayeslm.models.lm import count_usage, differentiating, exclusive
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 
 from .errors import EvidenceError
+from .handlers import seeded
 from .particles import Particles, run_particles, to_numpy
 from .program import Program
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """An engine of inference."""
+
+    def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
+        """Infer the posterior of ``model(*args, **kwargs)``."""
+
 
 # -- time and usage -----------------------------------------------------------------------------------------------
 
@@ -53,6 +65,42 @@ class Stopwatch:
         """Return ``seconds``, ``tokens``, ``model_calls``, and ``mismatch`` (the largest, the mean a token) if any."""
         stats = {"seconds": self.seconds(), "tokens": self.usage.tokens, "model_calls": self.usage.model_calls}
         return stats if self.usage.mismatch is None else stats | {"mismatch": list(self.usage.mismatch)}
+
+
+# -- the beginning ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def running(seed: int | None) -> Iterator[Stopwatch]:
+    """Begin a run: the same wherever it is called.
+
+    Other threads wait for their turn. Gradients are recorded, whatever the caller has turned off. A run inside another
+    one (in its reward) does not see the handlers of that program.
+
+    :param seed: see `seeded`.
+    :returns: the stopwatch of the run.
+    """
+    with exclusive(), _handlers_of_caller(), differentiating(), seeded(seed), Stopwatch() as watch:
+        yield watch
+
+
+_at_start: ContextVar[tuple[int, list[str | None]] | None] = ContextVar("bayeslm_handlers_at_start", default=None)
+
+
+@contextlib.contextmanager
+def _handlers_of_caller() -> Iterator[None]:
+    """Hide the handlers and plates of the program of an enclosing run; those around that run stay."""
+    handlers, plates = runtime._PYRO_STACK, runtime._DIM_ALLOCATOR._stack
+    outer = _at_start.get()
+    size, dims = (len(handlers), list(plates)) if outer is None else outer
+    hidden, hidden_plates = handlers[size:], list(plates)
+    handlers[size:], plates[:] = [], dims
+    _at_start.set((size, dims))
+    try:
+        yield
+    finally:
+        handlers[size:], plates[:] = hidden, hidden_plates
+        _at_start.set(outer)
 
 
 # -- Ctrl-C and errors --------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Sequential Monte Carlo: populations of weighted particles, resampling, retained draws, and twists."""
 
 from .population import Population, WeightUpdate
-from .resampling import RESAMPLING, check_resampling
+from .resampling import RESAMPLING, Resampling
 from .retained import check_retained, put_first, retained_particles, retained_values
 from .twist_learning import TwistLearning
 from .twists import LearnedTwist, PolicyTwist, PrefixTwist, SiteRows, SiteTwist, induced
@@ -12,11 +12,11 @@ __all__ = [
     "PolicyTwist",
     "Population",
     "PrefixTwist",
+    "Resampling",
     "SiteRows",
     "SiteTwist",
     "TwistLearning",
     "WeightUpdate",
-    "check_resampling",
     "check_retained",
     "induced",
     "put_first",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,19 +19,21 @@ from bayeslm.inference.program import (
     to_numpy,
 )
 from bayeslm.models.lm import Autoregressive, Decoder
+from bayeslm.validation import validated
 
-from .resampling import RESAMPLING, conditional_multinomial, ess, keep_in_place
+from .resampling import RESAMPLING, Resampling, conditional_multinomial, ess, keep_in_place
 
 
+@runtime_checkable
 class ParticleSettings(Protocol):
-    """The settings that engines of resampled particles share; `check_resampling` checks the last two."""
+    """The settings that engines of resampled particles share."""
 
     @property
     def num_particles(self) -> int: ...
     @property
     def num_chains(self) -> int: ...
     @property
-    def resampling(self) -> str: ...
+    def resampling(self) -> Resampling: ...
     @property
     def ess_threshold(self) -> float: ...
 
@@ -69,6 +71,7 @@ class ResamplingRecord(NamedTuple):
     ancestors: Tensor
 
 
+@validated
 class Population:
     """Weighted particles of one or more independent chains, each resampled within itself.
 
@@ -224,7 +227,8 @@ class Population:
                 rows = rows.movedim(program.prompt_dim, 1)[:, column]
             before = decoder.values.clone()
             before[:, decoder.t - 1] = distribution.vocabulary.pad_token_id
-            error.survivors = tuple(str(text) for text in distribution.decode(before[rows[alive].reshape(-1)]))
+            texts = distribution.decode(before.reshape(*distribution.batch_shape, -1)).reshape(-1)
+            error.survivors = tuple(map(str, texts[rows[alive].reshape(-1).cpu()]))
             shown = ", ".join(map(repr, error.survivors[:3]))
             error.add_note(f"alive until then ({len(error.survivors)}, all in this error's .survivors): {shown}")
         error.add_note("use more particles, a softer constraint, or a twist or a proposal that anticipates it")

@@ -21,7 +21,7 @@ particle of weight 0 has no offspring; where all weights are 0 they count as equ
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -65,7 +65,8 @@ def conditional_multinomial(log_weights: Tensor) -> Tensor:
     return ancestors
 
 
-RESAMPLING: dict[str, Callable[[Tensor], Tensor]] = {
+Resampling = Literal["multinomial", "stratified", "systematic", "residual"]
+RESAMPLING: dict[Resampling, Callable[[Tensor], Tensor]] = {
     "systematic": systematic,
     "stratified": stratified,
     "residual": residual,
@@ -122,15 +123,3 @@ def _at(mass: Tensor, points: Tensor) -> Tensor:
     # rounding may place a point outside all mass: past the end, or between two sums that should be equal
     outside = mass.gather(-1, index) == 0
     return torch.where(outside, mass.argmax(-1, keepdim=True), index).movedim(-1, 1).contiguous()
-
-
-def check_resampling(engine: Any) -> None:
-    """Check the settings ``resampling`` and ``ess_threshold`` of an engine.
-
-    :raises ValueError: if ``resampling`` is no scheme of `RESAMPLING`, or ``ess_threshold`` is outside [0, 1].
-    """
-    name = type(engine).__name__
-    if engine.resampling not in RESAMPLING:
-        raise ValueError(f"{name}: resampling must be one of {', '.join(RESAMPLING)}, got {engine.resampling!r}")
-    if not 0.0 <= engine.ess_threshold <= 1.0:
-        raise ValueError(f"{name}: ess_threshold must be in [0, 1], got {engine.ess_threshold}")

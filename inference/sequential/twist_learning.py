@@ -29,7 +29,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,16 +38,14 @@ from bayeslm.inference.program import (
     PartialRun,
     Program,
     ProgramError,
-    Stopwatch,
-    check_counts,
     check_evidence,
-    check_positive,
     inspect,
     prompt_labels,
-    seeded,
+    running,
 )
 from bayeslm.models.lm import POWERS, Twist, TwistInputs, categorical, generate
 from bayeslm.progress import track
+from bayeslm.validation import Count, NonNegative, Positive, Seed, Within, validated
 
 from .twists import PrefixTwist, SiteRows
 
@@ -68,6 +66,7 @@ class TwistData:
     log_likelihood: Tensor
 
 
+@validated
 @dataclass(frozen=True)
 class TwistLearning:
     """Train a `Twist` for `SMC`.
@@ -87,25 +86,15 @@ class TwistLearning:
     :raises ValueError: if a setting is out of range.
     """
 
-    method: str = "contrastive"
+    method: Literal["contrastive", "soft-value"] = "contrastive"
     reads_reward: bool = False
-    num_particles: int = 1024
-    num_steps: int = 150
-    learning_rate: float = 1e-3
-    weight_decay: float = 1.0
+    num_particles: Annotated[int, Within("[8, inf)")] = 1024
+    num_steps: Count = 150
+    learning_rate: Positive = 1e-3
+    weight_decay: NonNegative = 1.0
     site: str | None = None
-    seed: int | None = None
+    seed: Seed | None = None
     progress: bool = True
-
-    def __post_init__(self) -> None:
-        check_counts(self, "num_particles", "num_steps")
-        check_positive(self, "learning_rate")
-        if self.method not in LOSSES:
-            raise ValueError(f"TwistLearning: method must be one of {', '.join(LOSSES)}, got {self.method!r}")
-        if self.num_particles < 8:
-            raise ValueError(
-                f"TwistLearning: num_particles must be at least 8, as a quarter is held out, got {self.num_particles}"
-            )
 
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Twist:
         """Train a twist for ``model(*args, **kwargs)``.
@@ -117,7 +106,7 @@ class TwistLearning:
         :raises EvidenceError: if no draw has positive probability.
         :raises ProgramError: if the program has no completion, or several and ``site`` is not one of their names.
         """
-        with seeded(self.seed), Stopwatch() as watch:
+        with running(self.seed) as watch:
             program = inspect(model, *args, **kwargs)
             name = self._site(program)
             twist, data = self._draw(program, name)
@@ -311,7 +300,7 @@ def soft_value(log_psi: Tensor, data: TwistData) -> Tensor:
     return (log_psi.exp() - target[chosen] * log_psi).mean() if len(log_psi) else log_psi.sum()
 
 
-LOSSES = {"contrastive": contrastive, "soft-value": soft_value}
+LOSSES: dict[str, Callable[..., Tensor]] = {"contrastive": contrastive, "soft-value": soft_value}
 
 
 def confidence(log_psi: Tensor, data: TwistData) -> Tensor:

@@ -15,7 +15,7 @@ while all other tokens keep their probability under the prior.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,8 +23,10 @@ from torch import Tensor
 from bayeslm.inference.program import PartialRun, Program, ProgramError
 from bayeslm.models.lm import Autoregressive, Decoder, Twist
 from bayeslm.models.rewards import prefixes
+from bayeslm.validation import validated
 
 
+@runtime_checkable
 class SiteTwist(Protocol):
     """The log-twist of the completions that are being written at one site, a row each."""
 
@@ -41,6 +43,7 @@ class SiteTwist(Protocol):
         """Replace row i by row ``rows[i]``; the decoder and the partial run have already been changed."""
 
 
+@validated
 class SiteRows:
     """The correspondence between the rows of a site's completions, flat, and particles and prompts.
 
@@ -74,6 +77,7 @@ class SiteRows:
         return self._program.take(self.site.name, rows, index).reshape(-1)
 
 
+@validated
 class PrefixTwist:
     """The twist exp(terms of the text so far), by the program's own factors between the completion and the next latent.
 
@@ -157,6 +161,7 @@ class PrefixTwist:
         pass  # the state is the partial run's and the decoder's
 
 
+@validated
 class LearnedTwist:
     """A `Twist`, evaluated on the prior's hidden states and, if it was trained with them, the terms of the text so far.
 
@@ -202,6 +207,7 @@ class LearnedTwist:
         self._state, self._psi, self._ended = self._state.select(rows), self._psi[rows], self._ended[rows]
 
 
+@validated
 class PolicyTwist:
     """The ratio q(x_{1:t}) / p(x_{1:t}) of a policy and the prior: exp(r / beta) / Z, if the policy is the posterior.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 from pyro import poutine
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from bayeslm.inference.program import Arbitrary, Program, ProgramError, Site, draw_latents
 from bayeslm.models.lm import LanguageModel
+from bayeslm.validation import Count, validated
 
 
+@validated
 class AutoPolicy(nn.Module):
     """The default guide: trainable copies of the program's language models; other latents are independent.
 
@@ -32,7 +34,7 @@ class AutoPolicy(nn.Module):
     """
 
     def __init__(
-        self, program: Program, lora_rank: int | str | None = "auto", start: LanguageModel | None = None
+        self, program: Program, lora_rank: Count | Literal["auto"] | None = "auto", start: LanguageModel | None = None
     ) -> None:
         super().__init__()
         self._program = program
@@ -81,9 +83,9 @@ class AutoPolicy(nn.Module):
         draw_latents(self._program, self._distributions, values, args, kwargs)
 
 
-def _to_train(lm: LanguageModel, lora_rank: int | str | None) -> LanguageModel:
+def _to_train(lm: LanguageModel, lora_rank: int | Literal["auto"] | None) -> LanguageModel:
     if not lm.has_adapters:
-        return lm.policy((16 if lm.name else None) if lora_rank == "auto" else lora_rank)  # type: ignore[arg-type]
+        return lm.policy((16 if lm.name else None) if lora_rank == "auto" else lora_rank)
     if lora_rank != "auto":
         raise ValueError("the policy to begin with has adapters, which keep their rank: leave out lora_rank")
     return lm.continued()

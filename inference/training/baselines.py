@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from bayeslm.validation import Within, validated
 
 from .state import EMPTY, State
 
@@ -38,6 +40,7 @@ class TokenDistribution(Protocol):
         """Return the number of tokens before the padding, (*batch,)."""
 
 
+@validated
 @dataclass(frozen=True)
 class Texts:
     r"""The sequences of one site as a `TokenBaseline` gets them, without gradient.
@@ -88,6 +91,7 @@ def less_others(f: Tensor, own: Tensor) -> Tensor:
     return own if n == 1 else own - (f.sum(0) - f) / (n - 1)
 
 
+@validated
 @dataclass(frozen=True)
 class ExponentialAverage:
     """The baseline is an exponential moving average of earlier steps' f, of the same prompt (Williams 1992).
@@ -99,11 +103,7 @@ class ExponentialAverage:
     :raises ValueError: if ``decay`` is out of range.
     """
 
-    decay: float = 0.9
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.decay < 1.0:
-            raise ValueError(f"ExponentialAverage: decay must be in [0, 1), got {self.decay}")
+    decay: Annotated[float, Within("[0, 1)")] = 0.9
 
     def __call__(
         self, name: str, f: Tensor, prompts: Tensor | None = None, state: State = EMPTY

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
-from bayeslm.inference.program import check_positive
+from bayeslm.validation import Positive, Within, validated
 
 from .callbacks import Callback, Memory, Reply, StepRecord
 
 
+@validated
 @dataclass(frozen=True)
 class Tempering(Callback):
     r"""Moves from near the prior to the posterior: \gamma grows geometrically from ``first`` to 1, then stays.
@@ -23,15 +25,10 @@ class Tempering(Callback):
     :raises ValueError: if a setting is out of range.
     """
 
-    first: float = 0.1
-    share: float = 0.5
+    first: Annotated[float, Within("(0, 1]")] = 0.1
+    share: Annotated[float, Within("(0, 1]")] = 0.5
 
     needs_num_steps = True
-
-    def __post_init__(self) -> None:
-        for name in ("first", "share"):
-            if not 0.0 < getattr(self, name) <= 1.0:
-                raise ValueError(f"Tempering: {name} must be in (0, 1], got {getattr(self, name)}")
 
     def start(self, record: StepRecord, state: Memory) -> Reply | None:
         return Reply(inverse_temperature=self.first) if record.step == 0 else None
@@ -41,6 +38,7 @@ class Tempering(Callback):
         return Reply(inverse_temperature=self.first ** (1.0 - min(1.0, done / self.share)))
 
 
+@validated
 @dataclass(frozen=True)
 class KLTarget(Callback):
     r"""Holds KL(q || p) at a target by moving beta = 1 / \gamma (Ziegler et al. 2019, arXiv 1909.08593).
@@ -55,11 +53,8 @@ class KLTarget(Callback):
     :raises ValueError: if a setting is not positive; in training, if the objective does not estimate the KL.
     """
 
-    nats: float
-    gain: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_positive(self, "nats", "gain")
+    nats: Positive
+    gain: Positive = 0.1
 
     def step(self, record: StepRecord, state: Memory) -> Reply | None:
         if "kl" not in record.figures:

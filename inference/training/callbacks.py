@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from bayeslm.inference.program import Particles, seeded
+from bayeslm.validation import Positive, validated
 
 from .state import EMPTY
 
@@ -46,6 +47,7 @@ class StepRecord:
     texts: Callable[[], list[tuple[str, str, float]]] = field(default=list, repr=False)
 
 
+@validated
 @dataclass(frozen=True)
 class Reply:
     r"""What a callback asks of the training.
@@ -58,7 +60,7 @@ class Reply:
     """
 
     stop: bool = False
-    inverse_temperature: float | None = None
+    inverse_temperature: Positive | None = None
     evaluations: Mapping[str, np.ndarray] = field(default_factory=dict)
     state: Memory | None = None
 

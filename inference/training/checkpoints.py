@@ -1,11 +1,13 @@
-"""Checkpoints of a training: atomic folders, refused where they are another run's, no pickle.
+"""Checkpoints of a training: atomic folders with checksums, refused where they are another run's, no pickle.
 
     run/.lock                 held by the process that writes here
     run/chain-0-step-200/     the state of chain 0 after 200 steps, or at its end
-        checkpoint.json       format, version, the run's description, step, random numbers' states
+        checkpoint.json       format, version, the run's description, chain, step, random numbers' states
         tensors.safetensors   parameters, Adam's moments, the state of objective and callbacks, the history
+        SHA256SUMS            of the two
 
-Each is written into a hidden folder next to its final name and renamed; only then is the one before it removed.
+Each is written into a hidden folder next to its final name, renamed and verified; only then is the one before it
+removed. If the newest is damaged, the one before it is resumed where a kill has left that. Other names are the user's.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -22,22 +25,30 @@ from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from uuid import uuid4
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import bayeslm
-from bayeslm.files import atomic_folder, differences, sweep
-from bayeslm.inference.program import Program, check_counts, prompt_labels, to_numpy
+from bayeslm.checksums import verify
+from bayeslm.files import atomic_folder, differences, read_header, require_memory, sweep
+from bayeslm.inference.program import Program, prompt_labels, to_numpy
+from bayeslm.locking import locked
+from bayeslm.models.lm import read_tensors
+from bayeslm.validation import Count, validated
 
 from .callbacks import Callback
 from .identity import has_unreadable, identify
 
-FORMAT = "bayeslm.checkpoint/2"
+FORMAT = "bayeslm.checkpoint/3"
+HEADER, TENSORS = "checkpoint.json", "tensors.safetensors"
+NOT_THE_STATE = ("format", "version", "run", "chain")  # of the header
+CHECKPOINT = re.compile(r"chain-\d+-step-(0|[1-9]\d*)")
 
 
+@validated
 @dataclass(frozen=True)
 class Checkpointing:
     """Where and how often a training writes checkpoints. Each is a policy's parameters three times over.
@@ -50,11 +61,8 @@ class Checkpointing:
     """
 
     folder: str | PathLike[str]
-    every: int = 50
+    every: Count = 50
     version: str | None = None
-
-    def __post_init__(self) -> None:
-        check_counts(self, "every")
 
 
 @dataclass
@@ -66,13 +74,14 @@ class Saved:
     values: dict[str, Any]
 
 
+@validated
 class Checkpoints:
     """The checkpoints of one run, in a folder of their own; use it in a ``with`` block.
 
     :param settings: where and how often.
     :param description: of the run, as `describe_run` returns it: a checkpoint of another run is refused.
     :raises BlockingIOError: on entering, if another process writes there.
-    :raises ValueError: on `newest`, if the folder holds another run's, with what differs.
+    :raises ValueError: on `newest`, if the folder holds another run's, with what differs, or damaged ones alone.
     """
 
     def __init__(self, settings: Checkpointing, description: dict[str, Any]) -> None:
@@ -80,65 +89,106 @@ class Checkpoints:
         self.every = settings.every
         self._settings = settings
         self._description = json.loads(json.dumps(description | {"code version": settings.version}))
-        self._lock = FileLock(self.folder / ".lock")
+        self._held = contextlib.ExitStack()
+        self._good: dict[int, Path] = {}  # the last checkpoint of each chain, verified
 
     def __enter__(self) -> Checkpoints:
         with contextlib.suppress(OSError):  # a disk that refuses is reported when there is something to write
             self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise BlockingIOError(f"{self.folder} is written by another training: end that first") from None
-        except OSError:  # what cannot be written needs no lock
-            pass
+        held = f"{self.folder} is written by another training: end that first"
+        self._held.enter_context(locked(self.folder / ".lock", held))
         sweep(self.folder)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._lock.release()
+        self._held.close()
 
     def newest(self, chain: int) -> Saved | None:
-        """Return the state of a chain after its last checkpoint; None if it has none."""
-        stands = sorted(self.folder.glob(f"chain-{chain}-step-*"), key=_step)
-        for path in stands[:-1]:  # left by a kill
-            shutil.rmtree(path, ignore_errors=True)
-        return self._read(stands[-1]) if stands else None
+        """Return the state of a chain after its last checkpoint; None if it has none.
+
+        A damaged one is a warning and left where it is, and the one before it is read.
+        """
+        found = self._folders(chain)
+        damaged: list[str] = []
+        for step, path in reversed(found):
+            try:
+                saved = self._read(path, chain, step)
+            except _DamagedError as error:
+                damaged.append(str(error))
+                continue
+            for text in damaged:
+                warnings.warn(f"{text}; resuming from {path.name} instead", stacklevel=3)
+            self._good[chain] = path
+            for before, older in found:  # left by a kill; copies of the user's are not of their names
+                with contextlib.suppress(ValueError):
+                    if before < step and self._read(older, chain, before):
+                        shutil.rmtree(older, ignore_errors=True)
+            return saved
+        if damaged:
+            raise ValueError(f"{'; '.join(damaged)}. Put a good copy in its place, or remove it to start again")
+        return None
 
     def write(self, saved: Saved) -> str | None:
-        """Write a checkpoint, then remove the chain's ones before it.
+        """Write a checkpoint and verify it, then remove the chain's ones before it.
 
         A disk that refuses is a warning and not the end of the training: the checkpoint before stays.
 
         :returns: the path of the last checkpoint.
         """
         target = self.folder / f"chain-{saved.chain}-step-{saved.values['step']}"
-        if target.exists():
+        before = self._good.get(saved.chain)
+        if target == before:
             return str(target)
-        before = list(self.folder.glob(f"chain-{saved.chain}-step-*"))
         header = {"format": FORMAT, "version": bayeslm.__version__, "run": self._description, "chain": saved.chain}
         try:
+            if target.exists():  # a damaged one, which was passed over
+                target.rename(target.with_name(f"{target.name}.damaged-{uuid4().hex[:8]}"))
             with atomic_folder(target) as unfinished:
                 save_file(
                     {key: x.detach().cpu().contiguous() for key, x in saved.tensors.items()},
-                    unfinished / "tensors.safetensors",
+                    unfinished / TENSORS,
                 )
-                (unfinished / "checkpoint.json").write_text(json.dumps(header | saved.values), encoding="utf-8")
-        except (OSError, SafetensorError) as error:
-            kept = f"{before[0]} is kept" if before else "there is none yet"
+                (unfinished / HEADER).write_text(json.dumps(header | saved.values), encoding="utf-8")
+            verify(target)
+        except (OSError, ValueError, SafetensorError) as error:
+            kept = f"{before} is kept" if before else "there is none yet"
             warnings.warn(f"no checkpoint: {error}; {kept}, and the training continues", stacklevel=2)
-            return str(before[0]) if before else None
-        for path in before:
-            shutil.rmtree(path, ignore_errors=True)
+            return str(before) if before else None
+        self._good[saved.chain] = target
+        if before is not None:
+            shutil.rmtree(before, ignore_errors=True)
         return str(target)
 
-    def _read(self, path: Path) -> Saved:
+    def _folders(self, chain: int) -> list[tuple[int, Path]]:
+        """Return the steps and folders of a chain's checkpoints, by step; other names are the user's."""
+        named = [(CHECKPOINT.fullmatch(path.name), path) for path in self.folder.glob(f"chain-{chain}-step-*")]
+        return sorted((int(match[1]), path) for match, path in named if match and path.is_dir())
+
+    def _read(self, path: Path, chain: int, step: int) -> Saved:
+        """Return a checkpoint.
+
+        :raises _DamagedError: if it is not what was written there.
+        :raises ValueError: if it is another run's.
+        """
         try:
-            values = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
-            tensors = load_file(path / "tensors.safetensors")
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(f"{path} is no checkpoint that can be read ({error}): remove it to start again") from error
-        there = {"format": values.pop("format", None), "version": values.pop("version", None)} | values.pop("run", {})
-        here = {"format": FORMAT, "version": bayeslm.__version__} | self._description
+            require_memory(sum(file.stat().st_size for file in path.iterdir()), f"reading {path}")
+            verify(path)
+        except (OSError, ValueError) as error:
+            raise _DamagedError(f"{path} is no checkpoint that can be read: {error}") from error
+        values = read_header(path, HEADER, FORMAT, "checkpoint")
+        if (values["chain"], values["step"]) != (chain, step):
+            was = f"chain-{values['chain']}-step-{values['step']}"
+            raise _DamagedError(f"{path} is no checkpoint of its name: it is a copy of {was}")
+        self._refuse_others(path, {"version": values["version"]} | values["run"])
+        state = {k: x for k, x in values.items() if k not in NOT_THE_STATE}
+        return Saved(chain, read_tensors(path / TENSORS), state)
+
+    def _refuse_others(self, path: Path, there: dict[str, Any]) -> None:
+        """Check that a checkpoint's description is this run's.
+
+        :raises ValueError: if it is not, or that is not known.
+        """
+        here = {"version": bayeslm.__version__} | self._description
         if has_unreadable(here) and self._settings.version is None:
             raise ValueError(
                 f"{path} may be a checkpoint of other code: the source of a function of this run cannot be read. If it "
@@ -151,13 +201,13 @@ class Checkpoints:
             raise ValueError(
                 f"{path} is a checkpoint of another run: {'; '.join(found)}. "
                 + ("(More steps need schedule='constant', one chain, and no Tempering.) " if more else "")
-                + "Run the call that it was made with, or choose another folder"
+                + "Run the call that it was made with, or choose another folder. An object that only counts or keeps "
+                "what it has computed says what else it is by a method identity()"
             )
-        return Saved(values.pop("chain"), tensors, values)
 
 
-def _step(path: Path) -> int:
-    return int(path.name.rpartition("-")[2])
+class _DamagedError(ValueError):
+    """A checkpoint that is not what was written there."""
 
 
 # -- the identity of a run -----------------------------------------------------------------------------------
@@ -194,7 +244,7 @@ def describe_run(engine: Any, program: Program, objective: Any) -> dict[str, Any
     arguments = json.dumps(identify([program.args, program.kwargs]), sort_keys=True).encode()
     described["digest of the program's arguments"] = blake2b(arguments, digest_size=16).hexdigest()
     for name, lm in priors.items():
-        described[f"weights of the prior of {name!r}"] = identify(lm)["weights"]
+        described[f"prior of {name!r}"] = identify(lm)
     return described
 
 

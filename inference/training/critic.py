@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from bayeslm.inference.program import check_counts, check_positive
+from bayeslm.validation import Count, Positive, validated
 
 from .baselines import ExponentialAverage, Texts, leave_one_out
 from .state import EMPTY, State, under, within
@@ -41,6 +41,7 @@ from .state import EMPTY, State, under, within
 AVERAGE = ExponentialAverage()  # the level, where there is no other particle
 
 
+@validated
 @dataclass(frozen=True)
 class Critic:
     """`ReverseKL`'s baseline of completions. Other latents have leave-one-out, or an average if there is one particle.
@@ -53,13 +54,9 @@ class Critic:
     :raises ValueError: if a setting is not positive.
     """
 
-    learning_rate: float = 3e-3
-    num_steps: int = 1
-    width: int = 32
-
-    def __post_init__(self) -> None:
-        check_counts(self, "num_steps", "width")
-        check_positive(self, "learning_rate")
+    learning_rate: Positive = 3e-3
+    num_steps: Count = 1
+    width: Count = 32
 
     def __call__(
         self, name: str, f: Tensor, prompts: Tensor | None = None, state: State = EMPTY

@@ -13,15 +13,16 @@ than these sums.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from bayeslm.inference.program import Particles, Program, ProgramError
+from bayeslm.validation import Count, Finite, Within, validated
 
 from .baselines import less_others
 from .objective import Estimate, Objective
@@ -41,6 +42,7 @@ class LogDensities(NamedTuple):
     prompts: Tensor | None = None
 
 
+@validated
 class ParticleObjective(Objective):
     """A loss of the log-densities of particles; subclasses implement `loss`.
 
@@ -52,7 +54,7 @@ class ParticleObjective(Objective):
 
     least = 1  # particles that `loss` needs
 
-    def __init__(self, num_particles: int = 8, source: Source = of_guide) -> None:
+    def __init__(self, num_particles: Count = 8, source: Source = of_guide) -> None:
         if num_particles < self.least:
             raise ValueError(f"{type(self).__name__}: num_particles must be at least {self.least}, got {num_particles}")
         super().__init__(num_particles)
@@ -160,7 +162,8 @@ class Divergence(NamedTuple):
     f_over_t: Callable[[Tensor], Tensor]
 
 
-def alpha_divergence(alpha: float) -> Divergence:
+@validated
+def alpha_divergence(alpha: Finite) -> Divergence:
     """Return f(t) = (t^a - a t - (1 - a)) / (a (a - 1)); 1 and 0 are the limits, the two KLs."""
     if alpha in (0.0, 1.0):
         return DIVERGENCES["reverse-kl" if alpha else "forward-kl"]
@@ -173,7 +176,8 @@ def _js_over_t(u: Tensor) -> Tensor:
     return 0.5 * (math.log(2.0) + logsigmoid(u) - (-u).exp() * (softplus(u) - math.log(2.0)))
 
 
-DIVERGENCES: dict[str, Divergence] = {
+Named = Literal["reverse-kl", "forward-kl", "jensen-shannon", "total-variation"]
+DIVERGENCES: dict[Named, Divergence] = {
     "reverse-kl": Divergence(lambda u: 1.0 + u, lambda u: u),
     "forward-kl": Divergence(lambda u: -(-u).exp(), lambda u: -(u * (-u).exp()).masked_fill(u == torch.inf, 0.0)),
     "jensen-shannon": Divergence(lambda u: 0.5 * (math.log(2.0) + logsigmoid(u)), _js_over_t),
@@ -181,6 +185,7 @@ DIVERGENCES: dict[str, Divergence] = {
 }
 
 
+@validated
 class FDivergence(ParticleObjective):
     r"""D_f(q || \pi^*) = E_{\pi^*}[ f(q / \pi^*) ] (Go et al. 2023, arXiv 2302.08215).
 
@@ -200,16 +205,13 @@ class FDivergence(ParticleObjective):
 
     def __init__(
         self,
-        divergence: str | Divergence = "jensen-shannon",
-        num_particles: int = 8,
+        divergence: Named | Divergence = "jensen-shannon",
+        num_particles: Count = 8,
         source: Source = of_guide,
         *,
-        log_evidence: Any = None,
+        log_evidence: Tensor | Sequence[float] | float | None = None,
     ) -> None:
         super().__init__(num_particles, source)
-        if isinstance(divergence, str) and divergence not in DIVERGENCES:
-            names = ", ".join(DIVERGENCES)
-            raise ValueError(f"FDivergence: divergence must be a Divergence or one of {names}, got {divergence!r}")
         self.divergence = divergence
         self.log_evidence = log_evidence
 
@@ -236,6 +238,7 @@ class FDivergence(ParticleObjective):
         return _with_value(value, surrogate)
 
 
+@validated
 class Renyi(ParticleObjective):
     r"""The variational Renyi bound of order a < 1 on n particles of q (Li and Turner 2016, arXiv 1602.02311).
 
@@ -255,10 +258,8 @@ class Renyi(ParticleObjective):
     :raises ProgramError: if a particle has a reward of -inf.
     """
 
-    def __init__(self, order: float = 0.0, num_particles: int = 8) -> None:
+    def __init__(self, order: Annotated[float, Within("(-inf, 1)")] = 0.0, num_particles: Count = 8) -> None:
         super().__init__(num_particles)
-        if not order < 1.0:
-            raise ValueError(f"Renyi: order must be below 1 (ReverseKL is the limit at 1), got {order}")
         self.order = order
 
     def loss(self, densities: LogDensities) -> Tensor:

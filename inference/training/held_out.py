@@ -9,15 +9,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
-from bayeslm.inference.program import PolicyGuide, check_counts, draw, inspect, to_numpy
+from bayeslm.inference.program import PolicyGuide, draw, inspect, to_numpy
+from bayeslm.validation import Count, Within, validated
 
 from .callbacks import Callback, Memory, Reply, StepRecord
 
 
+@validated
 @dataclass(frozen=True)
 class HeldOut(Callback):
     """Evaluates the policy on other programs every few steps, and at the end.
@@ -34,15 +36,12 @@ class HeldOut(Callback):
     """
 
     programs: Mapping[str, Callable[[], Any]]
-    every: int = 25
-    num_particles: int = 64
+    every: Count = 25
+    num_particles: Annotated[int, Within("[2, inf)")] = 64  # for standard errors
 
     def __post_init__(self) -> None:
-        check_counts(self, "every", "num_particles")
         if not self.programs:
             raise ValueError("HeldOut: programs is empty: give at least one")
-        if self.num_particles < 2:
-            raise ValueError("HeldOut: num_particles must be at least 2, for standard errors")
 
     def start(self, record: StepRecord, state: Memory) -> Reply | None:
         if record.policy is None:

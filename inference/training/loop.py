@@ -28,6 +28,7 @@ from bayeslm.inference.program import (
     to_numpy,
 )
 from bayeslm.progress import track
+from bayeslm.validation import validated
 
 from .callbacks import Callback, Callbacks, Reply, StepRecord
 from .checkpoints import Checkpoints, Saved
@@ -42,6 +43,7 @@ FIGURES = ("elbo", "kl", "log_likelihood", "score", "log_evidence", "prompts")  
 FEWEST_MEASURED, MOST_MEASURED = 4, 16  # particles at which a trust region measures how far a step moves the guide
 
 
+@validated
 class Training:
     """A chain of `SVI`.
 
@@ -134,11 +136,15 @@ class Training:
     @contextlib.contextmanager
     def own_params(self) -> Iterator[None]:
         """Have the chain's parameters in Pyro's store."""
+        store = pyro.get_param_store()
         if self._params is None:
             yield
-        else:
-            with pyro.get_param_store().scope(self._params):
+            return
+        try:
+            with store.scope(self._params):
                 yield
+        finally:
+            list(store.values())  # gives parameters of an enclosing training the references that `scope` took off
 
     @contextlib.contextmanager
     def _ended_by_ctrl_c(self) -> Iterator[None]:

@@ -12,6 +12,8 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from bayeslm.inference.program import Particles, Program, inspect_or_reuse
+from bayeslm.models.lm import differentiating
+from bayeslm.validation import Count, validated
 
 from .epochs import next_minibatch
 from .state import EMPTY, State
@@ -19,6 +21,7 @@ from .state import EMPTY, State
 EPOCH = "epoch"  # in an objective's state: the prompts whose turn in this epoch is still to come
 
 
+@validated
 @dataclass(frozen=True)
 class Estimate:
     """The result of one step of an objective.
@@ -38,6 +41,7 @@ class Estimate:
     state: State
 
 
+@validated
 class Objective:
     r"""A loss over particles that run all at once; subclasses implement `estimate`.
 
@@ -47,7 +51,7 @@ class Objective:
     :param num_particles: draws of each prompt in a step.
     """
 
-    def __init__(self, num_particles: int) -> None:
+    def __init__(self, num_particles: Count) -> None:
         self.num_particles = num_particles
 
     def estimate(
@@ -86,10 +90,7 @@ class Objective:
         """Return what of a state still holds where the program, or its arguments, are others."""
         return state
 
-    def identity(self) -> Mapping[str, Any]:
-        """Return the settings on which results depend, for checkpoints."""
-        return vars(self)
-
+    @differentiating()
     def __call__(self, model: Callable[..., Any], guide: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss with its gradient, for ``pyro.infer.SVI(..., loss=objective)``.
 
@@ -103,6 +104,7 @@ class Objective:
         return estimate.loss
 
 
+@validated
 class StatefulLoss(ELBO):
     """An objective as the loss of one run of ``pyro.infer.SVI``, whose state it keeps.
 
@@ -138,6 +140,7 @@ class StatefulLoss(ELBO):
         with torch.no_grad():
             return float(self.differentiable_loss(model, guide, *args, **kwargs))
 
+    @differentiating()
     def loss_and_grads(
         self, model: Callable[..., Any], guide: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> float:

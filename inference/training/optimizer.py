@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pyro
 import torch
@@ -13,15 +13,16 @@ import transformers
 from pyro.optim import PyroOptim
 from torch import Tensor
 
-from bayeslm.inference.program import check_positive
+from bayeslm.validation import Positive, Within, validated
 
 from .movement import Movement
 from .state import State
 
-SCHEDULES = ("constant", "linear", "cosine")
+Decay = Annotated[float, Within("[0, 1)")]
 FUSED = ("cpu", "cuda")  # where Adam has a fused kernel
 
 
+@validated
 @dataclass(frozen=True)
 class Adam:
     """Settings of Adam (Kingma and Ba 2015, arXiv 1412.6980), its learning rates and their schedule.
@@ -38,16 +39,11 @@ class Adam:
     :raises ValueError: if a setting is out of range.
     """
 
-    learning_rate: float | None = None
-    latent_learning_rate: float = 3e-2
-    schedule: str = "linear"
-    clip_norm: float | None = 1.0
-    betas: tuple[float, float] = (0.9, 0.95)
-
-    def __post_init__(self) -> None:
-        check_positive(self, "learning_rate", "latent_learning_rate", "clip_norm")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"Adam: schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+    learning_rate: Positive | None = None
+    latent_learning_rate: Positive = 3e-2
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    clip_norm: Positive | None = 1.0
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
 
     def rates(self, has_adapters: bool) -> tuple[float, float]:
         """Return the learning rates at the start, of all parameters but the latents', and of these.

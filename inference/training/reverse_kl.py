@@ -37,12 +37,14 @@ from bayeslm.inference.program import (
     score_sites,
     traces,
 )
+from bayeslm.validation import Count, validated
 
 from .baselines import Baseline, Texts, TokenBaseline, TokenDistribution, leave_one_out
 from .objective import Estimate, Objective
 from .state import State, under, within
 
 
+@validated
 class ReverseKL(Objective):
     """The negative ELBO.
 
@@ -52,7 +54,7 @@ class ReverseKL(Objective):
         trajectories through finitely many states.
     """
 
-    def __init__(self, num_particles: int = 8, baseline: Baseline | TokenBaseline = leave_one_out) -> None:
+    def __init__(self, num_particles: Count = 8, baseline: Baseline | TokenBaseline = leave_one_out) -> None:
         super().__init__(num_particles)
         self.baseline = baseline
 

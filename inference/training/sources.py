@@ -25,12 +25,12 @@ from bayeslm.inference.program import (
     Particles,
     Program,
     ProgramError,
-    check_counts,
     run_particles,
     sample_sites,
     score_sites,
 )
 from bayeslm.posterior import Posterior
+from bayeslm.validation import Count, validated
 
 from .state import EMPTY, State, under, within
 
@@ -54,6 +54,7 @@ def of_prior(
     return run_particles(program, None, num_particles), state
 
 
+@validated
 @dataclass(frozen=True)
 class FromPosterior:
     """Draws of another engine, picked at random: particles, states of chains, exact draws.
@@ -116,6 +117,7 @@ class FromPosterior:
         return particles, state
 
 
+@validated
 @dataclass(frozen=True)
 class Replay:
     """Draws of the guide that are kept: every few steps all are new, and in between they come from a buffer.
@@ -130,11 +132,8 @@ class Replay:
     :raises ValueError: if a setting is below 1.
     """
 
-    capacity: int = 4096
-    every: int = 4
-
-    def __post_init__(self) -> None:
-        check_counts(self, "capacity", "every")
+    capacity: Count = 4096
+    every: Count = 4
 
     def __call__(
         self, program: Program, guide: Callable[..., Any], num_particles: int, state: State = EMPTY

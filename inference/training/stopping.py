@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import logsumexp
 
-from bayeslm.inference.program import check_counts, check_positive
+from bayeslm.validation import Count, Finite, Positive, validated
 
 from .callbacks import Callback, Memory, Reply, StepRecord
 
 
+@validated
 @dataclass(frozen=True)
 class Plateau(Callback):
     """Stops where the mean ELBO of the last ``window`` steps is not ``nats`` above that of as many steps before them.
@@ -28,11 +29,8 @@ class Plateau(Callback):
     :raises ValueError: if ``window`` is below 1.
     """
 
-    window: int = 50
-    nats: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_counts(self, "window")
+    window: Count = 50
+    nats: Finite = 0.0
 
     def step(self, record: StepRecord, state: Memory) -> Reply | None:
         elbo, gamma = (record.history[key][-2 * self.window :] for key in ("elbo", "inverse_temperature"))
@@ -42,6 +40,7 @@ class Plateau(Callback):
         return Reply(stop=bool(last - before <= self.nats))
 
 
+@validated
 @dataclass(frozen=True)
 class NearPosterior(Callback):
     """Stops where the estimate of KL(q || posterior), mean over prompts, is at most ``nats`` over ``window`` steps.
@@ -55,12 +54,8 @@ class NearPosterior(Callback):
         particles, as of `FromPosterior`'s.
     """
 
-    nats: float = 0.05
-    window: int = 20
-
-    def __post_init__(self) -> None:
-        check_counts(self, "window")
-        check_positive(self, "nats")
+    nats: Positive = 0.05
+    window: Count = 20
 
     def step(self, record: StepRecord, state: Memory) -> Reply | None:
         history = record.history

@@ -7,11 +7,12 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from bayeslm.inference.program import check_counts
+from bayeslm.validation import Count, validated
 
 from .callbacks import Callback, Memory, Reply, StepRecord
 
 
+@validated
 @dataclass(frozen=True)
 class TensorBoard(Callback):
     """Writes a training into a folder that ``tensorboard --logdir`` shows.
@@ -30,10 +31,9 @@ class TensorBoard(Callback):
     """
 
     folder: str | os.PathLike[str]
-    texts_every: int = 25
+    texts_every: Count = 25
 
     def __post_init__(self) -> None:
-        check_counts(self, "texts_every")
         _summary_writer()
 
     def start(self, record: StepRecord, state: Memory) -> Reply:

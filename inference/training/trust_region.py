@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayeslm.inference.program import check_positive
+from bayeslm.validation import Positive, validated
 
 from .movement import Movement
-from .optimizer import Adam, ScheduledAdam
+from .optimizer import Adam, Decay, ScheduledAdam
 from .state import State
 
 SLACK = 1.5  # times the target: a step that moves the guide further is shortened
@@ -33,6 +33,7 @@ FIRST, LARGEST = 1e-3, 0.3  # learning rates: a table's logits take hundreds of 
 OF_LATENTS = 30.0  # times the learning rate: of the default guide's distributions of other latents
 
 
+@validated
 @dataclass(frozen=True)
 class TrustRegion:
     r"""Settings of Adam in a trust region: no learning rate, schedule or clipping is to be chosen.
@@ -48,13 +49,10 @@ class TrustRegion:
     shortened.
     """
 
-    kl: float = 0.03
-    betas: tuple[float, float] = (0.9, 0.95)
+    kl: Positive = 0.03
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
 
     schedule = "trust region"  # depends on the number of steps
-
-    def __post_init__(self) -> None:
-        check_positive(self, "kl")
 
     def rates(self, has_adapters: bool) -> tuple[float, float]:
         """Return what multiplies the learning rate, of all parameters but the latents', and of these."""

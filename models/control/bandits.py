@@ -14,9 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bayeslm.validation import Count, Finite, Positive, validated
+
 from .worlds import Dirichlet, NormalGamma
 
 
+@validated
 @dataclass(frozen=True)
 class Pull:
     """One pull in each run.
@@ -29,6 +32,7 @@ class Pull:
     returns: Tensor
 
 
+@validated
 @dataclass(frozen=True)
 class BernoulliArms:
     """The posterior over each arm's probability of the reward 1.
@@ -39,8 +43,9 @@ class BernoulliArms:
     rewards: Dirichlet
 
     @staticmethod
+    @validated
     def prior(
-        num_arms: int, a: float = 1.0, b: float = 1.0, *, device: torch.device | str | None = None
+        num_arms: Count, a: Positive = 1.0, b: Positive = 1.0, *, device: torch.device | str | None = None
     ) -> BernoulliArms:
         """Return Beta(a, b) for each arm, float64."""
         return BernoulliArms(Dirichlet(torch.tensor([a, b], dtype=torch.float64, device=device).expand(num_arms, 2)))
@@ -64,6 +69,7 @@ class BernoulliArms:
         return BernoulliArms(self.rewards.update(_one_hot_arms(pull, self.mean)[..., None] * outcome))
 
 
+@validated
 @dataclass(frozen=True)
 class GaussianArms:
     """The posterior over each arm's mean and precision.
@@ -74,9 +80,10 @@ class GaussianArms:
     rewards: NormalGamma
 
     @staticmethod
+    @validated
     def prior(
-        num_arms: int,
-        reward: tuple[float, float, float, float] = (0.0, 1.0, 1.0, 1.0),
+        num_arms: Count,
+        reward: tuple[Finite, Positive, Positive, Positive] = (0.0, 1.0, 1.0, 1.0),
         *,
         device: torch.device | str | None = None,
     ) -> GaussianArms:
@@ -110,6 +117,7 @@ def _one_hot_arms(pull: Pull, like: Tensor) -> Tensor:
     return torch.nn.functional.one_hot(pull.arms, like.shape[-1]).to(like)
 
 
+@validated
 @dataclass(frozen=True)
 class Bandit:
     """The true arms: a task for `bayeslm.inference.control.PSRL`.
@@ -120,7 +128,7 @@ class Bandit:
     """
 
     means: Tensor
-    scale: Tensor | float | None = None
+    scale: Tensor | Positive | None = None
 
     def __post_init__(self) -> None:
         if self.means.dim() != 1 or not len(self.means):

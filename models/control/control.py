@@ -13,18 +13,20 @@ The two agree where the environment is deterministic. `SoftValueIteration` compu
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor, nn
 
+from bayeslm.validation import Count, Positive, validated
+
 from .environments import Environment
 from .policies import Policy, UniformPolicy
 from .trajectory import Trajectory, by_step, returns, step_rewards
 
 
+@validated
 class Control:
     """A Pyro program: ``trajectory`` ~ prior policy, ``score`` = its return, ``reward`` = factor r_t / beta per step.
 
@@ -38,9 +40,7 @@ class Control:
     :raises ValueError: if ``beta`` is not positive and finite.
     """
 
-    def __init__(self, environment: Environment, beta: float, horizon: int, prior: Policy | None = None) -> None:
-        if not (beta > 0 and math.isfinite(beta)):
-            raise ValueError(f"beta must be positive and finite, got {beta}")
+    def __init__(self, environment: Environment, beta: Positive, horizon: Count, prior: Policy | None = None) -> None:
         self.environment = environment
         self.beta = beta
         self.horizon = horizon
@@ -68,6 +68,7 @@ class Control:
         return ControlGuide(self, policy)
 
 
+@validated
 class ControlGuide(nn.Module):
     """A guide of `Control`: the same trajectory site, drawn with ``policy`` in place of the prior policy."""
 

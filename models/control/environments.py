@@ -6,14 +6,17 @@ reproduces episodes as well as texts.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from bayeslm.validation import validated
+
 from .mdp import MDP
 
 
+@runtime_checkable
 class Episodes(Protocol):
     """Running episodes, one per row."""
 
@@ -31,6 +34,7 @@ class Episodes(Protocol):
         """Replace each row i by a copy of row ``rows[i]``, whose further random numbers are its own."""
 
 
+@runtime_checkable
 class Environment(Protocol):
     """A source of episodes with discrete actions."""
 
@@ -48,6 +52,7 @@ class Environment(Protocol):
         """
 
 
+@validated
 class TabularEnvironment:
     """Episodes of an `MDP`. Observations are its states, and so are ``starts``.
 

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayeslm.validation import show, validated
+
 from .environments import Episodes
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 UNBOUNDED = 1e4  # spaces denote "no bound" by inf, or by the largest number of their type
 
 
+@validated
 class GymEnvironment:
     """A Gymnasium environment with discrete actions, and observations that are a number (Discrete) or an array (Box).
 
@@ -44,7 +47,12 @@ class GymEnvironment:
             import gymnasium
         except ImportError as error:
             raise ImportError('GymEnvironment needs gymnasium: pip install "bayeslm[gym]"') from error
-        self._env = gymnasium.make(make, **kwargs) if isinstance(make, str) else make(**kwargs)
+        try:
+            self._env = gymnasium.make(make, **kwargs) if isinstance(make, str) else make(**kwargs)
+        except gymnasium.error.Error as error:
+            raise ValueError(f"GymEnvironment: make must name an environment: {error}") from error
+        if not isinstance(self._env, gymnasium.Env):
+            raise TypeError(f"GymEnvironment: make must give a gymnasium.Env, got {show(self._env)}")
         name = make if isinstance(make, str) else str(self._env.unwrapped)
         actions: Any = self._env.action_space
         observations: Any = self._env.observation_space
@@ -110,6 +118,17 @@ def _scale(box: gymnasium.spaces.Box) -> Tensor:
     return torch.where((half > 0) & (half < UNBOUNDED), half, 1.0).float()
 
 
+def _row_values(name: str, values: Any, rows: int) -> Tensor:
+    """Return a number a row, (row,) float32, from any shape with as many elements, such as (row, 1).
+
+    :raises ValueError: if there are more or fewer, or one is not finite.
+    """
+    array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+    if array.size != rows or array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+        raise ValueError(f"GymEnvironment: {name} of a step must be {rows} finite numbers, got {values!r:.60}")
+    return torch.from_numpy(array.astype(np.float32).reshape(rows))
+
+
 def _seeds(n: int) -> list[int]:
     """Draw n seeds for NumPy generators from torch's."""
     return torch.randint(2**31, (n,)).tolist()
@@ -137,7 +156,9 @@ class CopiedEpisodes:
         for i in (~ended).nonzero().squeeze(-1).tolist():
             observation, reward, terminal, truncated, _ = self._envs[i].step(numbers[i])
             observations[i] = self._environment.to_tensor([observation])[0]
-            rewards[i], ended[i], terminated[i] = float(reward), terminal or truncated, terminal
+            plain = isinstance(reward, float | int) and math.isfinite(reward)  # others, of shape (1,), take longer
+            rewards[i] = reward if plain else _row_values("rewards", reward, 1)[0]
+            ended[i], terminated[i] = bool(terminal or truncated), bool(terminal)
         self.observations, self.ended, self.terminated = observations, ended, terminated
         return rewards
 
@@ -177,9 +198,11 @@ class VectorEpisodes:
     def step(self, actions: Tensor) -> Tensor:
         observations, rewards, terminated, truncated, _ = self._vector.step(self._environment.to_gymnasium(actions))
         self.observations = self._environment.to_tensor(observations)
-        rewards = torch.from_numpy(np.asarray(rewards, dtype=np.float32)).masked_fill(self.ended, 0.0)
-        self.terminated = self.terminated | torch.from_numpy(terminated) & ~self.ended
-        self.ended = self.ended | torch.from_numpy(terminated | truncated)
+        rewards = _row_values("rewards", rewards, len(self.ended)).masked_fill(self.ended, 0.0)
+        terminal = _row_values("terminated", terminated, len(self.ended)) != 0
+        stopped = _row_values("truncated", truncated, len(self.ended)) != 0
+        self.terminated = self.terminated | terminal & ~self.ended
+        self.ended = self.ended | terminal | stopped
         return rewards
 
     def select(self, rows: Tensor) -> None:

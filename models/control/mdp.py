@@ -10,12 +10,16 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from bayeslm.validation import Within, validated
 
+
+@validated
 @dataclass(frozen=True)
 class MDP:
     """A process of S states and A actions, or a batch of such processes.
@@ -97,8 +101,9 @@ class MDP:
         for s, row in table.items():
             for a, outcomes in row.items():
                 for p, next_state, reward, terminated in outcomes:
+                    reward = np.asarray(reward, dtype=np.float64).item()  # which may be of shape (1,)
                     if p > 0:
-                        paid[s, a, next_state].add(float(reward))
+                        paid[s, a, next_state].add(reward)
                     transitions[s, a, next_state] += p
                     rewards[s, a, next_state] += p * reward
                     (ending if terminated else continuing)[s, a, next_state] += p
@@ -115,7 +120,8 @@ class MDP:
 LEFT, RIGHT = 0, 1
 
 
-def river_swim(num_states: int = 6) -> MDP:
+@validated
+def river_swim(num_states: Annotated[int, Within("[3, inf)")] = 6) -> MDP:
     """Return RiverSwim, a chain of states on which random exploration fails.
 
     Action 0 swims left, with the current, and always succeeds; action 1 swims right and succeeds with probability 0.35,
@@ -125,8 +131,6 @@ def river_swim(num_states: int = 6) -> MDP:
 
     :raises ValueError: if there are fewer than 3 states.
     """
-    if num_states < 3:
-        raise ValueError(f"river_swim: need at least 3 states, got {num_states}")
     last = num_states - 1
     transitions = torch.zeros(num_states, 2, num_states, dtype=torch.float64)
     rewards = torch.zeros_like(transitions)

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from bayeslm.files import atomic_file
-from bayeslm.models.lm import read_tensors
+from bayeslm.files import atomic_file, reading
+from bayeslm.models.lm import ModuleWithProperties, forked, read_tensors
+from bayeslm.validation import Count, Seed, validated
 
 from .environments import Environment
 
@@ -23,10 +24,11 @@ Policy = Callable[[Tensor, Tensor], Tensor]
 WEIGHTS = "policy.safetensors"
 
 
+@validated
 class UniformPolicy(nn.Module):
     """The policy under which all actions are equally likely."""
 
-    def __init__(self, num_actions: int) -> None:
+    def __init__(self, num_actions: Count) -> None:
         super().__init__()
         self.num_actions = num_actions
 
@@ -34,7 +36,7 @@ class UniformPolicy(nn.Module):
         return observations.new_zeros(*observations.shape[:-1], self.num_actions)
 
 
-class TrainablePolicy(nn.Module):
+class TrainablePolicy(ModuleWithProperties):
     """A policy whose weights can be saved and loaded."""
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -48,14 +50,14 @@ class TrainablePolicy(nn.Module):
     def load_pretrained(self, folder: str | os.PathLike[str]) -> Self:
         """Load the weights that `save_pretrained` of a policy of the same shape wrote, and return this policy.
 
-        :raises FileNotFoundError: if ``folder`` has no ``policy.safetensors``.
-        :raises ValueError: if it is damaged.
-        :raises RuntimeError: if its weights have other shapes.
+        :raises ValueError: if the file ``policy.safetensors`` in ``folder`` is missing or damaged, or of other shapes.
         """
-        self.load_state_dict(read_tensors(Path(folder) / WEIGHTS))
+        with reading(Path(folder) / WEIGHTS) as file:
+            self.load_state_dict(read_tensors(file))
         return self
 
 
+@validated
 class TabularPolicy(TrainablePolicy):
     """A trainable table of logits.
 
@@ -84,6 +86,7 @@ class TabularPolicy(TrainablePolicy):
         return self.logits[state] if self.logits.dim() == 2 else self.logits[steps, state]
 
 
+@validated
 class CountdownPolicy(TrainablePolicy):
     """Trainable tables of logits, interpolated in the logarithm of the number of steps to go; uniform at first.
 
@@ -98,7 +101,7 @@ class CountdownPolicy(TrainablePolicy):
     :raises ValueError: if there are fewer than two tables or steps; when called, if a step is beyond the horizon.
     """
 
-    def __init__(self, num_states: int, num_actions: int, horizon: int, num_tables: int = 3) -> None:
+    def __init__(self, num_states: Count, num_actions: Count, horizon: Count, num_tables: Count = 3) -> None:
         super().__init__()
         if num_tables < 2 or horizon < 2:
             raise ValueError(
@@ -130,6 +133,7 @@ class CountdownPolicy(TrainablePolicy):
         return torch.lerp(self.logits[lower, state], self.logits[lower + 1, state], fraction)
 
 
+@validated
 class MLPPolicy(TrainablePolicy):
     """A trainable multilayer perceptron, which is the same at every step.
 
@@ -143,15 +147,14 @@ class MLPPolicy(TrainablePolicy):
 
     scale: Tensor
 
-    def __init__(self, environment: Environment, hidden: Sequence[int] = (64, 64), seed: int = 0) -> None:
+    def __init__(self, environment: Environment, hidden: Sequence[Count] = (64, 64), seed: Seed = 0) -> None:
         super().__init__()
         self.num_states = environment.num_states
         scale = getattr(environment, "observation_scale", None)  # tables have none
         self.register_buffer("scale", torch.ones(environment.observation_size) if scale is None else scale.clone())
         widths = [environment.observation_size if self.num_states is None else self.num_states, *hidden]
         layers: list[nn.Module] = []
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with forked(seed):
             for inputs, outputs in itertools.pairwise(widths):
                 layers += [nn.Linear(inputs, outputs), nn.Tanh()]
             last = nn.Linear(widths[-1], environment.num_actions)

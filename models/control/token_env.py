@@ -15,14 +15,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from bayeslm.models.lm import Autoregressive, Decoder, LanguageModel, Prompt
-from bayeslm.models.rewards import Reward
+from bayeslm.models.rewards import Reward, RewardFunction, with_trainer_arguments
+from bayeslm.validation import Count, Positive, Unchecked, validated
 
 try:
     import gymnasium
@@ -34,6 +35,7 @@ from gymnasium.error import InvalidAction, ResetNeeded
 Observation = NDArray[np.int64]
 
 
+@validated
 class TokenEnv(gymnasium.Env[Observation, np.int64]):
     """One completion per episode: ``gymnasium.make("bayeslm/Token-v0", prior=..., reward=..., prompts=...)``.
 
@@ -64,19 +66,15 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
     def __init__(
         self,
         prior: LanguageModel | Callable[[], LanguageModel],
-        reward: Reward | Callable[..., Sequence[float]],
-        prompts: Sequence[Prompt],
-        max_new_tokens: int = 24,
+        reward: Reward | RewardFunction,
+        prompts: Annotated[Sequence[Prompt], Unchecked],
+        max_new_tokens: Count = 24,
         *,
-        beta: float | None = None,
-        temperature: float = 1.0,
+        beta: Positive | None = None,
+        temperature: Positive = 1.0,
         columns: Mapping[str, Sequence[Any]] | None = None,
-        render_mode: str | None = None,
+        render_mode: Literal["ansi"] | None = None,
     ) -> None:
-        if beta is not None and not (beta > 0 and math.isfinite(beta)):
-            raise ValueError(f"TokenEnv: beta must be positive and finite, or None, got {beta}")
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(f'TokenEnv: render_mode must be None or "ansi", got {render_mode!r}')
         self.prior = prior if isinstance(prior, LanguageModel) else prior()
         self.reward = reward if isinstance(reward, Reward) else Reward(reward)
         self.prompts = list(prompts)
@@ -182,8 +180,10 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         return observation
 
     def _score(self, text: str) -> float:
+        assert self._decoder is not None
         columns = {name: [column[self._prompt]] for name, column in self.columns.items()}
-        score = float(self.reward([self.prompts[self._prompt]], [text], **columns))
+        arguments = with_trainer_arguments(columns, self.prior.token_ids(self._decoder.values))
+        score = float(self.reward([self.prompts[self._prompt]], [text], **arguments))
         if math.isinf(score):
             raise ValueError(
                 f"TokenEnv: the reward of {text!r} is -inf, which makes mean returns -inf; replace constraints by a "

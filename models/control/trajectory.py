@@ -22,6 +22,7 @@ from torch.distributions import constraints
 from torch.nn.functional import one_hot
 
 from bayeslm.models.lm import categorical
+from bayeslm.validation import Count, validated
 
 from .environments import Environment, Episodes
 from .policies import Policy
@@ -59,6 +60,7 @@ def by_step(x: Tensor) -> Tensor:
     return x.transpose(-1, -3).squeeze(-1)
 
 
+@validated
 class Trajectory(TorchDistribution):
     """The distribution of a policy's episodes.
 
@@ -76,9 +78,7 @@ class Trajectory(TorchDistribution):
     arg_constraints: dict[str, Any] = {}
     has_rsample = False
 
-    def __init__(self, environment: Environment, policy: Policy, horizon: int, starts: Tensor | None = None) -> None:
-        if horizon < 1:
-            raise ValueError(f"horizon must be at least 1, got {horizon}")
+    def __init__(self, environment: Environment, policy: Policy, horizon: Count, starts: Tensor | None = None) -> None:
         self.environment = environment
         self.policy = policy
         self.horizon = horizon

@@ -21,9 +21,12 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from bayeslm.validation import Count, Finite, Positive, validated
+
 from .mdp import MDP
 
 
+@validated
 @dataclass(frozen=True)
 class Dirichlet:
     """The distribution of the probabilities of a categorical variable; of two categories, the Beta distribution.
@@ -57,6 +60,7 @@ class Dirichlet:
         return (gamma.sample(size).log() - exponential.sample(size)).softmax(-1)
 
 
+@validated
 @dataclass(frozen=True)
 class NormalGamma:
     """The joint distribution of the mean and the precision of a normal variable; all parameters are (*batch).
@@ -109,6 +113,7 @@ class NormalGamma:
         return self.location + torch.randn_like(precision) / (self.count * precision).sqrt(), precision
 
 
+@validated
 @dataclass(frozen=True)
 class Experience:
     """The observed transitions of an episode.
@@ -134,6 +139,7 @@ class Experience:
         return (self.rewards * self.valid).sum(-1)
 
 
+@validated
 @dataclass(frozen=True)
 class Worlds:
     """The posterior over worlds of S states and A actions, or a batch of posteriors for parallel runs.
@@ -152,12 +158,13 @@ class Worlds:
     terminal: Tensor
 
     @staticmethod
+    @validated
     def prior(
-        num_states: int,
-        num_actions: int,
+        num_states: Count,
+        num_actions: Count,
         *,
-        concentration: float | None = None,
-        reward: tuple[float, float, float, float] = (0.0, 1.0, 1.0, 1.0),
+        concentration: Positive | None = None,
+        reward: tuple[Finite, Positive, Positive, Positive] = (0.0, 1.0, 1.0, 1.0),
         device: torch.device | str | None = None,
     ) -> Worlds:
         """Return the same prior for every state and action, float64.
@@ -238,6 +245,7 @@ class Worlds:
         return MDP(transitions, rewards[..., None].expand_as(transitions), terminal, initial)
 
 
+@validated
 class UnknownMDP:
     """A Pyro program with the posterior `Worlds`, for any engine.
 

@@ -3,11 +3,15 @@
 from .autoregressive import Autoregressive
 from .decoding import Decoder, categorical, generate
 from .encoding import Prompt
+from .gradients import differentiating
 from .language_model import LanguageModel
+from .module_errors import ModuleWithProperties
 from .network import CausalNetwork, log_softmax_at
 from .suffix import redraw
+from .tables import read_table, without_index
 from .tabular import word_tokenizer
 from .tensor_files import read_tensors
+from .turns import exclusive, forked
 from .twist import POWERS, Twist, TwistInputs
 from .usage import count_usage
 
@@ -17,14 +21,20 @@ __all__ = [
     "CausalNetwork",
     "Decoder",
     "LanguageModel",
+    "ModuleWithProperties",
     "Prompt",
     "Twist",
     "TwistInputs",
     "categorical",
     "count_usage",
+    "differentiating",
+    "exclusive",
+    "forked",
     "generate",
     "log_softmax_at",
+    "read_table",
     "read_tensors",
     "redraw",
+    "without_index",
     "word_tokenizer",
 ]

@@ -11,9 +11,12 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+OTHERS = ("XLORA", "POLY")  # whose layers' inputs are more than the hidden states before them
 
 
 def has_adapters(network: nn.Module) -> bool:
@@ -21,17 +24,77 @@ def has_adapters(network: nn.Module) -> bool:
     return hasattr(network, "peft_config")
 
 
+def unwrapped(network: Any) -> nn.Module:
+    """Return the network that torch.compile or a data-parallel wrapper computes, or the network itself."""
+    while isinstance(network, nn.DataParallel | DistributedDataParallel) or "_orig_mod" in network._modules:
+        network = network._orig_mod if "_orig_mod" in network._modules else network.module
+    inner: nn.Module = network
+    return inner
+
+
+def check_supported(network: Any) -> None:
+    """Refuse networks whose forward pass is not that of a causal network of tokens alone.
+
+    :raises TypeError: for an encoder-decoder network, and for adapters that change texts or look into them.
+    """
+    if getattr(getattr(network, "config", None), "is_encoder_decoder", False):
+        raise TypeError(
+            f"{type(network).__name__} is an encoder-decoder network, and these are not supported: a completion would "
+            "follow the decoder's tokens alone; use a causal one, such as AutoModelForCausalLM loads"
+        )
+    for name, config in getattr(network, "peft_config", {}).items():
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if getattr(config, "alora_invocation_tokens", None):
+            kind = "activated LoRA (alora_invocation_tokens)"
+        elif not getattr(config, "is_prompt_learning", False) and kind not in OTHERS:
+            continue
+        raise TypeError(
+            f"adapter {name!r} is of the kind {kind}, which is not supported: it changes more than the network's "
+            "layers, and would be ignored; use LoRA or another adapter inside the layers"
+        )
+
+
 def own_parameters(network: Any) -> list[nn.Parameter]:
-    """Return the adapters of a PEFT network, or all parameters of any other."""
-    prefix: str = network.base_model.prefix if has_adapters(network) else ""
-    return [p for key, p in network.named_parameters() if prefix in key]
+    """Return what training a network trains: all parameters, or of a PEFT network all that its active adapters have.
+
+    That is what PEFT saves of them: with the adapters' own layers copies of modules (``modules_to_save``), rows of
+    embeddings (``trainable_token_indices``), and biases.
+    """
+    if not has_adapters(network):
+        return list(network.parameters())
+    saved = [
+        tensor.data_ptr()
+        for adapter in network.active_adapters
+        for tensor in get_peft_model_state_dict(network, adapter_name=adapter, save_embedding_layers=False).values()
+    ]
+    return [p for p in network.parameters() if p.is_floating_point() and p.data_ptr() in saved]
 
 
-def float32_copy(network: nn.Module) -> tuple[nn.Module, torch.dtype | None]:
-    """Return a copy to train, in float32, and the dtype to compute in: bfloat16 if that was the weights' dtype."""
+def float32_copy(network: nn.Module) -> tuple[nn.Module, torch.dtype | None, frozenset[str]]:
+    """Return a copy to train, in float32.
+
+    :returns: the copy; the dtype to compute in if its weights had half precision, else None; and the names of the
+        weights that are computed in float32 all the same, since they were float32.
+    """
     new = copy.deepcopy(network)
-    dtypes = {p.dtype for p in new.parameters() if p.is_floating_point()}
-    return new.float(), torch.bfloat16 if torch.bfloat16 in dtypes else None
+    weights = {name: p for name, p in new.named_parameters() if p.is_floating_point()}
+    half = next((p.dtype for p in weights.values() if p.dtype in (torch.bfloat16, torch.float16)), None)
+    exact = frozenset(plain_name(name) for name, p in weights.items() if p.dtype == torch.float32)
+    for p in weights.values():
+        p.data = p.data.float()
+    return new, half, frozenset() if half is None else exact
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a weight of a PEFT network has in the network inside."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def merged(network: Any) -> nn.Module:
+    """Return a copy of a network, its active adapters merged into the weights."""
+    new = copy.deepcopy(network)
+    plain: nn.Module = new.merge_and_unload() if has_adapters(network) else new
+    return plain
 
 
 def twin(network: Any) -> nn.Module:
@@ -41,7 +104,7 @@ def twin(network: Any) -> nn.Module:
     merged into a copy of its weights instead.
     """
     if has_adapters(network):
-        return copy.deepcopy(network).merge_and_unload()
+        return merged(network)
     shared = [t for t in (*network.parameters(), *network.buffers()) if not t.requires_grad]
     return copy.deepcopy(network, memo={id(t): t for t in shared})
 
@@ -54,13 +117,47 @@ def with_lora(network: nn.Module, rank: int, alpha: int, name: str | None) -> nn
     """
     if rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {rank}")
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
     around: Any = twin(network)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules="all-linear",
+        exclude_modules=_not_linear(around),
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
     with _quiet():
         adapted: Any = get_peft_model(around, config)
     # Not the folder in transformers' config: the weights may have been trained since they were loaded from it.
     adapted.peft_config["default"].base_model_name_or_path = "" if has_adapters(network) else name or ""
     return adapted
+
+
+def _not_linear(network: nn.Module) -> list[str]:
+    """Return the names of linear layers to which PEFT's LoRA does not apply.
+
+    Some routers and projections derive from `nn.Linear` and compute something else. And fused kernels of state-space
+    layers, which have a convolution, read the weight of ``out_proj`` without calling it.
+    """
+    special = [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models.")
+        if not _is_linear(module)
+    ]
+    mixers = [name for name, module in network.named_modules() if {"conv1d", "out_proj"} <= module._modules.keys()]
+    return special + [f"{name}.out_proj" for name in mixers]
+
+
+@torch.no_grad()
+def _is_linear(module: nn.Linear) -> bool:
+    """Return whether a layer that derives from `nn.Linear` computes what that does."""
+    x = torch.linspace(-1, 1, 2 * module.in_features).reshape(2, -1).to(module.weight)
+    try:
+        y = module(x)
+    except Exception:  # of whatever type, where its inputs have another form
+        return False
+    return isinstance(y, Tensor) and torch.allclose(y, nn.functional.linear(x, module.weight, module.bias), rtol=1e-2)
 
 
 def load_adapters(network: Any, path: Path, config: PeftConfig) -> nn.Module:

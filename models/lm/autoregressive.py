@@ -19,11 +19,14 @@ from pyro.distributions.util import broadcast_shape  # torch's takes ten times a
 from torch import Size, Tensor
 from torch.distributions import constraints
 
+from bayeslm.validation import Count, Positive, validated
+
 from .decoding import Decoder, generate
-from .encoding import Vocabulary
+from .encoding import Encoded, Vocabulary
 from .network import CausalNetwork
 from .prefix import PromptedNetwork
 from .scoring import scores_and_hidden, token_scores
+from .turns import exclusive
 
 
 class TokenModel(Protocol):
@@ -32,6 +35,9 @@ class TokenModel(Protocol):
     @property
     def causal(self) -> CausalNetwork:
         """The network."""
+
+    def current(self) -> CausalNetwork:
+        """Return the network, after a check that its weights have not been changed through another model."""
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -53,13 +59,14 @@ class TokenModel(Protocol):
     def has_text(self) -> bool:
         """Whether token ids have texts."""
 
-    def decode(self, value: Tensor) -> np.ndarray:
-        """Return the texts of completions (*batch, token), an object array of the batch's shape."""
+    def decode(self, value: Tensor, prompts: Encoded | None = None) -> np.ndarray:
+        """Return the texts of completions (*batch, token) of prompts, an object array of the batch's shape."""
 
     def detokenize(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each row of token ids."""
 
 
+@validated
 class Autoregressive(TorchDistribution):
     """Completions of a batch of prompts.
 
@@ -84,19 +91,15 @@ class Autoregressive(TorchDistribution):
         lm: TokenModel,
         prompt_ids: Tensor,
         prompt_mask: Tensor | None,
-        max_new_tokens: int,
-        temperature: float = 1.0,
+        max_new_tokens: Count,
+        temperature: Positive = 1.0,
     ) -> None:
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature must be positive and finite, got {temperature}")
         self.lm = lm
         self.prompt_ids = prompt_ids
         self.prompt_mask = prompt_mask
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
-        self._drawn: tuple[Tensor, tuple[int, ...], Tensor] | None = None  # the last sample, versions, token scores
+        self._drawn: tuple[Tensor, tuple[Any, ...], Tensor] | None = None  # the last sample, versions, token scores
         super().__init__(prompt_ids.shape[:-1], Size([max_new_tokens]), validate_args=False)
 
     @property
@@ -108,7 +111,7 @@ class Autoregressive(TorchDistribution):
     def prompted(self) -> PromptedNetwork:
         """The network and its prompts."""
         return PromptedNetwork(
-            self.lm.causal,
+            self.lm.current(),
             self.vocabulary,
             *self.flat_prompts,
             max_new_tokens=self.max_new_tokens,
@@ -150,7 +153,7 @@ class Autoregressive(TorchDistribution):
         rows = self.prompt_rows(shape)
         value = rows.new_full((len(rows), self.max_new_tokens), self.vocabulary.pad_token_id)
         scores = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
-        with torch.no_grad(), self.prompted.drawing(len(rows)) as prompted:
+        with exclusive(), torch.no_grad(), self.prompted.drawing(len(rows)) as prompted:
             for part, prefix in prompted.prefixes(rows):
                 value[part], scores[part] = generate(Decoder(prompted, prefix))
         value = value.reshape(shape + self.event_shape)
@@ -221,11 +224,22 @@ class Autoregressive(TorchDistribution):
         values = values.reshape((-1,) + (1,) * len(self.batch_shape) + self.event_shape)
         return values.expand((-1, *self.batch_shape, -1)) if expand else values
 
-    def arbitrary(self) -> Tensor:
-        """Return well-formed completions, (*batch_shape, max_new_tokens), without a forward pass, to try a program."""
-        generator = torch.Generator().manual_seed(0)
-        shape = self.batch_shape + self.event_shape
-        value = torch.randint(self.vocabulary.size, shape, generator=generator).to(self.prompt_ids.device)
+    def arbitrary(self, seed: int = 0) -> Tensor:
+        """Return well-formed completions, (*batch_shape, max_new_tokens), without a forward pass, to try a program.
+
+        :param seed: above 0, completions have different lengths, and low token ids, which are those of frequent tokens
+            in most vocabularies, are frequent in them.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        size, shape = self.vocabulary.size, self.batch_shape + self.event_shape
+        value = torch.randint(size, shape, generator=generator)
+        if seed:
+            value = ((size + 1) ** torch.rand(shape, generator=generator) - 1).long().clamp(max=size - 1)
+            end = torch.randint(self.max_new_tokens + 1, (*self.batch_shape, 1), generator=generator)
+            for eos in self.vocabulary.eos_token_ids[:1]:
+                value = torch.where(self.vocabulary.is_eos(value), (value + 1) % size, value)
+                value = torch.where(torch.arange(self.max_new_tokens) == end, eos, value)
+        value = value.to(self.prompt_ids.device)
         return value.masked_fill(~self.vocabulary.is_live(value), self.vocabulary.pad_token_id)
 
     def lengths(self, value: Tensor) -> Tensor:
@@ -240,14 +254,12 @@ class Autoregressive(TorchDistribution):
         return self.lm.has_text
 
     def decode(self, value: Tensor) -> np.ndarray:
-        """Return the texts of completions (*batch, max_new_tokens), an object array of the batch's shape."""
-        return self.lm.decode(value)
+        """Return the texts that completions (*batch, token) add to their prompts, an array of the batch's shape."""
+        return self.lm.decode(value, Encoded(self.prompt_ids, self.prompt_mask))
 
     def prompt_texts(self) -> list[str]:
         """Return the text of each prompt, or its token ids if token ids have no texts."""
-        ids, mask = self.flat_prompts
-        mask = torch.ones_like(ids) if mask is None else mask
-        rows = [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
+        rows = Encoded(self.prompt_ids, self.prompt_mask).rows()
         return self.lm.detokenize(rows) if self.has_text else [" ".join(map(str, row)) for row in rows]
 
     # -- rows, for engines -----------------------------------------------------------------------------------
@@ -298,8 +310,8 @@ class Autoregressive(TorchDistribution):
         x = x.reshape(shape + x.shape[1:])
         return x.expand(broadcast_shape(shape, self.batch_shape) + x.shape[len(shape) :])
 
-    def _versions(self, value: Tensor) -> tuple[int, ...]:
-        """Return torch's counts of in-place changes, of a value and of the weights, for which a kept score is valid."""
+    def _versions(self, value: Tensor) -> tuple[Any, ...]:
+        """Return the versions of a value and of the weights for which a kept score is valid."""
         return (value._version, self.lm.causal.version)
 
     def _score_of_drawn(self, value: Tensor) -> Tensor | None:

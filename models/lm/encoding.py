@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from bayeslm.prompt_files import check_characters
+from bayeslm.validation import Unchecked, show
+
+from .chats import chat_text
+from .tables import refuse_table
+
 Prompt = str | Sequence[dict[str, Any]] | Sequence[int] | Tensor
+Prompts = Annotated[Sequence[Prompt] | np.ndarray | Tensor, Unchecked]  # by `encode`
 
 
 class Encoded(NamedTuple):
@@ -21,9 +29,17 @@ class Encoded(NamedTuple):
     ids: Tensor
     mask: Tensor | None
 
+    def rows(self) -> list[list[int]]:
+        """Return the token ids of each prompt, without padding."""
+        ids = self.ids.reshape(-1, self.ids.shape[-1]).tolist()
+        if self.mask is None:
+            return list(ids)
+        counts = self.mask.reshape(-1, self.mask.shape[-1]).sum(-1).tolist()
+        return [row[len(row) - count :] for row, count in zip(ids, counts, strict=True)]
+
 
 def encode(
-    prompts: Sequence[Prompt] | np.ndarray | Tensor,
+    prompts: Prompts,
     tokenizer: Any,
     *,
     bos_token_id: int | None,
@@ -33,19 +49,25 @@ def encode(
 ) -> Encoded:
     """Encode a batch of prompts.
 
-    :param prompts: a sequence of strings, chats (lists of ``{"role", "content"}``, through the tokenizer's chat
-        template) or token ids; or an object array of them, whose shape becomes the batch's. An array or tensor of
-        integers is a row of token ids a prompt.
+    :param prompts: a sequence of strings, chats (lists of ``{"role", "content"}``, see `chats`) or token ids; or an
+        object array of them, whose shape becomes the batch's. An array or tensor of integers is a row of token ids a
+        prompt.
     :param tokenizer: None if prompts are token ids.
     :param bos_token_id: stands for an empty prompt.
     :param vocab_size: number of token ids.
     :param room: the most tokens a prompt may have, None for no limit.
     :param device: where the batch goes.
-    :raises TypeError: for one prompt instead of a list of prompts, or strings without a tokenizer.
-    :raises ValueError: for no prompts, an empty prompt without a BOS, ids out of range, or a prompt over ``room``.
+    :raises TypeError: for one prompt or a table instead of a list of prompts, strings without a tokenizer, or malformed
+        messages.
+    :raises ValueError: for no prompts, an empty prompt without a BOS, a lone surrogate, ids out of range, a prompt over
+        ``room``, or a chat that the template refuses.
     """
     if isinstance(prompts, str):
         raise TypeError(f"prompts must be a list of prompts, got one string: write [{prompts[:40]!r}]")
+    refuse_table(prompts)
+    is_list = hasattr(prompts, "__len__") and getattr(prompts, "ndim", 1) > 0
+    if not is_list or isinstance(prompts, bytes | type):
+        raise TypeError(f"prompts must be a list of prompts, got {show(prompts)}")
     if isinstance(prompts, np.ndarray) and prompts.dtype.kind in "iu":
         prompts = list(prompts)
     shape = prompts.shape if isinstance(prompts, np.ndarray) else (len(prompts),)
@@ -76,11 +98,11 @@ def _one(i: int, prompt: Prompt, tokenizer: Any, bos_token_id: int | None) -> li
     if isinstance(prompt, str):
         if tokenizer is None:
             raise TypeError(f"prompts[{i}] is a string, and this LanguageModel has no tokenizer: give token ids")
-        row = list(tokenizer(prompt)["input_ids"])
-    elif isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], dict):
-        if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
-            raise TypeError(f"prompts[{i}] is a chat, and this LanguageModel's tokenizer has no chat template")
-        chat = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+        check_characters(f"prompts[{i}]", prompt)
+        row = _text_ids(prompt, tokenizer)
+    elif isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
+        chat = chat_text(f"prompts[{i}]", prompt, tokenizer)
+        check_characters(f"prompts[{i}]", chat)
         row = list(tokenizer(chat, add_special_tokens=False)["input_ids"])
     else:
         try:
@@ -96,6 +118,31 @@ def _one(i: int, prompt: Prompt, tokenizer: Any, bos_token_id: int | None) -> li
     if bos_token_id is None:
         raise ValueError(f"prompts[{i}] is empty, and the model has no BOS token to start from")
     return [bos_token_id]
+
+
+def _text_ids(text: str, tokenizer: Any) -> list[int]:
+    """Return the token ids of a text that is to be continued: without what the tokenizer appends to complete texts.
+
+    What it puts before a text stays, and so does an end that the text itself holds.
+    """
+    row, added = _with_added(text, tokenizer)
+    if 0 in added:
+        return row[: len(row) - added[::-1].index(0)]
+    _, around = _with_added("a", tokenizer)  # an empty text does not show what comes before it, and what after
+    return row[: around.index(0)] if 0 in around else []
+
+
+def _with_added(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the token ids of a text, and 1 at those that the tokenizer has added."""
+    encoded = tokenizer(text, return_special_tokens_mask=True)
+    return list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
+
+
+def positions_of(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the positions (row, length) of left-padded ids (row, length)."""
+    if mask is None:
+        return torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
+    return (mask.cumsum(-1) - 1).clamp_min(0)  # no token attends to padding, whose own position does not matter
 
 
 @dataclass(frozen=True)
@@ -122,6 +169,13 @@ class Vocabulary:
         """Return True up to and including the first EOS of completions (..., T), False on their padding."""
         ends = self.is_eos(values).long()
         return (ends.cumsum(-1) - ends) == 0
+
+    def before_end(self, values: Tensor) -> list[list[int]]:
+        """Return the token ids of each of completions (..., T) before its end, without negative ones."""
+        ends = set(self.eos_token_ids)
+        rows = values.reshape(-1, values.shape[-1]).tolist()
+        written = (itertools.takewhile(lambda token: token not in ends, row) for row in rows)
+        return [[token for token in row if token >= 0] for row in written]
 
     def is_well_formed(self, values: Tensor) -> Tensor:
         """Return, for each token of completions (..., T), whether it is in range, or the pad id after the end."""

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from bayeslm.progress import track
 
+from .encoding import Vocabulary
+from .gradients import differentiating
 from .network import CausalNetwork
 
 
+@differentiating()
 def fit(
     network: CausalNetwork,
     weights: Sequence[nn.Parameter],
@@ -35,10 +38,7 @@ def fit(
     :param seed: of the batches; None: one that the system chooses.
     :param progress: show a progress bar.
     :returns: the loss of each step, nats a token.
-    :raises ValueError: if ``num_steps`` or ``batch_size`` < 1, or ``learning_rate`` is negative.
     """
-    if batch_size < 1 or num_steps < 1:
-        raise ValueError(f"num_steps and batch_size must be at least 1, got {num_steps} and {batch_size}")
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0)
     generator = torch.Generator()
     generator.manual_seed(seed) if seed is not None else generator.seed()
@@ -67,11 +67,13 @@ def fit(
 
 
 def to_sequences(
-    texts: Sequence[str], tokenizer: Any, bos: int | None, eos: int | None, max_tokens: int
+    texts: Sequence[str], tokenizer: Any, bos: int | None, vocabulary: Vocabulary, max_tokens: int
 ) -> list[list[int]]:
     """Return BOS, the tokens, and EOS of each text, cut after ``max_tokens``.
 
-    :raises ValueError: if there are no texts, or one has no token to predict.
+    A text that begins with BOS, or ends with an EOS, itself gets no second one.
+
+    :raises ValueError: if there are no texts, or one has no token to predict, or tokens that the network has not.
     """
     if not texts:
         raise ValueError("texts is empty: give at least one text to fit")
@@ -80,7 +82,14 @@ def to_sequences(
         tokens = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         if not tokens:
             raise ValueError(f"texts[{i}] is empty")
-        row = [*([] if bos is None else [bos]), *tokens, *([] if eos is None else [eos])][:max_tokens]
+        if max(tokens) >= vocabulary.size:
+            raise ValueError(
+                f"texts[{i}] has the token id {max(tokens)}, and the network's are 0..{vocabulary.size - 1}: give it "
+                "its own tokenizer"
+            )
+        before = [] if bos is None or tokens[0] == bos else [bos]
+        after = [] if tokens[-1] in vocabulary.eos_token_ids else vocabulary.eos_token_ids[:1]
+        row = [*before, *tokens, *after][:max_tokens]
         if len(row) < 2:
             raise ValueError(f"texts[{i}] has one token in {max_tokens}, and nothing to predict it from")
         sequences.append(row)

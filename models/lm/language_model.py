@@ -11,34 +11,47 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import adapters, encoding, fitting, loading, packing
+from bayeslm.validation import Count, Positive, Seed, validated
+
+from . import adapters, encoding, fitting, loading, packing, saving, texts
 from .autoregressive import Autoregressive
 from .encoding import Vocabulary
 from .gradient_checkpointing import checkpointable_layers
+from .gradients import differentiating
+from .module_errors import ModuleWithProperties
 from .network import CausalNetwork
+from .own_forward import Findings
+from .settings import Settings
+from .special_tokens import find_special_tokens
 from .tabular import NGramConfig, NGramForCausalLM, word_tokenizer
+from .turns import forked
+from .weights import SharedWeights
 
 
-class LanguageModel(nn.Module):
+@validated
+class LanguageModel(ModuleWithProperties):
     """Any Hugging Face causal language model as a distribution over completions.
 
-    ``lm(prompts, max_new_tokens=24)`` is an `Autoregressive` distribution. The network is put in evaluation mode (a
-    distribution must not change from call to call) and frozen (it is a prior); `policy` makes a trainable copy.
+    ``lm(prompts, max_new_tokens=24)`` is an `Autoregressive` distribution. The network is kept in evaluation mode (a
+    distribution must not change from call to call) and frozen (it is a prior); `policy` makes a trainable copy. It is
+    scored as its own forward pass scores: that is tried at its first use, and otherwise it is refused.
 
     :param network: a causal language model of `transformers`, a PEFT model around one, or any module with their call
         convention.
     :param tokenizer: its tokenizer; None if prompts are token ids and nothing is decoded.
     :param eos_token_ids: the tokens that end a completion. Default: those of the network's generation config, its
-        config or the tokenizer, the first of these that names any; else none.
-    :param pad_token_id: fills completions after their end; it need not be a token of the network.
+        config or the tokenizer, all those of the first of these that names a token of the vocabulary; else none.
+    :param pad_token_id: fills completions after their end; it need not be a token of the network. Default: the
+        tokenizer's or the config's, else the first end.
     :param name: where it was loaded from; written into adapters trained from it.
     :param batch_size: sequences in one forward pass at most; default: as many as bounded memory allows.
     :param micro_batch_size: of these, sequences whose activations are kept at once for a gradient; default: as many as
         bounded memory allows, ``batch_size`` at most.
     :param gradient_checkpointing: keep of each layer its input alone, and compute the rest again in the backward pass
         of a policy: a third more time, and far less memory where texts are long.
-    :param compute_dtype: the dtype in which products of float32 weights are computed (autocast), as in policies of
-        bfloat16 priors; None: float32.
+    :param compute_dtype: the dtype that float32 weights are converted to in every pass, as in policies of bfloat16
+        priors; None: they are not.
+    :raises TypeError: for an encoder-decoder network, and for adapters that are not inside the network's layers.
     :raises ValueError: if a batch size is < 1, an end is not a token, or no layer can be checkpointed.
     """
 
@@ -50,15 +63,14 @@ class LanguageModel(nn.Module):
         eos_token_ids: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         name: str | None = None,
-        batch_size: int | None = None,
-        micro_batch_size: int | None = None,
+        batch_size: Count | None = None,
+        micro_batch_size: Count | None = None,
         gradient_checkpointing: bool = False,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for setting, size in {"batch_size": batch_size, "micro_batch_size": micro_batch_size}.items():
-            if size is not None and size < 1:
-                raise ValueError(f"{setting} must be at least 1, got {size}")
+        network = adapters.unwrapped(network)
+        adapters.check_supported(network)
         self.network = network.requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
@@ -68,33 +80,21 @@ class LanguageModel(nn.Module):
             checkpointable_layers(network)
         self.gradient_checkpointing = gradient_checkpointing
         self.compute_dtype = compute_dtype
+        self._exact: frozenset[str] | None = None  # the names of weights that are not converted, if known
         self._causal: CausalNetwork | None = None
+        self._findings: Findings | None = None
+        self._shared: SharedWeights | None = None
         self.eval()
-        found = _first(
-            eos_token_ids,
-            getattr(getattr(network, "generation_config", None), "eos_token_id", None),
-            getattr(self.config, "eos_token_id", None),
-            getattr(tokenizer, "eos_token_id", None),
-            (),
-        )
-        ends = {found} if isinstance(found, int) else set(found)
-        ids = range(self.config.get_text_config().vocab_size)
-        if eos_token_ids is not None and not all(end in ids for end in ends):
-            raise ValueError(f"eos_token_ids {sorted(ends)} are not all in 0..{len(ids) - 1}")
-        self.eos_token_ids: tuple[int, ...] = tuple(sorted(end for end in ends if end in ids))
-        self.bos_token_id: int | None = _first(
-            getattr(tokenizer, "bos_token_id", None), getattr(self.config, "bos_token_id", None)
-        )
-        self.pad_token_id: int = _first(
-            pad_token_id,
-            getattr(tokenizer, "pad_token_id", None),
-            getattr(self.config, "pad_token_id", None),
-            self.eos_token_ids[0] if self.eos_token_ids else 0,
-        )
+        found = find_special_tokens(network, tokenizer, eos_token_ids)
+        self.eos_token_ids: tuple[int, ...] = found.eos
+        self.bos_token_id: int | None = found.bos
+        self.pad_token_id: int = found.pad if pad_token_id is None else pad_token_id
 
     # -- loading and copying ---------------------------------------------------------------------------------
 
     @classmethod
+    @validated
+    @differentiating()
     def from_pretrained(
         cls,
         name_or_path: str | os.PathLike[str],
@@ -102,46 +102,60 @@ class LanguageModel(nn.Module):
         base: LanguageModel | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        batch_size: int | None = None,
-        micro_batch_size: int | None = None,
+        eos_token_ids: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        batch_size: Count | None = None,
+        micro_batch_size: Count | None = None,
         gradient_checkpointing: bool = False,
         **kwargs: Any,
     ) -> LanguageModel:
         """Load a model by hub name or path; ``"smollm2"`` is SmolLM2-135M-Instruct from a package's own file.
 
         :param name_or_path: ``"smollm2"``, a folder, or a name on the Hugging Face hub. A folder that holds a PEFT
-            adapter is loaded on top of its base model.
+            adapter is loaded on top of its base model, with the adapter's own tokenizer, chat template and EOS if the
+            folder has them.
         :param base: the base model of an adapter, if not the one that the adapter names.
         :param device: where to put it.
         :param dtype: of the weights; log-probabilities are float32 in any case, and so are weights in training.
+        :param eos_token_ids: default: those that were given to the saved model, else see `LanguageModel`.
+        :param pad_token_id: likewise.
         :param batch_size: see `LanguageModel`.
         :param micro_batch_size: see `LanguageModel`.
         :param gradient_checkpointing: see `LanguageModel`.
-        :param kwargs: for ``AutoModelForCausalLM.from_pretrained``. Remote code is never run.
-        :raises OSError: if the model is not found, with how to get it.
+        :param kwargs: for ``AutoModelForCausalLM.from_pretrained``; ``subfolder``, ``revision`` and others that say
+            where files are hold for the tokenizer too. Remote code is never run.
+        :raises OSError: if the model is not found, with how to get it, or its tokenizer cannot be loaded.
         :raises ValueError: if ``base`` is given and the folder holds no adapter.
         """
-        around = None if base is None else loading.Pretrained(base.network, base.tokenizer, base.name)
-        network, tokenizer, name = loading.load(name_or_path, base=around, dtype=dtype, **kwargs)
+        around = None
+        if base is not None:
+            settings = Settings(base.eos_token_ids, base.pad_token_id, base.compute_dtype)
+            around = loading.Pretrained(base.network, base.tokenizer, base.name, settings)
+        network, tokenizer, name, settings = loading.load(name_or_path, base=around, dtype=dtype, **kwargs)
         lm = cls(
             network,
             tokenizer,
+            eos_token_ids=settings.eos_token_ids if eos_token_ids is None else eos_token_ids,
+            pad_token_id=settings.pad_token_id if pad_token_id is None else pad_token_id,
             name=name,
             batch_size=batch_size,
             micro_batch_size=micro_batch_size,
             gradient_checkpointing=gradient_checkpointing,
-            compute_dtype=loading.load_compute_dtype(name_or_path),
+            compute_dtype=settings.compute_dtype,
         )
+        lm = lm if base is None else base._sharing(lm)
         return lm.to(device) if device is not None else lm
 
     @classmethod
+    @validated
+    @differentiating()
     def tabular(
         cls,
         vocabulary: Sequence[str],
         *,
-        order: int = 2,
+        order: Count = 2,
         table: Tensor | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
         eos: str = "<eos>",
     ) -> LanguageModel:
         """Return a small explicit n-gram table, for exact work.
@@ -156,8 +170,7 @@ class LanguageModel(nn.Module):
         """
         if eos not in vocabulary:
             raise ValueError(f"vocabulary has no {eos!r}: completions could not end")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with forked(seed):
             network = NGramForCausalLM(NGramConfig(vocab_size=len(vocabulary), order=order))
         if table is not None:
             if table.shape != network.table.shape:
@@ -165,7 +178,9 @@ class LanguageModel(nn.Module):
             network.table.data = table.clone()
         return cls(network, word_tokenizer(vocabulary, eos))
 
-    def policy(self, lora_rank: int | None = None, *, lora_alpha: int | None = None) -> LanguageModel:
+    @validated
+    @differentiating()
+    def policy(self, lora_rank: Count | None = None, *, lora_alpha: Count | None = None) -> LanguageModel:
         """Return a trainable copy.
 
         Trained weights are float32, so that small steps are not lost: those of adapters, whatever the dtype of the
@@ -179,13 +194,18 @@ class LanguageModel(nn.Module):
         :raises ValueError: if ``lora_rank`` < 1.
         """
         self._refuse_packed()
+        self.current()
         if lora_rank is None:
-            network, compute_dtype = adapters.float32_copy(self.network)
+            network, compute_dtype, exact = adapters.float32_copy(self.network)
             lm = self._with_network(network, None, self.compute_dtype or compute_dtype)
+            if self.compute_dtype is None:
+                lm._exact = exact
             return lm._unfreeze(list(network.parameters()))
         network = adapters.with_lora(self.network, lora_rank, lora_alpha or 2 * lora_rank, self.name)
-        return self._with_network(network, self.name, self.compute_dtype)._unfreeze(adapters.own_parameters(network))
+        lm = self._with_network(network, self.name, self.compute_dtype)
+        return self._sharing(lm)._unfreeze(adapters.own_parameters(network))
 
+    @differentiating()
     def continued(self) -> LanguageModel:
         """Return a trainable copy of a policy, with which its training can continue.
 
@@ -196,8 +216,22 @@ class LanguageModel(nn.Module):
         if not self.has_adapters:
             return self.policy()
         self._refuse_packed()
+        self.current()
         network = adapters.adapters_copy(self.network)
-        return self._with_network(network, self.name, self.compute_dtype)._unfreeze(adapters.own_parameters(network))
+        lm = self._with_network(network, self.name, self.compute_dtype)
+        return self._sharing(lm)._unfreeze(adapters.own_parameters(network))
+
+    def merged(self) -> LanguageModel:
+        """Return the same distribution without adapters: a copy into whose weights they are merged.
+
+        It shares nothing with this model. PEFT's own ``merge_and_unload`` changes weights in place, and with them the
+        prior of a LoRA policy.
+
+        :raises TypeError: if this model is `packed`.
+        """
+        self._refuse_packed()
+        self.current()
+        return self._with_network(adapters.merged(self.network), None, self.compute_dtype)
 
     def packed(self) -> LanguageModel:
         """Return the same distribution, for drawing and scoring only, faster on a CPU.
@@ -207,14 +241,15 @@ class LanguageModel(nn.Module):
         changes of its linear layers do not reach the packed one. Where nothing can be packed, as on a GPU, all is
         shared. A packed model can be neither trained, nor moved, nor saved.
         """
+        self.current()
         network = adapters.twin(self.network)
         if self.compute_dtype is None:
             network = packing.packed(network, checksums=True)
-        return self._with_network(network, self.name, self.compute_dtype)
+        return self._sharing(self._with_network(network, self.name, self.compute_dtype))
 
     def _with_network(self, network: nn.Module, name: str | None, compute_dtype: torch.dtype | None) -> LanguageModel:
         """Return a copy with another network and the same settings."""
-        return LanguageModel(
+        lm = LanguageModel(
             network,
             self.tokenizer,
             eos_token_ids=self.eos_token_ids,
@@ -225,6 +260,16 @@ class LanguageModel(nn.Module):
             gradient_checkpointing=self.gradient_checkpointing,
             compute_dtype=compute_dtype,
         )
+        lm._exact, lm._findings = self._exact, self._findings
+        return lm
+
+    def _sharing(self, other: LanguageModel) -> LanguageModel:
+        """Note which weights another model shares with this one, and return the other."""
+        own = {id(p) for p in self.parameters()}
+        shared = {name: p for name, p in other.network.named_parameters() if id(p) in own}
+        other._shared = SharedWeights(shared)
+        self._shared = SharedWeights(shared | ({} if self._shared is None else self._shared.tensors))
+        return other
 
     def _unfreeze(self, weights: list[nn.Parameter]) -> LanguageModel:
         """Make some weights trainable, and return the model."""
@@ -236,31 +281,39 @@ class LanguageModel(nn.Module):
         if any(isinstance(module, packing.PackedLinear) for module in self.network.modules()):
             raise TypeError("a packed model can be neither trained nor saved: use the model it was packed from")
 
+    @validated
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write the network (only the adapter, if there is one) and the tokenizer in the transformers/PEFT format.
 
-        ``compute_dtype``, for which that format has no place, goes into a file of its own.
+        The folder appears when it is complete; a model that it holds already is replaced, and other files stay. What
+        that format has no place for goes into a file of its own, ``bayeslm.json``: ``compute_dtype``, and end and
+        padding tokens that the saved network and tokenizer do not name themselves.
 
         :raises TypeError: if this model is `packed`.
+        :raises ValueError: if it has several active adapters.
+        :raises OSError: if the disk refuses; the folder is then as it was before.
         """
         self._refuse_packed()
-        network: Any = self.network
-        # Embeddings are not adapted; PEFT would ask the hub whether the base's vocabulary was changed.
-        settings: dict[str, Any] = {"save_embedding_layers": False} if self.has_adapters else {}
-        network.save_pretrained(path, **settings)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(path)
-        loading.save_compute_dtype(path, self.compute_dtype)
+        named = find_special_tokens(self.network, self.tokenizer)
+        # A folder of adapters does not say what its base names.
+        settings = Settings(
+            self.eos_token_ids if self.has_adapters or self.eos_token_ids != named.eos else None,
+            self.pad_token_id if self.has_adapters or self.pad_token_id != named.pad else None,
+            self.compute_dtype,
+            next((p.dtype for p in self.parameters() if p.is_floating_point()), None) if self.has_adapters else None,
+        )
+        saving.save(self.network, self.tokenizer, settings, path)
 
+    @validated
     def fit(
         self,
         texts: Sequence[str],
         *,
-        num_steps: int = 200,
-        batch_size: int = 16,
-        learning_rate: float = 1e-3,
-        max_tokens: int = 128,
-        seed: int | None = None,
+        num_steps: Count = 200,
+        batch_size: Count = 16,
+        learning_rate: Positive = 1e-3,
+        max_tokens: Count = 128,
+        seed: Seed | None = None,
         progress: bool = True,
     ) -> list[float]:
         """Maximise sum_n log p(text_n EOS | BOS) over the network's weights with AdamW; they are frozen again after.
@@ -282,19 +335,26 @@ class LanguageModel(nn.Module):
         self._refuse_packed()
         if self.tokenizer is None:
             raise TypeError("fit needs a tokenizer")
-        eos = self.eos_token_ids[0] if self.eos_token_ids else None
-        return fitting.fit(
-            self.causal,
+        losses = fitting.fit(
+            self.current(),
             adapters.own_parameters(self.network),
-            fitting.to_sequences(texts, self.tokenizer, self.bos_token_id, eos, max_tokens),
+            fitting.to_sequences(texts, self.tokenizer, self.bos_token_id, self.vocabulary, max_tokens),
             num_steps=num_steps,
             batch_size=batch_size,
             learning_rate=learning_rate,
             seed=seed,
             progress=progress,
         )
+        if self._shared is not None:
+            self._shared.renew()
+        return losses
 
     # -- properties ------------------------------------------------------------------------------------------
+
+    def identity(self) -> dict[str, Any]:
+        """Return all on which the distribution depends, by which checkpoints tell runs apart."""
+        names = ("network", "tokenizer", "eos_token_ids", "bos_token_id", "pad_token_id", "compute_dtype")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def config(self) -> Any:
@@ -314,8 +374,24 @@ class LanguageModel(nn.Module):
     def causal(self) -> CausalNetwork:
         """The network as body and head (found at first use, since the device may change until then)."""
         if self._causal is None:
-            self._causal = CausalNetwork(self.network, self.compute_dtype)
+            self._causal = CausalNetwork(self.network, self.compute_dtype, self._exact, self._findings)
+            self._findings = self._causal.findings
         return self._causal
+
+    def current(self) -> CausalNetwork:
+        """Return the network, after a look at what may have happened to it since its last use.
+
+        It is put back in evaluation mode, and tried again if layers have been replaced.
+
+        :raises RuntimeError: if weights that it shares with another model were changed through the other.
+        """
+        if self._shared is not None:
+            self._shared.check()
+        if any(module.training for module in self.network.modules()):
+            self.network.eval()
+        if self._causal is not None and not self._causal.is_current:
+            self._causal = self._findings = None
+        return self.causal
 
     @property
     def device(self) -> torch.device:
@@ -330,6 +406,13 @@ class LanguageModel(nn.Module):
         """The token ids of completions."""
         return Vocabulary(self.vocab_size, self.eos_token_ids, self.pad_token_id)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> LanguageModel:
+        """Convert or move all weights, as `to` does. Another model that shares them then refuses converted ones."""
+        super()._apply(fn, recurse)
+        if self._shared is not None:
+            self._shared.renew()
+        return self
+
     def __deepcopy__(self, memo: dict[int, Any]) -> LanguageModel:
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
@@ -339,11 +422,17 @@ class LanguageModel(nn.Module):
 
     # -- the distribution ------------------------------------------------------------------------------------
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not args and not kwargs:  # as Pyro calls what stands in the place of a distribution
+            raise TypeError("a LanguageModel is no distribution, lm(prompts, max_new_tokens=24) is: sample from that")
+        return super().__call__(*args, **kwargs)
+
+    @validated
     def forward(
         self,
-        prompts: Sequence[encoding.Prompt] | np.ndarray | Tensor,
-        max_new_tokens: int = 24,
-        temperature: float = 1.0,
+        prompts: encoding.Prompts,
+        max_new_tokens: Count = 24,
+        temperature: Positive = 1.0,
     ) -> Autoregressive:
         """Return the distribution of completions of ``prompts``.
 
@@ -354,9 +443,7 @@ class LanguageModel(nn.Module):
         ids, mask = self.encode(prompts, max_new_tokens)
         return Autoregressive(self, ids, mask, max_new_tokens, temperature)
 
-    def encode(
-        self, prompts: Sequence[encoding.Prompt] | np.ndarray | Tensor, max_new_tokens: int = 0
-    ) -> encoding.Encoded:
+    def encode(self, prompts: encoding.Prompts, max_new_tokens: int = 0) -> encoding.Encoded:
         """Return the token ids of prompts that leave room for ``max_new_tokens`` more; see `encoding.encode`."""
         context = self.causal.context_length
         return encoding.encode(
@@ -368,27 +455,38 @@ class LanguageModel(nn.Module):
             device=self.device,
         )
 
-    def decode(self, value: Tensor) -> np.ndarray:
+    @validated
+    def decode(
+        self,
+        value: Tensor,
+        prompts: Sequence[encoding.Prompt] | np.ndarray | Tensor | encoding.Encoded | None = None,
+    ) -> np.ndarray:
         """Return the texts of completions (*batch, token), up to their end, as an object array of the batch's shape.
 
+        The text of a completion is what it adds to the text of its prompt (see `texts`); so it begins with a space
+        where a word of its own begins. Without ``prompts``, and where several prompts share a value, it is what the
+        completion adds to a text that ends in a word.
+
+        :param prompts: as for `forward`, or encoded; their shape broadcasts with the batch.
         :raises TypeError: if there is no tokenizer.
+        :raises ValueError: if the shapes of prompts and batch do not broadcast.
         """
         if self.tokenizer is None:
             raise TypeError("this LanguageModel has no tokenizer to decode with")
-        ends = set(self.eos_token_ids)
-        rows = []
-        for row in value.reshape(-1, value.shape[-1]).tolist():
-            end = next((t for t, token in enumerate(row) if token in ends), len(row))
-            rows.append([token for token in row[:end] if token >= 0])
-        texts = np.empty(len(rows), dtype=object)
-        texts[:] = self.detokenize(rows)
-        return texts.reshape(tuple(value.shape[:-1]))
+        encoded = prompts if isinstance(prompts, encoding.Encoded | None) else self.encode(prompts)
+        rows = self.vocabulary.before_end(value)
+        return texts.completion_texts(self.tokenizer, rows, value.shape[:-1], encoded)
+
+    def token_ids(self, value: Tensor) -> np.ndarray:
+        """Return completions (*batch, token) as lists of token ids, with the end, an object array of the batch's shape.
+
+        These are the ``completion_ids`` of a reward in TRL's convention.
+        """
+        lengths = self.vocabulary.is_live(value).sum(-1)
+        rows = zip(value.reshape(-1, value.shape[-1]).tolist(), lengths.reshape(-1).tolist(), strict=True)
+        ids = np.fromiter((row[:length] for row, length in rows), dtype=object, count=lengths.numel())
+        return ids.reshape(tuple(value.shape[:-1]))
 
     def detokenize(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each row of token ids, without special tokens."""
-        return list(self.tokenizer.batch_decode(rows, skip_special_tokens=True))
-
-
-def _first(*options: Any) -> Any:
-    """Return the first option that is not None, or None."""
-    return next((option for option in options if option is not None), None)
+        return texts.decode(self.tokenizer, rows)

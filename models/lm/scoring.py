@@ -133,7 +133,8 @@ def _blocks(prompted: PromptedNetwork, rows: Tensor, size: int) -> Iterator[tupl
     """
     prompts, length = prompted.prompt_ids.shape
     again = (len(rows) - prompts) * length
-    if prompted.gradient_checkpointing or again * max(prompted.network.width, 1) <= PROMPTS_AGAIN:
+    together = prompted.gradient_checkpointing or again * max(prompted.network.width, 1) <= PROMPTS_AGAIN
+    if together or not prompted.network.shares_prefill(prompted.prompt_mask):
         yield None, torch.arange(len(rows), device=rows.device), rows
     else:
         yield from prompted.blocks(rows, size)

@@ -50,16 +50,18 @@ def _extended(prompted: PromptedNetwork, prefix: Prefix, prompts: Tensor, tokens
         return prefix
     tokens, new = tokens[:, :longest], torch.arange(longest, device=tokens.device)
     ids, mask = prompted.prompt_ids, prompted.prompt_mask
+    ragged = bool((kept < longest).any())
+    padded = ragged or mask is not None
     mask = torch.ones_like(ids) if mask is None else mask
     mask = torch.cat([mask[prompts], (new < kept[:, None]).to(mask)], -1)
     # row i moves right by longest - kept[i]: the tokens that it does not keep become padding on the left
     length = mask.shape[-1]
     moved = (torch.arange(length, device=tokens.device) - (longest - kept)[:, None]) % length
-    ragged = bool((kept < longest).any())
-    if ragged and any(getattr(layer, "sliding_window", length) < length for layer in prefix.cache.layers):
-        # the window has lost tokens to which rows that move to the right would attend
+    lost = any(getattr(layer, "sliding_window", length) < length for layer in prefix.cache.layers)
+    if ragged and (lost or not (network.takes_positions and network.shares_prefill(mask))):
+        # the window has lost tokens to which rows that move to the right would attend, or nothing can be moved
         return prefill(network, torch.cat([ids[prompts], tokens], -1).gather(-1, moved), mask.gather(-1, moved))
-    hidden, cache = network.hidden(tokens, mask, prefix.lengths[:, None] + new, prefix.cache)
+    hidden, cache = network.hidden(tokens, mask if padded else None, prefix.lengths[:, None] + new, prefix.cache)
     hidden = torch.cat([prefix.hidden[:, None], hidden], 1)
     if ragged:
         mask = mask.gather(-1, moved)
@@ -67,4 +69,4 @@ def _extended(prompted: PromptedNetwork, prefix: Prefix, prompts: Tensor, tokens
             for name in ("keys", "values"):
                 x = getattr(layer, name)
                 setattr(layer, name, x.gather(-2, moved[:, None, :, None].expand_as(x)))
-    return Prefix(hidden[torch.arange(len(kept)), kept], cache, mask, prefix.lengths + kept)
+    return Prefix(hidden[torch.arange(len(kept)), kept], cache, mask if padded else None, prefix.lengths + kept)

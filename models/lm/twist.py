@@ -25,14 +25,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad
 
+from bayeslm.checksums import verify
 from bayeslm.files import atomic_folder, read_header
+from bayeslm.validation import Count, Share, validated
 
 from .decoding import Decoder
 from .language_model import LanguageModel
+from .module_errors import ModuleWithProperties
 from .network import CausalNetwork
 from .tensor_files import read_tensors
 
-FORMAT = "bayeslm.twist/2"
+FORMAT = "bayeslm.twist/3"
 # Heads learn E[L^a | x_1:t], L = exp(r / beta), for each of these powers a, and SMC uses that of the first. At a small
 # beta few draws have any weight: of the milder powers of L the shared features learn from all draws.
 POWERS = (1.0, 0.5, 0.25, 0.1)
@@ -67,7 +70,8 @@ class TwistInputs(NamedTuple):
     so_far: Tensor | None
 
 
-class Twist(nn.Module):
+@validated
+class Twist(ModuleWithProperties):
     """log psi of unfinished completions of a language model; made by `bayeslm.inference.sequential.TwistLearning`.
 
     :param lm: the prior. Its weights are used, never changed, and not saved with the twist.
@@ -91,13 +95,13 @@ class Twist(nn.Module):
     def __init__(
         self,
         lm: LanguageModel,
-        max_new_tokens: int,
+        max_new_tokens: Count,
         *,
         reads_reward: bool = False,
-        components: int = 64,
-        inner: int = 16,
-        width: int = 32,
-        dropout: float = 0.3,
+        components: Count = 64,
+        inner: Count = 16,
+        width: Count = 32,
+        dropout: Share = 0.3,
     ) -> None:
         super().__init__()
         self.settings = {
@@ -249,6 +253,7 @@ class Twist(nn.Module):
             twist.stats = dict(config["stats"])
         except (LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{Path(path) / 'twist.json'} does not fit twist.safetensors: {error}") from error
+        verify(Path(path))
         return twist
 
     # -- inside --------------------------------------------------------------------------------------------------

@@ -1,12 +1,15 @@
-"""Comparisons of completions, in the preference format of Hugging Face ``datasets`` and TRL.
+"""Comparisons of completions, in the preference formats of Hugging Face ``datasets`` and TRL.
 
-A row has a ``prompt`` and two completions of it, ``chosen`` and ``rejected``: all strings, or all conversations (lists
-of ``{"role", "content"}``). If both conversations begin with the prompt, it is not part of the completions, and the
-field ``prompt`` may be missing.
+A row has a ``prompt`` and two completions of it, ``chosen`` and ``rejected``. Each is a string or a conversation (a
+list of ``{"role", "content"}``, whose content is a string or a list of text parts). Without a ``prompt``, the prompt is
+what both completions begin with: messages, or the characters of strings, without a space at the end, which belongs to
+the completions. Conversations that repeat the prompt are cut after it; system turns and others before it become a part
+of the prompt.
 """
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from .rows import PreferenceData, PreferenceError, check_texts, lines_of, read_json_lines, require_fields
+from .rows import PreferenceData, PreferenceError, check_texts, is_missing, lines_of, read_json_lines, require_fields
 
 Message = Mapping[str, Any]
 Template = Callable[[Sequence[Message]], str]
@@ -94,28 +97,14 @@ def _plain_text(messages: Sequence[Message]) -> str:
 def _parse_row(row: Any, template: Template) -> tuple[Any, ...]:
     """Return the prompt, chosen and rejected text of a row."""
     chosen, rejected = require_fields(row, "chosen", "rejected")
-    prompt: Any
-    if isinstance(chosen, str):
-        (prompt,) = require_fields(row, "prompt")
-    else:
-        chosen, rejected = _messages("chosen", chosen), _messages("rejected", rejected)
-        prompt = row.get("prompt")
-        if prompt is None:
-            shared = takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
-            prompt = [message for message, _ in shared]
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-            if not (prompt and chosen and rejected):
-                raise PreferenceError(
-                    "has conversations that are equal or differ from the first message on, so that they have no common "
-                    "prompt: add the field 'prompt', or drop the row"
-                )
-        else:
-            start = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages("prompt", prompt)
-            if _continues(chosen, start) and _continues(rejected, start):
-                chosen, rejected = chosen[len(start) :], rejected[len(start) :]
-        if not isinstance(prompt, str):
-            prompt = template(_messages("prompt", prompt))
+    prompt: Any = row.get("prompt")
+    if is_missing(prompt):
+        prompt, chosen, rejected = _implicit(chosen, rejected)
+    if not isinstance(chosen, str):
+        prompt, chosen, rejected = _explicit(prompt, _messages("chosen", chosen), _messages("rejected", rejected))
         chosen, rejected = template(chosen), template(rejected)
+    if not isinstance(prompt, str):
+        prompt = template(_messages("prompt", prompt))
     texts = Comparisons._check_row(prompt, chosen, rejected)
     scores = row.get("score_chosen"), row.get("score_rejected")
     if scores[0] is not None and scores[0] == scores[1]:
@@ -123,19 +112,87 @@ def _parse_row(row: Any, template: Template) -> tuple[Any, ...]:
     return texts
 
 
+def _implicit(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """Return the common beginning of two completions, and the rest of each.
+
+    :raises PreferenceError: if there is none, or nothing else.
+    """
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        size = _shared(chosen, rejected)
+        size -= chosen[:size].endswith(" ")
+    else:
+        chosen, rejected = _messages("chosen", chosen), _messages("rejected", rejected)
+        size = _shared(chosen, rejected, _same)
+    if not 0 < size < min(len(chosen), len(rejected)):
+        raise PreferenceError(
+            "has completions that are equal, differ from the beginning on, or of which one begins the other, so that "
+            "they have no common prompt: add the field 'prompt', or drop the row"
+        )
+    return chosen[:size], chosen[size:], rejected[size:]
+
+
+def _explicit(prompt: Any, chosen: list[Message], rejected: list[Message]) -> tuple[Any, list[Message], list[Message]]:
+    """Return a prompt with the turns before it, and what follows it in conversations that both repeat it.
+
+    :raises PreferenceError: if the turns before it differ.
+    """
+    asked: list[Message] = (
+        [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages("prompt", prompt)
+    )
+    system = list(takewhile(lambda message: message["role"] in ("system", "developer"), asked[:-1]))
+    asked = asked[len(system) :]
+    at, other = _place(asked, chosen), _place(asked, rejected)
+    if at is None or other is None:
+        return prompt, chosen, rejected
+    before = chosen[:at]
+    if not _equal(before, rejected[:other]) or (before and system and not _equal(before, system)):
+        raise PreferenceError(
+            "has other turns before the prompt in one conversation than in the other, or in the prompt"
+        )
+    return [*before, *asked] if before else prompt, chosen[at + len(asked) :], rejected[other + len(asked) :]
+
+
 def _messages(name: str, value: Any) -> list[Message]:
-    """Return a field's value as a list of messages.
+    """Return a field's value as a list of messages whose content is a string.
 
     :raises PreferenceError: if it is none.
     """
-    good = isinstance(value, list | tuple) and len(value) > 0
-    if not (good and all(isinstance(m, Mapping) and isinstance(m.get("content"), str) and "role" in m for m in value)):
-        raise PreferenceError(f"has {value!r:.60} for {name!r}: it must be a string, or a list of role and content")
-    return list(value)
+    listed = list(value) if isinstance(value, list | tuple) else []
+    messages: list[Message] = [{**m, "content": _content(m)} for m in listed if isinstance(m, Mapping) and "role" in m]
+    if not messages or len(messages) < len(listed) or any(m["content"] is None for m in messages):
+        raise PreferenceError(
+            f"has {value!r:.60} for {name!r}: it must be a string, or a list of role and content, which is a text"
+        )
+    return messages
 
 
-def _continues(conversation: Sequence[Message], start: Sequence[Message]) -> bool:
-    """Whether the conversation begins with the messages ``start`` and has more."""
-    pairs = zip(conversation, start, strict=False)
-    same = all((one["role"], one["content"]) == (two["role"], two["content"]) for one, two in pairs)
-    return same and len(conversation) > len(start)
+def _content(message: Message) -> str | None:
+    """Return the text of a message, also of one in parts; None if there is none, or another part than text."""
+    content = message.get("content")
+    if isinstance(content, list | tuple) and content:
+        parts = [
+            part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content
+        ]
+        return "".join(map(str, parts)) if all(isinstance(part, str) for part in parts) else None
+    return content if isinstance(content, str) else None
+
+
+def _place(asked: list[Message], conversation: list[Message]) -> int | None:
+    """Return where a conversation repeats a prompt, and goes on after it; None if it begins with the answer."""
+    last = len(conversation) - len(asked) - 1
+    last = min(last, 0) if conversation[0]["role"] == "assistant" else last
+    return next((i for i in range(last + 1) if _equal(conversation[i : i + len(asked)], asked)), None)
+
+
+def _shared(one: Sequence[Any], two: Sequence[Any], same: Callable[[Any, Any], bool] = operator.eq) -> int:
+    """Return the number of items with which both sequences begin."""
+    return sum(1 for _ in takewhile(bool, map(same, one, two)))
+
+
+def _equal(one: list[Message], two: list[Message]) -> bool:
+    return len(one) == len(two) == _shared(one, two, _same)
+
+
+def _same(one: Message, two: Message) -> bool:
+    """Whether two messages say the same; further fields, such as an id, are ignored."""
+    return all(one.get(name) == two.get(name) for name in ("role", "content", "tool_calls"))

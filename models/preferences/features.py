@@ -17,10 +17,26 @@ import torch
 from torch import Tensor
 
 from bayeslm.models.lm import LanguageModel
-from bayeslm.models.rewards import sentence_embeddings
+from bayeslm.models.rewards import copied, sentence_embeddings
+from bayeslm.validation import Count, validated
 
 Features = Callable[[list[str], list[str]], Tensor]
 CACHE_SIZE = 2**15  # texts whose features are kept: 75 MB for 576 features
+
+
+def checked_features(features: Features, prompts: Sequence[str], completions: Sequence[str]) -> Tensor:
+    """Return the features of texts, (n, d).
+
+    :raises ValueError: if they have another shape, or are not finite.
+    """
+    x = features(copied(list(prompts)), list(completions))  # which may edit its lists
+    if not isinstance(x, Tensor) or x.ndim != 2 or len(x) != len(completions):
+        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"features must be a tensor ({len(completions)}, d), one row a completion, got {shape}")
+    if not x.isfinite().all():
+        i = int((~x.isfinite().all(-1)).nonzero()[0])
+        raise ValueError(f"features of {completions[i]!r:.60} are not finite")
+    return x
 
 
 class CachedFeatures:
@@ -55,6 +71,7 @@ class CachedFeatures:
         return torch.stack([known[pair] for pair in pairs])
 
 
+@validated
 class LastHidden(CachedFeatures):
     r"""A language model's last hidden state, (n, width), at the last token of prompt, completion and ``suffix``.
 
@@ -96,6 +113,7 @@ class SentenceEmbedding(CachedFeatures):
         return sentence_embeddings(completions)
 
 
+@validated
 class Standardised(CachedFeatures):
     """Principal components of other features, scaled to mean 0 and variance 1 on the texts passed here.
 
@@ -107,11 +125,11 @@ class Standardised(CachedFeatures):
     """
 
     def __init__(
-        self, features: Features, prompts: Sequence[str], completions: Sequence[str], components: int | None = None
+        self, features: Features, prompts: Sequence[str], completions: Sequence[str], components: Count | None = None
     ) -> None:
         super().__init__()
         self.features = features
-        x = features(list(prompts), list(completions)).double()
+        x = checked_features(features, prompts, completions).double()
         self.mean = x.mean(0)
         _, spread, axes = torch.linalg.svd(x - self.mean, full_matrices=False)
         spread = spread / len(x) ** 0.5  # standard deviations of the components

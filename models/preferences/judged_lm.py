@@ -10,10 +10,12 @@ import torch
 from pyro.ops.indexing import Vindex
 
 from bayeslm.models.lm import LanguageModel
+from bayeslm.validation import Count, Positive, validated
 
 from .uncertain import UncertainReward, log_mean_sigmoid
 
 
+@validated
 class JudgedLM:
     r"""A Pyro program of a completion and its judges, each of them a latent draw of the weights that prefers it.
 
@@ -35,14 +37,11 @@ class JudgedLM:
         self,
         prior: LanguageModel,
         reward: UncertainReward,
-        judges: int = 1,
+        judges: Count = 1,
         *,
-        max_new_tokens: int = 24,
-        temperature: float = 1.0,
+        max_new_tokens: Count = 24,
+        temperature: Positive = 1.0,
     ) -> None:
-        for name, count in (("judges", judges), ("max_new_tokens", max_new_tokens)):
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
         self.prior = prior
         self.reward = reward
         self.judges = judges
@@ -58,7 +57,7 @@ class JudgedLM:
                 equal = torch.zeros(len(self.reward.weights), device=self.prior.device)
                 judge = pyro.sample("judge", dist.Categorical(logits=equal))  # (judge, prompt)
             x = pyro.sample("completion", completion)
-            margins = self.reward.margins(prompts, self.prior.decode(x)).to(x.device)  # (prompt, draw)
+            margins = self.reward.margins(prompts, completion.decode(x)).to(x.device)  # (prompt, draw)
             pyro.deterministic("score", log_mean_sigmoid(margins), event_dim=0)
             with judges:
                 preferred = dist.Bernoulli(logits=Vindex(margins)[..., judge])

@@ -15,23 +15,26 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from bayeslm.models.rewards import Reward
+from bayeslm.validation import NonNegative, Seed, Share, validated
 
 from .comparisons import Comparisons
 
 Judge = Callable[[str, str, str], bool | None]
 
 
+@validated
 @dataclass(frozen=True)
 class Question:
     """Which is better, the ``first`` completion of the prompt or the ``second``?
 
     :param probability: posterior probability, when the question is asked, that the answer is the first.
+    :raises ValueError: if it is not in [0, 1].
     """
 
     prompt: str
     first: str
     second: str
-    probability: float
+    probability: Share
 
     def with_answer(self, first_is_better: bool | None) -> Answer:
         """Return this question with a judge's answer.
@@ -43,6 +46,7 @@ class Question:
         return Answer(self.prompt, self.first, self.second, self.probability, first_is_better)
 
 
+@validated
 @dataclass(frozen=True)
 class Answer(Question):
     """A question with its answer.
@@ -80,6 +84,7 @@ def to_comparisons(answers: Sequence[Answer]) -> Comparisons | None:
     )
 
 
+@validated
 @dataclass(frozen=True)
 class SimulatedJudge:
     """A judge that answers by a hidden reward with noise, and answers the same question always alike.
@@ -91,12 +96,8 @@ class SimulatedJudge:
     """
 
     reward: Reward
-    temperature: float = 0.1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"SimulatedJudge: temperature must be non-negative and finite, got {self.temperature}")
+    temperature: NonNegative = 0.1
+    seed: Seed = 0
 
     def __call__(self, prompt: str, first: str, second: str) -> bool:
         return self._uniform(prompt, first, second) < self.probability(prompt, first, second)

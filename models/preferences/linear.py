@@ -17,12 +17,15 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from .features import Features
+from bayeslm.validation import Positive, validated
+
+from .features import Features, checked_features
 
 Data = TypeVar("Data")
 Prepared = TypeVar("Prepared")
 
 
+@validated
 class LinearReward(Generic[Data, Prepared]):
     """A Pyro program of data that depend on a linear reward; subclasses override `prepare` and `observe`.
 
@@ -33,9 +36,7 @@ class LinearReward(Generic[Data, Prepared]):
     :raises ValueError: if ``scale`` is not positive and finite.
     """
 
-    def __init__(self, features: Features, scale: float = 1.0) -> None:
-        if not (scale > 0 and math.isfinite(scale)):
-            raise ValueError(f"scale must be positive and finite, got {scale}")
+    def __init__(self, features: Features, scale: Positive = 1.0) -> None:
         self.features = features
         self.scale = scale
         self._last: tuple[Data, Prepared] | None = None
@@ -45,6 +46,10 @@ class LinearReward(Generic[Data, Prepared]):
         if self._last is None or self._last[0] is not data:
             self._last = data, self.prepare(data)
         self.observe(self._last[1])
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings, by which checkpoints tell runs apart."""
+        return {name: x for name, x in vars(self).items() if name != "_last"}
 
     def prepare(self, data: Data) -> Prepared:
         """Return the tensors that `observe` needs: features and observations."""
@@ -72,14 +77,7 @@ class LinearReward(Generic[Data, Prepared]):
 
         :raises ValueError: if they have another shape, or are not finite.
         """
-        x = self.features(list(prompts), list(completions))
-        if not isinstance(x, Tensor) or x.ndim != 2 or len(x) != len(completions):
-            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"features must be a tensor ({len(completions)}, d), one row a completion, got {shape}")
-        if not x.isfinite().all():
-            i = int((~x.isfinite().all(-1)).nonzero()[0])
-            raise ValueError(f"features of {completions[i]!r:.60} are not finite")
-        return x.float()
+        return checked_features(self.features, prompts, completions).float()
 
 
 def under_plate(weights: Tensor, x: Tensor) -> Tensor:

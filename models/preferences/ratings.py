@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bayeslm.validation import Finite, Positive, validated
+
 from .features import Features
 from .linear import LinearReward, under_plate
 from .rows import PreferenceData, PreferenceError, check_texts
@@ -48,6 +50,7 @@ class Ratings(PreferenceData):
         return prompt, completion, float(rating)
 
 
+@validated
 class GaussianRatings(LinearReward[Ratings, tuple[Tensor, Tensor]]):
     """A Pyro program of `Ratings` with normal noise.
 
@@ -62,12 +65,9 @@ class GaussianRatings(LinearReward[Ratings, tuple[Tensor, Tensor]]):
     """
 
     def __init__(
-        self, features: Features, scale: float = 1.0, *, noise: float | None = None, level_scale: float = 10.0
+        self, features: Features, scale: Positive = 1.0, *, noise: Positive | None = None, level_scale: Positive = 10.0
     ) -> None:
         super().__init__(features, scale)
-        for name, value in {"noise": noise, "level_scale": level_scale}.items():
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} must be positive and finite, got {value}")
         self.noise = noise
         self.level_scale = level_scale
 
@@ -85,6 +85,7 @@ class GaussianRatings(LinearReward[Ratings, tuple[Tensor, Tensor]]):
             pyro.sample("rating", dist.Normal(level + rewards, noise), obs=y)
 
 
+@validated
 class OrdinalRatings(LinearReward[Ratings, tuple[Tensor, Tensor]]):
     """A Pyro program of `Ratings` on a scale of ordered levels.
 
@@ -101,8 +102,8 @@ class OrdinalRatings(LinearReward[Ratings, tuple[Tensor, Tensor]]):
     def __init__(
         self,
         features: Features,
-        levels: Sequence[float],
-        scale: float = 1.0,
+        levels: Sequence[Finite],
+        scale: Positive = 1.0,
         *,
         link: Literal["logit", "probit"] = "logit",
     ) -> None:
@@ -110,8 +111,6 @@ class OrdinalRatings(LinearReward[Ratings, tuple[Tensor, Tensor]]):
         self.levels = [float(level) for level in levels]
         if len(self.levels) < 2 or self.levels != sorted(set(self.levels)):
             raise ValueError(f"levels must be two or more different numbers, worst first, got {list(levels)}")
-        if link not in ("logit", "probit"):
-            raise ValueError(f"link must be 'logit' or 'probit', got {link!r}")
         self.link = link
 
     def prepare(self, data: Ratings) -> tuple[Tensor, Tensor]:

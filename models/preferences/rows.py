@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 from bayeslm.files import write_file
+from bayeslm.prompt_files import check_characters, json_lines
+from bayeslm.validation import show
 
 Row = TypeVar("Row")
 MAX_ERRORS = 10  # bad rows that an error lists
@@ -33,6 +36,9 @@ class PreferenceData:
     def __post_init__(self) -> None:
         names = [field.name for field in dataclasses.fields(self)]
         columns = [getattr(self, name) for name in names]
+        for name, column in zip(names, columns, strict=True):
+            if not isinstance(column, list | tuple):
+                raise PreferenceError(f"{name} must be a list, got {show(column)}")
         if len({len(column) for column in columns}) > 1:
             sizes = _enumeration([str(len(column)) for column in columns])
             raise PreferenceError(f"{_enumeration(names)} must be of one length, not {sizes}")
@@ -97,15 +103,8 @@ def read_json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, Any]]:
 
     The value of a line that is no JSON is a `PreferenceError`.
     """
-    for number, line in enumerate(Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line.decode())
-        except UnicodeDecodeError:
-            yield number, PreferenceError("is not UTF-8: write the file in that encoding")
-        except (json.JSONDecodeError, RecursionError) as error:
-            yield number, PreferenceError(f"is no JSON ({error}): write one JSON object a line")
+    for number, value in json_lines(Path(path).read_bytes()):
+        yield number, PreferenceError(str(value)) if isinstance(value, ValueError) else value
 
 
 def parse_rows(source: str, rows: Iterable[tuple[int, Any]], parse: Callable[[Any], Row]) -> list[Row]:
@@ -137,7 +136,7 @@ def require_fields(row: Any, *names: str) -> list[Any]:
     """
     if not isinstance(row, Mapping):
         raise PreferenceError(f"is {row!r:.60}, no object: it needs the fields {', '.join(names)}")
-    if missing := [name for name in names if row.get(name) is None]:
+    if missing := [name for name in names if is_missing(row.get(name))]:
         found = ", ".join(map(str, row)) or "nothing"
         raise PreferenceError(
             f"lacks {' and '.join(map(repr, missing))} (it has {found}): add it, or rename its column"
@@ -145,13 +144,22 @@ def require_fields(row: Any, *names: str) -> list[Any]:
     return [row[name] for name in names]
 
 
+def is_missing(value: Any) -> bool:
+    """Return whether a field has no value: None, or NaN in rows of a data frame."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def check_texts(texts: Mapping[str, Any]) -> None:
-    """Check that all values are strings, and that all but ``prompt`` hold more than white space.
+    """Check that all values are strings of whole characters, and that all but ``prompt`` hold more than white space.
 
     :raises PreferenceError: otherwise.
     """
     for name, text in texts.items():
         if not isinstance(text, str):
             raise PreferenceError(f"has {text!r:.60} for {name!r}: it must be a string")
+        try:
+            check_characters(repr(name), text)
+        except ValueError as error:
+            raise PreferenceError(f"is no text: {error}") from None
         if not text.strip() and name != "prompt":
             raise PreferenceError(f"has no text for {name!r}: fill it in, or drop the row")

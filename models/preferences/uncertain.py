@@ -38,7 +38,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -46,19 +46,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from bayeslm.files import atomic_folder, read_header
-from bayeslm.models.lm import LanguageModel, read_tensors
+from bayeslm.checksums import verify
+from bayeslm.files import atomic_folder, read_header, reading
+from bayeslm.models.lm import LanguageModel, exclusive, read_tensors
 from bayeslm.models.rewards import Reward, broadcast
 from bayeslm.posterior import Posterior
+from bayeslm.validation import Count, Seed, Within, validated
 
 from .linear import LinearReward
 
 Form = Literal["mean", "draw", "quantile", "marginal"]
-FORMAT = 1
+FORMAT = 2
 PROBE = (["The weather today is"], [" fine, and a walk would be good."])  # a text whose features identify them in files
 MAX_MARGINS = 2**24  # margins computed at once: 64 MB
 
 
+@validated
 @dataclass(eq=False, repr=False)
 class UncertainReward(Reward):
     """A learned reward in one of four forms.
@@ -80,25 +83,22 @@ class UncertainReward(Reward):
     weights: Tensor
     form: Form
     typical: Tensor | Mapping[str, Tensor] | None = None
-    level: float = 0.1
-    seed: int = 0
+    level: Annotated[float, Within("(0, 1)")] = 0.1
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         self.weights = torch.as_tensor(self.weights).float()
         if self.weights.ndim != 2 or 0 in self.weights.shape or not self.weights.isfinite().all():
             raise ValueError(f"weights must be finite and of shape (draw, d), got {tuple(self.weights.shape)}")
-        if self.form not in get_args(Form):
-            raise ValueError(f"form must be one of {', '.join(get_args(Form))}, got {self.form!r}")
-        if not 0 < self.level < 1:
-            raise ValueError(f"level must be between 0 and 1, got {self.level}")
         if self.form == "marginal":
             self._bound(0.0, None)
         generator = torch.Generator("cpu").manual_seed(self.seed)
         self._draw = int(torch.randint(len(self.weights), (), generator=generator, device="cpu"))
 
     @classmethod
+    @validated
     def from_posterior(
-        cls, model: LinearReward[Any, Any], posterior: Posterior, form: Form, *, num_draws: int = 256, **settings: Any
+        cls, model: LinearReward[Any, Any], posterior: Posterior, form: Form, *, num_draws: Count = 256, **settings: Any
     ) -> UncertainReward:
         """Build the reward from a posterior: ``from_posterior(model, NUTS().run(model, comparisons), "mean")``.
 
@@ -109,8 +109,6 @@ class UncertainReward(Reward):
         :param settings: the other parameters of `UncertainReward`.
         :raises ValueError: if the posterior has no site ``weights`` of event shape (d,), or ``num_draws`` < 1.
         """
-        if num_draws < 1:
-            raise ValueError(f"num_draws must be at least 1, got {num_draws}")
         if getattr(posterior.samples.get("weights"), "ndim", 0) != 3:
             raise ValueError(
                 f"the posterior has no site 'weights' of event shape (d,), its sites are {list(posterior.samples)}"
@@ -139,7 +137,7 @@ class UncertainReward(Reward):
         :param temperature: divides the prior's logits.
         :param seed: seed of the completions; the global random state does not change.
         """
-        with torch.random.fork_rng():
+        with exclusive(), torch.random.fork_rng():
             torch.manual_seed(seed)
             completion = prior(list(prompts), max_new_tokens=max_new_tokens, temperature=temperature)
             texts = completion.decode(completion.sample(torch.Size([num_samples])))  # (sample, prompt)
@@ -222,15 +220,19 @@ class UncertainReward(Reward):
         :raises ValueError: if another version wrote it, or the program has other features.
         """
         config = read_header(path, "uncertain.json", FORMAT, "uncertain reward")
-        tensors = read_tensors(Path(path) / "uncertain.safetensors")
+        with reading(Path(path) / "uncertain.json"):
+            settings, prompts = dict(config["settings"]), config["prompts"]
+        with reading(Path(path) / "uncertain.safetensors") as file:
+            tensors = read_tensors(file)
+            saved, weights = tensors["probe"], tensors["weights"]
+        verify(Path(path))
         probe = model.featurise(*PROBE).cpu()
-        if probe.shape != tensors["probe"].shape or not torch.allclose(probe, tensors["probe"], rtol=1e-3, atol=1e-3):
+        if probe.shape != saved.shape or not torch.allclose(probe, saved, rtol=1e-3, atol=1e-3):
             raise ValueError(f"the weights in {path} belong to other features: pass those, fitted to the same texts")
-        saved = tensors.get("typical")
-        typical: Tensor | dict[str, Tensor] | None = saved
-        if saved is not None and config["prompts"] is not None:
-            typical = dict(zip(config["prompts"], saved, strict=True))
-        return cls(model, tensors["weights"], typical=typical, **config["settings"])
+        rows = tensors.get("typical")
+        with reading(Path(path) / "uncertain.json"):
+            typical = rows if rows is None or prompts is None else dict(zip(prompts, rows, strict=True))
+            return cls(model, weights, typical=typical, **settings)
 
 
 def log_mean_sigmoid(margins: Tensor) -> Tensor:

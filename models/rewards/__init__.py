@@ -7,10 +7,12 @@ and scales it:
     scores = reward(prompts, lm.decode(x))
 """
 
-from .broadcasting import broadcast
+from .broadcasting import broadcast, check_columns, with_trainer_arguments
+from .calling import copied
 from .classifier import Classifier
 from .registry import get, load
-from .reward import Reward, RewardError
+from .rehearsal import rehearsal
+from .reward import Reward, RewardError, RewardFunction
 from .text_rewards import Sentiment, Similarity, TextReward, Toxicity, sentence_embeddings
 from .unfinished import prefixes
 from .verifiable import Constraint, Contains, Length, Matches
@@ -23,13 +25,18 @@ __all__ = [
     "Matches",
     "Reward",
     "RewardError",
+    "RewardFunction",
     "Sentiment",
     "Similarity",
     "TextReward",
     "Toxicity",
     "broadcast",
+    "check_columns",
+    "copied",
     "get",
     "load",
     "prefixes",
+    "rehearsal",
     "sentence_embeddings",
+    "with_trainer_arguments",
 ]

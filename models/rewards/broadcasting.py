@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -10,6 +10,35 @@ import numpy as np
 from torch import Tensor
 
 Flat = tuple[list[Any], list[str], dict[str, Any]]  # prompts, completions, columns
+RESERVED = ("prompts", "completions", "self")  # arguments of every reward
+
+
+def check_columns(names: Iterable[str]) -> None:
+    """Refuse names of columns by which rewards have other arguments.
+
+    :raises ValueError: with the name.
+    """
+    if taken := [name for name in names if name in RESERVED]:
+        raise ValueError(f"a column is called {taken[0]!r}, as an argument of every reward is: rename it")
+
+
+def with_trainer_arguments(columns: Mapping[str, Any], completion_ids: np.ndarray) -> dict[str, Any]:
+    """Return columns with the other arguments that TRL's trainers pass to every reward.
+
+    What a reward logs is dropped, and ``trainer_state`` is None: the target of inference does not depend on how far a
+    training is.
+
+    :param columns: of the prompts; a reward's own ``log_extra``, ``log_metric`` or ``trainer_state`` is passed on.
+    :param completion_ids: lists of token ids, an object array of the completions' shape.
+    :raises ValueError: if a column has a reserved name.
+    """
+    check_columns(columns)
+    ignored = dict.fromkeys(("log_extra", "log_metric"), _ignore)
+    return {"trainer_state": None, **ignored, **columns, "completion_ids": completion_ids}
+
+
+def _ignore(name: str, value: Any) -> None:
+    """Log nothing."""
 
 
 def broadcast(
@@ -19,8 +48,9 @@ def broadcast(
 
     :returns: the common shape, the shape of the completions, and flat lists of equal length.
     :raises TypeError: for one prompt or text instead of a list of them, or a completion is not a text.
-    :raises ValueError: if shapes do not broadcast, or nested completions are ragged.
+    :raises ValueError: if shapes do not broadcast, nested completions are ragged, or a column has a reserved name.
     """
+    check_columns(columns)
     prompt_array, text_array = _prompts(prompts), _completions(completions)
     try:
         shape = np.broadcast_shapes(prompt_array.shape, text_array.shape)
@@ -42,6 +72,8 @@ def broadcast(
             flat_columns[name] = values  # a callback or a setting, which TRL passes to every reward
             continue
         column = _objects(values)
+        if column.ndim and prompt_array.ndim and column.shape[-1] == 1 < prompt_array.shape[-1]:
+            raise ValueError(f"column {name!r} has 1 value for {prompt_array.shape[-1]} prompts: give one a prompt")
         try:
             flat_columns[name] = flat(column)
         except ValueError:
@@ -92,7 +124,7 @@ def _nested(value: Any) -> np.ndarray:
     """Return nested lists as an object array whose elements are texts or conversations."""
     if isinstance(value, np.ndarray):
         return value.astype(object)
-    if isinstance(value, str) or _is_chat(value) or not isinstance(value, Sequence):
+    if isinstance(value, str) or is_chat(value) or not isinstance(value, Sequence):
         leaf = np.empty((), dtype=object)
         leaf[()] = value
         return leaf
@@ -102,7 +134,8 @@ def _nested(value: Any) -> np.ndarray:
     return np.stack(rows) if rows else np.empty(0, dtype=object)
 
 
-def _is_chat(value: Any) -> bool:
+def is_chat(value: Any) -> bool:
+    """Return whether a prompt or a completion is a list of messages."""
     return isinstance(value, Sequence) and len(value) > 0 and isinstance(value[0], Mapping)
 
 
@@ -110,7 +143,7 @@ def _text(completion: Any) -> str:
     """Return a completion's text; TRL writes those of a conversation as messages."""
     if isinstance(completion, str):
         return completion
-    contents = [message.get("content") for message in completion] if _is_chat(completion) else [None]
+    contents = [message.get("content") for message in completion] if is_chat(completion) else [None]
     if not all(isinstance(content, str) for content in contents):
         raise TypeError(
             f"completions must hold texts, got {type(completion).__name__}; lm.decode turns token ids into texts"

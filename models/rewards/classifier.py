@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from bayeslm.validation import Count, validated
 from bayeslm.weight_files import check_folder
 
 from .reward import Reward
-from .text_rewards import Part, check_part, once
+from .text_rewards import Part, once
 
 
+@validated
 class Classifier(Reward):
     """The score that a sequence-classification network gives a text.
 
@@ -27,7 +29,7 @@ class Classifier(Reward):
     over the labels, or a sigmoid of each where the network's config says ``multi_label_classification``.
 
     Prompt and completion are joined without a separator. If the prompt is a chat, the completion becomes the
-    assistant's turn, and the classifier's own chat template writes the text.
+    assistant's turn, or the end of it if the chat ends in one, and the classifier's own chat template writes the text.
 
     The network runs on its device and in its precision, without gradient; scores are float32. If its config names no
     padding token, texts go through it one at a time.
@@ -54,12 +56,9 @@ class Classifier(Reward):
         label: str | int | None = None,
         output: Literal["logit", "log_prob", "prob"] | None = None,
         on: Part = "text",
-        batch_size: int = 32,
-        max_length: int | None = None,
+        batch_size: Count = 32,
+        max_length: Count | None = None,
     ) -> None:
-        check_part(on)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.model: Any = model if isinstance(model, nn.Module) else _load(model)
         if tokenizer is None and not isinstance(model, nn.Module):
             from transformers import AutoTokenizer
@@ -74,11 +73,9 @@ class Classifier(Reward):
         self._label = _index(label, config)
         self._pad_token_id: int | None = getattr(config.get_text_config(), "pad_token_id", None)
         self._longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", math.inf))
-        if max_length is not None and not 1 <= max_length <= self._longest:
+        if max_length is not None and max_length > self._longest:
             raise ValueError(f"max_length must be in 1..{self._longest}, got {max_length}")
         self.output = output or ("logit" if config.num_labels == 1 else "log_prob")
-        if self.output not in ("logit", "log_prob", "prob"):
-            raise ValueError(f"output must be 'logit', 'log_prob' or 'prob', got {output!r}")
         if self.output != "logit":
             if config.num_labels == 1:
                 raise ValueError(f"a network with one label gives a logit, not output={output!r}")
@@ -98,8 +95,7 @@ class Classifier(Reward):
             text = prompt + completion
         elif len(prompt) and isinstance(prompt[0], dict):
             chat = True
-            turn = {"role": "assistant", "content": completion}
-            text = self.tokenizer.apply_chat_template([*prompt, turn], tokenize=False)
+            text = self.tokenizer.apply_chat_template(_with_answer(prompt, completion), tokenize=False)
         else:
             raise TypeError("token ids are another tokenizer's: give prompts as texts, or judge on='completion'")
         ids = self.tokenizer(
@@ -156,16 +152,28 @@ def _load(path: str | os.PathLike[str]) -> nn.Module:
             network: nn.Module = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
         return network
 
-    if Path(path).is_dir():
-        check_folder(Path(path), empty)
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        path, output_loading_info=True, trust_remote_code=False
-    )
+    try:
+        if Path(path).is_dir():
+            check_folder(Path(path), empty)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path, output_loading_info=True, trust_remote_code=False
+        )
+    except Exception as error:  # of many types, if files are damaged
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise OSError(f"Classifier: model {os.fspath(path)!r} cannot be loaded: {reason}") from error
     if info["missing_keys"]:  # transformers fills them with random numbers
         missing = ", ".join(sorted(info["missing_keys"]))
         raise ValueError(f"{os.fspath(path)!r} is no trained sequence classifier: it lacks {missing}")
     network: nn.Module = model.to(torch.get_default_device())
     return network
+
+
+def _with_answer(chat: Sequence[dict[str, Any]], completion: str) -> list[dict[str, Any]]:
+    """Return a chat with its completion, which continues the assistant's turn if the chat ends in one."""
+    *before, last = chat
+    if last.get("role") == "assistant" and isinstance(last.get("content"), str):
+        return [*before, {**last, "content": last["content"] + completion}]
+    return [*chat, {"role": "assistant", "content": completion}]
 
 
 def _index(label: str | int | None, config: Any) -> int:

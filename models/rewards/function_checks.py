@@ -15,22 +15,21 @@ import torch
 
 short = reprlib.Repr()
 short.maxstring = short.maxother = 160
+ABSTAINED = "abstained (gave None)"
 _ROUNDING = 1e-6  # how far past a declared bound a score may be, relative to the bound: float32 models round
 
 
 def check_function(function: Any) -> None:
     """Refuse a function that cannot be called.
 
-    :raises TypeError: if it is not callable, or a coroutine function.
+    :raises TypeError: if it is not callable.
     """
     if not callable(function):
         raise TypeError(f"a reward function must be callable, got {type(function).__name__}")
-    if inspect.iscoroutinefunction(function):
-        raise TypeError(f"{name_of(function)!r} is a coroutine function: wrap it in one that waits for it")
 
 
 def check_scores(result: Any, count: int, low: float, high: float, fail: Callable[[str, int], NoReturn]) -> np.ndarray:
-    """Return a function's result as ``count`` float64 scores within bounds.
+    """Return a function's result as ``count`` float64 scores within bounds, NaN where it is None.
 
     :param result: the scores, in a sequence, an array or a tensor.
     :param count: how many they must be.
@@ -47,6 +46,9 @@ def check_scores(result: Any, count: int, low: float, high: float, fail: Callabl
     scores = np.empty(count)
     highest = torch.finfo(torch.get_default_dtype()).max
     for i, value in enumerate(result):
+        if value is None:
+            scores[i] = np.nan
+            continue
         number = _number(value)
         if number is None or math.isnan(number):
             fail(f"gave {short.repr(value)} instead of a number", i)
@@ -58,6 +60,11 @@ def check_scores(result: Any, count: int, low: float, high: float, fail: Callabl
             i = int(outside.argmax())
             fail(f"gave {scores[i]}, outside its bounds [{low}, {high}]", i)
     return np.clip(scores, low, high)
+
+
+def with_none(scores: np.ndarray) -> list[float | None]:
+    """Return scores with None in the place of NaN, as a reward returns them."""
+    return [None if np.isnan(x) else x for x in scores.tolist()]
 
 
 def is_real(value: Any) -> bool:

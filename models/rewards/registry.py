@@ -5,8 +5,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import json
 from collections.abc import Iterable
 from typing import Any
+
+from bayeslm.validation import validated
 
 from .classifier import Classifier
 from .reward import Reward
@@ -19,21 +22,23 @@ BUILT_IN: dict[str, type[Reward]] = {
 }
 
 
-def get(name: str, **settings: Any) -> Reward:
+@validated
+def get(name: str, /, **settings: Any) -> Reward:
     """Return a built-in reward by its name in lower case, with settings: ``get("length", target=20)``.
 
-    :raises ValueError: if there is none of that name; the message has the nearest one.
+    :raises ValueError: if there is none of that name, with the nearest one, or settings are missing or unknown.
     """
     if name not in BUILT_IN:
         raise ValueError(f"no reward is called {name!r}{_nearest(name, BUILT_IN)}; there are {', '.join(BUILT_IN)}")
-    return BUILT_IN[name](**settings)
+    return _make(BUILT_IN[name], name, settings)
 
 
+@validated
 def load(address: str) -> Reward:
     """Import a reward: a function in TRL's convention, a `Reward`, or a class of one.
 
     :param address: ``"package.module:name"``.
-    :raises ValueError: if the address is malformed, or no such module or name exists.
+    :raises ValueError: if the address is malformed, no such module or name exists, or a class needs settings.
     :raises TypeError: if the object of that name cannot be called.
     """
     module_name, colon, name = address.partition(":")
@@ -49,8 +54,27 @@ def load(address: str) -> Reward:
         raise ValueError(f"cannot load {address!r}: {module_name} has no {name!r}{_nearest(name, vars(module))}")
     found = getattr(module, name)
     if inspect.isclass(found) and issubclass(found, Reward):
-        found = found()
+        found = _make(found, address, {})
     return found if isinstance(found, Reward) else Reward(found)
+
+
+def _make(reward: type[Reward], name: str, settings: dict[str, Any]) -> Reward:
+    """Make a reward of its settings.
+
+    :raises ValueError: if settings are missing or unknown.
+    """
+    accepted = {k: p for k, p in inspect.signature(reward).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    required = [k for k, p in accepted.items() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
+    if missing := [k for k in required if k not in settings]:
+        example = json.dumps(dict.fromkeys(missing, "..."))
+        how = f"write one with its settings, as a name in its module, in place of {name!r}"
+        how = f"--reward-settings '{example}', or get({name!r}, {missing[0]}=...)" if name in BUILT_IN else how
+        raise ValueError(f"reward {name!r} needs the settings {', '.join(missing)}: {how}")
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(reward).parameters.values())
+    if not takes_any and (unknown := [k for k in settings if k not in accepted]):
+        near, there_are = _nearest(unknown[0], accepted), ", ".join(accepted) or "none"
+        raise ValueError(f"reward {name!r} has no setting {unknown[0]!r}{near}; its settings are {there_are}")
+    return reward(**settings)
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:

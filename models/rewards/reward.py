@@ -8,70 +8,89 @@ Rewards combine affinely. With constants w_i and b,
 
     r = b + \sum_i w_i r_i,     sup r <= b + \sum_{w_i > 0} w_i sup r_i + \sum_{w_i < 0} w_i inf r_i
 
-and 0 r = 0 even where r = -inf, since exp(r)^0 = 1: a weight of zero switches a constraint off. The reward of an
-unfinished text (see `unfinished`) is the same combination of the parts' rewards of it.
+and 0 r = 0 even where r = -inf, since exp(r)^0 = 1: a weight of zero switches a constraint off. A part that abstains
+from a text, by None as in TRL, adds 0 to it, which the part's bounds must allow. The reward of an unfinished text (see
+`unfinished`) is the same combination of the parts' rewards of it.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, NoReturn, Self, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .broadcasting import Flat, broadcast, take
-from .function_checks import check_function, check_scores, is_real, name_of, parameters, short
+from bayeslm.validation import validated
+
+from .broadcasting import Flat, broadcast, is_chat, take
+from .calling import TimeLimitError, call, check_timeout, copied
+from .function_checks import ABSTAINED, check_function, check_scores, is_real, name_of, parameters, short, with_none
+from .rehearsal import arbitrary_scores, is_rehearsal
 from .unfinished import UnfinishedTexts, suspended
+
+Item = TypeVar("Item")
+Scores = Sequence[float | None]
+RewardFunction = Callable[..., Scores | Awaitable[Scores]]
 
 
 class RewardError(ValueError):
     """A reward function failed, or returned something other than a score; names the prompt and the completion."""
 
 
+@validated
 class Reward:
     """A function of prompts and completions, with bounds.
 
     ``Reward(f)`` wraps any function in TRL's convention. It is called by keyword with the arguments that it declares:
-    ``prompts``, ``completions``, the columns it names, or all of them if it takes ``**kwargs``. To write a reward with
-    settings, inherit and override `score`, and `prefix` if it can judge unfinished texts; bounds may then be attributes
-    of the class.
+    ``prompts``, ``completions``, the columns it names, or all of them if it takes ``**kwargs``. It may be a coroutine
+    function, and return None for completions on which it abstains: None adds 0 to a sum, and is an error if no other
+    reward scores the completion. To write a reward with settings, inherit and override `score`, and `prefix` if it can
+    judge unfinished texts; bounds may then be attributes of the class.
+
+    Functions and overridden methods are called once for a batch, also where they fail, and on copies of its lists: what
+    they change, nobody else reads.
 
     :param function: ``f(prompts=[...], completions=[...], **columns)``, which returns one number a completion.
     :param prefix: the same for unfinished texts, see `Reward.prefix`; one function may serve as both.
     :param upper_bound: the highest possible score; ``math.inf`` if unknown. Rejection sampling needs it.
     :param lower_bound: the lowest possible score, from which the upper bound of ``-reward`` follows.
-    :param conversational: give completions as ``[{"role": "assistant", "content": text}]``, the format of functions
-        that are written for TRL's conversational data sets (as in ``trl.rewards``).
-    :raises TypeError: if a function is not callable, or is a coroutine function.
-    :raises ValueError: if the bounds are NaN or crossed.
+    :param conversational: give completions as ``[{"role": "assistant", "content": text}]``. None, as TRL does: where
+        the prompt is a chat.
+    :param timeout: the time limit of a batch in seconds, see `with_timeout`.
+    :raises TypeError: if a function is not callable.
+    :raises ValueError: if the bounds are NaN or crossed, or ``timeout`` is not positive.
     """
 
     upper_bound: float = math.inf
     lower_bound: float = -math.inf
+    timeout: float | None = None
     __array_ufunc__ = None  # leaves np.float64(2) * reward to __rmul__
-    _function: Callable[..., Sequence[float]] | None = None
-    _prefix: Callable[..., Sequence[float]] | None = None
-    _conversational: bool = False
+    _function: RewardFunction | None = None
+    _prefix: RewardFunction | None = None
+    _conversational: bool | None = None
 
     def __init__(
         self,
-        function: Callable[..., Sequence[float]] | None = None,
+        function: RewardFunction | None = None,
         *,
-        prefix: Callable[..., Sequence[float]] | None = None,
+        prefix: RewardFunction | None = None,
         upper_bound: float | None = None,
         lower_bound: float | None = None,
-        conversational: bool = False,
+        conversational: bool | None = None,
+        timeout: float | None = None,
     ) -> None:
         if function is None and type(self).score is Reward.score:
             raise TypeError("Reward needs a function, or a subclass that overrides score")
         for f in (function, prefix):
             if f is not None:
                 check_function(f)
+        check_timeout(timeout)
         self._function, self._prefix = function, prefix
-        self._conversational = conversational
+        self._conversational, self.timeout = conversational, timeout
         self._bound(upper_bound, lower_bound)
 
     def _bound(self, upper_bound: float | None, lower_bound: float | None) -> None:
@@ -87,7 +106,7 @@ class Reward:
 
     # -- evaluation ------------------------------------------------------------------------------------------
 
-    def __call__(self, prompts: Any, completions: Any, **columns: Any) -> Tensor:
+    def __call__(self, /, prompts: Any, completions: Any, **columns: Any) -> Tensor:
         """Return scores in the default dtype, on the default device, without gradient.
 
         Within the context `prefixes` they are the rewards of unfinished texts.
@@ -98,32 +117,53 @@ class Reward:
         :param columns: further data aligned with ``prompts``, and broadcast with them. A value without length (a
             callback, a number) is passed on unchanged.
         :returns: scores of the shape to which those of prompts and completions broadcast.
-        :raises RewardError: if the function fails, returns the wrong number of scores, or a score is None, NaN, +inf,
-            not a number, or outside the declared bounds.
+        :raises RewardError: if the function fails, exceeds the time limit, returns the wrong number of scores, or a
+            score is NaN, +inf, not a number, outside the declared bounds, or None from all rewards.
         :raises TypeError: if prompts, completions or a column are of another type.
-        :raises ValueError: if their shapes do not broadcast.
+        :raises ValueError: if their shapes do not broadcast, or a column has a reserved name.
         """
         shape, text_shape, flat = broadcast(prompts, completions, columns)
         if 0 in shape:
             return torch.zeros(shape)
+        if is_rehearsal():
+            return torch.tensor(arbitrary_scores(*flat[:2])).reshape(shape)
         with suspended() as context:
             if context is None:
                 scores = self._scores(*flat)
             else:
                 scores = self._scores_so_far(context, context.finished_of(text_shape, shape), flat)
+            if (abstained := np.isnan(scores)).any():
+                i = int(abstained.argmax())
+                self._fail(f"{ABSTAINED} on a completion, and no other reward scores it", flat[0][i], flat[1][i])
+            if context is not None:
                 context.record(scores.reshape(shape))
         return torch.tensor(scores, dtype=torch.get_default_dtype()).reshape(shape)
 
     def identity(self) -> Mapping[str, Any]:
         """Return the settings on which scores depend, by which checkpoints tell runs apart."""
-        return vars(self)
+        return {name: value for name, value in vars(self).items() if name != "timeout"}
 
-    def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
+    def with_timeout(self, timeout: float | None) -> Self:
+        """Return this reward with a time limit of a batch; at the limit an engine raises a `RewardError`.
+
+        In the main thread, on POSIX, Python code and waiting are stopped. Elsewhere a call that reaches the limit is
+        abandoned, and works on in the background; coroutines are cancelled. An extension that computes for long without
+        returning to Python is not stopped.
+
+        :param timeout: seconds for one call of the function with a batch of texts; None for no limit.
+        :raises ValueError: if it is not positive and finite.
+        """
+        check_timeout(timeout)
+        limited = copy.copy(self)
+        limited.timeout = timeout
+        return limited
+
+    def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Scores:
         """Return one number a completion, from flat lists of equal length (columns too). Override this."""
         assert self._function is not None
         return self._apply(self._function, prompts, completions, columns)
 
-    def prefix(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
+    def prefix(self, prompts: list[Any], completions: list[str], **columns: Any) -> Scores:
         """Return one number an unfinished text: an estimate of the score of its continuations. Override this.
 
         It must keep within the bounds. -inf means that every continuation of the text, itself among them, scores -inf;
@@ -139,16 +179,14 @@ class Reward:
         return self._apply(self._prefix, prompts, completions, columns)
 
     def _apply(
-        self,
-        function: Callable[..., Sequence[float]],
-        prompts: list[Any],
-        completions: list[str],
-        columns: dict[str, Any],
-    ) -> Sequence[float]:
+        self, function: RewardFunction, prompts: list[Any], completions: list[str], columns: dict[str, Any]
+    ) -> Any:
         """Call a function with the arguments that it declares."""
-        texts: list[Any] = completions
-        if self._conversational:
-            texts = [[{"role": "assistant", "content": text}] for text in completions]
+        if isinstance(function, Reward):
+            return with_none(function._scores(prompts, completions, columns))
+        chats = [is_chat(p) if self._conversational is None else self._conversational for p in prompts]
+        pairs = zip(chats, completions, strict=True)
+        texts = [[{"role": "assistant", "content": text}] if chat else text for chat, text in pairs]
         arguments = {"prompts": prompts, "completions": texts, **columns}
         accepted, required = parameters(function)
         if missing := required - arguments.keys():
@@ -168,50 +206,66 @@ class Reward:
         return scores
 
     def _of_prefixes(self, partial: bool) -> Reward:
-        """Return the reward of unfinished texts.
+        """Return the reward of unfinished texts, with the same time limit.
 
         :param partial: where there is no `prefix`, score the text so far like a finished one.
         """
+        return self._unfinished(partial).with_timeout(self.timeout)
+
+    def _unfinished(self, partial: bool) -> Reward:
+        """Return the reward of unfinished texts; see `_of_prefixes`."""
         able = self._prefix is not None or type(self).prefix is not Reward.prefix
         return PartialScore(self) if partial and not able else PrefixScore(self)
 
     def _scores(self, prompts: list[Any], completions: list[str], columns: dict[str, Any]) -> np.ndarray:
-        """Return checked scores of flat lists, float64, shape (len(completions),)."""
+        """Return checked scores of flat lists, float64, shape (len(completions),); NaN where the reward abstains."""
 
-        def fail(what: str, i: int, cause: Exception | None = None) -> NoReturn:
-            self._fail(what, prompts[i], completions[i], cause)
+        def fail(what: str, i: int) -> NoReturn:
+            self._fail(what, prompts[i], completions[i])
+
+        def fail_all(what: str, cause: Exception | None) -> NoReturn:
+            several = len(completions) > 1
+            batch = f" on a batch of {len(completions)} texts" if several else ""
+            self._fail(f"{what}{batch}", prompts[0], completions[0], cause, first=several)
 
         try:
-            result = self.score(prompts, completions, **columns)
+            result = self._call_score(prompts, completions, columns)
         except RewardError:
             raise
+        except TimeLimitError:
+            fail_all(f"reached its time limit of {self.timeout:g} s", None)
         except Exception as error:
-            i = self._first_to_raise(prompts, completions, columns)
-            batch = "" if len(completions) == 1 else f" on a batch of {len(completions)}"
-            fail(f"raised {type(error).__name__}: {error}{batch}", i, error)
+            fail_all(f"raised {type(error).__name__}: {error}", error)
         return check_scores(result, len(completions), self.lower_bound, self.upper_bound, fail)
 
-    def _first_to_raise(self, prompts: list[Any], completions: list[str], columns: dict[str, Any]) -> int:
-        """Return the first completion that makes `score` raise, by bisection; 0 if no single one does."""
+    def _call_score(self, prompts: list[Any], completions: list[str], columns: dict[str, Any]) -> Any:
+        """Call `score`, the one place where a user's code is called: on copies, and within the time limit."""
+        prompts, completions, columns = copied(prompts), list(completions), copied(columns)
+        return call(lambda: self.score(prompts, completions, **columns), self.timeout)
 
-        def raises(rows: range) -> bool:
-            some_prompts, texts, some_columns = take(rows, (prompts, completions, columns))
+    def _each(
+        self, function: Callable[[Item], Any], items: Sequence[Item], prompts: list[Any], completions: list[str]
+    ) -> list[Any]:
+        """Return the values of a function of single items, one a completion; an error shows its completion."""
+        values = []
+        for item, prompt, text in zip(items, prompts, completions, strict=True):
             try:
-                self.score(some_prompts, texts, **some_columns)
-            except Exception:
-                return True
-            return False
+                values.append(function(item))
+            except Exception as error:
+                self._fail(f"raised {type(error).__name__}: {error}", prompt, text, error)
+        return values
 
-        low, high = 0, len(completions)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if raises(range(low, middle)) else (middle, high)
-        return low if raises(range(low, low + 1)) else 0
+    def _fail(
+        self, what: str, prompt: Any, completion: str, cause: Exception | None = None, *, first: bool = False
+    ) -> NoReturn:
+        """Raise an error that shows a prompt and its completion.
 
-    def _fail(self, what: str, prompt: Any, completion: str, cause: Exception | None = None) -> NoReturn:
+        :param first: whether they are the first of several that may be the reason.
+        """
+        of = "first " if first else ""
         raise RewardError(
-            f"reward {self.__name__!r} {what}\n  prompt:     {short.repr(prompt)}"
-            f"\n  completion: {short.repr(completion)}"
+            f"reward {self.__name__!r} {what}\n  {of}prompt:     {short.repr(prompt)}"
+            f"\n  {of}completion: {short.repr(completion)}"
         ) from cause
 
     def _mendable(self, score: float) -> float:
@@ -282,7 +336,7 @@ class PrefixScore(Reward):
         self.reward = reward
         self._bound(reward.upper_bound, reward.lower_bound)
 
-    def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
+    def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Scores:
         return self.reward.prefix(prompts, completions, **columns)
 
     @property
@@ -293,14 +347,14 @@ class PrefixScore(Reward):
 class PartialScore(PrefixScore):
     """The score of the text so far, like that of a finished one; its -inf may not be final."""
 
-    def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
-        return [self._mendable(s) for s in self.reward._scores(prompts, completions, columns)]
+    def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Scores:
+        return with_none(np.array([self._mendable(s) for s in self.reward._scores(prompts, completions, columns)]))
 
 
 class Combination(Reward):
     """A reward composed of others."""
 
-    def prefix(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
+    def prefix(self, prompts: list[Any], completions: list[str], **columns: Any) -> Scores:
         return self._of_prefixes(partial=False).score(prompts, completions, **columns)
 
 
@@ -320,18 +374,25 @@ class Affine(Combination):
         ends = [(w * r.lower_bound, w * r.upper_bound) for w, r in self.terms]
         self._bound(offset + sum(max(e) for e in ends), offset + sum(min(e) for e in ends))
 
-    def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
+    def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Scores:
         total = np.full(len(completions), self.offset)
+        scored = np.full(len(completions), not self.terms)
         for weight, reward in self.terms:
             scores = reward._scores(prompts, completions, columns)
+            abstained = np.isnan(scores)
             if weight < 0 and np.isneginf(scores).any():
                 i = int(np.isneginf(scores).argmax())
                 what = f"negates the -inf of {reward.__name__!r}: a hard constraint can only be added"
                 self._fail(what, prompts[i], completions[i])
-            total += weight * scores
-        return list(total)
+            if abstained.any() and not reward.lower_bound <= 0 <= reward.upper_bound:
+                i = int(abstained.argmax())
+                bounds = f"[{reward.lower_bound}, {reward.upper_bound}]"
+                reward._fail(f"{ABSTAINED}, which adds 0, outside its bounds {bounds}", prompts[i], completions[i])
+            total += np.where(abstained, 0.0, weight * scores)
+            scored |= ~abstained
+        return with_none(np.where(scored, total, np.nan))
 
-    def _of_prefixes(self, partial: bool) -> Reward:
+    def _unfinished(self, partial: bool) -> Reward:
         return Affine([(w, r._of_prefixes(partial)) for w, r in self.terms], self.offset)
 
     @property
@@ -364,10 +425,15 @@ class Mapped(Combination):
         self.function = function
         self._bound(upper_bound, lower_bound)
 
-    def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
-        return [self.function(float(s)) for s in self.reward._scores(prompts, completions, columns)]
+    def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Scores:
+        expected = self.reward._scores(prompts, completions, columns)
+        return self._each(self._of, expected.tolist(), prompts, completions)
 
-    def _of_prefixes(self, partial: bool) -> Reward:
+    def _of(self, score: float) -> float | None:
+        """Return the function of a score; None where the reward abstains."""
+        return None if math.isnan(score) else self.function(score)
+
+    def _unfinished(self, partial: bool) -> Reward:
         reward = self.reward._of_prefixes(partial)
         return MappedPrefix(reward, self.function, upper_bound=self.upper_bound, lower_bound=self.lower_bound)
 
@@ -383,14 +449,13 @@ class Mapped(Combination):
 class MappedPrefix(Mapped):
     """A function of a reward of unfinished texts; its -inf of a finite score may not be final."""
 
-    def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
-        expected = self.reward._scores(prompts, completions, columns)
-        values = [self.function(float(s)) for s in expected]
-        return [v if math.isinf(s) else self._mendable(v) for v, s in zip(values, expected, strict=True)]
+    def _of(self, score: float) -> float | None:
+        value = super()._of(score)
+        return value if value is None or math.isinf(score) else self._mendable(value)
 
 
 def _affine(reward: Reward) -> Affine:
-    return reward if isinstance(reward, Affine) else Affine([(1.0, reward)], 0.0)
+    return reward if isinstance(reward, Affine) and reward.timeout is None else Affine([(1.0, reward)], 0.0)
 
 
 def _class(reward: Reward) -> str:

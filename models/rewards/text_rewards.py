@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from bayeslm.validation import validated
+
 from .reward import Reward
 
 Part = Literal["completion", "text"]
@@ -45,15 +47,7 @@ def once(score: Callable[[list[Item]], Sequence[float]], items: list[Item]) -> l
     return [scores[item] for item in items]
 
 
-def check_part(on: str) -> None:
-    """Refuse an unknown part.
-
-    :raises ValueError: if ``on`` is neither "completion" nor "text".
-    """
-    if on not in ("completion", "text"):
-        raise ValueError(f"on must be 'completion' or 'text', got {on!r}")
-
-
+@validated
 @dataclass(eq=False)
 class Sentiment(TextReward):
     """VADER's compound sentiment of English, -1 (negative) to 1 (positive), 0 where no word carries any.
@@ -69,7 +63,6 @@ class Sentiment(TextReward):
     lower_bound, upper_bound = -1.0, 1.0
 
     def __post_init__(self) -> None:
-        check_part(self.on)
         vader()
 
     def score_texts(self, texts: list[str]) -> Sequence[float]:
@@ -77,6 +70,7 @@ class Sentiment(TextReward):
         return [analyzer.polarity_scores(text)["compound"] for text in texts]
 
 
+@validated
 @dataclass(eq=False)
 class Toxicity(TextReward):
     """The probability, 0 to 1, that an English text is offensive; to be subtracted: ``-Toxicity()``.
@@ -92,7 +86,6 @@ class Toxicity(TextReward):
     lower_bound, upper_bound = 0.0, 1.0
 
     def __post_init__(self) -> None:
-        check_part(self.on)
         _optional("profanity_check")
 
     def score_texts(self, texts: list[str]) -> Sequence[float]:
@@ -100,6 +93,7 @@ class Toxicity(TextReward):
         return probabilities
 
 
+@validated
 @dataclass(eq=False)
 class Similarity(TextReward):
     """Cosine similarity, -1 to 1, of a text's sentence embedding with that of a reference.
@@ -117,7 +111,6 @@ class Similarity(TextReward):
     lower_bound, upper_bound = -1.0, 1.0
 
     def __post_init__(self) -> None:
-        check_part(self.on)
         self._target = sentence_embeddings([self.reference])[0]  # (384,)
 
     def score_texts(self, texts: list[str]) -> Sequence[float]:

@@ -11,14 +11,21 @@ from __future__ import annotations
 
 import math
 import re
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .reward import Reward, RewardError
+import regex
+
+from bayeslm.validation import NonNegative, validated
+
+from .calling import TimeLimitError, check_timeout
+from .reward import Reward, RewardError, Scores
 
 
+@validated
 @dataclass(eq=False)
 class Length(Reward):
     """How long the completion is: n, or -abs(n - target).
@@ -31,21 +38,17 @@ class Length(Reward):
     :raises ValueError: if ``target`` is negative or not finite, or ``unit`` is unknown.
     """
 
-    target: float | None = None
+    target: NonNegative | None = None
     unit: Literal["words", "characters"] | Callable[[str], float] = "words"
 
     def __post_init__(self) -> None:
         if self.target is None:
             self.lower_bound = 0.0
-        elif 0 <= self.target < math.inf:
-            self.upper_bound = 0.0
         else:
-            raise ValueError(f"target must be a length, got {self.target}")
-        if not (callable(self.unit) or self.unit in ("words", "characters")):
-            raise ValueError(f"unit must be 'words', 'characters' or a function, got {self.unit!r}")
+            self.upper_bound = 0.0
 
     def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
-        lengths = [self._count(text) for text in completions]
+        lengths = self._each(self._count, completions, prompts, completions)
         return lengths if self.target is None else [-abs(n - self.target) for n in lengths]
 
     def prefix(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
@@ -61,6 +64,7 @@ class Length(Reward):
         return len(text.split() if self.unit == "words" else text)
 
 
+@validated
 @dataclass(eq=False)
 class Contains(Reward):
     """1 if the completion contains a phrase, else 0. For words and alternatives see `Matches`.
@@ -86,6 +90,7 @@ class Contains(Reward):
     prefix = score  # a phrase stays contained; one that is not contained yet counts as 0
 
 
+@validated
 @dataclass(eq=False)
 class Matches(Reward):
     r"""1 if a regular expression is found in the completion, or if the part that it finds is the right answer; else 0.
@@ -94,37 +99,58 @@ class Matches(Reward):
     compares its first group (the whole match if there are no groups) with the prompt's entry in the column
     ``answer``: equal as strings, without the spaces around them. ``\A`` and ``\Z`` anchor a full match.
 
-    :param pattern: searched anywhere; flags inside, as in ``(?i)yes``, or compiled in.
+    Some patterns, such as ``(a|aa)+$``, try exponentially many ways to match a text: ``timeout`` stops them.
+
+    :param pattern: searched anywhere, in the syntax of the package ``regex``, which extends that of ``re``; flags
+        inside, as in ``(?i)yes``, or compiled in.
     :param column: name of the column of right answers.
-    :raises ValueError: if ``pattern`` is not a regular expression.
+    :param timeout: the time limit of a batch in seconds; None for no limit.
+    :raises TypeError: if ``pattern`` is neither a string nor compiled by ``re``.
+    :raises ValueError: if ``pattern`` is not a regular expression, or ``timeout`` is not positive.
     """
 
     pattern: str | re.Pattern[str]
     column: str | None = None
+    timeout: float | None = field(default=10.0, repr=False)
     lower_bound, upper_bound = 0.0, 1.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str | re.Pattern):
+            raise TypeError(f"pattern must be a string or a pattern compiled by re, got {self.pattern!r:.60}")
+        check_timeout(self.timeout)
+        text, flags = (self.pattern, 0) if isinstance(self.pattern, str) else (self.pattern.pattern, self.pattern.flags)
+        same = [name for name in ("ASCII", "IGNORECASE", "MULTILINE", "DOTALL", "VERBOSE") if flags & getattr(re, name)]
         try:
-            self._regex = re.compile(self.pattern)
-        except re.error as error:
+            self._regex = regex.compile(text, sum(getattr(regex, name) for name in same))
+        except regex.error as error:
             raise ValueError(f"{self.pattern!r} is not a regular expression: {error}") from error
 
     def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
         if self.column is None:
-            return [float(self._regex.search(text) is not None) for text in completions]
+            return [float(match is not None) for match in self._search(completions)]
         if self.column not in columns:
             self._fail(f"needs the column {self.column!r}", prompts[0], completions[0])
-        answers = columns[self.column]
-        return [float(self._found(t) == str(a).strip()) for t, a in zip(completions, answers, strict=True)]
+        answers = zip(self._search(completions), columns[self.column], strict=True)
+        return [float(found is not None and found.strip() == str(answer).strip()) for found, answer in answers]
 
     prefix = score  # an estimate: a match may still grow or be followed by another
 
-    def _found(self, text: str) -> str | None:
-        matches = list(self._regex.finditer(text))
-        found = matches[-1][1 if self._regex.groups else 0] if matches else None
-        return None if found is None else found.strip()
+    def _search(self, texts: list[str]) -> list[str | None]:
+        """Return what the pattern finds in each text: with a column the last match, or its first group.
+
+        :raises TimeLimitError: at the time limit, which also ends a search that was abandoned in another thread.
+        """
+        limits: dict[str, Any] = {"timeout": self.timeout, "concurrent": True}
+        try:
+            if self.column is None:
+                return [None if (m := self._regex.search(text, **limits)) is None else m[0] for text in texts]
+            last = [deque(self._regex.finditer(text, **limits), maxlen=1) for text in texts]
+        except TimeoutError:
+            raise TimeLimitError from None
+        return [m[0][1 if self._regex.groups else 0] if m else None for m in last]
 
 
+@validated
 @dataclass(eq=False)
 class Constraint(Reward):
     """0 where a predicate holds, -inf where it does not: there the posterior has no probability.
@@ -155,14 +181,15 @@ class Constraint(Reward):
                         "correct the predicate or leave out prefix_closed"
                     )
 
-    def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
+    def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Scores:
         if not isinstance(self.predicate, Reward):
-            return [0.0 if self.predicate(text) else -math.inf for text in completions]
-        truths = self.predicate._scores(prompts, completions, columns)
+            truths = self._each(self.predicate, completions, prompts, completions)
+            return [0.0 if truth else -math.inf for truth in truths]
+        truths = self.predicate._scores(prompts, completions, columns).tolist()
         for truth, prompt, text in zip(truths, prompts, completions, strict=True):
-            if truth not in (0.0, 1.0):
+            if truth not in (0.0, 1.0) and not math.isnan(truth):
                 self._fail(f"needs {self.predicate.__name__!r} to be 0 or 1, got {truth}", prompt, text)
-        return [0.0 if truth else -math.inf for truth in truths]
+        return [None if math.isnan(truth) else 0.0 if truth else -math.inf for truth in truths]
 
-    def prefix(self, prompts: list[Any], completions: list[str], **columns: Any) -> Sequence[float]:
+    def prefix(self, prompts: list[Any], completions: list[str], **columns: Any) -> Scores:
         return self.score(prompts, completions, **columns) if self.prefix_closed else [0.0] * len(completions)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support.models import tiny_llama
 from typer.testing import CliRunner
 
-from bayeslm.cli import app
+from bayeslm.cli import app, resume
 from bayeslm.models import LanguageModel
 from bayeslm.posterior import Posterior
 
@@ -37,6 +39,10 @@ def breaks_later(completions, **kwargs):
         raise RuntimeError("the judge went home")
     return [0.1 * len(text) for text in completions]
 
+def hangs(completions, **kwargs):
+    while True:
+        pass
+
 def interrupts(completions, **kwargs):
     global calls
     calls += 1
@@ -46,7 +52,21 @@ def interrupts(completions, **kwargs):
 """
 
 
-MODULES = {"my_rewards": REWARDS}
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A working directory with a model and a module of rewards."""
+    tiny_llama(scale=1.0).save_pretrained(tmp_path / "model")
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    enter(tmp_path, monkeypatch)
+    return tmp_path
+
+
+def enter(folder: Path, monkeypatch) -> None:
+    """Work there, with its own modules."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    sys.modules.pop("my_rewards", None)
+    sys.modules.pop("helpers", None)
 
 
 def run(*arguments: str, code: int = 0) -> str:
@@ -97,6 +117,7 @@ def test_infer_compares_engines_and_show_repeats_it(folder):
     for word in ("exact", "importance", "svi: policy", "svi: weighted", "log Z", "written to run"):
         assert word in out
     assert {p.name for p in Path("run").iterdir()} == {
+        ".lock",
         "call.json",
         "exact",
         "importance",
@@ -128,8 +149,16 @@ def test_a_file_of_prompts_with_columns(folder):
     assert Posterior.load("json/importance").prompts == ["a b", "d"]
     infer("--prompts", "prompts.txt", "--out", "plain")
     assert Posterior.load("plain/importance").prompts == ["a b", "d"]
-    Path("bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}')
-    assert "line 2" in infer("--prompts", "bad.jsonl", code=1)
+    Path("bad.jsonl").write_text('{"prompt": "a"}\n\n{"text": "b"}')
+    assert "line 3" in infer("--prompts", "bad.jsonl", code=1)
+    Path("prompts.CSV").write_text("answer,prompt\nc,a b\ne,d\n", encoding="utf-8-sig")
+    infer("--prompts", "prompts.CSV", "--reward", "my_rewards:target", "--out", "csv")
+    found, expected = (Posterior.load(f"{name}/importance") for name in ("csv", "json"))
+    assert found.prompts == expected.prompts
+    assert (found.log_weights == expected.log_weights).all()
+    for name in ("prompts", "completions", "self"):
+        Path("taken.csv").write_text(f"prompt,{name}\na,b\n")
+        assert f"a column is called '{name}'" in " ".join(infer("--prompts", "taken.csv", code=1).split())
 
 
 @pytest.mark.parametrize(
@@ -138,6 +167,12 @@ def test_a_file_of_prompts_with_columns(folder):
         (["a", "--engine", "importanc"], 1, "did you mean 'importance'"),
         (["a", "--reward", "sentimnt"], 1, "did you mean 'sentiment'"),
         (["a", "--reward", "my_rewards:leters"], 1, "did you mean 'letters'"),
+        (["a", "--reward", "contains"], 1, "reward 'contains' needs the settings phrase: --reward-settings"),
+        (["a", "--reward", "length", "--reward-settings", '{"targt": 1}'], 1, "'targt', did you mean 'target'?"),
+        (["a", "--reward", "my_rewards:hangs", "--timeout", "0.2"], 1, "'hangs' reached its time limit of 0.2 s"),
+        (["a", "--timeout", "0"], 1, "timeout must be a positive number of seconds"),
+        (["a\udc80"], 1, "prompt 1 holds the lone surrogate"),
+        (["--prompts", "."], 1, ". is a folder"),
         (["a", "--prior", "smolm2"], 1, "did you mean 'smollm2'"),
         (["a", "--beta", "0"], 1, "beta must be positive"),
         (["a", "--beta", "nan"], 1, "beta must be positive"),
@@ -258,12 +293,112 @@ def test_a_command_without_results_does_not_occupy_its_folder(folder):
     assert Posterior.load("run/importance").prompts == ["a"]
 
 
-def test_a_changed_reward_is_refused_in_the_same_folder(folder):
-    call = ["a", "--reward", "my_rewards:letters", "--out", "run"]
+HELPED = """
+import helpers
+
+WORDS = ["a"]
+
+def helped(completions, **kwargs):
+    return [float(sum(text.count(word) for word in WORDS)) + helpers.bonus(text) for text in completions]
+"""
+
+
+def edit(path: str, old: str, new: str) -> None:
+    text = Path(path).read_text()
+    assert old in text
+    Path(path).write_text(text.replace(old, new))
+
+
+OTHER_CALLS = {
+    "beta was": lambda: ["--beta", "0.6"],
+    "seed was": lambda: ["--seed", "1"],
+    "reward's code": lambda: edit("my_rewards.py", "text.count(word)", "2 * text.count(word)"),
+    "reward's code: terms": lambda: edit("my_rewards.py", 'WORDS = ["a"]', 'WORDS = ["b"]'),
+    "bonus: code": lambda: edit("helpers.py", "0.1 *", "0.2 *"),
+    "prior's content: network: weights was": lambda: tiny_llama(seed=5).save_pretrained("model"),
+    "prior's content: eos_token_ids was": lambda: edit(
+        "model/generation_config.json", '"eos_token_id": ', '"eos_token_id": 1'
+    ),
+    "prompts was": lambda: Path("prompts.txt").write_text("a b\n"),
+    "version was": list,
+}
+
+
+CALL = ["--prompts", "prompts.txt", "--reward", "my_rewards:helped", "--particles", "8", "--out", "run"]
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory) -> Path:
+    """A working directory with the results of `CALL`."""
+    folder = tmp_path_factory.mktemp("begun")
+    tiny_llama(scale=1.0).save_pretrained(folder / "model")
+    (folder / "my_rewards.py").write_text(HELPED)
+    (folder / "helpers.py").write_text("def bonus(text):\n    return 0.1 * len(text)\n")
+    (folder / "prompts.txt").write_text("a\n")
+    with pytest.MonkeyPatch.context() as patched:
+        enter(folder, patched)
+        infer(*CALL)
+    return folder
+
+
+@pytest.mark.parametrize("says", OTHER_CALLS)
+def test_results_of_another_call_are_refused_with_what_differs(begun, tmp_path, monkeypatch, says):
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    enter(tmp_path, monkeypatch)
+    before = stamps("run")
+    more = OTHER_CALLS[says]()
+    if says == "version was":
+        monkeypatch.setattr(resume, "__version__", "9")
+    out = " ".join(infer(*CALL, *(more if isinstance(more, list) else []), "--engine", "smc", code=1).split())
+    assert "run holds results of other settings" in out
+    assert says in out
+    assert stamps("run") == before
+
+
+@pytest.mark.parametrize("content", ["policy", "twist"])
+def test_other_weights_in_a_folder_that_is_given(folder, content):
+    engine = ["a", "--engine", "smc" if content == "twist" else "importance", "--particles", "8", "--top-k", "2"]
+    if content == "twist":
+        infer(*engine, "--twist", "learned", "--out", "made")
+        given = "made/twist"
+    else:
+        engine = engine[:-2]
+        LanguageModel.from_pretrained("model").save_pretrained("made")
+        given = "made"
+    call = [*engine, f"--{content}", given, "--out", "run"]
     infer(*call)
-    Path("my_rewards.py").write_text(REWARDS.replace('count("a")', 'count("bb")'))
-    sys.modules.pop("my_rewards")
-    assert "code of the reward" in " ".join(infer(*call, code=1).split())
+    assert "already in run" in infer(*call)
+    if content == "twist":
+        (Path(given) / "note.txt").write_text("another")
+    else:
+        tiny_llama(seed=5).save_pretrained("made")
+    assert f"{content}'s content" in " ".join(infer(*call, code=1).split())
+
+
+def test_a_result_of_another_call_in_its_place_is_refused(folder):
+    """Folders that are whole, but exchanged: between engines, and between calls."""
+    for out, beta in (("one", "0.5"), ("two", "0.7")):
+        infer("a", "--engine", "importance", "--engine", "smc", "--particles", "8", "--beta", beta, "--out", out)
+    for source in ("two/importance", "one/smc"):
+        shutil.rmtree("one/importance")
+        shutil.copytree(source, "one/importance")
+        out = " ".join(infer("a", "--engine", "importance", "--particles", "8", "--out", "one", code=1).split())
+        assert "one/importance is not a result of importance in this call" in out
+    assert "one/importance: left out, a copy or a result of another call" in " ".join(run("show", "one").split())
+    edit("one/call.json", '"beta": "0.5"', '"beta": "0.7"')
+    assert "one/call.json is damaged" in " ".join(infer("a", "--beta", "0.7", "--out", "one", code=1).split())
+
+
+def test_one_command_at_a_time_writes_to_a_folder(folder):
+    """The second says at once that the first holds it, and has touched nothing."""
+    infer("a", "--particles", "8", "--out", "run")
+    with resume.Results(Path("run")):
+        before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
+        for call in (["a", "--particles", "8"], ["b"]):  # the same call, and another
+            out = " ".join(infer(*call, "--prior", "no-such-model", "--out", "run", code=1).split())
+            assert "run is written by another command: wait for its end, or choose another --out" in out
+        assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")} == before
+    assert "already in run" in infer("a", "--particles", "8", "--out", "run")
 
 
 def test_after_ctrl_c_the_repeated_command_resumes(folder):

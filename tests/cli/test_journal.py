@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,8 +17,10 @@ def path(tmp_path):
     return tmp_path / "deep" / "journal.jsonl"
 
 
-def lines(path):
-    return path.read_text(encoding="utf-8").splitlines()
+def rows(path):
+    """What another tool reads, but for the checksums."""
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [{key: x for key, x in row.items() if key != "crc32"} for row in found]
 
 
 def test_appends_pops_and_reads_again(path):
@@ -25,7 +28,7 @@ def test_appends_pops_and_reads_again(path):
         assert journal.rows == []
         journal.append({"text": "naïve 🙂\nline"})
         journal.append({"a": 1})
-        assert lines(path)[1] == '{"a": 1}'
+        assert rows(path)[1] == {"a": 1}
         assert journal.pop() == {"a": 1}
         journal.append({"b": 2})
     with Journal(path) as journal:
@@ -81,6 +84,27 @@ def test_a_file_of_another_kind_is_not_changed(path, head, tail):
     assert path.read_bytes() == before
 
 
+def test_every_byte_of_a_line_is_checked(path):
+    """Whichever has a bit flipped: the file is refused, or what is read is what was written."""
+    row = {"prompt": "été", "chosen": "good", "first_is_better": True, "probability": 0.25}
+    with Journal(path) as journal:
+        journal.append(row)
+        journal.append(row)
+    content = path.read_bytes()
+    refused = 0
+    for i in range(len(content) // 2):  # of the first line
+        path.write_bytes(content[:i] + bytes([content[i] ^ 1 << i % 7]) + content[i + 1 :])
+        try:
+            with Journal(path) as journal:
+                assert all(row.items() <= x.items() for x in journal.rows)
+        except ValueError:
+            refused += 1
+    assert refused > 0.9 * len(content) / 2
+    path.write_bytes(content.replace(b"good", b"best", 1))
+    with pytest.raises(ValueError, match='if you have edited it, remove its "crc32"'):
+        Journal(path)
+
+
 def test_a_failed_write_leaves_nothing_of_it(path, monkeypatch):
     with Journal(path) as journal:
         journal.append({"a": 1})
@@ -92,10 +116,10 @@ def test_a_failed_write_leaves_nothing_of_it(path, monkeypatch):
             patched.setattr(os, "fsync", full)
             with pytest.raises(OSError, match="disk full"):
                 journal.append({"b": 2})
-        assert lines(path) == ['{"a": 1}']
+        assert rows(path) == [{"a": 1}]
         assert journal.rows == [{"a": 1}]
         journal.append({"c": 3})
-    assert lines(path) == ['{"a": 1}', '{"c": 3}']
+    assert rows(path) == [{"a": 1}, {"c": 3}]
 
 
 def test_each_object_outlives_its_process(path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -243,12 +244,47 @@ def test_mistakes_are_one_clear_line(folder, arguments, says):
         ('{"prompt": "a b", "chosen": "x"}', "line 1 lacks 'rejected'"),
         ('{"prompt": "a b", "chosen": "x", "rejected": "x"}', "line 1 compares a text with itself"),
         ("nonsense", "line 1 is not a JSON object"),
+        *[
+            (json.dumps({"prompt": "a b", "chosen": "x", "rejected": "y"} | wrong), says)
+            for wrong, says in [
+                ({"probability": math.nan}, "row 1: probability must be a number in [0, 1], got nan"),
+                ({"probability": -1}, "row 1: probability must be a number in [0, 1], got -1"),
+                ({"probability": 1.5}, "row 1: probability must be a number in [0, 1], got 1.5"),
+                ({"probability": "0.5"}, "row 1: probability must be a number in [0, 1], got '0.5'"),
+                ({"probability": True}, "row 1: probability must be a number in [0, 1], got True"),
+                ({"first_is_better": "yes"}, "row 1: first_is_better must be true or false, got 'yes'"),
+                ({"chosen": "\ud800"}, "line 1 is no text: 'chosen' holds the lone surrogate"),
+            ]
+        ],
     ],
 )
 def test_bad_labels_are_refused_with_their_line(folder, row, says):
     Path("labels.jsonl").write_text(f"{row}\n")
     assert says in label("a b", keys="1\n", code=1)
     assert Path("labels.jsonl").read_text() == f"{row}\n"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [({"after": "1"}, "after must be a number of labels"), ({"after": -1}, "got -1"), ({"first": 3}, "must be texts")],
+)
+def test_bad_skips_are_refused_with_their_row(folder, wrong, says):
+    row = {"prompt": "a b", "first": "x", "second": "y", "after": 0} | wrong
+    Path("labels.skipped.jsonl").write_text(json.dumps(row) + "\n")
+    out = label("a b", keys="1\n", code=1)
+    assert "labels.skipped.jsonl: row 1: " in out
+    assert says in out
+
+
+def test_a_chat_cannot_be_labelled(folder):
+    Path("chats.jsonl").write_text(json.dumps({"prompt": [{"role": "user", "content": "a"}]}))
+    assert "this command needs prompts that are texts" in label("--prompts", "chats.jsonl", code=1)
+
+
+def test_prompts_of_a_file_with_columns(folder):
+    Path("prompts.tsv").write_text("id\tprompt\n1\ta b\n2\tc\n")
+    label("--prompts", "prompts.tsv", "--judge", "judges:letters", "--number", "2")
+    assert {row["prompt"] for row in rows("labels.pool.jsonl")} == {"a b", "c"}
 
 
 def test_labels_of_another_tool_count(folder):

@@ -326,4 +326,4 @@ def test_reports_warn_of_few_roots_and_of_retained_draws() -> None:
     assert "descend from 2 first particles" in lines[0]
     guided = dataclasses.replace(many, policy=POLICY)  # its raw particles are not the policy's own draws
     for posterior in (few, retained, guided):
-        assert report.comparison({"run": posterior}, 0).row_count == 1
+        assert next(report.comparisons({"run": posterior})).row_count == 1

@@ -15,6 +15,7 @@ import pytest
 from support.toys import from_prior
 
 from bayeslm import Posterior
+from bayeslm.checksums import write_checksums
 
 NAME = "proposal/score"  # of samples, in posterior.nc
 
@@ -140,4 +141,5 @@ def test_what_nothing_names_is_not_read(original: Path, saved: Path) -> None:
     with h5py.File(saved / "posterior.nc", "a") as file:
         file.create_dataset("unnamed", shape=(2**31,), dtype="f8", chunks=(2**20,), compression=9)
         file["unnamed"][: 2**20] = 0.0
+    write_checksums(saved)
     np.testing.assert_array_equal(Posterior.load(saved).samples["score"], Posterior.load(original).samples["score"])

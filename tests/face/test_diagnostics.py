@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -213,6 +214,34 @@ def test_all_weights_zero_is_an_error_or_infinite_and_never_nan() -> None:
     np.testing.assert_array_equal(diagnostics.ess(dead), [100.0, 0.0, 100.0])
     with pytest.raises(ValueError, match="every draw of prompt 1 has weight zero"):
         diagnostics.psis(dead)
+
+
+@pytest.mark.parametrize("chains", [1, 2])
+@pytest.mark.parametrize("draws", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["weighted", "exact", "uncorrected", "markov"])
+def test_few_draws_have_a_summary_whose_unknown_columns_are_nan(kind: str, draws: int, chains: int) -> None:
+    whole = TOY.posterior(0) if kind == "weighted" else replace(TOY.posterior(0).resample(), kind=kind)
+    few = cut(whole, chains, draws)
+    table = diagnostics.summary(few)
+    assert table["rhat_reward"].isna().all()
+    if kind != "weighted":
+        assert table["ess"].isna().all()
+    np.testing.assert_allclose(table["reward"], (few.weights() * few.rewards).sum((0, 1)))
+    few.to_arviz()
+    diagnostics.compare({"a": few})
+
+
+def cut(posterior: Posterior, chains: int, draws: int) -> Posterior:
+    """Return the first draws of some chains."""
+
+    def some(x: np.ndarray) -> np.ndarray:
+        return x.reshape(-1, *x.shape[2:])[: chains * draws].reshape(chains, draws, *x.shape[2:])
+
+    by_name = {
+        name: {k: some(x) for k, x in getattr(posterior, name).items()} for name in ("samples", "log_likelihood")
+    }
+    arrays = {name: some(getattr(posterior, name)) for name in ("log_weights", "log_joint")}
+    return replace(posterior, **by_name, **arrays, prior={})
 
 
 def test_one_draw_has_an_unknown_standard_error() -> None:

@@ -116,6 +116,7 @@ def test_what_a_killed_writer_left_is_swept_by_the_next(tmp_path: Path, kind: st
     mine = tmp_path / ".run.backup"
     mine.mkdir()
     with atomic_folder(tmp_path / "other") as folder:
+        assert not left.exists()
         (folder / "second").write_text("2")
         sweep(tmp_path)  # a writer that lives is in no way
         assert folder.is_dir()

@@ -15,6 +15,7 @@ import xarray
 from support.toys import MAKERS, enumerated, from_prior
 
 from bayeslm import Posterior
+from bayeslm.checksums import write_checksums
 
 
 class Policy:
@@ -69,6 +70,7 @@ def test_fields_that_are_missing_have_their_defaults(tmp_path: Path) -> None:
     header = json.loads((saved / "posterior.json").read_text())
     del header["fields"]["conditional"]
     (saved / "posterior.json").write_text(json.dumps(header))
+    write_checksums(saved)
     loaded = Posterior.load(saved)
     assert (loaded.conditional, loaded.roots) == (False, None)
 

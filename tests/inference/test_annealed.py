@@ -12,6 +12,7 @@ from support.statistics import assert_agrees, assert_estimate, assert_evidence, 
 
 from bayeslm.inference import Exact, RunError
 from bayeslm.inference.annealed import AnnealedSMC, next_inverse_temperature
+from bayeslm.models.rewards.rehearsal import is_rehearsal
 
 CHAINS = 64
 LADDER = (0.15, 0.4, 0.7, 1.0)
@@ -119,7 +120,7 @@ def test_an_interruption_cools_what_there_is():
 
     def model(prompts):
         nonlocal calls
-        calls += 1
+        calls += not is_rehearsal()
         if calls == 5:
             raise error
         inner(prompts)

@@ -10,6 +10,7 @@ from support.models import table_lm
 from support.programs import SHORT, score_table, tilted
 
 from bayeslm.inference import MCMC, SMC, ImportanceSampling, RunError
+from bayeslm.models.rewards.rehearsal import is_rehearsal
 
 LM = table_lm(order=2, seed=2, vocab=4)
 LM.batch_size = 20  # a chain of `SMC` at a time
@@ -30,7 +31,7 @@ def failing(at: int, error: BaseException):
     runs = itertools.count(1)
 
     def model(prompts):
-        if next(runs) == at:
+        if not is_rehearsal() and next(runs) == at:
             raise error
         MODEL(prompts)
 

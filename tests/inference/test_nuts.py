@@ -291,11 +291,11 @@ def test_what_is_drawn_before_an_interruption_is_kept():
     "settings", [{"num_samples": 0}, {"warmup": -1}, {"max_tree_depth": 1.5}, {"num_chains": True}]
 )
 def test_counts_must_be_positive_whole_numbers(settings):
-    with pytest.raises(ValueError, match="must be a positive whole number"):
+    with pytest.raises((TypeError, ValueError), match="must be a positive whole number"):
         NUTS(**settings)
 
 
 @pytest.mark.parametrize("target", [0.0, 1.0, math.nan])
 def test_target_accept_is_a_probability(target):
-    with pytest.raises(ValueError, match="target_accept must be between 0 and 1"):
+    with pytest.raises(ValueError, match=r"target_accept must be a number in \(0, 1\)"):
         NUTS(target_accept=target)

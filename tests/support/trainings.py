@@ -13,7 +13,7 @@ import torch
 from support.programs import PROMPTS, case, score_table, tilted
 
 from bayeslm.inference import Exact
-from bayeslm.inference.training import Adam, Checkpointing, LogVariance, Replay, StepRecord
+from bayeslm.inference.training import Adam, Checkpointing, StepRecord
 
 LM, MODEL, EXACT = case("table", 1.0)
 # of two tokens, so that the table can be the posterior: the places after these prompts have contexts of their own
@@ -22,7 +22,6 @@ EXACT_TWO = Exact().run(TWO, PROMPTS)
 FAST = {"num_particles": 32, "optimizer": Adam(0.1), "num_samples": 8, "seed": 0, "progress": False}
 GOLD = functools.partial(tilted(LM, score_table(5)), PROMPTS)
 SMALL = {"num_steps": 12, "num_samples": 16, "seed": 0, "progress": False}
-LONG = SMALL | {"num_steps": 300, "objective": LogVariance(8, Replay())}
 
 
 class Killed(BaseException):

@@ -262,11 +262,11 @@ def test_refused():
         PSRL(0)
     with pytest.raises(ValueError, match="probabilities, in"):
         Bandit(torch.tensor([0.5, 1.5]))
-    with pytest.raises(ValueError, match="scale must be positive"):
+    with pytest.raises(ValueError, match="scale must be a Tensor, positive and finite"):
         Bandit(torch.tensor([0.5, 1.5]), scale=0.0)
     with pytest.raises(ValueError, match=r"means must be \(arm,\)"):
         Bandit(torch.zeros(2, 2))
-    with pytest.raises(ValueError, match="at least 3 states"):
+    with pytest.raises(ValueError, match="num_states must be a whole number of at least 3"):
         river_swim(2)
     pytest.importorskip("gymnasium")
     with pytest.raises(ValueError, match="observations must be discrete"):

@@ -209,7 +209,7 @@ def test_a_network_under_nuts_is_scored_once_a_step():
 
 def test_settings():
     model, _ = mixed(1.5)
-    with pytest.raises(ValueError, match="continuous must be one of random-walk, nuts, got 'hmc'"):
+    with pytest.raises(ValueError, match="continuous must be 'random-walk' or 'nuts', got 'hmc'"):
         SuffixKernel(model, continuous="hmc")
     with pytest.raises(ValueError, match="initial_particles must be a positive whole number"):
         SuffixKernel(model, initial_particles=0)

@@ -196,7 +196,7 @@ def test_fresh_completions_in_a_loop():
     weights = loop.weights(answers, fresh.example)
     assert (weights[:, 0] > weights[:, 1]).float().mean() > 0.9
     for settings, says in (
-        ({"num_completions": 1}, "num_completions must be at least 2"),
+        ({"num_completions": 1}, "num_completions must be a whole number of at least 2"),
         ({"epsilon": 1.1}, "epsilon"),
         ({"beta": 0.0}, "beta"),
         ({"prompts": []}, "at least one prompt"),

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import collections
+import datetime
+import decimal
 import functools
+import itertools
 import json
+import operator
+import random
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
+import pandas
 import pytest
 import torch
-from support.models import table_lm
+from support.models import table_lm, tiny_llama
 from support.programs import PROMPTS, TOKENS
 from support.trainings import LM, SMALL, every_5
 
@@ -31,7 +42,8 @@ from bayeslm.inference.training import (
     identify,
 )
 from bayeslm.inference.training.identity import has_unreadable
-from bayeslm.models import TiltedLM, rewards
+from bayeslm.models import LanguageModel, TiltedLM, rewards
+from bayeslm.models.lm import word_tokenizer
 
 MODULE = '''
 from __future__ import annotations
@@ -86,40 +98,70 @@ def begins(word):
     return begin
 
 
+def imports(completions):
+    from helpers import bonus as extra
+    import more.deep
+    return [extra(text) * more.deep.FACTORS["a"] for text in completions]
+
+
+def made(weight):
+    class Made:
+        def __call__(self, completions):
+            return [weight]
+    return Made()
+
+
+class Harsh(helpers.Base):
+    pass
+
+
 two = [lambda x: x + 1, lambda x: x + 2]
 cached = functools.lru_cache(count)
 judge = Judge(0.5)
 bound = judge.judge
 '''
-HELPERS = "def bonus(text):\n    return 0.1 * len(text)\n"
+HELPERS = """
+RATE = 0.1
+
+def bonus(text):
+    return RATE * len(text)
+
+class Base:
+    def __call__(self, completions):
+        return [-1.0 for text in completions]
+"""
+DEEP = "FACTORS = {'a': 7.0}"
 PRINT = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 import my_rewards as m
 from bayeslm.inference.training import identify
 m.reward(["good"])
-values = [m.reward, m.begins("a"), *m.two, m.cached, m.judge, m.bound, m.Judge]
+values = [m.reward, m.begins("a"), *m.two, m.cached, m.judge, m.bound, m.Judge, m.imports, m.made(2), m.Harsh()]
 print(json.dumps([identify(x) for x in values], sort_keys=True))
 """
 
 
-def written(folder: Path, module: str = MODULE) -> Path:
-    folder.mkdir()
+def written(folder: Path, module: str = MODULE, changed: Callable[[str], str] = str) -> Path:
+    """The module, and those that it imports, changed."""
+    (folder / "more").mkdir(parents=True)
     (folder / "my_rewards.py").write_text(module)
-    (folder / "helpers.py").write_text(HELPERS)
+    (folder / "helpers.py").write_text(changed(HELPERS))
+    (folder / "more/deep.py").write_text(changed(DEEP))
     return folder
 
 
-def identities(folder: Path, module: str = MODULE, optimize: int = 0) -> list:
+def identities(folder: Path, module: str = MODULE, changed: Callable[[str], str] = str, optimize: int = 0) -> list:
     """Of what a module defines, compiled anew."""
-    path = written(folder, module) / "my_rewards.py"
+    path = written(folder, module, changed) / "my_rewards.py"
     m = ModuleType("my_rewards")
     m.__file__ = str(path)
     with mock.patch.dict(sys.modules, my_rewards=m), mock.patch.object(sys, "path", [str(folder), *sys.path]):
-        sys.modules.pop("helpers", None)
+        for name in ("helpers", "more", "more.deep"):
+            sys.modules.pop(name, None)
         exec(compile(module, path, "exec", optimize=optimize), vars(m))
         m.reward(["good"])
-        values = [m.reward, m.begins("a"), *m.two, m.cached, m.judge, m.bound, m.Judge]
+        values = [m.reward, m.begins("a"), *m.two, m.cached, m.judge, m.bound, m.Judge, m.imports, m.made(2), m.Harsh()]
         return json.loads(json.dumps([identify(x) for x in values]))
 
 
@@ -144,15 +186,33 @@ CHANGES = {
     "setting of an object": ("Judge(0.5)", "Judge(0.6)", {"judge", "bound"}),
     "class attribute": ("factor = 2.0", "factor = 3.0", {"judge", "bound", "Judge"}),
     "method": ("return self(completions)", "return self(completions)[:]", {"judge", "bound", "Judge"}),
+    "helper in another module": ("return RATE *", "return RATE * 2 *", {"reward", "imports"}),
+    "global in another module": ("RATE = 0.1", "RATE = 0.2", {"reward", "imports"}),
+    "global in a module of a package": ("7.0", "8.0", {"imports"}),
+    "base class in another module": ("[-1.0 for", "[-2.0 for", {"harsh"}),
 }
-NAMES = ("reward", "begin", "first lambda", "second lambda", "cached", "judge", "bound", "Judge")
+NAMES = (
+    "reward",
+    "begin",
+    "first lambda",
+    "second lambda",
+    "cached",
+    "judge",
+    "bound",
+    "Judge",
+    "imports",
+    "made",
+    "harsh",
+)
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_depends_on_a_change_is_another(change, tmp_path):
     """And nothing else is."""
     old, new, depend = CHANGES[change]
-    before, after = identities(tmp_path / "one"), identities(tmp_path / "two", MODULE.replace(old, new))
+    assert (MODULE + HELPERS + DEEP).count(old) >= 1
+    before = identities(tmp_path / "one")
+    after = identities(tmp_path / "two", MODULE.replace(old, new), lambda text: text.replace(old, new))
     assert {name for name, x, y in zip(NAMES, before, after, strict=True) if x != y} == depend
 
 
@@ -209,6 +269,185 @@ def test_settings_and_closures(make):
         one, same, other = make("a"), make("a"), make("bb")
     assert identify(one) == identify(same) != identify(other)
     json.dumps(identify(one))
+
+
+class Own:
+    """An object of the user's; it counts its calls in the place that says that this is no setting."""
+
+    def __init__(self, *args, **settings):
+        self.args = args
+        vars(self).update(settings)
+
+    def __call__(self, completions):
+        return [float(len(self.args))] * len(completions)
+
+
+class Slots:
+    __slots__ = ("weight",)
+
+    def __init__(self, weight):
+        self.weight = weight
+
+
+class Counting(Own):
+    calls = 0
+
+    def identity(self):
+        return {"args": self.args}
+
+
+class Point(NamedTuple):
+    x: int
+
+
+@dataclass
+class Settings:
+    values: dict
+
+
+def keyword_only(n):
+    def f(completions, *, k=[n]):  # noqa: B006
+        return k
+
+    return f
+
+
+def positional(n):
+    def f(completions, k=n):
+        return k
+
+    return f
+
+
+def closure(value):
+    def f(completions):
+        return value
+
+    return f
+
+
+def attribute(n):
+    f = closure(0)
+    f.weight = n
+    return f
+
+
+def wrapped(n):
+    @functools.wraps(closure)
+    def f(*args):
+        return closure(n)(*args)
+
+    return f
+
+
+def of_class(n, **members):
+    return type("Made", (Own,), {"weight": n} | members)
+
+
+class Patched(Own):
+    pass
+
+
+def patched(n):
+    Patched.score = closure(n)
+    return Patched()
+
+
+def model_with(**settings):
+    lm = table_lm()
+    return LanguageModel(lm.network, lm.tokenizer, **settings)
+
+
+def template(n):
+    lm = table_lm()
+    lm.tokenizer.chat_template = "x" * n
+    return lm
+
+
+def lora(alpha):
+    torch.manual_seed(0)
+    return tiny_llama(seed=1).policy(lora_rank=2, lora_alpha=alpha)
+
+
+KINDS = {
+    "a list in a closure": lambda n: closure([0, n]),
+    "a dict in a closure": lambda n: closure({"a": n}),
+    "an object in a closure": lambda n: closure(Own(n)),
+    "a keyword-only default": keyword_only,
+    "a default": positional,
+    "an attribute of a function": attribute,
+    "what a decorated function holds": wrapped,
+    "a partial's argument": lambda n: functools.partial(closure, n),
+    "a partial's keyword": lambda n: functools.partial(closure, value=[n]),
+    "a partial of a partial": lambda n: functools.partial(functools.partial(closure, {"a": n}), 1),
+    "a callable object": lambda n: Own(n),
+    "a callable object with a dict": lambda n: Own(words={"a": n}),
+    "a callable object with an object": lambda n: Own(Own(n)),
+    "a private attribute": lambda n: Own(_weight=n),
+    "slots": Slots,
+    "a bound method of a changed object": lambda n: Own({"a": n}).__call__,
+    "a built-in method of an object": lambda n: {"a": n}.get,
+    "a built-in method of a text": lambda n: ("b" * n).count,
+    "an attribute of a class": lambda n: of_class(n),
+    "an object of a changed class": lambda n: of_class(n)(),
+    "a class method's closure": lambda n: of_class(0, score=classmethod(closure(n))),
+    "a property's closure": lambda n: of_class(0, score=property(closure(n)))(),
+    "a replaced method": patched,
+    "a dataclass with a dict": lambda n: Settings({"a": n}),
+    "a named tuple": Point,
+    "a deque": lambda n: collections.deque([n]),
+    "a counter": lambda n: collections.Counter(a=n),
+    "a default dict": lambda n: collections.defaultdict(list, a=n),
+    "a namespace": lambda n: SimpleNamespace(a=n),
+    "a decimal": lambda n: decimal.Decimal(n),
+    "a date": lambda n: datetime.date(2000, 1, n),
+    "an item getter": lambda n: operator.itemgetter(n),
+    "a method caller": lambda n: operator.methodcaller("count", "a" * n),
+    "an infinity": lambda n: closure(float("inf" if n == 1 else "-inf")),
+    "a series of pandas": lambda n: Own(pandas.Series([1.0, n])),
+    "a random generator of one's own": lambda n: Own(random.Random(n)),
+    "dropout": lambda n: torch.nn.Sequential(torch.nn.Dropout(n / 4)),
+    "ends of a language model": lambda n: model_with(eos_token_ids=(n,)),
+    "its pad token": lambda n: model_with(pad_token_id=n),
+    "the dtype in which it computes": lambda n: model_with(compute_dtype=[None, None, torch.bfloat16][n]),
+    "its tokenizer": lambda n: LanguageModel(table_lm().network, word_tokenizer(["a", "b", "c", "de"[n - 1]], "a")),
+    "its chat template": template,
+    "the scale of its adapters": lora,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_value_is_told_apart(kind):
+    """As a closure's, which is where rewards hold what they depend on."""
+    one, same, other = (json.dumps(identify(closure(KINDS[kind](n)))) for n in (1, 1, 2))
+    assert one == same != other
+
+
+def test_what_is_no_setting_does_not_count():
+    """Locks, connections, iterators, values that are computed once, and what an object says itself."""
+
+    class Lazy:
+        @functools.cached_property
+        def table(self):
+            return [1, 2]
+
+    used, counted = Lazy(), Counting(1)
+    used.table, next(counter := itertools.count())
+    counted.calls = 7
+    for one, other in (
+        (Own(threading.Lock()), Own(threading.Lock())),
+        (Own(itertools.count()), Own(counter)),
+        (Lazy(), used),
+        (Counting(1), counted),
+        (random.random, random.random),
+    ):
+        before = identify(one)
+        random.random()
+        assert before == identify(other)
+    assert identify(Counting(1)) != identify(Counting(2))
+    circle: list = []
+    circle.append(Own(circle))
+    json.dumps(identify(circle))
 
 
 def test_weights_of_what_is_trained_are_left_out():

@@ -250,7 +250,7 @@ def test_an_error_in_a_later_chain_carries_the_policies_of_all():
 
 
 def test_mistakes():
-    with pytest.raises(ValueError, match="first must be in"):
+    with pytest.raises(ValueError, match="first must be a number in"):
         Tempering(first=0.0)
     with pytest.raises(ValueError, match="nats must be positive"):
         KLTarget(-1.0)

@@ -98,7 +98,7 @@ def test_a_checkpoint_knows_what_it_began_as(tmp_path):
     whole = SVI(num_steps=4, guide=start, checkpoint=tmp_path, **SETTINGS).run(model, PROMPTS)
     again = SVI(num_steps=4, guide=start, checkpoint=tmp_path, **SETTINGS).run(model, PROMPTS)
     assert np.array_equal(whole.samples["completion"], again.samples["completion"])
-    with pytest.raises(ValueError, match="guide: weights was"):
+    with pytest.raises(ValueError, match="guide: network was"):
         SVI(num_steps=4, guide=lm, checkpoint=tmp_path, **SETTINGS).run(model, PROMPTS)
 
 

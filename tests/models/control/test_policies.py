@@ -206,7 +206,7 @@ def test_a_policy_is_saved_with_its_posterior(tmp_path, name):
     for one, other, begun in zip(*(p.parameters() for p in (policy, trained.policy, untrained())), strict=True):
         assert torch.equal(one, other)
         assert not torch.equal(one, begun)
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(ValueError, match="size mismatch"):
         MLPPolicy(environment, hidden=(5, 5)).load_pretrained(loaded.policy_path) if name == "mlp" else (
             TabularPolicy.uniform(3, 4).load_pretrained(loaded.policy_path)
         )

@@ -285,7 +285,7 @@ def test_stable_baselines3_learns_to_write():
 def test_bad_settings():
     for settings, message in (
         ({"beta": 0.0}, "beta must be positive"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a positive whole number"),
         ({"columns": {"answer": ["a"]}}, "'answer' has 1 values for 2 prompts"),
         ({"prompts": []}, "prompts is empty"),
     ):

@@ -370,3 +370,90 @@ def test_unsupported_environments_are_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "gymnasium", None)
     with pytest.raises(ImportError, match=r"bayeslm\[gym\]"):
         GymEnvironment("CartPole-v1")
+
+
+# -- what environments give for a number -----------------------------------------------------------------------------
+
+SHAPES = {
+    "array (1,)": lambda x: np.array([x]),
+    "array (1, 1)": lambda x: np.array([[x]], dtype=np.float32),
+    "array ()": lambda x: np.array(x),
+    "numpy number": np.float32,
+    "tensor (1,)": lambda x: torch.tensor([x]),
+    "tensor with a gradient": lambda x: torch.tensor(float(x), requires_grad=True) * 1.0,
+    "list": lambda x: [x],
+}
+
+
+class Countdown(gymnasium.Env):
+    """Pays 0.25 times the action, and ends after three steps; numbers of any shape."""
+
+    observation_space = gymnasium.spaces.Discrete(4)
+    action_space = gymnasium.spaces.Discrete(3)
+
+    def __init__(self, shape=float):
+        self.shape = shape
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = 3
+        return self.left, {}
+
+    def step(self, action):
+        self.left -= 1
+        ended = (
+            self.shape(self.left == 0)
+            if self.shape in (SHAPES["array (1,)"], SHAPES["tensor (1,)"])
+            else self.left == 0
+        )
+        return self.left, self.shape(0.25 * float(action)), ended, False, {}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rewards_of_any_shape_with_one_element(shape):
+    environment = GymEnvironment(Countdown, shape=SHAPES[shape])
+    episodes = environment.play(torch.full((2,), -1))
+    rewards = [episodes.step(torch.tensor(a)).tolist() for a in ([0, 1], [2, 2], [1, 0], [1, 1])]
+    assert rewards == [[0.0, 0.25], [0.5, 0.5], [0.25, 0.0], [0.0, 0.0]]
+    assert episodes.ended.tolist() == episodes.terminated.tolist() == [True, True]
+
+
+@pytest.mark.parametrize("bad", [[1.0, 2.0], np.zeros(0), math.nan, math.inf, None, "1", np.array([math.nan])])
+def test_rewards_that_are_no_finite_number_are_refused(bad):
+    episodes = GymEnvironment(Countdown, shape=lambda x: bad).play(torch.full((1,), -1))
+    with pytest.raises(ValueError, match="rewards of a step must be 1 finite numbers"):
+        episodes.step(torch.tensor([0]))
+
+
+@pytest.mark.parametrize("column", [False, True])
+def test_rewards_of_vector_environments_as_a_column(column, monkeypatch):
+    """Of shape (row, 1) as of shape (row,)."""
+    environment = GymEnvironment("CartPole-v1")
+
+    def totals():
+        with seeded(0):
+            episodes = environment.play(torch.full((3,), -1))
+            if column:
+                step = episodes._vector.step
+
+                def as_column(actions):
+                    observations, *numbers, info = step(actions)
+                    return observations, *(x[:, None] for x in numbers), info
+
+                monkeypatch.setattr(episodes._vector, "step", as_column)
+            return sum(episodes.step(torch.tensor([0, 1, t % 2])) for t in range(30)), episodes.ended
+
+    total, ended = totals()
+    assert total.shape == (3,)
+    assert ended.tolist() == [True, True, False]
+    assert total[:2].max() < 15 < total[2] == 30
+
+
+def test_tables_with_rewards_of_shape_1():
+    lake = gymnasium.make("FrozenLake-v1")
+    expected = MDP.from_gymnasium(lake)
+    table = lake.unwrapped.P
+    for row in table.values():
+        for a, outcomes in row.items():
+            row[a] = [(p, s, np.array([r]), t) for p, s, r, t in outcomes]
+    assert torch.equal(MDP.from_gymnasium(lake).rewards, expected.rewards)

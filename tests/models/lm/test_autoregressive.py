@@ -295,8 +295,10 @@ def test_only_the_last_sample_has_a_kept_score():
 def test_any_network_with_a_vocabulary_will_do():
     """No tokenizer, and no `LanguageModel`."""
     lm = tiny_llama(eos_token_ids=(0, 3))
+    causal = CausalNetwork(lm.network)
     model = SimpleNamespace(
-        causal=CausalNetwork(lm.network),
+        causal=causal,
+        current=lambda: causal,
         vocabulary=Vocabulary(8, (0, 3), pad_token_id=0),
         batch_size=None,
         micro_batch_size=None,

@@ -7,8 +7,11 @@ import pytest
 import torch
 from support.models import llama_network, table_lm, tiny_llama
 from support.statistics import assert_random_state_kept
+from support.tokenizers import metaspace
 
 from bayeslm.models import LanguageModel
+from bayeslm.models.lm.encoding import Vocabulary
+from bayeslm.models.lm.fitting import to_sequences
 from bayeslm.models.lm.tabular import word_tokenizer
 
 TEXTS = ["a b a", "a c", "b b b a", "a b a"]
@@ -99,7 +102,7 @@ def test_only_adapters_are_trained_where_there_are_some():
         ([], {}, ValueError, "texts is empty"),
         (["a", ""], {}, ValueError, r"texts\[1\] is empty"),
         (["a"], {"max_tokens": 1}, ValueError, r"texts\[0\] has one token"),
-        (["a"], {"learning_rate": -1.0}, ValueError, "learning rate"),
+        (["a"], {"learning_rate": -1.0}, ValueError, "learning_rate must be positive"),
     ],
 )
 def test_errors_leave_the_network_frozen(texts, settings, error, match):
@@ -124,3 +127,33 @@ def test_an_interrupt_leaves_the_network_frozen(monkeypatch):
 def test_fitting_needs_a_tokenizer():
     with pytest.raises(TypeError, match="needs a tokenizer"):
         LanguageModel(llama_network()).fit(["a"])
+
+
+@pytest.mark.parametrize("pad", [-100, -1, 5, 8, 50256])
+def test_the_pad_is_no_part_of_the_texts(pad):
+    """Whatever its id, in the vocabulary or not: the loss is that of each text alone."""
+    texts = ["a b c d", "e"]
+    lm = tiny_llama(pad_token_id=pad)
+    lm.tokenizer.add_special_tokens({"pad_token": "<pad>"})  # outside the network's vocabulary
+    ids = [torch.tensor([row]) for row in sequences(texts)]
+    with torch.no_grad():
+        scores = [lm.network(x).logits.log_softmax(-1)[0, :-1].gather(-1, x[0, 1:, None]) for x in ids]
+    (loss,) = lm.fit(texts, num_steps=1, progress=False)
+    assert loss == pytest.approx(-torch.cat(scores).mean().item(), abs=1e-5)
+
+
+def test_ends_and_beginnings_are_not_written_twice():
+    """Whether the tokenizer appends its end to what it encodes, or the text holds it."""
+    tokenizer = metaspace(before=True, after=True)
+    bos, eos, inner = 1, 2, tokenizer("My food", add_special_tokens=False)["input_ids"]
+    for text in ("My food", "My food</s>", "<s>My food</s>"):
+        assert to_sequences([text], tokenizer, bos, Vocabulary(300, (eos,), 0), 99) == [[bos, *inner, eos]]
+    assert to_sequences(["My food"], tokenizer, None, Vocabulary(300, (), 0), 99) == [inner]
+
+
+def test_a_special_token_outside_the_vocabulary_begins_no_text():
+    lm = LanguageModel(llama_network(bos_token_id=None), word_tokenizer(["<eos>", *"abcdefg", "<s>"], "<eos>"))
+    lm.tokenizer.bos_token = "<s>"
+    assert LanguageModel(lm.network, lm.tokenizer).fit(["a b"], num_steps=1, progress=False)[0] > 0
+    with pytest.raises(ValueError, match=r"texts\[1\] has the token id 8, and the network's are 0\.\.7"):
+        lm.fit(["a b", "a <s>"], progress=False)

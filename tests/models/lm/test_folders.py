@@ -146,7 +146,7 @@ def test_code_that_would_make_the_base_is_ignored(tmp_path: Path) -> None:
 
 def test_an_adapter_is_no_classifier(tmp_path: Path) -> None:
     adapter(tmp_path, KINDS["LORA"])
-    with pytest.raises(ValueError, match="holds an adapter"):
+    with pytest.raises(OSError, match="holds an adapter"):
         rewards.Classifier(tmp_path)
 
 

@@ -88,6 +88,8 @@ def test_an_empty_prompt_is_the_beginning_of_a_text():
         (torch.tensor([1, 2]), TypeError, r"prompts\[0\] is tensor\(1\): .*goes into a list"),
         ([{"role": "user", "content": "a"}], TypeError, r"prompts\[0\] is \{'role'.*goes into a list"),
         ([[1], [1.5]], TypeError, r"prompts\[1\] is \[1\.5\]"),
+        (3, TypeError, "prompts must be a list of prompts, got 3"),
+        ({"prompt": ["a"]}, TypeError, "prompts must be a list of prompts, got {"),
         ([[1], None], TypeError, r"prompts\[1\] is None"),
         ([[1], [8]], ValueError, r"prompts\[1\] holds token ids outside 0\.\.7"),
         ([[-1]], ValueError, r"prompts\[0\] holds token ids outside"),
@@ -140,7 +142,7 @@ def test_an_end_outside_the_vocabulary_ends_nothing():
 
 def test_batch_size_is_positive():
     for name in ("batch_size", "micro_batch_size"):
-        with pytest.raises(ValueError, match=f"^{name} must be at least 1"):
+        with pytest.raises(ValueError, match=f": {name} must be a positive whole number"):
             tiny_llama(**{name: 0})
 
 
@@ -219,3 +221,11 @@ def test_any_module_with_the_call_convention():
             )
 
     assert_same_distribution(LanguageModel(Wrapped()), tiny_llama())
+
+
+@pytest.mark.parametrize("prompt", ["a \udc80", "\ud83d", [{"role": "user", "content": "b \ud800"}]])
+def test_half_a_character_in_a_prompt_is_named(prompt):
+    lm = tiny_llama()
+    lm.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"prompts\[1\] holds the lone surrogate '.ud"):
+        lm(["a", prompt])

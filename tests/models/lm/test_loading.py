@@ -170,7 +170,7 @@ def test_lora_shares_the_frozen_weights():
     frozen = {p.data_ptr() for p in policy.parameters() if not p.requires_grad}
     assert frozen == {p.data_ptr() for p in prior.parameters()}
     assert not any("lora" in name for name, _ in prior.named_modules())
-    with pytest.raises(ValueError, match="lora_rank must be at least 1"):
+    with pytest.raises(ValueError, match="lora_rank must be a positive whole number"):
         prior.policy(lora_rank=0)
 
 

@@ -11,7 +11,8 @@ from transformers import masking_utils
 
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm import network, scoring
-from bayeslm.models.lm.network import CausalNetwork, causal_mask
+from bayeslm.models.lm.masks import causal_mask
+from bayeslm.models.lm.network import CausalNetwork
 from bayeslm.models.lm.prefix import prefill
 from bayeslm.models.lm.usage import count_usage
 
@@ -102,20 +103,6 @@ def test_finding_the_head_leaves_the_random_state_alone():
     lm = tiny_llama()
     with assert_random_state_kept():
         assert lm.causal.head is not None
-
-
-@pytest.mark.parametrize(
-    ("model_type", "extra"),
-    [
-        ("mamba", {"state_size": 8}),
-        ("lfm2", {"layer_types": ["conv", "full_attention"]}),  # one or the other
-        ("falcon_h1", {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1}),  # both at once
-    ],
-)
-def test_recurrent_networks_are_refused(model_type, extra):
-    lm = LanguageModel(random_network(model_type, **extra))
-    with pytest.raises(TypeError, match="recurrent and hybrid networks"):
-        lm(PADDED_PROMPTS, 3).sample()
 
 
 def test_half_precision_scores_in_float32():
@@ -282,6 +269,7 @@ def test_masks_of_padded_prompts_are_not_inspected_at_every_token(model_type, at
     network.set_attn_implementation(attention)
     lm = LanguageModel(network, eos_token_ids=(2, 7))
     assert lm.causal.mask_dtype == (torch.bool if attention == "sdpa" else torch.float32)
+    lm(PADDED_PROMPTS, max_new_tokens=1).sample()  # tries padding
     inspections.clear()
     dist = lm(PADDED_PROMPTS, max_new_tokens=12)
     x = dist.sample((3,))

@@ -366,26 +366,62 @@ def test_gradients_in_bfloat16_point_where_those_in_float32_do(lora_rank, own):
     one = torch.cat([g.flatten() for g in gradient(policy, dist.token_log_prob(x if own else x.clone()), weights)])
     two = torch.cat([g.flatten() for g in gradient(exact, exact(PROMPTS, TOKENS).token_log_prob(x), weights)])
     assert one.dtype == torch.float32
-    assert torch.cosine_similarity(one, two, dim=0) > 0.995
-    assert abs(one.norm() / two.norm() - 1) < 0.03
+    assert torch.cosine_similarity(one, two, dim=0) > 0.99
+    assert abs(one.norm() / two.norm() - 1) < 0.1
 
 
-def test_sampling_is_one_autocast(monkeypatch):
-    """So that weights are converted once, and not at every token."""
+@pytest.mark.parametrize(
+    ("model_type", "dtype", "checkpointing"),
+    [
+        ("llama", torch.bfloat16, True),
+        ("llama", torch.float16, False),
+        ("gpt2", torch.bfloat16, False),
+        ("gemma2", torch.bfloat16, True),
+        ("mixtral", torch.bfloat16, False),
+        ("bloom", torch.float16, False),
+        ("mixed", torch.bfloat16, False),  # with a head in float32
+    ],
+)
+def test_a_policy_in_half_precision_starts_as_its_prior_to_the_bit(model_type, dtype, checkpointing, tmp_path):
+    """With all its weights or adapters, padded and not, sampled and scored, with a gradient, copied and loaded."""
+    mixed = model_type == "mixed"
+    network = random_network("llama" if mixed else model_type)
+    for name, p in network.named_parameters():
+        p.data = p.data if mixed and "lm_head" in name else p.data.to(dtype)
+    prior = LanguageModel(network, gradient_checkpointing=checkpointing)
+    if mixed:
+        network.lm_head.register_forward_pre_hook(lambda m, args: (args[0].float(),))
+    full = prior.policy()
+    policies = [full, full.policy()] + ([prior.policy(2)] if model_type != "gpt2" else [])
+    if not mixed:
+        full.save_pretrained(tmp_path)
+        policies.append(LanguageModel.from_pretrained(tmp_path))
+    prompts = [[5, 6, 7, 8], [20]]
+    for batch in (prompts, prompts[:1]):
+        torch.manual_seed(0)
+        x = prior(batch, 4).sample((3,))
+        expected = prior(batch, 4).token_log_prob(x.clone())
+        for policy in policies:
+            scores = policy(batch, 4).token_log_prob(x)
+            assert torch.equal(scores, expected)
+            if scores.requires_grad:
+                assert all(g.isfinite().all() for g in torch.autograd.grad(scores.sum(), trained(policy)))
+            torch.manual_seed(0)
+            assert torch.equal(policy(batch, 4).sample((3,)), x)
+
+
+def test_sampling_converts_weights_once(monkeypatch):
+    """And not at every token."""
     policy = bfloat16_prior().policy()
     dist = policy(PROMPTS, TOKENS)
-    inside = []
-    original = CausalNetwork.hidden
-
-    def hidden(self, *args, **kwargs):
-        inside.append(torch.is_autocast_enabled("cpu"))
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(CausalNetwork, "hidden", hidden)
+    dist.sample()  # tries it
+    converted, passes = [], []
+    convert, hidden = CausalNetwork._convert, CausalNetwork.hidden
+    monkeypatch.setattr(CausalNetwork, "_convert", lambda self, p: converted.append(id(p)) or convert(self, p))
+    monkeypatch.setattr(CausalNetwork, "hidden", lambda *args, **kwargs: passes.append(1) or hidden(*args, **kwargs))
     dist.sample()
-    assert len(inside) > 1
-    assert all(inside)
-    assert not torch.is_autocast_enabled("cpu")
+    assert len(passes) > 1
+    assert len(converted) == len(set(converted)) == len(list(policy.parameters()))
 
 
 def test_a_policy_of_a_policy_goes_on_computing_in_bfloat16():

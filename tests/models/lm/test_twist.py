@@ -344,7 +344,7 @@ def test_one_draw_alone_has_a_likelihood():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="method must be one of"):
+    with pytest.raises(ValueError, match="method must be 'contrastive' or 'soft-value'"):
         TwistLearning(method="magic")
     with pytest.raises(ValueError, match="at least 8"):
         TwistLearning(num_particles=4)

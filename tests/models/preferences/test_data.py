@@ -57,6 +57,70 @@ def test_a_prompt_that_begins_the_conversations_is_removed(listed: bool):
     assert data.rejected[3:] == ["No.", *["user: Say hi.\n\nassistant: No."] * 2]
 
 
+ASK, HI, NO = message("user", "Say hi."), message("assistant", "Hi!"), message("assistant", "No.")
+SYSTEM, EARLIER = message("system", "Be kind."), [message("user", "Hey."), message("assistant", "Yes?")]
+PARTS = message("user", [{"type": "text", "text": "Say "}, {"type": "text", "text": "hi."}])
+TRL_FORMATS = {
+    "explicit, standard": (GOOD, "Say hi."),
+    "implicit, standard": ({"chosen": "Say hi. Hi!", "rejected": "Say hi. No."}, "Say hi."),
+    "explicit, conversational": ({"prompt": [ASK], "chosen": [HI], "rejected": [NO]}, "user: Say hi."),
+    "implicit, conversational": ({"chosen": [ASK, HI], "rejected": [ASK, NO]}, "user: Say hi."),
+    "a prompt of NaN": ({"prompt": float("nan"), "chosen": [ASK, HI], "rejected": [ASK, NO]}, "user: Say hi."),
+    "other ids of one message": ({"chosen": [ASK | {"id": 1}, HI], "rejected": [ASK | {"id": 2}, NO]}, "user: Say hi."),
+    "text and messages": ({"prompt": "Say hi.", "chosen": [HI], "rejected": [NO]}, "Say hi."),
+    "messages and text": ({"prompt": [ASK], "chosen": "Hi!", "rejected": "No."}, "user: Say hi."),
+    "text repeated": ({"prompt": "Say hi.", "chosen": [ASK, HI], "rejected": [ASK, NO]}, "Say hi."),
+    "messages repeated": ({"prompt": [ASK], "chosen": [ASK, HI], "rejected": [ASK, NO]}, "user: Say hi."),
+    "parts": ({"prompt": [PARTS], "chosen": [ASK, HI], "rejected": [PARTS, NO]}, "user: Say hi."),
+    **{
+        f"system turn, {name}": (row, "system: Be kind.\n\nuser: Say hi.")
+        for name, row in {
+            "explicit": {"prompt": [SYSTEM, ASK], "chosen": [HI], "rejected": [NO]},
+            "implicit": {"chosen": [SYSTEM, ASK, HI], "rejected": [SYSTEM, ASK, NO]},
+            "text": {"prompt": "Say hi.", "chosen": [SYSTEM, ASK, HI], "rejected": [SYSTEM, ASK, NO]},
+            "messages without": {"prompt": [ASK], "chosen": [SYSTEM, ASK, HI], "rejected": [SYSTEM, ASK, NO]},
+            "repeated": {"prompt": [SYSTEM, ASK], "chosen": [SYSTEM, ASK, HI], "rejected": [SYSTEM, ASK, NO]},
+            "of the prompt alone": {"prompt": [SYSTEM, ASK], "chosen": [ASK, HI], "rejected": [ASK, NO]},
+        }.items()
+    },
+    "earlier turns": (
+        {"prompt": "Say hi.", "chosen": [SYSTEM, *EARLIER, ASK, HI], "rejected": [SYSTEM, *EARLIER, ASK, NO]},
+        "system: Be kind.\n\nuser: Hey.\n\nassistant: Yes?\n\nuser: Say hi.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRL_FORMATS)
+def test_every_format_of_trl_is_the_same_comparison(name: str):
+    row, prompt = TRL_FORMATS[name]
+    spaced = isinstance(row.get("chosen"), str) and "prompt" not in row
+    data = Comparisons.from_rows([row], template=lambda ms: "\n\n".join(f"{m['role']}: {m['content']}" for m in ms))
+    assert data.prompts == [prompt]
+    written = [text.removeprefix("assistant: ") for text in (*data.chosen, *data.rejected)]
+    assert written == ([" Hi!", " No."] if spaced else ["Hi!", "No."])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("The sky is blue.", "The sky is green.", "The sky is"),
+        ("The sky is blue.", "The sky is black.", "The sky is bl"),
+        ("a\n\nb", "a\n\nc", "a\n\n"),
+        ("\n\nHuman: Hi\n\nAssistant: Yes", "\n\nHuman: Hi\n\nAssistant: No", "\n\nHuman: Hi\n\nAssistant:"),
+    ],
+)
+def test_implicit_prompts_are_cut_where_trl_cuts_them(chosen: str, rejected: str, prompt: str):
+    data = Comparisons.from_rows([{"chosen": chosen, "rejected": rejected}])
+    assert (data.prompts, data.chosen, data.rejected) == ([prompt], [chosen[len(prompt) :]], [rejected[len(prompt) :]])
+
+
+def test_an_answer_that_quotes_the_prompt_later_is_whole():
+    chosen, rejected = [HI, ASK, HI], [NO, ASK, NO]
+    data = Comparisons.from_rows([{"prompt": "Say hi.", "chosen": chosen, "rejected": rejected}])
+    assert data.prompts == ["Say hi."]
+    assert data.chosen == ["assistant: Hi!\n\nuser: Say hi.\n\nassistant: Hi!"]
+
+
 def test_files_round_trip(tmp_path: Path):
     data = Comparisons(["p", "é\n"], ["a", "ü\u2028"], ["b", "c"])
     data.to_jsonl(tmp_path / "pairs.jsonl")
@@ -79,7 +143,24 @@ def test_split_take_add():
 
 BAD = {
     "lacks 'rejected' .it has prompt, chosen.: add it": {"prompt": "p", "chosen": "a"},
-    "lacks 'prompt'": {"chosen": "a", "rejected": "b"},
+    "differ from the beginning on": {"chosen": "a", "rejected": "b"},
+    "one begins the other": {"chosen": "The sky", "rejected": "The sky is blue"},
+    "lacks 'chosen' and 'rejected' .it has prompt, completion, label": {
+        "prompt": "p",
+        "completion": "a",
+        "label": True,
+    },
+    "has other turns before the prompt": {
+        "prompt": "x",
+        "chosen": [message("system", "s"), message("user", "x"), message("assistant", "y")],
+        "rejected": [message("system", "t"), message("user", "x"), message("assistant", "z")],
+    },
+    "for 'chosen': it must be a string, or a list of role and content, which is a text": {
+        "prompt": "p",
+        "chosen": [message("assistant", [{"type": "image", "url": "u"}])],
+        "rejected": [message("assistant", "a")],
+    },
+    "'prompt' holds the lone surrogate": GOOD | {"prompt": "\ud83d"},
     "has 3 for 'chosen': it must be a string": GOOD | {"chosen": 3},
     "has no text for 'rejected': fill it in": GOOD | {"rejected": " "},
     "compares a text with itself .'Hi!'.: drop it": GOOD | {"rejected": "Hi!"},
@@ -209,9 +290,10 @@ def test_standardised():
     x = correlated(prompts, texts)
     variances = torch.linalg.eigvalsh(torch.cov(x.T)).flip(0)
     assert two.explained == pytest.approx(float(variances[:2].sum() / variances.sum()), rel=1e-4)
-    for components in (0, 4):
-        with pytest.raises(ValueError, match="components must be between 1 and 3"):
-            Standardised(correlated, prompts, texts, components=components)
+    with pytest.raises(ValueError, match="components must be a positive whole number or None, got 0"):
+        Standardised(correlated, prompts, texts, components=0)
+    with pytest.raises(ValueError, match="components must be between 1 and 3"):
+        Standardised(correlated, prompts, texts, components=4)
     with pytest.raises(ValueError, match="between 1 and 0"):
         Standardised(correlated, ["", ""], ["a", "a"])
 

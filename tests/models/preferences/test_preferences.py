@@ -26,7 +26,7 @@ from torch import Tensor
 from bayeslm import Posterior, diagnostics
 from bayeslm.inference import NUTS, SVI, ImportanceSampling, ProgramError, predict
 from bayeslm.inference.training import Adam, Checkpointing
-from bayeslm.models.preferences import BradleyTerry, Comparisons, PlackettLuce, Rankings
+from bayeslm.models.preferences import BradleyTerry, Comparisons, PlackettLuce, Question, Rankings
 from bayeslm.models.preferences.plackett_luce import ABSENT, RankingDistribution
 
 WORDS = ["aaa", "b", "banana", "cab", "zebra", "quiz", "aardvark", "bb"]
@@ -364,3 +364,9 @@ def test_bad_features_and_scales():
     ]:
         with pytest.raises(ValueError, match=says):
             ImportanceSampling(num_particles=2).run(BradleyTerry(features), DATA)
+
+
+@pytest.mark.parametrize("probability", [float("nan"), -1, 1.5, "0.5", None, True])
+def test_probabilities_of_questions_are_probabilities(probability):
+    with pytest.raises((TypeError, ValueError), match=r"Question: probability must be .*, got"):
+        Question("p", "a", "b", probability)

@@ -132,9 +132,9 @@ def test_texts_are_cut_only_on_request():
         (["NEG", "POS"], {"label": 2}, "got 2"),
         (["LABEL_0"], {"label": "POS"}, "label must be one of 'LABEL_0', got 'POS'"),
         (["LABEL_0"], {"output": "prob"}, "a network with one label gives a logit"),
-        (["LABEL_0"], {"output": "odds"}, "output must be 'logit', 'log_prob' or 'prob', got 'odds'"),
+        (["LABEL_0"], {"output": "odds"}, "output must be one of 'logit', 'log_prob', 'prob' or None, got 'odds'"),
         (["LABEL_0"], {"on": "prompt"}, "on must be"),
-        (["LABEL_0"], {"batch_size": 0}, "batch_size must be at least 1"),
+        (["LABEL_0"], {"batch_size": 0}, "batch_size must be a positive whole number"),
         (["LABEL_0"], {"tokenizer": None}, "needs its tokenizer"),
     ],
 )

@@ -117,7 +117,7 @@ def test_a_prompt_is_never_taken_apart(prompts):
 
     def reward(prompts, completions):
         seen.extend(prompts)
-        return length(completions)
+        return length(c if isinstance(c, str) else c[0]["content"] for c in completions)
 
     assert Reward(reward)(prompts, [["a", "bb"], ["ccc", ""]]).tolist() == [[1.0, 2.0], [3.0, 0.0]]
     assert seen == prompts * 2
@@ -167,7 +167,7 @@ def test_scores_are_of_the_default_dtype_and_carry_no_gradient():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (None, "gave None instead of a number"),
+        (None, r"abstained \(gave None\) on a completion, and no other reward scores it"),
         (math.nan, "gave nan instead of a number"),
         ("0.5", "gave '0.5' instead of a number"),
         ([0.5], r"gave \[0.5\] instead of a number"),
@@ -206,27 +206,17 @@ def test_a_result_that_is_no_list_of_scores(result, message):
     assert "'the text'" in str(caught.value)
 
 
-def test_a_function_that_raises_is_named_with_the_first_offender():
+def test_a_function_that_raises_is_shown_with_the_first_texts_of_its_batch():
     def last_word(completions, weight, **kwargs):
         return [w * len(text.split()[-1]) for w, text in zip(weight, completions, strict=True)]
 
     texts = [f"text {i}" for i in range(100)]
     texts[37] = texts[80] = " "
-    with pytest.raises(RewardError, match="'last_word' raised IndexError: list index out of range") as caught:
+    message = "'last_word' raised IndexError: list index out of range on a batch of 100 texts"
+    with pytest.raises(RewardError, match=message) as caught:
         Reward(last_word)([f"prompt {i}" for i in range(100)], texts, weight=[1.0] * 100)
-    assert "'prompt 37'" in str(caught.value)
-    assert "completion: ' '" in str(caught.value)
+    assert "first prompt:     'prompt 0'\n  first completion: 'text 0'" in str(caught.value)
     assert isinstance(caught.value.__cause__, IndexError)
-
-
-def test_a_function_that_fails_on_batches_only():
-    def reward(completions):
-        if len(completions) > 1:
-            raise RuntimeError("out of memory")
-        return [0.0]
-
-    with pytest.raises(RewardError, match="raised RuntimeError: out of memory on a batch of 3"):
-        Reward(reward)(["p"], ["a", "b", "c"])
 
 
 def test_a_missing_column_is_named():
@@ -267,23 +257,17 @@ def test_bad_arguments(prompts, completions, columns, error, message):
 
 
 def test_objects_that_cannot_be_a_reward():
-    async def later(completions):
-        return [0.0]
-
-    for function, message in (
-        (3, "must be callable, got int"),
-        (None, "needs a function"),
-        (later, "coroutine"),
-    ):
+    for function, message in ((3, "must be a function or None, got 3"), (None, "needs a function")):
         with pytest.raises(TypeError, match=message):
             Reward(function)
     for bounds in (
         {"upper_bound": 0, "lower_bound": 1},
-        {"upper_bound": math.nan},
         {"lower_bound": math.inf},
     ):
         with pytest.raises(ValueError, match="lower_bound must not be above"):
             Reward(length, **bounds)
+    with pytest.raises(ValueError, match="upper_bound must be a number or None, got nan"):
+        Reward(length, upper_bound=math.nan)
 
 
 def test_scores_outside_declared_bounds_are_refused_and_rounding_is_not():
@@ -308,9 +292,27 @@ def test_get():
         rewards.get("xyzzy")
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("contains", {}, r"reward 'contains' needs the settings phrase: --reward-settings '{\"phrase\": \"...\"}'"),
+        ("similarity", {}, "needs the settings reference"),
+        ("classifier", {}, "needs the settings model"),
+        ("constraint", {"prefix_closed": True}, "needs the settings predicate"),
+        ("matches", {"column": "a"}, "needs the settings pattern"),
+        ("length", {"targt": 3}, "has no setting 'targt', did you mean 'target'.; its settings are target, unit"),
+        ("sentiment", {"self": 3}, "has no setting 'self'"),
+    ],
+)
+def test_settings_that_are_missing_or_unknown(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        rewards.get(name, **settings)
+
+
 def test_load(monkeypatch):
     module = types.ModuleType("my_rewards")
     module.length, module.ready, module.Kind, module.number = length, Sentiment(), Sentiment, 3
+    module.Needy = rewards.Contains
     monkeypatch.setitem(sys.modules, "my_rewards", module)
     assert rewards.load("my_rewards:length")(["p"], ["abc"]).item() == 3.0
     assert rewards.load("my_rewards:ready") is module.ready
@@ -321,7 +323,8 @@ def test_load(monkeypatch):
         ("my_rewards:lenght", ValueError, "my_rewards has no 'lenght', did you mean 'length'?"),
         ("no_such_package.rewards:f", ValueError, "there is no module 'no_such_package'"),
         ("email.rewards:f", ValueError, "there is no module 'email.rewards'"),
-        ("my_rewards:number", TypeError, "must be callable, got int"),
+        ("my_rewards:number", TypeError, "must be a function or None, got 3"),
+        ("my_rewards:Needy", ValueError, "'my_rewards:Needy' needs the settings phrase: write one with its settings"),
     ]:
         with pytest.raises(error, match=message):
             rewards.load(address)

@@ -157,13 +157,8 @@ def test_a_function_and_its_prefix_in_trls_convention():
         return [float(c[0]["role"] == "assistant") for c in completions]
 
     assert so_far(Reward(polite, prefix=polite, conversational=True), ["x"]) == [1.0]
-    for wrong, message in ((3, "must be callable, got int"), (_later, "coroutine")):
-        with pytest.raises(TypeError, match=message):
-            Reward(right, prefix=wrong)
-
-
-async def _later(completions):
-    return [0.0]
+    with pytest.raises(TypeError, match="must be a function or None, got 3"):
+        Reward(right, prefix=3)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +166,6 @@ async def _later(completions):
     [
         ([1.0, math.nan], "gave nan instead of a number"),
         ([1.0, math.inf], r"gave inf: a score must be below \+inf"),
-        ([1.0, None], "gave None instead of a number"),
         ([1.0, 2.5], r"gave 2.5, outside its bounds \[0.0, 2.0\]"),
         ([1.0, NEG_INF], r"gave -inf, outside its bounds \[0.0, 2.0\]"),  # with a lower bound no text can be ruled out
         ([1.0], "gave 1 scores for 2 completions"),
@@ -189,16 +183,8 @@ def test_a_bad_prefix_score_is_shown_with_its_prompt_and_completion(result, mess
     reward = combine(Reward(len, prefix=guess, lower_bound=0.0, upper_bound=2.0))
     with pytest.raises(RewardError, match=rf"reward 'len.prefix' {message}") as caught:
         so_far(reward, ["first", "second"])
-    one = "first" if "scores" in message or "raised" in message else "second"
-    assert f"prompt:     'p'\n  completion: '{one}'" in str(caught.value)
-
-
-def test_the_first_text_that_makes_prefix_raise_is_named():
-    reward = Reward(
-        lambda completions: [0.0] * len(completions), prefix=lambda completions: [1 / len(c) for c in completions]
-    )
-    with pytest.raises(RewardError, match=r"prefix' raised ZeroDivisionError.*\n.*\n  completion: ''"):
-        so_far(reward, ["a", "b", "", "c"])
+    one, of = ("first", "first " * ("raised" in message)) if re.search("scores|raised", message) else ("second", "")
+    assert f"{of}prompt:     'p'\n  {of}completion: '{one}'" in str(caught.value)
 
 
 def test_minus_infinity_rules_a_text_out():

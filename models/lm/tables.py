@@ -1,0 +1,85 @@
+"""Tables of prompts: a mapping of columns, a list of rows, a ``datasets.Dataset`` (or a slice of one), a DataFrame."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+PROMPT = "prompt"  # the name of the column of prompts, as in TRL's data sets
+
+
+def is_table(value: Any) -> bool:
+    """Return whether a value has columns, so that it is no plain list of prompts."""
+    if isinstance(value, Mapping) or _names(value) is not None:
+        return True
+    return (
+        isinstance(value, list | tuple) and bool(value) and all(isinstance(x, Mapping) and PROMPT in x for x in value)
+    )
+
+
+def read_table(value: Any) -> tuple[Any, dict[str, list[Any]]]:
+    """Return the prompts of a table, and its other columns.
+
+    :param value: a table, or anything else, which is returned unchanged, without columns.
+    :raises ValueError: if a table has no column ``prompt``, or columns of different lengths.
+    """
+    if not is_table(value):
+        return value, {}
+    columns = _columns(value)
+    if PROMPT not in columns:
+        raise ValueError(f"the table has the columns {list(columns)}, and none of them is {PROMPT!r}: rename one")
+    size = len(columns[PROMPT])
+    for name, column in columns.items():
+        if len(column) != size:
+            raise ValueError(f"column {name!r} has {len(column)} values for {size} prompts")
+    return columns.pop(PROMPT), columns
+
+
+def without_index(column: Any) -> Any:
+    """Return a column of pandas, whose index need not be the position, as a list; anything else unchanged."""
+    return column.tolist() if hasattr(column, "iloc") else column
+
+
+def _names(value: Any) -> list[str] | None:
+    """Return the names of the columns of a data set or a DataFrame; None of anything else."""
+    for attribute in ("column_names", "columns"):  # of `datasets`; of pandas and polars
+        names = getattr(value, attribute, None)
+        if names is not None and hasattr(value, "__getitem__") and not callable(names):
+            return [str(name) for name in names]
+    return None
+
+
+def _columns(table: Any) -> dict[str, list[Any]]:
+    if isinstance(table, list | tuple):
+        first = table[0]
+        for i, row in enumerate(table):
+            if row.keys() != first.keys():
+                raise ValueError(f"row {i} has the columns {list(row)}, and the first row has {list(first)}")
+        return {str(name): [row[name] for row in table] for name in first}
+    if isinstance(table, Mapping):
+        if PROMPT in table and _names(table[PROMPT]) is not None:  # the splits of a DatasetDict are tables
+            raise ValueError(f"a dictionary of data sets ({list(table)}) is no table: give one of them")
+        found = dict(table)
+    else:
+        plain = table.with_format(None) if hasattr(table, "with_format") else table  # lists, not tensors
+        found = {name: plain[name] for name in _names(table) or ()}
+    return {str(name): _as_list(name, column) for name, column in found.items()}
+
+
+def _as_list(name: Any, column: Any) -> list[Any]:
+    if isinstance(column, str | bytes) or not hasattr(column, "__iter__"):
+        raise ValueError(f"column {name!r} must hold one value a prompt, got {column!r:.60}: write [{column!r:.60}]")
+    return column.tolist() if hasattr(column, "tolist") else list(column)
+
+
+def refuse_table(value: Any) -> None:
+    """Check that a value is a sequence of prompts.
+
+    :raises TypeError: if it is a table, with what to write.
+    """
+    if is_table(value):
+        names = list(value) if isinstance(value, Mapping) else _names(value) or list(value[0])
+        raise TypeError(
+            f"prompts must be a list of prompts, got a table ({type(value).__name__}) with the columns {names}: give "
+            f"its prompts, table[{PROMPT!r}] or [row[{PROMPT!r}] for row in table]; TiltedLM takes the complete table"
+        )

@@ -1,0 +1,111 @@
+r"""Texts of completions: what each adds to the text of its prompt.
+
+    text(x | c)  =  D(c x)  without its beginning  D(c)
+
+D decodes token ids. D(x) alone may be another text, since decoders look at what comes before a token: many drop the
+space at the beginning of a text (SentencePiece's, as of Llama 2), some write the spaces themselves (WordPiece), and the
+bytes of one character may belong to two tokens. A tokenizer without a decoder is one of words, whose ids stand for
+words between spaces: there the text of a completion is D(x), its words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Size
+
+from .encoding import Encoded
+
+CONTEXT = 8  # tokens of the prompt that are decoded with a completion; more where they begin inside a character
+MISSING = "\ufffd"  # what decoders write for the bytes of an incomplete character
+
+
+class Context(NamedTuple):
+    """The tokens before a completion, as far as its text depends on them, and their own text."""
+
+    ids: tuple[int, ...]
+    text: str
+
+
+def decode(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
+    """Return the text of each row of token ids, without special tokens."""
+    return list(tokenizer.batch_decode([list(row) for row in rows], skip_special_tokens=True)) if rows else []
+
+
+def context_of(tokenizer: Any, prompt: Sequence[int]) -> Context:
+    """Return the end of a prompt that completions are decoded with."""
+    size = CONTEXT
+    while True:
+        ids = tuple(prompt[-size:])
+        (text,) = decode(tokenizer, [ids])
+        if len(ids) == len(prompt) or (text.strip() and not text.startswith(MISSING)):
+            return Context(ids, text)
+        size *= 2
+
+
+def any_context(tokenizer: Any) -> Context:
+    """Return the context of completions whose prompt is not known: a word in the middle of a text."""
+    candidates = ([token] for token in range(len(tokenizer) if hasattr(tokenizer, "__len__") else 0))
+    for ids in (list(tokenizer("a", add_special_tokens=False)["input_ids"]), *candidates):
+        (text,) = decode(tokenizer, [ids])
+        if text.isalnum():
+            return Context(tuple(ids), text)
+    return Context((), "")
+
+
+def completion_texts(tokenizer: Any, rows: Sequence[Sequence[int]], batch: Size, prompts: Encoded | None) -> np.ndarray:
+    """Return the text that each completion adds to its prompt, an object array of the batch's shape.
+
+    :param rows: token ids of completions, flat.
+    :param batch: the shape of the batch.
+    :param prompts: their shape broadcasts with the batch. None: not known, as where several prompts share a completion.
+    :raises ValueError: if the shapes do not broadcast.
+    """
+    if prompts is not None:
+        shape = prompts.ids.shape[:-1]
+        try:
+            covered = torch.broadcast_shapes(shape, batch) == batch
+        except RuntimeError:
+            raise ValueError(f"prompts of shape {tuple(shape)} do not fit completions of {tuple(batch)}") from None
+    texts = np.empty(len(rows), dtype=object)
+    if _joins_words(tokenizer):
+        texts[:] = decode(tokenizer, rows)
+    elif prompts is not None and covered:
+        of = torch.arange(shape.numel()).reshape(shape).expand(batch).reshape(-1).tolist()
+        texts[:] = _added_texts(tokenizer, [context_of(tokenizer, prompt) for prompt in prompts.rows()], of, rows)
+    else:
+        texts[:] = _added_texts(tokenizer, [any_context(tokenizer)], [0] * len(rows), rows)
+    return texts.reshape(tuple(batch))
+
+
+def _added_texts(
+    tokenizer: Any, contexts: Sequence[Context], of: Sequence[int], rows: Sequence[Sequence[int]]
+) -> list[str]:
+    """Return the text that each row of token ids adds to its context, ``of`` being its index."""
+    keys = [(i, tuple(row)) for i, row in zip(of, rows, strict=True)]
+    pairs = list(dict.fromkeys(keys))  # draws of a sharp posterior repeat themselves
+    wholes = decode(tokenizer, [(*contexts[i].ids, *row) for i, row in pairs])
+    texts = {pair: _added(contexts[pair[0]].text, whole) for pair, whole in zip(pairs, wholes, strict=True)}
+    if lost := [pair for pair, text in texts.items() if text is None]:
+        # an incomplete character at the end makes some decoders give up the bytes before it, the prompt's too
+        other = any_context(tokenizer)
+        alone = decode(tokenizer, [(*other.ids, *row) for _, row in lost])
+        texts |= {pair: text.removeprefix(other.text) for pair, text in zip(lost, alone, strict=True)}
+    return [str(texts[key]) for key in keys]
+
+
+def _added(before: str, whole: str) -> str | None:
+    """Return what a text has more than its beginning; None if it has another beginning."""
+    if whole.startswith(before):
+        return whole[len(before) :]
+    if before.endswith(MISSING):  # the completion's first bytes complete a character of the prompt
+        return whole[next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(whole)) :]
+    return None
+
+
+def _joins_words(tokenizer: Any) -> bool:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend is not None and backend.decoder is None

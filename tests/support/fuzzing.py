@@ -1,0 +1,173 @@
+"""Random arguments for everything public, plausible ones by annotation and wrong ones, and what an error must be."""
+
+from __future__ import annotations
+
+import collections.abc
+import importlib
+import inspect
+import math
+import os
+import re
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from support.models import table_lm
+from torch import Tensor
+
+from bayeslm import Posterior
+from bayeslm.inference import Exact, ImportanceSampling
+from bayeslm.inference.control import Thompson
+from bayeslm.inference.training import Adam, ReverseKL
+from bayeslm.models import LanguageModel, TiltedLM, rewards
+from bayeslm.models.control import TabularEnvironment, river_swim
+from bayeslm.validation import Within, annotations_of
+
+ROOMS = {
+    "inference": ("control", "preferences", "sequential", "training"),
+    "models": ("control", "preferences", "rewards"),
+}
+PACKAGES = [*ROOMS, *(f"{floor}.{room}" for floor, rooms in ROOMS.items() for room in rooms)]
+ROOT = Path(__file__).parents[2]
+
+# The suite tries the same few examples at each run; ``make fuzz`` many, and others at each run.
+LARGE = os.environ.get("FUZZ") == "large"
+hypothesis.settings.register_profile(
+    "fuzzing",
+    derandomize=not LARGE,
+    database=None,
+    deadline=None,
+    print_blob=LARGE,
+    suppress_health_check=list(hypothesis.HealthCheck),
+    phases=[phase for phase in hypothesis.Phase if LARGE or phase != hypothesis.Phase.shrink],
+)
+
+
+def budget(small: int, large: int) -> hypothesis.settings:
+    """The number of examples in the suite, and of `make fuzz`."""
+    return hypothesis.settings(hypothesis.settings.get_profile("fuzzing"), max_examples=large if LARGE else small)
+
+
+def public_classes() -> dict[str, type]:
+    """All classes in the `__all__` of `PACKAGES`, but errors, protocols, abstract classes and named tuples."""
+    found: dict[str, type] = {}
+    for package in PACKAGES:
+        module = importlib.import_module(f"bayeslm.{package}")
+        for name in module.__all__:
+            cls = getattr(module, name)
+            if not isinstance(cls, type) or issubclass(cls, tuple | Exception):
+                continue
+            if not (inspect.isabstract(cls) or getattr(cls, "_is_protocol", False)):
+                found[f"{package}.{name}"] = cls
+    return found
+
+
+@cache
+def lm() -> LanguageModel:
+    return table_lm(2, vocab=3)
+
+
+@cache
+def posterior() -> Posterior:
+    return Exact(seed=0).run(TiltedLM(lm(), rewards.Length(), max_new_tokens=2), ["a"])
+
+
+@cache
+def objects() -> list[Any]:
+    """One of each class of arguments."""
+    engine = ImportanceSampling(num_particles=2, progress=False)
+    environment = TabularEnvironment(river_swim(3))
+    return [lm(), posterior(), rewards.Length(), Adam(), ReverseKL(), engine, environment, river_swim(3), Thompson()]
+
+
+TENSORS = [torch.ones(2), torch.ones(2, 3) / 3, torch.zeros(3, 2, 3), torch.ones(3, 2, 3) / 3, torch.zeros(3).bool()]
+TENSORS += [torch.tensor(0.5), torch.tensor([math.nan]), torch.zeros(0), torch.arange(4), -torch.ones(2)]
+WRONG: list[Any] = [None, True, -1, 0, 1.5, math.nan, math.inf, -math.inf, 10**30, -(10**400), 1e300, 1j, "", "abc"]
+WRONG += ["\ud800", b"x", [], [1, 2, 3], ["a", None], {}, {"a": 1}, (), {1}, object(), int, len, print, range(3)]
+WRONG += [np.float32("nan"), np.int64(-3), np.bool_(True), np.array([1.0, 2.0]), np.array("a"), types.SimpleNamespace()]
+WRONG += [lambda: None, *TENSORS]
+
+
+def plausible(hint: Any) -> st.SearchStrategy[Any]:
+    """Values that an annotation allows, as far as it says; small ones."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        interval = next(x for x in arguments[1:] if isinstance(x, Within))
+        numbers = [0, 1, 2, 3, 8] if arguments[0] is int else [0.0, 1e-3, 0.5, 1, 1.0, 2.0]
+        numpy = [np.int64(2)] if arguments[0] is int else [np.float32(0.5)]
+        return st.sampled_from([x for x in numbers + numpy if x in interval])
+    if hint is float:
+        return st.sampled_from([-1.0, 0.0, 0.5, 2, math.inf])
+    if origin in (typing.Union, types.UnionType):
+        return st.one_of(*map(plausible, arguments))
+    if origin is typing.Literal:
+        return st.sampled_from(arguments)
+    if hint is None or hint is types.NoneType:
+        return st.none()
+    simple: dict[Any, st.SearchStrategy[Any]] = {
+        bool: st.booleans(),
+        int: st.integers(0, 8),
+        str: st.sampled_from(["a", "partial", "reward"]),
+        Tensor: st.sampled_from(TENSORS),
+        os.PathLike: st.just(Path("nowhere")),
+    }
+    cls = origin or hint
+    if cls in simple:
+        return simple[cls]
+    if cls is collections.abc.Callable:
+        return st.sampled_from([lambda *args, **kwargs: [0.0], lambda *args: torch.zeros(2, 2)])
+    if cls in (list, collections.abc.Sequence):
+        return st.lists(plausible(arguments[0]), max_size=3)
+    if cls is tuple:
+        return st.tuples(*(plausible(x) for x in arguments if x is not Ellipsis))
+    if cls in (dict, collections.abc.Mapping):
+        return st.dictionaries(*map(plausible, arguments), max_size=2)
+    is_class = isinstance(cls, type) and hint is not Any and getattr(cls, "_is_runtime_protocol", True)
+    known = [x for x in objects() if is_class and isinstance(x, cls)]
+    return st.sampled_from(known or WRONG)
+
+
+def arguments_of(cls: type, wrong: float) -> st.SearchStrategy[dict[str, Any]]:
+    """Keyword arguments of a constructor, of which the share ``wrong`` are any values."""
+    hints = annotations_of(cls)
+    of_one: dict[str, st.SearchStrategy[Any]] = {}
+    required = set()
+    for name, parameter in inspect.signature(cls).parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if parameter.default is parameter.empty:
+            required.add(name)
+        good = plausible(hints.get(name, Any))
+        share = st.integers(0, 99).map(lambda x: x < 100 * wrong)
+        of_one[name] = share.flatmap(lambda bad, good=good: st.sampled_from(WRONG) if bad else good)
+    optional = {name: strategy for name, strategy in of_one.items() if name not in required}
+    return st.fixed_dictionaries({name: of_one[name] for name in of_one if name in required}, optional=optional)
+
+
+def our_own(error: BaseException) -> bool:
+    """Whether an error was raised by this project's code (or by a call of it, as Python's for a missing argument)."""
+    last = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(last).is_relative_to(ROOT) and ".venv" not in Path(last).parts
+
+
+def assert_clear(error: Exception, names: Iterator[str] | list[str]) -> None:
+    """A TypeError or ValueError of our own that names an argument, or of programs, rewards or files."""
+    domain = type(error).__name__.endswith(
+        ("ProgramError", "EvidenceError", "RewardError", "PreferenceError", "RunError")
+    )
+    named = any(re.search(rf"\b{re.escape(name)}\b", str(error)) for name in names)
+    kind = isinstance(error, TypeError | ValueError) and (named or domain)
+    kind |= isinstance(error, ImportError | OSError) and bool(str(error))
+    if not (kind and our_own(error)):
+        print("".join(traceback.format_exception(error)[-4:]), file=sys.stderr)
+    assert kind, f"{type(error).__name__} names none of {', '.join(names)}: {error}"
+    assert our_own(error), f"{type(error).__name__} was raised elsewhere: {error}"

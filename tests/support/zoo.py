@@ -1,0 +1,185 @@
+"""Tiny networks of every causal architecture of transformers, from one table of settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+LARGEST = 3_000_000  # weights: networks that stay larger have parts that the settings do not reach, as for images
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 24,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "is_decoder": True,
+    "sliding_window": 5,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
+
+LATENT_ATTENTION = {
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+    "n_group": 1,
+    "topk_group": 1,
+}
+INDEXED = LATENT_ATTENTION | {"index_head_dim": 8, "index_n_heads": 2, "index_topk": 64}
+DECODER = {  # of an encoder-decoder architecture
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "init_std": 0.3,
+}
+STATE_SPACE = {
+    "state_size": 8,
+    "mamba_d_ssm": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+    "mamba_expand": 1,
+    "mamba_chunk_size": 8,
+    "ssm_state_size": 8,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 8,
+    "n_groups": 1,
+    "chunk_size": 8,
+}
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+
+# model type: settings in addition to `COMMON`; None takes a common one away
+SETTINGS: dict[str, dict[str, Any]] = {
+    "axk1": LATENT_ATTENTION,
+    "axk2": INDEXED,
+    "bailing_hybrid": LATENT_ATTENTION | HYBRID,
+    "bamba": STATE_SPACE | {"attn_layer_indices": [1]},
+    "bart": DECODER,
+    "bigbird_pegasus": DECODER | {"attention_type": "original_full"},
+    "blenderbot": DECODER,
+    "blenderbot-small": DECODER,
+    "codegen": {"rotary_dim": 4, "n_inner": 32},
+    "cpmant": {"dim_head": 8, "dim_ff": 32},
+    "ctrl": {"dff": 32},
+    "deepseek_v2": LATENT_ATTENTION,
+    "deepseek_v3": LATENT_ATTENTION,
+    "deepseek_v32": INDEXED,
+    "dots1": LATENT_ATTENTION,
+    "dots3_note_text": LATENT_ATTENTION,
+    "falcon": {"head_dim": None, "ffn_hidden_size": 32},
+    "falcon_h1": STATE_SPACE,
+    "gemma4_text": {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 24},
+    "glm4_moe_lite": LATENT_ATTENTION,
+    "glm_moe_dsa": INDEXED,
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 5},
+    "gptj": {"rotary_dim": 4},
+    "granitemoehybrid": STATE_SPACE | {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 32},
+    "hy_v4": LATENT_ATTENTION,
+    "hrm_text": {"initializer_range": 0.1},  # its layers repeat, and so does rounding
+    "jamba": STATE_SPACE | {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
+    "kimi_linear": LATENT_ATTENTION | HYBRID | {"linear_attn_config": None},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": LATENT_ATTENTION | {"num_layers": 2, "ffn_hidden_size": 32, "expert_ffn_hidden_size": 16},
+    "mamba": STATE_SPACE,
+    "mamba2": STATE_SPACE | {"num_heads": 8, "head_dim": 8, "expand": 2},
+    "falcon_mamba": STATE_SPACE,
+    "marian": DECODER,
+    "mbart": DECODER,
+    "minicpm3": LATENT_ATTENTION,
+    "mvp": DECODER,
+    "nemotron_h": STATE_SPACE
+    | {"layers_block_type": ["mamba", "attention"], "moe_shared_expert_intermediate_size": 16},
+    "openai-gpt": {"n_embd": 32},
+    "opt": {"ffn_dim": 32, "word_embed_proj_dim": 32, "init_std": 0.3},
+    "pegasus": DECODER,
+    "plbart": DECODER,
+    "prophetnet": {
+        "num_hidden_layers": None,
+        "num_encoder_layers": 1,
+        "num_decoder_layers": 2,
+        "num_decoder_attention_heads": 4,
+        "num_encoder_attention_heads": 4,
+        "decoder_ffn_dim": 32,
+        "encoder_ffn_dim": 32,
+        "init_std": 0.3,
+    },
+    "qwen2_moe": {"shared_expert_intermediate_size": 16},
+    "qwen3_5_moe_text": HYBRID | DELTA | {"shared_expert_intermediate_size": 16},
+    "qwen3_5_text": HYBRID | DELTA,
+    "qwen3_next": HYBRID | DELTA | {"shared_expert_intermediate_size": 16},
+    "qwen4_exp_text": HYBRID | DELTA,
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32, "attention_window_size": 5},
+    "reformer": {
+        "attn_layers": ["local", "local"],
+        "axial_pos_shape": [8, 8],
+        "axial_pos_embds_dim": [16, 16],
+        "attention_head_size": 8,
+        "feed_forward_size": 32,
+        "local_attn_chunk_length": 64,
+    },
+    "roc_bert": {
+        "pronunciation_vocab_size": 24,
+        "shape_vocab_size": 24,
+        "pronunciation_embed_dim": 8,
+        "shape_embed_dim": 8,
+    },
+    "rwkv": {"attention_hidden_size": 32},
+    "trocr": DECODER,
+    "whisper": DECODER,
+    "xglm": {"ffn_dim": 32, "init_std": 0.3},
+    "xlm": {"causal": True, "emb_dim": 32},
+    "xlnet": {"max_position_embeddings": None, "d_inner": 32, "d_head": 8},
+    "xlstm": {"chunk_size": 8, "head_dim": None, "num_heads": 4},
+    "xmod": {"languages": ["en"], "default_language": "en"},
+    "youtu": LATENT_ATTENTION,
+    "zamba": STATE_SPACE | {"layer_types": ["mamba", "hybrid"], "layers_block_type": ["mamba", "hybrid"]},
+    "zamba2": STATE_SPACE | {"layer_types": ["mamba", "hybrid"], "layers_block_type": ["mamba", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+ALL = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def zoo_network(model_type: str) -> PreTrainedModel | None:
+    """A random network of an architecture; None if none of few weights can be built from the settings."""
+    settings = {k: v for k, v in (COMMON | SETTINGS.get(model_type, {})).items() if v is not None}
+    if not hasattr(CONFIG_MAPPING[model_type], "sliding_window"):
+        del settings["sliding_window"]  # it would shorten the caches of networks without windows
+    try:
+        config = AutoConfig.for_model(model_type, **settings)
+        with torch.device("meta"):
+            size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        if size > LARGEST:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+            network(input_ids=torch.tensor([[3, 4, 5]]))
+    except Exception:  # of whatever type, where the architecture misses a setting
+        return None
+    return network

@@ -132,7 +132,7 @@ def _named(file: Journal, number: int) -> Iterator[None]:
     """Name the file and the row in an error."""
     try:
         yield
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{file.path}: row {number}: {error}") from None
 
 

@@ -247,11 +247,11 @@ def test_mistakes_are_one_clear_line(folder, arguments, says):
         *[
             (json.dumps({"prompt": "a b", "chosen": "x", "rejected": "y"} | wrong), says)
             for wrong, says in [
-                ({"probability": math.nan}, "row 1: probability must be a number in [0, 1], got nan"),
-                ({"probability": -1}, "row 1: probability must be a number in [0, 1], got -1"),
-                ({"probability": 1.5}, "row 1: probability must be a number in [0, 1], got 1.5"),
-                ({"probability": "0.5"}, "row 1: probability must be a number in [0, 1], got '0.5'"),
-                ({"probability": True}, "row 1: probability must be a number in [0, 1], got True"),
+                ({"probability": math.nan}, "row 1: Answer: probability must be a number in [0, 1], got nan"),
+                ({"probability": -1}, "row 1: Answer: probability must be a number in [0, 1], got -1"),
+                ({"probability": 1.5}, "row 1: Answer: probability must be a number in [0, 1], got 1.5"),
+                ({"probability": "0.5"}, "row 1: Answer: probability must be a number in [0, 1], got '0.5'"),
+                ({"probability": True}, "row 1: Answer: probability must be a number in [0, 1], got True"),
                 ({"first_is_better": "yes"}, "row 1: first_is_better must be true or false, got 'yes'"),
                 ({"chosen": "\ud800"}, "line 1 is no text: 'chosen' holds the lone surrogate"),
             ]

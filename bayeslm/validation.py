@@ -64,6 +64,7 @@ Positive = Annotated[float, Within("(0, inf)")]
 NonNegative = Annotated[float, Within("[0, inf)")]
 Share = Annotated[float, Within("[0, 1]")]
 
+PLAIN: tuple[type, ...] = (int, float)  # numbers that are kept as they come
 LARGEST = 2**63 - 1  # whole numbers become tensors of int64
 WORDS = {
     (int, "[1, inf)"): "a positive whole number",
@@ -272,7 +273,7 @@ def _number(kind: type, interval: Within | None) -> _Check:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral if kind is int else numbers.Real):
             raise _Refused
         try:
-            number = value if any(type(value) is plain for plain in (int, float)) else kind(value)
+            number = value if type(value) in PLAIN else kind(value)
             inside = not math.isnan(number) if interval is None else float(number) in interval
         except OverflowError:
             raise _Refused(out_of_range=True) from None

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 from bayeslm.files import MAX_JSON, read_json, require_memory, require_size
 
 MAX_HEADER = 2**27  # bytes of the header of a file of safetensors
-REPEATED = re.compile(r"layer|block|expert|head|group|stage|codebook|depth")  # numbers of modules, made in loops
+REPEATED = re.compile(r"^(?!.*(size|dim|capacity)).*(layer|block|expert|head|group|stage|codebook|depth)")
+"""Names of numbers of modules, which are made in loops; a size of one is compared with the weights."""
 KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 
 

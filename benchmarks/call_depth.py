@@ -30,6 +30,7 @@ import bayeslm.inference
 import bayeslm.models
 from bayeslm.inference import SVI, ImportanceSampling
 from bayeslm.models import LanguageModel, TiltedLM, rewards
+from bayeslm.models.rewards.rehearsal import is_rehearsal
 
 ROOMS = {Path(room.__file__ or "").parent: room.__name__ for room in (bayeslm.inference, bayeslm.models, bayeslm)}
 PROMPTS, TOKENS = [[1, 2]], 4
@@ -83,7 +84,7 @@ def count() -> dict[tuple[str, str], Calls]:
     at_reward: list[Callable[[], None]] = []  # called each time that a program evaluates its reward
 
     def letters(completions: list[str], **columns: Any) -> list[float]:
-        for call in at_reward:
+        for call in [] if is_rehearsal() else at_reward:
             call()
         return [float(text.count("a")) for text in completions]
 

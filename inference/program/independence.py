@@ -58,7 +58,9 @@ def check_independence(program: Program) -> None:
             expected = _joined(program, alone)
         except Exception:  # the run meets the error too, where it is explained, or has no particle like these
             return
-        values = [{site.name: trace.nodes[site.name]["value"] for site in program.latents} for trace in alone]
+        values: list[dict[str, Any]] = [
+            {site.name: trace.nodes[site.name]["value"] for site in program.latents} for trace in alone
+        ]
         try:
             found = _scores(program, _together(program, values), len(values))
         except MISFITS as error:
@@ -95,7 +97,8 @@ def _different_particles(program: Program) -> list[Trace]:
     alone = [_alone(program, Arbitrary(1 + i)) for i in range(4)]
 
     def are_constant() -> bool:
-        first, *rest = [[trace.nodes[name]["value"] for name in discrete] for trace in alone]
+        values: list[list[Any]] = [[trace.nodes[name]["value"] for name in discrete] for trace in alone]
+        first, *rest = values
         return any(all(torch.equal(x, y[i]) for y in rest) for i, x in enumerate(first))
 
     while len(alone) < 8 and are_constant():

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from bayeslm.files import read_json
@@ -42,7 +43,7 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> Any:
     path = Path(folder) / "adapter_config.json"
     config = read_json(path)
     kind = config.get("peft_type") if isinstance(config, dict) else None
-    maker = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind) if isinstance(kind, str) and kind in ADAPTERS else None
+    maker = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)] if isinstance(kind, str) and kind in ADAPTERS else None
     if maker is None:
         raise ValueError(
             f"{path}: adapters of type {kind!r} are not supported, but {', '.join(ADAPTERS)} are: merge this one into "

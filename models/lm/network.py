@@ -74,7 +74,7 @@ class CausalNetwork:
         ids = own_forward.texts(self)
         counts = [_version(p) for p in self.parameters]
         with own_forward.aside(self.device):
-            logits = self._logits_of(network, ids)
+            logits = self._logits_of(self._converted(network), ids)  # in the dtype that this model computes in
             self._split(ids)
             if findings is None:
                 self.findings = own_forward.find(self, ids, logits)

@@ -22,6 +22,7 @@ BY_HAND = [
     {"eos_token_ids": (3, 5), "pad_token_id": 6},
     {"eos_token_ids": ()},
     {"pad_token_id": 99},
+    {"eos_token_ids": 0, "compute_dtype": torch.bfloat16},
 ]
 
 

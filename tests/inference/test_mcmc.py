@@ -194,5 +194,5 @@ def test_thinning_keeps_every_second_state():
     "settings", [{"num_chains": 0}, {"thin": 0}, {"warmup": -1}, {"num_temperatures": 1.5}, {"step_size": 0.0}], ids=str
 )
 def test_settings_are_checked(settings):
-    with pytest.raises(ValueError, match=next(iter(settings))):
+    with pytest.raises((TypeError, ValueError), match=next(iter(settings))):
         MCMC(**settings)

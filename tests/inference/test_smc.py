@@ -325,14 +325,15 @@ def test_what_is_not_a_number_is_named():
         ({"proposal": "twist"}, "needs a twist"),
         ({"twist": {}, "proposal": "twist"}, "needs a twist"),
         ({"twist": {"completion": "prefx"}}, "twist must be"),
-        ({"twist": {"completion": tiny_llama()}}, "twist must be"),
+        ({"twist": {"completion": tiny_llama()}}, r"twist\['completion'\] must be"),
         ({"twist": 3}, "twist must be"),
-        ({"proposal": 3}, "needs a `policy`"),
+        ({"proposal": 3}, "proposal must be"),
+        ({"proposal": len}, "needs a `policy`"),
         ({"retained": 3}, "retained must be a Posterior"),
     ],
 )
 def test_settings_are_checked(setting, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         SMC(**setting)
 
 

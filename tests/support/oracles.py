@@ -14,6 +14,7 @@ from bayeslm.inference import Exact
 from bayeslm.inference.markov.tempering import log_target
 from bayeslm.inference.program import Particles, assign_values, inspect, run_particles
 from bayeslm.models import LanguageModel
+from bayeslm.models.lm import Twist
 
 
 def expectation(exact: Posterior, values: Any) -> Any:
@@ -52,12 +53,13 @@ def assert_same_distribution(one: LanguageModel, other: LanguageModel) -> None:
     torch.testing.assert_close(one(prompts, 5).log_prob(x), other(prompts, 5).log_prob(x), atol=1e-5, rtol=1e-5)
 
 
-class ExactTwist:
+class ExactTwist(Twist):
     """psi_t(x_1:t) = E[exp(r / beta) | x_1:t] by enumeration: the optimum of a learned twist. Token 0 is the EOS."""
 
     reads_reward = False
 
     def __init__(self, exact: Posterior) -> None:
+        torch.nn.Module.__init__(self)  # no network: none of a learned twist's parameters
         self._known: dict[tuple[Any, int], float] = {}
         self._tokens = torch.as_tensor(exact.samples["completion"][0])  # (atom, prompt, token)
         self._joint = torch.as_tensor(exact.log_joint[0])

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from support.models import tiny_llama
 from typer.testing import CliRunner
 
 from bayeslm.cli import app
@@ -39,15 +37,7 @@ def interrupts(completions, **kwargs):
 """
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
-    """A working directory with a model and a module of judges."""
-    tiny_llama(scale=1.0).save_pretrained(tmp_path / "model")
-    (tmp_path / "judges.py").write_text(JUDGES)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    sys.modules.pop("judges", None)
-    return tmp_path
+MODULES = {"judges": JUDGES}
 
 
 def label(*arguments: str, code: int = 0, keys: str | None = None) -> str:

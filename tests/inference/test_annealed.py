@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-import pyro
-import pyro.distributions as dist
 import pytest
 import torch
+from support.gradients import perturbed
 from support.models import table_lm
-from support.programs import (
-    FUNCTIONS,
-    PROMPTS,
-    SHORT,
-    case,
-    conversation,
-    score_table,
-    second_is_impossible,
-    shared,
-    tilted,
-)
-from support.statistics import assert_agrees, assert_estimate, assert_evidence
+from support.programs import FUNCTIONS, PROMPTS, SHORT, case, rewarded
+from support.statistics import assert_agrees, assert_estimate, assert_evidence, assert_roots_follow
 
-from bayeslm import Posterior, diagnostics
-from bayeslm.inference import EvidenceError, Exact, RunError
+from bayeslm.inference import Exact, RunError
 from bayeslm.inference.annealed import AnnealedSMC, next_inverse_temperature
 from bayeslm.models.rewards.rehearsal import is_rehearsal
 
@@ -54,11 +42,7 @@ def test_agrees_with_exact(kind, settings):
 
 def test_a_policy_may_propose_the_suffixes():
     lm, model, exact = case("table", 0.8)
-    policy = lm.policy()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        policy.network.table += 0.5 * torch.randn(policy.network.table.shape)
-    posterior = annealed(ladder=LADDER, proposal=policy).run(model, PROMPTS)
+    posterior = annealed(ladder=LADDER, proposal=perturbed(lm)).run(model, PROMPTS)
     assert_agrees(posterior, exact, FUNCTIONS)
 
 
@@ -70,51 +54,6 @@ def test_moves_make_z_hat_more_precise():
     importance = np.exp(exact.log_likelihood["reward"] - exact.log_evidence)
     relative = (exact.weights() * importance).sum((0, 1)) - 1  # the variance of one prior draw's weight
     assert (ratios.var(0, ddof=1) < relative / 32 / 2).all()
-
-
-# -- programs with more in them --------------------------------------------------------------------------------------
-
-
-def test_latents_before_a_completion_and_several_completions():
-    model = conversation()
-    exact = Exact().run(model, SHORT)
-    posterior = annealed(ladder=(0.4, 1.0)).run(model, SHORT)
-    functions = [
-        lambda p: p.samples["topic"],
-        lambda p: p.samples["completion"][..., 0] == 1,
-        lambda p: p.samples["topic"] * (p.samples["reply"][..., 0] == 2),
-    ]
-    assert_agrees(posterior, exact, functions)
-
-
-def test_a_latent_that_prompts_share():
-    model = shared()
-    exact = Exact().run(model, SHORT)
-    posterior = annealed(ladder=(0.4, 1.0)).run(model, SHORT)
-    assert posterior.roots.shape == (CHAINS, 32, 1)
-    functions = [
-        lambda p: p.samples["mood"][..., None],
-        lambda p: p.samples["mood"][..., None] * (p.samples["completion"][..., 1:, 1] == 2),
-    ]
-    assert_agrees(posterior, exact, functions)
-
-
-@pytest.mark.parametrize("ladder", [None, (0.01, 0.1, 0.4, 1.0)])
-def test_continuous_latents_alone_match_the_closed_form(ladder):
-    """theta ~ N(0, 1), y ~ N(theta, 1 / 10): Z = N(y; 0, 1.01), posterior N(100 y / 101, 1 / 101)."""
-    y = torch.tensor([1.2, -0.4])
-
-    def model(prompts):
-        with pyro.plate("prompts", len(prompts)):
-            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
-            pyro.sample("y", dist.Normal(theta, 0.1), obs=y)
-
-    posterior = annealed(ladder=ladder, step_size=0.3, num_sweeps=3).run(model, SHORT)
-    log_z = dist.Normal(0.0, 1.01**0.5).log_prob(y).numpy()
-    mean = 100 * y.numpy() / 101
-    assert_evidence(posterior, log_z, unbiased=ladder is not None)
-    assert_estimate(*diagnostics.expectation(posterior, posterior.samples["theta"]), mean)
-    assert_estimate(*diagnostics.expectation(posterior, (posterior.samples["theta"] - mean) ** 2), 1 / 101)
 
 
 # -- the ladder --------------------------------------------------------------------------------------------------------
@@ -144,12 +83,7 @@ def test_a_step_goes_as_far_as_the_conditional_ess_allows():
 
 def test_each_prompt_has_a_ladder_of_its_own():
     lm = table_lm(order=2, seed=0, vocab=4)
-
-    def model(prompts):
-        with pyro.plate("prompts", len(prompts)):
-            x = pyro.sample("completion", lm(prompts, max_new_tokens=4))
-            pyro.factor("reward", torch.tensor([0.01, 3.0]) * (x == 1).sum(-1))
-
+    model = rewarded(lm, 4, lambda x: torch.tensor([0.01, 3.0]) * (x == 1).sum(-1))
     posterior = annealed(num_chains=3, num_particles=100).run(model, SHORT)
     ladder = posterior.stats["inverse_temperatures"]  # (chain, step, prompt)
     assert (ladder[..., 0] == 1).all()  # next to nothing to anneal: a single step
@@ -159,12 +93,8 @@ def test_each_prompt_has_a_ladder_of_its_own():
     assert len(np.unique(ladder[:, 0, 1])) == 3
     shape = ladder.shape
     assert posterior.stats["ess_by_step"].shape == posterior.stats["resampled"].shape == shape
-    ancestors = posterior.stats["ancestors"]
-    assert ancestors.shape == (3, shape[1], 100, 2)
-    roots = np.tile(np.arange(100)[None, :, None], (3, 1, 2))
-    for step in range(shape[1]):
-        roots = np.take_along_axis(roots, ancestors[:, step], axis=1)
-    np.testing.assert_array_equal(posterior.roots, roots)
+    assert posterior.stats["ancestors"].shape == (3, shape[1], 100, 2)
+    assert_roots_follow(posterior)
     assert (posterior.stats["resampled"][..., 0] == 0).all()
     assert posterior.stats["resampled"][..., 1].any()
 
@@ -172,12 +102,7 @@ def test_each_prompt_has_a_ladder_of_its_own():
 def test_a_constraint_costs_no_step():
     """A third of the prior breaks a constraint: those die at the first step, and the ladder is as long as without."""
     lm = table_lm(order=2, seed=0, vocab=4)
-
-    def model(prompts):
-        with pyro.plate("prompts", len(prompts)):
-            x = pyro.sample("completion", lm(prompts, max_new_tokens=4))
-            pyro.factor("reward", torch.where(x[..., 0] == 1, -torch.inf, 0.2 * (x == 2).sum(-1)))
-
+    model = rewarded(lm, 4, lambda x: torch.where(x[..., 0] == 1, -torch.inf, 0.2 * (x == 2).sum(-1)))
     exact = Exact().run(model, SHORT)
     posterior = annealed(ess_threshold=1.0).run(model, SHORT)
     assert posterior.stats["inverse_temperatures"].shape[1] <= 2
@@ -186,25 +111,6 @@ def test_a_constraint_costs_no_step():
 
 
 # -- the contract --------------------------------------------------------------------------------------------------
-
-
-def small(model=None, **settings) -> Posterior:
-    model = model or tilted(table_lm(order=2, seed=2, vocab=4), score_table(2, vocab=4, tokens=4), 0.3)
-    return annealed(**({"num_particles": 20, "num_chains": 2} | settings)).run(model, SHORT)
-
-
-def test_contract(tmp_path):
-    posterior = small()
-    assert posterior.samples["completion"].shape == (2, 20, 2, 4)
-    assert posterior.prior["completion"].shape == (1, 40, 2, 4)
-    assert posterior.prior_rewards is not None
-    assert np.isfinite(posterior.log_evidence_stderr).all()
-    assert (posterior.log_evidence_lower <= posterior.log_evidence + 1e-6).all()
-    saved = Posterior.load(posterior.save(tmp_path / "run"))
-    np.testing.assert_array_equal(saved.stats["inverse_temperatures"], posterior.stats["inverse_temperatures"])
-    again, other = small(), small(seed=1)
-    np.testing.assert_array_equal(again.samples["completion"], posterior.samples["completion"])
-    assert not np.array_equal(other.samples["completion"], posterior.samples["completion"])
 
 
 def test_an_interruption_cools_what_there_is():
@@ -235,21 +141,11 @@ def test_an_interruption_cools_what_there_is():
     assert f"{100 * CHAINS} particles" in str(caught.value)
 
 
-def test_particles_that_all_die_are_an_error_that_names_the_constraint():
-    with pytest.raises(EvidenceError, match=r"prompt 1 \('b'\).*'rule' is -inf"):
-        small(second_is_impossible(table_lm(order=2, vocab=4)))
-
-
 def test_a_chain_may_die_alone():
     """Its Z-hat is 0; the others' are not."""
     lm = table_lm(order=1, seed=0, vocab=8)
-
-    def model(prompts):
-        with pyro.plate("prompts", len(prompts)):
-            x = pyro.sample("completion", lm(prompts, max_new_tokens=2))
-            pyro.factor("rule", torch.where((x[..., 0] == 3), 0.0, -torch.inf))
-
-    posterior = small(model, num_chains=40, num_particles=4)
+    model = rewarded(lm, 2, lambda x: torch.where((x[..., 0] == 3), 0.0, -torch.inf))
+    posterior = annealed(num_chains=40, num_particles=4).run(model, SHORT)
     exact = Exact().run(model, SHORT)
     alive = np.isfinite(posterior.log_weights).any(1)
     assert alive.any(0).all()

@@ -7,8 +7,8 @@ with the latents alone (Modrák et al. 2022, arXiv 2211.02383). The replicates a
 posterior of its own with data of its own. Pearson's chi-square, false alarm 1e-4 a test.
 
 Geweke's joint distribution test (Geweke 2004, doi 10.1198/016214504000001132): alternating data given latents and a
-step of the kernel given data leaves the joint law of both as it is. Each replicate starts from an exact draw of that
-law, so that the averages over its steps are independent between replicates, and their standard errors plain. Within 4
+step of the kernel given data leaves their joint distribution as it is. Each replicate starts from an exact draw of it,
+so that the averages over its steps are independent between replicates, and their standard errors plain. Within 4
 of them: false alarm 6e-5 a function, 0.3% for the file.
 """
 
@@ -24,17 +24,15 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
-from scipy.stats import chi2
 from support.engines import ENGINES, those
 from support.models import table_lm
+from support.statistics import LIMIT, assert_uniform
 
 from bayeslm.inference.markov import SuffixKernel, latent_moves, sweep
 from bayeslm.inference.markov.moves import PriorMove, RandomWalk, SuffixMove
 from bayeslm.inference.program import inspect, sample_sites, score_values
 from bayeslm.models.lm import Autoregressive
 
-LIMIT = 4.0
-FALSE_ALARM = 1e-4
 TOKENS = 3
 DRAWS = 20  # L, in 7 groups of 3 ranks
 NOISE = 1.0
@@ -109,18 +107,14 @@ def draws_of(posterior, rng):
 
 def assert_uniform_ranks(drawn, truth, rng):
     """Ranks of the true latents' quantities among draws (L, replicate); ties are broken by lot."""
-    y = truth["y"]
-    true, of_draws = ranked(truth, y), ranked(drawn, y)
-    report = {}
+    true, of_draws = ranked(truth, truth["y"]), ranked(drawn, truth["y"])
     for name in true:
         below = (of_draws[name] < true[name] - 1e-6).sum(0).numpy()
         ties = ((of_draws[name] - true[name]).abs() <= 1e-6).sum(0).numpy()
-        rank = below + rng.integers(0, ties + 1)
-        counts = np.bincount(rank // 3, minlength=7)
-        expected = len(rank) / 7
-        report[name] = chi2.sf(((counts - expected) ** 2 / expected).sum(), 6)
-    assert min(report.values()) > FALSE_ALARM, report
+        assert_uniform(below + rng.integers(0, ties + 1), DRAWS + 1, bins=7)
 
+
+LONG = [pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2, 3)]  # with many replicates
 
 # No more of anything than the ranks need: a draw of each chain, or draws of one chain some steps apart.
 LEANER = {
@@ -141,16 +135,11 @@ def calibrate(name, replicates, seed):
     assert_uniform_ranks(draws_of(posterior, rng), truth, rng)
 
 
+@pytest.mark.parametrize("seed", [0, *LONG])
 @pytest.mark.parametrize("name", those(posterior=True, continuous=True))
-def test_ranks_among_an_engines_draws_are_uniform(name):
-    calibrate(name, replicates=60 if name == "nuts" else 120, seed=0)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("name", those(posterior=True, continuous=True))
-def test_ranks_of_many_replicates_are_uniform(name, seed):
-    calibrate(name, replicates=150 if name == "nuts" else 900, seed=seed)
+def test_ranks_among_an_engines_draws_are_uniform(name, seed):
+    few, many = (60, 150) if name == "nuts" else (120, 900)
+    calibrate(name, many if seed else few, seed)
 
 
 def test_ranks_see_draws_that_are_not_the_posteriors():
@@ -188,7 +177,7 @@ def mean_of(values):
 
 
 def functions(values, y):
-    """Functions of the joint law, (..., replicate, function): moments, and how latents and data go together."""
+    """Functions of latents and data, (..., replicate, function): moments, and how latents and data go together."""
     theta, slope, topic, x = (values[name] for name in ("theta", "slope", "topic", "completion"))
     length = 1 + (x[..., :-1] != 0).cumprod(-1).sum(-1)
     error = y - mean_of(values)
@@ -213,7 +202,7 @@ def joint(replicates, seed):
     return values, values.pop("y")
 
 
-def assert_leaves_the_joint_law(step, replicates, steps, seed=0):
+def assert_joint_distribution_kept(step, replicates, steps, seed=0):
     """Successive-conditional simulation against marginal-conditional.
 
     :param step: latents after a step of the kernel, from (latents, y); both (replicate, *event).
@@ -254,53 +243,48 @@ MOVES = {
 }
 
 
+@pytest.mark.parametrize("seed", [0, *LONG])
 @pytest.mark.parametrize("name", MOVES)
-def test_moves_leave_the_joint_law(name):
-    assert_leaves_the_joint_law(stepping(MOVES[name], 600), 600, steps=20)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("name", MOVES)
-def test_moves_leave_the_joint_law_for_long(name, seed):
-    assert_leaves_the_joint_law(stepping(MOVES[name], 5000), 5000, steps=100, seed=seed)
+def test_moves_leave_the_joint_distribution(name, seed):
+    replicates, steps = (5000, 100) if seed else (600, 20)
+    assert_joint_distribution_kept(stepping(MOVES[name], replicates), replicates, steps, seed)
 
 
 def wrong(move, change):
     """A move whose proposals come with another ratio."""
 
     class Wrong(move):
-        def propose(self, law, value, scores):
-            made = super().propose(law, value, scores)
-            return replace(made, log_ratio=change(law, value, made))
+        def propose(self, distribution, value, scores):
+            made = super().propose(distribution, value, scores)
+            return replace(made, log_ratio=change(distribution, value, made))
 
     return Wrong
 
 
 WRONG = {
     "no lengths": lambda program: [
-        wrong(SuffixMove, lambda law, x, made: made.log_ratio - law.lengths(x).log() + law.lengths(made.value).log())(
+        wrong(SuffixMove, lambda q, x, made: made.log_ratio - q.lengths(x).log() + q.lengths(made.value).log())(
             program, "completion"
         )
     ],
     "no prior of the suffix": lambda program: [
-        wrong(SuffixMove, lambda law, x, made: made.log_ratio * 0)(program, "completion")
+        wrong(SuffixMove, lambda q, x, made: made.log_ratio * 0)(program, "completion")
     ],
     "no prior of the topic": lambda program: [
-        wrong(PriorMove, lambda law, z, made: made.log_ratio * 0)(program, "topic")
+        wrong(PriorMove, lambda q, z, made: made.log_ratio * 0)(program, "topic")
     ],
-    "no Jacobian": lambda program: [wrong(RandomWalk, lambda law, z, made: made.log_ratio * 0)(program, "slope")],
+    "no Jacobian": lambda program: [wrong(RandomWalk, lambda q, z, made: made.log_ratio * 0)(program, "slope")],
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_acceptance_is_seen(name):
     with pytest.raises(AssertionError):
-        assert_leaves_the_joint_law(stepping(WRONG[name], 600), 600, steps=20)
+        assert_joint_distribution_kept(stepping(WRONG[name], 600), 600, steps=20)
 
 
 @pytest.mark.parametrize("continuous", ["random-walk", "nuts"])
-def test_the_kernel_for_pyro_leaves_the_joint_law(continuous):
+def test_the_kernel_for_pyro_leaves_the_joint_distribution(continuous):
     """Its warm-up is before: what adapts, depends on the chain's past."""
     replicates = 100
     data = {"y": joint(replicates, 5)[1]}
@@ -314,4 +298,4 @@ def test_the_kernel_for_pyro_leaves_the_joint_law(continuous):
         data["y"] = y
         return dict(kernel.sample(values))
 
-    assert_leaves_the_joint_law(step, replicates, steps=15)
+    assert_joint_distribution_kept(step, replicates, steps=15)

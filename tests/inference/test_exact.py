@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from support.models import table_lm
+from support.programs import rewarded
 
 from bayeslm.inference import EvidenceError, Exact, ProgramError
 
@@ -43,12 +44,7 @@ def count(x: torch.Tensor, token: int) -> torch.Tensor:
 
 def test_log_evidence_and_expectations_of_each_prompt():
     lm = small()
-
-    def model(prompts):
-        with pyro.plate("prompts", len(prompts)):
-            x = pyro.sample("completion", lm(prompts, max_new_tokens=3))
-            pyro.factor("reward", 1.7 * count(x, 2) - 0.4 * count(x, 1))
-
+    model = rewarded(lm, 3, lambda x: 1.7 * count(x, 2) - 0.4 * count(x, 1))
     prompts = [[1], [3, 2], [1, 1, 3]]
     posterior = Exact().run(model, prompts)
     expected = [by_hand(lm, p, 3, lambda x: 1.7 * x.count(2) - 0.4 * x.count(1)) for p in prompts]
@@ -144,14 +140,8 @@ def test_a_plate_inside_the_prompts_combines_freely():
 
 
 def test_too_many_atoms_are_refused_with_their_number():
-    lm = small()
-
-    def model(prompts):
-        with pyro.plate("prompts", len(prompts)):
-            pyro.sample("completion", lm(prompts, max_new_tokens=3))
-
     with pytest.raises(ProgramError, match=r"40 of 'completion'.*max_atoms=39"):
-        Exact(max_atoms=39).run(model, [[1]])
+        Exact(max_atoms=39).run(rewarded(small(), 3, lambda x: count(x, 1)), [[1]])
 
 
 def test_continuous_latents_are_refused_by_name():
@@ -160,12 +150,5 @@ def test_continuous_latents_are_refused_by_name():
 
 
 def test_impossible_programs_are_an_error_not_nan():
-    lm = small()
-
-    def model(prompts):
-        with pyro.plate("prompts", len(prompts)):
-            x = pyro.sample("completion", lm(prompts, max_new_tokens=2))
-            pyro.factor("reward", torch.full(x.shape[:-1], -math.inf))
-
     with pytest.raises(EvidenceError, match="does not exist"):
-        Exact().run(model, [[1]])
+        Exact().run(rewarded(small(), 2, lambda x: torch.full(x.shape[:-1], -math.inf)), [[1]])

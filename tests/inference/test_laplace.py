@@ -157,7 +157,7 @@ def test_seeds():
     assert (first != other).all()
 
 
-def test_without_weights_draws_are_of_the_normal_law():
+def test_without_weights_draws_are_of_the_normal_distribution():
     """Of a gamma's logarithm: mode log(a / b), variance 1 / a; log Z is as with weights."""
 
     def model():

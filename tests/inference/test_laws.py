@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import numpy as np
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from support import programs
 from support.engines import ENGINES, those
 from support.models import table_lm, tiny_llama
-from support.programs import highest, score_table, tilted, token_is
-from support.statistics import assert_agrees, assert_chain_mean, assert_evidence, assert_mean, deviations
+from support.programs import highest, rewarded, score_table, tilted, token_is
+from support.statistics import (
+    assert_agrees,
+    assert_chain_mean,
+    assert_evidence,
+    assert_mean,
+    assert_random_state_kept,
+    deviations,
+)
 
 from bayeslm import diagnostics, inference
 from bayeslm.inference import EvidenceError, Exact
@@ -46,6 +54,31 @@ def reward(posterior):
     return posterior.samples["score"]
 
 
+def mood(posterior):
+    return posterior.samples["mood"][..., None]
+
+
+# programs, and functions of their latents
+LATENTS = {
+    "a latent that prompts depend on": (
+        programs.conversation(reply=2),
+        [
+            lambda p: p.samples["topic"],
+            token_is(0, 1),
+            lambda p: p.samples["reply"][..., 1] == 2,
+            lambda p: p.samples["topic"] * (p.samples["reply"][..., 0] == 2),
+        ],
+    ),
+    "a latent that prompts share": (
+        programs.shared(vocab=4),
+        [
+            mood,
+            lambda p: p.samples["completion"][..., :1, 0] == 1,
+            lambda p: mood(p) * (p.samples["completion"][..., 1:, 1] == 2),
+        ],
+    ),
+}
+
 FUNCTIONS = [reward, *(token_is(t, token) for t in range(4) for token in (0, 1, 2))]
 
 
@@ -77,6 +110,13 @@ class TestPosterior:
             np.testing.assert_allclose(posterior.log_evidence, 0.0, atol=2e-3)
         assert_agrees(posterior, exact_of(beta=1e6), FUNCTIONS[:4])
 
+    @pytest.mark.parametrize("program", LATENTS)
+    def test_other_latents_and_several_completions(self, name, program):
+        model, functions = LATENTS[program]
+        exact = Exact().run(model, programs.SHORT)
+        bound = float(sum(exact.log_likelihood.values()).max())
+        assert_agrees(run(name, model, bound, programs.SHORT, seed=2), exact, functions)
+
 
 @pytest.mark.parametrize("name", those(unbiased=True, texts=True, exact=False))
 def test_z_is_unbiased(name):
@@ -106,11 +146,8 @@ class TestTexts:
 
     def test_a_seeded_run_leaves_the_global_random_state_alone(self, name):
         model, bound = case()
-        torch.manual_seed(0)
-        run(name, model, bound, size=1)
-        drawn = torch.rand(1)
-        torch.manual_seed(0)
-        assert torch.equal(drawn, torch.rand(1))
+        with assert_random_state_kept():
+            run(name, model, bound, size=1)
 
     def test_contract_of_shapes(self, name):
         posterior = small(name)
@@ -154,29 +191,18 @@ class TestTexts:
             np.testing.assert_allclose(b.log_evidence - a.log_evidence, 2.0, atol=1e-2 if moved else 1e-4)
 
     def test_all_rewards_minus_infinity_is_an_error(self, name):
-        lm = table_lm(order=2, seed=0, vocab=4)
-
-        def model(prompts):
-            with pyro.plate("prompts", len(prompts)):
-                x = pyro.sample("completion", lm(prompts, max_new_tokens=3))
-                dead = torch.arange(len(prompts)) == 1
-                pyro.factor("reward", torch.where(dead, -torch.inf, 0.0).expand(x.shape[:-1]))
-
+        model = programs.second_is_impossible(table_lm(order=2, seed=0, vocab=4))
         with pytest.raises(ValueError, match="-inf") as caught:
             run(name, model, 0.0, size=1)
         if not ENGINES[name].trains:
             assert isinstance(caught.value, EvidenceError)
             assert "prompt 1 ('c')" in str(caught.value)
+            assert re.search("'rule' is -inf|every reward is -inf", str(caught.value))
 
     def test_a_hard_constraint_holds(self, name):
         """Half of the completions are impossible: no draw of positive weight is one, and Z is their complement."""
         lm = table_lm(order=2, seed=0, vocab=4)
-
-        def model(prompts):
-            with pyro.plate("prompts", len(prompts)):
-                x = pyro.sample("completion", lm(prompts, max_new_tokens=3))
-                pyro.factor("reward", torch.where((x == 2).any(-1), -torch.inf, 0.0))
-
+        model = rewarded(lm, 3, lambda x: torch.where((x == 2).any(-1), -torch.inf, 0.0))
         if ENGINES[name].trains:
             with pytest.raises(ValueError, match="-inf"):
                 run(name, model, 0.0, size=1)
@@ -189,13 +215,13 @@ class TestTexts:
 
 
 def test_a_networks_texts_agree_with_exact():
-    """Transformers too, their caches and their padding: the engines that write token by token or redraw suffixes."""
+    """Transformers too, their caches and their padding."""
     table = score_table(1, vocab=8, tokens=3)
     model = tilted(tiny_llama(seed=1), table, 1.0)
     exact = Exact().run(model, [[2, 3, 4], [5]])
     counts = [np.bincount(exact.samples["completion"][0, :, 0, t], exact.weights()[0, :, 0], 8) for t in range(3)]
     functions = [reward, *(token_is(t, int(count.argmax())) for t, count in enumerate(counts))]  # none of them rare
-    for name in ("smc", "smc, induced", "annealed, fixed ladder", "mcmc"):
+    for name in ("importance", "rejection", "smc", "smc, induced", "annealed, fixed ladder", "mcmc"):
         posterior = run(name, model, highest(table), [[2, 3, 4], [5]])
         assert_agrees(posterior, exact, functions)
 
@@ -203,29 +229,21 @@ def test_a_networks_texts_agree_with_exact():
 # -- continuous latents ----------------------------------------------------------------------------------------
 
 
-def gaussian(y):
-    """theta ~ N(0, 1), y ~ N(theta, 1/2) for each prompt: posterior N(4 y / 5, 1 / 5)."""
-
-    def model(prompts):
-        with pyro.plate("prompts", len(prompts)):
-            theta = pyro.sample("theta", dist.Normal(torch.zeros(len(prompts)), 1.0))
-            pyro.sample("y", dist.Normal(theta, 0.5), obs=y)
-
-    return model
-
-
 @pytest.mark.parametrize("name", those(continuous=True, posterior=True))
 def test_the_closed_form_of_a_gaussian(name):
-    """Means, squares and log Z of a conjugate model: every engine that takes continuous latents, NUTS among them."""
+    """Means, squares and log Z of a conjugate model: every engine that takes continuous latents, NUTS among them.
+
+    y ~ N(theta, 1/10) and theta ~ N(0, 1): posterior N(100 y / 101, 1 / 101), ten times narrower than the prior.
+    """
     y = torch.tensor([0.4, -1.1])
-    bound = float(dist.Normal(0.0, 0.5).log_prob(torch.tensor(0.0)))
+    bound = float(dist.Normal(0.0, 0.1).log_prob(torch.tensor(0.0)))
     claims = ENGINES[name]
-    posterior = claims.make(0, bound, 8).run(gaussian(y), ["a", "b"])
-    theta, mean = posterior.samples["theta"], (0.8 * y).numpy()
-    log_z = dist.Normal(0.0, 1.25**0.5).log_prob(y).numpy()
+    posterior = claims.make(0, bound, 8 if claims.texts else 3).run(programs.normal_mean(y, 0.1), ["a", "b"])
+    theta, mean = posterior.samples["theta"], (100 / 101 * y).numpy()
+    log_z = dist.Normal(0.0, 1.01**0.5).log_prob(y).numpy()
     if claims.evidence:
         assert_evidence(posterior, log_z)
-    for values, truth in ((theta, mean), (theta**2, mean**2 + 0.2)):
+    for values, truth in ((theta, mean), ((theta - mean) ** 2, np.full(2, 1 / 101))):
         if posterior.kind == "markov":
             assert_chain_mean(values, truth)
         else:

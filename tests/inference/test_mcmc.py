@@ -9,27 +9,17 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from support.gradients import perturbed
 from support.models import WORDS, table_lm
 from support.oracles import Enumerated, expectation
-from support.programs import (
-    FUNCTIONS,
-    PROMPTS,
-    SHORT,
-    case,
-    conversation,
-    score_table,
-    second_is_impossible,
-    shared,
-    tilted,
-)
+from support.programs import FUNCTIONS, PROMPTS, SHORT, case, conversation, rewarded, score_table, shared, tilted
 from support.statistics import assert_agrees, assert_drawn_from, assert_mean
 
 from bayeslm import Posterior, diagnostics
-from bayeslm.inference import EvidenceError, Exact, RunError
+from bayeslm.inference import Exact
 from bayeslm.inference.markov.tempering import log_target
 from bayeslm.inference.mcmc import MCMC, Replicas
 from bayeslm.models import LanguageModel
-from bayeslm.models.rewards.rehearsal import is_rehearsal
 
 CHAINS = 64
 
@@ -39,22 +29,14 @@ def mcmc(**settings) -> MCMC:
     return MCMC(**(defaults | {"seed": 0, "progress": False} | settings))
 
 
-@pytest.mark.parametrize(("kind", "setting"), [("table", "prior"), ("table", "policy"), ("llama", "tempered")])
+@pytest.mark.parametrize(("kind", "setting"), [("table", "policy"), ("llama", "tempered")])
 def test_agrees_with_exact(kind, setting):
     """The expected reward and length, and marginals of the first and third token."""
     lm, model, exact = case(kind, 1.0)
-    settings = {"num_samples": 20, "num_temperatures": 2} if setting == "tempered" else {}
-    if setting == "policy":
-        policy = lm.policy()
-        with torch.no_grad():
-            policy.network.table += 0.5 * torch.randn(policy.network.table.shape)
-        settings = {"proposal": policy}
+    tempered = {"num_samples": 15, "num_chains": 40, "num_temperatures": 2}
+    settings = tempered if setting == "tempered" else {"proposal": perturbed(lm)}
     posterior = mcmc(**settings).run(model, PROMPTS)
     assert_agrees(posterior, exact, FUNCTIONS)
-    # the terms of a draw are its own
-    distribution = lm(PROMPTS, max_new_tokens=5)
-    log_prior = distribution.log_prob(torch.as_tensor(posterior.samples["completion"])).detach().numpy()
-    np.testing.assert_allclose(posterior.log_joint - posterior.log_likelihood["reward"], log_prior, atol=1e-4)
 
 
 def test_chains_agree_on_the_reward_within_a_budget():
@@ -68,34 +50,6 @@ def test_chains_agree_on_the_reward_within_a_budget():
 
 
 # -- programs with more in them --------------------------------------------------------------------------------------
-
-
-def test_latents_before_a_completion_and_several_completions():
-    """Three sites that depend on one another through prompts."""
-    model = conversation()
-    exact = Exact().run(model, SHORT)
-    posterior = mcmc(num_samples=30).run(model, SHORT)
-    functions = [
-        lambda p: p.samples["topic"],
-        lambda p: p.samples["completion"][..., 0] == 1,
-        lambda p: p.samples["reply"][..., 0] == 2,
-        lambda p: p.samples["topic"] * (p.samples["reply"][..., 0] == 2),
-    ]
-    assert_agrees(posterior, exact, functions)
-    assert {"acceptance_topic", "acceptance_completion", "acceptance_by_cut_reply"} <= posterior.stats.keys()
-
-
-def test_a_latent_that_prompts_share():
-    model = shared()
-    exact = Exact().run(model, SHORT)
-    posterior = mcmc().run(model, SHORT)
-    assert posterior.log_weights.shape == (CHAINS, 60, 1)
-    functions = [
-        lambda p: p.samples["mood"][..., None],
-        lambda p: p.samples["completion"][..., :1, 0] == 1,
-        lambda p: p.samples["mood"][..., None] * (p.samples["completion"][..., 1:, 1] == 2),
-    ]
-    assert_agrees(posterior, exact, functions)
 
 
 def uncertain_reward():
@@ -121,27 +75,12 @@ def test_a_continuous_latent_beside_completions_by_quadrature():
     log_z = terms.logsumexp(1)  # (w, prompt)
     weight = (log_z.sum(-1) - grid**2 / 2).softmax(0)
     expected_hits = (weight[:, None] * ((terms - log_z[:, None]).exp() * hits).sum(1)).sum(0)
-    posterior = mcmc(num_samples=100).run(model, SHORT)
+    posterior = mcmc(num_samples=50).run(model, SHORT)
     assert_mean(posterior.samples["w"].mean(1), float((weight * grid).sum()))
     assert_mean((posterior.samples["w"] ** 2).mean(1), float((weight * grid**2).sum()))
     assert_mean((posterior.samples["completion"] == 1).sum(-1).mean(1), expected_hits.numpy())
     assert 0.3 < posterior.stats["acceptance_w"][0] < 0.6
     assert posterior.stats["step_size_w"].shape == (1,)
-
-
-def test_continuous_latents_alone_match_the_closed_form():
-    """theta ~ N(0, 1) and y ~ N(theta, 1 / 10), prompts apart: a posterior ten times narrower than the prior."""
-    y = torch.tensor([1.2, -0.4])
-
-    def model(prompts):
-        with pyro.plate("prompts", len(prompts)):
-            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
-            pyro.sample("y", dist.Normal(theta, 0.1), obs=y)
-
-    posterior = mcmc(num_samples=100).run(model, SHORT)
-    assert_mean(posterior.samples["theta"].mean(1), 100 * y.numpy() / 101)
-    assert_mean(((posterior.samples["theta"] - 100 * y.numpy() / 101) ** 2).mean(1), 1 / 101)
-    assert (np.abs(posterior.stats["acceptance_theta"] - 0.44) < 0.1).all()
 
 
 # -- tempering -------------------------------------------------------------------------------------------------------
@@ -151,11 +90,7 @@ def test_tempering_crosses_between_modes():
     """Texts of many a's or of many b's are worth much, and started from few draws plain chains stay where they are."""
     table = torch.tensor([[0.05, 0.3, 0.3, 0.35]]).log()
     lm = LanguageModel.tabular(WORDS[:4], order=1, table=table)
-
-    def model(prompts):
-        with pyro.plate("prompts", len(prompts)):
-            x = pyro.sample("completion", lm(prompts, max_new_tokens=5))
-            pyro.factor("reward", 3.0 * torch.maximum((x == 1).sum(-1), (x == 2).sum(-1)))
+    model = rewarded(lm, 5, lambda x: 3.0 * torch.maximum((x == 1).sum(-1), (x == 2).sum(-1)))
 
     def first(p):
         return (p.samples["completion"][..., 0] == 1) * 1.0
@@ -228,23 +163,21 @@ def test_the_warm_start_draws_from_the_weights():
 # -- the contract ----------------------------------------------------------------------------------------------------
 
 
+SMALL = {"num_samples": 8, "num_chains": 3, "warmup": 4, "initial_particles": 50}
+MODEL = tilted(table_lm(order=2, seed=2, vocab=4), score_table(2, vocab=4, tokens=4), 1.0)
+
+
 def small(**settings) -> Posterior:
-    defaults = {"num_samples": 8, "num_chains": 3, "warmup": 4, "initial_particles": 50}
-    model = tilted(table_lm(order=2, seed=2, vocab=4), score_table(2, vocab=4, tokens=4), 1.0)
-    return mcmc(**(defaults | settings)).run(model, SHORT)
+    return mcmc(**(SMALL | settings)).run(MODEL, SHORT)
 
 
-def test_contract(tmp_path):
+def test_contract():
     posterior = small(num_temperatures=2)
     assert posterior.kind == "markov"
-    assert posterior.samples["completion"].shape == (3, 8, 2, 4)
     assert (posterior.log_weights == 0).all()
-    assert np.isnan(posterior.log_evidence).all()
     assert posterior.prior["completion"].shape == (1, 50, 2, 4)
     assert posterior.stats["cuts_completion"].sum() == 3 * 8 * 2  # the replicas at 1, after the warm-up
     assert posterior.stats["initial_ess"].shape == (2,)
-    saved = Posterior.load(posterior.save(tmp_path / "run"))
-    np.testing.assert_array_equal(saved.stats["acceptance_completion"], posterior.stats["acceptance_completion"])
     # one chain's draws are neighbours: a draw differs from the last one by an accepted move or not at all
     x = posterior.samples["completion"]
     assert (x[:, 1:] == x[:, :-1]).all(-1).any()
@@ -257,43 +190,9 @@ def test_thinning_keeps_every_second_state():
     assert not with_policy.prior
 
 
-def test_what_is_drawn_before_an_interruption_or_an_error_is_kept():
-    whole = small()
-    calls = 0
-
-    def model(prompts):
-        nonlocal calls
-        calls += not is_rehearsal()
-        if calls == 12 and not is_rehearsal():
-            raise error
-        tilted(table_lm(order=2, seed=2, vocab=4), score_table(2, vocab=4, tokens=4), 1.0)(prompts)
-
-    run = mcmc(num_samples=8, num_chains=3, warmup=4, initial_particles=50).run
-    error: BaseException = KeyboardInterrupt()
-    posterior = run(model, SHORT)  # inspected, drawn, warmed up, and 5 sweeps
-    assert posterior.stats["interrupted"]
-    np.testing.assert_array_equal(posterior.samples["completion"], whole.samples["completion"][:, :5])
-    calls, error = 0, RuntimeError("the reward's server is down")
-    with pytest.raises(RunError, match="server is down") as caught:
-        run(model, SHORT)
-    assert isinstance(caught.value.__cause__, RuntimeError)
-    kept = caught.value.so_far.particles.values["completion"].reshape(3, 5, 2, 4)
-    np.testing.assert_array_equal(kept, whole.samples["completion"][:, :5])
-    calls, error = 7, KeyboardInterrupt()  # in the warm-up there is nothing to keep
-    with pytest.raises(KeyboardInterrupt):
-        run(model, SHORT)
-
-
-def test_no_state_to_start_from_is_an_error():
-    with pytest.raises(EvidenceError, match=r"-inf for prompt 1 \('b'\)"):
-        mcmc(initial_particles=20).run(second_is_impossible(table_lm(order=2, vocab=4)), SHORT)
-
-
 @pytest.mark.parametrize(
-    "settings",
-    [{"num_chains": 0}, {"thin": 0}, {"warmup": -1}, {"num_temperatures": 1.5}, {"step_size": 0.0}],
-    ids=str,
+    "settings", [{"num_chains": 0}, {"thin": 0}, {"warmup": -1}, {"num_temperatures": 1.5}, {"step_size": 0.0}], ids=str
 )
 def test_settings_are_checked(settings):
-    with pytest.raises(ValueError, match=next(iter(settings))):
+    with pytest.raises((TypeError, ValueError), match=next(iter(settings))):
         MCMC(**settings)

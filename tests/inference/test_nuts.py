@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from support.models import table_lm, tiny_llama
-from support.statistics import assert_chain_mean
+from support.statistics import assert_chain_mean, assert_random_state_kept
 
 from bayeslm.inference import EvidenceError, ProgramError, RunError
 from bayeslm.inference.markov.potential import Unconstrained
@@ -179,12 +179,8 @@ def test_same_seed_same_result_and_no_noise(capfd):
         theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(theta, 1.0), obs=torch.tensor(1.0))
 
-    small = {"num_samples": 20, "warmup": 20}
-    torch.manual_seed(0)
-    a, b, c = (nuts(seed=seed, **small).run(model) for seed in (5, 5, 6))
-    drawn = torch.rand(1)
-    torch.manual_seed(0)
-    assert torch.equal(drawn, torch.rand(1))
+    with assert_random_state_kept():
+        a, b, c = (nuts(seed=seed, num_samples=20, warmup=20).run(model) for seed in (5, 5, 6))
     np.testing.assert_array_equal(a.samples["theta"], b.samples["theta"])
     assert not np.array_equal(a.samples["theta"], c.samples["theta"])
     assert not np.array_equal(a.samples["theta"][0], a.samples["theta"][1])
@@ -194,25 +190,22 @@ def test_same_seed_same_result_and_no_noise(capfd):
 # -- what it refuses -------------------------------------------------------------------------------------------
 
 
-def test_latents_that_are_not_continuous():
-    lm = table_lm(order=2, vocab=4)
+@pytest.mark.parametrize(
+    ("latent", "says"),
+    [
+        (lambda: table_lm(order=2, vocab=4)(SHORT[:1], 3), r"'z' is a completion.*MCMC"),
+        (lambda: dist.Categorical(torch.ones(3)), r"'z' is discrete.*MCMC"),
+        (lambda: dist.Poisson(2.0), "'z' is discrete"),
+    ],
+    ids=["completion", "categorical", "count"],
+)
+def test_latents_that_are_not_continuous(latent, says):
+    def model():
+        with pyro.plate("prompts", 1):
+            pyro.sample("z", latent())
 
-    def with_completion(prompts):
-        with pyro.plate("prompts", len(prompts)):
-            pyro.sample("reply", lm(prompts, 3))
-
-    def with_topic():
-        pyro.sample("topic", dist.Categorical(torch.ones(3)))
-
-    def with_count():
-        pyro.sample("count", dist.Poisson(2.0))
-
-    with pytest.raises(ProgramError, match=r"'reply' is a completion.*MCMC"):
-        nuts().run(with_completion, SHORT)
-    with pytest.raises(ProgramError, match=r"'topic' is discrete.*MCMC"):
-        nuts().run(with_topic)
-    with pytest.raises(ProgramError, match="'count' is discrete"):
-        nuts().run(with_count)
+    with pytest.raises(ProgramError, match=says):
+        nuts().run(model)
 
 
 def test_a_latent_that_is_only_sometimes_there():

@@ -8,8 +8,10 @@ from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.mcmc.util import initialize_model
 from support.models import table_lm, tiny_llama
+from support.oracles import kl_to
 from support.statistics import assert_drawn_from, count_completions
 
+from bayeslm.inference import Exact
 from bayeslm.models import TiltedLM
 
 PROMPTS = ["a b c", "d"]
@@ -58,12 +60,6 @@ def test_tilted_tempers_its_prior(lm):
     )
 
 
-@pytest.mark.parametrize("beta", [0.0, -1.0, float("inf"), float("nan")])
-def test_tilted_needs_a_temperature(lm, beta):
-    with pytest.raises(ValueError, match="beta must be positive and finite"):
-        TiltedLM(lm, count_a, beta=beta)
-
-
 def test_tilted_hands_columns_to_the_reward(lm):
     def right(completions, answer, **kwargs):
         return [float(text.startswith(a)) for text, a in zip(completions, answer, strict=True)]
@@ -72,15 +68,6 @@ def test_tilted_hands_columns_to_the_reward(lm):
     conditioned = poutine.condition(program, data={"completion": torch.tensor([[1], [2]])})
     trace = poutine.trace(conditioned).get_trace(PROMPTS, answer=["a", "a"])
     assert trace.nodes["score"]["value"].tolist() == [1.0, 0.0]
-
-
-def test_seeds_reproduce(program):
-    def draw(seed):
-        pyro.set_rng_seed(seed)
-        return poutine.trace(program).get_trace(PROMPTS).nodes["completion"]["value"]
-
-    assert torch.equal(draw(1), draw(1))
-    assert any(not torch.equal(draw(1), draw(seed)) for seed in range(2, 5))
 
 
 def test_replay_and_condition(lm, program):
@@ -139,21 +126,14 @@ def test_svi_trains_a_policy(make, rate):
         with pyro.plate("prompts", len(prompts)):
             pyro.sample("completion", policy(prompts, max_new_tokens=2))
 
-    def kl():
-        distribution = prior(PROMPTS, 2)
-        x = distribution.enumerate_support(expand=False)
-        log_joint = distribution.log_prob(x) + torch.tensor(count_a(prior.decode(x).squeeze(1)))[:, None] / BETA
-        with torch.no_grad():
-            log_q = policy(PROMPTS, 2).log_prob(x)
-        return (log_q.exp() * (log_q - log_joint.log_softmax(0))).sum().item()
-
-    before, weights = kl(), [p.clone() for p in prior.parameters()]
+    exact = Exact().run(program, PROMPTS)
+    before, weights = kl_to(exact, policy, PROMPTS).sum(), [p.clone() for p in prior.parameters()]
     pyro.set_rng_seed(0)
     elbo = Trace_ELBO(num_particles=256, vectorize_particles=True, max_plate_nesting=1)
     svi = SVI(program, guide, pyro.optim.Adam({"lr": rate}), elbo)
     for _ in range(80):  # Trace_ELBO has no baseline: 40 steps of 64 halve the KL with every second seed only
         svi.step(PROMPTS)
-    assert kl() < before / 2
+    assert kl_to(exact, policy, PROMPTS).sum() < before / 2
     assert all(torch.equal(p, w) for p, w in zip(prior.parameters(), weights, strict=True))
 
 

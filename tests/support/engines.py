@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from support.models import table_lm
 
-from bayeslm.inference import (
-    MCMC,
-    NUTS,
-    SMC,
-    SVI,
-    AnnealedSMC,
-    BestOfN,
-    Exact,
-    ImportanceSampling,
-    RejectionSampling,
-)
+from bayeslm.inference import MCMC, NUTS, SMC, SVI, AnnealedSMC, BestOfN, Exact, ImportanceSampling, RejectionSampling
 from bayeslm.models import LanguageModel
 
 
@@ -45,11 +35,12 @@ class Claims:
     continuous: bool = True
     prior: bool = True
     trains: bool = False
-    exact: bool = field(default=False)
+    exact: bool = False
 
 
-def engine(cls: type, **settings: Any) -> Any:
-    return cls(progress=False, **settings)
+def sized(cls: type, size: str, number: int, **settings: Any) -> Callable[[int, float, int], Any]:
+    """An engine whose setting ``size`` is ``number`` times the scale."""
+    return lambda seed, bound, k: cls(**{size: number * k}, seed=seed, progress=False, **settings)
 
 
 def flat_policy() -> LanguageModel:
@@ -63,76 +54,52 @@ def flat_policy() -> LanguageModel:
 
 ENGINES = {
     "exact": Claims(lambda seed, bound, k: Exact(seed=seed), continuous=False, exact=True),
-    "importance": Claims(
-        lambda seed, bound, k: engine(ImportanceSampling, num_particles=20 * k, num_chains=20, seed=seed)
-    ),
+    "importance": Claims(sized(ImportanceSampling, "num_particles", 20, num_chains=20)),
     "importance, policy": Claims(
-        lambda seed, bound, k: engine(
-            ImportanceSampling, num_particles=20 * k, num_chains=20, seed=seed, guide=flat_policy()
-        ),
+        sized(ImportanceSampling, "num_particles", 20, num_chains=20, guide=flat_policy()),
         continuous=False,
         prior=False,
     ),
     "rejection": Claims(
-        lambda seed, bound, k: engine(
-            RejectionSampling,
+        lambda seed, bound, k: RejectionSampling(
             num_samples=5 * k,
             num_chains=20,
             max_proposals=20_000 * k,  # enough for acceptance rates of 0.5%; a test spends all
             log_bound=bound,
             seed=seed,
+            progress=False,
         ),
         unbiased=False,  # the number of proposals depends on the draws
     ),
     "bestofn": Claims(
-        lambda seed, bound, k: engine(BestOfN, n=4, num_samples=5 * k, num_chains=20, seed=seed),
+        sized(BestOfN, "num_samples", 5, n=4, num_chains=20),
         posterior=False,
         unbiased=False,  # its chains are of draws, Z-hat is of the candidates
     ),
     "svi": Claims(
-        lambda seed, bound, k: engine(SVI, num_steps=5, num_particles=8, num_samples=400 * k, seed=seed),
+        sized(SVI, "num_samples", 400, num_steps=5, num_particles=8),
         unbiased=False,  # one policy's draws are; as few as 5 steps leave weights with a heavy tail
         trains=True,
     ),
     "smc": Claims(
-        lambda seed, bound, k: engine(SMC, num_particles=10 * k, num_chains=40, seed=seed, twist="partial"), prior=False
-    ),
-    "smc, no twist": Claims(
-        lambda seed, bound, k: engine(SMC, num_particles=10 * k, num_chains=40, seed=seed), prior=False
-    ),
-    "smc, induced": Claims(
-        lambda seed, bound, k: engine(
-            SMC, num_particles=10 * k, num_chains=40, seed=seed, twist="partial", proposal="twist", top_k=3
-        ),
+        sized(SMC, "num_particles", 10, num_chains=40, twist="partial", ess_threshold=0.9),
         prior=False,
     ),
+    "smc, no twist": Claims(sized(SMC, "num_particles", 10, num_chains=40), prior=False),
+    "smc, induced": Claims(
+        sized(SMC, "num_particles", 10, num_chains=40, twist="partial", proposal="twist", top_k=3), prior=False
+    ),
     "annealed": Claims(
-        lambda seed, bound, k: engine(AnnealedSMC, num_particles=10 * k, num_chains=40, seed=seed),
+        sized(AnnealedSMC, "num_particles", 10, num_chains=40),
         unbiased=False,  # its ladder adapts to its particles
     ),
-    "annealed, fixed ladder": Claims(
-        lambda seed, bound, k: engine(
-            AnnealedSMC, num_particles=10 * k, num_chains=40, seed=seed, ladder=(0.3, 0.6, 1.0)
-        )
-    ),
-    "mcmc": Claims(
-        lambda seed, bound, k: engine(MCMC, num_samples=10 * k, num_chains=40, warmup=20, seed=seed),
-        evidence=False,
-        unbiased=False,
-    ),
+    "annealed, fixed ladder": Claims(sized(AnnealedSMC, "num_particles", 10, num_chains=40, ladder=(0.3, 0.6, 1.0))),
+    "mcmc": Claims(sized(MCMC, "num_samples", 10, num_chains=40, warmup=20), evidence=False, unbiased=False),
     "mcmc, tempered": Claims(
-        lambda seed, bound, k: engine(
-            MCMC, num_samples=10 * k, num_chains=30, warmup=20, num_temperatures=3, seed=seed
-        ),
-        evidence=False,
-        unbiased=False,
+        sized(MCMC, "num_samples", 10, num_chains=30, warmup=20, num_temperatures=3), evidence=False, unbiased=False
     ),
     "nuts": Claims(
-        lambda seed, bound, k: engine(NUTS, num_samples=25 * k, num_chains=4, warmup=100, seed=seed),
-        evidence=False,
-        unbiased=False,
-        texts=False,
-        prior=True,
+        sized(NUTS, "num_samples", 25, num_chains=4, warmup=100), evidence=False, unbiased=False, texts=False
     ),
 }
 

@@ -6,7 +6,7 @@ Vocabulary 4, 3 tokens, bigram: 40 completions a prompt.
 from __future__ import annotations
 
 import torch
-from support.gradients import COPIES, gradients, perturbed, policy_guide
+from support.gradients import COPIES, gradient_of, gradients, perturbed, policy_guide
 from support.models import table_lm
 from support.programs import score_table, tilted
 
@@ -34,10 +34,13 @@ class Problem:
         self.log_z = self.log_target.logsumexp(0)
         self.log_posterior = self.log_target - self.log_z
 
+    def reverse_kl(self):
+        """KL(q || pi*), (prompt,), with gradient."""
+        return (self.log_q.exp() * (self.log_q - self.log_posterior)).sum(0)
+
     def gradient(self, loss):
         """Of a loss (prompt,), of `COPIES` of the prompts."""
-        found = torch.autograd.grad(COPIES * loss.sum(), self.parameters, retain_graph=True)
-        return torch.cat([g.reshape(-1) for g in found])
+        return gradient_of(COPIES * loss.sum(), self.parameters)
 
     def estimates(self, objective, **settings):
         return gradients(objective, self.model, self.guide, self.parameters, (PROMPTS * COPIES,), **settings)

@@ -33,6 +33,12 @@ def policy_guide(policy, tokens: int):
     return guide
 
 
+def gradient_of(loss: Tensor, parameters) -> Tensor:
+    """Return the gradient of a loss that is enumerated, (coordinate,)."""
+    found = torch.autograd.grad(loss, [p for p in parameters if p.requires_grad], retain_graph=True)
+    return torch.cat([g.reshape(-1) for g in found])
+
+
 def gradients(objective, model, guide, parameters, args, repeats: int = REPEATS) -> Tensor:
     """Return many gradient estimates, (repeat, coordinate).
 

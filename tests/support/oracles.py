@@ -14,6 +14,7 @@ from bayeslm.inference import Exact
 from bayeslm.inference.markov.tempering import log_target
 from bayeslm.inference.program import Particles, assign_values, inspect, run_particles
 from bayeslm.models import LanguageModel
+from bayeslm.models.lm import Twist
 
 
 def expectation(exact: Posterior, values: Any) -> Any:
@@ -31,6 +32,20 @@ def by_hand(lm: LanguageModel, prompt: list[int], completion: Tensor, temperatur
     return torch.nn.functional.pad(scores, (0, len(completion) - length))
 
 
+def all_by_hand(lm: LanguageModel, prompts: list[list[int]], completions: Tensor, temperature: float = 1.0) -> Tensor:
+    """`by_hand` of completions (particle, prompt, token)."""
+    rows = [[by_hand(lm, p, c, temperature) for p, c in zip(prompts, row, strict=True)] for row in completions]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def kl_to(exact: Posterior, policy: LanguageModel, prompts: list[Any]) -> Tensor:
+    """KL(q || pi*) of a policy to an enumerated posterior of completions, (prompt,)."""
+    x = torch.as_tensor(exact.samples["completion"][0])
+    with torch.no_grad():
+        log_q = policy(prompts, max_new_tokens=x.shape[-1]).log_prob(x).double()
+    return (log_q.exp() * (log_q - torch.as_tensor(exact.log_joint[0] - exact.log_evidence))).sum(0)
+
+
 def assert_same_distribution(one: LanguageModel, other: LanguageModel) -> None:
     """Assert that completions drawn from one model have the same probability under the other."""
     prompts = [[1, 2, 3], [4]]
@@ -38,12 +53,13 @@ def assert_same_distribution(one: LanguageModel, other: LanguageModel) -> None:
     torch.testing.assert_close(one(prompts, 5).log_prob(x), other(prompts, 5).log_prob(x), atol=1e-5, rtol=1e-5)
 
 
-class ExactTwist:
+class ExactTwist(Twist):
     """psi_t(x_1:t) = E[exp(r / beta) | x_1:t] by enumeration: the optimum of a learned twist. Token 0 is the EOS."""
 
     reads_reward = False
 
     def __init__(self, exact: Posterior) -> None:
+        torch.nn.Module.__init__(self)  # no network: none of a learned twist's parameters
         self._known: dict[tuple[Any, int], float] = {}
         self._tokens = torch.as_tensor(exact.samples["completion"][0])  # (atom, prompt, token)
         self._joint = torch.as_tensor(exact.log_joint[0])

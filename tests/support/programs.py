@@ -44,6 +44,29 @@ def tilted(
     return model
 
 
+def rewarded(
+    lm: LanguageModel, tokens: int, reward: Callable[[torch.Tensor], torch.Tensor], name: str = "reward"
+) -> Callable[[list[Any]], None]:
+    """``completion`` ~ lm, and a factor that is a function of its tokens (*, prompt, token)."""
+
+    def model(prompts: list[Any]) -> None:
+        with pyro.plate("prompts", len(prompts)):
+            pyro.factor(name, reward(pyro.sample("completion", lm(prompts, max_new_tokens=tokens))))
+
+    return model
+
+
+def normal_mean(y: Any, noise: float = 1.0) -> Callable[[list[Any]], None]:
+    """theta ~ N(0, 1) and y ~ N(theta, noise^2) for each prompt, y being a number or one a prompt."""
+
+    def model(prompts: list[Any]) -> None:
+        with pyro.plate("prompts", len(prompts)):
+            theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(theta, noise), obs=torch.as_tensor(y).expand(len(prompts)))
+
+    return model
+
+
 def highest(table: torch.Tensor) -> float:
     """An upper bound of the reward of `tilted`."""
     return float(table.amax(-1).sum())
@@ -95,9 +118,9 @@ def conversation(reply: int = 1) -> Callable[[list[Any]], None]:
     return model
 
 
-def shared() -> Callable[[list[Any]], None]:
+def shared(vocab: int = 3) -> Callable[[list[Any]], None]:
     """One posterior of both prompts."""
-    lm = table_lm(order=2, seed=4, vocab=3)
+    lm = table_lm(order=2, seed=4, vocab=vocab)
 
     def model(prompts: list[Any]) -> None:
         mood = pyro.sample("mood", dist.Categorical(torch.tensor([0.6, 0.4])))
@@ -110,10 +133,4 @@ def shared() -> Callable[[list[Any]], None]:
 
 def second_is_impossible(lm: LanguageModel) -> Callable[[list[Any]], None]:
     """A program whose factor "rule" no completion of the second prompt passes."""
-
-    def model(prompts: list[Any]) -> None:
-        with pyro.plate("prompts", len(prompts)):
-            x = pyro.sample("completion", lm(prompts, max_new_tokens=3))
-            pyro.factor("rule", torch.where(torch.arange(len(prompts)) == 1, -torch.inf, 0.0).expand(x.shape[:-1]))
-
-    return model
+    return rewarded(lm, 3, lambda x: torch.tensor([0.0, -torch.inf]).expand(x.shape[:-1]), "rule")

@@ -5,7 +5,8 @@ Whatever the number of values, a comparison refuses a correct estimate with prob
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,24 @@ def assert_chain_mean(values: Any, expected: Any) -> Any:
     stderr = values.std((0, 1)) / np.sqrt(diagnostics.ess_bulk(values))
     assert_estimate(values.mean((0, 1)), stderr, expected)
     return stderr
+
+
+def assert_moments(posterior: Posterior, values: Any, mean: Any, covariance: Any) -> None:
+    """Assert mean and covariance of values (chain, draw, coordinate) under a posterior."""
+    values = np.asarray(values, dtype=float)
+    off = values - mean
+    i, j = np.triu_indices(len(mean))
+    found, stderr = diagnostics.expectation(posterior, np.concatenate([values, off[..., i] * off[..., j]], -1))
+    assert_estimate(found, stderr, np.concatenate([mean, covariance[i, j]]))
+    assert (stderr[: len(mean)] < 0.2 * np.sqrt(np.diag(covariance))).all(), "too few draws to tell anything"
+
+
+def assert_uniform(ranks: Any, num_ranks: int, bins: int, alarm: float = 1e-4) -> None:
+    """Assert that ranks in 0, ..., num_ranks - 1 are uniform, by Pearson's chi-square test on equal bins."""
+    assert num_ranks % bins == 0
+    counts = np.bincount(np.asarray(ranks) * bins // num_ranks, minlength=bins)
+    expected = counts.sum() / bins
+    assert ((counts - expected) ** 2 / expected).sum() < chi2.isf(alarm, bins - 1), counts
 
 
 def assert_evidence(posterior: Posterior, log_z: Any, *, unbiased: bool = False) -> None:
@@ -96,6 +115,24 @@ def assert_agrees(
             np.testing.assert_allclose(expectation(posterior, function(posterior)), mean, atol=1e-5)
         else:
             assert_mean(deviations(posterior, function(posterior), mean, log_z), 0.0, rounding=1e-6)
+
+
+def assert_roots_follow(posterior: Posterior) -> None:
+    """Assert that the roots of particles are those that the ancestors of each step lead back to."""
+    ancestors = posterior.stats["ancestors"]  # (chain, step, draw, prompt)
+    chains, steps, draws, prompts = ancestors.shape
+    roots = np.tile(np.arange(draws)[None, :, None], (chains, 1, prompts))
+    for step in range(steps):
+        roots = np.take_along_axis(roots, ancestors[:, step], axis=1)
+    np.testing.assert_array_equal(posterior.roots, roots)
+
+
+@contextlib.contextmanager
+def assert_random_state_kept() -> Iterator[None]:
+    """Assert that the block leaves torch's random state as it was."""
+    before = torch.get_rng_state()
+    yield
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def assert_drawn_from(counts: Tensor, log_prob: Tensor) -> None:

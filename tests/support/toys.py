@@ -208,6 +208,14 @@ def shared_weighted(seed: int = 0) -> Posterior:
     )
 
 
+def autoregression(rng: np.random.Generator, shape: tuple[int, ...], correlation: float = 0.6) -> Array:
+    """Return stationary standard normal chains, (chain, draw, ...)."""
+    x = rng.normal(size=shape)
+    for step in range(1, shape[1]):
+        x[:, step] = correlation * x[:, step - 1] + np.sqrt(1 - correlation**2) * x[:, step]
+    return x
+
+
 MAKERS: dict[str, Callable[[], Posterior]] = {
     "enumerated": enumerated,
     "weighted": lambda: from_prior(0),

@@ -17,7 +17,7 @@ from pyro import poutine
 from scipy import stats
 from support.models import ARCHITECTURES, PADDED_PROMPTS, random_network, table_lm, tiny_llama
 from support.oracles import Enumerated, by_hand
-from support.programs import SHORT, conversation, score_table, shared, tilted
+from support.programs import SHORT, conversation, rewarded, score_table, shared, tilted
 from support.statistics import assert_drawn_from, count_completions
 
 from bayeslm.inference import ProgramError
@@ -58,7 +58,7 @@ def test_redrawn_suffixes_are_scored_as_the_network_does(model_type, batch_size)
 
 
 @pytest.mark.parametrize("kind", ["table", "llama"])
-def test_redrawn_suffixes_have_the_law_of_the_rest(kind):
+def test_redrawn_suffixes_have_the_distribution_of_the_rest(kind):
     """p(x_{>i} | x_{<=i}) by enumeration, for cuts after 0, 1 and 2 tokens in one batch."""
     lm = table_lm(order=3, vocab=4) if kind == "table" else tiny_llama()
     distribution = lm([[1, 2], [3]], max_new_tokens=3)
@@ -101,14 +101,10 @@ def plain(lm=None):
 
 
 def constrained():
-    lm = table_lm(order=3, seed=2, vocab=4)
+    def no_repeats(x):
+        return torch.where((x[..., 1:] == x[..., :-1]).any(-1), -torch.inf, x[..., 0] * 0.3)
 
-    def model(prompts):
-        with pyro.plate("prompts", len(prompts)):
-            x = pyro.sample("completion", lm(prompts, max_new_tokens=4))
-            pyro.factor("no repeats", torch.where((x[..., 1:] == x[..., :-1]).any(-1), -torch.inf, x[..., 0] * 0.3))
-
-    return model
+    return rewarded(table_lm(order=3, seed=2, vocab=4), 4, no_repeats)
 
 
 def candidates():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from pyro.infer import MCMC
 from support.models import table_lm, tiny_llama
-from support.programs import score_table, tilted
+from support.programs import rewarded, score_table, tilted
 from support.statistics import assert_mean
 
 from bayeslm.inference import EvidenceError, Exact, ProgramError
@@ -219,12 +219,7 @@ def test_settings():
 
 def test_posteriors_that_do_not_exist():
     lm = table_lm(order=2, vocab=4)
-
-    def dead(prompts):
-        with pyro.plate("prompts", len(prompts)):
-            x = pyro.sample("completion", lm(prompts, 3))
-            pyro.factor("reward", torch.where((x == 2).all(-1), 0.0, -torch.inf))
-
+    dead = rewarded(lm, 3, lambda x: torch.where((x == 2).all(-1), 0.0, -torch.inf))
     kernel = SuffixKernel(dead, initial_particles=2)
     pyro.set_rng_seed(1)
     with pytest.raises(EvidenceError, match="in all 2 draws"):

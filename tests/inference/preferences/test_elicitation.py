@@ -12,6 +12,7 @@ import torch
 from support.models import table_lm
 from support.statistics import assert_drawn_from, assert_estimate, assert_mean
 
+from bayeslm import diagnostics
 from bayeslm.inference import Exact, ImportanceSampling, Laplace
 from bayeslm.inference.control import Boltzmann, EpsilonGreedy, Random, Thompson
 from bayeslm.inference.preferences import Duel, Elicitation, FreshCompletions, InformationGain, Pool, Tilted
@@ -107,6 +108,10 @@ def test_tilted_draws_from_the_aligned_model():
         Tilted(0.0)
 
 
+def letters(prompts, completions):
+    return torch.tensor([[c.count("a"), c.count("b")] for c in completions]).float()
+
+
 # -- candidates ------------------------------------------------------------------------------------------------
 
 
@@ -134,12 +139,7 @@ def test_pools_are_drawn_of_the_prior():
 @pytest.mark.parametrize("epsilon", [None, 0.3])
 def test_fresh_completions_have_the_posterior_with_the_reward_uncertain(epsilon):
     """Draws by `Exact` agree with the mixture over weights (or of mean and prior) of enumerated posteriors."""
-    lm = table_lm(order=2, vocab=4)
-
-    def letters(prompts, completions):
-        return torch.tensor([[c.count("a"), c.count("b")] for c in completions]).float()
-
-    model = BradleyTerry(letters)
+    lm, model = table_lm(order=2, vocab=4), BradleyTerry(letters)
     weights = torch.tensor([[2.0, -1.0], [-1.0, 1.0], [0.5, 3.0]])
     fresh = FreshCompletions(lm, ["c"], model, beta=0.8, engine=Exact(), epsilon=epsilon, max_new_tokens=2)
 
@@ -164,14 +164,10 @@ def test_fresh_completions_have_the_posterior_with_the_reward_uncertain(epsilon)
     assert len(pool.completions) == 2
 
 
-def letters_of(prompts, completions):
-    return torch.tensor([[c.count("a"), c.count("b")] for c in completions]).float()
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_fresh_completions_that_are_equal_are_drawn_again(monkeypatch, seed):
     """The model has three texts and the blank one: after all three pairs, an error says what to do."""
-    model = BradleyTerry(letters_of)
+    model = BradleyTerry(letters)
     lm = table_lm(order=1, vocab=4, seed=1)
     fresh = FreshCompletions(lm, ["c"], model, engine=Exact(), beta=5.0, max_new_tokens=1)
     loop, answers = Elicitation(model, seed=seed), []
@@ -183,7 +179,7 @@ def test_fresh_completions_that_are_equal_are_drawn_again(monkeypatch, seed):
 
 
 def test_the_seed_of_the_engine_is_ignored():
-    model, lm = BradleyTerry(letters_of), table_lm(order=2, vocab=8)
+    model, lm = BradleyTerry(letters), table_lm(order=2, vocab=8)
     engine = ImportanceSampling(num_particles=1, progress=False, seed=0)  # its seed would make all completions equal
     fresh = FreshCompletions(lm, ["c"], model, engine=engine, num_completions=4, max_new_tokens=6)
     torch.manual_seed(0)
@@ -191,12 +187,7 @@ def test_the_seed_of_the_engine_is_ignored():
 
 
 def test_fresh_completions_in_a_loop():
-    lm = table_lm(order=2, vocab=6)
-
-    def letters(prompts, completions):
-        return torch.tensor([[c.count("a"), c.count("b"), c.count("c")] for c in completions]).float()
-
-    model = BradleyTerry(letters, scale=3.0)
+    lm, model = table_lm(order=2, vocab=6), BradleyTerry(letters, scale=3.0)
     judge = SimulatedJudge(Reward(lambda completions, **_: [float(c.count("a")) for c in completions]), 0.2)
     fresh = FreshCompletions(lm, ["c", "d e"], model, beta=1.0, num_completions=6, max_new_tokens=4)
     loop = Elicitation(model, seed=1)
@@ -204,14 +195,14 @@ def test_fresh_completions_in_a_loop():
     assert {answer.prompt for answer in answers} == {"c", "d e"}
     weights = loop.weights(answers, fresh.example)
     assert (weights[:, 0] > weights[:, 1]).float().mean() > 0.9
-    with pytest.raises(ValueError, match="num_completions must be a whole number of at least 2"):
-        replace(fresh, num_completions=1)
-    with pytest.raises(ValueError, match="epsilon"):
-        replace(fresh, epsilon=1.1)
-    with pytest.raises(ValueError, match="beta"):
-        replace(fresh, beta=0.0)
-    with pytest.raises(ValueError, match="at least one prompt"):
-        replace(fresh, prompts=[])
+    for settings, says in (
+        ({"num_completions": 1}, "num_completions must be a whole number of at least 2"),
+        ({"epsilon": 1.1}, "epsilon"),
+        ({"beta": 0.0}, "beta"),
+        ({"prompts": []}, "at least one prompt"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            replace(fresh, **settings)
 
 
 # -- judges ----------------------------------------------------------------------------------------------------
@@ -352,8 +343,6 @@ def test_information_gain_needs_fewer_answers_than_random_pairs():
 
 def test_any_engine_infers_the_weights():
     """Importance sampling of the same answers has the same posterior mean."""
-    from bayeslm import diagnostics
-
     small = BradleyTerry(lambda prompts, completions: features(prompts, completions)[:, :2], scale=1.0)
     answers = take(Elicitation(small), 8)
     means = []

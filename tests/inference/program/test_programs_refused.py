@@ -194,18 +194,3 @@ def test_a_gradient_that_is_not_finite_stops_with_the_policy_kept():
     assert "at step 1" in caught.value.__cause__.__notes__[0]
     assert caught.value.so_far.policy is guide.policy
     assert caught.value.so_far.step == 1
-
-
-def test_ctrl_c_keeps_the_particles_drawn_so_far():
-    lm = table_lm(order=2, vocab=4)
-    batches = iter(range(100))
-
-    def slow(completions, **columns):
-        if next(batches) >= 3:
-            raise KeyboardInterrupt
-        return [0.0] * len(completions)
-
-    engine = ImportanceSampling(num_particles=30, batch_size=10, seed=0, progress=False)
-    posterior = engine.run(TiltedLM(lm, slow, 1.0, max_new_tokens=3), ["a"])
-    assert posterior.log_weights.shape == (1, 20, 1)
-    assert posterior.stats["interrupted"]

@@ -11,8 +11,9 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
-from support.models import table_lm, tiny_llama
-from support.programs import PROMPTS, score_table, tilted
+from support.gradients import gradient_of, gradients
+from support.models import table_lm
+from support.programs import score_table, tilted
 from support.statistics import LIMIT, assert_evidence, assert_mean
 
 from bayeslm.inference import SVI, Exact, ImportanceSampling, ProgramError
@@ -79,14 +80,7 @@ def test_gradient_where_the_guide_leaves_a_latent_to_the_prior(family):
         kl = torch.distributions.kl_divergence(dist.Bernoulli(q), dist.Bernoulli(0.5))
         exact = q * on + (1 - q) * off - kl
     (expected,) = torch.autograd.grad(-exact, a)
-    estimates = []
-    objective = StatefulLoss(ReverseKL(num_particles=50))
-    for _ in range(200):
-        a.grad = None
-        with pyro.get_param_store().scope():
-            objective.loss_and_grads(model, guide)
-        estimates.append(a.grad.item())
-    assert_mean(estimates, expected.item())
+    assert_mean(gradients(ReverseKL(num_particles=50), model, guide, [a], (), repeats=200), expected)
 
 
 def test_gradient_of_a_guide_that_draws_the_shared_latent_last():
@@ -123,16 +117,8 @@ def test_gradient_of_a_guide_that_draws_the_shared_latent_last():
                 f = log_p[i, 0] + log_p[j, 1] + math.log(0.5) + 2.0 * mood * hits - q
                 total = total + q.exp() * f
     parameters = [*policy.network.parameters(), slope]
-    expected = torch.cat([g.reshape(-1) for g in torch.autograd.grad(-total, parameters)])
-    rows = []
-    for _ in range(150):
-        for p in parameters:
-            p.grad = None
-        with pyro.get_param_store().scope():
-            StatefulLoss(ReverseKL(num_particles=400)).loss_and_grads(model, guide, prompts)
-        rows.append(torch.cat([p.grad.reshape(-1) for p in parameters]))
-    estimates = torch.stack(rows)
-    assert_mean(estimates, expected, rounding=1e-6)
+    estimates = gradients(ReverseKL(num_particles=400), model, guide, parameters, (prompts,), repeats=150)
+    assert_mean(estimates, gradient_of(-total, parameters), rounding=1e-6)
 
 
 @pytest.mark.parametrize("raters", [2, 3])
@@ -239,21 +225,3 @@ def test_a_default_dtype_of_float64_changes_nothing():
     finally:
         torch.set_default_dtype(torch.float32)
     np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
-def test_a_network_in_bfloat16_has_float32_log_probabilities():
-    """Sampled and scored, normalised up to bfloat16's rounding of the hidden states; and SVI trains it."""
-    lm = tiny_llama(scale=1.0)
-    lm.network.to(torch.bfloat16)
-    distribution = lm(PROMPTS, max_new_tokens=4)
-    atoms = distribution.enumerate_support()
-    scores = distribution.log_prob(atoms)
-    assert scores.dtype == torch.float32
-    torch.testing.assert_close(scores.logsumexp(0), torch.zeros(2), atol=0.05, rtol=0)
-    drawn = distribution.expand((64, 2)).sample()
-    sampled = distribution.expand((64, 2)).log_prob(drawn.clone())
-    assert sampled.dtype == torch.float32
-    posterior = SVI(num_steps=2, num_samples=8, progress=False).run(tilted(lm, score_table(0)), PROMPTS)
-    assert np.isfinite(posterior.log_weights).all()
-    assert {p.dtype for p in posterior.policy.network.parameters()} == {torch.float32}  # which small steps can move
-    assert posterior.policy.compute_dtype == torch.bfloat16

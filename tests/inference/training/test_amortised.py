@@ -15,8 +15,9 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO
 from support.family import PROMPTS, Family, T
-from support.gradients import assert_unbiased, gradients
+from support.gradients import assert_unbiased, gradient_of, gradients
 from support.models import table_lm, tiny_llama
+from support.oracles import kl_to
 from support.statistics import assert_evidence
 from torch.nn.functional import softplus
 
@@ -56,7 +57,7 @@ def test_gradient_is_unbiased_for_all_prompts(make):
     family = Family(PROMPTS * 20)
     parameters = list(family.policy.network.parameters())
     loss = (family.log_q.exp() * (family.log_q - family.log_target)).sum()
-    expected = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, parameters)])
+    expected = gradient_of(loss, parameters)
     objective = make(family.log_z.detach())
     estimates = gradients(objective, family.model(40), family.guide(40), parameters, (family.prompts,), repeats=150)
     assert_unbiased(estimates, expected)
@@ -87,16 +88,15 @@ def test_gradient_of_the_default_guide_with_other_latents_of_each_prompt(objecti
     torch.testing.assert_close(logits["mood"].detach(), prior.logits)
     for parameter in guide.parameters():
         parameter.data += 0.3 * torch.randn(parameter.shape)
-    law = guide.policy(prompts, max_new_tokens=T)
-    x = law.enumerate_support()
-    score, log_p = law.log_prob(x), lm(prompts, max_new_tokens=T).log_prob(x)
+    q = guide.policy(prompts, max_new_tokens=T)
+    x = q.enumerate_support()
+    score, log_p = q.log_prob(x), lm(prompts, max_new_tokens=T).log_prob(x)
     local = [(score.exp() * (log_p - score + 0.5 * loc * c(x, mood))).sum(0) for mood in (0, 1)]
     mood = dist.Bernoulli(logits=logits["mood"])
     kl = torch.distributions.kl_divergence(dist.Normal(loc, softplus(scale)), dist.Normal(0.0, 1.0))
     kl = kl + torch.distributions.kl_divergence(mood, prior)
     parameters = list(guide.parameters())
-    (kl - ((1 - mood.probs) * local[0] + mood.probs * local[1])).sum().backward()
-    expected = torch.cat([p.grad.reshape(-1) for p in parameters])
+    expected = gradient_of((kl - ((1 - mood.probs) * local[0] + mood.probs * local[1])).sum(), parameters)
     assert_unbiased(gradients(objective, model, guide, parameters, (prompts,), repeats=300), expected)
 
 
@@ -150,22 +150,17 @@ class _OneForAll(ExponentialAverage):
         return advantage.reshape(f.shape), state
 
 
-@pytest.mark.parametrize(("size", "drawn"), [(None, 256), (2, 102), (1, 51)])
-def test_draws_after_training_cost_what_those_of_a_minibatch_do(size, drawn):
-    family = Family(PROMPTS)
-    posterior = SVI(num_steps=1, seed=0, progress=False).run(family.model(size), PROMPTS)
-    assert posterior.samples["completion"].shape == (1, drawn, len(PROMPTS), T)
-    assert posterior.prior["completion"].shape == (1, drawn, len(PROMPTS), T)
+@pytest.mark.parametrize(("copies", "size", "drawn"), [(1, None, 256), (1, 2, 102), (1, 1, 51), (20, 2, 16)])
+def test_draws_after_training_cost_what_those_of_a_minibatch_do(copies, size, drawn):
+    """And some draws of very many prompts."""
+    family = Family(PROMPTS * copies)
+    shape = (len(family.prompts), T)
+    posterior = SVI(num_steps=1, seed=0, progress=False).run(family.model(size), family.prompts)
+    assert posterior.samples["completion"].shape == posterior.prior["completion"].shape == (1, drawn, *shape)
     asked = SVI(num_steps=1, num_samples=20, num_prior_samples=3, seed=0, progress=False)
-    posterior = asked.run(family.model(size), PROMPTS)
-    assert posterior.samples["completion"].shape == (1, 20, len(PROMPTS), T)
-    assert posterior.prior["completion"].shape == (1, 3, len(PROMPTS), T)
-
-
-def test_some_draws_of_very_many_prompts():
-    family = Family(PROMPTS * 20)
-    posterior = SVI(num_steps=1, seed=0, progress=False).run(family.model(2), family.prompts)
-    assert posterior.samples["completion"].shape == (1, 16, 100, T)
+    posterior = asked.run(family.model(size), family.prompts)
+    assert posterior.samples["completion"].shape == (1, 20, *shape)
+    assert posterior.prior["completion"].shape == (1, 3, *shape)
 
 
 @pytest.mark.parametrize("kind", ["table", pytest.param("llama", marks=pytest.mark.long)])
@@ -196,22 +191,16 @@ def test_a_policy_serves_prompts_it_was_never_trained_on(kind):
     settings |= {"num_particles": 16, "num_samples": 2, "seed": 0, "progress": False}
     policy = SVI(**settings).run(model, trained_on).policy
     exact = Exact(num_prior_samples=1).run(TiltedLM(lm, says_it_again, beta=0.5, max_new_tokens=2), held_out)
-    x = torch.as_tensor(exact.samples["completion"][0])
-    log_posterior = torch.as_tensor(exact.log_joint[0] - exact.log_evidence)
-
-    @torch.no_grad()
-    def kl(q):
-        score = q(held_out, max_new_tokens=2).log_prob(x)
-        return (score.exp() * (score - log_posterior)).sum(0)
-
-    assert kl(policy).mean() < share * kl(lm).mean(), (kl(policy), kl(lm))
+    after, before = (kl_to(exact, q, held_out).mean() for q in (policy, lm))
+    assert after < share * before, (after, before)
     found = {
         name: ImportanceSampling(400, guide=guide, seed=0, progress=False).run(model, held_out)
         for name, guide in {"prior": None, "policy": policy}.items()
     }
     assert found["policy"].prompts == held_out
     with torch.no_grad():  # the standard error of Z-hat / Z, by enumeration: E_q[w^2] / Z^2 - 1 = E_pi[pi / q] - 1
-        score = policy(held_out, max_new_tokens=2).log_prob(x)
+        score = policy(held_out, max_new_tokens=2).log_prob(torch.as_tensor(exact.samples["completion"][0]))
+    log_posterior = torch.as_tensor(exact.log_joint[0] - exact.log_evidence)
     spread = ((2 * log_posterior - score).logsumexp(0).expm1() / 400).sqrt().numpy()
     error = np.expm1(found["policy"].log_evidence - exact.log_evidence)
     assert (abs(error) < 5 * spread + 1e-5).all(), error / spread
@@ -290,15 +279,6 @@ def test_epochs_give_every_prompt_its_turn():
         mean = 200 * 3 / 21  # binomial, sd 4.95: beyond 5.5 sd, one in 10^6 of 147
         assert (counts - mean).abs().max() < 5.5 * (mean * (1 - 1 / 7)) ** 0.5
     assert len(waiting) == 0
-    _, waiting = next_minibatch(waiting, 3, 7)
-    kept, state, found = waiting.clone(), torch.get_rng_state(), []
-    for begun in (waiting, kept):  # what waits is not changed: it gives the same again
-        torch.set_rng_state(state)
-        for _ in range(3):
-            batch, begun = next_minibatch(begun, 3, 7)
-            found.append(batch)
-    assert torch.equal(waiting, kept)
-    assert all(torch.equal(a, b) for a, b in zip(found[:3], found[3:], strict=True))
 
 
 def test_kept_draws_stay_with_their_prompts():

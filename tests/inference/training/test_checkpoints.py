@@ -185,8 +185,11 @@ def test_a_callback_that_raises_after_a_step_has_moved_the_guide(tmp_path):
             raise ConnectionError
 
     engine = SVI(**SMALL, callbacks=[fail], checkpoint=every_5(tmp_path))
-    with pytest.raises(RunError, match="ConnectionError"):
+    with pytest.raises(RunError, match="ConnectionError") as caught:
         engine.run(MODEL, PROMPTS)
+    notes = "\n".join(caught.value.__cause__.__notes__)
+    assert "stopped at step 7" in notes
+    assert "chain-0-step-5" in notes
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "chain-0-step-5"]
     assert_same(engine.run(MODEL, PROMPTS), SVI(**SMALL).run(MODEL, PROMPTS))
 

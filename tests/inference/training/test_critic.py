@@ -6,37 +6,18 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from support.gradients import COPIES, assert_unbiased, gradients, perturbed, policy_guide
+from support.enumerated import PROMPTS as SHORT
+from support.enumerated import Problem, T
+from support.gradients import COPIES, assert_unbiased, gradient_of, gradients, perturbed, policy_guide
 from support.models import table_lm, tiny_llama
 from support.programs import PROMPTS, longer, score_table, tilted
 
-from bayeslm.inference import SVI, ProgramError
+from bayeslm.inference import ProgramError
 from bayeslm.inference.control import StateValues
 from bayeslm.inference.training import Critic, ReverseKL, StatefulLoss
 from bayeslm.inference.training.critic import Texts, value_of
 from bayeslm.inference.training.state import within
-
-SHORT = [[1], [2, 3]]
-T = 3
-
-
-class Case:
-    """Vocabulary 4, 3 tokens, bigram: 40 completions a prompt; the past and the tokens say what a text is worth."""
-
-    def __init__(self, seed: int = 0) -> None:
-        lm, table = table_lm(order=2, seed=seed, vocab=4), score_table(seed, vocab=4, tokens=T, scale=1.0)
-        policy = perturbed(lm, seed, scale=1.0)
-        self.parameters = list(policy.network.parameters())
-        self.model, self.guide = tilted(lm, table, 0.5), policy_guide(policy, T)
-        law = policy(SHORT, max_new_tokens=T)
-        x = law.enumerate_support()
-        log_q = law.log_prob(x)
-        f = lm(SHORT, max_new_tokens=T).log_prob(x) + table[torch.arange(T), x].sum(-1) / 0.5 - log_q
-        loss = -COPIES * (log_q.exp() * f).sum()
-        self.expected = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, self.parameters)])
-
-    def estimates(self, objective, repeats: int = 100):
-        return gradients(objective, self.model, self.guide, self.parameters, (SHORT * COPIES,), repeats=repeats)
+from bayeslm.models.lm import count_usage
 
 
 class Frozen(StatefulLoss):
@@ -59,20 +40,22 @@ def quick() -> Critic:
 @pytest.mark.parametrize("when", ["while it learns", "half-way", "after"])
 def test_gradient_is_unbiased(num_particles, when):
     """At any time: what it has learned from the steps before does not depend on this one's draws."""
-    case, objective = Case(), StatefulLoss(ReverseKL(num_particles, quick()))
+    small, objective = Problem(scale=1.0), StatefulLoss(ReverseKL(num_particles, quick()))
     torch.manual_seed(0)
     if when != "while it learns":
-        case.estimates(objective, repeats=4 if when == "half-way" else 40)
+        small.estimates(objective, repeats=4 if when == "half-way" else 40)
         objective = Frozen(objective)
-    assert_unbiased(case.estimates(objective, repeats=64 if num_particles == 1 else 40), case.expected)
+    assert_unbiased(
+        small.estimates(objective, repeats=64 if num_particles == 1 else 40), small.gradient(small.reverse_kl())
+    )
 
 
 def test_variance_is_less_than_that_of_leave_one_out():
     """Once it has learned, of a policy that stays as it is."""
-    case, objective = Case(), StatefulLoss(ReverseKL(4, quick()))
+    small, objective = Problem(scale=1.0), StatefulLoss(ReverseKL(4, quick()))
     torch.manual_seed(0)
-    case.estimates(objective, repeats=60)
-    spread = [case.estimates(o, repeats=60).var(0).sum() for o in (Frozen(objective), ReverseKL(4))]
+    small.estimates(objective, repeats=60)
+    spread = [small.estimates(o, repeats=60).var(0).sum() for o in (Frozen(objective), ReverseKL(4))]
     assert spread[0] < 0.8 * spread[1]
 
 
@@ -128,9 +111,9 @@ def test_a_reply_to_a_draft():
 
     elbo = 0.0
     for prompt in SHORT:
-        law = policy([prompt], 2)
-        xs = law.enumerate_support()
-        log_q, log_p = law.log_prob(xs), lm([prompt], 2).log_prob(xs)
+        q = policy([prompt], 2)
+        xs = q.enumerate_support()
+        log_q, log_p = q.log_prob(xs), lm([prompt], 2).log_prob(xs)
         for i, x in enumerate(xs):
             second = longer([prompt], x[..., 0])
             reply = policy(second, 2)
@@ -139,7 +122,7 @@ def test_a_reply_to_a_draft():
             worth = (log_r.exp() * (lm(second, 2).log_prob(ys) - log_r + match(x, ys))).sum()
             elbo = elbo + log_q[i, 0].exp() * (log_p[i, 0] - log_q[i, 0] + worth)
     parameters = list(policy.network.parameters())
-    expected = torch.cat([g.reshape(-1) for g in torch.autograd.grad(-COPIES * elbo, parameters)])
+    expected = gradient_of(-COPIES * elbo, parameters)
     torch.manual_seed(0)
     objective = StatefulLoss(ReverseKL(4, quick()))
     found = gradients(objective, model, guide, parameters, (SHORT * COPIES,))
@@ -182,59 +165,25 @@ def test_episodes_that_ended_before_they_began(baseline):
     assert all(value.isfinite().all() for value in state.values())
 
 
-def test_it_goes_on_as_if_it_had_never_stopped():
-    case = Case()
-    whole, part = StatefulLoss(ReverseKL(4, Critic())), StatefulLoss(ReverseKL(4, Critic()))
-    torch.manual_seed(0)
-    case.estimates(whole, repeats=3)
-    case.estimates(part, repeats=1)  # something else was learned
-    held, state = whole.state, torch.get_rng_state()
-    copies = {key: value.clone() for key, value in held.items()}
-    expected = case.estimates(whole, repeats=3)
-    assert all(torch.equal(held[key], value) for key, value in copies.items())  # no step changes a state in place
-    part.state = held
-    torch.set_rng_state(state)
-    assert torch.equal(case.estimates(part, repeats=3), expected)
-    assert whole.state.keys() == part.state.keys()
-    for key, value in whole.state.items():
-        assert torch.equal(value, part.state[key]), key
-    single, again = StatefulLoss(ReverseKL(1, Critic())), StatefulLoss(ReverseKL(1, Critic()))
-    case.estimates(single, repeats=2)
-    again.state = single.state
-    case.estimates(again, repeats=1)
-    assert single.state.keys() == again.state.keys() > {"baseline.average:completion"}
-
-
-def test_trainings_learn_nothing_from_one_another():
-    lm = tiny_llama(seed=1)
-    objective = ReverseKL(4, Critic())
-    settings = {"objective": objective, "num_steps": 4, "num_samples": 10, "seed": 0, "progress": False}
-    first, again = (SVI(**settings).run(tilted(lm, score_table(1), 0.5), PROMPTS) for _ in range(2))
-    assert (first.stats["gradient_norm"] == again.stats["gradient_norm"]).all()
-
-
 @pytest.mark.parametrize("kind", ["table", "llama", "micro-batches", "padded prompts"])
 def test_what_is_read_is_what_the_network_knows_before_each_token(kind):
-    """Scores and hidden states of one pass: its head turns the states into the law of the token that follows."""
-    lm = (
-        table_lm(order=3, seed=1) if kind == "table" else tiny_llama(1, **({"batch_size": 3} if kind[0] == "m" else {}))
-    )
-    law = lm(PROMPTS if kind == "padded prompts" else [[2, 3], [5, 6]], 4).expand((5, 2))
-    x = law.sample()
-    scores, hidden = law.token_log_prob_and_hidden(x)
+    """Scores and hidden states of one pass: from a state the head has the distribution of the token that follows."""
+    batch_size = 3 if kind == "micro-batches" else None
+    lm = table_lm(order=3, seed=1) if kind == "table" else tiny_llama(1, batch_size=batch_size)
+    texts = lm(PROMPTS if kind == "padded prompts" else [[2, 3], [5, 6]], 4).expand((5, 2))
+    x = texts.sample()
+    scores, hidden = texts.token_log_prob_and_hidden(x)
     with torch.no_grad():
         logits = lm.causal.logits(hidden, 1.0).log_softmax(-1)
-    live = torch.arange(4) < law.lengths(x)[..., None]
+    live = torch.arange(4) < texts.lengths(x)[..., None]
     expected = logits.gather(-1, x[..., None]).squeeze(-1)
     torch.testing.assert_close(scores, expected.masked_fill(~live, 0.0), rtol=1e-4, atol=1e-5)
-    assert law.token_log_prob(x, known=scores) is scores  # no second pass
+    assert texts.token_log_prob(x, known=scores) is scores  # no second pass
     assert not scores.requires_grad
     assert not hidden.requires_grad
 
 
 def test_no_pass_more_than_leave_one_out():
-    from bayeslm.models.lm import count_usage
-
     lm = tiny_llama(seed=1)
     policy = perturbed(lm)
     model, guide = tilted(lm, score_table(1), 0.5), policy_guide(policy, 5)

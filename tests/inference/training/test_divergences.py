@@ -12,10 +12,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
 from safetensors.torch import load_file
 from support.enumerated import BETA, PROMPTS, Problem, T, kl_to
-from support.gradients import COPIES, assert_unbiased, gradients, perturbed, policy_guide
+from support.gradients import COPIES, assert_unbiased, gradient_of, gradients, perturbed, policy_guide
 from support.models import table_lm
+from support.programs import rewarded
 from support.statistics import assert_mean
 from torch import nn
 
@@ -61,14 +63,13 @@ def variance_under_prior(small):
     return 0.5 * ((share * f**2).sum(0) - (share * f).sum(0) ** 2)
 
 
-def reverse_kl(small):
-    return (small.log_q.exp() * (small.log_q - small.log_posterior)).sum(0)
-
-
 UNBIASED = {
-    "log-variance": (lambda z: LogVariance(4), reverse_kl),
+    "leave-one-out": (lambda z: ReverseKL(4), Problem.reverse_kl),
+    "average": (lambda z: ReverseKL(4, ExponentialAverage()), Problem.reverse_kl),
+    "stock Trace_ELBO": (lambda z: Trace_ELBO(16, vectorize_particles=True), Problem.reverse_kl),
+    "log-variance": (lambda z: LogVariance(4), Problem.reverse_kl),
     "log-variance, prior's draws": (lambda z: LogVariance(4, of_prior), variance_under_prior),
-    "reverse KL as an f-divergence": (lambda z: FDivergence("reverse-kl", 4, log_evidence=z), reverse_kl),
+    "reverse KL as an f-divergence": (lambda z: FDivergence("reverse-kl", 4, log_evidence=z), Problem.reverse_kl),
     "forward KL as an f-divergence": (
         lambda z: FDivergence("forward-kl", 4, log_evidence=z),
         divergence(lambda t: -t.log()),
@@ -139,16 +140,14 @@ def test_log_variance_of_own_draws_is_reverse_kl_with_the_leave_one_out_baseline
 def test_at_the_posterior_gradients_vanish(make):
     """Not only on average: each estimate, since every particle then says the same."""
     lm = table_lm(order=2, seed=3, vocab=4)
-    policy = lm.policy()
-    with torch.no_grad():  # the reward is log q - log p of another policy, so that this one is the posterior
-        policy.network.table.add_(torch.randn(policy.network.table.shape, generator=torch.Generator().manual_seed(0)))
+    policy = perturbed(lm, scale=1.0)  # the reward is its log q - log p, so that it is the posterior
 
     def model(prompts):
         with pyro.plate("prompts", len(prompts)):
-            law = lm(prompts, max_new_tokens=T)
-            x = pyro.sample("completion", law)
+            prior = lm(prompts, max_new_tokens=T)
+            x = pyro.sample("completion", prior)
             with torch.no_grad():
-                reward = policy(prompts, max_new_tokens=T).log_prob(x) - law.log_prob(x)
+                reward = policy(prompts, max_new_tokens=T).log_prob(x) - prior.log_prob(x)
             pyro.factor("reward", reward + 2.0)
 
     parameters = list(policy.network.parameters())
@@ -163,7 +162,7 @@ def test_values_of_the_losses():
         LogVariance(20_000): reverse_kl_variance(small),
         ForwardKL(20_000): divergence(lambda t: -t.log())(small),
         Renyi(0.0, 20_000): -small.log_z,
-        FDivergence("reverse-kl", 20_000): reverse_kl(small),
+        FDivergence("reverse-kl", 20_000): small.reverse_kl(),
         FDivergence("jensen-shannon", 20_000, of_prior): UNBIASED["Jensen-Shannon"][1](small),
     }
     for objective, expected in exact.items():
@@ -210,7 +209,11 @@ def reverse_kl_variance(small):
     return 0.5 * ((share * f**2).sum(0) - (share * f).sum(0) ** 2)
 
 
-@pytest.mark.parametrize("objective", [LogVariance(400), FDivergence("reverse-kl", 400)], ids=["log-variance", "f"])
+@pytest.mark.parametrize(
+    "objective",
+    [ReverseKL(400), LogVariance(400), FDivergence("reverse-kl", 400)],
+    ids=["reverse KL", "log-variance", "f"],
+)
 def test_latents_of_all_prompts(objective):
     """theta ~ N(0, 1) and mood ~ Bernoulli shared, beside completions; the ELBO is closed, and so is its gradient."""
     lm = table_lm(order=2, seed=5, vocab=4)
@@ -234,16 +237,15 @@ def test_latents_of_all_prompts(objective):
         with pyro.plate("prompts", len(prompts)):
             pyro.sample("completion", policy(prompts, max_new_tokens=T))
 
-    law = policy(prompts, max_new_tokens=T)
-    x = law.enumerate_support()
-    score, log_p = law.log_prob(x), lm(prompts, max_new_tokens=T).log_prob(x)
+    q = policy(prompts, max_new_tokens=T)
+    x = q.enumerate_support()
+    score, log_p = q.log_prob(x), lm(prompts, max_new_tokens=T).log_prob(x)
     local = [(score.exp() * (log_p - score + 0.5 * m * c(x, mood))).sum() for mood in (0, 1)]
     kl = torch.distributions.kl_divergence(dist.Normal(m, log_s.exp()), dist.Normal(0.0, 1.0))
     kl = kl + torch.distributions.kl_divergence(dist.Bernoulli(logits=logit), dist.Bernoulli(0.3))
     on = logit.sigmoid()
     parameters = [*policy.network.parameters(), m, log_s, logit]
-    (kl - ((1 - on) * local[0] + on * local[1])).backward()
-    expected = torch.cat([p.grad.reshape(-1) for p in parameters])
+    expected = gradient_of(kl - ((1 - on) * local[0] + on * local[1]), parameters)
     torch.manual_seed(0)
     assert_unbiased(gradients(objective, model, guide, parameters, (prompts,)), expected)
 
@@ -273,55 +275,47 @@ def test_svi_reaches_the_posterior_by(objective, steps, seed):
 
 def test_hard_constraints_are_for_those_that_stay_finite():
     lm = table_lm(order=4, seed=0, vocab=4)
-
-    def model(prompts):
-        with pyro.plate("prompts", len(prompts)):
-            x = pyro.sample("completion", lm(prompts, max_new_tokens=T))
-            pyro.factor("constraint", torch.where((x == 1).any(-1), 0.0, -torch.inf))
-
+    model = rewarded(lm, T, lambda x: torch.where((x == 1).any(-1), 0.0, -torch.inf))
     guide = policy_guide(perturbed(lm), T)
     for objective in (LogVariance(64), FDivergence("reverse-kl", 64), Renyi(0.0, 64)):
         with pytest.raises(ProgramError, match="ForwardKL"):
             objective(model, guide, [[1]])
     exact = Exact().run(model, [[1]])
-    support, truth = torch.tensor(exact.samples["completion"][0, :, 0]), torch.tensor(exact.log_joint[0, :, 0]).float()
     for objective in (ForwardKL(64), FDivergence("jensen-shannon", 64)):
-        engine = SVI(objective=objective, num_steps=300, optimizer=Adam(0.05), num_samples=500, seed=0, progress=False)
+        engine = SVI(objective=objective, num_steps=120, optimizer=Adam(0.05), num_samples=500, seed=0, progress=False)
         posterior = engine.run(model, [[1]])
         share = float((posterior.log_weights > -np.inf).mean())
-        passed = float(truth.logsumexp(0).exp())
+        passed = float(np.exp(exact.log_evidence[0]))
         assert share > max(0.9, passed + 0.2)
     texts = torch.tensor(posterior.samples["completion"][0, :, 0])[posterior.log_weights[0, :, 0] > -np.inf]
     assert (texts == 1).any(-1).all()
-    assert len(support) == 40
 
 
 def test_a_group_without_any_weight_teaches_nothing():
     lm = table_lm(order=2, seed=0, vocab=4)
-
-    def model(prompts):
-        with pyro.plate("prompts", len(prompts)):
-            x = pyro.sample("completion", lm(prompts, max_new_tokens=T))
-            pyro.factor("constraint", torch.full(x.shape[:-1], -torch.inf))
-
+    model = rewarded(lm, T, lambda x: torch.full(x.shape[:-1], -torch.inf))
     policy = perturbed(lm)
     for objective in (ForwardKL(8), FDivergence("jensen-shannon", 8)):
         found = gradients(objective, model, policy_guide(policy, T), list(policy.network.parameters()), (PROMPTS,), 1)
         assert (found == 0).all()
 
 
-def test_what_the_particles_saw():
-    """The figures: the ELBO and its parts, whichever distribution the particles come from."""
+@pytest.mark.parametrize(
+    "objective",
+    [ReverseKL(20_000), LogVariance(20_000), LogVariance(20_000, of_prior)],
+    ids=["reverse KL", "log-variance", "prior's draws"],
+)
+def test_figures_of_the_particles(objective):
+    """The ELBO and its parts, whichever distribution the particles come from."""
     small = Problem()
     elbo = (small.log_q.exp() * (small.log_target - small.log_q)).sum(0)
-    for source in (of_guide, of_prior):
-        objective = StatefulLoss(LogVariance(20_000, source))
-        torch.manual_seed(0)
-        objective.loss(small.model, small.guide, PROMPTS)
-        last = objective.last.figures
-        torch.testing.assert_close(last["elbo"], elbo.detach(), atol=0.06, rtol=0)
-        torch.testing.assert_close(last["log_likelihood"] - last["kl"], last["elbo"])
-        torch.testing.assert_close(last["score"] / BETA, last["log_likelihood"])
+    objective = StatefulLoss(objective)
+    torch.manual_seed(0)
+    objective.loss(small.model, small.guide, PROMPTS)
+    last = objective.last.figures
+    torch.testing.assert_close(last["elbo"], elbo.detach(), atol=0.06, rtol=0)
+    torch.testing.assert_close(last["log_likelihood"] - last["kl"], last["elbo"])
+    torch.testing.assert_close(last["score"] / BETA, last["log_likelihood"])
 
 
 def test_weights_of_other_draws_are_truncated():
@@ -338,32 +332,17 @@ def test_weights_of_other_draws_are_truncated():
     torch.testing.assert_close(loss.detach(), (weight * (1.0 - log_target[:, 0])).mean())
 
 
-def test_a_watcher_sees_every_step_and_changes_nothing():
-    small = Problem()
-    seen = []
-
-    def watch(record):
-        seen.append((record.step, float(record.policy(PROMPTS, T).log_prob(record.policy(PROMPTS, T).sample()).sum())))
-
-    settings = {"num_steps": 5, "objective": LogVariance(8), "num_samples": 10, "seed": 0, "progress": False}
-    plain, watched = (SVI(callbacks=x, **settings).run(small.model, PROMPTS) for x in ([], [watch]))
-    assert [done for done, _ in seen] == list(range(6))
-    assert len({score for _, score in seen}) == 6
-    assert (plain.samples["completion"] == watched.samples["completion"]).all()
-
-
 @pytest.mark.parametrize(
     "objective", [LogVariance(8, Replay()), ReverseKL(2, baseline=ExponentialAverage())], ids=["replay", "average"]
 )
-def test_trainings_learn_nothing_from_one_another(objective, tmp_path):
-    """The same seed gives the same, whatever was trained before; and a chain is what it is without the one before."""
+def test_chains_learn_nothing_from_one_another(objective, tmp_path):
+    """A chain is what it is without the one before. (Runs are tested in test_state.py.)"""
     small = Problem()
     settings = {"objective": objective, "num_steps": 5, "num_samples": 10, "seed": 0, "progress": False}
-    first, again = (SVI(**settings).run(small.model, PROMPTS) for _ in range(2))
+    alone = SVI(**settings).run(small.model, PROMPTS)
     chains = SVI(num_chains=2, checkpoint=tmp_path, **settings).run(small.model, PROMPTS)
     for name in ("elbo", "gradient_norm"):
-        assert (first.stats[name] == again.stats[name]).all()
-        assert (first.stats[name][0] == chains.stats[name][0]).all()
+        assert (alone.stats[name][0] == chains.stats[name][0]).all()
     if isinstance(objective, LogVariance):  # what is remembered is the second chain's alone: steps 0 and 4
         kept = load_file(tmp_path / "chain-1-step-5" / "tensors.safetensors")
         assert len(kept["objective.source.kept.log_prior"]) == 2 * 8

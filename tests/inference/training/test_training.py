@@ -271,18 +271,6 @@ def test_mistakes():
         SVI(**SMALL, objective=objective, callbacks=[NearPosterior()]).run(MODEL, PROMPTS)
 
 
-def test_errors_of_callbacks_tell_step_and_checkpoint(tmp_path):
-    def fail(record: StepRecord) -> None:
-        if record.step == 7:
-            raise RuntimeError("no more")
-
-    with pytest.raises(RunError, match="RuntimeError: no more") as caught:
-        SVI(**SMALL, callbacks=[fail], checkpoint=every_5(tmp_path)).run(MODEL, PROMPTS)
-    notes = "\n".join(caught.value.__cause__.__notes__)
-    assert "stopped at step 7" in notes
-    assert "chain-0-step-5" in notes
-
-
 def test_a_wrong_reward_in_a_minibatch_names_the_prompt_of_all():
     prompts = [[1], [2], [3], [4]]
 

@@ -38,7 +38,7 @@ def weights(lm: LanguageModel) -> list[torch.Tensor]:
 
 
 def test_it_begins_as_the_policy_and_goes_on(problem):
-    """To the bit of its law; twice as many steps lead nearer. The policy that was given stays as it is."""
+    """Bit-identically; twice as many steps lead nearer. The policy that was given stays as it is."""
     prior, model, start = problem
     before = weights(start)
     begun = AutoPolicy(inspect(model, PROMPTS), start=start).policy

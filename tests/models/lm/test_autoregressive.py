@@ -6,7 +6,7 @@ import pyro
 import pytest
 import torch
 from support.models import table_lm, tiny_llama
-from support.oracles import by_hand
+from support.oracles import all_by_hand
 from support.statistics import assert_drawn_from, count_completions
 
 from bayeslm.models import Autoregressive, LanguageModel
@@ -67,9 +67,8 @@ def test_temperature_divides_the_logits():
     lm = tiny_llama()
     x = lm(PROMPTS, 5).sample((2,))
     for temperature in (0.5, 2.0):
-        expected = [[by_hand(lm, p, c, temperature) for p, c in zip(IDS, row, strict=True)] for row in x]
         actual = lm(PROMPTS, 5, temperature=temperature).token_log_prob(x)
-        torch.testing.assert_close(actual, torch.stack([torch.stack(row) for row in expected]), atol=1e-5, rtol=0)
+        torch.testing.assert_close(actual, all_by_hand(lm, IDS, x, temperature), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -232,15 +231,10 @@ def test_scores_do_not_depend_on_the_batch(lm, batch_size):
     """Nor on other prompts, padding or micro-batches; and the scores of sampling are the network's own."""
     dist = lm(PROMPTS, max_new_tokens=6)
     x = dist.sample((4,))
-    expected = torch.stack([torch.stack([by_hand(lm, p, c) for p, c in zip(IDS, row, strict=True)]) for row in x])
+    expected = all_by_hand(lm, IDS, x)
     torch.testing.assert_close(dist.token_log_prob(x), expected, atol=1e-5, rtol=0)
-    parted = LanguageModel(
-        lm.network,
-        lm.tokenizer,
-        eos_token_ids=lm.eos_token_ids,
-        pad_token_id=lm.pad_token_id,
-        batch_size=batch_size,
-    )
+    special = {"eos_token_ids": lm.eos_token_ids, "pad_token_id": lm.pad_token_id}
+    parted = LanguageModel(lm.network, lm.tokenizer, **special, batch_size=batch_size)
     torch.testing.assert_close(parted(PROMPTS, 6).token_log_prob(x), expected, atol=1e-5, rtol=0)
     dist = parted(PROMPTS, 6)
     y = dist.sample((4,))

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.models import ARCHITECTURES, PADDED_PROMPTS, llama_network, random_network, table_lm, tiny_llama
-from support.oracles import by_hand
+from support.oracles import all_by_hand
+from support.statistics import assert_random_state_kept
 from transformers import masking_utils
 
 from bayeslm.models import LanguageModel
@@ -31,8 +32,7 @@ def test_agrees_with_the_networks_own_forward_pass(model_type, monkeypatch):
     lm = LanguageModel(random_network(model_type, **extra), eos_token_ids=(2, 7))
     dist = lm(PADDED_PROMPTS, max_new_tokens=12, temperature=1.2)
     x = dist.sample((3,))
-    rows = [[by_hand(lm, p, c, 1.2) for p, c in zip(PADDED_PROMPTS, row, strict=True)] for row in x]
-    expected = torch.stack([torch.stack(row) for row in rows])
+    expected = all_by_hand(lm, PADDED_PROMPTS, x, 1.2)
     assert expected.std() > 0.3
     torch.testing.assert_close(dist.token_log_prob(x), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(lm(PADDED_PROMPTS, 12, 1.2).token_log_prob(x), expected, atol=1e-4, rtol=0)
@@ -67,6 +67,12 @@ def test_a_body_with_a_forward_of_its_own_keeps_it():
     assert calls
 
 
+def assert_scored_as_by_hand(lm):
+    prompts = [[1, 2], [3]]
+    x = lm(prompts, 5).sample((2,))
+    torch.testing.assert_close(lm(prompts, 5).token_log_prob(x), all_by_hand(lm, prompts, x), atol=1e-5, rtol=0)
+
+
 def test_a_body_that_is_scaled_before_the_head_is_detected():
     class Scaled(type(llama_network())):
         def forward(self, input_ids=None, **kwargs):
@@ -74,12 +80,9 @@ def test_a_body_that_is_scaled_before_the_head_is_detected():
             out.logits = self.lm_head(out.last_hidden_state / 2)
             return out
 
-    scaled = Scaled(llama_network().config).eval()
-    assert CausalNetwork(scaled).head is None
-    lm = LanguageModel(scaled)
-    x = lm([[1, 2], [3]], 5).sample()
-    expected = torch.stack([by_hand(lm, [1, 2], x[0]), by_hand(lm, [3], x[1])])
-    torch.testing.assert_close(lm([[1, 2], [3]], 5).token_log_prob(x), expected, atol=1e-5, rtol=0)
+    lm = LanguageModel(Scaled(llama_network().config).eval())
+    assert lm.causal.head is None
+    assert_scored_as_by_hand(lm)
 
 
 def test_logits_of_more_than_the_body_says_are_left_to_the_network():
@@ -93,18 +96,13 @@ def test_logits_of_more_than_the_body_says_are_left_to_the_network():
 
     lm = LanguageModel(Skips(llama_network().config).eval())
     assert lm.causal.body is None
-    x = lm([[1, 2], [3]], 5).sample()
-    expected = torch.stack([by_hand(lm, [1, 2], x[0]), by_hand(lm, [3], x[1])])
-    torch.testing.assert_close(lm([[1, 2], [3]], 5).token_log_prob(x), expected, atol=1e-5, rtol=0)
+    assert_scored_as_by_hand(lm)
 
 
 def test_finding_the_head_leaves_the_random_state_alone():
     lm = tiny_llama()
-    torch.manual_seed(3)
-    expected = torch.rand(1)
-    torch.manual_seed(3)
-    assert lm.causal.head is not None
-    assert torch.equal(torch.rand(1), expected)
+    with assert_random_state_kept():
+        assert lm.causal.head is not None
 
 
 def test_half_precision_scores_in_float32():
@@ -112,6 +110,7 @@ def test_half_precision_scores_in_float32():
     dist = lm([[1, 2, 3], [4]], 5)
     x = dist.sample((20,))
     assert dist.token_log_prob(x).dtype == torch.float32
+    assert lm.causal.mask_dtype == lm.policy(2).causal.mask_dtype == torch.bool
     # bfloat16 keeps 8 bits: logits of a few units are off by some 0.02 each
     torch.testing.assert_close(lm([[1, 2, 3], [4]], 5).log_prob(x), dist.log_prob(x), atol=0.5, rtol=0)
 
@@ -275,8 +274,7 @@ def test_masks_of_padded_prompts_are_not_inspected_at_every_token(model_type, at
     dist = lm(PADDED_PROMPTS, max_new_tokens=12)
     x = dist.sample((3,))
     assert not inspections
-    expected = [[by_hand(lm, p, c) for p, c in zip(PADDED_PROMPTS, row, strict=True)] for row in x]
-    expected = torch.stack([torch.stack(row) for row in expected])
+    expected = all_by_hand(lm, PADDED_PROMPTS, x)
     inspections.clear()
     torch.testing.assert_close(dist.token_log_prob(x), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(lm(PADDED_PROMPTS, 12).token_log_prob(x.clone()), expected, atol=1e-4, rtol=0)
@@ -314,12 +312,6 @@ def test_a_network_that_ignores_causal_masks_is_detected():
     assert causal.mask_dtype is None
 
 
-def test_half_precision_takes_causal_masks():
-    lm = LanguageModel(llama_network().bfloat16())
-    assert lm.causal.mask_dtype == torch.bool
-    assert lm.policy(2).causal.mask_dtype == torch.bool
-
-
 # -- the logits in blocks ------------------------------------------------------------------------------------
 
 
@@ -348,38 +340,3 @@ def test_scoring_never_holds_all_logits(monkeypatch, model_type, trained):
         score.backward()
         assert sum(heads) == x.numel() * vocab  # computed again
         assert max(heads) == 16 * vocab
-
-
-@pytest.mark.parametrize("lora_rank", [None, 2])
-@pytest.mark.parametrize("batch_size", [None, 2])
-def test_gradients_in_blocks_are_those_of_the_network(monkeypatch, lora_rank, batch_size):
-    policy = tiny_llama(seed=3, eos_token_ids=(0, 3), batch_size=batch_size).policy(lora_rank)
-    with torch.no_grad():  # away from LoRA's zeros, where half of the gradient vanishes
-        for p in policy.parameters():
-            p.add_(0.05 * torch.randn_like(p)) if p.requires_grad else None
-    prompts = [[1, 2, 3, 4], [5], [6, 7]]
-    x = policy(prompts, 6).sample((4,))
-    weights = torch.randn(x.shape)
-
-    def gradient(scores):
-        policy.zero_grad()
-        (weights * scores).sum().backward()
-        return [p.grad.clone() for p in policy.parameters() if p.grad is not None]
-
-    rows = [torch.stack([by_hand(policy, p, c) for p, c in zip(prompts, row, strict=True)]) for row in x]
-    expected = gradient(torch.stack(rows))
-    whole = gradient(policy(prompts, 6).token_log_prob(x))
-    monkeypatch.setattr(network, "LOGITS_BLOCK", 5 * 8)
-    blocks = gradient(policy(prompts, 6).token_log_prob(x))
-    assert len(expected) == len(whole) == len(blocks) > 10
-    torch.testing.assert_close(whole, expected, atol=1e-4, rtol=1e-3)
-    torch.testing.assert_close(blocks, whole, atol=1e-4, rtol=1e-4)
-
-
-def test_sampling_keeps_no_graph():
-    dist = tiny_llama().policy()([[1, 2]], 4)
-    x = dist.sample()
-    assert not x.requires_grad
-    assert dist.log_prob(x).requires_grad
-    with torch.no_grad():
-        assert not dist.log_prob(x).requires_grad

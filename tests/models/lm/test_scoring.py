@@ -3,11 +3,11 @@
 import pytest
 import torch
 from support.models import llama_network, random_network, table_lm, tiny_llama
-from support.oracles import by_hand
+from support.oracles import all_by_hand, by_hand
 from torch import nn
 
 from bayeslm.models import LanguageModel
-from bayeslm.models.lm import scoring
+from bayeslm.models.lm import network, scoring
 from bayeslm.models.lm.gradient_checkpointing import checkpointable_layers
 from bayeslm.models.lm.network import CausalNetwork
 from bayeslm.models.lm.usage import count_usage
@@ -40,7 +40,14 @@ def prompt_passes(request, monkeypatch):
         monkeypatch.setattr(scoring, "PROMPTS_AGAIN", -1)
 
 
-@pytest.mark.usefixtures("prompt_passes")
+@pytest.fixture(params=["all logits", "blocks of logits"])
+def logits(request, monkeypatch):
+    """The head's logits are computed at once, or in blocks of five tokens."""
+    if request.param == "blocks of logits":
+        monkeypatch.setattr(network, "LOGITS_BLOCK", 5 * 8)
+
+
+@pytest.mark.usefixtures("prompt_passes", "logits")
 @pytest.mark.parametrize("lora_rank", [None, 2])
 @pytest.mark.parametrize("batch_size", [None, 1, 2, 5])
 def test_gradients_are_those_of_the_network(lora_rank, batch_size):
@@ -49,8 +56,7 @@ def test_gradients_are_those_of_the_network(lora_rank, batch_size):
     dist = policy(PROMPTS, TOKENS, temperature=1.3)
     x = dist.sample((4,))
     weights = torch.randn(x.shape)
-    rows = [torch.stack([by_hand(policy, p, c, 1.3) for p, c in zip(PROMPTS, row, strict=True)]) for row in x]
-    by_hand_scores = torch.stack(rows)
+    by_hand_scores = all_by_hand(policy, PROMPTS, x, 1.3)
     expected = gradient(policy, by_hand_scores, weights)
     own = dist.token_log_prob(x)
     torch.testing.assert_close(own, by_hand_scores, atol=1e-5, rtol=0)

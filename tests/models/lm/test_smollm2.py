@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.oracles import by_hand
+from support.oracles import all_by_hand
 
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm.network import CausalNetwork
@@ -26,8 +26,7 @@ def test_agrees_with_transformers(smollm2, ids):
     assert usage.model_calls == TOKENS
     assert usage.tokens == 3 * max(map(len, ids)) + 6 * (TOKENS - 1)
     with torch.no_grad():
-        rows = [torch.stack([by_hand(smollm2, p, c) for p, c in zip(ids, row, strict=True)]) for row in x]
-    expected = torch.stack(rows)
+        expected = all_by_hand(smollm2, ids, x)
     torch.testing.assert_close(dist.token_log_prob(x), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(smollm2(PROMPTS, TOKENS).token_log_prob(x), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(smollm2.packed()(PROMPTS, TOKENS).token_log_prob(x), expected, atol=1e-4, rtol=0)

@@ -13,20 +13,13 @@ import pytest
 import torch
 from support.models import table_lm, tiny_llama
 from support.oracles import ExactTwist
-from support.programs import PROMPTS, score_table, tilted
+from support.programs import PROMPTS, rewarded, score_table, tilted
 from support.statistics import assert_evidence, assert_mean
 
 from bayeslm.inference import SMC, EvidenceError, Exact, ImportanceSampling, ProgramError
-from bayeslm.inference.program import inspect, seeded
+from bayeslm.inference.program import inspect
 from bayeslm.inference.sequential import TwistLearning
-from bayeslm.inference.sequential.twist_learning import (
-    TwistData,
-    _draw_prior,
-    confidence,
-    contrastive,
-    offset,
-    soft_value,
-)
+from bayeslm.inference.sequential.twist_learning import TwistData, confidence, contrastive, offset, soft_value
 from bayeslm.inference.sequential.twists import LearnedTwist, SiteRows
 from bayeslm.models import LanguageModel, TiltedLM, Twist, rewards
 from bayeslm.models.lm.decoding import categorical
@@ -43,13 +36,7 @@ def learn(model, **settings):
 
 def words(lm, beta=0.5):
     """A reward that counts two words: the count so far is a term of the final one."""
-
-    def model(prompts):
-        with pyro.plate("prompts", len(prompts)):
-            x = pyro.sample("completion", lm(prompts, max_new_tokens=T))
-            pyro.factor("reward", count(x) / beta)
-
-    return model
+    return rewarded(lm, T, lambda x: count(x) / beta)
 
 
 def count(x):
@@ -119,27 +106,23 @@ def test_token_by_token_and_complete_texts_agree(reads_reward):
     lm = tiny_llama(seed=0)
     model = words(lm)
     twist = learn(model, num_steps=20, num_particles=100, reads_reward=reads_reward)
-    with seeded(1), torch.no_grad():
-        batch = _draw_prior(inspect(model, PROMPTS), "completion", 20, reads_reward)
-    assert batch.ends.any()
-    assert not batch.written.all()
     dist = lm(PROMPTS, max_new_tokens=T).expand((20, 2))
+    x = dist.sample()
+    tokens, hidden = (value.flatten(0, 1) for value in (x, dist.token_log_prob_and_hidden(x)[1]))
+    written = torch.arange(T) < dist.lengths(x).flatten()[:, None]
+    assert not written.all()
+    so_far = None
+    if reads_reward:
+        so_far = torch.stack([count(torch.where(torch.arange(T) <= t, tokens, -1)) / 0.5 for t in range(T)], 1)
     steps = dist.decoder()
     state, found = twist.start(steps), []
     for t in range(T):
-        token = batch.tokens[:, t]
-        assert torch.equal(batch.written[:, t], ~steps.finished)
-        found.append(twist.lookahead(state, token[:, None], batch.so_far[:, t : t + 1] if reads_reward else None)[:, 0])
-        steps.append(token, torch.zeros(len(token)))
-        assert torch.equal(batch.ends[:, t], steps.finished & batch.written[:, t])
+        found.append(twist.lookahead(state, tokens[:, t, None], so_far[:, t, None] if reads_reward else None)[:, 0])
+        steps.append(tokens[:, t], torch.zeros(len(tokens)))
         state = twist.advance(state, steps)
-        if reads_reward:
-            so_far = count(torch.where(torch.arange(T) < steps.t, steps.values, -1)) / 0.5
-            torch.testing.assert_close(batch.so_far[batch.written[:, t], t], so_far[batch.written[:, t]])
-    of = twist.inputs(twist.project(batch.hidden), batch.tokens, batch.so_far if reads_reward else None)
     with torch.no_grad():
-        expected = twist.confidence[1:] * twist(of)[..., 0] + twist.offset[1:]
-    written = batch.written
+        psi = twist(twist.inputs(twist.project(hidden), tokens, so_far))[..., 0]
+        expected = twist.confidence[1:] * psi + twist.offset[1:]
     torch.testing.assert_close(torch.stack(found, 1)[written], expected[written], atol=1e-4, rtol=1e-4)
 
 
@@ -368,28 +351,29 @@ def test_errors():
     with pytest.raises(ValueError, match="another language model"):
         SMC(twist=twist, progress=False).run(model, PROMPTS)
 
-    def hopeless(prompts):
-        with pyro.plate("prompts", len(prompts)):
-            x = pyro.sample("completion", table_lm(order=2, seed=0)(prompts, max_new_tokens=2))
-            pyro.factor("reward", torch.full(x.shape[:-1], -torch.inf))
-
     with pytest.raises(EvidenceError, match="-inf"):
-        learn(hopeless)
+        learn(rewarded(table_lm(order=2, seed=0), 2, lambda x: torch.full(x.shape[:-1], -torch.inf)))
 
 
 def test_rows_have_the_likelihood_of_their_prompt():
-    """Prompts in the plate on the left of another: a row's prompt is not its place modulo their number."""
+    """Prompts in the plate on the left of another: a row's prompt is not its place modulo their number.
+
+    After "b" token 1 is rewarded, after "c" token 2; and so says the twist.
+    """
     lm = table_lm(order=2, seed=0, vocab=4)
 
     def model(prompts):
         twice = np.array([[prompt, prompt] for prompt in prompts], dtype=object)  # (prompt, each)
         with pyro.plate("prompts", len(prompts), dim=-2), pyro.plate("each", 2, dim=-1):
             x = pyro.sample("completion", lm(twice, max_new_tokens=2))
-            pyro.factor("reward", torch.tensor([[4.0], [-8.0]]) + 0.0 * x[..., 0])
+            pyro.factor("reward", 3.0 * (x[..., 0] == torch.tensor([[1], [2]])))
 
-    program = inspect(model, ["a b", "c b"])
-    _, draws = TwistLearning(num_particles=8, progress=False)._draw(program, "completion")
-    assert torch.equal(draws.log_likelihood, torch.tensor([8.0, 8.0, -16.0, -16.0]).expand(8, -1))
+    settings = {"num_particles": 200, "num_steps": 60, "learning_rate": 0.01, "seed": 0, "progress": False}
+    twist = TwistLearning(**settings).run(model, ["a b", "a c"])
+    steps = lm(["a b", "a c"], max_new_tokens=2).decoder()
+    psi = twist.lookahead(twist.start(steps), torch.tensor([[1, 2], [1, 2]]))
+    assert psi[0, 0] - psi[0, 1] > 1.0
+    assert psi[1, 1] - psi[1, 0] > 1.0
 
 
 @pytest.mark.parametrize("pad", [9, -1, -100])

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.toys import from_prior
+from support.toys import autoregression, from_prior
 
 from bayeslm.calibration import calibrate
 from bayeslm.plots import plot_reliability
@@ -76,12 +76,8 @@ def test_monte_carlo_errors_over_draws(correlation: float):
     """The spread over 60 runs of 2 chains, independent or autoregressive, is the stated Monte Carlo error."""
     rng = RNG(2)
     centre, y = rng.normal(size=40) * 0.3, rng.random(40) < 0.5
-    runs = []
-    for i in range(60):
-        noise = rng.normal(size=(2, 400, 40))
-        for t in range(1, 400):
-            noise[:, t] = correlation * noise[:, t - 1] + np.sqrt(1 - correlation**2) * noise[:, t]
-        runs.append(calibrate(sigmoid(centre + noise), y, seed=i))
+    noise = [autoregression(rng, (2, 400, 40), correlation) for _ in range(60)]
+    runs = [calibrate(sigmoid(centre + x), y, seed=i) for i, x in enumerate(noise)]
     for name in ("log_score", "accuracy"):
         values = np.array([getattr(found, name).value for found in runs])
         stated = np.mean([getattr(found, name).mcse for found in runs])

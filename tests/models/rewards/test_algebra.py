@@ -9,16 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bayeslm.models.rewards import (
-    Constraint,
-    Contains,
-    Length,
-    Matches,
-    Reward,
-    RewardError,
-    Sentiment,
-    Toxicity,
-)
+from bayeslm.models.rewards import Constraint, Contains, Length, Matches, Reward, RewardError, Sentiment, Toxicity
 
 NEG_INF = -math.inf
 

@@ -8,27 +8,13 @@ import sys
 import pytest
 
 from bayeslm.models import rewards
-from bayeslm.models.rewards import (
-    Constraint,
-    Contains,
-    Length,
-    Matches,
-    RewardError,
-    Sentiment,
-    Similarity,
-    Toxicity,
-)
+from bayeslm.models.rewards import Constraint, Contains, Length, Matches, RewardError, Sentiment, Similarity, Toxicity
 
 NEG_INF = -math.inf
 
 
 def test_sentiment_is_vaders_compound():
-    texts = [
-        "VADER is smart, handsome, and funny.",
-        "VADER is very smart, handsome, and funny.",
-        "Today SUX!",
-        "",
-    ]
+    texts = ["VADER is smart, handsome, and funny.", "VADER is very smart, handsome, and funny.", "Today SUX!", ""]
     assert Sentiment()(["p"], texts).tolist() == pytest.approx([0.8316, 0.8545, -0.5461, 0.0])  # VADER's README
     assert (Sentiment().lower_bound, Sentiment().upper_bound) == (-1.0, 1.0)
 
@@ -72,13 +58,7 @@ def test_toxicity_is_the_packages_probability():
 
 def test_similarity_is_the_cosine_of_minilm():
     reward = Similarity("That is a happy person")
-    texts = [
-        "That is a happy dog",
-        "That is a very happy person",
-        "Today is a sunny day",
-        "That is a happy person",
-        "",
-    ]
+    texts = ["That is a happy dog", "That is a very happy person", "Today is a sunny day", "That is a happy person", ""]
     scores = reward(["p"], texts)
     assert scores[:3].tolist() == pytest.approx([0.6946, 0.9429, 0.2569], abs=1e-3)  # the model card's own example
     assert scores[3].item() == pytest.approx(1.0, abs=1e-5)
@@ -130,12 +110,7 @@ def test_matches_compares_the_last_match_with_the_answer():
 
 def test_constraint():
     texts = ["a", "b", ""]
-    for predicate in (
-        lambda text: "a" in text,
-        Contains("a"),
-        Matches("^a"),
-        re.compile("a").search,
-    ):
+    for predicate in (lambda text: "a" in text, Contains("a"), Matches("^a"), re.compile("a").search):
         assert Constraint(predicate)(["p"], texts).tolist() == [0.0, NEG_INF, NEG_INF]
     right = Constraint(Matches(r"\d", column="answer"))
     assert right(["p", "q"], ["4", "5"], answer=["4", "4"]).tolist() == [0.0, NEG_INF]

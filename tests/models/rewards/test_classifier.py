@@ -30,12 +30,7 @@ def tokenizer(kind):
 
 
 def network(kind, labels, **settings):
-    from transformers import (
-        BertConfig,
-        BertForSequenceClassification,
-        LlamaConfig,
-        LlamaForSequenceClassification,
-    )
+    from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
     torch.manual_seed(0)
     size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -106,10 +101,7 @@ def test_one_label_of_several():
 def test_chats_go_through_the_classifiers_template():
     model, words = network("llama", ["LABEL_0"]), tokenizer("llama")
     chats = [[{"role": "user", "content": "hello"}], [{"role": "user", "content": "the dinner was bad"}]]
-    texts = [
-        "<s> user | hello <s> assistant | good ",
-        "<s> user | the dinner was bad <s> assistant | not good ",
-    ]
+    texts = ["<s> user | hello <s> assistant | good ", "<s> user | the dinner was bad <s> assistant | not good "]
     scores = Classifier(model, words)(chats, ["good", "not good"])
     expected = direct(model, words, texts, add_special_tokens=False)[:, 0]
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)

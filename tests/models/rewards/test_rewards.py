@@ -107,10 +107,7 @@ def test_shape_is_the_broadcast_of_prompts_and_completions(prompts, completions,
 @pytest.mark.parametrize(
     "prompts",
     [
-        [
-            [{"role": "user", "content": "hi"}],
-            [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}],
-        ],
+        [[{"role": "user", "content": "hi"}], [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]],
         [[1, 2], [3, 4]],
         [[1, 2, 3], [4]],
     ],
@@ -248,28 +245,10 @@ def test_long_texts_are_shortened():
         (["p"], [None], {}, TypeError, "completions must hold texts, got NoneType"),
         (["p"], [[{"role": "assistant"}]], {}, TypeError, "completions must hold texts"),
         (["p"], [["a", "b"], ["c"]], {}, ValueError, "nested completions are ragged"),
-        (
-            ["p", "q"],
-            ["a", "b", "c"],
-            {},
-            ValueError,
-            r"prompts \(2,\) and completions \(3,\) do not broadcast",
-        ),
+        (["p", "q"], ["a", "b", "c"], {}, ValueError, r"prompts \(2,\) and completions \(3,\) do not broadcast"),
         (["p", "q"], ["a", "b"], {"answer": [1, 2, 3]}, ValueError, r"column 'answer' of shape \(3,\)"),
-        (
-            ["p"],
-            ["a"],
-            {"answer": np.ones((2, 1))},
-            ValueError,
-            r"'answer' of shape \(2, 1\) does not broadcast",
-        ),
-        (
-            ["p"],
-            ["a"],
-            {"answer": "42"},
-            TypeError,
-            "column 'answer' must hold one value a prompt, got one string",
-        ),
+        (["p"], ["a"], {"answer": np.ones((2, 1))}, ValueError, r"'answer' of shape \(2, 1\) does not broadcast"),
+        (["p"], ["a"], {"answer": "42"}, TypeError, "column 'answer' must hold one value a prompt, got one string"),
     ],
 )
 def test_bad_arguments(prompts, completions, columns, error, message):

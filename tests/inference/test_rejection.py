@@ -63,7 +63,7 @@ def test_rounding_of_the_bound_is_tolerated(bound):
 
 @pytest.mark.parametrize("bound", [math.inf, -math.inf, math.nan])
 def test_a_bound_must_be_finite(bound):
-    error = TypeError if math.isnan(bound) else ProgramError
+    error = ValueError if math.isnan(bound) else ProgramError
     with pytest.raises(error, match=f"(needs a finite upper bound|log_bound must be a number).*got {bound}"):
         rejection(log_bound=bound).run(scripted(0.0))
 

@@ -334,8 +334,11 @@ def test_hard_constraints(reads_reward):
 
 def test_one_draw_alone_has_a_likelihood():
     """It is learned from, and nothing breaks."""
-    first = rewards.Reward(lambda completions, **_: [0.0, *[-math.inf] * (len(completions) - 1)])
-    model = TiltedLM(table_lm(order=2, seed=0), first, max_new_tokens=2)
+
+    def first_of_each(prompts, completions, **_):
+        return [0.0 if prompts.index(prompt) == i else -math.inf for i, prompt in enumerate(prompts)]
+
+    model = TiltedLM(table_lm(order=2, seed=0), rewards.Reward(first_of_each), max_new_tokens=2)
     twist = learn(model, num_particles=20, num_steps=20)
     assert twist.stats["kept_step"] == 20
     assert all(value.isfinite().all() for value in twist.state_dict().values())

@@ -50,8 +50,8 @@ weights: $(VENV)/.weights  ## fetch the small language model that the demo and s
 demo: install weights  ## from a fresh clone to a posterior over completions
 	@$(BIN)/bayeslm demo $(ARGS)
 
-test: install weights  ## run the test suite
-	@$(BIN)/pytest $(ARGS)
+test: install weights  ## run the test suite, in as many processes as there are cores
+	@$(BIN)/pytest -n auto --dist loadfile $(ARGS)
 
 test-long: install weights  ## run the tests marked long
 	@$(BIN)/pytest -m long $(ARGS)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .encoding import positions_of
 from .masks import causal_mask
+from .turns import exclusive
 from .usage import counting
 from .whole_texts import TextCache, is_shareable
 
@@ -156,7 +157,8 @@ def texts(network: TriedNetwork) -> Tensor:
 @contextlib.contextmanager
 def aside(device: torch.device) -> Iterator[None]:
     """Run passes without a gradient that are not counted, and restore the random state."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad(), counting(()):
+    devices = [device] if device.type == "cuda" else []
+    with exclusive(), torch.random.fork_rng(devices=devices), torch.no_grad(), counting(()):
         yield
 
 

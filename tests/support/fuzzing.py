@@ -30,7 +30,7 @@ from bayeslm.inference.control import Thompson
 from bayeslm.inference.training import Adam, ReverseKL
 from bayeslm.models import LanguageModel, TiltedLM, rewards
 from bayeslm.models.control import TabularEnvironment, river_swim
-from bayeslm.validation import Within, annotations_of
+from bayeslm.validation import Unchecked, Within, annotations_of
 
 ROOMS = {
     "inference": ("control", "preferences", "sequential", "training"),
@@ -100,6 +100,8 @@ WRONG += [lambda: None, *TENSORS]
 def plausible(hint: Any) -> st.SearchStrategy[Any]:
     """Values that an annotation allows, as far as it says; small ones."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated and Unchecked in arguments:
+        return plausible(arguments[0])
     if origin is typing.Annotated:
         interval = next(x for x in arguments[1:] if isinstance(x, Within))
         numbers = [0, 1, 2, 3, 8] if arguments[0] is int else [0.0, 1e-3, 0.5, 1, 1.0, 2.0]
@@ -125,7 +127,7 @@ def plausible(hint: Any) -> st.SearchStrategy[Any]:
         return simple[cls]
     if cls is collections.abc.Callable:
         return st.sampled_from([lambda *args, **kwargs: [0.0], lambda *args: torch.zeros(2, 2)])
-    if cls in (list, collections.abc.Sequence):
+    if cls in (list, collections.abc.Sequence, collections.abc.Collection):
         return st.lists(plausible(arguments[0]), max_size=3)
     if cls is tuple:
         return st.tuples(*(plausible(x) for x in arguments if x is not Ellipsis))

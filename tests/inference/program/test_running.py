@@ -203,7 +203,7 @@ def test_a_network_drawn_from_a_seed_leaves_the_random_state_of_a_run_alone():
 
 
 def test_ctrl_c_ends_the_waiting():
-    release = threading.Event()
+    release, handler = threading.Event(), signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def hold():
         with exclusive():
@@ -218,6 +218,7 @@ def test_ctrl_c_ends_the_waiting():
             RUNS["importance"]()
         assert time.perf_counter() - start < 4
     finally:
+        signal.signal(signal.SIGINT, handler)
         release.set()
         holder.join()
     RUNS["importance"]()

@@ -89,7 +89,7 @@ def test_an_empty_prompt_is_the_beginning_of_a_text():
         ([{"role": "user", "content": "a"}], TypeError, r"prompts\[0\] is \{'role'.*goes into a list"),
         ([[1], [1.5]], TypeError, r"prompts\[1\] is \[1\.5\]"),
         (3, TypeError, "prompts must be a list of prompts, got 3"),
-        ({"prompt": ["a"]}, TypeError, "prompts must be a list of prompts, got {"),
+        ({"prompt": ["a"]}, TypeError, "prompts must be a list of prompts, got a table"),
         ([[1], None], TypeError, r"prompts\[1\] is None"),
         ([[1], [8]], ValueError, r"prompts\[1\] holds token ids outside 0\.\.7"),
         ([[-1]], ValueError, r"prompts\[0\] holds token ids outside"),

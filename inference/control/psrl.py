@@ -101,6 +101,7 @@ class PSRL:
     seed: Seed | None = None
     progress: bool = True
 
+    @validated
     def run(self, task: Task, prior: BeliefT) -> Learning[BeliefT]:
         """Learn a task, from the same prior over its worlds in each run.
 

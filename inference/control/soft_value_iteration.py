@@ -70,6 +70,7 @@ class SoftValueIteration:
                 f"SoftValueIteration: tilted dynamics need beta > 0 and discount 1, got {self.beta} and {self.discount}"
             )
 
+    @validated
     def run(self, mdp: MDP, prior: Tensor | None = None) -> SoftValues:
         """Solve a process.
 

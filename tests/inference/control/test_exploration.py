@@ -8,7 +8,7 @@ import torch
 from scipy import integrate, stats
 from support.statistics import assert_drawn_from
 
-from bayeslm.inference.control import Boltzmann, EpsilonGreedy, Random, Thompson
+from bayeslm.inference.control import PSRL, Boltzmann, EpsilonGreedy, Random, SoftValueIteration, Thompson
 from bayeslm.models.control import BernoulliArms, Dirichlet, GaussianArms, NormalGamma
 
 DRAWS = torch.tensor([[0.0, 1.0, 3.0], [4.0, 1.0, 0.0]])  # means 2, 1, 1.5
@@ -93,3 +93,15 @@ def test_thompson_is_the_probability_that_an_arm_is_best(seed):
 def test_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("run", "says"),
+    [
+        (lambda: PSRL(num_episodes=2).run(3, 4), "PSRL.run: task must be a Task, got 3"),
+        (lambda: SoftValueIteration(1.0, 3).run(3), "SoftValueIteration.run: mdp must be"),
+    ],
+)
+def test_runs_of_something_else_name_it(run, says):
+    with pytest.raises(TypeError, match=says):
+        run()

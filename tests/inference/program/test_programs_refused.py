@@ -76,11 +76,12 @@ def test_a_factor_that_is_not_a_number_is_named():
         pyro.sample("theta", dist.Normal(0.0, 1.0))
         pyro.factor("evidence", torch.tensor(value))
 
-    for bad in (math.inf, math.nan):
-        with pytest.raises(ProgramError, match=f"'evidence' has log-probability {bad}"):
-            ENGINE.run(model, bad)
-    with pytest.raises(ValueError, match="log_factor"):  # outside an engine Pyro checks as ever
-        model(math.nan)
+    with pyro.validation_enabled(True):
+        for bad in (math.inf, math.nan):
+            with pytest.raises(ProgramError, match=f"'evidence' has log-probability {bad}"):
+                ENGINE.run(model, bad)
+        with pytest.raises(ValueError, match="log_factor"):  # outside an engine Pyro checks as before
+            model(math.nan)
 
 
 @pytest.mark.filterwarnings("ignore:Encountered:UserWarning")

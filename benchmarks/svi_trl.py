@@ -96,17 +96,22 @@ def count(x: Tensor) -> Tensor:
     return -((x == 3).sum(-1) - 2.0).abs() - ((x == 5).sum(-1) - 1.0).abs()
 
 
+def llama(seed: int, spread: float) -> LanguageModel:
+    """A random Llama whose logits have a standard deviation of ``spread``."""
+    torch.manual_seed(seed)
+    config = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokens = {"vocab_size": len(WORDS), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    network = LlamaForCausalLM(LlamaConfig(**config, **tokens, max_position_embeddings=64, initializer_range=0.3))
+    torch.nn.init.normal_(network.lm_head.weight, std=spread / config["hidden_size"] ** 0.5)
+    return LanguageModel(network, word_tokenizer(WORDS, WORDS[0]))
+
+
 class Problem:
     """A prior, a reward, and the posterior over all completions. ``spread``: of the prior's logits."""
 
     def __init__(self, reward: Callable[[Tensor], Tensor], seed: int, spread: float) -> None:
         self.name = f"{reward.__name__}, prior {seed} with logits of spread {spread}"
-        torch.manual_seed(seed)
-        config = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        tokens = {"vocab_size": len(WORDS), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
-        network = LlamaForCausalLM(LlamaConfig(**config, **tokens, max_position_embeddings=64, initializer_range=0.3))
-        torch.nn.init.normal_(network.lm_head.weight, std=spread / config["hidden_size"] ** 0.5)
-        self.lm = LanguageModel(network, word_tokenizer(WORDS, WORDS[0]))
+        self.lm = llama(seed, spread)
         distribution = self.lm([PROMPT], TOKENS)
         self.values = distribution.enumerate_support()
         self.reward = reward

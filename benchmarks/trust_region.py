@@ -23,16 +23,14 @@ from typing import Any
 
 import pyro
 import torch
+from svi_trl import TOKENS, WORDS, llama, table_of
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from bayeslm.inference import SVI
 from bayeslm.inference.training import AutoPolicy, LogVariance, Replay, TrustRegion
 from bayeslm.models import LanguageModel
-from bayeslm.models.lm import word_tokenizer
 
-WORDS = ("<eos>", *"abcdefg")
-TOKENS, PROMPT = 5, [1, 2]
+PROMPT = [1, 2]
 
 
 def table(seed: int, spread: float) -> LanguageModel:
@@ -43,20 +41,10 @@ def table(seed: int, spread: float) -> LanguageModel:
     return lm
 
 
-def llama(seed: int, spread: float) -> LanguageModel:
-    torch.manual_seed(seed)
-    config = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    tokens = {"vocab_size": len(WORDS), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
-    network = LlamaForCausalLM(LlamaConfig(**config, **tokens, max_position_embeddings=64, initializer_range=0.3))
-    torch.nn.init.normal_(network.lm_head.weight, std=spread / config["hidden_size"] ** 0.5)
-    return LanguageModel(network, word_tokenizer(WORDS, WORDS[0]))
-
-
 class Problem:
     def __init__(self, lm: LanguageModel, seed: int, beta: float) -> None:
         self.lm, self.beta = lm, beta
-        generator = torch.Generator().manual_seed(seed)
-        self.scores = torch.randn(TOKENS, lm.vocab_size, generator=generator)
+        self.scores = table_of(seed, TOKENS, lm.vocab_size)
         self.values = lm([PROMPT], TOKENS).enumerate_support()
         self.log_p = self.log_prob(lm)
         self.log_posterior = (self.log_p + self.reward(self.values[:, 0]).double() / beta).log_softmax(0)

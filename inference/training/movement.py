@@ -38,7 +38,12 @@ class Movement:
 
     def __init__(self, program: Program, guide: Callable[..., Any], particles: Particles) -> None:
         self._program, self._guide, self._particles = program, guide, particles
-        self._before = self._distributions()
+        # copies: the parameters of a distribution may be the guide's own, which the step changes in place
+        before = self._distributions().items()
+        self._before = {
+            name: (node if isinstance(node["fn"], Autoregressive) else node | {"fn": deepcopy(node["fn"])}, scores)
+            for name, (node, scores) in before
+        }
 
     def kl(self) -> float:
         """Return KL(q_old || q) of the guide now, in nats, the mean over particles and prompts."""
@@ -56,10 +61,7 @@ class Movement:
         found = {}
         for name, node in sample_sites(trace):
             fn, value = node["fn"], node["value"]
-            if isinstance(fn, Autoregressive):
-                found[name] = node, fn.next_token_log_prob(value)
-            else:  # a copy: its parameters may be the guide's own, which the step changes in place
-                found[name] = node | {"fn": deepcopy(fn)}, fn.log_prob(value)
+            found[name] = node, (fn.next_token_log_prob if isinstance(fn, Autoregressive) else fn.log_prob)(value)
         return found
 
 

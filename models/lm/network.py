@@ -284,9 +284,8 @@ class CausalNetwork:
         """Return hidden states (rows, tokens, width) of left-padded texts (rows, tokens), without a cache."""
         cache = self.new_cache(mask)
         positions = positions_of(ids, mask)
-        return self.hidden(ids, mask, positions, cache, use_cache=False, gradient_checkpointing=gradient_checkpointing)[
-            0
-        ]
+        settings = {"use_cache": False, "gradient_checkpointing": gradient_checkpointing}
+        return self.hidden(ids, mask, positions, cache, **settings)[0]
 
     @property
     def takes_positions(self) -> bool:

@@ -1,9 +1,8 @@
 """Weights that change behind a language model.
 
 Torch counts the in-place changes of a tensor, but not those of its ``data``, through which PEFT merges adapters; and
-some
-forward passes raise the count of weights that they do not change. So weights that models share, a prior and its policy
-with LoRA, are compared by a few of their values.
+some forward passes raise the count of weights that they do not change. So weights that models share, a prior and its
+policy with LoRA, are compared by a few of their values.
 """
 
 from __future__ import annotations

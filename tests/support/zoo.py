@@ -5,24 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from support import models
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 LARGEST = 3_000_000  # weights: networks that stay larger have parts that the settings do not reach, as for images
 
-COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = models.COMMON | {
     "vocab_size": 24,
-    "hidden_size": 32,
     "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
     "is_decoder": True,
     "sliding_window": 5,
     "num_experts": 4,

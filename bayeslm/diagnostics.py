@@ -7,7 +7,8 @@ Arrays are (chain, draw, prompt); information is in nats. An estimate pools chai
 standard error), both (prompt,). If prompts share a latent, they have one joint posterior and "prompt" has length 1.
 Standard errors are by the delta method: each draw has an influence φ on the estimator, whose variance is var(φ) / N for
 independent draws and var(φ) / ESS for a Markov chain; particles that descend from one root count as one draw (see
-`weights.standard_error`). A standard error that is unknown (a single draw, an infinite estimate) is inf.
+`weights.standard_error`). A standard error that is unknown (a single draw, an infinite estimate) is inf. All estimates,
+log Z, E[r], KL and entropy, are by the same weights, the raw ones, so that KL(π* ‖ p) = E[l] − log Z holds for them.
 
 A log weight may be −inf (a draw that breaks a constraint); NaN and +inf raise ValueError.
 """
@@ -31,6 +32,7 @@ from bayeslm.weights import (
     ess,
     evidence_influence,
     log_evidence,
+    normalise,
     num_draws,
     num_roots,
     psis,
@@ -92,9 +94,9 @@ def ess_bulk(values: ArrayLike) -> Array:
 def expectation(posterior: Posterior, values: ArrayLike, *, weighted: bool = True) -> Estimate:
     """Estimate E[values] under the posterior, or with ``weighted=False`` under q, the distribution of the raw draws.
 
-    For weighted draws and particles by self-normalised importance sampling, μ = Σwf / Σw with φ = N w (f − μ) / Σw; for
-    equally weighted draws by the plain mean; for an enumeration exactly, with standard error 0. Infinite values of
-    draws of zero weight do not count.
+    For weighted draws and particles by self-normalised importance sampling with their raw weights, μ = Σwf / Σw with
+    φ = N w (f − μ) / Σw; for equally weighted draws by the plain mean; for an enumeration exactly, with standard error
+    0. Infinite values of draws of zero weight do not count.
     Source: Owen 2013, ch. 9.
 
     :param values: (chain, draw, prompt); the last axis may have any length if prompts share a latent.
@@ -297,7 +299,9 @@ def _mean(posterior: Posterior, values: ArrayLike, weighted: bool) -> tuple[Arra
         raise ValueError(f"values must be (chain, draw, prompt), so {shape}, not {values.shape}")
     if not weighted and posterior.kind == "enumerated":
         raise ValueError("an enumeration lists every value once: weighted=False is undefined for it")
-    relative = posterior.weights() * num_draws(values) if weighted else np.ones(shape)
+    relative = np.ones(shape)
+    if weighted and posterior.kind in ("enumerated", "weighted", "particles"):
+        relative = np.exp(normalise(posterior.log_weights)) * num_draws(values)
     with np.errstate(invalid="ignore"):  # 0 · inf counts as 0; inf − inf has no standard error
         mean = np.where(relative > 0, relative * values, 0.0).mean(axis=POOL)
         return mean, np.where(relative > 0, relative * (values - mean), 0.0)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bayeslm.files import reading
-from bayeslm.weights import Array, normalise, num_draws, psis
+from bayeslm.weights import Array, normalise, num_draws, smoothed_where_reliable
 
 KINDS = ("enumerated", "exact", "weighted", "particles", "markov", "uncorrected")
 RESAMPLED = {"enumerated": "exact", "weighted": "uncorrected", "particles": "uncorrected"}  # kind before and after
@@ -132,15 +132,17 @@ class Posterior:
         return sum((x if x.shape[2] == 1 else x[..., prompts] for x in columns), start=np.zeros((*leading, size)))
 
     def weights(self) -> Array:
-        """Return weights (chain, draw, prompt) that sum to 1 over chains and draws for each prompt.
+        """Return weights (chain, draw, prompt) that sum to 1 over chains and draws for each prompt, for resampling.
 
-        Pareto-smoothed for weighted draws, exact for an enumeration, equal for kinds of equal weight. Particles keep
-        their raw weights: resampling has tempered them, and fitting a tail needs independent draws.
+        Weighted draws have Pareto-smoothed weights where k̂ < 0.7, and else their own, an enumeration has exact ones,
+        kinds of equal weight equal ones. Particles keep their raw weights: resampling has tempered them, and fitting a
+        tail needs independent draws. Estimates with errors (`bayeslm.diagnostics`) are by the raw weights of all kinds:
+        smoothing makes weights more even, but log Z and E[r] less likely to be within two errors of the truth.
 
         :raises ValueError: if every weight of a prompt is zero.
         """
         if self.kind == "weighted":
-            return np.exp(psis(self.log_weights)[0])
+            return np.exp(smoothed_where_reliable(self.log_weights))
         if self.kind in ("enumerated", "particles"):
             return np.exp(normalise(self.log_weights))
         return np.full(self.log_weights.shape, 1.0 / num_draws(self.log_weights))

@@ -16,6 +16,7 @@ Array = NDArray[Any]
 Estimate = tuple[Array, Array]  # (estimate, standard error)
 
 POOL = (0, 1)  # the chain and draw axes
+KHAT_LIMIT = 0.7  # above it, estimates by importance weights are unreliable (Vehtari et al., arXiv 1507.02646)
 MIN_TAIL = 5  # distinct values that fitting a generalised Pareto distribution needs (as in ArviZ)
 TIE = 1e-4  # log weights closer than this count as equal: the precision of sums of float32 log-probabilities
 
@@ -79,6 +80,18 @@ def psis(log_weights: ArrayLike) -> tuple[Array, Array]:
             else:
                 khat[prompt] = np.inf
     return normalise(smoothed), khat
+
+
+def smoothed_where_reliable(log_weights: ArrayLike) -> Array:
+    """Return normalised log weights (chain, draw, prompt), Pareto-smoothed where k̂ < 0.7, else raw.
+
+    Where k̂ is larger, or cannot be told, the fitted tail is not that of the weights, and its quantiles would move the
+    estimates by any amount.
+
+    :raises ValueError: if every weight of a prompt is zero.
+    """
+    smoothed, khat = psis(log_weights)
+    return np.where(khat < KHAT_LIMIT, smoothed, normalise(log_weights))
 
 
 def normalise(log_weights: ArrayLike) -> Array:

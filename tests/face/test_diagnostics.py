@@ -64,6 +64,33 @@ def test_exact_draws_give_the_truth_with_honest_standard_errors(name: str) -> No
     assert_calibrated(*estimator(TOY.posterior(2, "exact")), truth)
 
 
+@pytest.mark.parametrize("scale", [0.25, 0.4, 0.6, 0.9, 1.5], ids=lambda scale: f"scale {scale}")
+def test_all_estimates_are_by_the_same_weights(scale: float) -> None:
+    """KL = E[l] - log Z for the estimates too, and by the raw weights, whatever k-hat is (here 0.9 to -0.5)."""
+    posterior = Gaussian(scale=scale).posterior(0, prompts=20)
+    likelihood = posterior.log_likelihood["y"]
+    weights = np.exp(posterior.log_weights)
+    mean = (weights * likelihood).sum((0, 1)) / weights.sum((0, 1))
+    np.testing.assert_allclose(diagnostics.expectation(posterior, likelihood)[0], mean)
+    np.testing.assert_allclose(diagnostics.kl_to_prior(posterior)[0], mean - posterior.log_evidence)
+    joint = diagnostics.expectation(posterior, posterior.log_joint)[0]
+    np.testing.assert_allclose(diagnostics.entropy(posterior)[0], posterior.log_evidence - joint)
+
+
+@pytest.mark.parametrize("level", [5.0, 15.0, 40.0])
+def test_rare_successes_keep_their_weight_and_divergences_are_positive(level: float) -> None:
+    """Success 1 or 0 with probability 0.02, 300 draws: the estimate is that of the raw weights, and KL(., p) >= 0."""
+    rng = np.random.default_rng(1)
+    reward = (rng.random((1, 300, 50)) < 0.02) + 1e-3 * rng.normal(size=(1, 300, 50))  # nearly tied
+    posterior = TOY.posterior(0, prompts=50)
+    fields = {"log_weights": level * reward, "log_joint": level * reward, "log_likelihood": {"reward": level * reward}}
+    posterior = replace(posterior, **fields, samples={"x": reward}, prior={})
+    hits = (reward > 0.5).sum((0, 1))
+    odds = hits / (300 - hits) * np.exp(level)
+    np.testing.assert_allclose(diagnostics.expectation(posterior, reward)[0], odds / (1 + odds), atol=0.02)
+    assert (diagnostics.kl_to_prior(posterior)[0] > 0).all()
+
+
 WALK = RandomWalk()
 FILTERED: dict[str, tuple[Callable[[Posterior], diagnostics.Estimate], float]] = {
     "first state": (lambda p: diagnostics.expectation(p, p.samples["x"][..., 0]), WALK.mean[0]),

@@ -24,6 +24,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.special import stdtrit
 
 from bayeslm.posterior import Posterior
@@ -77,6 +78,23 @@ def certify(runs: Posterior, conditional: Posterior, *, level: float = 0.95) -> 
     columns["kl_sampler_high"] = np.maximum(_limit(level, high, -low), 0.0)
     index = pd.Index(runs.prompt_labels, name="prompt")
     return pd.DataFrame({name: np.broadcast_to(x, len(index)) for name, x in columns.items()}, index=index)
+
+
+def unseen_limit(log_evidence: ArrayLike, stderr: ArrayLike, log_bound: float, prior_draws: float) -> Array:
+    """Return an upper limit of log Z that counts what no draw has seen: log(Ẑ e^{2 se} + (3/N) e^M).
+
+    With N draws of the prior, what they have not seen has a prior probability below 3/N, with 95% confidence (the rule
+    of three), and there the likelihood is at most e^M. A plain interval knows nothing of it: its error is 0 where all
+    weights are equal, however rare and large others may be.
+    Source: Hanley and Lippman-Hand 1983, If nothing goes wrong, is everything all right?
+
+    :param log_evidence: log Ẑ.
+    :param stderr: its standard error; the limit is inf where that is unknown.
+    :param log_bound: M, an upper bound of the sum of all log-likelihood terms, r_max / β.
+    :param prior_draws: N, the number of draws of the prior; αN for N draws of a mixture that has it with share α.
+    """
+    seen = np.add(log_evidence, np.multiply(2.0, stderr))
+    return np.asarray(np.logaddexp(seen, np.log(3.0 / prior_draws) + log_bound))
 
 
 def _mean(chains: Array) -> Estimate:

@@ -31,11 +31,13 @@ from bayeslm.weights import (
     chain_log_evidence,
     ess,
     evidence_influence,
+    khat_reasons,
     log_evidence,
     normalise,
     num_draws,
     num_roots,
     psis,
+    smallest_ess,
     standard_error,
 )
 
@@ -52,12 +54,14 @@ __all__ = [
     "ess",
     "ess_bulk",
     "expectation",
+    "khat_reasons",
     "kl_to_posterior",
     "kl_to_prior",
     "log_evidence",
     "num_roots",
     "psis",
     "rhat",
+    "smallest_ess",
     "summary",
 ]
 
@@ -116,7 +120,7 @@ def kl_to_prior(posterior: Posterior, *, weighted: bool = True) -> Estimate:
     :raises ValueError: for uncorrected draws, whose distribution is unknown (for best-of-n see `best_of_n_kl_bound`);
         with ``weighted=False`` also for particles and conditional runs, whose single draws have no known distribution.
     """
-    likelihood = _total_log_likelihood(posterior)
+    likelihood = posterior.total_log_likelihood()
     if _concerns_q(posterior, weighted):
         return expectation(posterior, _difference(likelihood, posterior.log_weights), weighted=False)
     return _mean_over_evidence(posterior, likelihood)
@@ -219,7 +223,8 @@ def summary(
 
     Columns are mean rewards of prior and posterior, divergences, evidence, convergence, diversity and cost. The column
     "reward" is the deterministic site "score" if the model has one, else the summed log-likelihood r/β. Columns ending
-    in "_se" are standard errors. A column that the posterior's kind cannot have is left out; an unknown
+    in "_se" are standard errors; "log_evidence_high" is an upper limit of log Z that counts what was not seen, and
+    "khat_reason" says why k̂ is NaN. A column that the posterior's kind cannot have is left out; an unknown
     value is NaN. If prompts share a latent, rows repeat the values of their joint posterior.
 
     :param reference_log_evidence: log Z for "kl_to_posterior", which is that of the raw draws even if ``weighted`` (see
@@ -250,10 +255,18 @@ def summary(
         else:
             add("kl_to_posterior", (gap, stderr))
     add("log_evidence", (posterior.log_evidence, posterior.log_evidence_stderr))
+    if posterior.log_evidence_high is not None:
+        columns["log_evidence_high"] = posterior.log_evidence_high
     if posterior.kind == "weighted":
         columns |= {"ess": ess(posterior.log_weights), "khat": psis(posterior.log_weights)[1]}
+        if any(reasons := khat_reasons(posterior.log_weights)):
+            columns["khat_reason"] = np.array(reasons, dtype=object)
     elif posterior.roots is not None:
-        columns |= {"ess": ess(posterior.log_weights), "roots": num_roots(posterior.roots)}
+        columns |= {
+            "ess": ess(posterior.log_weights),
+            "ess_min": smallest_ess(posterior.log_weights, posterior.stats.get("ess_by_step")),
+        }
+        columns["roots"] = num_roots(posterior.roots)
     elif posterior.kind != "enumerated":
         columns["ess"] = ess_bulk(posterior.rewards)
     if posterior.kind != "enumerated":
@@ -344,15 +357,6 @@ def _concerns_q(posterior: Posterior, weighted: bool) -> bool:
 def _has_known_q(posterior: Posterior) -> bool:
     """Whether the raw draws are independent draws of one distribution q, whose density follows from the weights."""
     return posterior.kind == "weighted" and not posterior.conditional
-
-
-def _total_log_likelihood(posterior: Posterior) -> Array:
-    """Return the sum of all factors and observed sites; over prompts too, if they share a latent."""
-    shared = posterior.log_weights.shape[2] == 1
-    total: Array = np.zeros_like(posterior.log_weights, dtype=float)
-    for term in posterior.log_likelihood.values():
-        total = total + (term.sum(axis=2, keepdims=True) if shared else term)
-    return total
 
 
 def _difference(left: Array, right: Array) -> Array:

@@ -18,6 +18,13 @@ LABEL_WIDTH = 60  # the longest label of a prompt in tables and coordinates
 ENUMERATED_DRAWS = 1000  # the default number of draws from an enumeration
 
 
+class DiagnosticsWarning(UserWarning):
+    """Draws, weights or chains are too few, too uneven or too dependent for the errors that are stated.
+
+    ``warnings.simplefilter("ignore", DiagnosticsWarning)`` silences them, "error" makes them exceptions.
+    """
+
+
 @dataclass(eq=False, repr=False)
 class Posterior:
     """Draws of a posterior over the latents of a model, in these shapes for every engine.
@@ -77,6 +84,9 @@ class Posterior:
     """(prompt,): a stochastic lower bound on log Z, where the engine has one: the mean of log Ẑ over chains."""
     log_evidence_upper: Array | None = None
     """(prompt,): a stochastic upper bound on log Z, where the engine has one: that mean in a conditional run."""
+    log_evidence_high: Array | None = None
+    """(prompt,): an upper limit of log Z (95%) that counts what was not seen, where draws of the prior and a bound of
+    the reward give one; see `bayeslm.bounds.unseen_limit`."""
     roots: Array | None = None
     """(chain, draw, prompt) int, for particles: the index, in its chain, of the first particle each descends from."""
     conditional: bool = False
@@ -117,6 +127,18 @@ class Posterior:
         if not needed or any(name not in self.prior for name in needed):
             return None
         return self._rewards(self.prior, {name: self.prior[name] for name in needed})
+
+    def total_log_likelihood(self, terms: dict[str, Array] | None = None) -> Array:
+        """Return the sum of all factors and observed sites; over prompts too, if they share a latent.
+
+        :param terms: of other draws, by site; None for those of the posterior's draws.
+        """
+        chains, draws, columns = self.log_weights.shape
+        total: Array = np.zeros((chains, draws, columns)) if terms is None else np.zeros((1, 1, columns))
+        for name, term in self.log_likelihood.items():
+            values = term if terms is None else terms[name]
+            total = total + (values.sum(axis=2, keepdims=True) if columns == 1 else values)
+        return total
 
     @property
     def _has_score(self) -> bool:
@@ -322,7 +344,13 @@ def _validate(posterior: Posterior) -> None:
     for name, array in {"log_weights": weights, "log_joint": posterior.log_joint, **terms}.items():
         if np.isnan(array).any() or np.isposinf(array).any():
             raise ValueError(f"{name} must be finite or -inf: found NaN or +inf")
-    for name in ("log_evidence", "log_evidence_stderr", "log_evidence_lower", "log_evidence_upper"):
+    for name in (
+        "log_evidence",
+        "log_evidence_stderr",
+        "log_evidence_lower",
+        "log_evidence_upper",
+        "log_evidence_high",
+    ):
         if (array := getattr(posterior, name)) is not None:
             expect(name, array, (columns,))
 

@@ -147,6 +147,7 @@ class AnnealedSMC:
                 | tally.stats()
                 | {"interrupted": interrupted},
                 prior=initial,
+                from_prior=len(initial),
             )
 
     def _next(self, population: Population, state: Particles, gamma: Tensor, step: int) -> Tensor:

@@ -6,9 +6,10 @@ Notation: prior p(x), likelihood exp(l(x)) with l = r/β, joint p(x) exp(l(x)), 
 Arrays are (chain, draw, prompt); information is in nats. An estimate pools chains and draws; it is a pair (estimate,
 standard error), both (prompt,). If prompts share a latent, they have one joint posterior and "prompt" has length 1.
 Standard errors are by the delta method: each draw has an influence φ on the estimator, whose variance is var(φ) / N for
-independent draws and var(φ) / ESS for a Markov chain; particles that descend from one root count as one draw (see
-`weights.standard_error`). A standard error that is unknown (a single draw, an infinite estimate) is inf. All estimates,
-log Z, E[r], KL and entropy, are by the same weights, the raw ones, so that KL(π* ‖ p) = E[l] − log Z holds for them.
+independent draws (of the jackknife where their ESS is below 100) and var(φ) / ESS for a Markov chain; particles that
+descend from one root count as one draw (see `weights.standard_error`). A standard error that is unknown (a single draw,
+an infinite estimate) is inf. All estimates, log Z, E[r], KL and entropy, are by the same weights, the raw ones, so that
+KL(π* ‖ p) = E[l] − log Z holds for them.
 
 A log weight may be −inf (a draw that breaks a constraint); NaN and +inf raise ValueError.
 """
@@ -31,6 +32,8 @@ from bayeslm.weights import (
     chain_log_evidence,
     ess,
     evidence_influence,
+    has_small_ess,
+    jackknife_influence,
     khat_reasons,
     log_evidence,
     normalise,
@@ -317,7 +320,11 @@ def _mean(posterior: Posterior, values: ArrayLike, weighted: bool) -> tuple[Arra
         relative = np.exp(normalise(posterior.log_weights)) * num_draws(values)
     with np.errstate(invalid="ignore"):  # 0 · inf counts as 0; inf − inf has no standard error
         mean = np.where(relative > 0, relative * values, 0.0).mean(axis=POOL)
-        return mean, np.where(relative > 0, relative * (values - mean), 0.0)
+        influence = np.where(relative > 0, relative * (values - mean), 0.0)
+        if weighted and posterior.kind == "weighted" and (few := has_small_ess(posterior.log_weights)).any():
+            without = mean - np.where(influence == 0, 0.0, influence / (num_draws(values) - relative))
+            influence = np.where(few, jackknife_influence(without), influence)
+        return mean, influence
 
 
 def _stderr(posterior: Posterior, estimate: Array, influence: Array) -> Array:
@@ -335,7 +342,7 @@ def _mean_over_evidence(posterior: Posterior, values: Array) -> Estimate:
     mean, influence = _mean(posterior, values, weighted=True)
     if posterior.kind in ("weighted", "particles") and not posterior.conditional:
         lw = as_log_weights(posterior.log_weights)
-        difference = influence - evidence_influence(lw)
+        difference = influence - evidence_influence(lw, posterior.roots)
         return mean - log_evidence(lw)[0], standard_error(mean, difference, roots=posterior.roots)
     own = _stderr(posterior, mean, influence)
     known = np.where(np.isnan(posterior.log_evidence_stderr), np.inf, posterior.log_evidence_stderr)

@@ -412,3 +412,32 @@ def test_two_completions_have_columns_of_their_own() -> None:
     table = diagnostics.summary(both)
     assert table["distinct_2_completion"].notna().all()
     assert table["distinct_2_reply"].isna().all()  # one token long
+
+
+@pytest.mark.parametrize("estimate", ["log Z", "E[l]", "KL", "entropy"])
+@pytest.mark.parametrize("spread", [0.5, 2.0, 4.0])
+def test_errors_of_a_small_ess_are_those_of_leaving_each_draw_out(estimate: str, spread: float) -> None:
+    rng = np.random.default_rng(0)
+    lw = spread * rng.normal(size=(2, 20, 3))
+    fields = {"log_weights": lw, "log_joint": lw - rng.random(lw.shape), "log_likelihood": {"y": lw}, "prior": {}}
+    posterior = replace(TOY.posterior(0, prompts=3), **fields, samples={"x": lw})
+    functions: dict[str, Callable[[Posterior], diagnostics.Estimate]] = {
+        "log Z": lambda p: diagnostics.log_evidence(p.log_weights),
+        "E[l]": lambda p: diagnostics.expectation(p, p.log_likelihood["y"]),
+        "KL": diagnostics.kl_to_prior,
+        "entropy": diagnostics.entropy,
+    }
+
+    def without(i: int) -> np.ndarray:
+        rest = {
+            name: np.delete(x.reshape(1, 40, 3), i, axis=1) for name, x in fields.items() if isinstance(x, np.ndarray)
+        }
+        likelihood = {"y": rest["log_weights"]}
+        part = replace(posterior, **rest, log_likelihood=likelihood, samples={"x": rest["log_weights"]})
+        return functions[estimate](part)[0]
+
+    each = np.array([without(i) for i in range(40)])
+    expected = np.sqrt(39 / 40 * ((each - each.mean(0)) ** 2).sum(0))
+    np.testing.assert_allclose(functions[estimate](posterior)[1], expected, rtol=1e-6)
+    needs_one = np.r_[0.0, np.full(39, -2000.0)].reshape(1, 40, 1)
+    assert diagnostics.log_evidence(needs_one)[1] == np.inf

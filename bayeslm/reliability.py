@@ -6,7 +6,8 @@ A standard error is right where many draws contribute to an estimate. It is not 
   one draw dominates            one draw (one root, of particles) makes more than 15% of the variance of an estimate
   a level has few hits          the reward has few values (0 or 1, counts), and one of them has more than a tenth of the
                                 weight and fewer than ten draws
-  nothing rare was seen         the draws have one reward, or few and none at its bound: what was not seen has no error
+  nothing rare was seen         the draws have one reward, or few and none at its bound, or, without a bound, few at the
+                                highest level: what was not seen has no error
   chains disagree               R̂ of Markov chains; of particles, estimates that differ from chain to chain by more than
                                 their errors (χ², once in 200 by chance), or ESS of their Ẑ below half their number
   few roots                     of particles: most descend from a few first ones, or the ESS was small along the way
@@ -49,6 +50,7 @@ DOMINANT = 0.15  # the share of the variance of an estimate that one draw may ha
 FEW_HITS, LARGE_SHARE = 10, 0.1  # of a level of the reward
 CHANCE = 0.005  # of calling chains that agree apart
 TELLING = 0.1  # nats by which the upper limit of log Z is above two errors, where that is worth a sentence
+ADDED = 0.25  # the share of Z that an unseen level above the highest could add, where that is worth a sentence
 SHOWN = 3  # prompts in one Python warning
 
 
@@ -204,7 +206,27 @@ def _unseen(posterior: Posterior) -> Iterator[list[str]]:
                 "not cover it. Use more draws, or a proposal that reaches other rewards."
             ]
         else:
-            yield []
+            yield [] if best or high is not None else _next_level(posterior, found, i)
+
+
+def _next_level(posterior: Posterior, found: list[Level], column: int) -> list[str]:
+    """Return a sentence if one level more, as far above the highest seen as that is above the one below, could matter.
+
+    Its draws are fewer than 3 with 95% confidence, each with e^gap times the weight of a draw of the highest level.
+    """
+    rewards = _rewards(posterior)
+    if len(found) < 3 or posterior.kind not in ("weighted", "particles") or rewards is None:
+        return []
+    below, top = found[-2:]
+    values, likelihood = rewards[..., column], posterior.total_log_likelihood()[..., column]
+    gap = likelihood[values == top.reward].mean() - likelihood[values == below.reward].mean()
+    added = 3 / top.hits * top.share * np.exp(min(gap, 50.0))
+    if not added > ADDED:
+        return []
+    return [
+        f"The highest reward seen, {top.reward:.4g}, has {top.share:.0%} of the weight and {top.hits} draws; a higher "
+        "one that was not seen could matter: use more draws, or give the reward its upper_bound."
+    ]
 
 
 def _levels(rewards: Array, weights: Array, roots: Array | None) -> list[Level]:

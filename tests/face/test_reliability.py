@@ -190,6 +190,15 @@ def test_what_draws_reach_is_not_called_unseen() -> None:
     assert posterior.log_evidence_high > posterior.log_evidence + 2 * posterior.log_evidence_stderr
 
 
+def test_a_ladder_of_levels_whose_next_step_was_not_seen() -> None:
+    """Counts 0, 1, 2 with weights e^0, e^3, e^6: as much weight at 2 as 16 draws have, and 3 was not seen."""
+    steep = np.repeat([0.0, 3.0, 6.0], [800, 184, 16]).reshape(1, 1000, 1)
+    flat = np.repeat([0.0, 0.3, 0.6], [800, 150, 50]).reshape(1, 1000, 1)
+    assert problems(weighted(steep))[0][0].startswith("The highest reward seen, 6, has")
+    assert problems(weighted(flat)) == [[]]
+    assert problems(weighted(steep, stats={"log_bound": 6.0})) == [[]]
+
+
 # ---- warnings in Python ----
 
 

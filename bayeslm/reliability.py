@@ -115,7 +115,7 @@ def _of_weights(posterior: Posterior) -> Iterator[list[str]]:
     size, found = smallest_ess(lw, posterior.stats.get("ess_by_step")), levels(posterior)
     influences = _influences(posterior, weights)
     dominated = {name: _dominance(phi, posterior.roots) for name, phi in influences.items()}
-    roots = num_roots(posterior.roots) if particles else None
+    roots = None if posterior.roots is None else num_roots(posterior.roots)
     khat = np.full(lw.shape[2], np.nan) if particles else psis(np.where(weights.any(POOL), lw, 0.0))[1]
     apart = {name: _apart(phi, posterior.roots) for name, phi in influences.items()} if particles else {}
     chains = chain_log_evidence(lw)

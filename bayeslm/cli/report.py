@@ -71,9 +71,11 @@ def _cells(row: Mapping[Hashable, Any], *, is_policy: bool, repeated: bool) -> l
 
 
 def _limit(row: Mapping[Hashable, Any]) -> str:
-    """Return the upper limit of log Z on a line of its own, where weights of few levels say nothing of what is rare."""
+    """Return the upper limit of log Z on a line of its own, where the weights say nothing of what is rare."""
     known = row["log_evidence"] + 2 * row["log_evidence_se"]
-    tells = row.get("khat_reason") and row.get("log_evidence_high", -math.inf) > known + TELLING
+    tells = (row.get("khat_reason") or row["log_evidence_se"] == 0) and row.get(
+        "log_evidence_high", -math.inf
+    ) > known + TELLING
     return f"\n<{row['log_evidence_high']:.2f}" if tells else ""
 
 

@@ -241,7 +241,7 @@ def posterior(
 
     :param engine: the engine's name.
     :param kind: of the draws, see `Posterior.kind`.
-    :param stats: the engine's figures; for weighted draws ``ess``, ``khat`` (prompt,) and ``khat_reason`` are added.
+    :param stats: the engine's figures; for weighted draws ``ess`` and ``khat`` (prompt,) are added.
     :param evidence: log Z and its standard error (prompt,), if they do not come from the weights. Weights of the kinds
         "weighted" and "particles" also bound log Z: from above in a conditional run, else from below. Markov chains
         have no estimate.
@@ -284,7 +284,6 @@ def posterior(
     has_bound = kind in ("weighted", "particles")
     if kind == "weighted":
         stats |= {"ess": diagnostics.ess(weights), "khat": diagnostics.psis(weights)[1]}
-        stats |= {"khat_reason": diagnostics.khat_reasons(weights)}
     high, bound = None, float(getattr(program.model, "log_bound", np.inf) if log_bound is None else log_bound)
     if np.isfinite(bound):
         stats |= {"log_bound": bound}

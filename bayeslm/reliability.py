@@ -44,13 +44,15 @@ from bayeslm.weights import (
 __all__ = ["DiagnosticsWarning", "Level", "levels", "problems", "warn"]
 
 ESS_LIMIT = 20.0  # of weighted or exact draws, and the number of roots of particles
-MARKOV_ESS_LIMIT = 50.0  # of Markov chains, whose errors need an estimate of their autocorrelation
+MARKOV_ESS_LIMIT = (
+    400.0  # of Markov chains, whose errors need an estimate of their autocorrelation (Vehtari et al. 2021)
+)
 RHAT_LIMIT = 1.05
 DOMINANT = 0.15  # the share of the variance of an estimate that one draw may have
 FEW_HITS, LARGE_SHARE = 10, 0.1  # of a level of the reward
 CHANCE = 0.005  # of calling chains that agree apart
 TELLING = 0.1  # nats by which the upper limit of log Z is above two errors, where that is worth a sentence
-ADDED = 0.25  # the share of Z that an unseen level above the highest could add, where that is worth a sentence
+ADDED = 0.1  # the share of Z that an unseen level above the highest could add, where that is worth a sentence
 SHOWN = 3  # prompts in one Python warning
 
 
@@ -250,8 +252,9 @@ def _rewards(posterior: Posterior) -> Array | None:
     """Return the rewards for each column of the weights, summed over prompts that share a latent; None without one."""
     if not posterior.log_likelihood and "score" not in posterior.samples:
         return None
-    rewards = posterior.rewards
-    return rewards if rewards.shape[2] == posterior.log_weights.shape[2] else rewards.sum(2, keepdims=True)
+    if posterior.log_weights.shape[2] == len(posterior.prompts):
+        return posterior.rewards
+    return posterior.rewards.sum(2, keepdims=True) if "score" in posterior.samples else posterior.total_log_likelihood()
 
 
 def _weights(posterior: Posterior) -> Array:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils.hub import cached_file
 
 from bayeslm.checksums import verify_model
-from bayeslm.files import atomic_folder, reading
+from bayeslm.files import atomic_folder, reading, recover
 from bayeslm.weight_files import check_folder
 
 from .adapter_folders import check_adapter_sizes, read_adapter_config
@@ -58,8 +58,10 @@ def load(
     :raises ValueError: if ``base`` is given and the folder holds no adapter, or its weights are not what was written.
     """
     name, root = os.fspath(name_or_path), None
+    recover(Path(name))
     if Path(name).is_dir() and kwargs.get("subfolder"):
         root, name = name, str(Path(name) / kwargs.pop("subfolder"))
+        recover(Path(name))
     if (Path(name) / "adapter_config.json").is_file():
         return _load_adapter(Path(name), base=base, dtype=dtype, **kwargs)
     if base is not None:

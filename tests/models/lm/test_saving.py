@@ -1,6 +1,9 @@
 """What a model was given by hand survives saving; folders are whole, and have tokenizers of their own."""
 
+import itertools
 import json
+import os
+import random
 import resource
 import signal
 import warnings
@@ -8,6 +11,7 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support.chaos import forked
 from support.models import llama_network, random_network, tiny_llama
 from support.oracles import assert_same_distribution
 from support.tokenizers import metaspace
@@ -369,6 +373,51 @@ def test_a_model_is_replaced_by_another_of_any_kind(tmp_path):
     lms[0].save_pretrained(target)
     assert (target / "notes.txt").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_reader_finds_a_model_whose_replacement_was_killed(tmp_path, monkeypatch):
+    """By its name, through a link, in a subfolder; between the two renamings, which is the one moment without it."""
+    old, new = tiny_llama(), tiny_llama(seed=1)
+    rename = os.rename
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for place in ("model", "root/inner", "link"):
+        old.save_pretrained(tmp_path / place)
+        process = os.fork()
+        if process == 0:
+            monkeypatch.setattr(os, "rename", lambda *args: os._exit(9) if "/new/" in str(args[0]) else rename(*args))
+            new.save_pretrained(tmp_path / place)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
+        assert not (tmp_path / place).exists()
+        where = {"subfolder": "inner"} if place == "root/inner" else {}
+        root = tmp_path / ("root" if where else place)
+        assert_same_distribution(LanguageModel.from_pretrained(root, **where), new)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "model", "real", "root"]
+
+
+@pytest.mark.long
+def test_models_are_whole_after_kills_at_any_moment(tmp_path):
+    """30 SIGKILLs of a process that saves one of two models over the other, again and again."""
+    models = [tiny_llama(), tiny_llama().policy(2)]
+    rng, target = random.Random(0), tmp_path / "model"
+    models[0].save_pretrained(target)
+    (target / "notes.txt").write_text("mine")
+
+    def save_for_ever():
+        for lm in itertools.cycle(models[::-1]):
+            lm.save_pretrained(target)
+
+    found = set()
+    for _ in range(30):
+        assert not forked(save_for_ever, 0.05 + rng.random())
+        base = models[0] if (target / "adapter_config.json").exists() else None
+        loaded = LanguageModel.from_pretrained(target, base=base)
+        found.add(loaded.has_adapters)
+        assert_same_distribution(loaded, models[loaded.has_adapters])
+        assert (target / "notes.txt").read_text() == "mine"
+    models[0].save_pretrained(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert found == {False, True}
 
 
 def test_a_link_to_a_folder_stays_a_link(tmp_path):

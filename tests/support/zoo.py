@@ -133,6 +133,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "feed_forward_size": 32,
         "local_attn_chunk_length": 64,
     },
+    "rembert": {"initializer_range": 0.2},  # log-probabilities of -30 are rounded to 1e-4
     "roc_bert": {
         "pronunciation_vocab_size": 24,
         "shape_vocab_size": 24,

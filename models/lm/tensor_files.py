@@ -44,5 +44,5 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, x in sorted(tensors.items()):
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
-        digest.update(x.cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(x.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

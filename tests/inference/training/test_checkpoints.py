@@ -473,7 +473,12 @@ def test_more_steps_are_as_if_there_had_been_as_many_from_the_start(settings, ki
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"optimizer": Adam(schedule="cosine")}, OPEN | {"callbacks": [Tempering()]}, OPEN | {"num_chains": 2}],
+    [
+        {"optimizer": Adam()},
+        {"optimizer": Adam(schedule="cosine")},
+        OPEN | {"callbacks": [Tempering()]},
+        OPEN | {"num_chains": 2},
+    ],
 )
 def test_what_has_an_end_has_no_more_steps(settings, tmp_path):
     SVI(**SMALL | settings, checkpoint=tmp_path).run(MODEL, PROMPTS)

@@ -55,6 +55,7 @@ from bayeslm.posterior import Posterior
 from bayeslm.validation import Count, Natural, Seed, validated
 
 NUM_SAMPLES, FEWEST = 256, 16  # draws of each prompt: by default, and the fewest where prompts are many
+COMPARED = 64  # draws of each policy, at least, that decide which is the best
 
 
 @validated
@@ -227,20 +228,23 @@ class SVI:
     def _best_draws(self, program: Program, chain: Training, last: Particles, prior: Particles | None) -> Particles:
         """Return draws of the best policy of a chain, see `Best`, to which the chain's guide is put back.
 
-        The first policy is the prior, unless the guide is another, or has other latents: then its draws are there.
+        Draws of the first policy are there if it is the prior: where the guide is not another, and has no other latents.
         """
-        rivals = chain.rivals()
-        if rivals is not None and prior is not None and self._begins_with_prior(program):
+        rivals, num, best = chain.rivals(), max(COMPARED, len(last)), last
+        if rivals and len(last) < num:
+            with chain.own_params(), seeded(chain.step):
+                best, cut = self._draw(program, as_proposal(chain.guide, program), num, "draws of the policy")
+        elif rivals is not None and prior is not None and len(prior) >= COMPARED and self._begins_with_prior(program):
             higher = _is_higher(prior.total_log_likelihood, last.log_weights)
             rivals = [*([0] if higher else []), *(step for step in rivals if step)]
         for step in rivals or []:
             with chain.own_params(), chain.at(step) as keep, seeded(step):
                 part, cut = self._draw(
-                    program, as_proposal(chain.guide, program), len(last), f"draws of the policy after step {step}"
+                    program, as_proposal(chain.guide, program), num, f"draws of the policy after step {step}"
                 )
-                if not cut and _is_higher(part.log_weights, last.log_weights):
+                if not cut and _is_higher(part.log_weights, best.log_weights):
                     keep()
-                    last = part
+                    best, last = part, part[: len(last)]
         if chain.kept_step == 0:
             warnings.warn(
                 f"SVI: after {chain.step} steps the ELBO was lower than the first policy's, which is returned: take "
@@ -283,9 +287,9 @@ def _class_of(guide: Any) -> type | None:
 
 
 def _is_higher(one: Tensor, other: Tensor) -> bool:
-    """Whether draws of one ELBO (particle, prompt) are higher than another's, by more than their standard error."""
+    """Whether draws of one ELBO (particle, prompt) show that it is higher than another's, by 2 standard errors."""
     means, errors = zip(*[(x.mean(1).mean(), x.mean(1).var() / len(x)) for x in (one, other)], strict=True)
-    return bool(means[0] - means[1] > (errors[0] + errors[1]).sqrt())
+    return bool(means[0] - means[1] > 2.0 * (errors[0] + errors[1]).sqrt())
 
 
 def _kept(chains: list[Training]) -> dict[str, Any]:

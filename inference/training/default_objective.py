@@ -26,16 +26,17 @@ def default_objective(program: Program, num_particles: int | None, *, owns_guide
     """Return the objective of a program.
 
     `ReverseKL` is also that of `Adam`, of programs with other latents, with parameters of their own, or whose
-    prompts are one posterior, and of guides of the user's: it differentiates values and parameters too, and weighs each
-    prompt's score by the terms of that prompt.
+    prompts are one posterior or subsampled, and of guides of the user's: it differentiates values and parameters too,
+    weighs each prompt's score by the terms of that prompt, and has new prompts in each step.
 
     :param num_particles: in a step; None leaves it to the objective.
     :param owns_guide: whether the guide is the engine's own.
     :param in_region: whether steps stay in a trust region, without which kept draws can be memorised.
     """
-    only_texts = in_region and owns_guide and not program.has_params and not program.shared and num_particles != 1
     completions = program.completions
-    if only_texts and len(completions) == len(program.latents):
+    only_texts = len(completions) == len(program.latents) and not program.has_params and owns_guide
+    one_by_one = not program.shared and not program.in_chunks and num_particles != 1
+    if in_region and only_texts and one_by_one:
         sizes = [sum(p.numel() for p in site.fn.lm.network.parameters()) for site in completions]
         if max(sizes) <= SMALL:
             lot = num_particles or LOT

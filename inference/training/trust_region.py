@@ -148,7 +148,7 @@ class RegionAdam(ScheduledAdam):
         """Warn if most steps were left out, and say why."""
         if self.left_out > 0.5 * self.steps:
             warnings.warn(
-                f"SVI: {self.left_out} of {self.steps} steps were left out of the trust region, since {SHORTENED} times "
+                f"SVI: {self.left_out} of {self.steps} steps were left out of the trust region: {SHORTENED} times "
                 "shorter ones still moved the guide too far, or by a KL that is not a number. The guide's distribution "
                 "jumps with its parameters, or has no finite KL to itself: see stats['moved'], or use Adam",
                 stacklevel=2,

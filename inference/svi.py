@@ -228,7 +228,7 @@ class SVI:
     def _best_draws(self, program: Program, chain: Training, last: Particles, prior: Particles | None) -> Particles:
         """Return draws of the best policy of a chain, see `Best`, to which the chain's guide is put back.
 
-        Draws of the first policy are there if it is the prior: where the guide is not another, and has no other latents.
+        Draws of the first policy are there if it is the prior: if the guide is no other, and has texts alone.
         """
         rivals, num, best = chain.rivals(), max(COMPARED, len(last)), last
         if rivals and len(last) < num:

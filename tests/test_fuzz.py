@@ -20,14 +20,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.fuzzing import arguments_of, assert_clear, budget, lm, posterior, public_classes
-from support.models import tiny_llama
+from support.folders import USES, write_folders
+from support.fuzzing import arguments_of, assert_clear, budget, lm, public_classes
 from typer.testing import CliRunner
 
 from bayeslm import diagnostics
 from bayeslm.cli import app
 from bayeslm.inference import ENGINES, SVI, Laplace
-from bayeslm.models import TiltedLM, Twist, rewards
+from bayeslm.models import TiltedLM, rewards
 from bayeslm.models.rewards import text_rewards
 
 CLASSES = public_classes()
@@ -140,12 +140,7 @@ GIVEN = {"--prior": "model", "--reward": "length", "--max-new-tokens": "2", "--p
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
     """A folder with a model, a posterior, a twist, adapters, and files of prompts."""
-    folder = tmp_path_factory.mktemp("files")
-    model = tiny_llama(scale=1.0)
-    model.save_pretrained(folder / "model")
-    model.policy(lora_rank=2).save_pretrained(folder / "policy")
-    Twist(model, 2).save_pretrained(folder / "twist")
-    posterior().save(folder / "posterior")
+    folder = write_folders(tmp_path_factory.mktemp("files"))
     (folder / "empty").mkdir()
     (folder / "empty.jsonl").touch()
     (folder / "good.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
@@ -233,12 +228,6 @@ def _mappings(value):
 
 HOW = st.sampled_from(["remove", "folder", "cut", "flip", "deep", "other", "entry", "nan", "list", "text", "number"])
 SHARE = st.floats(0, 1)
-USES = {
-    "posterior": ["show", "posterior"],
-    "model": ["infer", "a", "--prior", "model", "--reward", "length", "--particles", "4", "--max-new-tokens", "2"],
-}
-USES["policy"] = [*USES["model"], "--policy", "policy"]
-USES["twist"] = [*USES["model"], "--engine", "smc", "--twist", "twist"]
 
 
 @pytest.mark.parametrize("name", USES)

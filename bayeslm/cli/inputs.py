@@ -30,6 +30,7 @@ def language_model(name: str, device: str | None, dtype: str | None = None, **se
     from bayeslm.models import LanguageModel
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # its report of missing weights has lines; the error that follows has one
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=chosen).item()  # the device "meta" has shapes and no numbers

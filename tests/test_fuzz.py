@@ -1,7 +1,7 @@
 """Random arguments, runs, command lines and damaged folders: no native error, nothing silently wrong.
 
-The suite tries a few, always the same. `make fuzz` tries others at each run, 60,000 in about 20 minutes on one core, and
-says how far it has come.
+The suite tries a few, always the same. `make fuzz` tries others at each run, for about 20 minutes on one core, and says
+how far it has come.
 """
 
 from __future__ import annotations

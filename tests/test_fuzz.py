@@ -256,7 +256,7 @@ SHARE = st.floats(0, 1)
 def test_damaged_folders_end_in_one_line_that_names_the_file(name, files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    @budget(*{"posterior": (16, 2000)}.get(name, (3, 1000)))
+    @budget(*{"posterior": (16, 2000)}.get(name, (3, 400)))
     @given(how=HOW, which=SHARE, where=SHARE)
     def check(how, which, where):
         for folder in USES:
@@ -278,7 +278,7 @@ def test_damaged_checkpoints_are_refused_or_passed_over(tmp_path, monkeypatch):
     engine = SVI(num_steps=2, num_particles=2, num_samples=2, checkpoint="whole", seed=0, progress=False)
     expected = engine.run(model, ["a"])
 
-    @budget(5, 1500)
+    @budget(5, 1000)
     @given(how=HOW, which=SHARE, where=SHARE)
     def check(how, which, where):
         shutil.rmtree("checkpoints", ignore_errors=True)

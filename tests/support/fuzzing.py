@@ -28,7 +28,7 @@ from support.models import table_lm
 from torch import Tensor
 
 from bayeslm import Posterior
-from bayeslm.inference import Exact, ImportanceSampling
+from bayeslm.inference import Exact, ImportanceSampling, RunError
 from bayeslm.inference.control import Thompson
 from bayeslm.inference.training import Adam, ReverseKL
 from bayeslm.models import LanguageModel, TiltedLM, rewards
@@ -208,10 +208,14 @@ def our_own(error: BaseException) -> bool:
 
 
 def assert_clear(error: Exception, names: Iterator[str] | list[str]) -> None:
-    """A TypeError or ValueError of our own that names an argument, or of programs, rewards or files."""
-    domain = type(error).__name__.endswith(
-        ("ProgramError", "EvidenceError", "RewardError", "PreferenceError", "RunError")
-    )
+    """A TypeError or ValueError of our own that names an argument, or of programs, rewards or files.
+
+    Of a run that had results, what stopped it.
+    """
+    if isinstance(error, RunError):
+        assert isinstance(error.__cause__, Exception)
+        error = error.__cause__
+    domain = type(error).__name__.endswith(("ProgramError", "EvidenceError", "RewardError", "PreferenceError"))
     named = any(re.search(rf"\b{re.escape(name)}\b", str(error)) for name in names)
     kind = isinstance(error, TypeError | ValueError) and (named or domain)
     kind |= isinstance(error, ImportError | OSError) and bool(str(error))

@@ -191,7 +191,7 @@ def words_of(output: str) -> str:
     return re.sub(r"[\s│╭╮╰╯─]+", "", output)
 
 
-@budget(12, 3000)
+@budget(12, 1500)
 @given(
     prompts=st.lists(st.sampled_from(["a", "b c", *WORDS]), max_size=2),
     options=st.dictionaries(st.sampled_from(sorted(OPTIONS)), st.integers(0, 99), min_size=1, max_size=3),
@@ -256,7 +256,7 @@ SHARE = st.floats(0, 1)
 def test_damaged_folders_end_in_one_line_that_names_the_file(name, files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    @budget(*{"posterior": (16, 2000)}.get(name, (3, 400)))
+    @budget(*{"posterior": (16, 2000)}.get(name, (3, 250)))
     @given(how=HOW, which=SHARE, where=SHARE)
     def check(how, which, where):
         for folder in USES:

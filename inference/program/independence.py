@@ -56,15 +56,17 @@ def check_independence(program: Program) -> None:
     if "independence" in program.verified:
         return
     program.verified.add("independence")
-    assert program.inspected is not None
-    if program.inspected.prompts is not None:
-        program = program.on(program.inspected.prompts)
+    origin = program.inspected
+    assert origin is not None
+    if origin.prompts is not None:
+        program = program.on(origin.prompts)
     # a seed whose first normal draws have both signs
     with seeded(2), torch.no_grad(), rehearsal(), poutine.block():
-        inspected, together = program.inspected.trace, None
+        inspected: Trace = origin.trace
+        together: Trace | None = None
         try:
             reference = _scores(program, inspected, 1)
-            own = {site.name: inspected.nodes[site.name]["value"] for site in _drawn(program)}
+            own: dict[str, Any] = {site.name: inspected.nodes[site.name]["value"] for site in _drawn(program)}
             together = _in_plate(program, _Company(program, own), COMPANY)
             found = _scores(program, together, COMPANY)
             if _stand_alone(program, own, reference, found):
@@ -105,7 +107,8 @@ def _check(program: Program, what: str, inspected: Trace, together: Trace | None
     :param inspected: a run of one particle.
     :param together: a run of `COMPANY` particles, with that one as `OWN`; None to run others alone first.
     """
-    found = None
+    found: dict[str, Tensor] | None = None
+    values: list[dict[str, Any]]
     try:
         if together is None:
             alone = _different_particles(program, inspected)
@@ -208,7 +211,8 @@ def _base(fn: Any) -> Any:
 
 def _values_of(program: Program, trace: Trace) -> list[dict[str, Tensor]]:
     """Return the values that each particle of a run of `COMPANY` has."""
-    drawn = {site.name: site_value(site, trace.nodes[site.name]["value"], COMPANY) for site in _drawn(program)}
+    nodes: dict[str, Any] = trace.nodes
+    drawn = {site.name: site_value(site, nodes[site.name]["value"], COMPANY) for site in _drawn(program)}
     return [{name: value[i] for name, value in drawn.items()} for i in range(COMPANY)]
 
 

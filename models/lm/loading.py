@@ -6,6 +6,7 @@ import copy
 import difflib
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,9 +100,10 @@ def _load_transformers(name: str, dtype: torch.dtype | None, root: str | None = 
     try:
         if folder.is_dir():
             check_folder(folder, lambda: _empty(folder))
-        network, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True, **kwargs
         )
+        network, report = loaded
     except Exception as error:
         if not isinstance(error, OSError | ValueError | RuntimeError) and not folder.is_dir():
             raise  # of a folder all of them: damaged weights raise errors of many types
@@ -185,7 +187,8 @@ def _load_adapter(path: Path, *, base: Pretrained | None, dtype: torch.dtype | N
         base = load(name, base=None, dtype=dtype or own.base_dtype, **kwargs)
     else:
         base = base._replace(network=twin(base.network))
-    tokenizer, ends = _adapted_tokenizer(path, base), None
+    tokenizer = _adapted_tokenizer(path, base)
+    ends: Sequence[int] | None = None
     if (path / "generation_config.json").is_file():
         with reading(path / "generation_config.json"):
             ends = ids_of(GenerationConfig.from_pretrained(str(path)), "eos_token_id", str(path)) or None

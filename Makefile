@@ -56,8 +56,8 @@ test: install weights  ## run the test suite, in as many processes as there are 
 test-long: install weights  ## run the tests marked long
 	@$(BIN)/pytest -m long $(ARGS)
 
-fuzz: install  ## random arguments, runs, command lines and damaged folders, for minutes (ARGS="-k constructors")
-	@FUZZ=large $(BIN)/pytest tests/test_fuzz.py $(ARGS)
+fuzz: install  ## random arguments, runs, command lines and damaged folders, 20 minutes (ARGS="-k constructors")
+	@FUZZ=large OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_fuzz.py $(ARGS)
 
 chaos: install  ## kill runs and damage files at random: ARGS="--trials 100 --seed 0"
 	@PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m support.chaos $(ARGS)

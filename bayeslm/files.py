@@ -273,6 +273,12 @@ def read_json(path: Path, max_bytes: int = MAX_JSON) -> Any:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
+def reason_of(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def require_size(path: Path, max_bytes: int) -> None:
     """Check the size of a file before it is read.
 

@@ -11,7 +11,8 @@ ValueError for a number out of range. A number of NumPy, and an array or tensor 
 Python's and are passed on as those, so that settings can be compared and written as JSON. What an annotation cannot
 express, such as two settings that contradict each other, the class checks itself.
 
-``Callable`` means that a value can be called, whatever its arguments. Elements of sequences and mappings are checked.
+``Callable[..., X]`` means that a value can be called, ``Callable[[A], X]`` that it can be with one argument. Elements
+of sequences and mappings are checked.
 """
 
 from __future__ import annotations
@@ -220,6 +221,8 @@ def _compile(hint: Any) -> _Check:
     if origin is typing.Literal:
         words = [repr(argument) for argument in arguments]
         return _Check(_listed(words) if len(words) < 3 else f"one of {', '.join(words)}", _one_of(arguments))
+    if origin is collections.abc.Callable and isinstance(arguments[0], list):
+        return _function(len(arguments[0]))
     if origin is collections.abc.Callable or hint is Callable:
         return _Check("a function", _only(callable))
     cls = origin or hint
@@ -249,6 +252,23 @@ def _only(holds: Callable[[Any], bool]) -> Callable[[Any], Any]:
         return value
 
     return convert
+
+
+def _function(count: int) -> _Check:
+    """Return the check of a function that can be called with so many arguments, as far as its signature says."""
+
+    def convert(value: Any) -> Any:
+        if not callable(value):
+            raise _Refused
+        try:
+            inspect.signature(value).bind(*[None] * count)
+        except TypeError:
+            raise _Refused(words=f"a function of {count} argument{'' if count == 1 else 's'}") from None
+        except ValueError:  # a built-in function without a signature
+            pass
+        return value
+
+    return _Check("a function", convert)
 
 
 def _one_of(options: tuple[Any, ...]) -> Callable[[Any], Any]:

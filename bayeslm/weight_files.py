@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bayeslm.files import MAX_JSON, read_json, require_memory, require_size
+from bayeslm.files import MAX_JSON, read_json, reason_of, require_memory, require_size
 
+PICKLE = b"\x80\x02"  # the first bytes of a file of torch.save before torch 1.6
 MAX_HEADER = 2**27  # bytes of the header of a file of safetensors
 REPEATED = re.compile(r"^(?!.*(size|dim|capacity)).*(layer|block|expert|head|group|stage|codebook|depth)")
 """Names of numbers of modules, which are made in loops; a size of one is compared with the weights."""
+OBJECTS = re.compile(r"config|tokenizer|vocab|map|index|tokens|bayeslm")
+"""Names of JSON files that hold an object each; of others, such as a list of modules, nothing is known."""
 KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 
 
@@ -39,13 +42,8 @@ def check_folder(folder: Path, make: Callable[[], Any]) -> None:
         raise ValueError(f"{folder} holds an adapter, and no model of its own: merge it into its base, and load that")
     if not (folder / "config.json").is_file():
         return
-    for path in folder.glob("*.json"):
-        require_size(path, MAX_JSON)
-        if path.stat().st_size < 2**20:  # transformers reads it, but without saying which file is damaged
-            read_json(path)
+    check_json(folder)
     config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder / 'config.json'} is damaged: it holds no object")
     for key, value in _entries(config):
         if key in KERNELS and isinstance(value, str) and re.search(r"[/:@]", value):
             raise ValueError(f"{folder / 'config.json'}: {key} {value!r} is code of somebody else, which is not run")
@@ -67,13 +65,26 @@ def check_folder(folder: Path, make: Callable[[], Any]) -> None:
         )
 
 
+def check_json(folder: Path) -> None:
+    """Check the JSON files of a folder, which transformers and PEFT read without saying which one is damaged.
+
+    :raises ValueError: if one is damaged, holds no object, or is far too large; with its path.
+    """
+    for path in folder.glob("*.json"):
+        require_size(path, MAX_JSON)
+        if path.stat().st_size < 2**20:
+            value = read_json(path)
+            if not isinstance(value, dict) and OBJECTS.search(path.name):
+                raise ValueError(f"{path} is damaged: it holds no object")
+
+
 def _sizes(path: Path, make: Callable[[], Any]) -> tuple[int, int]:
     """Return the number of a network's weights, and the bytes of its other tensors; zeros if it cannot be made."""
     try:
         network = make()
     except Exception as error:
         if "overflow" in str(error).lower():  # a size beyond 64 bits
-            raise ValueError(f"{path} describes no model: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{path} describes no model: {reason_of(error)}") from error
         return 0, 0  # loading raises the same error, or a better one
     rest = sum(x.numel() * x.element_size() for x in network.buffers())
     return sum(p.numel() for p in network.parameters()), rest
@@ -103,11 +114,15 @@ def _shapes(path: Path, size: int) -> list[list[int]]:
             raise ValueError(f"{path} is damaged: a header of {length} bytes in a file of {size}")
         try:
             header = json.loads(file.read(length))
-            shapes = [[int(n) for n in tensor["shape"]] for name, tensor in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
+            shapes = [[int(n) for n in tensor["shape"]] for tensor in tensors]
+            end = 8 + length + max((int(tensor["data_offsets"][1]) for tensor in tensors), default=0)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged: its header cannot be read") from error
     if any(n < 0 for shape in shapes for n in shape) or sum(map(math.prod, shapes)) > 2 * size:  # 4 bits an element
         raise ValueError(f"{path} is damaged: its header names more than the file holds")
+    if end != size:
+        raise ValueError(f"{path} is damaged: by its header it has {end} bytes, and it has {size}")
     return shapes
 
 
@@ -116,8 +131,11 @@ def _unpacked(path: Path, size: int) -> int:
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
-    except zipfile.BadZipFile:  # the format before torch 1.6, which is not packed
-        return size
+    except zipfile.BadZipFile as error:
+        with path.open("rb") as file:
+            if file.read(2) == PICKLE:  # the format before torch 1.6, which is not packed
+                return size
+        raise ValueError(f"{path} is damaged: it is no file of torch.save") from error
     if unpacked > 2 * size:
         raise ValueError(f"{path} is damaged: its {size} bytes would grow to {unpacked}")
     return unpacked

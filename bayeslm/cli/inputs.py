@@ -30,6 +30,7 @@ def language_model(name: str, device: str | None, dtype: str | None = None, **se
     from bayeslm.models import LanguageModel
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # its report of missing weights has lines; the error that follows has one
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=chosen).item()  # the device "meta" has shapes and no numbers
@@ -51,7 +52,12 @@ def load_reward(name: str, settings: Mapping[str, Any]) -> Any:
     from bayeslm.models import rewards
 
     if ":" not in name:
-        return rewards.get(name, **settings)
+        try:
+            return rewards.get(name, **settings)
+        except (TypeError, ValueError) as error:
+            if not settings:
+                raise
+            raise ValueError(f"--reward {name} with --reward-settings: {error}") from error
     if settings:
         raise ValueError(
             "--reward-settings are for built-in rewards only: give a function of your own its settings in Python"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -72,6 +73,9 @@ def label(
         ),
     ] = None,
     temperature: Annotated[float, typer.Option(help="Noise of --judge, in the reward's units; 0 is none.")] = 0.1,
+    timeout: Annotated[
+        float | None, typer.Option(help="Time limit of an answer of --judge, in seconds. Default: none.")
+    ] = None,
     number: Annotated[int | None, typer.Option(help="Stop at so many labels.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: cuda if there is a GPU.")] = None,
     seed: Annotated[int, typer.Option(help="Makes the questions reproducible.")] = 0,
@@ -100,6 +104,10 @@ def label(
             raise ValueError(f"--features {features} is unknown: choose one of {', '.join(FEATURES)}")
         if prompts is not None and prompts.resolve() == out.resolve():
             raise ValueError(f"--prompts and --out are both {out}: labels need a file of their own")
+        if timeout is not None and judge is None:
+            raise ValueError("--timeout is for --judge: a person at the terminal has no time limit")
+        if timeout is not None and not 0 < timeout < math.inf:
+            raise ValueError(f"--timeout must be a positive number of seconds, got {timeout}")
         acquisition = _acquisition(ask)
         answering = TerminalJudge() if judge is None else _simulated_judge(judge, temperature, seed)
         new_prompts = read_texts(prompt or [], prompts) if prompt or prompts else []
@@ -108,7 +116,7 @@ def label(
         with _files(out) as files:
             lm = cache(lambda: language_model(model, device).packed())  # a resumed session may not need it
             pool = _pool(files["pool"], new_prompts, lm, completions, max_new_tokens, seed)
-            elicitation = _elicitation(pool, acquisition, features, components, lm, seed)
+            elicitation = _elicitation(pool, acquisition, features, components, lm, seed, timeout)
             session = Session(files["labels"], files["skipped"], elicitation, pool)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DiagnosticsWarning)  # of every fit after an answer, amid the questions
@@ -178,7 +186,13 @@ def _drawn(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _elicitation(
-    pool: Pool, acquisition: Any, name: str, components: int, lm: Callable[[], Any], seed: int
+    pool: Pool,
+    acquisition: Any,
+    name: str,
+    components: int,
+    lm: Callable[[], Any],
+    seed: int,
+    timeout: float | None,
 ) -> Elicitation:
     from bayeslm.inference.preferences import Elicitation
     from bayeslm.models.preferences import BradleyTerry, LastHidden, SentenceEmbedding, Standardised
@@ -188,7 +202,7 @@ def _elicitation(
         standardised = Standardised(embedding, pool.prompts, pool.completions)
         size = min(components, standardised.axes.shape[1])
         features = Standardised(standardised.features, pool.prompts, pool.completions, size)
-    return Elicitation(BradleyTerry(features, scale=4.0), acquisition, seed=seed)
+    return Elicitation(BradleyTerry(features, scale=4.0), acquisition, seed=seed, timeout=timeout)
 
 
 def _acquisition(name: str) -> Any:

@@ -61,7 +61,7 @@ class Session:
                     err_console.print("no pair is left: all pairs of completions were compared", style="yellow")
                     return False
                 try:
-                    self._keep(question.with_answer(judge(question.prompt, question.first, question.second)))
+                    self._keep(question.put_to(judge, self._elicitation.timeout))
                 except Undo:
                     self._undo()
                 else:

@@ -217,12 +217,14 @@ class Elicitation:
         find good ones.
     :param engine: infers the weights anew after each answer; by default unweighted draws of the Laplace approximation.
     :param seed: determines the next question, together with the answers so far.
+    :param timeout: the time limit of a judge's answer in seconds; None for no limit.
     """
 
     model: BradleyTerry
     acquisition: Acquisition = field(default_factory=InformationGain)
     engine: Engine = field(default_factory=lambda: Laplace(NUM_DRAWS, weighted=False))
     seed: Seed = 0
+    timeout: Positive | None = None
 
     def posterior(self, answers: Sequence[Answer]) -> Posterior:
         """Infer the posterior of the weights.
@@ -275,10 +277,11 @@ class Elicitation:
         :param judge: answers the questions.
         :param answers: the answers so far. Each new one is appended before it is yielded, so that none is lost if the
             judge raises an exception.
+        :raises JudgeError: if the judge does not answer within ``timeout``.
         """
         answers = [] if answers is None else answers
         while (question := self.ask(candidates, answers)) is not None:
-            answer = question.with_answer(judge(question.prompt, question.first, question.second))
+            answer = question.put_to(judge, self.timeout)
             answers.append(answer)
             yield answer
 

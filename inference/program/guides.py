@@ -106,6 +106,8 @@ class PolicyGuide:
     :raises ProgramError: if the program has no completion.
     """
 
+    is_of_program = True  # see `check_guide`
+
     def __init__(self, program: Program, policy: LanguageModel) -> None:
         if not program.completions:
             raise ProgramError("the program has no completion site: a LanguageModel cannot be its guide")

@@ -23,7 +23,7 @@ from bayeslm.models.lm import Autoregressive
 
 from .errors import ProgramError
 from .handlers import PARTICLES, explained
-from .independence import check_independence
+from .independence import MISFITS, check_guide, check_independence
 from .program import Program, Site, along, in_prompts, sample_sites, site_value
 
 
@@ -165,7 +165,7 @@ def traces(
     """Return the traces of model and guide, with all particles in one outermost plate.
 
     :param guide: proposes the latents; None proposes from the prior and has no trace.
-    :raises ProgramError: if the program mixes particles.
+    :raises ProgramError: if the program or the guide mixes particles.
     """
     if vectorize and num_particles > 1:
         check_independence(program)
@@ -178,8 +178,16 @@ def traces(
     guide_trace = None
     model = program.pinned(program.model)
     if guide is not None:
-        guide_trace = poutine.trace(in_plate(program.pinned(guide))).get_trace(*program.args, **program.kwargs)
+        together = vectorize and num_particles > 1
+        try:
+            guide_trace = poutine.trace(in_plate(program.pinned(guide))).get_trace(*program.args, **program.kwargs)
+        except MISFITS:
+            if together:
+                check_guide(program, guide)
+            raise
         guide_trace = prune_subsample_sites(guide_trace)
+        if together:
+            check_guide(program, guide)
         for name, node in sample_sites(guide_trace):
             if name not in program.sites and not node["infer"].get("is_auxiliary"):
                 raise ProgramError(f"the guide samples {name!r}, which the program does not have")

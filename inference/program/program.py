@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
@@ -21,6 +21,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from bayeslm.models.lm import Autoregressive
+from bayeslm.models.rewards import rehearsal
 from bayeslm.validation import check_program
 
 from .errors import ProgramError
@@ -75,6 +76,17 @@ class Site:
         return (*batch, *(f"{self.name}_dim_{i}" for i in range(event)))
 
 
+class Inspected(NamedTuple):
+    """A run of a program with one particle, arbitrary tokens and arbitrary rewards.
+
+    :param trace: without sites of subsamples.
+    :param prompts: the minibatch (b,) of a subsampled plate, else None.
+    """
+
+    trace: Trace
+    prompts: Tensor | None
+
+
 @dataclass(frozen=True)
 class Program:
     """An inspected model with its arguments.
@@ -94,6 +106,7 @@ class Program:
     :param minibatch: indices (num_prompts,) of the prompts of this program, if they are a minibatch.
     :param whole: the program of all prompts, of which this one has a minibatch.
     :param verified: the names of what has been checked of the program; its copies share it.
+    :param inspected: the run in which it was inspected.
     """
 
     model: Callable[..., Any]
@@ -110,6 +123,7 @@ class Program:
     minibatch: Tensor | None = None
     whole: Program | None = None
     verified: set[str] = field(default_factory=set, repr=False, compare=False)
+    inspected: Inspected | None = field(default=None, repr=False, compare=False)
 
     @property
     def latents(self) -> list[Site]:
@@ -240,12 +254,13 @@ def _inspect(
         raise ProgramError(f"an argument or column is called {taken[0]!r}, which Pyro uses itself: rename it")
     minibatch = Minibatch(prompts)
     # seeded, so that every inspection of a program gives the same
-    with seeded(0), torch.no_grad(), explained(), poutine.block(), minibatch, Arbitrary():
+    with seeded(0), torch.no_grad(), explained(), poutine.block(), rehearsal(calls=True), minibatch, Arbitrary():
         trace = prune_subsample_sites(poutine.trace(model).get_trace(*args, **kwargs))
     sites: dict[str, Site] = {}
     sizes: dict[int, int] = {}
     for name, node in sample_sites(trace):
-        sites[name] = _site(name, node)
+        sites[name] = site_of(name, node)
+        check_site(sites[name], node)
         sizes |= {frame.dim: frame.size for frame in _plates(node) if frame.name == PROMPTS}
     if not any(site.kind == "latent" for site in sites.values()):
         raise ProgramError("the program has no latent site: nothing to infer (is every pyro.sample observed?)")
@@ -279,6 +294,7 @@ def _inspect(
         full_size=full_size or num_prompts,
         has_params=bool(trace.param_nodes),
         minibatch=minibatch.prompts if minibatch.fixed and full_size is not None else None,
+        inspected=Inspected(trace, None if full_size is None else minibatch.prompts),
     )
 
 
@@ -305,11 +321,8 @@ def _plates(node: dict[str, Any]) -> list[Any]:
     return [frame for frame in node["cond_indep_stack"] if frame.vectorized]
 
 
-def _site(name: str, node: dict[str, Any]) -> Site:
-    """Return a trace's node as a site.
-
-    :raises ProgramError: if engines would compute its weights wrongly.
-    """
+def site_of(name: str, node: dict[str, Any]) -> Site:
+    """Return a trace's node as a site."""
     frames = _plates(node)
     deterministic = node["infer"].get("_deterministic", False)
     kind = "deterministic" if deterministic else "observed" if node["is_observed"] else "latent"
@@ -321,17 +334,26 @@ def _site(name: str, node: dict[str, Any]) -> Site:
         sizes = {batch_dims + frame.dim: frame.size for frame in frames}
         shape = tuple(sizes.get(i, size) if size == 1 else size for i, size in enumerate(shape))
     plates = {frame.dim: frame.name for frame in frames}
-    stray = [size for i, size in enumerate(node["fn"].batch_shape) if size > 1 and i - batch_dims not in plates]
-    if stray and not deterministic:
-        raise ProgramError(
-            f"site {name!r} has a batch dimension of size {stray[0]} that no plate declares: "
-            "put it inside a pyro.plate, or make it part of the event with .to_event(1)"
-        )
-    subsampled = any(frame.full_size not in (None, frame.size) for frame in frames)  # `Minibatch` removes the prompts'
-    if subsampled or (kind == "latent" and not _is_one(node["scale"])):
-        raise ProgramError(f"site {name!r} is subsampled or scaled: its particles cannot be weighed")
     masked = node["mask"] is not None or isinstance(node["fn"], MaskedDistribution)
     return Site(name, kind, node["fn"], shape, plates, batch_dims, node["value"], masked)
+
+
+def check_site(site: Site, node: dict[str, Any]) -> None:
+    """Check that engines would compute a site's weights rightly.
+
+    :raises ProgramError: if they would not.
+    """
+    shape = node["fn"].batch_shape
+    stray = [size for i, size in enumerate(shape) if size > 1 and i - len(shape) not in site.plates]
+    if stray and site.kind != "deterministic":
+        raise ProgramError(
+            f"site {site.name!r} has a batch dimension of size {stray[0]} that no plate declares: "
+            "put it inside a pyro.plate, or make it part of the event with .to_event(1)"
+        )
+    # `Minibatch` removes the prompts' frame
+    subsampled = any(frame.full_size not in (None, frame.size) for frame in _plates(node))
+    if subsampled or (site.kind == "latent" and not _is_one(node["scale"])):
+        raise ProgramError(f"site {site.name!r} is subsampled or scaled: its particles cannot be weighed")
 
 
 def inspect_or_reuse(

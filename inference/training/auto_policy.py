@@ -33,6 +33,8 @@ class AutoPolicy(nn.Module):
     :raises ValueError: if ``start`` has adapters, and there is a ``lora_rank``.
     """
 
+    is_of_program = True  # see `check_guide`
+
     def __init__(
         self, program: Program, lora_rank: Count | Literal["auto"] | None = "auto", start: LanguageModel | None = None
     ) -> None:

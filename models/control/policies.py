@@ -104,8 +104,8 @@ class CountdownPolicy(TrainablePolicy):
         super().__init__()
         if num_tables < 2 or horizon < 2:
             raise ValueError(
-                f"CountdownPolicy: needs at least two tables and two steps, got {num_tables} and {horizon}; "
-                "TabularPolicy has one table"
+                f"CountdownPolicy: num_tables and horizon must be at least 2, got {num_tables} and {horizon}: use "
+                "TabularPolicy for one table"
             )
         self.logits = nn.Parameter(torch.zeros(num_tables, num_states, num_actions))
         self.horizon = horizon

@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from bayeslm.files import read_json
+from bayeslm.files import read_json, reason_of
 from bayeslm.weight_files import stored_tensors
 
 # fmt: off
@@ -99,7 +99,7 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> Any:
     try:
         return maker(**kept | ({"init_lora_weights": True} if "init_lora_weights" in defaults else {}))
     except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path}: {reason_of(error)}") from error
 
 
 def _why(kind: Any) -> str:

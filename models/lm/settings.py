@@ -58,7 +58,7 @@ class Settings:
                 _dtype(said.get("compute_dtype")),
                 _dtype(said.get("base_dtype")),
             )
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise OSError(f"{path} cannot be read ({error}): save the model again, or remove that file") from error
 
 

@@ -28,11 +28,12 @@ def find_special_tokens(network: nn.Module, tokenizer: Any, eos: int | Iterable[
     :param tokenizer: None if there is none.
     :param eos: the ends, where a user names them.
     :raises TypeError: if the network has no config with a vocabulary, or ``eos`` is no token id.
-    :raises ValueError: if ``eos`` names an id outside the vocabulary.
+    :raises ValueError: if ``eos`` names an id outside the vocabulary, or a config or tokenizer one that is none.
     """
     size = vocab_size(network)
     config: Any = network.config
     configs = (config, config.get_text_config())
+    folder = str(getattr(config, "name_or_path", None) or "")
     if eos is not None:
         try:
             ends = _ids(eos)
@@ -42,10 +43,10 @@ def find_special_tokens(network: nn.Module, tokenizer: Any, eos: int | Iterable[
             raise ValueError(f"eos_token_ids {sorted(ends)} are not all in 0..{size - 1}")
     else:
         sources = (getattr(network, "generation_config", None), *configs, tokenizer)
-        named = ([i for i in _of(source, "eos_token_id") if 0 <= i < size] for source in sources)
+        named = ([i for i in ids_of(source, "eos_token_id", folder) if 0 <= i < size] for source in sources)
         ends = next((ids for ids in named if ids), [])
-    begins = (i for source in (tokenizer, *configs) for i in _of(source, "bos_token_id") if 0 <= i < size)
-    pads = (i for source in (tokenizer, *configs) for i in _of(source, "pad_token_id"))
+    begins = (i for source in (tokenizer, *configs) for i in ids_of(source, "bos_token_id", folder) if 0 <= i < size)
+    pads = (i for source in (tokenizer, *configs) for i in ids_of(source, "pad_token_id", folder))
     unique = tuple(sorted(set(ends)))
     return SpecialTokens(unique, next(begins, None), next(pads, unique[0] if unique else 0))
 
@@ -66,10 +67,20 @@ def vocab_size(network: nn.Module) -> int:
     return int(size)
 
 
-def _of(source: Any, name: str) -> list[int]:
-    """Return the token ids that a config or tokenizer names."""
+def ids_of(source: Any, name: str, folder: str) -> list[int]:
+    """Return the token ids that a config or tokenizer names.
+
+    :param folder: where it comes from, for the error.
+    :raises ValueError: if what it names is none.
+    """
     named = getattr(source, name, None)
-    return [] if named is None else _ids(named)
+    try:
+        return [] if named is None else _ids(named)
+    except TypeError as error:
+        of = f" of {folder}" if folder else ""
+        raise ValueError(
+            f"the {type(source).__name__}{of} has the {name} {named!r:.60}: it must be a token id, or several in a list"
+        ) from error
 
 
 def _ids(ids: int | Iterable[int]) -> list[int]:

@@ -4,7 +4,7 @@ from .bradley_terry import BradleyTerry
 from .comparisons import Comparisons
 from .features import CachedFeatures, Features, LastHidden, SentenceEmbedding, Standardised
 from .judged_lm import JudgedLM
-from .judges import Answer, Judge, Question, SimulatedJudge, to_comparisons
+from .judges import Answer, Judge, JudgeError, Question, SimulatedJudge, to_comparisons
 from .linear import LinearReward
 from .plackett_luce import PlackettLuce, Rankings
 from .ratings import GaussianRatings, OrdinalRatings, Ratings
@@ -20,6 +20,7 @@ __all__ = [
     "Form",
     "GaussianRatings",
     "Judge",
+    "JudgeError",
     "JudgedLM",
     "LastHidden",
     "LinearReward",

@@ -14,12 +14,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from bayeslm.models.rewards import Reward
+from bayeslm.models.rewards import Reward, TimeLimitError, call
 from bayeslm.validation import NonNegative, Seed, Share, validated
 
 from .comparisons import Comparisons
 
 Judge = Callable[[str, str, str], bool | None]
+
+
+class JudgeError(ValueError):
+    """A judge did not answer within its time limit."""
 
 
 @validated
@@ -35,6 +39,22 @@ class Question:
     first: str
     second: str
     probability: Share
+
+    def put_to(self, judge: Judge, timeout: float | None = None) -> Answer:
+        """Ask a judge, and return this question with the answer. What the judge raises passes unchanged.
+
+        :param timeout: the time limit of the answer in seconds, which stops the judge as `Reward.with_timeout` stops a
+            reward; None for no limit.
+        :raises JudgeError: at the limit.
+        :raises TypeError: if the answer is none of True, False and None.
+        """
+        try:
+            return self.with_answer(call(lambda: judge(self.prompt, self.first, self.second), timeout))
+        except TimeLimitError:
+            raise JudgeError(
+                f"the judge reached its time limit of {timeout:g} s: whether {self.first!r:.60} or {self.second!r:.60} "
+                f"is the better completion of {self.prompt!r:.60}"
+            ) from None
 
     def with_answer(self, first_is_better: bool | None) -> Answer:
         """Return this question with a judge's answer.

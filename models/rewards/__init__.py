@@ -8,7 +8,7 @@ and scales it:
 """
 
 from .broadcasting import broadcast, check_columns, with_trainer_arguments
-from .calling import copied
+from .calling import TimeLimitError, call, copied
 from .classifier import Classifier
 from .registry import get, load
 from .rehearsal import rehearsal
@@ -29,8 +29,10 @@ __all__ = [
     "Sentiment",
     "Similarity",
     "TextReward",
+    "TimeLimitError",
     "Toxicity",
     "broadcast",
+    "call",
     "check_columns",
     "copied",
     "get",

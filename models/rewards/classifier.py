@@ -47,6 +47,7 @@ class Classifier(Reward):
     :raises ValueError: if a label or tokenizer is missing or unknown, an option does not fit the network, or
         the checkpoint has no classification head.
     :raises OSError: if there is no such checkpoint.
+    :raises TypeError: if the network or the tokenizer is of another type.
     """
 
     def __init__(
@@ -67,10 +68,17 @@ class Classifier(Reward):
             tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         if tokenizer is None:
             raise ValueError("a network needs its tokenizer: Classifier(network, tokenizer)")
+        if not hasattr(tokenizer, "model_max_length"):
+            raise TypeError(f"Classifier: tokenizer must be one of transformers, got {tokenizer!r:.60}")
+        config: Any = getattr(self.model, "config", None)
+        if not hasattr(config, "num_labels"):
+            raise TypeError(
+                "Classifier: model must be a ...ForSequenceClassification network of transformers, got a "
+                f"{type(self.model).__name__}"
+            )
         self.model.eval()
         self.tokenizer: Any = tokenizer
         self.on, self.batch_size, self.max_length = on, batch_size, max_length
-        config: Any = self.model.config
         self._label = _index(label, config)
         self._pad_token_id: int | None = getattr(config.get_text_config(), "pad_token_id", None)
         self._longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", math.inf))

@@ -169,6 +169,11 @@ def test_a_file_of_prompts_with_columns(folder):
         (["a", "--reward", "my_rewards:leters"], 1, "did you mean 'letters'"),
         (["a", "--reward", "contains"], 1, "reward 'contains' needs the settings phrase: --reward-settings"),
         (["a", "--reward", "length", "--reward-settings", '{"targt": 1}'], 1, "'targt', did you mean 'target'?"),
+        (
+            ["a", "--reward", "length", "--reward-settings", '{"target": "a"}'],
+            1,
+            "--reward-settings: Length: target must",
+        ),
         (["a", "--reward", "my_rewards:hangs", "--timeout", "0.2"], 1, "'hangs' reached its time limit of 0.2 s"),
         (["a", "--timeout", "0"], 1, "timeout must be a positive number of seconds"),
         (["a\udc80"], 1, "prompt 1 holds the lone surrogate"),

@@ -28,6 +28,13 @@ def tires(completions, **kwargs):
         raise RuntimeError("the judge went home")
     return letters(completions)
 
+def hangs(completions, **kwargs):
+    global calls
+    calls += 1
+    while calls > 3:
+        pass
+    return letters(completions)
+
 def interrupts(completions, **kwargs):
     global calls
     calls += 1
@@ -99,6 +106,13 @@ def test_a_judge_who_raises_loses_nothing(folder, judge, code, says):
     assert says in label("a b", "--judge", f"judges:{judge}", code=code)
     assert len(rows()) == 3
     assert "labels.jsonl: 5 labels" in label("--judge", "judges:letters", "--number", "5")
+
+
+def test_a_judge_who_hangs_is_stopped_and_loses_nothing(folder):
+    out = label("a b", "--judge", "judges:hangs", "--timeout", "0.3", "--number", "9", code=1)
+    assert "the judge reached its time limit of 0.3 s" in out
+    assert len(rows()) == 3
+    assert "labels.jsonl: 4 labels" in label("a b", "--judge", "judges:letters", "--number", "4")
 
 
 def test_it_ends_when_no_pair_is_left(folder):
@@ -225,6 +239,8 @@ def test_new_prompts_join_the_pool(folder):
         (["a", "--judge", "sentimnt"], "did you mean 'sentiment'"),
         (["a", "--judge", "length", "--temperature", "-1"], "temperature must be non-negative"),
         (["a", "--number", "0"], "--number must be at least 1"),
+        (["a", "--timeout", "1"], "--timeout is for --judge"),
+        (["a", "--judge", "length", "--timeout", "-1"], "--timeout must be a positive number of seconds"),
         (["a", "--prompts", "nowhere.txt"], "not both"),
         (["--prompts", "nowhere.txt"], "No such file"),
     ],

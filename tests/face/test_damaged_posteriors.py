@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -143,3 +145,45 @@ def test_what_nothing_names_is_not_read(original: Path, saved: Path) -> None:
         file["unnamed"][: 2**20] = 0.0
     write_checksums(saved)
     np.testing.assert_array_equal(Posterior.load(saved).samples["score"], Posterior.load(original).samples["score"])
+
+
+# -- sizes are checked before anything is allocated ------------------------------------------------------------
+
+
+def _unwritten(file: Any) -> None:
+    """Values that are in no chunk take no place in the file."""
+    file.create_dataset(NAME, shape=(2**24,), dtype="f8", chunks=(2**10,))
+
+
+def _inflated(file: Any) -> None:
+    """Chunks of zeros, deflated to a thousandth."""
+    array = file.create_dataset(NAME, shape=(2**24,), dtype="f8", chunks=(2**20,), compression=9, shuffle=False)
+    chunk = zlib.compress(bytes(8 * 2**20), 9)
+    for start in range(0, 2**24, 2**20):
+        array.id.write_direct_chunk((start,), chunk)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "says"),
+    [
+        (_unwritten, [2**24], f"{NAME} would grow to"),
+        (_inflated, [2000], rf"{NAME} is float64 \(16777216,\), not float64 \[2000\]"),
+    ],
+)
+def test_an_array_that_grows_when_it_is_read(
+    saved: Path, make: Callable[[Any], object], shape: list[int], says: str
+) -> None:
+    _array(saved, make)
+    change(saved, "samples", "score", shape=shape)
+    with pytest.raises(ValueError, match=says):
+        Posterior.load(saved)
+
+
+@pytest.mark.parametrize(("memory", "what"), [(10**5, "texts.completion"), (10**6, NAME)])
+def test_what_does_not_fit_in_memory(saved: Path, monkeypatch: pytest.MonkeyPatch, memory: int, what: str) -> None:
+    """Texts of 0.5 MB and an array of 1.6 MB, on a machine with less."""
+    _array(saved, lambda file: file.create_dataset(NAME, data=np.zeros(200_000)))
+    change(saved, "samples", "score", shape=[200_000])
+    monkeypatch.setattr(os, "sysconf", lambda name: memory if name == "SC_PHYS_PAGES" else 1)
+    with pytest.raises(ValueError, match=f"{what} needs"):
+        Posterior.load(saved)

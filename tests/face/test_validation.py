@@ -76,6 +76,8 @@ REFUSED = [
     ("scheme", 1, TypeError, "got 1"),
     ("path", 3, TypeError, "a string or a path"),
     ("function", 3, TypeError, "a function or None"),
+    ("function", lambda: 0, TypeError, "a function of 1 argument, got"),
+    ("function", divmod, TypeError, "a function of 1 argument, got"),
     ("numbers", "abc", TypeError, r"a list, each a number, got 'abc': write \['abc'\]"),
     ("numbers", 3, TypeError, "got 3"),
     ("numbers", {"a": 1}, TypeError, "got {'a': 1}"),

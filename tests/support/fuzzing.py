@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import collections.abc
+import functools
 import importlib
 import inspect
 import math
 import os
 import re
 import sys
+import time
 import traceback
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from support.models import table_lm
 from torch import Tensor
 
 from bayeslm import Posterior
-from bayeslm.inference import Exact, ImportanceSampling
+from bayeslm.inference import Exact, ImportanceSampling, RunError
 from bayeslm.inference.control import Thompson
 from bayeslm.inference.training import Adam, ReverseKL
 from bayeslm.models import LanguageModel, TiltedLM, rewards
@@ -52,9 +55,52 @@ hypothesis.settings.register_profile(
 )
 
 
-def budget(small: int, large: int) -> hypothesis.settings:
-    """The number of examples in the suite, and of `make fuzz`."""
-    return hypothesis.settings(hypothesis.settings.get_profile("fuzzing"), max_examples=large if LARGE else small)
+def budget(small: int, large: int) -> Callable[[Any], Any]:
+    """Set the number of examples in the suite, and in `make fuzz`, which counts them."""
+    number = large if LARGE else small
+    settings = hypothesis.settings(hypothesis.settings.get_profile("fuzzing"), max_examples=number)
+
+    def decorate(test: Any) -> Any:
+        test.hypothesis.inner_test = _counted(test.hypothesis.inner_test, number)
+        return settings(test)
+
+    return decorate
+
+
+class Progress:
+    """Says how far the test that runs has come: every half minute, and at its end."""
+
+    def __init__(self, name: str, say: Callable[[str], None]) -> None:
+        self.name, self.say = name, say
+        self.examples, self.start, self.said = 0, time.monotonic(), time.monotonic()
+        self.used = time.process_time()
+
+    def count(self, number: int) -> None:
+        self.examples += 1
+        if time.monotonic() - self.said > 30:
+            self.said = time.monotonic()
+            self.say(f"{self.name}: {self.examples} examples of about {number}, {self.seconds:.0f} s")
+
+    def end(self) -> None:
+        used = time.process_time() - self.used
+        self.say(f"{self.name}: {self.examples} examples in {self.seconds:.1f} s, {used:.1f} s of a core")
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+
+progress: ContextVar[Progress | None] = ContextVar("progress", default=None)
+
+
+def _counted(test: Callable[..., None], number: int) -> Callable[..., None]:
+    @functools.wraps(test)
+    def counted(*args: Any, **kwargs: Any) -> None:
+        if (current := progress.get()) is not None:
+            current.count(number)
+        test(*args, **kwargs)
+
+    return counted
 
 
 def public_classes() -> dict[str, type]:
@@ -162,10 +208,14 @@ def our_own(error: BaseException) -> bool:
 
 
 def assert_clear(error: Exception, names: Iterator[str] | list[str]) -> None:
-    """A TypeError or ValueError of our own that names an argument, or of programs, rewards or files."""
-    domain = type(error).__name__.endswith(
-        ("ProgramError", "EvidenceError", "RewardError", "PreferenceError", "RunError")
-    )
+    """A TypeError or ValueError of our own that names an argument, or of programs, rewards or files.
+
+    Of a run that had results, what stopped it.
+    """
+    if isinstance(error, RunError):
+        assert isinstance(error.__cause__, Exception)
+        error = error.__cause__
+    domain = type(error).__name__.endswith(("ProgramError", "EvidenceError", "RewardError", "PreferenceError"))
     named = any(re.search(rf"\b{re.escape(name)}\b", str(error)) for name in names)
     kind = isinstance(error, TypeError | ValueError) and (named or domain)
     kind |= isinstance(error, ImportError | OSError) and bool(str(error))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import itertools
 import math
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, replace
 
 import numpy as np
@@ -18,7 +23,15 @@ from bayeslm.inference.control import Boltzmann, EpsilonGreedy, Random, Thompson
 from bayeslm.inference.preferences import Duel, Elicitation, FreshCompletions, InformationGain, Pool, Tilted
 from bayeslm.inference.preferences.acquisition import information
 from bayeslm.models import TiltedLM
-from bayeslm.models.preferences import Answer, BradleyTerry, Question, SimulatedJudge, UncertainReward, to_comparisons
+from bayeslm.models.preferences import (
+    Answer,
+    BradleyTerry,
+    JudgeError,
+    Question,
+    SimulatedJudge,
+    UncertainReward,
+    to_comparisons,
+)
 from bayeslm.models.rewards import Reward
 
 TRUTH = torch.tensor([1.5, -1.0, 0.5, 0.0, 2.0])
@@ -300,6 +313,53 @@ def test_no_answer_is_lost_if_a_judge_raises(error):
     assert len(answers) == 4
     take(LOOPS["information"], 2, answers=answers)
     assert answers == take(LOOPS["information"], 6)
+
+
+def spins(prompt, first, second):
+    while True:
+        with contextlib.suppress(Exception):
+            pass
+
+
+def sleeps(prompt, first, second):
+    time.sleep(60)
+
+
+async def waits(prompt, first, second):
+    await asyncio.sleep(60)
+
+
+@pytest.mark.parametrize("hangs", [spins, sleeps, waits])
+@pytest.mark.parametrize("in_main", [True, False])
+def test_a_judge_that_hangs_is_stopped_and_no_answer_is_lost(hangs, in_main):
+    answers, released = [], threading.Event()
+
+    def judge(prompt, first, second):
+        if len(answers) < 2:
+            return JUDGE(prompt, first, second)
+        if in_main or hangs is waits:
+            return hangs(prompt, first, second)
+        return released.wait(60)  # a thread that is abandoned ends with the test
+
+    def ask():
+        start = time.monotonic()
+        with pytest.raises(JudgeError, match=r"the judge reached its time limit of 0\.2 s: whether '\d+' or '\d+' is"):
+            take(Elicitation(MODEL, timeout=0.2), 9, judge, answers)
+        assert time.monotonic() - start < 20
+
+    if in_main:
+        ask()
+    else:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(ask).result(60)
+    released.set()
+    assert answers == take(Elicitation(MODEL), 2)
+
+
+def test_a_time_limit_changes_no_answer():
+    assert take(Elicitation(MODEL, timeout=60.0), 4) == take(Elicitation(MODEL), 4)
+    with pytest.raises(ValueError, match="timeout must be"):
+        Elicitation(MODEL, timeout=0.0)
 
 
 def test_probabilities_are_those_of_the_posterior():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pyro
@@ -25,8 +27,9 @@ from bayeslm.inference import (
     Laplace,
     ProgramError,
     RejectionSampling,
+    RunError,
 )
-from bayeslm.inference.program import RandomStates, check_independence, inspect
+from bayeslm.inference.program import RandomStates, check_independence, inspect, particles
 from bayeslm.inference.sequential import TwistLearning
 from bayeslm.inference.training import ReverseKL
 from bayeslm.models import TiltedLM
@@ -81,6 +84,12 @@ def an_index_from_the_left():
     pyro.factor("r", -(x[0] ** 2).sum())
 
 
+def of_the_third_particle():
+    """The one with which the others are compared: its score is right, and that of all."""
+    x = normal().reshape(-1)
+    pyro.factor("r", x[min(2, len(x) - 1)])
+
+
 def columns_of_a_table():
     k = pyro.sample("k", dist.Categorical(torch.ones(4)))
     loc = torch.arange(12.0).reshape(3, 4)[:, k]
@@ -127,6 +136,7 @@ MIXED = [
     regression,
     a_prior_that_mixes,
     an_index_from_the_left,
+    of_the_third_particle,
     columns_of_a_table,
     a_value_that_mixes,
     a_switch_that_is_one_for_all,
@@ -229,3 +239,224 @@ def test_the_check_draws_no_random_number_runs_no_network_and_calls_no_reward():
     assert before.python == after.python
     assert (before.numpy[1] == after.numpy[1]).all()
     assert calls == [2]  # the inspection's
+
+
+# -- functions that are no `Reward` ----------------------------------------------------------------------------
+
+
+def judged(score):
+    """A program that calls a function of its own; and the numbers of texts that it was called with."""
+    texts = []
+
+    def model():
+        with pyro.plate("prompts", 2):
+            x = pyro.sample("completion", LM([[1], [2]], max_new_tokens=2))
+            texts.append(x[..., 0].numel())
+            pyro.factor("judge", score(x))
+
+    return model, texts
+
+
+def varied(x):
+    return 0.1 * x.float().sum(-1) + 0.01 * x[..., 0]
+
+
+def sparse(x):
+    return torch.zeros(x.shape[:-1])
+
+
+def chance(x):
+    return torch.randn(x.shape[:-1])
+
+
+@pytest.mark.parametrize(("score", "calls"), [(varied, [2, 8]), (chance, [2, 8, 2]), (sparse, [2, 8, 2, 2, 2])])
+def test_how_often_a_function_is_called(score, calls):
+    """By the inspection, for 2 prompts; for 4 particles together; and alone for one if it is random, for 3 if it says
+    the same of all.
+    """
+    model, texts = judged(score)
+    check_independence(inspect(model))
+    assert texts == calls
+
+
+def test_it_is_called_for_the_runs_own_particles_once():
+    model, texts = judged(varied)
+    posterior = ImportanceSampling(num_particles=64, **RUN).run(model)
+    assert texts == [2, 8, 128]
+    assert_evidence(posterior, Exact().run(judged(varied)[0]).log_evidence)
+
+
+def test_where_it_fails_on_other_texts_the_program_runs():
+    """Its error is one of a text, not of several particles; the run meets it, if there is such a text."""
+
+    def picky(x):
+        if (x == 1).any():
+            raise ValueError("could not convert string to float")
+        return varied(x)
+
+    program, (model, texts) = inspect(judged(varied)[0]), judged(picky)
+    check_independence(replace(program, model=model, verified=set()))
+    assert texts[0] == 8  # it was tried
+
+
+# -- guides ------------------------------------------------------------------------------------------------------
+
+
+def two_latents():
+    x = normal()
+    z = pyro.sample("z", dist.Normal(x, 1.0))
+    pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(0.5))
+
+
+def q(name: str, loc, scale=1.0):
+    return pyro.sample(name, dist.Normal(loc, scale))
+
+
+def guide_by_the_mean():
+    q("z", q("x", 0.0).mean())
+
+
+def guide_by_the_sum():
+    x = q("x", 0.0)
+    q("z", x - x.sum())
+
+
+def guide_by_the_first():
+    q("z", q("x", 0.0).reshape(-1)[0])
+
+
+def guide_by_the_last():
+    q("z", q("x", 0.0).reshape(-1)[-1])
+
+
+def guide_by_the_largest():
+    x = q("x", 0.0)
+    q("z", x, 1.0 + x.max().abs())
+
+
+def guide_by_an_auxiliary_latent():
+    a = pyro.sample("a", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+    q("z", q("x", a.mean()))
+
+
+def guide_by_the_number_of_particles():
+    x = q("x", 0.0)
+    q("z", x, 1.0 + 1.0 / x.numel())
+
+
+MIXED_GUIDES = [
+    guide_by_the_mean,
+    guide_by_the_sum,
+    guide_by_the_first,
+    guide_by_the_last,
+    guide_by_the_largest,
+    guide_by_an_auxiliary_latent,
+    guide_by_the_number_of_particles,
+]
+GUIDE_REFUSED = "the guide (mixes particles|does not run with several particles)"
+
+
+@pytest.mark.parametrize("guide", MIXED_GUIDES, ids=lambda guide: guide.__name__)
+@pytest.mark.parametrize("size", [2, 256])
+def test_a_guide_that_mixes_particles_is_refused(guide, size):
+    with pytest.raises(ProgramError, match=GUIDE_REFUSED):
+        ImportanceSampling(num_particles=size, guide=guide, **RUN).run(two_latents)
+
+
+@pytest.mark.parametrize("num_particles", [3, 4, 256])
+@pytest.mark.parametrize("size", [2, 4, 256])
+def test_a_guide_with_data_in_the_dimension_of_particles(size, num_particles):
+    """The program's own latent has no dimension; the guide's has that of the data."""
+    y = data(size)
+
+    def guide():
+        pyro.sample("x", dist.Normal(y, 1.0))
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ProgramError, match=f"'x' has a batch dimension of size {size} that no plate declares"):
+        ImportanceSampling(num_particles=num_particles, guide=guide, **RUN).run(two_latents)
+
+
+def test_a_guide_whose_prompts_are_the_first_particles():
+    def model():
+        k = pyro.sample("k", dist.Categorical(torch.ones(3)))
+        with pyro.plate("prompts", 2):
+            pyro.sample("completion", LM(longer([[1], [2, 3]], k.expand(*k.shape[:-1], 2)), max_new_tokens=2))
+
+    def guide():
+        k = pyro.sample("k", dist.Categorical(torch.ones(3)))
+        with pyro.plate("prompts", 2):
+            pyro.sample("completion", LM([[1], [int(k.reshape(-1)[0])]], max_new_tokens=2))
+
+    with pytest.raises(ProgramError, match="the guide mixes particles"):
+        ImportanceSampling(num_particles=8, guide=guide, **RUN).run(model)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        lambda guide: SVI(guide=guide, num_steps=2, **RUN),
+        lambda guide: SVI(guide=guide, num_steps=2, objective=pyro.infer.Trace_ELBO(), **RUN),
+        lambda guide: ImportanceSampling(num_particles=8, num_chains=2, guide=guide, **RUN),
+    ],
+)
+def test_by_every_engine_that_takes_a_guide(engine):
+    def guide():
+        q("z", q("x", pyro.param("loc", torch.tensor(0.0))).mean())
+
+    with pytest.raises((ProgramError, RunError), match=GUIDE_REFUSED):
+        engine(guide).run(two_latents)
+
+
+class Network(torch.nn.Module):
+    """A guide that computes by a network, which has dropout, and by parameters of Pyro's."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1))
+
+    def __call__(self):
+        pyro.module("net", self.net)
+        x = q("x", pyro.param("loc", torch.randn(())), pyro.param("scale", lambda: torch.rand(()) + 0.5))
+        q("z", self.net(x[..., None])[..., 0])
+
+
+def by_itself():
+    q("z", q("x", pyro.param("loc", torch.randn(()))) * 0.5)
+
+
+AUTOGUIDES = ["AutoNormal", "AutoMultivariateNormal", "AutoLowRankMultivariateNormal", "AutoStructured"]
+
+
+@pytest.mark.parametrize(
+    "guide",
+    [
+        lambda: by_itself,
+        Network,
+        *(partial(getattr(pyro.infer.autoguide, name), two_latents) for name in AUTOGUIDES),
+    ],
+)
+def test_a_guide_whose_particles_stand_alone_trains_as_without_the_check(guide, monkeypatch):
+    def trained():
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        posterior = SVI(guide=guide(), num_steps=3, num_samples=8, **RUN).run(two_latents)
+        return posterior, {name: x.detach().clone() for name, x in pyro.get_param_store().items()}
+
+    found, params = trained()
+    monkeypatch.setattr(particles, "check_guide", lambda *_: None)
+    expected, others = trained()
+    assert params.keys() == others.keys()
+    assert all(torch.equal(x, others[name]) for name, x in params.items())
+    np.testing.assert_array_equal(found.log_weights, expected.log_weights)
+
+
+def test_importance_sampling_by_a_guide_is_right():
+    def model():
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 5):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=data(5))
+
+    guide = partial(q, "mu", float(data(5).sum() / 6), 0.6)
+    posterior = ImportanceSampling(num_particles=2000, guide=guide, **RUN).run(model)
+    assert_evidence(posterior, np.array([log_evidence(data(5))]))

@@ -179,7 +179,7 @@ def test_policies_as_tables():
     assert TabularPolicy.uniform(4, 2, 8).probabilities.shape == (8, 4, 2)
     with pytest.raises(ValueError, match="logits"):
         TabularPolicy(torch.zeros(3))
-    with pytest.raises(ValueError, match="two tables"):
+    with pytest.raises(ValueError, match="num_tables and horizon must be at least 2"):
         CountdownPolicy(4, 2, horizon=8, num_tables=1)
     with pytest.raises(ValueError, match=r"horizon of 8.*step 8 was"):
         Trajectory(TabularEnvironment(river_swim()), CountdownPolicy(6, 2, horizon=8), 9).sample()

@@ -150,3 +150,10 @@ def test_a_checkpoint_without_a_head_is_no_classifier(tmp_path):
         Classifier(tmp_path)
     with pytest.raises(OSError, match="nowhere"):
         Classifier(tmp_path / "nowhere")
+
+
+def test_other_types_are_refused_by_name():
+    with pytest.raises(TypeError, match=r"model must be a .*ForSequenceClassification network.* a Linear"):
+        Classifier(torch.nn.Linear(2, 2), tokenizer("bert"))
+    with pytest.raises(TypeError, match="tokenizer must be one of transformers, got True"):
+        Classifier(network("bert", ["LABEL_0"]), True)

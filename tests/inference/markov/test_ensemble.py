@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support.models import table_lm
+from support.models import WORDS, table_lm
 from support.oracles import Enumerated, expectation
 from support.programs import SHORT, conversation, rewarded, score_table, shared, tilted
 from support.statistics import assert_drawn_from, assert_mean
@@ -20,7 +20,7 @@ from bayeslm.inference import MCMC, Exact
 from bayeslm.inference.markov import SuffixMove, latent_moves, num_candidates, sweep
 from bayeslm.inference.markov.ensemble import choose
 from bayeslm.inference.program import inspect
-from bayeslm.models.lm import count_usage, redraw
+from bayeslm.models.lm import LanguageModel, count_usage, redraw
 
 # -- the choice --------------------------------------------------------------------------------------------------
 
@@ -258,3 +258,27 @@ def test_the_number_of_candidates_is_by_the_device_and_the_chains():
     assert default.run(model, SHORT).stats["num_candidates"] == 2
     with pytest.raises(ValueError, match="num_candidates"):
         MCMC(num_candidates=0)
+
+
+@pytest.mark.parametrize("copies", [None, 3])
+@pytest.mark.parametrize("batch_size", [None, 1])
+def test_where_all_texts_have_ended_nothing_is_redrawn(copies, batch_size):
+    """Of no prompt, and of one of two prompts that are read one after another."""
+    lm = table_lm(order=2, vocab=4)
+    distribution = LanguageModel(lm.network, lm.tokenizer, batch_size=batch_size)(SHORT, 3).expand((4, 2))
+    x = torch.tensor([1, 0, 0]).expand(4, 2, 3)
+    x = x.masked_fill(torch.arange(3) > 1, distribution.vocabulary.pad_token_id)
+    new, scores = redraw(distribution, x, torch.tensor([2, 2]).expand(4, 2), copies)
+    assert (new == x).all()
+    assert (scores == 0).all()
+    new, _ = redraw(distribution, x, torch.tensor([2, 1]).expand(4, 2), copies)
+    assert (new[..., 0, :] == x[..., 0, :]).all()
+
+
+def test_short_texts_and_late_cuts():
+    """Nine of ten texts end at once: at most steps no chain moves, and the posterior is right."""
+    lm = LanguageModel.tabular(WORDS[:4], order=1, table=torch.tensor([[0.9, 0.04, 0.03, 0.03]]).log())
+    model = rewarded(lm, 6, lambda x: 1.0 * (x[..., 0] == 1))
+    posterior = MCMC(20, 60, warmup=10, seed=0, progress=False).run(model, SHORT)
+    exact = Exact().run(model, SHORT)
+    assert_mean(posterior.rewards.mean(1), expectation(exact, exact.rewards))

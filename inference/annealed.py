@@ -18,8 +18,8 @@ Tsagaris 2011, doi 10.1111/j.1467-9469.2010.00723.x), and random walks adapt the
 2016, arXiv 1306.6462).
 
 What it is for: programs with continuous or several latents, whose posterior no prior draw comes near to. On texts alone
-its moves cost more tokens than they are worth: at equal tokens log \hat Z had from twice to hundreds of times the mean
-squared error of importance sampling on eight enumerable problems (benchmarks/RESULTS.md).
+its moves cost more tokens than they are worth: at equal tokens log \hat Z had the larger mean squared error on each of
+eight enumerable problems, mostly several times that of importance sampling (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ class MCMC:
             with track("MCMC", steps, self.progress) as report, keeping(so_far) as run:
                 for step in range(steps):
                     warm = step < self.warmup
-                    counts = {} if warm else {"tally": tally, "recycling": recycling}
+                    counts: dict[str, Any] = {} if warm else {"tally": tally, "recycling": recycling}
                     state = sweep(moves, state, replicas.gamma, **counts, rows=replicas.cold, adapt=warm)
                     state = replicas.swap(state)
                     if warm:

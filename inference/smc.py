@@ -142,7 +142,7 @@ class SMC:
             program = inspect(model, *args, **kwargs)
             at_once = max(1, program.max_particles // self.num_particles)
             retained = None if self.retained is None else retained_values(program, self.retained, self.num_chains)
-            settings, gains = self._with_twist(program) if self.twist == "auto" else (self, {})
+            settings, gains = self._with_twist(program) if self.twist == "auto" else (self, dict[str, Any]())
             done: list[tuple[Population, Particles]] = []
             length = sum(site.fn.max_new_tokens for site in program.completions)
             rounds = range(0, self.num_chains, at_once)
@@ -173,7 +173,7 @@ class SMC:
         """Return the settings with a twist that is learned for each completion, where it pays, and what they gain."""
         draws = min(1024, self.num_particles * self.num_chains // 3)
         twists: dict[str, str | Twist] = {}
-        gains = {}
+        gains: dict[str, float] = {}
         for site in program.completions if draws >= MIN_DRAWS else []:
             learning = TwistLearning(num_particles=draws, site=site.name, progress=self.progress)
             twist = learning.run(program.model, *program.args, **program.kwargs)

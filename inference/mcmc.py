@@ -2,8 +2,12 @@ r"""Markov chain Monte Carlo over completions and the other latents of a program
 
     a sweep: for each latent in turn, a Metropolis-Hastings step (`Move`) that leaves \pi(z) \propto p(z) L(z) invariant
 
+A step of a completion draws N new suffixes of all chains in one batch, and chooses among these and the current one
+(`markov/ensemble.py`, `markov/suffix_move.py`).
+
 Chains start from importance sampling: their first states are draws of its particles with probabilities proportional to
-the weights (sampling-importance resampling, Rubin 1988). A warm-up follows, which adapts step sizes and is discarded.
+the weights (sampling-importance resampling, Rubin 1988). A warm-up follows, which adapts step sizes and where texts are
+cut, and is discarded.
 
 Parallel tempering runs K replicas of each chain, at inverse temperatures 0 = g_1 < ... < g_K = 1 of the likelihood,
 and exchanges neighbours with probability min(1, (L(z_k) / L(z_{k+1}))^{g_{k+1} - g_k}), even and odd pairs alternating.
@@ -18,10 +22,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from bayeslm import diagnostics
-from bayeslm.inference.markov import RandomWalk, Replicas, Tally, as_draws, chain_by_chain, latent_moves, sweep
+from bayeslm.inference.markov import (
+    RandomWalk,
+    Recycling,
+    Replicas,
+    SuffixMove,
+    Tally,
+    as_draws,
+    chain_by_chain,
+    latent_moves,
+    num_candidates,
+    sweep,
+)
 from bayeslm.inference.program import (
     Particles,
     PolicyGuide,
@@ -52,6 +68,9 @@ class MCMC:
     :param thin: the number of sweeps for each draw.
     :param initial_particles: the number of draws of the prior, or of the proposal, from which the chains start.
     :param proposal: a policy (trained by `SVI`) that proposes suffixes of completions; None for the prior.
+    :param num_candidates: the number of suffixes that a step proposes at once, for each chain; None chooses it by the
+        device and the number of chains (`markov.num_candidates`), between 1 and 16. 1 is the step of Metropolis and
+        Hastings.
     :param num_temperatures: the number of replicas of each chain in parallel tempering, for posteriors with modes that
         are far apart. 1 is none; each costs as much as a chain.
     :param step_size: the initial step size of random walks on continuous latents, see `RandomWalk`.
@@ -66,6 +85,7 @@ class MCMC:
     thin: Count = 1
     initial_particles: Count = 256
     proposal: LanguageModel | None = None
+    num_candidates: Count | None = None
     num_temperatures: Count = 1
     step_size: Positive = 1.0
     seed: Seed | None = None
@@ -75,8 +95,13 @@ class MCMC:
         """Sample the posterior of ``model(*args, **kwargs)``. Draws are equally weighted; log Z is not estimated (NaN).
 
         ``stats``, for each site: ``acceptance_<site>`` (prompt,); of completions ``acceptance_by_cut_<site>`` and
-        ``cuts_<site>`` (max_new_tokens,), see `Tally`; of continuous latents ``step_size_<site>`` (prompt,). Of the
-        initial particles: ``initial_ess`` and ``initial_log_evidence`` (prompt,), the estimates of importance sampling.
+        ``cuts_<site>`` (max_new_tokens,), see `Tally`, and ``cut_probabilities_<site>`` (max_new_tokens,), which the
+        warm-up has learned; of continuous latents ``step_size_<site>`` (prompt,). ``num_candidates``; and for each
+        factor and each deterministic site with one number a prompt, ``recycled_<name>`` (chain, draw, prompt): its mean
+        over all candidates since the last draw. Means of these estimate the posterior's, as those of the draws do, with
+        a smaller error. ``autocorrelation_time`` (prompt,): the number of draws that are worth one independent draw for
+        the mean of the log-likelihood (NaN where it is constant or a chain has fewer than four draws). Of the initial
+        particles: ``initial_ess`` and ``initial_log_evidence`` (prompt,), the estimates of importance sampling.
         With parallel tempering: ``swap_acceptance`` (pair, prompt) and ``inverse_temperatures`` (temperature, prompt).
         And ``warmup``, ``thin``, ``interrupted``, ``seconds``, ``tokens`` and ``model_calls``. After Ctrl-C the
         posterior has the draws until then, equally many of each chain.
@@ -97,9 +122,17 @@ class MCMC:
             check_evidence(weights, prompt_labels(program))
             replicas = Replicas(program, self.num_temperatures, self.num_chains)
             groups = torch.arange(self.num_temperatures, device=program.device).repeat_interleave(self.num_chains)
-            moves = latent_moves(program, policy=self.proposal, step_size=self.step_size, groups=groups)
+            suffixes = self.num_candidates or num_candidates(program, self.num_chains * self.num_temperatures)
+            moves = latent_moves(
+                program,
+                policy=self.proposal,
+                num_candidates=suffixes,
+                step_size=self.step_size,
+                groups=groups,
+                same_cut=True,
+            )
             state = replicas.start(initial)
-            tally = Tally()
+            tally, recycling = Tally(), Recycling()
             states: list[Particles] = []
             steps = self.warmup + self.num_samples * self.thin
 
@@ -109,25 +142,35 @@ class MCMC:
             with track("MCMC", steps, self.progress) as report, keeping(so_far) as run:
                 for step in range(steps):
                     warm = step < self.warmup
-                    state = sweep(
-                        moves, state, replicas.gamma, tally=None if warm else tally, rows=replicas.cold, adapt=warm
-                    )
+                    counts: dict[str, Any] = {} if warm else {"tally": tally, "recycling": recycling}
+                    state = sweep(moves, state, replicas.gamma, **counts, rows=replicas.cold, adapt=warm)
                     state = replicas.swap(state)
                     if warm:
                         replicas.adapt(step + 1)
                     elif (step - self.warmup + 1) % self.thin == 0:
                         states.append(as_draws(state[replicas.cold]))
+                        recycling.draw()
                     report()
-            step_sizes = {move.site.name: move.step_size[-1] for move in moves if isinstance(move, RandomWalk)}
+            draws = chain_by_chain(states)
+            adapted = {
+                f"step_size_{move.site.name}": move.step_size[-1] for move in moves if isinstance(move, RandomWalk)
+            }
+            adapted |= {
+                f"cut_probabilities_{move.site.name}": move.cut_probabilities[-1]
+                for move in moves
+                if isinstance(move, SuffixMove)
+            }
             return posterior(
                 program,
-                chain_by_chain(states),
+                draws,
                 engine="MCMC",
                 kind="markov",
                 num_chains=self.num_chains,
                 stats=watch.stats()
                 | tally.stats()
-                | {f"step_size_{name}": to_numpy(size) for name, size in step_sizes.items()}
+                | recycling.stats(len(states))
+                | adapted
+                | {"autocorrelation_time": self._autocorrelation_time(draws), "num_candidates": suffixes}
                 | {
                     "initial_ess": diagnostics.ess(weights),
                     "initial_log_evidence": diagnostics.log_evidence(weights)[0],
@@ -136,3 +179,10 @@ class MCMC:
                 | {"warmup": self.warmup, "thin": self.thin, "interrupted": run.interrupted},
                 prior=initial if guide is None else None,
             )
+
+    def _autocorrelation_time(self, draws: Particles) -> np.ndarray:
+        """Return the number of draws that are worth one for the mean of the log-likelihood, (prompt,)."""
+        values = to_numpy(draws.total_log_likelihood).reshape(self.num_chains, -1, draws.log_prior.shape[1])
+        with np.errstate(invalid="ignore", divide="ignore"):
+            times = values[..., 0].size / np.atleast_1d(diagnostics.ess_bulk(values))
+        return np.where(np.ptp(values, axis=(0, 1)) > 0, times, np.nan)

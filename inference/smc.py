@@ -9,7 +9,10 @@ For t = 1, ..., T, on N particles, with a twist \psi_t (\psi_0 = 1) and a propos
 and at the end exp(r / beta) replaces the twist. E[\hat Z] = Z for any twist and any proposal; a good twist makes \hat Z
 precise (Zhao, Brekelmans, Makhzani and Grosse 2024, arXiv 2404.17546; Lew et al. 2023, "SMC steering", arXiv
 2306.03081; with the optimal \psi_t = E_p[exp(r / beta) | x_{1:t}] and the proposal it induces, sampling is exact).
-Without a twist all weights come at the end, and the algorithm is importance sampling.
+Without a twist all weights come at the end, and the algorithm is importance sampling (of several completions, those
+with factors between them are resampled there). With ``twist="auto"`` a twist is learned from draws of the prior
+(`TwistLearning`) that are not among the particles. These are drawn after it, independently of those draws, and so
+E[\hat Z] = Z whatever it has learned.
 
 The program may be any Pyro program: latents before a completion are part of a particle and are resampled with it,
 several completions are written one after another, and prompts that are posteriors of their own are resampled
@@ -19,7 +22,7 @@ separately, but share each forward pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +30,7 @@ import torch
 from bayeslm.inference.program import (
     PartialRun,
     Particles,
+    Program,
     ProgramError,
     SoFar,
     inspect,
@@ -42,6 +46,7 @@ from bayeslm.inference.sequential import (
     Resampling,
     SiteRows,
     SiteTwist,
+    TwistLearning,
     WeightUpdate,
     check_retained,
     induced,
@@ -52,6 +57,10 @@ from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 from bayeslm.validation import Count, Seed, Share, validated
 
+MIN_DRAWS = 64  # of the prior, to learn a twist from
+MIN_GAIN = 0.05  # nats that a learned twist must save
+NAMED = ("prefix", "partial")  # twists
+
 
 @validated
 @dataclass(frozen=True)
@@ -61,7 +70,10 @@ class SMC:
     :param num_particles: the number of particles in each chain.
     :param num_chains: the number of independent chains (islands), each resampled within itself; whether they agree is
         a check that one chain cannot give. As many run at once as bounded memory allows.
-    :param twist: the twist that weights unfinished texts. None: 1. "prefix": exp of the program's own factors, by the
+    :param twist: the twist that weights unfinished texts. None: 1, which makes SMC importance sampling. "auto": learned
+        from a third as many draws of the prior as there are particles in all chains, and at most 1024; it is then also
+        the proposal, unless ``proposal`` is set. None is used for fewer than 64 such draws, and where it does not lower
+        the variance of the weights on those that are held out. "prefix": exp of the program's own factors, by the
         ``prefix`` methods of its rewards (`Reward.prefix`). "partial": the same, except that rewards without such a
         method score the text so far as if it were finished. A `Twist` (from `TwistLearning`), or a mapping from the
         names of completion sites to any of these. A `LanguageModel` (trained by `SVI`): its ratio to the prior; it is
@@ -96,10 +108,11 @@ class SMC:
     def __post_init__(self) -> None:
         check_retained(self)
         if self.twist is not None and not isinstance(self.twist, LanguageModel):
-            for twist in self.twist.values() if isinstance(self.twist, Mapping) else [self.twist]:
-                if twist not in ("prefix", "partial") if isinstance(twist, str) else not hasattr(twist, "lookahead"):
+            each = self.twist.values() if isinstance(self.twist, Mapping) else [self.twist]
+            for twist in each if self.twist != "auto" else []:
+                if twist not in NAMED if isinstance(twist, str) else not hasattr(twist, "lookahead"):
                     raise ValueError(
-                        'SMC: twist must be "prefix", "partial", a Twist, a mapping from sites to these, or a '
+                        'SMC: twist must be "auto", "prefix", "partial", a Twist, a mapping from sites to these, or a '
                         f"LanguageModel, got {twist!r}"
                     )
         named = isinstance(self.proposal, str)
@@ -115,8 +128,9 @@ class SMC:
 
         ``stats``, where a step is a token: ``ess_by_step`` (chain, step, prompt), the effective sample size before
         resampling; ``resampled`` (chain, step, prompt); ``ancestors`` (chain, step, draw, prompt), the genealogy;
-        ``interrupted``, ``seconds``, ``tokens`` and ``model_calls``. After Ctrl-C the posterior has the chains that
-        were complete.
+        ``interrupted``, ``seconds``, ``tokens`` and ``model_calls``; with ``twist="auto"`` also ``twist_gain``, the
+        ``gain`` of the twist that was learned for each site (`TwistLearning`), if one was. After Ctrl-C the posterior
+        has the chains that were complete.
 
         :raises EvidenceError: if all particles of a prompt get weight 0; the message has the token and the factors,
             and ``survivors`` the texts before it.
@@ -128,6 +142,7 @@ class SMC:
             program = inspect(model, *args, **kwargs)
             at_once = max(1, program.max_particles // self.num_particles)
             retained = None if self.retained is None else retained_values(program, self.retained, self.num_chains)
+            settings, gains = self._with_twist(program) if self.twist == "auto" else (self, dict[str, Any]())
             done: list[tuple[Population, Particles]] = []
             length = sum(site.fn.max_new_tokens for site in program.completions)
             rounds = range(0, self.num_chains, at_once)
@@ -140,7 +155,7 @@ class SMC:
                     chains = min(at_once, self.num_chains - first)
                     own = retained and {name: value[first : first + chains] for name, value in retained.items()}
                     population = Population(program, self, chains=chains, retained=own)
-                    done.append((population, self._run(population, report)))
+                    done.append((population, settings._run(population, report)))
             populations = [population for population, _ in done]
             return posterior(
                 program,
@@ -151,8 +166,24 @@ class SMC:
                 log_weights=torch.cat([population.total_log_weights for population in populations]),
                 roots=torch.cat([population.roots for population in populations]),
                 conditional=self.retained is not None,
-                stats=watch.stats() | Population.stats(populations) | {"interrupted": run.interrupted},
+                stats=watch.stats() | Population.stats(populations) | gains | {"interrupted": run.interrupted},
             )
+
+    def _with_twist(self, program: Program) -> tuple[SMC, dict[str, Any]]:
+        """Return the settings with a twist that is learned for each completion, where it pays, and what they gain."""
+        draws = min(1024, self.num_particles * self.num_chains // 3)
+        twists: dict[str, str | Twist] = {}
+        gains: dict[str, float] = {}
+        for site in program.completions if draws >= MIN_DRAWS else []:
+            learning = TwistLearning(num_particles=draws, site=site.name, progress=self.progress)
+            twist = learning.run(program.model, *program.args, **program.kwargs)
+            gains[site.name] = twist.stats["gain"]
+            if gains[site.name] > MIN_GAIN:
+                twists[site.name] = twist
+        proposal = self.proposal or ("twist" if twists else None)
+        if proposal == "twist" and not twists:
+            proposal = None
+        return replace(self, twist=twists or None, proposal=proposal), {"twist_gain": gains}
 
     @torch.no_grad()
     def _run(self, population: Population, report: Callable[..., None]) -> Particles:

@@ -1,4 +1,4 @@
-"""Markov chains of particles: sweeps of moves, their counts of acceptance, and the draws that are kept."""
+"""Markov chains of particles: moves for a program, sweeps of them, their counts, and the draws that are kept."""
 
 from __future__ import annotations
 
@@ -8,9 +8,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayeslm.inference.program import Particles
+from bayeslm.inference.program import Particles, Program, Site
+from bayeslm.models.lm import LanguageModel
 
-from .moves import Move, Outcome, RandomWalk
+from .ensemble import Recycling
+from .moves import Move, Outcome, PriorMove, RandomWalk
+from .suffix_move import SuffixMove
+
+
+def latent_moves(
+    program: Program,
+    *,
+    policy: LanguageModel | None = None,
+    num_candidates: int = 1,
+    step_size: float = 1.0,
+    groups: Tensor | None = None,
+    same_cut: bool = False,
+) -> list[Move]:
+    """Return a move for each latent in the program's order: `SuffixMove`, `PriorMove` or `RandomWalk`.
+
+    :param program: the inspected program.
+    :param policy: the language model that proposes suffixes of completions; None for the prior.
+    :param num_candidates: the number of suffixes that are proposed at once.
+    :param step_size: the initial step size of random walks.
+    :param groups: the group of each chain, (particle,); the chains of a group adapt together.
+    :param same_cut: whether completions of all chains are cut at the same place, see `SuffixMove`.
+    :raises ProgramError: if a latent is masked.
+    """
+
+    def move(site: Site) -> Move:
+        if site.is_completion:
+            return SuffixMove(program, site.name, policy, num_candidates, groups, same_cut)
+        if site.fn.support.is_discrete:
+            return PriorMove(program, site.name)
+        return RandomWalk(program, site.name, step_size, groups)
+
+    return [move(site) for site in program.latents]
 
 
 class Tally:
@@ -27,7 +60,7 @@ class Tally:
         """
         name, site = move.site.name, move.site
         accepted = outcome.accepted[rows]
-        counts = torch.stack([torch.full_like(accepted[0], len(accepted), dtype=torch.long), accepted.sum(0)])
+        counts = torch.stack([outcome.tried[rows].sum(0), accepted.sum(0)])
         self._sites[name] = counts + self._sites.get(name, 0)
         if outcome.cut is None:
             return
@@ -64,6 +97,7 @@ def sweep(
     gamma: Tensor | float = 1.0,
     *,
     tally: Tally | None = None,
+    recycling: Recycling | None = None,
     rows: Tensor | slice = slice(None),
     adapt: bool = False,
 ) -> Particles:
@@ -73,8 +107,9 @@ def sweep(
     :param state: the chains, one a particle.
     :param gamma: inverse temperatures, broadcast to (particle, prompt).
     :param tally: counts the moves of the particles ``rows``; None counts none.
-    :param rows: the particles that the tally counts.
-    :param adapt: whether random walks adapt their step sizes.
+    :param recycling: averages over the candidates of completions; None keeps none.
+    :param rows: the particles that the tally and the averages count.
+    :param adapt: whether moves adapt: random walks their step sizes, moves of completions the distribution of cuts.
     :returns: the chains after the sweep.
     """
     for move in moves:
@@ -82,7 +117,9 @@ def sweep(
             state, outcome = move(state, gamma)
             if tally is not None:
                 tally.add(move, outcome, rows)
-            if adapt and isinstance(move, RandomWalk):
+            if recycling is not None and isinstance(move, SuffixMove):
+                recycling.add(move.program, outcome.candidates, outcome.shares, rows)
+            if adapt:
                 move.adapt(outcome)
     return state
 

@@ -7,13 +7,7 @@ A move proposes a new value of one latent site and keeps the others; z is all of
 depends on that site counts in p(z'). Chains are the particles of one program run; each prompt that is a posterior of
 its own accepts or rejects on its own.
 
-* `SuffixMove` redraws a completion x from a cut: i ~ U{0, ..., |x| - 1}, x'_{>i} ~ q(. | x_{<=i}). The reverse move
-  has the same cut, with probability 1 / |x'|, so
-
-      q(z | z') / q(z' | z)  =  |x| / |x'|  q(x_{>i} | x_{<=i}) / q(x'_{>i} | x_{<=i})
-
-  and where q is the prior, the complete ratio is (L(z') / L(z))^g |x| / |x'|. Faria, Agrawal,
-  Farinhas, Rei, de Souza and Martins 2024, QUEST, arXiv 2406.00049.
+* `SuffixMove` (`suffix_move.py`) redraws the suffixes of completions; it proposes N values at once (`ensemble.py`).
 * `PriorMove` redraws a discrete latent of any other kind from its prior conditional on the latents before it: an
   independence step (Tierney 1994, doi 10.1214/aos/1176325750).
 * `RandomWalk` adds a normal step to a continuous latent in unconstrained space, u = T^{-1}(z), with the ratio of
@@ -41,12 +35,11 @@ from bayeslm.inference.program import (
     Particles,
     Program,
     ProgramError,
-    Site,
     run_particles,
     same_distribution,
 )
-from bayeslm.models.lm import LanguageModel, redraw
 
+from .ensemble import choose
 from .tempering import log_target
 
 
@@ -54,10 +47,13 @@ from .tempering import log_target
 class Proposal:
     """A proposed value of one site, with the particles in the outermost plate.
 
+    N values of each particle are in the same axis, candidate by candidate, which is then (N * particle).
+
     :param value: (particle, *plates, *event).
     :param log_ratio: log q(z | z') - log q(z' | z), (particle, *plates).
     :param token_log_prob: log p of a completion's tokens, (particle, *plates, token); None where it is not known.
-    :param cut: the number of tokens of a completion that are kept, (particle, *plates); -1 where none is redrawn.
+    :param cut: the number of tokens of a completion that are kept, (particle, *plates), the same for all N; -1 where
+        none is redrawn.
     """
 
     value: Tensor
@@ -70,14 +66,27 @@ class Proposal:
 class Outcome:
     """The result of a move; the prompt axis has length 1 where prompts share a latent.
 
-    :param accepted: whether the proposal was accepted, bool (particle, prompt).
+    :param tried: whether a value was proposed, bool (particle, prompt): a completion that has ended by the cut stays.
+    :param accepted: whether the state has become a proposed one, bool (particle, prompt).
     :param probability: the probability of acceptance, (particle, prompt).
+    :param candidates: the current states and N proposals of each, ((N + 1) * particle).
+    :param shares: of each candidate in averages, (N + 1, particle, prompt).
     :param cut: that of the `Proposal`, (particle, *batch).
     """
 
+    tried: Tensor
     accepted: Tensor
     probability: Tensor
+    candidates: Particles
+    shares: Tensor
     cut: Tensor | None = None
+
+    @property
+    def jump(self) -> Tensor:
+        """The mean squared difference of log L to the current state, by the candidates' shares, (particle, prompt)."""
+        log_l = self.candidates.total_log_likelihood.reshape(self.shares.shape)
+        square = (log_l - log_l[0]).square()
+        return torch.where((self.shares > 0) & square.isfinite(), self.shares * square, 0.0).sum(0)
 
 
 class Move(ABC):
@@ -87,6 +96,8 @@ class Move(ABC):
     :param name: the site's name.
     :raises ProgramError: if the site is masked.
     """
+
+    num_candidates = 1  # the number N of values that it proposes
 
     def __init__(self, program: Program, name: str) -> None:
         self.program = program
@@ -119,18 +130,28 @@ class Move(ABC):
         :raises ProgramError: if a term of the proposal's log-joint is NaN or +inf.
         """
         program, size = self.program, len(state)
-        run = _MoveRun(self, state)
+        repeated = state[torch.arange(size, device=state.log_prior.device).repeat(self.num_candidates)]
+        run = _MoveRun(self, repeated)
         with run.handler():
-            new = run_particles(program, None, size)
-        log_ratio = program.pooled(program.terms(run.log_ratio, size, self.site.in_prompts)) + run.outside
-        log_ratio = log_ratio + log_target(new, gamma) - log_target(state, gamma)
-        # a move from -inf to -inf is rejected
-        log_ratio = log_ratio.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        accepted = torch.rand_like(log_ratio).log() < log_ratio
-        index = torch.arange(size, device=accepted.device)[:, None] + size * accepted
-        state = Particles.concatenate([state, new]).gather(program, index)
-        cut = None if run.cut is None else run.cut.reshape(size, *self.site.shape[: self.site.batch_dims])
-        return state, Outcome(accepted, log_ratio.clamp_max(0.0).exp(), cut)
+            new = run_particles(program, None, len(repeated))
+        ratio = program.pooled(program.terms(run.log_ratio, len(repeated), self.site.in_prompts)) + run.outside
+        gamma = torch.as_tensor(gamma, dtype=state.log_prior.dtype, device=state.log_prior.device)
+        before = log_target(state, gamma)
+        after = log_target(new, gamma.expand(before.shape).repeat(self.num_candidates, 1))
+        ratio = (ratio + after).reshape(-1, *before.shape) - before
+        choice = choose(ratio, before > -torch.inf)
+        index = torch.arange(size, device=before.device)[:, None] + size * choice.index
+        candidates = Particles.concatenate([state, new])
+        tried, cut = torch.ones_like(choice.index, dtype=torch.bool), None
+        if run.cut is not None:
+            cut = run.cut.reshape(size, *self.site.shape[: self.site.batch_dims])
+            tried = program.pooled(program.terms((run.cut >= 0).float(), size, self.site.in_prompts)) > 0
+        outcome = Outcome(tried, choice.index > 0, choice.probability, candidates, choice.shares, cut)
+        return candidates.gather(program, index), outcome
+
+    def adapt(self, outcome: Outcome) -> None:
+        """Learn from a step of the warm-up."""
+        return  # most moves have nothing to learn
 
     def _pick(self, batch: Tensor) -> Tensor:
         """Choose one element of the site for each posterior at random; return a mask in the shape of ``batch``.
@@ -149,37 +170,6 @@ class Move(ABC):
         """The number of elements of the site in one posterior."""
         batch = math.prod(self.site.shape[: self.site.batch_dims])
         return batch if self.program.shared else batch // self.program.num_prompts
-
-
-class SuffixMove(Move):
-    """Redraw a completion from a uniform cut, one completion of each posterior at a time.
-
-    :param program: the inspected program.
-    :param name: the name of a completion site.
-    :param policy: the language model that proposes suffixes; None for the prior.
-    """
-
-    def __init__(self, program: Program, name: str, policy: LanguageModel | None = None) -> None:
-        super().__init__(program, name)
-        self.policy = policy
-
-    @property
-    def repeats(self) -> int:
-        return self._elements
-
-    def propose(self, fn: Any, value: Tensor, token_log_prob: Tensor | None) -> Proposal:
-        assert token_log_prob is not None
-        lengths = fn.lengths(value)
-        chosen = self._pick(lengths)
-        cut = (torch.rand_like(lengths, dtype=torch.float32) * lengths).long().minimum(lengths - 1)
-        proposer = fn if self.policy is None else fn.with_model(self.policy)
-        new, forward = redraw(proposer, value, torch.where(chosen, cut, lengths))
-        redrawn = chosen[..., None] & (torch.arange(value.shape[-1], device=value.device) >= cut[..., None])
-        old = token_log_prob if self.policy is None else proposer.token_log_prob(value)
-        backward = old.masked_fill(~redrawn, 0.0)
-        log_ratio = (backward - forward).sum(-1) + lengths.log() - fn.lengths(new).log()
-        known = torch.where(redrawn, forward, token_log_prob) if self.policy is None else None
-        return Proposal(new, log_ratio, known, torch.where(chosen, cut, -1))
 
 
 class PriorMove(Move):
@@ -297,25 +287,3 @@ class _MoveRun:
         dead = torch.zeros(inside.shape, device=inside.device).masked_fill(~inside, -torch.inf)
         self.outside = self.outside + self._program.pooled(self._program.terms(dead, size, site.in_prompts))
         return torch.where(inside.reshape(*inside.shape, *(1,) * (value.dim() - inside.dim())), value, fn.sample())
-
-
-def latent_moves(
-    program: Program, *, policy: LanguageModel | None = None, step_size: float = 1.0, groups: Tensor | None = None
-) -> list[Move]:
-    """Return a move for each latent in the program's order: `SuffixMove`, `PriorMove` or `RandomWalk`.
-
-    :param program: the inspected program.
-    :param policy: the language model that proposes suffixes of completions; None for the prior.
-    :param step_size: the initial step size of random walks.
-    :param groups: the group of each chain, (particle,); the random walks of a group adapt one step size together.
-    :raises ProgramError: if a latent is masked.
-    """
-
-    def move(site: Site) -> Move:
-        if site.is_completion:
-            return SuffixMove(program, site.name, policy)
-        if site.fn.support.is_discrete:
-            return PriorMove(program, site.name)
-        return RandomWalk(program, site.name, step_size, groups)
-
-    return [move(site) for site in program.latents]

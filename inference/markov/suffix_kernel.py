@@ -40,8 +40,9 @@ from bayeslm.inference.program import (
 from bayeslm.models.lm import LanguageModel, differentiating
 from bayeslm.validation import Count, Positive, Within, validated
 
-from .chains import Tally, sweep
-from .moves import Move, RandomWalk, latent_moves
+from .chains import Tally, latent_moves, sweep
+from .ensemble import num_candidates
+from .moves import Move, RandomWalk
 from .potential import Potential, ScoreOnce, Unconstrained
 from .tempering import Replicas
 
@@ -60,6 +61,8 @@ class SuffixKernel(MCMCKernel):
 
     :param model: a Pyro program.
     :param proposal: a policy (trained by `SVI`) that proposes suffixes of completions; None for the prior.
+    :param num_candidates: the number of suffixes that a step proposes at once; None by the device, see
+        `markov.num_candidates`.
     :param continuous: how continuous latents move, "random-walk" or "nuts".
     :param step_size: the initial step size of random walks, see `RandomWalk`; NUTS finds its own.
     :param initial_particles: the number of draws of the prior, or of the proposal, from which a chain starts.
@@ -73,6 +76,7 @@ class SuffixKernel(MCMCKernel):
         model: Callable[..., Any],
         *,
         proposal: LanguageModel | None = None,
+        num_candidates: Count | None = None,
         continuous: Literal["random-walk", "nuts"] = "random-walk",
         step_size: Positive = 1.0,
         initial_particles: Count = 256,
@@ -81,6 +85,7 @@ class SuffixKernel(MCMCKernel):
     ) -> None:
         self.model = model
         self.proposal = proposal
+        self.num_candidates = num_candidates
         self.continuous = continuous
         self.step_size = step_size
         self.initial_particles = initial_particles
@@ -100,7 +105,8 @@ class SuffixKernel(MCMCKernel):
         self._program = program = inspect(self.model, *args, **kwargs)
         self._latents = [site.name for site in program.latents]
         self.transforms = {site.name: _RestoreDtype(site.value.dtype) for site in program.latents}
-        moves = latent_moves(program, policy=self.proposal, step_size=self.step_size)
+        suffixes = self.num_candidates or num_candidates(program, 1)
+        moves = latent_moves(program, policy=self.proposal, num_candidates=suffixes, step_size=self.step_size)
         by_nuts = self.continuous == "nuts"
         self._moves: list[Move] = [move for move in moves if not (by_nuts and isinstance(move, RandomWalk))]
         self._warmup, self._step, self._tally = warmup_steps, 0, Tally()

@@ -157,7 +157,8 @@ class PromptedNetwork:
         size = self.max_rows
         for prefix, members, prompts in self.blocks(rows, size):
             for part, prompt in zip(members.split(size), prompts.split(size), strict=True):
-                yield part, prefix.fork(prompt)
+                if len(part):  # an empty tensor has one part
+                    yield part, prefix.fork(prompt)
 
     def prefix(self, rows: Tensor) -> Prefix:
         """Return the prefix of prompts ``rows`` (row,), all in one batch; each prompt is prefilled once."""

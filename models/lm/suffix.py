@@ -1,7 +1,8 @@
-"""Redrawing of completions from a cut: the tokens before it are kept, the rest is drawn again.
+"""Redrawing of completions from a cut: the tokens before it are kept, the rest is drawn again, once or many times.
 
-Every prompt is prefilled once, and one more forward pass processes the kept tokens of all completions. Cuts are ragged:
-each row's keys and values are then moved to the right, so that new tokens follow at once.
+Every prompt is prefilled once, and one more forward pass processes the kept tokens of all completions, however many
+times the rest is drawn. Where cuts are ragged, each row's keys and values are then moved to the right, so that new
+tokens follow at once.
 """
 
 from __future__ import annotations
@@ -15,31 +16,39 @@ from .prefix import Prefix, PromptedNetwork, prefill
 
 
 @torch.no_grad()
-def redraw(distribution: Autoregressive, value: Tensor, cut: Tensor) -> tuple[Tensor, Tensor]:
+def redraw(
+    distribution: Autoregressive, value: Tensor, cut: Tensor, copies: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Redraw completions from their cuts on.
 
     :param distribution: of the new tokens: the completions' own, or a policy's in its place.
     :param value: well-formed completions (*batch, max_new_tokens).
     :param cut: how many tokens to keep, (*batch,); a completion that is cut at its end, or after it, does not change.
-    :returns: completions (*batch, max_new_tokens), and the log-probabilities of their new tokens in the same shape, 0
-        before the cut and on padding.
+    :param copies: how many times to redraw each of them; None for once, without an axis of copies.
+    :returns: completions (copies, *batch, max_new_tokens), and the log-probabilities of their new tokens in the same
+        shape, 0 before the cut and on padding.
     """
     prompted, length = distribution.prompted, distribution.max_new_tokens
     shape, positions = value.shape[:-1], torch.arange(length, device=value.device)
-    new, cut = value.reshape(-1, length).clone(), cut.expand(shape).reshape(-1)
+    old, cut = value.reshape(-1, length), cut.expand(shape).reshape(-1)
+    new = old.repeat(copies or 1, 1, 1)
     scores = torch.zeros(new.shape, dtype=torch.float32, device=new.device)
-    chosen = (cut < distribution.lengths(new)).nonzero().squeeze(-1)
+    chosen = (cut < distribution.lengths(old)).nonzero().squeeze(-1)
     chosen = chosen[cut[chosen].argsort(stable=True)]  # micro-batches of like cuts
     prompts = distribution.prompt_rows(shape)[chosen]
     for part, prefix in prompted.prefixes(prompts):
         rows, kept = chosen[part], cut[chosen[part]]
-        prefix = _extended(prompted, prefix, prompts[part], new[rows], kept)
-        suffix = generate(Decoder(prompted, prefix, room=length - kept))
-        place = (positions - kept[:, None]).clamp_min(0)
-        after = positions >= kept[:, None]
-        new[rows] = torch.where(after, suffix[0].gather(-1, place), new[rows])
-        scores[rows] = suffix[1].gather(-1, place) * after
-    return new.reshape(value.shape), scores.reshape(value.shape)
+        prefix = _extended(prompted, prefix, prompts[part], old[rows], kept)
+        for some in torch.arange(len(rows) * len(new), device=rows.device).split(prompted.max_rows):
+            copy, row = some // len(rows), some % len(rows)
+            start = prefix if len(new) == 1 else prefix.fork(row)
+            suffix = generate(Decoder(prompted, start, room=length - kept[row]))
+            place = (positions - kept[row, None]).clamp_min(0)
+            after = positions >= kept[row, None]
+            new[copy, rows[row]] = torch.where(after, suffix[0].gather(-1, place), old[rows[row]])
+            scores[copy, rows[row]] = suffix[1].gather(-1, place) * after
+    batch = value.shape if copies is None else (copies, *value.shape)
+    return new.reshape(batch), scores.reshape(batch)
 
 
 def _extended(prompted: PromptedNetwork, prefix: Prefix, prompts: Tensor, tokens: Tensor, kept: Tensor) -> Prefix:

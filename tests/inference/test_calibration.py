@@ -28,8 +28,8 @@ from support.engines import ENGINES, those
 from support.models import table_lm
 from support.statistics import LIMIT, assert_uniform
 
-from bayeslm.inference.markov import SuffixKernel, latent_moves, sweep
-from bayeslm.inference.markov.moves import PriorMove, RandomWalk, SuffixMove
+from bayeslm.inference.markov import SuffixKernel, SuffixMove, latent_moves, sweep
+from bayeslm.inference.markov.moves import PriorMove, RandomWalk
 from bayeslm.inference.program import inspect, sample_sites, score_values
 from bayeslm.models.lm import Autoregressive
 
@@ -236,7 +236,8 @@ def stepping(make, replicates):
 
 MOVES = {
     "suffix": lambda program: [SuffixMove(program, "completion")],
-    "suffix, policy": lambda program: [SuffixMove(program, "completion", table_lm(order=3, seed=8, vocab=4))],
+    "suffixes, one cut": lambda program: [SuffixMove(program, "completion", num_candidates=5, same_cut=True)],
+    "suffixes, policy": lambda program: [SuffixMove(program, "completion", table_lm(order=3, seed=8, vocab=4), 2)],
     "prior": lambda program: [PriorMove(program, "topic")],
     "random walk": lambda program: [RandomWalk(program, "theta"), RandomWalk(program, "slope")],
     "all": latent_moves,

@@ -21,9 +21,9 @@ from support.programs import SHORT, conversation, rewarded, score_table, shared,
 from support.statistics import assert_drawn_from, count_completions
 
 from bayeslm.inference import ProgramError
-from bayeslm.inference.markov import Tally
-from bayeslm.inference.markov.moves import RandomWalk, SuffixMove, latent_moves
-from bayeslm.inference.program import inspect, score_values
+from bayeslm.inference.markov import SuffixMove, Tally, latent_moves
+from bayeslm.inference.markov.moves import RandomWalk
+from bayeslm.inference.program import Particles, inspect, score_values
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm import count_usage, redraw
 
@@ -134,23 +134,40 @@ def assert_reversible(target, before, after):
         assert statistic < stats.chi2.isf(ALARM, int(frequent.sum())), statistic
 
 
+def by_cut(move, state, gamma=1.0, parts=8):
+    """Move parts of the chains one after another, as each step has one cut; return the chains and each outcome."""
+    each = [move(state[rows], gamma) for rows in torch.arange(len(state)).chunk(parts)]
+    moved, outcomes = zip(*each, strict=True)
+    return Particles.concatenate(list(moved)), outcomes
+
+
 POLICY = {"prior": lambda: None, "policy": lambda: table_lm(order=2, seed=9, vocab=4)}
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.3])
 @pytest.mark.parametrize("proposal", POLICY)
+@pytest.mark.parametrize("same_cut", [False, True])
 @pytest.mark.parametrize("model", [plain, constrained], ids=lambda m: m.__name__)
-def test_suffix_moves_are_reversible(model, proposal, gamma):
+def test_suffix_moves_are_reversible(model, same_cut, proposal, gamma):
     target = Enumerated(model(), gamma)
     state = target.draw(10_000)
-    move = SuffixMove(target.program, "completion", POLICY[proposal]())
-    after, outcome = move(state, gamma)
-    assert 0.02 < outcome.accepted.float().mean() < 0.98
+    move = SuffixMove(target.program, "completion", POLICY[proposal](), 1 if gamma == 1.0 else 3, same_cut=same_cut)
+    after, outcomes = by_cut(move, state, gamma)
+    assert 0.02 < torch.cat([outcome.accepted for outcome in outcomes]).float().mean() < 0.98
     assert_reversible(target, target.index(state), target.index(after))
     lengths = move.site.fn.lengths(state.values["completion"])
-    for length in (2, 3, 4):  # the cut is uniform over the tokens that there are
-        cuts = outcome.cut[lengths == length].bincount(minlength=length)
-        assert_drawn_from(cuts, -torch.tensor(float(length)).log().expand(length))
+    if not same_cut:
+        for length in (2, 3, 4):  # the cut is uniform over the tokens of the text
+            cut = torch.cat([outcome.cut for outcome in outcomes])[lengths == length]
+            assert_drawn_from(cut.bincount(minlength=length), -torch.tensor(float(length)).log().expand(length))
+        return
+    lengths = lengths.chunk(len(outcomes))
+    cuts = [outcome.cut.unique() for outcome in outcomes]
+    assert {int(cut.max()) for cut in cuts} == {0, 1, 2, 3}
+    for cut, length, outcome in zip(cuts, lengths, outcomes, strict=True):  # one cut; texts that have ended stay
+        assert ((outcome.cut == cut.max()) == (length > cut.max())).all()
+        assert torch.equal(outcome.tried, length > cut.max())
+        assert not (outcome.accepted & ~outcome.tried).any()
 
 
 @pytest.mark.parametrize("model", [conversation, shared, candidates], ids=lambda m: m.__name__)
@@ -158,10 +175,10 @@ def test_moves_of_every_latent_are_reversible(model):
     """Prompts that depend on latents, several completions, a latent that prompts share, plates; and terms kept."""
     target = Enumerated(model())
     size = 2_500 if model is conversation else 6_000
-    for i, move in enumerate(latent_moves(target.program)):
+    for i, move in enumerate(latent_moves(target.program, num_candidates=2)):
         state = target.draw(size, seed=i)
-        after, outcome = move(state)
-        assert outcome.accepted.shape == (size, target.program.weight_prompts)
+        after, outcomes = by_cut(move, state, parts=4)
+        assert outcomes[0].accepted.shape == (size // 4, target.program.weight_prompts)
         assert_reversible(target, target.index(state), target.index(after))
         again = score_values(target.program, {site.name: after.values[site.name] for site in target.program.latents})
         torch.testing.assert_close(after.log_prior, again.log_prior, atol=1e-5, rtol=1e-5)
@@ -176,7 +193,7 @@ def test_suffix_moves_of_a_transformer_are_reversible():
     target = Enumerated(tilted(lm, score_table(1, tokens=2), 0.5))
     state = target.draw(6_000)
     for policy in (None, tiny_llama(seed=2)):
-        after, _ = SuffixMove(target.program, "completion", policy)(state)
+        after, _ = by_cut(SuffixMove(target.program, "completion", policy, 2), state, parts=4)
         assert_reversible(target, target.index(state), target.index(after))
 
 
@@ -184,7 +201,7 @@ def test_each_prompt_accepts_on_its_own_unless_a_latent_is_shared():
     for model, columns in ((conversation, 2), (shared, 1)):
         target = Enumerated(model())
         state = target.draw(500)
-        after, outcome = SuffixMove(target.program, "completion")(state)
+        after, outcome = SuffixMove(target.program, "completion", num_candidates=2)(state)
         assert outcome.accepted.shape == (500, columns)
         changed = (after.values["completion"] != state.values["completion"]).any(-1)  # (particle, prompt)
         assert not changed[~outcome.accepted.expand_as(changed)].any()
@@ -217,18 +234,18 @@ def test_only_what_a_move_changes_is_scored():
 
 def test_acceptance_is_counted_by_site_column_and_cut():
     target = Enumerated(plain())
-    move, tally = SuffixMove(target.program, "completion"), Tally()
+    move, tally = SuffixMove(target.program, "completion", same_cut=True), Tally()
     state, outcomes = target.draw(300), []
     for _ in range(3):
         state, outcome = move(state)
         tally.add(move, outcome, slice(100, None))
         outcomes.append(outcome)
     counted = tally.stats()
-    accepted = torch.cat([outcome.accepted[100:] for outcome in outcomes])
+    accepted, tried = (torch.cat([getattr(x, name)[100:] for x in outcomes]) for name in ("accepted", "tried"))
     cut = torch.cat([outcome.cut[100:] for outcome in outcomes])
-    np.testing.assert_allclose(counted["acceptance_completion"], accepted.float().mean(0))
-    assert counted["cuts_completion"].sum() == 3 * 200 * 2
-    for i in range(4):
+    np.testing.assert_allclose(counted["acceptance_completion"], accepted.sum(0) / tried.sum(0), rtol=1e-6)
+    assert counted["cuts_completion"].sum() == tried.sum() > 600
+    for i in (i for i in range(4) if (cut == i).any()):
         assert counted["cuts_completion"][i] == (cut == i).sum()
         np.testing.assert_allclose(counted["acceptance_by_cut_completion"][i], accepted[cut == i].float().mean())
 

@@ -217,7 +217,20 @@ def test_ctrl_c_in_training_ends_it_and_keeps_the_policy(folder):
     """Interrupted in the third step; the posterior's draws are of the policy trained in two steps."""
     Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 4"))
     out = infer(
-        "a", *["--engine", "svi", "--samples", "8", "--reward", "my_rewards:interrupts", "--out", "run"], code=130
+        "a",
+        *[
+            "--engine",
+            "svi",
+            "--objective",
+            "elbo",
+            "--samples",
+            "8",
+            "--reward",
+            "my_rewards:interrupts",
+            "--out",
+            "run",
+        ],
+        code=130,
     )
     assert "was interrupted" in out
     posterior = Posterior.load("run/svi")
@@ -408,7 +421,7 @@ def test_one_command_at_a_time_writes_to_a_folder(folder):
 
 def test_after_ctrl_c_the_repeated_command_resumes(folder):
     """From its checkpoint; the interrupted result stays until the engine has finished."""
-    training = ["--engine", "svi", "--steps", "12", "--samples", "8"]
+    training = ["--engine", "svi", "--objective", "elbo", "--steps", "12", "--samples", "8"]
     Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 8"))
     call = ["a", *training, "--reward", "my_rewards:interrupts", "--checkpoint", "kept"]
     infer(*call, "--out", "run", code=130)
@@ -428,19 +441,8 @@ def test_after_ctrl_c_the_repeated_command_resumes(folder):
 def test_ctrl_c_in_the_first_draws_after_a_training(folder):
     """There is no posterior yet, but the training is kept, in a checkpoint or as a policy."""
     Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 8"))  # an inspection, six steps, and draws
-    call = [
-        "a",
-        "--engine",
-        "svi",
-        "--steps",
-        "6",
-        "--samples",
-        "8",
-        "--reward",
-        "my_rewards:interrupts",
-        "--out",
-        "run",
-    ]
+    training = ["--engine", "svi", "--objective", "elbo", "--steps", "6", "--samples", "8"]
+    call = ["a", *training, "--reward", "my_rewards:interrupts", "--out", "run"]
     output = " ".join(infer(*call, "--checkpoint", "kept", code=130).split())
     assert "interrupted: " in output
     assert "the training so far is saved in kept: repeat the command to resume it" in output
@@ -454,7 +456,8 @@ def test_ctrl_c_in_the_first_draws_after_a_training(folder):
 def test_an_interrupted_result_outlives_another_interruption(folder):
     """Of two interrupted results both are kept until a run has finished."""
     Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls in (6, 12)"))
-    call = ["a", "--engine", "svi", "--steps", "12", "--samples", "8", "--reward", "my_rewards:interrupts"]
+    training = ["--engine", "svi", "--objective", "elbo", "--steps", "12", "--samples", "8"]
+    call = ["a", *training, "--reward", "my_rewards:interrupts"]
     infer(*call, "--out", "run", code=130)
     infer(*call, "--out", "run", code=130)
     assert sorted(path.name for path in Path("run").glob("svi*")) == ["svi", "svi-interrupted"]

@@ -39,7 +39,8 @@ class AdaptiveImportance:
     :param weights: by the "mixture" of all rounds' proposals; or by those of a draw's "own" round, the prior and one
         policy, which costs no scores under other policies. Then rounds before the last policy count less, as they do
         of draws that have taught.
-    :param round_size: draws of each prompt in the first round, of the prior; each later round doubles all draws.
+    :param round_size: draws of each prompt in the first round, of the prior, and in those that teach, at most half of
+        all; each other round doubles the draws.
     :param prior_share: alpha, the prior's share of later rounds.
     :param train_below: the effective share of the prior's draws below which a policy is trained: 1 trains one always,
         0 never. At the default the most that a policy can gain pays for its training, and for its draws' scores.
@@ -52,15 +53,15 @@ class AdaptiveImportance:
     :raises ValueError: if a setting is out of range.
     """
 
-    num_particles: Count = 2048
+    num_particles: Count = 4096
     target_ess: Positive | None = None
     log_evidence_stderr: Positive | None = None
     max_seconds: Positive | None = None
     weights: Literal["mixture", "own"] = "mixture"
-    round_size: Count = 128
+    round_size: Count = 64
     prior_share: Annotated[float, Within("(0, 1)")] = 0.2
-    train_below: Share = 0.1
-    num_steps: Natural = 64
+    train_below: Share = 0.02
+    num_steps: Natural = 96
     guide: Callable[..., Any] | LanguageModel | None = None
     num_chains: Count = 1
     seed: Seed | None = None

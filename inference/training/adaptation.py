@@ -5,8 +5,8 @@ r"""Adaptive multiple importance sampling: rounds of draws, and steps of trainin
 
 Cornuet, Marin, Mira and Robert 2012, arXiv 0907.1254; the weights are those of `proposals`. A step minimises the
 log-variance divergence over draws that are there already (`LogVariance`), in a trust region: it needs no new texts.
-Each round has as many draws as all rounds before it, so that proposals stay few, and with them the scores of all draws
-under all proposals.
+Rounds are small while the policy learns, for at most half of all draws. After it each has as many draws as all before,
+of the last policy: these are most of the draws, and no other policy's scores are needed for their weights.
 
 No policy is trained where the prior's draws are good enough: one that draws n texts costs the tokens of several n.
 """
@@ -27,6 +27,7 @@ from bayeslm.inference.program import Particles, Program, SoFar, Stopwatch, draw
 from bayeslm.models.lm import LanguageModel
 from bayeslm.posterior import Posterior
 from bayeslm.progress import Report, track
+from bayeslm.validation import show
 from bayeslm.weights import Array, Estimate, ess, psis
 
 from .auto_policy import AutoPolicy
@@ -37,7 +38,8 @@ from .proposals import ProposalDraws, stratified_log_evidence
 from .state import State
 from .trust_region import TrustRegion
 
-MOST_POLICIES = 6  # that draw, one after another: all draws are scored under each
+STEPS = 4  # of training between two rounds, on new draws first
+NEWEST = 1024  # draws of each prompt that teach
 BATCH = 64  # draws of each prompt in a step
 DEAD = 5.0  # nats: a draw of reward -inf is learned from as one so much less likely than all others
 HEAVY, GOOD = 0.7, 0.2  # the k-hat from which weights cannot be trusted, and the effective share that excuses it
@@ -51,7 +53,7 @@ class Plan:
     """What an adaptation is to reach, and what it may cost.
 
     :param num_particles: the most draws of each prompt in a chain.
-    :param round_size: draws of each prompt in the first round of a chain.
+    :param round_size: draws of each prompt in a round that teaches.
     :param prior_share: alpha, the prior's share of each later round.
     :param train_below: the effective share of the prior's draws below which a policy is trained.
     :param num_steps: the most steps of training in a chain.
@@ -61,19 +63,13 @@ class Plan:
     """
 
     num_particles: int
-    round_size: int = 128
+    round_size: int = 64
     prior_share: float = 0.2
-    train_below: float = 0.1
-    num_steps: int = 64
+    train_below: float = 0.02
+    num_steps: int = 96
     target_ess: float | None = None
     log_evidence_stderr: float | None = None
     max_seconds: float | None = None
-
-    @property
-    def num_policies(self) -> int:
-        """The number of policies that draw, if all draws are made."""
-        doublings = math.ceil(math.log2(max(2.0, self.num_particles / self.round_size)))
-        return min(MOST_POLICIES, doublings)
 
 
 class Precision(NamedTuple):
@@ -155,7 +151,9 @@ class AdaptiveChain:
             guide,
             LogVariance(BATCH, self._source),
             TrustRegion(),
-            num_steps=max(1, plan.num_steps),
+            num_steps=max(
+                1, 2 * plan.num_steps
+            ),  # the region ends at a quarter of its start: a policy is never finished
             callbacks=(),
             owns_guide=True,
             chain=chain,
@@ -164,9 +162,12 @@ class AdaptiveChain:
             stopwatch=stopwatch,
         )
 
-    def learn(self, num_steps: int, until: float) -> None:
-        """Take steps of training, until a time at most, and make a proposal of the policy."""
-        begun, last = self.training.step, min(self.training.step + num_steps, self._plan.num_steps)
+    def learn(self, until: float) -> None:
+        """Take some steps of training, until a time at most, and make a proposal of the policy."""
+        begun, last = self.training.step, min(self.training.step + STEPS, self._plan.num_steps)
+        teachers = self.draws.teachers()[-NEWEST:].flip(0)
+        new = min(len(teachers), self._plan.round_size)
+        self._turns = torch.cat([teachers[:new], teachers[new:][torch.randperm(len(teachers) - new)]])
         while self.training.step < last and time.perf_counter() < until:
             self.training.num_steps = self.training.step + 1
             self.training.run(None)
@@ -199,7 +200,7 @@ class AdaptiveChain:
 
     def _source(self, program: Program, guide: Any, num_particles: int, state: State) -> tuple[Particles, State]:
         """Pick draws to learn from, none a second time before all have had their turn: a `Source`."""
-        particles, teachers = self.draws.particles, self.draws.teachers()
+        particles, teachers = self.draws.particles, self.draws.teachers()[-NEWEST:]
         while len(self._turns) < num_particles:
             self._turns = torch.cat([self._turns, teachers[torch.randperm(len(teachers))]])
         rows, self._turns = self._turns[:num_particles], self._turns[num_particles:]
@@ -211,7 +212,7 @@ class AdaptiveChain:
 
 
 def adapt(
-    chains: Sequence[AdaptiveChain], plan: Plan, stopwatch: Stopwatch, report: Report
+    chains: Sequence[AdaptiveChain], plan: Plan, engine: str, stopwatch: Stopwatch, report: Report
 ) -> tuple[dict[str, Any], bool]:
     """Draw and train in rounds until the precision or the budget of the plan.
 
@@ -247,11 +248,15 @@ def adapt(
                 break
             if reason is None and (reason := now.reason_to_train(plan)) is not None:
                 notes.append(f"a policy is trained after {done} draws: {reason}")
-            if reason is not None and chains[0].draws.num_policies < MOST_POLICIES:
+                report(0, what=f"{engine}, with a policy that learns")
+            learns = reason is not None and chains[0].training.step < plan.num_steps and 2 * done <= plan.num_particles
+            if learns:
                 share, start = left() / 2 / len(chains), time.perf_counter()
                 for i, chain in enumerate(chains):
-                    chain.learn(-(-plan.num_steps // plan.num_policies), start + share * (i + 1))
-            wanted = min(done, now.needed(plan) / len(chains), max(left(), 0.0) / seconds_each)
+                    chain.learn(start + share * (i + 1))
+            wanted = min(
+                plan.round_size if learns else done, now.needed(plan) / len(chains), max(left(), 0.0) / seconds_each
+            )
             size = min(max(1, math.ceil(wanted)), plan.num_particles - done)
     if run.interrupted:
         notes.append("interrupted")
@@ -280,9 +285,13 @@ def run_adaptively(
     for i in range(num_chains):
         is_start = guide is None or isinstance(guide, LanguageModel)
         policy = AutoPolicy(program, start=guide) if is_start else guide(program)
+        if not isinstance(policy, AutoPolicy):
+            raise TypeError(
+                f"{engine}: guide must be a function that returns an AutoPolicy, got {show(policy)} from it"
+            )
         chains.append(AdaptiveChain(program, policy, plan, own_weights, i, num_chains, stopwatch))
-    with track(engine, plan.num_particles * num_chains, progress) as report:
-        figures, interrupted = adapt(chains, plan, stopwatch, report)
+    with track(f"{engine}, draws of the prior", plan.num_particles * num_chains, progress) as report:
+        figures, interrupted = adapt(chains, plan, engine, stopwatch, report)
     particles, log_weights, evidence = weighted(chains)
     by_chain = to_numpy(log_weights).reshape(num_chains, -1, log_weights.shape[-1])
     best = max(range(num_chains), key=lambda c: ess(by_chain[c : c + 1]).min())

@@ -97,7 +97,7 @@ ENGINES = {
         constraints=False,
     ),
     "adaptive": Claims(
-        sized(AdaptiveImportance, "num_particles", 200, round_size=50, num_steps=2, train_below=1.0),
+        sized(AdaptiveImportance, "num_particles", 200, round_size=50, num_steps=6, train_below=1.0),
         unbiased=False,  # `test_adaptive_importance.py` has enough replicates to tell
         trains=True,
     ),

@@ -1,4 +1,4 @@
-"""Weights of the draws of several proposals: by their formula, written out; unbiased whatever the draws teach; bounded."""
+"""Weights of draws of several proposals: by their formula, written out; unbiased whatever the draws teach; bounded."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_the_error_has_no_part_of_the_differences_between_strata():
 
 def test_the_prior_bounds_weights_where_a_policy_misses_all_else():
     draws, _, _ = rounds(3, teachers=1, strength=20.0)
-    particles, log_weights, strata = draws.first(len(SIZES))
+    _, log_weights, strata = draws.first(len(SIZES))
     taught = strata >= 4  # the strata of the mixture are its proposals, 0 to 3
     share = (~taught & (draws.components == 0).numpy()).sum() / (~taught).sum()
     highest = float(REWARD.amax(-1).sum()) - np.log(share)

@@ -42,7 +42,7 @@ STEPS = 4  # of training between two rounds, on new draws first
 NEWEST = 1024  # draws of each prompt that teach
 BATCH = 64  # draws of each prompt in a step
 DEAD = 5.0  # nats: a draw of reward -inf is learned from as one so much less likely than all others
-HEAVY, GOOD = 0.7, 0.2  # the k-hat from which weights cannot be trusted, and the effective share that excuses it
+HEAVY = 0.7  # the k-hat from which weights cannot be trusted
 FEW_HITS, LARGE_SHARE = 10, 0.1  # a value of the likelihood with fewer draws and more of the weight is a doubt
 HISTORY = ("moved", "learning_rate")  # figures of each step that are kept
 HEADROOM = 1.1  # times the draws that a precision seems to need
@@ -99,7 +99,7 @@ class Precision(NamedTuple):
             return None
         if self.share < plan.train_below:
             return f"{self.share:.1%} of the prior's draws are effective, and {plan.train_below:.0%} would do"
-        return self.doubt if self.share < GOOD and self.doubt is not None and "k-hat" in self.doubt else None
+        return None
 
     def reached(self, plan: Plan) -> str | None:
         """Return which precision is reached, or None. It is not while there is a doubt."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 NAME = "SHA256SUMS"
+TENSORS = (".safetensors", ".bin")
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -20,12 +23,46 @@ def write_checksums(folder: Path) -> None:
     (folder / NAME).write_text("".join(lines), encoding="utf-8")
 
 
-def verify(folder: Path, part: str = "") -> None:
+def verify(folder: Path) -> None:
     """Check that the files of a folder are as they were when `write_checksums` was called; others are ignored.
 
-    :param part: only files whose names begin so.
     :raises ValueError: if one is changed or missing, or there are no checksums; with its name.
     """
+    for _, damage in _damages(folder, _expected(folder)):
+        raise ValueError(damage)
+
+
+def verify_model(folder: Path) -> None:
+    """Check the folder of a model, if it has checksums, or is part of one that has them, as a posterior's policy is.
+
+    Of a model that was saved alone people edit the settings, and other programs add files: weights must be as they were
+    written, and a warning names what else is not.
+
+    :raises ValueError: if weights, or a file of a posterior, are changed or missing; with the name.
+    """
+    alone = (folder / NAME).is_file()
+    if (folder.parent / NAME).is_file():
+        try:
+            expected = _expected(folder.parent)
+        except ValueError:  # it may be somebody else's
+            if not alone:
+                raise
+            expected = {}
+        part = {name: digest for name, digest in expected.items() if name.startswith(f"{folder.name}/")}
+        for _, damage in _damages(folder.parent, part):
+            raise ValueError(damage)
+        alone = alone and not part
+    if not alone:
+        return
+    remedy = f"If you have changed it yourself, remove {folder / NAME}"
+    for name, damage in _damages(folder, _expected(folder)):
+        if name.endswith(TENSORS):
+            raise ValueError(f"{damage}. {remedy}")
+        warnings.warn(f"{damage}. It is used all the same. {remedy}", stacklevel=2)
+
+
+def _expected(folder: Path) -> dict[str, str]:
+    """Return the checksums in a folder by name."""
     try:
         lines = (folder / NAME).read_text(encoding="utf-8").splitlines()
         expected = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
@@ -33,27 +70,20 @@ def verify(folder: Path, part: str = "") -> None:
         raise ValueError(f"{folder / NAME} is damaged or missing: {error}") from error
     if not expected:
         raise ValueError(f"{folder / NAME} is damaged: it is empty")
+    return expected
+
+
+def _damages(folder: Path, expected: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Give the name of each file that is not what its checksum says, and what is wrong with it."""
     for name, digest in expected.items():
-        if not name.startswith(part):
-            continue
         path = folder / name
         try:
             if not path.is_file():
                 raise FileNotFoundError("there is no such file")
-            found = _digest(path)
+            if _digest(path) != digest:
+                yield name, f"{path} is damaged: it is not what was written (its checksum in {NAME} differs)"
         except (OSError, ValueError) as error:  # a damaged name may hold NUL
-            raise ValueError(f"{path}, named in {NAME}, cannot be read: {error}") from error
-        if found != digest:
-            raise ValueError(f"{path} is damaged: it is not what was written (its checksum in {NAME} differs)")
-
-
-def verify_within(folder: Path) -> None:
-    """Check the files of a folder that is part of one with checksums, as a posterior's policy is.
-
-    :raises ValueError: as `verify`.
-    """
-    if (folder.parent / NAME).is_file():
-        verify(folder.parent, f"{folder.name}/")
+            yield name, f"{path}, named in {NAME}, cannot be read: {error}"
 
 
 def _digest(path: Path) -> str:

@@ -7,18 +7,20 @@ lock on that folder, by which the next writer in the same place recognises what 
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from bayeslm.checksums import write_checksums
 
-HIDDEN = re.compile(r"\..*\.unfinished-[0-9a-f]{16}")  # names of hidden folders
+HIDDEN = re.compile(r"\..*\.(unfinished|replacing)-[0-9a-f]{16}")  # names of hidden folders
 IN_RUST = re.compile(r"\(os error (\d+)\)")  # in errors of the disk from safetensors and tokenizers
 MAX_JSON = 2**28  # bytes of a JSON file; in memory it takes up to 30 times as much
 
@@ -58,6 +60,54 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def replacing_folder(path: str | os.PathLike[str], replaced: Callable[[str], bool]) -> Iterator[Path]:
+    """Yield a hidden folder to write into, as `atomic_folder`; at the end of the block it takes the place of ``path``.
+
+    After an error ``path`` is as it was before. A process that is killed between the two renamings leaves no ``path``,
+    but both folders, whole: `recover`, and the next writer in the same place, put the new one there.
+
+    :param replaced: whether a file or folder in ``path``, by its name, goes with what it held. Others stay in ``path``.
+    :raises FileExistsError: if ``path`` is a file.
+    :raises OSError: if the disk refuses, with ``path``.
+    """
+    final = Path(path).absolute()
+    recover(final)
+    if not final.is_dir() or not any(final.iterdir()):
+        with atomic_folder(final) as folder:
+            yield folder
+        return
+    with _unfinished(final, "replacing") as hidden:
+        old, new = (hidden / age / final.name for age in ("old", "new"))
+        old.parent.mkdir()
+        new.mkdir(parents=True)
+        yield new
+        write_checksums(new)
+        for kept in final.iterdir():
+            if not replaced(kept.name) and not (new / kept.name).exists():
+                _link(kept, new / kept.name)
+        _flush(new, *(kept for kept in new.rglob("*") if not kept.is_symlink()))
+        try:
+            final.rename(old)
+            new.rename(final)
+        except BaseException:
+            if old.exists() and not final.exists():
+                old.rename(final)
+            raise
+        _flush(final.parent)
+
+
+def recover(path: Path) -> None:
+    """Put a folder in its place whose replacement by `replacing_folder` was killed; wait for one that goes on."""
+    path = path.resolve() if path.is_symlink() else path.absolute()
+    for _ in range(100):
+        hidden = path.parent.glob(f".{glob.escape(path.name[:50])}.replacing-*")
+        if path.exists() or not any((folder / "old" / path.name).is_dir() for folder in hidden):
+            return
+        sweep(path.parent)
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a hidden path of the same file name to write; at the end of the block that file replaces ``path``.
 
@@ -90,34 +140,65 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what processes that were killed while they wrote into a folder have left in it."""
+    """Remove what processes that were killed while they wrote into a folder have left in it; finish a replacement."""
     for path in folder.glob(".*"):
         if HIDDEN.fullmatch(path.name):
             with contextlib.suppress(OSError):  # a writer that lives has locked it, or another process sweeps too
                 if (lock := _lock(path)) is not None:
-                    shutil.rmtree(path, ignore_errors=True)
-                    os.close(lock)
+                    try:
+                        _remove(path)
+                    finally:
+                        os.close(lock)
 
 
 @contextlib.contextmanager
-def _unfinished(final: Path) -> Iterator[Path]:
+def _unfinished(final: Path, kind: str = "unfinished") -> Iterator[Path]:
     """Yield a hidden folder next to ``final``; at the end it is removed if it is still there."""
     with _naming(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         sweep(final.parent)
-        folder, lock = _locked_folder(final)
+        folder, lock = _locked_folder(final, kind)
         try:
             yield folder
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            if lock is not None:
-                os.close(lock)
+            try:
+                _remove(folder)
+            finally:
+                if lock is not None:
+                    os.close(lock)
 
 
-def _locked_folder(final: Path) -> tuple[Path, int | None]:
+def _remove(hidden: Path) -> None:
+    """Remove a hidden folder, if no folder has to be put in its place from it, or can be."""
+    for old in hidden.glob("old/*") if ".replacing-" in hidden.name else ():
+        new, final = hidden / "new" / old.name, hidden.parent / old.name
+        if new.is_dir() and not final.exists():  # killed between the two renamings: otherwise one of them is elsewhere
+            try:
+                new.rename(final)
+            except OSError:
+                return
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file or folder a second name, without a copy where the system can."""
+
+    def link(one: str, other: str) -> None:
+        try:
+            os.link(one, other, follow_symlinks=False)
+        except OSError:
+            shutil.copy2(one, other, follow_symlinks=False)
+
+    if source.is_dir() and not source.is_symlink():
+        shutil.copytree(source, target, symlinks=True, copy_function=link)
+    else:
+        link(str(source), str(target))
+
+
+def _locked_folder(final: Path, kind: str) -> tuple[Path, int | None]:
     """Make a hidden folder next to ``final``; return it, and its lock."""
     while True:
-        folder = final.with_name(f".{final.name[:50]}.unfinished-{uuid4().hex[:16]}")
+        folder = final.with_name(f".{final.name[:50]}.{kind}-{uuid4().hex[:16]}")
         folder.mkdir()
         with contextlib.suppress(BlockingIOError, FileNotFoundError):  # swept before it was locked
             lock = _lock(folder)

@@ -29,6 +29,7 @@ import torch
 import bayeslm.inference
 import bayeslm.models
 from bayeslm.inference import SVI, ImportanceSampling
+from bayeslm.inference.training import Adam
 from bayeslm.models import LanguageModel, TiltedLM, rewards
 from bayeslm.models.rewards.rehearsal import is_rehearsal
 
@@ -80,7 +81,7 @@ def count() -> dict[tuple[str, str], Calls]:
     """Return the calls of each engine on each program."""
     lm = LanguageModel.tabular(["<eos>", *"abcdefg"], order=3, seed=0)
     importance = ImportanceSampling(num_particles=32, seed=0, progress=False)
-    svi = SVI(num_steps=5, num_samples=8, seed=0, progress=False)
+    svi = SVI(num_steps=5, optimizer=Adam(), num_samples=8, seed=0, progress=False)
     at_reward: list[Callable[[], None]] = []  # called each time that a program evaluates its reward
 
     def letters(completions: list[str], **columns: Any) -> list[float]:

@@ -9,6 +9,7 @@ an objective's (`training`), each step is `pyro.infer.SVI`'s.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +17,7 @@ from os import PathLike
 from typing import Any
 
 from pyro.infer import ELBO
+from torch import Tensor
 
 from bayeslm.inference.program import (
     Particles,
@@ -29,19 +31,22 @@ from bayeslm.inference.program import (
     keeping,
     posterior,
     running,
+    seeded,
 )
 from bayeslm.inference.training import (
     Adam,
     AutoPolicy,
+    Budget,
     Callback,
     Checkpointing,
     Checkpoints,
+    NearPosterior,
     Objective,
     Reply,
-    ReverseKL,
     StepRecord,
     Training,
     TrustRegion,
+    default_objective,
     describe_run,
     stack_chains,
 )
@@ -50,6 +55,7 @@ from bayeslm.posterior import Posterior
 from bayeslm.validation import Count, Natural, Seed, validated
 
 NUM_SAMPLES, FEWEST = 256, 16  # draws of each prompt: by default, and the fewest where prompts are many
+COMPARED = 64  # draws of each policy, at least, that decide which is the best
 
 
 @validated
@@ -57,23 +63,24 @@ NUM_SAMPLES, FEWEST = 256, 16  # draws of each prompt: by default, and the fewes
 class SVI:
     """A policy trained towards the posterior, and weighted draws of it.
 
-    :param num_steps: gradient steps.
-    :param num_particles: completions of each prompt in a step: 8, or as many as the ``objective`` says.
+    :param num_steps: gradient steps, or a `Budget` of steps, samples, seconds or a KL to reach.
+    :param num_particles: completions of each prompt in a step, or as many as the ``objective`` says.
     :param objective: the loss: one of `bayeslm.inference.training`, with its own number of particles, or a Pyro ELBO.
-        None is `ReverseKL`.
+        None chooses by the program and the size of its networks (see `default_objective`): `ReverseKL` on 16 new
+        completions a step; of small networks in a `TrustRegion` `LogVariance` on 64, kept for further steps.
     :param guide: None makes an `AutoPolicy` for each chain. A `LanguageModel`, such as the policy of an earlier
         training, makes one that begins with a copy of it. A class or a `functools.partial` of one is called for each
         chain: ``partial(AutoPolicy, lora_rank=8)`` with the program, Pyro's automatic guides with the model
         (`AutoMultivariateNormal`, `AutoLowRankMultivariateNormal`; `AutoLaplaceApproximation`, whose draws are of its
         normal distribution). Anything else is a Pyro guide of the program, whose parameters stay in Pyro's store; if it
         has an attribute ``policy``, that is the trained language model.
-    :param optimizer: `Adam`, with learning rates, a schedule and clipping; or `TrustRegion`, which needs none of them.
+    :param optimizer: `TrustRegion`, which needs no learning rate, schedule or clipping; or `Adam`, which has them.
     :param callbacks: called at the start, after each step and at the end, in this order: `HeldOut` evaluates other
         prompts and rewards, `Tempering` and `KLTarget` move beta, `Plateau` and `NearPosterior` stop a chain early,
         `TensorBoard` logs. Or your own: a `Callback`, or a function of the `StepRecord`.
     :param checkpoint: a folder, or a `Checkpointing`. The same call resumes what it holds, bit-identically on a CPU:
-        a run that was killed or interrupted, or whose reward raised. One chain with a constant schedule may be trained
-        longer by more ``num_steps``.
+        a run that was killed or interrupted, or whose reward raised. One chain, in a `TrustRegion` or with a constant
+        schedule, may be trained longer by more ``num_steps``.
     :param num_samples: draws of the trained policy in each chain, of every prompt. None is 256; of a program whose
         prompts are subsampled, scaled to the cost of 256 draws of one minibatch, and 16 at least.
     :param num_prior_samples: draws of the prior, to compare with. None is ``num_samples``, 0 none.
@@ -84,11 +91,11 @@ class SVI:
     :raises ValueError: if a setting is out of range.
     """
 
-    num_steps: Count = 200
+    num_steps: Count | Budget = 200
     num_particles: Count | None = None
     objective: Objective | ELBO | None = None
     guide: Callable[..., Any] | LanguageModel | None = None
-    optimizer: Adam | TrustRegion = field(default_factory=Adam)
+    optimizer: Adam | TrustRegion = field(default_factory=TrustRegion)
     callbacks: Sequence[Callback | Callable[[StepRecord], Reply | None]] = ()
     checkpoint: str | PathLike[str] | Checkpointing | None = None
     num_samples: Count | None = None
@@ -108,6 +115,16 @@ class SVI:
                 "SVI: a guide of your own would be trained further from chain to chain: use num_chains=1, a class of "
                 "guides, a LanguageModel, or none"
             )
+
+    @property
+    def budget(self) -> Budget:
+        """Where each chain ends at the latest."""
+        return self.num_steps if isinstance(self.num_steps, Budget) else Budget(steps=self.num_steps)
+
+    @property
+    def _callbacks(self) -> list[Any]:
+        kl = self.budget.kl
+        return [*self.callbacks, *([] if kl is None else [NearPosterior(kl)])]
 
     @property
     def makes_guides(self) -> bool:
@@ -137,7 +154,12 @@ class SVI:
         with running(self.seed) as watch, contextlib.ExitStack() as held:
             program = inspect_or_reuse(None, model, args, kwargs)
             check_independence(program)  # before the training, also where the objective runs one particle at a time
-            objective = self.objective if self.objective is not None else ReverseKL(self.num_particles or 8)
+            objective = self.objective
+            if objective is None:
+                in_region = isinstance(self.optimizer, TrustRegion)
+                objective = default_objective(
+                    program, self.num_particles, owns_guide=self.makes_guides, in_region=in_region
+                )
             checkpoints = self._checkpoints(program, objective)
             if checkpoints is not None:
                 held.enter_context(checkpoints)
@@ -160,8 +182,8 @@ class SVI:
             self._guide(program),
             objective,
             self.optimizer,
-            num_steps=self.num_steps,
-            callbacks=self.callbacks,
+            budget=self.budget,
+            callbacks=self._callbacks,
             owns_guide=self.makes_guides,
             chain=index,
             num_chains=self.num_chains,
@@ -185,6 +207,8 @@ class SVI:
         if num_prior > 0:
             prior, cut = self._draw(program, None, num_prior, "draws of the prior")
             interrupted |= cut
+        if not interrupted:
+            parts = [self._best_draws(program, *each, prior) for each in zip(chains, parts, strict=True)]
         shortest = min(len(part.log_prior) for part in parts)
         parts = [part[:shortest] for part in parts]
         best = max(range(len(chains)), key=lambda c: float(parts[c].log_weights.mean()))
@@ -196,10 +220,42 @@ class SVI:
             engine="SVI",
             kind="weighted",
             num_chains=len(chains),
-            stats=watch.stats() | stats | {"steps": steps, "interrupted": interrupted},
+            stats=watch.stats() | stats | {"steps": steps, "interrupted": interrupted} | _kept(chains),
             prior=prior,
             policy=chains[best].policy,
         )
+
+    def _best_draws(self, program: Program, chain: Training, last: Particles, prior: Particles | None) -> Particles:
+        """Return draws of the best policy of a chain, see `Best`, to which the chain's guide is put back.
+
+        Draws of the first policy are there if it is the prior: if the guide is no other, and has texts alone.
+        """
+        rivals, num, best = chain.rivals(), max(COMPARED, len(last)), last
+        if rivals and len(last) < num:
+            with chain.own_params(), seeded(chain.step):
+                best, cut = self._draw(program, as_proposal(chain.guide, program), num, "draws of the policy")
+        elif rivals is not None and prior is not None and len(prior) >= COMPARED and self._begins_with_prior(program):
+            higher = _is_higher(prior.total_log_likelihood, last.log_weights)
+            rivals = [*([0] if higher else []), *(step for step in rivals if step)]
+        for step in rivals or []:
+            with chain.own_params(), chain.at(step) as keep, seeded(step):
+                part, cut = self._draw(
+                    program, as_proposal(chain.guide, program), num, f"draws of the policy after step {step}"
+                )
+                if not cut and _is_higher(part.log_weights, best.log_weights):
+                    keep()
+                    best, last = part, part[: len(last)]
+        if chain.kept_step == 0:
+            warnings.warn(
+                f"SVI: after {chain.step} steps the ELBO was lower than the first policy's, which is returned: take "
+                "more steps or more particles",
+                stacklevel=4,
+            )
+        return last
+
+    def _begins_with_prior(self, program: Program) -> bool:
+        is_auto = self.guide is None or _class_of(self.guide) is AutoPolicy
+        return is_auto and all(site.is_completion for site in program.latents)
 
     def _guide(self, program: Program) -> Any:
         if self.guide is None or isinstance(self.guide, LanguageModel):
@@ -228,6 +284,17 @@ def _class_of(guide: Any) -> type | None:
     """Return the class of a factory of guides, a class or a partial of one; None for a guide."""
     made = guide.func if isinstance(guide, partial) else guide
     return made if isinstance(made, type) else None
+
+
+def _is_higher(one: Tensor, other: Tensor) -> bool:
+    """Whether draws of one ELBO (particle, prompt) show that it is higher than another's, by 2 standard errors."""
+    means, errors = zip(*[(x.mean(1).mean(), x.mean(1).var() / len(x)) for x in (one, other)], strict=True)
+    return bool(means[0] - means[1] > 2.0 * (errors[0] + errors[1]).sqrt())
+
+
+def _kept(chains: list[Training]) -> dict[str, Any]:
+    """Return the steps whose policies are returned, a chain each."""
+    return {"kept_steps": [chain.step if chain.kept_step is None else chain.kept_step for chain in chains]}
 
 
 def _so_far(chains: list[Training]) -> SoFar | None:

@@ -48,7 +48,7 @@ def make_engine(name: str, *, seed: int, twist: Any, **sizes: Any) -> Any:
         meant |= {
             "objective": make_objective(sizes["objective"], sizes["particles"]),
             "checkpoint": sizes["checkpoint"],
-            "optimizer": Adam(sizes["learning_rate"]),
+            "optimizer": None if sizes["learning_rate"] is None else Adam(sizes["learning_rate"]),
         }
         callbacks = {"kl_target": KLTarget, "stop_kl": NearPosterior, "tensorboard": TensorBoard}
         meant["callbacks"] = [make(sizes[option]) for option, make in callbacks.items() if sizes[option] is not None]

@@ -90,6 +90,7 @@ class Program:
         the prompt axis of weights has length 1.
     :param device: where terms are summed, on whichever device a reward was computed.
     :param full_size: the size of the plate of prompts.
+    :param has_params: whether it has parameters of its own, `pyro.param`.
     :param minibatch: indices (num_prompts,) of the prompts of this program, if they are a minibatch.
     :param whole: the program of all prompts, of which this one has a minibatch.
     :param verified: the names of what has been checked of the program; its copies share it.
@@ -105,6 +106,7 @@ class Program:
     shared: bool
     device: torch.device
     full_size: int
+    has_params: bool
     minibatch: Tensor | None = None
     whole: Program | None = None
     verified: set[str] = field(default_factory=set, repr=False, compare=False)
@@ -275,6 +277,7 @@ def _inspect(
         shared=shared,
         device=home.value.device,
         full_size=full_size or num_prompts,
+        has_params=bool(trace.param_nodes),
         minibatch=minibatch.prompts if minibatch.fixed and full_size is not None else None,
     )
 

@@ -4,9 +4,11 @@ from .adaptation import Plan, run_adaptively
 from .auto_policy import AutoPolicy
 from .baselines import Baseline, ExponentialAverage, Texts, TokenBaseline, TokenDistribution, leave_one_out
 from .beta_schedules import KLTarget, Tempering
+from .budget import Budget
 from .callbacks import Callback, Reply, StepRecord
 from .checkpoints import Checkpointing, Checkpoints, describe_run
 from .critic import Critic
+from .default_objective import default_objective
 from .divergences import (
     Divergence,
     FDivergence,
@@ -35,6 +37,7 @@ __all__ = [
     "Adam",
     "AutoPolicy",
     "Baseline",
+    "Budget",
     "Callback",
     "Checkpointing",
     "Checkpoints",
@@ -71,6 +74,7 @@ __all__ = [
     "Training",
     "TrustRegion",
     "alpha_divergence",
+    "default_objective",
     "describe_run",
     "identify",
     "leave_one_out",

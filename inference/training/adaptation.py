@@ -201,6 +201,7 @@ class AdaptiveChain:
     def _source(self, program: Program, guide: Any, num_particles: int, state: State) -> tuple[Particles, State]:
         """Pick draws to learn from, none a second time before all have had their turn: a `Source`."""
         particles, teachers = self.draws.particles, self.draws.teachers()[-NEWEST:]
+        assert particles is not None, "the first draws are the prior's"
         while len(self._turns) < num_particles:
             self._turns = torch.cat([self._turns, teachers[torch.randperm(len(teachers))]])
         rows, self._turns = self._turns[:num_particles], self._turns[num_particles:]
@@ -283,8 +284,11 @@ def run_adaptively(
     """
     chains = []
     for i in range(num_chains):
-        is_start = guide is None or isinstance(guide, LanguageModel)
-        policy = AutoPolicy(program, start=guide) if is_start else guide(program)
+        policy: Any = None
+        if guide is None or isinstance(guide, LanguageModel):
+            policy = AutoPolicy(program, start=guide)
+        else:
+            policy = guide(program)
         if not isinstance(policy, AutoPolicy):
             raise TypeError(
                 f"{engine}: guide must be a function that returns an AutoPolicy, got {show(policy)} from it"

@@ -21,7 +21,7 @@ class Tempering(Callback):
     r"""Moves from near the prior to the posterior: \gamma grows geometrically from ``first`` to 1, then stays.
 
     :param first: \gamma of the first step, in (0, 1].
-    :param share: of the steps, in (0, 1], after which \gamma is 1.
+    :param share: of the run's budget, in (0, 1], after which \gamma is 1.
     :raises ValueError: if a setting is out of range.
     """
 
@@ -34,8 +34,7 @@ class Tempering(Callback):
         return Reply(inverse_temperature=self.first) if record.step == 0 else None
 
     def step(self, record: StepRecord, state: Memory) -> Reply:
-        done = record.step / record.num_steps
-        return Reply(inverse_temperature=self.first ** (1.0 - min(1.0, done / self.share)))
+        return Reply(inverse_temperature=self.first ** (1.0 - min(1.0, record.share / self.share)))
 
 
 @validated

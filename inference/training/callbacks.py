@@ -22,11 +22,12 @@ class StepRecord:
     r"""A training after one of its steps, or before the first.
 
     :param step: steps done.
-    :param num_steps: the most that there will be.
+    :param num_steps: the most that there will be; None if the run's `Budget` does not limit them.
     :param chain: the index of the chain.
     :param is_last: whether this is the last step: of ``num_steps``, or since an earlier callback stops the chain.
     :param policy: the language model that is trained; None if the guide has no attribute ``policy``.
     :param inverse_temperature: \gamma of this step; before the first, of the first.
+    :param share: of the budget that is used, in [0, 1].
     :param history: figures of all steps by name, an array (prompt,) or () a step, under the names of `SVI`'s ``stats``.
     :param figures: of this step: means over prompts, ``learning_rate`` and ``samples_per_second``. Empty at step 0.
     :param evaluations: what earlier callbacks have evaluated at this step, see `Reply`.
@@ -35,11 +36,12 @@ class StepRecord:
     """
 
     step: int
-    num_steps: int
+    num_steps: int | None
     chain: int
     is_last: bool
     policy: Any
     inverse_temperature: float
+    share: float = 0.0
     history: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict, repr=False)
     figures: Mapping[str, float] = field(default_factory=dict)
     evaluations: Mapping[str, np.ndarray] = field(default_factory=dict)

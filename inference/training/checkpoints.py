@@ -200,7 +200,7 @@ class Checkpoints:
             more = "num_steps" in here and there.get("num_steps") != here["num_steps"]
             raise ValueError(
                 f"{path} is a checkpoint of another run: {'; '.join(found)}. "
-                + ("(More steps need schedule='constant', one chain, and no Tempering.) " if more else "")
+                + ("(More steps need schedule='constant' of Adam, one chain, and no Tempering.) " if more else "")
                 + "Run the call that it was made with, or choose another folder. An object that only counts or keeps "
                 "what it has computed says what else it is by a method identity()"
             )
@@ -254,4 +254,4 @@ NOT_THE_RUN = ("num_samples", "num_prior_samples", "checkpoint", "progress")
 def needs_num_steps(engine: Any, callbacks: Sequence[Callback]) -> bool:
     """Return whether a step depends on the number of steps (a chain begins where the one before ends)."""
     moves = any(callback.needs_num_steps for callback in callbacks)
-    return engine.optimizer.schedule != "constant" or moves or engine.num_chains > 1
+    return not engine.optimizer.can_be_extended or moves or engine.num_chains > 1

@@ -87,6 +87,10 @@ class ParticleObjective(Objective):
             return torch.arange(program.num_prompts), state  # kept particles bring their prompts: no turn is taken
         return super().next_prompts(program, state)
 
+    def num_drawn(self, state: State) -> int:
+        is_kept = isinstance(self.source, Replay) and self.source.repeats(within("source", state))
+        return 0 if is_kept or isinstance(self.source, FromPosterior) else self.num_particles
+
     def of_another_program(self, state: State) -> State:
         return {name: value for name, value in state.items() if not name.startswith("source.")}
 
@@ -124,7 +128,7 @@ class LogVariance(ParticleObjective):
     :raises ProgramError: if a particle has a reward of -inf.
     """
 
-    least = 2
+    least, raises_elbo = 2, True
 
     def loss(self, densities: LogDensities) -> Tensor:
         return 0.5 * (_finite(densities.log_target) - densities.log_q).var(0)

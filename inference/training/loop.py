@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from types import MappingProxyType
@@ -30,6 +30,8 @@ from bayeslm.inference.program import (
 from bayeslm.progress import track
 from bayeslm.validation import validated
 
+from .best import Best
+from .budget import Budget
 from .callbacks import Callback, Callbacks, Reply, StepRecord
 from .checkpoints import Checkpoints, Saved
 from .display import describe_outlier, texts_of
@@ -53,7 +55,7 @@ class Training:
     :param guide: is trained; its attribute ``policy``, if it has one, is the language model in it.
     :param objective: an `Objective`, or a Pyro ELBO.
     :param optimizer: settings of Adam.
-    :param num_steps: gradient steps.
+    :param budget: where the chain ends at the latest.
     :param callbacks: called in this order.
     :param owns_guide: whether the guide was made for this chain. Its parameters are then the chain's own; those of a
         user's guide stay where Pyro's users look for them, in Pyro's store.
@@ -70,7 +72,7 @@ class Training:
         objective: Any,
         optimizer: Adam | TrustRegion,
         *,
-        num_steps: int,
+        budget: Budget,
         callbacks: Sequence[Callback | Callable[[StepRecord], Reply | None]],
         owns_guide: bool,
         chain: int,
@@ -78,7 +80,7 @@ class Training:
         progress: bool,
         stopwatch: Stopwatch,
     ) -> None:
-        self.program, self.guide, self.num_steps, self.chain = program, guide, num_steps, chain
+        self.program, self.guide, self.budget, self.chain = program, guide, budget, chain
         self.policy = getattr(guide, "policy", None)
         self.loss = StatefulLoss(objective, program) if isinstance(objective, Objective) else objective
         adapters = getattr(self.policy, "has_adapters", False)
@@ -88,38 +90,47 @@ class Training:
             is_latent = owns_guide and not name.startswith("policies")
             return latent_rate if is_latent else self.learning_rate
 
-        self.optimizer = optimizer.start(rate_of, num_steps, program.full_size, self._movement)
+        self.optimizer = optimizer.start(rate_of, lambda: self.share, program.full_size, self._movement)
         self.callbacks = Callbacks(callbacks)
         self.history: dict[str, list[np.ndarray]] = {}
         self.step = 0
+        self.samples = 0  # drawn anew, of all prompts
+        self.seconds = 0.0  # of the steps
+        self.best = Best()
+        self.kept_step: int | None = None  # whose parameters the guide has, if not the last one's
         self.inverse_temperature = 1.0  # of the next step
         self.ended = False  # before its last step, by a callback
         self.interrupted = False
         self.checkpoint: str | None = None  # the path of the last one
         self.lost: Particles | None = None  # those of the step in which a number was not finite
         self._params: Any = {"params": {}, "constraints": {}} if owns_guide else None
+        if not budget.allows(self._new_samples):
+            raise ValueError(f"Budget: samples={budget.samples}, and one step draws {self._new_samples}: give as many")
         self._title = "SVI" if num_chains == 1 else f"SVI, chain {chain + 1} of {num_chains}"
         self._progress, self._stopwatch = progress, stopwatch
 
     def run(self, checkpoints: Checkpoints | None) -> None:
         """Take all steps that are not done yet."""
         svi = pyro.infer.SVI(self.program.model, self.guide, self.optimizer, loss=self.loss)
-        with self.own_params(), track(self._title, self.num_steps, self._progress) as report:
-            report(self.step)
+        total = self.budget.steps or 100  # per cent
+        with self.own_params(), track(self._title, total, self._progress) as report:
+            report(self._shown_of(total))
             for x in _unconstrained().values():
                 x.grad = None  # of an interrupted step
             try:
                 with self._ended_by_ctrl_c():
                     self._call("start", self._record())
                     while not self.done:
+                        before = self._shown_of(total)
                         with self._rescued(checkpoints):
                             seconds = self._take_step(svi)
                         record = self._record(seconds) if self.callbacks else None
-                        report(values=self._shown(seconds))
+                        report(self._shown_of(total) - before, values=self._shown(seconds))
                         if record is not None:
-                            self.ended = self._call("step", record).is_last and self.step < self.num_steps
+                            self.ended = self._call("step", record).is_last and not self.done
                         if checkpoints is not None and self.step % checkpoints.every == 0 and not self.done:
                             self.checkpoint = checkpoints.write(self._saved())
+                self.optimizer.warn_if_stuck()
                 with self._ended_by_ctrl_c():
                     self._call("end", self._record())
             except Exception as error:
@@ -129,9 +140,25 @@ class Training:
                 self.checkpoint = checkpoints.write(self._saved())
 
     @property
+    def share(self) -> float:
+        """The share of the budget that is used."""
+        return self.budget.share(self.step, self.samples, self.seconds)
+
+    @property
     def done(self) -> bool:
         """Whether no step is left."""
-        return self.ended or self.step == self.num_steps
+        return self.ended or self.share >= 1.0 or not self.budget.allows(self.samples + self._new_samples)
+
+    @property
+    def _new_samples(self) -> int:
+        """The draws that the next step takes, of all its prompts."""
+        if isinstance(self.loss, StatefulLoss):
+            return self.loss.objective.num_drawn(self.loss.state) * self.program.num_prompts
+        return int(getattr(self.loss, "num_particles", 1)) * self.program.num_prompts
+
+    def _shown_of(self, total: int) -> int:
+        """Return what the progress bar counts: steps, or the share of another budget."""
+        return self.step if self.budget.steps == total else int(total * self.share)
 
     @contextlib.contextmanager
     def own_params(self) -> Iterator[None]:
@@ -153,11 +180,40 @@ class Training:
         except KeyboardInterrupt:
             self.interrupted = True
 
+    # -- which parameters are kept ---------------------------------------------------------------------------------
+
+    def rivals(self) -> list[int] | None:
+        """Return earlier steps whose parameters may have a higher ELBO than the last ones.
+
+        None where the training has another aim: by its objective, or by its inverse temperature.
+        """
+        raises_elbo = isinstance(self.loss, StatefulLoss) and self.loss.objective.raises_elbo
+        if not raises_elbo or self.inverse_temperature != 1.0 or not self.step:
+            return None
+        return self.best.rivals(self.history["elbo"])
+
+    @contextlib.contextmanager
+    def at(self, step: int) -> Iterator[Callable[[], None]]:
+        """Have the parameters after an earlier step in the block, and after it if the function is called."""
+        params, kept = self.optimizer.params, False
+        last = {name: p.detach().clone() for name, p in params.items()}
+
+        def keep() -> None:
+            nonlocal kept
+            kept, self.kept_step = True, step
+
+        _copy(self.optimizer.first if step == 0 else self.best.params, params)
+        try:
+            yield keep
+        finally:
+            if not kept:
+                _copy(last, params)
+
     # -- a step --------------------------------------------------------------------------------------------------
 
     def _take_step(self, svi: pyro.infer.SVI) -> float:
         """Take a gradient step and note its figures; return the seconds that it took."""
-        start = time.perf_counter()
+        start, share, drawn = time.perf_counter(), self.share, self._new_samples
         if isinstance(self.loss, StatefulLoss):
             self.loss.inverse_temperature = self.inverse_temperature
         loss = svi.step(*self.program.args, **self.program.kwargs)
@@ -169,7 +225,8 @@ class Training:
         if (moved := self.optimizer.moved) is not None:
             rate = self.learning_rate * self.optimizer.factor
             self._note({"moved": np.array(moved), "learning_rate": np.array(rate)})
-        self.step += 1
+        self.step, self.samples, self.seconds = self.step + 1, self.samples + drawn, self.seconds + seconds
+        self.best.note(self.history["elbo"], self.share, share, self.optimizer.params)
         return seconds
 
     @contextlib.contextmanager
@@ -247,7 +304,8 @@ class Training:
         particles = None if self._last is None else self._last.particles
         return StepRecord(
             step=self.step,
-            num_steps=self.num_steps,
+            num_steps=self.budget.steps,
+            share=self.share,
             chain=self.chain,
             is_last=self.done,
             policy=self.policy,
@@ -287,23 +345,25 @@ class Training:
     def _saved(self) -> Saved:
         """Return all that it takes to resume the chain from here."""
         rng, states = RandomStates.now().saved()
-        trained = self.optimizer.names  # a user's store may hold parameters of other guides
+        trained = self.optimizer.params  # a user's store may hold parameters of other guides
         tensors = rng | {f"param.{name}": x for name, x in _unconstrained().items() if name in trained}
         tensors |= under("adam", self.optimizer.moments()) | under("objective", self._state)
         tensors |= under("callbacks", self.callbacks.state())
         tensors |= {f"history.{name}": torch.from_numpy(np.array(values)) for name, values in self.history.items()}
-        done = {"step": self.step, "ended": self.ended, "gamma": self.inverse_temperature}
-        return Saved(self.chain, tensors, done | {"used": self._stopwatch.snapshot()} | states)
+        best, numbers = self.best.state()
+        done = {"step": self.step, "ended": self.ended, "gamma": self.inverse_temperature, "best": numbers}
+        done |= {"samples": self.samples, "train_seconds": self.seconds, "used": self._stopwatch.snapshot()}
+        return Saved(self.chain, tensors | best, done | states)
 
     def restore(self, saved: Saved) -> None:
         """Resume from a checkpoint, the random numbers included.
 
-        :raises ValueError: if it is of another guide, or has more steps than ``num_steps``.
+        :raises ValueError: if it is of another guide, or has more steps than the budget.
         """
-        if saved.values["step"] > self.num_steps:
+        if self.budget.steps is not None and saved.values["step"] > self.budget.steps:
             raise ValueError(
-                f"the checkpoint has {saved.values['step']} steps already, and num_steps is {self.num_steps}: give as "
-                "many, or choose another folder"
+                f"the checkpoint has {saved.values['step']} steps already, and num_steps is {self.budget.steps}: give "
+                "as many, or choose another folder"
             )
         with self.own_params():
             self._set_up()
@@ -315,12 +375,13 @@ class Training:
                     raise ValueError(
                         f"the checkpoint is of another guide: {name!r} has the shape {tuple(x.shape)} there"
                     )
-                with torch.no_grad():
-                    params[name].copy_(x)
         self.step, self.ended = saved.values["step"], saved.values["ended"]
+        self.samples, self.seconds = saved.values["samples"], saved.values["train_seconds"]
         self.inverse_temperature = saved.values["gamma"]
         self._stopwatch.resume(**saved.values["used"])
         self.optimizer.restore(within("adam", saved.tensors), {name: params[name] for name in kept}, self.step)
+        _copy(kept, params)
+        self.best.restore(saved.tensors, saved.values["best"])
         state = within("objective", saved.tensors)
         self._state = {name: x.to(self.program.device) for name, x in state.items()}
         self.callbacks.restore(within("callbacks", saved.tensors))
@@ -333,6 +394,12 @@ class Training:
         with seeded(0), torch.no_grad(), poutine.block(), Arbitrary():
             self.guide(*args, **kwargs)
             self.program.model(*args, **kwargs)
+
+
+def _copy(values: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, x in values.items():
+            params[name].copy_(x)
 
 
 def _unconstrained() -> dict[str, Tensor]:

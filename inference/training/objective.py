@@ -48,11 +48,19 @@ class Objective:
     An objective holds settings alone. What it remembers of earlier steps is a `State`, which `step` takes and returns.
     One that remembers nothing is a loss of ``pyro.infer.SVI``; for the others `StatefulLoss` keeps the state.
 
+    ``raises_elbo`` says whether its optimum is the highest ELBO of the guide's class.
+
     :param num_particles: draws of each prompt in a step.
     """
 
+    raises_elbo = False
+
     def __init__(self, num_particles: Count) -> None:
         self.num_particles = num_particles
+
+    def num_drawn(self, state: State) -> int:
+        """Return the new draws of each prompt in the next step."""
+        return self.num_particles
 
     def estimate(
         self, program: Program, guide: Callable[..., Any], state: State, inverse_temperature: float

@@ -53,15 +53,24 @@ class Adam:
         return self.learning_rate or (3e-4 if has_adapters else 1e-3), self.latent_learning_rate
 
     def start(
-        self, rate_of: Callable[[str], float], num_steps: int, num_prompts: int, movement: Callable[[], Movement]
+        self,
+        rate_of: Callable[[str], float],
+        share: Callable[[], float],
+        num_prompts: int,
+        movement: Callable[[], Movement],
     ) -> ScheduledAdam:
         """Return the optimizer of a run; see `ScheduledAdam`. It does not measure how far the guide moves."""
-        return ScheduledAdam(self, rate_of, num_steps, num_prompts)
+        return ScheduledAdam(self, rate_of, share, num_prompts)
 
-    def factor(self, num_steps: int) -> Callable[[int], float]:
-        """Return the function that multiplies the learning rates, of the steps done."""
+    @property
+    def can_be_extended(self) -> bool:
+        """Whether a training may go on where a smaller budget has ended."""
+        return self.schedule == "constant"
+
+    def factor(self) -> Callable[[float], float]:
+        """Return the function that multiplies the learning rates, of the share of the budget that is used."""
         unused = torch.optim.SGD([torch.zeros(())], lr=1.0)
-        schedule = transformers.get_scheduler(self.schedule, unused, num_warmup_steps=0, num_training_steps=num_steps)
+        schedule = transformers.get_scheduler(self.schedule, unused, num_warmup_steps=0, num_training_steps=1)
         return schedule.lr_lambdas[0]
 
 
@@ -76,21 +85,24 @@ class ScheduledAdam(PyroOptim):
 
     :param settings: Adam's.
     :param rate_of: the learning rate of a parameter, by its name in Pyro's store.
-    :param num_steps: of the run.
+    :param share: returns the share of the run's budget that is used.
     :param num_prompts: over which the loss is a sum. The norm that is clipped is that of the gradient of their mean, so
         that it does not depend on how many they are.
     """
 
-    def __init__(self, settings: Adam, rate_of: Callable[[str], float], num_steps: int, num_prompts: int) -> None:
+    def __init__(
+        self, settings: Adam, rate_of: Callable[[str], float], share: Callable[[], float], num_prompts: int
+    ) -> None:
         super().__init__(torch.optim.Adam, {})
         self._rate_of = rate_of
         self._betas = settings.betas
-        self._factor_of = settings.factor(num_steps)
+        self._share, self._factor_of = share, settings.factor()
         self.factor = 1.0
         self._num_prompts = num_prompts
         self._clip = math.inf if settings.clip_norm is None else settings.clip_norm * num_prompts
         self._adam: torch.optim.Adam | None = None
         self._names: dict[Tensor, str] = {}  # in Adam's own order
+        self.first: dict[str, Tensor] = {}  # copies of the parameters before the first step
         self.steps = 0
         self.gradient_norm = 0.0
         self.moved: float | None = None  # KL of the last step, if the optimizer measures it
@@ -115,7 +127,10 @@ class ScheduledAdam(PyroOptim):
         self._move()
 
     def _next_factor(self) -> float:
-        return self._factor_of(self.steps)
+        return self._factor_of(self._share())
+
+    def warn_if_stuck(self) -> None:
+        """Warn at the end of a run whose steps led nowhere."""
 
     def _move(self) -> None:
         assert self._adam is not None
@@ -124,9 +139,9 @@ class ScheduledAdam(PyroOptim):
         torch.autograd.graph.increment_version(list(self._names))
 
     @property
-    def names(self) -> set[str]:
-        """Names of the parameters that it moves."""
-        return set(self._names.values())
+    def params(self) -> dict[str, Tensor]:
+        """The parameters that it moves, by name."""
+        return {name: p for p, name in self._names.items()}
 
     def _add(self, names: Mapping[Tensor, str]) -> None:
         """Move these too. Params are a set: taken in the order of their names, so that a seed reproduces the run."""
@@ -141,6 +156,7 @@ class ScheduledAdam(PyroOptim):
             else:
                 self._adam.add_param_group(settings)
             self._names |= {p: names[p] for p in group}
+            self.first |= {names[p]: p.detach().clone() for p in group}
 
     # `state_dict` and `load_state_dict` would be Pyro's own names, for states of another form.
     def moments(self) -> State:

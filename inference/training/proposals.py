@@ -83,7 +83,8 @@ class ProposalDraws:
         """
         parts = [self._prepared(part) for part in (prior, policy) if part is not None]
         new, counts = Particles.concatenate(parts), torch.tensor([len(part) for part in parts])
-        last, log_own = None, new.log_prior
+        last: Tensor | None = None
+        log_own = new.log_prior
         if policy is not None:
             last = torch.cat([self._score(parts[0]), policy.log_proposal])
             log_own = _log_mixture([new.log_prior, last], counts)

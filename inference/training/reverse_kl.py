@@ -54,6 +54,8 @@ class ReverseKL(Objective):
         trajectories through finitely many states.
     """
 
+    raises_elbo = True
+
     def __init__(self, num_particles: Count = 8, baseline: Baseline | TokenBaseline = leave_one_out) -> None:
         super().__init__(num_particles)
         self.baseline = baseline

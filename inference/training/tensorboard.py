@@ -78,8 +78,8 @@ def _summary_writer() -> Any:
 
 
 def _total(record: StepRecord) -> int:
-    """Return the steps done, those of the chains before included."""
-    return record.chain * record.num_steps + record.step
+    """Return the steps done, with the most that each chain before can have; of open ends, a million."""
+    return record.chain * (record.num_steps or 1_000_000) + record.step
 
 
 def _cell(text: str) -> str:

@@ -13,6 +13,7 @@ suits a table is hundreds of times one that suits a network's weights: both are 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -52,17 +53,21 @@ class TrustRegion:
     kl: Positive = 0.03
     betas: tuple[Decay, Decay] = (0.9, 0.95)
 
-    schedule = "trust region"  # depends on the number of steps
+    can_be_extended = True  # the region then grows again
 
     def rates(self, has_adapters: bool) -> tuple[float, float]:
         """Return what multiplies the learning rate, of all parameters but the latents', and of these."""
         return 1.0, OF_LATENTS
 
     def start(
-        self, rate_of: Callable[[str], float], num_steps: int, num_prompts: int, movement: Callable[[], Movement]
+        self,
+        rate_of: Callable[[str], float],
+        share: Callable[[], float],
+        num_prompts: int,
+        movement: Callable[[], Movement],
     ) -> RegionAdam:
         """Return the optimizer of a run."""
-        return RegionAdam(self, rate_of, num_steps, num_prompts, movement)
+        return RegionAdam(self, rate_of, share, num_prompts, movement)
 
 
 class RegionAdam(ScheduledAdam):
@@ -72,7 +77,7 @@ class RegionAdam(ScheduledAdam):
 
     :param region: the settings.
     :param rate_of: what multiplies the learning rate, of a parameter by its name.
-    :param num_steps: of the run.
+    :param share: returns the share of the run's budget that is used.
     :param num_prompts: over which the loss is a sum.
     :param movement: returns the guide's distributions before it moves.
     """
@@ -81,21 +86,21 @@ class RegionAdam(ScheduledAdam):
         self,
         region: TrustRegion,
         rate_of: Callable[[str], float],
-        num_steps: int,
+        share: Callable[[], float],
         num_prompts: int,
         movement: Callable[[], Movement],
     ) -> None:
         adam = Adam(schedule="constant", clip_norm=None, betas=region.betas)
-        super().__init__(adam, rate_of, num_steps, num_prompts)
-        self._region, self._num_steps, self._movement = region, num_steps, movement
+        super().__init__(adam, rate_of, share, num_prompts)
+        self._region, self._movement = region, movement
         self._rate = FIRST  # of the next step
-        self.moved = 0.0
+        self.moved, self.left_out = 0.0, 0
 
     def _next_factor(self) -> float:
         return self._rate
 
     def _move(self) -> None:
-        target = self._region.kl * (1.0 - (self.steps - 1) / self._num_steps) ** 2
+        target = self._region.kl * (1.0 - self._share()) ** 2
         movement, before = self._movement(), [p.detach().clone() for p in self._names]
         super()._move()
         step = [p.detach() - x for p, x in zip(self._names, before, strict=True)]
@@ -122,6 +127,7 @@ class RegionAdam(ScheduledAdam):
         if kl <= SLACK * target:
             return first, kl
         self._put(before, step, 0.0)  # too far still, or NaN
+        self.left_out += 1
         return first, 0.0
 
     def _put(self, before: list[Tensor], step: list[Tensor], length: float) -> None:
@@ -131,8 +137,19 @@ class RegionAdam(ScheduledAdam):
                 p.copy_(x if length == 0.0 else x + length * dx)
 
     def moments(self) -> State:
-        return {**super().moments(), "rate": torch.tensor(self._rate, dtype=torch.float64)}
+        own = {"rate": torch.tensor(self._rate, dtype=torch.float64), "left_out": torch.tensor(self.left_out)}
+        return {**super().moments(), **own}
 
     def restore(self, moments: State, params: Any, steps: int) -> None:
-        self._rate = float(moments["rate"])
-        super().restore({name: x for name, x in moments.items() if name != "rate"}, params, steps)
+        self._rate, self.left_out = float(moments["rate"]), int(moments["left_out"])
+        super().restore({name: x for name, x in moments.items() if name not in ("rate", "left_out")}, params, steps)
+
+    def warn_if_stuck(self) -> None:
+        """Warn if most steps were left out, and say why."""
+        if self.left_out > 0.5 * self.steps:
+            warnings.warn(
+                f"SVI: {self.left_out} of {self.steps} steps were left out of the trust region: {SHORTENED} times "
+                "shorter ones still moved the guide too far, or by a KL that is not a number. The guide's distribution "
+                "jumps with its parameters, or has no finite KL to itself: see stats['moved'], or use Adam",
+                stacklevel=2,
+            )

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from bayeslm.files import atomic_file, reading
-from bayeslm.models.lm import ModuleWithProperties, forked, read_tensors
+from bayeslm.models.lm import ModuleWithProperties, forked, read_tensors, write_tensors
 from bayeslm.validation import Count, Seed, validated
 
 from .environments import Environment
@@ -45,7 +44,7 @@ class TrainablePolicy(ModuleWithProperties):
         :raises OSError: if the disk refuses, with the path; weights that were there are then kept.
         """
         with atomic_file(Path(folder) / WEIGHTS) as unfinished:
-            save_file({name: x.contiguous() for name, x in self.state_dict().items()}, unfinished)
+            write_tensors(unfinished, self.state_dict())
 
     def load_pretrained(self, folder: str | os.PathLike[str]) -> Self:
         """Load the weights that `save_pretrained` of a policy of the same shape wrote, and return this policy.

@@ -10,7 +10,7 @@ from .network import CausalNetwork, log_softmax_at
 from .suffix import redraw
 from .tables import read_table, without_index
 from .tabular import word_tokenizer
-from .tensor_files import read_tensors
+from .tensor_files import read_tensors, write_tensors
 from .turns import exclusive, forked
 from .twist import POWERS, Twist, TwistInputs
 from .usage import count_usage
@@ -38,4 +38,5 @@ __all__ = [
     "redraw",
     "without_index",
     "word_tokenizer",
+    "write_tensors",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,30 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from bayeslm.files import read_json
 from bayeslm.weight_files import stored_tensors
 
-# Adapters that are scored, trained, saved and merged rightly, whose weights are all in their file, and which compile
-# nothing.
-ADAPTERS = ("LORA", "LOHA", "LOKR", "IA3", "OFT", "HRA", "MISS", "C3A", "LN_TUNING")
+# fmt: off
+# Adapters that are scored, trained, saved and merged rightly.
+ADAPTERS = (
+    "LORA", "LOHA", "LOKR", "IA3", "OFT", "HRA", "MISS", "C3A", "LN_TUNING", "ADALORA", "ADAMSS", "VERA", "PVERA",
+    "FROD", "FOURIERFT", "WAVEFT", "GLORA", "GRALORA", "VBLORA", "UNILORA", "RANDLORA", "TINYLORA", "DELORA", "HIRA",
+    "ROAD", "SHIRA", "TRAINABLE_TOKENS", "OSF", "PSOFT", "PEANUT", "SUPERTUNING", "DEFT",
+)
+# fmt: on
+OF_PROMPTS = "it adds to the prompt, or changes how it is read"
+REFUSED = {
+    "PROMPT_TUNING": OF_PROMPTS,
+    "MULTITASK_PROMPT_TUNING": OF_PROMPTS,
+    "P_TUNING": OF_PROMPTS,
+    "PREFIX_TUNING": OF_PROMPTS,
+    "CPT": OF_PROMPTS,
+    "CARTRIDGE": OF_PROMPTS,
+    "ADAPTION_PROMPT": OF_PROMPTS,
+    "POLY": "it needs to know the task of each text",
+    "XLORA": "it reads each text twice",
+    "SHADOW": "it is a second network beside the first",
+    "LILY": "its forward pass is not causal",
+    "BEFT": "it cannot be merged into layers without a bias",
+    "BOFT": "it compiles code",
+}
 # Settings of adapters that may differ from their defaults; the second only make new adapters, and are dropped.
 # fmt: off
 SETTINGS = (
@@ -27,10 +48,23 @@ SETTINGS = (
     "decompose_both", "decompose_factor", "rank_dropout_scale", "oft_block_size",
     "coft", "eps", "block_share",
     "use_cayley_neumann", "num_cayley_neumann_terms", "apply_GS", "mini_r", "miss_dropout", "block_size",
-    "block_size_pattern", "init_lora_weights",
+    "block_size_pattern", "init_lora_weights", "bias",
+    "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
+    "num_subspaces", "subspace_rank", "svd_threshold", "random_seed",
+    "projection_prng_key", "d_initial", "vera_dropout", "pvera_dropout", "frod_dropout", "sparse_rate",
+    "n_frequency", "n_frequency_pattern", "scaling", "random_loc_seed", "wavelet_family", "use_idwt",
+    "config_A_B", "config_C", "config_D_E", "hybrid_r", "gralora_k", "gralora_dropout",
+    "num_vectors", "vector_length", "topk", "vblora_dropout", "proj_seed", "theta_d_length", "unilora_dropout",
+    "randlora_alpha", "randlora_dropout", "u", "projection_seed", "tinylora_dropout",
+    "delora_lambda", "lambda_pattern", "hira_dropout", "variant", "group_size", "token_indices",
+    "psoft_alpha", "psoft_dropout", "depth", "act_fn", "sparsity", "select_top", "deft_dropout",
 )
 # fmt: on
 DROPPED = ("auto_mapping", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
+SIZES = (
+    *("r", "init_r", "n_frequency", "num_vectors", "vector_length", "theta_d_length", "u", "group_size", "gralora_k"),
+    *("hybrid_r", "num_subspaces", "subspace_rank", "depth", "topk"),
+)
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
 
 
@@ -46,14 +80,15 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> Any:
     maker = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)] if isinstance(kind, str) and kind in ADAPTERS else None
     if maker is None:
         raise ValueError(
-            f"{path}: adapters of type {kind!r} are not supported, but {', '.join(ADAPTERS)} are: merge this one into "
-            "its base model, and load that"
+            f"{path}: adapters of type {kind!r} are not supported{_why(kind)}, but {', '.join(ADAPTERS)} are: merge "
+            "this one into its base model, and load that"
         )
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         raise ValueError(f"{path}: task_type {config['task_type']!r} is not that of a language model, CAUSAL_LM")
-    defaults = {field.name: field.default for field in fields(maker)}
+    defaults = {field.name: _default(field) for field in fields(maker)}
     for name, value in config.items():
-        if name not in (*SETTINGS, *DROPPED) and value and value != defaults.get(name) and value != "none":
+        default = defaults.get(name)
+        if name not in (*SETTINGS, *DROPPED) and value != default and (value or default):
             raise ValueError(f"{path}: {name} {value!r:.60} is not supported: merge the adapter into its base model")
     if str(init := config.get("init_lora_weights")).startswith(CHANGE_THE_BASE):
         raise ValueError(
@@ -67,6 +102,17 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
 
 
+def _why(kind: Any) -> str:
+    """Return the reason why a type of adapters is refused, if it is a known one."""
+    return f" ({REFUSED[kind]})" if isinstance(kind, str) and kind in REFUSED else ""
+
+
+def _default(field: Field[Any]) -> Any:
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return None if field.default is MISSING else field.default
+
+
 def check_adapter_sizes(folder: Path, config: Any) -> None:
     """Check that an adapter's config does not ask for more than the weights in its folder.
 
@@ -76,8 +122,11 @@ def check_adapter_sizes(folder: Path, config: Any) -> None:
     stored = stored_tensors(folder, "adapter_model.safetensors") or stored_tensors(folder, "adapter_model.bin")
     if stored is None:
         raise OSError(f"{folder} holds no weights: adapter_model.safetensors is missing")
-    sizes = {"r": getattr(config, "r", None), **(getattr(config, "rank_pattern", None) or {})}
+    defaults = {field.name: field.default for field in fields(config)}
+    sizes = {name: value for name, value in vars(config).items() if name in SIZES and value != defaults[name]}
     sizes |= {name: value for name, value in vars(config).items() if "block" in name and "size" in name}
+    for pattern in ("rank_pattern", "n_frequency_pattern"):
+        sizes |= named if isinstance(named := getattr(config, pattern, None), dict) else {}
     for name, size in sizes.items():
         if isinstance(size, float) or (isinstance(size, int) and not -1 <= size <= max(stored.largest, 64)):
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,7 +173,8 @@ def load_adapters(network: Any, path: Path, config: PeftConfig) -> nn.Module:
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, UnpicklingError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"the adapter in {path} does not fit this model, or is damaged: {reason:.300}") from error
-    if missing := [name for name, x in adapted.named_parameters() if x.is_meta]:
+    tensors = itertools.chain(adapted.named_parameters(), adapted.named_buffers())
+    if missing := [name for name, x in tensors if x.is_meta]:
         raise ValueError(f"the adapter in {path} is damaged: it lacks the weights of {missing[0]}")
     for p in own_parameters(adapted):
         if p.is_floating_point():

@@ -103,5 +103,5 @@ def _loss(network: CausalNetwork, batch: list[Sequence[int]]) -> Tensor:
     lengths = torch.tensor([len(row) for row in batch], device=device)
     positions = torch.arange(longest, device=device).expand(len(batch), -1)
     real = positions[:, 1:] < lengths[:, None]
-    hidden, _ = network.hidden(ids[:, :-1], None, positions[:, :-1])
+    hidden = network.hidden_of_texts(ids[:, :-1], None)
     return -network.token_log_prob(hidden[real], ids[:, 1:][real], temperature=1.0).mean()

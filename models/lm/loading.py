@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils.hub import cached_file
 
-from bayeslm.checksums import verify_within
-from bayeslm.files import atomic_folder, reading
+from bayeslm.checksums import verify_model
+from bayeslm.files import atomic_folder, reading, recover
 from bayeslm.weight_files import check_folder
 
 from .adapter_folders import check_adapter_sizes, read_adapter_config
@@ -55,12 +55,13 @@ def load(
     :param dtype: of the weights; None: as they are stored.
     :param kwargs: for ``AutoModelForCausalLM.from_pretrained``.
     :raises OSError: if the model or a part of it is not found or cannot be read, with what to do.
-    :raises ValueError: if ``base`` is given and the folder holds no adapter, or it is a posterior's and damaged.
+    :raises ValueError: if ``base`` is given and the folder holds no adapter, or its weights are not what was written.
     """
     name, root = os.fspath(name_or_path), None
+    recover(Path(name))
     if Path(name).is_dir() and kwargs.get("subfolder"):
         root, name = name, str(Path(name) / kwargs.pop("subfolder"))
-    verify_within(Path(name))
+        recover(Path(name))
     if (Path(name) / "adapter_config.json").is_file():
         return _load_adapter(Path(name), base=base, dtype=dtype, **kwargs)
     if base is not None:
@@ -102,6 +103,8 @@ def _load_transformers(name: str, dtype: torch.dtype | None, root: str | None = 
         network: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype or "auto", trust_remote_code=False, **kwargs
         )
+        if folder.is_dir():
+            verify_model(folder)  # at the end, when it is known that no file is too large
     except Exception as error:
         if not isinstance(error, OSError | ValueError | RuntimeError) and not folder.is_dir():
             raise  # of a folder all of them: damaged weights raise errors of many types
@@ -189,6 +192,7 @@ def _load_adapter(path: Path, *, base: Pretrained | None, dtype: torch.dtype | N
     settings = own.over(Settings(eos_token_ids=None if ends is None else tuple(ends))).over(base.settings)
     with reading(path):
         network = load_adapters(base.network, path, config)
+        verify_model(path)
     return base._replace(network=network, tokenizer=tokenizer, settings=settings)
 
 

@@ -25,6 +25,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import DynamicCache
 
 from . import own_forward, packing, weights
 from .adapters import has_adapters, own_parameters, plain_name
@@ -227,7 +228,7 @@ class CausalNetwork:
             return 0
         ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
         with own_forward.aside(self.device):
-            _, cache = self.hidden(ids, None, positions_of(ids, None))
+            _, cache = self.hidden(ids, None, positions_of(ids, None), DynamicCache())
         kept = [getattr(layer, name, None) for layer in getattr(cache, "layers", ()) for name in ("keys", "values")]
         return sum(x.numel() for x in kept if isinstance(x, Tensor)) // ids.numel()
 
@@ -282,7 +283,7 @@ class CausalNetwork:
 
     def hidden_of_texts(self, ids: Tensor, mask: Tensor | None, gradient_checkpointing: bool = False) -> Tensor:
         """Return hidden states (rows, tokens, width) of left-padded texts (rows, tokens), without a cache."""
-        cache = self.new_cache(mask)
+        cache = None if self.shares_prefill(mask) else TextCache()
         positions = positions_of(ids, mask)
         settings = {"use_cache": False, "gradient_checkpointing": gradient_checkpointing}
         return self.hidden(ids, mask, positions, cache, **settings)[0]
@@ -299,9 +300,13 @@ class CausalNetwork:
                 self.findings.pads = own_forward.holds_padded(self)
         return self.findings.caches and (mask is None or bool(self.findings.pads))
 
-    def new_cache(self, mask: Tensor | None) -> TextCache | None:
-        """Return the cache for the first tokens of texts with this mask; None: the network makes its own."""
-        return None if self.shares_prefill(mask) else TextCache()
+    def new_cache(self, mask: Tensor | None) -> DynamicCache:
+        """Return the cache for the first tokens of texts with this mask.
+
+        It keeps all tokens, also of networks whose layers attend to a window or a chunk: the one that such a network
+        makes itself drops tokens by what its config says, whether or not its layers do as it says.
+        """
+        return DynamicCache() if self.shares_prefill(mask) else TextCache()
 
     def _states_of_whole(self, module: nn.Module, ids: Tensor) -> Tensor:
         """Return hidden states (rows, tokens, width) of texts as the network's own forward pass computes them."""

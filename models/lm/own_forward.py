@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from .encoding import positions_of
 from .masks import causal_mask
@@ -129,7 +130,7 @@ def mask_dtype(network: TriedNetwork) -> torch.dtype | None:
 
     def states(form: Callable[[Tensor, int], Tensor]) -> Tensor:
         """Return the hidden states of a pass of three tokens, and of one more of the last."""
-        first, cache = network.hidden(ids[:, :3], form(mask[:, :3], 3), positions[:, :3], None)
+        first, cache = network.hidden(ids[:, :3], form(mask[:, :3], 3), positions[:, :3], DynamicCache())
         last, _ = network.hidden(ids[:, 3:], form(mask, 1), positions[:, 3:], cache)
         return torch.cat([first, last], dim=1)[mask.bool()].float()
 
@@ -167,7 +168,7 @@ def _scores(network: TriedNetwork, ids: Tensor, mask: Tensor | None) -> Tensor:
     cut = max(1, ids.shape[-1] // 2)
     positions = positions_of(ids, mask)
     first = None if mask is None else mask[:, :cut]
-    cache = None if network.findings.caches else TextCache()
+    cache = DynamicCache() if network.findings.caches else TextCache()
     hidden, cache = network.hidden(ids[:, :cut], first, positions[:, :cut], cache)
     if network.findings.caches and not is_shareable(cache):
         raise TypeError(f"{network.name} keeps more than keys and values")

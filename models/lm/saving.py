@@ -9,13 +9,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationConfig
 
-from bayeslm.files import atomic_folder
+from bayeslm.files import replacing_folder
 
 from .adapters import has_adapters
 from .settings import NAME, Settings
@@ -37,17 +36,12 @@ def save(network: nn.Module, tokenizer: Any, settings: Settings, path: str | os.
     :raises OSError: if the disk refuses; the folder is then as it was.
     :raises ValueError: if several adapters are active, which PEFT saves one by one.
     """
-    target = Path(path).resolve()
-    replaces = target.is_dir() and any(target.iterdir())
-    complete = target.with_name(f".{target.name}.{uuid4().hex[:8]}.new") if replaces else target
     try:
-        with atomic_folder(complete) as folder:
+        with replacing_folder(Path(path).resolve(), _is_own) as folder:
             _write_network(network, folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             settings.write(folder)
-        if replaces:
-            _replace(target, complete)
     except FileExistsError:
         raise
     except (OSError, SafetensorError) as error:
@@ -86,16 +80,6 @@ def _valid_generation_config(network: Any) -> Iterator[None]:
             network.generation_config = kept
 
 
-def _replace(target: Path, complete: Path) -> None:
-    """Put a complete folder in the place of another, whose files that are no model's it takes over."""
-    old = target.with_name(f".{target.name}.{uuid4().hex[:8]}.old")
-    target.rename(old)
-    try:
-        complete.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    for path in old.iterdir():
-        if not any(fnmatch.fnmatch(path.name, pattern) for pattern in OWN) and not (target / path.name).exists():
-            path.rename(target / path.name)
-    shutil.rmtree(old, ignore_errors=True)
+def _is_own(name: str) -> bool:
+    """Return whether a file is a model's, by its name."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in OWN)

@@ -57,9 +57,7 @@ def _extended(prompted: PromptedNetwork, prefix: Prefix, prompts: Tensor, tokens
     # row i moves right by longest - kept[i]: the tokens that it does not keep become padding on the left
     length = mask.shape[-1]
     moved = (torch.arange(length, device=tokens.device) - (longest - kept)[:, None]) % length
-    lost = any(getattr(layer, "sliding_window", length) < length for layer in prefix.cache.layers)
-    if ragged and (lost or not (network.takes_positions and network.shares_prefill(mask))):
-        # the window has lost tokens to which rows that move to the right would attend, or nothing can be moved
+    if ragged and not (network.takes_positions and network.shares_prefill(mask)):  # nothing can be moved
         return prefill(network, torch.cat([ids[prompts], tokens], -1).gather(-1, moved), mask.gather(-1, moved))
     hidden, cache = network.hidden(tokens, mask if padded else None, prefix.lengths[:, None] + new, prefix.cache)
     hidden = torch.cat([prefix.hidden[:, None], hidden], 1)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 
 class TextCache(DynamicCache):
@@ -27,9 +27,10 @@ class TextCache(DynamicCache):
 
 
 def is_shareable(cache: Any) -> bool:
-    """Return whether a cache holds the keys and values of attention layers and nothing else."""
-    kinds = {type(layer) for layer in getattr(cache, "layers", ())}
-    return bool(kinds) and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+    """Return whether a cache holds all keys and values of attention layers and nothing else."""
+    if type(cache) is not DynamicCache or not cache.layers:
+        return False
+    return all(type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers)
 
 
 def one_length_at_a_time(states: Callable[[Tensor], Tensor], ids: Tensor, mask: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from bayeslm.checksums import verify_model
 from bayeslm.validation import Count, validated
 from bayeslm.weight_files import check_folder
 
@@ -158,6 +159,8 @@ def _load(path: str | os.PathLike[str]) -> nn.Module:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             path, output_loading_info=True, trust_remote_code=False
         )
+        if Path(path).is_dir():
+            verify_model(Path(path))
     except Exception as error:  # of many types, if files are damaged
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise OSError(f"Classifier: model {os.fspath(path)!r} cannot be loaded: {reason}") from error

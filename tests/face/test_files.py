@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 import threading
@@ -14,7 +15,17 @@ import torch
 from safetensors.torch import save_file
 from support.disks import full_disk
 
-from bayeslm.files import atomic_file, atomic_folder, read_header, read_json, require_memory, sweep, write_file
+from bayeslm.files import (
+    atomic_file,
+    atomic_folder,
+    read_header,
+    read_json,
+    recover,
+    replacing_folder,
+    require_memory,
+    sweep,
+    write_file,
+)
 
 KILLED = """
 import os, sys
@@ -136,6 +147,141 @@ def test_writers_at_once_do_not_sweep_each_other(tmp_path: Path) -> None:
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         f"{n}-{i}": str(i) for n in range(4) for i in range(20)
     }
+
+
+# -- replaced folders --------------------------------------------------------------------------------------------
+
+STEPS = ((os, "mkdir"), (os, "link"), (os, "rename"), (os, "rmdir"), (os, "unlink"))
+OLD = {"model": "old", "removed": "old", "notes": "mine", "kept/inside": "mine"}
+NEW = {"model": "new", "added": "new", "notes": "mine", "kept/inside": "mine"}
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> Callable[[], int]:
+    """Do something in the place of the ``step``-th change of a folder; return the number of steps so far."""
+    count = 0
+
+    def counted(change: Callable[..., object]) -> Callable[..., object]:
+        def run(*args: object, **kwargs: object) -> object:
+            nonlocal count
+            count += 1
+            if count == step:
+                act()
+            return change(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # for the sake of speed
+    for module, name in STEPS:
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+    return lambda: count
+
+
+def older(place: Path) -> None:
+    for name, text in OLD.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(text)
+
+
+def replace(place: Path) -> None:
+    with replacing_folder(place, lambda name: name in ("model", "removed")) as folder:
+        for name in ("model", "added"):
+            (folder / name).write_text("new")
+
+
+def texts(place: Path) -> dict[str, str]:
+    files = (path for path in place.rglob("*") if path.is_file() and path.name != "SHA256SUMS")
+    return {path.relative_to(place).as_posix(): path.read_text() for path in files}
+
+
+def test_a_kill_at_any_step_of_a_replacement_leaves_a_whole_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader finds the old or the new one, the user's own files in it, and the next writer leaves nothing else."""
+    found = []
+    for step in range(1, 100):
+        place = tmp_path / str(step) / "run"
+        older(place)
+        process = os.fork()
+        if process == 0:
+            at_step(monkeypatch, step, lambda: os._exit(9))
+            replace(place)
+            os._exit(0)
+        if os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0:
+            break
+        recover(place)
+        found.append(texts(place))
+        assert found[-1] in (OLD, NEW)
+        with atomic_folder(place.parent / "other") as folder:
+            (folder / "file").write_text("1")
+        assert sorted(path.name for path in place.parent.iterdir()) == ["other", "run"]
+        assert texts(place) == found[-1]
+        replace(place)
+        assert texts(place) == NEW
+    assert found.count(OLD) > 5
+    assert found.count(NEW) > 3
+    assert step < 99
+
+
+@pytest.mark.parametrize("error", [OSError("refused"), KeyboardInterrupt()])
+def test_an_error_at_any_step_of_a_replacement_leaves_a_whole_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail() -> None:
+        raise error
+
+    step, failed = 0, True
+    while failed:
+        step += 1
+        place = tmp_path / str(step) / "run"
+        older(place)
+        failed = False
+        with monkeypatch.context() as patched:
+            counted = at_step(patched, step, fail)
+            try:
+                replace(place)
+            except type(error):
+                failed = True
+            failed = failed or counted() >= step  # links and removals have other ways
+        recover(place)
+        assert texts(place) in (OLD, NEW)
+        sweep(place.parent)
+        assert list(place.parent.iterdir()) == [place]
+    assert step > 10
+
+
+def test_a_folder_that_cannot_be_put_back_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk refuses every renaming after the first."""
+    place = tmp_path / "run"
+    older(place)
+    rename, calls = os.rename, []
+
+    def refuse(*args: str) -> None:
+        calls.append(args)
+        if len(calls) > 1:
+            raise OSError("refused")
+        rename(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", refuse)
+        with pytest.raises(OSError, match="run could not be written: refused"):
+            replace(place)
+    assert not place.exists()
+    recover(tmp_path / "another")
+    assert not place.exists()
+    (tmp_path / "link").symlink_to(place)
+    recover(tmp_path / "link")
+    assert texts(place) == NEW
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "run"]
+
+
+def test_a_writers_own_folders_are_not_put_in_a_place(tmp_path: Path) -> None:
+    """A killed `atomic_folder` whose content looks like that of a replacement."""
+    left = tmp_path / f".run.unfinished-{'0' * 16}"
+    for age in ("old", "new"):
+        (left / age / "run").mkdir(parents=True)
+    recover(tmp_path / "run")
+    sweep(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from support import models
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 LARGEST = 3_000_000  # weights: networks that stay larger have parts that the settings do not reach, as for images
@@ -78,7 +78,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "deepseek_v2": LATENT_ATTENTION,
     "deepseek_v3": LATENT_ATTENTION,
     "deepseek_v32": INDEXED,
-    "dots1": LATENT_ATTENTION,
+    "dots1": LATENT_ATTENTION | {"layer_types": ["sliding_attention", "full_attention"], "n_shared_experts": 1},
     "dots3_note_text": LATENT_ATTENTION,
     "falcon": {"head_dim": None, "ffn_hidden_size": 32},
     "falcon_h1": STATE_SPACE,
@@ -133,6 +133,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "feed_forward_size": 32,
         "local_attn_chunk_length": 64,
     },
+    "rembert": {"initializer_range": 0.2},  # log-probabilities of -30 are rounded to 1e-4
     "roc_bert": {
         "pronunciation_vocab_size": 24,
         "shape_vocab_size": 24,
@@ -156,11 +157,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 ALL = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def zoo_network(model_type: str) -> PreTrainedModel | None:
-    """A random network of an architecture; None if none of few weights can be built from the settings."""
-    settings = {k: v for k, v in (COMMON | SETTINGS.get(model_type, {})).items() if v is not None}
-    if not hasattr(CONFIG_MAPPING[model_type], "sliding_window"):
-        del settings["sliding_window"]  # it would shorten the caches of networks without windows
+def zoo_network(model_type: str, **extra: Any) -> PreTrainedModel | None:
+    """A random network of an architecture; None if none of few weights can be built from the settings.
+
+    :param extra: settings that come before the table's. Many networks ignore some, the window among them.
+    """
+    settings = {k: v for k, v in (COMMON | SETTINGS.get(model_type, {}) | extra).items() if v is not None}
     try:
         config = AutoConfig.for_model(model_type, **settings)
         with torch.device("meta"):

@@ -139,7 +139,7 @@ def test_killed_while_it_writes_a_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: None,
+        lambda: ReverseKL(8),
         lambda: LogVariance(8, Replay(every=2)),
         lambda: ReverseKL(8, ExponentialAverage()),
         lambda: ReverseKL(8, Critic()),
@@ -211,6 +211,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     assert_same(SVI(**SMALL, checkpoint=every_5(tmp_path)).run(MODEL, PROMPTS), run)
 
 
+ADAM = SMALL | {"optimizer": Adam()}
 OTHERS = {
     "optimizer: learning_rate was null and is 0.01": {"optimizer": Adam(0.01)},
     'objective: type was "ReverseKL" and is "LogVariance"': {"objective": LogVariance(8)},
@@ -223,7 +224,7 @@ OTHERS = {
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    SVI(**SMALL, checkpoint=every_5(folder)).run(MODEL, PROMPTS)
+    SVI(**ADAM, checkpoint=every_5(folder)).run(MODEL, PROMPTS)
     return folder
 
 
@@ -232,7 +233,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(finished, says
     other = {"model": MODEL, "prompts": PROMPTS} | OTHERS[says]
     model, prompts = other.pop("model"), other.pop("prompts")
     with pytest.raises(ValueError, match="is a checkpoint of another run") as caught:
-        SVI(**SMALL | other, checkpoint=finished).run(model, prompts)
+        SVI(**ADAM | other, checkpoint=finished).run(model, prompts)
     assert says in str(caught.value)
     if "prompts" not in says:  # which are told by their texts as well
         differences = str(caught.value).partition("another run: ")[2].partition(". Run what")[0].split("; ")
@@ -253,13 +254,13 @@ def test_checkpoints_that_cannot_be_read_are_refused(finished, tmp_path):
     header.write_text(header.read_text().replace('"version": "', '"version": "9.'))
     write_checksums(header.parent)
     with pytest.raises(ValueError, match=r"version was \"9\."):
-        SVI(**SMALL, checkpoint=every_5(tmp_path / "version")).run(MODEL, PROMPTS)
+        SVI(**ADAM, checkpoint=every_5(tmp_path / "version")).run(MODEL, PROMPTS)
     with (copied("huge") / "tensors.safetensors").open("ab") as file:
         file.truncate(2**43)  # no block of it is on the disk
     with pytest.raises(ValueError, match=r"no checkpoint that can be read.*bytes, and this machine has"):
-        SVI(**SMALL, checkpoint=every_5(tmp_path / "huge")).run(MODEL, PROMPTS)
+        SVI(**ADAM, checkpoint=every_5(tmp_path / "huge")).run(MODEL, PROMPTS)
     guide = policy_guide(LM.policy(), TOKENS)
-    SVI(**SMALL, guide=guide, checkpoint=tmp_path / "guide").run(MODEL, PROMPTS)
+    SVI(**ADAM, guide=guide, checkpoint=tmp_path / "guide").run(MODEL, PROMPTS)
     named = json.loads((tmp_path / "guide/chain-0-step-12/checkpoint.json").read_text())["run"]["guide"]
     assert named["name"] == "policy_guide.<locals>.guide"
 
@@ -323,7 +324,7 @@ DAMAGES = {
 @pytest.fixture(scope="module")
 def other_finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("other")
-    SVI(**SMALL | {"seed": 1}, checkpoint=every_5(folder)).run(MODEL, PROMPTS)
+    SVI(**ADAM | {"seed": 1}, checkpoint=every_5(folder)).run(MODEL, PROMPTS)
     return folder / "chain-0-step-12"
 
 
@@ -334,7 +335,7 @@ def test_a_damaged_checkpoint_is_refused_by_the_name_of_its_file(finished, other
     DAMAGES[damage](tmp_path / "chain-0-step-12", other_finished)
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=damage.partition(",")[0]):
-        SVI(**SMALL, checkpoint=tmp_path).run(MODEL, PROMPTS)
+        SVI(**ADAM, checkpoint=tmp_path).run(MODEL, PROMPTS)
     assert contents(tmp_path) == before
 
 
@@ -354,7 +355,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 def test_a_bad_newest_checkpoint_does_not_cost_the_good_one(finished, tmp_path):
     """Nor are a user's own folders beside them touched, whatever their names."""
     with contextlib.suppress(Killed):
-        SVI(**SMALL, checkpoint=every_5(tmp_path), callbacks=[killer(7)]).run(MODEL, PROMPTS)
+        SVI(**ADAM, checkpoint=every_5(tmp_path), callbacks=[killer(7)]).run(MODEL, PROMPTS)
     own = ("backup", "chain-0-step-5-backup", "chain-0-step-5 (copy)", "chain-0-step-05", "chain-0-step-x", ".chain-0")
     copies = (*own, ".chain-0-step-5.mine", "chain-0-step-3")  # the last has the name of a checkpoint
     for name in copies:
@@ -364,8 +365,8 @@ def test_a_bad_newest_checkpoint_does_not_cost_the_good_one(finished, tmp_path):
     change(tmp_path / "chain-0-step-12/tensors.safetensors", flip(0.5))
     damaged = contents(tmp_path / "chain-0-step-12")
     with pytest.warns(UserWarning, match=r"step-12.*tensors.safetensors is damaged.*; resuming from chain-0-step-5"):
-        resumed = SVI(**SMALL, checkpoint=every_5(tmp_path)).run(MODEL, PROMPTS)
-    assert_same(resumed, SVI(**SMALL).run(MODEL, PROMPTS))
+        resumed = SVI(**ADAM, checkpoint=every_5(tmp_path)).run(MODEL, PROMPTS)
+    assert_same(resumed, SVI(**ADAM).run(MODEL, PROMPTS))
     aside = next(tmp_path.glob("chain-0-step-12.damaged-*"))
     assert contents(aside) == damaged
     there = {path.name for path in tmp_path.iterdir()}
@@ -473,7 +474,12 @@ def test_more_steps_are_as_if_there_had_been_as_many_from_the_start(settings, ki
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"optimizer": Adam(schedule="cosine")}, OPEN | {"callbacks": [Tempering()]}, OPEN | {"num_chains": 2}],
+    [
+        {"optimizer": Adam()},
+        {"optimizer": Adam(schedule="cosine")},
+        OPEN | {"callbacks": [Tempering()]},
+        OPEN | {"num_chains": 2},
+    ],
 )
 def test_what_has_an_end_has_no_more_steps(settings, tmp_path):
     SVI(**SMALL | settings, checkpoint=tmp_path).run(MODEL, PROMPTS)

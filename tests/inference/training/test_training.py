@@ -197,7 +197,7 @@ def test_tensorboard_gets_every_step(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     callbacks = [HeldOut({"gold": GOLD}, every=6, num_particles=4), TensorBoard(tmp_path, texts_every=5)]
-    run = SVI(**SMALL, num_chains=2, callbacks=callbacks).run(MODEL, PROMPTS)
+    run = SVI(**SMALL, num_chains=2, optimizer=Adam(), callbacks=callbacks).run(MODEL, PROMPTS)
     events = EventAccumulator(str(tmp_path)).Reload()
     elbo = events.Scalars("elbo")
     assert [event.step for event in elbo] == list(range(1, 25))

@@ -125,8 +125,8 @@ def steps(curvature, num_steps=20):
     settings = TrustRegion(kl=0.02)
     with pyro.get_param_store().scope():
         p = pyro.param("p", torch.zeros(3)).unconstrained()
-        adam = settings.start(lambda name: 1.0, num_steps, 1, lambda: Quadratic(p, curvature))
         found = []
+        adam = settings.start(lambda name: 1.0, lambda: len(found) / num_steps, 1, lambda: Quadratic(p, curvature))
         for t in range(num_steps):
             before = p.detach().clone()
             p.grad = torch.ones(3)
@@ -154,7 +154,7 @@ def test_a_step_without_a_finite_kl_is_left_out(kl):
         p = pyro.param("p", torch.randn(3)).unconstrained()
         movement = Quadratic(p, kl)
         movement.kl = lambda: kl
-        adam = TrustRegion().start(lambda name: 1.0, 10, 1, lambda: movement)
+        adam = TrustRegion().start(lambda name: 1.0, lambda: 0.0, 1, lambda: movement)
         start = p.detach().clone()
         p.grad = torch.ones(3)
         adam({p})
@@ -163,6 +163,8 @@ def test_a_step_without_a_finite_kl_is_left_out(kl):
         p.grad = torch.ones(3)
         adam({p})
         assert adam.factor == 0.5e-3  # half of the first
+        with pytest.warns(UserWarning, match="2 of 2 steps were left out"):
+            adam.warn_if_stuck()
 
 
 def test_an_error_while_the_step_is_measured_leaves_the_guide_where_it_was():
@@ -173,7 +175,7 @@ def test_an_error_while_the_step_is_measured_leaves_the_guide_where_it_was():
         p = pyro.param("p", torch.randn(3)).unconstrained()
         movement = Quadratic(p, 1.0)
         movement.kl = fails
-        adam = TrustRegion().start(lambda name: 1.0, 10, 1, lambda: movement)
+        adam = TrustRegion().start(lambda name: 1.0, lambda: 0.0, 1, lambda: movement)
         start = p.detach().clone()
         p.grad = torch.ones(3)
         with pytest.raises(KeyboardInterrupt):

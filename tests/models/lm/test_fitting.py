@@ -8,6 +8,7 @@ import torch
 from support.models import llama_network, table_lm, tiny_llama
 from support.statistics import assert_random_state_kept
 from support.tokenizers import metaspace
+from support.zoo import zoo_network
 
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm.encoding import Vocabulary
@@ -140,6 +141,47 @@ def test_the_pad_is_no_part_of_the_texts(pad):
         scores = [lm.network(x).logits.log_softmax(-1)[0, :-1].gather(-1, x[0, 1:, None]) for x in ids]
     (loss,) = lm.fit(texts, num_steps=1, progress=False)
     assert loss == pytest.approx(-torch.cat(scores).mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rank"),
+    [
+        ("llama", 2),
+        ("roberta", None),
+        *(
+            pytest.param(model_type, rank, marks=pytest.mark.long)
+            for model_type, rank in [("llama", None), ("roberta", 2), ("bloom", None), ("bloom", 2), ("mamba", None)]
+        ),
+    ],
+)
+def test_pads_that_a_config_or_a_tokenizer_names_outside_the_vocabulary(model_type, rank):
+    """The loss is that of each text alone, of whole batches and of minibatches, and texts are drawn and decoded after.
+
+    Networks of absolute positions, of biases from the mask, of positions that skip padding, and recurrent ones.
+    """
+    texts = ["a b c d", "e"]
+    for named in (-1, 50256, None):
+        network = zoo_network(model_type, vocab_size=8, eos_token_id=0, bos_token_id=0)
+        for config in (network.config, network.generation_config):
+            config.pad_token_id = named
+        tokenizer = word_tokenizer(["<eos>", *"abcdefg"], "<eos>")
+        tokenizer.add_special_tokens({"pad_token": "<pad>"}) if named is None else setattr(tokenizer, "pad_token", None)
+        lm = LanguageModel(network, tokenizer)
+        assert lm.pad_token_id == (8 if named is None else named)
+        lm = lm if rank is None else lm.policy(rank)
+        ids = [torch.tensor([row]) for row in sequences(texts)]
+        with torch.no_grad():
+            scores = [lm.network(x).logits.log_softmax(-1)[0, :-1].gather(-1, x[0, 1:, None]) for x in ids]
+        (loss,) = lm.fit(texts, num_steps=1, learning_rate=1e-9, progress=False)
+        assert loss == pytest.approx(-torch.cat(scores).mean().item(), abs=1e-4)
+        losses = lm.fit(texts, num_steps=8, batch_size=1, learning_rate=1e-9, seed=0, progress=False)
+        alone = sorted(-score.mean().item() for score in scores)
+        assert sorted({round(x, 3) for x in losses}) == pytest.approx(alone, abs=2e-3)
+        with torch.no_grad():
+            x = lm(["a b", "c"], 3).sample((2,))
+            assert lm.decode(x).shape == (2, 2)
+            both, one = lm(["a b", "c"], 3).log_prob(x), lm(["a b"], 3).log_prob(x[:, :1])
+            torch.testing.assert_close(both[:, :1], one, atol=1e-4, rtol=0)
 
 
 def test_ends_and_beginnings_are_not_written_twice():

@@ -19,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from bayeslm.models import LanguageModel, rewards
 from bayeslm.models.lm.adapter_folders import ADAPTERS
+from bayeslm.models.lm.adapter_folders import REFUSED as REFUSED_KINDS
 
 PROMPT, COMPLETION = [5, 6], [3, 4, 1, 0]
 KINDS: dict[str, Any] = {
@@ -32,7 +33,38 @@ KINDS: dict[str, Any] = {
     "MISS": peft.MissConfig(r=4, target_modules=["q_proj"]),
     "C3A": peft.C3AConfig(block_size=4, target_modules=["q_proj"]),
     "LN_TUNING": peft.LNTuningConfig(target_modules=["input_layernorm"]),
+    "LORA, all biases": peft.LoraConfig(r=4, target_modules=["q_proj"], bias="all"),
+    "LORA, biases of its layers": peft.LoraConfig(r=4, target_modules=["q_proj"], bias="lora_only"),
+    "ADALORA": peft.AdaLoraConfig(target_modules=["q_proj"], init_r=4, target_r=2, total_step=10, bias="all"),
+    "VERA": peft.VeraConfig(r=4, target_modules=["q_proj"], projection_prng_key=3, d_initial=0.2, bias="vera_only"),
 }
+MORE: dict[str, Any] = {  # tested once in a while
+    "ADAMSS": peft.AdamssConfig(target_modules=["q_proj"], num_subspaces=4, subspace_rank=2, random_seed=3),
+    "PVERA": peft.PveraConfig(r=4, target_modules=["q_proj"], projection_prng_key=3),
+    "FROD": peft.FrodConfig(target_modules=["q_proj"], projection_prng_key=3, sparse_rate=0.02),
+    "FOURIERFT": peft.FourierFTConfig(n_frequency=20, target_modules=["q_proj"], random_loc_seed=3, scaling=90.0),
+    "WAVEFT": peft.WaveFTConfig(n_frequency=20, target_modules=["q_proj"], random_loc_seed=3, use_idwt=False),
+    "GLORA": peft.GloraConfig(r=4, target_modules=["down_proj"]),
+    "GRALORA": peft.GraloraConfig(r=4, target_modules=["q_proj"], gralora_k=4, hybrid_r=2),
+    "VBLORA": peft.VBLoRAConfig(r=2, target_modules=["q_proj"], num_vectors=16, vector_length=4, topk=3),
+    "UNILORA": peft.UniLoraConfig(r=4, target_modules=["q_proj"], proj_seed=3, theta_d_length=64),
+    "RANDLORA": peft.RandLoraConfig(r=4, target_modules=["q_proj"], projection_prng_key=3, randlora_alpha=300),
+    "TINYLORA": peft.TinyLoraConfig(r=2, target_modules=["q_proj"], u=16, projection_seed=3),
+    "DELORA": peft.DeloraConfig(r=4, target_modules=["q_proj"], delora_lambda=5),
+    "HIRA": peft.HiraConfig(r=4, target_modules=["q_proj"]),
+    "ROAD": peft.RoadConfig(target_modules=["q_proj"], group_size=8, variant="road_2"),
+    "SHIRA": peft.ShiraConfig(r=4, target_modules=["q_proj"], random_seed=3),
+    "TRAINABLE_TOKENS": peft.TrainableTokensConfig(token_indices=[3, 4], target_modules=["embed_tokens"]),
+    "OSF": peft.OSFConfig(target_modules=["q_proj"]),
+    "PSOFT": peft.PsoftConfig(r=4, target_modules=["q_proj"], psoft_alpha=8),
+    "PEANUT": peft.PeanutConfig(r=4, target_modules=["q_proj"], act_fn="tanh", scaling=0.5, depth=2),
+    "SUPERTUNING": peft.SupertuningConfig(target_modules=["q_proj"], sparsity=0.9, select_top=False),
+    "DEFT": peft.DeftConfig(r=4, target_modules=["q_proj"]),
+}
+
+
+def network() -> Any:
+    return llama_network(attention_bias=True)
 
 
 def score(network: Any) -> float:
@@ -50,17 +82,17 @@ def log_prob(lm: LanguageModel) -> float:
 def adapter(folder: Path, config: Any) -> float:
     """Write an adapter with random weights, and return the score of its own forward pass."""
     config.task_type = "CAUSAL_LM"
-    network: Any = peft.get_peft_model(llama_network(), config).eval()
+    adapted: Any = peft.get_peft_model(network(), config).eval()
     torch.manual_seed(1)
-    for name, p in network.named_parameters():
-        if network.base_model.prefix in name:
+    for name, p in adapted.named_parameters():
+        if adapted.base_model.prefix in name or p.requires_grad:
             p.data += 0.3 * torch.randn_like(p)
-    network.save_pretrained(folder)
-    return score(network)
+    adapted.save_pretrained(folder)
+    return score(adapted)
 
 
 def change(path: Path, **settings: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | settings))
 
 
 @pytest.fixture
@@ -74,11 +106,11 @@ def small() -> Iterator[None]:
 # -- adapters ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.long) for kind in MORE)])
 def test_adapters_score_as_they_themselves_do(tmp_path: Path, kind: str) -> None:
-    """Loaded, merged, copied for training and saved again; around a prior, which stays what it was."""
-    own = adapter(tmp_path / "first", KINDS[kind])
-    prior = LanguageModel(llama_network())
+    """Loaded, merged, copied, trained and saved again; around a prior, which stays what it was."""
+    own = adapter(tmp_path / "first", (KINDS | MORE)[kind])
+    prior = LanguageModel(network())
     before = log_prob(prior)
     policy = LanguageModel.from_pretrained(tmp_path / "first", base=prior)
     copy = policy.continued()
@@ -90,27 +122,33 @@ def test_adapters_score_as_they_themselves_do(tmp_path: Path, kind: str) -> None
     trained = [p for p in copy.parameters() if p.requires_grad]
     assert trained
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
-    assert log_prob(prior) == before
+    with torch.no_grad():
+        for p in trained:
+            p += 0.05 * p.grad.sign()
+    after = score(copy.network)
+    assert abs(after - own) > 1e-3
+    assert [log_prob(lm) for lm in (copy, copy.merged())] == pytest.approx([after] * 2, abs=1e-4)
+    assert [log_prob(lm) for lm in (prior, policy)] == pytest.approx([before, own], abs=1e-5)
 
 
 def test_every_supported_kind_is_tested() -> None:
-    assert {kind.partition(",")[0] for kind in KINDS} == set(ADAPTERS)
+    assert {kind.partition(",")[0] for kind in KINDS | MORE} == set(ADAPTERS)
+    assert {kind.value for kind in peft.PeftType} == {*ADAPTERS, *REFUSED_KINDS}
 
 
-@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "XLORA", "BOFT", "lora", "EVIL", None, ["LORA"], {"a": 1}])
+@pytest.mark.parametrize("kind", [*REFUSED_KINDS, "lora", "EVIL", None, ["LORA"], {"a": 1}])
 def test_other_kinds_are_refused_by_name(tmp_path: Path, kind: Any) -> None:
-    adapter(tmp_path, KINDS["LORA"])
     change(tmp_path / "adapter_config.json", peft_type=kind)
-    with pytest.raises(ValueError, match=r"adapters of type .* are not supported, but LORA") as caught:
-        LanguageModel.from_pretrained(tmp_path, base=LanguageModel(llama_network()))
-    assert repr(kind) in str(caught.value)
+    with pytest.raises(ValueError, match=r"adapters of type .* are not supported.*, but LORA") as caught:
+        LanguageModel.from_pretrained(tmp_path, base=LanguageModel(network()))
+    reason = f" ({REFUSED_KINDS[kind]})" if isinstance(kind, str) and kind in REFUSED_KINDS else ""
+    assert f"{kind!r} are not supported{reason}, but" in str(caught.value)
 
 
 REFUSED = {
     "megatron_core": "megatron.evil",
     "megatron_config": {"tensor_model_parallel_size": 1},
     "layer_replication": [[0, 1000000]],
-    "bias": "all",
     "alora_invocation_tokens": [1],
     "arrow_config": {"top_k": 1},
     "from_a_later_version": "evil",
@@ -131,8 +169,20 @@ def test_settings_that_change_the_base_or_run_code_are_refused(
     config = tmp_path / "megatron" / "adapter_config.json"
     change(config, **{name: REFUSED[name]}, **({"megatron_config": {"a": 1}} if name == "megatron_core" else {}))
     with pytest.raises(ValueError, match=f"adapter_config.json: {name}" if "megatron" not in name else "megatron_co"):
-        LanguageModel.from_pretrained("megatron", base=LanguageModel(llama_network()))
+        LanguageModel.from_pretrained("megatron", base=LanguageModel(network()))
     assert not [module for module in sys.modules if module.startswith("megatron")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"), [("VERA", "save_projection"), ("PSOFT", "psoft_orth"), ("SHIRA", "mask_type")]
+)
+def test_settings_without_a_value_are_refused_where_the_default_has_one(
+    tmp_path: Path, kind: str, setting: str
+) -> None:
+    """They would be dropped, and the adapter scored by the default."""
+    change(tmp_path / "adapter_config.json", peft_type=kind, **{setting: False})
+    with pytest.raises(ValueError, match=f"adapter_config.json: {setting} False is not supported"):
+        LanguageModel.from_pretrained(tmp_path, base=LanguageModel(network()))
 
 
 def test_code_that_would_make_the_base_is_ignored(tmp_path: Path) -> None:
@@ -140,7 +190,7 @@ def test_code_that_would_make_the_base_is_ignored(tmp_path: Path) -> None:
     change(
         tmp_path / "adapter_config.json", auto_mapping={"base_model_class": "A", "parent_library": "evil"}, later=None
     )
-    policy = LanguageModel.from_pretrained(tmp_path, base=LanguageModel(llama_network()))
+    policy = LanguageModel.from_pretrained(tmp_path, base=LanguageModel(network()))
     assert log_prob(policy) == pytest.approx(own, abs=1e-5)
 
 
@@ -178,7 +228,7 @@ def test_an_adapter_of_another_size_than_its_weights(tmp_path: Path, kind: str, 
     adapter(tmp_path, KINDS[kind])
     change(tmp_path / "adapter_config.json", **settings)
     with pytest.raises(ValueError, match=str(tmp_path)):
-        LanguageModel.from_pretrained(tmp_path, base=LanguageModel(llama_network()))
+        LanguageModel.from_pretrained(tmp_path, base=LanguageModel(network()))
 
 
 def _without_weights(folder: Path) -> None:
@@ -206,7 +256,7 @@ def test_damaged_adapters_are_named(tmp_path: Path, damage: Callable[[Path], Non
     adapter(tmp_path, KINDS["LORA"])
     damage(tmp_path)
     with pytest.raises((ValueError, OSError), match=str(tmp_path)):
-        LanguageModel.from_pretrained(tmp_path, base=LanguageModel(llama_network()))
+        LanguageModel.from_pretrained(tmp_path, base=LanguageModel(network()))
 
 
 def test_weights_of_the_base_in_an_adapter_leave_the_prior_alone(tmp_path: Path) -> None:
@@ -214,7 +264,7 @@ def test_weights_of_the_base_in_an_adapter_leave_the_prior_alone(tmp_path: Path)
     path = tmp_path / "adapter_model.safetensors"
     extra = {"base_model.model.model.norm.weight": torch.zeros(32)}
     save_file(load_file(path) | extra, path)
-    prior = LanguageModel(llama_network())
+    prior = LanguageModel(network())
     before = log_prob(prior)
     LanguageModel.from_pretrained(tmp_path, base=prior)
     assert log_prob(prior) == before

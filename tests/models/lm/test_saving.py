@@ -1,19 +1,26 @@
 """What a model was given by hand survives saving; folders are whole, and have tokenizers of their own."""
 
+import itertools
 import json
+import os
+import random
 import resource
 import signal
+import warnings
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support.chaos import forked
 from support.models import llama_network, random_network, tiny_llama
 from support.oracles import assert_same_distribution
 from support.tokenizers import metaspace
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaConfig, LlamaForSequenceClassification
 
+from bayeslm.files import atomic_folder
 from bayeslm.inference import SVI
-from bayeslm.models import LanguageModel, TiltedLM
+from bayeslm.models import LanguageModel, TiltedLM, rewards
+from bayeslm.models.control import TabularPolicy
 from bayeslm.models.lm import word_tokenizer
 from bayeslm.posterior import Posterior
 
@@ -126,6 +133,96 @@ def test_adapters_of_another_name(tmp_path):
     with pytest.raises(ValueError, match="2 adapters are active"):
         LanguageModel(network, letters()).save_pretrained(tmp_path / "both")
     assert not (tmp_path / "both").exists()
+
+
+# -- checksums -------------------------------------------------------------------------------------------------
+
+
+def fitted(order=2):
+    lm = LanguageModel.tabular(["<eos>", "a", "b"], order=order)
+    lm.fit(["a b"], num_steps=1, seed=0, progress=False)
+    return lm
+
+
+def classifier(path):
+    settings = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    network = LlamaForSequenceClassification(LlamaConfig(**settings, num_attention_heads=2, num_labels=1))
+    with atomic_folder(path) as folder:
+        network.save_pretrained(folder)
+        letters().save_pretrained(folder)
+
+
+def saver(make):
+    return lambda path: make().save_pretrained(path)
+
+
+SAVED = {  # how one is saved, and loaded
+    "network": (saver(tiny_llama), LanguageModel.from_pretrained),
+    "policy": (saver(lambda: tiny_llama().policy()), LanguageModel.from_pretrained),
+    "adapters": (
+        saver(lambda: tiny_llama().policy(2)),
+        lambda path: LanguageModel.from_pretrained(path, base=tiny_llama()),
+    ),
+    "merged": (saver(lambda: tiny_llama().policy(2).merged()), LanguageModel.from_pretrained),
+    "fitted": (saver(fitted), LanguageModel.from_pretrained),
+    "of an environment": (
+        saver(lambda: TabularPolicy.uniform(5, 3)),
+        lambda path: TabularPolicy.uniform(5, 3).load_pretrained(path),
+    ),
+    "classifier": (classifier, rewards.Classifier),
+}
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_a_flipped_bit_in_tensors_is_refused_by_name(tmp_path, kind):
+    """Anywhere in them: the lowest bit of a weight changes scores by less than anybody would see."""
+    save, load = SAVED[kind]
+    save(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.safetensors")
+    content = file.read_bytes()
+    data = len(content) - 8 - int.from_bytes(content[:8], "little")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        load(tmp_path / "saved")
+    for place in (1, 2, data // 2, data - 3):
+        damaged = bytearray(content)
+        damaged[-place] ^= 1 << place % 8
+        file.write_bytes(damaged)
+        with pytest.raises((ValueError, OSError), match=f"{file.name} is damaged: .* not what was written"):
+            load(tmp_path / "saved")
+    file.write_bytes(content)
+    load(tmp_path / "saved")
+
+
+def test_weights_of_another_save_are_refused_until_the_checksums_are_removed(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "saved")
+    llama_network(seed=1).save_pretrained(tmp_path / "saved")
+    with pytest.raises(OSError, match=r"model\.safetensors is damaged.* remove .*SHA256SUMS"):
+        LanguageModel.from_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "SHA256SUMS").unlink()  # as in folders of others
+    assert_same_distribution(LanguageModel.from_pretrained(tmp_path / "saved"), tiny_llama(seed=1))
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_changed_settings_are_used_with_a_warning(tmp_path, file):
+    tiny_llama().save_pretrained(tmp_path / "saved")
+    path = tmp_path / "saved" / file
+    path.write_text(path.read_text() + " ")
+    with pytest.warns(UserWarning, match=rf"{path} is damaged.*used all the same\. If you have changed it yourself"):
+        LanguageModel.from_pretrained(tmp_path / "saved")
+
+
+def test_checksums_of_others_near_a_model_are_none_of_it(tmp_path, monkeypatch):
+    """In the folder around a model, or in the working folder when a name is loaded."""
+    tiny_llama().save_pretrained(tmp_path / "saved")
+    sums = (tmp_path / "saved" / "SHA256SUMS").read_text()
+    (tmp_path / "SHA256SUMS").write_text(sums.replace("  ", "  others/"))
+    LanguageModel.from_pretrained(tmp_path / "saved")
+    (tmp_path / "SHA256SUMS").write_text("not ours")
+    LanguageModel.from_pretrained(tmp_path / "saved")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match="no model 'someone/none'"):
+        LanguageModel.from_pretrained("someone/none", local_files_only=True)
 
 
 # -- tokenizers ----------------------------------------------------------------------------------------------
@@ -276,6 +373,51 @@ def test_a_model_is_replaced_by_another_of_any_kind(tmp_path):
     lms[0].save_pretrained(target)
     assert (target / "notes.txt").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_reader_finds_a_model_whose_replacement_was_killed(tmp_path, monkeypatch):
+    """By its name, through a link, in a subfolder; between the two renamings, which is the one moment without it."""
+    old, new = tiny_llama(), tiny_llama(seed=1)
+    rename = os.rename
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for place in ("model", "root/inner", "link"):
+        old.save_pretrained(tmp_path / place)
+        process = os.fork()
+        if process == 0:
+            monkeypatch.setattr(os, "rename", lambda *args: os._exit(9) if "/new/" in str(args[0]) else rename(*args))
+            new.save_pretrained(tmp_path / place)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
+        assert not (tmp_path / place).exists()
+        where = {"subfolder": "inner"} if place == "root/inner" else {}
+        root = tmp_path / ("root" if where else place)
+        assert_same_distribution(LanguageModel.from_pretrained(root, **where), new)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "model", "real", "root"]
+
+
+@pytest.mark.long
+def test_models_are_whole_after_kills_at_any_moment(tmp_path):
+    """30 SIGKILLs of a process that saves one of two models over the other, again and again."""
+    models = [tiny_llama(), tiny_llama().policy(2)]
+    rng, target = random.Random(0), tmp_path / "model"
+    models[0].save_pretrained(target)
+    (target / "notes.txt").write_text("mine")
+
+    def save_for_ever():
+        for lm in itertools.cycle(models[::-1]):
+            lm.save_pretrained(target)
+
+    found = set()
+    for _ in range(30):
+        assert not forked(save_for_ever, 0.05 + rng.random())
+        base = models[0] if (target / "adapter_config.json").exists() else None
+        loaded = LanguageModel.from_pretrained(target, base=base)
+        found.add(loaded.has_adapters)
+        assert_same_distribution(loaded, models[loaded.has_adapters])
+        assert (target / "notes.txt").read_text() == "mine"
+    models[0].save_pretrained(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert found == {False, True}
 
 
 def test_a_link_to_a_folder_stays_a_link(tmp_path):

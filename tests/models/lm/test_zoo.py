@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from support.oracles import by_hand
+from support.oracles import all_by_hand, by_hand
 from support.zoo import ALL, zoo_network
 
 from bayeslm.models import LanguageModel
+from bayeslm.models.lm import redraw, scoring
+from bayeslm.models.lm.decoding import categorical
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20], [3, 4, 12]]
 TOKENS = 5
@@ -21,7 +23,6 @@ OPEN = {  # what does not work yet, or not with these tiny settings
     "kimi_linear": "its reference implementation takes minutes",
     "laguna": "PEFT does not load the adapters of its shared experts",
     "minicpm3": "these settings make its logits constant",
-    "moshi": "its cache has a window that its forward pass without one has not",
     "reformer": "its own forward pass gives no gradient outside training",
     "rwkv": "its own forward pass changes in place what its gradient needs",
     "xlnet": "its own forward pass fails on short texts",
@@ -95,6 +96,70 @@ def test_one_architecture_of_each_kind(model_type, tmp_path):
 @pytest.mark.parametrize("model_type", sorted(set(ALL) - set(QUICK)))
 def test_every_architecture(model_type, tmp_path):
     check(model_type, tmp_path)
+
+
+# -- windows ---------------------------------------------------------------------------------------------------
+
+WINDOW = {"sliding_window": 4, "attention_chunk_size": 4}
+WINDOWS = {
+    "llama": WINDOW,  # ignored
+    "bloom": WINDOW,  # ignored; positions by linear biases
+    "moshi": WINDOW,  # ignored, though its config has it
+    "qwen2": WINDOW | {"use_sliding_window": True, "max_window_layers": 1},  # of some layers
+    "mistral": WINDOW,  # of all
+    "llama4_text": WINDOW,  # chunks
+}
+SWITCHED_OFF = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3")
+
+
+def check_window(model_type, extra, monkeypatch):
+    """Drawn, scored, redrawn from ragged cuts as MCMC does, and resampled as SMC does; texts of 13 to 19 tokens."""
+    network = None if model_type in {*OPEN, *REFUSED} else zoo_network(model_type, **extra)
+    if network is None:
+        pytest.skip("see the test of every architecture")
+    lm, tokens = LanguageModel(network, eos_token_ids=()), 12
+    torch.manual_seed(0)
+    with torch.no_grad():
+        dist = lm(PROMPTS, tokens)
+        x = dist.sample((2,))
+        wanted = all_by_hand(lm, PROMPTS, x)
+        close(dist.token_log_prob(x), wanted)
+        for again in (scoring.PROMPTS_AGAIN, -1):  # prompts in the passes of their completions, and in one of their own
+            monkeypatch.setattr(scoring, "PROMPTS_AGAIN", again)
+            close(lm(PROMPTS, tokens).token_log_prob(x), wanted)
+            close(lm(PROMPTS[:1], tokens).token_log_prob(x[:, :1]), wanted[:, :1])
+        cut = torch.tensor([[2, 9, 5], [7, 1, 0]])
+        for prompts in (PROMPTS, PROMPTS[:1]):
+            some = slice(len(prompts))
+            new, scores = redraw(lm(prompts, tokens), x[:, some], cut[:, some])
+            drawn = torch.arange(tokens) >= cut[:, some, None]
+            close(scores, all_by_hand(lm, prompts, new) * drawn)
+        decoder = lm(PROMPTS, tokens).expand([2, 3]).decoder()
+        while not decoder.done:
+            decoder.append(*categorical(decoder.logits))
+            if decoder.t % 3 == 0:
+                decoder.select(torch.tensor([3, 1, 2, 3, 4, 2]))
+        value, scores = (x.reshape(2, 3, tokens) for x in (decoder.values, decoder.scores))
+        close(scores, all_by_hand(lm, PROMPTS, value))
+
+
+@pytest.mark.parametrize("model_type", WINDOWS)
+def test_windows_are_what_layers_do(model_type, monkeypatch):
+    """Beyond the window; not what the config says, which a network may ignore, or follow in some of its layers."""
+    check_window(model_type, WINDOWS[model_type], monkeypatch)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model_type", sorted(set(ALL) - set(WINDOWS)))
+def test_windows_of_every_architecture(model_type, monkeypatch):
+    check_window(model_type, WINDOW, monkeypatch)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model_type", SWITCHED_OFF)
+@pytest.mark.parametrize("on", [False, True])
+def test_windows_that_are_switched_on_and_off(model_type, on, monkeypatch):
+    check_window(model_type, WINDOW | {"use_sliding_window": on}, monkeypatch)
 
 
 @pytest.mark.long

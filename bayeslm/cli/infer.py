@@ -79,17 +79,12 @@ def infer(
         int | None,
         typer.Option(help="smc: propose the next token by the twist, among so many likeliest tokens of the prior."),
     ] = None,
-<<<<<<< HEAD
     steps: Annotated[
         int | None, typer.Option(help="svi, adaptive: number of gradient steps; mcmc: of warm-up sweeps.")
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="svi: learning rate of Adam.")] = None,
-=======
-    steps: Annotated[int | None, typer.Option(help="svi: number of gradient steps; mcmc: of warm-up sweeps.")] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="svi: learning rate of Adam. Default: steps find their size (TrustRegion).")
     ] = None,
->>>>>>> main
     objective: Annotated[
         str | None,
         typer.Option(

@@ -31,6 +31,8 @@ from bayeslm.validation import show
 from bayeslm.weights import Array, Estimate, ess, psis
 
 from .auto_policy import AutoPolicy
+from .budget import Budget
+from .callbacks import Reply
 from .divergences import LogVariance
 from .history import stack_chains
 from .loop import Training
@@ -151,10 +153,9 @@ class AdaptiveChain:
             guide,
             LogVariance(BATCH, self._source),
             TrustRegion(),
-            num_steps=max(
-                1, 2 * plan.num_steps
-            ),  # the region ends at a quarter of its start: a policy is never finished
-            callbacks=(),
+            # twice: the region ends at a quarter of its start, as a policy is never finished
+            budget=Budget(steps=max(1, 2 * plan.num_steps)),
+            callbacks=(lambda record: Reply(stop=True),),  # after each step, see `learn`
             owns_guide=True,
             chain=chain,
             num_chains=num_chains,
@@ -169,7 +170,7 @@ class AdaptiveChain:
         new = min(len(teachers), self._plan.round_size)
         self._turns = torch.cat([teachers[:new], teachers[new:][torch.randperm(len(teachers) - new)]])
         while self.training.step < last and time.perf_counter() < until:
-            self.training.num_steps = self.training.step + 1
+            self.training.ended = False
             self.training.run(None)
             if self.training.interrupted:
                 raise KeyboardInterrupt

@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TYPES := build/types
 
-.PHONY: help install weights demo test test-long fuzz chaos examples bench lint style imports types wheel clean
+.PHONY: help install weights demo test test-long fuzz chaos examples bench calibrate lint style imports types wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' \
@@ -65,8 +65,12 @@ chaos: install  ## kill runs and damage files at random: ARGS="--trials 100 --se
 examples: install weights  ## run every script in examples/, whose pictures go to runs/
 	@for script in examples/*.py; do echo "==> $$script"; $(BIN)/python "$$script" $(ARGS); done
 
-bench: install weights  ## run every script in benchmarks/
-	@for script in benchmarks/[!_]*.py; do echo "==> $$script"; $(BIN)/python "$$script" $(ARGS); done
+bench: install weights  ## run every script in benchmarks/ but the calibration
+	@for script in $(filter-out benchmarks/calibration.py,$(wildcard benchmarks/[!_]*.py)); do \
+		echo "==> $$script"; $(BIN)/python "$$script" $(ARGS); done
+
+calibrate: install  ## stated errors against enumeration, for hours, resumable: ARGS="--replicates 200 --seconds 7200"
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/calibration.py $(ARGS)
 
 lint: style imports types  ## ruff, who imports whom, mypy
 

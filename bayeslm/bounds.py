@@ -21,12 +21,14 @@ that of Andrieu, Doucet, Holenstein 2010, Particle Markov chain Monte Carlo meth
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.special import stdtrit
 
-from bayeslm.posterior import Posterior
+from bayeslm.posterior import DiagnosticsWarning, Posterior
 from bayeslm.weights import Array, Estimate, as_log_weights, chain_log_evidence
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ def certify(runs: Posterior, conditional: Posterior, *, level: float = 0.95) -> 
 
       log_evidence_lower, log_evidence_upper   mean log Ẑ over the chains of ``runs``, of ``conditional``; with `_se`
       log_evidence_low, _high         interval of log Z
+      log_evidence_limit              upper limit of log Z that counts what no retained draw has hit
       kl_to_posterior_low, _high      interval of KL(q ‖ π*), q being the distribution of one raw draw of ``runs``
       kl_from_posterior_low, _high    interval of KL(π* ‖ q), q being that of ``conditional``
       kl_sampler_high                 upper limit of KL(s ‖ π*) and KL(π* ‖ s) (of the latter if both runs have the same
@@ -48,6 +51,12 @@ def certify(runs: Posterior, conditional: Posterior, *, level: float = 0.95) -> 
     approximate if few chains have skewed log Ẑ. The columns of KL(q ‖ π*) and KL(π* ‖ q) need draws of kind "weighted"
     in ``runs`` and in ``conditional``: a raw particle has no known distribution. If the retained draws are not exact,
     every upper bound is wrong.
+
+    Upper ends know nothing of a part of the posterior that none of the C retained draws has hit: its probability is
+    below m = 1 − ((1 − level) / 2)^{1/C}, with confidence, and the rest has the evidence (1 − m) Z at least. So the
+    limit is log_evidence_high − log(1 − m), and every other upper end may be higher by the same. Where that is more
+    than the interval's own error, a `DiagnosticsWarning` says so. Draws of `RejectionSampling` or `Exact` are exact:
+    retain many.
 
     :param runs: weighted draws or particles, at least 2 chains; more chains give narrower intervals.
     :param conditional: a run that retained a draw of the posterior in each chain (``retained=`` of
@@ -64,7 +73,17 @@ def certify(runs: Posterior, conditional: Posterior, *, level: float = 0.95) -> 
     columns: dict[str, Array] = {}
     for name, chains in {"log_evidence_lower": low, "log_evidence_upper": high}.items():
         columns[name], columns[f"{name}_se"] = _mean(chains)
+    unseen = 1 - (1 - tail) ** (1 / len(high))  # no more of the posterior than this misses all retained draws
+    higher = -np.log1p(-unseen)
     columns |= {"log_evidence_low": _limit(1 - tail, low), "log_evidence_high": _limit(tail, high)}
+    columns["log_evidence_limit"] = columns["log_evidence_high"] + higher
+    if (higher > columns["log_evidence_high"] - columns["log_evidence_upper"]).any():
+        text = (
+            f"{len(high)} retained draws may all miss a part of the posterior of probability up to {unseen:.0%}: "
+            f"log Z is then up to {higher:.2f} above log_evidence_high (log_evidence_limit counts it): retain more "
+            "exact draws, of RejectionSampling or Exact, in as many chains (num_chains)"
+        )
+        warnings.warn(text, DiagnosticsWarning, stacklevel=2)
     if runs.kind == "weighted":
         elbo = below.mean(axis=1)  # E_q[log w]
         gap = np.subtract(low, elbo, where=np.isfinite(elbo), out=np.full(low.shape, np.inf))
@@ -77,6 +96,23 @@ def certify(runs: Posterior, conditional: Posterior, *, level: float = 0.95) -> 
     columns["kl_sampler_high"] = np.maximum(_limit(level, high, -low), 0.0)
     index = pd.Index(runs.prompt_labels, name="prompt")
     return pd.DataFrame({name: np.broadcast_to(x, len(index)) for name, x in columns.items()}, index=index)
+
+
+def unseen_limit(log_evidence: ArrayLike, stderr: ArrayLike, log_bound: float, prior_draws: float) -> Array:
+    """Return an upper limit of log Z that counts what no draw has seen: log(Ẑ e^{2 se} + (3/N) e^M).
+
+    With N draws of the prior, what they have not seen has a prior probability below 3/N, with 95% confidence (the rule
+    of three), and there the likelihood is at most e^M. A plain interval knows nothing of it: its error is 0 where all
+    weights are equal, however rare and large others may be.
+    Source: Hanley and Lippman-Hand 1983, If nothing goes wrong, is everything all right?
+
+    :param log_evidence: log Ẑ.
+    :param stderr: its standard error; the limit is inf where that is unknown.
+    :param log_bound: M, an upper bound of the sum of all log-likelihood terms, r_max / β.
+    :param prior_draws: N, the number of draws of the prior; αN for N draws of a mixture that has it with share α.
+    """
+    seen = np.add(log_evidence, np.multiply(2.0, stderr))
+    return np.asarray(np.logaddexp(seen, np.log(3.0 / prior_draws) + log_bound))
 
 
 def _mean(chains: Array) -> Estimate:

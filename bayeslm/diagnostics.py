@@ -6,8 +6,10 @@ Notation: prior p(x), likelihood exp(l(x)) with l = r/β, joint p(x) exp(l(x)), 
 Arrays are (chain, draw, prompt); information is in nats. An estimate pools chains and draws; it is a pair (estimate,
 standard error), both (prompt,). If prompts share a latent, they have one joint posterior and "prompt" has length 1.
 Standard errors are by the delta method: each draw has an influence φ on the estimator, whose variance is var(φ) / N for
-independent draws and var(φ) / ESS for a Markov chain; particles that descend from one root count as one draw (see
-`weights.standard_error`). A standard error that is unknown (a single draw, an infinite estimate) is inf.
+independent draws (of the jackknife where their ESS is below 100) and var(φ) / ESS for a Markov chain; particles that
+descend from one root count as one draw (see `weights.standard_error`). A standard error that is unknown (a single draw,
+an infinite estimate) is inf. All estimates, log Z, E[r], KL and entropy, are by the same weights, the raw ones, so that
+KL(π* ‖ p) = E[l] − log Z holds for them.
 
 A log weight may be −inf (a draw that breaks a constraint); NaN and +inf raise ValueError.
 """
@@ -30,10 +32,15 @@ from bayeslm.weights import (
     chain_log_evidence,
     ess,
     evidence_influence,
+    has_small_ess,
+    jackknife_influence,
+    khat_reasons,
     log_evidence,
+    normalise,
     num_draws,
     num_roots,
     psis,
+    smallest_ess,
     standard_error,
 )
 
@@ -50,12 +57,14 @@ __all__ = [
     "ess",
     "ess_bulk",
     "expectation",
+    "khat_reasons",
     "kl_to_posterior",
     "kl_to_prior",
     "log_evidence",
     "num_roots",
     "psis",
     "rhat",
+    "smallest_ess",
     "summary",
 ]
 
@@ -92,9 +101,9 @@ def ess_bulk(values: ArrayLike) -> Array:
 def expectation(posterior: Posterior, values: ArrayLike, *, weighted: bool = True) -> Estimate:
     """Estimate E[values] under the posterior, or with ``weighted=False`` under q, the distribution of the raw draws.
 
-    For weighted draws and particles by self-normalised importance sampling, μ = Σwf / Σw with φ = N w (f − μ) / Σw; for
-    equally weighted draws by the plain mean; for an enumeration exactly, with standard error 0. Infinite values of
-    draws of zero weight do not count.
+    For weighted draws and particles by self-normalised importance sampling with their raw weights, μ = Σwf / Σw with
+    φ = N w (f − μ) / Σw; for equally weighted draws by the plain mean; for an enumeration exactly, with standard error
+    0. Infinite values of draws of zero weight do not count.
     Source: Owen 2013, ch. 9.
 
     :param values: (chain, draw, prompt); the last axis may have any length if prompts share a latent.
@@ -114,7 +123,7 @@ def kl_to_prior(posterior: Posterior, *, weighted: bool = True) -> Estimate:
     :raises ValueError: for uncorrected draws, whose distribution is unknown (for best-of-n see `best_of_n_kl_bound`);
         with ``weighted=False`` also for particles and conditional runs, whose single draws have no known distribution.
     """
-    likelihood = _total_log_likelihood(posterior)
+    likelihood = posterior.total_log_likelihood()
     if _concerns_q(posterior, weighted):
         return expectation(posterior, _difference(likelihood, posterior.log_weights), weighted=False)
     return _mean_over_evidence(posterior, likelihood)
@@ -217,7 +226,8 @@ def summary(
 
     Columns are mean rewards of prior and posterior, divergences, evidence, convergence, diversity and cost. The column
     "reward" is the deterministic site "score" if the model has one, else the summed log-likelihood r/β. Columns ending
-    in "_se" are standard errors. A column that the posterior's kind cannot have is left out; an unknown
+    in "_se" are standard errors; "log_evidence_high" is an upper limit of log Z that counts what was not seen, and
+    "khat_reason" says why k̂ is NaN. A column that the posterior's kind cannot have is left out; an unknown
     value is NaN. If prompts share a latent, rows repeat the values of their joint posterior.
 
     :param reference_log_evidence: log Z for "kl_to_posterior", which is that of the raw draws even if ``weighted`` (see
@@ -248,10 +258,18 @@ def summary(
         else:
             add("kl_to_posterior", (gap, stderr))
     add("log_evidence", (posterior.log_evidence, posterior.log_evidence_stderr))
+    if posterior.log_evidence_high is not None:
+        columns["log_evidence_high"] = posterior.log_evidence_high
     if posterior.kind == "weighted":
         columns |= {"ess": ess(posterior.log_weights), "khat": psis(posterior.log_weights)[1]}
+        if any(reasons := khat_reasons(posterior.log_weights)):
+            columns["khat_reason"] = np.array(reasons, dtype=object)
     elif posterior.roots is not None:
-        columns |= {"ess": ess(posterior.log_weights), "roots": num_roots(posterior.roots)}
+        columns |= {
+            "ess": ess(posterior.log_weights),
+            "ess_min": smallest_ess(posterior.log_weights, posterior.stats.get("ess_by_step")),
+        }
+        columns["roots"] = num_roots(posterior.roots)
     elif posterior.kind != "enumerated":
         columns["ess"] = ess_bulk(posterior.rewards)
     if posterior.kind != "enumerated":
@@ -297,10 +315,16 @@ def _mean(posterior: Posterior, values: ArrayLike, weighted: bool) -> tuple[Arra
         raise ValueError(f"values must be (chain, draw, prompt), so {shape}, not {values.shape}")
     if not weighted and posterior.kind == "enumerated":
         raise ValueError("an enumeration lists every value once: weighted=False is undefined for it")
-    relative = posterior.weights() * num_draws(values) if weighted else np.ones(shape)
+    relative = np.ones(shape)
+    if weighted and posterior.kind in ("enumerated", "weighted", "particles"):
+        relative = np.exp(normalise(posterior.log_weights)) * num_draws(values)
     with np.errstate(invalid="ignore"):  # 0 · inf counts as 0; inf − inf has no standard error
         mean = np.where(relative > 0, relative * values, 0.0).mean(axis=POOL)
-        return mean, np.where(relative > 0, relative * (values - mean), 0.0)
+        influence = np.where(relative > 0, relative * (values - mean), 0.0)
+        if weighted and posterior.kind == "weighted" and (few := has_small_ess(posterior.log_weights)).any():
+            without = mean - np.where(influence == 0, 0.0, influence / (num_draws(values) - relative))
+            influence = np.where(few, jackknife_influence(without), influence)
+        return mean, influence
 
 
 def _stderr(posterior: Posterior, estimate: Array, influence: Array) -> Array:
@@ -318,7 +342,7 @@ def _mean_over_evidence(posterior: Posterior, values: Array) -> Estimate:
     mean, influence = _mean(posterior, values, weighted=True)
     if posterior.kind in ("weighted", "particles") and not posterior.conditional:
         lw = as_log_weights(posterior.log_weights)
-        difference = influence - evidence_influence(lw)
+        difference = influence - evidence_influence(lw, posterior.roots)
         return mean - log_evidence(lw)[0], standard_error(mean, difference, roots=posterior.roots)
     own = _stderr(posterior, mean, influence)
     known = np.where(np.isnan(posterior.log_evidence_stderr), np.inf, posterior.log_evidence_stderr)
@@ -340,15 +364,6 @@ def _concerns_q(posterior: Posterior, weighted: bool) -> bool:
 def _has_known_q(posterior: Posterior) -> bool:
     """Whether the raw draws are independent draws of one distribution q, whose density follows from the weights."""
     return posterior.kind == "weighted" and not posterior.conditional
-
-
-def _total_log_likelihood(posterior: Posterior) -> Array:
-    """Return the sum of all factors and observed sites; over prompts too, if they share a latent."""
-    shared = posterior.log_weights.shape[2] == 1
-    total: Array = np.zeros_like(posterior.log_weights, dtype=float)
-    for term in posterior.log_likelihood.values():
-        total = total + (term.sum(axis=2, keepdims=True) if shared else term)
-    return total
 
 
 def _difference(left: Array, right: Array) -> Array:

@@ -10,12 +10,19 @@ from typing import Any
 import numpy as np
 
 from bayeslm.files import reading
-from bayeslm.weights import Array, normalise, num_draws, psis
+from bayeslm.weights import Array, normalise, num_draws, smoothed_where_reliable
 
 KINDS = ("enumerated", "exact", "weighted", "particles", "markov", "uncorrected")
 RESAMPLED = {"enumerated": "exact", "weighted": "uncorrected", "particles": "uncorrected"}  # kind before and after
 LABEL_WIDTH = 60  # the longest label of a prompt in tables and coordinates
 ENUMERATED_DRAWS = 1000  # the default number of draws from an enumeration
+
+
+class DiagnosticsWarning(UserWarning):
+    """Draws, weights or chains are too few, too uneven or too dependent for the errors that are stated.
+
+    ``warnings.simplefilter("ignore", DiagnosticsWarning)`` silences them, "error" makes them exceptions.
+    """
 
 
 @dataclass(eq=False, repr=False)
@@ -77,6 +84,9 @@ class Posterior:
     """(prompt,): a stochastic lower bound on log Z, where the engine has one: the mean of log Ẑ over chains."""
     log_evidence_upper: Array | None = None
     """(prompt,): a stochastic upper bound on log Z, where the engine has one: that mean in a conditional run."""
+    log_evidence_high: Array | None = None
+    """(prompt,): an upper limit of log Z (95%) that counts what was not seen, where draws of the prior and a bound of
+    the reward give one; see `bayeslm.bounds.unseen_limit`."""
     roots: Array | None = None
     """(chain, draw, prompt) int, for particles: the index, in its chain, of the first particle each descends from."""
     conditional: bool = False
@@ -118,6 +128,18 @@ class Posterior:
             return None
         return self._rewards(self.prior, {name: self.prior[name] for name in needed})
 
+    def total_log_likelihood(self, terms: dict[str, Array] | None = None) -> Array:
+        """Return the sum of all factors and observed sites; over prompts too, if they share a latent.
+
+        :param terms: of other draws, by site; None for those of the posterior's draws.
+        """
+        chains, draws, columns = self.log_weights.shape
+        total: Array = np.zeros((chains, draws, columns)) if terms is None else np.zeros((1, 1, columns))
+        for name, term in self.log_likelihood.items():
+            values = term if terms is None else terms[name]
+            total = total + (values.sum(axis=2, keepdims=True) if columns == 1 else values)
+        return total
+
     @property
     def _has_score(self) -> bool:
         return "score" in self.samples and self.dims.get("score", ()) in ((), ("prompt",))
@@ -132,15 +154,17 @@ class Posterior:
         return sum((x if x.shape[2] == 1 else x[..., prompts] for x in columns), start=np.zeros((*leading, size)))
 
     def weights(self) -> Array:
-        """Return weights (chain, draw, prompt) that sum to 1 over chains and draws for each prompt.
+        """Return weights (chain, draw, prompt) that sum to 1 over chains and draws for each prompt, for resampling.
 
-        Pareto-smoothed for weighted draws, exact for an enumeration, equal for kinds of equal weight. Particles keep
-        their raw weights: resampling has tempered them, and fitting a tail needs independent draws.
+        Weighted draws have Pareto-smoothed weights where k̂ < 0.7, and else their own, an enumeration has exact ones,
+        kinds of equal weight equal ones. Particles keep their raw weights: resampling has tempered them, and fitting a
+        tail needs independent draws. Estimates with errors (`bayeslm.diagnostics`) are by the raw weights of all kinds:
+        smoothing makes weights more even, but log Z and E[r] less likely to be within two errors of the truth.
 
         :raises ValueError: if every weight of a prompt is zero.
         """
         if self.kind == "weighted":
-            return np.exp(psis(self.log_weights)[0])
+            return np.exp(smoothed_where_reliable(self.log_weights))
         if self.kind in ("enumerated", "particles"):
             return np.exp(normalise(self.log_weights))
         return np.full(self.log_weights.shape, 1.0 / num_draws(self.log_weights))
@@ -320,7 +344,13 @@ def _validate(posterior: Posterior) -> None:
     for name, array in {"log_weights": weights, "log_joint": posterior.log_joint, **terms}.items():
         if np.isnan(array).any() or np.isposinf(array).any():
             raise ValueError(f"{name} must be finite or -inf: found NaN or +inf")
-    for name in ("log_evidence", "log_evidence_stderr", "log_evidence_lower", "log_evidence_upper"):
+    for name in (
+        "log_evidence",
+        "log_evidence_stderr",
+        "log_evidence_lower",
+        "log_evidence_upper",
+        "log_evidence_high",
+    ):
         if (array := getattr(posterior, name)) is not None:
             expect(name, array, (columns,))
 

@@ -16,8 +16,12 @@ Array = NDArray[Any]
 Estimate = tuple[Array, Array]  # (estimate, standard error)
 
 POOL = (0, 1)  # the chain and draw axes
-MIN_TAIL = 5  # distinct values that fitting a generalised Pareto distribution needs (as in ArviZ)
+KHAT_LIMIT = 0.7  # above it, estimates by importance weights are unreliable (Vehtari et al., arXiv 1507.02646)
+MIN_TAIL = 10  # draws in the tail, below which ties that are not exact cannot be told from a continuous tail
 TIE = 1e-4  # log weights closer than this count as equal: the precision of sums of float32 log-probabilities
+NEARLY_EQUAL = 0.01  # nats: a tail whose log weights have a smaller scale than this has weights that are nearly equal
+JACKKNIFE_ESS = 100.0  # below it, errors of independent draws are by the jackknife
+LUMPY = 0.1  # the median of the normalised gaps of a tail over their mean: ln 2 for an exponential one, 0 for levels
 
 
 def log_evidence(log_weights: ArrayLike, roots: ArrayLike | None = None) -> Estimate:
@@ -33,7 +37,7 @@ def log_evidence(log_weights: ArrayLike, roots: ArrayLike | None = None) -> Esti
     """
     lw = as_log_weights(log_weights)
     estimate = logsumexp(lw, axis=POOL) - np.log(num_draws(lw))
-    return estimate, standard_error(estimate, evidence_influence(lw), roots=roots)
+    return estimate, standard_error(estimate, evidence_influence(lw, roots), roots=roots)
 
 
 def chain_log_evidence(log_weights: ArrayLike) -> Array:
@@ -51,6 +55,20 @@ def ess(log_weights: ArrayLike) -> Array:
     return weights.sum(axis=POOL) ** 2 / np.maximum(np.sum(weights**2, axis=POOL), np.finfo(float).tiny)
 
 
+def smallest_ess(log_weights: ArrayLike, ess_by_step: ArrayLike | None) -> Array:
+    """Return the smallest effective sample size of particles along the way, (prompt,).
+
+    Resampling makes weights equal again, so that the ESS at the end says little.
+
+    :param ess_by_step: (chain, step, prompt), before each resampling, of which the chains' are summed; None for draws
+        without steps.
+    """
+    size = ess(log_weights)
+    if ess_by_step is None:
+        return size
+    return np.asarray(np.minimum(size, np.asarray(ess_by_step).sum(axis=0).min(axis=0, initial=np.inf)))
+
+
 def psis(log_weights: ArrayLike) -> tuple[Array, Array]:
     """Return Pareto-smoothed log weights (chain, draw, prompt), normalised for each prompt, and k̂, (prompt,).
 
@@ -58,9 +76,8 @@ def psis(log_weights: ArrayLike) -> tuple[Array, Array]:
     tail index is k̂. Below 0.7 the estimates can be trusted; above, the proposal misses part of the posterior. Draws of
     zero weight keep it and take no part in the fit.
 
-    k̂ is NaN, and the weights stay raw, if the tail is not that of a continuous distribution: few draws, constant
-    weights, a reward with few values (use `ess` instead). k̂ is inf, and the weights stay raw, if the tail is too heavy
-    to be fitted.
+    k̂ is NaN, and the weights stay raw, if the tail is not that of a continuous distribution: `khat_reasons` says why. k̂
+    is inf, and the weights stay raw, if the tail is too heavy to be fitted.
     Source: Vehtari, Simpson, Gelman, Yao, Gabry 2024, arXiv 1507.02646.
 
     :raises ValueError: if every weight of a prompt is zero.
@@ -72,13 +89,35 @@ def psis(log_weights: ArrayLike) -> tuple[Array, Array]:
     for prompt in range(smoothed.shape[2]):
         column = smoothed[..., prompt]
         alive = np.isfinite(column)
-        if _has_pareto_tail(column[alive]):
+        if not _tail_problem(column[alive]):
             values, khat[prompt] = psislw(column[alive])
             if np.isfinite(khat[prompt]) and np.isfinite(values).all():
                 column[alive] = values
             else:
                 khat[prompt] = np.inf
     return normalise(smoothed), khat
+
+
+def khat_reasons(log_weights: ArrayLike) -> list[str]:
+    """Return for each prompt why its k̂ cannot be told, or an empty string where it can.
+
+    The reasons: few draws of positive weight, weights that are all equal, or largest weights that are equal or nearly
+    equal or lie on few levels, as those of a reward of 0 or 1 or of counts. Look at the ESS and `levels` instead.
+    """
+    lw = as_log_weights(log_weights)
+    return [_tail_problem(column[np.isfinite(column)]) for column in lw.reshape(-1, lw.shape[2]).T]
+
+
+def smoothed_where_reliable(log_weights: ArrayLike) -> Array:
+    """Return normalised log weights (chain, draw, prompt), Pareto-smoothed where k̂ < 0.7, else raw.
+
+    Where k̂ is larger, or cannot be told, the fitted tail is not that of the weights, and its quantiles would move the
+    estimates by any amount.
+
+    :raises ValueError: if every weight of a prompt is zero.
+    """
+    smoothed, khat = psis(log_weights)
+    return np.where(khat < KHAT_LIMIT, smoothed, normalise(log_weights))
 
 
 def normalise(log_weights: ArrayLike) -> Array:
@@ -114,10 +153,38 @@ def num_draws(array: Array) -> int:
     return array.shape[0] * array.shape[1]
 
 
-def evidence_influence(log_weights: Array) -> Array:
-    """Return φ = w / mean(w), the influence of each draw on log mean(w) up to a constant, (chain, draw, prompt)."""
+def evidence_influence(log_weights: Array, roots: ArrayLike | None = None) -> Array:
+    """Return the influence of each draw on log mean(w) up to a constant, (chain, draw, prompt).
+
+    φ = w / mean(w); where the ESS of independent draws is small, that of the jackknife (`jackknife_influence`).
+    """
     weights = _relative(log_weights)
-    return weights / np.maximum(weights.mean(axis=POOL), np.finfo(float).tiny)
+    total = np.maximum(weights.sum(axis=POOL), np.finfo(float).tiny)
+    phi = weights * num_draws(weights) / total
+    if roots is None and (few := has_small_ess(log_weights)).any():
+        with np.errstate(divide="ignore"):
+            without = np.log(np.maximum(total - weights, 0.0))
+        phi = np.where(few, jackknife_influence(without), phi)
+    return phi
+
+
+def has_small_ess(log_weights: Array) -> Array:
+    """Return whether the jackknife takes the place of the delta method, (prompt,)."""
+    return ess(log_weights) < JACKKNIFE_ESS
+
+
+def jackknife_influence(without: Array) -> Array:
+    """Return φ_i = (N − 1) (mean(θ_−) − θ_−i), whose variance over N is that of the jackknife, (chain, draw, prompt).
+
+    Where few draws have most of the weight, the estimate is far from linear in a draw's share, and the delta method's
+    error is too small. In 14 families of weights with 64 to 1024 draws the share of log Z, E[l] and KL within two
+    errors was never lower, and by up to 0.24 higher where the ESS was below 20; above 100 both are the same.
+    Source: Efron and Stein 1981, The jackknife estimate of variance; Owen 2013, ch. 9.
+
+    :param without: θ_−i, the estimate without draw i, (chain, draw, prompt).
+    """
+    with np.errstate(invalid="ignore"):  # an estimate that needs one draw has no error: NaN, which is shown as inf
+        return (num_draws(without) - 1) * (without.mean(axis=POOL) - without)
 
 
 def standard_error(
@@ -142,7 +209,7 @@ def standard_error(
     """
     count = clusters = num_draws(influence)
     if roots is not None:
-        influence, alive = _by_root(influence, np.asarray(roots))
+        influence, alive = by_root(influence, np.asarray(roots))
         clusters = alive.sum(axis=POOL)
     with np.errstate(invalid="ignore", divide="ignore"):
         spread = np.sum((influence - influence.mean(axis=POOL)) ** 2, axis=POOL) / count
@@ -153,10 +220,10 @@ def standard_error(
 def num_roots(roots: ArrayLike) -> Array:
     """Return the number of roots that have descendants among the particles, (prompt,)."""
     roots = np.asarray(roots)
-    return _by_root(np.zeros(roots.shape), roots)[1].sum(axis=POOL)
+    return by_root(np.zeros(roots.shape), roots)[1].sum(axis=POOL)
 
 
-def _by_root(influence: Array, roots: Array) -> tuple[Array, Array]:
+def by_root(influence: Array, roots: Array) -> tuple[Array, Array]:
     """Return Σ φ over the descendants of each root, and whether it has any, both (chain, root, prompt)."""
     chains, size, columns = influence.shape
     chain, _, column = np.ogrid[:chains, :size, :columns]
@@ -172,10 +239,24 @@ def _relative(log_weights: Array) -> Array:
     return np.exp(log_weights - np.where(np.isneginf(peak), 0.0, peak))
 
 
-def _has_pareto_tail(lw: Array) -> bool:
-    """Whether the largest values have enough distinct ones and no atom at their lower end, as ArviZ 1.x requires."""
+def _tail_problem(lw: Array) -> str:
+    """Return why the largest of the log weights (draw,) tell no k̂, or an empty string.
+
+    With the tail t_0 < ... < t_M, the gaps (M − i + 1) (t_i − t_{i−1}) of an exponential distribution are independent,
+    of the same exponential distribution (Rényi 1953), so their median is their mean times ln 2. The tail of a reward
+    with few levels has many gaps that are small or zero, and a few large ones. The three last gaps do not count, as one
+    draw far out is what k̂ is for.
+    """
     size = int(min(len(lw) / 5, 3 * np.sqrt(len(lw))))
-    tail = np.sort(lw)[len(lw) - size - 1 :]  # the cutoff, then the tail
-    if np.count_nonzero(np.diff(tail) > TIE) < MIN_TAIL:
-        return False
-    return bool(tail[int(size / 4 + 0.5)] - tail[1] > TIE)
+    tail = np.sort(lw)[max(len(lw) - size - 1, 0) :]  # the cutoff, then the tail
+    if len(lw) > 1 and tail[-1] - lw.min() < TIE:
+        return "all weights are equal"
+    if size < MIN_TAIL:
+        return f"only {len(lw)} draws have positive weight, {5 * MIN_TAIL} are needed"
+    gaps = np.diff(tail)
+    normalised = gaps * np.arange(size, 0, -1)
+    if np.mean(gaps < TIE) > 1 / 4 or np.median(normalised[:-3]) < LUMPY * normalised[:-3].mean():
+        return f"the {size} largest weights are ties, or nearly: they have few levels"
+    if np.median(normalised) < NEARLY_EQUAL:
+        return f"the {size} largest weights are nearly equal"
+    return ""

@@ -77,7 +77,7 @@ def engines(n: int, bound: float) -> dict[str, Run]:
 
     def learned(model: Any, seed: int) -> tuple[Posterior, int]:
         twist = TwistLearning(num_particles=n // 2, seed=seed, **quiet).run(model, PROMPTS)
-        posterior = SMC(n // 2, twist=twist, proposal="twist", seed=seed, **quiet).run(model, PROMPTS)
+        posterior = SMC(n // 2, 1, twist=twist, proposal="twist", seed=seed, **quiet).run(model, PROMPTS)
         return posterior, twist.stats["tokens"] + posterior.stats["tokens"]
 
     return {
@@ -86,10 +86,12 @@ def engines(n: int, bound: float) -> dict[str, Run]:
             lambda seed: RejectionSampling(n, max_proposals=n, log_bound=bound, seed=seed, **quiet)
         ),
         "BestOfN, n = 8": once(lambda seed: BestOfN(8, num_samples=n // 8, seed=seed, **quiet)),
-        "SMC, text so far": once(lambda seed: SMC(n, twist="partial", seed=seed, **quiet)),
-        "SMC, text so far, proposing": once(lambda seed: SMC(n, twist="partial", proposal="twist", seed=seed, **quiet)),
+        "SMC, text so far": once(lambda seed: SMC(n, 1, twist="partial", seed=seed, **quiet)),
+        "SMC, text so far, proposing": once(
+            lambda seed: SMC(n, 1, twist="partial", proposal="twist", seed=seed, **quiet)
+        ),
         "SMC, learned twist, proposing": learned,
-        "AnnealedSMC": once(lambda seed: AnnealedSMC(max(16, n // 8), cess=0.8, seed=seed, **quiet)),
+        "AnnealedSMC": once(lambda seed: AnnealedSMC(max(16, n // 8), 1, cess=0.8, seed=seed, **quiet)),
         "MCMC, 16 chains": once(
             lambda seed: MCMC(n // 16, warmup=n // 64, initial_particles=n // 4, seed=seed, **quiet)
         ),

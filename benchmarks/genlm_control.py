@@ -51,7 +51,7 @@ def theirs(peer: Peer, particles: int, seed: int) -> Run:
 
 
 def ours(model: TiltedLM, particles: int, seed: int) -> Run:
-    engine = SMC(num_particles=particles, twist="partial", resampling="systematic", seed=seed, progress=False)
+    engine = SMC(particles, 1, twist="partial", resampling="systematic", seed=seed, progress=False)
     start = time.perf_counter()
     posterior = engine.run(model, [PROMPT])
     seconds = time.perf_counter() - start

@@ -78,15 +78,13 @@ def main() -> None:
     ImportanceSampling(num_particles=2, progress=False).run(model, PROMPTS)  # warm up
     engines = {
         "ImportanceSampling, 64 particles": ImportanceSampling(num_particles=64, seed=0, progress=False),
-        "SMC, 64 particles, partial": SMC(num_particles=64, twist="partial", seed=0, progress=False),
-        "the same, resampled at every token": SMC(
-            num_particles=64, twist="partial", ess_threshold=1.0, seed=0, progress=False
-        ),
+        "SMC, 64 particles, partial": SMC(64, 1, twist="partial", seed=0, progress=False),
+        "the same, resampled at every token": SMC(64, 1, twist="partial", ess_threshold=1.0, seed=0, progress=False),
         "the same, 16 candidates a token": SMC(
-            num_particles=64, twist="partial", proposal="twist", top_k=16, seed=0, progress=False
+            64, 1, twist="partial", proposal="twist", top_k=16, seed=0, progress=False
         ),
         "AnnealedSMC, 64 particles, 4 temperatures": AnnealedSMC(
-            num_particles=64, ladder=(0.1, 0.3, 0.6, 1.0), seed=0, progress=False
+            64, 1, ladder=(0.1, 0.3, 0.6, 1.0), seed=0, progress=False
         ),
         "MCMC, 16 chains, 8 sweeps": MCMC(
             num_samples=6, warmup=2, num_chains=16, initial_particles=16, seed=0, progress=False

@@ -34,7 +34,7 @@ def main() -> None:
     for particles in options.particles:
         for tokens in options.tokens:
             model = TiltedLM(lm, rewards.Sentiment(), 0.1, max_new_tokens=tokens)
-            engine = SMC(num_particles=particles, twist="partial", seed=0, progress=False)
+            engine = SMC(num_chains=1, num_particles=particles, twist="partial", seed=0, progress=False)
             runs = [engine.run(model, [PROMPT]).stats for _ in range(options.repeats)]
             seconds = statistics.median(stats["seconds"] for stats in runs)
             first = runs[0]

@@ -52,7 +52,8 @@ class AnnealedSMC:
     """Weighted particles that move from the prior to the posterior, with a ladder for each prompt of each chain.
 
     :param num_particles: the number of particles in each chain.
-    :param num_chains: the number of independent chains, each resampled within itself.
+    :param num_chains: the number of independent chains (islands), each resampled within itself; whether they agree is
+        a check that one chain cannot give.
     :param ladder: inverse temperatures, ascending from above 0 to 1; None for an adaptive ladder.
     :param cess: the share of the particles to which the conditional ESS falls at each step of an adaptive ladder.
     :param num_sweeps: the number of sweeps of moves at each inverse temperature.
@@ -68,7 +69,7 @@ class AnnealedSMC:
     """
 
     num_particles: Count = 64
-    num_chains: Count = 1
+    num_chains: Count = 4
     ladder: Sequence[Finite] | None = None
     cess: Annotated[float, Within("(0, 1)")] = 0.9
     num_sweeps: Count = 1
@@ -147,6 +148,7 @@ class AnnealedSMC:
                 | tally.stats()
                 | {"interrupted": interrupted},
                 prior=initial,
+                from_prior=len(initial),
             )
 
     def _next(self, population: Population, state: Particles, gamma: Tensor, step: int) -> Tensor:

@@ -114,4 +114,5 @@ class ImportanceSampling:
                 conditional=retained is not None,
                 stats=watch.stats() | {"interrupted": interrupted},
                 prior=particles if guide is None else None,
+                from_prior=len(particles) if guide is None else None,
             )

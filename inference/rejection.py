@@ -120,6 +120,8 @@ class RejectionSampling:
                 evidence=diagnostics.log_evidence(log_weights),
                 stats=stats,
                 prior=proposals,
+                from_prior=len(proposals),
+                log_bound=bound,
             )
 
     def _propose(self, program: Program, bound: float) -> tuple[Particles, torch.Tensor, bool]:
@@ -228,4 +230,5 @@ class BestOfN:
                     "interrupted": interrupted,
                 },
                 prior=candidates,
+                from_prior=len(candidates),
             )

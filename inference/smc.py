@@ -59,8 +59,8 @@ class SMC:
     """Weighted particles that are resampled while their completions are written.
 
     :param num_particles: the number of particles in each chain.
-    :param num_chains: the number of independent chains, each resampled within itself. As many run at once as bounded
-        memory allows.
+    :param num_chains: the number of independent chains (islands), each resampled within itself; whether they agree is
+        a check that one chain cannot give. As many run at once as bounded memory allows.
     :param twist: the twist that weights unfinished texts. None: 1. "prefix": exp of the program's own factors, by the
         ``prefix`` methods of its rewards (`Reward.prefix`). "partial": the same, except that rewards without such a
         method score the text so far as if it were finished. A `Twist` (from `TwistLearning`), or a mapping from the
@@ -83,7 +83,7 @@ class SMC:
     """
 
     num_particles: Count = 64
-    num_chains: Count = 1
+    num_chains: Count = 4
     twist: str | Twist | Mapping[str, str | Twist] | LanguageModel | None = None
     proposal: str | LanguageModel | Callable[..., Any] | None = None
     top_k: Count = 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import typer
 
 from bayeslm.files import atomic_file
-from bayeslm.posterior import Posterior
+from bayeslm.posterior import DiagnosticsWarning, Posterior
 
 from . import report
 from .console import INTERRUPTED, err_console, out_console
@@ -34,7 +35,9 @@ def compare(
             posteriors[name] = saved
             continue
         try:
-            posteriors[name] = engine.run(model, prompts, **columns)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DiagnosticsWarning)  # they stand below the tables
+                posteriors[name] = engine.run(model, prompts, **columns)
         except BaseException as error:
             policy = error.so_far.policy if isinstance(error, RunError) else None
             checkpoint = getattr(engine, "checkpoint", None)

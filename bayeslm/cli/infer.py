@@ -66,7 +66,9 @@ def infer(
     target_ess: Annotated[float | None, typer.Option(help="adaptive, auto: effective draws that end the run.")] = None,
     seconds: Annotated[float | None, typer.Option(help="adaptive, auto: seconds after which it ends.")] = None,
     samples: Annotated[int | None, typer.Option(help="rejection, bestofn, mcmc, svi: number of draws.")] = None,
-    chains: Annotated[int | None, typer.Option(help="Number of independent chains. Default: 1, mcmc: 16.")] = None,
+    chains: Annotated[
+        int | None, typer.Option(help="Number of independent chains. Default: 1; smc, annealed: 4; mcmc: 16.")
+    ] = None,
     twist: Annotated[
         str | None,
         typer.Option(

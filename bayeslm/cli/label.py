@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from bayeslm.posterior import DiagnosticsWarning
 
 from .console import INTERRUPTED, err_console, one_line_errors, out_console
 from .inputs import language_model, load_reward, read_texts
@@ -107,7 +110,9 @@ def label(
             pool = _pool(files["pool"], new_prompts, lm, completions, max_new_tokens, seed)
             elicitation = _elicitation(pool, acquisition, features, components, lm, seed)
             session = Session(files["labels"], files["skipped"], elicitation, pool)
-            stopped = session.run(answering, number)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DiagnosticsWarning)  # of every fit after an answer, amid the questions
+                stopped = session.run(answering, number)
         session.show()
         out_console.print(f"{out}: {len(session.labels)} labels")
         if stopped:

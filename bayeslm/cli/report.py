@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator, Mapping
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from bayeslm import diagnostics
+from bayeslm import diagnostics, reliability
 from bayeslm.posterior import Posterior
+from bayeslm.reliability import ESS_LIMIT, TELLING
+from bayeslm.weights import KHAT_LIMIT
 
 from .console import content
-
-KHAT_LIMIT = 0.7  # above it, estimates by importance weights are unreliable (Vehtari et al., arXiv 1507.02646)
-ESS_LIMIT = 20.0  # below it, their standard errors are unreliable too
 
 
 def comparisons(posteriors: Mapping[str, Posterior]) -> Iterator[Table]:
@@ -49,7 +49,7 @@ def _rows(name: str, posterior: Posterior) -> Iterator[list[list[str]]]:
         yield cells(name, weighted=True)
 
 
-def _cells(row: Mapping[Hashable, float], *, is_policy: bool, repeated: bool) -> list[str]:
+def _cells(row: Mapping[Hashable, Any], *, is_policy: bool, repeated: bool) -> list[str]:
     def value(column: str, digits: int = 2) -> str:
         number = row.get(column, math.nan)
         if not math.isfinite(number):
@@ -62,12 +62,26 @@ def _cells(row: Mapping[Hashable, float], *, is_policy: bool, repeated: bool) ->
         value("reward"),
         value("kl_to_prior"),
         value("kl_to_posterior") if is_policy else "–",
-        "–" if is_policy else value("log_evidence"),
-        "–" if is_policy else value("ess", 0),
+        "–" if is_policy else value("log_evidence") + _limit(row),
+        "–" if is_policy else value("ess_min" if "ess_min" in row else "ess", 0) + _roots(row),
         "–" if is_policy else value("khat"),
         "" if repeated else value("seconds", 0),
         "" if repeated else value("tokens_per_second", 0),
     ]
+
+
+def _limit(row: Mapping[Hashable, Any]) -> str:
+    """Return the upper limit of log Z on a line of its own, where the weights say nothing of what is rare."""
+    known = row["log_evidence"] + 2 * row["log_evidence_se"]
+    tells = (row.get("khat_reason") or row["log_evidence_se"] == 0) and row.get(
+        "log_evidence_high", -math.inf
+    ) > known + TELLING
+    return f"\n<{row['log_evidence_high']:.2f}" if tells else ""
+
+
+def _roots(row: Mapping[Hashable, Any]) -> str:
+    """Return the number of particles' surviving roots in parentheses."""
+    return f" ({row['roots']:.0f})" if "roots" in row else ""
 
 
 def _has_policy(posterior: Posterior) -> bool:
@@ -98,9 +112,12 @@ def show(posteriors: Mapping[str, Posterior], console: Console, k: int = 3) -> N
     for table in comparisons(posteriors):
         console.print(table)
     policy = "A trained policy has two rows: its own draws, and the same draws weighted towards the posterior. "
+    particles = ""
+    if any(posterior.roots is not None for posterior in posteriors.values()):
+        particles = "; of particles the smallest ESS along the way, and (the roots that have descendants)"
     console.print(
         f"Means ± one standard error; KL in nats. {policy if any(map(_has_policy, posteriors.values())) else ''}"
-        f"Weights are reliable if k̂ < {KHAT_LIMIT} and ESS > {ESS_LIMIT:.0f}.\n",
+        f"Weights are reliable if k̂ < {KHAT_LIMIT} and ESS > {ESS_LIMIT:.0f}{particles}.\n",
         style="dim",
     )
     texts = best_texts(posteriors, k)
@@ -122,18 +139,6 @@ def warnings(posteriors: Mapping[str, Posterior]) -> list[str]:
             lines.append(f"{name} was interrupted: its figures are of the draws or steps before that.")
         if posterior.conditional:
             lines.append(f"{name} retained draws of the posterior: use it for bounds on log Z, not for comparison.")
-        if posterior.kind not in ("weighted", "particles"):
-            continue
-        size, labels = diagnostics.ess(posterior.log_weights), posterior.prompt_labels
-        if posterior.roots is not None:
-            for label, ess, roots in zip(labels, size, diagnostics.num_roots(posterior.roots), strict=False):
-                if ess < ESS_LIMIT or roots < ESS_LIMIT:
-                    lines.append(
-                        f"{name}, {label!r}: ESS {ess:.0f}, all draws descend from {roots} first particles: use more "
-                        "particles or chains, or a better twist or proposal."
-                    )
-            continue
-        for label, khat, ess in zip(labels, diagnostics.psis(posterior.log_weights)[1], size, strict=False):
-            if khat > KHAT_LIMIT or ess < ESS_LIMIT:
-                lines.append(f"{name}, {label!r}: k̂ {khat:.2f}, ESS {ess:.0f}: use more draws or a better proposal.")
+        for label, sentences in zip(posterior.prompt_labels, reliability.problems(posterior), strict=False):
+            lines += [f"{name}, {label!r}: {sentence}" for sentence in sentences]
     return lines

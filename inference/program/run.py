@@ -15,7 +15,8 @@ import torch
 from pyro.poutine import runtime
 from torch import Tensor
 
-from bayeslm import diagnostics
+from bayeslm import diagnostics, reliability
+from bayeslm.bounds import unseen_limit
 from bayeslm.models.lm import Encoded, count_usage, differentiating, exclusive
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
@@ -232,6 +233,8 @@ def posterior(
     roots: Tensor | None = None,
     conditional: bool = False,
     prior: Particles | None = None,
+    from_prior: float | None = None,
+    log_bound: float | None = None,
     policy: Any = None,
 ) -> Posterior:
     """Return particles, chain-major, as a `Posterior` of ``num_chains`` chains; a remainder is dropped.
@@ -247,6 +250,9 @@ def posterior(
     :param roots: of kind "particles", (particle, prompt), see `Posterior.roots`.
     :param conditional: whether particle 0 of each chain began as a draw of the posterior, see `Posterior.conditional`.
     :param prior: draws of the prior, for comparison.
+    :param from_prior: the number of draws of the prior behind the estimate of log Z (αN for N draws of a mixture that
+        has the prior with share α); None if there are none. With a bound they give `Posterior.log_evidence_high`.
+    :param log_bound: an upper bound of the sum of all log-likelihood terms; None takes the program's own, if any.
     :param policy: the trained policy, of `SVI`.
     :raises EvidenceError: if every weight of a prompt is zero, or a chain has no draw.
     """
@@ -278,6 +284,11 @@ def posterior(
     has_bound = kind in ("weighted", "particles")
     if kind == "weighted":
         stats |= {"ess": diagnostics.ess(weights), "khat": diagnostics.psis(weights)[1]}
+    high, bound = None, float(getattr(program.model, "log_bound", np.inf) if log_bound is None else log_bound)
+    if np.isfinite(bound):
+        stats |= {"log_bound": bound}
+        if from_prior and not conditional:
+            high = unseen_limit(*evidence, bound, from_prior)
     values = {name: split(particles.values[name]) for name in _kept(program)}
     texts, lengths = {}, {}
     for site in program.completions:
@@ -285,7 +296,7 @@ def posterior(
         lengths[site.name] = split(site.fn.lengths(value))
         if site.fn.has_text:
             texts[site.name] = _decoded(program, site, value).reshape(lengths[site.name].shape)
-    return Posterior(
+    result = Posterior(
         samples=values,
         log_weights=weights,
         log_joint=split(particles.log_joint),
@@ -294,6 +305,7 @@ def posterior(
         log_evidence_stderr=evidence[1],
         log_evidence_lower=by_chain.mean(0) if has_bound and not conditional else None,
         log_evidence_upper=by_chain.mean(0) if has_bound and conditional else None,
+        log_evidence_high=high,
         roots=origins,
         conditional=conditional,
         kind=kind,
@@ -308,6 +320,8 @@ def posterior(
         stats=stats,
         policy=policy,
     )
+    reliability.warn(result)
+    return result
 
 
 def _decoded(program: Program, site: Site, value: Tensor) -> np.ndarray:

@@ -27,6 +27,7 @@ from bayeslm.cli import report
 from bayeslm.inference import Exact, ImportanceSampling, ProgramError, RejectionSampling
 from bayeslm.inference.program import inspect
 from bayeslm.inference.training import AutoPolicy
+from bayeslm.posterior import DiagnosticsWarning
 
 LIMIT = 4.0
 PROMPTS = [[1, 2], [3]]
@@ -265,6 +266,27 @@ def test_limits_are_student_s() -> None:
     np.testing.assert_allclose(table["log_evidence_lower_se"], runs.log_weights[:, 0].std(0, ddof=1) / 2)
 
 
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.1])
+@pytest.mark.parametrize("chains", [4, 10, 30])
+def test_a_mode_that_no_exact_draw_hits_is_within_the_limit(chains: int, share: float) -> None:
+    """A mode of prior probability 1e-4 and this posterior share, 400 replicates as prompts, 32 draws a chain.
+
+    The nominal 95% are reached by the limit. The Student interval alone covers as little as 0.4, and a warning says so.
+    """
+    rng = np.random.default_rng(0)
+    height = math.log(share / (1 - share) * (1 - 1e-4) / 1e-4)
+    truth = math.log1p(1e-4 * math.expm1(height))
+    prior = height * (rng.random((2, chains, 32, 400)) < 1e-4) + 0.1 * rng.normal(size=(2, chains, 32, 400)) - 0.005
+    prior[1, :, 0] = height * (rng.random((chains, 400)) < share) + 0.1 * rng.normal(size=(chains, 400)) + 0.005
+    with pytest.warns(DiagnosticsWarning, match=f"{chains} retained draws may all miss a part of the posterior"):
+        table = diagnostics.certify(weights_only(prior[0]), weights_only(prior[1], conditional=True))
+    covered = (table["log_evidence_low"] <= truth) & (truth <= table["log_evidence_limit"])
+    assert covered.mean() >= 0.95
+    hit = (prior[1, :, 0] > height / 2).any(0)
+    assert (table["log_evidence_high"][~hit] < truth).mean() > (0.5 if share > 0.05 else 0.0)
+    assert (table["log_evidence_limit"] - table["log_evidence_high"]).iloc[0] < 4.0 / chains
+
+
 def test_particles_are_bounded_as_a_whole() -> None:
     rng = np.random.default_rng(0)
     roots = np.zeros((4, 8, 2), dtype=int)
@@ -275,7 +297,13 @@ def test_particles_are_bounded_as_a_whole() -> None:
     assert not [name for name in table if "posterior" in name]
     assert list(diagnostics.certify(runs, weights_only(rng.normal(size=(4, 8, 2)), conditional=True)).columns) == [
         *(f"log_evidence_{end}{se}" for end in ("lower", "upper") for se in ("", "_se")),
-        *("log_evidence_low", "log_evidence_high", "kl_from_posterior_low", "kl_from_posterior_high"),
+        *(
+            "log_evidence_low",
+            "log_evidence_high",
+            "log_evidence_limit",
+            "kl_from_posterior_low",
+            "kl_from_posterior_high",
+        ),
         "kl_sampler_high",
     ]
 

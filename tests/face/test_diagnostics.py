@@ -64,6 +64,33 @@ def test_exact_draws_give_the_truth_with_honest_standard_errors(name: str) -> No
     assert_calibrated(*estimator(TOY.posterior(2, "exact")), truth)
 
 
+@pytest.mark.parametrize("scale", [0.25, 0.4, 0.6, 0.9, 1.5], ids=lambda scale: f"scale {scale}")
+def test_all_estimates_are_by_the_same_weights(scale: float) -> None:
+    """KL = E[l] - log Z for the estimates too, and by the raw weights, whatever k-hat is (here 0.9 to -0.5)."""
+    posterior = Gaussian(scale=scale).posterior(0, prompts=20)
+    likelihood = posterior.log_likelihood["y"]
+    weights = np.exp(posterior.log_weights)
+    mean = (weights * likelihood).sum((0, 1)) / weights.sum((0, 1))
+    np.testing.assert_allclose(diagnostics.expectation(posterior, likelihood)[0], mean)
+    np.testing.assert_allclose(diagnostics.kl_to_prior(posterior)[0], mean - posterior.log_evidence)
+    joint = diagnostics.expectation(posterior, posterior.log_joint)[0]
+    np.testing.assert_allclose(diagnostics.entropy(posterior)[0], posterior.log_evidence - joint)
+
+
+@pytest.mark.parametrize("level", [5.0, 15.0, 40.0])
+def test_rare_successes_keep_their_weight_and_divergences_are_positive(level: float) -> None:
+    """Success 1 or 0 with probability 0.02, 300 draws: the estimate is that of the raw weights, and KL(., p) >= 0."""
+    rng = np.random.default_rng(1)
+    reward = (rng.random((1, 300, 50)) < 0.02) + 1e-3 * rng.normal(size=(1, 300, 50))  # nearly tied
+    posterior = TOY.posterior(0, prompts=50)
+    fields = {"log_weights": level * reward, "log_joint": level * reward, "log_likelihood": {"reward": level * reward}}
+    posterior = replace(posterior, **fields, samples={"x": reward}, prior={})
+    hits = (reward > 0.5).sum((0, 1))
+    odds = hits / (300 - hits) * np.exp(level)
+    np.testing.assert_allclose(diagnostics.expectation(posterior, reward)[0], odds / (1 + odds), atol=0.02)
+    assert (diagnostics.kl_to_prior(posterior)[0] > 0).all()
+
+
 WALK = RandomWalk()
 FILTERED: dict[str, tuple[Callable[[Posterior], diagnostics.Estimate], float]] = {
     "first state": (lambda p: diagnostics.expectation(p, p.samples["x"][..., 0]), WALK.mean[0]),
@@ -385,3 +412,32 @@ def test_two_completions_have_columns_of_their_own() -> None:
     table = diagnostics.summary(both)
     assert table["distinct_2_completion"].notna().all()
     assert table["distinct_2_reply"].isna().all()  # one token long
+
+
+@pytest.mark.parametrize("estimate", ["log Z", "E[l]", "KL", "entropy"])
+@pytest.mark.parametrize("spread", [0.5, 2.0, 4.0])
+def test_errors_of_a_small_ess_are_those_of_leaving_each_draw_out(estimate: str, spread: float) -> None:
+    rng = np.random.default_rng(0)
+    lw = spread * rng.normal(size=(2, 20, 3))
+    fields = {"log_weights": lw, "log_joint": lw - rng.random(lw.shape), "log_likelihood": {"y": lw}, "prior": {}}
+    posterior = replace(TOY.posterior(0, prompts=3), **fields, samples={"x": lw})
+    functions: dict[str, Callable[[Posterior], diagnostics.Estimate]] = {
+        "log Z": lambda p: diagnostics.log_evidence(p.log_weights),
+        "E[l]": lambda p: diagnostics.expectation(p, p.log_likelihood["y"]),
+        "KL": diagnostics.kl_to_prior,
+        "entropy": diagnostics.entropy,
+    }
+
+    def without(i: int) -> np.ndarray:
+        rest = {
+            name: np.delete(x.reshape(1, 40, 3), i, axis=1) for name, x in fields.items() if isinstance(x, np.ndarray)
+        }
+        likelihood = {"y": rest["log_weights"]}
+        part = replace(posterior, **rest, log_likelihood=likelihood, samples={"x": rest["log_weights"]})
+        return functions[estimate](part)[0]
+
+    each = np.array([without(i) for i in range(40)])
+    expected = np.sqrt(39 / 40 * ((each - each.mean(0)) ** 2).sum(0))
+    np.testing.assert_allclose(functions[estimate](posterior)[1], expected, rtol=1e-6)
+    needs_one = np.r_[0.0, np.full(39, -2000.0)].reshape(1, 40, 1)
+    assert diagnostics.log_evidence(needs_one)[1] == np.inf

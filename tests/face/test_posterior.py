@@ -88,9 +88,14 @@ def test_weights_by_kind() -> None:
     np.testing.assert_allclose(enumerated().weights()[0].T, TARGET)
     markov = Gaussian().posterior(0, "markov", prompts=2)
     np.testing.assert_array_equal(markov.weights(), np.full((4, 250, 2), 0.001))
-    smoothed = Gaussian(scale=0.4).posterior(0, prompts=2)
-    np.testing.assert_allclose(smoothed.weights(), np.exp(diagnostics.psis(smoothed.log_weights)[0]))
+    smoothed = Gaussian(scale=0.7).posterior(0, prompts=2)
+    weights, khat = diagnostics.psis(smoothed.log_weights)
+    assert (khat < 0.7).all()
+    np.testing.assert_allclose(smoothed.weights(), np.exp(weights))
     assert not np.allclose(smoothed.weights(), np.exp(normalise(smoothed.log_weights)))
+    unreliable = Gaussian(scale=0.2).posterior(0, prompts=2)
+    assert (diagnostics.psis(unreliable.log_weights)[1] > 0.7).all()
+    np.testing.assert_allclose(unreliable.weights(), np.exp(normalise(unreliable.log_weights)))
 
 
 def test_particles_keep_their_weights_and_lose_their_roots_when_resampled() -> None:

@@ -139,9 +139,8 @@ def test_cost_is_linear_in_particles_and_tokens(particles, tokens):
     """One prefill of the prompts, then one forward pass a token: resampling computes nothing anew."""
     lm = tiny_llama(seed=0, eos_token_ids=(), pad_token_id=0)
     model = tilted(lm, score_table(0, tokens=tokens), 0.2)
-    posterior = SMC(num_particles=particles, twist="partial", ess_threshold=1.0, seed=0, progress=False).run(
-        model, PROMPTS
-    )
+    engine = SMC(particles, 1, twist="partial", ess_threshold=1.0, seed=0, progress=False)
+    posterior = engine.run(model, PROMPTS)
     assert posterior.stats["resampled"][:, :-1].all()
     assert posterior.stats["model_calls"] == tokens
     assert posterior.stats["tokens"] == 2 * 3 + 2 * particles * (tokens - 1)  # prompts are padded to 3

@@ -14,9 +14,11 @@ from bayeslm.visible import visible
 
 
 class Report(Protocol):
-    """A function to call after each step, with figures to show next to the bar."""
+    """A function to call after each step, with figures to show next to the bar, and a new label for it."""
 
-    def __call__(self, advance: int = 1, values: Mapping[str, float] | None = None) -> None: ...
+    def __call__(
+        self, advance: int = 1, values: Mapping[str, float] | None = None, what: str | None = None
+    ) -> None: ...
 
 
 @contextlib.contextmanager
@@ -40,8 +42,9 @@ def track(what: str, total: int | None, enabled: bool = True) -> Iterator[Report
     with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
         task = bar.add_task(visible(what), total=total, values="")
 
-        def report(advance: int = 1, values: Mapping[str, float] | None = None) -> None:
+        def report(advance: int = 1, values: Mapping[str, float] | None = None, what: str | None = None) -> None:
             text = "  ".join(f"{name} {value:.3g}" for name, value in (values or {}).items())
-            bar.update(task, advance=advance, values=visible(text))
+            description = None if what is None else visible(what)
+            bar.update(task, advance=advance, values=visible(text), description=description)
 
         yield report

@@ -1,6 +1,8 @@
 """How to infer it: interchangeable engines, each ``Engine(...).run(model, *args, **kwargs) -> Posterior``."""
 
+from .adaptive_importance import AdaptiveImportance
 from .annealed import AnnealedSMC
+from .auto import Auto
 from .exact import Exact
 from .importance import ImportanceSampling
 from .laplace import Laplace
@@ -15,6 +17,8 @@ from .svi import SVI
 ENGINES = {
     "exact": Exact,
     "importance": ImportanceSampling,
+    "adaptive": AdaptiveImportance,
+    "auto": Auto,
     "rejection": RejectionSampling,
     "bestofn": BestOfN,
     "smc": SMC,
@@ -30,7 +34,9 @@ __all__ = [
     "NUTS",
     "SMC",
     "SVI",
+    "AdaptiveImportance",
     "AnnealedSMC",
+    "Auto",
     "BestOfN",
     "EvidenceError",
     "Exact",

@@ -52,17 +52,19 @@ def infer(
     engine: Annotated[
         list[str] | None,
         typer.Option(
-            help="exact, importance, rejection, bestofn, smc, annealed, mcmc or svi; repeat the option to compare "
-            "several. Default: importance."
+            help="exact, importance, adaptive, auto, rejection, bestofn, smc, annealed, mcmc or svi; repeat the option "
+            "to compare several. Default: importance."
         ),
     ] = None,
     particles: Annotated[
         int | None,
         typer.Option(
-            help="importance: number of draws; rejection: limit of proposals; bestofn: n; smc, annealed: particles in "
-            "each chain; mcmc: particles that start the chains; svi: completions per step."
+            help="importance: number of draws; adaptive, auto: the most draws; rejection: limit of proposals; bestofn: "
+            "n; smc, annealed: particles in each chain; mcmc: particles that start the chains; svi: completions a step."
         ),
     ] = None,
+    target_ess: Annotated[float | None, typer.Option(help="adaptive, auto: effective draws that end the run.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="adaptive, auto: seconds after which it ends.")] = None,
     samples: Annotated[int | None, typer.Option(help="rejection, bestofn, mcmc, svi: number of draws.")] = None,
     chains: Annotated[
         int | None, typer.Option(help="Number of independent chains. Default: 1; smc, annealed: 4; mcmc: 16.")
@@ -79,7 +81,9 @@ def infer(
         int | None,
         typer.Option(help="smc: propose the next token by the twist, among so many likeliest tokens of the prior."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="svi: number of gradient steps; mcmc: of warm-up sweeps.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="svi, adaptive: number of gradient steps; mcmc: of warm-up sweeps.")
+    ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="svi: learning rate of Adam. Default: steps find their size (TrustRegion).")
     ] = None,
@@ -175,10 +179,18 @@ def infer(
         for option, value in of_svi.items():
             if value is not None and "svi" not in names:
                 raise ValueError(f"--{option.replace('_', '-')} is for --engine svi")
+        for option, value in {"target-ess": target_ess, "seconds": seconds}.items():
+            if value is not None and not {"adaptive", "auto"} & set(names):
+                raise ValueError(f"--{option} is for --engine adaptive and auto")
         if policy is not None and not {"svi", "importance"} & set(names):
             raise ValueError("--policy is for --engine svi and importance")
         sizes: dict[str, Any] = {"particles": particles, "samples": samples, "chains": chains, "steps": steps}
-        sizes |= {"learning_rate": learning_rate, "top_k": top_k} | training
+        sizes |= {
+            "learning_rate": learning_rate,
+            "top_k": top_k,
+            "target_ess": target_ess,
+            "seconds": seconds,
+        } | training
         fixed = twist if twist in ("partial", "prefix") else None  # learned twists need the language model
         engines = {name: make_engine(name, seed=seed, twist=fixed, **sizes) for name in names}
         texts, columns = read_prompts(prompt or [], prompts)
@@ -198,7 +210,7 @@ def infer(
             folder = None if twist is None or not Path(twist).is_dir() else Path(twist)
             given |= {"twist's content": None if folder is None else checksums(folder)}
             results.begin(settings | given)
-        if "svi" not in engines:  # no weight is trained
+        if not {"svi", "adaptive", "auto"} & set(engines):  # no weight is trained
             lm, trained = lm.packed(), None if trained is None else trained.packed()
         program = functools.partial(
             TiltedLM, lm, scaled_reward, beta, max_new_tokens=max_new_tokens, temperature=temperature

@@ -12,6 +12,7 @@ from typing import Any
 from .console import err_console
 
 OPTIONS = {"num_samples": "samples", "num_steps": "steps", "warmup": "steps", "num_chains": "chains", "seed": "seed"}
+OPTIONS |= {"target_ess": "target-ess", "max_seconds": "seconds"}
 
 
 def make_engine(name: str, *, seed: int, twist: Any, **sizes: Any) -> Any:
@@ -36,6 +37,8 @@ def make_engine(name: str, *, seed: int, twist: Any, **sizes: Any) -> Any:
         "num_steps": sizes["steps"],
         "warmup": sizes["steps"],
         "num_chains": sizes["chains"],
+        "target_ess": sizes["target_ess"],
+        "max_seconds": sizes["seconds"],
         "twist": twist,
         "top_k": sizes["top_k"],
         "proposal": "twist" if name == "smc" and twist is not None and sizes["top_k"] is not None else None,

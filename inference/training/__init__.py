@@ -1,5 +1,6 @@
 """How a guide is trained: objectives, baselines, sources of particles, callbacks, Adam, checkpoints, the loop."""
 
+from .adaptation import Plan, run_adaptively
 from .auto_policy import AutoPolicy
 from .baselines import Baseline, ExponentialAverage, Texts, TokenBaseline, TokenDistribution, leave_one_out
 from .beta_schedules import KLTarget, Tempering
@@ -55,6 +56,7 @@ __all__ = [
     "NearPosterior",
     "Objective",
     "ParticleObjective",
+    "Plan",
     "Plateau",
     "Renyi",
     "Replay",
@@ -78,5 +80,6 @@ __all__ = [
     "leave_one_out",
     "of_guide",
     "of_prior",
+    "run_adaptively",
     "stack_chains",
 ]

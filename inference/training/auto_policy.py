@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import pyro
@@ -10,10 +10,13 @@ from pyro import poutine
 from pyro.distributions import Bernoulli, Categorical, Independent, OneHotCategorical
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
+from torch.distributions import biject_to
 
 from bayeslm.inference.program import Arbitrary, Program, ProgramError, Site, draw_latents
 from bayeslm.models.lm import LanguageModel
 from bayeslm.validation import Count, validated
+
+UNCONSTRAINED = "_unconstrained"  # ends the names of AutoNormal's auxiliary sites
 
 
 @validated
@@ -50,7 +53,7 @@ class AutoPolicy(nn.Module):
         self.policies = nn.ModuleList(policies.values())
         self.logits = nn.ParameterDict()
         self._distributions: dict[str, Callable[[Any], Any]] = {}
-        continuous = []
+        continuous: list[str] = []
         for site in program.latents:
             if site.is_completion:
                 self._distributions[site.name] = _with_model(policies[id(site.fn.lm)])
@@ -59,6 +62,7 @@ class AutoPolicy(nn.Module):
                 self._distributions[site.name] = self._with_logits(site.name)
             else:
                 continuous.append(site.name)
+        self.determined = tuple(continuous)  # latents whose values follow from those of auxiliary sites
         self.eval()  # a distribution has no dropout; and Pyro stays silent about frozen weights
         self.continuous: AutoNormal | None = None
         if continuous:  # its prototype is a run of the program, which needs no network
@@ -68,6 +72,18 @@ class AutoPolicy(nn.Module):
     def policy(self) -> LanguageModel | None:
         """The trained language model; the first, if the program has several."""
         return self.policies[0] if len(self.policies) else None  # type: ignore[return-value]
+
+    def auxiliary(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the guide's auxiliary values at values (particle, *batch, *event) of the latents.
+
+        They are the continuous latents in `AutoNormal`'s unconstrained coordinates. With them the guide can be scored
+        at draws that are not its own.
+        """
+        found = {}
+        for name in self.determined:
+            free = biject_to(self._program.sites[name].fn.support).inv(values[name])
+            found[name + UNCONSTRAINED] = self._program.under_plate(name, free)
+        return found
 
     def _with_logits(self, name: str) -> Callable[[Any], Any]:
         logits = self.logits[name]

@@ -214,7 +214,9 @@ def guide_trace(program: Program, guide: Callable[..., Any], particles: Particle
 
     :raises ProgramError: if the guide has auxiliary sites, as AutoNormal does, and has not drawn the particles.
     """
-    values = {site.name: particles.values[site.name] for site in program.latents} | particles.auxiliary
+    determined = getattr(guide, "determined", ()) if particles.auxiliary else ()  # which rounding could contradict
+    names = [site.name for site in program.latents if site.name not in determined]
+    values = {name: particles.values[name] for name in names} | particles.auxiliary
 
     def assignment(name: str) -> Callable[[Any], Assignment]:
         if name in particles.auxiliary:
@@ -227,7 +229,7 @@ def guide_trace(program: Program, guide: Callable[..., Any], particles: Particle
     with assign, pyro.plate(PARTICLES, n, dim=-1 - program.max_plate_nesting):
         trace = poutine.trace(program.pinned(guide)).get_trace(*program.args, **program.kwargs)
     trace = poutine.util.prune_subsample_sites(trace)
-    if unknown := [name for name, _ in sample_sites(trace) if name not in values]:
+    if unknown := [name for name, _ in sample_sites(trace) if name not in values and name not in determined]:
         raise ProgramError(
             f"the guide samples {unknown[0]!r}, which the draws to learn from do not have: learn from its own draws"
         )

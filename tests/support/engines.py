@@ -9,7 +9,19 @@ from typing import Any
 import torch
 from support.models import table_lm
 
-from bayeslm.inference import MCMC, NUTS, SMC, SVI, AnnealedSMC, BestOfN, Exact, ImportanceSampling, RejectionSampling
+from bayeslm.inference import (
+    MCMC,
+    NUTS,
+    SMC,
+    SVI,
+    AdaptiveImportance,
+    AnnealedSMC,
+    Auto,
+    BestOfN,
+    Exact,
+    ImportanceSampling,
+    RejectionSampling,
+)
 from bayeslm.models import LanguageModel
 
 
@@ -25,6 +37,7 @@ class Claims:
     :param continuous: it infers continuous latents.
     :param prior: it keeps draws of the prior.
     :param trains: it gives a policy.
+    :param constraints: rewards may be -inf.
     """
 
     make: Callable[[int, float, int], Any]
@@ -35,6 +48,7 @@ class Claims:
     continuous: bool = True
     prior: bool = True
     trains: bool = False
+    constraints: bool = True
     exact: bool = False
 
 
@@ -80,6 +94,16 @@ ENGINES = {
         sized(SVI, "num_samples", 400, num_steps=5, num_particles=8),
         unbiased=False,  # one policy's draws are; as few as 5 steps leave weights with a heavy tail
         trains=True,
+        constraints=False,
+    ),
+    "adaptive": Claims(
+        sized(AdaptiveImportance, "num_particles", 200, round_size=50, num_steps=6, train_below=1.0),
+        unbiased=False,  # `test_adaptive_importance.py` has enough replicates to tell
+        trains=True,
+    ),
+    "auto": Claims(
+        lambda seed, bound, k: Auto(target_ess=1e6, num_particles=400 * k, seed=seed, progress=False),
+        unbiased=False,  # its draws decide how many there are, and of what
     ),
     "smc": Claims(
         sized(SMC, "num_particles", 10, num_chains=40, twist="partial", ess_threshold=0.9),

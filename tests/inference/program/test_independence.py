@@ -20,7 +20,9 @@ from bayeslm.inference import (
     NUTS,
     SMC,
     SVI,
+    AdaptiveImportance,
     AnnealedSMC,
+    Auto,
     BestOfN,
     Exact,
     ImportanceSampling,
@@ -148,6 +150,8 @@ MIXED = [
 RUN = {"seed": 0, "progress": False}
 ENGINES = [
     ImportanceSampling(num_particles=2, **RUN),
+    AdaptiveImportance(**RUN),
+    Auto(**RUN),
     RejectionSampling(log_bound=1e3, **RUN),
     BestOfN(**RUN),
     SMC(**RUN),

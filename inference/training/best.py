@@ -59,7 +59,7 @@ class Best:
         error = ERRORS * float(np.std(changes)) / len(last) ** 0.5 if len(changes) else 0.0
         return rivals + ([self.step] if self.step and self._elbo > last.mean() + error else [])
 
-    def state(self) -> tuple[State, dict[str, Any]]:
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return tensors and numbers for a checkpoint."""
         numbers = {"step": self.step, "elbo": self._elbo if self.step else None, "since": self._since}
         return under("best", self.params), numbers

@@ -19,6 +19,7 @@ import torch
 
 from bayeslm.inference import MCMC, SMC, SVI, AnnealedSMC, ImportanceSampling, smc
 from bayeslm.inference.sequential import Population
+from bayeslm.inference.training import Adam
 from bayeslm.models import LanguageModel, TiltedLM, rewards
 from bayeslm.models.lm import CausalNetwork, decoding
 
@@ -89,7 +90,9 @@ def main() -> None:
         "MCMC, 16 chains, 8 sweeps": MCMC(
             num_samples=6, warmup=2, num_chains=16, initial_particles=16, seed=0, progress=False
         ),
-        "SVI, 6 steps of 8 completions, LoRA": SVI(num_steps=6, num_samples=8, seed=0, progress=False),
+        "SVI, 6 steps of 8 completions, LoRA": SVI(
+            num_steps=6, num_particles=8, optimizer=Adam(), num_samples=8, seed=0, progress=False
+        ),
     }
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, 2 prompts, 24 tokens\n")
     kinds = ("networks", "reward", "resampling", "machinery")

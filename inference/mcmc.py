@@ -156,7 +156,7 @@ class MCMC:
                 f"step_size_{move.site.name}": move.step_size[-1] for move in moves if isinstance(move, RandomWalk)
             }
             adapted |= {
-                f"cut_probabilities_{move.site.name}": move.cut_probabilities[-1]
+                f"cut_probabilities_{move.site.name}": to_numpy(move.cut_probabilities[-1])
                 for move in moves
                 if isinstance(move, SuffixMove)
             }

@@ -27,8 +27,11 @@ CACHE_SIZE = 2**15  # texts whose features are kept: 75 MB for 576 features
 def checked_features(features: Features, prompts: Sequence[str], completions: Sequence[str]) -> Tensor:
     """Return the features of texts, (n, d).
 
-    :raises ValueError: if they have another shape, or are not finite.
+    :raises ValueError: if there are not as many prompts as completions, or features have another shape, or are not
+        finite.
     """
+    if len(prompts) != len(completions):
+        raise ValueError(f"prompts and completions must be as many, got {len(prompts)} and {len(completions)}")
     x = features(copied(list(prompts)), list(completions))  # which may edit its lists
     if not isinstance(x, Tensor) or x.ndim != 2 or len(x) != len(completions):
         shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__

@@ -171,7 +171,9 @@ def test_no_success_is_no_certainty(name: str, tmp_path: Any) -> None:
     assert problems(loaded) == problems(posterior)
 
 
-@pytest.mark.parametrize("engine", [*RARE.values(), SMC(64, 1, **QUIET), MCMC(10, 4, warmup=2, **QUIET)])
+@pytest.mark.parametrize(
+    "engine", [*RARE.values(), SMC(64, 1, **QUIET), MCMC(10, 4, warmup=2, num_candidates=1, **QUIET)]
+)
 def test_without_a_bound_it_is_said_that_nothing_rare_was_seen(engine: Any) -> None:
     model = TiltedLM(LM, success(), 0.1, max_new_tokens=4)
     with pytest.warns(DiagnosticsWarning, match="have the reward 0: nothing rare was seen"):

@@ -245,7 +245,7 @@ LENGTH = 3
         lambda word: rewards.Reward(begins(word)),
         lambda word: TiltedLM(LM, begins(word)),
         lambda word: 0.5 * rewards.Reward(begins(word)) + rewards.Length(target=3),
-        lambda word: HeldOut({word: len}),
+        lambda word: HeldOut({word: dict}),
         lambda word: ReverseKL(4, Critic(width=len(word))),
         lambda word: LogVariance(4, Replay(every=len(word))),
         lambda word: alpha_divergence(0.5 / len(word)),

@@ -30,6 +30,7 @@ from bayeslm.inference.training import (
     Tempering,
     TensorBoard,
 )
+from bayeslm.posterior import DiagnosticsWarning
 
 AT_START = StepRecord(step=0, num_steps=30, chain=0, is_last=False, policy=None, inverse_temperature=1.0)
 VALUE = torch.tensor([[1, 2, 3], [4, 5, 6]])
@@ -190,6 +191,7 @@ def test_over_optimisation_is_warned_of():
     same = functools.partial(TWO, PROMPTS)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("ignore", DiagnosticsWarning)  # of 8 draws
         SVI(**settings, callbacks=[HeldOut({"same": same})]).run(TWO, PROMPTS)
 
 

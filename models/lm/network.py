@@ -191,9 +191,18 @@ class CausalNetwork:
 
     @cached_property
     def context_length(self) -> int | None:
-        """The most tokens the network can attend to, None if its config does not say."""
+        """The most tokens that a text can have, None if the network's config does not say.
+
+        Where longer texts change the scores of their first tokens, which then have no one distribution, the limit is
+        where that begins: rotary frequencies for long texts ("longrope"), and masks that keep so many tokens (Doge).
+        """
         config = self.network.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        limits = [getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)]
+        ropes = getattr(config, "rope_parameters", None) or {}
+        each = [rope for rope in (ropes, *ropes.values()) if isinstance(rope, dict)]  # one, or one a type of layer
+        limits += [r.get("original_max_position_embeddings") for r in each if r.get("rope_type") == "longrope"]
+        limits.append(getattr(config, "keep_window_size", None))
+        return min((x for x in limits if x), default=None)
 
     @cached_property
     def width(self) -> int:

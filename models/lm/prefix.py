@@ -87,7 +87,10 @@ def extend(network: CausalNetwork, prefix: Prefix, ids: Tensor, done: int = 0) -
     mask = prefix.mask
     if mask is not None:
         mask = torch.cat([mask, mask.new_ones((rows, done + new))], dim=-1)
-    hidden, prefix.cache = network.hidden(ids, mask, prefix.lengths[:, None] + steps, prefix.cache)
+    positions = prefix.lengths[:, None] + steps
+    if network.context_length is not None:  # rows that have ended go on in the batch, and may be past it
+        positions = positions.clamp_max(network.context_length - 1)
+    hidden, prefix.cache = network.hidden(ids, mask, positions, prefix.cache)
     return hidden
 
 

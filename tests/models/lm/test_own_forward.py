@@ -8,7 +8,16 @@ from peft import CPTConfig, LoraConfig, PrefixTuningConfig, PromptEncoderConfig,
 from support.models import PADDED_PROMPTS, llama_network, random_network
 from support.oracles import by_hand
 from torch import nn
-from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    DogeConfig,
+    DogeForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm import own_forward, redraw
@@ -278,3 +287,49 @@ def test_a_network_of_nothing_but_its_context(tmp_path):
         assert lm.causal.context_length == length
         if length > 1:
             assert_scored_as_its_forward(lm, [[1]], 1)
+
+
+# -- where longer texts change the scores of their beginning ---------------------------------------------------
+
+
+TINY = {
+    "vocab_size": 20,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "max_position_embeddings": 64,
+}
+ROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [9.0] * 4, "rope_theta": 1e4}
+LONGER = {
+    "longrope": lambda: Phi3ForCausalLM(
+        Phi3Config(
+            **TINY,
+            rope_parameters=ROPE | {"original_max_position_embeddings": 12},
+            original_max_position_embeddings=12,
+        )
+    ),
+    "few kept": lambda: DogeForCausalLM(DogeConfig(**TINY, keep_window_size=12)),
+}
+
+
+@pytest.mark.parametrize("kind", LONGER)
+def test_texts_end_where_longer_ones_have_no_one_distribution(kind):
+    """The network's own scores of some tokens of 16 are others than of fewer; texts of 12 are right."""
+    torch.manual_seed(0)
+    network = LONGER[kind]().eval()
+    with torch.no_grad():
+        for p in network.parameters():
+            p.mul_(3.0)
+            if p.ndim == 1 and not p.any():
+                p.normal_()  # what Doge's masks are chosen by
+        ids = torch.randint(3, 20, (1, 16))
+        whole = network(input_ids=ids).logits
+        changes = [(whole[:, :n] - network(input_ids=ids[:, :n]).logits).abs().max() for n in (8, 13, 14, 15)]
+    assert max(changes) > 1e-2
+    lm = LanguageModel(network)
+    assert_scored_as_its_forward(lm, [[1, 3, 4, 5], [6], [7, 8]], 8)
+    with pytest.raises(ValueError, match=r"prompts\[0\] has 4 tokens, and the model's context has room for 3 "):
+        lm([[1, 3, 4, 5]], 9)

@@ -373,7 +373,7 @@ def test_results_of_another_call_are_refused_with_what_differs(begun, tmp_path, 
     assert stamps("run") == before
 
 
-@pytest.mark.parametrize("content", ["policy", "twist"])
+@pytest.mark.parametrize("content", ["policy", pytest.param("twist", marks=pytest.mark.long)])
 def test_other_weights_in_a_folder_that_is_given(folder, content):
     engine = ["a", "--engine", "smc" if content == "twist" else "importance", "--particles", "8", "--top-k", "2"]
     if content == "twist":

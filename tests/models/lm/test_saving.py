@@ -45,7 +45,7 @@ def letters(eos="<eos>"):
 
 
 @pytest.mark.parametrize("by_hand", BY_HAND)
-@pytest.mark.parametrize("kind", ["network", "policy", "adapters"])
+@pytest.mark.parametrize("kind", ["network", "policy", pytest.param("adapters", marks=pytest.mark.long)])
 def test_what_was_given_by_hand_survives(tmp_path, kind, by_hand):
     lm = tiny_llama(**by_hand)
     lm.save_pretrained(tmp_path / "base")

@@ -378,8 +378,8 @@ def test_gradients_in_bfloat16_point_where_those_in_float32_do(lora_rank, own):
         ("gpt2", torch.bfloat16, False),
         ("gemma2", torch.bfloat16, True),
         ("mixtral", torch.bfloat16, False),
-        ("bloom", torch.float16, False),
-        ("mixed", torch.bfloat16, False),  # with a head in float32
+        pytest.param("bloom", torch.float16, False, marks=pytest.mark.long),
+        pytest.param("mixed", torch.bfloat16, False, marks=pytest.mark.long),  # with a head in float32
     ],
 )
 def test_a_policy_in_half_precision_starts_as_its_prior_to_the_bit(model_type, dtype, checkpointing, tmp_path):

@@ -301,7 +301,7 @@ def _number(kind: type, interval: Within | None) -> _Check:
             raise _Refused(out_of_range=True)
         if kind is int and abs(number) > LARGEST:
             raise _Refused(out_of_range=True, words=f"{words} below 2 ** 63")
-        return number
+        return float(number) if kind is float and isinstance(number, int) and abs(number) > LARGEST else number
 
     return _Check(words, convert)
 

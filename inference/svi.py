@@ -110,6 +110,11 @@ class SVI:
             raise ValueError(
                 f"SVI: num_particles={self.num_particles}, and the objective has {own} of its own: leave one out"
             )
+        for i, callback in enumerate(self.callbacks):
+            if isinstance(callback, type):
+                raise TypeError(
+                    f"SVI: callbacks[{i}] must be a Callback or a function, got the class {callback.__name__}: make one"
+                )
         if not self.makes_guides and self.num_chains > 1:
             raise ValueError(
                 "SVI: a guide of your own would be trained further from chain to chain: use num_chains=1, a class of "

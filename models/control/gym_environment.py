@@ -51,6 +51,8 @@ class GymEnvironment:
             self._env = gymnasium.make(make, **kwargs) if isinstance(make, str) else make(**kwargs)
         except gymnasium.error.Error as error:
             raise ValueError(f"GymEnvironment: make must name an environment: {error}") from error
+        except TypeError as error:
+            raise TypeError(f"GymEnvironment: make, or its kwargs, do not make an environment: {error}") from error
         if not isinstance(self._env, gymnasium.Env):
             raise TypeError(f"GymEnvironment: make must give a gymnasium.Env, got {show(self._env)}")
         name = make if isinstance(make, str) else str(self._env.unwrapped)

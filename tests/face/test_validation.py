@@ -116,6 +116,7 @@ def test_a_wrong_element_is_named_by_its_place(name):
         ("count", torch.tensor(3), 3),
         ("beta", np.float32(0.5), 0.5),
         ("beta", 2, 2),
+        ("beta", 10**30, 1e30),  # as a tensor it would not fit
         ("bound", -math.inf, -math.inf),
         ("numbers", np.array([0.5, 1.0]), [0.5, 1.0]),
         ("numbers", torch.tensor([1, 2]), [1, 2]),

@@ -74,6 +74,8 @@ def test_ctrl_c_in_the_first_evaluation_of_held_out_programs():
 def test_what_svi_cannot_train():
     with pytest.raises(ValueError, match="num_particles=64, and the objective has 8"):
         SVI(num_particles=64, objective=LogVariance())
+    with pytest.raises(TypeError, match=r"callbacks\[0\] must be a Callback or a function, got the class Tempering"):
+        SVI(callbacks=[Tempering])
     frozen = LM.policy()
     frozen.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameters that require a gradient"):

@@ -56,6 +56,11 @@ def elbo(mdp: MDP, policy: MLPPolicy) -> Tensor:
 # -- inputs of a policy --------------------------------------------------------------------------------------------
 
 
+def test_what_makes_no_environment_is_refused():
+    with pytest.raises(TypeError, match="make, or its kwargs, do not make an environment: len"):
+        GymEnvironment(len)
+
+
 def test_boxes_are_scaled_by_their_bounds():
     environment = GymEnvironment("CartPole-v1")
     policy = MLPPolicy(environment)

@@ -152,7 +152,7 @@ class MCMC:
                         recycling.draw()
                     report()
             draws = chain_by_chain(states)
-            adapted = {
+            adapted: dict[str, Any] = {
                 f"step_size_{move.site.name}": move.step_size[-1] for move in moves if isinstance(move, RandomWalk)
             }
             adapted |= {

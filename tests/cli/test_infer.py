@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -324,7 +325,9 @@ def helped(completions, **kwargs):
 def edit(path: str, old: str, new: str) -> None:
     text = Path(path).read_text()
     assert old in text
+    written = Path(path).stat().st_mtime
     Path(path).write_text(text.replace(old, new))
+    os.utime(path, (written + 10, written + 10))  # of the same size in the same second, its byte code is used again
 
 
 OTHER_CALLS = {

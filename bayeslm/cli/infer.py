@@ -91,7 +91,7 @@ def infer(
         str | None,
         typer.Option(
             help="svi: the objective: elbo, log-variance, log-variance-replay, forward-kl, jensen-shannon, "
-            "total-variation or iwelbo. Default: elbo."
+            "total-variation or iwelbo. Default: by the size of the network; with --learning-rate, elbo."
         ),
     ] = None,
     minibatch: Annotated[

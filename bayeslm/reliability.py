@@ -44,9 +44,7 @@ from bayeslm.weights import (
 __all__ = ["DiagnosticsWarning", "Level", "levels", "problems", "warn"]
 
 ESS_LIMIT = 20.0  # of weighted or exact draws, and the number of roots of particles
-MARKOV_ESS_LIMIT = (
-    400.0  # of Markov chains, whose errors need an estimate of their autocorrelation (Vehtari et al. 2021)
-)
+MARKOV_ESS_LIMIT = 400.0  # of Markov chains, whose errors need an estimate of their autocorrelation (Vehtari 2021)
 RHAT_LIMIT = 1.05
 DOMINANT = 0.15  # the share of the variance of an estimate that one draw may have
 FEW_HITS, LARGE_SHARE = 10, 0.1  # of a level of the reward

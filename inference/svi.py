@@ -218,14 +218,15 @@ class SVI:
         parts = [part[:shortest] for part in parts]
         best = max(range(len(chains)), key=lambda c: float(parts[c].log_weights.mean()))
         stats = stack_chains([chain.history for chain in chains])
-        steps = max(chain.step for chain in chains)
+        figures = {"steps": max(chain.step for chain in chains), "kept_steps": [chain.kept_step for chain in chains]}
+        figures |= {"interrupted": interrupted}
         return posterior(
             program,
             Particles.concatenate(parts),
             engine="SVI",
             kind="weighted",
             num_chains=len(chains),
-            stats=watch.stats() | stats | {"steps": steps, "interrupted": interrupted} | _kept(chains),
+            stats=watch.stats() | stats | figures,
             prior=prior,
             policy=chains[best].policy,
         )
@@ -295,11 +296,6 @@ def _is_higher(one: Tensor, other: Tensor) -> bool:
     """Whether draws of one ELBO (particle, prompt) show that it is higher than another's, by 2 standard errors."""
     means, errors = zip(*[(x.mean(1).mean(), x.mean(1).var() / len(x)) for x in (one, other)], strict=True)
     return bool(means[0] - means[1] > 2.0 * (errors[0] + errors[1]).sqrt())
-
-
-def _kept(chains: list[Training]) -> dict[str, Any]:
-    """Return the steps whose policies are returned, a chain each."""
-    return {"kept_steps": [chain.step if chain.kept_step is None else chain.kept_step for chain in chains]}
 
 
 def _so_far(chains: list[Training]) -> SoFar | None:

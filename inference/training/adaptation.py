@@ -27,8 +27,9 @@ from bayeslm.inference.program import Particles, Program, SoFar, Stopwatch, draw
 from bayeslm.models.lm import LanguageModel
 from bayeslm.posterior import Posterior
 from bayeslm.progress import Report, track
+from bayeslm.reliability import FEW_HITS, LARGE_SHARE
 from bayeslm.validation import show
-from bayeslm.weights import Array, Estimate, ess, psis
+from bayeslm.weights import KHAT_LIMIT, Array, Estimate, ess, psis
 
 from .auto_policy import AutoPolicy
 from .budget import Budget
@@ -44,8 +45,6 @@ STEPS = 4  # of training between two rounds, on new draws first
 NEWEST = 1024  # draws of each prompt that teach
 BATCH = 64  # draws of each prompt in a step
 DEAD = 5.0  # nats: a draw of reward -inf is learned from as one so much less likely than all others
-HEAVY = 0.7  # the k-hat from which weights cannot be trusted
-FEW_HITS, LARGE_SHARE = 10, 0.1  # a value of the likelihood with fewer draws and more of the weight is a doubt
 HISTORY = ("moved", "learning_rate")  # figures of each step that are kept
 HEADROOM = 1.1  # times the draws that a precision seems to need
 
@@ -146,6 +145,7 @@ class AdaptiveChain:
         stopwatch: Stopwatch,
     ) -> None:
         self._program, self._plan, self._turns = program, plan, torch.empty(0, dtype=torch.long)
+        self._last, self._until = 0, 0.0  # the step and the time at which a round of training ends
         self.guide = guide
         self.draws = ProposalDraws(program, guide, plan.round_size, own_weights)
         self.training = Training(
@@ -155,7 +155,7 @@ class AdaptiveChain:
             TrustRegion(),
             # twice: the region ends at a quarter of its start, as a policy is never finished
             budget=Budget(steps=max(1, 2 * plan.num_steps)),
-            callbacks=(lambda record: Reply(stop=True),),  # after each step, see `learn`
+            callbacks=(lambda record: Reply(stop=record.step >= self._last or time.perf_counter() >= self._until),),
             owns_guide=True,
             chain=chain,
             num_chains=num_chains,
@@ -165,11 +165,12 @@ class AdaptiveChain:
 
     def learn(self, until: float) -> None:
         """Take some steps of training, until a time at most, and make a proposal of the policy."""
-        begun, last = self.training.step, min(self.training.step + STEPS, self._plan.num_steps)
+        begun = self.training.step
+        self._last, self._until = min(begun + STEPS, self._plan.num_steps), until
         teachers = self.draws.teachers()[-NEWEST:].flip(0)
         new = min(len(teachers), self._plan.round_size)
         self._turns = torch.cat([teachers[:new], teachers[new:][torch.randperm(len(teachers) - new)]])
-        while self.training.step < last and time.perf_counter() < until:
+        if begun < self._last and time.perf_counter() < until:
             self.training.ended = False
             self.training.run(None)
             if self.training.interrupted:
@@ -351,8 +352,8 @@ def precision(chains: Sequence[AdaptiveChain]) -> Precision:
 def _doubt(log_weights: Array, log_likelihood: Array) -> str | None:
     """Return why weights (1, draw, prompt) may not tell all, from k-hat and the values of the likelihood."""
     smoothed, khat = psis(log_weights)
-    if (worst := float(np.nan_to_num(khat, nan=-np.inf).max())) > HEAVY:
-        return f"k-hat is {worst:.2f}, above {HEAVY}"
+    if (worst := float(np.nan_to_num(khat, nan=-np.inf).max())) > KHAT_LIMIT:
+        return f"k-hat is {worst:.2f}, above {KHAT_LIMIT}"
     weights = np.exp(smoothed[0])
     for prompt in range(weights.shape[1]):
         _, level, hits = np.unique(np.round(log_likelihood[:, prompt], 4), return_inverse=True, return_counts=True)

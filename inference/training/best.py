@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .state import EMPTY, State, under, within
+from .state import EMPTY, State, copies, under, within
 
 PARTS = 10
 ERRORS = 2.0  # standard errors: what is lower by more needs no draws
@@ -43,7 +43,7 @@ class Best:
         self._since = len(elbo)
         if mean > self._elbo:
             self.step, self._elbo = len(elbo), mean
-            self.params = {name: p.detach().clone() for name, p in params.items()}
+            self.params = copies(params)
 
     def rivals(self, elbo: Sequence[np.ndarray]) -> list[int] | None:
         """Return the steps, 0 among them, whose parameters may have a higher ELBO than the last ones.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from types import MappingProxyType
@@ -38,7 +38,7 @@ from .display import describe_outlier, texts_of
 from .movement import Movement
 from .objective import Estimate, Objective, StatefulLoss
 from .optimizer import Adam
-from .state import EMPTY, State, under, within
+from .state import EMPTY, State, assign, copies, under, within
 from .trust_region import TrustRegion
 
 FIGURES = ("elbo", "kl", "log_likelihood", "score", "log_evidence", "prompts")  # that are kept of an `Estimate`
@@ -97,7 +97,7 @@ class Training:
         self.samples = 0  # drawn anew, of all prompts
         self.seconds = 0.0  # of the steps
         self.best = Best()
-        self.kept_step: int | None = None  # whose parameters the guide has, if not the last one's
+        self._kept_step: int | None = None  # whose parameters the guide has, if not the last one's
         self.inverse_temperature = 1.0  # of the next step
         self.ended = False  # before its last step, by a callback
         self.interrupted = False
@@ -182,13 +182,21 @@ class Training:
 
     # -- which parameters are kept ---------------------------------------------------------------------------------
 
+    @property
+    def kept_step(self) -> int:
+        """The step whose parameters the guide has."""
+        return self.step if self._kept_step is None else self._kept_step
+
+    @property
+    def _raises_elbo(self) -> bool:
+        return isinstance(self.loss, StatefulLoss) and self.loss.objective.raises_elbo
+
     def rivals(self) -> list[int] | None:
         """Return earlier steps whose parameters may have a higher ELBO than the last ones.
 
         None where the training has another aim: by its objective, or by its inverse temperature.
         """
-        raises_elbo = isinstance(self.loss, StatefulLoss) and self.loss.objective.raises_elbo
-        if not raises_elbo or self.inverse_temperature != 1.0 or not self.step:
+        if not self._raises_elbo or self.inverse_temperature != 1.0 or not self.step:
             return None
         return self.best.rivals(self.history["elbo"])
 
@@ -196,18 +204,18 @@ class Training:
     def at(self, step: int) -> Iterator[Callable[[], None]]:
         """Have the parameters after an earlier step in the block, and after it if the function is called."""
         params, kept = self.optimizer.params, False
-        last = {name: p.detach().clone() for name, p in params.items()}
+        last = copies(params)
 
         def keep() -> None:
             nonlocal kept
-            kept, self.kept_step = True, step
+            kept, self._kept_step = True, step
 
-        _copy(self.optimizer.first if step == 0 else self.best.params, params)
+        assign(self.optimizer.first if step == 0 else self.best.params, params)
         try:
             yield keep
         finally:
             if not kept:
-                _copy(last, params)
+                assign(last, params)
 
     # -- a step --------------------------------------------------------------------------------------------------
 
@@ -226,7 +234,8 @@ class Training:
             rate = self.learning_rate * self.optimizer.factor
             self._note({"moved": np.array(moved), "learning_rate": np.array(rate)})
         self.step, self.samples, self.seconds = self.step + 1, self.samples + drawn, self.seconds + seconds
-        self.best.note(self.history["elbo"], self.share, share, self.optimizer.params)
+        if self._raises_elbo:
+            self.best.note(self.history["elbo"], self.share, share, self.optimizer.params)
         return seconds
 
     @contextlib.contextmanager
@@ -380,7 +389,7 @@ class Training:
         self.inverse_temperature = saved.values["gamma"]
         self._stopwatch.resume(**saved.values["used"])
         self.optimizer.restore(within("adam", saved.tensors), {name: params[name] for name in kept}, self.step)
-        _copy(kept, params)
+        assign(kept, params)
         self.best.restore(saved.tensors, saved.values["best"])
         state = within("objective", saved.tensors)
         self._state = {name: x.to(self.program.device) for name, x in state.items()}
@@ -394,12 +403,6 @@ class Training:
         with seeded(0), torch.no_grad(), poutine.block(), Arbitrary():
             self.guide(*args, **kwargs)
             self.program.model(*args, **kwargs)
-
-
-def _copy(values: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, x in values.items():
-            params[name].copy_(x)
 
 
 def _unconstrained() -> dict[str, Tensor]:

@@ -36,6 +36,7 @@ from bayeslm.weights import Array, Estimate, log_evidence
 
 from .auto_policy import AutoPolicy
 from .sources import log_q
+from .state import assign, copies
 
 NEVER = torch.iinfo(torch.long).max  # the policy that a draw which has taught none has taught first
 
@@ -72,7 +73,7 @@ class ProposalDraws:
         """Make the guide as it is a policy, which the `teachers` have taught."""
         assert self.particles is not None, "the first draws are the prior's"
         self.num_policies += 1
-        self._kept.append({name: x.detach().clone() for name, x in self._trained()})
+        self._kept.append(copies(self._trained()))
         self._log_q.append(torch.full_like(self.particles.log_prior, torch.nan))
         self._taught[self._may_teach] = self._taught[self._may_teach].clamp_max(self.num_policies)
 
@@ -155,23 +156,19 @@ class ProposalDraws:
         rows = torch.arange(len(particles)).split(self._program.max_particles)
         return torch.cat([log_q(self._program, self._guide, particles[some]) for some in rows])
 
-    def _trained(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, x) for name, x in self._guide.named_parameters() if x.requires_grad)
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: x for name, x in self._guide.named_parameters() if x.requires_grad}
 
     @contextlib.contextmanager
     def _at(self, kept: dict[str, Tensor]) -> Iterator[None]:
         """Have the parameters of another policy in the guide inside the block."""
-        now = {name: x.detach().clone() for name, x in self._trained()}
-        self._put(kept)
+        params = self._trained()
+        now = copies(params)
+        assign(kept, params)
         try:
             yield
         finally:
-            self._put(now)
-
-    @torch.no_grad()
-    def _put(self, values: dict[str, Tensor]) -> None:
-        for name, x in self._trained():
-            x.copy_(values[name])
+            assign(now, params)
 
 
 def _log_mixture(log_q: list[Tensor], counts: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 State = Mapping[str, Tensor]
@@ -27,3 +28,15 @@ def within(prefix: str, state: State) -> dict[str, Tensor]:
     """Return the state that `under` has put under a prefix."""
     start = f"{prefix}."
     return {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
+
+
+def copies(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of parameters, to `assign` later."""
+    return {name: p.detach().clone() for name, p in params.items()}
+
+
+@torch.no_grad()
+def assign(values: State, params: Mapping[str, Tensor]) -> None:
+    """Give parameters their values, by name, in place."""
+    for name, value in values.items():
+        params[name].copy_(value)

@@ -23,9 +23,7 @@ from bayeslm.models.lm.adapters import own_parameters
 
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.skipif(
-        "VLLM_PYTHON" not in os.environ, reason="needs vLLM, in an environment of its own: make test-vllm"
-    ),
+    pytest.mark.skipif("VLLM_PYTHON" not in os.environ, reason="needs an environment of its own: make test-vllm"),
 ]
 PROMPTS = ["My dinner at the restaurant was", "The capital of France is", "Yes"]
 CHAT = [{"role": "user", "content": "Say hello."}]

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from bayeslm import diagnostics, reliability
 from bayeslm.bounds import unseen_limit
-from bayeslm.models.lm import Encoded, count_usage, differentiating, exclusive
+from bayeslm.models.lm import Encoded, LanguageModel, count_usage, differentiating, exclusive
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 
+from .description import describe
 from .errors import EvidenceError
 from .handlers import seeded
 from .particles import Particles, run_particles, to_numpy
@@ -322,9 +323,11 @@ def posterior(
         prior_rewards={} if prior is None else {name: to_numpy(r)[None] for name, r in prior.rewards.items()},
         pointwise={name: split(term) for name, term in particles.pointwise.items()},
         observed=observed,
-        stats=stats,
+        stats=stats | {"program": describe(program)},
         policy=policy,
     )
+    if isinstance(policy, LanguageModel):
+        policy.provenance = result
     reliability.warn(result)
     return result
 

@@ -9,7 +9,8 @@ import typer
 
 from bayeslm.posterior import Posterior
 
-from . import report
+from . import tables
+from .comparison import TABLES
 from .console import err_console, one_line_errors, out_console
 from .resume import others
 
@@ -17,6 +18,7 @@ from .resume import others
 def show(
     directory: Annotated[Path, typer.Argument(help="An output folder of infer or demo, or one posterior in it.")],
     texts: Annotated[int, typer.Option(help="How many of the best completions to print for each prompt.")] = 3,
+    max_prompts: Annotated[int, typer.Option(min=1, help="How many prompts to print, and warnings.")] = tables.MOST,
 ) -> None:
     """Print the comparison of saved posteriors, their best completions, and warnings."""
     with one_line_errors():
@@ -31,4 +33,6 @@ def show(
         if not posteriors:
             raise FileNotFoundError(f"{directory} holds no result of its call")
         order = sorted(posteriors, key=lambda name: posteriors[name].policy_path is not None)  # policies last
-        report.show({name: posteriors[name] for name in order}, out_console, texts)
+        has_file = (directory / TABLES).is_file()
+        whole = f"all are in {directory / TABLES}" if has_file else "raise --max-prompts to print them"
+        tables.show({name: posteriors[name] for name in order}, out_console, texts, most=max_prompts, whole=whole)

@@ -66,6 +66,10 @@ class Posterior:
     """(chain, draw, *batch) of str, for each completion site."""
     lengths: dict[str, Array] = field(default_factory=dict)
     """(chain, draw, *batch): the number of tokens of each completion before padding."""
+    token_log_ratio: dict[str, Array] = field(default_factory=dict)
+    """(chain, draw, *batch, token): log q − log p of each token of a completion that a policy or guide drew."""
+    token_ends: dict[str, Array] = field(default_factory=dict)
+    """(chain, draw, *batch, token): where these tokens end in the text, as a number of characters."""
     pointwise: dict[str, Array] = field(default_factory=dict)
     """(chain, draw, *dims): the log-likelihood of every observation of a site in plates other than the prompts';
     `log_likelihood` holds their sum."""
@@ -300,6 +304,8 @@ class Posterior:
             samples={name: take(x, dims.get(name, ())) for name, x in self.samples.items()},
             texts={name: take(x, dims[name][:-1]) for name, x in self.texts.items()},
             lengths={name: take(x, dims[name][:-1]) for name, x in self.lengths.items()},
+            token_log_ratio={name: take(x, dims[name]) for name, x in self.token_log_ratio.items()},
+            token_ends={name: take(x, dims[name]) for name, x in self.token_ends.items()},
             log_weights=take(self.log_weights, ("prompt",)),
             log_joint=take(self.log_joint, ("prompt",)),
             log_likelihood={name: take(x, ("prompt",)) for name, x in self.log_likelihood.items()},
@@ -388,6 +394,11 @@ def _validate(posterior: Posterior) -> None:
             if name not in posterior.samples or not posterior.dims.get(name):
                 raise ValueError(f"{group}[{name!r}] has no token ids in samples[{name!r}]")
             expect(f"{group}[{name!r}]", array, posterior.samples[name].shape[:-1])
+    for group in ("token_log_ratio", "token_ends"):
+        for name, array in getattr(posterior, group).items():
+            if name not in posterior.texts:
+                raise ValueError(f"{group}[{name!r}] has no texts[{name!r}]")
+            expect(f"{group}[{name!r}]", array, posterior.samples[name].shape)
     for name, array in posterior.prior.items():
         if array.ndim < 2 or array.shape[:2] != next(iter(posterior.prior.values())).shape[:2]:
             raise ValueError(f"prior[{name!r}] is not (chain, draw, ...) like its others, but {array.shape}")

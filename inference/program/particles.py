@@ -104,7 +104,10 @@ class Particles:
         """The particles of each of a program's `chunks`, as particles of all its prompts."""
         join, sites = program.side_by_side, program.sites
         return _combine(
-            [replace(part.inside_prompts(program), prompts=None) for part in parts],
+            [
+                replace(part.inside_prompts(program), prompts=None, proposal_token_log_prob=part.proposal_token_log_prob)
+                for part in parts
+            ],
             lambda name, x: join(x, 1 + sites[name].dims.index("prompt")),
             lambda x: join(x, 1),
         )

@@ -290,12 +290,17 @@ def posterior(
         if from_prior and not conditional:
             high = unseen_limit(*evidence, bound, from_prior)
     values = {name: split(particles.values[name]) for name in _kept(program)}
-    texts, lengths = {}, {}
+    texts, lengths, token_ends, token_log_ratio = {}, {}, {}, {}
     for site in program.completions:
         value = particles.values[site.name][: draws * num_chains]
         lengths[site.name] = split(site.fn.lengths(value))
         if site.fn.has_text:
-            texts[site.name] = _decoded(program, site, value).reshape(lengths[site.name].shape)
+            decoded = _decoded(program, site, value)
+            texts[site.name] = decoded.reshape(lengths[site.name].shape)
+            log_q = particles.proposal_token_log_prob.get(site.name)
+            if kind == "weighted" and log_q is not None:
+                token_log_ratio[site.name] = split(log_q - particles.token_log_prob[site.name])
+                token_ends[site.name] = site.fn.lm.token_ends(value, decoded).reshape(values[site.name].shape)
     result = Posterior(
         samples=values,
         log_weights=weights,
@@ -314,6 +319,8 @@ def posterior(
         prompts=labels,
         texts=texts,
         lengths=lengths,
+        token_ends=token_ends,
+        token_log_ratio=token_log_ratio,
         prior=prior_draws(program, prior),
         pointwise={name: split(term) for name, term in particles.pointwise.items()},
         observed=_observed(program),

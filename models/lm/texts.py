@@ -10,7 +10,6 @@ words between spaces: there the text of a completion is D(x), its words.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -103,8 +102,14 @@ def _added(before: str, whole: str) -> str | None:
     if whole.startswith(before):
         return whole[len(before) :]
     if before.endswith(MISSING):  # the completion's first bytes complete a character of the prompt
-        return whole[next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(whole)) :]
+        return whole[_agree(before, whole) :]
     return None
+
+
+def _agree(one: str, other: str) -> int:
+    """Return the number of characters that two texts begin with in common."""
+    differ = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differ, min(len(one), len(other)))
 
 
 def _joins_words(tokenizer: Any) -> bool:
@@ -132,7 +137,7 @@ def token_ends(tokenizer: Any, rows: Sequence[Sequence[int]], texts: np.ndarray,
             ends[: len(row)] = np.cumsum([len(part) for part in parts])
         else:  # a decoder that looks at neighbours, or a character of several tokens
             beginnings = _pieces(tokenizer, [row[: t + 1] for t in range(len(row) - 1)])
-            common = [len(os.path.commonprefix([text, beginning])) for beginning in beginnings]
+            common = [_agree(text, beginning) for beginning in beginnings]
             ends[: len(common)] = np.maximum.accumulate(common)
     return np.array([found[key] for key in keys], dtype=np.int32).reshape(*texts.shape, length)
 

@@ -1,8 +1,8 @@
-"""The command line: `bayeslm demo`, `bayeslm infer`, `bayeslm show` and `bayeslm label`."""
+"""The command line: `bayeslm demo`, `bayeslm infer`, `bayeslm show`, `bayeslm report` and `bayeslm label`."""
 
 import typer
 
-from . import demo, infer, label, show
+from . import demo, infer, label, report, show
 
 app = typer.Typer(
     name="bayeslm",
@@ -15,6 +15,7 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(infer.infer)
 app.command()(show.show)
+app.command()(report.report)
 app.command()(label.label)
 
 __all__ = ["app"]

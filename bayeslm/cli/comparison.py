@@ -12,7 +12,7 @@ import typer
 from bayeslm.files import atomic_file
 from bayeslm.posterior import DiagnosticsWarning, Posterior
 
-from . import report
+from . import tables
 from .console import INTERRUPTED, err_console, out_console
 from .resume import Results, rescue
 
@@ -51,19 +51,19 @@ def compare(
                 except OSError as refused:
                     error.add_note(f"{refused}; {rescue(out, name, None, policy)}")
             if posteriors:
-                report.show(posteriors, out_console)
+                tables.show(posteriors, out_console)
             raise
         try:
             results.save(name, posteriors[name])
         except OSError:
-            report.show(posteriors, out_console)  # what the run has cost is not lost with the disk
+            tables.show(posteriors, out_console)  # what the run has cost is not lost with the disk
             raise
         seconds = posteriors[name].stats["seconds"]
         err_console.print(f"{name}: {seconds:.0f} s")
         if posteriors[name].stats.get("interrupted"):
             err_console.print(f"{name} was interrupted: the results so far follow", style="yellow")
             break
-    report.show(posteriors, out_console)
+    tables.show(posteriors, out_console)
     if out is not None:
         plots = ", ".join(_save_plots(posteriors, out))
         out_console.print(f"written to {out}: posteriors (each with posterior.nc for ArviZ), {plots}")

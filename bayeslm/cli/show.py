@@ -9,7 +9,7 @@ import typer
 
 from bayeslm.posterior import Posterior
 
-from . import report
+from . import tables
 from .console import err_console, one_line_errors, out_console
 from .resume import others
 
@@ -20,15 +20,23 @@ def show(
 ) -> None:
     """Print the comparison of saved posteriors, their best completions, and warnings."""
     with one_line_errors():
-        found = {path.parent.name: path.parent for path in sorted(directory.glob("*/posterior.json"))}
-        if (directory / "posterior.json").is_file() or not found:
-            found = {directory.name: directory}
-        posteriors = {name: Posterior.load(path) for name, path in found.items()}
-        for name in others(directory, posteriors):
-            text = f"{directory / name}: left out, a copy or a result of another call"
-            err_console.print(text, style="yellow")
-            del posteriors[name]
-        if not posteriors:
-            raise FileNotFoundError(f"{directory} holds no result of its call")
-        order = sorted(posteriors, key=lambda name: posteriors[name].policy_path is not None)  # policies last
-        report.show({name: posteriors[name] for name in order}, out_console, texts)
+        tables.show(load_posteriors(directory), out_console, texts)
+
+
+def load_posteriors(directory: Path) -> dict[str, Posterior]:
+    """Return the posteriors in an output folder by name, those with a policy last; results of other calls are left out.
+
+    :param directory: an output folder, or one posterior.
+    :raises FileNotFoundError: if there are none.
+    """
+    found = {path.parent.name: path.parent for path in sorted(directory.glob("*/posterior.json"))}
+    if (directory / "posterior.json").is_file() or not found:
+        found = {directory.name: directory}
+    posteriors = {name: Posterior.load(path) for name, path in found.items()}
+    for name in others(directory, posteriors):
+        text = f"{directory / name}: left out, a copy or a result of another call"
+        err_console.print(text, style="yellow")
+        del posteriors[name]
+    if not posteriors:
+        raise FileNotFoundError(f"{directory} holds no result of its call")
+    return dict(sorted(posteriors.items(), key=lambda item: item[1].policy_path is not None))

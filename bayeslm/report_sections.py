@@ -114,7 +114,7 @@ def comparison(posteriors: Mapping[str, Posterior]) -> dict[str, Any]:
 
 
 def _mean_record(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the record of the mean over prompts, whose draws are independent; of k̂ and R̂ the largest, of ESS the least."""
+    """Return the record of the mean over prompts, of k̂ and R̂ the largest, of ESS the least."""
     mean: dict[str, Any] = {}
     for name in records[0]:
         values = np.array([record[name] for record in records if not isinstance(record[name], str)], dtype=float)
@@ -216,7 +216,8 @@ def rewards(posteriors: Mapping[str, Posterior]) -> list[dict[str, Any]]:
         if any((np.isfinite(r) & (w > 0)).any() for r, w in weighted.values()):
             lost = {name.rstrip(): float(w[np.isneginf(r)].sum()) for name, (r, w) in weighted.items()}
             note = ", ".join(f"{name} {share:.0%}" for name, share in lost.items() if share > 0)
-            panels.append({"label": label, "svg": Markup(report_figures.rewards(weighted, first.measure)), "lost": note})
+            svg = Markup(report_figures.rewards(weighted, first.measure))
+            panels.append({"label": label, "svg": svg, "lost": note})
     return panels
 
 

@@ -1,4 +1,4 @@
-"""The table of texts in a report: each distinct completion, with its reward, its weights, and the moves of its tokens."""
+"""The table of texts in a report: distinct completions with rewards, weights, and moves of tokens."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def has_policy(posterior: Posterior) -> bool:
 
 
 def remarks(posteriors: Mapping[str, Posterior]) -> list[str]:
-    """Return a sentence for each problem that the diagnostics show, and for each posterior that is not what it seems."""
+    """Return a sentence for each problem that the diagnostics show."""
     lines = []
     for name, posterior in posteriors.items():
         if posterior.kind == "uncorrected":

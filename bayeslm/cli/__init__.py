@@ -2,7 +2,7 @@
 
 import typer
 
-from . import demo, infer, label, report, show
+from . import demo, infer, label, show
 
 app = typer.Typer(
     name="bayeslm",
@@ -15,7 +15,7 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(infer.infer)
 app.command()(show.show)
-app.command()(report.report)
+app.command()(show.report)
 app.command()(label.label)
 
 __all__ = ["app"]

@@ -1,4 +1,4 @@
-"""The command `bayeslm show`: the tables of saved posteriors."""
+"""The commands `bayeslm show` and `bayeslm report`: saved posteriors as tables, or as one HTML file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from bayeslm.posterior import Posterior
+from bayeslm.report import write_report
 
 from . import tables
 from .console import err_console, one_line_errors, out_console
@@ -21,6 +22,23 @@ def show(
     """Print the comparison of saved posteriors, their best completions, and warnings."""
     with one_line_errors():
         tables.show(load_posteriors(directory), out_console, texts)
+
+
+def report(
+    directory: Annotated[Path, typer.Argument(help="An output folder of infer or demo, or one posterior in it.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The HTML file. Default: report.html in the folder.")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="The title. Default: what was inferred.")] = None,
+) -> None:
+    """Write a report of saved posteriors: one HTML file, which opens without a network.
+
+    It has the engines side by side, rewards before and after, curves of the training, effective sample sizes, and a
+    table of all texts that sorts and filters, with the tokens that the policy moved.
+    """
+    with one_line_errors():
+        path = write_report(load_posteriors(directory), output or directory / "report.html", title=title)
+        out_console.print(f"written to {output or directory / path.name}, {path.stat().st_size / 1e6:.1f} MB")
 
 
 def load_posteriors(directory: Path) -> dict[str, Posterior]:

@@ -70,14 +70,17 @@ def test_hostile_texts_are_shown_and_do_nothing(chromium, page):
     texts = set(column(chromium, "text"))
     assert texts == {visible(text).removeprefix(" ") for text in HOSTILE}
     assert chromium.run("document.scripts.length") == 2
-    assert chromium.run("document.querySelectorAll('img, iframe, base, link, [onerror], [onclick], [style]').length") == 0
+    harmful = "document.querySelectorAll('img, iframe, base, link, [onerror], [onclick], [style]')"
+    assert chromium.run(f"{harmful}.length") == 0
 
 
 def test_even_an_injected_script_would_not_run(chromium, page, tmp_path):
     """The policy of the page is a second wall: a script put into the file by hand does not run."""
     broken = tmp_path / "broken.html"
     html = page.read_text(encoding="utf-8")
-    broken.write_text(html.replace("<main>", "<main><script>window.broken = 9</script><img src='https://example.org/x'>"))
+    broken.write_text(
+        html.replace("<main>", "<main><script>window.broken = 9</script><img src='https://example.org/x'>")
+    )
     chromium.open(broken)
     assert chromium.run("window.broken") is None
     assert len(chromium.problems) >= 2
@@ -139,7 +142,8 @@ def test_tokens_are_coloured_by_their_moves(chromium, page):
         move = float(title.replace("−", "-"))
         strength = sum(abs(move) >= bound for bound in (0.1, 0.5, 1.5, 3))
         assert names == (f"token m{'-' * (move < 0)}{strength}" if strength else "token")
-    colours = chromium.run("[...document.querySelectorAll('.scale .token')].map(t => getComputedStyle(t).backgroundColor)")
+    scale = "[...document.querySelectorAll('.scale .token')]"
+    colours = chromium.run(f"{scale}.map(token => getComputedStyle(token).backgroundColor)")
     assert len(set(colours)) == 4
     assert not chromium.run("document.getElementById('scale').hidden")
 
@@ -154,7 +158,7 @@ def test_ten_thousand_texts_are_quick(chromium, tmp_path):
     chromium.click(header("weight", chromium.run(HEADERS)))
     found = numbers(column(chromium, "weight"))
     chromium.click("#find")
-    chromium.type("number 777 ")
+    chromium.type("number 7770")
     assert len(column(chromium, "text")) == 1
     assert time.perf_counter() - start < 5.0
     assert found == sorted(found, reverse=True)
@@ -169,8 +173,8 @@ def test_ten_thousand_texts_are_quick(chromium, tmp_path):
 def test_it_fits_every_window_and_is_readable_in_both_schemes(chromium, page, width, dark):
     chromium.open(page, width=width, dark=dark)
     assert chromium.run("document.documentElement.scrollWidth") <= width
-    levels = "(c => c.match(/[0-9.]+/g).slice(0, 3).map(Number).reduce((a, b) => a + b))(getComputedStyle(document.body).{})"
-    paper, ink = (chromium.run(levels.format(name)) for name in ("backgroundColor", "color"))
+    level = "getComputedStyle(document.body).{}.match(/[0-9.]+/g).slice(0, 3).map(Number).reduce((a, b) => a + b)"
+    paper, ink = (chromium.run(level.format(name)) for name in ("backgroundColor", "color"))
     assert (paper < ink) == dark
     assert abs(paper - ink) > 500
 

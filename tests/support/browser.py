@@ -19,10 +19,11 @@ from types import TracebackType
 from typing import Any
 
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-quic --hide-scrollbars --remote-debugging-pipe"
-).split()
+FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-quic"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"),
+    "--remote-debugging-pipe",
+]
 PATIENCE = 60  # seconds
 
 
@@ -47,7 +48,7 @@ class Browser:
         self._profile = tempfile.mkdtemp()
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
-        redirect = f"exec 3<&{to_browser} 4>&{from_browser}; exec \"$@\""
+        redirect = f'exec 3<&{to_browser} 4>&{from_browser}; exec "$@"'
         self._process = subprocess.Popen(
             ["bash", "-c", redirect, "bash", program, *FLAGS, f"--user-data-dir={self._profile}", "about:blank"],
             pass_fds=(to_browser, from_browser),

@@ -12,7 +12,7 @@ HOSTILE = [
     "<script>window.broken = 1</script>",
     "</script><script>window.broken = 2</script>",
     "</style></title></textarea><img src=x onerror='window.broken = 3'>",
-    "\" onmouseover=\"window.broken = 4\" autofocus onfocus=\"window.broken = 5",
+    '" onmouseover="window.broken = 4" autofocus onfocus="window.broken = 5',
     "' onclick='window.broken = 6' x='",
     "<!--<script>",
     "]]><svg onload=window.broken=7>",

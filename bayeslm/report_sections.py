@@ -90,7 +90,7 @@ def number(value: float, digits: int = 2) -> str:
 
 
 def comparison(posteriors: Mapping[str, Posterior]) -> dict[str, Any]:
-    """Return the tables of engines: of the mean over prompts, if each is a posterior of its own, and of each prompt."""
+    """Return the tables of engines: of the mean over prompts, and of the first prompts."""
     first = next(iter(posteriors.values()))
     found = list(rows(posteriors))
     series = {name: i % 6 for i, name in enumerate(posteriors)}
@@ -99,8 +99,8 @@ def comparison(posteriors: Mapping[str, Posterior]) -> dict[str, Any]:
         _table(label, i, [(row, row.records[i]) for row in found], series, prior)
         for i, label in enumerate(first.prompt_labels[:MAX_PROMPTS])
     ]
-    if len(first.prompts) > 1 and first.log_weights.shape[2] > 1:
-        over_all = [(row, _mean_record(row.records)) for row in found]
+    if len(first.prompts) > 1:
+        over_all = [(row, row.of_all) for row in found]
         tables.insert(0, _table(f"Mean over the {len(first.prompts)} prompts", None, over_all, series, prior))
     return {
         "tables": tables,
@@ -111,23 +111,6 @@ def comparison(posteriors: Mapping[str, Posterior]) -> dict[str, Any]:
         "khat_limit": KHAT_LIMIT,
         "rhat_limit": RHAT_LIMIT,
     }
-
-
-def _mean_record(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the record of the mean over prompts, of k̂ and R̂ the largest, of ESS the least."""
-    mean: dict[str, Any] = {}
-    for name in records[0]:
-        values = np.array([record[name] for record in records if not isinstance(record[name], str)], dtype=float)
-        known = values[~np.isnan(values)]
-        if name == "khat_reason" or not len(known):
-            continue
-        if name.endswith("_se"):
-            mean[name] = math.sqrt((known**2).sum()) / len(known)
-        elif name.startswith(("ess", "roots")):
-            mean[name] = known.min()
-        else:
-            mean[name] = known.max() if name.startswith(("khat", "rhat")) else known.mean()
-    return mean
 
 
 def _table(

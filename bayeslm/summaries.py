@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from bayeslm import diagnostics, reliability
 from bayeslm.posterior import Posterior
 
 
 class Row(NamedTuple):
-    """One row of a comparison: a posterior's draws by weight, or a policy's own draws, and a record for each prompt."""
+    """A row of a comparison, of draws by weight or of a policy's own: a record for each prompt, and one of all."""
 
     engine: str
     name: str
     records: list[dict[str, Any]]
+    of_all: dict[str, Any]
     is_policy: bool = False
     repeated: bool = False
     """Whether another row of the same engine has the cost."""
@@ -25,15 +28,39 @@ def rows(posteriors: Mapping[str, Posterior]) -> Iterator[Row]:
     for engine, posterior in posteriors.items():
         weighted = _records(posterior, weighted=True)
         if has_policy(posterior):
-            yield Row(engine, f"{engine}: policy", _records(posterior, weighted=False), is_policy=True)
-            yield Row(engine, f"{engine}: weighted", weighted, repeated=True)
+            yield Row(engine, f"{engine}: policy", *_records(posterior, weighted=False), is_policy=True)
+            yield Row(engine, f"{engine}: weighted", *weighted, repeated=True)
         else:
-            yield Row(engine, engine, weighted)
+            yield Row(engine, engine, *weighted)
 
 
-def _records(posterior: Posterior, *, weighted: bool) -> list[dict[str, Any]]:
-    records = diagnostics.summary(posterior, weighted=weighted).to_dict("records")
-    return [{str(name): value for name, value in record.items()} for record in records]
+def _records(posterior: Posterior, *, weighted: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the summary of each prompt and that of all."""
+    table = diagnostics.summary(posterior, weighted=weighted).to_dict("records")
+    records = [{str(name): value for name, value in record.items()} for record in table]
+    return records, _over_prompts(records, joint=posterior.log_weights.shape[2] == 1)
+
+
+def _over_prompts(records: list[dict[str, Any]], *, joint: bool) -> dict[str, Any]:
+    """Return the summary of all prompts: means, the smallest ESS and number of roots, the largest k̂ and R̂.
+
+    :param joint: whether they are one posterior, whose errors depend on one another; the mean error bounds that of the
+        mean.
+    """
+    found: dict[str, Any] = {}
+    for name in records[0]:
+        if name == "khat_reason":
+            continue
+        values = np.array([record[name] for record in records], dtype=float)
+        if name in ("ess", "ess_min", "roots"):
+            found[name] = values.min()
+        elif name.startswith(("khat", "rhat")):
+            found[name] = np.nan if np.isnan(values).all() else np.nanmax(values)
+        elif name.endswith("_se") and not joint:
+            found[name] = np.sqrt(np.square(values).sum()) / len(values)
+        else:
+            found[name] = values.mean()
+    return found
 
 
 def has_policy(posterior: Posterior) -> bool:

@@ -11,6 +11,7 @@ from bayeslm.posterior import Posterior
 from bayeslm.report import write_report
 
 from . import tables
+from .comparison import TABLES
 from .console import err_console, one_line_errors, out_console
 from .resume import others
 
@@ -18,10 +19,14 @@ from .resume import others
 def show(
     directory: Annotated[Path, typer.Argument(help="An output folder of infer or demo, or one posterior in it.")],
     texts: Annotated[int, typer.Option(help="How many of the best completions to print for each prompt.")] = 3,
+    max_prompts: Annotated[int, typer.Option(min=1, help="How many prompts to print, and warnings.")] = tables.MOST,
 ) -> None:
     """Print the comparison of saved posteriors, their best completions, and warnings."""
     with one_line_errors():
-        tables.show(load_posteriors(directory), out_console, texts)
+        posteriors = load_posteriors(directory)
+        has_file = (directory / TABLES).is_file()
+        whole = f"all are in {directory / TABLES}" if has_file else "raise --max-prompts to print them"
+        tables.show(posteriors, out_console, texts, most=max_prompts, whole=whole)
 
 
 def report(

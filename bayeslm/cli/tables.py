@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -17,23 +18,31 @@ from bayeslm.weights import KHAT_LIMIT
 
 from .console import content
 
+MOST = 20  # prompts that are printed, and warnings
+
 
 def comparisons(posteriors: Mapping[str, Posterior]) -> Iterator[Table]:
-    """Yield a table for each prompt, with a row for each engine and one more for the unweighted draws of a policy."""
+    """Yield a table for each prompt, with a row for each engine and one more for the unweighted draws of a policy.
+
+    Of several prompts the last table is of all of them, see `summaries`.
+    """
     prior_rewards = next((p.prior_measured for p in posteriors.values() if p.prior_measured is not None), None)
     prior_means = None if prior_rewards is None else prior_rewards.mean(axis=(0, 1))
     measure = next(iter(posteriors.values())).measure
     engines = list(summaries.rows(posteriors))
-    for prompt, title in enumerate(next(iter(posteriors.values())).prompt_labels):
+    titles = next(iter(posteriors.values())).prompt_labels
+    for prompt, title in enumerate([*titles, *([f"all {len(titles)} prompts"] if len(titles) > 1 else [])]):
         table = Table(title=content(title), title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
         table.add_column("engine", no_wrap=True)
         table.add_column(measure.replace("-", "-\n"), justify="right", no_wrap=True)
         for name in ("KL to\nprior", "KL to\nposterior", "log Z", "ESS", "k̂", "sec.", "tokens\na sec."):
             table.add_column(name, justify="right", no_wrap=True)  # fits 80 columns
         if prior_means is not None:
-            table.add_row("prior", f"{prior_means[prompt]:.2f}", "0")
+            mean = prior_means[prompt] if prompt < len(titles) else prior_means.mean()
+            table.add_row("prior", f"{mean:.2f}", "0")
         for row in engines:
-            table.add_row(row.name, *_cells(row.records[prompt], is_policy=row.is_policy, repeated=row.repeated))
+            record = row.records[prompt] if prompt < len(titles) else row.of_all
+            table.add_row(row.name, *_cells(record, is_policy=row.is_policy, repeated=row.repeated))
         yield table
 
 
@@ -72,14 +81,17 @@ def _roots(row: Mapping[str, Any]) -> str:
     return f" ({row['roots']:.0f})" if "roots" in row else ""
 
 
-def best_texts(posteriors: Mapping[str, Posterior], k: int = 3) -> Table | None:
-    """Return a table of the k completions of highest reward by engine and prompt; None if no engine kept texts."""
+def best_texts(posteriors: Mapping[str, Posterior], k: int = 3, most: int | None = None) -> Table | None:
+    """Return a table of the k completions of highest reward by engine and prompt; None if no engine kept texts.
+
+    :param most: so many prompts, the first.
+    """
     table = Table(title="Best completions", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("engine", no_wrap=True)
     table.add_column(next(iter(posteriors.values())).measure, justify="right")
     table.add_column("prompt and completion")
     labels = next(iter(posteriors.values())).prompts
-    for i, prompt in enumerate(labels):
+    for i, prompt in enumerate(labels[:most]):
         for name, posterior in posteriors.items():
             if not posterior.texts:
                 continue
@@ -90,9 +102,27 @@ def best_texts(posteriors: Mapping[str, Posterior], k: int = 3) -> Table | None:
     return table if table.row_count else None
 
 
-def show(posteriors: Mapping[str, Posterior], console: Console, k: int = 3) -> None:
-    """Print the comparison, the best texts, and warnings."""
-    for table in comparisons(posteriors):
+def show(
+    posteriors: Mapping[str, Posterior],
+    console: Console,
+    k: int = 3,
+    *,
+    most: int | None = MOST,
+    whole: str = "`infer` writes all into a folder --out",
+) -> None:
+    """Print the comparison, the best texts, and warnings.
+
+    :param most: prompts, the first, and warnings that are printed; None prints all.
+    :param whole: where the rest is, in a sentence.
+    """
+    number = len(next(iter(posteriors.values())).prompts)
+    shown = number if most is None else min(most, number)
+    tables = comparisons(posteriors)
+    for table in islice(tables, shown):
+        console.print(table)
+    if shown < number:
+        console.print(f"… and {number - shown} prompts more: {whole}\n", style="dim")
+    for table in islice(tables, number - shown, None):  # of all prompts
         console.print(table)
     policy = particles = ""
     if any(map(summaries.has_policy, posteriors.values())):
@@ -101,11 +131,15 @@ def show(posteriors: Mapping[str, Posterior], console: Console, k: int = 3) -> N
         particles = "; of particles the smallest ESS along the way, and (the roots that have descendants)"
     console.print(
         f"Means ± one standard error; KL in nats. {policy}"
-        f"Weights are reliable if k̂ < {KHAT_LIMIT} and ESS > {ESS_LIMIT:.0f}{particles}.\n",
+        f"Weights are reliable if k̂ < {KHAT_LIMIT} and ESS > {ESS_LIMIT:.0f}{particles}."
+        f"{' Of all prompts: means, the smallest ESS and the largest k̂.' if number > 1 else ''}\n",
         style="dim",
     )
-    texts = best_texts(posteriors, k)
+    texts = best_texts(posteriors, k, most)
     if texts is not None:
         console.print(texts)
-    for line in summaries.remarks(posteriors):
+    lines = summaries.remarks(posteriors)
+    for line in lines[:most]:
         console.print("! " + line, style="yellow")
+    if most is not None and len(lines) > most:
+        console.print(f"! and {len(lines) - most} warnings more: {whole}", style="yellow")

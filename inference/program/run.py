@@ -202,7 +202,7 @@ def draw(
     :param guide: the proposal; None proposes from the prior.
     :param batch_size: particles in one batch; None for as many as bounded memory allows.
     :param vectorize: see `run_particles`.
-    :param progress: whether to show a progress bar, under ``label``.
+    :param progress: whether to show the progress, under ``label``.
     :returns: the particles, and whether Ctrl-C stopped the run before it had all of them.
     :raises RunError: if a later batch fails; it carries the particles drawn before.
     """
@@ -212,12 +212,21 @@ def draw(
     def so_far() -> SoFar | None:
         return SoFar(particles=Particles.concatenate(parts)) if parts else None
 
-    with track(label, num_particles, progress) as report, keeping(so_far) as run:
+    plan = f"{num_particles} draws {of_prompts(program)}"
+    with track(label, num_particles, progress, plan=plan) as report, keeping(so_far) as run:
         for start in range(0, num_particles, size):
             n = min(size, num_particles - start)
             parts.append(run_particles(program, guide, n, vectorize=vectorize))
             report(n)
     return Particles.concatenate(parts), run.interrupted
+
+
+def of_prompts(program: Program) -> str:
+    """Return, for the plan of a run, of how many prompts a step is."""
+    if program.full_size == 1:
+        return "of one prompt"
+    some = f"{program.num_prompts} of " if program.num_prompts < program.full_size else ""
+    return f"of each of {some}{program.full_size} prompts"
 
 
 def posterior(

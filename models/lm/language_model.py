@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bayeslm.validation import Count, Positive, Seed, Unchecked, validated
 
-from . import adapters, encoding, fitting, loading, packing, saving, texts
+from . import adapters, encoding, fitting, packing, texts
 from .autoregressive import Autoregressive
 from .encoding import Vocabulary
 from .gradient_checkpointing import checkpointable_layers
@@ -23,9 +23,9 @@ from .network import CausalNetwork
 from .own_forward import Findings
 from .settings import Settings
 from .special_tokens import find_special_tokens
-from .tabular import NGramConfig, NGramForCausalLM, word_tokenizer
 from .turns import forked
 from .weights import SharedWeights
+from .words import word_tokenizer
 
 
 @validated
@@ -127,6 +127,8 @@ class LanguageModel(ModuleWithProperties):
         :raises OSError: if the model is not found, with how to get it, or its tokenizer cannot be loaded.
         :raises ValueError: if ``base`` is given and the folder holds no adapter.
         """
+        from . import loading  # here, as below: transformers takes a second or more to import
+
         around = None
         if base is not None:
             settings = Settings(base.eos_token_ids, base.pad_token_id, base.compute_dtype)
@@ -168,6 +170,8 @@ class LanguageModel(ModuleWithProperties):
         :param eos: the token before and after a text; an empty prompt is one ``eos``.
         :raises ValueError: if ``eos`` is not in the vocabulary, a token is in it twice, or ``table`` has another shape.
         """
+        from .tabular import NGramConfig, NGramForCausalLM
+
         if eos not in vocabulary:
             raise ValueError(f"vocabulary has no {eos!r}: completions could not end")
         with forked(seed):
@@ -302,6 +306,8 @@ class LanguageModel(ModuleWithProperties):
             self.compute_dtype,
             next((p.dtype for p in self.parameters() if p.is_floating_point()), None) if self.has_adapters else None,
         )
+        from . import saving
+
         saving.save(self.network, self.tokenizer, settings, path)
 
     @validated

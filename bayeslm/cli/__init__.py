@@ -1,4 +1,4 @@
-"""The command line: the commands `bayeslm demo`, `infer`, `show`, `sample`, `export` and `label`."""
+"""The command line: the commands `bayeslm demo`, `infer`, `show`, `report`, `sample`, `export` and `label`."""
 
 import typer
 
@@ -15,6 +15,7 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(infer.infer)
 app.command()(show.show)
+app.command()(show.report)
 app.command()(sample.sample)
 app.command()(export.export)
 app.command()(label.label)

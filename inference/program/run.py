@@ -297,17 +297,24 @@ def posterior(
     if kind == "weighted":
         stats |= {"ess": diagnostics.ess(weights), "khat": diagnostics.psis(weights)[1]}
     high, bound = None, float(getattr(program.model, "log_bound", np.inf) if log_bound is None else log_bound)
+    if isinstance(description := getattr(program.model, "description", None), dict):
+        stats |= {"program": description}
     if np.isfinite(bound):
         stats |= {"log_bound": bound}
         if from_prior and not conditional:
             high = unseen_limit(*evidence, bound, from_prior)
     values, observed = {name: split(particles.values[name]) for name in _kept(program)}, _observed(program)
-    texts, lengths = {}, {}
+    texts, lengths, token_ends, token_log_ratio = {}, {}, {}, {}
     for site in program.completions:
         value = particles.values[site.name][: draws * num_chains]
         lengths[site.name] = split(site.fn.lengths(value))
         if site.fn.has_text:
-            texts[site.name] = _decoded(program, site, value).reshape(lengths[site.name].shape)
+            decoded = _decoded(program, site, value)
+            texts[site.name] = decoded.reshape(lengths[site.name].shape)
+            log_q = particles.proposal_token_log_prob.get(site.name)
+            if kind == "weighted" and log_q is not None:
+                token_log_ratio[site.name] = split(log_q - particles.token_log_prob[site.name])
+                token_ends[site.name] = site.fn.lm.token_ends(value, decoded).reshape(values[site.name].shape)
     result = Posterior(
         samples=values,
         log_weights=weights,
@@ -328,6 +335,8 @@ def posterior(
         texts=texts,
         lengths=lengths,
         sample_stats=sample_stats or {},
+        token_ends=token_ends,
+        token_log_ratio=token_log_ratio,
         prior=_prior_draws(program, prior),
         prior_rewards={} if prior is None else {name: to_numpy(r)[None] for name, r in prior.rewards.items()},
         pointwise={name: split(term) for name, term in particles.pointwise.items()},

@@ -530,6 +530,10 @@ class LanguageModel(ModuleWithProperties):
         rows = self.vocabulary.before_end(value)
         return texts.completion_texts(self.tokenizer, rows, value.shape[:-1], encoded)
 
+    def token_ends(self, value: Tensor, decoded: np.ndarray) -> np.ndarray:
+        """Return where each token of completions (*batch, token) ends in their texts (*batch), see `texts`."""
+        return texts.token_ends(self.tokenizer, self.vocabulary.before_end(value), decoded, value.shape[-1])
+
     def token_ids(self, value: Tensor) -> np.ndarray:
         """Return completions (*batch, token) as lists of token ids, with the end, an object array of the batch's shape.
 

@@ -7,11 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bayeslm.posterior import Posterior
-
-from . import report
 from .console import err_console, one_line_errors, out_console
-from .resume import others
 
 
 def show(
@@ -20,6 +16,11 @@ def show(
 ) -> None:
     """Print the comparison of saved posteriors, their best completions, and warnings."""
     with one_line_errors():
+        from bayeslm.posterior import Posterior
+
+        from . import report
+        from .resume import others
+
         found = {path.parent.name: path.parent for path in sorted(directory.glob("*/posterior.json"))}
         if (directory / "posterior.json").is_file() or not found:
             found = {directory.name: directory}

@@ -18,7 +18,7 @@ Engines = dict[str, dict[str, Any]]
 
 @validated
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class RunSettings:
     """The settings of a run, by the names that they have in Python.
 
     :param prompts: a file of prompts, or a list of them, each a text, a chat, token ids, or a mapping of "prompt" and
@@ -71,10 +71,10 @@ class Settings:
 
 
 NOT_COMPARED = ("prompts", "engines", "device", "timeout", "seed", "out")
-NAMES = [field.name for field in dataclasses.fields(Settings)]
+NAMES = [field.name for field in dataclasses.fields(RunSettings)]
 
 
-def read_settings(config: Path | None, options: Mapping[str, Any], engines: list[str]) -> Settings:
+def read_settings(config: Path | None, options: Mapping[str, Any], engines: list[str]) -> RunSettings:
     """Return the settings in a file, with those of the command line in their place.
 
     :param options: those that were given, by name.
@@ -94,7 +94,7 @@ def read_settings(config: Path | None, options: Mapping[str, Any], engines: list
             raise UsageError(f"--engine: {error}") from None
     for name, value in options.items():
         _check(f"--{name.replace('_', '-')}", {name: value})
-    settings = Settings(**found | options | ({"engines": chosen} if chosen else {}))
+    settings = RunSettings(**found | options | ({"engines": chosen} if chosen else {}))
     if not settings.engines:
         raise UsageError(f"{config}: engines must hold one engine at least, such as {{importance: {{}}}}")
     return settings
@@ -127,9 +127,9 @@ def _read(config: Path) -> dict[str, Any]:
 def _check(where: str, settings: Mapping[str, Any]) -> None:
     """Check types and ranges; an error begins with the file or the option."""
     try:
-        Settings(**settings)
+        RunSettings(**settings)
     except (TypeError, ValueError) as error:
-        reason = str(error).removeprefix("Settings: ")
+        reason = str(error).removeprefix("RunSettings: ")
         if where.startswith("--"):
             reason = reason.partition(" ")[2]  # the option has the name
         raise UsageError(f"{where}{' ' if where.startswith('--') else ': '}{reason}") from None

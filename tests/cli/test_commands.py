@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -127,19 +128,27 @@ def in_a_terminal(*arguments: str, cwd: Path) -> str:
     return written.decode()
 
 
-def test_lines_are_whole_and_plain_in_a_pipe_and_wrapped_in_a_terminal(tmp_path):
+def test_lines_are_whole_and_plain_in_a_pipe(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     posterior = from_prior(0)
     text = "word " * 60
     posterior.texts["completion"][:] = text
     posterior.save(tmp_path / "one")
-    piped = subprocess.run([*BAYESLM, "show", "one"], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert "\x1b" not in piped.stdout + piped.stderr
-    assert any(text.strip() in line for line in piped.stdout.splitlines())
-    shown = in_a_terminal("show", "one", cwd=tmp_path)
-    assert "\x1b[" in shown
-    assert text.strip() not in shown.replace("\r\n", "\n")
+    shown = run("show", str(tmp_path / "one"))
+    assert "\x1b" not in shown
+    assert any(text.strip() in line for line in shown.splitlines())
 
 
+def test_help_is_plain_in_a_pipe_and_fits_a_terminal(tmp_path):
+    piped = subprocess.run([*BAYESLM, "infer", "--help"], capture_output=True, text=True, check=True)
+    assert not [c for c in piped.stdout if c in "\x1b─│╭"]
+    assert max(map(len, piped.stdout.splitlines())) > 150
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal := in_a_terminal("infer", "--help", cwd=tmp_path))
+    assert shown != terminal
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+@pytest.mark.long
 def test_a_reader_may_close_the_pipe(tmp_path):
     from_prior(0).save(tmp_path / "one")
     script = f"set -o pipefail; {' '.join(BAYESLM)} show one | true"

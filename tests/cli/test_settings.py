@@ -17,7 +17,7 @@ from bayeslm.cli.engines import Run, prepare
 from bayeslm.cli.expressions import calls, evaluate
 from bayeslm.cli.infer import infer as command
 from bayeslm.cli.plain_yaml import MAX_BYTES, read_yaml, write_yaml
-from bayeslm.cli.settings import NAMES, Settings, read_settings
+from bayeslm.cli.settings import NAMES, RunSettings, read_settings
 from bayeslm.models import LanguageModel, TiltedLM
 from bayeslm.posterior import Posterior
 
@@ -115,7 +115,7 @@ def test_options_take_the_place_of_a_files_settings(tmp_path, options, engines, 
     found = read_settings(tmp_path / "run.yaml", options, engines)
     for name, value in expected.items():
         assert getattr(found, name) == value
-    assert read_settings(None, options, engines or ["exact"]).beta == options.get("beta", Settings.beta)
+    assert read_settings(None, options, engines or ["exact"]).beta == options.get("beta", RunSettings.beta)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------

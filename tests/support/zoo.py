@@ -176,3 +176,11 @@ def zoo_network(model_type: str, **extra: Any) -> PreTrainedModel | None:
     except Exception:  # of whatever type, where the architecture misses a setting
         return None
     return network
+
+
+def embed_padding(network: PreTrainedModel) -> None:
+    """Draw the embedding of a padding token, which is 0 in a new network: an indexer scores all keys after it alike."""
+    embedding = network.get_input_embeddings()
+    if getattr(embedding, "padding_idx", None) is not None:
+        with torch.no_grad():
+            embedding.weight[embedding.padding_idx].normal_().mul_(embedding.weight.std())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.oracles import all_by_hand, by_hand
-from support.zoo import ALL, zoo_network
+from support.zoo import ALL, embed_padding, zoo_network
 
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm import redraw, scoring
@@ -117,6 +117,7 @@ def check_window(model_type, extra, monkeypatch):
     network = None if model_type in {*OPEN, *REFUSED} else zoo_network(model_type, **extra)
     if network is None:
         pytest.skip("see the test of every architecture")
+    embed_padding(network)
     lm, tokens = LanguageModel(network, eos_token_ids=()), 12
     torch.manual_seed(0)
     with torch.no_grad():
@@ -160,6 +161,47 @@ def test_windows_of_every_architecture(model_type, monkeypatch):
 @pytest.mark.parametrize("on", [False, True])
 def test_windows_that_are_switched_on_and_off(model_type, on, monkeypatch):
     check_window(model_type, WINDOW | {"use_sliding_window": on}, monkeypatch)
+
+
+# -- attention to the keys that an indexer selects -------------------------------------------------------------
+
+# Fewer keys than the texts have, alone or in blocks, whose borders padding on the left would move. Sixteen heads: a key
+# scores 0 where no head's product is positive, which is rare with many heads. Which of several keys of equal scores a
+# network selects depends on the length of its input.
+INDEXER = {"index_n_heads": 16, "index_topk": 4}
+COMPRESSED = ["compressed_sparse_attention", "heavily_compressed_attention"]
+SELECTED = {
+    "deepseek_v32": INDEXER,
+    "minimax_m3_vl_text": {
+        "layer_types": ["minimax_m3_sparse"] * 2,
+        "index_n_heads": 2,
+        "index_head_dim": 8,
+        "index_block_size": 2,
+        "index_topk_blocks": 2,
+    },
+    "deepseek_v4": INDEXER
+    | {"layer_types": COMPRESSED, "compress_rates": dict(zip(COMPRESSED, (2, 4), strict=True)), "index_head_dim": 16},
+    "axk2": INDEXER,
+    "dots3_note_text": INDEXER,
+    "glm_moe_dsa": INDEXER,
+    "hy_v4": INDEXER,
+    "qwen4_exp_text": {
+        "layer_types": ["indexed_attention"] * 2,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "model_type", [*list(SELECTED)[:2], *(pytest.param(m, marks=pytest.mark.long) for m in list(SELECTED)[2:])]
+)
+def test_selected_keys_are_what_layers_select(model_type, monkeypatch):
+    assert zoo_network(model_type, **SELECTED[model_type]) is not None
+    check_window(model_type, SELECTED[model_type], monkeypatch)
 
 
 @pytest.mark.long

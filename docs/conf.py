@@ -63,7 +63,7 @@ nb_execution_excludepatterns = ["api/*"]
 nb_execution_show_tb = True
 nb_execution_in_temp = True
 nb_merge_streams = True
-nb_number_source_lines = False
+nb_ipywidgets_js = {}  # of other sites, and no page has a widget
 
 # ---- the look ----
 

@@ -1,8 +1,8 @@
-"""The command line: `bayeslm demo`, `bayeslm infer`, `bayeslm show` and `bayeslm label`."""
+"""The command line: the commands `bayeslm demo`, `infer`, `show`, `sample`, `export` and `label`."""
 
 import typer
 
-from . import demo, infer, label, show
+from . import demo, export, infer, label, sample, show
 
 app = typer.Typer(
     name="bayeslm",
@@ -15,6 +15,8 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(infer.infer)
 app.command()(show.show)
+app.command()(sample.sample)
+app.command()(export.export)
 app.command()(label.label)
 
 __all__ = ["app"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bayeslm.validation import Count, Positive, Seed, Unchecked, validated
 
-from . import adapters, encoding, fitting, loading, packing, saving, texts
+from . import adapters, encoding, fitting, generation, loading, packing, saving, texts
 from .autoregressive import Autoregressive
 from .encoding import Vocabulary
 from .gradient_checkpointing import checkpointable_layers
@@ -22,7 +22,7 @@ from .module_errors import ModuleWithProperties
 from .network import CausalNetwork
 from .own_forward import Findings
 from .settings import Settings
-from .special_tokens import find_special_tokens
+from .special_tokens import SpecialTokens, find_special_tokens
 from .tabular import NGramConfig, NGramForCausalLM, word_tokenizer
 from .turns import forked
 from .weights import SharedWeights
@@ -84,6 +84,7 @@ class LanguageModel(ModuleWithProperties):
         self._causal: CausalNetwork | None = None
         self._findings: Findings | None = None
         self._shared: SharedWeights | None = None
+        self._is_named = True  # whether the weights are those that `name` names
         self.eval()
         found = find_special_tokens(network, tokenizer, eos_token_ids)
         self.eos_token_ids: tuple[int, ...] = found.eos
@@ -130,7 +131,7 @@ class LanguageModel(ModuleWithProperties):
         around = None
         if base is not None:
             settings = Settings(base.eos_token_ids, base.pad_token_id, base.compute_dtype)
-            around = loading.Pretrained(base.network, base.tokenizer, base.name, settings)
+            around = loading.Pretrained(base.network, base.tokenizer, base.name if base._is_named else None, settings)
         network, tokenizer, name, settings = loading.load(name_or_path, base=around, dtype=dtype, **kwargs)
         lm = cls(
             network,
@@ -201,7 +202,9 @@ class LanguageModel(ModuleWithProperties):
             if self.compute_dtype is None:
                 lm._exact = exact
             return lm._unfreeze(list(network.parameters()))
-        network = adapters.with_lora(self.network, lora_rank, lora_alpha or 2 * lora_rank, self.name)
+        network = adapters.with_lora(
+            self.network, lora_rank, lora_alpha or 2 * lora_rank, self.name if self._is_named else None
+        )
         lm = self._with_network(network, self.name, self.compute_dtype)
         return self._sharing(lm)._unfreeze(adapters.own_parameters(network))
 
@@ -221,17 +224,25 @@ class LanguageModel(ModuleWithProperties):
         lm = self._with_network(network, self.name, self.compute_dtype)
         return self._sharing(lm)._unfreeze(adapters.own_parameters(network))
 
-    def merged(self) -> LanguageModel:
+    @validated
+    @differentiating()
+    def merged(self, dtype: torch.dtype | None = None) -> LanguageModel:
         """Return the same distribution without adapters: a copy into whose weights they are merged.
 
         It shares nothing with this model. PEFT's own ``merge_and_unload`` changes weights in place, and with them the
         prior of a LoRA policy.
 
+        :param dtype: of the copy's weights, into which they are rounded once. None: that of the weights under the
+            adapters; of bfloat16 ones torch.float32 keeps what adding to them would round away.
         :raises TypeError: if this model is `packed`.
+        :raises ValueError: if ``dtype`` is no floating-point type.
         """
         self._refuse_packed()
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating-point type such as torch.bfloat16, got {dtype}")
         self.current()
-        return self._with_network(adapters.merged(self.network), None, self.compute_dtype)
+        network = adapters.merged(self.network, dtype)
+        return self._with_network(network, None, self.compute_dtype if dtype is None else None)
 
     def packed(self) -> LanguageModel:
         """Return the same distribution, for drawing and scoring only, faster on a CPU.
@@ -302,7 +313,8 @@ class LanguageModel(ModuleWithProperties):
             self.compute_dtype,
             next((p.dtype for p in self.parameters() if p.is_floating_point()), None) if self.has_adapters else None,
         )
-        saving.save(self.network, self.tokenizer, settings, path)
+        special = SpecialTokens(self.eos_token_ids, self.bos_token_id, self.pad_token_id)
+        saving.save(self.network, self.tokenizer, settings, special, path)
 
     @validated
     def fit(
@@ -345,6 +357,7 @@ class LanguageModel(ModuleWithProperties):
             seed=seed,
             progress=progress,
         )
+        self._is_named = self._is_named and self.has_adapters
         if self._shared is not None:
             self._shared.renew()
         return losses
@@ -442,6 +455,29 @@ class LanguageModel(ModuleWithProperties):
         """
         ids, mask = self.encode(prompts, max_new_tokens)
         return Autoregressive(self, ids, mask, max_new_tokens, temperature)
+
+    @validated
+    def generate_texts(
+        self,
+        prompts: encoding.Prompts,
+        num_texts: Count = 1,
+        *,
+        max_new_tokens: Count = 128,
+        temperature: Positive = 1.0,
+        seed: Seed | None = None,
+    ) -> list[list[str]]:
+        """Draw texts that continue prompts: a list of ``num_texts`` for each prompt.
+
+        :param prompts: strings, chats or token ids, as for `forward`.
+        :param num_texts: of each prompt.
+        :param max_new_tokens: the longest text, in tokens.
+        :param temperature: divides the logits.
+        :param seed: of the draws; the state of the random numbers is restored after. None: that state is used.
+        :raises TypeError: if there is no tokenizer.
+        """
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        drawn = generation.sample_texts(self, prompts, num_texts, **settings)
+        return [[sampled.text for sampled in of_prompt] for of_prompt in drawn]
 
     def encode(self, prompts: encoding.Prompts, max_new_tokens: int = 0) -> encoding.Encoded:
         """Return the token ids of prompts that leave room for ``max_new_tokens`` more; see `encoding.encode`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import fnmatch
 import os
 import shutil
@@ -17,7 +18,9 @@ from transformers import GenerationConfig
 from bayeslm.files import replacing_folder
 
 from .adapters import has_adapters
+from .loading import location
 from .settings import NAME, Settings
+from .special_tokens import SpecialTokens
 
 # Files of a model; those of one that is saved over another do not outlive it.
 OWN = (
@@ -26,19 +29,27 @@ OWN = (
 )
 
 
-def save(network: nn.Module, tokenizer: Any, settings: Settings, path: str | os.PathLike[str]) -> None:
+def save(
+    network: nn.Module, tokenizer: Any, settings: Settings, special: SpecialTokens, path: str | os.PathLike[str]
+) -> None:
     """Write a network (only its adapters, if it has any), its tokenizer and settings into a folder.
 
     A model that the folder holds is replaced as a whole, once the new one is complete; other files in it stay.
 
     :param tokenizer: None if there is none.
+    :param special: the ends of texts and the padding, for the generation config.
     :raises FileExistsError: if ``path`` is a file.
     :raises OSError: if the disk refuses; the folder is then as it was.
     :raises ValueError: if several adapters are active, which PEFT saves one by one.
     """
     try:
         with replacing_folder(Path(path).resolve(), _is_own) as folder:
-            _write_network(network, folder)
+            with _generating(network, special) as generation:
+                if has_adapters(network):
+                    _write_adapters(network, folder)
+                    generation.save_pretrained(folder)
+                else:
+                    network.save_pretrained(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             settings.write(folder)
@@ -48,36 +59,46 @@ def save(network: nn.Module, tokenizer: Any, settings: Settings, path: str | os.
         raise OSError(getattr(error, "errno", None), f"the model could not be saved: {error}", str(path)) from error
 
 
-def _write_network(network: Any, folder: Path) -> None:
-    if not has_adapters(network):
-        with _valid_generation_config(network):
-            network.save_pretrained(folder)
-        return
+def _write_adapters(network: Any, folder: Path) -> None:
+    """Write the active adapter, with the place of its base model."""
     active = list(network.active_adapters)
     if len(active) != 1:
         raise ValueError(f"{len(active)} adapters are active, {active}: save_pretrained writes one")
-    # Embeddings are not adapted; PEFT would ask the hub whether the base's vocabulary was changed.
-    network.save_pretrained(folder, selected_adapters=active, save_embedding_layers=False)
+    config = network.peft_config[active[0]]
+    base = config.base_model_name_or_path
+    try:
+        config.base_model_name_or_path = base and location(base)
+        # Embeddings are not adapted; PEFT would ask the hub whether the base's vocabulary was changed.
+        network.save_pretrained(folder, selected_adapters=active, save_embedding_layers=False)
+    finally:
+        config.base_model_name_or_path = base
     if active != ["default"]:  # PEFT puts adapters of other names into a folder of that name
         shutil.copytree(folder / active[0], folder, dirs_exist_ok=True)
         shutil.rmtree(folder / active[0])
 
 
 @contextlib.contextmanager
-def _valid_generation_config(network: Any) -> Iterator[None]:
-    """Reduce a generation config that transformers loads but refuses to save to its special tokens, for the block."""
+def _generating(network: Any, special: SpecialTokens) -> Iterator[GenerationConfig]:
+    """Give a network, for the block, a generation config that ends and pads texts as ours are, and yield it.
+
+    One that transformers loads but refuses to save is reduced to its special tokens.
+    """
     kept = getattr(network, "generation_config", None)
+    config = GenerationConfig() if kept is None else copy.deepcopy(kept)
     try:
-        if kept is not None:
-            kept.validate(strict=True)
+        config.validate(strict=True)
     except ValueError:
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        network.generation_config = GenerationConfig(**{name: getattr(kept, name) for name in names})
+        config = GenerationConfig(bos_token_id=config.bos_token_id)
+    ends = list(special.eos)
+    config.eos_token_id, config.pad_token_id = (ends[0] if len(ends) == 1 else ends or None), special.pad
+    if kept is None or has_adapters(network):
+        yield config
+        return
+    network.generation_config = config
     try:
-        yield
+        yield config
     finally:
-        if kept is not None:
-            network.generation_config = kept
+        network.generation_config = kept
 
 
 def _is_own(name: str) -> bool:

@@ -118,7 +118,9 @@ def test_the_readme_runs_from_top_to_bottom(workplace, monkeypatch):
 
     def tiny(name: str, **settings: object) -> LanguageModel:
         assert name == "smollm2"
-        return LanguageModel.tabular(["<eos>", *words], order=2, seed=0)
+        lm = LanguageModel.tabular(["<eos>", *words], order=2, seed=0)
+        lm.tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+        return lm
 
     monkeypatch.setattr(LanguageModel, "from_pretrained", tiny)
     run(README)

@@ -9,7 +9,19 @@ from .independence import check_independence
 from .partial import PartialRun
 from .particles import Particles, particles_of, run_particles, score_sites, to_numpy, traces
 from .program import STEPS, Program, Site, along, in_prompts, inspect, inspect_or_reuse, sample_sites, site_value
-from .run import Engine, RunError, SoFar, Stopwatch, check_evidence, draw, keeping, posterior, prompt_labels, running
+from .run import (
+    Engine,
+    RunError,
+    SoFar,
+    Stopwatch,
+    check_evidence,
+    draw,
+    keeping,
+    of_prompts,
+    posterior,
+    prompt_labels,
+    running,
+)
 
 __all__ = [
     "PARTICLES",
@@ -43,6 +55,7 @@ __all__ = [
     "inspect",
     "inspect_or_reuse",
     "keeping",
+    "of_prompts",
     "particles_of",
     "posterior",
     "prompt_labels",

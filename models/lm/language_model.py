@@ -16,7 +16,7 @@ from bayeslm.model_card import TrainingNotes, read_notes, training_notes
 from bayeslm.posterior import Posterior
 from bayeslm.validation import Count, Positive, Seed, Unchecked, validated
 
-from . import adapters, encoding, fitting, generation, loading, packing, saving, texts
+from . import adapters, encoding, fitting, generation, packing, texts
 from .autoregressive import Autoregressive
 from .encoding import Vocabulary
 from .gradient_checkpointing import checkpointable_layers
@@ -26,9 +26,9 @@ from .network import CausalNetwork
 from .own_forward import Findings
 from .settings import Settings
 from .special_tokens import SpecialTokens, find_special_tokens
-from .tabular import NGramConfig, NGramForCausalLM, word_tokenizer
 from .turns import forked
 from .weights import SharedWeights
+from .words import word_tokenizer
 
 
 @validated
@@ -132,6 +132,8 @@ class LanguageModel(ModuleWithProperties):
         :raises OSError: if the model is not found, with how to get it, or its tokenizer cannot be loaded.
         :raises ValueError: if ``base`` is given and the folder holds no adapter.
         """
+        from . import loading  # here, as below: transformers takes a second or more to import
+
         around = None
         if base is not None:
             settings = Settings(base.eos_token_ids, base.pad_token_id, base.compute_dtype)
@@ -174,6 +176,8 @@ class LanguageModel(ModuleWithProperties):
         :param eos: the token before and after a text; an empty prompt is one ``eos``.
         :raises ValueError: if ``eos`` is not in the vocabulary, a token is in it twice, or ``table`` has another shape.
         """
+        from .tabular import NGramConfig, NGramForCausalLM
+
         if eos not in vocabulary:
             raise ValueError(f"vocabulary has no {eos!r}: completions could not end")
         with forked(seed):
@@ -324,6 +328,8 @@ class LanguageModel(ModuleWithProperties):
         special = SpecialTokens(self.eos_token_ids, self.bos_token_id, self.pad_token_id)
         origin = self.provenance
         notes = training_notes(origin) if isinstance(origin, Posterior) else origin
+        from . import saving
+
         saving.save(self.network, self.tokenizer, settings, special, notes, path)
 
     def push_to_hub(
@@ -338,6 +344,8 @@ class LanguageModel(ModuleWithProperties):
         :returns: the address of the commit.
         :raises ValueError: if this model is an adapter whose base model is not on the hub.
         """
+        from . import saving
+
         self._refuse_packed()
         return saving.push(self.save_pretrained, self.network, repo_id, private, token, **kwargs)
 
@@ -538,6 +546,10 @@ class LanguageModel(ModuleWithProperties):
         encoded = prompts if isinstance(prompts, encoding.Encoded | None) else self.encode(prompts)
         rows = self.vocabulary.before_end(value)
         return texts.completion_texts(self.tokenizer, rows, value.shape[:-1], encoded)
+
+    def token_ends(self, value: Tensor, decoded: np.ndarray) -> np.ndarray:
+        """Return where each token of completions (*batch, token) ends in their texts (*batch), see `texts`."""
+        return texts.token_ends(self.tokenizer, self.vocabulary.before_end(value), decoded, value.shape[-1])
 
     def token_ids(self, value: Tensor) -> np.ndarray:
         """Return completions (*batch, token) as lists of token ids, with the end, an object array of the batch's shape.

@@ -122,6 +122,15 @@ def show(posteriors: Mapping[str, Posterior], console: Console, k: int = 3) -> N
         f"Weights are reliable if k̂ < {KHAT_LIMIT} and ESS > {ESS_LIMIT:.0f}{particles}.\n",
         style="dim",
     )
+    reasons = {
+        reason: name
+        for name, posterior in posteriors.items()
+        if posterior.kind == "weighted"
+        for reason in diagnostics.khat_reasons(posterior.log_weights)
+        if reason
+    }
+    for reason, name in reasons.items():
+        console.print(f"No k̂ of {name}: {reason}.", style="dim")
     texts = best_texts(posteriors, k)
     if texts is not None:
         console.print(texts)

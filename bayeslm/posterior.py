@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,10 @@ class Posterior:
     """(chain, draw, *batch) of str, for each completion site."""
     lengths: dict[str, Array] = field(default_factory=dict)
     """(chain, draw, *batch): the number of tokens of each completion before padding."""
+    token_log_ratio: dict[str, Array] = field(default_factory=dict)
+    """(chain, draw, *batch, token): log q − log p of each token of a completion that a policy or guide drew."""
+    token_ends: dict[str, Array] = field(default_factory=dict)
+    """(chain, draw, *batch, token): where these tokens end in the text, as a number of characters."""
     pointwise: dict[str, Array] = field(default_factory=dict)
     """(chain, draw, *dims): the log-likelihood of every observation of a site in plates other than the prompts';
     `log_likelihood` holds their sum."""
@@ -280,6 +285,18 @@ class Posterior:
         attrs = make_attrs(self.engine, self.kind)
         return save(fields, self.policy, groups, self.prompt_labels, attrs, Path(directory))
 
+    def report(self, path: str | Path, *, title: str | None = None) -> Path:
+        """Write a report, one HTML file that needs no network; see `bayeslm.report.write_report`.
+
+        :param path: of the file, which is replaced if there is one.
+        :param title: of the report. Default: what was inferred, as far as it is known.
+        :returns: the absolute path.
+        :raises ImportError: without matplotlib.
+        :raises OSError: if the disk refuses; the file is then as it was before.
+        """
+        module = import_module("bayeslm.report")  # by its name, as all that judges posteriors stands above this file
+        return Path(module.write_report({self.engine: self}, path, title=title))
+
     @staticmethod
     def load(directory: str | Path) -> Posterior:
         """Read a posterior that `save` wrote. The policy is not loaded: `policy_path` is its folder.
@@ -323,6 +340,8 @@ class Posterior:
             samples={name: take(x, dims.get(name, ())) for name, x in self.samples.items()},
             texts={name: take(x, dims[name][:-1]) for name, x in self.texts.items()},
             lengths={name: take(x, dims[name][:-1]) for name, x in self.lengths.items()},
+            token_log_ratio={name: take(x, dims[name]) for name, x in self.token_log_ratio.items()},
+            token_ends={name: take(x, dims[name]) for name, x in self.token_ends.items()},
             log_weights=take(self.log_weights, ("prompt",)),
             log_joint=take(self.log_joint, ("prompt",)),
             log_likelihood={name: take(x, ("prompt",)) for name, x in self.log_likelihood.items()},
@@ -422,6 +441,11 @@ def _validate(posterior: Posterior) -> None:
             if name not in posterior.samples or not posterior.dims.get(name):
                 raise ValueError(f"{group}[{name!r}] has no token ids in samples[{name!r}]")
             expect(f"{group}[{name!r}]", array, posterior.samples[name].shape[:-1])
+    for group in ("token_log_ratio", "token_ends"):
+        for name, array in getattr(posterior, group).items():
+            if name not in posterior.texts:
+                raise ValueError(f"{group}[{name!r}] has no texts[{name!r}]")
+            expect(f"{group}[{name!r}]", array, posterior.samples[name].shape)
     if twice := posterior.rewards.keys() & posterior.samples.keys():
         raise ValueError(f"{min(twice)!r} names a reward and a sample: give one of them another name")
     for name, array in posterior.prior_rewards.items():

@@ -131,7 +131,8 @@ class NUTS:
             return SoFar(particles=Particles.concatenate(parts)) if parts else None
 
         steps = self.num_chains * (self.warmup + self.num_samples)
-        with track("NUTS", steps, self.progress) as report, keeping(so_far) as run:
+        plan = f"{self.num_chains} chains, {self.warmup} steps of warm-up and {self.num_samples} draws of each"
+        with track("NUTS", steps, self.progress, plan=plan) as report, keeping(so_far) as run:
             for _ in range(self.num_chains):
                 draws.clear()
                 figures.append({})

@@ -73,7 +73,7 @@ class PosteriorFigures(Protocol):
     def best(self, prompt: int = 0, k: int = 5, site: str | None = None) -> list[tuple[str, float]]: ...
 
 
-class Row(NamedTuple):
+class PromptFigures(NamedTuple):
     """One prompt's line: its label, the cells of its figures, a note, and its best texts."""
 
     label: str
@@ -123,7 +123,7 @@ def _title(posterior: PosteriorFigures) -> str:
     )
 
 
-def _rows(posterior: PosteriorFigures) -> list[Row]:
+def _rows(posterior: PosteriorFigures) -> list[PromptFigures]:
     """Return the lines of the first prompts; of prompts that share a latent the figures are those of all together."""
     columns, labels = posterior.log_weights.shape[2], posterior.prompt_labels
     measured, prior = posterior.measured, posterior.prior_measured
@@ -151,7 +151,7 @@ def _rows(posterior: PosteriorFigures) -> list[Row]:
         if posterior.kind == "weighted":
             cells["k̂"] = "unknown" if np.isnan(shapes[j]) else f"{shapes[j]:.2f}"
             note = f"k̂: {reasons[j]}" if reasons[j] else ""
-        rows.append(Row(label, cells, note, posterior.best(i, TEXTS) if len(posterior.texts) == 1 else []))
+        rows.append(PromptFigures(label, cells, note, posterior.best(i, TEXTS) if len(posterior.texts) == 1 else []))
     return rows
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .inputs import DTYPES, language_model
+from .inputs import language_model
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 WHERE = ("", "policy", "svi/policy", "adaptive/policy", "auto/policy")  # a policy's place in what a user points at
 

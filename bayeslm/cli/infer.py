@@ -20,6 +20,7 @@ from .options import make_engine, make_twist, read_settings
 
 # Options that do not change an engine's result, or are compared by their content when a command is repeated.
 NOT_COMPARED = ("prompt", "prompts", "engine", "device", "checkpoint", "tensorboard", "out", "timeout")
+NOT_COMPARED += ("checkpoint_minutes",)
 
 
 def infer(
@@ -121,6 +122,9 @@ def infer(
     checkpoint: Annotated[
         Path | None, typer.Option(help="svi: a folder for checkpoints; repeat the command to resume a stopped run.")
     ] = None,
+    checkpoint_minutes: Annotated[
+        float | None, typer.Option(help="svi: minutes from one checkpoint to the next, at most. Default: 5.")
+    ] = None,
     tensorboard: Annotated[Path | None, typer.Option(help="svi: a folder for curves in TensorBoard.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of a completion, in tokens.")] = 24,
     temperature: Annotated[float, typer.Option(help="Divides the prior's logits.")] = 1.0,
@@ -171,6 +175,7 @@ def infer(
             "objective": objective,
             "kl_target": kl_target,
             "checkpoint": checkpoint,
+            "checkpoint_minutes": checkpoint_minutes,
             "tensorboard": tensorboard,
             "stop_kl": stop_kl,
             "lora_rank": lora_rank,

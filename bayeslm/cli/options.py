@@ -47,7 +47,7 @@ def make_engine(name: str, *, seed: int, twist: Any, **sizes: Any) -> Any:
     if name == "svi":
         meant |= {
             "objective": make_objective(sizes["objective"], sizes["particles"]),
-            "checkpoint": sizes["checkpoint"],
+            "checkpoint": _checkpointing(sizes["checkpoint"], sizes["checkpoint_minutes"]),
             "optimizer": None if sizes["learning_rate"] is None else Adam(sizes["learning_rate"]),
         }
         callbacks = {"kl_target": KLTarget, "stop_kl": NearPosterior, "tensorboard": TensorBoard}
@@ -61,6 +61,16 @@ def make_engine(name: str, *, seed: int, twist: Any, **sizes: Any) -> Any:
         options = {particles: "particles", **OPTIONS}
         option = next((option for field, option in options.items() if f": {field} must be" in str(error)), None)
         raise ValueError(f"--{option}: {error}" if option else str(error)) from None
+
+
+def _checkpointing(folder: Path | None, minutes: float | None) -> Any:
+    from bayeslm.inference.training import Checkpointing
+
+    if minutes is None:
+        return folder
+    if folder is None:
+        raise ValueError("--checkpoint-minutes needs the folder --checkpoint")
+    return Checkpointing(folder, minutes=minutes)
 
 
 def make_objective(name: str | None, particles: int | None) -> Any:

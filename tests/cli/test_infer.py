@@ -448,7 +448,8 @@ def test_ctrl_c_in_the_first_draws_after_a_training(folder):
     Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 8"))  # an inspection, six steps, and draws
     training = ["--engine", "svi", "--objective", "elbo", "--steps", "6", "--samples", "8"]
     call = ["a", *training, "--reward", "my_rewards:interrupts", "--out", "run"]
-    output = " ".join(infer(*call, "--checkpoint", "kept", code=130).split())
+    assert "needs the folder --checkpoint" in infer(*call, "--checkpoint-minutes", "2", code=1)
+    output = " ".join(infer(*call, "--checkpoint", "kept", "--checkpoint-minutes", "2", code=130).split())
     assert "interrupted: " in output
     assert "the training so far is saved in kept: repeat the command to resume it" in output
     infer(*call, "--checkpoint", "kept")

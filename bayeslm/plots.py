@@ -89,12 +89,13 @@ def plot_rewards(
     return figure
 
 
-def plot_training(posterior: Posterior) -> Figure:
+def plot_training(posterior: Posterior, figure: Figure | None = None) -> Figure:
     """Plot ELBO, log-likelihood r / β and KL to the prior against the step of an `SVI` run, as means over prompts.
 
     Shown are each chain's curve (faint), the running mean over chains, held-out figures (`HeldOut`) as points, and the
     posterior's log Z ± 2 standard errors, which exceeds the ELBO by KL(q ‖ posterior).
 
+    :param figure: an empty figure to draw into. Default: a new one of pyplot.
     :raises ImportError: without matplotlib.
     :raises ValueError: if `Posterior.stats` has no "elbo" of shape (chain, step, prompt).
     """
@@ -104,7 +105,10 @@ def plot_training(posterior: Posterior) -> Figure:
     panels = {"elbo": "ELBO", "log_likelihood": "log-likelihood r / β", "kl": "KL to the prior"}
     panels = {key: title for key, title in panels.items() if key in stats}
     held_out = [key.removesuffix("_elbo") for key in stats if key.endswith("_elbo")]
-    figure, axes = _subplots(1, len(panels), figsize=(4.2 * len(panels), 3.8), squeeze=False, layout="constrained")
+    figure = _figure() if figure is None else figure
+    figure.set_size_inches(4.2 * len(panels), 3.8)
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (key, title) in zip(axes.flat, panels.items(), strict=True):
         curves = np.asarray(stats[key], dtype=float).mean(-1)  # (chain, step)
         steps = np.arange(1, curves.shape[1] + 1)
@@ -279,8 +283,14 @@ def _reward_panel(axis: Any, weighted: Mapping[str, tuple[Array, Array]], bins: 
     axis.set_ylim(bottom=0)
 
 
-def _subplots(*args: Any, **kwargs: Any) -> Any:
-    """Return a new figure and its axes.
+def _subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], **settings: Any) -> Any:
+    """Return a new figure and its axes."""
+    figure = _figure(figsize=figsize, layout=settings.pop("layout"))
+    return figure, figure.subplots(rows, columns, **settings)
+
+
+def _figure(**settings: Any) -> Figure:
+    """Return a new figure of pyplot.
 
     The inline backend of notebooks draws every open figure at the end of a cell, and the notebook the cell's last value
     once more; so there the figure is closed, and drawn as that value alone.
@@ -289,7 +299,7 @@ def _subplots(*args: Any, **kwargs: Any) -> Any:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ImportError('plots need matplotlib: pip install "bayeslm[plots]"') from error
-    figure, axes = plt.subplots(*args, **kwargs)
+    figure = plt.figure(**settings)
     if "inline" in plt.get_backend():
         plt.close(figure)
-    return figure, axes
+    return figure

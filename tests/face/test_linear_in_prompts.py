@@ -99,7 +99,7 @@ def best(found: Posterior) -> None:
 
 OF_A_POSTERIOR: dict[str, Callable[[Posterior, Any], Any]] = {
     "summary": lambda found, _: diagnostics.summary(found),
-    "report": lambda found, _: tables.show({"a": found}, Console(file=io.StringIO(), width=80)),
+    "tables": lambda found, _: tables.show({"a": found}, Console(file=io.StringIO(), width=80)),
     "best texts": lambda found, _: best(found),
     "to_arviz": lambda found, _: found.to_arviz(),
     "save and load": loaded,

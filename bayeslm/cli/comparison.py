@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import Any
 
 import typer
 
-from bayeslm.files import atomic_file
+from bayeslm import diagnostics
+from bayeslm.files import atomic_file, write_file
 from bayeslm.posterior import DiagnosticsWarning, Posterior
 
-from . import report
-from .console import INTERRUPTED, err_console, out_console
+from . import tables
+from .console import INTERRUPTED, PlainConsole, err_console, out_console
 from .resume import Results, rescue
+
+TABLES, SUMMARY = "tables.txt", "summary.csv"  # what is printed, of all prompts; a row for each engine and prompt
 
 
 def compare(
@@ -56,25 +60,40 @@ def compare(
                 except OSError as refused:
                     error.add_note(f"{refused}; {rescue(out, name, None, policy)}")
             if posteriors:
-                report.show(posteriors, out_console)
+                tables.show(posteriors, out_console)
             raise
         try:
             results.save(name, posteriors[name])
         except OSError:
-            report.show(posteriors, out_console)  # what the run has cost is not lost with the disk
+            tables.show(posteriors, out_console)  # what the run has cost is not lost with the disk
             raise
         seconds = posteriors[name].stats["seconds"]
         err_console.print(f"{name}: {seconds:.0f} s")
         if posteriors[name].stats.get("interrupted"):
             err_console.print(f"{name} was interrupted: the results so far follow", style="yellow")
             break
-    report.show(posteriors, out_console)
-    if out is not None:
-        plots = ", ".join(_save_plots(posteriors, out))
-        out_console.print(f"written to {out}: posteriors (each with posterior.nc for ArviZ), {plots}")
+    if out is None:
+        tables.show(posteriors, out_console)
+    else:
+        files = [*_save_tables(posteriors, out), *_save_plots(posteriors, out)]
+        tables.show(posteriors, out_console, whole=f"all are in {out / TABLES}")
+        out_console.print(f"written to {out}: posteriors (each with posterior.nc for ArviZ), {', '.join(files)}")
         out_console.print(f"to print this again: bayeslm show {out}")
     if any(posterior.stats.get("interrupted") for posterior in posteriors.values()):
         raise typer.Exit(INTERRUPTED)
+
+
+def _save_tables(posteriors: Mapping[str, Posterior], out: Path) -> list[str]:
+    """Write what is printed, of all prompts, as a text, and the summaries as a table; return the names of the files."""
+    text = io.StringIO()
+    tables.show(posteriors, PlainConsole(file=text, width=120), most=None)
+    try:
+        write_file(out / TABLES, text.getvalue())
+        write_file(out / SUMMARY, diagnostics.compare(posteriors).to_csv())
+    except OSError as error:  # the posteriors are saved, and tables are made of them
+        err_console.print(f"no tables: {error}", style="yellow")
+        return []
+    return [TABLES, SUMMARY]
 
 
 def _save_plots(posteriors: Mapping[str, Posterior], out: Path) -> list[str]:

@@ -124,6 +124,8 @@ def test_infer_compares_engines_and_show_repeats_it(folder):
     assert {p.name for p in Path("run").iterdir()} == {
         ".lock",
         "call.json",
+        "tables.txt",
+        "summary.csv",
         "run.yaml",
         "exact",
         "importance",

@@ -20,7 +20,7 @@ from support.toys import from_prior
 from typer.testing import CliRunner
 
 from bayeslm import progress
-from bayeslm.cli import app, console, inputs, report, terminal_judge
+from bayeslm.cli import app, console, inputs, tables, terminal_judge
 from bayeslm.cli.console import PlainConsole, content, one_line_errors
 from bayeslm.posterior import Posterior
 from bayeslm.visible import visible
@@ -84,7 +84,7 @@ def _report(out: PlainConsole, text: str) -> None:
     posterior = from_prior(0)
     posterior.prompts = [text, *posterior.prompts[1:]]
     posterior.texts["completion"][:] = text
-    report.show({f"engine {text}": posterior}, out)
+    tables.show({f"engine {text}": posterior}, out)
 
 
 PRINTERS = [_print, _table, _text, _status, _report]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .console import UsageError
 from .inputs import DTYPES, language_model
 
 WHERE = ("", "policy", "svi/policy", "adaptive/policy", "auto/policy")  # a policy's place in what a user points at
@@ -41,10 +42,10 @@ def find_policy(folder: Path) -> Path:
 def torch_dtype(name: str | None) -> Any:
     """Return the dtype of a name, None for None.
 
-    :raises ValueError: if there is no such dtype.
+    :raises UsageError: if there is no such dtype.
     """
     if name is not None and name not in DTYPES:
-        raise ValueError(f"--dtype {name} is unknown: choose one of {', '.join(DTYPES)}")
+        raise UsageError(f"--dtype {name} is unknown: choose one of {', '.join(DTYPES)}")
     import torch
 
     return None if name is None else getattr(torch, name)

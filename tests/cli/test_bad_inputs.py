@@ -183,4 +183,4 @@ def test_settings_that_are_no_counts(place: Path, own: str) -> None:
 
 @pytest.mark.parametrize("device", ["meta", "cuda:99", "tpu"])
 def test_devices(place: Path, device: str) -> None:
-    assert f"--device {device}" in refused([*MODEL, "--device", device])
+    assert f"--device {device}" in refused([*MODEL, "--device", device], 2)

@@ -24,9 +24,12 @@ def run(*arguments: str, code: int = 0) -> str:
 
 
 def test_a_report_of_a_command(folder):
-    engines = ["--engine", "importance", "--engine", "svi", "--engine", "smc", "--engine", "mcmc", "--twist", "partial"]
-    sizes = ["--particles", "8", "--samples", "10", "--chains", "2", "--steps", "4", "--max-new-tokens", "4"]
-    run("infer", "a b", "c", "--prior", "model", "--reward", "my_rewards:letters", *engines, *sizes, "--out", "run")
+    svi = "svi(num_particles=8, num_samples=10, num_chains=2, num_steps=4)"
+    smc = "smc(num_particles=8, num_chains=2, twist=partial)"
+    mcmc = "mcmc(initial_particles=8, num_samples=10, num_chains=2, warmup=4)"
+    settings = ["--reward", "my_rewards:letters", "--max-new-tokens", "4"]
+    settings += ["--engine", f"importance(num_particles=8, num_chains=2), {svi}, {smc}, {mcmc}"]
+    run("infer", "a b", "c", "--prior", "model", *settings, "--out", "run")
     assert "written to run/report.html" in run("report", "run")
     html = Path("run/report.html").read_text(encoding="utf-8")
     for section in ("engines", "rewards", "training", "sizes", "particles", "chains", "texts"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,15 @@ TABLES, SUMMARY = "tables.txt", "summary.csv"  # what is printed, of all prompts
 
 
 def compare(
-    model: Any, prompts: list[str], columns: dict[str, list[Any]], engines: Mapping[str, Any], results: Results
+    model: Callable[[str], Any],
+    prompts: list[Any],
+    columns: dict[str, list[Any]],
+    engines: Mapping[str, Any],
+    results: Results,
 ) -> None:
     """Run the engines that have no result in the output folder, save each result at once, and print the comparison.
 
+    :param model: returns the program for an engine, by the engine's name.
     :param columns: of the prompts, for the reward.
     :raises typer.Exit: after Ctrl-C in an engine that returned the draws it had.
     """
@@ -41,7 +46,7 @@ def compare(
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DiagnosticsWarning)  # they stand below the tables
-                posteriors[name] = engine.run(model, prompts, **columns)
+                posteriors[name] = engine.run(model(name), prompts, **columns)
         except BaseException as error:
             policy = error.so_far.policy if isinstance(error, RunError) else None
             checkpoint = getattr(engine, "checkpoint", None)

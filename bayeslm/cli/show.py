@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bayeslm.posterior import Posterior
-from bayeslm.report import write_report
-
-from . import tables
-from .comparison import TABLES
 from .console import err_console, one_line_errors, out_console
-from .resume import others
+
+if TYPE_CHECKING:
+    from bayeslm.posterior import Posterior
 
 
 def show(
     directory: Annotated[Path, typer.Argument(help="An output folder of infer or demo, or one posterior in it.")],
     texts: Annotated[int, typer.Option(help="How many of the best completions to print for each prompt.")] = 3,
-    max_prompts: Annotated[int, typer.Option(min=1, help="How many prompts to print, and warnings.")] = tables.MOST,
+    max_prompts: Annotated[
+        int | None, typer.Option(min=1, help="How many prompts to print, and warnings. Default: 20.")
+    ] = None,
 ) -> None:
     """Print the comparison of saved posteriors, their best completions, and warnings."""
     with one_line_errors():
+        from . import tables
+        from .comparison import TABLES
+
         posteriors = load_posteriors(directory)
         has_file = (directory / TABLES).is_file()
         whole = f"all are in {directory / TABLES}" if has_file else "raise --max-prompts to print them"
-        tables.show(posteriors, out_console, texts, most=max_prompts, whole=whole)
+        tables.show(posteriors, out_console, texts, most=max_prompts or tables.MOST, whole=whole)
 
 
 def report(
@@ -42,8 +44,14 @@ def report(
     table of all texts that sorts and filters, with the tokens that the policy moved.
     """
     with one_line_errors():
-        path = write_report(load_posteriors(directory), output or directory / "report.html", title=title)
-        out_console.print(f"written to {output or directory / path.name}, {path.stat().st_size / 1e6:.1f} MB")
+        from bayeslm.report import write_report
+
+        from .resume import run_settings
+
+        posteriors = load_posteriors(directory)
+        target = output or directory / "report.html"
+        path = write_report(posteriors, target, title=title, settings=run_settings(directory))
+        out_console.print(f"written to {target}, {path.stat().st_size / 1e6:.1f} MB")
 
 
 def load_posteriors(directory: Path) -> dict[str, Posterior]:
@@ -52,6 +60,10 @@ def load_posteriors(directory: Path) -> dict[str, Posterior]:
     :param directory: an output folder, or one posterior.
     :raises FileNotFoundError: if there are none.
     """
+    from bayeslm.posterior import Posterior
+
+    from .resume import others
+
     found = {path.parent.name: path.parent for path in sorted(directory.glob("*/posterior.json"))}
     if (directory / "posterior.json").is_file() or not found:
         found = {directory.name: directory}

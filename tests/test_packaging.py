@@ -1,5 +1,6 @@
-"""What pyproject.toml repeats by hand matches the code: the version, and the list of packages."""
+"""What pyproject.toml and CITATION.cff repeat by hand matches the code: the version, and the list of packages."""
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -12,6 +13,9 @@ SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 
 def test_the_version_is_that_of_the_package() -> None:
     assert PYPROJECT["project"]["version"] == bayeslm.__version__
+    cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), flags=re.MULTILINE)
+    assert cited is not None
+    assert cited[1] == bayeslm.__version__
 
 
 def test_every_folder_with_code_is_a_listed_package() -> None:

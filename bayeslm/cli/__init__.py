@@ -1,4 +1,4 @@
-"""The command line: `bayeslm demo`, `infer`, `show`, `report`, `label`, `engines` and `rewards`."""
+"""The command line: `bayeslm demo`, `infer`, `show`, `report`, `sample`, `export`, `label`, `engines`, `rewards`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from bayeslm.version import __version__
 
-from . import catalogue, demo, infer, label, show
+from . import catalogue, demo, export, infer, label, sample, show
 from .console import UNBROKEN
 
 
@@ -46,6 +46,8 @@ app.command()(demo.demo)
 app.command()(infer.infer)
 app.command()(show.show)
 app.command()(show.report)
+app.command()(sample.sample)
+app.command()(export.export)
 app.command()(label.label)
 app.command()(catalogue.engines)
 app.command()(catalogue.rewards)

@@ -1,6 +1,7 @@
 """A Pyro program as engines see it: its sites and plates, its particles, and the posterior that they give."""
 
 from .assign import assign_values, same_distribution, score_values
+from .description import describe, describe_object
 from .errors import EvidenceError, ProgramError
 from .guides import PolicyGuide, as_proposal, draw_latents
 from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, RandomStates, seeded
@@ -46,6 +47,8 @@ __all__ = [
     "assign_values",
     "check_evidence",
     "check_independence",
+    "describe",
+    "describe_object",
     "draw",
     "draw_latents",
     "in_prompts",

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from bayeslm import diagnostics, reliability
 from bayeslm.bounds import unseen_limit
-from bayeslm.models.lm import Encoded, count_usage, differentiating, exclusive
+from bayeslm.models.lm import Encoded, LanguageModel, count_usage, differentiating, exclusive
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 
+from .description import describe
 from .errors import EvidenceError
 from .handlers import seeded
 from .particles import Particles, run_particles, to_numpy
@@ -241,6 +242,7 @@ def posterior(
     log_weights: Tensor | None = None,
     roots: Tensor | None = None,
     conditional: bool = False,
+    sample_stats: dict[str, np.ndarray] | None = None,
     prior: Particles | None = None,
     from_prior: float | None = None,
     log_bound: float | None = None,
@@ -258,6 +260,7 @@ def posterior(
         weights.
     :param roots: of kind "particles", (particle, prompt), see `Posterior.roots`.
     :param conditional: whether particle 0 of each chain began as a draw of the posterior, see `Posterior.conditional`.
+    :param sample_stats: what the sampler saw at each draw, (chain, draw).
     :param prior: draws of the prior, for comparison.
     :param from_prior: the number of draws of the prior behind the estimate of log Z (αN for N draws of a mixture that
         has the prior with share α); None if there are none. With a bound they give `Posterior.log_evidence_high`.
@@ -300,7 +303,7 @@ def posterior(
         stats |= {"log_bound": bound}
         if from_prior and not conditional:
             high = unseen_limit(*evidence, bound, from_prior)
-    values = {name: split(particles.values[name]) for name in _kept(program)}
+    values, observed = {name: split(particles.values[name]) for name in _kept(program)}, _observed(program)
     texts, lengths, token_ends, token_log_ratio = {}, {}, {}, {}
     for site in program.completions:
         value = particles.values[site.name][: draws * num_chains]
@@ -327,19 +330,22 @@ def posterior(
         conditional=conditional,
         kind=kind,
         engine=engine,
-        dims={name: program.sites[name].dims for name in [*values, *particles.pointwise]},
+        dims={name: program.sites[name].dims for name in [*values, *observed]},
         prompts=labels,
         texts=texts,
         lengths=lengths,
+        sample_stats=sample_stats or {},
         token_ends=token_ends,
         token_log_ratio=token_log_ratio,
         prior=_prior_draws(program, prior),
         prior_rewards={} if prior is None else {name: to_numpy(r)[None] for name, r in prior.rewards.items()},
         pointwise={name: split(term) for name, term in particles.pointwise.items()},
-        observed=_observed(program),
-        stats=stats,
+        observed=observed,
+        stats=stats | {"program": describe(program)},
         policy=policy,
     )
+    if isinstance(policy, LanguageModel):
+        policy.provenance = result
     reliability.warn(result)
     return result
 

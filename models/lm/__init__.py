@@ -3,6 +3,7 @@
 from .autoregressive import Autoregressive
 from .decoding import Decoder, categorical, generate
 from .encoding import Encoded, Prompt
+from .generation import SampledText, sample_texts
 from .gradients import differentiating
 from .language_model import LanguageModel
 from .module_errors import ModuleWithProperties
@@ -24,6 +25,7 @@ __all__ = [
     "LanguageModel",
     "ModuleWithProperties",
     "Prompt",
+    "SampledText",
     "Twist",
     "TwistInputs",
     "categorical",
@@ -36,6 +38,7 @@ __all__ = [
     "read_table",
     "read_tensors",
     "redraw",
+    "sample_texts",
     "without_index",
     "word_tokenizer",
     "write_tensors",

@@ -106,11 +106,26 @@ def plain_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
-def merged(network: Any) -> nn.Module:
-    """Return a copy of a network, its active adapters merged into the weights."""
+def merged(network: Any, dtype: torch.dtype | None = None) -> nn.Module:
+    """Return a copy of a network, its active adapters merged into the weights.
+
+    :param dtype: of the weights. They are merged in float32 and rounded to it once: added to bfloat16 weights, most of
+        what an adapter has learned would be lost. None: they are merged in the dtype they have.
+    """
     new = copy.deepcopy(network)
+    if dtype is not None:
+        _convert(new, torch.float32)
     plain: nn.Module = new.merge_and_unload() if has_adapters(network) else new
+    if dtype is not None:
+        _convert(plain, dtype)
     return plain
+
+
+def _convert(network: nn.Module, dtype: torch.dtype) -> None:
+    """Convert the parameters of a network; buffers, such as frequencies of positions, keep their precision."""
+    for p in network.parameters():
+        if p.is_floating_point():
+            p.data = p.data.to(dtype)
 
 
 def twin(network: Any) -> nn.Module:

@@ -71,7 +71,7 @@ def load_reward(text: str, where: str = "--reward") -> Any:
         return rewards.load(address)
 
     makers = {name: maker(name) for name in rewards.BUILT_IN}
-    makers |= {rewards.BUILT_IN[name].__name__: make for name, make in makers.items()}
+    makers |= {rewards.BUILT_IN[name].__qualname__: make for name, make in makers.items()}
     makers |= {"Reward": rewards.Reward, "load": load}
     addressed = ADDRESS.sub(lambda found: found[1] or f"load({found[2]!r})", text)
     try:
@@ -99,10 +99,11 @@ def trained_policy(folder: Path, prior: Any) -> Any:
     return LanguageModel.from_pretrained(folder, base=base, **sizes).to(prior.device)
 
 
-def read_prompts(prompts: Any) -> tuple[list[Any], dict[str, list[Any]]]:
+def read_prompts(prompts: Any, where: str = "prompts") -> tuple[list[Any], dict[str, list[Any]]]:
     """Return prompts and the columns of them.
 
     :param prompts: a file, or a list of prompts or of mappings with "prompt".
+    :param where: where the list is from, for errors.
     :raises UsageError: if there are none.
     :raises ValueError: if one, or the file, is malformed; see `read_prompt_file`.
     """
@@ -113,11 +114,11 @@ def read_prompts(prompts: Any) -> tuple[list[Any], dict[str, list[Any]]]:
     if isinstance(prompts, str):
         rows, columns = read_prompt_file(prompts)
     else:
-        rows, columns = prompt_table("prompts", [(f"row {i}", row) for i, row in enumerate(prompts, start=1)])
+        rows, columns = prompt_table(where, [(f"row {i}", row) for i, row in enumerate(prompts, start=1)])
     try:
         check_columns(columns)
     except ValueError as error:
-        raise ValueError(f"{prompts if isinstance(prompts, str) else 'prompts'}: {error}") from None
+        raise ValueError(f"{prompts if isinstance(prompts, str) else where}: {error}") from None
     return rows, columns
 
 

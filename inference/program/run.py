@@ -297,8 +297,6 @@ def posterior(
     if kind == "weighted":
         stats |= {"ess": diagnostics.ess(weights), "khat": diagnostics.psis(weights)[1]}
     high, bound = None, float(getattr(program.model, "log_bound", np.inf) if log_bound is None else log_bound)
-    if isinstance(description := getattr(program.model, "description", None), dict):
-        stats |= {"program": description}
     if np.isfinite(bound):
         stats |= {"log_bound": bound}
         if from_prior and not conditional:

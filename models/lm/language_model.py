@@ -332,6 +332,23 @@ class LanguageModel(ModuleWithProperties):
 
         saving.save(self.network, self.tokenizer, settings, special, notes, path)
 
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **kwargs: Any
+    ) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face hub; a repository is made if there is none.
+
+        :param repo_id: such as "me/my-policy".
+        :param private: of a new repository; None: as the account has it.
+        :param token: of the account; None: the one that ``hf auth login`` has stored.
+        :param kwargs: for ``huggingface_hub.HfApi.upload_folder``: ``commit_message``, ``revision``, ``create_pr``, ...
+        :returns: the address of the commit.
+        :raises ValueError: if this model is an adapter whose base model is not on the hub.
+        """
+        from . import saving
+
+        self._refuse_packed()
+        return saving.push(self.save_pretrained, self.network, repo_id, private, token, **kwargs)
+
     @validated
     def fit(
         self,

@@ -29,6 +29,8 @@ PACKAGES = {
         "bayeslm.calibration",
         "bayeslm.weights",
         "bayeslm.plots",
+        "bayeslm.report",
+        "bayeslm.summaries",
     ],
     "What to infer": [
         "bayeslm.models",

@@ -13,6 +13,7 @@ import shlex
 import sys
 import tomllib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -23,7 +24,7 @@ import typer.core
 from support.oracles import kl_to
 from typer.testing import CliRunner
 
-from bayeslm.cli import app
+from bayeslm.cli import app, engines, expressions, inputs
 from bayeslm.inference import Exact
 from bayeslm.models import LanguageModel, TiltedLM
 
@@ -146,6 +147,12 @@ def parse(words: list[str]) -> None:
     with mock.patch.object(typer.core.TyperCommand, "invoke", return_value=None):
         result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
+    for option, text in pairwise(words):
+        if option == "--engine":
+            for name, settings in expressions.calls(text):
+                engines.prepare(name, settings, engines.Run(), option)
+        if option == "--reward" and ":" not in text:
+            inputs.load_reward(text)
 
 
 def has_target(words: list[str]) -> None:
@@ -163,7 +170,7 @@ def has_script(words: list[str]) -> None:
     assert (ROOT / words[0]).is_file(), words
 
 
-@pytest.mark.parametrize("line", ["infer a --betas 1", "infers a", "infer a --particles many"])
+@pytest.mark.parametrize("line", ["infer a --betas 1", "infers a", "infer a --beta many"])
 def test_a_wrong_command_is_found(line):
     with pytest.raises(AssertionError, match="Usage: bayeslm"):
         parse(line.split())

@@ -27,6 +27,14 @@ def test_every_folder_with_code_is_a_listed_package() -> None:
     assert found == set(SETUPTOOLS["packages"])
 
 
+def test_files_that_code_reads_are_installed() -> None:
+    listed = SETUPTOOLS["package-data"]["bayeslm"]
+    found = {path for pattern in listed for path in (ROOT / "bayeslm").glob(pattern)}
+    assert found >= {
+        path for path in (ROOT / "bayeslm").rglob("*") if path.suffix in (".html", ".css", ".js", ".typed")
+    }
+
+
 def test_every_listed_package_is_regular() -> None:
     """A folder without __init__.py would install as a namespace package, whose types are not checked."""
     folders = SETUPTOOLS["package-dir"]

@@ -10,11 +10,11 @@ from .module_errors import ModuleWithProperties
 from .network import CausalNetwork, log_softmax_at
 from .suffix import redraw
 from .tables import read_table, without_index
-from .tabular import word_tokenizer
 from .tensor_files import read_tensors, write_tensors
 from .turns import exclusive, forked
 from .twist import POWERS, Twist, TwistInputs
 from .usage import count_usage
+from .words import word_tokenizer
 
 __all__ = [
     "POWERS",

@@ -62,6 +62,9 @@ class TokenModel(Protocol):
     def decode(self, value: Tensor, prompts: Encoded | None = None) -> np.ndarray:
         """Return the texts of completions (*batch, token) of prompts, an object array of the batch's shape."""
 
+    def token_ends(self, value: Tensor, decoded: np.ndarray) -> np.ndarray:
+        """Return where each token of completions (*batch, token) ends in their texts (*batch)."""
+
     def detokenize(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each row of token ids."""
 

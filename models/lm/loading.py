@@ -19,6 +19,7 @@ from bayeslm.checksums import verify_model
 from bayeslm.files import atomic_folder, reading, reason_of, recover
 from bayeslm.weight_files import check_folder, check_json
 
+from . import tabular  # noqa: F401, makes transformers know tables
 from .adapter_folders import check_adapter_sizes, read_adapter_config
 from .adapters import load_adapters, twin
 from .settings import NAME as SETTINGS

@@ -11,26 +11,33 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationConfig
 
 from bayeslm.files import replacing_folder
+from bayeslm.model_card import CARD, FIGURE, Loading, TrainingNotes, is_own_card, write_card
 
 from .adapters import has_adapters
-from .loading import location
+from .loading import location, short_name
 from .settings import NAME, Settings
 from .special_tokens import SpecialTokens
 
 # Files of a model; those of one that is saved over another do not outlive it.
 OWN = (
-    *(NAME, "config.json", "generation_config.json", "adapter_*", "model*.safetensors*", "pytorch_model*.bin*"),
+    *(NAME, FIGURE, "config.json", "generation_config.json", "adapter_*", "model*.safetensors*", "pytorch_model*.bin*"),
     *("tokenizer*", "special_tokens_map.json", "chat_template.*", "added_tokens.json", "vocab.*", "merges.txt"),
 )
 
 
 def save(
-    network: nn.Module, tokenizer: Any, settings: Settings, special: SpecialTokens, path: str | os.PathLike[str]
+    network: nn.Module,
+    tokenizer: Any,
+    settings: Settings,
+    special: SpecialTokens,
+    notes: TrainingNotes | None,
+    path: str | os.PathLike[str],
 ) -> None:
     """Write a network (only its adapters, if it has any), its tokenizer and settings into a folder.
 
@@ -38,6 +45,7 @@ def save(
 
     :param tokenizer: None if there is none.
     :param special: the ends of texts and the padding, for the generation config.
+    :param notes: of the training, for the model card.
     :raises FileExistsError: if ``path`` is a file.
     :raises OSError: if the disk refuses; the folder is then as it was.
     :raises ValueError: if several adapters are active, which PEFT saves one by one.
@@ -53,10 +61,25 @@ def save(
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             settings.write(folder)
+            (folder / CARD).unlink(missing_ok=True)  # PEFT's, a form that nobody has filled in
+            old = Path(path) / CARD
+            if not old.exists() or is_own_card(old):
+                write_card(folder, _loading(network, settings), notes)
     except FileExistsError:
         raise
     except (OSError, SafetensorError) as error:
         raise OSError(getattr(error, "errno", None), f"the model could not be saved: {error}", str(path)) from error
+
+
+def _loading(network: Any, settings: Settings) -> Loading:
+    """Return what the card says of loading a network."""
+    first = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    dtype, compute = (None if x is None else str(x).removeprefix("torch.") for x in (first, settings.compute_dtype))
+    if not has_adapters(network):
+        return Loading(None, None, str(dtype), compute, None)
+    config = network.peft_config[network.active_adapters[0]]
+    base = config.base_model_name_or_path or ""
+    return Loading(base and location(base), short_name(base), str(dtype), compute, getattr(config, "r", None))
 
 
 def _write_adapters(network: Any, folder: Path) -> None:

@@ -86,7 +86,9 @@ def one_line_errors() -> Iterator[None]:
 
 def _describe(error: BaseException | None) -> str:
     """Return an error in one line, or the lines of a message of our own."""
-    text = str(error).partition("\nTrace Shapes:")[0].strip()  # which Pyro appends
+    from bayeslm.inference.program import message_of
+
+    text = "" if error is None else message_of(error)
     if isinstance(error, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY):
         first = text.splitlines()[0] if text else "an array did not fit"
         return f"not enough memory ({first}): take a smaller --batch-size, or fewer --particles, --samples or prompts"

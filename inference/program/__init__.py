@@ -1,7 +1,7 @@
 """A Pyro program as engines see it: its sites and plates, its particles, and the posterior that they give."""
 
 from .assign import assign_values, same_distribution, score_values
-from .errors import EvidenceError, ProgramError
+from .errors import EvidenceError, ProgramError, message_of
 from .guides import PolicyGuide, as_proposal, draw_latents
 from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, RandomStates, seeded
 from .independence import check_independence
@@ -40,6 +40,7 @@ __all__ = [
     "inspect",
     "inspect_or_reuse",
     "keeping",
+    "message_of",
     "particles_of",
     "posterior",
     "prompt_labels",

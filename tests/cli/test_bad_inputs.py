@@ -178,3 +178,14 @@ def test_numbers_that_are_no_counts(place: Path, option: str, monkeypatch: pytes
 @pytest.mark.parametrize("device", ["meta", "cuda:99", "tpu"])
 def test_devices(place: Path, device: str) -> None:
     assert f"--device {device}" in refused([*MODEL, "--device", device])
+
+
+@pytest.mark.parametrize("options", [["--scale", "1e308"], ["--reward", "os:system"], ["--reward", "fails:f"]])
+def test_a_failing_reward_is_shown_without_pyros_table(place: Path, options: list[str]) -> None:
+    Path("fails.py").write_text("def f(completions, **_):\n    return [10**400] * len(completions)\n")
+    result = CliRunner().invoke(app, [*MODEL, *options])
+    assert result.exit_code == 1
+    first, prompt, completion = result.output.strip().splitlines()
+    assert first.startswith("bayeslm: reward ")
+    assert prompt.startswith("  prompt: ")
+    assert completion.startswith("  completion: ")

@@ -143,10 +143,6 @@ def _explicit(prompt: Any, chosen: list[Message], rejected: list[Message]) -> tu
     system = list(takewhile(lambda message: message["role"] in ("system", "developer"), asked[:-1]))
     asked = asked[len(system) :]
     at, other = _place(asked, chosen), _place(asked, rejected)
-    if (at is None) != (other is None):
-        raise PreferenceError(
-            "repeats the prompt in one conversation only: cut it from that one, or add it to the other"
-        )
     if at is None or other is None:
         return prompt, chosen, rejected
     before = chosen[:at]

@@ -17,7 +17,6 @@ import concurrent.futures
 import contextvars
 import copy
 import inspect
-import math
 import os
 import signal
 import threading

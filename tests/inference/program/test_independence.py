@@ -314,8 +314,9 @@ def chance(x):
 
 @pytest.mark.parametrize(("score", "calls"), [(varied, [2, 8, 2]), (chance, [2, 8, 2, 2]), (sparse, [2, 8, 2, 2, 2])])
 def test_how_often_a_function_is_called(score, calls):
-    """By the inspection, for 2 prompts; for 4 particles together; and alone for one, for two if it is random, for 3 if it
-    says the same of all.
+    """By the inspection, for 2 prompts; for 4 particles together; and alone for one.
+
+    Alone for two if it is random, and for 3 if it says the same of all.
     """
     model, texts = judged(score)
     check_independence(inspect(model))

@@ -164,11 +164,6 @@ BAD = {
         "chosen": [message("system", "s"), message("user", "x"), message("assistant", "y")],
         "rejected": [message("system", "t"), message("user", "x"), message("assistant", "z")],
     },
-    "repeats the prompt in one conversation only": {
-        "prompt": "x",
-        "chosen": [message("user", "x"), message("assistant", "y")],
-        "rejected": [message("assistant", "z")],
-    },
     "for 'chosen': it must be a string, or a list of role and content, which is a text": {
         "prompt": "p",
         "chosen": [message("assistant", [{"type": "image", "url": "u"}])],

@@ -50,8 +50,8 @@ def check_independence(program: Program) -> None:
     program's inspection, which ran alone; in the others each latent has another value. Only where the scores of these
     two differ, or all particles have the same at a site, which a sum over all of them would give too, the others run
     alone as well. No network of a completion runs, no `Reward` is called, and the random state is restored: completions
-    and rewards are arbitrary, other latents are drawn from the prior. Sites whose scores differ from run to run (a judge
-    that is random) are not compared.
+    and rewards are arbitrary, other latents are drawn from the prior. Sites whose scores differ from run to run, by a
+    judge that is random, are not compared.
 
     :raises ProgramError: if a site's scores differ, or the program does not run with several particles.
     """

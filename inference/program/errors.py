@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
-_SHAPES = re.compile(r"\n *Trace Shapes:.*", re.DOTALL)  # a table that Pyro appends, aligned on the right
-
 
 class ProgramError(ValueError):
     """Inference cannot run the program, or a term of its log-joint is NaN or +inf."""
@@ -18,8 +14,3 @@ class EvidenceError(ProgramError):
     """
 
     survivors: tuple[str, ...] = ()
-
-
-def message_of(error: BaseException) -> str:
-    """Return an error's message without the table of shapes that Pyro appends to errors of a program."""
-    return _SHAPES.sub("", str(error)).strip()

@@ -9,7 +9,6 @@ arXiv 2205.11275).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,18 +62,6 @@ class TiltedLM:
     def log_bound(self) -> float:
         """An upper bound of the log-likelihood r / beta, for rejection sampling; inf if the reward has none."""
         return self.reward.upper_bound / self.beta
-
-    @property
-    def description(self) -> dict[str, str | float]:
-        """What it infers, in words and numbers; engines keep it as ``stats["program"]``."""
-        prior = Path(getattr(self.prior.config, "name_or_path", "") or type(self.prior.network).__name__).name
-        return {
-            "prior": prior,
-            "reward": repr(self.reward),
-            "beta": float(self.beta),
-            "max_new_tokens": int(self.max_new_tokens),
-            "temperature": float(self.temperature),
-        }
 
     def program_arguments(
         self, prompts: Any, /, **columns: Sequence[Any]

@@ -28,11 +28,12 @@ KINDS = {
 }
 TRAINING = {
     "elbo": ("ELBO, nats", "The ELBO comes near log Z as the policy comes near the posterior."),
-    "score": ("reward", "The reward of the policy's draws."),
+    "reward": ("reward", "The reward of the policy's draws."),
     "log_likelihood": ("log-likelihood, nats", "The log-likelihood, r / β, of the policy's draws."),
     "kl": ("KL to the prior, nats", "How far the policy is from the prior."),
 }
 FACTS = {
+    "program": "Program",
     "prior": "Language model",
     "reward": "Reward",
     "scale": "Reward is multiplied by",

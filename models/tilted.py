@@ -9,7 +9,6 @@ arXiv 2205.11275).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import pyro
 from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
+from bayeslm.display import call
 from bayeslm.models.lm import LanguageModel, Prompt, read_table, without_index
 from bayeslm.models.rewards import Reward, RewardFunction, factor, with_trainer_arguments
 from bayeslm.validation import Count, Positive, validated
@@ -54,22 +54,14 @@ class TiltedLM:
         self.temperature = temperature
         self.subsample_size = subsample_size
 
+    def __repr__(self) -> str:
+        settings = ("prior", "reward", "beta", "max_new_tokens", "temperature", "subsample_size")
+        return call("TiltedLM", {name: getattr(self, name) for name in settings})
+
     @property
     def log_bound(self) -> float:
         """An upper bound of the log-likelihood r / beta, for rejection sampling; inf if the reward has none."""
         return self.reward.upper_bound / self.beta
-
-    @property
-    def description(self) -> dict[str, str | float]:
-        """What it infers, in words and numbers; engines keep it as ``stats["program"]``."""
-        prior = Path(getattr(self.prior.config, "name_or_path", "") or type(self.prior.network).__name__).name
-        return {
-            "prior": prior,
-            "reward": repr(self.reward),
-            "beta": float(self.beta),
-            "max_new_tokens": int(self.max_new_tokens),
-            "temperature": float(self.temperature),
-        }
 
     def program_arguments(
         self, prompts: Any, /, **columns: Sequence[Any]

@@ -16,6 +16,7 @@ import pyro
 from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
+from bayeslm.display import call
 from bayeslm.models.lm import LanguageModel, Prompt, read_table, without_index
 from bayeslm.models.rewards import Reward, RewardFunction, factor, with_trainer_arguments
 from bayeslm.validation import Count, Positive, validated
@@ -52,6 +53,10 @@ class TiltedLM:
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.subsample_size = subsample_size
+
+    def __repr__(self) -> str:
+        settings = ("prior", "reward", "beta", "max_new_tokens", "temperature", "subsample_size")
+        return call("TiltedLM", {name: getattr(self, name) for name in settings})
 
     @property
     def log_bound(self) -> float:

@@ -468,7 +468,7 @@ def test_after_ctrl_c_the_repeated_command_resumes(folder):
     svi = "svi(objective=ReverseKL(), num_steps=12, num_samples=8{})"
     Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 8"))
     call = ["a", "--reward", "my_rewards:interrupts", "--engine"]
-    resumed = [*call, svi.format(", checkpoint='kept'")]
+    resumed = [*call, svi.format(", checkpoint=Checkpointing('kept', minutes=2)")]
     infer(*resumed, "--out", "run", code=130)
     interrupted = Posterior.load("run/svi")
     assert interrupted.stats["interrupted"]
@@ -488,7 +488,7 @@ def test_ctrl_c_in_the_first_draws_after_a_training(folder):
     Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 8"))  # an inspection, six steps, and draws
     svi = "svi(objective=ReverseKL(), num_steps=6, num_samples=8{})"
     call = ["a", "--reward", "my_rewards:interrupts", "--engine"]
-    resumed = [*call, svi.format(", checkpoint='kept'"), "--out", "run"]
+    resumed = [*call, svi.format(", checkpoint=Checkpointing('kept', minutes=2)"), "--out", "run"]
     output = " ".join(infer(*resumed, code=130).split())
     assert "interrupted: " in output
     assert "the training so far is saved in kept: repeat the command to resume it" in output

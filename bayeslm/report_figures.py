@@ -27,7 +27,9 @@ SETTINGS: dict[Any, Any] = {
     **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     **dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width"), 0.6),
     **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
-    **{"svg.fonttype": "none", "svg.hashsalt": "bayeslm", "font.size": 9},
+    "svg.fonttype": "none",
+    "svg.hashsalt": "bayeslm",
+    "font.size": 9,
 }
 NAMESPACE = re.compile(r"\{[^}]*\}")
 NUMBER = re.compile(r"-?\d+\.\d+")

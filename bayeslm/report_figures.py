@@ -81,7 +81,7 @@ def curves(
     def draw(axis: Any) -> None:
         steps = np.arange(1, raw.shape[1] + 1)
         some = _thinned(len(steps))
-        axis.plot(steps[some], raw[:, some].T, color=COLOURS[0], alpha=0.3, linewidth=0.8)
+        axis.plot(steps[some], raw[:, some].T, color=COLOURS[0], alpha=0.45, linewidth=0.8)
         axis.plot(steps[some], smooth(raw)[some], color=COLOURS[0], linewidth=1.8)
         for i, (at, values) in enumerate(held_out):
             axis.plot(at, values, "o-", color=COLOURS[2 + i % 4], markersize=3, linewidth=1)

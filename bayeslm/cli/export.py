@@ -41,7 +41,7 @@ def export(
     An adapter stays an adapter, on the base model that it names; with --merge it becomes a whole model. Its card says
     how it was trained, and how to load it.
 
-    [bold]Examples[/bold]
+    For example:
 
       bayeslm export runs/weather weather-adapter
 

@@ -6,13 +6,15 @@ import inspect
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from bayeslm.prompt_files import prompt_table, read_prompt_file
 
 from .console import UsageError, err_console
 from .expressions import evaluate
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES = get_args(Dtype)
 ADDRESS = re.compile(r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')|([A-Za-z_][\w.]*:[A-Za-z_]\w*)""")
 """A string, or the address of a function that is not in a string."""
 
@@ -21,10 +23,12 @@ def language_model(name: str, device: str | None, dtype: str | None = None, **se
     """Load a `LanguageModel`.
 
     :param device: None is a GPU if there is one, else the CPU.
-    :param dtype: of the weights, by its name; None is that of the stored weights.
+    :param dtype: of the weights, one of `DTYPES`; None is that of the stored weights.
     :param settings: of `LanguageModel.from_pretrained`.
-    :raises ValueError: if there is no such device.
+    :raises UsageError: if there is no such device or dtype.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype} is unknown: choose one of {', '.join(DTYPES)}")
     import torch
     from transformers.utils import logging
 
@@ -36,7 +40,7 @@ def language_model(name: str, device: str | None, dtype: str | None = None, **se
     try:
         torch.zeros(1, device=chosen).item()  # the device "meta" has shapes and no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {chosen}: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"--device {chosen}: {str(error).splitlines()[0]}") from None
     with err_console.status(f"loading {name} (the first time, its weights are converted)"):
         return LanguageModel.from_pretrained(
             name, device=chosen, dtype=None if dtype is None else getattr(torch, dtype), **settings

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from .console import UsageError
-from .inputs import language_model
+from .inputs import DTYPES, language_model
 
 WHERE = ("", "policy", "svi/policy", "adaptive/policy", "auto/policy")  # a policy's place in what a user points at
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load_policy(name: str, prior: str | None, device: str | None, dtype: str | None, **settings: Any) -> Any:

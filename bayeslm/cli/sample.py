@@ -56,7 +56,7 @@ def sample(
     A terminal shows the first text of each prompt as it grows. Elsewhere each text is a line of JSON with its prompt,
     its number of tokens, its log-probability in nats, and whether an end token or the length limit ended it.
 
-    [bold]Examples[/bold]
+    For example:
 
       bayeslm sample runs/weather "The weather will be" --num 4 --seed 0
 

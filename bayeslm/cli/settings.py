@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from bayeslm.validation import Count, Positive, Seed, validated
 
 from .console import UsageError
 from .expressions import calls, nearest
+from .inputs import Dtype
 from .plain_yaml import read_yaml
 
 Engines = dict[str, dict[str, Any]]
@@ -43,7 +44,7 @@ class RunSettings:
     subsample_size: Count | None = None
     engines: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"importance": {}})
     device: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Dtype | None = None
     batch_size: Count | None = None
     gradient_checkpointing: bool = False
     seed: Seed = 0

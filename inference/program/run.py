@@ -20,6 +20,7 @@ from bayeslm.bounds import unseen_limit
 from bayeslm.models.lm import Encoded, LanguageModel, count_usage, differentiating, exclusive
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
+from bayeslm.visible import message_of
 
 from .description import describe
 from .errors import EvidenceError
@@ -179,8 +180,7 @@ def keeping(so_far: Callable[[], SoFar | None], *, can_return: bool = True) -> I
         if inner is not None and kept.particles is None:
             kept = replace(kept, particles=inner.particles)
         cause = error.__cause__ if isinstance(error, RunError) and error.__cause__ is not None else error
-        text = str(cause).partition("\nTrace Shapes:")[0].rstrip()  # which Pyro appends to errors of a program
-        what = "interrupted" if isinstance(cause, KeyboardInterrupt) else f"{type(cause).__name__}: {text}"
+        what = "interrupted" if isinstance(cause, KeyboardInterrupt) else f"{type(cause).__name__}: {message_of(cause)}"
         message = f"{what}\nThe run has {kept} so far: this error carries them as .so_far"
         raise RunError(message, kept) from cause
 

@@ -420,6 +420,7 @@ class LanguageModel(ModuleWithProperties):
     def causal(self) -> CausalNetwork:
         """The network as body and head (found at first use, since the device may change until then)."""
         if self._causal is None:
+            self.network.eval()  # tried without dropout
             self._causal = CausalNetwork(self.network, self.compute_dtype, self._exact, self._findings)
             self._findings = self._causal.findings
         return self._causal

@@ -114,8 +114,8 @@ def validated(target: F) -> F:
     if isinstance(target, type):
         cls: Any = target
         cls.__init__ = _checked(cls.__init__, functools.partial(annotations_of, cls), is_method=True)
-        if dataclasses.is_dataclass(cls) and hasattr(vars(cls).get("__repr__"), "__wrapped__"):  # the dataclass's own
-            cls.__repr__ = short_repr  # without the defaults, and without whole networks
+        if dataclasses.is_dataclass(target) and hasattr(vars(target).get("__repr__"), "__wrapped__"):
+            cls.__repr__ = short_repr  # in the place of the dataclass's own: without defaults and whole networks
         return target
     return typing.cast(F, _checked(target, functools.partial(annotations_of, target), is_method=False))
 

@@ -237,8 +237,9 @@ def _stand_alone(program: Program, own: dict[str, Tensor], alone: dict[str, Tens
     """
     found = _scores(program, together, COMPANY)
 
-    def is_as_alone(name: str, particle: int, alone: dict[str, Tensor]) -> bool:
-        return name in found and _agree(found[name][particle : particle + 1], alone.get(name), among=found[name])
+    def is_as_alone(name: str, particle: int, scores: dict[str, Tensor]) -> bool:
+        both = name in found and name in scores
+        return both and _agree(found[name][particle : particle + 1], scores[name], among=found[name])
 
     def is_one_for_all(name: str) -> bool:
         site = program.sites[name]

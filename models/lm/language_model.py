@@ -510,8 +510,9 @@ class LanguageModel(ModuleWithProperties):
         :param seed: of the draws; the state of the random numbers is restored after. None: that state is used.
         :raises TypeError: if there is no tokenizer.
         """
-        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-        drawn = generation.sample_texts(self, prompts, num_texts, **settings)
+        drawn = generation.sample_texts(
+            self, prompts, num_texts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+        )
         return [[sampled.text for sampled in of_prompt] for of_prompt in drawn]
 
     def encode(self, prompts: encoding.Prompts, max_new_tokens: int = 0) -> encoding.Encoded:

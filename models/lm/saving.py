@@ -59,7 +59,8 @@ def save(
                     _write_adapters(network, folder)
                     generation.save_pretrained(folder)
                 else:
-                    network.save_pretrained(folder)
+                    whole: Any = network
+                    whole.save_pretrained(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             settings.write(folder)

@@ -184,7 +184,7 @@ class CausalNetwork:
     def version(self) -> Hashable:
         """A value that changes with the weights and with which adapters are active."""
         count = sum(map(_version, self.parameters)) - sum(map(_version, self._miscounted))
-        active = tuple((m.disable_adapters, *m.active_adapters) for m in self._adapted)
+        active = tuple((m.disable_adapters, tuple(m.active_adapters)) for m in self._adapted)
         few = tuple(weights.values(self._miscounted).items()) if self._miscounted else ()
         return count, active, few
 

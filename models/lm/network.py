@@ -66,7 +66,7 @@ class CausalNetwork:
         self.compute_dtype = compute_dtype
         self._exact = set() if compute_dtype is None else _exact_weights(network, causal, exact)
         self.parameters = list(causal.parameters())
-        self._adapted = adapted_modules(causal)
+        self._adapted: list[Any] = adapted_modules(causal)
         self.accepts_positions = "position_ids" in inspect.signature(causal.forward).parameters
         self.body: nn.Module | None = None  # None: logits are the hidden states
         self.head: nn.Module | None = None  # None with a body: logits are `_through` the network
@@ -184,7 +184,7 @@ class CausalNetwork:
     def version(self) -> Hashable:
         """A value that changes with the weights and with which adapters are active."""
         count = sum(map(_version, self.parameters)) - sum(map(_version, self._miscounted))
-        active = tuple((m.disable_adapters, tuple(m.active_adapters)) for m in self._adapted)
+        active = tuple((m.disable_adapters, *m.active_adapters) for m in self._adapted)
         few = tuple(weights.values(self._miscounted).items()) if self._miscounted else ()
         return count, active, few
 

@@ -81,7 +81,7 @@ def prepare(name: str, settings: Mapping[str, Any], run: Run, where: str) -> Pre
     from bayeslm.inference import ENGINES
 
     if name not in ENGINES:
-        raise UsageError(f"{where}: {name!r} is unknown{nearest(name, ENGINES)} There are {', '.join(ENGINES)}")
+        raise UsageError(f"{where}: {name!r} is unknown{nearest(name, ENGINES)} Allowed names: {', '.join(ENGINES)}")
     engine = ENGINES[name]
     seed = settings.get("seed", run.seed)
     allowed = makers(dataclasses.replace(run, seed=seed), packed=not _trains(engine))

@@ -12,7 +12,7 @@ import typer
 from bayeslm.visible import visible
 
 from .console import UsageError, content, one_line_errors, out_console
-from .inputs import one_source, read_prompts
+from .inputs import Dtype, one_source, read_prompts
 from .policies import load_policy
 
 
@@ -44,9 +44,7 @@ def sample(
         str | None, typer.Option(help="The model under an adapter, if not the one that the adapter names.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: cuda if there is a GPU.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Type of the weights: float32, bfloat16 or float16. Default: the stored one.")
-    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights. Default: the stored one.")] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Most texts in one pass of the network. Default: by the free memory.")
     ] = None,

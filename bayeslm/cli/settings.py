@@ -98,7 +98,7 @@ def read_settings(config: Path | None, options: dict[str, Any], engines: list[st
         try:
             for name, settings in calls(text):
                 if name in chosen:
-                    raise ValueError(f"{name} is there twice")
+                    raise ValueError(f"{name} is repeated")
                 chosen[name] = found.get("engines", {}).get(name, {}) | settings
         except ValueError as error:
             raise UsageError(f"--engine: {error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,20 @@ def test_a_policy_is_found_in_what_a_user_points_at(policy: LanguageModel, place
     assert rows[0]["log_prob"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_several_policies_are_not_chosen_from_silently(policy: LanguageModel, folder: Path) -> None:
+    """What `infer --engine "svi, adaptive"` writes; a folder that is a model itself is that model."""
+    assert "policy: runs/x/svi/policy" in CliRunner().invoke(app, ["export", "runs/x", "one"]).stderr
+    assert "policy:" not in CliRunner().invoke(app, ["export", "runs/x/svi/policy", "direct"]).stderr
+    shutil.copytree("runs/x/svi/policy", "runs/x/adaptive/policy")
+    for command in (["sample", "runs/x", "a"], ["export", "runs/x", "new"]):
+        output = run(*command, code=2)
+        assert "runs/x holds 2 policies: choose one of runs/x/svi/policy, runs/x/adaptive/policy" in output
+    assert not (folder / "new").exists()
+    run("export", "runs/x/adaptive", "other")
+    shutil.copytree("runs/x/svi/policy", "model/policy")
+    assert "policy:" not in CliRunner().invoke(app, ["export", "model", "copy"]).stderr
+
+
 def test_chats_and_files_of_prompts(policy: LanguageModel, folder: Path) -> None:
     (folder / "prompts.jsonl").write_text('{"prompt": "b", "answer": 3}\n{"prompt": "c", "answer": 4}\n')
     rows = sample("runs/x", "--prompts", "prompts.jsonl", "--chat", "--seed", "0")
@@ -137,7 +152,10 @@ def test_an_export_in_another_dtype(policy: LanguageModel, folder: Path) -> None
     [
         (["export", "runs/x", "model"], "model exists and is not empty: choose another folder"),
         (["export", "runs/x", "new", "--dtype", "float16"], "--dtype is of a whole model's weights: add --merge"),
-        (["export", "runs/x", "new", "--merge", "--dtype", "int8"], "--dtype int8 is unknown"),
+        (
+            ["export", "runs/x", "new", "--merge", "--dtype", "int8"],
+            "Invalid value for '--dtype': Value error, 'int8' is not one of",
+        ),
         (["export", "runs", "new"], "runs holds no policy: neither config.json nor adapter_config.json"),
         (["sample", "runs", "a"], "runs holds no policy"),
         (["sample", "nowhere/x", "a"], "no model 'nowhere/x'"),
@@ -149,7 +167,7 @@ def test_an_export_in_another_dtype(policy: LanguageModel, folder: Path) -> None
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(policy: LanguageModel, folder: Path, arguments, match) -> None:
-    usage = match.startswith(("--", "no prompts"))
+    usage = match.startswith(("--", "no prompts", "Invalid"))
     output = " ".join(run(*arguments, code=2 if usage else 1).split())
     assert match in output
     assert "unexpected" not in output

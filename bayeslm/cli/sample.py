@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,7 +35,9 @@ def sample(
     ] = False,
     num: Annotated[int, typer.Option(min=1, help="Number of texts for each prompt.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a text, in tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="Divides the logits; 1 samples the policy itself.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(min=1e-6, help="Divides the logits; 1 samples the policy itself.")
+    ] = 1.0,
     seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same texts.")] = None,
     as_json: Annotated[
         bool | None,
@@ -75,7 +78,7 @@ def sample(
 
 
 def _as_chat(number: int, prompt: Any) -> Any:
-    """Return a chat of one turn of the user, or a chat as it is.
+    """Return a text as a chat of one turn of the user; a chat is returned unchanged.
 
     :raises UsageError: for token ids.
     """
@@ -98,8 +101,9 @@ def _write_json(lm: Any, prompt: Any, num: int, seed: int | None, settings: dict
 
     (drawn,) = sample_texts(lm, [prompt], num, seed=seed, **settings)
     for text in drawn:
-        row = {"prompt": prompt, "completion": text.text, "log_prob": text.log_prob}
-        typer.echo(json.dumps(row | {"tokens": text.num_tokens, "ended": text.ended}))
+        log_prob = text.log_prob if math.isfinite(text.log_prob) else None  # JSON has no infinity
+        row = {"prompt": prompt, "completion": text.text, "log_prob": log_prob}
+        typer.echo(json.dumps(row | {"tokens": text.num_tokens, "ended": text.ended}, allow_nan=False))
     sys.stdout.flush()
 
 
@@ -110,7 +114,7 @@ def _show(lm: Any, prompt: Any, num: int, seed: int | None, settings: dict[str, 
     out_console.print(content(_shown(prompt), "dim"))
 
     def write(piece: str) -> None:
-        out_console.file.write(visible(piece))
+        out_console.file.write(visible(piece))  # each character is escaped alone: a piece may end within a sequence
         out_console.file.flush()
 
     (drawn,) = sample_texts(lm, [prompt], num, seed=seed, on_text=write, **settings)

@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 
 from bayeslm.cli import app
 from bayeslm.models import LanguageModel
+from bayeslm.models.lm import SampledText
+from bayeslm.visible import visible
 
 MODULES: dict[str, str] = {}
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
@@ -115,6 +117,24 @@ def test_an_adapter_around_another_prior(policy: LanguageModel, folder: Path) ->
     assert named == str(folder / "other")
 
 
+def test_a_text_of_no_probability_is_valid_json_and_escapes_are_shown_wherever_pieces_end(
+    policy: LanguageModel, monkeypatch
+) -> None:
+    text = "a \x1b[2J\x1b]0;b\x07 \u202ec \U0001f642"
+
+    def drawn(lm, prompts, num, on_text=None, **settings):
+        for piece in text if on_text is not None else ():
+            on_text(piece)
+        return [[SampledText(text, float("-inf"), 3, True)]]
+
+    monkeypatch.setattr("bayeslm.models.lm.sample_texts", drawn)
+    (line,) = run("sample", "model", "b", "--max-new-tokens", "5").splitlines()
+    row = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert (row["log_prob"], row["completion"]) == (None, text)
+    assert run("sample", "model", "b", "--text", "--max-new-tokens", "5") == f"b\n{visible(text)}\n\n"
+    assert visible(text).startswith(r"a \x1b[2J\x1b]0;b\x07 \u202ec ")
+
+
 # -- export ----------------------------------------------------------------------------------------------------
 
 
@@ -161,7 +181,7 @@ def test_an_export_in_another_dtype(policy: LanguageModel, folder: Path) -> None
         (["sample", "nowhere/x", "a"], "no model 'nowhere/x'"),
         (["sample", "model"], "no prompts: give at least one"),
         (["sample", "model", "a", "--max-new-tokens", "64"], "context has room for 0 before max_new_tokens"),
-        (["sample", "model", "a", "--temperature", "0", "--max-new-tokens", "5"], "temperature"),
+        (["sample", "model", "a", "--temperature", "0", "--max-new-tokens", "5"], "Invalid value for '--temperature'"),
         (["sample", "model", "a", "--chat"], "has no chat template"),
         (["sample", "model", "a", "--prior", "model"], "holds none"),
     ],

@@ -57,7 +57,10 @@ class RunSettings:
     def program(self, lm: Any, reward: Any, subsample_size: int | None = None) -> Any:
         """Make the program of a language model.
 
+        :param lm: the prior, or a packed copy.
         :param reward: what ``self.reward`` says.
+        :param subsample_size: of the program's prompts; None takes all.
+        :returns: a `TiltedLM`.
         """
         from bayeslm.models import TiltedLM
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import platform
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from bayeslm import diagnostics
+from bayeslm import diagnostics, summaries
 from bayeslm.posterior import Posterior
 from bayeslm.visible import visible
 
@@ -63,6 +65,7 @@ class Loading:
     :param dtype: of the weights under the adapter, or of the model.
     :param compute_dtype: of products of float32 weights, if another one.
     :param rank: of the adapter; None where it has none.
+    :param has_tokenizer: whether the folder holds a tokenizer.
     """
 
     base: str | None
@@ -70,10 +73,16 @@ class Loading:
     dtype: str
     compute_dtype: str | None
     rank: int | None
+    has_tokenizer: bool = True
 
 
 def write_card(folder: Path, loading: Loading, notes: TrainingNotes | None) -> None:
-    """Write the card into the folder of a model, and the figure beside it."""
+    """Write the card into the folder of a model, and the figure beside it.
+
+    :param loading: what the folder holds.
+    :param notes: of the training; None if there was none, or none is known.
+    :raises OSError: if the disk refuses.
+    """
     parts = [_front_matter(loading), OURS, _title(loading)]
     if notes is not None:
         settings = {name: float(value) for name, value in notes.settings.items()}
@@ -110,7 +119,11 @@ def read_notes(folder: Path) -> TrainingNotes | None:
 
 
 def training_notes(posterior: Posterior) -> TrainingNotes:
-    """Describe the training that gave a posterior and its policy."""
+    """Describe the training that gave a posterior and its policy.
+
+    :param posterior: whose engine trained the policy.
+    :returns: settings, figures with errors, and curves.
+    """
     figure = _figure(posterior)
     program = dict(posterior.stats.get("program", {}))
     parts = ["## Training", _settings(posterior, program), _table(posterior)]
@@ -162,7 +175,7 @@ def _betas(posterior: Posterior) -> str:
 
 def _table(posterior: Posterior) -> str:
     """Return a table of the policy's figures for each prompt, with their standard errors."""
-    of_policy = posterior.engine == "SVI" and posterior.kind == "weighted"  # others draw from more than the policy
+    of_policy = summaries.draws_are_of_policy(posterior)
     with np.errstate(all="ignore"):
         figures = diagnostics.summary(posterior, weighted=not of_policy)
         if of_policy:
@@ -170,27 +183,30 @@ def _table(posterior: Posterior) -> str:
             figures["elbo"], figures["elbo_se"] = (np.broadcast_to(x, len(figures)) for x in elbo)
     measure = posterior.measure
     own = measure.replace("-", "_")
-    columns = {f"{own}_prior": f"{measure} of the prior", own: f"{measure} of the policy"}
-    columns |= {"log_evidence": "log Z", "elbo": "ELBO", "kl_to_prior": "KL to the prior"}
-    columns |= {"kl_to_posterior": "KL to the posterior"}
-    if not of_policy:
-        columns |= {own: f"{measure} of the posterior"}
-        columns.pop("kl_to_prior")
-        columns.pop("kl_to_posterior")
+    columns = {
+        f"{own}_prior": f"{measure} of the prior",
+        own: f"{measure} of the {'policy' if of_policy else 'posterior'}",
+    }
+    columns |= {"log_evidence": "log Z"}
+    if of_policy:
+        columns |= {"elbo": "ELBO", "kl_to_prior": "KL to the prior", "kl_to_posterior": "KL to the posterior"}
     columns = {name: title for name, title in columns.items() if name in figures}
     lines = [f"| prompt | {' | '.join(columns.values())} |", "|---" * (len(columns) + 1) + "|"]
-    for label, row in list(zip(posterior.prompt_labels, figures.to_dict("records"), strict=True))[:MAX_PROMPTS]:
-        lines.append(f"| {_cell(label)} | {' | '.join(_number(row, name) for name in columns)} |")
+    records = figures.to_dict("records")
+    shown = [(_cell(label), row) for label, row in zip(posterior.prompt_labels, records, strict=True)][:MAX_PROMPTS]
     more = len(posterior.prompts) - MAX_PROMPTS
     if more > 0:
-        means = figures[list(columns)].mean()
-        lines.append(f"| and {more} more: the mean of all | {' | '.join(f'{x:.3g}' for x in means)} |")
+        mean = summaries.over_prompts(records, joint=posterior.log_weights.shape[2] == 1)
+        shown.append((f"and {more} more: the mean of all", mean))
+    lines += [f"| {label} | {' | '.join(_number(row, name) for name in columns)} |" for label, row in shown]
     return "\n".join(lines) + "\n\nMeans ± one standard error; log Z, ELBO and KL in nats."
 
 
 def _number(row: Mapping[Any, Any], name: str) -> str:
     value, error = row[name], row.get(f"{name}_se", np.nan)
-    return f"{value:.3f}" + (f" ± {error:.3f}" if np.isfinite(error) else "") if np.isfinite(value) else "–"
+    if not np.isfinite(value):
+        return "–" if np.isnan(value) else "∞" if value > 0 else "−∞"
+    return f"{value:.3f}" + (f" ± {error:.3f}" if np.isfinite(error) else "")
 
 
 def _figure(posterior: Posterior) -> bytes | None:
@@ -225,7 +241,7 @@ def _front_matter(loading: Loading) -> str:
     """Return what the Hugging Face hub reads. It refuses the name of a base that is a folder."""
     lines = ["library_name: " + ("transformers" if loading.base is None else "peft"), "pipeline_tag: text-generation"]
     base = CONVERTED[loading.short_name][0] if loading.short_name in CONVERTED else loading.base or ""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+    if re.fullmatch(r"(?!\.)[\w.-]+/[\w.-]+", base, re.ASCII) and not os.path.exists(base):
         lines.append(f"base_model: {base}")
     return "\n".join(["---", *lines, "tags:", "- bayeslm", *(["- lora"] if loading.rank else []), "---"])
 
@@ -250,24 +266,34 @@ def _how_to_load(loading: Loading, settings: Mapping[str, float]) -> str:
         load = [f"from {where} import {kind}", "", f'model = {kind}.from_pretrained(".", dtype="{loading.dtype}")']
     limit, temperature = int(settings.get("max_new_tokens", 128)), settings.get("temperature", 1.0)
     how = f"do_sample=True, temperature={temperature}, top_k=0, top_p=1.0, max_new_tokens={limit}"
-    if loading.base is None:
-        load[0] = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    if loading.has_tokenizer:
+        tokenizer = ["from transformers import AutoTokenizer"]
+        use = [
+            'tokenizer = AutoTokenizer.from_pretrained(".")',
+            'inputs = tokenizer("Hello", return_tensors="pt")',
+            f"tokens = model.generate(**inputs, {how})  # its own distribution",
+            "print(tokenizer.decode(tokens[0], skip_special_tokens=True))",
+        ]
+    else:
+        tokenizer = ["import torch"]
+        use = [
+            "ids = torch.tensor([[1, 2, 3]])  # a prompt: no tokenizer is saved with the model",
+            f"tokens = model.generate(ids, {how})  # its own distribution",
+            "print(tokens[0].tolist())",
+        ]
     lines += [
         "```python",
-        *load[:1],
-        *([] if loading.base is None else ["from transformers import AutoTokenizer"]),
-        *load[1:],
-        'tokenizer = AutoTokenizer.from_pretrained(".")',
-        'inputs = tokenizer("Hello", return_tensors="pt")',
-        f"tokens = model.generate(**inputs, {how})  # its own distribution",
-        "print(tokenizer.decode(tokens[0], skip_special_tokens=True))",
+        *tokenizer,
+        *load,
+        *use,
         "```",
         "",
         "With vLLM:",
         "",
         f"    {_vllm(loading)}",
         "",
-        'With bayeslm: `LanguageModel.from_pretrained(".")`, or on the command line `bayeslm sample . "Hello"`.',
+        'With bayeslm: `LanguageModel.from_pretrained(".")`'
+        + (', or on the command line `bayeslm sample . "Hello"`.' if loading.has_tokenizer else "."),
     ]
     return "\n".join(lines)
 
@@ -280,10 +306,14 @@ def _base_said(loading: Loading) -> str:
 
 
 def _vllm(loading: Loading) -> str:
+    """Return a command; BASE stands for a base without a name, or with one that no shell or reader takes literally."""
+    dtype = f"--dtype {loading.dtype}" + ("" if loading.has_tokenizer else " --skip-tokenizer-init")
     if loading.base is None:
-        return f"vllm serve . --dtype {loading.dtype}"
+        return f"vllm serve . {dtype}"
+    is_literal = loading.base == visible(loading.base) and not re.search(r"^-|^$|[\n\t]", loading.base)
+    base = shlex.quote(loading.base) if is_literal else "BASE"
     adapter = f"--enable-lora --max-lora-rank {_vllm_rank(loading.rank or 16)} --lora-modules policy=."
-    return f"vllm serve {loading.base or 'BASE'} --dtype {loading.dtype} {adapter}"
+    return f"vllm serve {base} {dtype} {adapter}"
 
 
 def _vllm_rank(rank: int) -> int:

@@ -67,7 +67,7 @@ def prompt_table(path: str, rows: Rows) -> tuple[list[Any], dict[str, list[Any]]
     for (place, _), row in zip(rows, table, strict=True):
         if deep := next((name for name in row if not _is_flat(row[name], LEVELS)), None):
             raise ValueError(f"{path}, {place}: {deep!r} has more than {LEVELS} lists or objects inside each other")
-    columns = {str(name): [_plain(row[name]) for row in table] for name in table[0]}
+    columns = {str(name): [_as_json(row[name]) for row in table] for name in table[0]}
     return columns.pop("prompt"), columns
 
 
@@ -173,7 +173,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is repeated")
     return found
 
 
@@ -290,12 +290,12 @@ def _is_flat(value: Any, levels: int) -> bool:
     return levels > 0 and all(_is_flat(x, levels - 1) for x in inside)
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     """Return a value as JSON can hold it: None for NaN, and the text of a date or another object."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(x) for name, x in value.items()}
+        return {str(name): _as_json(x) for name, x in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(x) for x in value]
+        return [_as_json(x) for x in value]
     if value is None or isinstance(value, str | int) or (isinstance(value, float) and not math.isnan(value)):
         return value
     return None if isinstance(value, float) else str(value)

@@ -202,10 +202,10 @@ def _svg(draw: Callable[[Any], None]) -> str:
         draw(figure.add_axes((0.14, 0.19, 0.84, 0.77)))  # a layout that finds its margins takes twice the time
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _plain(file.getvalue())
+    return _for_html(file.getvalue())
 
 
-def _plain(svg: str) -> str:
+def _for_html(svg: str) -> str:
     """Return matplotlib's picture as an element for HTML: without styles, fonts and identifiers that nobody uses."""
     root = ElementTree.fromstring(svg[svg.index("<svg") :])
     for parent in root.iter():

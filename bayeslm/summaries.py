@@ -27,7 +27,7 @@ def rows(posteriors: Mapping[str, Posterior]) -> Iterator[Row]:
     """Yield a row for each posterior; where there is a policy, one more for its unweighted draws before it."""
     for engine, posterior in posteriors.items():
         weighted = _records(posterior, weighted=True)
-        if has_policy(posterior):
+        if draws_are_of_policy(posterior):
             yield Row(engine, f"{engine}: policy", *_records(posterior, weighted=False), is_policy=True)
             yield Row(engine, f"{engine}: weighted", *weighted, repeated=True)
         else:
@@ -38,12 +38,15 @@ def _records(posterior: Posterior, *, weighted: bool) -> tuple[list[dict[str, An
     """Return the summary of each prompt and that of all."""
     table = diagnostics.summary(posterior, weighted=weighted).to_dict("records")
     records = [{str(name): value for name, value in record.items()} for record in table]
-    return records, _over_prompts(records, joint=posterior.log_weights.shape[2] == 1)
+    return records, over_prompts(records, joint=posterior.log_weights.shape[2] == 1)
 
 
-def _over_prompts(records: list[dict[str, Any]], *, joint: bool) -> dict[str, Any]:
+def over_prompts(records: list[dict[str, Any]], *, joint: bool) -> dict[str, Any]:
     """Return the summary of all prompts: means, the smallest ESS and number of roots, the largest k̂ and R̂.
 
+    If k̂ or R̂ of any prompt is unknown, so is the largest; "khat_reason" says of how many prompts k̂ is.
+
+    :param records: the summary of each prompt.
     :param joint: whether they are one posterior, whose errors depend on one another; the mean error bounds that of the
         mean.
     """
@@ -55,17 +58,23 @@ def _over_prompts(records: list[dict[str, Any]], *, joint: bool) -> dict[str, An
         if name in ("ess", "ess_min", "roots"):
             found[name] = values.min()
         elif name.startswith(("khat", "rhat")):
-            found[name] = np.nan if np.isnan(values).all() else np.nanmax(values)
+            found[name] = values.max()
         elif name.endswith("_se") and not joint:
             found[name] = np.sqrt(np.square(values).sum()) / len(values)
         else:
             found[name] = values.mean()
+    if unknown := sum(bool(np.isnan(record.get("khat", 0.0))) for record in records):
+        found["khat_reason"] = f"unknown for {unknown} of {len(records)} prompts"
     return found
 
 
-def has_policy(posterior: Posterior) -> bool:
-    """Return whether the raw draws are those of a trained policy."""
-    return posterior.kind == "weighted" and (posterior.policy is not None or posterior.policy_path is not None)
+def draws_are_of_policy(posterior: Posterior) -> bool:
+    """Return whether the raw draws are of the trained policy alone, as those of SVI, which says what it has kept.
+
+    The draws of adaptive importance sampling are of the prior and of earlier policies too.
+    """
+    has_policy = posterior.policy is not None or posterior.policy_path is not None
+    return posterior.kind == "weighted" and has_policy and "kept_steps" in posterior.stats
 
 
 def remarks(posteriors: Mapping[str, Posterior]) -> list[str]:

@@ -298,7 +298,7 @@ def _number(kind: type, interval: Within | None) -> _Check:
     words = what if interval is None else WORDS.get((kind, interval.interval), what)
 
     def convert(value: Any) -> Any:
-        value = _plain(value)
+        value = _without_array(value)
         if isinstance(value, bool) or not isinstance(value, numbers.Integral if kind is int else numbers.Real):
             raise _Refused
         try:
@@ -315,7 +315,7 @@ def _number(kind: type, interval: Within | None) -> _Check:
     return _Check(words, convert)
 
 
-def _plain(value: Any) -> Any:
+def _without_array(value: Any) -> Any:
     """Return the number in an array or a tensor without dimensions; one with a gradient to lose is none."""
     if getattr(value, "ndim", None) != 0 or not hasattr(value, "item") or getattr(value, "requires_grad", False):
         return value

@@ -67,7 +67,7 @@ def _print(found: Mapping[str, Any], names: list[str] | None, as_json: bool) -> 
     by_class = {target.__name__: name for name, target in found.items()}
     for name in names or ():
         if name not in found and name not in by_class:
-            raise UsageError(f"{name!r} is unknown{nearest(name, found)} There are {', '.join(found)}")
+            raise UsageError(f"{name!r} is unknown{nearest(name, found)} Allowed names: {', '.join(found)}")
     chosen = [name if name in found else by_class[name] for name in names] if names else list(found)
     entries = [entry(name, found[name]) for name in chosen]
     if as_json:
@@ -89,7 +89,7 @@ def _first_sentence(text: str) -> str:
 
 
 def _default(target: Any, name: str, value: Any) -> Any:
-    """Return a default as JSON: as it is, or as it is written in Python."""
+    """Return a default as JSON: its value, or its text in Python."""
     if type(value).__name__ == "_HAS_DEFAULT_FACTORY_CLASS":
         value = target.__dataclass_fields__[name].default_factory()
     try:

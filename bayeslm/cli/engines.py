@@ -19,8 +19,12 @@ OF_TRAINING: tuple[str, ...] = ("Adam", "Budget", "Checkpointing", "Critic", "Ex
 OF_TRAINING += ("ForwardKL", "FromPosterior", "KLTarget", "LogVariance", "NearPosterior", "Plateau")
 OF_TRAINING += ("Renyi", "Replay", "ReverseKL", "Tempering", "TensorBoard", "TrustRegion")
 VALUES = ("leave_one_out", "of_guide", "of_prior")  # functions, which are named without a call
-NOT_COMPARED = ("progress", "checkpoint")  # settings on which no result depends
+WITHOUT_EFFECT = ("progress", "checkpoint")  # settings on which no result depends
 STAND_IN = "partial"  # a twist that every other setting of SMC accepts
+
+
+class UnreadableFile(OSError):
+    """A file that a setting names cannot be used; the setting itself is well formed."""
 
 
 class NeedsNetwork(Exception):
@@ -63,7 +67,7 @@ class Prepared:
             settings["callbacks"] = [x for x in settings["callbacks"] if x not in logs]
         if self.learning is not None:
             settings["twist"] = dataclasses.replace(self.learning, progress=True)
-        return {name: identify(value) for name, value in settings.items() if name not in NOT_COMPARED}
+        return {name: identify(value) for name, value in settings.items() if name not in WITHOUT_EFFECT}
 
 
 def _trains(engine: type) -> bool:
@@ -75,13 +79,17 @@ def _trains(engine: type) -> bool:
 def prepare(name: str, settings: Mapping[str, Any], run: Run, where: str) -> Prepared | None:
     """Make an engine; None if that needs a language model, and there is none yet.
 
+    :param name: of the engine, a key of `bayeslm.inference.ENGINES`.
+    :param settings: of the engine, as a settings file has them.
+    :param run: what is known so far.
     :param where: the option or the key of a file that has the settings, for errors.
+    :raises UnreadableFile: if a file that a setting names is damaged.
     :raises UsageError: if the engine or a setting is unknown, or its constructor refuses a value.
     """
     from bayeslm.inference import ENGINES
 
     if name not in ENGINES:
-        raise UsageError(f"{where}: {name!r} is unknown{nearest(name, ENGINES)} There are {', '.join(ENGINES)}")
+        raise UsageError(f"{where}: {name!r} is unknown{nearest(name, ENGINES)} Allowed names: {', '.join(ENGINES)}")
     engine = ENGINES[name]
     seed = settings.get("seed", run.seed)
     allowed = makers(dataclasses.replace(run, seed=seed), packed=not _trains(engine))
@@ -175,14 +183,18 @@ def makers(run: Run, *, packed: bool = True) -> dict[str, Callable[..., Any]]:
 
 
 def _reading(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Make what is wrong with a file that is loaded another error than what is wrong with a setting."""
+    """Return a loader whose errors about a file are not those about a setting.
+
+    :param load: makes an object of a file.
+    :returns: the same, which raises `UnreadableFile` where ``load`` raises ValueError.
+    """
 
     @functools.wraps(load)
     def loaded(*arguments: Any, **settings: Any) -> Any:
         try:
             return load(*arguments, **settings)
         except ValueError as error:
-            raise OSError(str(error)) from error
+            raise UnreadableFile(str(error)) from error
 
     return loaded
 

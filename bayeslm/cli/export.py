@@ -10,7 +10,8 @@ import typer
 from bayeslm.files import require_empty
 
 from .console import UsageError, one_line_errors, out_console
-from .policies import load_policy, torch_dtype
+from .inputs import Dtype, torch_dtype
+from .policies import load_policy
 
 
 def export(
@@ -26,8 +27,8 @@ def export(
         bool, typer.Option("--merge", help="Merge adapters into the weights: a whole model, without PEFT.")
     ] = False,
     dtype: Annotated[
-        str | None,
-        typer.Option(help="Type of the weights: float32, bfloat16 or float16. Default: the stored one."),
+        Dtype | None,
+        typer.Option(help="Type of a whole model's weights. Default: the stored one. An adapter needs --merge for it."),
     ] = None,
     prior: Annotated[
         str | None,

@@ -68,8 +68,8 @@ def check_names(owner: str, target: Callable[..., Any], settings: Iterable[str])
         return
     for name in settings:
         if name not in parameters:
-            there_are = ", ".join(parameters) or "none"
-            raise ValueError(f"{owner} has no setting {name!r}{nearest(name, parameters)} Its settings are {there_are}")
+            allowed = ", ".join(parameters) or "none"
+            raise ValueError(f"{owner} has no setting {name!r}{nearest(name, parameters)} Its settings are {allowed}")
 
 
 def _within(text: str, work: Callable[[], Any]) -> Any:
@@ -86,7 +86,7 @@ def _parsed(text: str, kind: type[ast.AST] = ast.expr) -> Any:
         raise ValueError(f"{text:.60}... has {len(text)} characters, more than {LONGEST}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes that there are none of
+            warnings.simplefilter("ignore")  # about unknown escapes such as "\d"
             node = ast.parse(f"({text.strip()}\n)", mode="eval").body
     except (SyntaxError, ValueError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else str(error)
@@ -105,10 +105,10 @@ def _call(node: ast.expr) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"{ast.unparse(node)!r:.60} must be a name or a call such as svi(num_steps=200)")
     if node.args:
         raise ValueError(f"{ast.unparse(node):.60}: write settings by their names, as in svi(num_steps=200)")
-    return node.func.id, {name: _plain(value) for name, value in _keywords(node)}
+    return node.func.id, {name: _in_file(value) for name, value in _keywords(node)}
 
 
-def _plain(node: ast.expr) -> Any:
+def _in_file(node: ast.expr) -> Any:
     """Return a value as it stands in a settings file."""
     if isinstance(node, ast.Call):
         text = ast.unparse(node)
@@ -116,9 +116,9 @@ def _plain(node: ast.expr) -> Any:
             raise ValueError(f"{text!r:.60} is not understood: objects are written as Adam(learning_rate=1e-3)")
         return text
     if isinstance(node, ast.List | ast.Tuple):
-        return [_plain(element) for element in node.elts]
+        return [_in_file(element) for element in node.elts]
     if isinstance(node, ast.Dict):
-        return {_plain(key): _plain(value) for key, value in _items(node)}
+        return _mapping(node, _key_in_file, _in_file)
     return _Evaluator({}, {}, None).of(node)
 
 
@@ -127,13 +127,36 @@ def _keywords(node: ast.Call) -> list[tuple[str, ast.expr]]:
         raise ValueError(f"{ast.unparse(node)!r:.60} has ** in it: write settings by their names")
     names = [str(keyword.arg) for keyword in node.keywords]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"{ast.unparse(node)!r:.60} has {twice!r} twice")
+        raise ValueError(f"{ast.unparse(node)!r:.60} repeats {twice!r}")
     return list(zip(names, (keyword.value for keyword in node.keywords), strict=True))
 
 
-def _items(node: ast.Dict) -> list[tuple[ast.expr, ast.expr]]:
-    pairs = zip(node.keys, node.values, strict=True)
-    return [(key, value) for key, value in pairs if isinstance(key, ast.Constant | ast.Name)]
+def _key_in_file(node: ast.expr) -> str:
+    """Return a key as a settings file allows it, a text.
+
+    :raises ValueError: if it is none.
+    """
+    key = _in_file(node)
+    if not isinstance(key, str):
+        raise ValueError(f"{ast.unparse(node)!r:.60} is a key that is no text: write it in quotes")
+    return key
+
+
+def _mapping(node: ast.Dict, key_of: Callable[[ast.expr], Any], value_of: Callable[[ast.expr], Any]) -> dict[Any, Any]:
+    """Return a dictionary with every entry that is written.
+
+    :raises ValueError: if a key is neither a constant nor a name, or is repeated.
+    """
+    found: dict[Any, Any] = {}
+    for key_node, value in zip(node.keys, node.values, strict=True):
+        if not isinstance(key_node, ast.Constant | ast.Name):
+            said = "**" if key_node is None else ast.unparse(key_node)
+            raise ValueError(f"{ast.unparse(node)!r:.60}: {said:.20} is no key: write each key as a text in quotes")
+        key = key_of(key_node)
+        if key in found:
+            raise ValueError(f"{ast.unparse(node)!r:.60}: the key {key!r:.20} is repeated")
+        found[key] = value_of(value)
+    return found
 
 
 class _Evaluator:
@@ -152,8 +175,8 @@ class _Evaluator:
                 return [self.of(element) for element in elements]
             case ast.Tuple(elts=elements):
                 return tuple(self.of(element) for element in elements)
-            case ast.Dict() if len(_items(node)) == len(node.keys):
-                return {self.of(key): self.of(value) for key, value in _items(node)}
+            case ast.Dict():
+                return _mapping(node, self.of, self.of)
             case ast.Call(func=ast.Name(id=name), args=arguments):
                 keywords = {keyword: self._setting(value) for keyword, value in _keywords(node)}
                 return self._made(name, [self._setting(argument) for argument in arguments], keywords)
@@ -178,7 +201,7 @@ class _Evaluator:
     def _made(self, name: str, arguments: list[Any], settings: dict[str, Any]) -> Any:
         maker = self._makers.get(name)
         if maker is None:
-            there_are = ", ".join(self._makers) or "none"
-            raise ValueError(f"{name!r} is unknown{nearest(name, self._makers)} There are {there_are}")
+            allowed = ", ".join(self._makers) or "none"
+            raise ValueError(f"{name!r} is unknown{nearest(name, self._makers)} Allowed names: {allowed}")
         check_names(name, maker, settings)
         return maker(*arguments, **settings)

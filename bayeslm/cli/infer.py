@@ -12,6 +12,7 @@ import typer
 
 from .completion import complete_engine, complete_reward
 from .console import UsageError, one_line_errors
+from .inputs import Dtype
 
 SUBSAMPLED = ("svi", "importance")  # engines of programs whose prompts are subsampled
 
@@ -73,9 +74,7 @@ def infer(
         typer.Option(help="svi, importance: number of prompts at a time, for more prompts than fit one step."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: cuda if there is a GPU.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Type of the weights: float32, bfloat16 or float16. Default: the stored one.")
-    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights. Default: the stored one.")] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Most texts in one pass of the network. Default: by the free memory.")
     ] = None,

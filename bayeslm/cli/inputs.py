@@ -6,7 +6,7 @@ import inspect
 import re
 import sys
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from bayeslm.prompt_files import prompt_table, read_prompt_file
 
@@ -14,21 +14,18 @@ from .console import UsageError, err_console
 from .expressions import evaluate
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-DTYPES = get_args(Dtype)
 ADDRESS = re.compile(r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')|([A-Za-z_][\w.]*:[A-Za-z_]\w*)""")
 """A string, or the address of a function that is not in a string."""
 
 
-def language_model(name: str, device: str | None, dtype: str | None = None, **settings: Any) -> Any:
+def language_model(name: str, device: str | None, dtype: Dtype | None = None, **settings: Any) -> Any:
     """Load a `LanguageModel`.
 
     :param device: None is a GPU if there is one, else the CPU.
-    :param dtype: of the weights, one of `DTYPES`; None is that of the stored weights.
+    :param dtype: of the weights; None is that of the stored weights.
     :param settings: of `LanguageModel.from_pretrained`.
-    :raises UsageError: if there is no such device or dtype.
+    :raises UsageError: if there is no such device.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"--dtype {dtype} is unknown: choose one of {', '.join(DTYPES)}")
     import torch
     from transformers.utils import logging
 
@@ -42,9 +39,14 @@ def language_model(name: str, device: str | None, dtype: str | None = None, **se
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device {chosen}: {str(error).splitlines()[0]}") from None
     with err_console.status(f"loading {name} (the first time, its weights are converted)"):
-        return LanguageModel.from_pretrained(
-            name, device=chosen, dtype=None if dtype is None else getattr(torch, dtype), **settings
-        )
+        return LanguageModel.from_pretrained(name, device=chosen, dtype=torch_dtype(dtype), **settings)
+
+
+def torch_dtype(name: Dtype | None) -> Any:
+    """Return PyTorch's dtype of a name, None for None."""
+    import torch
+
+    return None if name is None else getattr(torch, name)
 
 
 def load_reward(text: str, where: str = "--reward") -> Any:

@@ -33,7 +33,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, str):
                 raise yaml.MarkedYAMLError(problem=f"key {key!r:.60} must be a text", problem_mark=_at(node, i))
             if key in keys[:i]:
-                raise yaml.MarkedYAMLError(problem=f"key {key!r:.60} is there twice", problem_mark=_at(node, i))
+                raise yaml.MarkedYAMLError(problem=f"key {key!r:.60} is repeated", problem_mark=_at(node, i))
         return super().construct_mapping(node, deep)
 
 
@@ -73,7 +73,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         line = "" if mark is None else f", line {mark.line + 1}"
         raise ValueError(f"{path}{line}: {error.problem or error.context}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # of the encoding, too many digits
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} must be a mapping of settings, such as 'beta: 0.1', and is {found!r:.60}")
     return found

@@ -108,6 +108,7 @@ class Results:
     def load(self, name: str) -> Posterior | None:
         """Return the posterior of an engine that has finished; set an interrupted one aside and return None.
 
+        :param name: of the engine.
         :raises ValueError: if it is damaged, or another call's.
         """
         if self.out is None or not (self.out / name).exists():
@@ -125,6 +126,8 @@ class Results:
     def save(self, name: str, posterior: Posterior) -> None:
         """Save the posterior of an engine; if the engine has finished, remove an interrupted one.
 
+        :param name: of the engine.
+        :param posterior: whose ``stats["call"]`` is set.
         :raises OSError: if the disk refuses; a note says where the posterior, or at least its policy, is instead.
         """
         if self.out is None:

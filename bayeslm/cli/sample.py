@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ import typer
 from bayeslm.visible import visible
 
 from .console import UsageError, content, one_line_errors, out_console
-from .inputs import one_source, read_prompts
+from .inputs import Dtype, one_source, read_prompts
 from .policies import load_policy
 
 
@@ -34,7 +35,9 @@ def sample(
     ] = False,
     num: Annotated[int, typer.Option(min=1, help="Number of texts for each prompt.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a text, in tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="Divides the logits; 1 samples the policy itself.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(min=1e-6, help="Divides the logits; 1 samples the policy itself.")
+    ] = 1.0,
     seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same texts.")] = None,
     as_json: Annotated[
         bool | None,
@@ -44,9 +47,7 @@ def sample(
         str | None, typer.Option(help="The model under an adapter, if not the one that the adapter names.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: cuda if there is a GPU.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Type of the weights: float32, bfloat16 or float16. Default: the stored one.")
-    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Type of the weights. Default: the stored one.")] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Most texts in one pass of the network. Default: by the free memory.")
     ] = None,
@@ -77,7 +78,7 @@ def sample(
 
 
 def _as_chat(number: int, prompt: Any) -> Any:
-    """Return a chat of one turn of the user, or a chat as it is.
+    """Return a text as a chat of one turn of the user; a chat is returned unchanged.
 
     :raises UsageError: for token ids.
     """
@@ -100,8 +101,9 @@ def _write_json(lm: Any, prompt: Any, num: int, seed: int | None, settings: dict
 
     (drawn,) = sample_texts(lm, [prompt], num, seed=seed, **settings)
     for text in drawn:
-        row = {"prompt": prompt, "completion": text.text, "log_prob": text.log_prob}
-        typer.echo(json.dumps(row | {"tokens": text.num_tokens, "ended": text.ended}))
+        log_prob = text.log_prob if math.isfinite(text.log_prob) else None  # JSON has no infinity
+        row = {"prompt": prompt, "completion": text.text, "log_prob": log_prob}
+        typer.echo(json.dumps(row | {"tokens": text.num_tokens, "ended": text.ended}, allow_nan=False))
     sys.stdout.flush()
 
 
@@ -112,7 +114,7 @@ def _show(lm: Any, prompt: Any, num: int, seed: int | None, settings: dict[str, 
     out_console.print(content(_shown(prompt), "dim"))
 
     def write(piece: str) -> None:
-        out_console.file.write(visible(piece))
+        out_console.file.write(visible(piece))  # each character is escaped alone: a piece may end within a sequence
         out_console.file.flush()
 
     (drawn,) = sample_texts(lm, [prompt], num, seed=seed, on_text=write, **settings)

@@ -57,7 +57,10 @@ class RunSettings:
     def program(self, lm: Any, reward: Any, subsample_size: int | None = None) -> Any:
         """Make the program of a language model.
 
+        :param lm: the prior, or a packed copy.
         :param reward: what ``self.reward`` says.
+        :param subsample_size: of the program's prompts; None takes all.
+        :returns: a `TiltedLM`.
         """
         from bayeslm.models import TiltedLM
 
@@ -98,7 +101,7 @@ def read_settings(config: Path | None, options: dict[str, Any], engines: list[st
         try:
             for name, settings in calls(text):
                 if name in chosen:
-                    raise ValueError(f"{name} is there twice")
+                    raise ValueError(f"{name} is repeated")
                 chosen[name] = found.get("engines", {}).get(name, {}) | settings
         except ValueError as error:
             raise UsageError(f"--engine: {error}") from None

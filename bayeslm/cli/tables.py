@@ -125,14 +125,14 @@ def show(
     for table in islice(tables, number - shown, None):  # of all prompts
         console.print(table)
     policy = particles = ""
-    if any(map(summaries.has_policy, posteriors.values())):
+    if any(map(summaries.draws_are_of_policy, posteriors.values())):
         policy = "A trained policy has two rows: its own draws, and the same draws weighted towards the posterior. "
     if any(posterior.roots is not None for posterior in posteriors.values()):
         particles = "; of particles the smallest ESS along the way, and (the roots that have descendants)"
     console.print(
         f"Means ± one standard error; KL in nats. {policy}"
         f"Weights are reliable if k̂ < {KHAT_LIMIT} and ESS > {ESS_LIMIT:.0f}{particles}."
-        f"{' Of all prompts: means, the smallest ESS and the largest k̂.' if number > 1 else ''}\n",
+        f"{' Of all prompts: means, the smallest ESS and the largest k̂, – if one is unknown.' if number > 1 else ''}\n",
         style="dim",
     )
     reasons = {

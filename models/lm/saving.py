@@ -67,7 +67,7 @@ def save(
             (folder / CARD).unlink(missing_ok=True)  # PEFT's, a form that nobody has filled in
             old = Path(path) / CARD
             if not old.exists() or is_own_card(old):
-                write_card(folder, _loading(network, settings), notes)
+                write_card(folder, _loading(network, settings, tokenizer is not None), notes)
     except FileExistsError:
         raise
     except (OSError, SafetensorError) as error:
@@ -106,15 +106,16 @@ def push(
         return str(api.upload_folder(repo_id=repo_id, folder_path=Path(folder) / "model", **kwargs).commit_url)
 
 
-def _loading(network: Any, settings: Settings) -> Loading:
+def _loading(network: Any, settings: Settings, has_tokenizer: bool) -> Loading:
     """Return what the card says of loading a network."""
     first = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
     dtype, compute = (None if x is None else str(x).removeprefix("torch.") for x in (first, settings.compute_dtype))
     if not has_adapters(network):
-        return Loading(None, None, str(dtype), compute, None)
+        return Loading(None, None, str(dtype), compute, None, has_tokenizer)
     config = network.peft_config[network.active_adapters[0]]
     base = config.base_model_name_or_path or ""
-    return Loading(base and location(base), short_name(base), str(dtype), compute, getattr(config, "r", None))
+    rank = getattr(config, "r", None)
+    return Loading(base and location(base), short_name(base), str(dtype), compute, rank, has_tokenizer)
 
 
 def _write_adapters(network: Any, folder: Path) -> None:

@@ -182,7 +182,7 @@ def test_a_file_of_prompts_with_columns(folder):
     [
         (["a", "--engine", "importanc"], 2, "--engine importanc: 'importanc' is unknown, did you mean 'importance'?"),
         (["a", "--engine", "importance("], 2, "--engine: 'importance(' is not written as in Python"),
-        (["a", "--engine", "svi, svi(seed=1)"], 2, "--engine: svi is there twice"),
+        (["a", "--engine", "svi, svi(seed=1)"], 2, "--engine: svi is repeated"),
         (
             ["a", "--engine", "svi(num_stps=1)"],
             2,
@@ -216,7 +216,7 @@ def test_a_file_of_prompts_with_columns(folder):
         (
             ["a", "--dtype", "float8"],
             2,
-            "--dtype must be one of 'float32', 'bfloat16', 'float16'",
+            "Invalid value for '--dtype': Value error, 'float8' is not one of 'float32', 'bfloat16', 'float16'",
         ),
         (["a", "--subsample-size", "0"], 2, "--subsample-size must be"),
         (["a", "--engine", "exact", "--subsample-size", "1"], 2, "exact takes all prompts at once"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from typer.testing import CliRunner
 
 from bayeslm.cli import app
 from bayeslm.models import LanguageModel
+from bayeslm.models.lm import SampledText
+from bayeslm.visible import visible
 
 MODULES: dict[str, str] = {}
 IDS = torch.tensor([[1, 2, 3, 4, 5]])
@@ -81,6 +84,20 @@ def test_a_policy_is_found_in_what_a_user_points_at(policy: LanguageModel, place
     assert rows[0]["log_prob"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_several_policies_are_not_chosen_from_silently(policy: LanguageModel, folder: Path) -> None:
+    """What `infer --engine "svi, adaptive"` writes; a folder that is a model itself is that model."""
+    assert "policy: runs/x/svi/policy" in CliRunner().invoke(app, ["export", "runs/x", "one"]).stderr
+    assert "policy:" not in CliRunner().invoke(app, ["export", "runs/x/svi/policy", "direct"]).stderr
+    shutil.copytree("runs/x/svi/policy", "runs/x/adaptive/policy")
+    for command in (["sample", "runs/x", "a"], ["export", "runs/x", "new"]):
+        output = run(*command, code=2)
+        assert "runs/x holds 2 policies: choose one of runs/x/svi/policy, runs/x/adaptive/policy" in output
+    assert not (folder / "new").exists()
+    run("export", "runs/x/adaptive", "other")
+    shutil.copytree("runs/x/svi/policy", "model/policy")
+    assert "policy:" not in CliRunner().invoke(app, ["export", "model", "copy"]).stderr
+
+
 def test_chats_and_files_of_prompts(policy: LanguageModel, folder: Path) -> None:
     (folder / "prompts.jsonl").write_text('{"prompt": "b", "answer": 3}\n{"prompt": "c", "answer": 4}\n')
     rows = sample("runs/x", "--prompts", "prompts.jsonl", "--chat", "--seed", "0")
@@ -98,6 +115,24 @@ def test_an_adapter_around_another_prior(policy: LanguageModel, folder: Path) ->
     assert sample("moved", "a b", "--seed", "0") == rows
     named = json.loads((folder / "moved" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == str(folder / "other")
+
+
+def test_a_text_of_no_probability_is_valid_json_and_escapes_are_shown_wherever_pieces_end(
+    policy: LanguageModel, monkeypatch
+) -> None:
+    text = "a \x1b[2J\x1b]0;b\x07 \u202ec \U0001f642"
+
+    def drawn(lm, prompts, num, on_text=None, **settings):
+        for piece in text if on_text is not None else ():
+            on_text(piece)
+        return [[SampledText(text, float("-inf"), 3, True)]]
+
+    monkeypatch.setattr("bayeslm.models.lm.sample_texts", drawn)
+    (line,) = run("sample", "model", "b", "--max-new-tokens", "5").splitlines()
+    row = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert (row["log_prob"], row["completion"]) == (None, text)
+    assert run("sample", "model", "b", "--text", "--max-new-tokens", "5") == f"b\n{visible(text)}\n\n"
+    assert visible(text).startswith(r"a \x1b[2J\x1b]0;b\x07 \u202ec ")
 
 
 # -- export ----------------------------------------------------------------------------------------------------
@@ -137,19 +172,22 @@ def test_an_export_in_another_dtype(policy: LanguageModel, folder: Path) -> None
     [
         (["export", "runs/x", "model"], "model exists and is not empty: choose another folder"),
         (["export", "runs/x", "new", "--dtype", "float16"], "--dtype is of a whole model's weights: add --merge"),
-        (["export", "runs/x", "new", "--merge", "--dtype", "int8"], "--dtype int8 is unknown"),
+        (
+            ["export", "runs/x", "new", "--merge", "--dtype", "int8"],
+            "Invalid value for '--dtype': Value error, 'int8' is not one of",
+        ),
         (["export", "runs", "new"], "runs holds no policy: neither config.json nor adapter_config.json"),
         (["sample", "runs", "a"], "runs holds no policy"),
         (["sample", "nowhere/x", "a"], "no model 'nowhere/x'"),
         (["sample", "model"], "no prompts: give at least one"),
         (["sample", "model", "a", "--max-new-tokens", "64"], "context has room for 0 before max_new_tokens"),
-        (["sample", "model", "a", "--temperature", "0", "--max-new-tokens", "5"], "temperature"),
+        (["sample", "model", "a", "--temperature", "0", "--max-new-tokens", "5"], "Invalid value for '--temperature'"),
         (["sample", "model", "a", "--chat"], "has no chat template"),
         (["sample", "model", "a", "--prior", "model"], "holds none"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(policy: LanguageModel, folder: Path, arguments, match) -> None:
-    usage = match.startswith(("--", "no prompts"))
+    usage = match.startswith(("--", "no prompts", "Invalid"))
     output = " ".join(run(*arguments, code=2 if usage else 1).split())
     assert match in output
     assert "unexpected" not in output

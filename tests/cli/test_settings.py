@@ -135,15 +135,15 @@ REFUSED = {
     "no engines": ("engines: {}", "engines must hold one engine at least"),
     "list of engines": ("engines: [svi]", "engines must be a mapping from each engine to its settings"),
     "engine's settings": ("engines: {svi: 5}", "engines: svi must be a mapping of settings"),
-    "engine": ("engines: {sv: }", "engines sv: 'sv' is unknown, did you mean 'svi'? There are exact, importance"),
+    "engine": ("engines: {sv: }", "engines sv: 'sv' is unknown, did you mean 'svi'? Allowed names: exact, importance"),
     "setting": ("engines: {svi: {steps: 1}}", "svi has no setting 'steps', did you mean 'num_steps'? Its settings are"),
     "value": ("engines: {svi: {num_steps: 0}}", "engines svi: SVI: num_steps must be a positive whole number"),
     "object": ("engines: {svi: {optimizer: Adan(1)}}", "'Adan' is unknown, did you mean 'Adam'?"),
     "object's setting": ("engines: {svi: {optimizer: Adam(lr=1)}}", "Adam has no setting 'lr'"),
     "row": ("prompts: [a, {promt: b}]", """prompts, row 2 must be an object with a "prompt", and has 'promt'"""),
     "reward": ("reward: sentimental", "reward sentimental: 'sentimental' is unknown, did you mean 'sentiment'?"),
-    "twice": ("beta: 1\nseed: 0\nbeta: 2", "line 3: key 'beta' is there twice"),
-    "twice inside": ("engines:\n  svi: {seed: 1, seed: 1}", "line 2: key 'seed' is there twice"),
+    "twice": ("beta: 1\nseed: 0\nbeta: 2", "line 3: key 'beta' is repeated"),
+    "twice inside": ("engines:\n  svi: {seed: 1, seed: 1}", "line 2: key 'seed' is repeated"),
     "bomb": (BOMB, "is an anchor or alias"),
     "merge": ("engines: {svi: {<<: {seed: 1}}}", "svi has no setting '<<'"),
     "tag": ("prior: !!python/object/apply:os.system [touch ran]", "is not allowed: write plain values"),
@@ -159,7 +159,7 @@ REFUSED = {
     "huge": (f"seed: {'9' * 50}", "seed must be"),
     "deep": ("[" * 100_000, "nested too deeply"),
     "deeper": ("prompts: " + "{a: " * 5000, "nested too deeply"),
-    "control": ("prior: a\0b", "is no YAML"),
+    "control": ("prior: a\0b", "is not valid YAML"),
 }
 
 
@@ -221,6 +221,34 @@ def test_calls_are_read_as_python_reads_them():
     )
     own = {"num_steps": -2, "a": [1, [2.5]], "b": {"c": None}, "d": True, "e": "f(", "g": "word"}
     assert calls(text) == [("svi", own | {"h": "Adam(0.001, x=y)", "i": ["Adam()"]}), ("exact", {})]
+
+
+@pytest.mark.parametrize(
+    "entries", ["-1: 2, 3: 4", "**b", "'a': 1, **b", "'a': 1, -2: 3", "(1,): 2", "a(): 1", "[]: 1"]
+)
+@pytest.mark.parametrize("wrap", ["a(x={%s})", "a(x=[{%s}])", "a(x={'y': {%s}})"])
+def test_no_entry_of_a_dictionary_is_left_out(entries, wrap):
+    text = wrap % entries
+    for read in (calls, lambda x: evaluate(x, {"a": dict})):
+        with pytest.raises(ValueError, match="write each key as a text in quotes"):
+            read(text)
+
+
+@pytest.mark.parametrize("entries", ["'a': 1, 'a': 2", "a: 1, 'a': 2"])
+def test_a_key_is_not_repeated(entries):
+    for read in (calls, lambda x: evaluate(x, {"a": dict})):
+        with pytest.raises(ValueError, match="the key 'a' is repeated"):
+            read(f"a(x={{{entries}}})")
+
+
+@pytest.mark.parametrize("key", ["1", "1.5", "None", "True"])
+def test_keys_of_settings_are_texts_as_in_a_file(key, tmp_path):
+    with pytest.raises(ValueError, match="is a key that is no text: write it in quotes"):
+        calls(f"a(x={{{key}: 2}})")
+    (tmp_path / "a.yaml").write_text(f"engines: {{a: {{x: {{{'null' if key == 'None' else key.lower()}: 2}}}}}}")
+    with pytest.raises(UsageError, match="must be a text"):
+        read_settings(tmp_path / "a.yaml", {}, [])
+    assert calls("a(x={'1': 2, b: 3})") == [("a", {"x": {"1": 2, "b": 3}})]
 
 
 HOSTILE = ["__import__('os').system('touch ran')", "open('ran', 'w')", "a.b()", "(lambda: 1)()", "f'{1}'", "a(**b)"]

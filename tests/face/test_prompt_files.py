@@ -104,7 +104,7 @@ def test_forms_of_rows(name: str, text: str, prompts: list, columns: dict, tmp_p
         ("a.jsonl", b'{"prompt": NaN}', "line 1: the prompt is missing"),
         ("a.jsonl", b'{"prompt": []}', "line 1: the prompt is \\[\\]"),
         ("a.jsonl", b'{"prompt": [1, "a"]}', "line 1: the prompt is"),
-        ("a.jsonl", b'{"prompt": "a", "prompt": "b"}', "line 1 is no JSON .'prompt' is there twice"),
+        ("a.jsonl", b'{"prompt": "a", "prompt": "b"}', "line 1 is no JSON .'prompt' is repeated"),
         ("a.jsonl", b'{"prompt": "\\ud83d!"}', "line 1: the prompt holds the lone surrogate '.ud83d' at character 0"),
         ("a.jsonl", json.dumps({"prompt": [{"role": "user", "content": "\udc80"}]}).encode(), "line 1.*lone surrogate"),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "\xe9"}', "line 2 is not UTF-8"),

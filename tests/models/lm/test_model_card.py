@@ -1,7 +1,9 @@
 """The card of a saved policy says what enumeration says, carries over, and can be followed."""
 
 import re
+import shlex
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pyro
@@ -14,7 +16,7 @@ from support.oracles import kl_to
 from bayeslm.files import require_empty
 from bayeslm.inference import SVI, Exact
 from bayeslm.inference.training import Adam, ReverseKL
-from bayeslm.model_card import CARD, FIGURE, Loading, read_notes, write_card
+from bayeslm.model_card import CARD, FIGURE, Loading, _number, read_notes, write_card
 from bayeslm.models import LanguageModel, TiltedLM, rewards
 from bayeslm.posterior import Posterior
 
@@ -132,6 +134,12 @@ def test_many_prompts_have_a_row_of_means(tmp_path):
     table = rows(card(tmp_path), "prompt")
     assert len(table) == 21
     assert list(table)[-1] == "and 5 more: the mean of all"
+    assert all(re.fullmatch(r"-?\d+\.\d{3} ± \d+\.\d{3}", cell) for cell in list(table[list(table)[-1]].values())[1:])
+
+
+@pytest.mark.parametrize(("value", "shown"), [(-np.inf, "−∞"), (np.inf, "∞"), (np.nan, "–"), (1.0, "1.000")])
+def test_an_infinite_figure_is_no_unknown_one(value, shown):
+    assert _number({"log_evidence": value}, "log_evidence") == shown
 
 
 HOSTILE = ["a | b", "a\n\nb", "`a`", "<!-- end of training -->", "<script>a</script>", "[a](http://b)", "\x1b[2J a"]
@@ -189,6 +197,47 @@ def test_the_code_of_a_card_runs_in_its_folder(policy, tmp_path, monkeypatch, ki
     with torch.no_grad():
         found, expected = (network(input_ids=ids).logits for network in (names["model"], policy.network))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_a_card_without_a_tokenizer_generates_from_ids(tmp_path, monkeypatch, kind, capsys):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    lm = LanguageModel.from_pretrained(tmp_path / "base")
+    lm.tokenizer = None
+    saved = lm.policy(2) if kind == "adapter" else lm
+    saved.save_pretrained(tmp_path / kind)
+    monkeypatch.chdir(tmp_path / kind)
+    text = card(tmp_path / kind)
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    exec(code.replace("max_new_tokens=128", "max_new_tokens=3"), {})
+    assert capsys.readouterr().out.startswith("[1, 2, 3")
+    assert "--skip-tokenizer-init" in text
+    assert "bayeslm sample" not in text
+    assert LanguageModel.from_pretrained(".")(torch.tensor([[1, 2, 3]]), 2).sample().shape[-1] == 2
+
+
+@pytest.mark.parametrize(
+    ("base", "argument"),
+    [
+        ("/a b; echo x", "/a b; echo x"),
+        ("/a'b$(x)`y`", "/a'b$(x)`y`"),
+        ("someone/tiny", "someone/tiny"),
+        *((x, "BASE") for x in ("/a\nrm -r b", "/a\x1b[2J", "/a\u202eb", "/a\tb", "--x", "")),
+    ],
+)
+def test_the_command_of_a_card_is_one_command_with_the_base_as_one_argument(tmp_path, base, argument):
+    write_card(tmp_path, Loading(base, None, "float32", None, 8), None)
+    (line,) = [line for line in card(tmp_path).splitlines() if line.startswith("    vllm ")]
+    assert shlex.split(line)[:4] == ["vllm", "serve", argument, "--dtype"]
+    assert not [line for line in card(tmp_path).splitlines() if line.startswith("rm ")]
+
+
+def test_a_relative_folder_is_not_named_as_one_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/base").mkdir(parents=True)
+    for base in ("runs/base", "../base", "./base"):
+        write_card(tmp_path, Loading(base, None, "float32", None, 8), None)
+        assert "base_model" not in yaml.safe_load(card(tmp_path).split("---\n")[1])
 
 
 def test_a_card_of_ones_own_stays_and_one_of_ours_is_renewed(policy, tmp_path):

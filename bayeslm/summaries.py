@@ -44,6 +44,9 @@ def _records(posterior: Posterior, *, weighted: bool) -> tuple[list[dict[str, An
 def _over_prompts(records: list[dict[str, Any]], *, joint: bool) -> dict[str, Any]:
     """Return the summary of all prompts: means, the smallest ESS and number of roots, the largest k̂ and R̂.
 
+    One unknown k̂ or R̂ makes the largest unknown; "khat_reason" then says of how many prompts k̂ is.
+
+    :param records: of each prompt.
     :param joint: whether they are one posterior, whose errors depend on one another; the mean error bounds that of the
         mean.
     """
@@ -55,7 +58,9 @@ def _over_prompts(records: list[dict[str, Any]], *, joint: bool) -> dict[str, An
         if name in ("ess", "ess_min", "roots"):
             found[name] = values.min()
         elif name.startswith(("khat", "rhat")):
-            found[name] = np.nan if np.isnan(values).all() else np.nanmax(values)
+            found[name] = values.max()  # NaN if one is
+            if name == "khat" and (unknown := np.isnan(values).sum()):
+                found["khat_reason"] = f"unknown for {unknown} of {len(values)} prompts"
         elif name.endswith("_se") and not joint:
             found[name] = np.sqrt(np.square(values).sum()) / len(values)
         else:

@@ -65,8 +65,7 @@ def test_the_last_table_is_of_all_prompts(posteriors):
             assert cell == "–" if name == "mcmc" else cell.startswith(f"{found[column].mean():.2f}±")
         least = found["ess_min" if name == "smc" else "ess"].min()
         assert ess.partition(" ")[0] == f"{least:.0f}"
-        if "khat" in found and found["khat"].notna().any():
-            assert khat == f"{found['khat'].max():.2f}"
+        assert khat == ("–" if "khat" not in found or found["khat"].isna().any() else f"{found['khat'].max():.2f}")
     prior = np.mean([float(cells(table, 0)[1]) for table in each])
     assert float(cells(last, 0)[1]) == pytest.approx(prior, abs=0.01)
 
@@ -81,6 +80,15 @@ def test_the_mean_over_prompts_and_its_error_are_right():
         scores.append((row["log_evidence"] - exact) / row["log_evidence_se"])
     assert np.abs(scores).max() < 4
     assert 0.5 < np.std(scores) < 1.8
+
+
+@pytest.mark.parametrize("name", ["khat", "rhat_reward"])
+@pytest.mark.parametrize("unknown", [0, 1, 3])
+def test_one_unknown_value_makes_the_largest_unknown(name, unknown):
+    values = [np.nan] * unknown + [0.3, 0.9, 0.1][unknown:]
+    row = summaries._over_prompts([{name: value} for value in values], joint=False)
+    assert row[name] == pytest.approx(np.nan if unknown else 0.9, nan_ok=True)
+    assert row.get("khat_reason") == (f"unknown for {unknown} of 3 prompts" if unknown and name == "khat" else None)
 
 
 def test_errors_of_one_joint_posterior_are_not_averaged_away():

@@ -41,7 +41,7 @@ from bayeslm.weights import (
     smallest_ess,
 )
 
-__all__ = ["DiagnosticsWarning", "Level", "levels", "problems", "warn"]
+__all__ = ["Level", "levels", "problems", "warn"]
 
 ESS_LIMIT = 20.0  # of weighted or exact draws, and the number of roots of particles
 MARKOV_ESS_LIMIT = 400.0  # of Markov chains, whose errors need an estimate of their autocorrelation (Vehtari 2021)
@@ -52,14 +52,6 @@ CHANCE = 0.005  # of calling chains that agree apart
 TELLING = 0.1  # nats by which the upper limit of log Z is above two errors, where that is worth a sentence
 ADDED = 0.1  # the share of Z that an unseen level above the highest could add, where that is worth a sentence
 SHOWN = 3  # prompts in one Python warning
-NEXT = {  # what to write in Python
-    "weighted": "raise num_particles (num_samples), or propose from a policy: AdaptiveImportance().run(model, ...), or "
-    "ImportanceSampling(guide=SVI().run(model, ...).policy).",
-    "particles": "raise num_particles or num_chains, or SMC(twist='auto').",
-    "markov": "raise num_samples and warmup; MCMC(num_temperatures=4) for modes far apart.",
-    "exact": "raise num_samples.",
-    "uncorrected": "raise num_samples.",
-}
 
 
 class Level(NamedTuple):
@@ -71,6 +63,53 @@ class Level(NamedTuple):
     value: float
     hits: int
     share: float
+
+
+class Advice(NamedTuple):
+    """What to do about errors that cannot be believed: in words, by the engine's settings, and by other engines."""
+
+    words: str
+    settings: tuple[str, ...] = ()
+    """Of the engine, to be raised."""
+    instead: str = ""
+    """What to write in Python."""
+
+
+_POLICY = "AdaptiveImportance().run(model, ...)"
+ADVICE = {  # by engine; of others by kind
+    "ImportanceSampling": Advice(
+        "use more draws or a better proposal, such as a trained policy",
+        ("num_particles",),
+        f"propose from a policy: {_POLICY}, or ImportanceSampling(guide=SVI().run(model, ...).policy)",
+    ),
+    "AdaptiveImportance": Advice("use more draws", ("num_particles", "num_steps"), "SMC(twist='auto')"),
+    "Auto": Advice("use more draws or more time", ("num_particles", "max_seconds", "target_ess")),
+    "SVI": Advice("use more draws or train the policy longer", ("num_samples", "num_steps"), _POLICY),
+    "Laplace": Advice("use more draws, or NUTS", ("num_samples",), "NUTS().run(model, ...)"),
+    "SMC": Advice(
+        "use more particles or chains, or a better twist or proposal",
+        ("num_particles", "num_chains"),
+        "SMC(twist='auto')",
+    ),
+    "AnnealedSMC": Advice(
+        "use more particles or chains, a finer ladder or more sweeps",
+        ("num_particles", "num_chains", "cess", "num_sweeps"),
+    ),
+    "ControlledSMC": Advice("use more particles or sweeps", ("num_particles", "num_sweeps")),
+    "MCMC": Advice(
+        "run more sweeps, or better moves (a policy, tempering)",
+        ("num_samples", "warmup"),
+        "MCMC(num_temperatures=4) for modes far apart",
+    ),
+    "NUTS": Advice("use more draws and a longer warmup", ("num_samples", "warmup", "target_accept")),
+    "RejectionSampling": Advice("use more draws", ("num_samples",)),
+    "BestOfN": Advice("use more draws", ("num_samples",)),
+    "weighted": Advice("use more draws or a better proposal"),
+    "particles": Advice("use more particles or chains"),
+    "markov": Advice("run longer chains"),
+    "exact": Advice("use more draws"),
+    "uncorrected": Advice("use more draws"),
+}
 
 
 def levels(posterior: Posterior) -> list[list[Level]]:
@@ -116,8 +155,19 @@ def warn(posterior: Posterior) -> None:
         frame, level = sys._getframe(), 1
         while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "bayeslm":
             frame, level = frame.f_back, level + 1
-        text = f"{posterior.engine}: {' '.join(lines[:SHOWN])}{rest}\nNext: {NEXT[posterior.kind]}"
+        text = f"{posterior.engine}: {' '.join(lines[:SHOWN])}{rest}\nNext: {_next(posterior)}."
         warnings.warn(text, DiagnosticsWarning, stacklevel=level)
+
+
+def _advice(posterior: Posterior) -> Advice:
+    return ADVICE.get(posterior.engine, ADVICE[posterior.kind])
+
+
+def _next(posterior: Posterior) -> str:
+    """Return what to write next in Python."""
+    words, settings, instead = _advice(posterior)
+    raised = f"raise {', '.join(settings[:-1])}{' or ' if settings[1:] else ''}{settings[-1]}" if settings else words
+    return f"{raised}, or {instead}" if instead else raised
 
 
 def _of_weights(posterior: Posterior) -> Iterator[list[str]]:
@@ -129,19 +179,18 @@ def _of_weights(posterior: Posterior) -> Iterator[list[str]]:
     khat = np.full(lw.shape[2], np.nan) if particles else psis(np.where(weights.any(POOL), lw, 0.0))[1]
     reasons = [] if particles else khat_reasons(lw)
     apart = {name: _apart(phi, posterior.roots) for name, phi in influences.items()} if particles else {}
-    chains = chain_log_evidence(lw)
+    chains, advice = chain_log_evidence(lw), _advice(posterior).words
     for i in range(lw.shape[2]):
         lines = []
         if roots is not None:
             if size[i] < ESS_LIMIT or roots[i] < ESS_LIMIT:
                 lines.append(
-                    f"ESS {size[i]:.0f} at its smallest, all draws descend from {roots[i]} first particles: use more "
-                    "particles or chains, or a better twist, proposal or ladder."
+                    f"ESS {size[i]:.0f} at its smallest, all draws descend from {roots[i]} first particles: {advice}."
                 )
             lines += _disagreement(chains[:, i], {name: ratio[i] for name, ratio in apart.items()})
         elif khat[i] > KHAT_LIMIT or size[i] < ESS_LIMIT:
             tail = f"k̂ unknown ({reasons[i]})" if np.isnan(khat[i]) else f"k̂ {khat[i]:.2f}"
-            lines.append(f"{tail}, ESS {size[i]:.0f}: use more draws or a better proposal, such as a trained policy.")
+            lines.append(f"{tail}, ESS {size[i]:.0f}: {advice}.")
         for level in found[i]:
             if level.share > LARGE_SHARE and level.hits < FEW_HITS:
                 lines.append(
@@ -190,7 +239,7 @@ def _of_equal_draws(posterior: Posterior) -> Iterator[list[str]]:
         return
     for between, size in zip(rhat(rewards), ess_bulk(rewards), strict=True):
         shown = f"{between:.2f}" if between < 100 else "over 100"
-        line = f"R̂ {shown}, ESS {size:.0f}: run more sweeps, or better moves (a policy, tempering)."
+        line = f"R̂ {shown}, ESS {size:.0f}: {_advice(posterior).words}."
         yield [line] if between > RHAT_LIMIT or size < MARKOV_ESS_LIMIT else []
 
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from bayeslm import diagnostics, report_figures
 from bayeslm.posterior import Posterior
-from bayeslm.reliability import ESS_LIMIT, RHAT_LIMIT
+from bayeslm.reliability import ESS_LIMIT, MARKOV_ESS_LIMIT, RHAT_LIMIT
 from bayeslm.summaries import Row, rows
 from bayeslm.weights import KHAT_LIMIT, Array, ess, num_draws, num_roots, smallest_ess, standard_error
 
@@ -111,6 +111,7 @@ def comparison(posteriors: Mapping[str, Posterior]) -> dict[str, Any]:
         "ess_limit": f"{ESS_LIMIT:.0f}",
         "khat_limit": KHAT_LIMIT,
         "rhat_limit": RHAT_LIMIT,
+        "markov_ess_limit": f"{MARKOV_ESS_LIMIT:.0f}",
     }
 
 
@@ -122,27 +123,27 @@ def _table(
         of = prior.mean(axis=2, keepdims=True) if prompt is None else prior[..., [prompt]]
         mean = of.mean(axis=(0, 1))
         error = standard_error(mean, of - mean)[0]
-        lines.append({"name": "prior", "series": None, "reward": (float(mean[0]), float(error)), "kl_to_prior": "0"})
+        lines.append({"name": "prior", "series": None, "measured": (float(mean[0]), float(error)), "kl_to_prior": "0"})
     for row, record in found:
-        reward = "reward" if "reward" in record else "log_likelihood"
+        measure = "reward" if "reward" in record else "log_likelihood"
         reason = record.get("khat_reason")
         lines.append(
             {
                 "name": row.name,
                 "series": series[row.engine],
-                "reward": (record.get(reward, math.nan), record.get(f"{reward}_se", math.nan)),
+                "measured": _estimate(record, measure),
                 "log_z": None if row.is_policy else _estimate(record, "log_evidence"),
                 "kl_to_prior": _text(record, "kl_to_prior"),
                 "kl_to_posterior": _text(record, "kl_to_posterior") if row.is_policy else "–",
                 "ess": "–" if row.is_policy else number(record.get("ess_min", record.get("ess", math.nan)), 0),
                 "khat": "–" if row.is_policy else number(record.get("khat", math.nan)),
                 "khat_reason": reason if isinstance(reason, str) and not row.is_policy else "",
-                "rhat": number(next((v for k, v in record.items() if k.startswith(f"rhat_{reward}")), math.nan)),
+                "rhat": number(next((v for k, v in record.items() if k.startswith(f"rhat_{measure}")), math.nan)),
                 "seconds": "" if row.repeated else number(record.get("seconds", math.nan), 0),
                 "speed": "" if row.repeated else number(record.get("tokens_per_second", math.nan), 0),
             }
         )
-    for column in ("reward", "log_z"):
+    for column in ("measured", "log_z"):
         _add_intervals(lines, column)
     return {"label": label, "prompt": prompt, "rows": lines}
 

@@ -14,6 +14,10 @@ from bayeslm.weights import Array
 
 MAX_TEXTS = 10_000  # in a report, which every engine and prompt share
 MAX_CHARACTERS = 4_000  # of a text
+WEIGHT_HELP = {  # what log w is, by the posterior's kind
+    "weighted": "log p + log-likelihood − log q",
+    "particles": "the particle's weight since its last resampling, scaled so that the mean weight of a chain is Ẑ",
+}
 
 
 def table(posteriors: Mapping[str, Posterior]) -> dict[str, Any]:
@@ -38,9 +42,23 @@ def table(posteriors: Mapping[str, Posterior]) -> dict[str, Any]:
         "prompts": [visible(label) for label in first.prompt_labels],
         "sites": [visible(site) for site in sites],
         "measure": first.measure,
+        "weight_help": _weight_help(posteriors),
         "total": total,
         "rows": shown,
     }
+
+
+def _weight_help(posteriors: Mapping[str, Posterior]) -> str:
+    """Return what log w is, of the kinds that have one; with the engines' names where there are several."""
+    engines: dict[str, list[str]] = {}
+    for name, posterior in posteriors.items():
+        if posterior.kind in WEIGHT_HELP:
+            engines.setdefault(posterior.kind, []).append(visible(name))
+    parts = [
+        f"of {', '.join(names)}: {WEIGHT_HELP[kind]}" if len(engines) > 1 else WEIGHT_HELP[kind]
+        for kind, names in engines.items()
+    ]
+    return f"log-weight, {'; '.join(parts)}" if len(engines) > 1 else f"log-weight: {''.join(parts)}"
 
 
 def as_json(data: Any) -> str:
@@ -54,7 +72,7 @@ def _rows(posterior: Posterior, engine: int, site: str, site_number: int) -> lis
     dims, columns = posterior.dims[site], posterior.log_weights.shape[2]
     by_prompt = "prompt" in dims[:-1]
     weights = posterior.weights()
-    log_weights = posterior.log_weights if posterior.kind in ("weighted", "particles") else None
+    log_weights = posterior.log_weights if posterior.kind in WEIGHT_HELP else None
     moved = posterior.token_log_ratio.get(site)
     known = posterior.kind == "weighted" and not posterior.conditional
     with np.errstate(invalid="ignore"):  # of a draw of weight 0, log q is not known

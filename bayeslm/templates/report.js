@@ -15,7 +15,7 @@
     { title: "text", index: TEXT, compare: (a, b) => a.localeCompare(b), up: true },
     { title: data.measure, index: REWARD, digits: 3 },
     { title: "weight", index: SHARE, percent: true },
-    { title: "log w", index: WEIGHT, digits: 2, help: "log-weight: log p + log-likelihood − log q" },
+    { title: "log w", index: WEIGHT, digits: 2, help: data.weight_help },
     { title: "log q − log p", index: RATIO, digits: 2, help: "how much likelier the text is under the policy, in nats" },
     { title: "draws", index: COPIES, digits: 0 },
     { title: "engine", index: ENGINE, names: data.engines, up: true },

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.distributions import Unit
 from torch import Tensor
 
 SUFFIX = "/r"  # of the deterministic site that holds r
@@ -20,14 +21,33 @@ def factor(name: str, r: Any, beta: Any) -> None:
     the factor ``name`` and the deterministic site ``name + "/r"``.
 
     :param r: a tensor of the plates' shape, or what `torch.as_tensor` makes one of; finite or -inf.
-    :param beta: the KL coefficient, a number or a tensor (where it is a latent).
-    :raises ValueError: if beta is not positive and finite.
+    :param beta: the KL coefficient: a number, a tensor (where it is a latent), or what `torch.as_tensor` makes one of.
+    :raises ValueError: if beta is not positive and finite, or r is NaN or +inf. In a run of an engine the engine itself
+        refuses such an r, with the text that has it.
     """
-    is_valid = bool(((beta > 0) & beta.isfinite()).all()) if isinstance(beta, Tensor) else 0 < beta < math.inf
-    if not is_valid:
+    r = _as_tensor(name, "r", r)
+    if not isinstance(beta, int | float | Tensor):
+        beta = _as_tensor(name, "beta", beta).to(r.device)
+    if not _is_valid_beta(beta):
         raise ValueError(f"rewards.factor({name!r}, ...): beta must be positive and finite, not {beta}")
-    r = record(name, r)
-    pyro.factor(name, r / beta)
+    if Unit._validate_args and (bad := r[r.isnan() | r.isposinf()]).numel():  # as Pyro checks the factor itself
+        raise ValueError(f"rewards.factor({name!r}, ...): r must be finite or -inf, not {bad[0].item()}")
+    pyro.factor(name, record(name, r) / beta)
+
+
+def _is_valid_beta(beta: float | Tensor) -> bool:
+    return bool(((beta > 0) & beta.isfinite()).all()) if isinstance(beta, Tensor) else 0 < beta < math.inf
+
+
+def _as_tensor(name: str, argument: str, value: Any) -> Tensor:
+    """Return a value as a tensor.
+
+    :raises ValueError: if `torch.as_tensor` makes none of it.
+    """
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"rewards.factor({name!r}, ...): {argument} must be numbers, not {value!r:.60}") from error
 
 
 def record(name: str, r: Any) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,14 @@ from scipy.stats import binom
 from support.models import table_lm
 from support.toys import Gaussian
 
-from bayeslm import Posterior, diagnostics
+from bayeslm import DiagnosticsWarning, Posterior, diagnostics, inference
 from bayeslm.bounds import unseen_limit
 from bayeslm.cli import tables
 from bayeslm.inference import MCMC, SMC, AnnealedSMC, BestOfN, ImportanceSampling, RejectionSampling
+from bayeslm.inference.control import ControlledSMC
 from bayeslm.models import TiltedLM
 from bayeslm.models.rewards import Reward
-from bayeslm.reliability import DiagnosticsWarning, levels, problems
+from bayeslm.reliability import ADVICE, levels, problems, warn
 from bayeslm.weights import log_evidence
 
 LM = table_lm(order=3, seed=0)
@@ -228,6 +230,48 @@ def test_warnings_name_the_caller_and_can_be_filtered() -> None:
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", DiagnosticsWarning)
         ImportanceSampling(16, **QUIET).run(model, ["a"])
+
+
+ALL_ENGINES = {engine.__name__: engine for engine in (*inference.ENGINES.values(), inference.Laplace, ControlledSMC)}
+NO_PROBLEMS = {"Exact"}  # an enumeration
+
+
+@pytest.mark.parametrize("name", sorted(ALL_ENGINES.keys() - NO_PROBLEMS))
+def test_advice_names_settings_that_the_engine_has(name: str) -> None:
+    advice = ADVICE[name]
+    assert advice.settings
+    assert set(advice.settings) <= {field.name for field in fields(ALL_ENGINES[name])}
+    for other, setting in re.findall(r"(\w+)\((\w*)", advice.instead):
+        if other != "run":
+            assert not setting or setting in {field.name for field in fields(ALL_ENGINES[other])}
+            assert setting or other != name, "the engine that was used, as it was used, is no advice"
+
+
+def test_all_other_advice_is_by_kind() -> None:
+    assert ADVICE.keys() - ALL_ENGINES.keys() == {"weighted", "particles", "markov", "exact", "uncorrected"}
+    assert not any(ADVICE[kind].settings for kind in ADVICE.keys() - ALL_ENGINES.keys())
+
+
+@pytest.mark.parametrize(
+    ("engine", "kind", "says", "not_says"),
+    [
+        ("NUTS", "markov", "raise num_samples, warmup or target_accept.", "tempering|temperatures|polic"),
+        ("MCMC", "markov", r"raise num_samples or warmup, or MCMC\(num_temperatures=4\)", "target_accept"),
+        ("Own", "markov", "Next: run longer chains.$", "MCMC|num_"),
+        ("AnnealedSMC", "particles", "raise num_particles, num_chains, cess or num_sweeps.", "twist|guide"),
+        ("SMC", "particles", r"SMC\(twist='auto'\)", "ladder"),
+        ("SVI", "weighted", "raise num_samples or num_steps, or AdaptiveImportance", r"num_particles|SVI\("),
+        ("Own", "weighted", "Next: use more draws or a better proposal.$", "num_|SVI"),
+    ],
+)
+def test_each_engine_has_advice_of_its_own(engine: str, kind: str, says: str, not_says: str) -> None:
+    rewards = np.r_[np.zeros(60), 9.0, np.random.default_rng(0).normal(size=39)].reshape(2, 50, 1)
+    roots = np.zeros(rewards.shape, dtype=int) if kind == "particles" else None
+    weights = {"log_weights": np.zeros(rewards.shape)} if kind == "markov" else {}
+    with pytest.warns(DiagnosticsWarning) as caught:
+        warn(weighted(rewards, engine=engine, kind=kind, roots=roots, **weights))
+    assert re.search(says, str(caught[0].message))
+    assert not re.search(not_says, str(caught[0].message))
 
 
 def test_one_draw_that_dominates_is_named() -> None:

@@ -16,7 +16,7 @@ import pytest
 from support.reports import HOSTILE, hostile, many
 from support.toys import MAKERS, discrete, enumerated, from_prior
 
-from bayeslm import Posterior, diagnostics, report_figures, report_sections, report_texts
+from bayeslm import Posterior, diagnostics, report, report_figures, report_sections, report_texts
 from bayeslm.report import render, write_report
 from bayeslm.visible import visible
 
@@ -184,7 +184,7 @@ def test_the_comparison_has_the_figures_of_the_summary():
     assert row["log_z"]["text"] == f"{record.log_evidence:.2f} ± {record.log_evidence_se:.2f}"
     assert row["ess"] == f"{record.ess:.0f}"
     assert prior["name"] == "prior"
-    assert row["reward"]["from"] <= row["reward"]["at"] <= row["reward"]["to"]
+    assert row["measured"]["from"] <= row["measured"]["at"] <= row["measured"]["to"]
 
 
 def test_the_mean_over_prompts_has_the_error_of_independent_prompts():
@@ -192,6 +192,41 @@ def test_the_mean_over_prompts_has_the_error_of_independent_prompts():
     table = report_sections.comparison({"one": posterior})["tables"][0]
     value, error = posterior.log_evidence.mean(), np.sqrt((posterior.log_evidence_stderr**2).sum()) / 2
     assert table["rows"][1]["log_z"]["text"] == f"{value:.2f} ± {error:.2f}"
+
+
+def test_an_unknown_khat_of_one_prompt_is_said_in_the_mean_over_prompts():
+    log_weights = np.random.default_rng(0).normal(size=from_prior(0).log_weights.shape)
+    log_weights[..., 0] = 0.0  # all equal
+    page = render({"one": replace(from_prior(0), log_weights=log_weights)})
+    assert '<abbr title="unknown for 1 of 2 prompts">–</abbr>' in page
+
+
+def test_what_log_w_is_depends_on_the_kind():
+    """Of particles it is no density ratio."""
+    ratio = "log p + log-likelihood − log q"
+    assert report_texts.table({"one": hostile("weighted")})["weight_help"] == f"log-weight: {ratio}"
+    particles = report_texts.table({"smc": hostile("particles")})["weight_help"]
+    assert "resampling" in particles
+    assert "log q" not in particles
+    both = report_texts.table({"svi": hostile("weighted"), "smc": hostile("particles")})["weight_help"]
+    assert both == f"log-weight, of svi: {ratio}; of smc: {particles.removeprefix('log-weight: ')}"
+    assert "help: data.weight_help" in report._read("report.js")
+
+
+def test_the_formula_is_that_of_the_measure():
+    rewarded = from_prior(0)
+    page = Page(render({"one": rewarded})).text
+    assert "exp(r(c, x) / β)" in page
+    plain = Page(render({"one": replace(rewarded, rewards={}, prior_rewards={})})).text
+    assert "π*(x | c) ∝ p(x | c) exp(ℓ(c, x))" in plain
+    assert "/ β" not in plain
+
+
+def test_the_limits_are_those_of_the_diagnostics():
+    page = Page(render({"one": from_prior(0)})).text
+    assert "Weights are reliable where k̂ < 0.7 and ESS > 20, Markov chains where R̂ < 1.05 and ESS > 400." in page
+    assert "should agree" in page
+    assert "except baselines" in page
 
 
 def test_a_smooth_curve_is_the_mean_of_the_last_steps():

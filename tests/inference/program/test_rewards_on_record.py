@@ -180,10 +180,40 @@ def test_pyro_runs_the_program() -> None:
 # ---- refusals ----
 
 
-@pytest.mark.parametrize("beta", [0.0, -1.0, float("nan"), float("inf"), torch.tensor([1.0, 0.0])])
+@pytest.mark.parametrize("beta", [0.0, -1.0, float("nan"), float("inf"), torch.tensor([1.0, 0.0]), [1.0, 0.0]])
 def test_beta_is_positive(beta: Any) -> None:
     with pytest.raises(ValueError, match=r"rewards\.factor\('reward', \.\.\.\): beta must be positive and finite, not"):
         rewards.factor("reward", torch.zeros(2), beta)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("make", [torch.tensor, np.array, list], ids=["tensor", "array", "list"])
+def test_r_is_finite_or_minus_infinity(bad: float, make: Any) -> None:
+    with pytest.raises(ValueError, match=rf"rewards\.factor\('taste', \.\.\.\): r must be finite or -inf, not {bad}"):
+        rewards.factor("taste", make([0.0, bad]), 0.5)
+    rewards.factor("taste", make([0.0, -float("inf")]), 0.5)
+
+
+def test_an_engine_refuses_such_an_r_with_its_text() -> None:
+    def model(prompts: list[Any]) -> None:
+        with pyro.plate("prompts", len(prompts)):
+            x = pyro.sample("completion", LM(prompts, max_new_tokens=2))
+            rewards.factor("taste", torch.where((x == 2).any(-1), float("nan"), 0.0), 0.5)
+
+    with pytest.raises(ProgramError, match=r"site 'taste' has log-probability nan(?s:.)*completion: '.*b"):
+        ImportanceSampling(50, seed=0, progress=False).run(model, SHORT)
+
+
+def test_what_is_no_number_is_refused_by_the_name_of_its_site() -> None:
+    for r, beta, argument in ((["good"], 0.5, "r"), ([None], 0.5, "r"), ([1.0], "half", "beta"), ([1.0], None, "beta")):
+        with pytest.raises(ValueError, match=rf"rewards\.factor\('taste', \.\.\.\): {argument} must be numbers, not"):
+            rewards.factor("taste", r, beta)
+
+
+@pytest.mark.parametrize("make", [list, np.array, torch.tensor], ids=["list", "array", "tensor"])
+def test_beta_is_what_a_tensor_can_be_made_of(make: Any) -> None:
+    trace = poutine.trace(lambda: rewards.factor("taste", [1.0, 2.0], make([0.5, 4.0]))).get_trace()
+    torch.testing.assert_close(trace.nodes["taste"]["fn"].log_factor.double(), torch.tensor([2.0, 0.5]).double())
 
 
 def test_a_reward_of_undeclared_dimensions_is_refused() -> None:

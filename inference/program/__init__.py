@@ -9,19 +9,8 @@ from .independence import check_independence
 from .partial import PartialRun
 from .particles import Particles, particles_of, run_particles, score_sites, to_numpy, traces
 from .program import STEPS, Program, Site, along, in_prompts, inspect, inspect_or_reuse, sample_sites, site_value
-from .run import (
-    Engine,
-    RunError,
-    SoFar,
-    Stopwatch,
-    check_evidence,
-    draw,
-    keeping,
-    of_prompts,
-    posterior,
-    prompt_labels,
-    running,
-)
+from .results import check_evidence, posterior, prompt_labels
+from .run import Engine, RunError, SoFar, Stopwatch, draw, keeping, of_prompts, running
 
 __all__ = [
     "PARTICLES",

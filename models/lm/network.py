@@ -66,7 +66,7 @@ class CausalNetwork:
         self.compute_dtype = compute_dtype
         self._exact = set() if compute_dtype is None else _exact_weights(network, causal, exact)
         self.parameters = list(causal.parameters())
-        self._adapted = adapted_modules(causal)
+        self._adapted: list[Any] = adapted_modules(causal)
         self.accepts_positions = "position_ids" in inspect.signature(causal.forward).parameters
         self.body: nn.Module | None = None  # None: logits are the hidden states
         self.head: nn.Module | None = None  # None with a body: logits are `_through` the network

@@ -18,7 +18,8 @@ from bayeslm.posterior import Posterior
 from .description import describe
 from .errors import EvidenceError
 from .particles import Particles, to_numpy
-from .program import Program, Site
+from .program import Program
+from .sites import Site
 
 
 def posterior(

@@ -8,20 +8,10 @@ from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, RandomS
 from .independence import check_independence
 from .partial import PartialRun
 from .particles import Particles, particles_of, run_particles, score_sites, to_numpy, traces
-from .program import STEPS, Program, Site, along, in_prompts, inspect, inspect_or_reuse, sample_sites, site_value
-from .run import (
-    Engine,
-    RunError,
-    SoFar,
-    Stopwatch,
-    check_evidence,
-    draw,
-    keeping,
-    of_prompts,
-    posterior,
-    prompt_labels,
-    running,
-)
+from .program import STEPS, Program, along, inspect, inspect_or_reuse
+from .results import check_evidence, posterior, prompt_labels
+from .run import Engine, RunError, SoFar, Stopwatch, draw, keeping, of_prompts, running
+from .sites import Site, in_prompts, sample_sites, site_value
 
 __all__ = [
     "PARTICLES",

@@ -27,8 +27,9 @@ from bayeslm.models.rewards import rehearsal
 
 from .errors import ProgramError
 from .handlers import PARTICLES, Arbitrary, Assign, Assignment, explained, seeded
-from .program import Program, Site, check_site, in_prompts, sample_sites, site_of, site_value
+from .program import Program
 from .prompts import prompts_of, side_by_side
+from .sites import Site, check_site, in_prompts, sample_sites, site_of, site_value
 
 COMPANY, OWN = 4, 2  # particles that run together, and which of them has run alone: neither the first nor the last
 FAR = 1  # the one whose values are farthest from those of `OWN`, beyond 0 or the mean

@@ -24,7 +24,8 @@ from bayeslm.models.lm import Autoregressive
 from .errors import ProgramError
 from .handlers import PARTICLES, explained
 from .independence import MISFITS, check_guide, check_independence
-from .program import Program, Site, along, in_prompts, sample_sites, site_value
+from .program import Program, along
+from .sites import Site, in_prompts, sample_sites, site_value
 
 
 @dataclass(frozen=True)

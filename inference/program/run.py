@@ -1,32 +1,24 @@
-"""What the runs of all engines share: their beginning, time and usage, Ctrl-C and errors, batches, the posterior."""
+"""What the runs of all engines share: their beginning, time and usage, Ctrl-C and errors, batches."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
-import torch
 from pyro.poutine import runtime
-from torch import Tensor
 
-from bayeslm import diagnostics, reliability
-from bayeslm.bounds import unseen_limit
-from bayeslm.models.lm import Encoded, LanguageModel, count_usage, differentiating, exclusive
+from bayeslm.models.lm import count_usage, differentiating, exclusive
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 from bayeslm.visible import message_of
 
-from .description import describe
-from .errors import EvidenceError
 from .handlers import seeded
-from .particles import Particles, run_particles, to_numpy
-from .program import Program, Site
+from .particles import Particles, run_particles
+from .program import Program
 
 
 @runtime_checkable
@@ -185,7 +177,7 @@ def keeping(so_far: Callable[[], SoFar | None], *, can_return: bool = True) -> I
         raise RunError(message, kept) from cause
 
 
-# -- particles and the posterior --------------------------------------------------------------------------------------
+# -- batches of particles ---------------------------------------------------------------------------------------------
 
 
 def draw(
@@ -228,213 +220,3 @@ def of_prompts(program: Program) -> str:
         return "of one prompt"
     some = f"{program.num_prompts} of " if program.num_prompts < program.full_size else ""
     return f"of each of {some}{program.full_size} prompts"
-
-
-def posterior(
-    program: Program,
-    particles: Particles,
-    *,
-    engine: str,
-    kind: str,
-    num_chains: int,
-    stats: dict[str, Any],
-    evidence: tuple[np.ndarray, np.ndarray] | None = None,
-    log_weights: Tensor | None = None,
-    roots: Tensor | None = None,
-    conditional: bool = False,
-    sample_stats: dict[str, np.ndarray] | None = None,
-    prior: Particles | None = None,
-    from_prior: float | None = None,
-    log_bound: float | None = None,
-    policy: Any = None,
-) -> Posterior:
-    """Return particles, chain-major, as a `Posterior` of ``num_chains`` chains; a remainder is dropped.
-
-    :param engine: the engine's name.
-    :param kind: of the draws, see `Posterior.kind`.
-    :param stats: the engine's figures; for weighted draws ``ess`` and ``khat`` (prompt,) are added.
-    :param evidence: log Z and its standard error (prompt,), if they do not come from the weights. Weights of the kinds
-        "weighted" and "particles" also bound log Z: from above in a conditional run, else from below. Markov chains
-        have no estimate.
-    :param log_weights: (particle, prompt); None takes the particles' own, log p - log q, or zeros if the kind has equal
-        weights.
-    :param roots: of kind "particles", (particle, prompt), see `Posterior.roots`.
-    :param conditional: whether particle 0 of each chain began as a draw of the posterior, see `Posterior.conditional`.
-    :param sample_stats: what the sampler saw at each draw, (chain, draw).
-    :param prior: draws of the prior, for comparison.
-    :param from_prior: the number of draws of the prior behind the estimate of log Z (αN for N draws of a mixture that
-        has the prior with share α); None if there are none. With a bound they give `Posterior.log_evidence_high`.
-    :param log_bound: an upper bound of the sum of all log-likelihood terms; None takes the program's own, if any.
-    :param policy: the trained policy, of `SVI`.
-    :raises EvidenceError: if every weight of a prompt is zero, or a chain has no draw.
-    """
-    draws = len(particles) // num_chains
-    if draws == 0:
-        raise EvidenceError(f"interrupted before each of the {num_chains} chains had a draw")
-
-    def split(x: Tensor) -> np.ndarray:
-        x = x[: draws * num_chains]
-        return to_numpy(x).reshape(num_chains, draws, *x.shape[1:])
-
-    if log_weights is None:
-        equal = kind in ("exact", "uncorrected", "markov")
-        log_weights = torch.zeros_like(particles.log_prior) if equal else particles.log_weights
-    weights = split(log_weights)
-    labels = prompt_labels(program)
-    check_evidence(split(particles.log_joint), labels)
-    origins = None if roots is None else split(roots)
-    by_chain = diagnostics.chain_log_evidence(weights)  # (chain, prompt)
-    if kind == "markov":
-        evidence = (np.full(weights.shape[-1], np.nan),) * 2
-    elif evidence is None and conditional:
-        # 1 / Z-hat of a chain is unbiased for 1 / Z, unless all its weights can be 0
-        inverse, stderr = diagnostics.log_evidence(-by_chain[:, None])
-        unknown = np.isneginf(weights).any((0, 1))
-        evidence = np.where(unknown, np.nan, -inverse), np.where(unknown, np.nan, stderr)
-    elif evidence is None:
-        evidence = diagnostics.log_evidence(weights, origins)
-    has_bound = kind in ("weighted", "particles")
-    if kind == "weighted":
-        stats |= diagnostics.quality(weights)
-    high, bound = None, float(getattr(program.model, "log_bound", np.inf) if log_bound is None else log_bound)
-    if np.isfinite(bound):
-        stats |= {"log_bound": bound}
-        if from_prior and not conditional:
-            high = unseen_limit(*evidence, bound, from_prior)
-    values, observed = {name: split(particles.values[name]) for name in _kept(program)}, _observed(program)
-    texts, lengths, token_ends, token_log_ratio = {}, {}, {}, {}
-    for site in program.completions:
-        value = particles.values[site.name][: draws * num_chains]
-        lengths[site.name] = split(site.fn.lengths(value))
-        if site.fn.has_text:
-            decoded = _decoded(program, site, value)
-            texts[site.name] = decoded.reshape(lengths[site.name].shape)
-            log_q = particles.proposal_token_log_prob.get(site.name)
-            if kind == "weighted" and log_q is not None:
-                token_log_ratio[site.name] = split(log_q - particles.token_log_prob[site.name])
-                token_ends[site.name] = site.fn.lm.token_ends(value, decoded).reshape(values[site.name].shape)
-    result = Posterior(
-        samples=values,
-        log_weights=weights,
-        log_joint=split(particles.log_joint),
-        log_likelihood={name: split(term) for name, term in particles.log_likelihood.items()},
-        rewards={name: split(r) for name, r in particles.rewards.items()},
-        log_evidence=evidence[0],
-        log_evidence_stderr=evidence[1],
-        log_evidence_lower=by_chain.mean(0) if has_bound and not conditional else None,
-        log_evidence_upper=by_chain.mean(0) if has_bound and conditional else None,
-        log_evidence_high=high,
-        roots=origins,
-        conditional=conditional,
-        kind=kind,
-        engine=engine,
-        dims={name: program.sites[name].dims for name in [*values, *observed]},
-        prompts=labels,
-        prompt_names=_names_of_chats(program),
-        texts=texts,
-        lengths=lengths,
-        sample_stats=sample_stats or {},
-        token_ends=token_ends,
-        token_log_ratio=token_log_ratio,
-        prior=_prior_draws(program, prior),
-        prior_rewards={} if prior is None else {name: to_numpy(r)[None] for name, r in prior.rewards.items()},
-        pointwise={name: split(term) for name, term in particles.pointwise.items()},
-        observed=observed,
-        stats=stats | {"program": describe(program)},
-        policy=policy,
-    )
-    if isinstance(policy, LanguageModel):
-        policy.provenance = result
-    reliability.warn(result)
-    return result
-
-
-def _decoded(program: Program, site: Site, value: Tensor) -> np.ndarray:
-    """Return the texts of completions (particle, *batch, token) of all prompts."""
-    if not program.in_chunks:
-        return site.fn.decode(value)
-    fns = [chunk.sites[site.name].fn for chunk in program.chunks]
-    if site.dims != ("prompt",) or any(fn.prompt_ids.shape[:-1] != fn.batch_shape for fn in fns):
-        return site.fn.lm.decode(value)
-    return site.fn.lm.decode(value, _of_all(program, [Encoded(fn.prompt_ids, fn.prompt_mask).rows() for fn in fns]))
-
-
-def _of_all(program: Program, parts: list[list[Any]]) -> list[Any]:
-    """Return the values of all prompts, from those of each of a program's `chunks`, the last of which may overlap."""
-    *before, last = parts
-    return [*itertools.chain(*before), *last[sum(map(len, parts)) - program.full_size :]]
-
-
-def _kept(program: Program) -> list[str]:
-    """Return the latent and deterministic sites; where prompts are posteriors of their own, those inside the plate."""
-    sites = [site for site in program.sites.values() if site.kind != "observed" and site.reward is None]
-    return [site.name for site in sites if program.shared or "prompt" in site.dims]
-
-
-def _observed(program: Program) -> dict[str, np.ndarray]:
-    """Return the values of observed sites, without factors, whose values have no elements."""
-    observed = {site.name: site for site in program.sites.values() if site.kind == "observed" and site.value.numel()}
-    values = {name: site.value for name, site in observed.items()}
-    for name, site in observed.items():
-        if program.in_chunks and site.value.dim() == len(site.dims):  # else one value for all prompts
-            parts = [chunk.sites[name].value for chunk in program.chunks]
-            values[name] = program.side_by_side(parts, site.dims.index("prompt"))
-    return {name: to_numpy(value) for name, value in values.items()}
-
-
-def _prior_draws(program: Program, particles: Particles | None) -> dict[str, np.ndarray]:
-    """Return draws of the prior (1, draw, *batch, *event) by site, with factors' values and completions' lengths."""
-    if particles is None:
-        return {}
-    out = {name: particles.values[name] for name in _kept(program)} | particles.log_likelihood
-    for site in program.completions:
-        out[f"{site.name}_length"] = site.fn.lengths(particles.values[site.name])
-    return {name: to_numpy(value)[None] for name, value in out.items()}
-
-
-def prompt_labels(program: Program) -> list[str]:
-    """Return the label of each prompt: its text, if a completion site has one text a prompt, else its number."""
-    if program.in_chunks:
-        return _of_all(program, [prompt_labels(chunk) for chunk in program.chunks])
-    for site in program.completions:
-        if site.fn.prompt_ids.shape[:-1].numel() == program.num_prompts:
-            return site.fn.prompt_texts()
-    return [str(i) for i in range(program.num_prompts)]
-
-
-def _names_of_chats(program: Program) -> list[str]:
-    """Return the last user's turn of each prompt, if one of the program's arguments is a list of that many chats."""
-    for value in (*program.args, *program.kwargs.values()):
-        if isinstance(value, list | tuple) and len(value) == program.full_size and all(map(_is_chat, value)):
-            return [_last_turn(chat) for chat in value]
-    return []
-
-
-def _is_chat(prompt: Any) -> bool:
-    is_list = isinstance(prompt, list | tuple) and len(prompt) > 0
-    return is_list and all(isinstance(turn, Mapping) and isinstance(turn.get("role"), str) for turn in prompt)
-
-
-def _last_turn(chat: Sequence[Mapping[str, Any]]) -> str:
-    """Return the content of the user's last message, or of the last one; of a list of parts their texts."""
-    turn = next((turn for turn in reversed(chat) if turn["role"] == "user"), chat[-1])
-    content = turn.get("content") or ""
-    parts = [content] if isinstance(content, str) else content
-    return " ".join(part if isinstance(part, str) else str(part.get("text", "")) for part in parts)
-
-
-def check_evidence(log_weights: np.ndarray, labels: list[str]) -> None:
-    """Check that each prompt has a draw of positive probability.
-
-    :param log_weights: (chain, draw, prompt).
-    :param labels: of the prompts.
-    :raises EvidenceError: if all weights of a prompt are -inf.
-    """
-    dead = np.atleast_1d(np.isneginf(log_weights).all(axis=(0, 1)))
-    if dead.any():
-        i = int(dead.argmax())
-        of = f"for prompt {i} ({labels[i]!r}) " if len(labels) == len(dead) else ""
-        raise EvidenceError(
-            f"every reward is -inf {of}in all {log_weights[..., i].size} draws: the posterior does not exist, or the "
-            "constraint is too rare to be met by chance. Draw more, loosen the constraint, or use a better proposal"
-        )

@@ -177,6 +177,12 @@ class Vocabulary:
         written = (itertools.takewhile(lambda token: token not in ends, row) for row in rows)
         return [[token for token in row if token >= 0] for row in written]
 
+    def with_end(self, values: Tensor) -> list[list[int]]:
+        """Return the token ids of each of completions (..., T) up to its end, with that."""
+        lengths = self.is_live(values).sum(-1).reshape(-1).tolist()
+        rows = values.reshape(-1, values.shape[-1]).tolist()
+        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+
     def is_well_formed(self, values: Tensor) -> Tensor:
         """Return, for each token of completions (..., T), whether it is in range, or the pad id after the end."""
         in_range = (values >= 0) & (values < self.size)

@@ -26,7 +26,6 @@ from .network import CausalNetwork
 from .own_forward import Findings
 from .settings import Settings
 from .special_tokens import SpecialTokens, find_special_tokens
-from .turns import forked
 from .weights import SharedWeights
 from .words import word_tokenizer
 
@@ -176,17 +175,11 @@ class LanguageModel(ModuleWithProperties):
         :param eos: the token before and after a text; an empty prompt is one ``eos``.
         :raises ValueError: if ``eos`` is not in the vocabulary, a token is in it twice, or ``table`` has another shape.
         """
-        from .tabular import NGramConfig, NGramForCausalLM
+        from .tabular import table_network
 
         if eos not in vocabulary:
             raise ValueError(f"vocabulary has no {eos!r}: completions could not end")
-        with forked(seed):
-            network = NGramForCausalLM(NGramConfig(vocab_size=len(vocabulary), order=order))
-        if table is not None:
-            if table.shape != network.table.shape:
-                raise ValueError(f"table must have shape {tuple(network.table.shape)}, got {tuple(table.shape)}")
-            network.table.data = table.clone()
-        return cls(network, word_tokenizer(vocabulary, eos))
+        return cls(table_network(len(vocabulary), order, table, seed), word_tokenizer(vocabulary, eos))
 
     @validated
     @differentiating()
@@ -203,7 +196,7 @@ class LanguageModel(ModuleWithProperties):
         :raises TypeError: if this model is `packed`.
         :raises ValueError: if ``lora_rank`` < 1.
         """
-        self._refuse_packed()
+        packing.refuse_packed(self.network)
         self.current()
         if lora_rank is None:
             network, compute_dtype, exact = adapters.float32_copy(self.network)
@@ -227,7 +220,7 @@ class LanguageModel(ModuleWithProperties):
         """
         if not self.has_adapters:
             return self.policy()
-        self._refuse_packed()
+        packing.refuse_packed(self.network)
         self.current()
         network = adapters.adapters_copy(self.network)
         lm = self._with_network(network, self.name, self.compute_dtype)
@@ -246,7 +239,7 @@ class LanguageModel(ModuleWithProperties):
         :raises TypeError: if this model is `packed`.
         :raises ValueError: if ``dtype`` is no floating-point type.
         """
-        self._refuse_packed()
+        packing.refuse_packed(self.network)
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point type such as torch.bfloat16, got {dtype}")
         self.current()
@@ -299,10 +292,6 @@ class LanguageModel(ModuleWithProperties):
             p.requires_grad_(True)
         return self
 
-    def _refuse_packed(self) -> None:
-        if any(isinstance(module, packing.PackedLinear) for module in self.network.modules()):
-            raise TypeError("a packed model can be neither trained nor saved: use the model it was packed from")
-
     @validated
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write the network (only the adapter, if there is one) and the tokenizer in the transformers/PEFT format.
@@ -316,7 +305,7 @@ class LanguageModel(ModuleWithProperties):
         :raises ValueError: if it has several active adapters.
         :raises OSError: if the disk refuses; the folder is then as it was before.
         """
-        self._refuse_packed()
+        packing.refuse_packed(self.network)
         named = find_special_tokens(self.network, self.tokenizer)
         # A folder of adapters does not say what its base names.
         settings = Settings(
@@ -346,7 +335,7 @@ class LanguageModel(ModuleWithProperties):
         """
         from . import saving
 
-        self._refuse_packed()
+        packing.refuse_packed(self.network)
         return saving.push(self.save_pretrained, self.network, repo_id, private, token, **kwargs)
 
     @validated
@@ -377,7 +366,7 @@ class LanguageModel(ModuleWithProperties):
         :raises TypeError: if there is no tokenizer, or this model is `packed`.
         :raises ValueError: if there are no texts, one has no token to predict, or a setting is out of range.
         """
-        self._refuse_packed()
+        packing.refuse_packed(self.network)
         if self.tokenizer is None:
             raise TypeError("fit needs a tokenizer")
         losses = fitting.fit(
@@ -558,10 +547,8 @@ class LanguageModel(ModuleWithProperties):
 
         These are the ``completion_ids`` of a reward in TRL's convention.
         """
-        lengths = self.vocabulary.is_live(value).sum(-1)
-        rows = zip(value.reshape(-1, value.shape[-1]).tolist(), lengths.reshape(-1).tolist(), strict=True)
-        ids = np.fromiter((row[:length] for row, length in rows), dtype=object, count=lengths.numel())
-        return ids.reshape(tuple(value.shape[:-1]))
+        rows = self.vocabulary.with_end(value)
+        return np.fromiter(rows, dtype=object, count=len(rows)).reshape(tuple(value.shape[:-1]))
 
     def detokenize(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each row of token ids, without special tokens."""

@@ -51,6 +51,15 @@ class PackedLinear(nn.Module):
         raise TypeError("packed weights can be neither moved nor converted: do that first, then pack")
 
 
+def refuse_packed(network: nn.Module) -> None:
+    """Refuse a network whose weights are packed.
+
+    :raises TypeError: if one of its layers is.
+    """
+    if any(isinstance(module, PackedLinear) for module in network.modules()):
+        raise TypeError("a packed model can be neither trained nor saved: use the model it was packed from")
+
+
 def can_pack(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Return whether oneDNN can multiply by a module's packed weight: a plain float32 linear layer on a CPU."""
     return (

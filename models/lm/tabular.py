@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .turns import forked
+
 
 class NGramConfig(PreTrainedConfig):
     """The size of a table. ``order`` n: the next token depends on the n - 1 tokens before it."""
@@ -73,6 +75,20 @@ class NGramForCausalLM(PreTrainedModel):
         for lag in range(history):  # the oldest token of the context counts most
             context = context * (none + 1) + tokens[:, tokens.shape[-1] - new - history + 1 + lag :][:, :new]
         return CausalLMOutputWithPast(logits=self.table[context], past_key_values=cache if use_cache else None)
+
+
+def table_network(size: int, order: int, table: Tensor | None, seed: int) -> NGramForCausalLM:
+    """Return a table of a vocabulary of ``size`` tokens as a network; see `LanguageModel.tabular`.
+
+    :raises ValueError: if ``table`` has another shape.
+    """
+    with forked(seed):
+        network = NGramForCausalLM(NGramConfig(vocab_size=size, order=order))
+    if table is not None:
+        if table.shape != network.table.shape:
+            raise ValueError(f"table must have shape {tuple(network.table.shape)}, got {tuple(table.shape)}")
+        network.table.data = table.clone()
+    return network
 
 
 AutoConfig.register(NGramConfig.model_type, NGramConfig)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import INTERRUPTED, err_console, one_line_errors, out_console
+from .console import INTERRUPTED, UsageError, err_console, one_line_errors, out_console
 from .inputs import language_model, load_reward, one_source, read_texts
 from .journal import Journal
 from .session import Session
@@ -95,25 +95,25 @@ def label(
         from bayeslm.posterior import DiagnosticsWarning
 
         if number is not None and number < 1:
-            raise ValueError(f"--number must be at least 1, got {number}")
+            raise UsageError(f"--number must be at least 1, got {number}")
         if completions is not None and completions < 2:
-            raise ValueError(f"--completions must be at least 2, got {completions}")
+            raise UsageError(f"--completions must be at least 2, got {completions}")
         if components < 1:
-            raise ValueError(f"--components must be at least 1, got {components}")
+            raise UsageError(f"--components must be at least 1, got {components}")
         if features not in FEATURES:
-            raise ValueError(f"--features {features} is unknown: choose one of {', '.join(FEATURES)}")
+            raise UsageError(f"--features {features} is unknown: choose one of {', '.join(FEATURES)}")
         if prompts is not None and prompts.resolve() == out.resolve():
-            raise ValueError(f"--prompts and --out are both {out}: labels need a file of their own")
+            raise UsageError(f"--prompts and --out are both {out}: labels need a file of their own")
         if timeout is not None and judge is None:
-            raise ValueError("--timeout is for --judge: a person at the terminal has no time limit")
+            raise UsageError("--timeout is for --judge: a person at the terminal has no time limit")
         if timeout is not None and not 0 < timeout < math.inf:
-            raise ValueError(f"--timeout must be a positive number of seconds, got {timeout}")
+            raise UsageError(f"--timeout must be a positive number of seconds, got {timeout}")
         acquisition = _acquisition(ask)
         answering = TerminalJudge() if judge is None else _simulated_judge(judge, temperature, seed)
         source = one_source(prompt, prompts)
         new_prompts = [] if source is None else read_texts(source)
         if not (new_prompts or _paths(out)["pool"].exists()):
-            raise ValueError(NO_PROMPTS)
+            raise UsageError(NO_PROMPTS)
         with _files(out) as files:
             lm = cache(lambda: language_model(model, device).packed())  # a resumed session may not need it
             pool = _pool(files["pool"], new_prompts, lm, completions, max_new_tokens, seed)
@@ -159,7 +159,7 @@ def _pool(
     if bad := [i for i, row in enumerate(rows) if not all(isinstance(text, str) for text in row)]:
         raise ValueError(f"{file.path}: row {bad[0] + 1} must have strings as prompt and completion")
     if not (rows or prompts):
-        raise ValueError(NO_PROMPTS)
+        raise UsageError(NO_PROMPTS)
     drawn = _drawn(file.rows)
     least, size = size or 1, size or COMPLETIONS
     wanted = dict.fromkeys([*prompts, *(str(prompt) for prompt, _ in rows)])
@@ -217,7 +217,7 @@ def _acquisition(name: str) -> Any:
         "random": lambda: Duel(Random()),
     }
     if name not in makers:
-        raise ValueError(f"--ask {name} is unknown: choose one of {', '.join(makers)}")
+        raise UsageError(f"--ask {name} is unknown: choose one of {', '.join(makers)}")
     return makers[name]()
 
 

@@ -196,7 +196,7 @@ def test_each_file_of_labels_has_a_pool_of_its_own(folder):
 
 def test_labels_do_not_go_into_the_file_of_prompts(folder):
     Path("prompts.txt").write_text("a b")
-    assert "are both prompts.txt" in label("--prompts", "prompts.txt", "--out", "./prompts.txt", code=1)
+    assert "are both prompts.txt" in label("--prompts", "prompts.txt", "--out", "./prompts.txt", code=2)
     assert Path("prompts.txt").read_text() == "a b"
 
 
@@ -242,13 +242,13 @@ def test_new_prompts_join_the_pool(folder):
         (["a", "--timeout", "1"], "--timeout is for --judge"),
         (["a", "--judge", "length", "--timeout", "-1"], "--timeout must be a positive number of seconds"),
         (["a", "--prompts", "nowhere.txt"], "not both"),
-        (["--prompts", "nowhere.txt"], "No such file"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt does not exist"),
     ],
 )
 def test_mistakes_are_one_clear_line(folder, arguments, says):
     settings = ["--model", "model", *([] if "--features" in arguments else ["--features", "hidden"])]
     result = CliRunner().invoke(app, ["label", *arguments, *settings], input="q\n")
-    assert result.exit_code == 1, result.output
+    assert result.exit_code == (1 if "does not exist" in says or "non-negative" in says else 2), result.output
     assert says in " ".join(result.output.split())
     assert "Traceback" not in result.output
     assert not list(Path().glob("labels*"))  # nothing was made

@@ -87,7 +87,7 @@ def test_the_mean_over_prompts_and_its_error_are_right():
 @pytest.mark.parametrize("unknown", [0, 1, 3])
 def test_one_unknown_value_makes_the_largest_unknown(name, unknown):
     values = [np.nan] * unknown + [0.3, 0.9, 0.1][unknown:]
-    row = summaries._over_prompts([{name: value} for value in values], joint=False)
+    row = summaries.over_prompts([{name: value} for value in values], joint=False)
     assert row[name] == pytest.approx(np.nan if unknown else 0.9, nan_ok=True)
     assert row.get("khat_reason") == (f"unknown for {unknown} of 3 prompts" if unknown and name == "khat" else None)
 

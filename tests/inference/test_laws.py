@@ -168,7 +168,7 @@ class TestTexts:
         assert (posterior.policy is not None) == ENGINES[name].trains
         weights = posterior.weights()
         np.testing.assert_allclose(weights.sum((0, 1)), 1.0, rtol=1e-6)
-        assert {"posterior", "sample_stats", "log_likelihood"} <= set(posterior.to_arviz().groups())
+        assert {"posterior", "sample_stats", "texts"} <= set(posterior.to_arviz().groups())
         assert len(diagnostics.summary(posterior)) == 2
 
     def test_log_joint_is_the_programs(self, name):

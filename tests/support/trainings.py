@@ -86,7 +86,7 @@ def assert_same(one, other) -> None:
     """The same to the bit, but for the clock."""
     assert one.stats.keys() == other.stats.keys()
     for key in one.stats.keys() - {"seconds"}:
-        assert np.array_equal(np.asarray(one.stats[key]), np.asarray(other.stats[key]), equal_nan=True), key
+        np.testing.assert_equal(one.stats[key], other.stats[key], err_msg=key)
     for name, value in one.samples.items():
         assert (value == other.samples[name]).all(), name
     assert (one.log_weights == other.log_weights).all()

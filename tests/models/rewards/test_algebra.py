@@ -116,10 +116,10 @@ def test_an_error_names_the_part_that_failed():
 def test_names_and_reprs():
     total = 0.5 * Sentiment(on="text") - Toxicity() + Reward(length) / 4 - 1
     assert total.__name__ == "0.5 * sentiment - toxicity + 0.25 * length - 1"
-    assert repr(total) == "0.5 * Sentiment(on='text') - Toxicity(on='completion') + 0.25 * Reward(length) - 1"
-    assert repr(-Contains("a")) == "-Contains(phrase='a', ignore_case=False)"
-    assert repr(Matches("a").map(abs)) == "Matches(pattern='a', column=None).map(abs)"
-    assert repr((1 + Length()).map(math.tanh)) == "(Length(target=None, unit='words') + 1).map(tanh)"
+    assert repr(total) == "0.5 * Sentiment(on='text') - Toxicity() + 0.25 * Reward(length) - 1"
+    assert repr(-Contains("a")) == "-Contains(phrase='a')"
+    assert repr(Matches("a").map(abs)) == "Matches(pattern='a').map(abs)"
+    assert repr((1 + Length()).map(math.tanh)) == "(Length() + 1).map(tanh)"
     assert Reward(partial(length)).__name__ == "length"
     assert Reward.__name__ == "Reward"
 

@@ -99,7 +99,8 @@ class Autoregressive(TorchDistribution):
         self.prompt_mask = prompt_mask
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
-        self._drawn: tuple[Tensor, tuple[Any, ...], Tensor] | None = None  # the last sample, versions, token scores
+        # Of the last sample of this distribution, or of a larger batch of it: values, versions, token scores.
+        self._drawn: list[tuple[Tensor, tuple[Any, ...], Tensor]] = []
         super().__init__(prompt_ids.shape[:-1], Size([max_new_tokens]), validate_args=False)
 
     @property
@@ -126,6 +127,7 @@ class Autoregressive(TorchDistribution):
     def expand(self, batch_shape: Any, _instance: Any = None) -> Autoregressive:
         """Return the same distribution over a larger batch, for which each prompt is still prefilled once."""
         new = self.with_model(self.lm)
+        new._drawn = self._drawn
         TorchDistribution.__init__(new, Size(batch_shape), self.event_shape, validate_args=False)
         return new
 
@@ -157,7 +159,8 @@ class Autoregressive(TorchDistribution):
             for part, prefix in prompted.prefixes(rows):
                 value[part], scores[part] = generate(Decoder(prompted, prefix))
         value = value.reshape(shape + self.event_shape)
-        self._drawn = None if value.is_inference() else (value, self._versions(value), scores.reshape(value.shape))
+        kept = (value, self._versions(value), scores.reshape(value.shape))
+        self._drawn[:] = [] if value.is_inference() else [kept]
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -316,9 +319,9 @@ class Autoregressive(TorchDistribution):
 
     def _score_of_drawn(self, value: Tensor) -> Tensor | None:
         """Return the token log-probabilities of the last sample, if ``value`` is that and they are still valid."""
-        if self._drawn is None:
+        if not self._drawn:
             return None
-        drawn, versions, scores = self._drawn
+        [(drawn, versions, scores)] = self._drawn
         return scores if drawn is value and versions == self._versions(value) else None
 
 

@@ -28,6 +28,7 @@ class PosteriorFields(Protocol):
     log_weights: Array
     log_joint: Array
     log_likelihood: dict[str, Array]
+    rewards: dict[str, Array]
     dims: dict[str, tuple[str, ...]]
     prompts: list[str]
     texts: dict[str, Array]
@@ -35,6 +36,7 @@ class PosteriorFields(Protocol):
     pointwise: dict[str, Array]
     predictive: dict[str, Array]
     prior: dict[str, Array]
+    prior_rewards: dict[str, Array]
     observed: dict[str, Array]
 
 
@@ -49,7 +51,7 @@ def make_groups(draws: PosteriorFields, posterior: PosteriorFields) -> dict[str,
         "log_likelihood": _per_prompt(draws, draws.log_likelihood) | _observations(draws, draws.pointwise),
         "posterior_predictive": _observations(draws, draws.predictive),
         "texts": {name: (_sample_dims(draws, name)[:-1], _printable(x)) for name, x in draws.texts.items()},
-        "prior": {name: (_prior_dims(posterior, name, x), x) for name, x in posterior.prior.items()},
+        "prior": _prior(posterior),
         "observed_data": {name: (_observed_dims(posterior, name, x), x) for name, x in posterior.observed.items()},
     }
     if not np.all(posterior.log_weights == posterior.log_weights[0, 0]):  # (−inf − −inf would be NaN)
@@ -85,7 +87,15 @@ def _sample_dims(posterior: PosteriorFields, name: str) -> tuple[str, ...]:
 
 def _numbers(posterior: PosteriorFields) -> Variables:
     lengths = {f"{name}_length": (_sample_dims(posterior, name)[:-1], n) for name, n in posterior.lengths.items()}
-    return {name: (_sample_dims(posterior, name), x) for name, x in posterior.samples.items()} | lengths
+    samples = {name: (_sample_dims(posterior, name), x) for name, x in posterior.samples.items()}
+    return samples | _per_prompt(posterior, posterior.rewards) | lengths
+
+
+def _prior(posterior: PosteriorFields) -> Variables:
+    """Draws of the prior of what the group posterior holds, so without the log-likelihoods."""
+    values = {name: x for name, x in posterior.prior.items() if name not in posterior.log_likelihood}
+    of_sites = {name: (_prior_dims(posterior, name, x), x) for name, x in values.items()}
+    return of_sites | _per_prompt(posterior, posterior.prior_rewards)
 
 
 def _stats(posterior: PosteriorFields) -> Variables:

@@ -224,11 +224,12 @@ def summary(
 ) -> pd.DataFrame:
     """Return a table with a row for each prompt.
 
-    Columns are mean rewards of prior and posterior, divergences, evidence, convergence, diversity and cost. The column
-    "reward" is the deterministic site "score" if the model has one, else the summed log-likelihood r/β. Columns ending
-    in "_se" are standard errors; "log_evidence_high" is an upper limit of log Z that counts what was not seen, and
-    "khat_reason" says why k̂ is NaN. A column that the posterior's kind cannot have is left out; an unknown
-    value is NaN. If prompts share a latent, rows repeat the values of their joint posterior.
+    Columns are mean rewards of prior and posterior, divergences, evidence, convergence, diversity and cost. Where no
+    reward is recorded, or several are (`Posterior.measure`), "log_likelihood" takes the place of "reward" in their
+    names, and each of several rewards has a column "reward_<name>". Columns ending in "_se" are standard errors;
+    "log_evidence_high" is an upper limit of log Z that counts what was not seen, and "khat_reason" says why k̂ is NaN. A
+    column that the posterior's kind cannot have is left out; an unknown value is NaN. If prompts share a latent, rows
+    repeat the values of their joint posterior.
 
     :param reference_log_evidence: log Z for "kl_to_posterior", which is that of the raw draws even if ``weighted`` (see
         `kl_to_posterior`); bounds give the columns "kl_to_posterior_lower" and "kl_to_posterior_upper".
@@ -244,10 +245,14 @@ def summary(
     def add(name: str, estimate: Estimate) -> None:
         columns[name], columns[f"{name}_se"] = estimate
 
-    if (prior := posterior.prior_rewards) is not None:
+    measure = posterior.measure.replace("-", "_")
+    if (prior := posterior.prior_measured) is not None:
         mean = prior.mean(axis=POOL)
-        add("reward_prior", (mean, standard_error(mean, prior - mean)))
-    add("reward", expectation(posterior, posterior.rewards, weighted=weighted))
+        add(f"{measure}_prior", (mean, standard_error(mean, prior - mean)))
+    add(measure, expectation(posterior, posterior.measured, weighted=weighted))
+    if len(posterior.rewards) > 1:
+        for name, reward in posterior.rewards.items():
+            add(f"reward_{name}", expectation(posterior, reward, weighted=weighted))
     if posterior.kind != "uncorrected":
         add("kl_to_prior", kl_to_prior(posterior, weighted=weighted))
     if _has_known_q(posterior):
@@ -271,9 +276,9 @@ def summary(
         }
         columns["roots"] = num_roots(posterior.roots)
     elif posterior.kind != "enumerated":
-        columns["ess"] = ess_bulk(posterior.rewards)
+        columns["ess"] = ess_bulk(posterior.measured)
     if posterior.kind != "enumerated":
-        columns["rhat_reward"] = rhat(draws.rewards)
+        columns[f"rhat_{measure}"] = rhat(draws.measured)
     if posterior.kind != "uncorrected":
         add("entropy", entropy(posterior, weighted=weighted))
     for site, length in draws.lengths.items():

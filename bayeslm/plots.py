@@ -28,7 +28,7 @@ def plot_rewards(
     *,
     prompts: Sequence[int] | None = None,
     bins: int = 30,
-    label: str = "reward",
+    label: str | None = None,
 ) -> Figure:
     """Plot weighted histograms of the reward under the prior and each posterior, with means; one panel for each prompt.
 
@@ -38,12 +38,17 @@ def plot_rewards(
         added from the first posterior that holds draws of it, unless an entry is named "prior".
     :param prompts: the indices of the prompts to show. Default: the first 12.
     :param bins: of the histograms.
-    :param label: of the reward's axis.
+    :param label: of the horizontal axis. Default: what the posteriors hold, "reward" or, where none is recorded,
+        "log-likelihood" (`Posterior.measure`).
     :raises ImportError: without matplotlib.
-    :raises ValueError: if the mapping is empty, or numbers of prompts differ.
+    :raises ValueError: if the mapping is empty, numbers of prompts differ, or one posterior has a reward and another
+        the log-likelihood alone.
     """
+    measures = {getattr(entry, "measure", "reward") for entry in posteriors.values()}
+    if len(measures) > 1:
+        raise ValueError("plot_rewards needs posteriors that all record a reward, or none: not some of them")
     weighted = {name: _weighted_rewards(entry) for name, entry in posteriors.items()}
-    of_priors = [getattr(entry, "prior_rewards", None) for entry in posteriors.values()]
+    of_priors = [getattr(entry, "prior_measured", None) for entry in posteriors.values()]
     if "prior" not in weighted and (priors := [rewards for rewards in of_priors if rewards is not None]):
         weighted = {"prior": _weighted_rewards(priors[0])} | weighted
     counts = {rewards.shape[2] for rewards, _ in weighted.values()}
@@ -62,7 +67,7 @@ def plot_rewards(
     for axis, row in zip(axes.flat, shown, strict=False):
         _reward_panel(axis, {name: (r[..., row], w[..., row]) for name, (r, w) in weighted.items()}, bins)
         axis.set_title(textwrap.fill(labels[row], 44), fontsize=9, parse_math=False)  # "$5" is not a formula
-        axis.set_xlabel(label)
+        axis.set_xlabel(min(measures) if label is None else label)
     for axis in axes[:, 0]:
         axis.set_ylabel("probability of a bin")
     for axis in axes.flat[len(shown) :]:
@@ -252,7 +257,7 @@ def plot_regret(
 
 def _weighted_rewards(entry: Posterior | ArrayLike) -> tuple[Array, Array]:
     """Return rewards and their weights, both (chain, draw, prompt); weights sum to 1 for each prompt."""
-    rewards = np.asarray(getattr(entry, "rewards", entry), dtype=float)
+    rewards = np.asarray(getattr(entry, "measured", entry), dtype=float)
     if rewards.ndim != 3:
         raise ValueError(f"rewards must be (chain, draw, prompt), not {rewards.shape}")
     weights = entry.weights() if hasattr(entry, "weights") else np.array(1.0 / rewards[..., 0].size)

@@ -45,7 +45,7 @@ class Posterior:
     log_joint: Array
     """(chain, draw, prompt): log p(x, reward)."""
     log_likelihood: dict[str, Array]
-    """(chain, draw, prompt) for each factor and observed site, in nats: the factor "reward" holds r/β."""
+    """(chain, draw, prompt) for each factor and observed site, in nats: r/β of a factor."""
     log_evidence: Array
     """(prompt,): the estimate of log Z; NaN where the engine gives none."""
     log_evidence_stderr: Array
@@ -62,6 +62,9 @@ class Posterior:
     an observed site whose single observations are kept (`pointwise`, `predictive`)."""
     prompts: list[str]
     """The text of each prompt."""
+    rewards: dict[str, Array] = field(default_factory=dict)
+    """(chain, draw, prompt): r in its own units, by the name of its factor, where the program has recorded it (by
+    `bayeslm.models.rewards.factor`, as ready programs do); of ``pyro.factor(name, r / beta)`` r is not known."""
     texts: dict[str, Array] = field(default_factory=dict)
     """(chain, draw, *batch) of str, for each completion site."""
     lengths: dict[str, Array] = field(default_factory=dict)
@@ -74,6 +77,8 @@ class Posterior:
     `bayeslm.inference.predict`."""
     prior: dict[str, Array] = field(default_factory=dict)
     """(chain, draw, *batch, *event): draws of the prior: latents, deterministic sites, factors, "<site>_length"."""
+    prior_rewards: dict[str, Array] = field(default_factory=dict)
+    """(chain, draw, prompt): `rewards` of the draws of the prior."""
     observed: dict[str, Array] = field(default_factory=dict)
     """The values of the observed sites."""
     stats: dict[str, Any] = field(default_factory=dict)
@@ -116,17 +121,26 @@ class Posterior:
         return [f"[{i}] {label}" for i, label in enumerate(labels)]
 
     @property
-    def rewards(self) -> Array:
-        """(chain, draw, prompt): the deterministic site "score" if there is one, else the log-likelihood."""
-        return self._rewards(self.samples, self.log_likelihood)
+    def measure(self) -> str:
+        """What draws are compared by: "reward" if the program has recorded one, else "log-likelihood".
+
+        Several rewards have no common unit: their draws are compared by the log-likelihood, the sum of all r/β.
+        """
+        return "reward" if len(self.rewards) == 1 else "log-likelihood"
 
     @property
-    def prior_rewards(self) -> Array | None:
-        """`rewards` of the draws of the prior; None if the engine kept none."""
-        needed = ["score"] if self._has_score else list(self.log_likelihood)
-        if not needed or any(name not in self.prior for name in needed):
+    def measured(self) -> Array:
+        """(chain, draw, prompt): the reward, or the log-likelihood, as `measure` says."""
+        return self._sum(self._terms)
+
+    @property
+    def prior_measured(self) -> Array | None:
+        """`measured` of the draws of the prior; None if the engine kept none."""
+        if self.measure == "reward":
+            return self._sum(self.prior_rewards) if self.prior_rewards.keys() == self.rewards.keys() else None
+        if not self.log_likelihood or not self.prior.keys() >= self.log_likelihood.keys():
             return None
-        return self._rewards(self.prior, {name: self.prior[name] for name in needed})
+        return self._sum({name: self.prior[name] for name in self.log_likelihood})
 
     def total_log_likelihood(self, terms: dict[str, Array] | None = None) -> Array:
         """Return the sum of all factors and observed sites; over prompts too, if they share a latent.
@@ -141,17 +155,14 @@ class Posterior:
         return total
 
     @property
-    def _has_score(self) -> bool:
-        return "score" in self.samples and self.dims.get("score", ()) in ((), ("prompt",))
+    def _terms(self) -> dict[str, Array]:
+        return self.rewards if self.measure == "reward" else self.log_likelihood
 
-    def _rewards(
-        self, samples: dict[str, Array], terms: dict[str, Array], prompts: slice | list[int] = slice(None)
-    ) -> Array:
-        terms = {"score": samples["score"]} if self._has_score else terms
-        columns = [x[..., None] if x.ndim == 2 else x for x in terms.values()]
-        leading = (columns or [self.log_weights])[0].shape[:2]
-        size = len(prompts) if isinstance(prompts, list) else len(self.prompts)
-        return sum((x if x.shape[2] == 1 else x[..., prompts] for x in columns), start=np.zeros((*leading, size)))
+    def _sum(self, terms: dict[str, Array], prompts: slice = slice(None)) -> Array:
+        """Return the sum of terms (chain, draw, prompt); one of all prompts together is added to each prompt's."""
+        leading = next(iter(terms.values()), self.log_weights).shape[:2]
+        start = np.zeros((*leading, len(range(len(self.prompts))[prompts])))
+        return sum((x if x.shape[2] == 1 else x[..., prompts] for x in terms.values()), start=start)
 
     def weights(self) -> Array:
         """Return weights (chain, draw, prompt) that sum to 1 over chains and draws for each prompt, for resampling.
@@ -190,6 +201,8 @@ class Posterior:
     def best(self, prompt: int = 0, k: int = 5, site: str | None = None) -> list[tuple[str, float]]:
         """Return the k distinct texts of highest reward among a prompt's raw draws, and their rewards, best first.
 
+        Where no reward is recorded, or several are, the log-likelihood takes its place (`measure`).
+
         :param site: the completion site, where the model has several.
         :raises ValueError: if ``site`` is needed and missing, or unknown.
         :raises IndexError: if there is no such prompt.
@@ -201,7 +214,8 @@ class Posterior:
         texts, dims = self.texts[site], self.dims[site][:-1]
         if "prompt" in dims:
             texts = np.take(texts, prompt, axis=2 + dims.index("prompt"))
-        rewards = self._rewards(self.samples, self.log_likelihood, [prompt])
+        index = range(len(self.prompts))[prompt]
+        rewards = self._sum(self._terms, slice(index, index + 1))
         rewards = rewards.reshape(*texts.shape[:2], *(1,) * (texts.ndim - 2))
         highest: dict[str, float] = {}
         for text, reward in zip(texts.flat, np.broadcast_to(rewards, texts.shape).flat, strict=True):
@@ -303,6 +317,7 @@ class Posterior:
             log_weights=take(self.log_weights, ("prompt",)),
             log_joint=take(self.log_joint, ("prompt",)),
             log_likelihood={name: take(x, ("prompt",)) for name, x in self.log_likelihood.items()},
+            rewards={name: take(x, ("prompt",)) for name, x in self.rewards.items()},
             pointwise={name: take(x, ()) for name, x in self.pointwise.items()},
             predictive={name: take(x, dims[name]) for name, x in self.predictive.items()},
         )
@@ -338,10 +353,11 @@ def _validate(posterior: Posterior) -> None:
 
     expect("log_joint", posterior.log_joint, weights.shape)
     terms = {f"log_likelihood[{name!r}]": x for name, x in posterior.log_likelihood.items()}
-    for name, array in terms.items():
+    rewards = {f"rewards[{name!r}]": x for name, x in posterior.rewards.items()}
+    for name, array in (terms | rewards).items():
         if array.shape != (*leading, rows):  # a shared latent's own term has one column
             expect(name, array, weights.shape)
-    for name, array in {"log_weights": weights, "log_joint": posterior.log_joint, **terms}.items():
+    for name, array in {"log_weights": weights, "log_joint": posterior.log_joint, **terms, **rewards}.items():
         if np.isnan(array).any() or np.isposinf(array).any():
             raise ValueError(f"{name} must be finite or -inf: found NaN or +inf")
     for name in (
@@ -388,6 +404,11 @@ def _validate(posterior: Posterior) -> None:
             if name not in posterior.samples or not posterior.dims.get(name):
                 raise ValueError(f"{group}[{name!r}] has no token ids in samples[{name!r}]")
             expect(f"{group}[{name!r}]", array, posterior.samples[name].shape[:-1])
+    if twice := posterior.rewards.keys() & posterior.samples.keys():
+        raise ValueError(f"{min(twice)!r} names a reward and a sample: give one of them another name")
+    for name, array in posterior.prior_rewards.items():
+        if array.ndim != 3 or array.shape[2] not in (1, rows):
+            raise ValueError(f"prior_rewards[{name!r}] must be (chain, draw, {rows}), not {array.shape}")
     for name, array in posterior.prior.items():
         if array.ndim < 2 or array.shape[:2] != next(iter(posterior.prior.values())).shape[:2]:
             raise ValueError(f"prior[{name!r}] is not (chain, draw, ...) like its others, but {array.shape}")

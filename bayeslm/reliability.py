@@ -55,9 +55,12 @@ SHOWN = 3  # prompts in one Python warning
 
 
 class Level(NamedTuple):
-    """One value of a reward: its draws (of particles, the roots they descend from) and its share of the weight."""
+    """One value of the reward, or of the log-likelihood: its number of draws and its share of the weight.
 
-    reward: float
+    Of particles ``hits`` are the roots that they descend from.
+    """
+
+    value: float
     hits: int
     share: float
 
@@ -134,8 +137,8 @@ def _of_weights(posterior: Posterior) -> Iterator[list[str]]:
         for level in found[i]:
             if level.share > LARGE_SHARE and level.hits < FEW_HITS:
                 lines.append(
-                    f"Reward {level.reward:.4g} has {level.share:.0%} of the weight and {level.hits} draws: use more "
-                    "draws, or a proposal that reaches it more often."
+                    f"{posterior.measure.capitalize()} {level.value:.4g} has {level.share:.0%} of the weight and "
+                    f"{level.hits} draws: use more draws, or a proposal that reaches it more often."
                 )
         name, share = max(((name, shares[i]) for name, shares in dominated.items()), key=lambda pair: pair[1])
         if not lines and share > DOMINANT:
@@ -197,13 +200,13 @@ def _unseen(posterior: Posterior) -> Iterator[list[str]]:
         known = posterior.log_evidence[i] + 2 * posterior.log_evidence_stderr[i]
         if found and not best and posterior.kind != "exact" and high is not None and high[i] > known + TELLING:
             yield [
-                "No draw has the highest possible reward, so of log Z only an upper limit is known, "
+                f"No draw has the highest possible {posterior.measure}, so of log Z only an upper limit is known, "
                 f"{high[i]:.2f} (95%): use more draws, or a proposal that reaches it."
             ]
         elif len(found) == 1 and total > 1 and not (best and high is not None):
             yield [
-                f"All {total} draws have the reward {found[0].reward:.4g}: nothing rare was seen, and errors of 0 do "
-                "not cover it. Use more draws, or a proposal that reaches other rewards."
+                f"All {total} draws have the {posterior.measure} {found[0].value:.4g}: nothing rare was seen, "
+                "and errors of 0 do not cover it. Use more draws, or a proposal that reaches other rewards."
             ]
         else:
             yield [] if best or high is not None else _next_level(posterior, found, i)
@@ -219,13 +222,13 @@ def _next_level(posterior: Posterior, found: list[Level], column: int) -> list[s
         return []
     below, top = found[-2:]
     values, likelihood = rewards[..., column], posterior.total_log_likelihood()[..., column]
-    gap = likelihood[values == top.reward].mean() - likelihood[values == below.reward].mean()
+    gap = likelihood[values == top.value].mean() - likelihood[values == below.value].mean()
     added = 3 / top.hits * top.share * np.exp(min(gap, 50.0))
     if not added > ADDED:
         return []
     return [
-        f"The highest reward seen, {top.reward:.4g}, has {top.share:.0%} of the weight and {top.hits} draws; a higher "
-        "one that was not seen could matter: use more draws, or give the reward its upper_bound."
+        f"The highest {posterior.measure} seen, {top.value:.4g}, has {top.share:.0%} of the weight and {top.hits} "
+        "draws; a higher one that was not seen could matter: use more draws, or give the reward an upper_bound."
     ]
 
 
@@ -248,11 +251,10 @@ def _levels(rewards: Array, weights: Array, roots: Array | None) -> list[Level]:
 
 def _rewards(posterior: Posterior) -> Array | None:
     """Return the rewards for each column of the weights, summed over prompts that share a latent; None without one."""
-    if not posterior.log_likelihood and "score" not in posterior.samples:
-        return None
-    if posterior.log_weights.shape[2] == len(posterior.prompts):
-        return posterior.rewards
-    return posterior.rewards.sum(2, keepdims=True) if "score" in posterior.samples else posterior.total_log_likelihood()
+    if posterior.measure == "log-likelihood":
+        return posterior.total_log_likelihood() if posterior.log_likelihood else None
+    (reward,) = posterior.rewards.values()
+    return reward if reward.shape == posterior.log_weights.shape else reward.sum(2, keepdims=True)
 
 
 def _weights(posterior: Posterior) -> Array:
@@ -273,7 +275,7 @@ def _influences(posterior: Posterior, weights: Array) -> dict[str, Array]:
     rewards = _rewards(posterior)
     found = {"log Z": relative - relative.mean(axis=POOL)}
     if rewards is not None:
-        found["the mean reward"] = centred(rewards)
+        found[f"the mean {posterior.measure}"] = centred(rewards)
     if posterior.log_likelihood:
         found["the KL to the prior"] = centred(posterior.total_log_likelihood()) - found["log Z"]
     return found

@@ -88,8 +88,24 @@ def load(directory: Path) -> dict[str, Any]:
     with reading(directory / ARRAYS) as path, h5py.File(path) as file:
         fields = _fill(fields, ARRAYS, lambda mark: _read_array(file, mark))
     verify(directory)  # at the end, when it is known that no file is too large
+    if "rewards" not in fields:
+        fields = _with_rewards(fields)
     policy = directory / "policy"
     return fields | {"policy_path": policy if policy.is_dir() else None}
+
+
+def _with_rewards(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a posterior of before there were rewards: its site "score" held r of the factor "reward"."""
+
+    def moved(arrays: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+        score = arrays["score"]
+        others = {name: array for name, array in arrays.items() if name != "score"}
+        return others, {"reward": score[..., None] if score.ndim == 2 else score}
+
+    for group, rewards in (("samples", "rewards"), ("prior", "prior_rewards")):
+        if "score" in fields[group] and fields["dims"].get("score") in ([], ["prompt"]):
+            fields[group], fields[rewards] = moved(fields[group])
+    return fields
 
 
 class _Packing:

@@ -35,6 +35,7 @@ from torch import Tensor
 from bayeslm import Posterior, diagnostics
 from bayeslm.inference import MCMC, SMC, SVI, AnnealedSMC, BestOfN, Exact, ImportanceSampling, RejectionSampling
 from bayeslm.models import LanguageModel
+from bayeslm.models.rewards import factor
 from bayeslm.reliability import problems
 
 WORDS = ("<eos>", "a", "b", "c", "d", "e", "f", "g")
@@ -59,9 +60,7 @@ class Program:
     def __call__(self, prompts: list[Any]) -> None:
         with pyro.plate("prompts", len(prompts)):
             x = pyro.sample("completion", LM(prompts, max_new_tokens=TOKENS))
-            score = self.reward(x)
-            pyro.deterministic("score", score, event_dim=0)
-            pyro.factor("reward", score / self.beta)
+            factor("reward", self.reward(x), self.beta)
 
 
 def shared(prompts: list[Any]) -> None:
@@ -129,7 +128,7 @@ def figures(posterior: Posterior) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     found = {"log Z": (posterior.log_evidence, posterior.log_evidence_stderr)}
     if posterior.kind == "uncorrected":
         return found
-    rewards = posterior.rewards
+    rewards = posterior.measured
     if posterior.log_weights.shape[2] < rewards.shape[2]:
         rewards = rewards.sum(2, keepdims=True)
     found["reward"] = diagnostics.expectation(posterior, rewards)

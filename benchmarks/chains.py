@@ -35,9 +35,9 @@ def runs(model: Callable[..., Any], prompts: list[Any], settings: dict[str, Any]
         posterior = MCMC(**settings, seed=seed, progress=False).run(model, prompts)
         found["seconds"].append(time.perf_counter() - start)
         found["tokens"].append(posterior.stats["tokens"])
-        name = "score" if "score" in posterior.samples else "reward"
-        found["draws"].append(posterior.rewards[..., 0])
-        found["recycled"].append(posterior.stats.get(f"recycled_{name}", posterior.rewards)[..., 0])
+        reward = posterior.rewards["reward"]
+        found["draws"].append(reward[..., 0])
+        found["recycled"].append(posterior.stats.get("recycled_reward", reward)[..., 0])
     return {name: np.concatenate(x) if np.ndim(x[0]) else statistics.mean(x) for name, x in found.items()}
 
 

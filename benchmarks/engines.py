@@ -36,6 +36,7 @@ from bayeslm.inference import (
 )
 from bayeslm.inference.sequential import TwistLearning
 from bayeslm.models import LanguageModel
+from bayeslm.models.rewards import factor
 
 PROMPTS = [[2, 3, 4], [5, 6]]
 TOKENS = 5
@@ -58,8 +59,7 @@ def program(lm: LanguageModel, reward: Callable[[torch.Tensor], torch.Tensor], b
     def model(prompts: list[list[int]]) -> None:
         with pyro.plate("prompts", len(prompts)):
             x = pyro.sample("completion", lm(prompts, max_new_tokens=TOKENS))
-            score = pyro.deterministic("score", reward(x), event_dim=0)
-            pyro.factor("reward", score / beta)
+            factor("reward", reward(x), beta)
 
     return model
 
@@ -110,8 +110,8 @@ def main() -> None:
         for beta in betas:
             model = program(lm, reward, beta)
             exact = Exact().run(model, PROMPTS)
-            truth = diagnostics.expectation(exact, exact.samples["score"])[0]
-            spread = np.sqrt(diagnostics.expectation(exact, exact.samples["score"] ** 2)[0] - truth**2)
+            truth = diagnostics.expectation(exact, exact.rewards["reward"])[0]
+            spread = np.sqrt(diagnostics.expectation(exact, exact.rewards["reward"] ** 2)[0] - truth**2)
             bound = float(exact.log_likelihood["reward"].max())
             plain = ImportanceSampling(20_000, seed=0, progress=False).run(model, PROMPTS)
             share = ", ".join(f"{x:.1%}" for x in diagnostics.ess(plain.log_weights) / 20_000)
@@ -127,7 +127,7 @@ def main() -> None:
                     except EvidenceError:  # not a single draw
                         continue
                     evidence.append(posterior.log_evidence - exact.log_evidence)
-                    mean = diagnostics.expectation(posterior, posterior.samples["score"])[0]
+                    mean = diagnostics.expectation(posterior, posterior.rewards["reward"])[0]
                     rewards.append((mean - truth) / spread)
                     tokens.append(spent)
                     seconds.append(time.perf_counter() - start)

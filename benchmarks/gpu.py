@@ -96,7 +96,7 @@ def train(lm: LanguageModel, particles: int, steps: int) -> tuple[float, float, 
         with pyro.plate("prompts", len(prompts)):
             x = pyro.sample("completion", distribution)
             lengths.append(distribution.lengths(x).sum())
-            pyro.factor("reward", sentiment(prompts, lm.decode(x)).to(x.device) / BETA)
+            rewards.factor("reward", sentiment(prompts, lm.decode(x)).to(x.device), BETA)
 
     meter = Meter(lm.device)
 

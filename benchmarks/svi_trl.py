@@ -49,6 +49,7 @@ from bayeslm.inference import SVI
 from bayeslm.inference.training import Adam, LogVariance, Replay, StepRecord
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm import word_tokenizer
+from bayeslm.models.rewards import factor
 
 REQUIREMENTS = [
     "trl==1.16.0",
@@ -124,7 +125,7 @@ class Problem:
     def model(self, prompts: list[list[int]]) -> None:
         with pyro.plate("prompts", len(prompts)):
             x = pyro.sample("completion", self.lm(prompts, TOKENS))
-            pyro.factor("reward", self.reward(x) / self.beta)
+            factor("reward", self.reward(x), self.beta)
 
     def kl(self, policy: LanguageModel) -> float:
         """KL(q || posterior) in nats, by enumeration."""

@@ -29,6 +29,7 @@ from torch import Tensor
 from bayeslm.inference import SVI
 from bayeslm.inference.training import Adam, AutoPolicy, Budget, ReverseKL
 from bayeslm.models import LanguageModel
+from bayeslm.models.rewards import factor
 
 PROMPT = [1, 2]
 
@@ -64,7 +65,7 @@ class Problem:
     def model(self, prompts: list[list[int]]) -> None:
         with pyro.plate("prompts", len(prompts)):
             x = pyro.sample("completion", self.lm(prompts, TOKENS))
-            pyro.factor("reward", self.reward(x) / self.beta)
+            factor("reward", self.reward(x), self.beta)
 
 
 def problems(chosen: bool) -> Iterator[tuple[str, Problem, Callable[..., Any] | None]]:

@@ -41,10 +41,10 @@ def main(folder: Path) -> None:
     )
     posterior = svi.run(control)
 
-    curve = posterior.stats["score"][0, :, 0]  # mean return of the episodes of each gradient step
+    curve = posterior.stats["reward"][0, :, 0]  # mean return of the episodes of each gradient step
     played = np.cumsum(16 * curve)  # each step of the environment has reward 1, so returns count steps
     print(f"random policy:  mean return of 100 episodes {posterior.prior['score'].mean():6.1f}")
-    print(f"trained policy: mean return of 100 episodes {posterior.samples['score'].mean():6.1f}")
+    print(f"trained policy: mean return of 100 episodes {posterior.rewards['reward'].mean():6.1f}")
     seconds = posterior.stats["seconds"]
     print(f"after {len(curve)} gradient steps with {played[-1]:,.0f} environment steps, in {seconds:.0f} s")
 

@@ -97,12 +97,13 @@ class MCMC:
         ``stats``, for each site: ``acceptance_<site>`` (prompt,); of completions ``acceptance_by_cut_<site>`` and
         ``cuts_<site>`` (max_new_tokens,), see `Tally`, and ``cut_probabilities_<site>`` (max_new_tokens,), which the
         warm-up has learned; of continuous latents ``step_size_<site>`` (prompt,). ``num_candidates``; and for each
-        factor and each deterministic site with one number a prompt, ``recycled_<name>`` (chain, draw, prompt): its mean
-        over all candidates since the last draw. Means of these estimate the posterior's, as those of the draws do, with
-        a smaller error. ``autocorrelation_time`` (prompt,): the number of draws that are worth one independent draw for
-        the mean of the log-likelihood (NaN where it is constant or a chain has fewer than four draws). Of the initial
-        particles: ``initial_ess`` and ``initial_log_evidence`` (prompt,), the estimates of importance sampling.
-        With parallel tempering: ``swap_acceptance`` (pair, prompt) and ``inverse_temperatures`` (temperature, prompt).
+        reward and each deterministic site with one number a prompt ``recycled_<name>``, for each factor
+        ``recycled_log_likelihood_<name>`` (chain, draw, prompt): its mean over all candidates since the last draw.
+        Means of these estimate the posterior's, as those of the draws do, with a smaller error.
+        ``autocorrelation_time`` (prompt,): the number of draws that are worth one independent draw for the mean of the
+        log-likelihood (NaN where it is constant or a chain has fewer than four draws). Of the initial particles:
+        ``initial_ess`` and ``initial_log_evidence`` (prompt,), the estimates of importance sampling. With parallel
+        tempering: ``swap_acceptance`` (pair, prompt) and ``inverse_temperatures`` (temperature, prompt).
         And ``warmup``, ``thin``, ``interrupted``, ``seconds``, ``tokens`` and ``model_calls``. After Ctrl-C the
         posterior has the draws until then, equally many of each chain.
 

@@ -139,10 +139,11 @@ class SVI:
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Train on ``model(*args, **kwargs)``, then draw from the policy with weights log p - log q.
 
-        ``stats``, NaN after the end of a chain: ``elbo``, ``kl``, ``log_likelihood``, ``log_evidence`` and ``score``
-        (chain, step, prompt), ``gradient_norm`` and ``inverse_temperature`` (chain, step); ``ess`` and ``khat`` a
-        prompt; `HeldOut`'s. ``mismatch``, the largest and the mean a token, is the difference of log-probabilities as
-        they were drawn and as they were differentiated. Ctrl-C ends the training and keeps the policy so far.
+        ``stats``, NaN after the end of a chain: ``elbo``, ``kl``, ``log_likelihood``, ``log_evidence`` and ``reward``
+        (chain, step, prompt; where the program records one), ``gradient_norm`` and ``inverse_temperature`` (chain,
+        step); ``ess`` and ``khat`` a prompt; `HeldOut`'s. ``mismatch``, the largest and the mean a token, is the
+        difference of log-probabilities as they were drawn and as they were differentiated. Ctrl-C ends the training and
+        keeps the policy so far.
 
         Where the program's plate of prompts is subsampled, each step has a minibatch of them, whose indices are
         ``stats["prompts"]`` (chain, step, prompt); the draws are of all prompts.

@@ -23,13 +23,13 @@ from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
 from bayeslm.models.lm import LanguageModel, Prompt, read_table, without_index
-from bayeslm.models.rewards import Reward, RewardFunction, with_trainer_arguments
+from bayeslm.models.rewards import Reward, RewardFunction, factor, with_trainer_arguments
 from bayeslm.validation import Count, Positive, validated
 
 
 @validated
 class TiltedLM:
-    r"""A Pyro program: ``completion`` ~ prior, ``reward`` = factor r / beta, ``score`` = r in the reward's own units.
+    r"""A Pyro program: ``completion`` ~ prior, ``reward`` = factor r / beta, with r recorded (`rewards.factor`).
 
     With a ``power`` it has one more factor, ``power`` = (alpha - 1) log p(x).
 
@@ -111,9 +111,7 @@ class TiltedLM:
                 return
             every = x.expand(broadcast_shape(x.shape[:-1], distribution.batch_shape) + x.shape[-1:])
             arguments = with_trainer_arguments(columns, self.prior.token_ids(every))
-            score = self.reward(prompts, distribution.decode(x), **arguments).to(x.device)
-            pyro.deterministic("score", score, event_dim=0)
-            pyro.factor("reward", score / self.beta)
+            factor("reward", self.reward(prompts, distribution.decode(x), **arguments).to(x.device), self.beta)
 
 
 def _some(name: str, column: Any, batch: Tensor, size: int) -> Any:

@@ -20,13 +20,15 @@ from .console import content
 
 def comparisons(posteriors: Mapping[str, Posterior]) -> Iterator[Table]:
     """Yield a table for each prompt, with a row for each engine and one more for the unweighted draws of a policy."""
-    prior_rewards = next((p.prior_rewards for p in posteriors.values() if p.prior_rewards is not None), None)
+    prior_rewards = next((p.prior_measured for p in posteriors.values() if p.prior_measured is not None), None)
     prior_means = None if prior_rewards is None else prior_rewards.mean(axis=(0, 1))
+    measure = next(iter(posteriors.values())).measure
     engines = [row for name, posterior in posteriors.items() for row in _rows(name, posterior)]
     for prompt, title in enumerate(next(iter(posteriors.values())).prompt_labels):
         table = Table(title=content(title), title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
         table.add_column("engine", no_wrap=True)
-        for name in ("reward", "KL to\nprior", "KL to\nposterior", "log Z", "ESS", "k̂", "sec.", "tokens\na sec."):
+        table.add_column(measure.replace("-", "-\n"), justify="right", no_wrap=True)
+        for name in ("KL to\nprior", "KL to\nposterior", "log Z", "ESS", "k̂", "sec.", "tokens\na sec."):
             table.add_column(name, justify="right", no_wrap=True)  # fits 80 columns
         if prior_means is not None:
             table.add_row("prior", f"{prior_means[prompt]:.2f}", "0")
@@ -59,7 +61,7 @@ def _cells(row: Mapping[Hashable, Any], *, is_policy: bool, repeated: bool) -> l
         return f"{number:.{digits}f}{shown}"
 
     return [
-        value("reward"),
+        value("reward" if "reward" in row else "log_likelihood"),
         value("kl_to_prior"),
         value("kl_to_posterior") if is_policy else "–",
         "–" if is_policy else value("log_evidence") + _limit(row),
@@ -93,7 +95,7 @@ def best_texts(posteriors: Mapping[str, Posterior], k: int = 3) -> Table | None:
     """Return a table of the k completions of highest reward by engine and prompt; None if no engine kept texts."""
     table = Table(title="Best completions", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("engine", no_wrap=True)
-    table.add_column("reward", justify="right")
+    table.add_column(next(iter(posteriors.values())).measure, justify="right")
     table.add_column("prompt and completion")
     labels = next(iter(posteriors.values())).prompts
     for i, prompt in enumerate(labels):

@@ -132,6 +132,7 @@ def as_draws(state: Particles) -> Particles:
         log_prior=state.log_prior.cpu(),
         log_proposal=state.log_proposal.cpu(),
         log_likelihood={name: term.cpu() for name, term in state.log_likelihood.items()},
+        rewards={name: r.cpu() for name, r in state.rewards.items()},
         token_log_prob={},
         pointwise={name: term.cpu() for name, term in state.pointwise.items()},
         auxiliary={},

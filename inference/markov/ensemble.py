@@ -99,7 +99,7 @@ def num_candidates(program: Program, chains: int) -> int:
 class Recycling:
     """Averages over the candidates of all moves since the last draw, in the place of the draw's own values.
 
-    Of every factor's term, and of deterministic sites with one number for each prompt (a reward).
+    Of every reward, of every factor's term, and of deterministic sites with one number for each prompt.
     """
 
     def __init__(self) -> None:
@@ -114,7 +114,8 @@ class Recycling:
         :param shares: (N + 1, particle, prompt).
         :param rows: the particles that count.
         """
-        values = dict(candidates.log_likelihood)
+        values = {f"log_likelihood_{name}": term for name, term in candidates.log_likelihood.items()}
+        values |= candidates.rewards
         for name, value in candidates.values.items():
             site = program.sites[name]
             if site.kind == "deterministic" and site.dims == ("prompt",) and value.is_floating_point():
@@ -132,7 +133,10 @@ class Recycling:
         self._sums, self._count = {}, 0
 
     def stats(self, num_draws: int) -> dict[str, np.ndarray]:
-        """Return ``recycled_<name>`` (chain, draw, prompt), of the first draws."""
+        """Return the averages of the first draws, (chain, draw, prompt).
+
+        Names are ``recycled_<name>`` for rewards and sites, and ``recycled_log_likelihood_<name>`` for factors.
+        """
         draws = self._draws[:num_draws]
         names = draws[0] if draws else {}
         return {f"recycled_{name}": to_numpy(torch.stack([draw[name] for draw in draws], 1)) for name in names}

@@ -35,6 +35,8 @@ class Particles:
     :param log_prior: log p of all latents, (particle, prompt).
     :param log_proposal: log q of all latents, (particle, prompt); the prior's where the prior proposed.
     :param log_likelihood: the term of each factor and each observed site, (particle, prompt).
+    :param rewards: r in its own units, by the name of its factor, (particle, prompt); of a reward outside the plate of
+        prompts (particle, 1).
     :param token_log_prob: log p of each token of a completion, (particle, *batch, token).
     :param pointwise: the log-likelihood of each observation of a site whose plates do not include the prompts',
         (particle, *batch).
@@ -50,6 +52,7 @@ class Particles:
     log_prior: Tensor
     log_proposal: Tensor
     log_likelihood: dict[str, Tensor]
+    rewards: dict[str, Tensor] = field(default_factory=dict)
     token_log_prob: dict[str, Tensor] = field(default_factory=dict)
     pointwise: dict[str, Tensor] = field(default_factory=dict)
     auxiliary: dict[str, Tensor] = field(default_factory=dict)
@@ -64,6 +67,11 @@ class Particles:
     def total_log_likelihood(self) -> Tensor:
         """The sum of all factors and observations, (particle, prompt)."""
         return sum(self.log_likelihood.values(), torch.zeros_like(self.log_prior))
+
+    @property
+    def reward(self) -> Tensor | None:
+        """The reward, (particle, prompt), where the program records one (several have no common unit), else None."""
+        return next(iter(self.rewards.values())) if len(self.rewards) == 1 else None
 
     @property
     def log_joint(self) -> Tensor:
@@ -120,6 +128,9 @@ def _combine(
         common = [site for site in columns[0] if all(site in column for column in columns)]
         return {site: value(site, [column[site] for column in columns]) for site in common}
 
+    def terms(name: str) -> dict[str, Tensor]:
+        return {key: term([getattr(part, name)[key] for part in parts]) for key in getattr(parts[0], name)}
+
     def optional(name: str) -> Tensor | None:
         columns = [getattr(part, name) for part in parts]
         return None if any(column is None for column in columns) else term(columns)
@@ -128,7 +139,8 @@ def _combine(
         values=by_site("values"),
         log_prior=term([part.log_prior for part in parts]),
         log_proposal=term([part.log_proposal for part in parts]),
-        log_likelihood={name: term([part.log_likelihood[name] for part in parts]) for name in parts[0].log_likelihood},
+        log_likelihood=terms("log_likelihood"),
+        rewards=terms("rewards"),
         token_log_prob=by_site("token_log_prob"),
         pointwise=by_site("pointwise"),
         auxiliary=by_site("auxiliary"),
@@ -284,11 +296,14 @@ def particles_of(
         values={
             site.name: site_value(site, nodes[site.name]["value"], num_particles)
             for site in program.sites.values()
-            if site.kind != "observed"
+            if site.kind != "observed" and site.reward is None
         },
         log_prior=sum((program.pooled(terms[name]) for name in latent), zero),
         log_proposal=sum((program.pooled(guide_terms.get(name, terms[name])) for name in latent), auxiliary),
         log_likelihood={name: program.pooled(term) for name, term in terms.items() if name not in latent},
+        rewards={
+            name: _reward(program, site, nodes[site.name]["value"], num_particles) for name, site in program.rewards
+        },
         token_log_prob=completions(nodes),
         pointwise={
             site.name: _per_observation(site, nodes[site.name]["log_prob"], num_particles)
@@ -300,6 +315,12 @@ def particles_of(
         log_left_out=None if guide_trace is None else left_out,
         prompts=None if program.minibatch is None else program.minibatch.expand(num_particles, -1),
     )
+
+
+def _reward(program: Program, site: Site, value: Tensor, num_particles: int) -> Tensor:
+    """Return the reward that a site has recorded, (particle, prompt): the sum over other plates."""
+    value = program.under_plate(site.name, site_value(site, value, num_particles))
+    return program.terms(value.detach(), num_particles, site.in_prompts)
 
 
 def _per_observation(site: Site, log_prob: Tensor, num_particles: int) -> Tensor:

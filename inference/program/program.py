@@ -21,7 +21,7 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from bayeslm.models.lm import Autoregressive
-from bayeslm.models.rewards import rehearsal
+from bayeslm.models.rewards import rehearsal, reward_name
 from bayeslm.validation import check_program
 
 from .errors import ProgramError
@@ -60,6 +60,11 @@ class Site:
     def is_pointwise(self) -> bool:
         """Whether it holds many observations, in plates that do not include the prompts'."""
         return self.kind == "observed" and self.value.numel() > 0 and bool(self.plates) and not self.in_prompts
+
+    @property
+    def reward(self) -> str | None:
+        """The name of the reward that it records (`rewards.factor`), or None."""
+        return reward_name(self.name) if self.kind == "deterministic" else None
 
     @property
     def is_completion(self) -> bool:
@@ -132,6 +137,12 @@ class Program:
     @property
     def completions(self) -> list[Site]:
         return [site for site in self.latents if site.is_completion]
+
+    @property
+    def rewards(self) -> list[tuple[str, Site]]:
+        """The names of the rewards that are recorded, and their sites; in the plate of prompts, if posteriors are."""
+        named = [(site.reward, site) for site in self.sites.values() if self.shared or site.in_prompts]
+        return [(name, site) for name, site in named if name is not None]
 
     @property
     def weight_prompts(self) -> int:
@@ -345,7 +356,7 @@ def check_site(site: Site, node: dict[str, Any]) -> None:
     """
     shape = node["fn"].batch_shape
     stray = [size for i, size in enumerate(shape) if size > 1 and i - len(shape) not in site.plates]
-    if stray and site.kind != "deterministic":
+    if stray and (site.kind != "deterministic" or site.reward is not None):
         raise ProgramError(
             f"site {site.name!r} has a batch dimension of size {stray[0]} that no plate declares: "
             "put it inside a pyro.plate, or make it part of the event with .to_event(1)"

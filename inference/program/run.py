@@ -301,6 +301,7 @@ def posterior(
         log_weights=weights,
         log_joint=split(particles.log_joint),
         log_likelihood={name: split(term) for name, term in particles.log_likelihood.items()},
+        rewards={name: split(r) for name, r in particles.rewards.items()},
         log_evidence=evidence[0],
         log_evidence_stderr=evidence[1],
         log_evidence_lower=by_chain.mean(0) if has_bound and not conditional else None,
@@ -314,7 +315,8 @@ def posterior(
         prompts=labels,
         texts=texts,
         lengths=lengths,
-        prior=prior_draws(program, prior),
+        prior=_prior_draws(program, prior),
+        prior_rewards={} if prior is None else {name: to_numpy(r)[None] for name, r in prior.rewards.items()},
         pointwise={name: split(term) for name, term in particles.pointwise.items()},
         observed=_observed(program),
         stats=stats,
@@ -342,7 +344,7 @@ def _of_all(program: Program, parts: list[list[Any]]) -> list[Any]:
 
 def _kept(program: Program) -> list[str]:
     """Return the latent and deterministic sites; where prompts are posteriors of their own, those inside the plate."""
-    sites = [site for site in program.sites.values() if site.kind != "observed"]
+    sites = [site for site in program.sites.values() if site.kind != "observed" and site.reward is None]
     return [site.name for site in sites if program.shared or "prompt" in site.dims]
 
 
@@ -357,7 +359,7 @@ def _observed(program: Program) -> dict[str, np.ndarray]:
     return {name: to_numpy(value) for name, value in values.items()}
 
 
-def prior_draws(program: Program, particles: Particles | None) -> dict[str, np.ndarray]:
+def _prior_draws(program: Program, particles: Particles | None) -> dict[str, np.ndarray]:
     """Return draws of the prior (1, draw, *batch, *event) by site, with factors' values and completions' lengths."""
     if particles is None:
         return {}

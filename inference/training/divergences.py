@@ -107,9 +107,8 @@ class ParticleObjective(Objective):
         figures = {"elbo": elbo, "log_likelihood": likelihood, "kl": likelihood - elbo}
         if not isinstance(self.source, FromPosterior):  # whose log s may lack a constant
             figures["log_evidence"] = _log_mean_exp(log_target - log_s)
-        score = particles.values.get("score")
-        if score is not None and score.shape == shares.shape:
-            figures["score"] = mean(score.to(shares))
+        if (reward := particles.reward) is not None and reward.shape == shares.shape:
+            figures["reward"] = mean(reward.to(shares))
         if particles.prompts is not None:
             figures["prompts"] = particles.prompts[0]
         return figures

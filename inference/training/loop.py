@@ -41,7 +41,7 @@ from .optimizer import Adam
 from .state import EMPTY, State, assign, copies, under, within
 from .trust_region import TrustRegion
 
-FIGURES = ("elbo", "kl", "log_likelihood", "score", "log_evidence", "prompts")  # that are kept of an `Estimate`
+FIGURES = ("elbo", "kl", "log_likelihood", "reward", "log_evidence", "prompts")  # that are kept of an `Estimate`
 FEWEST_MEASURED, MOST_MEASURED = 4, 16  # particles at which a trust region measures how far a step moves the guide
 
 
@@ -330,7 +330,7 @@ class Training:
 
     def _shown(self, seconds: float) -> dict[str, float]:
         """Return what the progress bar shows."""
-        labels = {"elbo": "elbo", "score": "reward", "kl": "kl", "gradient_norm": "gradient"}
+        labels = {"elbo": "elbo", "reward": "reward", "kl": "kl", "gradient_norm": "gradient"}
         shown = {label: float(self.history[key][-1].mean()) for key, label in labels.items() if key in self.history}
         return shown | {"samples/s": self._speed(seconds)}
 

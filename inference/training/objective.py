@@ -28,7 +28,7 @@ class Estimate:
 
     :param loss: a scalar, with the estimate of its gradient.
     :param figures: one value a prompt, of the target with an inverse temperature of 1: ``elbo``, ``log_likelihood``
-        (r / beta and observed terms), ``kl`` (to the prior), ``score`` where the program records one, and
+        (r / beta and observed terms), ``kl`` (to the prior), ``reward`` where the program records one, and
         ``log_evidence``, the logarithm of the mean weight, where the particles' distribution is known. Of a minibatch
         also ``prompts``, the indices of its prompts.
     :param particles: of the step, without gradient; log q is the guide's.

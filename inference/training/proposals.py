@@ -146,6 +146,7 @@ class ProposalDraws:
             log_prior=particles.log_prior,
             log_proposal=particles.log_proposal,
             log_likelihood=particles.log_likelihood,
+            rewards=particles.rewards,
             pointwise=particles.pointwise,
             auxiliary=self._guide.auxiliary(particles.values),
         )

@@ -200,8 +200,8 @@ def _figures(particles: Particles) -> dict[str, Tensor]:
     elbo, likelihood = ratio.mean(0), particles.total_log_likelihood.mean(0)
     figures = {"elbo": elbo, "log_likelihood": likelihood, "kl": likelihood - elbo}
     figures["log_evidence"] = ratio.logsumexp(0) - math.log(len(ratio))
-    if "score" in particles.values:
-        figures["score"] = particles.values["score"].float().mean(0).reshape(-1)
+    if (reward := particles.reward) is not None:
+        figures["reward"] = reward.float().mean(0)
     return figures
 
 

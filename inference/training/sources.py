@@ -107,11 +107,12 @@ class FromPosterior:
         likelihood = sum(log_likelihood.values(), torch.zeros((num_particles, 1), device=program.device))
         log_joint = pick(posterior.log_joint).float()
         particles = Particles(
-            values={name: value(name) for name in [*names, *(["score"] if "score" in posterior.samples else [])]},
+            values={name: value(name) for name in names},
             # not known where the likelihood is 0, and not needed there
             log_prior=torch.where(torch.isneginf(likelihood), 0.0, log_joint - likelihood),
             log_proposal=log_joint - pick(posterior.log_weights).float(),
             log_likelihood=log_likelihood,
+            rewards={name: pick(r, None if r.shape[2] == 1 else 1).float() for name, r in posterior.rewards.items()},
             prompts=None if program.minibatch is None else program.minibatch.expand(num_particles, -1),
         )
         return particles, state
@@ -191,7 +192,7 @@ def _tensors_of(particles: Particles) -> dict[str, Tensor]:
 
 def _particles_of(tensors: State) -> Particles:
     """Return the record that `_tensors_of` has taken apart."""
-    of_sites = ("values", "log_likelihood", "auxiliary")
+    of_sites = ("values", "log_likelihood", "rewards", "auxiliary")
     single = {name: tensors[name] for name in ("log_prior", "log_proposal", "log_left_out") if name in tensors}
     prompts = tensors["prompts"].cpu() if "prompts" in tensors else None
     return Particles(**{name: within(name, tensors) for name in of_sites}, **single, prompts=prompts)  # type: ignore[arg-type]

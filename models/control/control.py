@@ -19,19 +19,20 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from bayeslm.models.rewards import factor
 from bayeslm.validation import Count, Positive, validated
 
 from .environments import Environment
 from .policies import Policy, UniformPolicy
-from .trajectory import Trajectory, by_step, returns, step_rewards
+from .trajectory import Trajectory, by_step, step_rewards
 
 
 @validated
 class Control:
-    """A Pyro program: ``trajectory`` ~ prior policy, ``score`` = its return, ``reward`` = factor r_t / beta per step.
+    """A Pyro program: ``trajectory`` ~ prior policy, ``reward`` = factor r_t / beta per step.
 
     The factor is inside a plate ``steps``, from which engines learn what each action has earned;
-    ``pyro.factor("return", returns(trajectory) / beta)`` has the same posterior, without that information.
+    ``rewards.factor("reward", returns(trajectory), beta)`` has the same posterior, without that information.
 
     :param environment: see `environments`.
     :param beta: the KL coefficient, in units of reward; a small one makes a sharp posterior.
@@ -59,9 +60,8 @@ class Control:
         distribution = self.trajectory(self.prior, starts)
         with pyro.plate("prompts", len(distribution.starts)):
             trajectory = pyro.sample("trajectory", distribution)
-            pyro.deterministic("score", returns(trajectory), event_dim=0)
             with pyro.plate("steps", self.horizon):
-                pyro.factor("reward", by_step(step_rewards(trajectory)) / self.beta)
+                factor("reward", by_step(step_rewards(trajectory)), self.beta)
 
     def guide(self, policy: nn.Module) -> ControlGuide:
         """Return a Pyro guide of this program, for `SVI` to train and for other engines as a proposal."""

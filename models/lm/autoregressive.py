@@ -289,10 +289,14 @@ class Autoregressive(TorchDistribution):
         """How many completions one micro-batch of a gradient takes."""
         return self.prompted.max_rows_with_gradient
 
-    def decoder(self) -> Decoder:
-        """Return unfinished completions of every element of the batch, to be written token by token."""
+    def decoder(self, every: int = 1) -> Decoder:
+        """Return unfinished completions, to be written token by token.
+
+        :param every: of so many elements of the batch's first axis, one has a completion.
+        """
         prompted = self.prompted
-        return Decoder(prompted, prompted.prefix(self.prompt_rows(self.batch_shape)))
+        rows = self.prompt_rows(self.batch_shape).reshape(self.batch_shape)
+        return Decoder(prompted, prompted.prefix((rows[::every] if every > 1 else rows).reshape(-1)))
 
     # -- inside ----------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import torch
 from pyro.ops.indexing import Vindex
 
 from bayeslm.models.lm import LanguageModel
+from bayeslm.models.rewards import record
 from bayeslm.validation import Count, Positive, validated
 
 from .uncertain import UncertainReward, log_mean_sigmoid
@@ -23,7 +24,7 @@ class JudgedLM:
 
     Sites are ``completion`` and ``judge``, the index of a draw. The completion's posterior is that of
     ``TiltedLM(prior, reward, beta=1 / judges)`` with the reward in the form ``marginal``, and engines infer the judges
-    too. ``score`` is that reward.
+    too. That reward is recorded, as `Posterior.rewards`.
 
     :param prior: the language model.
     :param reward: the learned reward, in any form.
@@ -58,7 +59,7 @@ class JudgedLM:
                 judge = pyro.sample("judge", dist.Categorical(logits=equal))  # (judge, prompt)
             x = pyro.sample("completion", completion)
             margins = self.reward.margins(prompts, completion.decode(x)).to(x.device)  # (prompt, draw)
-            pyro.deterministic("score", log_mean_sigmoid(margins), event_dim=0)
+            record("reward", log_mean_sigmoid(margins))
             with judges:
                 preferred = dist.Bernoulli(logits=Vindex(margins)[..., judge])
                 pyro.sample("preferred", preferred, obs=margins.new_ones(()).expand(judge.shape))

@@ -5,11 +5,14 @@ and scales it:
 
     reward = Sentiment() - 2 * Toxicity() + Constraint(lambda text: "refund" not in text)
     scores = reward(prompts, lm.decode(x))
+
+In a program, `factor` multiplies the joint density by exp(r / beta) and records r.
 """
 
 from .broadcasting import broadcast, check_columns, with_trainer_arguments
 from .calling import TimeLimitError, call, copied
 from .classifier import Classifier
+from .recording import factor, record, reward_name
 from .registry import get, load
 from .rehearsal import rehearsal
 from .reward import Reward, RewardError, RewardFunction
@@ -35,10 +38,13 @@ __all__ = [
     "call",
     "check_columns",
     "copied",
+    "factor",
     "get",
     "load",
     "prefixes",
+    "record",
     "rehearsal",
+    "reward_name",
     "sentence_embeddings",
     "with_trainer_arguments",
 ]

@@ -72,7 +72,7 @@ def test_results_go_to_the_temporary_folder(small_disk: Path, temporary: Path) -
         resume.Results(small_disk).save("svi", posterior)
     (folder,) = temporary.glob("*/svi")
     assert caught.value.__notes__ == [f"the results of svi are in {folder} instead"]
-    assert (Posterior.load(folder).samples["score"] == posterior.samples["score"]).all()
+    assert (Posterior.load(folder).rewards["reward"] == posterior.rewards["reward"]).all()
     assert not list(small_disk.iterdir())
 
 

@@ -198,7 +198,7 @@ def weights_only(log_weights: np.ndarray, **fields: Any) -> Posterior:
 
 
 def some_chains(posterior: Posterior, chains: slice) -> Posterior:
-    groups = {name: getattr(posterior, name) for name in ("samples", "log_likelihood", "texts", "lengths")}
+    groups = {name: getattr(posterior, name) for name in ("samples", "log_likelihood", "rewards", "texts", "lengths")}
     cut = {group: {name: x[chains] for name, x in values.items()} for group, values in groups.items()}
     return dataclasses.replace(
         posterior, **cut, log_weights=posterior.log_weights[chains], log_joint=posterior.log_joint[chains]

@@ -19,7 +19,7 @@ from support.toys import from_prior
 from bayeslm import Posterior
 from bayeslm.checksums import write_checksums
 
-NAME = "proposal/score"  # of samples, in posterior.nc
+NAME = "proposal/reward"  # of rewards, in posterior.nc
 
 
 @pytest.fixture(scope="module")
@@ -92,24 +92,24 @@ ARRAYS = [_huge, _external_link, _external_storage, _virtual, _soft_link, _group
 def test_an_array_that_is_not_what_the_metadata_say(saved: Path, make: Callable[[Any], object]) -> None:
     _array(saved, make)
     if make is _huge:
-        change(saved, "samples", "score", shape=[2**40, 8])
+        change(saved, "rewards", "reward", shape=[2**40, 8])
     elif make is not _external_link:
-        change(saved, "samples", "score", shape=[2000])
+        change(saved, "rewards", "reward", shape=[2000])
     with pytest.raises(ValueError, match=rf"posterior\.nc is damaged or missing: .*{NAME}"):
         Posterior.load(saved)
 
 
 MARKS: list[tuple[str, str, dict[str, Any]]] = [
-    ("samples", "score", {"dtype": "O"}),
-    ("samples", "score", {"dtype": "V1000000000"}),
-    ("samples", "score", {"dtype": "<U1000000"}),
-    ("samples", "score", {"dtype": "no such type"}),
-    ("samples", "score", {"dtype": None, "shape": [2**60]}),
-    ("samples", "score", {"shape": [2**70]}),
-    ("samples", "score", {"shape": ["a"]}),
-    ("samples", "score", {"name": "proposal"}),
-    ("samples", "score", {"name": "../x"}),
-    ("samples", "score", {"name": 5}),
+    ("rewards", "reward", {"dtype": "O"}),
+    ("rewards", "reward", {"dtype": "V1000000000"}),
+    ("rewards", "reward", {"dtype": "<U1000000"}),
+    ("rewards", "reward", {"dtype": "no such type"}),
+    ("rewards", "reward", {"dtype": None, "shape": [2**60]}),
+    ("rewards", "reward", {"shape": [2**70]}),
+    ("rewards", "reward", {"shape": ["a"]}),
+    ("rewards", "reward", {"name": "proposal"}),
+    ("rewards", "reward", {"name": "../x"}),
+    ("rewards", "reward", {"name": 5}),
     ("texts", "completion", {"dtype": "<U1000000000"}),
     ("texts", "completion", {"dtype": "V1000000000"}),
     ("texts", "completion", {"shape": [2**60]}),
@@ -144,7 +144,7 @@ def test_what_nothing_names_is_not_read(original: Path, saved: Path) -> None:
         file.create_dataset("unnamed", shape=(2**31,), dtype="f8", chunks=(2**20,), compression=9)
         file["unnamed"][: 2**20] = 0.0
     write_checksums(saved)
-    np.testing.assert_array_equal(Posterior.load(saved).samples["score"], Posterior.load(original).samples["score"])
+    np.testing.assert_array_equal(Posterior.load(saved).rewards["reward"], Posterior.load(original).rewards["reward"])
 
 
 # -- sizes are checked before anything is allocated ------------------------------------------------------------
@@ -174,7 +174,7 @@ def test_an_array_that_grows_when_it_is_read(
     saved: Path, make: Callable[[Any], object], shape: list[int], says: str
 ) -> None:
     _array(saved, make)
-    change(saved, "samples", "score", shape=shape)
+    change(saved, "rewards", "reward", shape=shape)
     with pytest.raises(ValueError, match=says):
         Posterior.load(saved)
 
@@ -183,7 +183,7 @@ def test_an_array_that_grows_when_it_is_read(
 def test_what_does_not_fit_in_memory(saved: Path, monkeypatch: pytest.MonkeyPatch, memory: int, what: str) -> None:
     """Texts of 0.5 MB and an array of 1.6 MB, on a machine with less."""
     _array(saved, lambda file: file.create_dataset(NAME, data=np.zeros(200_000)))
-    change(saved, "samples", "score", shape=[200_000])
+    change(saved, "rewards", "reward", shape=[200_000])
     monkeypatch.setattr(os, "sysconf", lambda name: memory if name == "SC_PHYS_PAGES" else 1)
     with pytest.raises(ValueError, match=f"{what} needs"):
         Posterior.load(saved)

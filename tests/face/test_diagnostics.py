@@ -185,7 +185,7 @@ def test_enumeration_is_exact() -> None:
     posterior = enumerated()
     reward, log_target = np.where(TARGET > 0, REWARD, 0.0), np.log(np.where(TARGET > 0, TARGET, 1.0))
     cases = [
-        (diagnostics.expectation(posterior, posterior.rewards), np.sum(TARGET * 0.1 * reward, axis=1)),
+        (diagnostics.expectation(posterior, posterior.measured), np.sum(TARGET * 0.1 * reward, axis=1)),
         (diagnostics.kl_to_prior(posterior), np.sum(TARGET * (log_target - np.log(PRIOR)), axis=1)),
         (diagnostics.entropy(posterior), -np.sum(TARGET * log_target, axis=1)),
         (diagnostics.log_evidence(posterior.log_weights), LOG_Z),
@@ -195,7 +195,7 @@ def test_enumeration_is_exact() -> None:
     for (_, stderr), _ in cases[:3]:
         assert not stderr.any()
     with pytest.raises(ValueError, match="enumeration"):
-        diagnostics.expectation(posterior, posterior.rewards, weighted=False)
+        diagnostics.expectation(posterior, posterior.measured, weighted=False)
 
 
 def test_prompts_that_share_a_latent_are_one_posterior() -> None:
@@ -205,7 +205,7 @@ def test_prompts_that_share_a_latent_are_one_posterior() -> None:
     entropy = -target * np.log(target) - (1 - target) * np.log(1 - target)
     np.testing.assert_allclose(diagnostics.entropy(posterior)[0], [entropy])
     np.testing.assert_allclose(diagnostics.kl_to_prior(posterior)[0], [np.log(2) - entropy])
-    np.testing.assert_allclose(diagnostics.expectation(posterior, posterior.rewards)[0], target * np.arange(1, 4))
+    np.testing.assert_allclose(diagnostics.expectation(posterior, posterior.measured)[0], target * np.arange(1, 4))
     np.testing.assert_allclose(diagnostics.summary(posterior)["kl_to_prior"], [np.log(2) - entropy] * 3)
 
 
@@ -220,9 +220,9 @@ def test_draws_that_break_a_constraint(seed: int) -> None:
 
     value, stderr = diagnostics.log_evidence(posterior.log_weights)
     assert np.all(np.abs(value - LOG_Z) < 4.5 * stderr)
-    for estimate, error in (diagnostics.expectation(posterior, posterior.rewards), diagnostics.kl_to_prior(posterior)):
+    for estimate, error in (diagnostics.expectation(posterior, posterior.measured), diagnostics.kl_to_prior(posterior)):
         assert np.isfinite([estimate, error]).all()
-    reward, stderr = diagnostics.expectation(posterior, posterior.rewards, weighted=False)
+    reward, stderr = diagnostics.expectation(posterior, posterior.measured, weighted=False)
     assert np.isneginf(reward[1])
     assert stderr[1] == np.inf
     assert diagnostics.kl_to_posterior(posterior)[0][1] == np.inf
@@ -250,10 +250,10 @@ def test_few_draws_have_a_summary_whose_unknown_columns_are_nan(kind: str, draws
     whole = TOY.posterior(0) if kind == "weighted" else replace(TOY.posterior(0).resample(), kind=kind)
     few = cut(whole, chains, draws)
     table = diagnostics.summary(few)
-    assert table["rhat_reward"].isna().all()
+    assert table["rhat_log_likelihood"].isna().all()
     if kind != "weighted":
         assert table["ess"].isna().all()
-    np.testing.assert_allclose(table["reward"], (few.weights() * few.rewards).sum((0, 1)))
+    np.testing.assert_allclose(table["log_likelihood"], (few.weights() * few.measured).sum((0, 1)))
     few.to_arviz()
     diagnostics.compare({"a": few})
 
@@ -342,13 +342,13 @@ def test_summary_repeats_the_single_functions() -> None:
     assert table["reward_prior"].tolist() == pytest.approx([0.05, 0.05])
     picked = posterior.resample()
     expected = {
-        "reward": diagnostics.expectation(posterior, posterior.rewards)[0],
+        "reward": diagnostics.expectation(posterior, posterior.measured)[0],
         "kl_to_prior_se": diagnostics.kl_to_prior(posterior)[1],
         "kl_to_posterior": diagnostics.kl_to_posterior(posterior, LOG_Z)[0],
         "log_evidence": posterior.log_evidence,
         "ess": diagnostics.ess(posterior.log_weights),
         "entropy": diagnostics.entropy(posterior)[0],
-        "rhat_reward": diagnostics.rhat(picked.rewards),
+        "rhat_reward": diagnostics.rhat(picked.measured),
         "rhat_length": diagnostics.rhat(picked.lengths["completion"]),
         "distinct_2": diagnostics.distinct_n(picked.samples["completion"], picked.lengths["completion"]),
         "seconds": 2.0,
@@ -358,7 +358,7 @@ def test_summary_repeats_the_single_functions() -> None:
         np.testing.assert_allclose(table[name], values, err_msg=name)
 
     raw = diagnostics.summary(posterior, (LOG_Z - 1, LOG_Z), weighted=False)
-    np.testing.assert_allclose(raw["reward"], posterior.samples["score"].mean(axis=(0, 1)))
+    np.testing.assert_allclose(raw["reward"], posterior.rewards["reward"].mean(axis=(0, 1)))
     np.testing.assert_allclose(raw["kl_to_prior"], [0.0, np.nan], atol=1e-12)  # q is the prior
     np.testing.assert_allclose((raw["kl_to_posterior_upper"] - raw["kl_to_posterior_lower"]).iloc[0], 1.0)
 
@@ -391,7 +391,7 @@ def test_a_chain_without_evidence_has_no_divergence() -> None:
     posterior.log_evidence = posterior.log_evidence_stderr = np.full(2, np.nan)
     table = diagnostics.summary(posterior)
     assert table[["kl_to_prior", "entropy", "log_evidence"]].isna().all(axis=None)
-    assert np.isfinite(table["reward"]).all()
+    assert np.isfinite(table["log_likelihood"]).all()
 
 
 def test_compare_stacks() -> None:

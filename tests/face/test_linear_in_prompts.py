@@ -34,7 +34,8 @@ def posterior(prompts: int, kind: str = "weighted") -> Posterior:
     texts = np.array([f"text {i}" for i in range(2 * 8 * prompts)], dtype=object).reshape(shape)
     likelihood = rng.normal(size=shape)
     return Posterior(
-        samples={"completion": tokens, "score": likelihood},
+        samples={"completion": tokens},
+        rewards={"reward": likelihood},
         log_weights=likelihood if kind == "weighted" else np.zeros(shape),
         log_joint=likelihood,
         log_likelihood={"reward": likelihood},
@@ -42,11 +43,12 @@ def posterior(prompts: int, kind: str = "weighted") -> Posterior:
         log_evidence_stderr=np.zeros(prompts),
         kind=kind,
         engine="Engine",
-        dims={"completion": ("prompt", "token"), "score": ("prompt",)},
+        dims={"completion": ("prompt", "token")},
         prompts=[f"prompt {i}" for i in range(prompts)],
         texts={"completion": texts},
         lengths={"completion": np.full(shape, 3)},
-        prior={"score": likelihood, "reward": likelihood},
+        prior={"reward": likelihood},
+        prior_rewards={"reward": likelihood},
         stats={"seconds": 1.0, "tokens": 3},
         policy=object(),
     )

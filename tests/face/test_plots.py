@@ -46,9 +46,9 @@ def test_rewards_are_drawn_weighted_with_the_prior_first() -> None:
         drawn = outlines(axis)
         assert list(drawn) == ["prior", "IS", "oracle"]
         heights, edges, _ = drawn["oracle"].get_data()
-        finite = np.where(TARGET[prompt] > 0, enumerated().rewards[0, :, prompt], 0.0)
+        finite = np.where(TARGET[prompt] > 0, enumerated().rewards["reward"][0, :, prompt], 0.0)
         np.testing.assert_allclose(heights, np.histogram(finite, edges, weights=TARGET[prompt])[0])
-        mean = diagnostics.expectation(posterior, posterior.rewards)[0][prompt]
+        mean = diagnostics.expectation(posterior, posterior.measured)[0][prompt]
         np.testing.assert_allclose(means(axis)[:2], [0.05, mean])
         assert axis.get_title() == posterior.prompts[prompt]
     assert legend(figure) == ["prior", "IS", "oracle"]

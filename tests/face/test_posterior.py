@@ -30,13 +30,16 @@ from bayeslm.weights import normalise
         ({"log_evidence": np.zeros(1)}, "log_evidence must have shape"),
         ({"log_evidence_upper": np.zeros(3)}, "log_evidence_upper must have shape"),
         ({"samples": {"completion": np.zeros((4, 250, 2))}}, r"samples\['completion'\] must be \(4, 250\) \+ dims"),
-        ({"samples": {"score": np.zeros((4, 250, 3))}}, r"samples\['score'\] must have shape \(4, 250, 2\)"),
-        ({"samples": {"score": WORDS[np.zeros((4, 250, 2), dtype=int)]}}, "must hold numbers"),
+        ({"rewards": {"reward": np.zeros((4, 250, 3))}}, r"rewards\['reward'\] must have shape \(4, 250, 2\)"),
+        ({"rewards": {"reward": np.full((4, 250, 2), np.nan)}}, r"rewards\['reward'\] must be finite"),
+        ({"rewards": {"completion": np.zeros((4, 250, 2))}}, "'completion' names a reward and a sample"),
+        ({"prior_rewards": {"reward": np.zeros((4, 250, 3))}}, r"prior_rewards\['reward'\] must be"),
+        ({"samples": {"completion": WORDS[np.zeros((4, 250, 2), dtype=int)]}}, "must hold numbers"),
         ({"samples": {"z": np.zeros((4, 250))}}, 'no axis "prompt"'),
-        ({"dims": {"completion": ("prompt", "prompt"), "score": ("prompt",)}}, "different names"),
+        ({"dims": {"completion": ("prompt", "prompt")}}, "different names"),
         ({"texts": {"reply": WORDS[np.zeros((4, 250, 2), dtype=int)]}}, r"texts\['reply'\] has no token ids"),
         ({"lengths": {"completion": np.zeros((4, 250), dtype=int)}}, r"lengths\['completion'\] must have shape"),
-        ({"prior": {"score": np.zeros((2, 3, 2)), "reward": np.zeros((2, 4, 2))}}, r"prior\['reward'\] is not"),
+        ({"prior": {"mood": np.zeros((2, 3, 2)), "reward": np.zeros((2, 4, 2))}}, r"prior\['reward'\] is not"),
         ({"roots": np.zeros((4, 250, 2), dtype=int)}, "roots belong to particles"),
         ({"kind": "particles"}, "roots belong to particles"),
         ({"kind": "particles", "roots": np.zeros((4, 250, 1), dtype=int)}, "roots must have shape"),
@@ -51,7 +54,7 @@ def test_contradictions_are_refused(change: dict[str, Any], message: str) -> Non
 
 def test_repr_is_one_short_line() -> None:
     assert repr(enumerated()) == (
-        "Posterior(Toy, enumerated: 1 x 4 draws of completion, score for 2 prompts, log_evidence=[0.71 0.12])"
+        "Posterior(Toy, enumerated: 1 x 4 draws of completion for 2 prompts, log_evidence=[0.71 0.12])"
     )
     assert "for 1 prompt," in repr(Gaussian().posterior(0, prompts=1))
 
@@ -67,18 +70,27 @@ def test_prompt_labels_are_short_and_different() -> None:
     assert [label[:3] for label in labels] == ["[0]", "[1]", "[2]"]
 
 
-def test_rewards_are_the_score_or_else_the_log_likelihood() -> None:
+def test_draws_are_measured_by_the_reward_or_else_by_the_log_likelihood() -> None:
     posterior = from_prior(0)
-    np.testing.assert_array_equal(posterior.rewards, posterior.samples["score"])
-    np.testing.assert_array_equal(posterior.prior_rewards, posterior.prior["score"])
+    assert posterior.measure == "reward"
+    np.testing.assert_array_equal(posterior.measured, posterior.rewards["reward"])
+    np.testing.assert_array_equal(posterior.prior_measured, posterior.prior_rewards["reward"])
     terms = {"a": np.full((4, 250, 2), 2.0), "b": np.full((4, 250, 2), -1.0)}
     prior = {"a": np.ones((1, 5, 2))}
-    plain = from_prior(0, samples={}, texts={}, lengths={}, log_likelihood=terms, prior=prior)
-    np.testing.assert_array_equal(plain.rewards, np.ones((4, 250, 2)))
-    assert plain.prior_rewards is None  # "b" is missing
+    plain = from_prior(0, samples={}, texts={}, lengths={}, log_likelihood=terms, prior=prior, rewards={})
+    assert plain.measure == "log-likelihood"
+    np.testing.assert_array_equal(plain.measured, np.ones((4, 250, 2)))
+    assert plain.prior_measured is None  # "b" is missing
     plain.prior["b"] = np.ones((1, 5, 2))
-    np.testing.assert_array_equal(plain.prior_rewards, np.full((1, 5, 2), 2.0))
-    assert shared().rewards.shape == (1, 2, 3)
+    np.testing.assert_array_equal(plain.prior_measured, np.full((1, 5, 2), 2.0))
+    assert shared().measured.shape == (1, 2, 3)
+    several = from_prior(0, rewards={"a": np.ones((4, 250, 2)), "b": np.full((4, 250, 2), 3.0)})
+    assert several.measure == "log-likelihood"  # two rewards have no common unit
+    np.testing.assert_array_equal(several.measured, several.log_likelihood["reward"])
+    table = diagnostics.summary(several)
+    np.testing.assert_allclose(table[["reward_a", "reward_b"]], [[1.0, 3.0], [1.0, 3.0]])
+    assert "log_likelihood" in table
+    assert "reward" not in table
 
 
 # ---- weights and resampling ----
@@ -167,7 +179,7 @@ def test_draws_of_an_enumeration_are_exact_and_shuffled() -> None:
     for prompt in range(2):
         share = np.bincount(picked.samples["completion"][..., prompt, 0].ravel(), minlength=4) / 2000
         np.testing.assert_allclose(share, TARGET[prompt], atol=1 / 2000)
-    assert np.all(diagnostics.rhat(picked.rewards) < 1.02)
+    assert np.all(diagnostics.rhat(picked.measured) < 1.02)
     assert enumerated().resample().log_weights.shape == (1, 1000, 2)
 
 

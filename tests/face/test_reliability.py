@@ -31,8 +31,9 @@ def weighted(rewards: np.ndarray, noise: np.ndarray | float = 0.0, beta: float =
     weights = likelihood + noise
     known = log_evidence(weights)
     defaults = {
-        "samples": {"score": rewards},
-        "dims": {"score": ("prompt",)},
+        "samples": {},
+        "rewards": {"reward": rewards},
+        "dims": {},
         "log_weights": weights,
         "log_joint": likelihood - 5.0,
         "log_likelihood": {"reward": likelihood},
@@ -102,9 +103,9 @@ def test_levels_have_their_hits_and_shares(guide: float) -> None:
     noise = guide * np.random.default_rng(0).normal(size=rewards.shape)
     found = levels(weighted(rewards, noise, beta=0.5))[0]
     weights = np.exp(2 * rewards + noise)
-    assert [level.reward for level in found] == [0.0, 1.0, 2.5]
+    assert [level.value for level in found] == [0.0, 1.0, 2.5]
     assert [level.hits for level in found] == [300, 95, 5]
-    shares = [weights[rewards == level.reward].sum() / weights.sum() for level in found]
+    shares = [weights[rewards == level.value].sum() / weights.sum() for level in found]
     np.testing.assert_allclose([level.share for level in found], shares)
     (sentences,) = problems(weighted(rewards, noise, beta=0.5))
     assert "Reward 2.5 has" in " ".join(sentences)
@@ -118,7 +119,7 @@ def test_levels_of_particles_count_roots_and_continuous_rewards_have_none() -> N
     assert [level.hits for level in levels(particles)[0]] == [6, 4]
     assert levels(weighted(np.random.default_rng(0).normal(size=(1, 100, 2)))) == [[], []]
     impossible = np.where(rewards > 0, rewards, -np.inf)
-    assert [level.reward for level in levels(weighted(impossible))[0]] == [-np.inf, 1.0]
+    assert [level.value for level in levels(weighted(impossible))[0]] == [-np.inf, 1.0]
 
 
 # ---- what was not seen ----

@@ -179,7 +179,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, file: str, damage: str) -> None
         (saved / file).write_bytes(content[: len(content) // 2])
     elif damage == "one bit" and file == "posterior.nc":  # in the compressed values of an array that is loaded
         with h5py.File(io.BytesIO(content)) as opened:
-            start = opened["proposal/score"].id.get_chunk_info(0).byte_offset
+            start = opened["proposal/reward"].id.get_chunk_info(0).byte_offset
         (saved / file).write_bytes(content[: start + 9] + bytes([content[start + 9] ^ 4]) + content[start + 10 :])
     elif damage == "one bit":
         (saved / file).write_bytes(bytes([content[0] ^ 0x80]) + content[1:])

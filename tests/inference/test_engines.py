@@ -62,8 +62,8 @@ def test_svi_reaches_the_posterior(kind, beta, seed):
     relative = np.exp(2 * (exact.log_joint[0] - exact.log_evidence) - log_q).sum(0) - 1
     assert_estimate(np.exp(posterior.log_evidence - exact.log_evidence), np.sqrt(relative / 2000), 1.0)
     assert_estimate(*diagnostics.kl_to_posterior(posterior, exact.log_evidence), gap)
-    mean = expectation(exact, exact.samples["score"])
-    assert_estimate(*diagnostics.expectation(posterior, posterior.samples["score"]), mean)
+    mean = expectation(exact, exact.rewards["reward"])
+    assert_estimate(*diagnostics.expectation(posterior, posterior.rewards["reward"]), mean)
 
 
 def test_best_of_n_distribution_and_bound():
@@ -72,9 +72,9 @@ def test_best_of_n_distribution_and_bound():
     posterior = BestOfN(n=4, num_samples=1500, seed=0, progress=False).run(model, PROMPTS)
     prior = np.exp(exact.log_joint - exact.log_likelihood["reward"])
     for i in range(len(PROMPTS)):
-        for threshold in np.quantile(exact.samples["score"][0, :, i], [0.3, 0.5, 0.8]):
-            below = prior[0, exact.samples["score"][0, :, i] <= threshold, i].sum() ** 4
-            share = (posterior.samples["score"][..., i] <= threshold).mean()
+        for threshold in np.quantile(exact.rewards["reward"][0, :, i], [0.3, 0.5, 0.8]):
+            below = prior[0, exact.rewards["reward"][0, :, i] <= threshold, i].sum() ** 4
+            share = (posterior.rewards["reward"][..., i] <= threshold).mean()
             assert_estimate(share, math.sqrt(below * (1 - below) / 1500), below)
     assert posterior.kind == "uncorrected"
     assert posterior.stats["kl_bound"] == pytest.approx(math.log(4) - 0.75)

@@ -51,7 +51,7 @@ def small(name):
 
 
 def reward(posterior):
-    return posterior.samples["score"]
+    return posterior.rewards["reward"]
 
 
 def mood(posterior):
@@ -157,11 +157,11 @@ class TestTexts:
         assert posterior.samples["completion"].dtype == np.int64
         assert posterior.dims["completion"] == ("prompt", "token")
         assert posterior.log_likelihood["reward"].shape == (chains, draws, 2)
-        assert posterior.samples["score"].shape == (chains, draws, 2)
+        assert posterior.rewards["reward"].shape == (chains, draws, 2)
         assert posterior.log_evidence.shape == posterior.log_evidence_stderr.shape == (2,)
         assert posterior.texts["completion"].shape == posterior.lengths["completion"].shape == (chains, draws, 2)
         assert posterior.prompts == ["a b", "c"]
-        assert (posterior.prior_rewards is not None) == ENGINES[name].prior
+        assert (posterior.prior_measured is not None) == ENGINES[name].prior
         assert posterior.stats["seconds"] > 0
         assert posterior.stats["model_calls"] > 0
         assert posterior.stats["tokens"] > 0
@@ -177,7 +177,7 @@ class TestTexts:
         values = torch.as_tensor(posterior.samples["completion"])
         fresh = table_lm(order=3, seed=2, vocab=4)(SHORT, max_new_tokens=4).log_prob(values).detach().numpy()
         score = score_table(2, **SMALL)[torch.arange(4), values].sum(-1).numpy()
-        np.testing.assert_allclose(posterior.samples["score"], score, atol=1e-5)
+        np.testing.assert_allclose(posterior.rewards["reward"], score, atol=1e-5)
         np.testing.assert_allclose(posterior.log_likelihood["reward"], score / 0.7, atol=1e-5)
         np.testing.assert_allclose(posterior.log_joint, fresh + score / 0.7, atol=1e-4)
 

@@ -43,9 +43,9 @@ def test_chains_agree_on_the_reward_within_a_budget():
     """R-hat <= 1.01: 16 chains of 400 sweeps after 100, six temperatures; 19,608 completions a prompt."""
     _, model, exact = case("table", 1.0)
     posterior = mcmc(num_chains=16, num_samples=400, warmup=100, num_temperatures=6).run(model, PROMPTS)
-    assert (diagnostics.rhat(posterior.rewards) <= 1.01).all()
-    mean, stderr = diagnostics.expectation(posterior, posterior.rewards)
-    assert (np.abs(mean - expectation(exact, exact.rewards)) < 4.5 * stderr).all()  # the error is itself an estimate
+    assert (diagnostics.rhat(posterior.measured) <= 1.01).all()
+    mean, stderr = diagnostics.expectation(posterior, posterior.measured)
+    assert (np.abs(mean - expectation(exact, exact.measured)) < 4.5 * stderr).all()  # the error is itself an estimate
     assert (stderr < 0.05).all()
 
 

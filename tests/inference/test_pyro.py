@@ -49,7 +49,7 @@ def test_trace(lm, program):
     assert x.shape == (2, TOKENS)
     expected = lm(PROMPTS, TOKENS).log_prob(x) + torch.tensor(count_a(lm.decode(x))) / BETA
     torch.testing.assert_close(trace.log_prob_sum(), expected.sum())
-    assert trace.nodes["score"]["value"].tolist() == count_a(lm.decode(x))
+    assert trace.nodes["reward/r"]["value"].tolist() == count_a(lm.decode(x))
 
 
 def test_tilted_tempers_its_prior(lm):
@@ -67,7 +67,7 @@ def test_tilted_hands_columns_to_the_reward(lm):
     program = TiltedLM(lm, right, max_new_tokens=1)
     conditioned = poutine.condition(program, data={"completion": torch.tensor([[1], [2]])})
     trace = poutine.trace(conditioned).get_trace(PROMPTS, answer=["a", "a"])
-    assert trace.nodes["score"]["value"].tolist() == [1.0, 0.0]
+    assert trace.nodes["reward/r"]["value"].tolist() == [1.0, 0.0]
 
 
 def test_replay_and_condition(lm, program):
@@ -85,7 +85,7 @@ def test_predictive_draws_from_the_prior(lm, program, parallel):
     num = 2000 if parallel else 100
     draws = Predictive(program, num_samples=num, parallel=parallel)(PROMPTS)
     x = draws["completion"].reshape(num, 2, TOKENS)
-    assert draws["score"].reshape(num, 2).tolist() == [count_a(row) for row in lm.decode(x)]
+    assert draws["reward/r"].reshape(num, 2).tolist() == [count_a(row) for row in lm.decode(x)]
     support, _, log_prior = posterior(lm)
     for prompt in range(2):
         assert_drawn_from(count_completions(x[:, prompt], support, 5), log_prior[:, prompt])

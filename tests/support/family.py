@@ -11,6 +11,8 @@ from support.gradients import perturbed
 from support.models import table_lm
 from support.programs import score_table
 
+from bayeslm.models.rewards import factor
+
 T = 3
 PROMPTS = [[1], [2, 3], [3], [1, 2], [3, 1, 2]]
 
@@ -37,8 +39,7 @@ class Family:
             with pyro.plate("prompts", len(prompts), subsample_size=size) as batch:
                 some = [prompts[i] for i in batch]
                 x = pyro.sample("completion", self.lm(some, max_new_tokens=T))
-                score = pyro.deterministic("score", self.reward(some, x), event_dim=0)
-                pyro.factor("reward", score)
+                factor("reward", self.reward(some, x), 1.0)
 
         return model
 

@@ -14,7 +14,7 @@ from support.models import table_lm, tiny_llama
 
 from bayeslm import Posterior
 from bayeslm.inference import Exact
-from bayeslm.models import LanguageModel
+from bayeslm.models import LanguageModel, rewards
 
 # Token ids of different lengths. (A prompt that repeats one token is no test of SVI on a Transformer without
 # absolute positions: it cannot tell [5] from [5, 5], whatever its weights.)
@@ -37,9 +37,7 @@ def tilted(
     def model(prompts: list[Any]) -> None:
         with pyro.plate("prompts", len(prompts)):
             x = pyro.sample("completion", lm(prompts, max_new_tokens=len(table)))
-            score = table[positions, x].sum(-1) + constant
-            pyro.deterministic("score", score, event_dim=0)
-            pyro.factor("reward", score / beta)
+            rewards.factor("reward", table[positions, x].sum(-1) + constant, beta)
 
     return model
 
@@ -89,7 +87,7 @@ def token_is(t: int, token: int) -> Callable[[Posterior], Any]:
 
 
 # of `case`: the reward, the length, and of the first and third token two halves of the vocabulary
-FUNCTIONS: list[Callable[[Posterior], Any]] = [lambda p: p.samples["score"], lambda p: p.lengths["completion"]]
+FUNCTIONS: list[Callable[[Posterior], Any]] = [lambda p: p.rewards["reward"], lambda p: p.lengths["completion"]]
 FUNCTIONS += [lambda p, t=t: p.samples["completion"][..., t] < 4 for t in (0, 2)]
 FUNCTIONS += [lambda p, t=t: p.samples["completion"][..., t] % 2 for t in (0, 2)]
 

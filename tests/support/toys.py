@@ -136,7 +136,8 @@ def discrete(index: Array, log_q: Array | None, kind: str, **fields: Any) -> Pos
     weights = np.zeros(index.shape) if log_q is None else joint - log_q
     evidence = log_evidence(weights) if kind == "weighted" else (LOG_Z.copy(), np.zeros(2))
     defaults: dict[str, Any] = {
-        "samples": {"completion": np.stack([index, index + 1], axis=-1), "score": 0.1 * reward},
+        "samples": {"completion": np.stack([index, index + 1], axis=-1)},
+        "rewards": {"reward": 0.1 * reward},
         "log_weights": weights,
         "log_joint": joint,
         "log_likelihood": {"reward": reward},
@@ -144,11 +145,12 @@ def discrete(index: Array, log_q: Array | None, kind: str, **fields: Any) -> Pos
         "log_evidence_stderr": evidence[1],
         "kind": kind,
         "engine": "Toy",
-        "dims": {"completion": ("prompt", "token"), "score": ("prompt",)},
+        "dims": {"completion": ("prompt", "token")},
         "prompts": ["Is it good?", "Is it bad?"],
         "texts": {"completion": WORDS[index]},
         "lengths": {"completion": 1 + index % 2},
-        "prior": {"score": np.full((2, 10, 2), 0.05), "reward": np.full((2, 10, 2), 0.5)},
+        "prior": {"reward": np.full((2, 10, 2), 0.5)},
+        "prior_rewards": {"reward": np.full((2, 10, 2), 0.05)},
         "observed": {"label": np.array([1.0, 0.0])},
         "stats": {"seconds": 2.0, "tokens": 100, "elbo": np.linspace(-2.0, 0.1, 40)},
     }

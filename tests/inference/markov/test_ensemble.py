@@ -208,12 +208,12 @@ def test_recycled_averages_are_right_and_more_precise():
     posterior = MCMC(12, 120, warmup=10, num_candidates=12, initial_particles=2000, seed=0, progress=False).run(
         model, SHORT
     )
-    truth = expectation(exact, exact.rewards)
-    recycled = posterior.stats["recycled_score"]
-    assert recycled.shape == posterior.rewards.shape
+    truth = expectation(exact, exact.measured)
+    recycled = posterior.stats["recycled_reward"]
+    assert recycled.shape == posterior.measured.shape
     assert_mean(recycled.mean(1), truth)
-    assert_mean(posterior.stats["recycled_reward"].mean(1), truth / 0.7)
-    squares = [((values.mean(1) - truth) ** 2).mean() for values in (recycled, posterior.rewards)]
+    assert_mean(posterior.stats["recycled_log_likelihood_reward"].mean(1), truth / 0.7)
+    squares = [((values.mean(1) - truth) ** 2).mean() for values in (recycled, posterior.measured)]
     assert squares[0] < 0.9 * squares[1]
     times = posterior.stats["autocorrelation_time"]
     assert ((times > 0.5) & (times < 5)).all()
@@ -281,4 +281,4 @@ def test_short_texts_and_late_cuts():
     model = rewarded(lm, 6, lambda x: 1.0 * (x[..., 0] == 1))
     posterior = MCMC(20, 60, warmup=10, seed=0, progress=False).run(model, SHORT)
     exact = Exact().run(model, SHORT)
-    assert_mean(posterior.rewards.mean(1), expectation(exact, exact.rewards))
+    assert_mean(posterior.measured.mean(1), expectation(exact, exact.measured))

@@ -45,7 +45,7 @@ def test_texts_agree_with_exact(policy):
     for t in range(4):
         for token in range(4):
             assert_mean((x[..., t] == token).double().mean(0), (weights * (atoms[:, t] == token).numpy()).sum())
-    assert_mean(table[torch.arange(4), x].sum(-1).double().mean(0), (weights * exact.samples["score"][0, :, 0]).sum())
+    assert_mean(table[torch.arange(4), x].sum(-1).double().mean(0), (weights * exact.rewards["reward"][0, :, 0]).sum())
 
 
 def mixed(y, noise=1.0):

@@ -37,7 +37,7 @@ from bayeslm.inference.markov import SuffixKernel
 from bayeslm.inference.program import inspect
 from bayeslm.inference.sequential import TwistLearning
 from bayeslm.inference.training import AutoPolicy, Critic, ReverseKL, StatefulLoss
-from bayeslm.models import LanguageModel
+from bayeslm.models import LanguageModel, rewards
 from bayeslm.models.lm import exclusive, turns
 
 QUIET = {"seed": 0, "progress": False}
@@ -255,8 +255,7 @@ def with_inner_runs(run):
             x = pyro.sample("completion", table_lm(order=2, seed=2, vocab=4)(prompts, max_new_tokens=3))
             score = SCORES[torch.arange(3), x].sum(-1)
             run()
-            pyro.deterministic("score", score, event_dim=0)
-            pyro.factor("reward", score / 0.5)
+            rewards.factor("reward", score, 0.5)
 
     return model
 

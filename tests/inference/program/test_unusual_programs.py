@@ -18,6 +18,7 @@ from support.statistics import LIMIT, assert_evidence, assert_mean
 
 from bayeslm.inference import SVI, Exact, ImportanceSampling, ProgramError
 from bayeslm.inference.training import ReverseKL, StatefulLoss
+from bayeslm.models import rewards
 
 SHORT = [[1, 2], [3]]
 
@@ -202,13 +203,13 @@ def test_half_precision_scores_and_odd_deterministic_sites():
         bonus = pyro.param("bonus", torch.tensor(0.3))
         with pyro.plate("prompts", len(prompts)):
             x = pyro.sample("completion", lm(prompts, max_new_tokens=2))
-            pyro.deterministic("score", (x == 1).sum(-1).bfloat16(), event_dim=0)
+            rewards.record("reward", (x == 1).sum(-1).bfloat16())
             pyro.deterministic("bonus_seen", bonus)
             pyro.factor("reward", (x == 1).sum(-1) * bonus)
 
     for engine in (importance(), SVI(num_steps=2, num_samples=8, progress=False)):
         posterior = engine.run(model, SHORT)
-        assert posterior.samples["score"].dtype == np.float32
+        assert posterior.rewards["reward"].dtype == np.float32
         assert posterior.samples["bonus_seen"].shape == posterior.log_weights.shape
         # one value for all: 0.3, or what SVI makes of the program's own parameter (empirical Bayes, as in Pyro)
         expected = 0.3 if posterior.engine == "ImportanceSampling" else posterior.samples["bonus_seen"][0, 0, 0]

@@ -250,7 +250,7 @@ def test_tilted_lm_subsamples_columns_with_their_prompts():
     for number in (numbers, np.array(numbers), torch.tensor(numbers)):
         columns = {"number": number, "same": [0.5] * 5, "scale": 2.0}
         posterior = ImportanceSampling(3, seed=0, progress=False).run(model, prompts, **columns)
-        np.testing.assert_allclose(posterior.samples["score"], np.broadcast_to(numbers, (1, 3, 5)))
+        np.testing.assert_allclose(posterior.rewards["reward"], np.broadcast_to(numbers, (1, 3, 5)))
         SVI(num_steps=3, num_samples=2, seed=0, progress=False).run(model, prompts, **columns)
     pairs = {(prompt, float(number)) for batch in seen for prompt, number in batch}
     assert pairs == set(zip(prompts, numbers, strict=True))
@@ -308,7 +308,7 @@ def test_kept_draws_stay_with_their_prompts():
     x, some = draws.values["completion"].reshape(50, 2, T), [PROMPTS[3], PROMPTS[1]]
     reward = family.reward(some, x)
     torch.testing.assert_close(draws.total_log_likelihood, reward)
-    torch.testing.assert_close(draws.values["score"], reward)
+    torch.testing.assert_close(draws.rewards["reward"], reward)
     torch.testing.assert_close(draws.log_joint, family.lm(some, max_new_tokens=T).log_prob(x) + reward)
 
 

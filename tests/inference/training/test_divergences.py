@@ -315,7 +315,7 @@ def test_figures_of_the_particles(objective):
     last = objective.last.figures
     torch.testing.assert_close(last["elbo"], elbo.detach(), atol=0.06, rtol=0)
     torch.testing.assert_close(last["log_likelihood"] - last["kl"], last["elbo"])
-    torch.testing.assert_close(last["score"] / BETA, last["log_likelihood"])
+    torch.testing.assert_close(last["reward"] / BETA, last["log_likelihood"])
 
 
 def test_weights_of_other_draws_are_truncated():

@@ -163,7 +163,7 @@ def cartpole(seed: int, num_steps: int, schedule: str) -> tuple[float, int]:
     posterior = svi.run(control)
     assert posterior.samples["trajectory"].shape == (1, 100, 1, 500, 6)
     score = returns(torch.from_numpy(posterior.samples["trajectory"]))
-    np.testing.assert_allclose(score.numpy(), posterior.samples["score"])
+    np.testing.assert_allclose(score.numpy(), posterior.rewards["reward"])
     np.testing.assert_allclose(posterior.log_likelihood["reward"], score.numpy() / 0.1, rtol=1e-5)
     return float(score.mean()), played
 

@@ -155,7 +155,7 @@ def test_the_factors_of_all_steps_sum_to_the_return():
     score = returns(particles.values["trajectory"])
     assert score.shape == (7, 2)
     torch.testing.assert_close(particles.log_likelihood["reward"], score / 0.5)
-    torch.testing.assert_close(particles.values["score"], score)
+    torch.testing.assert_close(particles.rewards["reward"], score)
     torch.testing.assert_close(particles.log_prior, distribution.log_prob(particles.values["trajectory"]).detach())
     with seeded(0), pyro.plate("outer", 4, dim=-3):
         trace = poutine.trace(control).get_trace(torch.tensor([0, 1]))

@@ -155,7 +155,7 @@ def test_smc_steers_by_an_uncertain_reward(form: str, seed: int) -> None:
 
 def agree(posterior: Any, exact: Any) -> None:
     """Assert log Z and the mean reward."""
-    assert_estimate(*diagnostics.expectation(posterior, posterior.rewards), expectation(exact, exact.rewards))
+    assert_estimate(*diagnostics.expectation(posterior, posterior.measured), expectation(exact, exact.measured))
     if np.isfinite(posterior.log_evidence).all():
         assert_evidence(posterior, exact.log_evidence)
 

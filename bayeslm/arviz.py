@@ -14,11 +14,15 @@ from bayeslm.weights import Array
 Variables = dict[str, tuple[tuple[str, ...], Array]]  # name -> (dims, values)
 
 ALIGNMENT = (
-    "posterior, sample_stats, log_likelihood and texts hold the same equally weighted draws, resampled by "
+    "posterior, sample_stats, log_prior, log_likelihood and texts hold the same equally weighted draws, resampled by "
     "weight from the group proposal (jointly over chains and draws, in order; each prompt on its own unless "
     "prompts share a latent). log_weight and lp in sample_stats are those of the draw picked: no weight is "
-    "left to apply."
+    "left to apply. Independent draws of one run are divided into four chains."
 )
+CHAINS = 4  # into which independent draws are divided: R-hat compares chains
+MIN_DRAWS = 4  # of a chain, for R-hat and ESS
+ALIGNED = ("posterior", "texts", "sample_stats", "log_prior", "log_likelihood", "posterior_predictive")
+INDEPENDENT = ("exact", "weighted", "uncorrected")
 
 
 class PosteriorFields(Protocol):
@@ -35,6 +39,9 @@ class PosteriorFields(Protocol):
     lengths: dict[str, Array]
     pointwise: dict[str, Array]
     predictive: dict[str, Array]
+    sample_stats: dict[str, Array]
+    kind: str
+    conditional: bool
     prior: dict[str, Array]
     prior_rewards: dict[str, Array]
     observed: dict[str, Array]
@@ -45,19 +52,26 @@ def make_groups(draws: PosteriorFields, posterior: PosteriorFields) -> dict[str,
 
     :param draws: the draws of ``posterior`` after resampling by weight, each with the log weight that it had before.
     """
+    observed = {name: (_observed_dims(posterior, name, x), x) for name, x in posterior.observed.items()}
+    replicated = _observations(draws, draws.predictive)
     groups: dict[str, Variables] = {
         "posterior": _numbers(draws),
-        "sample_stats": _stats(draws),
-        "log_likelihood": _per_prompt(draws, draws.log_likelihood) | _observations(draws, draws.pointwise),
-        "posterior_predictive": _observations(draws, draws.predictive),
-        "texts": {name: (_sample_dims(draws, name)[:-1], _printable(x)) for name, x in draws.texts.items()},
+        "texts": _texts(draws),
+        "sample_stats": _stats(draws) | _per_prompt(draws, draws.sample_stats),
+        "log_prior": _per_prompt(draws, {"latents": _log_prior(draws)}),
+        "log_likelihood": _log_likelihood(draws),
+        "posterior_predictive": _without_tokens(replicated),
         "prior": _prior(posterior),
-        "observed_data": {name: (_observed_dims(posterior, name, x), x) for name, x in posterior.observed.items()},
+        "observed_data": _without_tokens(observed),
     }
     if not np.all(posterior.log_weights == posterior.log_weights[0, 0]):  # (−inf − −inf would be NaN)
-        groups["proposal"] = _numbers(posterior) | _stats(posterior)
+        groups["proposal"] = _numbers(posterior) | _token_ids(posterior) | _stats(posterior)
+    chains = dict.fromkeys(ALIGNED, _chains(draws)) | {"proposal": _chains(posterior)}
     return {
-        group: {name.replace("/", "."): variable for name, variable in variables.items()}
+        group: {
+            name.replace("/", "."): (dims, _divided(x, chains[group]) if group in chains else x)
+            for name, (dims, x) in variables.items()
+        }
         for group, variables in groups.items()
         if variables
     }
@@ -86,14 +100,46 @@ def _sample_dims(posterior: PosteriorFields, name: str) -> tuple[str, ...]:
 
 
 def _numbers(posterior: PosteriorFields) -> Variables:
+    """Rewards, lengths of texts, and latents other than texts."""
     lengths = {f"{name}_length": (_sample_dims(posterior, name)[:-1], n) for name, n in posterior.lengths.items()}
-    samples = {name: (_sample_dims(posterior, name), x) for name, x in posterior.samples.items()}
-    return samples | _per_prompt(posterior, posterior.rewards) | lengths
+    others = {name: x for name, x in posterior.samples.items() if name not in posterior.lengths}
+    samples = {name: (_sample_dims(posterior, name), x) for name, x in others.items()}
+    return _per_prompt(posterior, posterior.rewards) | lengths | samples
+
+
+def _token_ids(posterior: PosteriorFields) -> Variables:
+    return {f"{name}_ids": (_sample_dims(posterior, name), posterior.samples[name]) for name in posterior.lengths}
+
+
+def _texts(posterior: PosteriorFields) -> Variables:
+    strings = {name: (_sample_dims(posterior, name)[:-1], _printable(x)) for name, x in posterior.texts.items()}
+    return strings | _token_ids(posterior)
+
+
+def _without_tokens(variables: Variables) -> Variables:
+    """Leave out token ids: an observed text is no number that a replicated one could be compared with."""
+    return {name: (dims, x) for name, (dims, x) in variables.items() if dims[-1:] != ("token",)}
+
+
+def _log_prior(draws: PosteriorFields) -> Array:
+    """log p of the latents (chain, draw, prompt); −inf where the likelihood is 0, as nothing is known there."""
+    likelihood = np.zeros(draws.log_joint.shape)
+    for term in draws.log_likelihood.values():
+        likelihood = likelihood + (term if term.shape == likelihood.shape else term.sum(axis=2, keepdims=True))
+    alive = np.isfinite(likelihood)
+    return np.where(alive, draws.log_joint - np.where(alive, likelihood, 0.0), -np.inf)
+
+
+def _log_likelihood(draws: PosteriorFields) -> Variables:
+    """Of observed data alone, each observation where they are kept: a factor is no data that could be left out."""
+    of_data = {name: x for name, x in draws.log_likelihood.items() if name in draws.observed}
+    return _per_prompt(draws, of_data) | _observations(draws, draws.pointwise)
 
 
 def _prior(posterior: PosteriorFields) -> Variables:
-    """Draws of the prior of what the group posterior holds, so without the log-likelihoods."""
-    values = {name: x for name, x in posterior.prior.items() if name not in posterior.log_likelihood}
+    """Draws of the prior of what the group posterior holds."""
+    left_out = posterior.log_likelihood.keys() | posterior.lengths.keys()
+    values = {name: x for name, x in posterior.prior.items() if name not in left_out}
     of_sites = {name: (_prior_dims(posterior, name, x), x) for name, x in values.items()}
     return of_sites | _per_prompt(posterior, posterior.prior_rewards)
 
@@ -106,9 +152,28 @@ def _per_prompt(posterior: PosteriorFields, values: Mapping[str, Array]) -> Vari
     """Values (chain, draw, prompt); without the last dimension where all prompts share one value."""
     rows = len(posterior.prompts)
     return {
-        name: (("chain", "draw", "prompt"), x) if x.shape[2] == rows else (("chain", "draw"), x[..., 0])
+        name: (("chain", "draw", "prompt"), x)
+        if x.shape[2:] == (rows,)
+        else (("chain", "draw"), x.reshape(x.shape[:2]))
         for name, x in values.items()
     }
+
+
+def _chains(posterior: PosteriorFields) -> int:
+    """Return the number of chains that draws have in the container.
+
+    Independent draws of one run are divided into four, or fewer if each would have less than four draws, or not equally
+    many.
+    """
+    chains, size = posterior.log_weights.shape[:2]
+    if chains > 1 or posterior.conditional or posterior.kind not in INDEPENDENT:
+        return chains
+    return next(k for k in range(CHAINS, 0, -1) if k == 1 or (size % k == 0 and size >= k * MIN_DRAWS))
+
+
+def _divided(values: Array, chains: int) -> Array:
+    """Return draws (1, draw, ...) as (chain, draw, ...), in their order."""
+    return values.reshape(chains, -1, *values.shape[2:])
 
 
 def _observations(posterior: PosteriorFields, values: Mapping[str, Array]) -> Variables:

@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import stdtrit
 
 from bayeslm.posterior import DiagnosticsWarning, Posterior
 from bayeslm.weights import Array, Estimate, as_log_weights, chain_log_evidence
@@ -130,6 +129,8 @@ def _limit(probability: float, *samples: Array) -> Array:
 
     :param samples: of each expectation, (chain, prompt).
     """
+    from scipy.special import stdtrit  # here: its import takes longer than the face's
+
     means, errors = zip(*map(_mean, samples), strict=True)
     mean, squares = sum(means), [error**2 for error in errors]
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -291,7 +291,8 @@ def summary(
         columns["seconds"] = np.asarray(stats["seconds"])
         if "tokens" in stats:
             columns["tokens_per_second"] = np.asarray(stats["tokens"]) / np.maximum(columns["seconds"], 1e-9)
-    index = pd.Index(posterior.prompt_labels, name="prompt")
+    labels = [label.encode(errors="backslashreplace").decode() for label in posterior.prompt_labels]
+    index = pd.Index(labels, name="prompt")  # which cannot hold lone surrogates
     return pd.DataFrame({name: np.broadcast_to(values, rows) for name, values in columns.items()}, index=index)
 
 

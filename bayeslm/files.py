@@ -51,6 +51,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     require_empty(folder)
     with _unfinished(folder) as unfinished:
         yield unfinished
+        _set_modes(unfinished)
         write_checksums(unfinished)
         _flush(unfinished, *unfinished.rglob("*"))
         if folder.exists():
@@ -81,6 +82,7 @@ def replacing_folder(path: str | os.PathLike[str], replaced: Callable[[str], boo
         old.parent.mkdir()
         new.mkdir(parents=True)
         yield new
+        _set_modes(new)
         write_checksums(new)
         for kept in final.iterdir():
             if not replaced(kept.name) and not (new / kept.name).exists():
@@ -123,6 +125,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     with _unfinished(final) as folder:
         unfinished = folder / final.name
         yield unfinished
+        _set_modes(folder)
         if final.exists():
             shutil.copymode(final, unfinished)
         _flush(unfinished)
@@ -166,6 +169,17 @@ def _unfinished(final: Path, kind: str = "unfinished") -> Iterator[Path]:
             finally:
                 if lock is not None:
                     os.close(lock)
+
+
+def _set_modes(folder: Path) -> None:
+    """Give the files in a folder that was made by `mkdir` the mode that the umask gives to new files.
+
+    Writers of safetensors make theirs readable by their owner alone.
+    """
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def _remove(hidden: Path) -> None:

@@ -89,12 +89,13 @@ def plot_rewards(
     return figure
 
 
-def plot_training(posterior: Posterior) -> Figure:
+def plot_training(posterior: Posterior, figure: Figure | None = None) -> Figure:
     """Plot ELBO, log-likelihood r / β and KL to the prior against the step of an `SVI` run, as means over prompts.
 
     Shown are each chain's curve (faint), the running mean over chains, held-out figures (`HeldOut`) as points, and the
     posterior's log Z ± 2 standard errors, which exceeds the ELBO by KL(q ‖ posterior).
 
+    :param figure: an empty figure to draw into. Default: a new one of pyplot.
     :raises ImportError: without matplotlib.
     :raises ValueError: if `Posterior.stats` has no "elbo" of shape (chain, step, prompt).
     """
@@ -104,9 +105,10 @@ def plot_training(posterior: Posterior) -> Figure:
     panels = {"elbo": "ELBO", "log_likelihood": "log-likelihood r / β", "kl": "KL to the prior"}
     panels = {key: title for key, title in panels.items() if key in stats}
     held_out = [key.removesuffix("_elbo") for key in stats if key.endswith("_elbo")]
-    figure, axes = _pyplot().subplots(
-        1, len(panels), figsize=(4.2 * len(panels), 3.8), squeeze=False, layout="constrained"
-    )
+    figure = _pyplot().figure() if figure is None else figure
+    figure.set_size_inches(4.2 * len(panels), 3.8)
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (key, title) in zip(axes.flat, panels.items(), strict=True):
         curves = np.asarray(stats[key], dtype=float).mean(-1)  # (chain, step)
         steps = np.arange(1, curves.shape[1] + 1)

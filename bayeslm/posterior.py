@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,19 @@ class Posterior:
     """(chain, draw, *batch) of str, for each completion site."""
     lengths: dict[str, Array] = field(default_factory=dict)
     """(chain, draw, *batch): the number of tokens of each completion before padding."""
+    token_log_ratio: dict[str, Array] = field(default_factory=dict)
+    """(chain, draw, *batch, token): log q − log p of each token of a completion that a policy or guide drew."""
+    token_ends: dict[str, Array] = field(default_factory=dict)
+    """(chain, draw, *batch, token): where these tokens end in the text, as a number of characters."""
     pointwise: dict[str, Array] = field(default_factory=dict)
     """(chain, draw, *dims): the log-likelihood of every observation of a site in plates other than the prompts';
     `log_likelihood` holds their sum."""
     predictive: dict[str, Array] = field(default_factory=dict)
     """(chain, draw, *dims): replicated values of observed sites, one data set for each draw; see
     `bayeslm.inference.predict`."""
+    sample_stats: dict[str, Array] = field(default_factory=dict)
+    """(chain, draw) or (chain, draw, prompt): what the sampler saw at each draw, by ArviZ's names: "diverging",
+    "tree_depth" and "energy" of `NUTS`."""
     prior: dict[str, Array] = field(default_factory=dict)
     """(chain, draw, *batch, *event): draws of the prior: latents, deterministic sites, factors, "<site>_length"."""
     prior_rewards: dict[str, Array] = field(default_factory=dict)
@@ -225,15 +233,20 @@ class Posterior:
     def to_arviz(self, num_draws: int | None = None, seed: int = 0) -> Any:
         """Return ArviZ's container of the installed version: `InferenceData` (0.x) or `xarray.DataTree` (1.x).
 
-        Groups, with dims (chain, draw, ...) and the prompts' labels as the coordinate "prompt":
+        ArviZ's functions are right on it without arguments. Groups, with dims (chain, draw, ...) and prompts' labels as
+        coordinates:
 
-          posterior       latents, deterministic sites, completions as token ids, "<site>_length"; equally weighted
-          sample_stats    log_weight and lp (the log joint) of the same draws
-          log_likelihood  each factor and observed site, for the same draws; one value for each observation
+          posterior       rewards, "<site>_length", and the latents other than texts; equally weighted, resampled
+          texts           the completions of the same draws as strings, and "<site>_ids", their token ids
+          sample_stats    log_weight, lp (the log joint) and `sample_stats` of the same draws
+          log_prior       log p of the latents of the same draws, for the sensitivity to the prior
+          log_likelihood  of observed data alone, of each observation (inside the plate of prompts, of each prompt's): a
+                          reward is no data that `loo` could leave out
           posterior_predictive   replicated observed sites, if `bayeslm.inference.predict` has been run
-          texts           the completions of the same draws as strings (`posterior` has numbers only)
           proposal        the raw draws with log_weight and lp, if weights differ
           prior, observed_data   if the posterior has them
+
+        Independent draws of one run are divided into four chains, so that R̂ compares them.
 
         A slash in a site's name becomes a dot.
 
@@ -270,6 +283,18 @@ class Posterior:
         fields = {name: value for name, value in vars(self).items() if name not in ("policy", "policy_path")}
         attrs = make_attrs(self.engine, self.kind)
         return save(fields, self.policy, groups, self.prompt_labels, attrs, Path(directory))
+
+    def report(self, path: str | Path, *, title: str | None = None) -> Path:
+        """Write a report, one HTML file that needs no network; see `bayeslm.report.write_report`.
+
+        :param path: of the file, which is replaced if there is one.
+        :param title: of the report. Default: what was inferred, as far as it is known.
+        :returns: the absolute path.
+        :raises ImportError: without matplotlib.
+        :raises OSError: if the disk refuses; the file is then as it was before.
+        """
+        module = import_module("bayeslm.report")  # by its name, as all that judges posteriors stands above this file
+        return Path(module.write_report({self.engine: self}, path, title=title))
 
     @staticmethod
     def load(directory: str | Path) -> Posterior:
@@ -314,10 +339,13 @@ class Posterior:
             samples={name: take(x, dims.get(name, ())) for name, x in self.samples.items()},
             texts={name: take(x, dims[name][:-1]) for name, x in self.texts.items()},
             lengths={name: take(x, dims[name][:-1]) for name, x in self.lengths.items()},
+            token_log_ratio={name: take(x, dims[name]) for name, x in self.token_log_ratio.items()},
+            token_ends={name: take(x, dims[name]) for name, x in self.token_ends.items()},
             log_weights=take(self.log_weights, ("prompt",)),
             log_joint=take(self.log_joint, ("prompt",)),
             log_likelihood={name: take(x, ("prompt",)) for name, x in self.log_likelihood.items()},
             rewards={name: take(x, ("prompt",)) for name, x in self.rewards.items()},
+            sample_stats={name: take(x, ("prompt",)[: x.ndim - 2]) for name, x in self.sample_stats.items()},
             pointwise={name: take(x, ()) for name, x in self.pointwise.items()},
             predictive={name: take(x, dims[name]) for name, x in self.predictive.items()},
         )
@@ -326,11 +354,14 @@ class Posterior:
 def _take(values: Array, dims: tuple[str, ...], index: Array) -> Array:
     """values[index] along the flattened (chain, draw), for each prompt by its own column of the index.
 
+    :param dims: of the values after (chain, draw). Values without any get those of `index`.
     :param index: (chain, draw, prompt), or (chain, draw, 1) for all prompts.
     """
     flat = values.reshape(-1, *values.shape[2:])
     if index.shape[2] == 1:
         return flat[index[..., 0]]
+    if not dims:
+        return flat[index]
     axis = dims.index("prompt")
     by_prompt = np.moveaxis(flat, 1 + axis, 1)  # (chain * draw, prompt, ...)
     return np.moveaxis(by_prompt[index, np.arange(index.shape[2])], 2, 2 + axis)
@@ -394,6 +425,9 @@ def _validate(posterior: Posterior) -> None:
                 f'samples[{name!r}] has no axis "prompt", so prompts share it: log_weights must then have '
                 f"one column for all prompts, not {columns}"
             )
+    for name, array in posterior.sample_stats.items():
+        if array.shape not in (leading, (*leading, 1), (*leading, rows)):
+            raise ValueError(f"sample_stats[{name!r}] must be {leading}, or with one value a prompt, not {array.shape}")
     for group in ("pointwise", "predictive"):
         for name, array in getattr(posterior, group).items():
             dims = posterior.dims.get(name, ())
@@ -404,6 +438,11 @@ def _validate(posterior: Posterior) -> None:
             if name not in posterior.samples or not posterior.dims.get(name):
                 raise ValueError(f"{group}[{name!r}] has no token ids in samples[{name!r}]")
             expect(f"{group}[{name!r}]", array, posterior.samples[name].shape[:-1])
+    for group in ("token_log_ratio", "token_ends"):
+        for name, array in getattr(posterior, group).items():
+            if name not in posterior.texts:
+                raise ValueError(f"{group}[{name!r}] has no texts[{name!r}]")
+            expect(f"{group}[{name!r}]", array, posterior.samples[name].shape)
     if twice := posterior.rewards.keys() & posterior.samples.keys():
         raise ValueError(f"{min(twice)!r} names a reward and a sample: give one of them another name")
     for name, array in posterior.prior_rewards.items():

@@ -1,50 +1,199 @@
-"""The progress bar of all long computations."""
+"""The progress of all long computations.
+
+A terminal and a notebook show one line that changes, with a bar; where there is neither, a line is written now and
+then, so that a log shows that the run is alive. All of them read: what, steps, time, time left, figures.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import html
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 # Imported at the top, as the import draws from Python's random state, which a run that shows progress has just seeded.
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from bayeslm.visible import visible
 
+INTERVAL = 30.0  # seconds from one line to the next where there is no terminal
+LONG = 20.0  # seconds: a run that takes longer says what it does, and how long it will take,
+MEASURED = 1.0  # when so many seconds of it have been measured
+REFRESH = 0.25  # seconds from one display to the next in terminals and notebooks
+
 
 class Report(Protocol):
-    """A function to call after each step, with figures to show next to the bar, and a new label for it."""
+    """A function to call after each step, with figures to show, the most important first, and a new label."""
 
     def __call__(
         self, advance: int = 1, values: Mapping[str, float] | None = None, what: str | None = None
     ) -> None: ...
 
 
-@contextlib.contextmanager
-def track(what: str, total: int | None, enabled: bool = True) -> Iterator[Report]:
-    """Show a progress bar on standard error, or in the notebook, until the end of the block.
+class _Progress:
+    """How far a computation is, and the line that says so."""
 
-    :param what: the bar's label.
+    def __init__(self, what: str, total: int | None, done: int, plan: str) -> None:
+        self.what, self.total, self.plan = visible(what), total, plan
+        self.done = self._first = done
+        self._values = ""
+        self._start = self._last = time.monotonic()
+        self.has_plan = False  # said already
+
+    def advance(self, by: int, values: Mapping[str, float] | None, what: str | None) -> None:
+        self.done += by
+        self._last = time.monotonic()
+        self._values = visible("  ".join(f"{name} {value:.3g}" for name, value in (values or {}).items()))
+        self.what = self.what if what is None else visible(what)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until the end, at the mean speed until the last step; None where that is unknown."""
+        done = self.done - self._first
+        if self.total is None or done <= 0:
+            return None
+        each = (self._last - self._start) / done
+        return max(0.0, (self.total - self.done) * each - (time.monotonic() - self._last))
+
+    def line(self, *, with_label: bool = True) -> str:
+        count = f"{self.done}" if self.total is None else f"{self.done}/{self.total}"
+        left = "" if self.left is None else f"ETA {_clock(self.left)}"
+        parts = [count, _clock(self.seconds), left, self._values]
+        return f"{self.what}: " * with_label + " · ".join(part for part in parts if part)
+
+    def opening(self) -> str | None:
+        """Return, once, what a long computation does, and how long it will take; None for a short one, or too early."""
+        if self.has_plan or self.left is None or self.seconds < MEASURED:
+            return None
+        self.has_plan = True
+        if (about := self.seconds + self.left) < LONG:
+            return None
+        return f"{self.what}: {self.plan or self.line(with_label=False)}; about {_words(about)} in all"
+
+
+@contextlib.contextmanager
+def track(what: str, total: int | None, enabled: bool = True, *, done: int = 0, plan: str = "") -> Iterator[Report]:
+    """Show the progress of the block: on standard error, or in the notebook.
+
+    :param what: the label.
     :param total: the number of steps, or None if unknown.
-    :param enabled: False shows nothing, as if standard error were not a terminal.
+    :param enabled: False shows nothing.
+    :param done: steps that were done before, of a computation that is resumed.
+    :param plan: what is done, in a few words: a long computation says so when it knows how long it will take.
     """
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[values]}", markup=False),
-    )
-    shown = enabled and (console.is_terminal or console.is_jupyter)
-    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
-        task = bar.add_task(visible(what), total=total, values="")
+    if not enabled:
+        yield lambda advance=1, values=None, what=None: None
+        return
+    progress, console = _Progress(what, total, done, plan), Console(stderr=True)
+    if console.is_jupyter:
+        display = _in_notebook(progress)
+    elif console.is_interactive and sys.stderr.isatty():
+        display = _in_terminal(progress, console)
+    else:
+        display = _in_log(progress)
+    with display as update:
 
         def report(advance: int = 1, values: Mapping[str, float] | None = None, what: str | None = None) -> None:
-            text = "  ".join(f"{name} {value:.3g}" for name, value in (values or {}).items())
-            description = None if what is None else visible(what)
-            bar.update(task, advance=advance, values=visible(text), description=description)
+            progress.advance(advance, values, what)
+            update(progress.opening())
 
         yield report
+
+
+def announce(text: str, enabled: bool = True) -> None:
+    """Write a line to standard error, if ``enabled``."""
+    if enabled:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None, as in some windows
+            print(visible(text), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _in_terminal(progress: _Progress, console: Console) -> Iterator[Callable[[str | None], None]]:
+    width = 10 if console.width < 100 else 30
+
+    def line() -> Table:
+        pulse = progress.total is None
+        bar = ProgressBar(progress.total, progress.done, width=width, pulse=pulse)
+        grid = Table.grid(padding=(0, 1, 0, 0))
+        grid.add_row(bar, Text(progress.line(), no_wrap=True, overflow="ellipsis"))
+        return grid
+
+    with Live(console=console, get_renderable=line, transient=True, refresh_per_second=1 / REFRESH):
+        yield lambda opening: None if opening is None else console.print(opening, markup=False, highlight=False)
+
+
+@contextlib.contextmanager
+def _in_notebook(progress: _Progress) -> Iterator[Callable[[str | None], None]]:
+    """Without ipywidgets, which is rarely installed, and whose output is lost when a notebook is saved."""
+    from IPython.display import display
+
+    shown, opened, due = None, "", 0.0
+
+    def show() -> None:
+        nonlocal shown
+        size = "" if progress.total is None else f' value="{progress.done}" max="{progress.total}"'
+        text = f"{opened}\n{progress.line()}".strip()
+        both = {"text/plain": text, "text/html": f"<progress{size}></progress> {html.escape(text)}"}
+        if shown is None:
+            shown = display(both, raw=True, display_id=True)
+        else:
+            shown.update(both, raw=True)
+
+    def update(opening: str | None) -> None:
+        nonlocal opened, due
+        opened = opening or opened
+        if (now := time.monotonic()) >= due:
+            due = now + REFRESH
+            show()
+
+    show()
+    try:
+        yield update
+    finally:
+        shown.update({"text/plain": ""}, raw=True)
+
+
+@contextlib.contextmanager
+def _in_log(progress: _Progress) -> Iterator[Callable[[str | None], None]]:
+    """A thread writes the lines, so that they come also while one step takes long."""
+    ended = threading.Event()
+
+    def write() -> None:
+        while not ended.wait(INTERVAL):
+            if not progress.has_plan and progress.plan:
+                progress.has_plan = True
+                announce(f"{progress.what}: {progress.plan}")
+            announce(progress.line())
+
+    writer = threading.Thread(target=write, name="bayeslm progress", daemon=True)
+    writer.start()
+    try:
+        yield lambda opening: None if opening is None else announce(opening)
+    finally:
+        ended.set()
+        writer.join(timeout=1.0)
+
+
+def _clock(seconds: float) -> str:
+    """Return a time as 1:02 or 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _words(seconds: float) -> str:
+    """Return a time roughly, as 40 s, 12 min or 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

@@ -38,7 +38,18 @@ def read_prompt_file(path: str | os.PathLike[str]) -> tuple[list[Any], dict[str,
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: give a file of prompts")
-    rows = _rows(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: give a file of prompts")
+    return prompt_table(str(path), _rows(path))
+
+
+def prompt_table(path: str, rows: Rows) -> tuple[list[Any], dict[str, list[Any]]]:
+    """Return the prompts in rows, and their other columns.
+
+    :param path: where the rows are from, for errors.
+    :param rows: the place of each, and its value: an object with "prompt", or a prompt alone.
+    :raises ValueError: if there are none, or one is malformed; with its place.
+    """
     if not rows:
         raise ValueError(f"{path} holds no prompts")
     table: list[Mapping[str, Any]] = []

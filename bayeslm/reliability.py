@@ -24,7 +24,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import chdtri
 
 from bayeslm.diagnostics import ess_bulk, rhat
 from bayeslm.posterior import DiagnosticsWarning, Posterior
@@ -156,6 +155,8 @@ def _disagreement(log_z: Array, apart: dict[str, float]) -> list[str]:
     """
     if len(log_z) < 2:
         return []
+    from scipy.special import chdtri  # here: its import takes longer than the face's
+
     relative = np.exp(log_z - log_z.max())
     effective = relative.sum() ** 2 / (relative**2).sum()
     name, ratio = max(apart.items(), key=lambda pair: pair[1])

@@ -115,7 +115,7 @@ class _Packing:
         self.own: Variables = {}
         self.texts: dict[str, list[str]] = {}
         self._in_groups = {
-            id(values): f"{group}/{variable}"
+            _memory(values): f"{group}/{variable}"
             for group, variables in groups.items()
             for variable, (_, values) in variables.items()
         }
@@ -135,8 +135,8 @@ class _Packing:
         while variable in self.own or variable in self.texts:
             variable += "_"
         if array.dtype.kind in "biuf" and array.size:
-            if id(array) in self._in_groups:
-                return ARRAYS, self._in_groups[id(array)]
+            if (place := self._in_groups.get(_memory(array))) is not None:
+                return ARRAYS, place
             shape = array.shape  # arrays share dims of the same size; two of one array have different names
             dims = tuple(f"size_{n}" + "_again" * shape[:axis].count(n) for axis, n in enumerate(shape))
             self.own[variable] = (dims, array.astype(np.int8) if array.dtype == bool else array)
@@ -145,6 +145,13 @@ class _Packing:
         if not all(isinstance(text, str) for text in self.texts[variable]):
             raise TypeError(f"{name} holds Python objects ({array.dtype}): only numbers and strings can be saved")
         return TEXTS, variable
+
+
+def _memory(array: Array) -> tuple[Any, ...]:
+    """Return what tells the numbers of an array from those of others: where they are, in whatever shape."""
+    if not array.flags.c_contiguous:
+        return ("view", id(array))
+    return array.__array_interface__["data"][0], array.nbytes, array.dtype.str
 
 
 def _fill(value: Any, file: str, read: Callable[[dict[str, Any]], Array]) -> Any:

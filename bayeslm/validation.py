@@ -125,6 +125,11 @@ def check_program(model: Any) -> None:
         raise TypeError(f"model must be a Pyro program, a function, got {show(model)}: write run(model, prompts)")
 
 
+def meaning(annotation: Any) -> str:
+    """Return what a value with a resolved annotation must be, in the words of errors."""
+    return _compile(annotation).words
+
+
 def show(value: Any) -> str:
     """Return a value on one short line, for errors; with its type, unless that is plain from its look."""
     try:

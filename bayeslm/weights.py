@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import logsumexp
 
 Array = NDArray[Any]
 Estimate = tuple[Array, Array]  # (estimate, standard error)
@@ -22,6 +21,13 @@ TIE = 1e-4  # log weights closer than this count as equal: the precision of sums
 NEARLY_EQUAL = 0.01  # nats: a tail whose log weights have a smaller scale than this has weights that are nearly equal
 JACKKNIFE_ESS = 100.0  # below it, errors of independent draws are by the jackknife
 LUMPY = 0.1  # the median of the normalised gaps of a tail over their mean: ln 2 for an exponential one, 0 for levels
+
+
+def _logsumexp(x: Array, axis: int | tuple[int, ...]) -> Array:
+    from scipy.special import logsumexp  # here: its import takes longer than the face's
+
+    total: Array = logsumexp(x, axis=axis)
+    return total
 
 
 def log_evidence(log_weights: ArrayLike, roots: ArrayLike | None = None) -> Estimate:
@@ -36,14 +42,14 @@ def log_evidence(log_weights: ArrayLike, roots: ArrayLike | None = None) -> Esti
     :param roots: of particles, see `Posterior.roots`.
     """
     lw = as_log_weights(log_weights)
-    estimate = logsumexp(lw, axis=POOL) - np.log(num_draws(lw))
+    estimate = _logsumexp(lw, axis=POOL) - np.log(num_draws(lw))
     return estimate, standard_error(estimate, evidence_influence(lw, roots), roots=roots)
 
 
 def chain_log_evidence(log_weights: ArrayLike) -> Array:
     """Return log Ẑ of each chain, the log mean weight of its draws, (chain, prompt)."""
     lw = as_log_weights(log_weights)
-    return logsumexp(lw, axis=1) - np.log(lw.shape[1])
+    return _logsumexp(lw, axis=1) - np.log(lw.shape[1])
 
 
 def ess(log_weights: ArrayLike) -> Array:
@@ -126,7 +132,7 @@ def normalise(log_weights: ArrayLike) -> Array:
     :raises ValueError: if every weight of a prompt is zero.
     """
     lw = as_log_weights(log_weights)
-    total = logsumexp(lw, axis=POOL)
+    total = _logsumexp(lw, axis=POOL)
     if (dead := np.flatnonzero(np.isneginf(total))).size:
         raise ValueError(
             f"every draw of prompt {', '.join(map(str, dead))} has weight zero (log weight -inf), so none meets the "

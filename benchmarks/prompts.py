@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 
 from bayeslm import Posterior, diagnostics
-from bayeslm.cli import report
+from bayeslm.cli import tables
 from bayeslm.inference import ImportanceSampling, RejectionSampling
 from bayeslm.models import LanguageModel, TiltedLM, rewards
 
@@ -60,7 +60,7 @@ def main() -> None:
         jobs: dict[str, Callable[[], Any]] = {
             "importance sampling": lambda prompts=prompts: engines["importance"].run(model, prompts),
             "summary": lambda posterior=posterior: diagnostics.summary(posterior),
-            "report": lambda posteriors=posteriors: report.show(posteriors, Console(file=io.StringIO())),
+            "report": lambda posteriors=posteriors: tables.show(posteriors, Console(file=io.StringIO())),
             "to_arviz": lambda posterior=posterior: posterior.to_arviz(),
             "save and load": lambda posterior=posterior: save_and_load(posterior),
         }

@@ -39,6 +39,7 @@ from bayeslm.inference.program import (
     draw,
     inspect,
     keeping,
+    of_prompts,
     posterior,
     running,
     to_numpy,
@@ -130,7 +131,9 @@ class AnnealedSMC:
             def so_far() -> SoFar:
                 return SoFar(particles=state)
 
-            with track("annealing", None if self.ladder is None else len(self.ladder), self.progress) as report:
+            plan = f"{self.num_chains} chains of {self.num_particles} particles {of_prompts(program)}, annealed"
+            total = None if self.ladder is None else len(self.ladder)
+            with track("annealing", total, self.progress, plan=plan) as report:
                 while (gamma < 1.0).any():
                     last, gamma = gamma, one if interrupted else self._next(population, state, gamma, len(ladder))
                     ladder.append(gamma)

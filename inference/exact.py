@@ -24,12 +24,14 @@ from bayeslm.inference.program import (
     ProgramError,
     Site,
     inspect,
+    of_prompts,
     posterior,
     running,
     score_values,
 )
 from bayeslm.models.lm import Autoregressive
 from bayeslm.posterior import Posterior
+from bayeslm.progress import track
 from bayeslm.validation import Count, Seed, validated
 
 
@@ -41,12 +43,14 @@ class Exact:
     :param max_atoms: the largest number of joint assignments for each prompt.
     :param num_prior_samples: the number of draws of the prior in the posterior's ``prior``, for comparison.
     :param seed: seed of these draws; None draws from the global random state.
+    :param progress: whether to show the progress.
     :raises ValueError: if a setting is out of range.
     """
 
     max_atoms: Count = 1_000_000
     num_prior_samples: Count = 1000
     seed: Seed | None = None
+    progress: bool = True
 
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Enumerate ``model(*args, **kwargs)``: one chain whose draws are the atoms, and the exact log Z.
@@ -93,7 +97,8 @@ class Exact:
             atoms = atoms.repeat_interleave(inner, 0)
             values[site.name] = atoms.repeat(outer, *(1,) * (atoms.dim() - 1))
             outer *= sizes[site.name]
-        return score_values(program, values)
+        with track("Exact", total, self.progress, plan=f"{total} atoms {of_prompts(program)}") as report:
+            return score_values(program, values, report=report)
 
     def _prior(self, program: Program, atoms: Particles) -> Particles:
         """Draw from the prior by the exact probabilities of the atoms."""

@@ -33,6 +33,7 @@ from bayeslm.inference.program import (
     to_numpy,
 )
 from bayeslm.posterior import Posterior
+from bayeslm.progress import Report, track
 from bayeslm.validation import Count, Positive, Seed, validated
 
 HALVINGS = 30  # of one Newton step
@@ -58,6 +59,7 @@ class Laplace:
     :param vectorize: whether one run of the program holds all particles of a batch. False runs them one by one, for
         programs whose Python code depends on the value of a latent.
     :param seed: seed of all random numbers; None draws from the global random state.
+    :param progress: whether to show the progress.
     :raises ValueError: if a setting is out of range.
     """
 
@@ -68,6 +70,7 @@ class Laplace:
     batch_size: Count | None = None
     vectorize: bool = True
     seed: Seed | None = None
+    progress: bool = True
 
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Approximate the posterior of ``model(*args, **kwargs)``; log Z is estimated from the weights.
@@ -112,7 +115,14 @@ class Laplace:
     def _mode(self, potential: Potential, start: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Return a minimum of U (d,), the Hessian there (d, d), and ``steps`` and ``decrement`` of Newton's method."""
         z = torch.cat([x.reshape(-1) for x in start.values()])
+        with track("Laplace", None, self.progress) as report:
+            return self._newton(potential, z, start, report)
+
+    def _newton(
+        self, potential: Potential, z: Tensor, start: dict[str, Tensor], report: Report
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         for steps in range(self.max_steps):
+            report()
             value, slope, hessian = _derivatives(potential, z, start)
             curvature, axes = torch.linalg.eigh(hessian)
             precision = torch.finfo(z.dtype)

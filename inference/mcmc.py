@@ -46,6 +46,7 @@ from bayeslm.inference.program import (
     draw,
     inspect,
     keeping,
+    of_prompts,
     posterior,
     prompt_labels,
     running,
@@ -140,7 +141,9 @@ class MCMC:
             def so_far() -> SoFar | None:
                 return SoFar(particles=chain_by_chain(states)) if states else None
 
-            with track("MCMC", steps, self.progress) as report, keeping(so_far) as run:
+            sweeps = f"{self.warmup} sweeps of warm-up and {steps - self.warmup} more"
+            plan = f"{self.num_chains} chains {of_prompts(program)}, {sweeps}"
+            with track("MCMC", steps, self.progress, plan=plan) as report, keeping(so_far) as run:
                 for step in range(steps):
                     warm = step < self.warmup
                     counts: dict[str, Any] = {} if warm else {"tally": tally, "recycling": recycling}

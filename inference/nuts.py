@@ -35,6 +35,8 @@ from bayeslm.posterior import Posterior
 from bayeslm.progress import Report, track
 from bayeslm.validation import Count, Seed, Within, validated
 
+SEEN = ("diverging", "tree_depth", "energy")  # at each draw
+
 
 @validated
 @dataclass(frozen=True)
@@ -74,7 +76,9 @@ class NUTS:
         """Sample the posterior of ``model(*args, **kwargs)``. Draws are equally weighted; log Z is not estimated (NaN).
 
         ``stats``: ``acceptance``, the mean probability of acceptance, ``divergences``, their number, and ``step_size``,
-        all (chain,); ``interrupted``, ``seconds``, ``tokens`` and ``model_calls``. After Ctrl-C the posterior has the
+        all (chain,); ``interrupted``, ``seconds``, ``tokens`` and ``model_calls``. ``sample_stats`` (chain, draw):
+        ``diverging``; ``tree_depth``, the number of doublings of the trajectory; ``energy``, the potential and kinetic
+        energy at its start. After Ctrl-C the posterior has the
         complete chains or, if there are none, the draws of the first.
 
         :raises ProgramError: if a latent is not continuous, or the log-density has no finite gradient.
@@ -87,7 +91,7 @@ class NUTS:
             score_once = ScoreOnce(program)
             with score_once:
                 prior, _ = draw(program, None, self.num_samples, **self._batches)
-            parts, stats, interrupted = self._chains(program, shapes, score_once)
+            parts, stats, at_draws, interrupted = self._chains(program, shapes, score_once)
             return posterior(
                 program,
                 Particles.concatenate(parts),
@@ -95,6 +99,7 @@ class NUTS:
                 kind="markov",
                 num_chains=len(parts),
                 stats=watch.stats() | stats | {"interrupted": interrupted},
+                sample_stats=at_draws,
                 prior=prior,
             )
 
@@ -105,15 +110,17 @@ class NUTS:
 
     def _chains(
         self, program: Program, shapes: dict[str, torch.Size], score_once: ScoreOnce
-    ) -> tuple[list[Particles], dict[str, Any], bool]:
+    ) -> tuple[list[Particles], dict[str, Any], dict[str, np.ndarray], bool]:
         """Run the chains.
 
-        :returns: the particles of each chain, their ``stats`` (chain,), and whether Ctrl-C interrupted them.
+        :returns: the particles of each chain, their ``stats`` (chain,), their ``sample_stats`` (chain, draw), and
+            whether Ctrl-C interrupted them.
         :raises RunError: if an error stops them after the first draw; it carries the complete chains, or the first's
             draws.
         """
         parts: list[Particles] = []
         figures: list[dict[str, float]] = []
+        at_draws: list[list[dict[str, float]]] = []
         draws: list[dict[str, Tensor]] = []
 
         def so_far() -> SoFar | None:
@@ -124,16 +131,24 @@ class NUTS:
             return SoFar(particles=Particles.concatenate(parts)) if parts else None
 
         steps = self.num_chains * (self.warmup + self.num_samples)
-        with track("NUTS", steps, self.progress) as report, keeping(so_far) as run:
+        plan = f"{self.num_chains} chains, {self.warmup} steps of warm-up and {self.num_samples} draws of each"
+        with track("NUTS", steps, self.progress, plan=plan) as report, keeping(so_far) as run:
             for _ in range(self.num_chains):
                 draws.clear()
                 figures.append({})
+                at_draws.append([])
                 z = starting_point(program, score_once, shapes, zero_first=False, **self._batches)
-                self._walk(Potential(program, score_once), z, draws, figures[-1], report)
+                self._walk(Potential(program, score_once), z, draws, figures[-1], at_draws[-1], report)
                 parts.append(self._score(program, score_once, _stack(draws)))
         names = ("acceptance", "divergences", "step_size")
         stats = {name: np.array([chain[name] for chain in figures[: len(parts)]]) for name in names}
-        return parts, stats, run.interrupted
+        found = [chain[: len(part)] for chain, part in zip(at_draws, parts, strict=False)]
+        return (
+            parts,
+            stats,
+            {name: np.array([[x[name] for x in chain] for chain in found]) for name in SEEN},
+            run.interrupted,
+        )
 
     def _walk(
         self,
@@ -141,20 +156,25 @@ class NUTS:
         z: dict[str, Tensor],
         draws: list[dict[str, Tensor]],
         figures: dict[str, float],
+        at_draws: list[dict[str, float]],
         report: Report,
     ) -> None:
-        """Run one chain from z; append its draws to ``draws``, and set its ``stats`` so far in ``figures``."""
+        """Run one chain from z.
 
-        def record(kernel: PyroNUTS, params: dict[str, Tensor], stage: str, step: int) -> None:
+        Append its draws to ``draws`` and what was seen there to ``at_draws``; set its ``stats`` so far in ``figures``.
+        """
+
+        def record(kernel: _Recording, params: dict[str, Tensor], stage: str, step: int) -> None:
             acceptance = float(kernel.logging()["acc. prob"])
             if stage == "Sample":
                 divergences = len(kernel.diagnostics()["divergences"])
                 # before the draw, so that Ctrl-C between the two leaves no draw without figures
+                at_draws.append({name: getattr(kernel, name) for name in SEEN})
                 figures.update(acceptance=acceptance, divergences=divergences, step_size=kernel.step_size)
                 draws.append({name: x.detach() for name, x in params.items()})
             report(values={"acceptance": acceptance, "step size": kernel.step_size})
 
-        kernel = PyroNUTS(
+        kernel = _Recording(
             potential_fn=potential, target_accept_prob=self.target_accept, max_tree_depth=self.max_tree_depth
         )
         PyroMCMC(
@@ -169,6 +189,20 @@ class NUTS:
 
     def _score(self, program: Program, score_once: ScoreOnce, z: dict[str, Tensor]) -> Particles:
         return score_unconstrained(program, score_once, z, **self._batches)[0]
+
+
+class _Recording(PyroNUTS):
+    """Pyro's NUTS, with what ArviZ shows of its last trajectory: diverging, tree_depth, energy."""
+
+    diverging, tree_depth, energy = False, 0, float("nan")
+
+    def _build_tree(self, *args: Any) -> Any:
+        """Double the trajectory; called for a tree's halves too, and last for the tree itself."""
+        tree = super()._build_tree(*args)
+        depth, energy = args[-2:]
+        self.diverging, self.energy = bool(tree.diverging), float(energy)
+        self.tree_depth = depth + (not (tree.diverging or tree.turning))
+        return tree
 
 
 def _stack(draws: list[dict[str, Tensor]]) -> dict[str, Tensor]:

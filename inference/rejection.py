@@ -29,6 +29,7 @@ from bayeslm.inference.program import (
     draw,
     inspect,
     keeping,
+    of_prompts,
     posterior,
     prompt_labels,
     run_particles,
@@ -141,7 +142,8 @@ class RejectionSampling:
         def so_far() -> SoFar | None:
             return SoFar(particles=Particles.concatenate([part for part, _ in parts])) if parts else None
 
-        with track("rejection sampling", wanted, self.progress) as report, keeping(so_far) as run:
+        plan = f"{wanted} exact draws {of_prompts(program)}, by at most {self.max_proposals} proposals"
+        with track("rejection sampling", wanted, self.progress, plan=plan) as report, keeping(so_far) as run:
             while least < wanted and done < self.max_proposals and highest - bound <= tolerance:
                 # no larger a batch than the acceptance so far requires
                 expected = math.ceil(1.2 * (wanted - least) * done / least) + 1 if least else wanted

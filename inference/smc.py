@@ -35,6 +35,7 @@ from bayeslm.inference.program import (
     SoFar,
     inspect,
     keeping,
+    of_prompts,
     posterior,
     running,
 )
@@ -153,7 +154,8 @@ class SMC:
             def so_far() -> SoFar | None:
                 return SoFar(particles=Particles.concatenate([particles for _, particles in done])) if done else None
 
-            with track("SMC", length * len(rounds), self.progress) as report, keeping(so_far) as run:
+            plan = f"{self.num_chains} chains of {self.num_particles} particles {of_prompts(program)}, {length} tokens"
+            with track("SMC", length * len(rounds), self.progress, plan=plan) as report, keeping(so_far) as run:
                 for first in rounds:
                     chains = min(at_once, self.num_chains - first)
                     own = retained and {name: value[first : first + chains] for name, value in retained.items()}

@@ -26,6 +26,7 @@ from bayeslm.inference.program import (
     Stopwatch,
     as_proposal,
     check_independence,
+    describe_object,
     draw,
     inspect_or_reuse,
     keeping,
@@ -179,7 +180,7 @@ class SVI:
                     if not chains[-1].done:
                         chains[-1].run(checkpoints)
             with keeping(lambda: _so_far(chains), can_return=False):
-                return self._posterior(program, chains, watch)
+                return self._posterior(program, objective, chains, watch)
         raise AssertionError("unreachable")  # `keeping` has raised
 
     def _chain(self, program: Program, objective: Any, index: int, watch: Stopwatch) -> Training:
@@ -197,7 +198,7 @@ class SVI:
             stopwatch=watch,
         )
 
-    def _posterior(self, program: Program, chains: list[Training], watch: Stopwatch) -> Posterior:
+    def _posterior(self, program: Program, objective: Any, chains: list[Training], watch: Stopwatch) -> Posterior:
         """Draw from the trained policies, and from the prior."""
         interrupted = any(chain.interrupted for chain in chains)
         chains = [chain for chain in chains if chain.step] or chains  # one interrupted in its first step is none
@@ -220,7 +221,8 @@ class SVI:
         best = max(range(len(chains)), key=lambda c: float(parts[c].log_weights.mean()))
         stats = stack_chains([chain.history for chain in chains])
         figures = {"steps": max(chain.step for chain in chains), "kept_steps": [chain.kept_step for chain in chains]}
-        figures |= {"interrupted": interrupted}
+        figures |= {"interrupted": interrupted, "optimizer": describe_object(self.optimizer)}
+        figures |= {"objective": describe_object(objective)}
         return posterior(
             program,
             Particles.concatenate(parts),

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,18 @@ class TiltedLM:
         if self.power < 1.0:
             return math.inf
         return 0.0 if self.reward is None else self.reward.upper_bound / self.beta
+
+    @property
+    def description(self) -> dict[str, str | float]:
+        """What it infers, in words and numbers; engines keep it as ``stats["program"]``."""
+        prior = Path(getattr(self.prior.config, "name_or_path", "") or type(self.prior.network).__name__).name
+        return {
+            "prior": prior,
+            "reward": repr(self.reward),
+            "beta": float(self.beta),
+            "max_new_tokens": int(self.max_new_tokens),
+            "temperature": float(self.temperature),
+        }
 
     def program_arguments(
         self, prompts: Any, /, **columns: Sequence[Any]

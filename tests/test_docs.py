@@ -1,13 +1,21 @@
-"""The code of README.md and of docs/: Python blocks run, and shell commands have the options that they are given."""
+"""The code of README.md and of docs/: Python blocks run, and shell commands have the options that they are given.
+
+Pages with code cells are notebooks, which `make docs` runs when it builds the site.
+"""
 
 from __future__ import annotations
 
 import ast
+import importlib
+import os
 import re
 import shlex
+import sys
 import tomllib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -16,13 +24,20 @@ import typer.core
 from support.oracles import kl_to
 from typer.testing import CliRunner
 
-from bayeslm.cli import app
+from bayeslm.cli import app, engines, expressions, inputs
 from bayeslm.inference import Exact
 from bayeslm.models import LanguageModel, TiltedLM
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+NOTEBOOK = re.compile(r"\A---\nfile_format: mystnb\n")
+
+
+def name_of(page: Path) -> str:
+    """The page as pages name each other: without its ending."""
+    return page.relative_to(DOCS if page.is_relative_to(DOCS) else ROOT).with_suffix("").as_posix()
 
 
 def blocks(page: Path) -> list[str]:
@@ -62,10 +77,34 @@ def test_the_readme_has_python_and_commands():
     assert list(commands(README))
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page)], ids=lambda page: page.stem)
-def test_a_page_runs_from_top_to_bottom(page, workplace):
+class Logger(SimpleNamespace):
+    """In the place of wandb and trackio, whose packages are not installed: records what is logged."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[dict[str, float], int | None]] = []
+
+    def init(self, project: str, mode: str = "online") -> None:
+        assert project
+
+    def log(self, figures: dict[str, float], step: int | None = None) -> None:
+        self.logged.append((figures, step))
+
+    def finish(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page)], ids=name_of)
+def test_a_page_runs_from_top_to_bottom(page, workplace, monkeypatch):
+    loggers = {name: Logger() for name in ("wandb", "trackio")}
+    for name, logger in loggers.items():
+        monkeypatch.setitem(sys.modules, name, logger)
     names = run(page)
-    if page.stem == "training":
+    if name_of(page) == "howto/logging":
+        for logger in loggers.values():
+            assert all(np.isfinite(figures["elbo"]) for figures, _ in logger.logged[1:])
+            assert len(logger.logged) == 6  # before the first step, and after each of five
+        assert [step for _, step in loggers["wandb"].logged] == list(range(6))
+    if name_of(page) == "training":
         exact = Exact().run(TiltedLM(names["lm"], names["letters"], 0.5, max_new_tokens=3), names["prompts"])
         for name in ("trained", "kept", "learned", "own", "further"):
             kl = kl_to(exact, names[name].policy or names["policy"], names["prompts"])
@@ -80,7 +119,9 @@ def test_the_readme_runs_from_top_to_bottom(workplace, monkeypatch):
 
     def tiny(name: str, **settings: object) -> LanguageModel:
         assert name == "smollm2"
-        return LanguageModel.tabular(["<eos>", *words], order=2, seed=0)
+        lm = LanguageModel.tabular(["<eos>", *words], order=2, seed=0)
+        lm.tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+        return lm
 
     monkeypatch.setattr(LanguageModel, "from_pretrained", tiny)
     run(README)
@@ -95,7 +136,7 @@ def test_the_readme_runs_as_it_stands(workplace, smollm2):
     run(README)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if list(commands(page))], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [page for page in PAGES if list(commands(page))], ids=name_of)
 def test_commands_exist_and_have_their_options(page):
     for program, *words in commands(page):
         {"bayeslm": parse, "make": has_target, "pip": has_extras, "python": has_script}[program](words)
@@ -106,6 +147,12 @@ def parse(words: list[str]) -> None:
     with mock.patch.object(typer.core.TyperCommand, "invoke", return_value=None):
         result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
+    for option, text in pairwise(words):
+        if option == "--engine":
+            for name, settings in expressions.calls(text):
+                engines.prepare(name, settings, engines.Run(), option)
+        if option == "--reward" and ":" not in text:
+            inputs.load_reward(text)
 
 
 def has_target(words: list[str]) -> None:
@@ -123,7 +170,74 @@ def has_script(words: list[str]) -> None:
     assert (ROOT / words[0]).is_file(), words
 
 
-@pytest.mark.parametrize("line", ["infer a --betas 1", "infers a", "infer a --particles many"])
+@pytest.mark.parametrize("line", ["infer a --betas 1", "infers a", "infer a --beta many"])
 def test_a_wrong_command_is_found(line):
     with pytest.raises(AssertionError, match="Usage: bayeslm"):
         parse(line.split())
+
+
+def toctrees(page: Path) -> list[str]:
+    """The pages that the page's tables of contents list, by name."""
+    trees = re.findall(r"^```\{toctree\}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    entries = [line for tree in trees for line in tree.splitlines() if line and not line.startswith(":")]
+    return [os.path.normpath(Path(name_of(page)).parent / entry) for entry in entries]
+
+
+def test_every_page_is_listed_once():
+    """The reference, api/index, is written by the build."""
+    listed = [entry for page in PAGES if page.is_relative_to(DOCS) for entry in toctrees(page)]
+    pages = {name_of(page) for page in PAGES if page.is_relative_to(DOCS)} | {"api/index"}
+    assert sorted(listed) == sorted(pages - {"index"})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_to_files(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not link.startswith(("https://", "http://", "#")):
+            file = page.parent / link.split("#")[0]
+            assert file.exists() or file.with_suffix(".md").exists() or "/api/" in link, link
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=name_of)
+def test_a_block_is_run_once(page):
+    """By this file, or in a notebook by the build."""
+    text = page.read_text(encoding="utf-8")
+    if NOTEBOOK.match(text):
+        assert not blocks(page)
+        cells = re.findall(r"^```\{code-cell\} ipython3\n(?:^:.*\n)*(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+        assert cells
+        for cell in cells:
+            ast.parse(cell)
+    else:
+        assert "{code-cell}" not in text or page.name == "CONTRIBUTING.md"
+
+
+def test_the_reference_has_every_public_name(monkeypatch, tmp_path):
+    pytest.importorskip("sphinx")
+    monkeypatch.syspath_prepend(DOCS / "extensions")
+    pages = importlib.import_module("api_pages")
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    homes = pages.homes()
+    assert set(packages) - {"bayeslm.cli"} <= set(homes)
+    pages.write(tmp_path)
+    for package in set(packages) - {"bayeslm.cli"}:
+        text = (tmp_path / f"{package}.rst").read_text(encoding="utf-8")
+        for name in importlib.import_module(package).__all__:
+            assert name.startswith("__") or name in {"diagnostics", "rewards"} or re.search(rf"\b{name}\b", text), name
+
+
+@pytest.mark.parametrize(
+    ("typed", "shown"),
+    [
+        ("the shape is (chain, draw, *batch, *event)", r"the shape is (chain, draw, \*batch, \*event)"),
+        (r"KL(q || \pi^*) of `SVI`", r"KL(q \|\| π^\*) of `SVI`"),
+        (r"a *fixed* one, \hat Z and ``**kwargs``", "a *fixed* one, Z\u0302 and ``**kwargs``"),
+        ("    x_t ~ \\psi_t(x) | y", "    x_t ~ ψ_t(x) | y"),
+    ],
+)
+def test_a_docstring_is_plain_text(typed, shown, monkeypatch):
+    monkeypatch.syspath_prepend(DOCS / "extensions")
+    docstrings = importlib.import_module("plain_docstrings")
+    lines = docstrings.as_restructured_text(["First.", "", typed])
+    assert lines == ["First.", "", *(["::", ""] if typed.startswith(" ") else []), shown]

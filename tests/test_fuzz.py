@@ -139,24 +139,24 @@ def test_runs_give_a_finite_normalised_posterior_or_say_why_not(name):
 
 NUMBERS = ["-1", "0", "1", "2", "1e20", "100000000000000000000", "nan", "inf", "", "x"]
 WORDS = ["", "x", "[/b]", "o[v1]", "\x1b[2J", "nowhere", ".", "model", "policy", "{", "[" * 5000, "a:b", "é"]
+ENGINE_TEXTS = ["exact(max_atoms=9)", "imp", "importance,", "importance(", "(" * 5000, "smc()()", "smc, smc", "mcmc(1)"]
+ENGINE_SETTINGS = ["importance(num_particles={})", "smc(num_particles=4, twist={})", "importance(guide={})"]
+ENGINE_SETTINGS += ["mcmc(num_samples=2, warmup={})", "importance(num_particles=4, seed={})", "bestofn(n={})"]
+VALUES = ["0", "2", "-1", "1e20", "None", "x", "''", "[1]", "Twist('twist')", "LanguageModel('policy')", "partial"]
+VALUES += ["TwistLearning(num_particles=8, num_steps=1)", "Posterior('posterior')", "Adam()", "(" * 300, "lambda: 0"]
 OPTIONS = {
     "--prompts": ["nowhere", ".", "empty.jsonl", "deep.jsonl", "binary.txt", "good.jsonl"],
     "--prior": ["model", "nowhere", ".", "posterior", "empty"],
-    "--reward": ["length", "lenght", "nowhere:f", "os:getcwd", ":", "constraint", "matches"],
-    "--reward-settings": ["{}", "{", "[]", '{"target": "a"}', '{"nothing": 1}', "[" * 5000, '{"target": 1e400}'],
-    "--engine": ["exact", "importance", "rejection", "bestofn", "smc", "annealed", "mcmc", "nuts", "imp"],
-    "--twist": ["partial", "prefix", "nowhere", "model", "."],
-    "--policy": ["nowhere", "model", "posterior", "."],
-    "--held-out": ["nowhere", "good.jsonl"],
+    "--reward": ["length", "lenght", "nowhere:f", "os:getcwd", ":", "constraint", "matches", "-2 * length", "1 + 1"],
+    "--config": ["nowhere", ".", "empty.jsonl", "deep.jsonl", "binary.txt", "good.jsonl", "good.yaml", "bad.yaml"],
+    "--engine": [*ENGINE_TEXTS, *(text.format(x) for text in ENGINE_SETTINGS for x in VALUES)],
     "--device": ["cpu", "meta", "cuda:99", "tpu", ""],
     "--dtype": ["float32", "int8", ""],
-    "--objective": ["elbo", "x"],
     "--out": ["model", "good.jsonl", "good.jsonl/x", "\0"],
 }
-OPTIONS |= {f"--{name}": NUMBERS for name in ("particles", "samples", "chains", "top-k", "steps", "minibatch", "seed")}
-OPTIONS |= {f"--{name}": NUMBERS for name in ("beta", "scale", "temperature", "batch-size", "max-new-tokens")}
-OPTIONS |= {f"--{name}": NUMBERS for name in ("learning-rate", "kl-target", "stop-kl", "lora-rank")}
-GIVEN = {"--prior": "model", "--reward": "length", "--max-new-tokens": "2", "--particles": "4", "--samples": "2"}
+OPTIONS |= {f"--{name}": NUMBERS for name in ("beta", "temperature", "batch-size", "max-new-tokens", "seed")}
+OPTIONS |= {f"--{name}": NUMBERS for name in ("subsample-size", "timeout")}
+GIVEN = {"--prior": "model", "--reward": "length", "--max-new-tokens": "2", "--engine": "importance(num_particles=4)"}
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +168,8 @@ def files(tmp_path_factory) -> Path:
     (folder / "good.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
     (folder / "deep.jsonl").write_text("[" * 100_000)
     (folder / "binary.txt").write_bytes(bytes(range(256)))
+    (folder / "good.yaml").write_text("prompts: [a]\nengines: {importance: {num_particles: 4}}\n")
+    (folder / "bad.yaml").write_text("prompts: [a]\nengines: {importance: {num_particles: [}}\n")
     return folder
 
 

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from bayeslm.files import atomic_file
+from bayeslm import diagnostics
+from bayeslm.files import atomic_file, write_file
 from bayeslm.posterior import DiagnosticsWarning, Posterior
 
-from . import report
-from .console import INTERRUPTED, err_console, out_console
+from . import tables
+from .console import INTERRUPTED, PlainConsole, err_console, out_console
 from .resume import Results, rescue
+
+TABLES, SUMMARY = "tables.txt", "summary.csv"  # what is printed, of all prompts; a row for each engine and prompt
 
 
 def compare(
-    model: Any, prompts: list[str], columns: dict[str, list[Any]], engines: Mapping[str, Any], results: Results
+    model: Callable[[str], Any],
+    prompts: list[Any],
+    columns: dict[str, list[Any]],
+    engines: Mapping[str, Any],
+    results: Results,
 ) -> None:
     """Run the engines that have no result in the output folder, save each result at once, and print the comparison.
 
+    :param model: returns the program for an engine, by the engine's name.
     :param columns: of the prompts, for the reward.
     :raises typer.Exit: after Ctrl-C in an engine that returned the draws it had.
     """
@@ -37,7 +46,7 @@ def compare(
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DiagnosticsWarning)  # they stand below the tables
-                posteriors[name] = engine.run(model, prompts, **columns)
+                posteriors[name] = engine.run(model(name), prompts, **columns)
         except BaseException as error:
             policy = error.so_far.policy if isinstance(error, RunError) else None
             checkpoint = getattr(engine, "checkpoint", None)
@@ -51,25 +60,40 @@ def compare(
                 except OSError as refused:
                     error.add_note(f"{refused}; {rescue(out, name, None, policy)}")
             if posteriors:
-                report.show(posteriors, out_console)
+                tables.show(posteriors, out_console)
             raise
         try:
             results.save(name, posteriors[name])
         except OSError:
-            report.show(posteriors, out_console)  # what the run has cost is not lost with the disk
+            tables.show(posteriors, out_console)  # what the run has cost is not lost with the disk
             raise
         seconds = posteriors[name].stats["seconds"]
         err_console.print(f"{name}: {seconds:.0f} s")
         if posteriors[name].stats.get("interrupted"):
             err_console.print(f"{name} was interrupted: the results so far follow", style="yellow")
             break
-    report.show(posteriors, out_console)
-    if out is not None:
-        plots = ", ".join(_save_plots(posteriors, out))
-        out_console.print(f"written to {out}: posteriors (each with posterior.nc for ArviZ), {plots}")
+    if out is None:
+        tables.show(posteriors, out_console)
+    else:
+        files = [*_save_tables(posteriors, out), *_save_plots(posteriors, out)]
+        tables.show(posteriors, out_console, whole=f"all are in {out / TABLES}")
+        out_console.print(f"written to {out}: posteriors (each with posterior.nc for ArviZ), {', '.join(files)}")
         out_console.print(f"to print this again: bayeslm show {out}")
     if any(posterior.stats.get("interrupted") for posterior in posteriors.values()):
         raise typer.Exit(INTERRUPTED)
+
+
+def _save_tables(posteriors: Mapping[str, Posterior], out: Path) -> list[str]:
+    """Write what is printed, of all prompts, as a text, and the summaries as a table; return the names of the files."""
+    text = io.StringIO()
+    tables.show(posteriors, PlainConsole(file=text, width=120), most=None)
+    try:
+        write_file(out / TABLES, text.getvalue())
+        write_file(out / SUMMARY, diagnostics.compare(posteriors).to_csv())
+    except OSError as error:  # the posteriors are saved, and tables are made of them
+        err_console.print(f"no tables: {error}", style="yellow")
+        return []
+    return [TABLES, SUMMARY]
 
 
 def _save_plots(posteriors: Mapping[str, Posterior], out: Path) -> list[str]:

@@ -4,23 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import typer
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.status import Status
 from rich.text import Text
 
 from bayeslm.visible import visible
 
+UNBROKEN = 10**6  # columns where no terminal wraps lines
+
+
+class UsageError(ValueError):
+    """The command line or a settings file is wrong; nothing was run."""
+
 
 class PlainConsole(Console):
-    """A console that shows every string unchanged, without markup, and what a terminal would obey as escapes."""
+    """A console that shows every string unchanged, without markup, and what a terminal would obey as escapes.
+
+    Where there is no terminal, lines are not wrapped.
+    """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **settings)
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        return super().size if self.is_terminal else ConsoleDimensions(UNBROKEN, 25)
+
+    @size.setter
+    def size(self, new_size: tuple[int, int]) -> None:
+        self._width, self._height = new_size
 
     def render_str(self, text: str, **settings: Any) -> Text:
         return super().render_str(visible(text), **settings)
@@ -43,8 +61,7 @@ err_console = PlainConsole(stderr=True)
 
 TRACEBACK = "BAYESLM_TRACEBACK"  # set in the environment, it shows where an error was raised
 
-# Exit codes other than 0 and typer's own 2 for wrong usage.
-FAILED, NO_POSTERIOR, INTERRUPTED = 1, 3, 130
+FAILED, USAGE, NO_POSTERIOR, INTERRUPTED = 1, 2, 3, 130  # exit codes; docs/command-line.md says when
 OUT_OF_MEMORY = (
     "not enough memory",
     "out of memory",
@@ -61,27 +78,35 @@ def one_line_errors() -> Iterator[None]:
 
     :raises typer.Exit: after an error, or Ctrl-C.
     """
-    from bayeslm.inference import EvidenceError, RunError
-
     try:
         yield
+        sys.stdout.flush()  # here, where a reader that has closed the pipe is no error to describe
         return
     except (typer.Exit, typer.Abort):
         raise
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+        raise typer.Exit(FAILED) from None
     except (Exception, KeyboardInterrupt) as error:
         if os.environ.get(TRACEBACK):
             raise
-        so_far = error.so_far if isinstance(error, RunError) else None
-        cause = error if so_far is None else error.__cause__
-        notes = [note for x in dict.fromkeys((cause, error)) for note in getattr(x, "__notes__", [])]
-        if isinstance(cause, KeyboardInterrupt):
-            results = notes or ["before there was a result" if so_far is None else f"the run had {so_far}"]
-            message, code = "interrupted: " + "\n".join(results), INTERRUPTED
-        else:
-            code = NO_POSTERIOR if isinstance(cause, EvidenceError) else FAILED
-            message = "\n".join([_describe(cause), *notes])
+        message, code = _explained(error)
     err_console.print(f"bayeslm: {message}", style="red")
     raise typer.Exit(code)
+
+
+def _explained(error: BaseException) -> tuple[str, int]:
+    """Return what to print for an error, and the exit code."""
+    inference = sys.modules.get("bayeslm.inference")  # what is refused before a run has not imported PyTorch
+    so_far = error.so_far if inference is not None and isinstance(error, inference.RunError) else None
+    cause = error if so_far is None else error.__cause__
+    notes = [note for x in dict.fromkeys((cause, error)) for note in getattr(x, "__notes__", [])]
+    if isinstance(cause, KeyboardInterrupt):
+        results = notes or ["before there was a result" if so_far is None else f"the run had {so_far}"]
+        return "interrupted: " + "\n".join(results), INTERRUPTED
+    has_none = inference is not None and isinstance(cause, inference.EvidenceError)
+    code = NO_POSTERIOR if has_none else USAGE if isinstance(cause, UsageError) else FAILED
+    return "\n".join([_describe(cause), *notes]), code
 
 
 def _describe(error: BaseException | None) -> str:
@@ -89,7 +114,9 @@ def _describe(error: BaseException | None) -> str:
     text = str(error).partition("\nTrace Shapes:")[0].strip()  # which Pyro appends
     if isinstance(error, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY):
         first = text.splitlines()[0] if text else "an array did not fit"
-        return f"not enough memory ({first}): take a smaller --batch-size, or fewer --particles, --samples or prompts"
+        return f"not enough memory ({first}): take a smaller --batch-size, or fewer draws or prompts"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror and text.startswith("[Errno"):
+        return f"{os.fsdecode(error.filename)}: {error.strerror.lower()}"  # a file's name, not its repr
     if isinstance(error, ValueError | TypeError | OSError | ImportError | FloatingPointError) and text:
         return text
     first = text.splitlines()[0] if text else "no message"

@@ -10,10 +10,7 @@ from typing import Annotated
 
 import typer
 
-from . import resume
-from .comparison import compare
 from .console import one_line_errors, out_console
-from .inputs import language_model
 
 
 def demo(
@@ -32,9 +29,13 @@ def demo(
         from bayeslm.inference.training import Adam
         from bayeslm.models import TiltedLM, rewards
 
+        from . import resume
+        from .comparison import compare
+        from .inputs import language_model
+
         out = out or next(path for path in _numbered("demo") if not path.exists())
         results = held.enter_context(resume.Results(out))
-        results.begin({"demo": seed})
+        results.begin({"demo": seed}, {}, {})
         prompts = ["My dinner at the restaurant was", "The weather this weekend will be"]
         model = TiltedLM(language_model("smollm2", None), rewards.Sentiment(), beta=0.2)
         engines = {
@@ -53,7 +54,7 @@ def demo(
             "prior SmolLM2-135M-Instruct · reward VADER sentiment in [-1, 1] · beta 0.2 · 24 tokens\n"
             "posterior p(x | prompt) exp(reward / beta) / Z, by " + ", ".join(engines),
         )
-        compare(model, prompts, {}, engines, results)
+        compare(lambda engine: model, prompts, {}, engines, results)
 
 
 def _numbered(name: str) -> Iterator[Path]:

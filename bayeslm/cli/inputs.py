@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bayeslm.prompt_files import check_prompt, read_prompt_file
+from bayeslm.prompt_files import prompt_table, read_prompt_file
 
-from .console import err_console
+from .console import UsageError, err_console
+from .expressions import evaluate
 
-DTYPES = ("float32", "bfloat16", "float16")
+ADDRESS = re.compile(r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')|([A-Za-z_][\w.]*:[A-Za-z_]\w*)""")
+"""A string, or the address of a function that is not in a string."""
 
 
 def language_model(name: str, device: str | None, dtype: str | None = None, **settings: Any) -> Any:
     """Load a `LanguageModel`.
 
     :param device: None is a GPU if there is one, else the CPU.
-    :param dtype: of the weights, one of `DTYPES`; None is that of the stored weights.
+    :param dtype: of the weights, by its name; None is that of the stored weights.
     :param settings: of `LanguageModel.from_pretrained`.
-    :raises ValueError: if there is no such device or dtype.
+    :raises ValueError: if there is no such device.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"--dtype {dtype} is unknown: choose one of {', '.join(DTYPES)}")
     import torch
     from transformers.utils import logging
 
@@ -42,29 +43,44 @@ def language_model(name: str, device: str | None, dtype: str | None = None, **se
         )
 
 
-def load_reward(name: str, settings: Mapping[str, Any]) -> Any:
-    """Return a built-in reward, or a function of the user's own as ``package.module:function``.
+def load_reward(text: str, where: str = "--reward") -> Any:
+    """Return the reward that an expression says, such as ``sentiment - 2 * toxicity + 0.1 * my_rewards:brief``.
 
-    That may be in the working folder, which is looked at last, so that nothing else is imported from there.
+    Built-in rewards are called by their names, ``length(target=20)``; a function of the user's own is
+    ``package.module:function``, and `Reward` gives it bounds. It may be in the working folder, which is looked at last,
+    so that nothing else is imported from there.
 
-    :raises ValueError: if there is none, or ``settings`` are given for a function.
+    :param where: the option or the key of a file that has it, for errors.
+    :raises UsageError: if the expression is malformed, or there is no such reward.
     """
     from bayeslm.models import rewards
 
-    if ":" not in name:
-        try:
-            return rewards.get(name, **settings)
-        except (TypeError, ValueError) as error:
-            if not settings:
-                raise
-            raise ValueError(f"--reward {name} with --reward-settings: {error}") from error
-    if settings:
-        raise ValueError(
-            "--reward-settings are for built-in rewards only: give a function of your own its settings in Python"
-        )
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    return rewards.load(name)
+    def maker(name: str) -> Any:
+        names = list(inspect.signature(rewards.BUILT_IN[name]).parameters)
+
+        def make(*arguments: Any, **settings: Any) -> Any:
+            if len(arguments) > len(names) or settings.keys() & set(names[: len(arguments)]):
+                raise ValueError(f"{name} takes each of its settings once: {', '.join(names) or 'it has none'}")
+            return rewards.get(name, **dict(zip(names, arguments, strict=False)), **settings)
+
+        return make
+
+    def load(address: str) -> Any:
+        if str(Path.cwd()) not in sys.path:
+            sys.path.append(str(Path.cwd()))
+        return rewards.load(address)
+
+    makers = {name: maker(name) for name in rewards.BUILT_IN}
+    makers |= {rewards.BUILT_IN[name].__name__: make for name, make in makers.items()}
+    makers |= {"Reward": rewards.Reward, "load": load}
+    addressed = ADDRESS.sub(lambda found: found[1] or f"load({found[2]!r})", text)
+    try:
+        found = evaluate(addressed, makers, operand=rewards.Reward)
+        if not isinstance(found, rewards.Reward):
+            raise ValueError("it is no reward: name one, as in 2 * sentiment")
+        return found
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{where} {text}: {error}") from error
 
 
 def trained_policy(folder: Path, prior: Any) -> Any:
@@ -76,42 +92,51 @@ def trained_policy(folder: Path, prior: Any) -> Any:
 
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"--policy {folder} is not a folder: after --engine svi --out runs/NAME give runs/NAME/svi/policy"
+            f"{folder} is not a folder with a policy: after --engine svi --out runs/NAME it is runs/NAME/svi/policy"
         )
     base = prior if (folder / "adapter_config.json").is_file() else None
     sizes = {"batch_size": prior.batch_size, "gradient_checkpointing": prior.gradient_checkpointing}
     return LanguageModel.from_pretrained(folder, base=base, **sizes).to(prior.device)
 
 
-def read_prompts(arguments: list[str], path: Path | None) -> tuple[list[Any], dict[str, list[Any]]]:
-    """Return the prompts of the command line or of a file, and the file's other columns.
+def read_prompts(prompts: Any) -> tuple[list[Any], dict[str, list[Any]]]:
+    """Return prompts and the columns of them.
 
-    :raises ValueError: if there are none or both, or the file is malformed; see `read_prompt_file`.
+    :param prompts: a file, or a list of prompts or of mappings with "prompt".
+    :raises UsageError: if there are none.
+    :raises ValueError: if one, or the file, is malformed; see `read_prompt_file`.
     """
     from bayeslm.models.rewards import check_columns
 
-    if path is None:
-        if not arguments:
-            raise ValueError('no prompts: give at least one, as in "The weather is", or --prompts FILE')
-        for number, prompt in enumerate(arguments, start=1):
-            check_prompt(f"prompt {number}", prompt)
-        return arguments, {}
-    if arguments:
-        raise ValueError("give prompts either on the command line or by --prompts, not both")
-    prompts, columns = read_prompt_file(path)
+    if not prompts:
+        raise UsageError('no prompts: give at least one, as in "The weather is", or --prompts FILE')
+    if isinstance(prompts, str):
+        rows, columns = read_prompt_file(prompts)
+    else:
+        rows, columns = prompt_table("prompts", [(f"row {i}", row) for i, row in enumerate(prompts, start=1)])
     try:
         check_columns(columns)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return prompts, columns
+        raise ValueError(f"{prompts if isinstance(prompts, str) else 'prompts'}: {error}") from None
+    return rows, columns
 
 
-def read_texts(arguments: list[str], path: Path | None) -> list[str]:
+def read_texts(prompts: Any) -> list[str]:
     """Return prompts that are texts.
 
     :raises ValueError: if one is a chat or token ids, or as in `read_prompts`.
     """
-    prompts, _ = read_prompts(arguments, path)
-    if other := next((prompt for prompt in prompts if not isinstance(prompt, str)), None):
-        raise ValueError(f"{path}: this command needs prompts that are texts, got {other!r:.60}")
-    return prompts
+    found, _ = read_prompts(prompts)
+    if other := next((prompt for prompt in found if not isinstance(prompt, str)), None):
+        raise ValueError(f"{prompts}: this command needs prompts that are texts, got {other!r:.60}")
+    return found
+
+
+def one_source(arguments: list[str] | None, path: Path | None) -> Any:
+    """Return the prompts of the command line: those written there, the file of ``--prompts``, or None.
+
+    :raises UsageError: if there are both.
+    """
+    if arguments and path is not None:
+        raise UsageError("give prompts either on the command line or by --prompts, not both")
+    return arguments or (None if path is None else str(path))

@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bayeslm.posterior import DiagnosticsWarning
-
 from .console import INTERRUPTED, err_console, one_line_errors, out_console
-from .inputs import language_model, load_reward, read_texts
+from .inputs import language_model, load_reward, one_source, read_texts
 from .journal import Journal
 from .session import Session
 from .terminal_judge import TerminalJudge
@@ -85,7 +83,7 @@ def label(
     Each answer is saved before the next question. Stop at any time with q or Ctrl-C, and repeat the command to resume.
     Two more files are kept next to OUT: the completions (.pool.jsonl) and the skipped pairs (.skipped.jsonl).
 
-    [bold]Examples[/bold]
+    For example:
 
       bayeslm label "My dinner at the restaurant was" "Our hotel room was" --out labels.jsonl
 
@@ -94,6 +92,8 @@ def label(
       bayeslm label "The film was" --judge sentiment --number 50 --out simulated.jsonl
     """
     with one_line_errors():
+        from bayeslm.posterior import DiagnosticsWarning
+
         if number is not None and number < 1:
             raise ValueError(f"--number must be at least 1, got {number}")
         if completions is not None and completions < 2:
@@ -110,7 +110,8 @@ def label(
             raise ValueError(f"--timeout must be a positive number of seconds, got {timeout}")
         acquisition = _acquisition(ask)
         answering = TerminalJudge() if judge is None else _simulated_judge(judge, temperature, seed)
-        new_prompts = read_texts(prompt or [], prompts) if prompt or prompts else []
+        source = one_source(prompt, prompts)
+        new_prompts = [] if source is None else read_texts(source)
         if not (new_prompts or _paths(out)["pool"].exists()):
             raise ValueError(NO_PROMPTS)
         with _files(out) as files:
@@ -223,4 +224,4 @@ def _acquisition(name: str) -> Any:
 def _simulated_judge(name: str, temperature: float, seed: int) -> Any:
     from bayeslm.models.preferences import SimulatedJudge
 
-    return SimulatedJudge(load_reward(name, {}), temperature, seed)
+    return SimulatedJudge(load_reward(name), temperature, seed)

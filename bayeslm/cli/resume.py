@@ -1,9 +1,11 @@
 """The output folder of a command that can be repeated, to resume a stopped run or to add an engine.
 
     out/.lock               held by the process that writes here
-    out/call.json           the settings that the results depend on, and their digest
-    out/NAME/               the posterior of an engine; its ``stats["call"]`` is a digest of NAME and the settings
+    out/run.yaml            the settings as `bayeslm infer --config` reads them
+    out/call.json           the same with all that results depend on, and a digest
+    out/NAME/               the posterior of an engine; its ``stats["call"]`` is a digest of NAME and what it depends on
     out/NAME-interrupted/   the posterior of a run that was interrupted, until the engine has finished a run
+    out/NAME-twist/         the twist that was learned for it
 
 A repeated command loads the results of engines that have finished, and runs the others.
 """
@@ -26,8 +28,11 @@ from bayeslm.locking import locked
 from bayeslm.posterior import Posterior
 from bayeslm.version import __version__
 
-FORMAT = "bayeslm.call/3"
-CALL, LOCK = "call.json", ".lock"
+from .plain_yaml import write_yaml
+
+FORMAT = "bayeslm.call/4"
+CALL, LOCK, RUN = "call.json", ".lock", "run.yaml"
+Json = dict[str, Any]
 
 
 class Results:
@@ -41,7 +46,7 @@ class Results:
     def __init__(self, out: Path | None) -> None:
         self.out = out
         self._held = contextlib.ExitStack()
-        self._settings: dict[str, Any] = {}
+        self._call: Json = {"settings": {}, "engines": {}, "run": {}}
 
     def __enter__(self) -> Results:
         if (out := self.out) is not None:
@@ -56,29 +61,49 @@ class Results:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._held.close()
 
-    def require_same(self, settings: Mapping[str, Any]) -> None:
+    def require_same(self, settings: Mapping[str, Any], engines: Mapping[str, Any]) -> None:
         """Check some of this call's settings, those that are known so far, against the call that began the folder.
 
+        :param settings: that the results of all engines depend on.
+        :param engines: settings of each engine. Those of an engine that has no result may change.
         :raises ValueError: if the folder holds results of other settings, with the differences, or is damaged.
         """
         if self.out is None or not (self.out / CALL).is_file():
             return
-        begun = _read_settings(self.out)
-        current = _as_json(settings)
-        found = differences({name: begun.get(name) for name in current}, current)
-        if found and {path.name for path in self.out.iterdir()} - {CALL, LOCK}:  # else there are no results to protect
+        begun, current = _read_call(self.out), _as_json(settings)
+        if not _results(self.out):
+            return
+        found = differences({name: begun["settings"].get(name) for name in current}, current)
+        kept = {name: x for name, x in begun["engines"].items() if name in engines and _results(self.out, name)}
+        found += differences(kept, _as_json({name: engines[name] for name in kept}))
+        if found:
             raise ValueError(f"{self.out} holds results of other settings: {'; '.join(found)}. Choose another --out")
 
-    def begin(self, settings: Mapping[str, Any]) -> None:
+    def begin(self, settings: Mapping[str, Any], engines: Mapping[str, Any], run: Mapping[str, Any]) -> None:
         """Write all settings of this call, or accept the folder for resuming.
 
+        :param run: the settings as a settings file has them. Engines with results of earlier calls are added.
         :raises ValueError: as `require_same`.
         """
-        self._settings = _as_json({"version": __version__} | dict(settings))
-        self.require_same(self._settings)
-        if self.out is not None:
-            header = {"format": FORMAT, "settings": self._settings, "digest": _digest(self._settings)}
-            write_file(self.out / CALL, json.dumps(header, indent=1))
+        self._call = _as_json(
+            {"settings": {"version": __version__} | dict(settings), "engines": dict(engines), "run": dict(run)}
+        )
+        self.require_same(self._call["settings"], engines)
+        if self.out is None:
+            return
+        if (self.out / CALL).is_file():
+            before = _read_call(self.out)
+            kept = [name for name in before["engines"] if name not in engines and _results(self.out, name)]
+            self._call["engines"] = {name: before["engines"][name] for name in kept} | self._call["engines"]
+            earlier = {name: before["run"]["engines"][name] for name in kept if "engines" in before["run"]}
+            if "engines" in self._call["run"]:
+                self._call["run"]["engines"] = earlier | self._call["run"]["engines"]
+        header = {"format": FORMAT, "digest": _digest(self._call), **self._call}
+        write_file(self.out / CALL, json.dumps(header, indent=1))
+        if self._call["run"]:
+            about = f"# Written by bayeslm {__version__}. To run it again, in the same working folder:\n"
+            about += "# bayeslm infer --config THIS_FILE\n"
+            write_file(self.out / RUN, about + write_yaml(self._call["run"]))
 
     def load(self, name: str) -> Posterior | None:
         """Return the posterior of an engine that has finished; set an interrupted one aside and return None.
@@ -88,7 +113,7 @@ class Results:
         if self.out is None or not (self.out / name).exists():
             return None
         posterior = Posterior.load(self.out / name)
-        if posterior.stats.get("call") != _call(name, self._settings):
+        if posterior.stats.get("call") != _call(name, self._call):
             raise ValueError(f"{self.out / name} is not a result of {name} in this call: remove it to run {name} again")
         if not posterior.stats.get("interrupted"):
             return posterior
@@ -104,7 +129,7 @@ class Results:
         """
         if self.out is None:
             return
-        posterior.stats["call"] = _call(name, self._settings)
+        posterior.stats["call"] = _call(name, self._call)
         try:
             posterior.save(self.out / name)
         except OSError as error:
@@ -141,29 +166,47 @@ def others(out: Path, posteriors: Mapping[str, Posterior]) -> list[str]:
     """
     if not (out / CALL).is_file():
         return []
-    settings = _read_settings(out)
-    calls = {name: _call(name.removesuffix("-interrupted"), settings) for name in posteriors}
+    call = _read_call(out)
+    calls = {name: _call(name.removesuffix("-interrupted"), call) for name in posteriors}
     return [name for name, posterior in posteriors.items() if posterior.stats.get("call") != calls[name]]
 
 
-def _read_settings(out: Path) -> dict[str, Any]:
+def identities(values: Mapping[str, Any]) -> Json:
+    """Return what tells values of other content apart, by name."""
+    from bayeslm.inference.training import identify
+
+    return {name: identify(value) for name, value in values.items()}
+
+
+def _read_call(out: Path) -> Json:
     header = read_header(out, CALL, FORMAT, "results")
-    settings = header.get("settings")
-    if not isinstance(settings, dict) or header.get("digest") != _digest(settings):
+    call = {name: header.get(name) for name in ("settings", "engines", "run")}
+    if not all(isinstance(x, dict) for x in call.values()) or header.get("digest") != _digest(call):
         raise ValueError(f"{out / CALL} is damaged: it is not what was written. Choose another --out")
-    return settings
+    return call
 
 
-def _call(name: str, settings: Mapping[str, Any]) -> str:
-    return _digest([name, settings])
+def _call(name: str, call: Json) -> str:
+    return _digest([name, call["settings"], call["engines"].get(name)])
+
+
+def _results(out: Path, engine: str | None = None) -> list[str]:
+    """Return the names of what an output folder holds of an engine, or of all."""
+    names = [path.name for path in out.iterdir() if path.name not in (CALL, LOCK, RUN)]
+    return [name for name in names if engine is None or name == engine or name.startswith(f"{engine}-")]
 
 
 def _is_used(out: Path) -> bool:
     return not out.is_dir() or bool({path.name for path in out.iterdir()} - {LOCK})
 
 
-def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(json.loads(json.dumps(settings)))
+def _as_json(settings: Mapping[str, Any]) -> Json:
+    """Return settings as they are read back, with 1.0 as 1, which are the same setting."""
+    return dict(json.loads(json.dumps(settings), parse_float=_number))
+
+
+def _number(text: str) -> float:
+    return int(float(text)) if float(text).is_integer() else float(text)
 
 
 def _digest(value: Any) -> str:

@@ -1,6 +1,7 @@
 """A Pyro program as engines see it: its sites and plates, its particles, and the posterior that they give."""
 
 from .assign import assign_values, same_distribution, score_values
+from .description import describe, describe_object
 from .errors import EvidenceError, ProgramError
 from .guides import PolicyGuide, as_proposal, draw_latents
 from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, RandomStates, seeded
@@ -8,7 +9,19 @@ from .independence import check_independence
 from .partial import PartialRun
 from .particles import Particles, particles_of, run_particles, score_sites, to_numpy, traces
 from .program import STEPS, Program, Site, along, in_prompts, inspect, inspect_or_reuse, sample_sites, site_value
-from .run import Engine, RunError, SoFar, Stopwatch, check_evidence, draw, keeping, posterior, prompt_labels, running
+from .run import (
+    Engine,
+    RunError,
+    SoFar,
+    Stopwatch,
+    check_evidence,
+    draw,
+    keeping,
+    of_prompts,
+    posterior,
+    prompt_labels,
+    running,
+)
 
 __all__ = [
     "PARTICLES",
@@ -34,12 +47,15 @@ __all__ = [
     "assign_values",
     "check_evidence",
     "check_independence",
+    "describe",
+    "describe_object",
     "draw",
     "draw_latents",
     "in_prompts",
     "inspect",
     "inspect_or_reuse",
     "keeping",
+    "of_prompts",
     "particles_of",
     "posterior",
     "prompt_labels",

@@ -23,6 +23,7 @@ def score_values(
     guide: Callable[..., Any] | None = None,
     batch_size: int | None = None,
     vectorize: bool = True,
+    report: Callable[[int], None] = lambda num: None,
 ) -> Particles:
     """Run and score the program at the values of its latents, in batches of bounded memory.
 
@@ -31,12 +32,14 @@ def score_values(
     :param guide: the proposal, scored at the same values; None for the prior.
     :param batch_size: particles in one batch; None for as many as bounded memory allows.
     :param vectorize: see `run_particles`.
+    :param report: called after each batch with its number of particles.
     """
     known, parts = token_log_prob or {}, []
     for rows in torch.arange(len(next(iter(values.values())))).split(batch_size or program.max_particles):
         some, scores = ({name: x[rows.to(x.device)] for name, x in of.items()} for of in (values, known))
         with assign_values(program, some, scores):
             parts.append(run_particles(program, guide, len(rows), vectorize=vectorize))
+        report(len(rows))
     return Particles.concatenate(parts)
 
 

@@ -111,8 +111,13 @@ class Particles:
     def side_by_side(program: Program, parts: list[Particles]) -> Particles:
         """The particles of each of a program's `chunks`, as particles of all its prompts."""
         join, sites = program.side_by_side, program.sites
+
+        def inside(part: Particles) -> Particles:
+            kept = part.inside_prompts(program)
+            return replace(kept, prompts=None, proposal_token_log_prob=part.proposal_token_log_prob)
+
         return _combine(
-            [replace(part.inside_prompts(program), prompts=None) for part in parts],
+            [inside(part) for part in parts],
             lambda name, x: join(x, 1 + sites[name].dims.index("prompt")),
             lambda x: join(x, 1),
         )

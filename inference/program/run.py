@@ -17,10 +17,11 @@ from torch import Tensor
 
 from bayeslm import diagnostics, reliability
 from bayeslm.bounds import unseen_limit
-from bayeslm.models.lm import Encoded, count_usage, differentiating, exclusive
+from bayeslm.models.lm import Encoded, LanguageModel, count_usage, differentiating, exclusive
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 
+from .description import describe
 from .errors import EvidenceError
 from .handlers import seeded
 from .particles import Particles, run_particles, to_numpy
@@ -202,7 +203,7 @@ def draw(
     :param guide: the proposal; None proposes from the prior.
     :param batch_size: particles in one batch; None for as many as bounded memory allows.
     :param vectorize: see `run_particles`.
-    :param progress: whether to show a progress bar, under ``label``.
+    :param progress: whether to show the progress, under ``label``.
     :returns: the particles, and whether Ctrl-C stopped the run before it had all of them.
     :raises RunError: if a later batch fails; it carries the particles drawn before.
     """
@@ -212,12 +213,21 @@ def draw(
     def so_far() -> SoFar | None:
         return SoFar(particles=Particles.concatenate(parts)) if parts else None
 
-    with track(label, num_particles, progress) as report, keeping(so_far) as run:
+    plan = f"{num_particles} draws {of_prompts(program)}"
+    with track(label, num_particles, progress, plan=plan) as report, keeping(so_far) as run:
         for start in range(0, num_particles, size):
             n = min(size, num_particles - start)
             parts.append(run_particles(program, guide, n, vectorize=vectorize))
             report(n)
     return Particles.concatenate(parts), run.interrupted
+
+
+def of_prompts(program: Program) -> str:
+    """Return, for the plan of a run, of how many prompts a step is."""
+    if program.full_size == 1:
+        return "of one prompt"
+    some = f"{program.num_prompts} of " if program.num_prompts < program.full_size else ""
+    return f"of each of {some}{program.full_size} prompts"
 
 
 def posterior(
@@ -232,6 +242,7 @@ def posterior(
     log_weights: Tensor | None = None,
     roots: Tensor | None = None,
     conditional: bool = False,
+    sample_stats: dict[str, np.ndarray] | None = None,
     prior: Particles | None = None,
     from_prior: float | None = None,
     log_bound: float | None = None,
@@ -249,6 +260,7 @@ def posterior(
         weights.
     :param roots: of kind "particles", (particle, prompt), see `Posterior.roots`.
     :param conditional: whether particle 0 of each chain began as a draw of the posterior, see `Posterior.conditional`.
+    :param sample_stats: what the sampler saw at each draw, (chain, draw).
     :param prior: draws of the prior, for comparison.
     :param from_prior: the number of draws of the prior behind the estimate of log Z (αN for N draws of a mixture that
         has the prior with share α); None if there are none. With a bound they give `Posterior.log_evidence_high`.
@@ -285,17 +297,24 @@ def posterior(
     if kind == "weighted":
         stats |= {"ess": diagnostics.ess(weights), "khat": diagnostics.psis(weights)[1]}
     high, bound = None, float(getattr(program.model, "log_bound", np.inf) if log_bound is None else log_bound)
+    if isinstance(description := getattr(program.model, "description", None), dict):
+        stats |= {"program": description}
     if np.isfinite(bound):
         stats |= {"log_bound": bound}
         if from_prior and not conditional:
             high = unseen_limit(*evidence, bound, from_prior)
-    values = {name: split(particles.values[name]) for name in _kept(program)}
-    texts, lengths = {}, {}
+    values, observed = {name: split(particles.values[name]) for name in _kept(program)}, _observed(program)
+    texts, lengths, token_ends, token_log_ratio = {}, {}, {}, {}
     for site in program.completions:
         value = particles.values[site.name][: draws * num_chains]
         lengths[site.name] = split(site.fn.lengths(value))
         if site.fn.has_text:
-            texts[site.name] = _decoded(program, site, value).reshape(lengths[site.name].shape)
+            decoded = _decoded(program, site, value)
+            texts[site.name] = decoded.reshape(lengths[site.name].shape)
+            log_q = particles.proposal_token_log_prob.get(site.name)
+            if kind == "weighted" and log_q is not None:
+                token_log_ratio[site.name] = split(log_q - particles.token_log_prob[site.name])
+                token_ends[site.name] = site.fn.lm.token_ends(value, decoded).reshape(values[site.name].shape)
     result = Posterior(
         samples=values,
         log_weights=weights,
@@ -311,17 +330,22 @@ def posterior(
         conditional=conditional,
         kind=kind,
         engine=engine,
-        dims={name: program.sites[name].dims for name in [*values, *particles.pointwise]},
+        dims={name: program.sites[name].dims for name in [*values, *observed]},
         prompts=labels,
         texts=texts,
         lengths=lengths,
+        sample_stats=sample_stats or {},
+        token_ends=token_ends,
+        token_log_ratio=token_log_ratio,
         prior=_prior_draws(program, prior),
         prior_rewards={} if prior is None else {name: to_numpy(r)[None] for name, r in prior.rewards.items()},
         pointwise={name: split(term) for name, term in particles.pointwise.items()},
-        observed=_observed(program),
-        stats=stats,
+        observed=observed,
+        stats=stats | {"program": describe(program)},
         policy=policy,
     )
+    if isinstance(policy, LanguageModel):
+        policy.provenance = result
     reliability.warn(result)
     return result
 

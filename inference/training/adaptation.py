@@ -23,7 +23,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayeslm.inference.program import Particles, Program, SoFar, Stopwatch, draw, keeping, posterior, to_numpy
+from bayeslm.inference.program import (
+    Particles,
+    Program,
+    SoFar,
+    Stopwatch,
+    draw,
+    keeping,
+    of_prompts,
+    posterior,
+    to_numpy,
+)
 from bayeslm.models.lm import LanguageModel
 from bayeslm.posterior import Posterior
 from bayeslm.progress import Report, track
@@ -296,7 +306,9 @@ def run_adaptively(
                 f"{engine}: guide must be a function that returns an AutoPolicy, got {show(policy)} from it"
             )
         chains.append(AdaptiveChain(program, policy, plan, own_weights, i, num_chains, stopwatch))
-    with track(f"{engine}, draws of the prior", plan.num_particles * num_chains, progress) as report:
+    most = plan.num_particles * num_chains
+    what = f"at most {most} draws {of_prompts(program)}"
+    with track(f"{engine}, draws of the prior", most, progress, plan=what) as report:
         figures, interrupted = adapt(chains, plan, engine, stopwatch, report)
     particles, log_weights, evidence = weighted(chains)
     by_chain = to_numpy(log_weights).reshape(num_chains, -1, log_weights.shape[-1])

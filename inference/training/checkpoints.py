@@ -17,6 +17,7 @@ import dataclasses
 import json
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from bayeslm.files import atomic_folder, differences, read_header, require_memor
 from bayeslm.inference.program import Program, prompt_labels, to_numpy
 from bayeslm.locking import locked
 from bayeslm.models.lm import read_tensors
-from bayeslm.validation import Count, validated
+from bayeslm.validation import Count, Positive, validated
 
 from .callbacks import Callback
 from .identity import has_unreadable, identify
@@ -54,15 +55,17 @@ class Checkpointing:
     """Where and how often a training writes checkpoints. Each is a policy's parameters three times over.
 
     :param folder: made if there is none. The same call resumes what it holds.
-    :param every: steps from one checkpoint to the next.
+    :param every: steps from one checkpoint to the next, at most.
     :param version: a name for the version of your own code. A run is resumed by the same code alone; where the source
         of a function cannot be read (in an interactive session, say), this says that it is the same.
-    :raises ValueError: if ``every`` is below 1.
+    :param minutes: from one checkpoint to the next, at most, whatever the steps; None: by steps alone.
+    :raises ValueError: if ``every`` is below 1, or ``minutes`` is not positive.
     """
 
     folder: str | PathLike[str]
     every: Count = 50
     version: str | None = None
+    minutes: Positive | None = 5.0
 
 
 @dataclass
@@ -86,11 +89,11 @@ class Checkpoints:
 
     def __init__(self, settings: Checkpointing, description: dict[str, Any]) -> None:
         self.folder = Path(settings.folder).absolute()
-        self.every = settings.every
         self._settings = settings
         self._description = json.loads(json.dumps(description | {"code version": settings.version}))
         self._held = contextlib.ExitStack()
         self._good: dict[int, Path] = {}  # the last checkpoint of each chain, verified
+        self._tried = time.monotonic()  # when the last one was written, or refused by the disk
 
     def __enter__(self) -> Checkpoints:
         with contextlib.suppress(OSError):  # a disk that refuses is reported when there is something to write
@@ -102,6 +105,12 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._held.close()
+
+    def due(self, step: int) -> bool:
+        """Return whether a checkpoint is to be written after a step."""
+        minutes = self._settings.minutes
+        is_late = minutes is not None and time.monotonic() - self._tried >= 60 * minutes
+        return is_late or step % self._settings.every == 0
 
     def newest(self, chain: int) -> Saved | None:
         """Return the state of a chain after its last checkpoint; None if it has none.
@@ -135,6 +144,7 @@ class Checkpoints:
 
         :returns: the path of the last checkpoint.
         """
+        self._tried = time.monotonic()
         target = self.folder / f"chain-{saved.chain}-step-{saved.values['step']}"
         before = self._good.get(saved.chain)
         if target == before:

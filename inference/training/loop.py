@@ -22,12 +22,13 @@ from bayeslm.inference.program import (
     Program,
     RandomStates,
     Stopwatch,
+    of_prompts,
     prompt_labels,
     run_particles,
     seeded,
     to_numpy,
 )
-from bayeslm.progress import track
+from bayeslm.progress import announce, track
 from bayeslm.validation import validated
 
 from .best import Best
@@ -61,7 +62,7 @@ class Training:
         user's guide stay where Pyro's users look for them, in Pyro's store.
     :param chain: the index of the chain.
     :param num_chains: how many there are.
-    :param progress: whether to show a bar.
+    :param progress: whether to show the progress.
     :param stopwatch: of the run.
     """
 
@@ -113,8 +114,8 @@ class Training:
         """Take all steps that are not done yet."""
         svi = pyro.infer.SVI(self.program.model, self.guide, self.optimizer, loss=self.loss)
         total = self.budget.steps or 100  # per cent
-        with self.own_params(), track(self._title, total, self._progress) as report:
-            report(self._shown_of(total))
+        shown = {"done": self._shown_of(total), "plan": self._plan}
+        with self.own_params(), track(self._title, total, self._progress, **shown) as report:
             for x in _unconstrained().values():
                 x.grad = None  # of an interrupted step
             try:
@@ -128,7 +129,7 @@ class Training:
                         report(self._shown_of(total) - before, values=self._shown(seconds))
                         if record is not None:
                             self.ended = self._call("step", record).is_last and not self.done
-                        if checkpoints is not None and self.step % checkpoints.every == 0 and not self.done:
+                        if checkpoints is not None and checkpoints.due(self.step) and not self.done:
                             self.checkpoint = checkpoints.write(self._saved())
                 self.optimizer.warn_if_stuck()
                 with self._ended_by_ctrl_c():
@@ -138,6 +139,11 @@ class Training:
                 raise
             if checkpoints is not None and not self.interrupted:
                 self.checkpoint = checkpoints.write(self._saved())
+
+    @property
+    def _plan(self) -> str:
+        steps = "steps" if self.budget.steps is None else f"{self.budget.steps} steps"
+        return f"{steps} of {self._new_samples // self.program.num_prompts} draws {of_prompts(self.program)}"
 
     @property
     def share(self) -> float:
@@ -157,7 +163,7 @@ class Training:
         return int(getattr(self.loss, "num_particles", 1)) * self.program.num_prompts
 
     def _shown_of(self, total: int) -> int:
-        """Return what the progress bar counts: steps, or the share of another budget."""
+        """Return what the progress counts: steps, or the share of another budget."""
         return self.step if self.budget.steps == total else int(total * self.share)
 
     @contextlib.contextmanager
@@ -329,7 +335,7 @@ class Training:
         return float(getattr(self.loss, "num_particles", 1) * self.history["elbo"][-1].size / max(seconds, 1e-9))
 
     def _shown(self, seconds: float) -> dict[str, float]:
-        """Return what the progress bar shows."""
+        """Return what the progress shows, the most important first."""
         labels = {"elbo": "elbo", "reward": "reward", "kl": "kl", "gradient_norm": "gradient"}
         shown = {label: float(self.history[key][-1].mean()) for key, label in labels.items() if key in self.history}
         return shown | {"samples/s": self._speed(seconds)}
@@ -396,6 +402,8 @@ class Training:
         self.callbacks.restore(within("callbacks", saved.tensors))
         self.history = {name: list(x.numpy()) for name, x in within("history", saved.tensors).items()}
         RandomStates.of(saved.tensors, saved.values).restore()
+        ended = ", its last" if self.done else ""
+        announce(f"{self._title}: resumed from step {self.step}{ended}", self._progress)
 
     def _set_up(self) -> None:
         """Run guide and program once, so that their parameters are in Pyro's store."""

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 import pyro
 import torch
-import transformers
 from pyro.optim import PyroOptim
 from torch import Tensor
 
@@ -20,6 +19,11 @@ from .state import State
 
 Decay = Annotated[float, Within("[0, 1)")]
 FUSED = ("cpu", "cuda")  # where Adam has a fused kernel
+SCHEDULES: dict[str, Callable[[float], float]] = {  # of the share of the budget that is used
+    "constant": lambda share: 1.0,
+    "linear": lambda share: max(0.0, 1.0 - share),
+    "cosine": lambda share: max(0.0, 0.5 * (1.0 + math.cos(math.pi * share))),
+}
 
 
 @validated
@@ -67,12 +71,6 @@ class Adam:
         """Whether a training may go on where a smaller budget has ended."""
         return self.schedule == "constant"
 
-    def factor(self) -> Callable[[float], float]:
-        """Return the function that multiplies the learning rates, of the share of the budget that is used."""
-        unused = torch.optim.SGD([torch.zeros(())], lr=1.0)
-        schedule = transformers.get_scheduler(self.schedule, unused, num_warmup_steps=0, num_training_steps=1)
-        return schedule.lr_lambdas[0]
-
 
 class ScheduledAdam(PyroOptim):
     """Adam over all parameters of a run at once, with the gradient clipped by its global norm.
@@ -96,7 +94,7 @@ class ScheduledAdam(PyroOptim):
         super().__init__(torch.optim.Adam, {})
         self._rate_of = rate_of
         self._betas = settings.betas
-        self._share, self._factor_of = share, settings.factor()
+        self._share, self._factor_of = share, SCHEDULES[settings.schedule]
         self.factor = 1.0
         self._num_prompts = num_prompts
         self._clip = math.inf if settings.clip_norm is None else settings.clip_norm * num_prompts

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import logsumexp
 
 from bayeslm.validation import Count, Finite, Positive, validated
 
@@ -64,6 +63,8 @@ class NearPosterior(Callback):
                 "NearPosterior needs an objective that estimates log Z, and this one does not know the density of its "
                 "particles: use Plateau"
             )
+        from scipy.special import logsumexp
+
         if len(history["elbo"]) < self.window:
             return None
         elbo, log_z = (np.array(history[key][-self.window :]) for key in ("elbo", "log_evidence"))  # (step, prompt)

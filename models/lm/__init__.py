@@ -3,17 +3,18 @@
 from .autoregressive import Autoregressive
 from .decoding import Decoder, categorical, generate
 from .encoding import Encoded, Prompt
+from .generation import SampledText, sample_texts
 from .gradients import differentiating
 from .language_model import LanguageModel
 from .module_errors import ModuleWithProperties
 from .network import CausalNetwork, log_softmax_at
 from .suffix import redraw
 from .tables import read_table, without_index
-from .tabular import word_tokenizer
 from .tensor_files import read_tensors, write_tensors
 from .turns import exclusive, forked
 from .twist import POWERS, Twist, TwistInputs
 from .usage import count_usage
+from .words import word_tokenizer
 
 __all__ = [
     "POWERS",
@@ -24,6 +25,7 @@ __all__ = [
     "LanguageModel",
     "ModuleWithProperties",
     "Prompt",
+    "SampledText",
     "Twist",
     "TwistInputs",
     "categorical",
@@ -36,6 +38,7 @@ __all__ = [
     "read_table",
     "read_tensors",
     "redraw",
+    "sample_texts",
     "without_index",
     "word_tokenizer",
     "write_tensors",

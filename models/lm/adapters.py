@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 OTHERS = ("XLORA", "POLY")  # whose layers' inputs are more than the hidden states before them
 
@@ -23,6 +26,16 @@ OTHERS = ("XLORA", "POLY")  # whose layers' inputs are more than the hidden stat
 def has_adapters(network: nn.Module) -> bool:
     """Return whether a network is PEFT adapters around weights."""
     return hasattr(network, "peft_config")
+
+
+def adapted_modules(network: nn.Module) -> list[nn.Module]:
+    """Return the modules that PEFT has put in the place of a network's own."""
+    if "peft" not in sys.modules:  # whose import takes seconds; none of its modules exists before
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return [m for m in network.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
 
 
 def unwrapped(network: Any) -> nn.Module:
@@ -63,6 +76,8 @@ def own_parameters(network: Any) -> list[nn.Parameter]:
     """
     if not has_adapters(network):
         return list(network.parameters())
+    from peft import get_peft_model_state_dict
+
     saved = [
         tensor.data_ptr()
         for adapter in network.active_adapters
@@ -91,11 +106,26 @@ def plain_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
-def merged(network: Any) -> nn.Module:
-    """Return a copy of a network, its active adapters merged into the weights."""
+def merged(network: Any, dtype: torch.dtype | None = None) -> nn.Module:
+    """Return a copy of a network, its active adapters merged into the weights.
+
+    :param dtype: of the weights. They are merged in float32 and rounded to it once: added to bfloat16 weights, most of
+        what an adapter has learned would be lost. None: they are merged in the dtype they have.
+    """
     new = copy.deepcopy(network)
+    if dtype is not None:
+        _convert(new, torch.float32)
     plain: nn.Module = new.merge_and_unload() if has_adapters(network) else new
+    if dtype is not None:
+        _convert(plain, dtype)
     return plain
+
+
+def _convert(network: nn.Module, dtype: torch.dtype) -> None:
+    """Convert the parameters of a network; buffers, such as frequencies of positions, keep their precision."""
+    for p in network.parameters():
+        if p.is_floating_point():
+            p.data = p.data.to(dtype)
 
 
 def twin(network: Any) -> nn.Module:
@@ -118,6 +148,8 @@ def with_lora(network: nn.Module, rank: int, alpha: int, name: str | None) -> nn
     """
     if rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {rank}")
+    from peft import LoraConfig, get_peft_model
+
     around: Any = twin(network)
     config = LoraConfig(
         r=rank,
@@ -167,6 +199,8 @@ def load_adapters(network: Any, path: Path, config: PeftConfig) -> nn.Module:
     :param config: of the adapters, checked by `read_adapter_config` and `check_adapter_sizes`.
     :raises ValueError: if the adapters do not fit the network, or the file holds more or less than them.
     """
+    from peft import PeftModel
+
     try:
         with _quiet():  # nothing is allocated before the weights are read
             adapted: Any = PeftModel.from_pretrained(network, str(path), config=config, low_cpu_mem_usage=True)

@@ -9,7 +9,7 @@ limit is a completion of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -61,6 +61,9 @@ class TokenModel(Protocol):
 
     def decode(self, value: Tensor, prompts: Encoded | None = None) -> np.ndarray:
         """Return the texts of completions (*batch, token) of prompts, an object array of the batch's shape."""
+
+    def token_ends(self, value: Tensor, decoded: np.ndarray) -> np.ndarray:
+        """Return where each token of completions (*batch, token) ends in their texts (*batch)."""
 
     def detokenize(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each row of token ids."""
@@ -149,15 +152,19 @@ class Autoregressive(TorchDistribution):
     def support(self) -> constraints.Constraint:
         return _WellFormed(self.vocabulary)
 
-    def sample(self, sample_shape: Any = Size()) -> Tensor:
-        """Draw completions, shape (*sample_shape, *batch_shape, max_new_tokens). Their scores are kept."""
+    def sample(self, sample_shape: Any = Size(), *, watch: Callable[[Tensor], None] | None = None) -> Tensor:
+        """Draw completions, shape (*sample_shape, *batch_shape, max_new_tokens). Their scores are kept.
+
+        :param watch: called with the first completion (max_new_tokens,) after each of its tokens, padded.
+        """
         shape = Size(sample_shape) + self.batch_shape
         rows = self.prompt_rows(shape)
         value = rows.new_full((len(rows), self.max_new_tokens), self.vocabulary.pad_token_id)
         scores = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
         with exclusive(), torch.no_grad(), self.prompted.drawing(len(rows)) as prompted:
             for part, prefix in prompted.prefixes(rows):
-                value[part], scores[part] = generate(Decoder(prompted, prefix))
+                watched = watch if part[0] == 0 else None
+                value[part], scores[part] = generate(Decoder(prompted, prefix), watched)
         value = value.reshape(shape + self.event_shape)
         kept = (value, self._versions(value), scores.reshape(value.shape))
         self._drawn[:] = [] if value.is_inference() else [kept]

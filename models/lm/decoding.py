@@ -6,6 +6,8 @@ computed again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -104,15 +106,19 @@ class Decoder:
             self._room = self._room[rows]
 
 
-def generate(decoder: Decoder) -> tuple[Tensor, Tensor]:
+def generate(decoder: Decoder, watch: Callable[[Tensor], None] | None = None) -> tuple[Tensor, Tensor]:
     """Draw every row to its end: ids and token log-probabilities, each (row, max_new_tokens).
 
     Rows that have ended leave the batch once they are half of it.
+
+    :param watch: called with the ids (max_new_tokens,) of the first row, padded, after each of its tokens.
     """
     values, scores = torch.empty_like(decoder.values), torch.empty_like(decoder.scores)
     rows = torch.arange(len(values), device=values.device)
     while not decoder.done:
         decoder.append(*categorical(decoder.logits))
+        if watch is not None and rows[0] == 0:
+            watch(decoder.values[0])
         if 0.5 <= decoder.idle < 1.0:
             values[rows], scores[rows] = decoder.values, decoder.scores
             live = (~decoder.finished).nonzero().squeeze(-1)

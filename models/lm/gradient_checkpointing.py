@@ -9,7 +9,6 @@ from functools import partial
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .module_copies import with_forward, with_modules
 
@@ -19,6 +18,8 @@ def checkpointable_layers(network: nn.Module) -> list[nn.Module]:
 
     :raises ValueError: if there are none.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     layers: list[nn.Module] = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(

@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bayeslm.model_card import TrainingNotes, read_notes, training_notes
+from bayeslm.posterior import Posterior
 from bayeslm.validation import Count, Positive, Seed, Unchecked, validated
 
-from . import adapters, encoding, fitting, loading, packing, saving, texts
+from . import adapters, encoding, fitting, generation, packing, texts
 from .autoregressive import Autoregressive
 from .encoding import Vocabulary
 from .gradient_checkpointing import checkpointable_layers
@@ -22,10 +25,10 @@ from .module_errors import ModuleWithProperties
 from .network import CausalNetwork
 from .own_forward import Findings
 from .settings import Settings
-from .special_tokens import find_special_tokens
-from .tabular import NGramConfig, NGramForCausalLM, word_tokenizer
+from .special_tokens import SpecialTokens, find_special_tokens
 from .turns import forked
 from .weights import SharedWeights
+from .words import word_tokenizer
 
 
 @validated
@@ -84,6 +87,8 @@ class LanguageModel(ModuleWithProperties):
         self._causal: CausalNetwork | None = None
         self._findings: Findings | None = None
         self._shared: SharedWeights | None = None
+        self.provenance: Posterior | TrainingNotes | None = None
+        self._is_named = True  # whether the weights are those that `name` names
         self.eval()
         found = find_special_tokens(network, tokenizer, eos_token_ids)
         self.eos_token_ids: tuple[int, ...] = found.eos
@@ -127,10 +132,12 @@ class LanguageModel(ModuleWithProperties):
         :raises OSError: if the model is not found, with how to get it, or its tokenizer cannot be loaded.
         :raises ValueError: if ``base`` is given and the folder holds no adapter.
         """
+        from . import loading  # here, as below: transformers takes a second or more to import
+
         around = None
         if base is not None:
             settings = Settings(base.eos_token_ids, base.pad_token_id, base.compute_dtype)
-            around = loading.Pretrained(base.network, base.tokenizer, base.name, settings)
+            around = loading.Pretrained(base.network, base.tokenizer, base.name if base._is_named else None, settings)
         network, tokenizer, name, settings = loading.load(name_or_path, base=around, dtype=dtype, **kwargs)
         lm = cls(
             network,
@@ -143,6 +150,7 @@ class LanguageModel(ModuleWithProperties):
             gradient_checkpointing=gradient_checkpointing,
             compute_dtype=settings.compute_dtype,
         )
+        lm.provenance = read_notes(Path(name_or_path) / str(kwargs.get("subfolder") or ""))
         lm = lm if base is None else base._sharing(lm)
         return lm.to(device) if device is not None else lm
 
@@ -168,6 +176,8 @@ class LanguageModel(ModuleWithProperties):
         :param eos: the token before and after a text; an empty prompt is one ``eos``.
         :raises ValueError: if ``eos`` is not in the vocabulary, a token is in it twice, or ``table`` has another shape.
         """
+        from .tabular import NGramConfig, NGramForCausalLM
+
         if eos not in vocabulary:
             raise ValueError(f"vocabulary has no {eos!r}: completions could not end")
         with forked(seed):
@@ -201,7 +211,9 @@ class LanguageModel(ModuleWithProperties):
             if self.compute_dtype is None:
                 lm._exact = exact
             return lm._unfreeze(list(network.parameters()))
-        network = adapters.with_lora(self.network, lora_rank, lora_alpha or 2 * lora_rank, self.name)
+        network = adapters.with_lora(
+            self.network, lora_rank, lora_alpha or 2 * lora_rank, self.name if self._is_named else None
+        )
         lm = self._with_network(network, self.name, self.compute_dtype)
         return self._sharing(lm)._unfreeze(adapters.own_parameters(network))
 
@@ -221,17 +233,27 @@ class LanguageModel(ModuleWithProperties):
         lm = self._with_network(network, self.name, self.compute_dtype)
         return self._sharing(lm)._unfreeze(adapters.own_parameters(network))
 
-    def merged(self) -> LanguageModel:
+    @validated
+    @differentiating()
+    def merged(self, dtype: torch.dtype | None = None) -> LanguageModel:
         """Return the same distribution without adapters: a copy into whose weights they are merged.
 
         It shares nothing with this model. PEFT's own ``merge_and_unload`` changes weights in place, and with them the
         prior of a LoRA policy.
 
+        :param dtype: of the copy's weights, into which they are rounded once. None: that of the weights under the
+            adapters; of bfloat16 ones torch.float32 keeps what adding to them would round away.
         :raises TypeError: if this model is `packed`.
+        :raises ValueError: if ``dtype`` is no floating-point type.
         """
         self._refuse_packed()
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating-point type such as torch.bfloat16, got {dtype}")
         self.current()
-        return self._with_network(adapters.merged(self.network), None, self.compute_dtype)
+        network = adapters.merged(self.network, dtype)
+        lm = self._with_network(network, None, self.compute_dtype if dtype is None else None)
+        lm.provenance = self.provenance
+        return lm
 
     def packed(self) -> LanguageModel:
         """Return the same distribution, for drawing and scoring only, faster on a CPU.
@@ -287,7 +309,8 @@ class LanguageModel(ModuleWithProperties):
 
         The folder appears when it is complete; a model that it holds already is replaced, and other files stay. What
         that format has no place for goes into a file of its own, ``bayeslm.json``: ``compute_dtype``, and end and
-        padding tokens that the saved network and tokenizer do not name themselves.
+        padding tokens that the saved network and tokenizer do not name themselves. A model card, README.md, says how to
+        load it in other programs, and how it was trained (`provenance`); a README.md of your own stays.
 
         :raises TypeError: if this model is `packed`.
         :raises ValueError: if it has several active adapters.
@@ -302,7 +325,12 @@ class LanguageModel(ModuleWithProperties):
             self.compute_dtype,
             next((p.dtype for p in self.parameters() if p.is_floating_point()), None) if self.has_adapters else None,
         )
-        saving.save(self.network, self.tokenizer, settings, path)
+        special = SpecialTokens(self.eos_token_ids, self.bos_token_id, self.pad_token_id)
+        origin = self.provenance
+        notes = training_notes(origin) if isinstance(origin, Posterior) else origin
+        from . import saving
+
+        saving.save(self.network, self.tokenizer, settings, special, notes, path)
 
     @validated
     def fit(
@@ -345,6 +373,7 @@ class LanguageModel(ModuleWithProperties):
             seed=seed,
             progress=progress,
         )
+        self._is_named = self._is_named and self.has_adapters
         if self._shared is not None:
             self._shared.renew()
         return losses
@@ -416,8 +445,9 @@ class LanguageModel(ModuleWithProperties):
     def __deepcopy__(self, memo: dict[int, Any]) -> LanguageModel:
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
-        state = {k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in ("_causal", "tokenizer")}
-        new.__dict__.update(state, _causal=None, tokenizer=self.tokenizer)
+        shared = ("tokenizer", "provenance")
+        state = {k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in ("_causal", *shared)}
+        new.__dict__.update(state, _causal=None, **{k: self.__dict__[k] for k in shared})
         return new
 
     # -- the distribution ------------------------------------------------------------------------------------
@@ -442,6 +472,29 @@ class LanguageModel(ModuleWithProperties):
         """
         ids, mask = self.encode(prompts, max_new_tokens)
         return Autoregressive(self, ids, mask, max_new_tokens, temperature)
+
+    @validated
+    def generate_texts(
+        self,
+        prompts: encoding.Prompts,
+        num_texts: Count = 1,
+        *,
+        max_new_tokens: Count = 128,
+        temperature: Positive = 1.0,
+        seed: Seed | None = None,
+    ) -> list[list[str]]:
+        """Draw texts that continue prompts: a list of ``num_texts`` for each prompt.
+
+        :param prompts: strings, chats or token ids, as for `forward`.
+        :param num_texts: of each prompt.
+        :param max_new_tokens: the longest text, in tokens.
+        :param temperature: divides the logits.
+        :param seed: of the draws; the state of the random numbers is restored after. None: that state is used.
+        :raises TypeError: if there is no tokenizer.
+        """
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        drawn = generation.sample_texts(self, prompts, num_texts, **settings)
+        return [[sampled.text for sampled in of_prompt] for of_prompt in drawn]
 
     def encode(self, prompts: encoding.Prompts, max_new_tokens: int = 0) -> encoding.Encoded:
         """Return the token ids of prompts that leave room for ``max_new_tokens`` more; see `encoding.encode`."""
@@ -476,6 +529,10 @@ class LanguageModel(ModuleWithProperties):
         encoded = prompts if isinstance(prompts, encoding.Encoded | None) else self.encode(prompts)
         rows = self.vocabulary.before_end(value)
         return texts.completion_texts(self.tokenizer, rows, value.shape[:-1], encoded)
+
+    def token_ends(self, value: Tensor, decoded: np.ndarray) -> np.ndarray:
+        """Return where each token of completions (*batch, token) ends in their texts (*batch), see `texts`."""
+        return texts.token_ends(self.tokenizer, self.vocabulary.before_end(value), decoded, value.shape[-1])
 
     def token_ids(self, value: Tensor) -> np.ndarray:
         """Return completions (*batch, token) as lists of token ids, with the end, an object array of the batch's shape.

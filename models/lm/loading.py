@@ -19,6 +19,7 @@ from bayeslm.checksums import verify_model
 from bayeslm.files import atomic_folder, reading, reason_of, recover
 from bayeslm.weight_files import check_folder, check_json
 
+from . import tabular  # noqa: F401, makes transformers know tables
 from .adapter_folders import check_adapter_sizes, read_adapter_config
 from .adapters import load_adapters, twin
 from .settings import NAME as SETTINGS
@@ -69,11 +70,9 @@ def load(
         raise ValueError(f"base is for a folder that holds an adapter, and {name!r} holds none")
     if name not in PACKAGED:
         return _load_transformers(name, dtype, root=root, **kwargs)
-    module, distribution, hub_name = PACKAGED[name]
-    found = importlib.util.find_spec(module)
-    if found is not None and found.submodule_search_locations:
-        folder = converted(Path(next(iter(found.submodule_search_locations))))
-        return _load_transformers(str(folder), dtype, **kwargs)._replace(name=name)
+    _, distribution, hub_name = PACKAGED[name]
+    if (package := _package(name)) is not None:
+        return _load_transformers(str(converted(package)), dtype, **kwargs)._replace(name=name)
     try:
         return _load_transformers(hub_name, dtype, **kwargs)._replace(name=name)
     except OSError as error:
@@ -120,7 +119,8 @@ def _load_transformers(name: str, dtype: torch.dtype | None, root: str | None = 
     elif tokenizer is None and "subfolder" in where:  # of a hub's repository
         tokenizer = load_tokenizer(name, {key: value for key, value in where.items() if key != "subfolder"})
     # an adapter trained on it names its base, which has no place for a part or a revision of a name
-    own_name = None if {"subfolder", "revision", "gguf_file"} & where.keys() and not Path(name).is_dir() else name
+    own_name = None if {"subfolder", "revision", "gguf_file"} & where.keys() else name
+    own_name = str(folder.absolute()) if folder.is_dir() else own_name
     return Pretrained(network, tokenizer, own_name, Settings.read(find_file(name, SETTINGS, where)))
 
 
@@ -180,7 +180,7 @@ def _load_adapter(path: Path, *, base: Pretrained | None, dtype: torch.dtype | N
     check_adapter_sizes(path, config)
     own = Settings.read(path / SETTINGS)
     if base is None:
-        name = config.base_model_name_or_path
+        name = short_name(config.base_model_name_or_path or "")
         if not name:
             raise OSError(f"{path} is an adapter that does not name its base model: give base=LanguageModel(...)")
         if (Path(name) / "adapter_config.json").is_file():
@@ -201,8 +201,9 @@ def _load_adapter(path: Path, *, base: Pretrained | None, dtype: torch.dtype | N
         ends = (tokenizer.eos_token_id,) if other and tokenizer.eos_token_id < vocab_size(base.network) else None
     settings = own.over(Settings(eos_token_ids=None if ends is None else tuple(ends))).over(base.settings)
     with reading(path):
-        network = load_adapters(base.network, path, config)
+        network: Any = load_adapters(base.network, path, config)
         verify_model(path)
+    network.peft_config["default"].base_model_name_or_path = base.name or config.base_model_name_or_path
     return base._replace(network=network, tokenizer=tokenizer, settings=settings)
 
 
@@ -226,13 +227,48 @@ def cache_folder() -> Path:
     return Path(root)
 
 
-def converted(package: Path) -> Path:
-    """Return the folder of safetensors of a package's GGUF file, converted at the first use (half a minute)."""
+def location(name: str) -> str:
+    """Return a folder, or a name on the hub, at which any program finds the model that we load by a name.
+
+    A short name's is the folder of the converted weights, since the hub's are not the same.
+    """
+    if name not in PACKAGED:
+        return name
+    package = _package(name)
+    return PACKAGED[name][2] if package is None else str(converted(package))
+
+
+def short_name(name: str) -> str:
+    """Return the short name of the model that `location` has put into an adapter, here or on another machine."""
+    for short in PACKAGED:
+        if (package := _package(short)) is not None:
+            target = _conversion(package)[1]
+            if Path(name) == target or (Path(name).name == target.name and not Path(name).exists()):
+                return short
+    return name
+
+
+def _package(name: str) -> Path | None:
+    """Return the folder of the package that carries the weights of a short name; None if it is not installed."""
+    found = importlib.util.find_spec(PACKAGED[name][0])
+    places = found.submodule_search_locations if found is not None else None
+    return Path(next(iter(places))) if places else None
+
+
+def _conversion(package: Path) -> tuple[Path, Path]:
+    """Return a package's GGUF file, and the folder that its conversion goes to.
+
+    :raises OSError: if the package holds none.
+    """
     files = sorted(package.glob("*.gguf"))
     if not files:
         raise OSError(f"{package} holds no .gguf file: reinstall the package")
-    source = files[0]
-    target = cache_folder() / f"{source.stem}-{source.stat().st_size}"
+    return files[0], cache_folder().absolute() / f"{files[0].stem}-{files[0].stat().st_size}"
+
+
+def converted(package: Path) -> Path:
+    """Return the folder of safetensors of a package's GGUF file, converted at the first use (half a minute)."""
+    source, target = _conversion(package)
     if not (target / "config.json").is_file():
         try:
             with atomic_folder(target) as folder:

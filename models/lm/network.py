@@ -18,24 +18,24 @@ import inspect
 import itertools
 from collections.abc import Collection, Hashable, Iterator
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import DynamicCache
 
 from . import own_forward, packing, weights
-from .adapters import has_adapters, own_parameters, plain_name
+from .adapters import adapted_modules, has_adapters, own_parameters, plain_name
 from .encoding import positions_of
 from .gradient_checkpointing import checkpointed
 from .masks import causal_mask
 from .module_copies import with_forward, with_modules, with_parameters
 from .own_forward import Findings
 from .usage import count_pass
-from .whole_texts import TextCache, one_length_at_a_time
+from .whole_texts import one_length_at_a_time
+
+if TYPE_CHECKING:
+    from .caches import DynamicCache
 
 # Elements of one float32 block of logits: 2**25 is 128 MB, about 680 tokens of a 49k vocabulary.
 LOGITS_BLOCK = 2**25
@@ -66,7 +66,7 @@ class CausalNetwork:
         self.compute_dtype = compute_dtype
         self._exact = set() if compute_dtype is None else _exact_weights(network, causal, exact)
         self.parameters = list(causal.parameters())
-        self._adapted = [m for m in causal.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+        self._adapted = adapted_modules(causal)
         self.accepts_positions = "position_ids" in inspect.signature(causal.forward).parameters
         self.body: nn.Module | None = None  # None: logits are the hidden states
         self.head: nn.Module | None = None  # None with a body: logits are `_through` the network
@@ -235,6 +235,8 @@ class CausalNetwork:
         """Numbers in the keys and values of a token, counted on a pass."""
         if not self.findings.caches:
             return 0
+        from .caches import DynamicCache
+
         ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
         with own_forward.aside(self.device):
             _, cache = self.hidden(ids, None, positions_of(ids, None), DynamicCache())
@@ -276,6 +278,8 @@ class CausalNetwork:
         :param mask: 1 at tokens that are not padding, (rows, cached + tokens); None where none is.
         :param gradient_checkpointing: the backward pass computes the inside of each layer again.
         """
+        from .caches import TextCache
+
         count_pass(ids.numel())
         if mask is not None and not isinstance(cache, TextCache) and self.mask_dtype is not None:
             mask = causal_mask(mask, ids.shape[-1], self.mask_dtype)
@@ -292,7 +296,7 @@ class CausalNetwork:
 
     def hidden_of_texts(self, ids: Tensor, mask: Tensor | None, gradient_checkpointing: bool = False) -> Tensor:
         """Return hidden states (rows, tokens, width) of left-padded texts (rows, tokens), without a cache."""
-        cache = None if self.shares_prefill(mask) else TextCache()
+        cache = None if self.shares_prefill(mask) else self.new_cache(mask)
         positions = positions_of(ids, mask)
         settings = {"use_cache": False, "gradient_checkpointing": gradient_checkpointing}
         return self.hidden(ids, mask, positions, cache, **settings)[0]
@@ -315,6 +319,8 @@ class CausalNetwork:
         It keeps all tokens, also of networks whose layers attend to a window or a chunk: the one that such a network
         makes itself drops tokens by what its config says, whether or not its layers do as it says.
         """
+        from .caches import DynamicCache, TextCache
+
         return DynamicCache() if self.shares_prefill(mask) else TextCache()
 
     def _states_of_whole(self, module: nn.Module, ids: Tensor) -> Tensor:

@@ -14,13 +14,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
 
 from .encoding import positions_of
 from .masks import causal_mask
 from .turns import exclusive
 from .usage import counting
-from .whole_texts import TextCache, is_shareable
 
 LENGTH = 6  # of the texts that are tried
 LEAST = -1e3  # log-probabilities below are not compared: masked tokens are at the end of the number range
@@ -117,6 +115,8 @@ def holds_padded(network: TriedNetwork) -> bool:
 
 def mask_dtype(network: TriedNetwork) -> torch.dtype | None:
     """Return the dtype of the `causal_mask` that a network takes; None if it takes masks (rows, length) alone."""
+    from .caches import DynamicCache
+
     config = network.network.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     windows = kinds - {"full_attention"} or getattr(config, "sliding_window", None)
@@ -165,6 +165,8 @@ def aside(device: torch.device) -> Iterator[None]:
 
 def _scores(network: TriedNetwork, ids: Tensor, mask: Tensor | None) -> Tensor:
     """Return log-probabilities (row, length, vocabulary) of a pass over half of the tokens and one that follows."""
+    from .caches import DynamicCache, TextCache, is_shareable
+
     cut = max(1, ids.shape[-1] // 2)
     positions = positions_of(ids, mask)
     first = None if mask is None else mask[:, :cut]

@@ -7,16 +7,17 @@ quarter faster on SmolLM2-135M with 32 rows.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
 from .module_copies import with_modules
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import Linear as LoraLinear
 
 ROWS = 32  # for which the blocks are chosen; products of any number of rows are right
 MIN_PASSES = 12  # in fewer forward passes packing costs more than it saves,
@@ -69,16 +70,17 @@ def packed(network: nn.Module, checksums: bool = False) -> nn.Module:
     :param checksums: give each packed layer a buffer by which networks' states differ if their weights do.
     """
     layers: dict[nn.Module, nn.Module] = {}
+    lora, others = _adapter_layers()
 
     def collect(parent: nn.Module) -> None:
         for child in parent.children():
             if child in layers:
                 continue
-            if isinstance(child, LoraLinear):
+            if isinstance(child, lora):
                 if (weight := _merged(child)) is not None:
                     base: Any = child.get_base_layer()
                     layers[child] = PackedLinear(base, weight)
-            elif isinstance(child, BaseTunerLayer | TrainableTokensWrapper):
+            elif isinstance(child, others):
                 continue  # it may read the weights of the layers inside, rather than call them
             elif can_pack(child):
                 layers[child] = PackedLinear(child)
@@ -89,6 +91,17 @@ def packed(network: nn.Module, checksums: bool = False) -> nn.Module:
 
     collect(network)
     return with_modules(network, layers)
+
+
+def _adapter_layers() -> tuple[tuple[type[Any], ...], tuple[type[Any], ...]]:
+    """Return PEFT's classes of LoRA around linear layers, and of other adapters; none before PEFT is imported."""
+    if "peft" not in sys.modules:
+        return (), ()
+    from peft.tuners.lora import Linear as LoraLinear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import TrainableTokensWrapper
+
+    return (LoraLinear,), (BaseTunerLayer, TrainableTokensWrapper)
 
 
 def _checksum(linear: nn.Linear) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import fnmatch
 import os
 import shutil
@@ -10,74 +11,117 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationConfig
 
 from bayeslm.files import replacing_folder
+from bayeslm.model_card import CARD, FIGURE, Loading, TrainingNotes, is_own_card, write_card
 
 from .adapters import has_adapters
+from .loading import location, short_name
 from .settings import NAME, Settings
+from .special_tokens import SpecialTokens
 
 # Files of a model; those of one that is saved over another do not outlive it.
 OWN = (
-    *(NAME, "config.json", "generation_config.json", "adapter_*", "model*.safetensors*", "pytorch_model*.bin*"),
+    *(NAME, FIGURE, "config.json", "generation_config.json", "adapter_*", "model*.safetensors*", "pytorch_model*.bin*"),
     *("tokenizer*", "special_tokens_map.json", "chat_template.*", "added_tokens.json", "vocab.*", "merges.txt"),
 )
 
 
-def save(network: nn.Module, tokenizer: Any, settings: Settings, path: str | os.PathLike[str]) -> None:
+def save(
+    network: nn.Module,
+    tokenizer: Any,
+    settings: Settings,
+    special: SpecialTokens,
+    notes: TrainingNotes | None,
+    path: str | os.PathLike[str],
+) -> None:
     """Write a network (only its adapters, if it has any), its tokenizer and settings into a folder.
 
     A model that the folder holds is replaced as a whole, once the new one is complete; other files in it stay.
 
     :param tokenizer: None if there is none.
+    :param special: the ends of texts and the padding, for the generation config.
+    :param notes: of the training, for the model card.
     :raises FileExistsError: if ``path`` is a file.
     :raises OSError: if the disk refuses; the folder is then as it was.
     :raises ValueError: if several adapters are active, which PEFT saves one by one.
     """
     try:
         with replacing_folder(Path(path).resolve(), _is_own) as folder:
-            _write_network(network, folder)
+            with _generating(network, special) as generation:
+                if has_adapters(network):
+                    _write_adapters(network, folder)
+                    generation.save_pretrained(folder)
+                else:
+                    network.save_pretrained(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             settings.write(folder)
+            (folder / CARD).unlink(missing_ok=True)  # PEFT's, a form that nobody has filled in
+            old = Path(path) / CARD
+            if not old.exists() or is_own_card(old):
+                write_card(folder, _loading(network, settings), notes)
     except FileExistsError:
         raise
     except (OSError, SafetensorError) as error:
         raise OSError(getattr(error, "errno", None), f"the model could not be saved: {error}", str(path)) from error
 
 
-def _write_network(network: Any, folder: Path) -> None:
+def _loading(network: Any, settings: Settings) -> Loading:
+    """Return what the card says of loading a network."""
+    first = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    dtype, compute = (None if x is None else str(x).removeprefix("torch.") for x in (first, settings.compute_dtype))
     if not has_adapters(network):
-        with _valid_generation_config(network):
-            network.save_pretrained(folder)
-        return
+        return Loading(None, None, str(dtype), compute, None)
+    config = network.peft_config[network.active_adapters[0]]
+    base = config.base_model_name_or_path or ""
+    return Loading(base and location(base), short_name(base), str(dtype), compute, getattr(config, "r", None))
+
+
+def _write_adapters(network: Any, folder: Path) -> None:
+    """Write the active adapter, with the place of its base model."""
     active = list(network.active_adapters)
     if len(active) != 1:
         raise ValueError(f"{len(active)} adapters are active, {active}: save_pretrained writes one")
-    # Embeddings are not adapted; PEFT would ask the hub whether the base's vocabulary was changed.
-    network.save_pretrained(folder, selected_adapters=active, save_embedding_layers=False)
+    config = network.peft_config[active[0]]
+    base = config.base_model_name_or_path
+    try:
+        config.base_model_name_or_path = base and location(base)
+        # Embeddings are not adapted; PEFT would ask the hub whether the base's vocabulary was changed.
+        network.save_pretrained(folder, selected_adapters=active, save_embedding_layers=False)
+    finally:
+        config.base_model_name_or_path = base
     if active != ["default"]:  # PEFT puts adapters of other names into a folder of that name
         shutil.copytree(folder / active[0], folder, dirs_exist_ok=True)
         shutil.rmtree(folder / active[0])
 
 
 @contextlib.contextmanager
-def _valid_generation_config(network: Any) -> Iterator[None]:
-    """Reduce a generation config that transformers loads but refuses to save to its special tokens, for the block."""
+def _generating(network: Any, special: SpecialTokens) -> Iterator[GenerationConfig]:
+    """Give a network, for the block, a generation config that ends and pads texts as ours are, and yield it.
+
+    One that transformers loads but refuses to save is reduced to its special tokens.
+    """
     kept = getattr(network, "generation_config", None)
+    config = GenerationConfig() if kept is None else copy.deepcopy(kept)
     try:
-        if kept is not None:
-            kept.validate(strict=True)
+        config.validate(strict=True)
     except ValueError:
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        network.generation_config = GenerationConfig(**{name: getattr(kept, name) for name in names})
+        config = GenerationConfig(bos_token_id=config.bos_token_id)
+    ends = list(special.eos)
+    config.eos_token_id, config.pad_token_id = (ends[0] if len(ends) == 1 else ends or None), special.pad
+    if kept is None or has_adapters(network):
+        yield config
+        return
+    network.generation_config = config
     try:
-        yield
+        yield config
     finally:
-        if kept is not None:
-            network.generation_config = kept
+        network.generation_config = kept
 
 
 def _is_own(name: str) -> bool:

@@ -1,19 +1,18 @@
 r"""A language model that is an explicit table, small enough to be enumerated: p(x_t | x_{t-n+1}, ..., x_{t-1}).
 
 It is a `transformers` model like any other (config, ``save_pretrained``, `AutoModelForCausalLM`), whose key-value cache
-holds the tokens themselves, so that all code for networks is tested on it exactly.
+holds the tokens themselves, so that all code for networks is tested on it exactly. Imported with the first table, or
+the first model that is loaded by name, not before: transformers takes a second or more to import.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -74,20 +73,6 @@ class NGramForCausalLM(PreTrainedModel):
         for lag in range(history):  # the oldest token of the context counts most
             context = context * (none + 1) + tokens[:, tokens.shape[-1] - new - history + 1 + lag :][:, :new]
         return CausalLMOutputWithPast(logits=self.table[context], past_key_values=cache if use_cache else None)
-
-
-def word_tokenizer(vocabulary: Sequence[str], eos: str) -> Any:
-    """Return a tokenizer of words between spaces.
-
-    :param vocabulary: the words.
-    :param eos: the word before and after a text, and its padding.
-    :raises ValueError: if a word is in the vocabulary twice.
-    """
-    if len(set(vocabulary)) != len(vocabulary):
-        raise ValueError("vocabulary holds a token twice")
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=eos))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token=eos, eos_token=eos, pad_token=eos)
 
 
 AutoConfig.register(NGramConfig.model_type, NGramConfig)

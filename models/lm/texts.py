@@ -102,10 +102,48 @@ def _added(before: str, whole: str) -> str | None:
     if whole.startswith(before):
         return whole[len(before) :]
     if before.endswith(MISSING):  # the completion's first bytes complete a character of the prompt
-        return whole[next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(whole)) :]
+        return whole[_agree(before, whole) :]
     return None
+
+
+def _agree(one: str, other: str) -> int:
+    """Return the number of characters that two texts begin with in common."""
+    differ = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differ, min(len(one), len(other)))
 
 
 def _joins_words(tokenizer: Any) -> bool:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return backend is not None and backend.decoder is None
+
+
+def token_ends(tokenizer: Any, rows: Sequence[Sequence[int]], texts: np.ndarray, length: int) -> np.ndarray:
+    """Return where each token of a completion ends in its text, in characters, int32 (*batch, token).
+
+    A token without characters of its own (a special token, one byte of several of a character) ends where the one
+    before it does, or where its character does; all after the completion's end have the length of the text.
+
+    :param rows: token ids of completions, up to their end, flat.
+    :param texts: their texts, by `completion_texts`, (*batch).
+    :param length: tokens of a completion with its padding.
+    """
+    keys = list(zip(map(tuple, rows), texts.reshape(-1).tolist(), strict=True))
+    tokens = sorted({token for row in rows for token in row})
+    pieces = dict(zip(tokens, _pieces(tokenizer, [[token] for token in tokens]), strict=True))
+    found = {key: np.full(length, len(key[1]), dtype=np.int32) for key in keys}
+    for (row, text), ends in found.items():
+        parts = [pieces[token] for token in row]
+        if "".join(parts) == text:
+            ends[: len(row)] = np.cumsum([len(part) for part in parts])
+        else:  # a decoder that looks at neighbours, or a character of several tokens
+            beginnings = _pieces(tokenizer, [row[: t + 1] for t in range(len(row) - 1)])
+            common = [_agree(text, beginning) for beginning in beginnings]
+            ends[: len(common)] = np.maximum.accumulate(common)
+    return np.array([found[key] for key in keys], dtype=np.int32).reshape(*texts.shape, length)
+
+
+def _pieces(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
+    """Return the text that each row adds to a text that ends in a word; of a tokenizer of words, the words alone."""
+    if _joins_words(tokenizer):
+        return decode(tokenizer, rows)
+    return _added_texts(tokenizer, [any_context(tokenizer)], [0] * len(rows), rows)

@@ -8,29 +8,10 @@ without padding, those of one length at a time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import DynamicCache, DynamicLayer
-
-
-class TextCache(DynamicCache):
-    """The tokens themselves, in the place of a network's keys and values."""
-
-    def append(self, ids: Tensor) -> Tensor:
-        """Add tokens (row, new), and return all (row, length)."""
-        entry = ids[:, None, :, None]
-        texts: Tensor = self.update(entry, entry, 0)[0][:, 0, :, 0]
-        return texts
-
-
-def is_shareable(cache: Any) -> bool:
-    """Return whether a cache holds all keys and values of attention layers and nothing else."""
-    if type(cache) is not DynamicCache or not cache.layers:
-        return False
-    return all(type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers)
 
 
 def one_length_at_a_time(states: Callable[[Tensor], Tensor], ids: Tensor, mask: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from .broadcasting import broadcast, check_columns, with_trainer_arguments
 from .calling import TimeLimitError, call, copied
 from .classifier import Classifier
 from .recording import factor, record, reward_name
-from .registry import get, load
+from .registry import BUILT_IN, get, load
 from .rehearsal import rehearsal
 from .reward import Reward, RewardError, RewardFunction
 from .text_rewards import Sentiment, Similarity, TextReward, Toxicity, sentence_embeddings
@@ -21,6 +21,7 @@ from .unfinished import prefixes
 from .verifiable import Constraint, Contains, Length, Matches
 
 __all__ = [
+    "BUILT_IN",
     "Classifier",
     "Constraint",
     "Contains",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -66,9 +65,10 @@ def _make(reward: type[Reward], name: str, settings: dict[str, Any]) -> Reward:
     accepted = {k: p for k, p in inspect.signature(reward).parameters.items() if p.kind is not p.VAR_KEYWORD}
     required = [k for k, p in accepted.items() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
     if missing := [k for k in required if k not in settings]:
-        example = json.dumps(dict.fromkeys(missing, "..."))
         how = f"write one with its settings, as a name in its module, in place of {name!r}"
-        how = f"--reward-settings '{example}', or get({name!r}, {missing[0]}=...)" if name in BUILT_IN else how
+        settings_of = ", ".join(f"{k}=..." for k in missing)
+        if name in BUILT_IN:
+            how = f"write get({name!r}, {settings_of}), or on the command line {name}({settings_of})"
         raise ValueError(f"reward {name!r} needs the settings {', '.join(missing)}: {how}")
     takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(reward).parameters.values())
     if not takes_any and (unknown := [k for k in settings if k not in accepted]):

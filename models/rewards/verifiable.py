@@ -70,6 +70,7 @@ class Contains(Reward):
     """1 if the completion contains a phrase, else 0. For words and alternatives see `Matches`.
 
     :param phrase: letter for letter, but for case if ``ignore_case``.
+    :param ignore_case: whether capital and small letters are the same.
     :raises ValueError: if ``phrase`` is empty.
     """
 

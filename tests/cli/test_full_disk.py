@@ -51,7 +51,7 @@ def test_a_trained_policy_survives_its_posterior(tmp_path: Path, monkeypatch: py
     (tmp_path / "my_full_disk_rewards.py").write_text(REWARDS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    train = ["--engine", "svi", "--steps", "2", "--particles", "4", "--samples", "8", "--lora-rank", "1"]
+    train = ["--engine", "svi(num_steps=2, num_particles=4, num_samples=8, guide=AutoPolicy(lora_rank=1))"]
     options = ["--prior", "model", "--reward", "my_full_disk_rewards:letters", "--max-new-tokens", "3", *train]
     with full_disk(25_000):
         result = CliRunner().invoke(app, ["infer", "a b", *options, "--out", "run"])
@@ -63,7 +63,12 @@ def test_a_trained_policy_survives_its_posterior(tmp_path: Path, monkeypatch: py
     prior = LanguageModel.from_pretrained("model")
     policy = LanguageModel.from_pretrained("run/svi-policy-so-far", base=prior)
     assert policy.has_adapters
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "call.json", "svi-policy-so-far"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        ".lock",
+        "call.json",
+        "run.yaml",
+        "svi-policy-so-far",
+    ]
 
 
 def test_results_go_to_the_temporary_folder(small_disk: Path, temporary: Path) -> None:

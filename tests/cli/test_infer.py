@@ -14,8 +14,10 @@ import torch
 from support.models import tiny_llama
 from typer.testing import CliRunner
 
+from bayeslm.checksums import write_checksums
 from bayeslm.cli import app, resume
 from bayeslm.models import LanguageModel
+from bayeslm.models.lm import read_tensors, write_tensors
 from bayeslm.posterior import Posterior
 
 REWARDS = """
@@ -83,9 +85,9 @@ def infer(*arguments: str, code: int = 0) -> str:
 
 
 def test_particles_and_chains(folder):
-    engines = ["--engine", "exact", "--engine", "smc", "--engine", "annealed", "--engine", "mcmc"]
-    sizes = ["--particles", "40", "--samples", "20", "--chains", "4", "--steps", "10"]
-    out = infer("a b", "c", *engines, *sizes, "--twist", "partial", "--top-k", "3", "--out", "run")
+    engines = ["--engine", "exact, smc(num_particles=40, num_chains=4, twist=partial, proposal=twist, top_k=3)"]
+    engines += ["--engine", "annealed(num_particles=40)", "--engine", "mcmc(num_samples=20, num_chains=4, warmup=10)"]
+    out = infer("a b", "c", *engines, "--out", "run")
     for word in ("exact", "smc", "annealed", "mcmc"):
         assert word in out
     exact = Posterior.load("run/exact")
@@ -98,28 +100,33 @@ def test_particles_and_chains(folder):
     assert "annealed" in run("show", "run")
 
 
-@pytest.mark.parametrize("twist", ["learned", "learned-partial"])
-def test_a_twist_is_learned_kept_and_used_again(folder, twist):
-    settings = ["a b", "--engine", "smc", "--particles", "20", "--top-k", "4"]
-    infer(*settings, "--twist", twist, "--out", "one")
-    infer(*settings, "--twist", "one/twist", "--out", "two")
+@pytest.mark.parametrize("learning", ["TwistLearning()", "TwistLearning(reads_reward=True)"])
+def test_a_twist_is_learned_kept_and_used_again(folder, learning):
+    def smc(twist: str) -> list[str]:
+        return ["a b", "--engine", f"smc(num_particles=20, proposal=twist, top_k=4, twist={twist})"]
+
+    infer(*smc(learning), "--out", "one")
+    infer(*smc("Twist('one/smc-twist')"), "--out", "two")
     one, two = (Posterior.load(f"{name}/smc") for name in ("one", "two"))
     assert (one.samples["completion"] == two.samples["completion"]).all()
-    assert "learned-partial" in infer(*settings, "--twist", "nowhere", code=1)
-    assert "are for --engine smc" in infer("a b", "--twist", "partial", code=1)
-    assert "choose one by --twist" in infer(*settings, code=1)
-    assert "cannot score unfinished texts" in infer("a b", "--engine", "smc", "--twist", "prefix", code=1)
+    assert "nowhere" in infer(*smc("Twist('nowhere')"), code=1)
+    assert "has no setting 'twist'" in infer("a b", "--engine", "importance(twist=partial)", code=2)
+    assert "needs a twist" in infer(*smc("None"), code=2)
+    assert "cannot score unfinished texts" in infer("a b", "--engine", "smc(twist=prefix)", code=1)
 
 
 def test_infer_compares_engines_and_show_repeats_it(folder):
     out = infer(
-        "a b", "c", *["--engine", "exact", "--engine", "importance", "--engine", "svi", "--steps", "3", "--out", "run"]
+        "a b", "c", *["--engine", "exact", "--engine", "importance", "--engine", "svi(num_steps=3)", "--out", "run"]
     )
     for word in ("exact", "importance", "svi: policy", "svi: weighted", "log Z", "written to run"):
         assert word in out
     assert {p.name for p in Path("run").iterdir()} == {
         ".lock",
         "call.json",
+        "tables.txt",
+        "summary.csv",
+        "run.yaml",
         "exact",
         "importance",
         "svi",
@@ -136,7 +143,15 @@ def test_infer_compares_engines_and_show_repeats_it(folder):
 
 def test_a_seed_reproduces_the_run(folder):
     for seed in ("7", "7", "8"):
-        infer("a", "--particles", "30", "--seed", seed, "--out", f"run{len(list(Path().glob('run*')))}")
+        infer(
+            "a",
+            "--engine",
+            "importance(num_particles=30)",
+            "--seed",
+            seed,
+            "--out",
+            f"run{len(list(Path().glob('run*')))}",
+        )
     first, same, other = (Posterior.load(f"run{i}/importance").samples["completion"] for i in range(3))
     assert (first == same).all()
     assert (first != other).any()
@@ -165,25 +180,47 @@ def test_a_file_of_prompts_with_columns(folder):
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["a", "--engine", "importanc"], 1, "did you mean 'importance'"),
-        (["a", "--reward", "sentimnt"], 1, "did you mean 'sentiment'"),
-        (["a", "--reward", "my_rewards:leters"], 1, "did you mean 'letters'"),
-        (["a", "--reward", "contains"], 1, "reward 'contains' needs the settings phrase: --reward-settings"),
-        (["a", "--reward", "length", "--reward-settings", '{"targt": 1}'], 1, "'targt', did you mean 'target'?"),
+        (["a", "--engine", "importanc"], 2, "--engine importanc: 'importanc' is unknown, did you mean 'importance'?"),
+        (["a", "--engine", "importance("], 2, "--engine: 'importance(' is not written as in Python"),
+        (["a", "--engine", "svi, svi(seed=1)"], 2, "--engine: svi is there twice"),
         (
-            ["a", "--reward", "length", "--reward-settings", '{"target": "a"}'],
-            1,
-            "--reward-settings: Length: target must",
+            ["a", "--engine", "svi(num_stps=1)"],
+            2,
+            "svi has no setting 'num_stps', did you mean 'num_steps'?",
         ),
+        (["a", "--engine", "svi(optimizer=Adm(1e-3))"], 2, "'Adm' is unknown, did you mean 'Adam'?"),
+        (
+            ["a", "--engine", "svi(optimizer=Adam(0))"],
+            2,
+            "Adam: learning_rate must be positive and finite",
+        ),
+        (["a", "--engine", "svi(num_steps='x')"], 2, "--engine svi: SVI: num_steps must be"),
+        (["a", "--engine", "importance(num_particles=0)"], 2, "num_particles must be a positive whole number, got 0"),
+        (["a", "--engine", "importance(guide=LanguageModel('no'))"], 1, "no is not a folder with a policy"),
+        (["a", "--reward", "sentimnt"], 2, "'sentimnt' is unknown, did you mean 'sentiment'?"),
+        (["a", "--reward", "my_rewards:leters"], 2, "did you mean 'letters'"),
+        (["a", "--reward", "contains"], 2, "--reward contains: reward 'contains' needs the settings phrase"),
+        (["a", "--reward", "length(targt=1)"], 2, "'targt', did you mean 'target'?"),
+        (["a", "--reward", "length(target='a')"], 2, "--reward length(target='a'): Length: target must"),
+        (["a", "--reward", "length / 2"], 2, "--reward length / 2: 'length / 2' is not understood"),
+        (["a", "--reward", "2"], 2, "--reward 2: it is no reward"),
         (["a", "--reward", "my_rewards:hangs", "--timeout", "0.2"], 1, "'hangs' reached its time limit of 0.2 s"),
-        (["a", "--timeout", "0"], 1, "timeout must be a positive number of seconds"),
-        (["a\udc80"], 1, "prompt 1 holds the lone surrogate"),
+        (["a", "--timeout", "0"], 2, "--timeout must be positive and finite or None, got 0"),
+        (["a\udc80"], 1, "prompts, row 1: the prompt holds the lone surrogate"),
         (["--prompts", "."], 1, ". is a folder"),
+        (["--prompts", "none.txt"], 1, "none.txt does not exist: give a file of prompts"),
+        (["a", "--prompts", "none.txt"], 2, "give prompts either on the command line or by --prompts"),
         (["a", "--prior", "smolm2"], 1, "did you mean 'smollm2'"),
-        (["a", "--beta", "0"], 1, "beta must be positive"),
-        (["a", "--beta", "nan"], 1, "beta must be positive"),
-        ([], 1, "no prompts"),
-        (["a", "--particles", "0"], 1, "num_particles must be a positive whole number"),
+        (["a", "--beta", "0"], 2, "--beta must be positive"),
+        (["a", "--beta", "nan"], 2, "--beta must be positive"),
+        (
+            ["a", "--dtype", "float8"],
+            2,
+            "--dtype must be one of 'float32', 'bfloat16', 'float16'",
+        ),
+        (["a", "--subsample-size", "0"], 2, "--subsample-size must be"),
+        (["a", "--engine", "exact", "--subsample-size", "1"], 2, "exact takes all prompts at once"),
+        ([], 2, "no prompts"),
         (["a " * 70], 1, "prompts[0] has 70 tokens"),
         (["a", "--reward", "my_rewards:broken"], 1, "nan"),
         (["a", "--reward", "my_rewards:hopeless"], 3, "the posterior does not exist"),
@@ -221,11 +258,7 @@ def test_ctrl_c_in_training_ends_it_and_keeps_the_policy(folder):
         "a",
         *[
             "--engine",
-            "svi",
-            "--objective",
-            "elbo",
-            "--samples",
-            "8",
+            "svi(objective=ReverseKL(), num_samples=8)",
             "--reward",
             "my_rewards:interrupts",
             "--out",
@@ -242,7 +275,7 @@ def test_ctrl_c_in_training_ends_it_and_keeps_the_policy(folder):
 
 def test_training_in_minibatches_at_a_target_of_the_kl(folder):
     (folder / "prompts.txt").write_text("a\nb\nc\nd\ne\n")
-    training = ["--engine", "svi", "--steps", "12", "--samples", "8", "--minibatch", "2", "--kl-target", "9"]
+    training = ["--engine", "svi(num_steps=12, num_samples=8, callbacks=[KLTarget(9.0)])", "--subsample-size", "2"]
     infer("--prompts", "prompts.txt", *training, "--dtype", "bfloat16", "--out", "run")
     posterior = Posterior.load("run/svi")
     assert posterior.samples["completion"].shape == (1, 8, 5, 4)
@@ -251,31 +284,21 @@ def test_training_in_minibatches_at_a_target_of_the_kl(folder):
         0.98**-11
     )  # the limit of the change in 11 steps
     assert LanguageModel.from_pretrained("run/svi/policy").network.dtype == torch.bfloat16  # as it was trained
-    assert "exact takes all prompts at once" in " ".join(
-        infer("a", "--engine", "exact", "--minibatch", "1", code=1).split()
-    )
-    assert "--minibatch" in infer("a", "--minibatch", "0", code=2)
-    assert "--dtype float8 is unknown" in infer("a", "--dtype", "float8", code=1)
 
 
 def test_a_failed_training_resumes_from_its_checkpoint(folder):
     """After a reward that raised once; the policy is that of an uninterrupted run."""
-    training = ["--engine", "svi", "--steps", "60", "--samples", "8", "--objective", "log-variance-replay"]
+    settings = "num_steps=60, num_samples=8, objective=LogVariance(8, Replay())"
+    logged = f"svi({settings}, checkpoint='kept', callbacks=[TensorBoard('curves')])"
     # in step 52: the reward is called at the inspection and at every fourth step
     Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 15"))
-    settings = ["a", *training, "--reward", "my_rewards:breaks_later", "--checkpoint", "kept"]
-    settings += ["--tensorboard", "curves", "--out", "again"]
-    assert "the last checkpoint is" in " ".join(infer(*settings, code=1).split())
-    infer(*settings)
-    infer("a", *training, "--reward", "my_rewards:breaks_later", "--out", "anew")
+    call = ["a", "--reward", "my_rewards:breaks_later", "--engine"]
+    assert "the last checkpoint is" in " ".join(infer(*call, logged, "--out", "again", code=1).split())
+    infer(*call, logged, "--out", "again")
+    infer(*call, f"svi({settings})", "--out", "anew")
     again, anew = (Posterior.load(f"{name}/svi") for name in ("again", "anew"))
     assert (again.samples["completion"] == anew.samples["completion"]).all()
     assert list(Path("curves").glob("events*"))
-    (folder / "others.txt").write_text("b")
-    for option in ("--objective elbo", "--kl-target 0.1", "--held-out others.txt", "--gradient-checkpointing"):
-        name = option.split()[0]
-        assert f"{name} is for --engine svi" in " ".join(infer("a", *option.split(), code=1).split())
-    assert "hinge is unknown: choose one of elbo" in infer("a", "--engine", "svi", "--objective", "hinge", code=1)
 
 
 # -- the same command again -------------------------------------------------------------------------------------
@@ -286,24 +309,26 @@ def stamps(folder: str) -> dict[str, int]:
 
 
 def test_a_repeated_command_runs_the_engines_that_have_no_result(folder):
-    call = ["a", "b", "--samples", "8", "--steps", "4", "--out", "run"]
+    call = ["a", "b", "--out", "run"]
+    svi = "svi(num_samples=8, num_steps=4)"
     infer(*call, "--engine", "importance")
     before = stamps("run")
-    out = infer(*call, "--engine", "importance", "--engine", "svi")
+    out = infer(*call, "--engine", f"importance, {svi}")
     assert "importance: already in run" in out
     assert "svi: already in" not in out
     assert {**stamps("run"), "svi": 0} == {**before, "svi": 0}
-    both = infer(*call, "--engine", "svi", "--engine", "importance")
+    both = infer(*call, "--engine", svi, "--engine", "importance")
     assert "svi: already in run" in both
     for other, says in {
         ("--beta", "0.7"): "beta was",
         ("--reward", "length"): "reward was",
-        ("--seed", "3"): "seed was",
+        ("--seed", "3"): "importance: seed was",
+        ("--engine", "svi(num_steps=5)"): "svi: num_steps was",
     }.items():
         out = " ".join(infer(*call, *other, code=1).split())
         assert "run holds results of other settings" in out
         assert says in out
-    assert "prompts was" in " ".join(infer("a", *call[2:], code=1).split())
+    assert "prompts was" in " ".join(infer("a", "--out", "run", code=1).split())
 
 
 def test_a_command_without_results_does_not_occupy_its_folder(folder):
@@ -334,7 +359,7 @@ OTHER_CALLS = {
     "beta was": lambda: ["--beta", "0.6"],
     "seed was": lambda: ["--seed", "1"],
     "reward's code": lambda: edit("my_rewards.py", "text.count(word)", "2 * text.count(word)"),
-    "reward's code: terms": lambda: edit("my_rewards.py", 'WORDS = ["a"]', 'WORDS = ["b"]'),
+    "reward's code: function: uses: WORDS was": lambda: edit("my_rewards.py", 'WORDS = ["a"]', 'WORDS = ["b"]'),
     "bonus: code": lambda: edit("helpers.py", "0.1 *", "0.2 *"),
     "prior's content: network: weights was": lambda: tiny_llama(seed=5).save_pretrained("model"),
     "prior's content: eos_token_ids was": lambda: edit(
@@ -345,7 +370,16 @@ OTHER_CALLS = {
 }
 
 
-CALL = ["--prompts", "prompts.txt", "--reward", "my_rewards:helped", "--particles", "8", "--out", "run"]
+CALL = [
+    "--prompts",
+    "prompts.txt",
+    "--reward",
+    "my_rewards:helped",
+    "--engine",
+    "importance(num_particles=8)",
+    "--out",
+    "run",
+]
 
 
 @pytest.fixture(scope="module")
@@ -378,63 +412,71 @@ def test_results_of_another_call_are_refused_with_what_differs(begun, tmp_path, 
 
 @pytest.mark.parametrize("content", ["policy", pytest.param("twist", marks=pytest.mark.long)])
 def test_other_weights_in_a_folder_that_is_given(folder, content):
-    engine = ["a", "--engine", "smc" if content == "twist" else "importance", "--particles", "8", "--top-k", "2"]
     if content == "twist":
-        infer(*engine, "--twist", "learned", "--out", "made")
-        given = "made/twist"
+        engine = "smc(num_particles=8, proposal=twist, top_k=2, twist={})"
+        infer("a", "--engine", engine.format("TwistLearning()"), "--out", "made")
+        given = "made/smc-twist"
+        engine = engine.format(f"Twist('{given}')")
     else:
-        engine = engine[:-2]
-        LanguageModel.from_pretrained("model").save_pretrained("made")
-        given = "made"
-    call = [*engine, f"--{content}", given, "--out", "run"]
+        LanguageModel.from_pretrained("model").save_pretrained(given := "made")
+        engine = f"importance(num_particles=8, guide=LanguageModel('{given}'))"
+    call = ["a", "--engine", engine, "--out", "run"]
     infer(*call)
     assert "already in run" in infer(*call)
     if content == "twist":
-        (Path(given) / "note.txt").write_text("another")
+        change_weights(Path(given))
     else:
         tiny_llama(seed=5).save_pretrained("made")
-    assert f"{content}'s content" in " ".join(infer(*call, code=1).split())
+    changed = "smc: twist" if content == "twist" else "importance: guide"
+    assert changed in " ".join(infer(*call, code=1).split())
+
+
+def change_weights(twist: Path) -> None:
+    tensors = read_tensors(twist / "twist.safetensors")
+    write_tensors(twist / "twist.safetensors", {name: 2 * x for name, x in tensors.items()})
+    write_checksums(twist)
 
 
 def test_a_result_of_another_call_in_its_place_is_refused(folder):
     """Folders that are whole, but exchanged: between engines, and between calls."""
     for out, beta in (("one", "0.5"), ("two", "0.7")):
-        infer("a", "--engine", "importance", "--engine", "smc", "--particles", "8", "--beta", beta, "--out", out)
+        infer("a", "--engine", "importance, smc", "--beta", beta, "--out", out)
     for source in ("two/importance", "one/smc"):
         shutil.rmtree("one/importance")
         shutil.copytree(source, "one/importance")
-        out = " ".join(infer("a", "--engine", "importance", "--particles", "8", "--out", "one", code=1).split())
+        out = " ".join(infer("a", "--engine", "importance", "--out", "one", code=1).split())
         assert "one/importance is not a result of importance in this call" in out
     assert "one/importance: left out, a copy or a result of another call" in " ".join(run("show", "one").split())
-    edit("one/call.json", '"beta": "0.5"', '"beta": "0.7"')
+    edit("one/call.json", '"beta": 0.5', '"beta": 0.7')
     assert "one/call.json is damaged" in " ".join(infer("a", "--beta", "0.7", "--out", "one", code=1).split())
 
 
 def test_one_command_at_a_time_writes_to_a_folder(folder):
     """The second says at once that the first holds it, and has touched nothing."""
-    infer("a", "--particles", "8", "--out", "run")
+    infer("a", "--out", "run")
     with resume.Results(Path("run")):
         before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
-        for call in (["a", "--particles", "8"], ["b"]):  # the same call, and another
+        for call in (["a"], ["b"]):  # the same call, and another
             out = " ".join(infer(*call, "--prior", "no-such-model", "--out", "run", code=1).split())
             assert "run is written by another command: wait for its end, or choose another --out" in out
         assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")} == before
-    assert "already in run" in infer("a", "--particles", "8", "--out", "run")
+    assert "already in run" in infer("a", "--out", "run")
 
 
 def test_after_ctrl_c_the_repeated_command_resumes(folder):
     """From its checkpoint; the interrupted result stays until the engine has finished."""
-    training = ["--engine", "svi", "--objective", "elbo", "--steps", "12", "--samples", "8"]
+    svi = "svi(objective=ReverseKL(), num_steps=12, num_samples=8{})"
     Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 8"))
-    call = ["a", *training, "--reward", "my_rewards:interrupts", "--checkpoint", "kept"]
-    infer(*call, "--out", "run", code=130)
+    call = ["a", "--reward", "my_rewards:interrupts", "--engine"]
+    resumed = [*call, svi.format(", checkpoint='kept'")]
+    infer(*resumed, "--out", "run", code=130)
     interrupted = Posterior.load("run/svi")
     assert interrupted.stats["interrupted"]
-    infer(*call, "--out", "run")
+    infer(*resumed, "--out", "run")
     assert [path.name for path in Path("run").glob("svi*")] == ["svi"]
     sys.modules.pop("my_rewards")
-    infer(*call[:-2], "--engine", "svi", "--out", "anew", code=130)
-    infer(*call[:-2], "--engine", "svi", "--out", "anew")
+    infer(*call, svi.format(""), "--out", "anew", code=130)
+    infer(*call, svi.format(""), "--out", "anew")
     again, anew = (Posterior.load(f"{name}/svi") for name in ("run", "anew"))
     assert not again.stats["interrupted"]
     assert again.stats["steps"] == anew.stats["steps"] == 12
@@ -444,23 +486,24 @@ def test_after_ctrl_c_the_repeated_command_resumes(folder):
 def test_ctrl_c_in_the_first_draws_after_a_training(folder):
     """There is no posterior yet, but the training is kept, in a checkpoint or as a policy."""
     Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 8"))  # an inspection, six steps, and draws
-    training = ["--engine", "svi", "--objective", "elbo", "--steps", "6", "--samples", "8"]
-    call = ["a", *training, "--reward", "my_rewards:interrupts", "--out", "run"]
-    output = " ".join(infer(*call, "--checkpoint", "kept", code=130).split())
+    svi = "svi(objective=ReverseKL(), num_steps=6, num_samples=8{})"
+    call = ["a", "--reward", "my_rewards:interrupts", "--engine"]
+    resumed = [*call, svi.format(", checkpoint='kept'"), "--out", "run"]
+    output = " ".join(infer(*resumed, code=130).split())
     assert "interrupted: " in output
     assert "the training so far is saved in kept: repeat the command to resume it" in output
-    infer(*call, "--checkpoint", "kept")
+    infer(*resumed)
     assert Posterior.load("run/svi").stats["steps"] == 6
     sys.modules.pop("my_rewards")
-    output = " ".join(infer(*call[:-1], "other", code=130).split())
+    output = " ".join(infer(*call, svi.format(""), "--out", "other", code=130).split())
     assert "the policy trained so far is saved in other/svi-policy-so-far" in output
 
 
 def test_an_interrupted_result_outlives_another_interruption(folder):
     """Of two interrupted results both are kept until a run has finished."""
     Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls in (6, 12)"))
-    training = ["--engine", "svi", "--objective", "elbo", "--steps", "12", "--samples", "8"]
-    call = ["a", *training, "--reward", "my_rewards:interrupts"]
+    call = ["a", "--engine", "svi(objective=ReverseKL(), num_steps=12, num_samples=8)"]
+    call += ["--reward", "my_rewards:interrupts"]
     infer(*call, "--out", "run", code=130)
     infer(*call, "--out", "run", code=130)
     assert sorted(path.name for path in Path("run").glob("svi*")) == ["svi", "svi-interrupted"]
@@ -469,38 +512,37 @@ def test_an_interrupted_result_outlives_another_interruption(folder):
 
 
 def test_a_learned_twist_is_not_learned_again(folder):
-    call = ["a", "--engine", "smc", "--twist", "learned", "--particles", "20", "--out", "run"]
+    call = ["a", "--engine", "smc(twist=TwistLearning(), num_particles=20)", "--out", "run"]
     infer(*call)
-    assert "twist: already in run/twist" in infer(*call, "--engine", "importance")
+    assert "twist: already in run/smc-twist" in infer(*call, "--engine", "importance")
+    other = "smc(twist=TwistLearning(reads_reward=True), num_particles=20)"
+    assert "smc: twist: reads_reward was false" in infer("a", "--engine", other, "--out", "run", code=1)
 
 
 # -- trained policies, and other settings of a training ----------------------------------------------------
 
 
 def test_a_policy_to_start_from_and_to_propose_with(folder):
-    training = ["--engine", "svi", "--samples", "8", "--reward", "my_rewards:letters", "--learning-rate", "0.02"]
-    infer("a", *training, "--steps", "40", "--lora-rank", "2", "--out", "first")
-    policy = "first/svi/policy"
-    infer("a", *training, "--steps", "5", "--policy", policy, "--out", "second")
+    own = "num_samples=8, optimizer=Adam(0.02)"
+    infer("a", "--engine", f"svi({own}, num_steps=40, guide=AutoPolicy(lora_rank=2))", "--out", "first")
+    policy = "LanguageModel('first/svi/policy')"
+    infer("a", "--engine", f"svi({own}, num_steps=5, guide={policy})", "--out", "second")
     first, second = (Posterior.load(f"{name}/svi").stats["elbo"][0, :, 0] for name in ("first", "second"))
     assert second[0] > first[:3].mean() + 0.2
-    infer("a", "--reward", "my_rewards:letters", "--particles", "200", "--policy", policy, "--out", "proposed")
-    infer("a", "--reward", "my_rewards:letters", "--particles", "200", "--out", "prior")
+    infer("a", "--engine", f"importance(num_particles=200, guide={policy})", "--out", "proposed")
+    infer("a", "--engine", "importance(num_particles=200)", "--out", "prior")
     proposed, prior = (Posterior.load(f"{name}/importance") for name in ("proposed", "prior"))
     assert proposed.stats["ess"][0] > 1.5 * prior.stats["ess"][0]
     errors = np.hypot(proposed.log_evidence_stderr, prior.log_evidence_stderr)
     assert abs(proposed.log_evidence - prior.log_evidence) < 4 * errors
-    assert "--policy nowhere is not a folder" in infer("a", "--policy", "nowhere", code=1)
-    assert "--policy is for --engine svi and importance" in " ".join(
-        infer("a", "--engine", "smc", "--policy", policy, code=1).split()
-    )
 
 
 def test_settings_of_a_training(folder):
     (folder / "unseen.txt").write_text("c\nd\n")
-    training = ["--engine", "svi", "--steps", "60", "--samples", "8", "--particles", "12", "--beta", "5"]
-    settings = ["--held-out", "unseen.txt", "--stop-kl", "3", "--lora-rank", "0", "--batch-size", "8"]
-    infer("a", "b", *training, *settings, "--gradient-checkpointing", "--out", "run")
+    callbacks = "callbacks=[NearPosterior(3), HeldOut('unseen.txt')]"
+    svi = f"svi(num_steps=60, num_samples=8, num_particles=12, guide=AutoPolicy(lora_rank=None), {callbacks})"
+    settings = ["--beta", "5", "--batch-size", "8", "--gradient-checkpointing"]
+    infer("a", "b", "--engine", svi, *settings, "--out", "run")
     posterior = Posterior.load("run/svi")
     assert posterior.stats["held out_elbo"].shape[::2] == (1, 2)
     assert posterior.stats["steps"] == 20  # below the limit from the start: 20 is the window of the estimate
@@ -509,4 +551,4 @@ def test_settings_of_a_training(folder):
 
 def test_help_teaches():
     assert "bayeslm infer" in run("infer", "--help")
-    assert {"demo", "infer", "show"} <= set(run("--help").split())
+    assert {"demo", "infer", "show", "label", "engines", "rewards"} <= set(run("--help").split())

@@ -20,7 +20,7 @@ from support.toys import from_prior
 from typer.testing import CliRunner
 
 from bayeslm import progress
-from bayeslm.cli import app, console, inputs, report, terminal_judge
+from bayeslm.cli import app, console, inputs, tables, terminal_judge
 from bayeslm.cli.console import PlainConsole, content, one_line_errors
 from bayeslm.posterior import Posterior
 from bayeslm.visible import visible
@@ -84,7 +84,7 @@ def _report(out: PlainConsole, text: str) -> None:
     posterior = from_prior(0)
     posterior.prompts = [text, *posterior.prompts[1:]]
     posterior.texts["completion"][:] = text
-    report.show({f"engine {text}": posterior}, out)
+    tables.show({f"engine {text}": posterior}, out)
 
 
 PRINTERS = [_print, _table, _text, _status, _report]
@@ -143,7 +143,14 @@ def test_paths_and_prompts_are_printed_as_they_are(folder: Path, monkeypatch: py
     for one in (console.out_console, console.err_console):
         monkeypatch.setattr(one, "_width", 400)
     out = "o[v1] [/b] \x1b[2J"
-    settings = ["--reward", "my_terminal_rewards:letters", "--max-new-tokens", "2", "--particles", "8"]
+    settings = [
+        "--reward",
+        "my_terminal_rewards:letters",
+        "--max-new-tokens",
+        "2",
+        "--engine",
+        "importance(num_particles=8)",
+    ]
     printed = run("infer", "a $b$ $", "--prior", "model", *settings, "--out", out)
     assert_harmless(printed)
     assert f"written to {visible(out)}:" in printed
@@ -187,13 +194,13 @@ def test_a_reward_of_the_working_folder_alone_is_imported(tmp_path: Path, monkey
     from bayeslm.models.rewards import text_rewards
 
     text_rewards.vader.cache_clear()
-    inputs.load_reward("sentiment", {})
+    inputs.load_reward("sentiment")
     assert sys.path == before
-    reward: Any = inputs.load_reward("mine_alone:letters", {})
+    reward: Any = inputs.load_reward("mine_alone:letters")
     assert sys.path == [*before, str(tmp_path)]
     assert reward(["p"], ["aa"]).tolist() == [2.0]
     text_rewards.vader.cache_clear()
     for module in [name for name in sys.modules if name.partition(".")[0] == "vaderSentiment"]:
         monkeypatch.delitem(sys.modules, module)
-    inputs.load_reward("sentiment", {})
+    inputs.load_reward("sentiment")
     assert [path.name for path in tmp_path.glob("*.ran")] == ["mine_alone.ran"]

@@ -22,8 +22,8 @@ from support.programs import highest, score_table, tilted
 from support.statistics import assert_estimate, assert_mean
 from support.toys import enumerated
 
-from bayeslm import Posterior, diagnostics
-from bayeslm.cli import report
+from bayeslm import Posterior, diagnostics, summaries
+from bayeslm.cli import tables
 from bayeslm.inference import Exact, ImportanceSampling, ProgramError, RejectionSampling
 from bayeslm.inference.program import inspect
 from bayeslm.inference.training import AutoPolicy
@@ -198,7 +198,8 @@ def weights_only(log_weights: np.ndarray, **fields: Any) -> Posterior:
 
 
 def some_chains(posterior: Posterior, chains: slice) -> Posterior:
-    groups = {name: getattr(posterior, name) for name in ("samples", "log_likelihood", "rewards", "texts", "lengths")}
+    names = ("samples", "log_likelihood", "rewards", "texts", "lengths", "token_log_ratio", "token_ends")
+    groups = {name: getattr(posterior, name) for name in names}
     cut = {group: {name: x[chains] for name, x in values.items()} for group, values in groups.items()}
     return dataclasses.replace(
         posterior, **cut, log_weights=posterior.log_weights[chains], log_joint=posterior.log_joint[chains]
@@ -349,9 +350,9 @@ def test_reports_warn_of_few_roots_and_of_retained_draws() -> None:
     few = weights_only(log_weights, kind="particles", roots=roots)
     many = weights_only(log_weights, kind="particles", roots=roots + np.arange(50)[:, None])
     retained = weights_only(log_weights, conditional=True)
-    lines = report.warnings({"few": few, "many": many, "retained": retained})
+    lines = summaries.remarks({"few": few, "many": many, "retained": retained})
     assert [line.split(",")[0].split(" ")[0] for line in lines] == ["few", "retained"]
     assert "descend from 2 first particles" in lines[0]
     guided = dataclasses.replace(many, policy=POLICY)  # its raw particles are not the policy's own draws
     for posterior in (few, retained, guided):
-        assert next(report.comparisons({"run": posterior})).row_count == 1
+        assert next(tables.comparisons({"run": posterior})).row_count == 1

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -325,3 +326,45 @@ def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"x needs 1e\+18 bytes"):
         require_memory(1e18, "x")
     require_memory(1e6, "x")
+
+
+# -- modes -----------------------------------------------------------------------------------------------------
+
+
+def private(path: Path) -> None:
+    """Write a file that its owner alone may read, as safetensors does."""
+    save_file({"x": torch.zeros(1)}, path)
+    path.chmod(0o600)
+
+
+def in_folders(make: Callable[[Path], object], path: Path) -> None:
+    with make(path) as folder:  # type: ignore[attr-defined]
+        private(folder / "weights")
+        (folder / "inner").mkdir()
+        private(folder / "inner" / "weights")
+
+
+def one_file(path: Path) -> None:
+    path.mkdir()
+    with atomic_file(path / "weights") as unfinished:
+        private(unfinished)
+
+
+def replaced(path: Path) -> None:
+    path.mkdir()
+    private(path / "mine")
+    in_folders(lambda place: replacing_folder(place, lambda name: name != "mine"), path)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002])
+@pytest.mark.parametrize("write", [partial(in_folders, atomic_folder), replaced, one_file])
+def test_files_have_the_modes_that_the_umask_gives(tmp_path: Path, write: Callable[[Path], None], umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        write(tmp_path / "run")
+        modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*")}
+    finally:
+        os.umask(before)
+    assert modes.pop("inner", 0o777 & ~umask) == 0o777 & ~umask
+    assert modes.pop("mine", 0o600) == 0o600  # the user's own
+    assert set(modes.values()) == {0o666 & ~umask}

@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from bayeslm import Posterior, diagnostics
-from bayeslm.cli import report
+from bayeslm.cli import tables
 from bayeslm.inference import ImportanceSampling
 from bayeslm.inference.preferences import Pool
 from bayeslm.models import LanguageModel, TiltedLM, rewards
@@ -99,7 +99,7 @@ def best(found: Posterior) -> None:
 
 OF_A_POSTERIOR: dict[str, Callable[[Posterior, Any], Any]] = {
     "summary": lambda found, _: diagnostics.summary(found),
-    "report": lambda found, _: report.show({"a": found}, Console(file=io.StringIO(), width=80)),
+    "tables": lambda found, _: tables.show({"a": found}, Console(file=io.StringIO(), width=80)),
     "best texts": lambda found, _: best(found),
     "to_arviz": lambda found, _: found.to_arviz(),
     "save and load": loaded,

@@ -14,7 +14,7 @@ from support.toys import Gaussian
 
 from bayeslm import Posterior, diagnostics
 from bayeslm.bounds import unseen_limit
-from bayeslm.cli import report
+from bayeslm.cli import tables
 from bayeslm.inference import MCMC, SMC, AnnealedSMC, BestOfN, ImportanceSampling, RejectionSampling
 from bayeslm.models import TiltedLM
 from bayeslm.models.rewards import Reward
@@ -209,7 +209,7 @@ def test_tables_show_the_limit_and_the_roots() -> None:
     fields = {"log_evidence_high": np.array([5.5]), "stats": {"log_bound": 9.0}}
     roots = np.broadcast_to(np.arange(25)[:, None] // 5, rewards.shape)
     runs = {"plain": weighted(rewards, **fields), "smc": weighted(rewards, kind="particles", roots=roots, **fields)}
-    cells = [str(cell) for column in next(report.comparisons(runs)).columns for cell in column.cells]
+    cells = [str(cell) for column in next(tables.comparisons(runs)).columns for cell in column.cells]
     assert cells.count("0.00\n<5.50") == 2
     assert "100 (20)" in cells
 

@@ -157,16 +157,16 @@ def test_load_refuses_other_folders_and_formats(tmp_path: Path) -> None:
 
 
 def test_each_array_is_stored_once(tmp_path: Path) -> None:
-    """Raw draws are those of the group "proposal"; without weights, of "posterior"."""
-    for name, group in {"weighted": "proposal", "exact": "posterior"}.items():
+    """Raw draws are those of the group "proposal"; without weights, of "posterior" and "texts"."""
+    for name, groups in {"weighted": {"proposal"}, "exact": {"posterior", "texts"}}.items():
         posterior = from_prior(0) if name == "weighted" else enumerated().resample(50)
         saved = posterior.save(tmp_path / name)
         fields = json.loads((saved / "posterior.json").read_text())["fields"]
         places = [fields[field][key]["name"] for field in ("samples", "lengths") for key in posterior.__dict__[field]]
-        assert {place.split("/")[0] for place in places} == {group}
+        assert {place.split("/")[0] for place in places} == groups
         with xarray.open_datatree(saved / "posterior.nc") as tree:
             assert "log_joint" not in tree["bayeslm"]
-            assert ("log_likelihood.reward" in tree["bayeslm"]) == (name == "weighted")
+            assert "rewards.reward" not in tree["bayeslm"]
 
 
 @pytest.mark.parametrize("file", ["posterior.json", "texts.json", "posterior.nc"])

@@ -10,7 +10,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 from support.models import table_lm, tiny_llama
-from support.statistics import assert_chain_mean, assert_random_state_kept
+from support.programs import normal_mean
+from support.statistics import assert_chain_mean, assert_mean, assert_random_state_kept
 
 from bayeslm.inference import EvidenceError, ProgramError, RunError
 from bayeslm.inference.markov.potential import Unconstrained
@@ -299,3 +300,17 @@ def test_counts_must_be_positive_whole_numbers(settings):
 def test_target_accept_is_a_probability(target):
     with pytest.raises(ValueError, match=r"target_accept must be a number in \(0, 1\)"):
         NUTS(target_accept=target)
+
+
+def test_what_arviz_shows_of_trajectories():
+    """The energy is potential + kinetic at the start of a step, the latter of chi-squared / 2; divergences add up."""
+    posterior = NUTS(num_samples=200, warmup=100, num_chains=2, seed=0, progress=False).run(normal_mean(1.0), ["a"])
+    seen = posterior.sample_stats
+    assert {name: values.shape for name, values in seen.items()} == dict.fromkeys(
+        ("diverging", "tree_depth", "energy"), (2, 200)
+    )
+    np.testing.assert_array_equal(seen["diverging"].sum(1), posterior.stats["divergences"])
+    assert (seen["tree_depth"] >= 1).all()
+    kinetic = seen["energy"][:, 1:] + posterior.log_joint[:, :-1, 0]  # theta is a real number: U = -log p
+    assert (kinetic > -1e-4).all()
+    assert_mean(kinetic.ravel()[:, None], 0.5)

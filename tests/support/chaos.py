@@ -53,8 +53,11 @@ TRAININGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "network": (LLAMA, {"num_steps": 6, "num_particles": 2, "optimizer": Adam(1e-3)}),
 }
 INFER = ["infer", "a b", "c", "--prior", "model", "--reward", "my_rewards:letters", "--beta", "0.5", "--seed", "3"]
-INFER += ["--max-new-tokens", "4", "--engine", "importance", "--engine", "smc", "--engine", "svi", "--steps", "6"]
-INFER += ["--particles", "8", "--samples", "8", "--lora-rank", "2", "--checkpoint", "kept", "--out", "run"]
+INFER += ["--max-new-tokens", "4", "--engine", "importance(num_particles=8), smc(num_particles=8)", "--out", "run"]
+INFER += [
+    "--engine",
+    "svi(num_steps=6, num_particles=8, num_samples=8, guide=AutoPolicy(lora_rank=2), checkpoint='kept')",
+]
 REWARDS = "def letters(completions, **kwargs):\n    return [float(text.count('a')) for text in completions]\n"
 
 

@@ -9,12 +9,12 @@ from bayeslm.models import TiltedLM, Twist, rewards
 
 from .models import table_lm, tiny_llama
 
-MODEL = ["infer", "a", "--prior", "model", "--reward", "length", "--particles", "4", "--max-new-tokens", "2"]
+MODEL = ["infer", "a", "--prior", "model", "--reward", "length", "--max-new-tokens", "2"]
 USES = {
     "posterior": ["show", "posterior"],
     "model": MODEL,
-    "policy": [*MODEL, "--policy", "policy"],
-    "twist": [*MODEL, "--engine", "smc", "--twist", "twist"],
+    "policy": [*MODEL, "--engine", "importance(num_particles=4, guide=LanguageModel('policy'))"],
+    "twist": [*MODEL, "--engine", "smc(num_particles=4, twist=Twist('twist'))"],
 }
 
 

@@ -41,6 +41,7 @@ from bayeslm.inference import SVI, RunError
 from bayeslm.inference.training import (
     Adam,
     AutoPolicy,
+    Checkpointing,
     Critic,
     ExponentialAverage,
     FDivergence,
@@ -99,6 +100,54 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(name, tmp_path):
     there = sorted(path.name.partition("-step-")[0] for path in tmp_path.iterdir())
     assert there == [".lock", *(f"chain-{i}" for i in range(chains))]
     assert_same(SVI(**settings, checkpoint=every_5(tmp_path)).run(model, PROMPTS), whole)  # nothing left to train
+
+
+@pytest.mark.parametrize("name", ["elbo", "replay", "critic", "trust region"])
+def test_checkpoints_by_time_are_written_between_those_by_steps_and_resume_to_the_bit(name, tmp_path, monkeypatch):
+    """The clock moves a minute a call, so that checkpoints are due after steps that no number of steps divides."""
+    model, settings = RUNS[name]
+    settings = SMALL | settings | {"num_chains": 1}
+    whole = SVI(**settings).run(model, PROMPTS)
+    minutes = itertools.count()
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: 60.0 * next(minutes))
+    by_time = Checkpointing(tmp_path, every=1000, minutes=3)
+    found = []
+    for step in (8, 11):
+        with contextlib.suppress(Killed):
+            callbacks = [*settings.get("callbacks", []), killer(step)]
+            SVI(**settings | {"callbacks": callbacks, "checkpoint": by_time}).run(model, PROMPTS)
+        found += kept(tmp_path)
+    assert found == ["chain-0-step-6", "chain-0-step-9"]
+    assert_same(SVI(**settings, checkpoint=by_time).run(model, PROMPTS), whole)
+    assert kept(tmp_path) == ["chain-0-step-12"]
+
+
+@pytest.mark.parametrize(("minutes", "steps"), [(5.0, [5, 7, 10, 12]), (None, [5, 10, 12]), (20.0, [5, 10, 12])])
+def test_a_disk_that_refuses_is_asked_again_after_the_interval(minutes, steps, tmp_path, monkeypatch):
+    """By steps and by time at once; step 7 takes 6 minutes. A checkpoint that fails is not tried again at each step."""
+    now, tried = [0.0], []
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now[0])
+
+    def refuse(tensors, path):
+        tried.append(int(re.search(r"-step-(\d+)", str(path))[1]))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", refuse)
+
+    def slow(record):
+        if record.step == 7:
+            now[0] += 360.0
+
+    engine = SVI(**SMALL, callbacks=[slow], checkpoint=Checkpointing(tmp_path, every=5, minutes=minutes))
+    with pytest.warns(UserWarning, match="no checkpoint: .*No space left"):
+        engine.run(MODEL, PROMPTS)
+    assert tried == steps
+
+
+@pytest.mark.parametrize("minutes", [0, -1, float("nan")])
+def test_minutes_are_positive(minutes, tmp_path):
+    with pytest.raises(ValueError, match="minutes"):
+        Checkpointing(tmp_path, minutes=minutes)
 
 
 TESTS = str(Path(__file__).parents[2])

@@ -11,9 +11,9 @@ from support.tokenizers import metaspace
 from support.zoo import zoo_network
 
 from bayeslm.models import LanguageModel
+from bayeslm.models.lm import word_tokenizer
 from bayeslm.models.lm.encoding import Vocabulary
 from bayeslm.models.lm.fitting import to_sequences
-from bayeslm.models.lm.tabular import word_tokenizer
 
 TEXTS = ["a b a", "a c", "b b b a", "a b a"]
 

@@ -64,7 +64,10 @@ def test_an_adapter_keeps_what_its_base_on_disk_does_not_say(tmp_path):
     base.policy(2).save_pretrained(tmp_path / "adapter")
     loaded = LanguageModel.from_pretrained(tmp_path / "adapter")
     assert (loaded.vocabulary, next(loaded.parameters()).dtype) == (base.vocabulary, torch.bfloat16)
-    (tmp_path / "adapter" / "bayeslm.json").unlink()  # as in folders of PEFT: the base's
+    (tmp_path / "adapter" / "bayeslm.json").unlink()  # then the generation config says the ends
+    assert LanguageModel.from_pretrained(tmp_path / "adapter", base=base).vocabulary == base.vocabulary
+    assert tokens(LanguageModel.from_pretrained(tmp_path / "adapter"))[:3] == ((7,), 0, 0)
+    (tmp_path / "adapter" / "generation_config.json").unlink()  # as in folders of PEFT: the base
     assert LanguageModel.from_pretrained(tmp_path / "adapter", base=base).vocabulary == base.vocabulary
     assert LanguageModel.from_pretrained(tmp_path / "adapter").vocabulary == tiny_llama().vocabulary
 

@@ -295,7 +295,11 @@ def test_get():
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("contains", {}, r"reward 'contains' needs the settings phrase: --reward-settings '{\"phrase\": \"...\"}'"),
+        (
+            "contains",
+            {},
+            r"reward 'contains' needs the settings phrase: write get\('contains', phrase=\.\.\.\), or on",
+        ),
         ("similarity", {}, "needs the settings reference"),
         ("classifier", {}, "needs the settings model"),
         ("constraint", {"prefix_closed": True}, "needs the settings predicate"),

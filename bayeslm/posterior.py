@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from bayeslm import display
 from bayeslm.files import reading
 from bayeslm.weights import Array, normalise, num_draws, smoothed_where_reliable
 
@@ -66,6 +67,8 @@ class Posterior:
     rewards: dict[str, Array] = field(default_factory=dict)
     """(chain, draw, prompt): r in its own units, by the name of its factor, where the program has recorded it (by
     `bayeslm.models.rewards.factor`, as ready programs do); of ``pyro.factor(name, r / beta)`` r is not known."""
+    prompt_names: list[str] = field(default_factory=list)
+    """The last user's turn of each prompt, if prompts are chats, whose texts begin with what all of them share."""
     texts: dict[str, Array] = field(default_factory=dict)
     """(chain, draw, *batch) of str, for each completion site."""
     lengths: dict[str, Array] = field(default_factory=dict)
@@ -112,17 +115,15 @@ class Posterior:
         _validate(self)
 
     def __repr__(self) -> str:
-        chains, draws = self.log_weights.shape[:2]
-        evidence = np.array2string(self.log_evidence, precision=2, threshold=4, edgeitems=2)
-        return (
-            f"Posterior({self.engine}, {self.kind}: {chains} x {draws} draws of {', '.join(self.samples)} "
-            f"for {len(self.prompts)} prompt{'s' * (len(self.prompts) != 1)}, log_evidence={evidence})"
-        )
+        return display.text(self)
+
+    def _repr_html_(self) -> str:
+        return display.html(self)
 
     @property
     def prompt_labels(self) -> list[str]:
-        """A short label for each prompt: its text on one line, cut to length, numbered if two labels are equal."""
-        lines = [" ".join(prompt.split()) for prompt in self.prompts]
+        """A short label for each prompt: the user's last turn of a chat, else its text; numbered if two are equal."""
+        lines = [" ".join(prompt.split()) for prompt in self.prompt_names or self.prompts]
         labels = [line if len(line) <= LABEL_WIDTH else line[: LABEL_WIDTH - 1] + "…" for line in lines]
         if len(set(labels)) == len(labels):
             return labels
@@ -376,6 +377,8 @@ def _validate(posterior: Posterior) -> None:
             f"log_weights must be (chain, draw, {rows}), or (chain, draw, 1) where prompts share a latent, "
             f"and not empty; got {weights.shape}"
         )
+    if posterior.prompt_names and len(posterior.prompt_names) != rows:
+        raise ValueError(f"prompt_names has {len(posterior.prompt_names)} names for {rows} prompts")
     leading, columns = weights.shape[:2], weights.shape[2]
 
     def expect(name: str, array: Array, shape: tuple[int, ...]) -> None:

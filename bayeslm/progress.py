@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 # Imported at the top, as the import draws from Python's random state, which a run that shows progress has just seeded.
 from rich.console import Console
@@ -138,26 +138,21 @@ def _in_notebook(progress: _Progress) -> Iterator[Callable[[str | None], None]]:
     """Without ipywidgets, which is rarely installed, and whose output is lost when a notebook is saved."""
     from IPython.display import display
 
-    shown, opened, due = None, "", 0.0
+    opened, due = "", 0.0
 
-    def show() -> None:
-        nonlocal shown
+    def data() -> dict[str, str]:
         size = "" if progress.total is None else f' value="{progress.done}" max="{progress.total}"'
         text = f"{opened}\n{progress.line()}".strip()
-        both = {"text/plain": text, "text/html": f"<progress{size}></progress> {html.escape(text)}"}
-        if shown is None:
-            shown = display(both, raw=True, display_id=True)
-        else:
-            shown.update(both, raw=True)
+        return {"text/plain": text, "text/html": f"<progress{size}></progress> {html.escape(text)}"}
 
     def update(opening: str | None) -> None:
         nonlocal opened, due
         opened = opening or opened
         if (now := time.monotonic()) >= due:
             due = now + REFRESH
-            show()
+            shown.update(data(), raw=True)
 
-    show()
+    shown: Any = display(data(), raw=True, display_id=True)
     try:
         yield update
     finally:

@@ -21,6 +21,7 @@ from typing import Any
 MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # before those of UTF-16, which begin them
 MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig"}
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")  # as in JSON, so that 007 is a text
+LEVELS = 64  # of lists and objects inside each other, in one value
 Rows = list[tuple[str, Any]]  # the place of each row in the file, and its value
 
 
@@ -63,6 +64,9 @@ def prompt_table(path: str, rows: Rows) -> tuple[list[Any], dict[str, list[Any]]
             raise ValueError(f"{path}, {place} has columns {sorted(row)}, but {first}: every row needs all of them")
         check_prompt(f"{path}, {place}: the prompt", row["prompt"])
         table.append(row)
+    for (place, _), row in zip(rows, table, strict=True):
+        if deep := next((name for name in row if not _is_flat(row[name], LEVELS)), None):
+            raise ValueError(f"{path}, {place}: {deep!r} has more than {LEVELS} lists or objects inside each other")
     columns = {str(name): [_plain(row[name]) for row in table] for name in table[0]}
     return columns.pop("prompt"), columns
 
@@ -193,8 +197,14 @@ def _document(path: Path, value: Any) -> Rows:
     if isinstance(value, list):
         return [(f"row {number}", row) for number, row in enumerate(value, start=1)]
     columns = value if isinstance(value, dict) else {}
-    columns = {name: list(x.values()) if isinstance(x, dict) else x for name, x in columns.items()}
     prompts = columns.get("prompt")
+    if isinstance(prompts, dict) and "role" not in prompts:  # columns by the names of rows, as pandas writes them
+        for name, x in columns.items():
+            if not isinstance(x, dict) or x.keys() != prompts.keys():
+                names = ", ".join(prompts)
+                raise ValueError(f"{path}: column {name!r} has other rows than 'prompt', which has {names:.60}")
+        columns = {name: [x[row] for row in prompts] for name, x in columns.items()}
+        prompts = columns["prompt"]
     if not (isinstance(prompts, list) and all(isinstance(prompt, str | list) for prompt in prompts)):
         return [("row 1", value)]
     lengths = {name: len(x) if isinstance(x, list) else None for name, x in columns.items()}
@@ -208,6 +218,7 @@ def _document(path: Path, value: Any) -> Rows:
 
 def _delimited(path: Path, text: str, delimiter: str) -> Rows:
     """Return the rows of CSV or TSV."""
+    csv.field_size_limit(max(len(text), csv.field_size_limit()))  # the process's: a cell may be as long as the file
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     cells: list[list[str]] = []
     places: list[str] = []
@@ -269,6 +280,14 @@ def _parquet(path: Path) -> Rows:
         raise ValueError(f"{path} is no readable Parquet file: {error}") from None
     _names(path, table.column_names)
     return [(f"row {number}", row) for number, row in enumerate(table.to_pylist(), start=1)]
+
+
+def _is_flat(value: Any, levels: int) -> bool:
+    """Return whether a value has at most so many levels of lists and objects."""
+    if not isinstance(value, Mapping | list | tuple):
+        return True
+    inside = value.values() if isinstance(value, Mapping) else value
+    return levels > 0 and all(_is_flat(x, levels - 1) for x in inside)
 
 
 def _plain(value: Any) -> Any:

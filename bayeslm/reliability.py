@@ -3,7 +3,7 @@
 A standard error is right where many draws contribute to an estimate. It is not where
 
   k̂ > 0.7 or ESS < 20          the weights have a heavy tail, or few draws have most of the weight
-  one draw dominates            one draw (one root, of particles) makes more than 15% of the variance of an estimate
+  one draw dominates            one draw (one root, of particles) makes more than 30% of the variance of an estimate
   a level has few hits          the reward has few values (0 or 1, counts), and one of them has more than a tenth of the
                                 weight and fewer than ten draws
   nothing rare was seen         the draws have one reward, or few and none at its bound, or, without a bound, few at the
@@ -33,6 +33,7 @@ from bayeslm.weights import (
     Array,
     by_root,
     chain_log_evidence,
+    khat_reasons,
     normalise,
     num_draws,
     num_roots,
@@ -45,12 +46,20 @@ __all__ = ["DiagnosticsWarning", "Level", "levels", "problems", "warn"]
 ESS_LIMIT = 20.0  # of weighted or exact draws, and the number of roots of particles
 MARKOV_ESS_LIMIT = 400.0  # of Markov chains, whose errors need an estimate of their autocorrelation (Vehtari 2021)
 RHAT_LIMIT = 1.05
-DOMINANT = 0.15  # the share of the variance of an estimate that one draw may have
+DOMINANT = 0.3  # the share of the variance of an estimate that one draw may have; see benchmarks/dominance.py
 FEW_HITS, LARGE_SHARE = 10, 0.1  # of a level of the reward
 CHANCE = 0.005  # of calling chains that agree apart
 TELLING = 0.1  # nats by which the upper limit of log Z is above two errors, where that is worth a sentence
 ADDED = 0.1  # the share of Z that an unseen level above the highest could add, where that is worth a sentence
 SHOWN = 3  # prompts in one Python warning
+NEXT = {  # what to write in Python
+    "weighted": "raise num_particles (num_samples), or propose from a policy: AdaptiveImportance().run(model, ...), or "
+    "ImportanceSampling(guide=SVI().run(model, ...).policy).",
+    "particles": "raise num_particles or num_chains, or SMC(twist='auto').",
+    "markov": "raise num_samples and warmup; MCMC(num_temperatures=4) for modes far apart.",
+    "exact": "raise num_samples.",
+    "uncorrected": "raise num_samples.",
+}
 
 
 class Level(NamedTuple):
@@ -107,7 +116,7 @@ def warn(posterior: Posterior) -> None:
         frame, level = sys._getframe(), 1
         while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "bayeslm":
             frame, level = frame.f_back, level + 1
-        text = f"{posterior.engine}: {' '.join(lines[:SHOWN])}{rest}"
+        text = f"{posterior.engine}: {' '.join(lines[:SHOWN])}{rest}\nNext: {NEXT[posterior.kind]}"
         warnings.warn(text, DiagnosticsWarning, stacklevel=level)
 
 
@@ -115,10 +124,10 @@ def _of_weights(posterior: Posterior) -> Iterator[list[str]]:
     """Yield the sentences of each prompt's weights."""
     lw, weights, particles = posterior.log_weights, _weights(posterior), posterior.roots is not None
     size, found = smallest_ess(lw, posterior.stats.get("ess_by_step")), levels(posterior)
-    influences = _influences(posterior, weights)
-    dominated = {name: _dominance(phi, posterior.roots) for name, phi in influences.items()}
+    influences, dominated = _influences(posterior, weights), dominance(posterior)
     roots = None if posterior.roots is None else num_roots(posterior.roots)
     khat = np.full(lw.shape[2], np.nan) if particles else psis(np.where(weights.any(POOL), lw, 0.0))[1]
+    reasons = [] if particles else khat_reasons(lw)
     apart = {name: _apart(phi, posterior.roots) for name, phi in influences.items()} if particles else {}
     chains = chain_log_evidence(lw)
     for i in range(lw.shape[2]):
@@ -131,8 +140,8 @@ def _of_weights(posterior: Posterior) -> Iterator[list[str]]:
                 )
             lines += _disagreement(chains[:, i], {name: ratio[i] for name, ratio in apart.items()})
         elif khat[i] > KHAT_LIMIT or size[i] < ESS_LIMIT:
-            tail = "" if np.isnan(khat[i]) else f"k̂ {khat[i]:.2f}, "
-            lines.append(f"{tail}ESS {size[i]:.0f}: use more draws or a better proposal, such as a trained policy.")
+            tail = f"k̂ unknown ({reasons[i]})" if np.isnan(khat[i]) else f"k̂ {khat[i]:.2f}"
+            lines.append(f"{tail}, ESS {size[i]:.0f}: use more draws or a better proposal, such as a trained policy.")
         for level in found[i]:
             if level.share > LARGE_SHARE and level.hits < FEW_HITS:
                 lines.append(
@@ -280,6 +289,11 @@ def _influences(posterior: Posterior, weights: Array) -> dict[str, Array]:
     if posterior.log_likelihood:
         found["the KL to the prior"] = centred(posterior.total_log_likelihood()) - found["log Z"]
     return found
+
+
+def dominance(posterior: Posterior) -> dict[str, Array]:
+    """Return the largest share that one draw has of the variance of each estimate, (prompt,)."""
+    return {name: _dominance(phi, posterior.roots) for name, phi in _influences(posterior, _weights(posterior)).items()}
 
 
 def _dominance(influence: Array, roots: Array | None) -> Array:

@@ -62,7 +62,8 @@ def render(
     for name, posterior in posteriors.items():
         if posterior.prompts != first.prompts:
             raise ValueError(f"a report needs posteriors of the same prompts: those of {name!r} are others")
-    described = dict(first.stats.get("program", {})) | dict(settings or {})
+    program = first.stats.get("program")
+    described = (dict(program) if isinstance(program, dict) else {}) | dict(settings or {})
     style, script = _read("report.css"), _read("report.js")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.finalize = _shown

@@ -23,6 +23,14 @@ INK, MUTED = "#111111", "#777777"
 VARIABLES = {INK: "currentColor", MUTED: "var(--muted)"}
 VARIABLES |= {colour.lower(): f"var(--series-{i})" for i, colour in enumerate(COLOURS)}
 SIZE = (4.4, 2.5)  # inches, of which a page shows 96 points each
+SETTINGS: dict[Any, Any] = {
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width"), 0.6),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+    "svg.fonttype": "none",
+    "svg.hashsalt": "bayeslm",
+    "font.size": 9,
+}
 NAMESPACE = re.compile(r"\{[^}]*\}")
 NUMBER = re.compile(r"-?\d+\.\d+")
 MAX_POINTS = 1000  # of a curve
@@ -73,7 +81,7 @@ def curves(
     def draw(axis: Any) -> None:
         steps = np.arange(1, raw.shape[1] + 1)
         some = _thinned(len(steps))
-        axis.plot(steps[some], raw[:, some].T, color=COLOURS[0], alpha=0.3, linewidth=0.8)
+        axis.plot(steps[some], raw[:, some].T, color=COLOURS[0], alpha=0.45, linewidth=0.8)
         axis.plot(steps[some], smooth(raw)[some], color=COLOURS[0], linewidth=1.8)
         for i, (at, values) in enumerate(held_out):
             axis.plot(at, values, "o-", color=COLOURS[2 + i % 4], markersize=3, linewidth=1)
@@ -189,12 +197,7 @@ def _svg(draw: Callable[[Any], None]) -> str:
         raise ImportError('a report needs matplotlib: pip install "bayeslm[plots]"') from error
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        colours = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
-        matplotlib.rcParams.update(
-            colours
-            | {"svg.fonttype": "none", "svg.hashsalt": "bayeslm", "font.size": 9, "axes.linewidth": 0.6}
-            | {"axes.spines.top": False, "axes.spines.right": False, "xtick.major.width": 0.6, "ytick.major.width": 0.6}
-        )
+        matplotlib.rcParams.update(SETTINGS)
         figure = Figure(figsize=SIZE)
         draw(figure.add_axes((0.14, 0.19, 0.84, 0.77)))  # a layout that finds its margins takes twice the time
         file = io.StringIO()

@@ -13,7 +13,7 @@ from bayeslm import diagnostics, report_figures
 from bayeslm.posterior import Posterior
 from bayeslm.reliability import ESS_LIMIT, RHAT_LIMIT
 from bayeslm.summaries import Row, rows
-from bayeslm.weights import KHAT_LIMIT, Array, ess, num_draws, num_roots, smallest_ess
+from bayeslm.weights import KHAT_LIMIT, Array, ess, num_draws, num_roots, smallest_ess, standard_error
 
 MAX_PROMPTS = 12  # with a table and pictures of their own
 MAX_LISTED = 200  # in the list of prompts
@@ -28,11 +28,12 @@ KINDS = {
 }
 TRAINING = {
     "elbo": ("ELBO, nats", "The ELBO comes near log Z as the policy comes near the posterior."),
-    "score": ("reward", "The reward of the policy's draws."),
+    "reward": ("reward", "The reward of the policy's draws."),
     "log_likelihood": ("log-likelihood, nats", "The log-likelihood, r / β, of the policy's draws."),
     "kl": ("KL to the prior, nats", "How far the policy is from the prior."),
 }
 FACTS = {
+    "program": "Program",
     "prior": "Language model",
     "reward": "Reward",
     "scale": "Reward is multiplied by",
@@ -116,11 +117,11 @@ def comparison(posteriors: Mapping[str, Posterior]) -> dict[str, Any]:
 def _table(
     label: str, prompt: int | None, found: list[tuple[Row, dict[str, Any]]], series: dict[str, int], prior: Array | None
 ) -> dict[str, Any]:
-    lines = []
+    lines: list[dict[str, Any]] = []
     if prior is not None:
         of = prior.mean(axis=2, keepdims=True) if prompt is None else prior[..., [prompt]]
         mean = of.mean(axis=(0, 1))
-        error = diagnostics.standard_error(mean, of - mean)[0]
+        error = standard_error(mean, of - mean)[0]
         lines.append({"name": "prior", "series": None, "reward": (float(mean[0]), float(error)), "kl_to_prior": "0"})
     for row, record in found:
         reward = "reward" if "reward" in record else "log_likelihood"

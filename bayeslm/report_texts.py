@@ -80,7 +80,7 @@ def _rows(posterior: Posterior, engine: int, site: str, site_number: int) -> lis
                 merged[key][3] += 1
                 merged[key][4] += share
                 continue
-            pieces, each = _pieces(texts[index], None if ends is None else ends[index], moves, index)
+            pieces, each = _pieces(str(texts[index]), None if ends is None else ends[index], moves, index)
             ratio = moves[index].sum() if moves is not None else None if whole is None else whole[(*draw, column)]
             merged[key] = [engine, prompt if by_prompt else -1, site_number, 1, share, _number(measured[draw])]
             merged[key] += [None if log_weights is None else _number(log_weights[(*draw, column)])]

@@ -32,6 +32,8 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
+from bayeslm.display import short_repr
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -112,6 +114,8 @@ def validated(target: F) -> F:
     if isinstance(target, type):
         cls: Any = target
         cls.__init__ = _checked(cls.__init__, functools.partial(annotations_of, cls), is_method=True)
+        if dataclasses.is_dataclass(target) and hasattr(vars(target).get("__repr__"), "__wrapped__"):
+            cls.__repr__ = short_repr  # in the place of the dataclass's own: without defaults and whole networks
         return target
     return typing.cast(F, _checked(target, functools.partial(annotations_of, target), is_method=False))
 

@@ -1,4 +1,4 @@
-"""Texts of models and files for a terminal, on which some characters are commands."""
+"""Texts of models, files and errors for a terminal, on which some characters are commands."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import unicodedata
 
 UNSAFE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # controls, bidi and zero-width marks, lone surrogates, ...
 BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0d\uffa0\U000e0100-\U000e01ef]")
+_SHAPES = re.compile(r"\n *Trace Shapes:.*", re.DOTALL)
 
 
 def visible(text: str) -> str:
@@ -24,3 +25,8 @@ def _is_shown(character: str) -> bool:
     if character in "\n\t":
         return True
     return unicodedata.category(character) not in UNSAFE and not BLANK.match(character)
+
+
+def message_of(error: BaseException) -> str:
+    """Return an error's message without the table of shapes, aligned on the right, that Pyro appends to it."""
+    return _SHAPES.sub("", str(error)).strip()

@@ -104,11 +104,18 @@ def psis(log_weights: ArrayLike) -> tuple[Array, Array]:
     return normalise(smoothed), khat
 
 
+def quality(log_weights: ArrayLike) -> dict[str, Any]:
+    """Return ``ess`` and ``khat`` (prompt,), and ``khat_reason`` where a k̂ is NaN: why, and what to look at instead."""
+    reasons = khat_reasons(log_weights)
+    found = {"ess": ess(log_weights), "khat": psis(log_weights)[1]}
+    return found | ({"khat_reason": reasons} if any(reasons) else {})
+
+
 def khat_reasons(log_weights: ArrayLike) -> list[str]:
-    """Return for each prompt why its k̂ cannot be told, or an empty string where it can.
+    """Return for each prompt why its k̂ is NaN, and what to look at instead, or an empty string where it is a number.
 
     The reasons: few draws of positive weight, weights that are all equal, or largest weights that are equal or nearly
-    equal or lie on few levels, as those of a reward of 0 or 1 or of counts. Look at the ESS and `levels` instead.
+    equal or lie on few levels, as those of a reward of 0 or 1 or of counts (`bayeslm.reliability.levels`).
     """
     lw = as_log_weights(log_weights)
     return [_tail_problem(column[np.isfinite(column)]) for column in lw.reshape(-1, lw.shape[2]).T]
@@ -256,13 +263,13 @@ def _tail_problem(lw: Array) -> str:
     size = int(min(len(lw) / 5, 3 * np.sqrt(len(lw))))
     tail = np.sort(lw)[max(len(lw) - size - 1, 0) :]  # the cutoff, then the tail
     if len(lw) > 1 and tail[-1] - lw.min() < TIE:
-        return "all weights are equal"
+        return "all weights are equal: look at the number of draws"
     if size < MIN_TAIL:
-        return f"only {len(lw)} draws have positive weight, {5 * MIN_TAIL} are needed"
+        return f"only {len(lw)} draws have positive weight, {5 * MIN_TAIL} are needed: look at the ESS"
     gaps = np.diff(tail)
     normalised = gaps * np.arange(size, 0, -1)
     if np.mean(gaps < TIE) > 1 / 4 or np.median(normalised[:-3]) < LUMPY * normalised[:-3].mean():
-        return f"the {size} largest weights are ties, or nearly: they have few levels"
+        return f"the {size} largest weights are ties, or nearly: look at the ESS and reliability.levels"
     if np.median(normalised) < NEARLY_EQUAL:
-        return f"the {size} largest weights are nearly equal"
+        return f"the {size} largest weights are nearly equal: look at the ESS"
     return ""

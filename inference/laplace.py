@@ -101,7 +101,7 @@ class Laplace:
             log_q = (normal.log_prob(z) - log_det).to(particles.log_proposal)
             particles = replace(particles, log_proposal=log_q[:, None])
             weights = to_numpy(particles.log_weights)[None]
-            stats |= {"ess": diagnostics.ess(weights), "khat": diagnostics.psis(weights)[1]}
+            stats |= diagnostics.quality(weights)
             return posterior(
                 program,
                 particles,

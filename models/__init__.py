@@ -1,6 +1,6 @@
 """What to infer: distributions over texts, language models, rewards, and the program of a prior tilted by a reward."""
 
-from . import rewards
+from . import notebooks, rewards  # noqa: F401, notebooks first, since it quiets an import of the others
 from .lm import Autoregressive, LanguageModel, Twist
 from .tilted import TiltedLM
 

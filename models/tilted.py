@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ import pyro
 from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
+from bayeslm.display import call
 from bayeslm.models.lm import LanguageModel, Prompt, read_table, without_index
 from bayeslm.models.rewards import Reward, RewardFunction, factor, with_trainer_arguments
 from bayeslm.validation import Count, Positive, validated
@@ -65,6 +65,10 @@ class TiltedLM:
         self.power = power
         self.subsample_size = subsample_size
 
+    def __repr__(self) -> str:
+        settings = ("prior", "reward", "beta", "max_new_tokens", "temperature", "subsample_size")
+        return call("TiltedLM", {name: getattr(self, name) for name in settings})
+
     @property
     def log_bound(self) -> float:
         """An upper bound of the log-likelihood, for rejection sampling; inf if there is none.
@@ -74,18 +78,6 @@ class TiltedLM:
         if self.power < 1.0:
             return math.inf
         return 0.0 if self.reward is None else self.reward.upper_bound / self.beta
-
-    @property
-    def description(self) -> dict[str, str | float]:
-        """What it infers, in words and numbers; engines keep it as ``stats["program"]``."""
-        prior = Path(getattr(self.prior.config, "name_or_path", "") or type(self.prior.network).__name__).name
-        return {
-            "prior": prior,
-            "reward": repr(self.reward),
-            "beta": float(self.beta),
-            "max_new_tokens": int(self.max_new_tokens),
-            "temperature": float(self.temperature),
-        }
 
     def program_arguments(
         self, prompts: Any, /, **columns: Sequence[Any]

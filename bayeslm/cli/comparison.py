@@ -51,7 +51,8 @@ def compare(
             policy = error.so_far.policy if isinstance(error, RunError) else None
             checkpoint = getattr(engine, "checkpoint", None)
             if checkpoint is not None and isinstance(error.__cause__ or error, KeyboardInterrupt):
-                error.add_note(f"the training so far is saved in {checkpoint}: repeat the command to resume it")
+                folder = getattr(checkpoint, "folder", checkpoint)
+                error.add_note(f"the training so far is saved in {folder}: repeat the command to resume it")
             if out is not None and policy is not None and checkpoint is None:
                 place = out / f"{name}-policy-so-far"
                 try:

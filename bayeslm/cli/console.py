@@ -14,7 +14,7 @@ from rich.segment import Segment
 from rich.status import Status
 from rich.text import Text
 
-from bayeslm.visible import visible
+from bayeslm.visible import message_of, visible
 
 UNBROKEN = 10**6  # columns where no terminal wraps lines
 
@@ -111,7 +111,7 @@ def _explained(error: BaseException) -> tuple[str, int]:
 
 def _describe(error: BaseException | None) -> str:
     """Return an error in one line, or the lines of a message of our own."""
-    text = str(error).partition("\nTrace Shapes:")[0].strip()  # which Pyro appends
+    text = "" if error is None else message_of(error)
     if isinstance(error, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY):
         first = text.splitlines()[0] if text else "an array did not fit"
         return f"not enough memory ({first}): take a smaller --batch-size, or fewer draws or prompts"

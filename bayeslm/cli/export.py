@@ -9,7 +9,7 @@ import typer
 
 from bayeslm.files import require_empty
 
-from .console import one_line_errors, out_console
+from .console import UsageError, one_line_errors, out_console
 from .policies import load_policy, torch_dtype
 
 
@@ -41,7 +41,7 @@ def export(
     An adapter stays an adapter, on the base model that it names; with --merge it becomes a whole model. Its card says
     how it was trained, and how to load it.
 
-    [bold]Examples[/bold]
+    For example:
 
       bayeslm export runs/weather weather-adapter
 
@@ -54,7 +54,7 @@ def export(
         wanted = torch_dtype(dtype)
         lm = load_policy(policy, prior, "cpu", None)
         if lm.has_adapters and not merge and wanted is not None:
-            raise ValueError("--dtype is of a whole model's weights: add --merge, or leave it out")
+            raise UsageError("--dtype is of a whole model's weights: add --merge, or leave it out")
         if merge or wanted is not None:
             lm = lm.merged(wanted)
         lm.save_pretrained(directory)

@@ -162,7 +162,7 @@ class _Evaluator:
                 return -value if isinstance(sign, ast.USub) else value
             case ast.BinOp(left=left, op=op, right=right) if self._operand is not None and type(op) in OPERATORS:
                 return OPERATORS[type(op)](self._number_or_operand(left), self._number_or_operand(right))
-        raise ValueError(f"{ast.unparse(node)!r:.60} is not understood: a setting is a value, or a call with settings")
+        raise ValueError(f"{ast.unparse(node)!r:.60} is not understood: write a number, a text in quotes, or a call")
 
     def _setting(self, node: ast.expr) -> Any:
         """Return an argument, where a name alone is a string."""

@@ -116,15 +116,21 @@ def infer(
         options |= {name: str(value) for name, value in options.items() if isinstance(value, Path)}
         options |= {} if (source := one_source(prompt, prompts)) is None else {"prompts": source}
         settings = read_settings(config, options, engine or [])
+
+        def place(name: str, option: str) -> str:
+            """Return where a setting is from, for errors."""
+            of_file = config is not None and not (name in options or (name == "engines" and engine))
+            return f"{config}: {name}" if of_file else option
+
         if settings.subsample_size is not None and (others := [x for x in settings.engines if x not in SUBSAMPLED]):
             raise UsageError(
-                f"--subsample-size is for the engines {' and '.join(SUBSAMPLED)}; {others[0]} takes all prompts at once"
+                f"{place('subsample_size', '--subsample-size')} is for the engines {' and '.join(SUBSAMPLED)}; "
+                f"{others[0]} takes all prompts at once"
             )
-        place = "--engine" if engine or config is None else f"{config}: engines"
-        make = partial(prepare, run=(run := Run(settings.seed)))
-        found = {name: make(name, own, where=f"{place} {name}") for name, own in settings.engines.items()}
-        texts, columns = read_prompts(settings.prompts)
-        scores = load_reward(settings.reward, "--reward" if reward or config is None else f"{config}: reward")
+        run, at_engine = Run(settings.seed), place("engines", "--engine")
+        found = {name: prepare(name, own, run, f"{at_engine} {name}") for name, own in settings.engines.items()}
+        texts, columns = read_prompts(settings.prompts, place("prompts", "prompts"))
+        scores = load_reward(settings.reward, place("reward", "--reward"))
         reward_in_time = scores if settings.timeout is None else scores.with_timeout(settings.timeout)
         results = held.enter_context(resume.Results(None if settings.out is None else Path(settings.out)))
         known = settings.compared() | resume.identities({"prompts": texts, "columns": columns, "reward's code": scores})
@@ -139,7 +145,7 @@ def infer(
         run.program = program = partial(settings.program, reward=reward_in_time)
         engines: dict[str, Prepared] = {}
         for name, own in settings.engines.items():
-            prepared = found[name] or make(name, own, where=f"{place} {name}")
+            prepared = found[name] or prepare(name, own, run, f"{at_engine} {name}")
             assert prepared is not None  # there is a language model now
             engines[name] = prepared
         if results.out is not None:  # else nothing is compared, and the weights need not be read through

@@ -6,13 +6,15 @@ import inspect
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from bayeslm.prompt_files import prompt_table, read_prompt_file
 
 from .console import UsageError, err_console
 from .expressions import evaluate
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES = get_args(Dtype)
 ADDRESS = re.compile(r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')|([A-Za-z_][\w.]*:[A-Za-z_]\w*)""")
 """A string, or the address of a function that is not in a string."""
 
@@ -21,10 +23,12 @@ def language_model(name: str, device: str | None, dtype: str | None = None, **se
     """Load a `LanguageModel`.
 
     :param device: None is a GPU if there is one, else the CPU.
-    :param dtype: of the weights, by its name; None is that of the stored weights.
+    :param dtype: of the weights, one of `DTYPES`; None is that of the stored weights.
     :param settings: of `LanguageModel.from_pretrained`.
-    :raises ValueError: if there is no such device.
+    :raises UsageError: if there is no such device or dtype.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype} is unknown: choose one of {', '.join(DTYPES)}")
     import torch
     from transformers.utils import logging
 
@@ -36,7 +40,7 @@ def language_model(name: str, device: str | None, dtype: str | None = None, **se
     try:
         torch.zeros(1, device=chosen).item()  # the device "meta" has shapes and no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {chosen}: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"--device {chosen}: {str(error).splitlines()[0]}") from None
     with err_console.status(f"loading {name} (the first time, its weights are converted)"):
         return LanguageModel.from_pretrained(
             name, device=chosen, dtype=None if dtype is None else getattr(torch, dtype), **settings
@@ -71,7 +75,7 @@ def load_reward(text: str, where: str = "--reward") -> Any:
         return rewards.load(address)
 
     makers = {name: maker(name) for name in rewards.BUILT_IN}
-    makers |= {rewards.BUILT_IN[name].__name__: make for name, make in makers.items()}
+    makers |= {rewards.BUILT_IN[name].__qualname__: make for name, make in makers.items()}
     makers |= {"Reward": rewards.Reward, "load": load}
     addressed = ADDRESS.sub(lambda found: found[1] or f"load({found[2]!r})", text)
     try:
@@ -99,10 +103,11 @@ def trained_policy(folder: Path, prior: Any) -> Any:
     return LanguageModel.from_pretrained(folder, base=base, **sizes).to(prior.device)
 
 
-def read_prompts(prompts: Any) -> tuple[list[Any], dict[str, list[Any]]]:
+def read_prompts(prompts: Any, where: str = "prompts") -> tuple[list[Any], dict[str, list[Any]]]:
     """Return prompts and the columns of them.
 
     :param prompts: a file, or a list of prompts or of mappings with "prompt".
+    :param where: where the list is from, for errors.
     :raises UsageError: if there are none.
     :raises ValueError: if one, or the file, is malformed; see `read_prompt_file`.
     """
@@ -113,11 +118,11 @@ def read_prompts(prompts: Any) -> tuple[list[Any], dict[str, list[Any]]]:
     if isinstance(prompts, str):
         rows, columns = read_prompt_file(prompts)
     else:
-        rows, columns = prompt_table("prompts", [(f"row {i}", row) for i, row in enumerate(prompts, start=1)])
+        rows, columns = prompt_table(where, [(f"row {i}", row) for i, row in enumerate(prompts, start=1)])
     try:
         check_columns(columns)
     except ValueError as error:
-        raise ValueError(f"{prompts if isinstance(prompts, str) else 'prompts'}: {error}") from None
+        raise ValueError(f"{prompts if isinstance(prompts, str) else where}: {error}") from None
     return rows, columns
 
 

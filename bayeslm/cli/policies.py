@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .console import UsageError
 from .inputs import DTYPES, language_model
 
 WHERE = ("", "policy", "svi/policy", "adaptive/policy", "auto/policy")  # a policy's place in what a user points at
@@ -16,7 +17,9 @@ def load_policy(name: str, prior: str | None, device: str | None, dtype: str | N
     :param prior: the model under an adapter, if not the one that the adapter names.
     :param settings: of `LanguageModel.from_pretrained`.
     :raises FileNotFoundError: for a folder that holds no model.
+    :raises UsageError: if there is no such dtype.
     """
+    torch_dtype(dtype)
     folder = find_policy(Path(name)) if Path(name).is_dir() else None
     base = None if prior is None else language_model(prior, device, dtype, **settings)
     if base is not None:
@@ -41,10 +44,10 @@ def find_policy(folder: Path) -> Path:
 def torch_dtype(name: str | None) -> Any:
     """Return the dtype of a name, None for None.
 
-    :raises ValueError: if there is no such dtype.
+    :raises UsageError: if there is no such dtype.
     """
     if name is not None and name not in DTYPES:
-        raise ValueError(f"--dtype {name} is unknown: choose one of {', '.join(DTYPES)}")
+        raise UsageError(f"--dtype {name} is unknown: choose one of {', '.join(DTYPES)}")
     import torch
 
     return None if name is None else getattr(torch, name)

@@ -171,6 +171,18 @@ def others(out: Path, posteriors: Mapping[str, Posterior]) -> list[str]:
     return [name for name, posterior in posteriors.items() if posterior.stats.get("call") != calls[name]]
 
 
+def run_settings(out: Path) -> dict[str, str]:
+    """Return the settings that an output folder was run with, as texts by name; none of a folder of another kind.
+
+    :raises ValueError: if ``call.json`` is damaged.
+    """
+    if not (out / CALL).is_file():
+        return {}
+    run = dict(_read_call(out)["run"])
+    engines = {f"engine {name}": own for name, own in (run.pop("engines", None) or {}).items()}
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in (run | engines).items()}
+
+
 def identities(values: Mapping[str, Any]) -> Json:
     """Return what tells values of other content apart, by name."""
     from bayeslm.inference.training import identify

@@ -11,8 +11,8 @@ import typer
 
 from bayeslm.visible import visible
 
-from .console import content, one_line_errors, out_console
-from .inputs import read_prompts
+from .console import UsageError, content, one_line_errors, out_console
+from .inputs import one_source, read_prompts
 from .policies import load_policy
 
 
@@ -56,7 +56,7 @@ def sample(
     A terminal shows the first text of each prompt as it grows. Elsewhere each text is a line of JSON with its prompt,
     its number of tokens, its log-probability in nats, and whether an end token or the length limit ended it.
 
-    [bold]Examples[/bold]
+    For example:
 
       bayeslm sample runs/weather "The weather will be" --num 4 --seed 0
 
@@ -65,7 +65,7 @@ def sample(
       bayeslm sample smollm2 --prompts prompts.jsonl --num 8 > texts.jsonl
     """
     with one_line_errors():
-        given, _ = read_prompts(prompt or [], prompts)
+        given, _ = read_prompts(one_source(prompt, prompts))
         if chat:
             given = [_as_chat(number, one) for number, one in enumerate(given, start=1)]
         lm = load_policy(policy, prior, device, dtype, batch_size=batch_size)
@@ -79,13 +79,13 @@ def sample(
 def _as_chat(number: int, prompt: Any) -> Any:
     """Return a chat of one turn of the user, or a chat as it is.
 
-    :raises ValueError: for token ids.
+    :raises UsageError: for token ids.
     """
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     if prompt and isinstance(prompt[0], dict):
         return prompt
-    raise ValueError(f"--chat: prompt {number} is {prompt!r:.60}, and must be a text or a chat")
+    raise UsageError(f"--chat: prompt {number} is {prompt!r:.60}, and must be a text or a chat")
 
 
 def _seed_of(seed: int, prompt: int) -> int:

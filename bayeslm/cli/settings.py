@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from bayeslm.validation import Count, Positive, Seed, validated
 
 from .console import UsageError
 from .expressions import calls, nearest
+from .inputs import Dtype
 from .plain_yaml import read_yaml
 
 Engines = dict[str, dict[str, Any]]
@@ -43,7 +44,7 @@ class RunSettings:
     subsample_size: Count | None = None
     engines: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"importance": {}})
     device: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Dtype | None = None
     batch_size: Count | None = None
     gradient_checkpointing: bool = False
     seed: Seed = 0
@@ -60,8 +61,14 @@ class RunSettings:
         """
         from bayeslm.models import TiltedLM
 
-        own = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
-        return TiltedLM(lm, reward, self.beta, **own, subsample_size=subsample_size)
+        return TiltedLM(
+            lm,
+            reward,
+            self.beta,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            subsample_size=subsample_size,
+        )
 
     def as_file(self) -> dict[str, Any]:
         """Return what a settings file says to run this again; each engine has its seed, and there is no ``out``."""
@@ -74,7 +81,7 @@ NOT_COMPARED = ("prompts", "engines", "device", "timeout", "seed", "out")
 NAMES = [field.name for field in dataclasses.fields(RunSettings)]
 
 
-def read_settings(config: Path | None, options: Mapping[str, Any], engines: list[str]) -> RunSettings:
+def read_settings(config: Path | None, options: dict[str, Any], engines: list[str]) -> RunSettings:
     """Return the settings in a file, with those of the command line in their place.
 
     :param options: those that were given, by name.
@@ -83,6 +90,9 @@ def read_settings(config: Path | None, options: Mapping[str, Any], engines: list
     :raises UsageError: if a setting is unknown or of the wrong type or range; with the file or the option.
     """
     found = {} if config is None else _read(config)
+    if "seed" in options:  # it takes the place of the file's seeds, not of those in --engine
+        for own in found.get("engines", {}).values():
+            own.pop("seed", None)
     chosen: Engines = {}
     for text in engines:
         try:
@@ -94,10 +104,10 @@ def read_settings(config: Path | None, options: Mapping[str, Any], engines: list
             raise UsageError(f"--engine: {error}") from None
     for name, value in options.items():
         _check(f"--{name.replace('_', '-')}", {name: value})
-    settings = RunSettings(**found | options | ({"engines": chosen} if chosen else {}))
-    if not settings.engines:
+    merged = RunSettings(**found | options | ({"engines": chosen} if chosen else {}))
+    if not merged.engines:
         raise UsageError(f"{config}: engines must hold one engine at least, such as {{importance: {{}}}}")
-    return settings
+    return merged
 
 
 def _read(config: Path) -> dict[str, Any]:

@@ -46,8 +46,12 @@ def report(
     with one_line_errors():
         from bayeslm.report import write_report
 
-        path = write_report(load_posteriors(directory), output or directory / "report.html", title=title)
-        out_console.print(f"written to {output or directory / path.name}, {path.stat().st_size / 1e6:.1f} MB")
+        from .resume import run_settings
+
+        posteriors = load_posteriors(directory)
+        target = output or directory / "report.html"
+        path = write_report(posteriors, target, title=title, settings=run_settings(directory))
+        out_console.print(f"written to {target}, {path.stat().st_size / 1e6:.1f} MB")
 
 
 def load_posteriors(directory: Path) -> dict[str, Posterior]:

@@ -14,7 +14,7 @@ from rich.table import Table
 from bayeslm import summaries
 from bayeslm.posterior import Posterior
 from bayeslm.reliability import ESS_LIMIT, TELLING
-from bayeslm.weights import KHAT_LIMIT
+from bayeslm.weights import KHAT_LIMIT, khat_reasons
 
 from .console import content
 
@@ -135,6 +135,15 @@ def show(
         f"{' Of all prompts: means, the smallest ESS and the largest k̂.' if number > 1 else ''}\n",
         style="dim",
     )
+    reasons = {
+        reason: name
+        for name, posterior in posteriors.items()
+        if posterior.kind == "weighted"
+        for reason in khat_reasons(posterior.log_weights)
+        if reason
+    }
+    for reason, name in reasons.items():
+        console.print(f"No k̂ of {name}: {reason}.", style="dim")
     texts = best_texts(posteriors, k, most)
     if texts is not None:
         console.print(texts)

@@ -29,6 +29,8 @@ PACKAGES = {
         "bayeslm.calibration",
         "bayeslm.weights",
         "bayeslm.plots",
+        "bayeslm.report",
+        "bayeslm.summaries",
     ],
     "What to infer": [
         "bayeslm.models",
@@ -137,6 +139,8 @@ def _index() -> str:
 def link_code(app: Sphinx, tree: nodes.document) -> None:
     """Make code in text that is a public name, as `SVI` or `Posterior.best`, a link to its page."""
     known = app.env.api_names  # type: ignore[attr-defined]
+    for paragraph in [p for p in tree.findall(nodes.paragraph) if p.astext() == "Bases: object"]:
+        paragraph.parent.remove(paragraph)
     for literal in list(tree.findall(nodes.literal)):
         text = literal.astext().removesuffix("()")
         parents = (nodes.reference, addnodes.pending_xref, nodes.title, addnodes.desc_signature)

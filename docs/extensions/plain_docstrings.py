@@ -79,7 +79,23 @@ def process(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: 
     lines[:] = as_restructured_text(lines)
 
 
+def plain_signature(
+    app: Sphinx, what: str, name: str, thing: Any, options: Any, signature: str | None, returned: str | None
+) -> tuple[str | None, str | None]:
+    """Leave out of a signature what `validated` reads, and defaults that have no literal: the docstring says both."""
+
+    def plain(text: str | None) -> str | None:
+        if text is None:
+            return None
+        text = re.sub(r"~?typing\.Annotated\[(.*?), <bayeslm\.validation\.[\w.]+ object at \w+>\]", r"\1", text)
+        text = re.sub(r"~?typing\.Annotated\[(.*?), <class 'bayeslm\.validation\.\w+'>\]", r"\1", text)
+        return re.sub(r"<[^<>]*>", "...", text)
+
+    return plain(signature), plain(returned)
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Register `process`."""
+    """Register `process` and `plain_signature`."""
     app.connect("autodoc-process-docstring", process)
+    app.connect("autodoc-process-signature", plain_signature)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -82,6 +82,12 @@ class Learning(Generic[BeliefT]):
     returns: Tensor
     belief: BeliefT
 
+    def __repr__(self) -> str:
+        runs, episodes = self.regret.shape
+        regret = float(self.regret.sum(1).mean())
+        belief = type(self.belief).__name__
+        return f"Learning({runs} runs of {episodes} episodes, mean regret {regret:.3g}, belief={belief}(...))"
+
 
 @validated
 @dataclass(frozen=True)

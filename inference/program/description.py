@@ -16,7 +16,7 @@ LONGEST = 200  # characters of a setting
 
 
 def describe(program: Program) -> dict[str, Any]:
-    """Return a program's ``name`` and its settings that can be written down, for the statistics of a run.
+    """Return a ``program``'s name and its settings that can be written down, for the statistics of a run.
 
     They are the attributes of an object, such as a `TiltedLM`, or the arguments of a function, its defaults among them;
     of both those that are numbers, strings, rewards or language models. ``prior`` is the name of the language model.
@@ -26,7 +26,7 @@ def describe(program: Program) -> dict[str, Any]:
     is_function = hasattr(named, "__name__")
     settings = _arguments(program) if is_function else {k: v for k, v in vars(model).items() if k[0] != "_"}
     priors = [_prior_name(site.fn.lm) for site in program.completions]
-    found = {"name": named.__name__ if is_function else type(model).__name__}
+    found = {"program": named.__name__ if is_function else type(model).__name__}
     found |= {"prior": ", ".join(dict.fromkeys(priors))} if priors else {}
     return found | {name: shown for name, value in settings.items() if (shown := written(value)) is not None}
 

@@ -31,6 +31,7 @@ from .program import Program, Site, check_site, in_prompts, sample_sites, site_o
 from .prompts import prompts_of, side_by_side
 
 COMPANY, OWN = 4, 2  # particles that run together, and which of them has run alone: neither the first nor the last
+FAR = 1  # the one whose values are farthest from those of `OWN`, beyond 0 or the mean
 TRIES = 64  # draws of a latent, at most, for values other than this particle's
 MISFITS = (RuntimeError, ValueError, IndexError)  # the very types that torch and Pyro raise where shapes do not fit
 ADVICE = (
@@ -45,11 +46,12 @@ ADVICE = (
 def check_independence(program: Program) -> None:
     """Compare the scores of a few particles that run together with those that each has alone; once for each program.
 
-    The program is run once, for `COMPANY` particles. One is the particle of the program's inspection, which ran alone;
-    in the others each latent has another value. Only where its scores differ, or all particles have the same at
-    a site, which a sum over all of them would give too, the others run alone as well. No network of a completion runs,
-    no `Reward` is called, and the random state is restored: completions and rewards are arbitrary, other latents are
-    drawn from the prior. Sites whose scores differ from run to run (a judge that is random) are not compared.
+    The program is run once for `COMPANY` particles, and once for one of them, `FAR`. Another one is the particle of the
+    program's inspection, which ran alone; in the others each latent has another value. Only where the scores of these
+    two differ, or all particles have the same at a site, which a sum over all of them would give too, the others run
+    alone as well. No network of a completion runs, no `Reward` is called, and the random state is restored: completions
+    and rewards are arbitrary, other latents are drawn from the prior. Sites whose scores differ from run to run, by a
+    judge that is random, are not compared.
 
     :raises ProgramError: if a site's scores differ, or the program does not run with several particles.
     """
@@ -68,8 +70,7 @@ def check_independence(program: Program) -> None:
             reference = _scores(program, inspected, 1)
             own: dict[str, Any] = {site.name: inspected.nodes[site.name]["value"] for site in _drawn(program)}
             together = _in_plate(program, _Company(program, own), COMPANY)
-            found = _scores(program, together, COMPANY)
-            if _stand_alone(program, own, reference, found):
+            if _stand_alone(program, own, reference, together):
                 return
         except Exception:  # of shapes, or of values that the program does not take: others run alone to tell
             together = None
@@ -172,7 +173,7 @@ class _Company(Messenger):
         if msg["value"] is not None or name not in self._own:
             return
         own = self._program.under_plate(name, self._own[name].expand(self._program.sites[name].shape)[None])
-        value = fn.arbitrary(1) if isinstance(fn, Autoregressive) else _others(fn, own)
+        value = fn.arbitrary(1) if isinstance(fn, Autoregressive) else _far_apart(_others(fn, own), own)
         value = value.clone()
         value[OWN] = own[0]
         msg["value"] = value
@@ -198,6 +199,17 @@ def _others(fn: Any, own: Tensor) -> Tensor:
     return value
 
 
+def _far_apart(value: Tensor, own: Tensor) -> Tensor:
+    """Return values (particle, ...) in an order whose `FAR` is the farthest from ``own`` (1, ...).
+
+    Where a program takes one branch for all, by their mean, their largest or their smallest, one of the two takes the
+    other alone.
+    """
+    sums, mine = value.reshape(COMPANY, -1).double().sum(1), float(own.double().sum())
+    middle = 0.0 if sums.min() < 0 < sums.max() else float((sums.sum() + mine) / (COMPANY + 1))
+    return value.roll(FAR - int(sums.argmin() if mine > middle else sums.argmax()), 0)
+
+
 def _drawn(program: Program) -> list[Site]:
     """Return the latents whose values are drawn; those of guides may be computed from others (`Delta`)."""
     return [site for site in program.latents if not isinstance(_base(site.fn), Delta)]
@@ -216,16 +228,18 @@ def _values_of(program: Program, trace: Trace) -> list[dict[str, Tensor]]:
     return [{name: value[i] for name, value in drawn.items()} for i in range(COMPANY)]
 
 
-def _stand_alone(program: Program, own: dict[str, Tensor], alone: dict[str, Tensor], found: dict[str, Tensor]) -> bool:
+def _stand_alone(program: Program, own: dict[str, Tensor], alone: dict[str, Tensor], together: Trace) -> bool:
     """Return whether the scores of `COMPANY` particles show that they stand alone; if not, that is still open.
 
     :param own: the values of the particle `OWN`.
     :param alone: its scores (1, ...) where it runs alone.
-    :param found: the scores (particle, ...) of all together.
+    :param together: the run of all.
     """
+    found = _scores(program, together, COMPANY)
 
-    def is_as_alone(name: str) -> bool:
-        return name in found and _agree(found[name][OWN : OWN + 1], alone[name], among=found[name])
+    def is_as_alone(name: str, particle: int, scores: dict[str, Tensor]) -> bool:
+        both = name in found and name in scores
+        return both and _agree(found[name][particle : particle + 1], scores[name], among=found[name])
 
     def is_one_for_all(name: str) -> bool:
         site = program.sites[name]
@@ -233,11 +247,16 @@ def _stand_alone(program: Program, own: dict[str, Tensor], alone: dict[str, Tens
             return False  # prompts, and probabilities of a uniform distribution, are
         return alone[name].numel() > 0 and bool((found[name] == found[name][:1]).all())
 
-    other = [name for name in alone if not is_as_alone(name)]
-    if other:  # by chance, if it is another once more
+    names = list(alone)
+    if other := [name for name in names if not is_as_alone(name, OWN, alone)]:
         again = _scores(program, _alone(program, _assign(own)), 1)
-        other = [name for name in other if _agree(again.get(name), alone[name])]
-    return not other and not any(is_one_for_all(name) for name in alone if name in found)
+        if any(_agree(again.get(name), alone[name]) for name in other):
+            return False
+        names = [name for name in names if name not in other]  # those are random
+    if any(is_one_for_all(name) for name in alone if name in found):
+        return False
+    far = _scores(program, _alone(program, _assign(_values_of(program, together)[FAR])), 1)
+    return all(is_as_alone(name, FAR, far) for name in names)
 
 
 def _different_particles(program: Program, inspected: Trace) -> list[Trace]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -20,6 +20,7 @@ from bayeslm.bounds import unseen_limit
 from bayeslm.models.lm import Encoded, LanguageModel, count_usage, differentiating, exclusive
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
+from bayeslm.visible import message_of
 
 from .description import describe
 from .errors import EvidenceError
@@ -179,8 +180,7 @@ def keeping(so_far: Callable[[], SoFar | None], *, can_return: bool = True) -> I
         if inner is not None and kept.particles is None:
             kept = replace(kept, particles=inner.particles)
         cause = error.__cause__ if isinstance(error, RunError) and error.__cause__ is not None else error
-        text = str(cause).partition("\nTrace Shapes:")[0].rstrip()  # which Pyro appends to errors of a program
-        what = "interrupted" if isinstance(cause, KeyboardInterrupt) else f"{type(cause).__name__}: {text}"
+        what = "interrupted" if isinstance(cause, KeyboardInterrupt) else f"{type(cause).__name__}: {message_of(cause)}"
         message = f"{what}\nThe run has {kept} so far: this error carries them as .so_far"
         raise RunError(message, kept) from cause
 
@@ -295,10 +295,8 @@ def posterior(
         evidence = diagnostics.log_evidence(weights, origins)
     has_bound = kind in ("weighted", "particles")
     if kind == "weighted":
-        stats |= {"ess": diagnostics.ess(weights), "khat": diagnostics.psis(weights)[1]}
+        stats |= diagnostics.quality(weights)
     high, bound = None, float(getattr(program.model, "log_bound", np.inf) if log_bound is None else log_bound)
-    if isinstance(description := getattr(program.model, "description", None), dict):
-        stats |= {"program": description}
     if np.isfinite(bound):
         stats |= {"log_bound": bound}
         if from_prior and not conditional:
@@ -332,6 +330,7 @@ def posterior(
         engine=engine,
         dims={name: program.sites[name].dims for name in [*values, *observed]},
         prompts=labels,
+        prompt_names=_names_of_chats(program),
         texts=texts,
         lengths=lengths,
         sample_stats=sample_stats or {},
@@ -401,6 +400,27 @@ def prompt_labels(program: Program) -> list[str]:
         if site.fn.prompt_ids.shape[:-1].numel() == program.num_prompts:
             return site.fn.prompt_texts()
     return [str(i) for i in range(program.num_prompts)]
+
+
+def _names_of_chats(program: Program) -> list[str]:
+    """Return the last user's turn of each prompt, if one of the program's arguments is a list of that many chats."""
+    for value in (*program.args, *program.kwargs.values()):
+        if isinstance(value, list | tuple) and len(value) == program.full_size and all(map(_is_chat, value)):
+            return [_last_turn(chat) for chat in value]
+    return []
+
+
+def _is_chat(prompt: Any) -> bool:
+    is_list = isinstance(prompt, list | tuple) and len(prompt) > 0
+    return is_list and all(isinstance(turn, Mapping) and isinstance(turn.get("role"), str) for turn in prompt)
+
+
+def _last_turn(chat: Sequence[Mapping[str, Any]]) -> str:
+    """Return the content of the user's last message, or of the last one; of a list of parts their texts."""
+    turn = next((turn for turn in reversed(chat) if turn["role"] == "user"), chat[-1])
+    content = turn.get("content") or ""
+    parts = [content] if isinstance(content, str) else content
+    return " ".join(part if isinstance(part, str) else str(part.get("text", "")) for part in parts)
 
 
 def check_evidence(log_weights: np.ndarray, labels: list[str]) -> None:

@@ -18,6 +18,7 @@ import random
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
+from enum import Enum
 from functools import cached_property, partial
 from hashlib import blake2b
 from pathlib import PurePath
@@ -214,6 +215,8 @@ class _Identifier:
         if bases := [self.of(x) for x in value.__bases__ if is_own(x.__module__)]:
             found["bases"] = bases
         members: dict[str, Any] = {}
+        if issubclass(value, Enum):  # which keeps more in itself with each use
+            return found | {"members": {name: self.of(x.value) for name, x in value.__members__.items()}}
         for name, x in vars(value).items():
             for inner in ("__func__", "fget", "func"):  # of static and class methods, properties, cached ones
                 x = getattr(x, inner, x) if hasattr(type(x), "__get__") and not isinstance(x, FunctionType) else x

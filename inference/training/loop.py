@@ -114,8 +114,8 @@ class Training:
         """Take all steps that are not done yet."""
         svi = pyro.infer.SVI(self.program.model, self.guide, self.optimizer, loss=self.loss)
         total = self.budget.steps or 100  # per cent
-        shown = {"done": self._shown_of(total), "plan": self._plan}
-        with self.own_params(), track(self._title, total, self._progress, **shown) as report:
+        shown = track(self._title, total, self._progress, done=self._shown_of(total), plan=self._plan)
+        with self.own_params(), shown as report:
             for x in _unconstrained().values():
                 x.grad = None  # of an interrupted step
             try:

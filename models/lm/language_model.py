@@ -332,6 +332,23 @@ class LanguageModel(ModuleWithProperties):
 
         saving.save(self.network, self.tokenizer, settings, special, notes, path)
 
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **kwargs: Any
+    ) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face hub; a repository is made if there is none.
+
+        :param repo_id: such as "me/my-policy".
+        :param private: of a new repository; None: as the account has it.
+        :param token: of the account; None: the one that ``hf auth login`` has stored.
+        :param kwargs: for ``huggingface_hub.HfApi.upload_folder``: ``commit_message``, ``revision``, ``create_pr``, ...
+        :returns: the address of the commit.
+        :raises ValueError: if this model is an adapter whose base model is not on the hub.
+        """
+        from . import saving
+
+        self._refuse_packed()
+        return saving.push(self.save_pretrained, self.network, repo_id, private, token, **kwargs)
+
     @validated
     def fit(
         self,
@@ -403,6 +420,7 @@ class LanguageModel(ModuleWithProperties):
     def causal(self) -> CausalNetwork:
         """The network as body and head (found at first use, since the device may change until then)."""
         if self._causal is None:
+            self.network.eval()  # tried without dropout
             self._causal = CausalNetwork(self.network, self.compute_dtype, self._exact, self._findings)
             self._findings = self._causal.findings
         return self._causal
@@ -492,8 +510,9 @@ class LanguageModel(ModuleWithProperties):
         :param seed: of the draws; the state of the random numbers is restored after. None: that state is used.
         :raises TypeError: if there is no tokenizer.
         """
-        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-        drawn = generation.sample_texts(self, prompts, num_texts, **settings)
+        drawn = generation.sample_texts(
+            self, prompts, num_texts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+        )
         return [[sampled.text for sampled in of_prompt] for of_prompt in drawn]
 
     def encode(self, prompts: encoding.Prompts, max_new_tokens: int = 0) -> encoding.Encoded:

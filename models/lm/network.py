@@ -66,7 +66,7 @@ class CausalNetwork:
         self.compute_dtype = compute_dtype
         self._exact = set() if compute_dtype is None else _exact_weights(network, causal, exact)
         self.parameters = list(causal.parameters())
-        self._adapted = adapted_modules(causal)
+        self._adapted: list[Any] = adapted_modules(causal)
         self.accepts_positions = "position_ids" in inspect.signature(causal.forward).parameters
         self.body: nn.Module | None = None  # None: logits are the hidden states
         self.head: nn.Module | None = None  # None with a body: logits are `_through` the network
@@ -85,9 +85,18 @@ class CausalNetwork:
     def _logits_of(self, network: nn.Module, ids: Tensor) -> Tensor:
         """Return the logits (row, length, vocabulary) that a network computes of texts (row, length).
 
-        :raises TypeError: if it computes anything else.
+        :raises TypeError: if it computes anything else, or fails.
         """
-        logits = getattr(network(**_accepted(network, {"input_ids": ids, "use_cache": False})), "logits", None)
+        try:
+            logits = getattr(network(**_accepted(network, {"input_ids": ids, "use_cache": False})), "logits", None)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of whatever type: it may be any module
+            reason = next(iter(str(error).splitlines()), "")
+            raise TypeError(
+                f"{self.name} fails on the token ids {ids.tolist()} ({type(error).__name__}: {reason:.200}): hand in a "
+                "causal network, such as AutoModelForCausalLM loads"
+            ) from error
         shape = (*ids.shape, self.vocab_size)
         if not isinstance(logits, Tensor) or logits.shape != shape:
             found = "none" if logits is None else f"shape {tuple(logits.shape)}"
@@ -202,7 +211,7 @@ class CausalNetwork:
         each = [rope for rope in (ropes, *ropes.values()) if isinstance(rope, dict)]  # one, or one a type of layer
         limits += [r.get("original_max_position_embeddings") for r in each if r.get("rope_type") == "longrope"]
         limits.append(getattr(config, "keep_window_size", None))
-        return min((x for x in limits if x), default=None)
+        return min((x for x in limits if x and x > 0), default=None)  # -1 is none, as of XLNet
 
     @cached_property
     def width(self) -> int:

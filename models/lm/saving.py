@@ -7,11 +7,13 @@ import copy
 import fnmatch
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationConfig
@@ -57,7 +59,8 @@ def save(
                     _write_adapters(network, folder)
                     generation.save_pretrained(folder)
                 else:
-                    network.save_pretrained(folder)
+                    whole: Any = network
+                    whole.save_pretrained(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             settings.write(folder)
@@ -69,6 +72,38 @@ def save(
         raise
     except (OSError, SafetensorError) as error:
         raise OSError(getattr(error, "errno", None), f"the model could not be saved: {error}", str(path)) from error
+
+
+def push(
+    write: Callable[[Path], None],
+    network: Any,
+    repo_id: str,
+    private: bool | None,
+    token: str | bool | None,
+    **kwargs: Any,
+) -> str:
+    """Upload what ``write`` writes into a folder to a repository of the Hugging Face hub, which is made if need be.
+
+    :param network: whose base model, if it is an adapter, must have a name on the hub.
+    :param private: of a repository that is made; None: as the account has it.
+    :param token: of the account; None: the one that ``hf auth login`` has stored.
+    :param kwargs: for ``HfApi.upload_folder``.
+    :returns: the address of the commit.
+    :raises ValueError: if the adapter's base model is a folder here.
+    """
+    if has_adapters(network):
+        base = network.peft_config[network.active_adapters[0]].base_model_name_or_path or ""
+        if (place := base and location(base)) == "" or Path(place).is_dir():
+            where = f"in {place}" if place else "stored nowhere"
+            raise ValueError(
+                f"the adapter's base model is {where}, where nobody else finds it: push the whole model, "
+                "policy.merged().push_to_hub(...)"
+            )
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder) / "model")
+        return str(api.upload_folder(repo_id=repo_id, folder_path=Path(folder) / "model", **kwargs).commit_url)
 
 
 def _loading(network: Any, settings: Settings) -> Loading:

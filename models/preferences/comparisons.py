@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from .rows import PreferenceData, PreferenceError, check_texts, is_missing, lines_of, read_json_lines, require_fields
@@ -157,7 +158,7 @@ def _messages(name: str, value: Any) -> list[Message]:
 
     :raises PreferenceError: if it is none.
     """
-    listed = list(value) if isinstance(value, list | tuple) else []
+    listed = list(value) if isinstance(value, list | tuple | np.ndarray) else []  # arrays in rows of pandas
     messages: list[Message] = [{**m, "content": _content(m)} for m in listed if isinstance(m, Mapping) and "role" in m]
     if not messages or len(messages) < len(listed) or any(m["content"] is None for m in messages):
         raise PreferenceError(
@@ -169,7 +170,7 @@ def _messages(name: str, value: Any) -> list[Message]:
 def _content(message: Message) -> str | None:
     """Return the text of a message, also of one in parts; None if there is none, or another part than text."""
     content = message.get("content")
-    if isinstance(content, list | tuple) and content:
+    if isinstance(content, list | tuple | np.ndarray) and len(content):
         parts = [
             part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content
         ]
@@ -194,5 +195,6 @@ def _equal(one: list[Message], two: list[Message]) -> bool:
 
 
 def _same(one: Message, two: Message) -> bool:
-    """Whether two messages say the same; further fields, such as an id, are ignored."""
-    return all(one.get(name) == two.get(name) for name in ("role", "content", "tool_calls"))
+    """Whether two messages say the same; space around it, and further fields, such as an id, are ignored."""
+    fields = ("role", "tool_calls")
+    return one["content"].strip() == two["content"].strip() and all(one.get(x) == two.get(x) for x in fields)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, ClassVar
 
+import numpy as np
 import pyro
 import torch
 from pyro.distributions import TorchDistribution
@@ -40,6 +41,7 @@ class Rankings(PreferenceData):
     @classmethod
     def _check_row(cls, *values: Any) -> tuple[Any, ...]:
         prompt, completions = values
+        completions = completions.tolist() if isinstance(completions, np.ndarray) else completions  # of pandas
         if not isinstance(completions, list | tuple) or len(completions) < 2:
             raise PreferenceError(
                 f"has {completions!r:.60} for 'completions': it must be two texts or more, best first"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import pyro
@@ -45,9 +46,13 @@ class Ratings(PreferenceData):
     def _check_row(cls, *values: Any) -> tuple[Any, ...]:
         prompt, completion, rating = values
         check_texts({"prompt": prompt, "completion": completion})
-        if isinstance(rating, bool) or not isinstance(rating, int | float) or not math.isfinite(rating):
+        try:
+            number = math.nan if isinstance(rating, bool) or not isinstance(rating, Real) else float(rating)
+        except OverflowError:  # a whole number of more than 308 digits
+            number = math.inf
+        if not math.isfinite(number):
             raise PreferenceError(f"has {rating!r:.60} for 'rating': it must be a finite number")
-        return prompt, completion, float(rating)
+        return prompt, completion, number
 
 
 @validated

@@ -17,7 +17,6 @@ import concurrent.futures
 import contextvars
 import copy
 import inspect
-import math
 import os
 import signal
 import threading
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor
 
 _ATOMS = frozenset({str, int, float, bool, type(None)})
+LONGEST = 1e9  # seconds, which every system's timers take
 _AGAIN = 0.2  # seconds after which a call that went on in spite of the timer is interrupted again
 
 
@@ -56,8 +56,8 @@ def copied(value: Any) -> Any:
         for key, x in value.items():
             new[key] = copied(x)
         return new
-    if type(value) is tuple:
-        return tuple(map(copied, value))
+    if isinstance(value, tuple):
+        return value._make(map(copied, value)) if hasattr(value, "_make") else tuple(map(copied, value))
     if isinstance(value, np.ndarray) and value.dtype.hasobject:
         new = value.copy()
         for index, x in np.ndenumerate(value):
@@ -73,8 +73,10 @@ def check_timeout(timeout: float | None) -> None:
 
     :raises ValueError: if it is not positive and finite, or None.
     """
-    if timeout is not None and not 0 < timeout < math.inf:
-        raise ValueError(f"timeout must be a positive number of seconds, or None for no limit, got {timeout}")
+    if timeout is not None and not 0 < timeout < LONGEST:
+        raise ValueError(
+            f"timeout must be a positive number of seconds below {LONGEST:g}, or None for no limit, got {timeout}"
+        )
 
 
 def call(function: Callable[[], Any], timeout: float | None) -> Any:

@@ -95,7 +95,10 @@ def _number(value: Any) -> float | None:
     """Return a Python, numpy or torch scalar as a float, None if it is not one."""
     if getattr(value, "ndim", None) == 0:
         value = value.item()
-    return float(value) if is_real(value) else None
+    try:
+        return float(value) if is_real(value) else None
+    except OverflowError:  # a whole number of more than 308 digits
+        return None
 
 
 def _slack(bound: float) -> float:

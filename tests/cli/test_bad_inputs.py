@@ -183,4 +183,15 @@ def test_settings_that_are_no_counts(place: Path, own: str) -> None:
 
 @pytest.mark.parametrize("device", ["meta", "cuda:99", "tpu"])
 def test_devices(place: Path, device: str) -> None:
-    assert f"--device {device}" in refused([*MODEL, "--device", device])
+    assert f"--device {device}" in refused([*MODEL, "--device", device], 2)
+
+
+@pytest.mark.parametrize("reward", ["1e308 * length", "os:system", "fails:f"])
+def test_a_failing_reward_is_shown_without_pyros_table(place: Path, reward: str) -> None:
+    Path("fails.py").write_text("def f(completions, **_):\n    return [10**400] * len(completions)\n")
+    result = CliRunner().invoke(app, [*MODEL, "--reward", reward])
+    assert result.exit_code == 1
+    first, prompt, completion = result.output.strip().splitlines()
+    assert first.startswith("bayeslm: reward ")
+    assert prompt.startswith("  prompt: ")
+    assert completion.startswith("  completion: ")

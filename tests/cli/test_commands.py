@@ -199,16 +199,32 @@ def test_exit_codes_of_runs(folder, code, arguments, says):
     assert says in error
 
 
+class Interrupting:
+    """Ctrl-C where a module is imported."""
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == self.module:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("module", ["bayeslm.cli.settings", "bayeslm.cli.comparison"])
+def test_an_interruption_of_imports_is_130(module, monkeypatch):
+    """Which take most of the seconds before a run."""
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(module), *sys.meta_path])
+    assert "bayeslm: interrupted: before there was a result" in run("infer", "a", code=130)
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("after", [0.5, 2.0, 20.0])
-def test_an_interruption_is_130_whenever_it_comes(folder, after):
-    """While PyTorch is imported, and in a run."""
+def test_an_interruption_of_a_run_is_130(folder):
     arguments = ["infer", "a", "--prior", "model", "--max-new-tokens", "2", "--reward", "my_rewards:slow"]
     with subprocess.Popen([*BAYESLM, *arguments], stderr=subprocess.PIPE, text=True, cwd=folder) as process:
-        try:
-            process.wait(after)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(30)
+        process.send_signal(signal.SIGINT)
         error = process.communicate(timeout=60)[1]
     assert process.returncode == 130, error
     assert "Traceback" not in error

@@ -46,14 +46,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_trained_policy_survives_its_posterior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit lets the weights of the adapters pass, and not the arrays of the posterior."""
+    """The limit lets the adapters with their picture pass, and not the arrays of the posterior."""
     tiny_llama(scale=1.0).save_pretrained(tmp_path / "model")
     (tmp_path / "my_full_disk_rewards.py").write_text(REWARDS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     train = ["--engine", "svi(num_steps=2, num_particles=4, num_samples=8, guide=AutoPolicy(lora_rank=1))"]
     options = ["--prior", "model", "--reward", "my_full_disk_rewards:letters", "--max-new-tokens", "3", *train]
-    with full_disk(25_000):
+    with full_disk(100_000):
         result = CliRunner().invoke(app, ["infer", "a b", *options, "--out", "run"])
     text = " ".join(result.output.split())
     assert result.exit_code == 1

@@ -433,7 +433,7 @@ def test_other_weights_in_a_folder_that_is_given(folder, content):
 
 def change_weights(twist: Path) -> None:
     tensors = read_tensors(twist / "twist.safetensors")
-    write_tensors(twist / "twist.safetensors", {name: 2 * x for name, x in tensors.items()})
+    write_tensors(twist / "twist.safetensors", {name: x if name == "probe" else 2 * x for name, x in tensors.items()})
     write_checksums(twist)
 
 
@@ -468,7 +468,7 @@ def test_after_ctrl_c_the_repeated_command_resumes(folder):
     svi = "svi(objective=ReverseKL(), num_steps=12, num_samples=8{})"
     Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 8"))
     call = ["a", "--reward", "my_rewards:interrupts", "--engine"]
-    resumed = [*call, svi.format(", checkpoint='kept'")]
+    resumed = [*call, svi.format(", checkpoint=Checkpointing('kept', minutes=2)")]
     infer(*resumed, "--out", "run", code=130)
     interrupted = Posterior.load("run/svi")
     assert interrupted.stats["interrupted"]
@@ -488,7 +488,7 @@ def test_ctrl_c_in_the_first_draws_after_a_training(folder):
     Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 8"))  # an inspection, six steps, and draws
     svi = "svi(objective=ReverseKL(), num_steps=6, num_samples=8{})"
     call = ["a", "--reward", "my_rewards:interrupts", "--engine"]
-    resumed = [*call, svi.format(", checkpoint='kept'"), "--out", "run"]
+    resumed = [*call, svi.format(", checkpoint=Checkpointing('kept', minutes=2)"), "--out", "run"]
     output = " ".join(infer(*resumed, code=130).split())
     assert "interrupted: " in output
     assert "the training so far is saved in kept: repeat the command to resume it" in output
@@ -535,6 +535,24 @@ def test_a_policy_to_start_from_and_to_propose_with(folder):
     assert proposed.stats["ess"][0] > 1.5 * prior.stats["ess"][0]
     errors = np.hypot(proposed.log_evidence_stderr, prior.log_evidence_stderr)
     assert abs(proposed.log_evidence - prior.log_evidence) < 4 * errors
+
+
+@pytest.mark.long
+def test_a_policy_in_each_place_that_takes_one(folder):
+    """The packed policy of engines that train nothing is the policy, and the others go on training it."""
+    infer("a", "--engine", "svi(num_steps=2, num_samples=8, guide=AutoPolicy(lora_rank=2))", "--out", "first")
+    policy = "LanguageModel('first/svi/policy')"
+    places = ["importance(guide={})", "smc(twist={})", "smc(proposal={})", "mcmc(proposal={}, warmup=2, num_samples=4)"]
+    places += ["annealed(proposal={}, num_particles=8)", "svi(guide={}, num_steps=2, num_samples=8)"]
+    places += ["svi(guide=AutoPolicy(start={}), num_steps=2, num_samples=8)"]
+    places += ["adaptive(guide={}, num_particles=128, num_steps=2, train_below=1.0)"]
+    for i, place in enumerate(places):
+        infer("a", "--engine", place.format(policy), "--out", f"run{i}")
+        assert "LanguageModel" in Path(f"run{i}/run.yaml").read_text()
+        infer("a", "--config", f"run{i}/run.yaml", "--out", f"again{i}")
+        name = place.partition("(")[0]
+        one, two = (Posterior.load(f"{out}{i}/{name}") for out in ("run", "again"))
+        assert (one.log_weights == two.log_weights).all(), place
 
 
 def test_settings_of_a_training(folder):

@@ -62,6 +62,8 @@ def test_a_seed_gives_the_same_texts_whatever_the_prompts_before_and_wherever_th
     rows = sample("runs/x", "a b", "c", "--num", "2", "--seed", "1")
     assert sample("runs/x", "e f g", "c", "--num", "2", "--seed", "1")[2:] == rows[2:]
     assert sample("runs/x", "a b", "c", "--num", "2", "--seed", "2") != rows
+    twice = sample("runs/x", "c", "c", "--num", "4", "--seed", "1")  # texts of their own
+    assert [row["log_prob"] for row in twice[:4]] != [row["log_prob"] for row in twice[4:]]
     text = run("sample", "runs/x", "a b", "c", "--num", "2", "--seed", "1", "--text", "--max-new-tokens", "5")
     of_prompts = [
         f"{prompt}\n" + "\n---\n".join(r["completion"] + " …" * (not r["ended"]) for r in rows if r["prompt"] == prompt)
@@ -147,7 +149,8 @@ def test_an_export_in_another_dtype(policy: LanguageModel, folder: Path) -> None
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(policy: LanguageModel, folder: Path, arguments, match) -> None:
-    output = " ".join(run(*arguments, code=1).split())
+    usage = match.startswith(("--", "no prompts"))
+    output = " ".join(run(*arguments, code=2 if usage else 1).split())
     assert match in output
     assert "unexpected" not in output
     assert not (folder / "new").exists()

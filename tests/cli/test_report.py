@@ -24,14 +24,17 @@ def run(*arguments: str, code: int = 0) -> str:
 
 
 def test_a_report_of_a_command(folder):
-    engines = ["--engine", "importance", "--engine", "svi", "--engine", "smc", "--engine", "mcmc", "--twist", "partial"]
-    sizes = ["--particles", "8", "--samples", "10", "--chains", "2", "--steps", "4", "--max-new-tokens", "4"]
-    run("infer", "a b", "c", "--prior", "model", "--reward", "my_rewards:letters", *engines, *sizes, "--out", "run")
+    svi = "svi(num_steps=4, num_particles=2, num_samples=10, num_chains=2)"
+    mcmc = "mcmc(num_samples=10, num_chains=2, warmup=2, initial_particles=8)"
+    engines = f"importance(num_particles=8), {svi}, smc(num_particles=8, num_chains=2, twist=partial), {mcmc}"
+    model = ["--prior", "model", "--reward", "my_rewards:letters", "--max-new-tokens", "4"]
+    run("infer", "a b", "c", *model, "--engine", engines, "--out", "run")
     assert "written to run/report.html" in run("report", "run")
     html = Path("run/report.html").read_text(encoding="utf-8")
     for section in ("engines", "rewards", "training", "sizes", "particles", "chains", "texts"):
         assert f'<section id="{section}"' in html
     assert "letters" in re.search("<h1>(.*)</h1>", html)[1]
+    assert "num_chains" in html  # of run.yaml
     data = json.loads(re.search('<script type="application/json" id="data">(.*)</script>', html)[1])
     assert data["engines"][-1] == "svi"  # policies last
     svi = Posterior.load("run/svi")
@@ -43,5 +46,4 @@ def test_a_report_of_a_command(folder):
     assert "written to one.html" in run("report", "run/smc", "-o", "one.html", "--title", "<Only> one")
     assert "<h1>&lt;Only&gt; one</h1>" in Path("one.html").read_text(encoding="utf-8")
     run("show", "run")  # which reports do not disturb
-    Path("run/copy").mkdir()
-    assert "holds no" in run("report", "nowhere", code=1) or "nowhere" in run("report", "nowhere", code=1)
+    assert "nowhere" in run("report", "nowhere", code=1)

@@ -95,18 +95,20 @@ def test_names_are_those_of_python_and_of_the_options():
 FILE = {
     "prompts": ["a"],
     "beta": 0.3,
-    "engines": {"importance": None, "svi": {"num_steps": 5, "optimizer": "Adam(0.1)"}},
+    "engines": {"importance": None, "svi": {"num_steps": 5, "optimizer": "Adam(0.1)", "seed": 9}},
 }
 BOTH = {"importance": {}, "svi": {"num_steps": 5, "optimizer": "Adam(0.1)"}}
+SEEDED = {"importance": {}, "svi": {**BOTH["svi"], "seed": 9}}
 
 
 @pytest.mark.parametrize(
     ("options", "engines", "expected"),
     [
-        ({}, [], {"beta": 0.3, "engines": BOTH, "seed": 0}),
-        ({"beta": 0.5, "prompts": ["b"]}, [], {"beta": 0.5, "prompts": ["b"], "engines": BOTH}),
-        ({}, ["svi"], {"engines": {"svi": BOTH["svi"]}}),
-        ({}, ["svi(num_steps=6), exact"], {"engines": {"svi": {**BOTH["svi"], "num_steps": 6}, "exact": {}}}),
+        ({}, [], {"beta": 0.3, "engines": SEEDED, "seed": 0}),
+        ({"beta": 0.5, "prompts": ["b"]}, [], {"beta": 0.5, "prompts": ["b"], "engines": SEEDED}),
+        ({"seed": 1}, ["svi"], {"engines": {"svi": BOTH["svi"]}, "seed": 1}),
+        ({}, ["svi(num_steps=6), exact"], {"engines": {"svi": {**SEEDED["svi"], "num_steps": 6}, "exact": {}}}),
+        ({"seed": 1}, ["importance(seed=2), svi"], {"engines": {"importance": {"seed": 2}, "svi": BOTH["svi"]}}),
         ({"seed": 1}, ["smc", "mcmc(thin=2)"], {"engines": {"smc": {}, "mcmc": {"thin": 2}}, "seed": 1}),
     ],
 )
@@ -138,6 +140,7 @@ REFUSED = {
     "value": ("engines: {svi: {num_steps: 0}}", "engines svi: SVI: num_steps must be a positive whole number"),
     "object": ("engines: {svi: {optimizer: Adan(1)}}", "'Adan' is unknown, did you mean 'Adam'?"),
     "object's setting": ("engines: {svi: {optimizer: Adam(lr=1)}}", "Adam has no setting 'lr'"),
+    "row": ("prompts: [a, {promt: b}]", """prompts, row 2 must be an object with a "prompt", and has 'promt'"""),
     "reward": ("reward: sentimental", "reward sentimental: 'sentimental' is unknown, did you mean 'sentiment'?"),
     "twice": ("beta: 1\nseed: 0\nbeta: 2", "line 3: key 'beta' is there twice"),
     "twice inside": ("engines:\n  svi: {seed: 1, seed: 1}", "line 2: key 'seed' is there twice"),
@@ -160,13 +163,16 @@ REFUSED = {
 }
 
 
+PROMPT: dict[str, list[str]] = {"row": []}
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_file_is_refused_in_one_line(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text, says = REFUSED[name]
     Path("my.yaml").write_text(text)
     began = time.monotonic()
-    lines = run("infer", "a", "--config", "my.yaml", code=2).strip().splitlines()
+    lines = run("infer", *PROMPT.get(name, ["a"]), "--config", "my.yaml", code=1 + (name != "row")).splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("bayeslm: my.yaml")
     assert says in lines[0]
@@ -214,7 +220,7 @@ def test_calls_are_read_as_python_reads_them():
         "svi(num_steps=-2, a=[1, (2.5,)], b={'c': None}, d=True, e='f(', g=word, h=Adam(1e-3, x=y), i=[Adam()]), exact"
     )
     own = {"num_steps": -2, "a": [1, [2.5]], "b": {"c": None}, "d": True, "e": "f(", "g": "word"}
-    assert calls(text + "exact") == [("svi", own | {"h": "Adam(0.001, x=y)", "i": ["Adam()"]}), ("exact", {})]
+    assert calls(text) == [("svi", own | {"h": "Adam(0.001, x=y)", "i": ["Adam()"]}), ("exact", {})]
 
 
 HOSTILE = ["__import__('os').system('touch ran')", "open('ran', 'w')", "a.b()", "(lambda: 1)()", "f'{1}'", "a(**b)"]

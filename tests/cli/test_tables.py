@@ -9,7 +9,7 @@ import pytest
 from support.models import WORDS, table_lm
 from typer.testing import CliRunner
 
-from bayeslm import diagnostics
+from bayeslm import diagnostics, summaries
 from bayeslm.cli import app, comparison, resume, tables
 from bayeslm.cli.console import PlainConsole
 from bayeslm.inference import MCMC, SMC, Exact, ImportanceSampling
@@ -77,7 +77,7 @@ def test_the_mean_over_prompts_and_its_error_are_right():
     scores = []
     for seed in range(12):
         posterior = ImportanceSampling(num_particles=200, seed=seed, progress=False).run(model, PROMPTS)
-        row = tables._over_prompts(diagnostics.summary(posterior).to_dict("records"), joint=False)
+        row = summaries._over_prompts(diagnostics.summary(posterior).to_dict("records"), joint=False)
         scores.append((row["log_evidence"] - exact) / row["log_evidence_se"])
     assert np.abs(scores).max() < 4
     assert 0.5 < np.std(scores) < 1.8
@@ -86,7 +86,7 @@ def test_the_mean_over_prompts_and_its_error_are_right():
 def test_errors_of_one_joint_posterior_are_not_averaged_away():
     found = ImportanceSampling(num_particles=100, **SETTINGS).run(shared, PROMPTS)
     rows = diagnostics.summary(found)
-    row = tables._over_prompts(rows.to_dict("records"), joint=True)
+    row = summaries._over_prompts(rows.to_dict("records"), joint=True)
     assert row["log_evidence_se"] == pytest.approx(rows["log_evidence_se"].iloc[0])
     assert row["log_evidence"] == pytest.approx(found.log_evidence[0])
 
@@ -104,7 +104,7 @@ def test_as_many_prompts_are_printed_as_are_wanted(posteriors, most, shown):
     assert titles == PROMPTS[:shown]
     assert f"all {NUMBER} prompts" in text
     assert (f"… and {NUMBER - shown} prompts more: all are in a file" in text) == (shown < NUMBER)
-    warned = tables.warnings(posteriors)
+    warned = summaries.remarks(posteriors)
     assert text.count("\n! ") <= (len(warned) if most is None else most + 1)
 
 
@@ -112,8 +112,8 @@ def test_the_whole_is_in_files(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(comparison, "_save_plots", lambda posteriors, out: [])  # which take seconds
     engines = {"exact": Exact(progress=False), "importance": ImportanceSampling(num_particles=20, **SETTINGS)}
     with resume.Results(tmp_path / "out") as results:
-        results.begin({"test": 1})
-        comparison.compare(model, PROMPTS, {}, engines, results)
+        results.begin({"test": 1}, dict.fromkeys(engines), {})
+        comparison.compare(lambda name: model, PROMPTS, {}, engines, results)
     screen = capsys.readouterr().out
     assert f"… and {NUMBER - tables.MOST} prompts more: all are in" in " ".join(screen.split())
     whole = (tmp_path / "out" / "tables.txt").read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,11 +53,43 @@ def test_contradictions_are_refused(change: dict[str, Any], message: str) -> Non
         from_prior(0, **change)
 
 
-def test_repr_is_one_short_line() -> None:
-    assert repr(enumerated()) == (
-        "Posterior(Toy, enumerated: 1 x 4 draws of completion for 2 prompts, log_evidence=[0.71 0.12])"
-    )
-    assert "for 1 prompt," in repr(Gaussian().posterior(0, prompts=1))
+def test_repr_fits_a_screen() -> None:
+    """Figures before and after, the best text, and never more than a screen, whatever the prompts."""
+    lines = repr(enumerated()).splitlines()
+    assert lines[0] == "Posterior(Toy, enumerated: 1 x 4 draws of completion for 2 prompts)"
+    mean = np.sum(TARGET[0] * [0.0, 0.1, -0.1, 0.2])
+    assert lines[1:4] == ["  Is it good?", f"    reward 0.05 → {mean:.2f}  log Z 0.71", "    best 0.2: 'sure'"]
+    assert "for 1 prompt)" in repr(Gaussian().posterior(0, prompts=1))
+    many = Gaussian().posterior(0, prompts=200)
+    many.prompts = ["word\n" * 500] * 200
+    assert max(map(len, repr(many).splitlines())) <= 96
+    assert len(repr(many).splitlines()) < 24
+    assert "and 195 more prompts" in repr(many)
+    for odd in (from_prior(0, log_weights=np.full((4, 250, 2), -np.inf)), shared(), RandomWalk().posterior(0, 2)):
+        assert "nan" not in repr(odd) + odd._repr_html_()
+
+
+HOSTILE = "<script>alert(1)</script>&<img src=x onerror=alert(2)>\x1b[31m\u202e"
+
+
+def test_no_text_breaks_out_of_the_html() -> None:
+    posterior = from_prior(0, engine=HOSTILE)
+    posterior.prompts = [HOSTILE, "plain"]
+    posterior.texts["completion"][...] = HOSTILE
+    for shown in (posterior._repr_html_(), repr(posterior)):
+        assert "\x1b" not in shown
+        assert "\u202e" not in shown
+    page = posterior._repr_html_()
+    tags = {tag.split()[0].strip("/") for tag in re.findall(r"<([^>]*)>", page)}
+    assert tags == {"div", "p", "b", "table", "thead", "tbody", "tr", "th", "td", "br"} | (tags & {"small", "code"})
+    assert "&lt;script&gt;" in page
+
+
+def test_prompts_of_chats_have_names() -> None:
+    posterior = from_prior(0, prompt_names=["Is it\ngood?", "bad"])
+    assert posterior.prompt_labels == ["Is it good?", "bad"]
+    with pytest.raises(ValueError, match="prompt_names has 1 names for 2 prompts"):
+        from_prior(0, prompt_names=["one"])
 
 
 def test_prompt_labels_are_short_and_different() -> None:

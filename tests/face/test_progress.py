@@ -4,6 +4,7 @@ import io
 import re
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -179,3 +180,42 @@ def test_a_closed_standard_error_stops_no_run(monkeypatch):
         with track("SVI", 10) as report:
             time.sleep(0.05)
             report()
+
+
+NOTEBOOK = [
+    """
+import sys, time
+sys.path.insert(0, {tests!r})
+from bayeslm.inference import SVI
+from bayeslm.models.rewards.rehearsal import is_rehearsal
+from support.models import table_lm
+import pyro
+
+lm = table_lm(order=2, seed=0, vocab=4)
+
+def model(prompts):
+    with pyro.plate("prompts", len(prompts)):
+        x = pyro.sample("completion", lm(prompts, max_new_tokens=3))
+        time.sleep(0.02)
+        pyro.factor("reward", 1.0 * (x == 2).sum(-1))
+""",
+    "import warnings; warnings.simplefilter('ignore')\np = SVI(num_steps=20, num_samples=16, seed=0).run(model, [[1]])",
+    "from bayeslm.plots import plot_training\nplot_training(p)",
+    "figure = plot_training(p)\nfigure",
+]
+
+
+@pytest.mark.long  # half a minute for a kernel to start
+def test_a_real_notebook_without_ipywidgets(monkeypatch):
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the notebook's own is inline
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    tests = str(Path(__file__).parents[1])
+    notebook = nbformat.v4.new_notebook()
+    notebook.cells = [nbformat.v4.new_code_cell(code.replace("{tests!r}", repr(tests))) for code in NOTEBOOK]
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    setup, run, *figures = [cell.outputs for cell in notebook.cells]
+    assert setup == []  # no warning of tqdm's, which Pyro imports
+    assert [output.output_type for output in run] == ["display_data"] * 3  # the steps, draws of policy and prior
+    for cell in figures:
+        assert ["image/png" in output.data for output in cell] == [True]  # once

@@ -48,6 +48,10 @@ def test_other_files_are_lines_of_text(name: str, tmp_path: Path):
     assert read_prompt_file(tmp_path / name) == ([f"  first {ODD}", "second ", "third"], {})
 
 
+def nested(levels: int) -> list:
+    return [] if levels == 1 else [nested(levels - 1)]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "prompts", "columns"),
     [
@@ -61,6 +65,10 @@ def test_other_files_are_lines_of_text(name: str, tmp_path: Path):
         ("a.json", json.dumps([CHAT, CHAT]), [CHAT, CHAT], {}),
         ("a.json", json.dumps({"prompt": [5, 6]}), [[5, 6]], {}),
         ("a.json", json.dumps({"prompt": [[5, 6], [7]]}), [[5, 6], [7]], {}),
+        ("a.json", '{"prompt": {"0": "a", "7": "b"}, "n": {"7": 2, "0": 1}}', ["a", "b"], {"n": [1, 2]}),  # by name
+        ("a.json", '{"prompt": {"x": [5], "y": [6]}}', [[5], [6]], {}),
+        ("a.csv", f"prompt,x\n{'a' * 200_000},1\n", ["a" * 200_000], {"x": [1]}),
+        ("a.jsonl", f'{{"prompt": "a", "x": {"[" * 64 + "]" * 64}}}', ["a"], {"x": [nested(64)]}),
         ("a.csv", 'prompt\n"two\nlines"\n', ["two\nlines"], {}),
         ("a.csv", "prompt\n42\nNA\nnull\n", ["42", "NA", "null"], {}),
         ("a.csv", "prompt,n\na,1\nb,\nc,-3\n", ["a", "b", "c"], {"n": [1, None, -3]}),
@@ -101,6 +109,14 @@ def test_forms_of_rows(name: str, text: str, prompts: list, columns: dict, tmp_p
         ("a.jsonl", json.dumps({"prompt": [{"role": "user", "content": "\udc80"}]}).encode(), "line 1.*lone surrogate"),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "\xe9"}', "line 2 is not UTF-8"),
         ("a.jsonl", b"[" * 100_000, "line 1 is no JSON"),
+        *[
+            (name, f'{{"prompt": "a", "x": {"[" * levels + "]" * levels}}}'.encode(), "'x' has more than 64 lists")
+            for name in ("a.json", "a.jsonl")
+            for levels in (65, 400, 900)
+        ],
+        ("a.jsonl", b'{"prompt": [{"role": "user", "content": ' + b"[" * 70 + b"]" * 70 + b"}]}", "more than 64 lists"),
+        ("a.json", b'{"prompt": {"0": "a"}, "n": {"1": 1}}', "column 'n' has other rows than 'prompt', which has 0"),
+        ("a.json", b'{"prompt": {"0": "a"}, "n": [1]}', "column 'n' has other rows"),
         ("a.json", b'[\n{"prompt": "a"},\n{"prompt" "b"}\n]', "is no JSON .*line 3 column 11"),
         ("a.json", b'{"prompt": ["a", "b"], "answer": ["c"]}', "column 'answer' is no list of 2 values"),
         ("a.json", b'{"text": ["a", "b"]}', "must be an object with a \"prompt\", and has 'text'"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import html
 import json
 import re
 from dataclasses import replace
@@ -68,26 +71,29 @@ def contiguous(posterior: Posterior) -> Posterior:
     return Posterior(**{name: copied(value) for name, value in vars(posterior).items()})
 
 
-KINDS = ("weighted", "particles", "markov", "exact", "uncorrected")
+KINDS = ("weighted", "particles", "markov")  # which have all sections between them
+
+
+@pytest.fixture(scope="module")
+def hostile_html() -> str:
+    bad = {f"{HOSTILE[1]} {kind}": hostile(kind) for kind in KINDS}
+    settings = {HOSTILE[2]: HOSTILE[1], "prior": HOSTILE[0], "reward": HOSTILE[4]}
+    return render(bad, title=HOSTILE[1], settings=settings)
 
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_every_kind_has_a_report_and_a_saved_one_has_the_same(kind, tmp_path):
     posterior = contiguous(MAKERS[kind]())
     posterior.save(tmp_path / "run")
-    page = render({"one": posterior})
-    assert page == render({"one": Posterior.load(tmp_path / "run")})
-    assert write_report({"one": posterior}, tmp_path / "report.html").read_text(encoding="utf-8") == page
     own = posterior.report(tmp_path / "own.html", title="A title").read_text(encoding="utf-8")
-    assert own == render({posterior.engine: posterior}, title="A title")
-    assert all(label in Page(page).text for label in posterior.prompts[:5])
+    page = write_report({posterior.engine: Posterior.load(tmp_path / "run")}, tmp_path / "report.html", title="A title")
+    assert page.read_text(encoding="utf-8") == own
+    assert all(label in Page(own).text for label in posterior.prompts[:5])
 
 
-def test_what_a_model_writes_is_text():
+def test_what_a_model_writes_is_text(hostile_html):
     """Elements and attributes are those of a report of harmless texts, and every text is in it, whole."""
-    bad = {f"{HOSTILE[1]} {kind}": hostile(kind) for kind in KINDS}
-    settings = {HOSTILE[2]: HOSTILE[1], "prior": HOSTILE[0], "reward": HOSTILE[4]}
-    page = Page(render(bad, title=HOSTILE[1], settings=settings))
+    page = Page(hostile_html)
     harmless = {
         kind: hostile(
             kind,
@@ -117,12 +123,14 @@ def test_the_data_cannot_end_their_element(text):
     assert json.loads(content) == {"x": visible(text)}
 
 
-def test_the_policy_of_the_page_has_the_hashes_of_its_script_and_style():
-    html = render({"one": from_prior(0)})
-    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]+)"', html)
-    assert "default-src &#39;none&#39;" in policy
+def test_the_policy_of_the_page_allows_nothing_else(hostile_html):
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]+)"', hostile_html)
+    policy = html.unescape(policy)
+    assert "default-src 'none'" in policy
     assert "unsafe" not in policy
-    assert "http" not in re.sub(r"Content-Security-Policy|http-equiv", "", html)  # no address at all
+    for tag, inner in re.findall(r"<(style|script)>(.*?)</(?:style|script)>", hostile_html, flags=re.DOTALL):
+        digest = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
 
 
 def test_texts_are_merged_and_keep_their_draws_and_weights():
@@ -211,9 +219,8 @@ def test_lineages_are_those_of_the_ancestors(steps):
     assert (kept == root).all()
 
 
-def test_pictures_have_no_styles_and_no_text_of_a_model():
-    html = render({kind: hostile(kind) for kind in KINDS})
-    pictures = re.findall(r"<svg viewBox.*?</svg>", html, flags=re.DOTALL)
+def test_pictures_have_no_styles_and_no_text_of_a_model(hostile_html):
+    pictures = re.findall(r"<svg viewBox.*?</svg>", hostile_html, flags=re.DOTALL)
     assert len(pictures) >= 9  # two histograms, curves, genealogies, traces
     for picture in pictures:
         assert not re.search(r"style=|<style|xlink|<image|href=\"[^#]", picture)
@@ -225,8 +232,8 @@ def test_rewards_of_minus_infinity_are_said():
     assert "At −∞" in Page(render({"one": discrete(index, None, "uncorrected")})).text
 
 
-def test_warnings_are_words():
-    page = Page(render({"one": hostile()}))
+def test_warnings_are_words(hostile_html):
+    page = Page(hostile_html)
     assert "was interrupted" in page.text
     assert "Read with caution" in page.text
 

@@ -304,10 +304,10 @@ def test_target_accept_is_a_probability(target):
 
 def test_what_arviz_shows_of_trajectories():
     """The energy is potential + kinetic at the start of a step, the latter of chi-squared / 2; divergences add up."""
-    posterior = NUTS(num_samples=200, warmup=100, num_chains=2, seed=0, progress=False).run(normal_mean(1.0), ["a"])
+    posterior = NUTS(num_samples=100, warmup=60, num_chains=2, seed=0, progress=False).run(normal_mean(1.0), ["a"])
     seen = posterior.sample_stats
     assert {name: values.shape for name, values in seen.items()} == dict.fromkeys(
-        ("diverging", "tree_depth", "energy"), (2, 200)
+        ("diverging", "tree_depth", "energy"), (2, 100)
     )
     np.testing.assert_array_equal(seen["diverging"].sum(1), posterior.stats["divergences"])
     assert (seen["tree_depth"] >= 1).all()

@@ -132,7 +132,46 @@ def all_texts_together():
         pyro.factor("r", 0.1 * x.float().sum().expand(x.shape[:-1]))
 
 
+def one_branch_for_all(of):
+    """A program whose Python code asks one number of all particles, as `of` tells, which way to go."""
+
+    def model():
+        x = normal()
+        pyro.factor("r", x if of(x) > 0 else -x)
+
+    model.__name__ = f"one_branch_for_all_by_{of.__name__}"
+    return model
+
+
+def one_of_two_for_all():
+    x = normal()
+    pyro.factor("r", torch.where(x.mean() > 0, x, -x))
+
+
+def one_branch_by_a_scale():
+    s = pyro.sample("s", dist.Gamma(2.0, 1.0))
+    pyro.factor("r", s if s.mean() > 1 else -s)
+
+
+def one_branch_by_counts():
+    k = pyro.sample("k", dist.Categorical(torch.ones(3)))
+    pyro.factor("r", k.float() if (k > 0).all() else -1.0 - k.float())
+
+
+def the_smallest_loses():
+    """Scores of two values, so that one particle's may be right by chance."""
+    x = normal().reshape(-1)
+    pyro.factor("r", -(x == x.min()).float().reshape(x.shape if len(x) > 1 else ()))
+
+
 MIXED = [
+    one_branch_for_all(torch.mean),
+    one_branch_for_all(torch.amax),
+    one_branch_for_all(torch.amin),
+    one_of_two_for_all,
+    one_branch_by_a_scale,
+    one_branch_by_counts,
+    the_smallest_loses,
     summed,
     centred,
     regression,
@@ -273,10 +312,11 @@ def chance(x):
     return torch.randn(x.shape[:-1])
 
 
-@pytest.mark.parametrize(("score", "calls"), [(varied, [2, 8]), (chance, [2, 8, 2]), (sparse, [2, 8, 2, 2, 2])])
+@pytest.mark.parametrize(("score", "calls"), [(varied, [2, 8, 2]), (chance, [2, 8, 2, 2]), (sparse, [2, 8, 2, 2, 2])])
 def test_how_often_a_function_is_called(score, calls):
-    """By the inspection, for 2 prompts; for 4 particles together; and alone for one if it is random, for 3 if it says
-    the same of all.
+    """By the inspection, for 2 prompts; for 4 particles together; and alone for one.
+
+    Alone for two if it is random, and for 3 if it says the same of all.
     """
     model, texts = judged(score)
     check_independence(inspect(model))
@@ -286,7 +326,7 @@ def test_how_often_a_function_is_called(score, calls):
 def test_it_is_called_for_the_runs_own_particles_once():
     model, texts = judged(varied)
     posterior = ImportanceSampling(num_particles=64, **RUN).run(model)
-    assert texts == [2, 8, 128]
+    assert texts == [2, 8, 2, 128]
     assert_evidence(posterior, Exact().run(judged(varied)[0]).log_evidence)
 
 

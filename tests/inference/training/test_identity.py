@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import datetime
 import decimal
+import enum
 import functools
 import itertools
 import json
@@ -353,6 +354,14 @@ def patched(n):
     return Patched()
 
 
+def enumeration(n, kind=enum.Enum):
+    class Made(kind):
+        FIRST = n
+        SECOND = 4
+
+    return Made
+
+
 def model_with(**settings):
     lm = table_lm()
     return LanguageModel(lm.network, lm.tokenizer, **settings)
@@ -395,6 +404,10 @@ KINDS = {
     "a replaced method": patched,
     "a dataclass with a dict": lambda n: Settings({"a": n}),
     "a named tuple": Point,
+    "an enum": enumeration,
+    "an enum of numbers": lambda n: enumeration(n, enum.IntEnum),
+    "flags": lambda n: enumeration(n, enum.Flag),
+    "a member of an enum": lambda n: enumeration(n).FIRST,
     "a deque": lambda n: collections.deque([n]),
     "a counter": lambda n: collections.Counter(a=n),
     "a default dict": lambda n: collections.defaultdict(list, a=n),
@@ -421,6 +434,18 @@ def test_every_kind_of_value_is_told_apart(kind):
     """As a closure's, which is where rewards hold what they depend on."""
     one, same, other = (json.dumps(identify(closure(KINDS[kind](n)))) for n in (1, 1, 2))
     assert one == same != other
+
+
+@pytest.mark.parametrize("kind", [enum.Enum, enum.IntEnum, enum.Flag, enum.IntFlag])
+def test_an_enum_is_the_same_after_its_use(kind):
+    """It keeps its members, and flags their combinations, in itself once they were looked at."""
+    made = enumeration(1, kind)
+    before = identify(closure(made))
+    assert made(1) is made.FIRST
+    if issubclass(kind, enum.Flag):
+        assert made(0) == made.FIRST & made.SECOND
+    assert made["SECOND"].name in dir(made)
+    assert identify(closure(made)) == before
 
 
 def test_what_is_no_setting_does_not_count():

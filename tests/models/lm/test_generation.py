@@ -7,7 +7,7 @@ from support.models import llama_network, table_lm, tiny_llama
 from support.tokenizers import TOKENIZERS
 
 from bayeslm.models import LanguageModel
-from bayeslm.models.lm import sample_texts
+from bayeslm.models.lm import generation, sample_texts
 
 
 def words(text):
@@ -79,6 +79,15 @@ def test_pieces_of_a_growing_text_make_the_text(kind, num_texts):
             assert "".join(pieces) == text
             compared += len(pieces) > 1
     assert compared or kind in ("word_piece", "word_ends")
+
+
+def test_a_character_of_several_tokens_is_given_whole():
+    data, pieces = "aé🙂".encode(), []
+    growing = generation._Growing(lambda ids: bytes(ids[0].tolist()).decode(errors="replace"), pieces.append)
+    for length in range(1, len(data) + 1):
+        growing(torch.tensor(list(data[:length])))
+    growing.finish(data.decode())
+    assert pieces == ["a", "é", "🙂"]
 
 
 def test_a_model_of_token_ids_has_no_texts():

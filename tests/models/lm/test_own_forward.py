@@ -109,6 +109,16 @@ def test_logits_of_another_width_than_the_config_says_are_refused():
         _ = LanguageModel(network).vocab_size
 
 
+@pytest.mark.parametrize("error", [ValueError("no padding token\nsecond line"), KeyError("x"), RuntimeError()])
+def test_a_network_that_fails_on_plain_token_ids_is_refused_with_its_reason(error):
+    network = llama_network()
+    network.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(
+        TypeError, match=rf"LlamaForCausalLM fails on the token ids .* \({type(error).__name__}: .*causal"
+    ):
+        _ = LanguageModel(network).vocab_size
+
+
 # -- scored as it scores ---------------------------------------------------------------------------------------
 
 
@@ -174,6 +184,22 @@ def test_a_changed_network_is_scored_as_it_scores(change):
     network = llama_network()
     change(network)
     assert_scored_as_its_forward(LanguageModel(network))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_one_that_is_changed_before_its_first_use_is_too(change):
+    lm = LanguageModel(llama_network())
+    change(lm.network)
+    assert_scored_as_its_forward(lm)
+
+
+def test_a_limit_of_minus_one_is_none():
+    """As in XLNet's config."""
+    network = llama_network()
+    network.config.max_position_embeddings = -1
+    lm = LanguageModel(network)
+    assert lm.causal.context_length is None
+    assert_scored_as_its_forward(lm)
 
 
 @pytest.mark.parametrize("change", [with_bias, with_another_head, tied, in_training])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.models import tiny_llama
@@ -83,6 +84,14 @@ TRL_FORMATS = {
             "of the prompt alone": {"prompt": [SYSTEM, ASK], "chosen": [ASK, HI], "rejected": [ASK, NO]},
         }.items()
     },
+    "a line feed after the prompt": (
+        {"prompt": "Say hi.\n", "chosen": [ASK, HI], "rejected": [ASK, NO]},
+        "Say hi.\n",
+    ),
+    "arrays, as in rows of pandas": (
+        {"prompt": np.array([ASK]), "chosen": np.array([ASK, HI]), "rejected": np.array([ASK, NO])},
+        "user: Say hi.",
+    ),
     "earlier turns": (
         {"prompt": "Say hi.", "chosen": [SYSTEM, *EARLIER, ASK, HI], "rejected": [SYSTEM, *EARLIER, ASK, NO]},
         "system: Be kind.\n\nuser: Hey.\n\nassistant: Yes?\n\nuser: Say hi.",
@@ -221,7 +230,9 @@ def test_rankings_and_ratings(tmp_path: Path):
     rated = [{"prompt": "p", "completion": "a", "rating": 4}]
     path.write_text(json.dumps(rated[0]))
     assert Ratings.from_jsonl(path) == Ratings.from_rows(rated) == Ratings(["p"], ["a"], [4.0])
-    for rating in ("4", None, True, float("nan")):
+    assert Ratings.from_rows([rated[0] | {"rating": x} for x in (np.float32(4), np.int64(4))]).ratings == [4.0, 4.0]
+    assert Rankings.from_rows([rows[0] | {"completions": np.array(["a", "b"])}]).completions == [["a", "b"]]
+    for rating in ("4", None, True, float("nan"), 10**400, -(10**400), 1j):
         with pytest.raises(PreferenceError, match=r"row 0 .*rating"):
             Ratings.from_rows([rated[0] | {"rating": rating}])
 

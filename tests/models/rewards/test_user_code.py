@@ -4,6 +4,9 @@ import asyncio
 import math
 import threading
 import time
+from array import array
+from collections import deque
+from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -22,6 +25,11 @@ NEG_INF = -math.inf
 # -- what a function changes, nobody else reads --------------------------------------------------------------
 
 
+class Pair(NamedTuple):
+    left: list
+    right: int
+
+
 def vandalise(value):
     """Change everything in a value that can be changed in place."""
     if isinstance(value, dict):
@@ -37,6 +45,8 @@ def vandalise(value):
             vandalise(x)
     elif isinstance(value, set):
         value.add("vandal")
+    elif isinstance(value, deque | array | bytearray):
+        value.append(7)
     elif isinstance(value, np.ndarray | torch.Tensor):
         value[:] = 7
 
@@ -67,6 +77,8 @@ def arguments():
         "options": [["a", "b"], ["c"]],
         "facts": [{"k": [1]}, {"k": [2]}],
         "pairs": [([1], 2), ([3], 4)],
+        "named": [Pair([1], 2), Pair([3], 4)],
+        "others": [deque([1]), [array("i", [1]), bytearray(b"a")]],
         "words": [{"s"}, set()],
         "vector": [np.arange(3), np.ones(2)],
         "tensor": [torch.ones(2), torch.zeros(1)],
@@ -424,7 +436,7 @@ def test_no_limit_for_what_is_fast_and_another_timer_goes_on():
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    for timeout in (0, -1, math.inf, math.nan):
+    for timeout in (0, -1, 1e30, math.inf, math.nan):
         for make in (lambda t: Reward(len, timeout=t), Length().with_timeout, lambda t: Matches("a", timeout=t)):
             with pytest.raises((TypeError, ValueError), match="timeout must be a"):
                 make(timeout)

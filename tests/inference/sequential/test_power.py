@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from support.models import table_lm, tiny_llama
+from support.oracles import expectation
 from support.programs import PROMPTS, token_is
-from support.statistics import assert_agrees, assert_evidence
+from support.statistics import assert_agrees, assert_mean, deviations
 
 from bayeslm.inference import SMC, Exact, ImportanceSampling, RejectionSampling
 from bayeslm.inference.sequential import Power
@@ -49,22 +50,27 @@ def test_smc_agrees_with_exact(kind, alpha):
     model = program(kind, alpha, rewarded=True)
     exact = Exact().run(model, PROMPTS)
     posterior = SMC(num_particles=16, num_chains=200, twist=Power(alpha), seed=0, progress=False).run(model, PROMPTS)
-    assert_evidence(posterior, exact.log_evidence, unbiased=True)
-    assert_agrees(posterior, exact, [token_is(0, 3), token_is(2, 2)])
+    # Texts of a mass of 0.2% may not be among the draws, and what they lack is then not in the standard error.
+    assert_mean(np.exp(posterior.log_weights - exact.log_evidence).mean(1), 1.0, rounding=3e-3)
+    for function in (token_is(0, 3), token_is(2, 2)):
+        mean = expectation(exact, function(exact))
+        assert_mean(deviations(posterior, function(posterior), mean, exact.log_evidence), 0.0, rounding=3e-3)
 
 
-@pytest.mark.parametrize("engine", [ImportanceSampling(num_particles=3000), RejectionSampling(num_samples=300)])
-def test_other_engines_agree_with_exact(engine):
-    model = program("llama", 2.0, rewarded=False)
+def test_other_engines_agree_with_exact():
+    model = program("table", 2.0, rewarded=False)
     exact = Exact().run(model, PROMPTS)
-    posterior = type(engine)(**{**vars(engine), "seed": 0, "progress": False}).run(model, PROMPTS)
-    assert_agrees(posterior, exact, [token_is(0, 3), token_is(2, 2)])
+    for engine in (
+        ImportanceSampling(num_particles=500, num_chains=20, seed=0, progress=False),
+        RejectionSampling(num_samples=50, num_chains=20, max_proposals=100_000, seed=0, progress=False),
+    ):
+        assert_agrees(engine.run(model, PROMPTS), exact, [token_is(0, 3), token_is(2, 2)])
 
 
 @pytest.mark.parametrize("alpha", [0.5, 2.0, 4.0])
 @pytest.mark.parametrize("kind", ["table", "without an end"])
 def test_log_z_is_known_far_better_than_by_importance_sampling(kind, alpha):
-    """At equal network tokens: those of the particles, of a fourth as many texts before, and of the texts' score."""
+    """The tokens of the first texts and of the final score are counted too."""
     model = TiltedLM(MODELS[kind](), None, max_new_tokens=24, power=alpha)
 
     def spread(engine):
@@ -74,9 +80,9 @@ def test_log_z_is_known_far_better_than_by_importance_sampling(kind, alpha):
 
     settings = {"num_chains": 40, "seed": 0, "progress": False}
     twisted, cost = spread(SMC(num_particles=32, twist=Power(alpha), **settings))
-    plain, as_much = spread(ImportanceSampling(num_particles=72, **settings))
-    assert cost <= 1.05 * as_much
-    assert twisted < plain / 4  # ratios of variances of 40: below 1/10 where the truth is 1/20, with 1 - 1e-4
+    plain, as_much = spread(ImportanceSampling(num_particles=96, **settings))
+    # At equal tokens, as the variance falls with 1 / tokens. Of a truth of 1/10, a third is passed 2 times in 10,000.
+    assert twisted * cost < plain * as_much / 3
 
 
 def test_powers_are_positive_and_their_twist_needs_no_reward():

@@ -43,6 +43,8 @@ from bayeslm.inference.sequential import (
     LearnedTwist,
     PolicyTwist,
     Population,
+    Power,
+    PowerTwist,
     PrefixTwist,
     Resampling,
     SiteRows,
@@ -50,7 +52,6 @@ from bayeslm.inference.sequential import (
     TwistLearning,
     WeightUpdate,
     check_retained,
-    induced,
     retained_values,
 )
 from bayeslm.models.lm import Autoregressive, Decoder, LanguageModel, Twist, categorical, log_softmax_at
@@ -76,9 +77,10 @@ class SMC:
         the proposal, unless ``proposal`` is set. None is used for fewer than 64 such draws, and where it does not lower
         the variance of the weights on those that are held out. "prefix": exp of the program's own factors, by the
         ``prefix`` methods of its rewards (`Reward.prefix`). "partial": the same, except that rewards without such a
-        method score the text so far as if it were finished. A `Twist` (from `TwistLearning`), or a mapping from the
-        names of completion sites to any of these. A `LanguageModel` (trained by `SVI`): its ratio to the prior; it is
-        then also the proposal, unless ``proposal`` is set.
+        method score the text so far as if it were finished. A `Twist` (from `TwistLearning`); a `Power`, for programs
+        that raise the language model to one; or a mapping from the names of completion sites to any of these. A
+        `LanguageModel` (trained by `SVI`): its ratio to the prior. This and a `Power` are then the proposal too, unless
+        ``proposal`` is set.
     :param proposal: the distribution of the next token. "prior"; "twist", the distribution that the twist induces on
         the ``top_k`` likeliest tokens; a `LanguageModel`; or a guide with a `LanguageModel` as its ``policy``. None is
         the twist if that is a `LanguageModel`, and else "prior".
@@ -97,7 +99,7 @@ class SMC:
 
     num_particles: Count = 64
     num_chains: Count = 4
-    twist: str | Twist | Mapping[str, str | Twist] | LanguageModel | None = None
+    twist: str | Twist | Power | Mapping[str, str | Twist | Power] | LanguageModel | None = None
     proposal: str | LanguageModel | Callable[..., Any] | None = None
     top_k: Count = 64
     resampling: Resampling = "systematic"
@@ -111,10 +113,11 @@ class SMC:
         if self.twist is not None and not isinstance(self.twist, LanguageModel):
             each = self.twist.values() if isinstance(self.twist, Mapping) else [self.twist]
             for twist in each if self.twist != "auto" else []:
-                if twist not in NAMED if isinstance(twist, str) else not hasattr(twist, "lookahead"):
+                is_twist = isinstance(twist, Power) or hasattr(twist, "lookahead")
+                if twist not in NAMED if isinstance(twist, str) else not is_twist:
                     raise ValueError(
-                        'SMC: twist must be "auto", "prefix", "partial", a Twist, a mapping from sites to these, or a '
-                        f"LanguageModel, got {twist!r}"
+                        'SMC: twist must be "auto", "prefix", "partial", a Twist, a Power, a mapping from sites to '
+                        f"these, or a LanguageModel, got {twist!r}"
                     )
         named = isinstance(self.proposal, str)
         if named and self.proposal not in ("prior", "twist"):
@@ -213,8 +216,8 @@ class SMC:
             logits = decoder.logits
             if proposer is not None:
                 logits = proposer.logits
-            elif self.proposal == "twist" and twist is not None:
-                logits = induced(logits, twist, self.top_k)
+            elif twist is not None and self._proposes(twist):
+                logits = twist.propose(logits, self.top_k)
             token, log_q = categorical(logits)
             if retained is not None:  # clamped, because the pad token of an ended text may be out of the vocabulary
                 token[retained.rows] = retained.values[:, decoder.t].clamp(0, logits.shape[-1] - 1)
@@ -249,6 +252,10 @@ class SMC:
         )
         partial_run.write(name, decoder.values, decoder.scores)
 
+    def _proposes(self, twist: SiteTwist) -> bool:
+        """Whether a site's twist is the proposal too."""
+        return self.proposal == "twist" or (self.proposal is None and isinstance(twist, PowerTwist))
+
     @property
     def _proposer(self) -> Any:
         """The policy that is the proposal, or None if none is."""
@@ -274,6 +281,8 @@ class SMC:
             twist = twist.get(name)
         if isinstance(twist, str):
             return PrefixTwist(partial_run, rows, decoder, partial=twist == "partial")
+        if isinstance(twist, Power):
+            return PowerTwist(twist, rows, decoder)
         if isinstance(twist, LanguageModel):
             return PolicyTwist(policies[id(twist)], rows, decoder)
         if twist is None:

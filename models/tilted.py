@@ -3,11 +3,17 @@ r"""The built-in program: a prior tilted by a reward.
     \pi^*(x | c) = p(x | c) \exp(r(c, x) / \beta) / Z(c)
 
 the posterior whose variational inference is KL-penalised reinforcement learning (Korbak, Perez and Buckley 2022,
-arXiv 2205.11275).
+arXiv 2205.11275). With a power \alpha of the prior,
+
+    \pi^*(x | c) = p(x | c)^\alpha \exp(r(c, x) / \beta) / Z(c)
+
+which sharpens whole texts where a temperature of 1 / \alpha sharpens one token at a time (Karan and Du 2025, arXiv
+2510.14901).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,34 +30,39 @@ from bayeslm.validation import Count, Positive, validated
 
 @validated
 class TiltedLM:
-    """A Pyro program: ``completion`` ~ prior, ``reward`` = factor r / beta, with r recorded (`rewards.factor`).
+    r"""A Pyro program: ``completion`` ~ prior, ``reward`` = factor r / beta, with r recorded (`rewards.factor`).
+
+    With a ``power`` it has one more factor, ``power`` = (alpha - 1) log p(x).
 
     :param prior: the frozen language model.
-    :param reward: any function of (prompts, completions, **columns), see `bayeslm.models.rewards`.
+    :param reward: any function of (prompts, completions, **columns), see `bayeslm.models.rewards`. None: no reward.
     :param beta: the KL coefficient; the smaller it is, the sharper is the posterior.
     :param max_new_tokens: the longest completion.
     :param temperature: divides the prior's logits.
+    :param power: alpha, of p as ``temperature`` leaves it. ``SMC(twist=Power(alpha))`` is made for it.
     :param subsample_size: prompts in each run of the program, chosen at random by Pyro's plate: the minibatch of a
         training step. None: all of them.
-    :raises ValueError: if ``beta`` or ``temperature`` is not positive and finite, or ``max_new_tokens`` or
+    :raises ValueError: if ``beta``, ``temperature`` or ``power`` is not positive and finite, or ``max_new_tokens`` or
         ``subsample_size`` < 1.
     """
 
     def __init__(
         self,
         prior: LanguageModel,
-        reward: Reward | RewardFunction,
+        reward: Reward | RewardFunction | None,
         beta: Positive = 0.1,
         *,
         max_new_tokens: Count = 24,
         temperature: Positive = 1.0,
+        power: Positive = 1.0,
         subsample_size: Count | None = None,
     ) -> None:
         self.prior = prior
-        self.reward = reward if isinstance(reward, Reward) else Reward(reward)
+        self.reward = reward if reward is None or isinstance(reward, Reward) else Reward(reward)
         self.beta = beta
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
+        self.power = power
         self.subsample_size = subsample_size
 
     def __repr__(self) -> str:
@@ -60,8 +71,13 @@ class TiltedLM:
 
     @property
     def log_bound(self) -> float:
-        """An upper bound of the log-likelihood r / beta, for rejection sampling; inf if the reward has none."""
-        return self.reward.upper_bound / self.beta
+        """An upper bound of the log-likelihood, for rejection sampling; inf if there is none.
+
+        It is that of r / beta, and, as log p is at most 0, of (alpha - 1) log p where alpha is at least 1.
+        """
+        if self.power < 1.0:
+            return math.inf
+        return 0.0 if self.reward is None else self.reward.upper_bound / self.beta
 
     def program_arguments(
         self, prompts: Any, /, **columns: Sequence[Any]
@@ -93,6 +109,11 @@ class TiltedLM:
                 prompts = [prompts[i] for i in batch.tolist()]
             distribution = self.prior(prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature)
             x = pyro.sample("completion", distribution)
+            if self.power != 1.0:
+                log_p = distribution.log_prob(x)
+                pyro.factor("power", (self.power - 1.0) * log_p.masked_fill(log_p == -math.inf, 0.0))
+            if self.reward is None:
+                return
             every = x.expand(broadcast_shape(x.shape[:-1], distribution.batch_shape) + x.shape[-1:])
             arguments = with_trainer_arguments(columns, self.prior.token_ids(every))
             factor("reward", self.reward(prompts, distribution.decode(x), **arguments).to(x.device), self.beta)

@@ -1,16 +1,19 @@
 """Sequential Monte Carlo: populations of weighted particles, resampling, retained draws, and twists."""
 
 from .population import Population, WeightUpdate
+from .power import Power, PowerTwist
 from .resampling import RESAMPLING, Resampling
 from .retained import check_retained, put_first, retained_particles, retained_values
 from .twist_learning import TwistLearning
-from .twists import LearnedTwist, PolicyTwist, PrefixTwist, SiteRows, SiteTwist, induced
+from .twists import LearnedTwist, PolicyTwist, PrefixTwist, SiteRows, SiteTwist
 
 __all__ = [
     "RESAMPLING",
     "LearnedTwist",
     "PolicyTwist",
     "Population",
+    "Power",
+    "PowerTwist",
     "PrefixTwist",
     "Resampling",
     "SiteRows",
@@ -18,7 +21,6 @@ __all__ = [
     "TwistLearning",
     "WeightUpdate",
     "check_retained",
-    "induced",
     "put_first",
     "retained_particles",
     "retained_values",

@@ -15,6 +15,7 @@ while all other tokens keep their probability under the prior.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -36,8 +37,11 @@ class SiteTwist(Protocol):
     def log_psi(self) -> Tensor:
         """Return log psi of the texts so far, (particle, prompt)."""
 
-    def candidates(self, tokens: Tensor) -> Tensor:
-        """Return log psi of the texts so far, each continued by each of its ``tokens`` (row, k); (row, k)."""
+    def propose(self, logits: Tensor, top_k: int) -> Tensor:
+        """Return the logits (row, vocabulary) of the proposal that the twist induces, of the prior's.
+
+        :param top_k: the tokens of each row at which a twist is evaluated, if each costs something.
+        """
 
     def select(self, rows: Tensor) -> None:
         """Replace row i by row ``rows[i]``; the decoder and the partial run have already been changed."""
@@ -105,7 +109,11 @@ class PrefixTwist:
         """Return log psi of each row (row,) without the factors that are shared by all prompts."""
         return self._by_rows(self._partial_run.values, self._decoder.values[:, None], self._decoder.t)[:, 0]
 
+    def propose(self, logits: Tensor, top_k: int) -> Tensor:
+        return induced(logits, self.candidates, top_k)
+
     def candidates(self, tokens: Tensor) -> Tensor:
+        """Return log psi of the texts so far, each continued by each of its ``tokens`` (row, k); (row, k)."""
         k = tokens.shape[-1]
         values = self._decoder.values[:, None].repeat(1, k, 1)
         values[..., self._decoder.t] = tokens
@@ -196,7 +204,11 @@ class LearnedTwist:
         self._state = self._twist.advance(self._state, self._decoder)
         return self._rows.pooled(self._psi)
 
+    def propose(self, logits: Tensor, top_k: int) -> Tensor:
+        return induced(logits, self.candidates, top_k)
+
     def candidates(self, tokens: Tensor) -> Tensor:
+        """Return log psi of the texts so far, each continued by each of its ``tokens`` (row, k); (row, k)."""
         if self._prefix_twist is None:
             return self._twist.lookahead(self._state, tokens)
         so_far = self._prefix_twist.candidates(tokens)
@@ -225,7 +237,11 @@ class PolicyTwist:
     def log_psi(self) -> Tensor:
         return self._rows.pooled(self._log_ratio())
 
+    def propose(self, logits: Tensor, top_k: int) -> Tensor:
+        return induced(logits, self.candidates, top_k)
+
     def candidates(self, tokens: Tensor) -> Tensor:
+        """Return log psi of the texts so far, each continued by each of its ``tokens`` (row, k); (row, k)."""
         log_q, log_p = (x.logits.log_softmax(-1).gather(-1, tokens) for x in (self._policy, self._decoder))
         return self._log_ratio()[:, None] + _difference(log_q, log_p)
 
@@ -241,16 +257,16 @@ def _difference(log_q: Tensor, log_p: Tensor) -> Tensor:
     return (log_q - log_p).masked_fill(log_p == -torch.inf, 0.0)
 
 
-def induced(logits: Tensor, twist: SiteTwist, top_k: int) -> Tensor:
+def induced(logits: Tensor, candidates: Callable[[Tensor], Tensor], top_k: int) -> Tensor:
     """Return the logits (row, vocabulary) of the proposal that a twist induces on the k likeliest tokens.
 
     :param logits: the prior's, (row, vocabulary); all tokens other than the k likeliest keep their probability.
-    :param twist: evaluated at each of the k tokens.
+    :param candidates: returns log psi (row, k) of the texts so far, each continued by each of its tokens (row, k).
     :param top_k: the number k.
     """
     log_p = logits.log_softmax(-1)
     top, tokens = log_p.topk(min(top_k, log_p.shape[-1]), dim=-1)
-    tilted = top + twist.candidates(tokens)
+    tilted = top + candidates(tokens)
     tilted = tilted + (top.logsumexp(-1, keepdim=True) - tilted.logsumexp(-1, keepdim=True))
     # where psi is 0 for all of them the prior proposes, and the particle's weight becomes 0
     return log_p.scatter(-1, tokens, torch.where(tilted.isnan(), top, tilted))

@@ -102,7 +102,8 @@ class Autoregressive(TorchDistribution):
         self.prompt_mask = prompt_mask
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
-        self._drawn: tuple[Tensor, tuple[Any, ...], Tensor] | None = None  # the last sample, versions, token scores
+        # Of the last sample of this distribution, or of a larger batch of it: values, versions, token scores.
+        self._drawn: list[tuple[Tensor, tuple[Any, ...], Tensor]] = []
         super().__init__(prompt_ids.shape[:-1], Size([max_new_tokens]), validate_args=False)
 
     @property
@@ -129,6 +130,7 @@ class Autoregressive(TorchDistribution):
     def expand(self, batch_shape: Any, _instance: Any = None) -> Autoregressive:
         """Return the same distribution over a larger batch, for which each prompt is still prefilled once."""
         new = self.with_model(self.lm)
+        new._drawn = self._drawn
         TorchDistribution.__init__(new, Size(batch_shape), self.event_shape, validate_args=False)
         return new
 
@@ -164,7 +166,8 @@ class Autoregressive(TorchDistribution):
                 watched = watch if part[0] == 0 else None
                 value[part], scores[part] = generate(Decoder(prompted, prefix), watched)
         value = value.reshape(shape + self.event_shape)
-        self._drawn = None if value.is_inference() else (value, self._versions(value), scores.reshape(value.shape))
+        kept = (value, self._versions(value), scores.reshape(value.shape))
+        self._drawn[:] = [] if value.is_inference() else [kept]
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -293,10 +296,14 @@ class Autoregressive(TorchDistribution):
         """How many completions one micro-batch of a gradient takes."""
         return self.prompted.max_rows_with_gradient
 
-    def decoder(self) -> Decoder:
-        """Return unfinished completions of every element of the batch, to be written token by token."""
+    def decoder(self, every: int = 1) -> Decoder:
+        """Return unfinished completions, to be written token by token.
+
+        :param every: of so many elements of the batch's first axis, one has a completion.
+        """
         prompted = self.prompted
-        return Decoder(prompted, prompted.prefix(self.prompt_rows(self.batch_shape)))
+        rows = self.prompt_rows(self.batch_shape).reshape(self.batch_shape)
+        return Decoder(prompted, prompted.prefix((rows[::every] if every > 1 else rows).reshape(-1)))
 
     # -- inside ----------------------------------------------------------------------------------------------
 
@@ -323,9 +330,9 @@ class Autoregressive(TorchDistribution):
 
     def _score_of_drawn(self, value: Tensor) -> Tensor | None:
         """Return the token log-probabilities of the last sample, if ``value`` is that and they are still valid."""
-        if self._drawn is None:
+        if not self._drawn:
             return None
-        drawn, versions, scores = self._drawn
+        [(drawn, versions, scores)] = self._drawn
         return scores if drawn is value and versions == self._versions(value) else None
 
 

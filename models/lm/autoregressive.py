@@ -187,7 +187,7 @@ class Autoregressive(TorchDistribution):
         wants_grad = torch.is_grad_enabled() and self.lm.causal.requires_grad
         known = self._score_of_drawn(value) if known is None else known
         if known is not None and not wants_grad:
-            return known
+            return known.expand(broadcast_shape(known.shape[:-1], self.batch_shape) + self.event_shape)
         rows, flat, shape = self._flat(value)
         if known is not None:
             known = known.expand(shape + self.event_shape).reshape(flat.shape)

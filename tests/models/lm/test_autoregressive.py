@@ -254,6 +254,9 @@ def test_shapes_broadcast():
     assert wide.batch_shape == (7, 3)
     assert wide.event_shape == (3,)
     torch.testing.assert_close(wide.log_prob(x), dist.log_prob(x).expand(7, 3))
+    policy = lm.policy()(PROMPTS, max_new_tokens=3)  # also with a gradient, which runs the network again
+    x = policy.sample()
+    torch.testing.assert_close(policy.expand([7, 3]).log_prob(x), policy.log_prob(x).expand(7, 3))
     values = wide.sample((2,))
     assert values.shape == (2, 7, 3, 3)
     torch.testing.assert_close(wide.log_prob(values), lm(PROMPTS, 3).log_prob(values))

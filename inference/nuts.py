@@ -78,8 +78,8 @@ class NUTS:
         ``stats``: ``acceptance``, the mean probability of acceptance, ``divergences``, their number, and ``step_size``,
         all (chain,); ``interrupted``, ``seconds``, ``tokens`` and ``model_calls``. ``sample_stats`` (chain, draw):
         ``diverging``; ``tree_depth``, the number of doublings of the trajectory; ``energy``, the potential and kinetic
-        energy at its start. After Ctrl-C the posterior has the
-        complete chains or, if there are none, the draws of the first.
+        energy at its start. After Ctrl-C the posterior has the complete chains or, if there are none, the draws of the
+        first.
 
         :raises ProgramError: if a latent is not continuous, or the log-density has no finite gradient.
         :raises EvidenceError: if no starting point has positive probability.

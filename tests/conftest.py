@@ -9,15 +9,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test a
 
 import pyro
 import pytest
+from pyro.distributions import Unit
+from pyro.poutine import runtime
 
 from bayeslm.models import LanguageModel
 
 
 @pytest.fixture(autouse=True)
 def _fresh_pyro():
-    """The same seed and an empty parameter store for every test."""
+    """The same seed and an empty parameter store for every test, which leaves Pyro as it found it."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
+    yield
+    assert not runtime._PYRO_STACK
+    assert not runtime._DIM_ALLOCATOR._stack
+    assert "_validate_args" not in vars(Unit)
 
 
 @pytest.fixture(scope="session")

@@ -50,7 +50,7 @@ class Settings:
         try:
             said = json.loads(path.read_text(encoding="utf-8"))
             ends, pad = said.get("eos_token_ids"), said.get("pad_token_id")
-            if not isinstance(pad, int | None) or not all(isinstance(end, int) for end in ends or ()):
+            if any(type(i) is not int for i in (*(ends or ()), *(() if pad is None else (pad,)))):
                 raise TypeError(f"token ids {ends!r} and {pad!r} are no integers")
             return cls(
                 None if ends is None else tuple(ends),

@@ -157,11 +157,8 @@ def _score(prompted: PromptedNetwork, prefix: Prefix | None, prompts: Tensor, va
         return torch.zeros(values.shape, device=values.device), values.new_zeros((0, 0, network.width)).float()
     inputs = ids[:, : longest - 1]
     if prefix is None:
-        prompt_ids, mask = prompted.prompt_ids, prompted.prompt_mask
-        length = prompt_ids.shape[-1]
-        mask = None if mask is None else pad(mask[prompts], (0, longest - 1), value=1)
-        texts = torch.cat([prompt_ids[prompts], inputs], dim=-1)
-        hidden = network.hidden_of_texts(texts, mask, prompted.gradient_checkpointing)[:, length - 1 :]
+        mask = None if prompted.prompt_mask is None else prompted.prompt_mask[prompts]
+        hidden = network.hidden_after(prompted.prompt_ids[prompts], mask, inputs, prompted.gradient_checkpointing)
     else:
         prefix = prefix.fork(prompts)
         hidden = prefix.hidden[:, None]

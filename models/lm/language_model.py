@@ -362,6 +362,7 @@ class LanguageModel(ModuleWithProperties):
     def fit(
         self,
         texts: Sequence[str],
+        prompts: encoding.Prompts | None = None,
         *,
         num_steps: Count = 200,
         batch_size: Count = 16,
@@ -370,12 +371,14 @@ class LanguageModel(ModuleWithProperties):
         seed: Seed | None = None,
         progress: bool = True,
     ) -> list[float]:
-        """Maximise sum_n log p(text_n EOS | BOS) over the network's weights with AdamW; they are frozen again after.
+        """Maximise sum_n log p(text_n EOS | prompt_n) over the weights with AdamW; they are frozen again after.
 
         Of a network with adapters the adapters are trained, since the weights under them may be another model's.
-        Without a BOS token, each text's own first token is its prompt.
+        Without prompts BOS is that of each text; without a BOS token, the text's own first token.
 
         :param texts: the texts.
+        :param prompts: of each text the prompt that it completes: of an encoder-decoder network, which needs them, the
+            source.
         :param num_steps: steps of AdamW.
         :param batch_size: texts in a step, drawn without replacement; all of them if there are no more.
         :param learning_rate: of AdamW.
@@ -383,16 +386,26 @@ class LanguageModel(ModuleWithProperties):
         :param seed: of the batches; None: one that the system chooses.
         :param progress: show a progress bar.
         :returns: the loss of each step, nats a token.
-        :raises TypeError: if there is no tokenizer, or this model is `packed`.
+        :raises TypeError: if there is no tokenizer, this model is `packed`, or prompts are missing.
         :raises ValueError: if there are no texts, one has no token to predict, or a setting is out of range.
         """
         packing.refuse_packed(self.network)
         if self.tokenizer is None:
             raise TypeError("fit needs a tokenizer")
+        if prompts is not None:
+            known = fitting.completions_of(texts, self.tokenizer, self.decoder_start_ids, self.vocabulary, max_tokens)
+            sources = self.encode(prompts, max(map(len, known))).rows()
+            if len(sources) != len(known):
+                raise ValueError(f"fit needs a prompt of each text: got {len(known)} texts and {len(sources)} prompts")
+            pairs = [fitting.Pair(*pair) for pair in zip(sources, known, strict=True)]
+        elif self.decoder_start_ids:
+            raise TypeError("fit of an encoder-decoder network needs the sources of the texts: fit(texts, sources)")
+        else:
+            pairs = fitting.to_sequences(texts, self.tokenizer, self.bos_token_id, self.vocabulary, max_tokens)
         losses = fitting.fit(
             self.current(),
             adapters.own_parameters(self.network),
-            fitting.to_sequences(texts, self.tokenizer, self.bos_token_id, self.vocabulary, max_tokens),
+            pairs,
             num_steps=num_steps,
             batch_size=batch_size,
             learning_rate=learning_rate,

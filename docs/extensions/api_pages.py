@@ -27,6 +27,7 @@ PACKAGES = {
         "bayeslm.reliability",
         "bayeslm.bounds",
         "bayeslm.calibration",
+        "bayeslm.decisions",
         "bayeslm.weights",
         "bayeslm.plots",
         "bayeslm.report",

@@ -28,6 +28,7 @@ PACKAGES = {
         "bayeslm.bounds",
         "bayeslm.calibration",
         "bayeslm.decisions",
+        "bayeslm.moments",
         "bayeslm.weights",
         "bayeslm.plots",
         "bayeslm.report",

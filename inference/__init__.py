@@ -7,6 +7,7 @@ from .exact import Exact
 from .importance import ImportanceSampling
 from .laplace import Laplace
 from .mcmc import MCMC
+from .moments import MomentFit, match_moments
 from .nuts import NUTS
 from .predictive import predict
 from .program import EvidenceError, ProgramError, RunError
@@ -42,8 +43,10 @@ __all__ = [
     "Exact",
     "ImportanceSampling",
     "Laplace",
+    "MomentFit",
     "ProgramError",
     "RejectionSampling",
     "RunError",
+    "match_moments",
     "predict",
 ]

@@ -9,6 +9,7 @@ and scales it:
 In a program, `factor` multiplies the joint density by exp(r / beta) and records r.
 """
 
+from .best_of_n import BestOfNLikelihood
 from .broadcasting import broadcast, check_columns, with_trainer_arguments
 from .calling import TimeLimitError, call, copied
 from .classifier import Classifier
@@ -22,6 +23,7 @@ from .verifiable import Constraint, Contains, Length, Matches
 
 __all__ = [
     "BUILT_IN",
+    "BestOfNLikelihood",
     "Classifier",
     "Constraint",
     "Contains",

@@ -9,7 +9,7 @@ from .laplace import Laplace
 from .mcmc import MCMC
 from .nuts import NUTS
 from .predictive import predict
-from .program import EvidenceError, ProgramError, RunError
+from .program import EvidenceError, ProgramError, RankError, RunError, alone
 from .rejection import BestOfN, RejectionSampling
 from .smc import SMC
 from .svi import SVI
@@ -43,7 +43,9 @@ __all__ = [
     "ImportanceSampling",
     "Laplace",
     "ProgramError",
+    "RankError",
     "RejectionSampling",
     "RunError",
+    "alone",
     "predict",
 ]

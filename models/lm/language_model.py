@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bayeslm.model_card import TrainingNotes, read_notes, training_notes
 from bayeslm.posterior import Posterior
+from bayeslm.processes import is_first
 from bayeslm.validation import Count, Positive, Seed, Unchecked, validated
 
 from . import adapters, encoding, fitting, generation, packing, texts
@@ -318,13 +319,16 @@ class LanguageModel(ModuleWithProperties):
         The folder appears when it is complete; a model that it holds already is replaced, and other files stay. What
         that format has no place for goes into a file of its own, ``bayeslm.json``: ``compute_dtype``, and end and
         padding tokens that the saved network and tokenizer do not name themselves. A model card, README.md, says how to
-        load it in other programs, and how it was trained (`provenance`); a README.md of your own stays.
+        load it in other programs, and how it was trained (`provenance`); a README.md of your own stays. Of several
+        processes that run together the first one writes alone.
 
         :raises TypeError: if this model is `packed`.
         :raises ValueError: if it has several active adapters.
         :raises OSError: if the disk refuses; the folder is then as it was before.
         """
         packing.refuse_packed(self.network)
+        if not is_first():
+            return
         named = find_special_tokens(self.network, self.tokenizer)
         # A folder of adapters does not say what its base names.
         settings = Settings(

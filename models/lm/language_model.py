@@ -26,6 +26,7 @@ from .network import CausalNetwork
 from .own_forward import Findings
 from .settings import Settings
 from .special_tokens import SpecialTokens, find_special_tokens
+from .token_bytes import token_bytes
 from .weights import SharedWeights
 from .words import word_tokenizer
 
@@ -541,6 +542,10 @@ class LanguageModel(ModuleWithProperties):
     def token_ends(self, value: Tensor, decoded: np.ndarray) -> np.ndarray:
         """Return where each token of completions (*batch, token) ends in their texts (*batch), see `texts`."""
         return texts.token_ends(self.tokenizer, self.vocabulary.before_end(value), decoded, value.shape[-1])
+
+    def token_bytes(self, prompts: encoding.Encoded) -> tuple[bytes, ...] | None:
+        """Return the bytes that each token adds to the text of these prompts, or None, see `token_bytes`."""
+        return token_bytes(self.tokenizer, self.vocab_size, prompts)
 
     def token_ids(self, value: Tensor) -> np.ndarray:
         """Return completions (*batch, token) as lists of token ids, with the end, an object array of the batch's shape.

@@ -12,6 +12,7 @@ In a program, `factor` multiplies the joint density by exp(r / beta) and records
 from .broadcasting import broadcast, check_columns, with_trainer_arguments
 from .calling import TimeLimitError, call, copied
 from .classifier import Classifier
+from .grammar import Grammar, GrammarState
 from .recording import factor, record, reward_name
 from .registry import BUILT_IN, get, load
 from .rehearsal import rehearsal
@@ -25,6 +26,8 @@ __all__ = [
     "Classifier",
     "Constraint",
     "Contains",
+    "Grammar",
+    "GrammarState",
     "Length",
     "Matches",
     "Reward",

@@ -27,6 +27,7 @@ from .network import CausalNetwork
 from .own_forward import Findings
 from .settings import Settings
 from .special_tokens import SpecialTokens, find_special_tokens, is_encoder_decoder
+from .token_bytes import token_bytes
 from .weights import SharedWeights
 from .words import word_tokenizer
 
@@ -635,6 +636,10 @@ class LanguageModel(ModuleWithProperties):
         before = texts.context_of(self.tokenizer, self.decoder_start_ids) if self.decoder_start_ids else None
         rows = self.vocabulary.before_end(value)
         return texts.token_ends(self.tokenizer, rows, decoded, value.shape[-1], before)
+
+    def token_bytes(self, prompts: encoding.Encoded) -> tuple[bytes, ...] | None:
+        """Return the bytes that each token adds to the text of these prompts, or None, see `token_bytes`."""
+        return token_bytes(self.tokenizer, self.vocab_size, prompts)
 
     def token_ids(self, value: Tensor) -> np.ndarray:
         """Return completions (*batch, token) as lists of token ids, with the end, an object array of the batch's shape.

@@ -421,9 +421,8 @@ class LanguageModel(ModuleWithProperties):
 
     def identity(self) -> dict[str, Any]:
         """Return all on which the distribution depends, by which checkpoints tell runs apart."""
-        names = ("network", "tokenizer", "eos_token_ids", "bos_token_id", "pad_token_id", "compute_dtype")
-        if self.decoder_start_ids:
-            names = (*names, "decoder_start_ids")
+        names = ["network", "tokenizer", "eos_token_ids", "bos_token_id", "pad_token_id", "compute_dtype"]
+        names += ["decoder_start_ids"] if self.decoder_start_ids else []
         return {name: getattr(self, name) for name in names}
 
     @property

@@ -166,6 +166,9 @@ def _put_off_checks(change: int) -> None:
             del Unit._validate_args
 
 
+MT19937 = 624  # words of the state of NumPy's generator
+
+
 @dataclass(frozen=True)
 class RandomStates:
     """A snapshot of the random states of torch, of each CUDA device, of NumPy and of Python."""
@@ -199,12 +202,23 @@ class RandomStates:
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> RandomStates:
-        """Return the snapshot from what `saved` returned."""
+        """Return the snapshot from what `saved` returned.
+
+        :raises Exception: of several types, if it is none; restoring such a state would crash the process, or later.
+        """
         cuda = {int(key.rpartition(".")[2]): x for key, x in tensors.items() if key.startswith("rng.cuda.")}
         kind, keys, *rest = values["numpy"]
         version, inside, gauss = values["random"]
-        numpy = (kind, np.array(keys, dtype=np.uint32), *rest)
-        return RandomStates(tensors["rng.torch"], cuda, numpy, (version, tuple(inside), gauss))
+        position, has_gauss, numpy_gauss = rest
+        python = (version, tuple(inside), gauss)
+        if kind != "MT19937" or len(keys) != MT19937 or not 0 <= int(position) <= MT19937 or has_gauss not in (0, 1):
+            raise ValueError("its entry 'numpy' is no state of NumPy's generator")  # which itself does not look
+        if not isinstance(numpy_gauss, float) or not isinstance(gauss, float | None):
+            raise TypeError("the kept normal number of a random state must be a number")
+        numpy = (kind, np.array(keys, dtype=np.uint32), int(position), has_gauss, numpy_gauss)
+        torch.Generator().set_state(tensors["rng.torch"])
+        random.Random().setstate(python)
+        return RandomStates(tensors["rng.torch"], cuda, numpy, python)
 
 
 @contextlib.contextmanager

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from bayeslm.model_card import TrainingNotes, read_notes, training_notes
 from bayeslm.posterior import Posterior
+from bayeslm.processes import is_first
 from bayeslm.validation import Count, Positive, Seed, Unchecked, validated
 
-from . import adapters, encoding, fitting, generation, packing, texts
+from . import adapters, completions, encoding, fitting, generation, joining, packing, texts
 from .autoregressive import Autoregressive
 from .encoding import Vocabulary
 from .gradient_checkpointing import checkpointable_layers
@@ -26,6 +27,7 @@ from .network import CausalNetwork
 from .own_forward import Findings
 from .settings import Settings
 from .special_tokens import SpecialTokens, find_special_tokens, is_encoder_decoder
+from .token_bytes import token_bytes
 from .weights import SharedWeights
 from .words import word_tokenizer
 
@@ -318,13 +320,16 @@ class LanguageModel(ModuleWithProperties):
         The folder appears when it is complete; a model that it holds already is replaced, and other files stay. What
         that format has no place for goes into a file of its own, ``bayeslm.json``: ``compute_dtype``, and end and
         padding tokens that the saved network and tokenizer do not name themselves. A model card, README.md, says how to
-        load it in other programs, and how it was trained (`provenance`); a README.md of your own stays.
+        load it in other programs, and how it was trained (`provenance`); a README.md of your own stays. Of several
+        processes that run together the first one writes alone.
 
         :raises TypeError: if this model is `packed`.
         :raises ValueError: if it has several active adapters.
         :raises OSError: if the disk refuses; the folder is then as it was before.
         """
         packing.refuse_packed(self.network)
+        if not is_first():
+            return
         named = find_special_tokens(self.network, self.tokenizer)
         # A folder of adapters does not say what its base names.
         settings = Settings(
@@ -394,7 +399,7 @@ class LanguageModel(ModuleWithProperties):
             raise TypeError("fit needs a tokenizer")
         if prompts is not None:
             known = fitting.completions_of(texts, self.tokenizer, self.decoder_start_ids, self.vocabulary, max_tokens)
-            sources = self.encode(prompts, max(map(len, known))).rows()
+            sources = self.encode_prompts(prompts, max(map(len, known))).rows()
             if len(sources) != len(known):
                 raise ValueError(f"fit needs a prompt of each text: got {len(known)} texts and {len(sources)} prompts")
             pairs = [fitting.Pair(*pair) for pair in zip(sources, known, strict=True)]
@@ -522,8 +527,8 @@ class LanguageModel(ModuleWithProperties):
         :param max_new_tokens: the longest completion.
         :param temperature: divides the logits.
         """
-        ids, mask = self.encode(prompts, max_new_tokens)
-        return Autoregressive(self, ids, mask, max_new_tokens, temperature)
+        encoded = self.encode_prompts(prompts, max_new_tokens)
+        return Autoregressive(self, encoded.ids, encoded.mask, max_new_tokens, temperature)
 
     @validated
     def generate_texts(
@@ -549,7 +554,47 @@ class LanguageModel(ModuleWithProperties):
         )
         return [[sampled.text for sampled in of_prompt] for of_prompt in drawn]
 
-    def encode(self, prompts: encoding.Prompts, max_new_tokens: int = 0) -> encoding.Encoded:
+    def join(self, prompts: encoding.Prompts, *parts: Any) -> encoding.Encoded:
+        """Return prompts that are continued by what was drawn, and by texts between, for the next distribution.
+
+        ``lm(lm.join(prompts, x, " Answer:"), max_new_tokens=8)`` is the distribution of what follows prompt, completion
+        and " Answer:". A completion is conditioned on as it was drawn, id for id, without its end. Batches broadcast,
+        as under the plate of particles; the result can be joined again.
+
+        :param prompts: strings, chats or token ids, as for `forward`, or joined ones.
+        :param parts: each of them completions (*batch, token); a text for all prompts; a list or an array of texts, of
+            which "" and None add nothing; or a message of a chat, ``{"role": ..., "content": ...}``, whose content is
+            any of these. A message ends the assistant's turn, in which all drawn since the last message stands, and
+            begins its next one. A template that drops parts of earlier turns, such as reasoning, does not drop what was
+            drawn.
+        :raises TypeError: for a part of another kind, a text without a tokenizer, or a message after what is no chat.
+        :raises ValueError: if batches do not broadcast, the tokenizer has no tokens that read as a text, or the chat
+            template writes earlier turns otherwise once others follow.
+        """
+        return joining.join(self.encode_prompts(prompts), parts, self.tokenizer, self.vocabulary)
+
+    @validated
+    def encode(
+        self, texts: Annotated[Sequence[str] | np.ndarray, Unchecked], max_new_tokens: Count = 24, *, eos: bool = True
+    ) -> Tensor:
+        """Return the completions that are these texts, (*batch, max_new_tokens), to be observed; `decode` reads them.
+
+        ``pyro.sample("answer", lm(prompts, max_new_tokens=8), obs=lm.encode(answers, 8))`` observes the answers. A text
+        continues its prompt: it begins with a space where its first word is one of its own, but for tokenizers of
+        words.
+
+        :param texts: a list, or an object array, whose shape becomes the batch's.
+        :param max_new_tokens: that of the distribution.
+        :param eos: whether the text ends there. If not, it is observed that the completion begins with it: its
+            probability is the sum of those of all completions that do.
+        :raises TypeError: if there is no tokenizer, or a text is no string.
+        :raises ValueError: if a text has more tokens than ``max_new_tokens``, holds an end, or cannot be written in the
+            tokenizer's tokens.
+        """
+        found = completions.encode_completions(texts, self.tokenizer, self.vocabulary, max_new_tokens, eos)
+        return found.to(self.device)
+
+    def encode_prompts(self, prompts: encoding.Prompts, max_new_tokens: int = 0) -> encoding.Encoded:
         """Return the token ids of prompts that leave room for ``max_new_tokens`` more; see `encoding.encode`."""
         return encoding.encode(
             prompts,
@@ -579,7 +624,7 @@ class LanguageModel(ModuleWithProperties):
         """
         if self.tokenizer is None:
             raise TypeError("this LanguageModel has no tokenizer to decode with")
-        encoded = prompts if isinstance(prompts, encoding.Encoded | None) else self.encode(prompts)
+        encoded = prompts if isinstance(prompts, encoding.Encoded | None) else self.encode_prompts(prompts)
         if self.decoder_start_ids:
             encoded = encoding.Encoded(torch.tensor(self.decoder_start_ids), None)
         rows = self.vocabulary.before_end(value)
@@ -590,6 +635,10 @@ class LanguageModel(ModuleWithProperties):
         before = texts.context_of(self.tokenizer, self.decoder_start_ids) if self.decoder_start_ids else None
         rows = self.vocabulary.before_end(value)
         return texts.token_ends(self.tokenizer, rows, decoded, value.shape[-1], before)
+
+    def token_bytes(self, prompts: encoding.Encoded) -> tuple[bytes, ...] | None:
+        """Return the bytes that each token adds to the text of these prompts, or None, see `token_bytes`."""
+        return token_bytes(self.tokenizer, self.vocab_size, prompts)
 
     def token_ids(self, value: Tensor) -> np.ndarray:
         """Return completions (*batch, token) as lists of token ids, with the end, an object array of the batch's shape.

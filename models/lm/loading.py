@@ -6,6 +6,7 @@ import copy
 import difflib
 import importlib.util
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,6 +114,13 @@ def _load_transformers(name: str, dtype: torch.dtype | None, root: str | None = 
     if missing := sorted(report["missing_keys"]):  # which transformers has drawn at random
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise OSError(f"{name!r} is incomplete: it lacks the weights {missing[0]}{more}")
+    if unexpected := sorted(report["unexpected_keys"]):  # fewer layers in the config, say
+        more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
+        warnings.warn(
+            f"{name!r} holds weights for which the network of its config has no place, and which are not used: "
+            f"{unexpected[0]}{more}",
+            stacklevel=2,
+        )
     tokenizer = load_tokenizer(name, where)
     if tokenizer is None and root is not None:
         tokenizer = load_tokenizer(root, where)
@@ -152,6 +160,8 @@ def load_tokenizer(name: str, where: dict[str, Any], config: Any = None) -> Any:
         files = set(type(tokenizer).vocab_files_names.values())
         if files and not any(find_file(name, file, where) for file in {*files, "tokenizer.json"}):
             raise ValueError(f"none of {', '.join(sorted(files))} is there")  # transformers makes one without words
+        if not isinstance(limit := tokenizer.model_max_length, int | float):
+            raise TypeError(f"its model_max_length is {limit!r:.60}, and must be a number")
     except Exception as error:  # of whatever type, as damaged files cause
         reason = f"no entry {error}" if isinstance(error, KeyError) else reason_of(error).rstrip(".")
         found = ", ".join(file for file in TOKENIZER_FILES if find_file(name, file, where))

@@ -73,6 +73,7 @@ class CausalNetwork:
         self.compute_dtype = compute_dtype
         self._exact = set() if compute_dtype is None else _exact_weights(network, causal, exact)
         self.parameters = list(causal.parameters())
+        self._whole, self._passes = network, _passes(network)
         self._adapted: list[Any] = adapted_modules(causal)
         parameters = inspect.signature(causal.forward).parameters
         self.accepts_positions = self.pads_tokens and "position_ids" in parameters
@@ -207,16 +208,20 @@ class CausalNetwork:
 
     @property
     def version(self) -> Hashable:
-        """A value that changes with the weights and with which adapters are active."""
+        """A value that changes with the weights, what is computed with them, and which adapters are active."""
         count = sum(map(_version, self.parameters)) - sum(map(_version, self._miscounted))
         active = tuple((m.disable_adapters, *m.active_adapters) for m in self._adapted)
         few = tuple(weights.values(self._miscounted).items()) if self._miscounted else ()
-        return count, active, few
+        return count, active, few, self._passes, tuple(map(id, self.parameters))
 
     @property
     def is_current(self) -> bool:
-        """Whether the network has the parameters that it had when it was tried: no layer has been replaced."""
-        return all(a is b for a, b in itertools.zip_longest(self.network.parameters(), self.parameters))
+        """Whether the network has the parameters and the forward passes that it had when it was tried.
+
+        So no layer, no ``forward`` and no hook of one has been replaced or added since.
+        """
+        same = all(a is b for a, b in itertools.zip_longest(self.network.parameters(), self.parameters))
+        return same and self._passes == _passes(self._whole)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -502,6 +507,14 @@ def accepted(module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return arguments
     return {name: value for name, value in arguments.items() if name in {p.name for p in parameters}}
+
+
+def _passes(network: nn.Module) -> tuple[Hashable, ...]:
+    """Return what the modules of a network compute: the ``forward`` of each, its class's, and its hooks."""
+    return tuple(
+        (vars(m).get("forward"), type(m).forward, *m._forward_pre_hooks.values(), *m._forward_hooks.values())
+        for m in network.modules()
+    )
 
 
 def _exact_weights(network: nn.Module, causal: Any, names: Collection[str] | None) -> set[nn.Parameter]:

@@ -70,9 +70,14 @@ def find(network: TriedNetwork, ids: Tensor, expected: Tensor) -> Findings:
 
     :param ids: texts to try, (row, length).
     :param expected: their logits (row, length, vocabulary) by the forward pass of what was handed in.
-    :raises TypeError: if it scores in no way as its own forward pass does.
+    :raises TypeError: if it scores in no way as its own forward pass does, or computes NaN.
     """
     wants = expected.float().log_softmax(-1)
+    if wants.isnan().any():
+        raise TypeError(
+            f"{network.name} computes NaN of the token ids {ids[0].tolist()}: its weights or its config are damaged, "
+            "or its numbers are too large for its dtype"
+        )
     for found in (Findings(True, True), Findings(False, True), Findings(False, False)):
         if found.takes_positions and not network.accepts_positions:
             continue

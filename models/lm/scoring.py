@@ -151,10 +151,11 @@ def _score(prompted: PromptedNetwork, prefix: Prefix | None, prompts: Tensor, va
     network, vocabulary = prompted.network, prompted.vocabulary
     live = vocabulary.is_live(values)
     ids = values.clamp(0, vocabulary.size - 1)
-    malformed = values != torch.where(live, ids, vocabulary.pad_token_id)
+    malformed = ~vocabulary.is_well_formed(values)
     longest = int(live.any(0).sum())  # columns that are padding in every row need no forward pass
-    if longest == 0:  # no rows
-        return torch.zeros(values.shape, device=values.device), values.new_zeros((0, 0, network.width)).float()
+    if longest == 0:  # no rows, or beginnings of no tokens
+        scores = torch.zeros(values.shape, device=values.device).masked_fill(malformed, -torch.inf)
+        return scores, scores.new_zeros((len(values), 0, network.width))
     inputs = ids[:, : longest - 1]
     if prefix is None:
         mask = None if prompted.prompt_mask is None else prompted.prompt_mask[prompts]

@@ -52,7 +52,7 @@ class Settings:
         try:
             said = json.loads(path.read_text(encoding="utf-8"))
             ends, pad, start = (said.get(name) for name in ("eos_token_ids", "pad_token_id", "decoder_start_ids"))
-            if not isinstance(pad, int | None) or not all(isinstance(i, int) for i in (*(ends or ()), *(start or ()))):
+            if any(type(i) is not int for i in (*(ends or ()), *(start or ()), *(() if pad is None else (pad,)))):
                 raise TypeError(f"token ids {ends!r}, {pad!r} and {start!r} are no integers")
             return cls(
                 None if ends is None else tuple(ends),

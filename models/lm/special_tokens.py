@@ -131,6 +131,13 @@ def ids_of(source: Any, name: str, folder: str) -> list[int]:
 def _ids(ids: int | Iterable[int]) -> list[int]:
     """Return one or several token ids as a list."""
     try:
-        return [operator.index(ids)]  # type: ignore[arg-type]
+        return [_id(ids)]
     except TypeError:  # not a single integer
-        return [operator.index(i) for i in ids]  # type: ignore[union-attr]
+        return [_id(i) for i in ids]  # type: ignore[union-attr]
+
+
+def _id(value: Any) -> int:
+    """Return a token id; a truth value is none, though Python and torch count it as 0 or 1."""
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+        raise TypeError(f"{value!r} is no token id")
+    return operator.index(value)

@@ -27,6 +27,7 @@ from torch.nn.functional import gelu, pad
 
 from bayeslm.checksums import verify
 from bayeslm.files import atomic_folder, read_header
+from bayeslm.processes import is_first
 from bayeslm.validation import Count, Share, validated
 
 from .decoding import Decoder
@@ -228,8 +229,12 @@ class Twist(ModuleWithProperties):
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write the twist into a new folder: ``twist.json`` and ``twist.safetensors``.
 
+        Of several processes that run together the first one writes alone.
+
         :raises FileExistsError: if the folder exists and is not empty.
         """
+        if not is_first():
+            return
         with atomic_folder(path) as folder:
             config = {"format": FORMAT, "settings": self.settings, "stats": self.stats}
             (folder / "twist.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

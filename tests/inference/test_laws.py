@@ -9,7 +9,7 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
-from support import programs
+from support import dialogues, programs
 from support.engines import ENGINES, those
 from support.models import table_lm, tiny_llama, tiny_seq2seq
 from support.programs import highest, rewarded, score_table, tilted, token_is
@@ -77,7 +77,25 @@ LATENTS = {
             lambda p: mood(p) * (p.samples["completion"][..., 1:, 1] == 2),
         ],
     ),
+    "a rationale before an observed answer": (
+        dialogues.reasoned(),
+        [lambda p, t=t, k=k: p.samples["rationale"][..., t] == k for t in (0, 1) for k in (1, 2)],
+    ),
+    "an observed beginning of an answer": (
+        dialogues.reasoned(eos=False),
+        [lambda p, t=t, k=k: p.samples["rationale"][..., t] == k for t in (0, 1) for k in (1, 2)],
+    ),
+    "a text after a text": (
+        dialogues.continued(),
+        [
+            lambda p: p.samples["draft"][..., 0] == 2,
+            lambda p: p.samples["revision"][..., 0] == 2,
+            lambda p: (p.samples["draft"][..., 0] == 2) * (p.samples["revision"][..., 0] == 1),
+        ],
+    ),
 }
+
+LONG = ("an observed beginning of an answer", "a text after a text")  # the parts of a dialogue
 
 FUNCTIONS = [reward, *(token_is(t, token) for t in range(4) for token in (0, 1, 2))]
 
@@ -110,7 +128,9 @@ class TestPosterior:
             np.testing.assert_allclose(posterior.log_evidence, 0.0, atol=2e-3)
         assert_agrees(posterior, exact_of(beta=1e6), FUNCTIONS[:4])
 
-    @pytest.mark.parametrize("program", LATENTS)
+    @pytest.mark.parametrize(
+        "program", [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in LATENTS]
+    )
     def test_other_latents_and_several_completions(self, name, program):
         model, functions = LATENTS[program]
         exact = Exact().run(model, programs.SHORT)

@@ -14,6 +14,7 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
 )
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm import own_forward, redraw
@@ -175,12 +176,34 @@ def test_a_limit_of_minus_one_is_none():
     assert_scored_as_its_forward(lm)
 
 
-@pytest.mark.parametrize("change", [with_bias, with_another_head, tied, in_training])
-def test_layers_that_are_replaced_after_its_first_use_are_noticed(change):
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_replaced_after_its_first_use_is_noticed(change):
+    """A layer, a ``forward`` or a hook; scores that a distribution has kept go with it."""
     lm = LanguageModel(llama_network())
-    lm(PROMPTS, 2).sample()
+    dist = lm(PROMPTS, 2)
+    x = dist.sample()
     change(lm.network)
     assert_scored_as_its_forward(lm)
+    torch.testing.assert_close(dist.log_prob(x), dist.log_prob(x.clone()))
+
+
+def test_a_forward_of_the_class_that_is_replaced_is_noticed(monkeypatch):
+    lm = LanguageModel(llama_network())
+    lm(PROMPTS, 2).sample()
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: 3 * forward(self, x))
+    assert_scored_as_its_forward(lm)
+
+
+@pytest.mark.parametrize("place", ["weights", "config"])
+def test_a_network_that_computes_nan_is_refused(place):
+    network = llama_network()
+    if place == "weights":
+        network.model.norm.weight.data[0] = torch.nan
+    else:
+        network.model.norm.variance_epsilon = float("nan")
+    with pytest.raises(TypeError, match="computes NaN of the token ids"):
+        LanguageModel(network)(PROMPTS, 2)
 
 
 @pytest.mark.parametrize("active", [["one"], ["other"], ["one", "other"], []])

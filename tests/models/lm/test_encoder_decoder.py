@@ -230,13 +230,16 @@ def test_sources_and_completions_are_texts_of_their_own(tmp_path):
     translator().save_pretrained(tmp_path)
     lm = LanguageModel.from_pretrained(tmp_path)
     sources = ["My food is good", "the food"]
-    rows = lm.encode(sources).rows() if hasattr(lm, "encode_prompts") is False else lm.encode_prompts(sources).rows()
+    rows = lm.encode_prompts(sources).rows()
     assert rows == [lm.tokenizer(text)["input_ids"] for text in sources]
     assert all(row[-1] == 2 for row in rows)
     words = [lm.tokenizer.convert_tokens_to_ids(f"▁{word}") for word in ("the", "food", "is")]
     x = torch.tensor([[*words, 2, 0], [words[1], 2, 0, 0, 0]])
     decoded = lm.decode(x, sources)
     assert decoded.tolist() == lm.decode(x).tolist() == ["the food is", "food"]
+    assert lm.encode(decoded, 5).equal(x)  # to be observed
+    with pytest.raises(TypeError, match="the source of an encoder-decoder network is a complete text"):
+        lm.join(sources, x)
     assert lm.token_ends(x, decoded).tolist() == [[3, 8, 11, 11, 11], [4, 4, 4, 4, 4]]
     reference = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)(
         input_ids=torch.tensor([rows[0]]), decoder_input_ids=torch.tensor([[0, *words]])

@@ -426,9 +426,8 @@ class LanguageModel(ModuleWithProperties):
 
     def identity(self) -> dict[str, Any]:
         """Return all on which the distribution depends, by which checkpoints tell runs apart."""
-        names = ("network", "tokenizer", "eos_token_ids", "bos_token_id", "pad_token_id", "compute_dtype")
-        if self.decoder_start_ids:
-            names = (*names, "decoder_start_ids")
+        names = ["network", "tokenizer", "eos_token_ids", "bos_token_id", "pad_token_id", "compute_dtype"]
+        names += ["decoder_start_ids"] if self.decoder_start_ids else []
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -568,10 +567,16 @@ class LanguageModel(ModuleWithProperties):
             any of these. A message ends the assistant's turn, in which all drawn since the last message stands, and
             begins its next one. A template that drops parts of earlier turns, such as reasoning, does not drop what was
             drawn.
-        :raises TypeError: for a part of another kind, a text without a tokenizer, or a message after what is no chat.
+        :raises TypeError: for a part of another kind, a text without a tokenizer, a message after what is no chat, or
+            an encoder-decoder network, whose sources do not go on.
         :raises ValueError: if batches do not broadcast, the tokenizer has no tokens that read as a text, or the chat
             template writes earlier turns otherwise once others follow.
         """
+        if self.decoder_start_ids:
+            raise TypeError(
+                "join continues prompts, and the source of an encoder-decoder network is a complete text: hand in new "
+                "sources, such as lm(list of texts)"
+            )
         return joining.join(self.encode_prompts(prompts), parts, self.tokenizer, self.vocabulary)
 
     @validated
@@ -592,7 +597,9 @@ class LanguageModel(ModuleWithProperties):
         :raises ValueError: if a text has more tokens than ``max_new_tokens``, holds an end, or cannot be written in the
             tokenizer's tokens.
         """
-        found = completions.encode_completions(texts, self.tokenizer, self.vocabulary, max_new_tokens, eos)
+        found = completions.encode_completions(
+            texts, self.tokenizer, self.vocabulary, max_new_tokens, eos, self.decoder_start_ids
+        )
         return found.to(self.device)
 
     def encode_prompts(self, prompts: encoding.Prompts, max_new_tokens: int = 0) -> encoding.Encoded:

@@ -13,6 +13,7 @@ from .best_of_n import BestOfNLikelihood
 from .broadcasting import broadcast, check_columns, with_trainer_arguments
 from .calling import TimeLimitError, call, copied
 from .classifier import Classifier
+from .judge import Judge, JudgeUsage
 from .recording import factor, record, reward_name
 from .registry import BUILT_IN, get, load
 from .rehearsal import rehearsal
@@ -27,6 +28,8 @@ __all__ = [
     "Classifier",
     "Constraint",
     "Contains",
+    "Judge",
+    "JudgeUsage",
     "Length",
     "Matches",
     "Reward",

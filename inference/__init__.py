@@ -10,7 +10,7 @@ from .mcmc import MCMC
 from .moments import MomentFit, match_moments
 from .nuts import NUTS
 from .predictive import predict
-from .program import EvidenceError, ProgramError, RunError
+from .program import EvidenceError, ProgramError, RankError, RunError, alone
 from .rejection import BestOfN, RejectionSampling
 from .smc import SMC
 from .svi import SVI
@@ -45,8 +45,10 @@ __all__ = [
     "Laplace",
     "MomentFit",
     "ProgramError",
+    "RankError",
     "RejectionSampling",
     "RunError",
+    "alone",
     "match_moments",
     "predict",
 ]

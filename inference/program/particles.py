@@ -6,8 +6,8 @@ shape (particle, prompt). Where the plate of prompts is subsampled, a run has th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -102,6 +102,33 @@ class Particles:
         """The particles with the values of sites inside the plate of prompts alone."""
         inside = {name: value for name, value in self.values.items() if "prompt" in program.sites[name].dims}
         return replace(self, values=inside, pointwise={}, auxiliary={}, proposal_token_log_prob={})
+
+    def as_tensors(self) -> dict[str, Tensor]:
+        """Return the record as tensors by name, ``field`` or ``field.site``."""
+        tensors: dict[str, Tensor] = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, Mapping):
+                tensors |= {f"{each.name}.{name}": x for name, x in value.items()}
+            elif value is not None:
+                tensors[each.name] = value
+        return tensors
+
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, Tensor], device: torch.device | str | None = None) -> Particles:
+        """Return the record that `as_tensors` has taken apart.
+
+        :param device: where the particles shall be, but for the indices of prompts; None leaves them where they are.
+        """
+        found: dict[str, Any] = {"values": {}, "log_likelihood": {}}
+        for name, x in tensors.items():
+            key, dot, site = name.partition(".")
+            x = x.cpu() if key == "prompts" else x.to(device)
+            if dot:
+                found.setdefault(key, {})[site] = x
+            else:
+                found[key] = x
+        return Particles(**found)
 
     @staticmethod
     def concatenate(parts: list[Particles]) -> Particles:

@@ -13,6 +13,7 @@ from .best_of_n import BestOfNLikelihood
 from .broadcasting import broadcast, check_columns, with_trainer_arguments
 from .calling import TimeLimitError, call, copied
 from .classifier import Classifier
+from .grammar import Grammar, GrammarState
 from .judge import Judge, JudgeUsage
 from .recording import factor, record, reward_name
 from .registry import BUILT_IN, get, load
@@ -28,6 +29,8 @@ __all__ = [
     "Classifier",
     "Constraint",
     "Contains",
+    "Grammar",
+    "GrammarState",
     "Judge",
     "JudgeUsage",
     "Length",

@@ -9,14 +9,10 @@ from support.models import PADDED_PROMPTS, llama_network, random_network
 from support.oracles import by_hand
 from torch import nn
 from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
     DogeConfig,
     DogeForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -59,29 +55,6 @@ PROMPT_LEARNING = {
 def test_adapters_that_change_the_text_are_refused_by_name(kind):
     with pytest.raises(TypeError, match=f"adapter 'default' is of the kind {kind}"):
         LanguageModel(get_peft_model(llama_network(), PROMPT_LEARNING[kind]))
-
-
-SMALL = {"vocab_size": 20, "d_model": 16, "decoder_start_token_id": 0}
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: T5ForConditionalGeneration(T5Config(**SMALL, num_layers=1, num_heads=2, d_kv=8, d_ff=16)),
-        lambda: BartForConditionalGeneration(
-            BartConfig(
-                **SMALL, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2
-            )
-        ),
-        lambda: get_peft_model(
-            T5ForConditionalGeneration(T5Config(**SMALL, num_layers=1, num_heads=2, d_kv=8, d_ff=16)),
-            LoraConfig(target_modules=["q", "v"]),
-        ),
-    ],
-)
-def test_encoder_decoder_networks_are_refused(make):
-    with pytest.raises(TypeError, match="is an encoder-decoder network"):
-        LanguageModel(make())
 
 
 def test_a_network_that_looks_ahead_is_refused():

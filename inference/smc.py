@@ -105,7 +105,15 @@ class SMC:
 
     num_particles: Count = 64
     num_chains: Count = 4
-    twist: str | Twist | Power | TokenConstraint | Mapping[str, Any] | LanguageModel | None = None
+    twist: (
+        str
+        | Twist
+        | Power
+        | TokenConstraint
+        | Mapping[str, str | Twist | Power | TokenConstraint]
+        | LanguageModel
+        | None
+    ) = None
     proposal: str | LanguageModel | Callable[..., Any] | None = None
     top_k: Count = 64
     resampling: Resampling = "systematic"

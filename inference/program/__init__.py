@@ -8,11 +8,11 @@ from .guides import PolicyGuide, as_proposal, draw_latents
 from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, RandomStates, seeded
 from .independence import check_independence
 from .partial import PartialRun
-from .particles import Particles, particles_of, run_particles, score_sites, to_numpy, traces
+from .particles import Particles, gathered, particles_of, run_particles, score_sites, to_numpy, traces
 from .program import STEPS, Program, along, inspect, inspect_or_reuse
-from .ranks import ALONE, Message, RankError, Ranks, alone, digest_of, on_first, ranks
+from .ranks import ALONE, Message, RankError, Ranks, alone, digest_of, on_first, ranks, seed_of
 from .results import check_evidence, posterior, prompt_labels
-from .run import Engine, RunError, SoFar, Stopwatch, draw, gathered, keeping, of_prompts, running
+from .run import Engine, RunError, SoFar, Stopwatch, draw, keeping, of_prompts, running
 from .sites import Site, in_prompts, sample_sites, site_value
 
 __all__ = [
@@ -67,6 +67,7 @@ __all__ = [
     "sample_sites",
     "score_sites",
     "score_values",
+    "seed_of",
     "seeded",
     "site_value",
     "to_numpy",

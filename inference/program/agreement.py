@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from hashlib import blake2b
 from typing import Any
 
@@ -24,16 +24,17 @@ DEEPEST = 4  # settings of settings
 PER_RANK = ("seed", "progress", "checkpoint", "callbacks")  # compared before, or rank 0's alone
 
 
-def check_together(together: Ranks, program: Program, engine: Any, **divided: int) -> None:
+def check_together(together: Ranks, program: Program, engine: Any, *but: str, **divided: int) -> None:
     """Check, at the start of a run, that all processes do the same, and that there is something for each of them.
 
     :param together: the processes.
     :param engine: a dataclass of settings.
+    :param but: settings that may differ, as the first process's will be those of all.
     :param divided: the numbers of what is divided, by their names in the engine's settings.
     :raises RankError: on every process, if they differ; with what differs.
     :raises ValueError: on every process, if there are more of them than something has members.
     """
-    together.check_same("the run", _described(program, engine))
+    together.check_same("the run", _described(program, engine, but))
     for name, number in divided.items():
         if number < together.size:
             raise ValueError(
@@ -42,9 +43,10 @@ def check_together(together: Ranks, program: Program, engine: Any, **divided: in
             )
 
 
-def _described(program: Program, engine: Any) -> dict[str, str]:
+def _described(program: Program, engine: Any, but: Collection[str]) -> dict[str, str]:
     """Return the run as texts by name."""
-    settings = {x.name: getattr(engine, x.name) for x in dataclasses.fields(engine) if x.name not in PER_RANK}
+    names = [x.name for x in dataclasses.fields(engine) if x.name not in (*PER_RANK, *but)]
+    settings = {name: getattr(engine, name) for name in names}
     found = {"engine": type(engine).__name__} | {f"the setting {name}": _text(x) for name, x in settings.items()}
     found["program"] = json.dumps(describe(program), sort_keys=True, default=str)
     for site in program.sites.values():

@@ -3,5 +3,6 @@
 from . import notebooks, rewards  # noqa: F401, notebooks first, since it quiets an import of the others
 from .lm import Autoregressive, LanguageModel, Twist
 from .tilted import TiltedLM
+from .tools import Tool, ToolError
 
-__all__ = ["Autoregressive", "LanguageModel", "TiltedLM", "Twist", "rewards"]
+__all__ = ["Autoregressive", "LanguageModel", "TiltedLM", "Tool", "ToolError", "Twist", "rewards"]

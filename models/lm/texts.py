@@ -129,20 +129,20 @@ def token_ends(tokenizer: Any, rows: Sequence[Sequence[int]], texts: np.ndarray,
     """
     keys = list(zip(map(tuple, rows), texts.reshape(-1).tolist(), strict=True))
     tokens = sorted({token for row in rows for token in row})
-    pieces = dict(zip(tokens, _pieces(tokenizer, [[token] for token in tokens]), strict=True))
+    pieces = dict(zip(tokens, token_texts(tokenizer, [[token] for token in tokens]), strict=True))
     found = {key: np.full(length, len(key[1]), dtype=np.int32) for key in keys}
     for (row, text), ends in found.items():
         parts = [pieces[token] for token in row]
         if "".join(parts) == text:
             ends[: len(row)] = np.cumsum([len(part) for part in parts])
         else:  # a decoder that looks at neighbours, or a character of several tokens
-            beginnings = _pieces(tokenizer, [row[: t + 1] for t in range(len(row) - 1)])
+            beginnings = token_texts(tokenizer, [row[: t + 1] for t in range(len(row) - 1)])
             common = [_agree(text, beginning) for beginning in beginnings]
             ends[: len(common)] = np.maximum.accumulate(common)
     return np.array([found[key] for key in keys], dtype=np.int32).reshape(*texts.shape, length)
 
 
-def _pieces(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
+def token_texts(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
     """Return the text that each row adds to a text that ends in a word; of a tokenizer of words, the words alone."""
     if _joins_words(tokenizer):
         return decode(tokenizer, rows)

@@ -2,7 +2,18 @@
 
 from . import notebooks, rewards  # noqa: F401, notebooks first, since it quiets an import of the others
 from .lm import Autoregressive, LanguageModel, Twist
+from .moments import Moment, moment_target
 from .tilted import TiltedLM
 from .tools import Tool, ToolError
 
-__all__ = ["Autoregressive", "LanguageModel", "TiltedLM", "Tool", "ToolError", "Twist", "rewards"]
+__all__ = [
+    "Autoregressive",
+    "LanguageModel",
+    "Moment",
+    "TiltedLM",
+    "Tool",
+    "ToolError",
+    "Twist",
+    "moment_target",
+    "rewards",
+]

@@ -54,6 +54,7 @@ def encode(
     vocab_size: int,
     room: int | None,
     device: torch.device,
+    complete: bool = False,
 ) -> Encoded:
     """Encode a batch of prompts.
 
@@ -65,6 +66,8 @@ def encode(
     :param vocab_size: number of token ids.
     :param room: the most tokens a prompt may have, None for no limit.
     :param device: where the batch goes.
+    :param complete: whether texts are complete, as an encoder reads them, with all that the tokenizer adds; else they
+        are continued.
     :raises TypeError: for one prompt or a table instead of a list of prompts, strings without a tokenizer, or malformed
         messages.
     :raises ValueError: for no prompts, an empty prompt without a BOS, a lone surrogate, ids out of range, a prompt over
@@ -85,7 +88,7 @@ def encode(
     flat = list(prompts.reshape(-1)) if isinstance(prompts, np.ndarray) else list(prompts)
     if not flat:
         raise ValueError("prompts is empty: give at least one prompt")
-    rows = [_one(i, prompt, tokenizer, bos_token_id) for i, prompt in enumerate(flat)]
+    rows = [_one(i, prompt, tokenizer, bos_token_id, complete) for i, prompt in enumerate(flat)]
     for i, row in enumerate(rows):
         if min(row) < 0 or max(row) >= vocab_size:
             raise ValueError(f"prompts[{i}] holds token ids outside 0..{vocab_size - 1}")
@@ -149,13 +152,13 @@ def _is_chat(prompt: Any) -> bool:
     return isinstance(prompt, list | tuple) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
-def _one(i: int, prompt: Prompt, tokenizer: Any, bos_token_id: int | None) -> list[int]:
+def _one(i: int, prompt: Prompt, tokenizer: Any, bos_token_id: int | None, complete: bool) -> list[int]:
     """Return the token ids of one prompt."""
     if isinstance(prompt, str):
         if tokenizer is None:
             raise TypeError(f"prompts[{i}] is a string, and this LanguageModel has no tokenizer: give token ids")
         check_characters(f"prompts[{i}]", prompt)
-        row = _text_ids(prompt, tokenizer)
+        row = list(tokenizer(prompt)["input_ids"]) if complete else _text_ids(prompt, tokenizer)
     elif _is_chat(prompt):
         messages: Any = prompt
         chat = chat_text(f"prompts[{i}]", messages, tokenizer)

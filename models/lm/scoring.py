@@ -158,11 +158,8 @@ def _score(prompted: PromptedNetwork, prefix: Prefix | None, prompts: Tensor, va
         return scores, scores.new_zeros((len(values), 0, network.width))
     inputs = ids[:, : longest - 1]
     if prefix is None:
-        prompt_ids, mask = prompted.prompt_ids, prompted.prompt_mask
-        length = prompt_ids.shape[-1]
-        mask = None if mask is None else pad(mask[prompts], (0, longest - 1), value=1)
-        texts = torch.cat([prompt_ids[prompts], inputs], dim=-1)
-        hidden = network.hidden_of_texts(texts, mask, prompted.gradient_checkpointing)[:, length - 1 :]
+        mask = None if prompted.prompt_mask is None else prompted.prompt_mask[prompts]
+        hidden = network.hidden_after(prompted.prompt_ids[prompts], mask, inputs, prompted.gradient_checkpointing)
     else:
         prefix = prefix.fork(prompts)
         hidden = prefix.hidden[:, None]
@@ -173,7 +170,8 @@ def _score(prompted: PromptedNetwork, prefix: Prefix | None, prompts: Tensor, va
     if prompted.taken is not None:
         taken = prompted.taken[prompts] if prefix is None else prefix.taken
         assert taken is not None
-        ends_at_once = (live.sum(-1) <= 1) & (values[:, 0] == vocabulary.eos_token_ids[0])
+        written = live.sum(-1)
+        ends_at_once = ((written == 1) & (values[:, 0] == vocabulary.eos_token_ids[0])) | (written == 0)
         scores = torch.where(taken[:, None], scores, torch.where(ends_at_once, 0.0, -torch.inf)[:, None])
         scores = torch.where(taken[:, None] | (torch.arange(values.shape[-1]) == 0).to(taken), scores, 0.0)
     return scores.masked_fill(malformed, -torch.inf), hidden

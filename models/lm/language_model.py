@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from bayeslm.model_card import TrainingNotes, read_notes, training_notes
 from bayeslm.posterior import Posterior
 from bayeslm.processes import is_first
-from bayeslm.validation import Count, Positive, Seed, Unchecked, validated
+from bayeslm.validation import Count, Positive, Seed, Unchecked, Within, validated
 
-from . import adapters, completions, encoding, fitting, generation, joining, packing, texts
+from . import adapters, completions, encoding, fitting, generation, joining, packing, stop_strings, texts
 from .autoregressive import Autoregressive
 from .encoding import Vocabulary
 from .gradient_checkpointing import checkpointable_layers
@@ -28,6 +28,7 @@ from .own_forward import Findings
 from .settings import Settings
 from .special_tokens import SpecialTokens, find_special_tokens, is_encoder_decoder
 from .token_bytes import token_bytes
+from .truncation import Truncation
 from .weights import SharedWeights
 from .words import word_tokenizer
 
@@ -520,15 +521,39 @@ class LanguageModel(ModuleWithProperties):
         prompts: encoding.Prompts,
         max_new_tokens: Count = 24,
         temperature: Positive = 1.0,
+        *,
+        top_k: Count | None = None,
+        top_p: Annotated[float, Within("(0, 1]")] | None = None,
+        stop: Annotated[str | Sequence[str] | None, Unchecked] = None,
+        where: Tensor | None = None,
     ) -> Autoregressive:
         """Return the distribution of completions of ``prompts``.
 
-        :param prompts: strings, chats or token ids; see `encoding.encode`, also for the errors.
+        :param prompts: strings, chats, token ids or what `join` returns; see `encoding.encode`, also for the errors.
         :param max_new_tokens: the longest completion.
         :param temperature: divides the logits.
+        :param top_k: of each token the k likeliest remain, renormalised; None: all.
+        :param top_p: of each token the fewest likeliest with this probability remain, renormalised; None: all.
+        :param stop: a string, or several, that end a completion as an end token does; they are part of it.
+        :param where: bool, in a shape that broadcasts with the prompts': elsewhere the completion is the text that ends
+            at once, with probability 1, as in a turn of a dialogue that is not taken.
+        :raises TypeError: if ``where`` is not bool, or ``stop`` is no string, or there is no tokenizer to read it with.
+        :raises ValueError: if ``where`` does not broadcast, or there is no end token, or ``stop`` is empty.
         """
-        encoded = self.encode_prompts(prompts, max_new_tokens)
-        return Autoregressive(self, encoded.ids, encoded.mask, max_new_tokens, temperature)
+        ids, mask, _ = self.encode_prompts(prompts, max_new_tokens)
+        strings = stop_strings.check_stop(stop, self.tokenizer)
+        if where is not None:
+            ids, mask, where = encoding.broadcast_where(ids, mask, where, self.vocabulary)
+        return Autoregressive(
+            self,
+            ids,
+            mask,
+            max_new_tokens,
+            temperature,
+            truncation=Truncation(top_k, top_p),
+            stops=stop_strings.stops_of(self.tokenizer, strings, self.vocab_size).to(ids.device) if strings else None,
+            where=where,
+        )
 
     @validated
     def generate_texts(

@@ -80,12 +80,14 @@ class ImportanceSampling:
         :raises ProgramError: if the retained draws are not of this program, or the guide cannot have proposed them.
         :raises RunError: if an error stops the run after the first batch; it carries the draws.
         """
-        with running(self.seed) as watch:
+        with running(self.seed, divided=True) as watch:
             program = (
                 inspect_or_reuse(None, model, args, kwargs)
                 if self.retained is None
                 else inspect(model, *args, **kwargs)
             )
+            total = self.num_particles * self.num_chains
+            watch.check_together(program, self, num_particles=total)
             guide = None if self.guide is None else as_proposal(self._guide(program, self.guide), program)
             retained = None
             if self.retained is not None:
@@ -100,7 +102,7 @@ class ImportanceSampling:
             particles, interrupted = draw(
                 program,
                 guide,
-                self.num_particles * self.num_chains,
+                total,
                 batch_size=self.batch_size,
                 vectorize=self.vectorize,
                 progress=self.progress,

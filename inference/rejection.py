@@ -28,11 +28,13 @@ from bayeslm.inference.program import (
     SoFar,
     check_evidence,
     draw,
+    gathered,
     inspect,
     keeping,
     of_prompts,
     posterior,
     prompt_labels,
+    ranks,
     run_particles,
     running,
 )
@@ -94,8 +96,9 @@ class RejectionSampling:
                 f"rejection sampling needs a finite upper bound of the log-likelihood, got {bound}: set log_bound to "
                 "r_max / beta, or use TiltedLM with a reward that has an upper_bound"
             )
-        with running(self.seed) as watch:
+        with running(self.seed, divided=True) as watch:
             program = inspect(model, *args, **kwargs)
+            watch.check_together(program, self, num_samples=self.num_samples * self.num_chains)
             proposals, accepted, interrupted = self._propose(program, bound)
             counts = accepted.sum(0)
             wanted = self.num_samples * self.num_chains
@@ -135,12 +138,12 @@ class RejectionSampling:
             )
 
     def _propose(self, program: Program, bound: float) -> tuple[Particles, torch.Tensor, bool]:
-        """Propose until every prompt has its draws or ``max_proposals`` is reached.
+        """Propose until every prompt has its draws or ``max_proposals`` is reached, each process its share of both.
 
         :returns: the proposals; whether each is accepted, bool (proposal, prompt); whether Ctrl-C interrupted.
         :raises ProgramError: if a proposal exceeds the bound.
         """
-        wanted = self.num_samples * self.num_chains
+        wanted, most = (ranks().share(n) for n in (self.num_samples * self.num_chains, self.max_proposals))
         guide = None if self.constraint is None else LearnedRejection(program, self.constraint)
         size = self.batch_size or program.max_particles
         parts: list[tuple[Particles, torch.Tensor]] = []
@@ -152,12 +155,12 @@ class RejectionSampling:
         def so_far() -> SoFar | None:
             return SoFar(particles=Particles.concatenate([part for part, _ in parts])) if parts else None
 
-        plan = f"{wanted} exact draws {of_prompts(program)}, by at most {self.max_proposals} proposals"
+        plan = f"{wanted} exact draws {of_prompts(program)}, by at most {most} proposals"
         with track("rejection sampling", wanted, self.progress, plan=plan) as report, keeping(so_far) as run:
-            while least < wanted and done < self.max_proposals and highest - bound <= tolerance:
+            while least < wanted and done < most and highest - bound <= tolerance:
                 # no larger a batch than the acceptance so far requires
                 expected = math.ceil(1.2 * (wanted - least) * done / least) + 1 if least else wanted
-                n = min(size, self.max_proposals - done, max(expected, 16))
+                n = min(size, most - done, max(expected, 16))
                 part = run_particles(program, guide, n, vectorize=self.vectorize)
                 log_likelihood = part.log_weights
                 if guide is not None:
@@ -177,8 +180,9 @@ class RejectionSampling:
                 f"a draw has log-likelihood {highest:.6g}, above the bound {bound:.6g}: the accepted draws would be "
                 "wrong. Raise log_bound"
             )
-        proposals = Particles.concatenate([part for part, _ in parts])
-        return proposals, torch.cat([accepted for _, accepted in parts]), run.interrupted
+        proposals = gathered([part for part, _ in parts], program.device)
+        accepted = ranks().joined(torch.cat([accepted for _, accepted in parts]))
+        return proposals, accepted, ranks().any(run.interrupted)
 
 
 @validated
@@ -217,8 +221,9 @@ class BestOfN:
             had a draw.
         :raises RunError: if an error stops the run after the first batch; it carries the candidates.
         """
-        with running(self.seed) as watch:
+        with running(self.seed, divided=True) as watch:
             program = inspect(model, *args, **kwargs)
+            watch.check_together(program, self, num_samples=self.num_samples * self.num_chains)
             candidates, interrupted = draw(
                 program,
                 None,

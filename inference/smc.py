@@ -34,10 +34,12 @@ from bayeslm.inference.program import (
     Program,
     ProgramError,
     SoFar,
+    gathered,
     inspect,
     keeping,
     of_prompts,
     posterior,
+    ranks,
     running,
 )
 from bayeslm.inference.sequential import (
@@ -103,7 +105,15 @@ class SMC:
 
     num_particles: Count = 64
     num_chains: Count = 4
-    twist: str | Twist | Power | TokenConstraint | Mapping[str, Any] | LanguageModel | None = None
+    twist: (
+        str
+        | Twist
+        | Power
+        | TokenConstraint
+        | Mapping[str, str | Twist | Power | TokenConstraint]
+        | LanguageModel
+        | None
+    ) = None
     proposal: str | LanguageModel | Callable[..., Any] | None = None
     top_k: Count = 64
     resampling: Resampling = "systematic"
@@ -147,14 +157,16 @@ class SMC:
             draws are not for this program.
         :raises RunError: if an error stops the run after the first chains; it carries their particles.
         """
-        with running(self.seed) as watch:
+        with running(self.seed, divided=True) as watch:
             program = inspect(model, *args, **kwargs)
+            watch.check_together(program, self, num_chains=self.num_chains)
             at_once = max(1, program.max_particles // self.num_particles)
             retained = None if self.retained is None else retained_values(program, self.retained, self.num_chains)
             settings, gains = self._with_twist(program) if self.twist == "auto" else (self, dict[str, Any]())
             done: list[tuple[Population, Particles]] = []
             length = sum(site.fn.max_new_tokens for site in program.completions)
-            rounds = range(0, self.num_chains, at_once)
+            own_chains = ranks().rows(self.num_chains)
+            rounds = range(own_chains.start, own_chains.stop, at_once)
 
             def so_far() -> SoFar | None:
                 return SoFar(particles=Particles.concatenate([particles for _, particles in done])) if done else None
@@ -162,24 +174,26 @@ class SMC:
             plan = f"{self.num_chains} chains of {self.num_particles} particles {of_prompts(program)}, {length} tokens"
             with track("SMC", length * len(rounds), self.progress, plan=plan) as report, keeping(so_far) as run:
                 for first in rounds:
-                    chains = min(at_once, self.num_chains - first)
+                    chains = min(at_once, own_chains.stop - first)
                     own = retained and {name: value[first : first + chains] for name, value in retained.items()}
                     population = Population(program, self, chains=chains, retained=own)
                     done.append((population, settings._run(population, report)))
-            populations = [population for population, _ in done]
+            populations, particles = [population for population, _ in done], [particles for _, particles in done]
+            weights = ranks().joined(torch.cat([population.total_log_weights for population in populations]))
+            records = {name: ranks().joined_array(x) for name, x in Population.stats(populations).items()}
             return posterior(
                 program,
-                Particles.concatenate([particles for _, particles in done]),
+                gathered(particles, program.device),
                 engine="SMC",
                 kind="particles",
-                num_chains=sum(population.chains for population in populations),
-                log_weights=torch.cat([population.total_log_weights for population in populations]),
-                roots=torch.cat([population.roots for population in populations]),
+                num_chains=len(weights) // self.num_particles,
+                log_weights=weights,
+                roots=ranks().joined(torch.cat([population.roots for population in populations])),
                 conditional=self.retained is not None,
                 stats=watch.stats()
-                | Population.stats(populations)
-                | gains
-                | {"interrupted": run.interrupted, "constrained": self._is_constrained},
+                | records
+                | ranks().first(gains).value
+                | {"interrupted": ranks().any(run.interrupted), "constrained": self._is_constrained},
             )
 
     def _with_twist(self, program: Program) -> tuple[SMC, dict[str, Any]]:

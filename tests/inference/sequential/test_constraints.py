@@ -209,5 +209,5 @@ def test_smollm2_writes_json_of_a_schema():
         for text in weighted:
             jsonschema.validate(json.loads(text), schema)
         for text in posterior.texts["completion"][posterior.weights() == 0]:
-            with pytest.raises(ValueError, match="Unterminated|Expecting|Extra"):
+            with pytest.raises(ValueError, match=r"Unterminated|Expecting|Extra"):
                 json.loads(text)

@@ -297,8 +297,10 @@ def require_size(path: Path, max_bytes: int) -> None:
     """Check the size of a file before it is read.
 
     :raises OSError: if there is no such file.
-    :raises ValueError: if it has more bytes than it can have.
+    :raises ValueError: if it has more bytes than it can have, or is a device or a pipe, whose size nobody knows.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file: a folder, a device or a pipe is in its place")
     if (size := path.stat().st_size) > max_bytes:
         raise ValueError(f"{path} is damaged: it has {size} bytes, and at most {max_bytes} are read")
 

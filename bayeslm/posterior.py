@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -233,6 +233,25 @@ class Posterior:
             highest[text] = max(float(reward), highest.get(text, -np.inf))
         return sorted(highest.items(), key=lambda item: -item[1])[:k]
 
+    def decide(
+        self,
+        utility: Callable[[str, str], float] | Literal["reward"],
+        *,
+        num_candidates: int = 32,
+        site: str | None = None,
+    ) -> Any:
+        """Return the text of highest expected utility for each prompt; see `bayeslm.decisions.decide`.
+
+        :param utility: of a pair of texts, (candidate, draw), such as those in `bayeslm.decisions`; or "reward".
+        :param num_candidates: the most candidates of a prompt.
+        :param site: the completion site, where the model has several.
+        :returns: a `bayeslm.decisions.Decision`.
+        :raises ValueError: if ``site`` is needed and missing, or unknown, or has several texts a prompt; if every
+            weight of a prompt is zero, or a utility is not a finite number.
+        """
+        module = import_module("bayeslm.decisions")  # by its name, as all that judges posteriors stands above this file
+        return module.decide(self, utility, num_candidates=num_candidates, site=site)
+
     def to_arviz(self, num_draws: int | None = None, seed: int = 0) -> Any:
         """Return ArviZ's container of the installed version: `InferenceData` (0.x) or `xarray.DataTree` (1.x).
 
@@ -299,7 +318,7 @@ class Posterior:
         :raises ImportError: without matplotlib.
         :raises OSError: if the disk refuses; the file is then as it was before.
         """
-        module = import_module("bayeslm.report")  # by its name, as all that judges posteriors stands above this file
+        module = import_module("bayeslm.report")  # by its name, as in `decide`
         return Path(module.write_report({self.engine: self}, path, title=title))
 
     @staticmethod

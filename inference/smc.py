@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bayeslm.inference.program import (
     PartialRun,
@@ -42,6 +43,7 @@ from bayeslm.inference.program import (
     running,
 )
 from bayeslm.inference.sequential import (
+    ConstraintTwist,
     LearnedTwist,
     PolicyTwist,
     Population,
@@ -51,9 +53,11 @@ from bayeslm.inference.sequential import (
     Resampling,
     SiteRows,
     SiteTwist,
+    TokenConstraint,
     TwistLearning,
     WeightUpdate,
     check_retained,
+    constraint_of,
     retained_values,
 )
 from bayeslm.models.lm import Autoregressive, Decoder, LanguageModel, Twist, categorical, log_softmax_at
@@ -80,9 +84,9 @@ class SMC:
         the variance of the weights on those that are held out. "prefix": exp of the program's own factors, by the
         ``prefix`` methods of its rewards (`Reward.prefix`). "partial": the same, except that rewards without such a
         method score the text so far as if it were finished. A `Twist` (from `TwistLearning`); a `Power`, for programs
-        that raise the language model to one; or a mapping from the names of completion sites to any of these. A
-        `LanguageModel` (trained by `SVI`): its ratio to the prior. This and a `Power` are then the proposal too, unless
-        ``proposal`` is set.
+        that raise the language model to one; a `Grammar` or `Constraint`, for programs that have it as a factor; or a
+        mapping from the names of completion sites to any of these. A `LanguageModel` (trained by `SVI`): its ratio to
+        the prior. This, a `Power` and a constraint are then the proposal too, unless ``proposal`` is set.
     :param proposal: the distribution of the next token. "prior"; "twist", the distribution that the twist induces on
         the ``top_k`` likeliest tokens; a `LanguageModel`; or a guide with a `LanguageModel` as its ``policy``. None is
         the twist if that is a `LanguageModel`, and else "prior".
@@ -101,7 +105,7 @@ class SMC:
 
     num_particles: Count = 64
     num_chains: Count = 4
-    twist: str | Twist | Power | Mapping[str, str | Twist | Power] | LanguageModel | None = None
+    twist: str | Twist | Power | TokenConstraint | Mapping[str, Any] | LanguageModel | None = None
     proposal: str | LanguageModel | Callable[..., Any] | None = None
     top_k: Count = 64
     resampling: Resampling = "systematic"
@@ -115,11 +119,11 @@ class SMC:
         if self.twist is not None and not isinstance(self.twist, LanguageModel):
             each = self.twist.values() if isinstance(self.twist, Mapping) else [self.twist]
             for twist in each if self.twist != "auto" else []:
-                is_twist = isinstance(twist, Power) or hasattr(twist, "lookahead")
+                is_twist = isinstance(twist, Power | TokenConstraint) or hasattr(twist, "lookahead")
                 if twist not in NAMED if isinstance(twist, str) else not is_twist:
                     raise ValueError(
-                        'SMC: twist must be "auto", "prefix", "partial", a Twist, a Power, a mapping from sites to '
-                        f"these, or a LanguageModel, got {twist!r}"
+                        'SMC: twist must be "auto", "prefix", "partial", a Twist, a Power, a Grammar or Constraint, a '
+                        f"mapping from sites to these, or a LanguageModel, got {twist!r}"
                     )
         named = isinstance(self.proposal, str)
         if named and self.proposal not in ("prior", "twist"):
@@ -134,7 +138,8 @@ class SMC:
 
         ``stats``, where a step is a token: ``ess_by_step`` (chain, step, prompt), the effective sample size before
         resampling; ``resampled`` (chain, step, prompt); ``ancestors`` (chain, step, draw, prompt), the genealogy;
-        ``interrupted``, ``seconds``, ``tokens`` and ``model_calls``; with ``twist="auto"`` also ``twist_gain``, the
+        ``constrained``, whether a constraint is a twist; ``interrupted``, ``seconds``, ``tokens`` and ``model_calls``;
+        with ``twist="auto"`` also ``twist_gain``, the
         ``gain`` of the twist that was learned for each site (`TwistLearning`), if one was. After Ctrl-C the posterior
         has the chains that were complete.
 
@@ -180,7 +185,7 @@ class SMC:
                 stats=watch.stats()
                 | records
                 | ranks().first(gains).value
-                | {"interrupted": ranks().any(run.interrupted)},
+                | {"interrupted": ranks().any(run.interrupted), "constrained": self._is_constrained},
             )
 
     def _with_twist(self, program: Program) -> tuple[SMC, dict[str, Any]]:
@@ -222,16 +227,11 @@ class SMC:
         retained = population.retained_rows(name)
         log_psi = torch.zeros_like(population.log_weights)
         while not decoder.done:
-            logits = decoder.logits
-            if proposer is not None:
-                logits = proposer.logits
-            elif twist is not None and self._proposes(twist):
-                logits = twist.propose(logits, self.top_k)
-            token, log_q = categorical(logits)
+            given = None
             if retained is not None:  # clamped, because the pad token of an ended text may be out of the vocabulary
-                token[retained.rows] = retained.values[:, decoder.t].clamp(0, logits.shape[-1] - 1)
-                log_q = log_softmax_at(logits, token)
-            log_p = log_q if logits is decoder.logits else log_softmax_at(decoder.logits, token)
+                last = distribution.vocabulary.size - 1
+                given = (retained.rows, retained.values[:, decoder.t].clamp(0, last))
+            token, log_q, log_p = self._next_token(decoder, proposer, twist, given)
             log_ratio = torch.where(decoder.finished, 0.0, log_p - log_q)
             for policy in policies.values():
                 policy.append(token, log_q if policy is proposer else log_softmax_at(policy.logits, token))
@@ -261,9 +261,41 @@ class SMC:
         )
         partial_run.write(name, decoder.values, decoder.scores)
 
-    def _proposes(self, twist: SiteTwist) -> bool:
+    def _next_token(
+        self,
+        decoder: Decoder,
+        proposer: Decoder | None,
+        twist: SiteTwist | ConstraintTwist | None,
+        given: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw the next token of each row, and return it with its log q and log p, each (row,).
+
+        :param proposer: the policy that is the proposal, if one is.
+        :param given: rows whose tokens are not drawn, and these tokens.
+        """
+        logits = decoder.logits
+        if proposer is not None:
+            logits = proposer.logits
+        elif twist is not None and self._proposes(twist):
+            if isinstance(twist, ConstraintTwist):
+                token, log_q = twist.draw(given)
+                return token, log_q, log_softmax_at(logits, token)
+            logits = twist.propose(logits, self.top_k)
+        token, log_q = categorical(logits)
+        if given is not None:
+            token[given[0]] = given[1]
+            log_q = log_softmax_at(logits, token)
+        return token, log_q, log_q if logits is decoder.logits else log_softmax_at(decoder.logits, token)
+
+    def _proposes(self, twist: SiteTwist | ConstraintTwist) -> bool:
         """Whether a site's twist is the proposal too."""
-        return self.proposal == "twist" or (self.proposal is None and isinstance(twist, PowerTwist))
+        return self.proposal == "twist" or (self.proposal is None and isinstance(twist, PowerTwist | ConstraintTwist))
+
+    @property
+    def _is_constrained(self) -> bool:
+        """Whether a constraint is the twist of a site."""
+        twists = self.twist.values() if isinstance(self.twist, Mapping) else [self.twist]
+        return any(isinstance(twist, TokenConstraint) for twist in twists)
 
     @property
     def _proposer(self) -> Any:
@@ -281,7 +313,7 @@ class SMC:
 
     def _twist(
         self, partial_run: PartialRun, name: str, rows: SiteRows, decoder: Decoder, policies: dict[int, Decoder]
-    ) -> SiteTwist | None:
+    ) -> SiteTwist | ConstraintTwist | None:
         """Return the twist of one site, or None if it has none."""
         twist, program = self.twist, partial_run.program
         if isinstance(twist, Mapping):
@@ -292,6 +324,8 @@ class SMC:
             return PrefixTwist(partial_run, rows, decoder, partial=twist == "partial")
         if isinstance(twist, Power):
             return PowerTwist(twist, rows, decoder)
+        if isinstance(twist, TokenConstraint):
+            return ConstraintTwist(constraint_of(self.twist, program)[name], rows, decoder)
         if isinstance(twist, LanguageModel):
             return PolicyTwist(policies[id(twist)], rows, decoder)
         if twist is None:

@@ -94,6 +94,11 @@ class ParticleObjective(Objective):
         is_kept = isinstance(self.source, Replay) and self.source.repeats(within("source", state))
         return 0 if is_kept or isinstance(self.source, FromPosterior) else self.num_particles
 
+    def check_state(self, state: State, program: Program, steps: int) -> None:
+        super().check_state(state, program, steps)
+        if isinstance(self.source, Replay):
+            self.source.check_state(within("source", state), program, steps)
+
     def of_another_program(self, state: State) -> State:
         return {name: value for name, value in state.items() if not name.startswith("source.")}
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -45,6 +46,7 @@ from .display import describe_outlier, texts_of
 from .movement import Movement
 from .objective import Estimate, Objective, StatefulLoss
 from .optimizer import Adam
+from .resumable import check_first, check_tensors, check_values, resuming
 from .state import EMPTY, State, assign, copies, under, within
 from .trust_region import TrustRegion
 
@@ -110,6 +112,7 @@ class Training:
         self.ended = False  # before its last step, by a callback
         self.interrupted = False
         self.checkpoint: str | None = None  # the path of the last one
+        self._resumed: Path | None = None  # the one that the next step is the first after
         self.lost: Particles | None = None  # those of the step in which a number was not finite
         self._params: Any = {"params": {}, "constraints": {}} if owns_guide else None
         if not budget.allows(self._new_samples):
@@ -240,14 +243,19 @@ class Training:
             self.loss.inverse_temperature = self.inverse_temperature
         loss = svi.step(*self.program.args, **self.program.kwargs)
         seconds = float(ranks().first(time.perf_counter() - start).value)
-        figures = {"elbo": torch.tensor([-loss])} if self._last is None else self._last.figures
-        self._note({key: to_numpy(figures[key]) for key in FIGURES if key in figures})
-        norm, gamma = self.optimizer.gradient_norm, self.inverse_temperature
-        self._note({"gradient_norm": np.array(norm), "inverse_temperature": np.array(gamma)})
+        found = {"elbo": torch.tensor([-loss])} if self._last is None else self._last.figures
+        figures = {key: to_numpy(found[key]) for key in FIGURES if key in found}
+        figures |= {"gradient_norm": np.array(self.optimizer.gradient_norm)}
+        figures |= {"inverse_temperature": np.array(self.inverse_temperature)}
         if (moved := self.optimizer.moved) is not None:
             rate = self.learning_rate * self.optimizer.factor
-            self._note({"moved": np.array(moved), "learning_rate": np.array(rate)})
+            figures |= {"moved": np.array(moved), "learning_rate": np.array(rate)}
+        self._note(figures)
         self.step, self.samples, self.seconds = self.step + 1, self.samples + drawn, self.seconds + seconds
+        if self._resumed is not None:
+            with resuming(self._resumed):
+                check_first(self.history, figures, self.step)
+            self._resumed = None
         if self._raises_elbo:
             self.best.note(self.history["elbo"], self.share, share, self.optimizer.params)
         if ranks().size > 1 and (self.step % CHECKED == 0 or self.done):
@@ -380,6 +388,8 @@ class Training:
         if isinstance(error, FloatingPointError) and self._last is not None:
             self.lost = self._last.particles
             error.add_note(describe_outlier(self.lost, self._program_of(self.lost), self._labels()))
+        if self._resumed is not None:
+            error.add_note(f"it was the first step after {self._resumed}: if somebody has changed that, remove it")
         if self.checkpoint is not None:
             error.add_note(f"the last checkpoint is {self.checkpoint}: the same call resumes it")
 
@@ -407,37 +417,40 @@ class Training:
     def restore(self, saved: Saved) -> None:
         """Resume from a checkpoint, the random numbers included.
 
-        :raises ValueError: if it is of another guide, or has more steps than the budget.
+        :raises ValueError: if it is of another guide, is none that this training can have written, or has more steps
+            than the budget.
         """
+        with resuming(saved.path):
+            check_values(saved.values, can_end=bool(self.callbacks))
+            random = RandomStates.of(saved.tensors, saved.values)
         if self.budget.steps is not None and saved.values["step"] > self.budget.steps:
             raise ValueError(
                 f"the checkpoint has {saved.values['step']} steps already, and num_steps is {self.budget.steps}: give "
                 "as many, or choose another folder"
             )
+        state = {name: x.to(self.program.device) for name, x in within("objective", saved.tensors).items()}
         with self.own_params():
             self._set_up()
             params, kept = _unconstrained(), within("param", saved.tensors)
-            if missing := sorted(kept.keys() - params.keys()):
-                raise ValueError(f"the checkpoint is of another guide: this one has no parameter {missing[0]!r}")
-            for name, x in kept.items():
-                if params[name].shape != x.shape:
-                    raise ValueError(
-                        f"the checkpoint is of another guide: {name!r} has the shape {tuple(x.shape)} there"
-                    )
+            with resuming(saved.path):
+                check_tensors(saved.tensors, params, saved.values)
+                if isinstance(self.loss, StatefulLoss):
+                    self.loss.objective.check_state(state, self.program, saved.values["step"])
+                moments = within("adam", saved.tensors)
+                self.optimizer.restore(moments, {name: params[name] for name in kept}, saved.values["step"])
         self.step, self.ended = saved.values["step"], saved.values["ended"]
         self.samples, self.seconds = saved.values["samples"], saved.values["train_seconds"]
         self.inverse_temperature = saved.values["gamma"]
         self._stopwatch.resume(**saved.values["used"])
-        self.optimizer.restore(within("adam", saved.tensors), {name: params[name] for name in kept}, self.step)
         assign(kept, params)
         self.best.restore(saved.tensors, saved.values["best"])
-        state = within("objective", saved.tensors)
-        self._state = {name: x.to(self.program.device) for name, x in state.items()}
+        self._state = state
         self.callbacks.restore(within("callbacks", saved.tensors))
         self.history = {name: list(x.numpy()) for name, x in within("history", saved.tensors).items()}
-        RandomStates.of(saved.tensors, saved.values).restore()
+        random.restore()
         if not ranks().is_first:  # a stream of its own from here on, however many processes wrote the checkpoint
             set_rng_seed(ranks().stream(seed_of(saved.tensors["rng.torch"])))
+        self._resumed = saved.path
         ended = ", its last" if self.done else ""
         announce(f"{self._title}: resumed from step {self.step}{ended}", self._progress)
 

@@ -16,6 +16,7 @@ from bayeslm.models.lm import differentiating
 from bayeslm.validation import Count, validated
 
 from .epochs import next_minibatch
+from .resumable import check_indices
 from .state import EMPTY, State
 
 EPOCH = "epoch"  # in an objective's state: the prompts whose turn in this epoch is still to come
@@ -100,6 +101,15 @@ class Objective:
     def of_another_program(self, state: State) -> State:
         """Return what of a state still holds where the program, or its arguments, are others."""
         return state
+
+    def check_state(self, state: State, program: Program, steps: int) -> None:
+        """Check a state that is read from a checkpoint; subclasses check what they remember.
+
+        :param steps: that were done.
+        :raises ValueError: if a training of this program cannot have had it; with the entry's name.
+        """
+        if EPOCH in state:
+            check_indices(EPOCH, state[EPOCH], program.full_size)
 
     @differentiating()
     def __call__(self, model: Callable[..., Any], guide: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Tensor:

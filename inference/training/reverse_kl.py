@@ -133,6 +133,15 @@ class ReverseKL(Objective):
         loss = gain.detach() - gain - figures["elbo"].sum()
         return Estimate(loss, figures, particles, {**state, **under("baseline", updates)})
 
+    def check_state(self, state: State, program: Program, steps: int) -> None:
+        super().check_state(state, program, steps)
+        remembered = within("baseline", state)
+        if wrong := next((name for name, x in remembered.items() if not x.is_floating_point()), None):
+            raise ValueError(f"baseline.{wrong} cannot be {remembered[wrong].dtype}")
+        if (check := getattr(self.baseline, "check_state", None)) is not None:
+            for site in {name.partition(":")[2] for name in remembered}:
+                check({key.partition(":")[0]: x for key, x in remembered.items() if key.partition(":")[2] == site})
+
     def _earned(self, program: Program, model_trace: Trace, inverse_temperature: float, num: int) -> list[Tensor]:
         """Return the sums of earlier steps' terms (particle, prompt, 1, step), of each site in a plate `STEPS`."""
         found = []

@@ -34,6 +34,7 @@ from bayeslm.inference.program import (
 from bayeslm.posterior import Posterior
 from bayeslm.validation import Count, validated
 
+from .resumable import ANY, check_indices, check_tensor
 from .state import EMPTY, State, under, within
 
 BASE = -7046029254386353131  # of the hash that tells particles apart, modulo 2^64; odd
@@ -162,6 +163,34 @@ class Replay:
         parts = [replace(new, token_log_prob={}, proposal_token_log_prob={}, pointwise={})]
         buffer = Particles.concatenate([*([Particles.from_tensors(kept)] if kept else []), *parts])[-self.capacity :]
         return new, {**under("kept", buffer.as_tensors()), **steps, "turns": torch.empty(0, dtype=torch.long)}
+
+    def check_state(self, state: State, program: Program, steps: int) -> None:
+        """Check a state that is read from a checkpoint; see `Objective.check_state`."""
+        if not steps and not state:
+            return
+        kept = within("kept", state)
+        check_tensor("kept.log_prior", kept.get("log_prior"), (ANY, ANY), finite=False)
+        num = len(kept["log_prior"])
+        if not 1 <= num <= self.capacity:
+            raise ValueError(f"kept has {num} draws, and capacity is {self.capacity}")
+        check_tensor("step", state.get("step"), (), whole=True)
+        if int(state["step"]) != steps:
+            raise ValueError(f"the buffer has {int(state['step'])} steps, and the training {steps}")
+        check_indices("turns", state.get("turns"), num)
+        if len(state["turns"].unique()) < len(state["turns"]):
+            raise ValueError("turns holds a draw twice")
+        for site in program.latents:
+            name = f"values.{site.name}"
+            like = site.value if site.value.is_floating_point() else None
+            whole = site.value.dtype == torch.int64
+            check_tensor(f"kept.{name}", kept.get(name), (num, *site.shape), like=like, whole=whole)
+        for name, x in kept.items():
+            if x.dim() == 0 or len(x) != num:
+                raise ValueError(f"kept.{name} has the shape {tuple(x.shape)}, and there are {num} draws")
+        scores = [f"log_likelihood.{site.name}" for site in program.sites.values() if site.kind == "observed"]
+        scores += ["log_proposal", *(f"rewards.{name}" for name, _ in program.rewards)]
+        for name in scores:
+            check_tensor(f"kept.{name}", kept.get(name), (num, ANY), finite=False)
 
     def repeats(self, state: State) -> bool:
         """Return whether the next particles are kept ones."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .encoding import Vocabulary, positions_of
+from .encoding import Vocabulary
 from .network import CausalNetwork
 
 
@@ -71,10 +71,7 @@ class Prefix:
 
 def prefill(network: CausalNetwork, ids: Tensor, mask: Tensor | None) -> Prefix:
     """Run left-padded prompts ``ids`` (rows, length) through the network once."""
-    rows, length = ids.shape
-    lengths = torch.full((rows,), length, device=ids.device) if mask is None else mask.sum(-1)
-    hidden, cache = network.hidden(ids, mask, positions_of(ids, mask), network.new_cache(mask))
-    return Prefix(hidden[:, -1], cache, mask, lengths)
+    return Prefix(*network.read(ids, mask))
 
 
 def extend(network: CausalNetwork, prefix: Prefix, ids: Tensor, done: int = 0) -> Tensor:

@@ -34,6 +34,7 @@ from .decoding import Decoder
 from .language_model import LanguageModel
 from .module_errors import ModuleWithProperties
 from .network import CausalNetwork
+from .prefix import prefill
 from .tensor_files import read_tensors
 
 FORMAT = "bayeslm.twist/3"
@@ -308,7 +309,7 @@ def _embedding(lm: LanguageModel) -> Tensor:
 def _probe(network: CausalNetwork) -> Tensor:
     """Return the hidden state (width,) after token 0, which differs between networks."""
     one = torch.zeros((1, 1), dtype=torch.long, device=network.device)
-    return network.hidden(one, None, one)[0][0, -1].float()
+    return prefill(network, one, None).hidden[0].float()
 
 
 def _check_sizes(settings: dict[str, Any], state: dict[str, Tensor]) -> None:

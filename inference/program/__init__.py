@@ -1,6 +1,5 @@
 """A Pyro program as engines see it: its sites and plates, its particles, and the posterior that they give."""
 
-from .agreement import refuse_distributed
 from .assign import assign_values, same_distribution, score_values
 from .description import describe, describe_object
 from .errors import EvidenceError, ProgramError
@@ -8,11 +7,11 @@ from .guides import PolicyGuide, as_proposal, draw_latents
 from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, RandomStates, seeded
 from .independence import check_independence
 from .partial import PartialRun
-from .particles import Particles, particles_of, run_particles, score_sites, to_numpy, traces
+from .particles import Particles, gathered, particles_of, run_particles, score_sites, to_numpy, traces
 from .program import STEPS, Program, along, inspect, inspect_or_reuse
-from .ranks import ALONE, Message, RankError, Ranks, alone, digest_of, on_first, ranks
+from .ranks import ALONE, Message, RankError, Ranks, alone, digest_of, on_first, ranks, seed_of
 from .results import check_evidence, posterior, prompt_labels
-from .run import Engine, RunError, SoFar, Stopwatch, draw, gathered, keeping, of_prompts, running
+from .run import Engine, RunError, SoFar, Stopwatch, draw, keeping, of_prompts, running
 from .sites import Site, in_prompts, sample_sites, site_value
 
 __all__ = [
@@ -60,13 +59,13 @@ __all__ = [
     "posterior",
     "prompt_labels",
     "ranks",
-    "refuse_distributed",
     "run_particles",
     "running",
     "same_distribution",
     "sample_sites",
     "score_sites",
     "score_values",
+    "seed_of",
     "seeded",
     "site_value",
     "to_numpy",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from hashlib import blake2b
 from typing import Any
 
@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayeslm.models.lm import refuse_sharded
 from bayeslm.posterior import Posterior
 
 from .description import describe
-from .errors import ProgramError
 from .particles import to_numpy
 from .program import Program
 from .ranks import Ranks, digest_of
@@ -24,16 +24,17 @@ DEEPEST = 4  # settings of settings
 PER_RANK = ("seed", "progress", "checkpoint", "callbacks")  # compared before, or rank 0's alone
 
 
-def check_together(together: Ranks, program: Program, engine: Any, **divided: int) -> None:
+def check_together(together: Ranks, program: Program, engine: Any, *but: str, **divided: int) -> None:
     """Check, at the start of a run, that all processes do the same, and that there is something for each of them.
 
     :param together: the processes.
     :param engine: a dataclass of settings.
+    :param but: settings that may differ, as the first process's will be those of all.
     :param divided: the numbers of what is divided, by their names in the engine's settings.
     :raises RankError: on every process, if they differ; with what differs.
     :raises ValueError: on every process, if there are more of them than something has members.
     """
-    together.check_same("the run", _described(program, engine))
+    together.check_same("the run", _described(program, engine, but))
     for name, number in divided.items():
         if number < together.size:
             raise ValueError(
@@ -42,9 +43,10 @@ def check_together(together: Ranks, program: Program, engine: Any, **divided: in
             )
 
 
-def _described(program: Program, engine: Any) -> dict[str, str]:
+def _described(program: Program, engine: Any, but: Collection[str]) -> dict[str, str]:
     """Return the run as texts by name."""
-    settings = {x.name: getattr(engine, x.name) for x in dataclasses.fields(engine) if x.name not in PER_RANK}
+    names = [x.name for x in dataclasses.fields(engine) if x.name not in (*PER_RANK, *but)]
+    settings = {name: getattr(engine, name) for name in names}
     found = {"engine": type(engine).__name__} | {f"the setting {name}": _text(x) for name, x in settings.items()}
     found["program"] = json.dumps(describe(program), sort_keys=True, default=str)
     for site in program.sites.values():
@@ -65,6 +67,7 @@ def _text(value: Any, deep: int = 0) -> str:
     if value is None or isinstance(value, bool | int | float | str):
         return repr(value)
     if isinstance(value, torch.nn.Module):
+        refuse_sharded(value.named_parameters())
         return f"{type(value).__name__} with weights {digest_of(value.state_dict())}"
     if isinstance(value, Tensor):
         return f"a tensor {digest_of({'': value})}"
@@ -80,21 +83,3 @@ def _text(value: Any, deep: int = 0) -> str:
         return getattr(value, "__qualname__", type(value).__qualname__)
     named = getattr(value, "__qualname__", type(value).__qualname__)
     return f"{named}({', '.join(f'{key}={_text(x, deep + 1)}' for key, x in vars(value).items() if key[0] != '_')})"
-
-
-def refuse_distributed(name: str, module: torch.nn.Module) -> None:
-    """Check that a network's parameters are whole on this process.
-
-    :param name: of the network, for the error.
-    :raises ProgramError: if some are sharded or otherwise distributed: no engine can compute with them.
-    """
-    from torch.distributed.tensor import DTensor
-
-    for key, x in (*module.named_parameters(), *module.named_buffers()):
-        if isinstance(x, DTensor):
-            raise ProgramError(
-                f"{name}: its parameter {key!r} is a DTensor, distributed over {x.device_mesh.size()} processes as "
-                f"{list(x.placements)} (fully_shard, tensor parallelism), of which each process has a part alone. "
-                "Engines need the whole of it on every process, and would train it wrongly: hand in the network "
-                "without fully_shard, and a policy with adapters (lora_rank) where memory is short"
-            )

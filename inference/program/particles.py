@@ -25,6 +25,7 @@ from .errors import ProgramError
 from .handlers import PARTICLES, explained
 from .independence import MISFITS, check_guide, check_independence
 from .program import Program, along
+from .ranks import ranks
 from .sites import Site, in_prompts, sample_sites, site_value
 
 
@@ -181,6 +182,19 @@ def _combine(
         log_left_out=optional("log_left_out"),
         prompts=optional("prompts"),
     )
+
+
+def gathered(parts: list[Particles], device: torch.device) -> Particles:
+    """Return the particles of all processes of the run, in the order of their ranks.
+
+    :param parts: this one's; those of a rank whose share is nothing are empty.
+    :param device: where the particles are.
+    """
+    own = Particles.concatenate(parts) if parts else None
+    if ranks().size == 1 and own is not None:
+        return own
+    messages = ranks().exchange(None, {} if own is None else own.as_tensors())
+    return Particles.concatenate([Particles.from_tensors(x.tensors, device) for x in messages if x.tensors])
 
 
 def run_particles(

@@ -80,9 +80,12 @@ class Ranks:
 
     # -- messages --------------------------------------------------------------------------------------------------
 
-    def exchange(self, value: Any = None, tensors: Mapping[str, Tensor] | None = None) -> list[Message]:
+    def exchange(
+        self, value: Any = None, tensors: Mapping[str, Tensor] | None = None, *, may_stop: bool = True
+    ) -> list[Message]:
         """Send a message and return those of all ranks, in their order.
 
+        :param may_stop: whether the run may end here by Ctrl-C; else it waits for the next exchange where it may.
         :raises RankError: if another rank has failed, died, or not answered in time.
         :raises KeyboardInterrupt: on every rank, if Ctrl-C was pressed on one in a block of `deferring`.
         """
@@ -93,7 +96,7 @@ class Ranks:
         if errors:
             self._is_over = True
             raise RankError("\n".join(errors))
-        if any(head["stop"] for head in heads):
+        if may_stop and any(head["stop"] for head in heads):
             self._stops = False
             raise KeyboardInterrupt
         return [Message(head["value"], each) for head, each in zip(heads, found, strict=True)]
@@ -107,8 +110,27 @@ class Ranks:
             self._is_over = True
 
     def first(self, value: Any = None, tensors: Mapping[str, Tensor] | None = None) -> Message:
-        """Return the message of rank 0, on every rank; the others send none."""
-        return self.exchange(*((value, tensors) if self.is_first else ()))[0]
+        """Return the message of rank 0, on every rank; the others send none. Ctrl-C does not end the run here."""
+        if self._group is None:
+            return Message(value, dict(tensors or {}))
+        message = _packed({"value": value}, tensors or {}) if self.is_first else torch.empty(0, dtype=torch.uint8)
+        size = self.exchange(len(message), may_stop=False)[0].value
+        message = message if self.is_first else message.new_empty(size)
+        with self._guarded():
+            dist.broadcast(message, 0, group=self._group)
+        head, found = _unpacked(message.numpy().tobytes())
+        return Message(head["value"], found)
+
+    def copy_first(self, tensors: Sequence[Tensor]) -> None:
+        """Give tensors, in place, their values on rank 0."""
+        if self._group is None:
+            return
+        self.exchange()
+        with self._guarded(), torch.no_grad():
+            for x in tensors:
+                whole = x.detach().contiguous()
+                dist.broadcast(whole, 0, group=self._group if x.device.type == "cpu" else None)
+                x.copy_(whole)
 
     def agreed(self, value: Tensor) -> Tensor:
         """Return rank 0's tensor, on every rank, on this one's device."""
@@ -214,10 +236,7 @@ class Ranks:
     # -- collectives -----------------------------------------------------------------------------------------------
 
     def _send(self, head: dict[str, Any], tensors: Mapping[str, Tensor]) -> list[tuple[dict[str, Any], Any]]:
-        text = json.dumps(head).encode()
-        # clones, as tensors that share memory are refused
-        body = save({name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}) if tensors else b""
-        own = torch.frombuffer(bytearray(len(text).to_bytes(8, "big") + text + body), dtype=torch.uint8)
+        own = _packed(head, tensors)
         sizes = [torch.zeros(1, dtype=torch.long) for _ in range(self.size)]
         with self._guarded():
             dist.all_gather(sizes, torch.tensor([len(own)]), group=self._group)
@@ -334,9 +353,21 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
+def _packed(head: dict[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
+    text = json.dumps(head).encode()
+    # clones, as tensors that share memory are refused
+    body = save({name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}) if tensors else b""
+    return torch.frombuffer(bytearray(len(text).to_bytes(8, "big") + text + body), dtype=torch.uint8)
+
+
 def _unpacked(message: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     start = 8 + int.from_bytes(message[:8], "big")
     return json.loads(message[8:start]), load(message[start:]) if len(message) > start else {}
+
+
+def seed_of(state: Tensor) -> int:
+    """Return a seed that depends on all of a random state."""
+    return _hashed(state.numpy().tobytes())
 
 
 def _hashed(data: bytes) -> int:

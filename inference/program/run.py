@@ -9,7 +9,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from pyro.poutine import runtime
 
 from bayeslm.models.lm import Usage, count_usage, differentiating, exclusive
@@ -19,7 +18,7 @@ from bayeslm.visible import message_of
 
 from .agreement import check_together
 from .handlers import seeded
-from .particles import Particles, run_particles
+from .particles import Particles, gathered, run_particles
 from .program import Program
 from .ranks import ALONE, Ranks, ranks, together
 
@@ -56,10 +55,10 @@ class Stopwatch:
     def seconds(self) -> float:
         return time.perf_counter() - self._start
 
-    def check_together(self, program: Program, engine: Any, **divided: int) -> None:
+    def check_together(self, program: Program, engine: Any, *but: str, **divided: int) -> None:
         """Check at the start that all processes do the same, see `agreement.check_together`."""
         if self.ranks.size > 1:
-            check_together(self.ranks, program, engine, **divided)
+            check_together(self.ranks, program, engine, *but, **divided)
 
     def snapshot(self) -> dict[str, Any]:
         """The counts so far, as numbers, for `resume`."""
@@ -78,7 +77,7 @@ class Stopwatch:
         usage = self.usage
         if self.ranks.size > 1:
             usage = Usage.total([message.value for message in self.ranks.exchange(usage.state_dict())])
-        stats = {"seconds": self.seconds(), "tokens": usage.tokens, "model_calls": usage.model_calls}
+        stats: dict[str, Any] = {"seconds": self.seconds(), "tokens": usage.tokens, "model_calls": usage.model_calls}
         stats |= {} if usage.mismatch is None else {"mismatch": list(usage.mismatch)}
         return stats if self.ranks.size == 1 else stats | {"processes": self.ranks.size}
 
@@ -242,19 +241,6 @@ def draw(
             parts.append(run_particles(program, guide, n, vectorize=vectorize))
             report(n)
     return gathered(parts, program.device), ranks().any(run.interrupted)
-
-
-def gathered(parts: list[Particles], device: torch.device) -> Particles:
-    """Return the particles of all processes of the run, in the order of their ranks.
-
-    :param parts: this one's; those of a rank whose share is nothing are empty.
-    :param device: where the particles are.
-    """
-    own = Particles.concatenate(parts) if parts else None
-    if ranks().size == 1 and own is not None:
-        return own
-    messages = ranks().exchange(None, {} if own is None else own.as_tensors())
-    return Particles.concatenate([Particles.from_tensors(x.tensors, device) for x in messages if x.tensors])
 
 
 def of_prompts(program: Program) -> str:

@@ -15,20 +15,27 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
+from pyro.util import set_rng_seed
 from torch import Tensor
 
 from bayeslm.inference.program import (
     Arbitrary,
+    Message,
     Particles,
     Program,
     RandomStates,
     Stopwatch,
+    digest_of,
     of_prompts,
+    on_first,
     prompt_labels,
+    ranks,
     run_particles,
+    seed_of,
     seeded,
     to_numpy,
 )
+from bayeslm.models.lm import refuse_sharded
 from bayeslm.progress import announce, track
 from bayeslm.validation import validated
 
@@ -45,6 +52,7 @@ from .state import EMPTY, State, assign, copies, under, within
 from .trust_region import TrustRegion
 
 FIGURES = ("elbo", "kl", "log_likelihood", "reward", "log_evidence", "prompts")  # that are kept of an `Estimate`
+CHECKED = 10  # steps from one comparison of the weights of all processes to the next
 FEWEST_MEASURED, MOST_MEASURED = 4, 16  # particles at which a trust region measures how far a step moves the guide
 
 
@@ -114,7 +122,12 @@ class Training:
         self._progress, self._stopwatch = progress, stopwatch
 
     def run(self, checkpoints: Checkpoints | None) -> None:
-        """Take all steps that are not done yet."""
+        """Take all steps that are not done yet.
+
+        :raises OSError: if checkpoints cannot be written, before the first step.
+        """
+        if checkpoints is not None:
+            checkpoints.require_writable()
         svi = pyro.infer.SVI(self.program.model, self.guide, self.optimizer, loss=self.loss)
         total = self.budget.steps or 100  # per cent
         shown = track(self._title, total, self._progress, done=self._shown_of(total), plan=self._plan)
@@ -122,7 +135,8 @@ class Training:
             for x in _unconstrained().values():
                 x.grad = None  # of an interrupted step
             try:
-                with self._ended_by_ctrl_c():
+                with self._ended_by_ctrl_c(), ranks().deferring():
+                    self._begin_together()
                     self._call("start", self._record())
                     while not self.done:
                         before = self._shown_of(total)
@@ -135,7 +149,7 @@ class Training:
                         if checkpoints is not None and checkpoints.due(self.step) and not self.done:
                             self.checkpoint = checkpoints.write(self._saved())
                 self.optimizer.warn_if_stuck()
-                with self._ended_by_ctrl_c():
+                with self._ended_by_ctrl_c(), ranks().deferring():
                     self._call("end", self._record())
             except Exception as error:
                 self._explain(error)
@@ -234,7 +248,7 @@ class Training:
         if isinstance(self.loss, StatefulLoss):
             self.loss.inverse_temperature = self.inverse_temperature
         loss = svi.step(*self.program.args, **self.program.kwargs)
-        seconds = time.perf_counter() - start
+        seconds = float(ranks().first(time.perf_counter() - start).value)
         found = {"elbo": torch.tensor([-loss])} if self._last is None else self._last.figures
         figures = {key: to_numpy(found[key]) for key in FIGURES if key in found}
         figures |= {"gradient_norm": np.array(self.optimizer.gradient_norm)}
@@ -250,7 +264,19 @@ class Training:
             self._resumed = None
         if self._raises_elbo:
             self.best.note(self.history["elbo"], self.share, share, self.optimizer.params)
+        if ranks().size > 1 and (self.step % CHECKED == 0 or self.done):
+            ranks().check_same(f"after step {self.step}, the guide", {"its weights": digest_of(self.optimizer.params)})
         return seconds
+
+    def _begin_together(self) -> None:
+        """Give the guide the parameters of the first process, on all processes of the run."""
+        if ranks().size == 1:
+            return
+        if self.step == 0:
+            self._set_up()
+        params = _unconstrained()
+        refuse_sharded(params.items())
+        ranks().copy_first(list(params.values()))
 
     @contextlib.contextmanager
     def _rescued(self, checkpoints: Checkpoints | None) -> Iterator[None]:
@@ -306,7 +332,7 @@ class Training:
 
     def _call(self, when: str, record: StepRecord) -> StepRecord:
         """Call the callbacks, keep their evaluations, and return the record after them."""
-        record, gamma = self.callbacks.call(when, record)
+        record, gamma = self._agreed(when, record)
         if gamma != self.inverse_temperature and not isinstance(self.loss, StatefulLoss):
             raise ValueError(
                 f"SVI: a callback moves the inverse temperature of an objective, and {type(self.loss).__name__} has "
@@ -315,6 +341,22 @@ class Training:
         self.inverse_temperature = gamma
         self._note(dict(record.evaluations))
         return record
+
+    def _agreed(self, when: str, record: StepRecord) -> tuple[StepRecord, float]:
+        """Call the callbacks, of the first process alone; what they reply holds for all."""
+        if ranks().size == 1 or not self.callbacks:
+            return self.callbacks.call(when, record)
+        last = record
+
+        def call() -> Message:
+            nonlocal last
+            last, gamma = self.callbacks.call(when, record)
+            arrays = {name: torch.from_numpy(np.array(x)) for name, x in last.evaluations.items()}
+            return Message([last.is_last, gamma], arrays)
+
+        (is_last, gamma), found = on_first(ranks(), call)
+        evaluations = {name: x.numpy() for name, x in found.items()}
+        return replace(last, is_last=is_last, evaluations=evaluations), gamma
 
     def _record(self, seconds: float | None = None) -> StepRecord:
         """Return what callbacks get; with figures if a step took so many seconds."""
@@ -414,6 +456,8 @@ class Training:
         self.callbacks.restore(within("callbacks", saved.tensors))
         self.history = {name: list(x.numpy()) for name, x in within("history", saved.tensors).items()}
         random.restore()
+        if not ranks().is_first:  # a stream of its own from here on, however many processes wrote the checkpoint
+            set_rng_seed(ranks().stream(seed_of(saved.tensors["rng.torch"])))
         self._resumed = saved.path
         ended = ", its last" if self.done else ""
         announce(f"{self._title}: resumed from step {self.step}{ended}", self._progress)

@@ -25,6 +25,8 @@ from bayeslm.inference.program import (
     Particles,
     Program,
     ProgramError,
+    gathered,
+    ranks,
     run_particles,
     sample_sites,
     score_sites,
@@ -38,21 +40,26 @@ from .state import EMPTY, State, under, within
 BASE = -7046029254386353131  # of the hash that tells particles apart, modulo 2^64; odd
 Source = Callable[[Program, Callable[..., Any], int, State], tuple[Particles, State]]
 """``source(program, guide, num_particles, state)`` returns so many particles, whose ``log_proposal`` is log s, and the
-next state."""
+next state. Each process of a run calls it, and gets all particles: the same ones on each."""
 
 
 def of_guide(
     program: Program, guide: Callable[..., Any], num_particles: int, state: State = EMPTY
 ) -> tuple[Particles, State]:
     """Draw from the guide."""
-    return run_particles(program, guide, num_particles), state
+    return _new(program, guide, num_particles), state
 
 
 def of_prior(
     program: Program, guide: Callable[..., Any], num_particles: int, state: State = EMPTY
 ) -> tuple[Particles, State]:
     """Draw from the prior."""
-    return run_particles(program, None, num_particles), state
+    return _new(program, None, num_particles), state
+
+
+def _new(program: Program, guide: Callable[..., Any] | None, num_particles: int) -> Particles:
+    """Draw particles, of which each process of the run draws its share."""
+    return gathered([run_particles(program, guide, ranks().share(num_particles))], program.device)
 
 
 @validated
@@ -91,7 +98,8 @@ class FromPosterior:
         names = [site.name for site in complete.latents]
         if any(name not in posterior.samples for name in names) or posterior.log_joint.shape[-1] != prompts:
             raise ProgramError("the draws to learn from are of another program, or of other prompts")
-        rows = torch.randint(posterior.log_joint[..., 0].size, (num_particles,), device=program.device).cpu().numpy()
+        picked = torch.randint(posterior.log_joint[..., 0].size, (num_particles,), device=program.device)
+        rows = ranks().agreed(picked).cpu().numpy()
         batch = None if program.minibatch is None else program.minibatch.cpu().numpy()
 
         def pick(array: np.ndarray, prompt_axis: int | None = 1) -> Tensor:
@@ -148,9 +156,9 @@ class Replay:
         kept = within("kept", state)
         if self.repeats(state):
             buffer = Particles.from_tensors(kept)
-            rows, turns = _next_rows(buffer, state["turns"], num_particles)
+            rows, turns = map(ranks().agreed, _next_rows(buffer, state["turns"], num_particles))
             return buffer[rows], {**under("kept", kept), **steps, "turns": turns}
-        new = run_particles(program, guide, num_particles)
+        new = _new(program, guide, num_particles)
         # log-probabilities of tokens would be those of the guide before it moves
         parts = [replace(new, token_log_prob={}, proposal_token_log_prob={}, pointwise={})]
         buffer = Particles.concatenate([*([Particles.from_tensors(kept)] if kept else []), *parts])[-self.capacity :]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import socket
 import time
 from collections.abc import Callable
@@ -38,7 +39,7 @@ def launch(function: Callable[[int], Any], size: int = 2, **environment: str) ->
     for (result, _), worker in zip(pipes, workers, strict=True):
         try:
             assert result.poll(max(0.0, ends - time.monotonic())), f"{function} hangs"
-            results.append(result.recv())
+            results.append(pickle.loads(result.recv_bytes()))
         except EOFError:
             results.append(None)
         finally:
@@ -59,6 +60,6 @@ def _work(function: Callable[[int], Any], rank: int, variables: dict[str, str], 
     if isinstance(result, Posterior):
         result = replace(result, policy=None)
     with contextlib.suppress(BrokenPipeError):
-        end.send(result)
+        end.send_bytes(pickle.dumps(result))
     end.close()
     os._exit(0)  # a fork runs none of pytest's own exits

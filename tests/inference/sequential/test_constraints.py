@@ -20,6 +20,7 @@ from bayeslm.inference.program import EvidenceError, ProgramError
 from bayeslm.inference.sequential.spelling import Spelling
 from bayeslm.models import LanguageModel, TiltedLM, rewards
 
+pytest.importorskip("llguidance")
 QUIET = {"seed": 0, "progress": False}
 FUNCTIONS = [token_is(0, 1), token_is(1, 2), lambda p: p.lengths["completion"]]
 

@@ -72,21 +72,47 @@ __all__ = [
 
 
 def rhat(values: ArrayLike) -> Array:
-    """Return the rank-normalised split R̂ of any quantity, by ArviZ.
+    """Return the rank-normalised split R̂ of any quantity, as ArviZ does, of all quantities at once.
 
     Below 1.01 the chains agree. A single chain is cut in two first, so that its quarters are compared.
-    Source: Vehtari, Gelman, Simpson, Carpenter, Bürkner 2021, arXiv 1903.08008.
+
+    With z the normal scores of the ranks of all draws, W the mean variance within the halves of chains and B that of
+    their means, of S draws each, R̂² = (S − 1)/S + B/W; the larger of that of the draws and that of their distances
+    from the median. Source: Vehtari, Gelman, Simpson, Carpenter, Bürkner 2021, arXiv 1903.08008.
 
     :param values: (chain, draw, ...).
     :returns: (...); NaN for a constant quantity, and for fewer than four draws in a chain.
     """
-    from bayeslm.arviz_versions import statistic
-
     array = np.asarray(values, dtype=float)
     if array.shape[0] == 1:
         half = array.shape[1] // 2
         array = np.concatenate([array[:, :half], array[:, half : 2 * half]])
-    return statistic("rhat", array)
+    if array.shape[1] < 4:
+        return np.full(array.shape[2:], np.nan)
+    halves = np.moveaxis(_halves(array), (0, 1), (-2, -1))  # (..., half of a chain, draw)
+    with np.errstate(all="ignore"):
+        bulk = _rhat_of_ranks(halves)
+        tail = _rhat_of_ranks(np.abs(halves - np.median(halves, axis=(-2, -1), keepdims=True)))
+        return np.where(np.isnan(halves).any((-2, -1)), np.nan, np.where(tail > bulk, tail, bulk))
+
+
+def _halves(chains: Array) -> Array:
+    """Return the halves of chains (chain, draw, ...) as chains; the draw in the middle of an odd number is left out."""
+    half = chains.shape[1] // 2
+    return np.concatenate([chains[:, :half], chains[:, chains.shape[1] - half :]])
+
+
+def _rhat_of_ranks(chains: Array) -> Array:
+    """Return R̂ (...) of the normal scores of chains (..., chain, draw)."""
+    from scipy.special import ndtri
+    from scipy.stats import rankdata
+
+    pooled = chains.reshape(*chains.shape[:-2], -1)
+    size, draws = pooled.shape[-1], chains.shape[-1]
+    scores = ndtri((rankdata(pooled, axis=-1) - 3 / 8) / (size + 1 / 4)).reshape(chains.shape)
+    between = draws * scores.mean(-1).var(-1, ddof=1)
+    within = scores.var(-1, ddof=1).mean(-1)
+    return np.asarray(np.sqrt((between / within + draws - 1) / draws))
 
 
 def ess_bulk(values: ArrayLike) -> Array:

@@ -35,6 +35,22 @@ def require_empty(folder: Path, choose: str = "another name") -> None:
         raise FileExistsError(f"{folder} exists and is not empty: choose {choose}, or remove it first")
 
 
+def require_writable(folder: Path) -> None:
+    """Check that files can be made in a folder, or it itself be made, before the work whose results are to go there.
+
+    :raises PermissionError: if not, as on a disk that is read-only.
+    :raises NotADirectoryError: if it, or one above it, is a file.
+    """
+    place = folder.absolute()
+    while not place.exists() and place.parent != place:
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(f"{folder} could not be written: {place} is a file")
+    effective = {"effective_ids": True} if os.access in os.supports_effective_ids else {}
+    if not os.access(place, os.W_OK | os.X_OK, **effective):
+        raise PermissionError(f"{folder} could not be written: {place} is read-only for you. Choose another place")
+
+
 # -- writing -------------------------------------------------------------------------------------------------
 
 
@@ -102,11 +118,17 @@ def recover(path: Path) -> None:
     """Put a folder in its place whose replacement by `replacing_folder` was killed; wait for one that goes on."""
     path = path.resolve() if path.is_symlink() else path.absolute()
     for _ in range(100):
-        hidden = path.parent.glob(f".{glob.escape(path.name[:50])}.replacing-*")
+        hidden = [*path.parent.glob(f".{glob.escape(path.name[:50])}.replacing-*")]
         if path.exists() or not any((folder / "old" / path.name).is_dir() for folder in hidden):
             return
         sweep(path.parent)
         time.sleep(0.01)
+    for folder in hidden:
+        with contextlib.suppress(OSError):
+            if (lock := _lock(folder)) is None:  # no locks here; but a writer that lives takes no second to rename
+                _remove(folder)
+            else:
+                os.close(lock)
 
 
 @contextlib.contextmanager

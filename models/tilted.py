@@ -115,7 +115,8 @@ class TiltedLM:
             if self.reward is None:
                 return
             every = x.expand(broadcast_shape(x.shape[:-1], distribution.batch_shape) + x.shape[-1:])
-            arguments = with_trainer_arguments(columns, self.prior.token_ids(every))
+            cut = distribution.truncated(every).cpu().numpy()
+            arguments = with_trainer_arguments(columns, self.prior.token_ids(every), cut)
             factor("reward", self.reward(prompts, distribution.decode(x), **arguments).to(x.device), self.beta)
 
 

@@ -35,7 +35,7 @@ from torch import Tensor
 
 import bayeslm
 from bayeslm.checksums import digest_of, verify
-from bayeslm.files import atomic_folder, differences, read_header, require_memory, sweep
+from bayeslm.files import atomic_folder, differences, read_header, require_memory, require_writable, sweep
 from bayeslm.inference.program import Program, prompt_labels, to_numpy
 from bayeslm.locking import locked
 from bayeslm.models.lm import read_tensors
@@ -108,6 +108,13 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._held.close()
+
+    def require_writable(self) -> None:
+        """Check that checkpoints can be written here; a full disk may have room later, and is warned of then.
+
+        :raises PermissionError: if the folder is read-only.
+        """
+        require_writable(self.folder)
 
     def due(self, step: int) -> bool:
         """Return whether a checkpoint is to be written after a step."""

@@ -17,6 +17,7 @@ import math
 import random
 import re
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from enum import Enum
 from functools import cached_property, partial
@@ -90,6 +91,8 @@ class _Identifier:
         self._known = known
         self._containers: list[Any] = []  # that are being identified, from the outermost inwards
         self._met: dict[int, Any] = {}  # functions, classes and objects by address: identified where met first
+        self._numbers: dict[int, int] = {}  # of these, how many of the same type and name were met before
+        self._counts: Counter[tuple[type, str]] = Counter()
         self._strict = False  # in an object of an installed package
 
     def of(self, value: Any) -> Any:
@@ -106,9 +109,8 @@ class _Identifier:
         if type(value) in (list, tuple, set, frozenset, dict, MappingProxyType):
             return self._container(value)
         if id(value) in self._met:
-            same = [key for key, x in self._met.items() if type(x) is type(value) and _name(x) == _name(value)]
-            return {"met": _name(value)} | ({"number": n} if (n := same.index(id(value))) else {})
-        self._met[id(value)] = value
+            return {"met": _name(value)} | ({"number": n} if (n := self._numbers[id(value)]) else {})
+        self._meet(value)
         if isinstance(value, partial):
             return {"partial": self.of(value.func), "args": self.of(value.args), "keywords": self.of(value.keywords)}
         if isinstance(value, MethodType):
@@ -124,6 +126,18 @@ class _Identifier:
         if isinstance(value, BuiltinMethodType | MethodWrapperType):
             return {"method": _name(value), "of": self.of(value.__self__)}
         return self._object(value)
+
+    def _meet(self, value: Any) -> None:
+        kind = (type(value), _name(value))
+        self._met[id(value)], self._numbers[id(value)] = value, self._counts[kind]
+        self._counts[kind] += 1
+
+    def _forget(self, size: int) -> None:
+        """Forget all that was met after the first ``size``."""
+        while len(self._met) > size:
+            key, value = self._met.popitem()
+            self._counts[type(value), _name(value)] -= 1
+            del self._numbers[key]
 
     def _container(self, value: Any) -> Any:
         if any(value is x for x in self._containers):
@@ -154,11 +168,11 @@ class _Identifier:
             return found | self._named({x.name: getattr(value, x.name) for x in dataclasses.fields(value)})
         if self._strict or is_own(type(value).__module__) or type(value).__module__.startswith("bayeslm"):
             return found | self._state(value)
-        self._strict, met = True, dict(self._met)
+        self._strict, met = True, len(self._met)
         try:
             return found | {"state": _digest(self._state(value))}
         except (_Tool, RecursionError):
-            self._met = met
+            self._forget(met)
         finally:
             self._strict = False
         plain = {k: x for k, x in getattr(value, "__dict__", {}).items() if _is_plain(x)}

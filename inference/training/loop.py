@@ -122,7 +122,12 @@ class Training:
         self._progress, self._stopwatch = progress, stopwatch
 
     def run(self, checkpoints: Checkpoints | None) -> None:
-        """Take all steps that are not done yet."""
+        """Take all steps that are not done yet.
+
+        :raises OSError: if checkpoints cannot be written, before the first step.
+        """
+        if checkpoints is not None:
+            checkpoints.require_writable()
         svi = pyro.infer.SVI(self.program.model, self.guide, self.optimizer, loss=self.loss)
         total = self.budget.steps or 100  # per cent
         shown = track(self._title, total, self._progress, done=self._shown_of(total), plan=self._plan)

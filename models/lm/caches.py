@@ -42,14 +42,16 @@ class SourceCache(DynamicCache):
     @property
     def states(self) -> Tensor:
         """The encoder's states (row, length, width)."""
-        states: Tensor = self.layers[0].keys[:, 0]
+        encoded: Any = self.layers[0]
+        states: Tensor = encoded.keys[:, 0]
         return states
 
     @property
     def mask(self) -> Tensor:
         """1 at tokens of the prompts that are not padding, (row, length)."""
-        mask: Tensor = self.layers[0].values[:, 0, :, 0]
-        return mask.long()
+        encoded: Any = self.layers[0]
+        mask: Tensor = encoded.values[:, 0, :, 0].long()
+        return mask
 
     def append(self, ids: Tensor) -> Tensor:
         """Add tokens (row, new) to those that are kept, and return all (row, length)."""

@@ -16,9 +16,17 @@ from .texts import any_context, decode
 
 
 def encode_completions(
-    texts: Sequence[str] | np.ndarray, tokenizer: Any, vocabulary: Vocabulary, max_new_tokens: int, ends: bool
+    texts: Sequence[str] | np.ndarray,
+    tokenizer: Any,
+    vocabulary: Vocabulary,
+    max_new_tokens: int,
+    ends: bool,
+    start: tuple[int, ...] = (),
 ) -> Tensor:
-    """Return the completions that are these texts, (*batch, max_new_tokens); see `LanguageModel.encode`."""
+    """Return the completions that are these texts, (*batch, max_new_tokens); see `LanguageModel.encode`.
+
+    :param start: the tokens with which the decoder of an encoder-decoder network starts; none of a causal network.
+    """
     if isinstance(texts, str):
         raise TypeError(f"texts must be a list of texts, got one string: write [{texts[:40]!r}]")
     if tokenizer is None:
@@ -35,7 +43,7 @@ def encode_completions(
         name = f"texts[{i}]"
         if not isinstance(text, str):
             raise TypeError(f"{name} is {text!r:.60}, and no string")
-        row = [*text_ids(name, text, tokenizer), *after]
+        row = [*completion_ids(name, text, tokenizer, start), *after]
         if early := [token for token in row[: len(row) - len(after)] if token in vocabulary.eos_token_ids]:
             raise ValueError(f"{name} ({text!r:.60}) holds the end token {early[0]}: the text would end there")
         if len(row) > max_new_tokens:
@@ -43,6 +51,23 @@ def encode_completions(
             raise ValueError(f"{name} ({text!r:.60}) has {count}, and max_new_tokens is {max_new_tokens}: raise that")
         values[i, : len(row)] = torch.tensor(row, dtype=torch.long)
     return values.reshape(*array.shape, max_new_tokens)
+
+
+def completion_ids(name: str, text: str, tokenizer: Any, start: tuple[int, ...]) -> list[int]:
+    """Return the token ids of a text as a completion, without its end.
+
+    That of an encoder-decoder network is a text of its own, as the tokenizer writes those that are to be learned
+    (``text_target``): without what it appends, and without the ``start``, which is given.
+    """
+    if not start:
+        return text_ids(name, text, tokenizer)
+    check_characters(name, text)
+    around = list(tokenizer(text_target="a", return_special_tokens_mask=True)["special_tokens_mask"])
+    row = list(tokenizer(text_target=text)["input_ids"])
+    row = row[: len(row) - around[::-1].index(0)]
+    sizes = range(min(len(start), around.index(0)), 0, -1)
+    given = next((size for size in sizes if tuple(row[:size]) == start[-size:]), 0)
+    return row[given:]
 
 
 def text_ids(name: str, text: str, tokenizer: Any) -> list[int]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bayeslm.progress import track
 
+from .completions import completion_ids
 from .encoding import Vocabulary
 from .gradients import differentiating
 from .network import CausalNetwork
@@ -78,20 +79,14 @@ def completions_of(
 ) -> list[list[int]]:
     """Return the tokens and EOS of texts that complete prompts, cut after ``max_tokens``.
 
-    :param start: the tokens with which the decoder of an encoder-decoder network starts. Its texts are complete, with
-        what the tokenizer adds to those that are written (``text_target``); others continue their prompts.
+    :param start: the tokens with which the decoder of an encoder-decoder network starts; none of a causal network.
     :raises ValueError: if there are no texts, or one has no token, or tokens that the network has not.
     """
     if not texts:
         raise ValueError("texts is empty: give at least one text to fit")
     rows = []
     for i, text in enumerate(texts):
-        if start:
-            row = list(tokenizer(text_target=text)["input_ids"])
-            given = next((start[k:] for k in range(len(start)) if tuple(row[: len(start) - k]) == start[k:]), ())
-            row = row[len(given) :]  # which are not written, as the language
-        else:
-            row = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        row = completion_ids(f"texts[{i}]", text, tokenizer, start)
         _check_tokens(i, row, vocabulary)
         end = next((t for t, token in enumerate(row) if token in vocabulary.eos_token_ids), None)
         row = [*row, *vocabulary.eos_token_ids[:1]] if end is None else row[: end + 1]

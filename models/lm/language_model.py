@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from bayeslm.model_card import TrainingNotes, read_notes, training_notes
 from bayeslm.posterior import Posterior
 from bayeslm.processes import is_first
-from bayeslm.validation import Count, Positive, Seed, Unchecked, validated
+from bayeslm.validation import Count, Positive, Seed, Unchecked, Within, validated
 
-from . import adapters, completions, encoding, fitting, generation, joining, packing, texts
+from . import adapters, completions, encoding, fitting, generation, joining, packing, stop_strings, texts
 from .autoregressive import Autoregressive
 from .devices import own_device
 from .encoding import Vocabulary
@@ -30,6 +30,7 @@ from .settings import Settings
 from .sharding import refuse_sharded
 from .special_tokens import SpecialTokens, find_special_tokens, is_encoder_decoder
 from .token_bytes import token_bytes
+from .truncation import Truncation
 from .weights import SharedWeights
 from .words import word_tokenizer
 
@@ -430,9 +431,8 @@ class LanguageModel(ModuleWithProperties):
 
     def identity(self) -> dict[str, Any]:
         """Return all on which the distribution depends, by which checkpoints tell runs apart."""
-        names = ("network", "tokenizer", "eos_token_ids", "bos_token_id", "pad_token_id", "compute_dtype")
-        if self.decoder_start_ids:
-            names = (*names, "decoder_start_ids")
+        names = ["network", "tokenizer", "eos_token_ids", "bos_token_id", "pad_token_id", "compute_dtype"]
+        names += ["decoder_start_ids"] if self.decoder_start_ids else []
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -527,16 +527,40 @@ class LanguageModel(ModuleWithProperties):
         prompts: encoding.Prompts,
         max_new_tokens: Count = 24,
         temperature: Positive = 1.0,
+        *,
+        top_k: Count | None = None,
+        top_p: Annotated[float, Within("(0, 1]")] | None = None,
+        stop: Annotated[str | Sequence[str] | None, Unchecked] = None,
+        where: Tensor | None = None,
     ) -> Autoregressive:
         """Return the distribution of completions of ``prompts``.
 
-        :param prompts: strings, chats or token ids; see `encoding.encode`, also for the errors.
+        :param prompts: strings, chats, token ids or what `join` returns; see `encoding.encode`, also for the errors.
         :param max_new_tokens: the longest completion.
         :param temperature: divides the logits.
+        :param top_k: of each token the k likeliest remain, renormalised; None: all.
+        :param top_p: of each token the fewest likeliest with this probability remain, renormalised; None: all.
+        :param stop: a string, or several, that end a completion as an end token does; they are part of it.
+        :param where: bool, in a shape that broadcasts with the prompts': elsewhere the completion is the text that ends
+            at once, with probability 1, as in a turn of a dialogue that is not taken.
+        :raises TypeError: if ``where`` is not bool, or ``stop`` is no string, or there is no tokenizer to read it with.
+        :raises ValueError: if ``where`` does not broadcast, or there is no end token, or ``stop`` is empty.
         """
         refuse_sharded(self.network.named_parameters())
-        encoded = self.encode_prompts(prompts, max_new_tokens)
-        return Autoregressive(self, encoded.ids, encoded.mask, max_new_tokens, temperature)
+        ids, mask, _ = self.encode_prompts(prompts, max_new_tokens)
+        strings = stop_strings.check_stop(stop, self.tokenizer)
+        if where is not None:
+            ids, mask, where = encoding.broadcast_where(ids, mask, where, self.vocabulary)
+        return Autoregressive(
+            self,
+            ids,
+            mask,
+            max_new_tokens,
+            temperature,
+            truncation=Truncation(top_k, top_p),
+            stops=stop_strings.stops_of(self.tokenizer, strings, self.vocab_size).to(ids.device) if strings else None,
+            where=where,
+        )
 
     @validated
     def generate_texts(
@@ -575,10 +599,16 @@ class LanguageModel(ModuleWithProperties):
             any of these. A message ends the assistant's turn, in which all drawn since the last message stands, and
             begins its next one. A template that drops parts of earlier turns, such as reasoning, does not drop what was
             drawn.
-        :raises TypeError: for a part of another kind, a text without a tokenizer, or a message after what is no chat.
+        :raises TypeError: for a part of another kind, a text without a tokenizer, a message after what is no chat, or
+            an encoder-decoder network, whose sources do not go on.
         :raises ValueError: if batches do not broadcast, the tokenizer has no tokens that read as a text, or the chat
             template writes earlier turns otherwise once others follow.
         """
+        if self.decoder_start_ids:
+            raise TypeError(
+                "join continues prompts, and the source of an encoder-decoder network is a complete text: hand in new "
+                "sources, such as lm(list of texts)"
+            )
         return joining.join(self.encode_prompts(prompts), parts, self.tokenizer, self.vocabulary)
 
     @validated
@@ -599,7 +629,9 @@ class LanguageModel(ModuleWithProperties):
         :raises ValueError: if a text has more tokens than ``max_new_tokens``, holds an end, or cannot be written in the
             tokenizer's tokens.
         """
-        found = completions.encode_completions(texts, self.tokenizer, self.vocabulary, max_new_tokens, eos)
+        found = completions.encode_completions(
+            texts, self.tokenizer, self.vocabulary, max_new_tokens, eos, self.decoder_start_ids
+        )
         return found.to(self.device)
 
     def encode_prompts(self, prompts: encoding.Prompts, max_new_tokens: int = 0) -> encoding.Encoded:

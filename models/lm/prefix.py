@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .encoding import Vocabulary
 from .network import CausalNetwork
+from .truncation import Truncation
 
 
 @dataclass
@@ -25,13 +26,15 @@ class Prefix:
     """Prompts after their forward pass, from which every continuation starts.
 
     ``hidden`` (rows, width) predicts the first new token; ``cache`` holds keys and values; ``mask`` (rows, length) is
-    None without padding; ``lengths`` (rows,) counts the tokens that are not padding.
+    None without padding; ``lengths`` (rows,) counts the tokens that are not padding; ``taken`` (rows,) is False where
+    the completion ends at once, None where none does.
     """
 
     hidden: Tensor
     cache: Any
     mask: Tensor | None
     lengths: Tensor
+    taken: Tensor | None = None
 
     def fork(self, rows: Tensor) -> Prefix:
         """Return the prefix of prompt ``rows[i]`` as row i. The cache is copied, never changed in place."""
@@ -39,7 +42,8 @@ class Prefix:
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         cache.batch_select_indices(rows)
         mask = None if self.mask is None else self.mask[rows]
-        return Prefix(self.hidden[rows], cache, mask, self.lengths[rows])
+        taken = None if self.taken is None else self.taken[rows]
+        return Prefix(self.hidden[rows], cache, mask, self.lengths[rows], taken)
 
     def detached(self) -> tuple[Prefix, list[Tensor], list[Tensor]]:
         """Return a copy with a graph of its own; its leaves, and the tensors of this prefix that they are copies of."""
@@ -57,12 +61,13 @@ class Prefix:
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         for layer in cache.layers:
             layer.keys, layer.values = leaf(layer.keys), leaf(layer.values)
-        return Prefix(leaf(self.hidden), cache, self.mask, self.lengths), roots, leaves
+        return replace(self, hidden=leaf(self.hidden), cache=cache), roots, leaves
 
     def select(self, rows: Tensor) -> None:
         """Replace row i by row ``rows[i]``, cache included; a row that stays costs nothing."""
         self.lengths = self.lengths[rows]
         self.mask = None if self.mask is None else self.mask[rows]
+        self.taken = None if self.taken is None else self.taken[rows]
         moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(-1)
         for layer in self.cache.layers:
             for kept in (layer.keys, layer.values):
@@ -101,6 +106,8 @@ class PromptedNetwork:
     :param prompt_mask: 1 at tokens that are not padding, same shape; None if no prompt is padded.
     :param max_new_tokens: the longest completion.
     :param temperature: divides the logits.
+    :param truncation: what remains of the distribution of each token.
+    :param taken: False at prompts whose completion ends at once, (prompt,); None where none does.
     :param batch_size: sequences in one forward pass at most; None: as many as bounded memory allows.
     :param micro_batch_size: of these, sequences whose activations are kept at once for a gradient.
     :param gradient_checkpointing: keep of each layer its input alone for the backward pass.
@@ -112,6 +119,8 @@ class PromptedNetwork:
     prompt_mask: Tensor | None
     max_new_tokens: int
     temperature: float
+    truncation: Truncation
+    taken: Tensor | None
     batch_size: int | None
     micro_batch_size: int | None
     gradient_checkpointing: bool
@@ -149,6 +158,7 @@ class PromptedNetwork:
             block = slice(first, first + size)
             mask = None if self.prompt_mask is None else self.prompt_mask[block]
             prefix = prefill(self.network, self.prompt_ids[block], mask)
+            prefix.taken = None if self.taken is None else self.taken[block]
             members = ((rows >= first) & (rows < first + size)).nonzero().squeeze(-1)
             yield prefix, members, rows[members] - first
 
@@ -163,4 +173,6 @@ class PromptedNetwork:
     def prefix(self, rows: Tensor) -> Prefix:
         """Return the prefix of prompts ``rows`` (row,), all in one batch; each prompt is prefilled once."""
         with torch.no_grad():
-            return prefill(self.network, self.prompt_ids, self.prompt_mask).fork(rows)
+            prefix = prefill(self.network, self.prompt_ids, self.prompt_mask)
+            prefix.taken = self.taken
+            return prefix.fork(rows)

@@ -14,6 +14,7 @@ from .broadcasting import broadcast, check_columns, with_trainer_arguments
 from .calling import TimeLimitError, call, copied
 from .classifier import Classifier
 from .grammar import Grammar, GrammarState
+from .judge import Judge, JudgeUsage
 from .recording import factor, record, reward_name
 from .registry import BUILT_IN, get, load
 from .rehearsal import rehearsal
@@ -30,6 +31,8 @@ __all__ = [
     "Contains",
     "Grammar",
     "GrammarState",
+    "Judge",
+    "JudgeUsage",
     "Length",
     "Matches",
     "Reward",

@@ -24,6 +24,7 @@ from support.toys import (
 )
 
 from bayeslm import Posterior, diagnostics
+from bayeslm.arviz_versions import statistic
 from bayeslm.weights import standard_error
 
 TOY = Gaussian()
@@ -441,3 +442,22 @@ def test_errors_of_a_small_ess_are_those_of_leaving_each_draw_out(estimate: str,
     np.testing.assert_allclose(functions[estimate](posterior)[1], expected, rtol=1e-6)
     needs_one = np.r_[0.0, np.full(39, -2000.0)].reshape(1, 40, 1)
     assert diagnostics.log_evidence(needs_one)[1] == np.inf
+
+
+@pytest.mark.parametrize("shape", [(4, 64, 30), (1, 9, 3), (2, 5, 4), (1, 7, 2), (3, 4), (4, 11, 2, 3), (2, 3, 2)])
+def test_rhat_of_all_quantities_at_once_is_arvizs_of_each(shape):
+    values = np.random.default_rng(0).normal(size=shape)
+    for x in (values, np.round(values)):  # with ties, and constants
+        chains = x
+        if shape[0] == 1:
+            half = shape[1] // 2
+            chains = np.concatenate([x[:, :half], x[:, half : 2 * half]])
+        np.testing.assert_allclose(diagnostics.rhat(x), statistic("rhat", chains), rtol=1e-12)
+
+
+def test_rhat_of_unusual_quantities_is_arvizs():
+    x = np.random.default_rng(0).normal(size=(4, 16, 6))
+    x[..., 0], x[0, 0, 1], x[0, :3, 2], x[:, :8, 3], x[..., 5] = 1.0, np.nan, -np.inf, -np.inf, -np.inf
+    found = diagnostics.rhat(x)
+    np.testing.assert_allclose(found, statistic("rhat", x), rtol=1e-12)
+    assert np.isnan(found).tolist() == [True, True, False, False, False, True]

@@ -501,3 +501,25 @@ def test_where_no_source_can_be_read_resuming_asks_for_a_version(tmp_path):
     SVI(**SMALL, checkpoint=Checkpointing(tmp_path / "named", version="1")).run(model, PROMPTS)
     with pytest.raises(ValueError, match='code version was "1" and is "2"'):
         SVI(**SMALL, checkpoint=Checkpointing(tmp_path / "named", version="2")).run(model, PROMPTS)
+
+
+def test_the_identity_of_many_objects_takes_work_in_proportion():
+    """Of installed packages, repeated: each is told from the others of its type."""
+
+    def calls(num: int) -> int:
+        dates = [datetime.timedelta(days=i) for i in range(num)]
+        counted = 0
+
+        def count(frame: object, event: str, argument: object) -> None:
+            nonlocal counted
+            counted += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        try:
+            found = identify([dates, dates])
+        finally:
+            sys.setprofile(None)
+        assert found[1] == [{"met": "timedelta"} | ({"number": i} if i else {}) for i in range(num)]
+        return counted
+
+    assert calls(400) <= 1.2 * 10 * calls(40)

@@ -8,6 +8,7 @@ from .gradients import differentiating
 from .language_model import LanguageModel
 from .module_errors import ModuleWithProperties
 from .network import CausalNetwork, log_softmax_at
+from .sharding import refuse_sharded
 from .suffix import redraw
 from .tables import read_table, without_index
 from .tensor_files import read_tensors, write_tensors
@@ -39,6 +40,7 @@ __all__ = [
     "read_table",
     "read_tensors",
     "redraw",
+    "refuse_sharded",
     "sample_texts",
     "without_index",
     "word_tokenizer",

@@ -133,7 +133,7 @@ def _features(
     """
     (rows,), columns = target.program_arguments(prompts, **columns)
     ids = target.prior.token_ids(torch.as_tensor(posterior.samples["completion"]))
-    arguments = with_trainer_arguments(columns, ids)
+    arguments = with_trainer_arguments(columns, ids, posterior.truncated["completion"])
     texts = posterior.texts["completion"]
     values = np.stack([moment.reward(rows, texts, **arguments).double().numpy() for moment in wanted], axis=-1)
     if (bad := np.argwhere(~np.isfinite(values))).size:

@@ -86,6 +86,17 @@ def row(particles: int, peers: list[Run], own: list[Run]) -> str:
     )
 
 
+def alone(particles: int, own: list[Run]) -> str:
+    valid = f"{sum(run.valid for run in own)} of {sum(len(run.texts) for run in own)}"
+    speed = statistics.median(run.tokens / run.seconds for run in own)
+    logs = [run.log_evidence for run in own]
+    mean, error = log_mean(logs)
+    return (
+        f"| {particles} | – | {valid} | – | {speed:.1f} | – | – | {np.std(logs, ddof=1):.3f} | – "
+        f"| {mean:.2f} ± {error:.2f} |"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--particles", type=int, nargs="+", default=[8, 16, 32])
@@ -118,7 +129,8 @@ def main() -> None:
             own = ours(model, grammar, particles, seed)
             pairs.append((own if peer is None else theirs(peer, particles, seed), own))
             print(f"{particles} particles, run {seed}: {pairs[-1]}", file=sys.stderr)
-        print(row(particles, *map(list, zip(*pairs, strict=True))), flush=True)
+        peers, mine = map(list, zip(*pairs, strict=True))
+        print(alone(particles, mine) if peer is None else row(particles, peers, mine), flush=True)
 
 
 if __name__ == "__main__":

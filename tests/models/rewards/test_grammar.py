@@ -15,6 +15,7 @@ from support.tokenizers import TOKENIZERS
 from bayeslm.models import LanguageModel, rewards
 from bayeslm.models.lm import Encoded
 
+pytest.importorskip("llguidance")
 PERSON = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},

@@ -132,7 +132,7 @@ class RejectionSampling:
         :raises ProgramError: if a proposal exceeds the bound.
         """
         wanted = self.num_samples * self.num_chains
-        size = self.batch_size or program.max_particles
+        size = self.batch_size or program.particles_a_run
         parts: list[tuple[Particles, torch.Tensor]] = []
         least = done = 0
         highest = -math.inf

@@ -7,7 +7,7 @@ from .guides import PolicyGuide, as_proposal, draw_latents
 from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, RandomStates, seeded
 from .independence import check_independence
 from .partial import PartialRun
-from .particles import Particles, particles_of, run_particles, score_sites, to_numpy, traces
+from .particles import Particles, all_to_numpy, particles_of, run_particles, score_sites, to_numpy, traces
 from .program import STEPS, Program, along, inspect, inspect_or_reuse
 from .results import check_evidence, posterior, prompt_labels
 from .run import Engine, RunError, SoFar, Stopwatch, draw, keeping, of_prompts, running
@@ -32,6 +32,7 @@ __all__ = [
     "Site",
     "SoFar",
     "Stopwatch",
+    "all_to_numpy",
     "along",
     "as_proposal",
     "assign_values",

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from pyro.poutine import runtime
 
-from bayeslm.models.lm import count_usage, differentiating, exclusive
+from bayeslm.models.lm import count_usage, differentiating, exclusive, remembering
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 from bayeslm.visible import message_of
@@ -70,12 +70,12 @@ def running(seed: int | None) -> Iterator[Stopwatch]:
     """Begin a run: the same wherever it is called.
 
     Other threads wait for their turn. Gradients are recorded, whatever the caller has turned off. A run inside another
-    one (in its reward) does not see the handlers of that program.
+    one (in its reward) does not see the handlers of that program. Prompts are encoded once a run.
 
     :param seed: see `seeded`.
     :returns: the stopwatch of the run.
     """
-    with exclusive(), _handlers_of_caller(), differentiating(), seeded(seed), Stopwatch() as watch:
+    with exclusive(), remembering(), _handlers_of_caller(), differentiating(), seeded(seed), Stopwatch() as watch:
         yield watch
 
 
@@ -199,7 +199,7 @@ def draw(
     :returns: the particles, and whether Ctrl-C stopped the run before it had all of them.
     :raises RunError: if a later batch fails; it carries the particles drawn before.
     """
-    size = batch_size or program.max_particles
+    size = batch_size or program.particles_a_run
     parts: list[Particles] = []
 
     def so_far() -> SoFar | None:

@@ -22,11 +22,11 @@ from bayeslm.inference.program import (
     Program,
     RandomStates,
     Stopwatch,
+    all_to_numpy,
     of_prompts,
     prompt_labels,
     run_particles,
     seeded,
-    to_numpy,
 )
 from bayeslm.progress import announce, track
 from bayeslm.validation import validated
@@ -233,7 +233,7 @@ class Training:
         loss = svi.step(*self.program.args, **self.program.kwargs)
         seconds = time.perf_counter() - start
         figures = {"elbo": torch.tensor([-loss])} if self._last is None else self._last.figures
-        self._note({key: to_numpy(figures[key]) for key in FIGURES if key in figures})
+        self._note(all_to_numpy({key: figures[key] for key in FIGURES if key in figures}))
         norm, gamma = self.optimizer.gradient_norm, self.inverse_temperature
         self._note({"gradient_norm": np.array(norm), "inverse_temperature": np.array(gamma)})
         if (moved := self.optimizer.moved) is not None:

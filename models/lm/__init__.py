@@ -8,6 +8,7 @@ from .gradients import differentiating
 from .language_model import LanguageModel
 from .module_errors import ModuleWithProperties
 from .network import CausalNetwork, log_softmax_at
+from .remembered import on_host, put_on_host, remembering
 from .suffix import redraw
 from .tables import read_table, without_index
 from .tensor_files import read_tensors, write_tensors
@@ -35,9 +36,12 @@ __all__ = [
     "forked",
     "generate",
     "log_softmax_at",
+    "on_host",
+    "put_on_host",
     "read_table",
     "read_tensors",
     "redraw",
+    "remembering",
     "sample_texts",
     "without_index",
     "word_tokenizer",

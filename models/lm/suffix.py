@@ -36,7 +36,7 @@ def redraw(
     chosen = (cut < distribution.lengths(old)).nonzero().squeeze(-1)
     chosen = chosen[cut[chosen].argsort(stable=True)]  # micro-batches of like cuts
     prompts = distribution.prompt_rows(shape)[chosen]
-    for part, prefix in prompted.prefixes(prompts):
+    for part, prefix in prompted.prefixes(prompts, min(prompted.max_rows_scored, prompted.max_rows)):
         rows, kept = chosen[part], cut[chosen[part]]
         prefix = _extended(prompted, prefix, prompts[part], old[rows], kept)
         for some in torch.arange(len(rows) * len(new), device=rows.device).split(prompted.max_rows):

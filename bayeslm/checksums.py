@@ -14,7 +14,7 @@ TENSORS = (".safetensors", ".bin")
 def checksums(folder: Path) -> dict[str, str]:
     """Return the checksums of all files in a folder, those of its folders among them, by name."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
-    return {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+    return {path.relative_to(folder).as_posix(): digest_of(path) for path in files}
 
 
 def write_checksums(folder: Path) -> None:
@@ -71,6 +71,8 @@ def _expected(folder: Path) -> dict[str, str]:
         raise ValueError(f"{folder / NAME} is damaged or missing: {error}") from error
     if not expected:
         raise ValueError(f"{folder / NAME} is damaged: it is empty")
+    if outside := next((name for name in expected if name.startswith("/") or ".." in name.split("/")), None):
+        raise ValueError(f"{folder / NAME} is damaged: {outside!r} is not in the folder")
     return expected
 
 
@@ -81,12 +83,13 @@ def _damages(folder: Path, expected: dict[str, str]) -> Iterator[tuple[str, str]
         try:
             if not path.is_file():
                 raise FileNotFoundError("there is no such file")
-            if _digest(path) != digest:
+            if digest_of(path) != digest:
                 yield name, f"{path} is damaged: it is not what was written (its checksum in {NAME} differs)"
         except (OSError, ValueError) as error:  # a damaged name may hold NUL
             yield name, f"{path}, named in {NAME}, cannot be read: {error}"
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

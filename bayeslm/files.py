@@ -35,6 +35,22 @@ def require_empty(folder: Path, choose: str = "another name") -> None:
         raise FileExistsError(f"{folder} exists and is not empty: choose {choose}, or remove it first")
 
 
+def require_writable(folder: Path) -> None:
+    """Check that files can be made in a folder, or it itself be made, before the work whose results are to go there.
+
+    :raises PermissionError: if not, as on a disk that is read-only.
+    :raises NotADirectoryError: if it, or one above it, is a file.
+    """
+    place = folder.absolute()
+    while not place.exists() and place.parent != place:
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(f"{folder} could not be written: {place} is a file")
+    effective = {"effective_ids": True} if os.access in os.supports_effective_ids else {}
+    if not os.access(place, os.W_OK | os.X_OK, **effective):
+        raise PermissionError(f"{folder} could not be written: {place} is read-only for you. Choose another place")
+
+
 # -- writing -------------------------------------------------------------------------------------------------
 
 
@@ -297,8 +313,10 @@ def require_size(path: Path, max_bytes: int) -> None:
     """Check the size of a file before it is read.
 
     :raises OSError: if there is no such file.
-    :raises ValueError: if it has more bytes than it can have.
+    :raises ValueError: if it has more bytes than it can have, or is a device or a pipe, whose size nobody knows.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file: a folder, a device or a pipe is in its place")
     if (size := path.stat().st_size) > max_bytes:
         raise ValueError(f"{path} is damaged: it has {size} bytes, and at most {max_bytes} are read")
 

@@ -66,6 +66,7 @@ class Loading:
     :param compute_dtype: of products of float32 weights, if another one.
     :param rank: of the adapter; None where it has none.
     :param has_tokenizer: whether the folder holds a tokenizer.
+    :param is_encoder_decoder: whether an encoder reads the prompt; else the network is causal.
     """
 
     base: str | None
@@ -74,6 +75,7 @@ class Loading:
     compute_dtype: str | None
     rank: int | None
     has_tokenizer: bool = True
+    is_encoder_decoder: bool = False
 
 
 def write_card(folder: Path, loading: Loading, notes: TrainingNotes | None) -> None:
@@ -239,7 +241,8 @@ def _versions() -> list[str]:
 
 def _front_matter(loading: Loading) -> str:
     """Return what the Hugging Face hub reads. It refuses the name of a base that is a folder."""
-    lines = ["library_name: " + ("transformers" if loading.base is None else "peft"), "pipeline_tag: text-generation"]
+    task = "text2text-generation" if loading.is_encoder_decoder else "text-generation"
+    lines = ["library_name: " + ("transformers" if loading.base is None else "peft"), f"pipeline_tag: {task}"]
     base = CONVERTED[loading.short_name][0] if loading.short_name in CONVERTED else loading.base or ""
     if re.fullmatch(r"(?!\.)[\w.-]+/[\w.-]+", base, re.ASCII) and not os.path.exists(base):
         lines.append(f"base_model: {base}")
@@ -247,7 +250,8 @@ def _front_matter(loading: Loading) -> str:
 
 
 def _title(loading: Loading) -> str:
-    what = "a causal language model" if loading.base is None else "an adapter of a causal language model"
+    kind = "an encoder-decoder language model" if loading.is_encoder_decoder else "a causal language model"
+    what = kind if loading.base is None else f"an adapter of {kind}"
     return f"# A language model saved by bayeslm\n\nThis folder holds {what}, in the format of transformers or PEFT."
 
 
@@ -261,11 +265,14 @@ def _how_to_load(loading: Loading, settings: Mapping[str, float]) -> str:
     if loading.base == "":
         load = ["from peft import PeftModel", "", 'model = PeftModel.from_pretrained(base, ".")  # base: the network']
     else:
-        kind = "AutoModelForCausalLM" if loading.base is None else "AutoPeftModelForCausalLM"
+        task = "Seq2SeqLM" if loading.is_encoder_decoder else "CausalLM"
+        kind = f"{'AutoModel' if loading.base is None else 'AutoPeftModel'}For{task}"
         where = "transformers" if loading.base is None else "peft"
         load = [f"from {where} import {kind}", "", f'model = {kind}.from_pretrained(".", dtype="{loading.dtype}")']
     limit, temperature = int(settings.get("max_new_tokens", 128)), settings.get("temperature", 1.0)
     how = f"do_sample=True, temperature={temperature}, top_k=0, top_p=1.0, max_new_tokens={limit}"
+    if loading.is_encoder_decoder:  # whose generation configs often search beams, and end texts at the limit
+        how += ", num_beams=1, forced_eos_token_id=None"
     if loading.has_tokenizer:
         tokenizer = ["from transformers import AutoTokenizer"]
         use = [
@@ -288,10 +295,7 @@ def _how_to_load(loading: Loading, settings: Mapping[str, float]) -> str:
         *use,
         "```",
         "",
-        "With vLLM:",
-        "",
-        f"    {_vllm(loading)}",
-        "",
+        *([] if loading.is_encoder_decoder else ["With vLLM:", "", f"    {_vllm(loading)}", ""]),
         'With bayeslm: `LanguageModel.from_pretrained(".")`'
         + (', or on the command line `bayeslm sample . "Hello"`.' if loading.has_tokenizer else "."),
     ]

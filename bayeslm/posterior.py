@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from bayeslm import display
 from bayeslm.files import reading
 from bayeslm.posterior_checks import check_fields
+from bayeslm.processes import is_first
 from bayeslm.weights import Array, normalise, num_draws, smoothed_where_reliable
 
 RESAMPLED = {"enumerated": "exact", "weighted": "uncorrected", "particles": "uncorrected"}  # kind before and after
@@ -231,6 +233,25 @@ class Posterior:
             highest[text] = max(float(reward), highest.get(text, -np.inf))
         return sorted(highest.items(), key=lambda item: -item[1])[:k]
 
+    def decide(
+        self,
+        utility: Callable[[str, str], float] | Literal["reward"],
+        *,
+        num_candidates: int = 32,
+        site: str | None = None,
+    ) -> Any:
+        """Return the text of highest expected utility for each prompt; see `bayeslm.decisions.decide`.
+
+        :param utility: of a pair of texts, (candidate, draw), such as those in `bayeslm.decisions`; or "reward".
+        :param num_candidates: the most candidates of a prompt.
+        :param site: the completion site, where the model has several.
+        :returns: a `bayeslm.decisions.Decision`.
+        :raises ValueError: if ``site`` is needed and missing, or unknown, or has several texts a prompt; if every
+            weight of a prompt is zero, or a utility is not a finite number.
+        """
+        module = import_module("bayeslm.decisions")  # by its name, as all that judges posteriors stands above this file
+        return module.decide(self, utility, num_candidates=num_candidates, site=site)
+
     def to_arviz(self, num_draws: int | None = None, seed: int = 0) -> Any:
         """Return ArviZ's container of the installed version: `InferenceData` (0.x) or `xarray.DataTree` (1.x).
 
@@ -264,6 +285,7 @@ class Posterior:
     def save(self, directory: str | Path) -> Path:
         """Write everything into a new or empty directory, which `load` reads; its "posterior.nc" opens in ArviZ too.
 
+        Of several processes that run together the first one writes alone; the others return the path at once.
         See `bayeslm.storage` for the files. If no draw has positive weight, a warning says that ArviZ's groups are
         left out of "posterior.nc".
 
@@ -276,6 +298,8 @@ class Posterior:
         from bayeslm.arviz import make_attrs, make_groups
         from bayeslm.storage import save
 
+        if not is_first():
+            return Path(directory).absolute()
         try:
             groups = make_groups(self._resampled(None, 0), self)
         except ValueError as error:
@@ -294,8 +318,23 @@ class Posterior:
         :raises ImportError: without matplotlib.
         :raises OSError: if the disk refuses; the file is then as it was before.
         """
-        module = import_module("bayeslm.report")  # by its name, as all that judges posteriors stands above this file
+        module = import_module("bayeslm.report")  # by its name, as in `decide`
         return Path(module.write_report({self.engine: self}, path, title=title))
+
+    @staticmethod
+    def concatenate(posteriors: Sequence[Posterior]) -> Posterior:
+        """Return several runs of one engine on one program, with seeds of their own, as one: the chains of all.
+
+        Four runs on four machines become one posterior, whose weights, log Z, bounds and errors are those of all draws.
+        Runs with chains of other lengths become one chain, if their draws are independent. Counts in `stats` are added
+        up, figures of chains joined, ``seconds`` is the longest run's; what differs and has no sum is left out. The
+        policy is kept if it is one and the same.
+
+        :raises ValueError: if there is no run; if their engines, prompts or sites differ; if they are enumerations, of
+            which one is complete; if dependent draws are in chains of different lengths; or if two are copies.
+        """
+        module = import_module("bayeslm.concatenation")  # by its name: it knows posteriors
+        return Posterior(**module.concatenate(posteriors))
 
     @staticmethod
     def load(directory: str | Path) -> Posterior:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 # Imported at the top, as the import draws from Python's random state, which a run that shows progress has just seeded.
@@ -27,6 +28,9 @@ INTERVAL = 30.0  # seconds from one line to the next where there is no terminal
 LONG = 20.0  # seconds: a run that takes longer says what it does, and how long it will take,
 MEASURED = 1.0  # when so many seconds of it have been measured
 REFRESH = 0.25  # seconds from one display to the next in terminals and notebooks
+
+
+_quiet: ContextVar[bool] = ContextVar("bayeslm_quiet", default=False)
 
 
 class Report(Protocol):
@@ -83,6 +87,16 @@ class _Progress:
 
 
 @contextlib.contextmanager
+def quiet(enabled: bool = True) -> Iterator[None]:
+    """Show no progress in the block, if ``enabled``: of several processes the first shows that of all."""
+    token = _quiet.set(enabled or _quiet.get())
+    try:
+        yield
+    finally:
+        _quiet.reset(token)
+
+
+@contextlib.contextmanager
 def track(what: str, total: int | None, enabled: bool = True, *, done: int = 0, plan: str = "") -> Iterator[Report]:
     """Show the progress of the block: on standard error, or in the notebook.
 
@@ -92,7 +106,7 @@ def track(what: str, total: int | None, enabled: bool = True, *, done: int = 0, 
     :param done: steps that were done before, of a computation that is resumed.
     :param plan: what is done, in a few words: a long computation says so when it knows how long it will take.
     """
-    if not enabled:
+    if not enabled or _quiet.get():
         yield lambda advance=1, values=None, what=None: None
         return
     progress, console = _Progress(what, total, done, plan), Console(stderr=True)
@@ -113,7 +127,7 @@ def track(what: str, total: int | None, enabled: bool = True, *, done: int = 0, 
 
 def announce(text: str, enabled: bool = True) -> None:
     """Write a line to standard error, if ``enabled``."""
-    if enabled:
+    if enabled and not _quiet.get():
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None, as in some windows
             print(visible(text), file=sys.stderr, flush=True)
 

@@ -1,8 +1,9 @@
 """Prompts and their columns in files: JSON lines, JSON, CSV, TSV, Parquet or text.
 
 The suffix, in any case, says what a file is; all others than ``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv`` and
-``.parquet`` are text with a prompt a line. Files are UTF-8, or begin with the mark of UTF-16 or UTF-32. Only line feeds
-and carriage returns end a line. Blank lines are skipped, and count in the numbers of errors. A missing cell is None.
+``.parquet`` are text with a prompt a line. (Parquet under a suffix that says nothing is read as what it is.) Files are
+UTF-8, or begin with the mark of UTF-16 or UTF-32. Only line feeds and carriage returns end a line. Blank lines are
+skipped, and count in the numbers of errors. A missing cell is None.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # before those of UTF-16, which begin them
 MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig"}
+KNOWN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")  # suffixes, but for Parquet's
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")  # as in JSON, so that 007 is a text
 LEVELS = 64  # of lists and objects inside each other, in one value
 Rows = list[tuple[str, Any]]  # the place of each row in the file, and its value
@@ -67,6 +69,8 @@ def prompt_table(path: str, rows: Rows) -> tuple[list[Any], dict[str, list[Any]]
     for (place, _), row in zip(rows, table, strict=True):
         if deep := next((name for name in row if not _is_flat(row[name], LEVELS)), None):
             raise ValueError(f"{path}, {place}: {deep!r} has more than {LEVELS} lists or objects inside each other")
+        for name in row.keys() - {"prompt"}:
+            check_characters(f"{path}, {place}: {name!r}", _texts_in(row[name]))
     columns = {str(name): [_as_json(row[name]) for row in table] for name in table[0]}
     return columns.pop("prompt"), columns
 
@@ -118,7 +122,10 @@ def json_lines(data: bytes) -> Iterator[tuple[int, Any]]:
 def _rows(path: Path) -> Rows:
     data = path.read_bytes()
     kind = path.suffix.lower()
-    if kind == ".parquet" or data.startswith(b"PAR1"):
+    is_parquet = data.startswith(b"PAR1") and data.endswith(b"PAR1") and b"\0" in data  # as no text has
+    if is_parquet and kind in KNOWN:
+        raise ValueError(f"{path} is Parquet, and its suffix {kind} says otherwise: rename it to .parquet")
+    if is_parquet or kind == ".parquet":
         return _parquet(path)
     try:
         data = _utf8(data)
@@ -288,6 +295,15 @@ def _is_flat(value: Any, levels: int) -> bool:
         return True
     inside = value.values() if isinstance(value, Mapping) else value
     return levels > 0 and all(_is_flat(x, levels - 1) for x in inside)
+
+
+def _texts_in(value: Any) -> str:
+    """Return all texts in a value of a column, one after another, for a look at their characters."""
+    if isinstance(value, Mapping):
+        return "\n".join(_texts_in(x) for pair in value.items() for x in pair)
+    if isinstance(value, list | tuple):
+        return "\n".join(map(_texts_in, value))
+    return value if isinstance(value, str) else ""
 
 
 def _as_json(value: Any) -> Any:

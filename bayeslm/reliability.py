@@ -247,6 +247,7 @@ def _unseen(posterior: Posterior) -> Iterator[list[str]]:
     """Yield what each prompt's draws cannot know: values of the reward that none of them has."""
     total, high = num_draws(posterior.log_weights), posterior.log_evidence_high
     bound = float(posterior.stats.get("log_bound", np.inf))
+    one_is_known = bool(posterior.stats.get("constrained", False))  # the only value that a proposal leaves
     likelihood = posterior.total_log_likelihood()
     if (
         posterior.kind == "particles"
@@ -262,7 +263,7 @@ def _unseen(posterior: Posterior) -> Iterator[list[str]]:
                 f"No draw has the highest possible {posterior.measure}, so of log Z only an upper limit is known, "
                 f"{high[i]:.2f} (95%): use more draws, or a proposal that reaches it."
             ]
-        elif len(found) == 1 and total > 1 and not (best and high is not None):
+        elif len(found) == 1 and total > 1 and not (best and high is not None) and not one_is_known:
             yield [
                 f"All {total} draws have the {posterior.measure} {found[0].value:.4g}: nothing rare was seen, "
                 "and errors of 0 do not cover it. Use more draws, or a proposal that reaches other rewards."

@@ -21,6 +21,7 @@ from bayeslm import report_sections as sections
 from bayeslm import report_texts
 from bayeslm.files import write_file
 from bayeslm.posterior import Posterior
+from bayeslm.processes import is_first
 from bayeslm.summaries import remarks
 from bayeslm.version import __version__
 from bayeslm.visible import visible
@@ -46,9 +47,9 @@ def write_report(
     :raises ValueError: if the mapping is empty, or the prompts differ.
     :raises OSError: if the disk refuses; the file is then as it was before.
     """
-    page = render(posteriors, title=title, settings=settings)
     target = Path(path).absolute()
-    write_file(target, page)
+    if is_first():  # of several processes that run together
+        write_file(target, render(posteriors, title=title, settings=settings))
     return target
 
 

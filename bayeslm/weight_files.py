@@ -40,11 +40,13 @@ def check_folder(folder: Path, make: Callable[[], Any]) -> None:
     """
     if (folder / "adapter_config.json").is_file():  # transformers would load it by itself
         raise ValueError(f"{folder} holds an adapter, and no model of its own: merge it into its base, and load that")
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").exists():
         return
     check_json(folder)
     config = read_json(folder / "config.json")
     for key, value in _entries(config):
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError(f"{folder / 'config.json'}: {key} {value:.3g} is more than 64 bits hold")
         if key in KERNELS and isinstance(value, str) and re.search(r"[/:@]", value):
             raise ValueError(f"{folder / 'config.json'}: {key} {value!r} is code of somebody else, which is not run")
     stored = stored_tensors(folder, "*.safetensors") or stored_tensors(folder, "pytorch_model*.bin")
@@ -68,8 +70,12 @@ def check_folder(folder: Path, make: Callable[[], Any]) -> None:
 def check_json(folder: Path) -> None:
     """Check the JSON files of a folder, which transformers and PEFT read without saying which one is damaged.
 
-    :raises ValueError: if one is damaged, holds no object, or is far too large; with its path.
+    :raises ValueError: if one is damaged, holds no object, or is far too large; or a device or a pipe is among the
+        folder's files, which could be read for ever; with its path.
     """
+    for path in folder.iterdir():
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ValueError(f"{path} is no file: a device or a pipe is in its place")
     for path in folder.glob("*.json"):
         require_size(path, MAX_JSON)
         if path.stat().st_size < 2**20:

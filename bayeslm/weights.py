@@ -52,6 +52,17 @@ def chain_log_evidence(log_weights: ArrayLike) -> Array:
     return _logsumexp(lw, axis=1) - np.log(lw.shape[1])
 
 
+def conditional_log_evidence(log_weights: ArrayLike) -> Estimate:
+    """Estimate log Z of conditional runs, and its standard error, both (prompt,); NaN where a weight is zero.
+
+    1 / Ẑ of a chain is unbiased for 1 / Z, unless all its weights can be 0.
+    """
+    lw = as_log_weights(log_weights)
+    inverse, stderr = log_evidence(-chain_log_evidence(lw)[:, None])
+    unknown = np.isneginf(lw).any(POOL)
+    return np.where(unknown, np.nan, -inverse), np.where(unknown, np.nan, stderr)
+
+
 def ess(log_weights: ArrayLike) -> Array:
     """Return Kish's effective sample size (Σw)² / Σw², (prompt,); 0 if every weight is zero.
 

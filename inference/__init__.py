@@ -7,9 +7,10 @@ from .exact import Exact
 from .importance import ImportanceSampling
 from .laplace import Laplace
 from .mcmc import MCMC
+from .moments import MomentFit, match_moments
 from .nuts import NUTS
 from .predictive import predict
-from .program import EvidenceError, ProgramError, RunError
+from .program import EvidenceError, ProgramError, RankError, RunError, alone
 from .rejection import BestOfN, RejectionSampling
 from .smc import SMC
 from .svi import SVI
@@ -42,8 +43,12 @@ __all__ = [
     "Exact",
     "ImportanceSampling",
     "Laplace",
+    "MomentFit",
     "ProgramError",
+    "RankError",
     "RejectionSampling",
     "RunError",
+    "alone",
+    "match_moments",
     "predict",
 ]

@@ -37,10 +37,12 @@ from bayeslm.inference.program import (
     Particles,
     SoFar,
     draw,
+    gathered,
     inspect,
     keeping,
     of_prompts,
     posterior,
+    ranks,
     running,
     to_numpy,
 )
@@ -108,13 +110,16 @@ class AnnealedSMC:
         :raises ProgramError: if a latent is masked, or a term of the log-joint is NaN or +inf.
         :raises RunError: if an error stops the run after particles were drawn; it carries those of the last sweep.
         """
-        with running(self.seed) as watch, torch.no_grad():
+        with running(self.seed, divided=True) as watch, torch.no_grad():
             program = inspect(model, *args, **kwargs)
+            watch.check_together(program, self, num_chains=self.num_chains)
+            rows = ranks().rows(self.num_chains)
+            chains = rows.stop - rows.start
             size = self.num_particles * self.num_chains
             initial, interrupted = draw(program, None, size, progress=self.progress, label="particles of the prior")
             if interrupted:
                 raise KeyboardInterrupt
-            groups = torch.arange(self.num_chains, device=program.device).repeat_interleave(self.num_particles)
+            groups = torch.arange(chains, device=program.device).repeat_interleave(self.num_particles)
             moves = latent_moves(
                 program,
                 policy=self.proposal,
@@ -122,19 +127,19 @@ class AnnealedSMC:
                 step_size=self.step_size,
                 groups=groups,
             )
-            population = Population(program, self)
-            state, tally = initial, Tally()
-            gamma = torch.zeros((self.num_chains, program.weight_prompts), device=program.device)
+            population = Population(program, self, chains=chains)
+            state, tally = initial[rows.start * self.num_particles : rows.stop * self.num_particles], Tally()
+            gamma = torch.zeros((chains, program.weight_prompts), device=program.device)
             one = torch.ones_like(gamma)
             ladder: list[Tensor] = []
 
             def so_far() -> SoFar:
                 return SoFar(particles=state)
 
-            plan = f"{self.num_chains} chains of {self.num_particles} particles {of_prompts(program)}, annealed"
+            plan = f"{chains} chains of {self.num_particles} particles {of_prompts(program)}, annealed"
             total = None if self.ladder is None else len(self.ladder)
             with track("annealing", total, self.progress, plan=plan) as report:
-                while (gamma < 1.0).any():
+                while ranks().any(bool((gamma < 1.0).any())):
                     last, gamma = gamma, one if interrupted else self._next(population, state, gamma, len(ladder))
                     ladder.append(gamma)
                     step = f"inverse temperature {gamma.max().item():.3g}"
@@ -149,19 +154,19 @@ class AnnealedSMC:
                             state = sweep(moves, state, each, tally=tally, adapt=self.ladder is None)
                     interrupted |= run.interrupted
                     report(values={"inverse temperature": gamma.min().item()})
+            records = Population.stats([population]) | {"inverse_temperatures": to_numpy(torch.stack(ladder, 1))}
             return posterior(
                 program,
-                state,
+                gathered([state], state.log_prior.device),
                 engine="AnnealedSMC",
                 kind="particles",
                 num_chains=self.num_chains,
-                log_weights=population.total_log_weights,
-                roots=population.roots,
+                log_weights=ranks().joined(population.total_log_weights),
+                roots=ranks().joined(population.roots),
                 stats=watch.stats()
-                | Population.stats([population])
-                | {"inverse_temperatures": to_numpy(torch.stack(ladder, 1))}
+                | {name: ranks().joined_array(x) for name, x in records.items()}
                 | tally.stats()
-                | {"interrupted": interrupted},
+                | {"interrupted": ranks().any(interrupted)},
                 prior=initial,
                 from_prior=len(initial),
             )
@@ -170,7 +175,7 @@ class AnnealedSMC:
         """Return the next inverse temperatures, (chain, prompt)."""
         if self.ladder is not None:
             return torch.full_like(gamma, self.ladder[step])
-        shape = (self.num_chains, self.num_particles, -1)
+        shape = (len(gamma), self.num_particles, -1)
         return next_inverse_temperature(
             population.log_weights.reshape(shape), state.total_log_likelihood.reshape(shape), gamma, self.cess
         )

@@ -11,12 +11,13 @@ then an upper bound of log Z in expectation, while it is a lower bound without i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from bayeslm.inference.program import (
     PolicyGuide,
+    Program,
     as_proposal,
     draw,
     inspect,
@@ -24,7 +25,7 @@ from bayeslm.inference.program import (
     posterior,
     running,
 )
-from bayeslm.inference.sequential import check_retained, put_first, retained_particles
+from bayeslm.inference.sequential import ConstraintGuide, TokenConstraint, check_retained, put_first, retained_particles
 from bayeslm.models.lm import LanguageModel
 from bayeslm.posterior import Posterior
 from bayeslm.validation import Count, Seed, validated
@@ -38,7 +39,8 @@ class ImportanceSampling:
     :param num_particles: the number of draws in each chain.
     :param num_chains: the number of independent chains.
     :param guide: the proposal, a Pyro guide of the program or a `LanguageModel` (a policy trained by `SVI`) in the
-        place of the program's own. None proposes from the prior.
+        place of the program's own; or a `Grammar` or `Constraint` that the program has as a factor, or one for each of
+        some sites: the prior without the tokens that it refuses. None proposes from the prior.
     :param retained: exact draws of the posterior, by `RejectionSampling` or `Exact` on the same program, at least one
         for each chain. Then the first particle of chain c is the c-th of them, and the chain's log Z is an upper bound
         in expectation.
@@ -52,7 +54,7 @@ class ImportanceSampling:
 
     num_particles: Count = 256
     num_chains: Count = 1
-    guide: Callable[..., Any] | LanguageModel | None = None
+    guide: Callable[..., Any] | LanguageModel | Mapping[str, TokenConstraint] | None = None
     retained: Posterior | None = None
     batch_size: Count | None = None
     vectorize: bool = True
@@ -71,21 +73,22 @@ class ImportanceSampling:
         """Sample the posterior of ``model(*args, **kwargs)``.
 
         ``stats``: ``ess`` (prompt,), the effective sample size; ``khat`` (prompt,), the shape of the weights' tail;
-        ``interrupted``, ``seconds``, ``tokens`` and ``model_calls``. After Ctrl-C the posterior has the draws until
-        then.
+        ``constrained``, whether a constraint is the proposal; ``interrupted``, ``seconds``, ``tokens`` and
+        ``model_calls``. After Ctrl-C the posterior has the draws until then.
 
         :raises EvidenceError: if no draw of a prompt has positive probability.
         :raises ProgramError: if the retained draws are not of this program, or the guide cannot have proposed them.
         :raises RunError: if an error stops the run after the first batch; it carries the draws.
         """
-        with running(self.seed) as watch:
+        with running(self.seed, divided=True) as watch:
             program = (
                 inspect_or_reuse(None, model, args, kwargs)
                 if self.retained is None
                 else inspect(model, *args, **kwargs)
             )
-            guide = PolicyGuide(program, self.guide) if isinstance(self.guide, LanguageModel) else self.guide
-            guide = None if guide is None else as_proposal(guide, program)
+            total = self.num_particles * self.num_chains
+            watch.check_together(program, self, num_particles=total)
+            guide = None if self.guide is None else as_proposal(self._guide(program, self.guide), program)
             retained = None
             if self.retained is not None:
                 retained = retained_particles(
@@ -99,7 +102,7 @@ class ImportanceSampling:
             particles, interrupted = draw(
                 program,
                 guide,
-                self.num_particles * self.num_chains,
+                total,
                 batch_size=self.batch_size,
                 vectorize=self.vectorize,
                 progress=self.progress,
@@ -112,7 +115,16 @@ class ImportanceSampling:
                 kind="weighted",
                 num_chains=self.num_chains,
                 conditional=retained is not None,
-                stats=watch.stats() | {"interrupted": interrupted},
+                stats=watch.stats()
+                | {"interrupted": interrupted, "constrained": isinstance(self.guide, TokenConstraint | Mapping)},
                 prior=particles if guide is None else None,
                 from_prior=len(particles) if guide is None else None,
             )
+
+    def _guide(self, program: Program, setting: Any) -> Callable[..., Any]:
+        """Return the guide: that of a policy or a constraint, or the setting itself."""
+        if isinstance(setting, LanguageModel):
+            return PolicyGuide(program, setting)
+        if isinstance(setting, TokenConstraint | Mapping):
+            return ConstraintGuide(program, setting)
+        return setting

@@ -44,11 +44,13 @@ from bayeslm.inference.program import (
     SoFar,
     check_evidence,
     draw,
+    gathered,
     inspect,
     keeping,
     of_prompts,
     posterior,
     prompt_labels,
+    ranks,
     running,
     to_numpy,
 )
@@ -104,7 +106,8 @@ class MCMC:
         ``autocorrelation_time`` (prompt,): the number of draws that are worth one independent draw for the mean of the
         log-likelihood (NaN where it is constant or a chain has fewer than four draws). Of the initial particles:
         ``initial_ess`` and ``initial_log_evidence`` (prompt,), the estimates of importance sampling. With parallel
-        tempering: ``swap_acceptance`` (pair, prompt) and ``inverse_temperatures`` (temperature, prompt).
+        tempering: ``swap_acceptance`` (pair, prompt) and ``inverse_temperatures`` (temperature, prompt). Where several
+        processes have the chains, each adapts its own, and what it has adapted to is the first one's here.
         And ``warmup``, ``thin``, ``interrupted``, ``seconds``, ``tokens`` and ``model_calls``. After Ctrl-C the
         posterior has the draws until then, equally many of each chain.
 
@@ -112,8 +115,10 @@ class MCMC:
         :raises ProgramError: if a latent is masked, or a term of the log-joint is NaN or +inf.
         :raises RunError: if an error stops the run after the first draws; it carries them.
         """
-        with running(self.seed) as watch, torch.no_grad():
+        with running(self.seed, divided=True) as watch, torch.no_grad():
             program = inspect(model, *args, **kwargs)
+            watch.check_together(program, self, num_chains=self.num_chains)
+            chains = ranks().share(self.num_chains)
             guide = None if self.proposal is None else PolicyGuide(program, self.proposal)
             initial, interrupted = draw(
                 program, guide, self.initial_particles, progress=self.progress, label="warm start"
@@ -122,9 +127,9 @@ class MCMC:
                 raise KeyboardInterrupt
             weights = to_numpy(initial.log_weights)[None]
             check_evidence(weights, prompt_labels(program))
-            replicas = Replicas(program, self.num_temperatures, self.num_chains)
-            groups = torch.arange(self.num_temperatures, device=program.device).repeat_interleave(self.num_chains)
-            suffixes = self.num_candidates or num_candidates(program, self.num_chains * self.num_temperatures)
+            replicas = Replicas(program, self.num_temperatures, chains)
+            groups = torch.arange(self.num_temperatures, device=program.device).repeat_interleave(chains)
+            suffixes = self.num_candidates or num_candidates(program, chains * self.num_temperatures)
             moves = latent_moves(
                 program,
                 policy=self.proposal,
@@ -142,7 +147,7 @@ class MCMC:
                 return SoFar(particles=chain_by_chain(states)) if states else None
 
             sweeps = f"{self.warmup} sweeps of warm-up and {steps - self.warmup} more"
-            plan = f"{self.num_chains} chains {of_prompts(program)}, {sweeps}"
+            plan = f"{chains} chains {of_prompts(program)}, {sweeps}"
             with track("MCMC", steps, self.progress, plan=plan) as report, keeping(so_far) as run:
                 for step in range(steps):
                     warm = step < self.warmup
@@ -155,9 +160,13 @@ class MCMC:
                         states.append(as_draws(state[replicas.cold]))
                         recycling.draw()
                     report()
-            draws = chain_by_chain(states)
-            adapted: dict[str, Any] = {
-                f"step_size_{move.site.name}": move.step_size[-1] for move in moves if isinstance(move, RandomWalk)
+            least = min(message.value for message in ranks().exchange(len(states)))
+            draws = gathered([chain_by_chain(states[:least])], states[0].log_prior.device)
+            recycled = {name: ranks().joined_array(x) for name, x in recycling.stats(least).items()}
+            adapted: dict[str, np.ndarray] = {
+                f"step_size_{move.site.name}": to_numpy(move.step_size[-1])
+                for move in moves
+                if isinstance(move, RandomWalk)
             }
             adapted |= {
                 f"cut_probabilities_{move.site.name}": to_numpy(move.cut_probabilities[-1])
@@ -172,15 +181,15 @@ class MCMC:
                 num_chains=self.num_chains,
                 stats=watch.stats()
                 | tally.stats()
-                | recycling.stats(len(states))
-                | adapted
-                | {"autocorrelation_time": self._autocorrelation_time(draws), "num_candidates": suffixes}
+                | recycled
+                | {name: ranks().first_array(x) for name, x in (adapted | replicas.stats()).items()}
+                | {"autocorrelation_time": self._autocorrelation_time(draws)}
+                | {"num_candidates": ranks().first(suffixes).value}
                 | {
                     "initial_ess": diagnostics.ess(weights),
                     "initial_log_evidence": diagnostics.log_evidence(weights)[0],
                 }
-                | replicas.stats()
-                | {"warmup": self.warmup, "thin": self.thin, "interrupted": run.interrupted},
+                | {"warmup": self.warmup, "thin": self.thin, "interrupted": ranks().any(run.interrupted)},
                 prior=initial if guide is None else None,
             )
 

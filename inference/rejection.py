@@ -2,7 +2,8 @@ r"""Rejection sampling, exact draws of the posterior where the likelihood is bou
 
     x ~ p,    accept with probability exp(l(x) - M),    l = \sum_f log-likelihood terms <= M
 
-Accepted draws are independent draws of the posterior, and the acceptance rate is Z exp(-M) (von Neumann 1951).
+Accepted draws are independent draws of the posterior, and the acceptance rate is Z exp(-M) (von Neumann 1951). With a
+constraint, x ~ p without the texts that it has refused before.
 
 Best-of-n keeps the best of n draws instead: it has no beta and no Z. Its KL divergence from the prior is at most
 log n - (n - 1)/n (Beirami et al. 2024, arXiv 2401.01879).
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,14 +28,17 @@ from bayeslm.inference.program import (
     SoFar,
     check_evidence,
     draw,
+    gathered,
     inspect,
     keeping,
     of_prompts,
     posterior,
     prompt_labels,
+    ranks,
     run_particles,
     running,
 )
+from bayeslm.inference.sequential import LearnedRejection, TokenConstraint
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 from bayeslm.validation import Count, Seed, validated
@@ -53,6 +57,8 @@ class RejectionSampling:
         attribute ``log_bound``, which a `TiltedLM` has if its reward has an upper bound.
     :param max_proposals: the largest number of proposals for each prompt. If it does not suffice, the posterior has
         fewer draws, and a warning says so.
+    :param constraint: a `Grammar` or `Constraint` that the program has as a factor, or one for each of some sites: what
+        it has refused is not proposed again (`refusals`).
     :param batch_size: the number of particles in one run of the program; None for as many as bounded memory allows.
     :param vectorize: whether one run of the program holds all particles of a batch. False runs them one by one, for
         programs whose Python code depends on the value of a latent.
@@ -65,6 +71,7 @@ class RejectionSampling:
     num_chains: Count = 1
     log_bound: float | None = None
     max_proposals: Count = 100_000
+    constraint: TokenConstraint | Mapping[str, TokenConstraint] | None = None
     batch_size: Count | None = None
     vectorize: bool = True
     seed: Seed | None = None
@@ -89,8 +96,9 @@ class RejectionSampling:
                 f"rejection sampling needs a finite upper bound of the log-likelihood, got {bound}: set log_bound to "
                 "r_max / beta, or use TiltedLM with a reward that has an upper_bound"
             )
-        with running(self.seed) as watch:
+        with running(self.seed, divided=True) as watch:
             program = inspect(model, *args, **kwargs)
+            watch.check_together(program, self, num_samples=self.num_samples * self.num_chains)
             proposals, accepted, interrupted = self._propose(program, bound)
             counts = accepted.sum(0)
             wanted = self.num_samples * self.num_chains
@@ -120,18 +128,19 @@ class RejectionSampling:
                 num_chains=self.num_chains,
                 evidence=diagnostics.log_evidence(log_weights),
                 stats=stats,
-                prior=proposals,
-                from_prior=len(proposals),
+                prior=proposals if self.constraint is None else None,
+                from_prior=len(proposals) if self.constraint is None else None,
                 log_bound=bound,
             )
 
     def _propose(self, program: Program, bound: float) -> tuple[Particles, torch.Tensor, bool]:
-        """Propose until every prompt has its draws or ``max_proposals`` is reached.
+        """Propose until every prompt has its draws or ``max_proposals`` is reached, each process its share of both.
 
         :returns: the proposals; whether each is accepted, bool (proposal, prompt); whether Ctrl-C interrupted.
         :raises ProgramError: if a proposal exceeds the bound.
         """
-        wanted = self.num_samples * self.num_chains
+        wanted, most = (ranks().share(n) for n in (self.num_samples * self.num_chains, self.max_proposals))
+        guide = None if self.constraint is None else LearnedRejection(program, self.constraint)
         size = self.batch_size or program.particles_a_run
         parts: list[tuple[Particles, torch.Tensor]] = []
         least = done = 0
@@ -142,15 +151,19 @@ class RejectionSampling:
         def so_far() -> SoFar | None:
             return SoFar(particles=Particles.concatenate([part for part, _ in parts])) if parts else None
 
-        plan = f"{wanted} exact draws {of_prompts(program)}, by at most {self.max_proposals} proposals"
+        plan = f"{wanted} exact draws {of_prompts(program)}, by at most {most} proposals"
         with track("rejection sampling", wanted, self.progress, plan=plan) as report, keeping(so_far) as run:
-            while least < wanted and done < self.max_proposals and highest - bound <= tolerance:
+            while least < wanted and done < most and highest - bound <= tolerance:
                 # no larger a batch than the acceptance so far requires
                 expected = math.ceil(1.2 * (wanted - least) * done / least) + 1 if least else wanted
-                n = min(size, self.max_proposals - done, max(expected, 16))
-                part = run_particles(program, None, n, vectorize=self.vectorize)
-                highest = max(highest, part.log_weights.max().item())
-                log_ratio = part.log_weights - bound
+                n = min(size, most - done, max(expected, 16))
+                part = run_particles(program, guide, n, vectorize=self.vectorize)
+                log_likelihood = part.log_weights
+                if guide is not None:
+                    guide.learn()
+                    log_likelihood = part.total_log_likelihood
+                highest = max(highest, log_likelihood.max().item())
+                log_ratio = log_likelihood - bound
                 accepted = torch.rand_like(log_ratio).log() < log_ratio
                 parts.append((part, accepted))
                 done += n
@@ -163,8 +176,9 @@ class RejectionSampling:
                 f"a draw has log-likelihood {highest:.6g}, above the bound {bound:.6g}: the accepted draws would be "
                 "wrong. Raise log_bound"
             )
-        proposals = Particles.concatenate([part for part, _ in parts])
-        return proposals, torch.cat([accepted for _, accepted in parts]), run.interrupted
+        proposals = gathered([part for part, _ in parts], program.device)
+        accepted = ranks().joined(torch.cat([accepted for _, accepted in parts]))
+        return proposals, accepted, ranks().any(run.interrupted)
 
 
 @validated
@@ -203,8 +217,9 @@ class BestOfN:
             had a draw.
         :raises RunError: if an error stops the run after the first batch; it carries the candidates.
         """
-        with running(self.seed) as watch:
+        with running(self.seed, divided=True) as watch:
             program = inspect(model, *args, **kwargs)
+            watch.check_together(program, self, num_samples=self.num_samples * self.num_chains)
             candidates, interrupted = draw(
                 program,
                 None,

@@ -35,13 +35,16 @@ from bayeslm.inference.program import (
     Program,
     ProgramError,
     SoFar,
+    gathered,
     inspect,
     keeping,
     of_prompts,
     posterior,
+    ranks,
     running,
 )
 from bayeslm.inference.sequential import (
+    ConstraintTwist,
     LearnedTwist,
     PolicyTwist,
     Population,
@@ -51,9 +54,11 @@ from bayeslm.inference.sequential import (
     Resampling,
     SiteRows,
     SiteTwist,
+    TokenConstraint,
     TwistLearning,
     WeightUpdate,
     check_retained,
+    constraint_of,
     retained_values,
 )
 from bayeslm.models.lm import Autoregressive, Decoder, LanguageModel, Twist, categorical, log_softmax_at
@@ -88,9 +93,9 @@ class SMC:
         the variance of the weights on those that are held out. "prefix": exp of the program's own factors, by the
         ``prefix`` methods of its rewards (`Reward.prefix`). "partial": the same, except that rewards without such a
         method score the text so far as if it were finished. A `Twist` (from `TwistLearning`); a `Power`, for programs
-        that raise the language model to one; or a mapping from the names of completion sites to any of these. A
-        `LanguageModel` (trained by `SVI`): its ratio to the prior. This and a `Power` are then the proposal too, unless
-        ``proposal`` is set.
+        that raise the language model to one; a `Grammar` or `Constraint`, for programs that have it as a factor; or a
+        mapping from the names of completion sites to any of these. A `LanguageModel` (trained by `SVI`): its ratio to
+        the prior. This, a `Power` and a constraint are then the proposal too, unless ``proposal`` is set.
     :param proposal: the distribution of the next token. "prior"; "twist", the distribution that the twist induces on
         the ``top_k`` likeliest tokens; a `LanguageModel`; or a guide with a `LanguageModel` as its ``policy``. None is
         the twist if that is a `LanguageModel`, and else "prior".
@@ -109,7 +114,15 @@ class SMC:
 
     num_particles: Count = 64
     num_chains: Count = 4
-    twist: str | Twist | Power | Mapping[str, str | Twist | Power] | LanguageModel | None = None
+    twist: (
+        str
+        | Twist
+        | Power
+        | TokenConstraint
+        | Mapping[str, str | Twist | Power | TokenConstraint]
+        | LanguageModel
+        | None
+    ) = None
     proposal: str | LanguageModel | Callable[..., Any] | None = None
     top_k: Count = 64
     resampling: Resampling = "systematic"
@@ -123,11 +136,11 @@ class SMC:
         if self.twist is not None and not isinstance(self.twist, LanguageModel):
             each = self.twist.values() if isinstance(self.twist, Mapping) else [self.twist]
             for twist in each if self.twist != "auto" else []:
-                is_twist = isinstance(twist, Power) or hasattr(twist, "lookahead")
+                is_twist = isinstance(twist, Power | TokenConstraint) or hasattr(twist, "lookahead")
                 if twist not in NAMED if isinstance(twist, str) else not is_twist:
                     raise ValueError(
-                        'SMC: twist must be "auto", "prefix", "partial", a Twist, a Power, a mapping from sites to '
-                        f"these, or a LanguageModel, got {twist!r}"
+                        'SMC: twist must be "auto", "prefix", "partial", a Twist, a Power, a Grammar or Constraint, a '
+                        f"mapping from sites to these, or a LanguageModel, got {twist!r}"
                     )
         named = isinstance(self.proposal, str)
         if named and self.proposal not in ("prior", "twist"):
@@ -142,7 +155,8 @@ class SMC:
 
         ``stats``, where a step is a token: ``ess_by_step`` (chain, step, prompt), the effective sample size before
         resampling; ``resampled`` (chain, step, prompt); ``ancestors`` (chain, step, draw, prompt), the genealogy;
-        ``interrupted``, ``seconds``, ``tokens`` and ``model_calls``; with ``twist="auto"`` also ``twist_gain``, the
+        ``constrained``, whether a constraint is a twist; ``interrupted``, ``seconds``, ``tokens`` and ``model_calls``;
+        with ``twist="auto"`` also ``twist_gain``, the
         ``gain`` of the twist that was learned for each site (`TwistLearning`), if one was. After Ctrl-C the posterior
         has the chains that were complete.
 
@@ -152,15 +166,17 @@ class SMC:
             draws are not for this program.
         :raises RunError: if an error stops the run after the first chains; it carries their particles.
         """
-        with running(self.seed) as watch:
+        with running(self.seed, divided=True) as watch:
             program = inspect(model, *args, **kwargs)
+            watch.check_together(program, self, num_chains=self.num_chains)
             parts = program.parts(self._prompts_at_once(program))
             at_once = max(1, parts[0].max_particles // self.num_particles)
             retained = None if self.retained is None else retained_values(program, self.retained, self.num_chains)
             settings, gains = self._with_twist(program) if self.twist == "auto" else (self, dict[str, Any]())
             done: list[Island] = []
             length = sum(site.fn.max_new_tokens for site in program.completions)
-            rounds = range(0, self.num_chains, at_once)
+            own_chains = ranks().rows(self.num_chains)
+            rounds = range(own_chains.start, own_chains.stop, at_once)
 
             def so_far() -> SoFar | None:
                 return SoFar(particles=Particles.concatenate([island.particles for island in done])) if done else None
@@ -171,7 +187,7 @@ class SMC:
                 keeping(so_far) as run,
             ):
                 for first in rounds:
-                    chains = min(at_once, self.num_chains - first)
+                    chains = min(at_once, own_chains.stop - first)
                     own = retained and {name: value[first : first + chains] for name, value in retained.items()}
                     populations = [
                         Population(part, self, chains=chains, retained=own and _of_part(part, own)) for part in parts
@@ -181,22 +197,25 @@ class SMC:
                     done.append(Island(populations, whole))
 
             def joined(of: Callable[[Population], Tensor]) -> Tensor:
-                return torch.cat([torch.cat([of(part) for part in island.populations], 1) for island in done])
+                own = [torch.cat([of(part) for part in island.populations], 1) for island in done]
+                return ranks().joined(torch.cat(own))
 
+            weights = joined(lambda population: population.total_log_weights)
             stats = [Population.stats(part) for part in zip(*[island.populations for island in done], strict=True)]
+            records = {name: np.concatenate([each[name] for each in stats], -1) for name in stats[0]}
             return posterior(
                 program,
-                Particles.concatenate([island.particles for island in done]),
+                gathered([island.particles for island in done], program.device),
                 engine="SMC",
                 kind="particles",
-                num_chains=sum(island.populations[0].chains for island in done),
-                log_weights=joined(lambda population: population.total_log_weights),
+                num_chains=len(weights) // self.num_particles,
+                log_weights=weights,
                 roots=joined(lambda population: population.roots),
                 conditional=self.retained is not None,
                 stats=watch.stats()
-                | {name: np.concatenate([each[name] for each in stats], -1) for name in stats[0]}
-                | gains
-                | {"interrupted": run.interrupted},
+                | {name: ranks().joined_array(x) for name, x in records.items()}
+                | ranks().first(gains).value
+                | {"interrupted": ranks().any(run.interrupted), "constrained": self._is_constrained},
             )
 
     def _prompts_at_once(self, program: Program) -> int:
@@ -244,16 +263,11 @@ class SMC:
         retained = population.retained_rows(name)
         log_psi = torch.zeros_like(population.log_weights)
         while not decoder.done:
-            logits = decoder.logits
-            if proposer is not None:
-                logits = proposer.logits
-            elif twist is not None and self._proposes(twist):
-                logits = twist.propose(logits, self.top_k)
-            token, log_q = categorical(logits)
+            given = None
             if retained is not None:  # clamped, because the pad token of an ended text may be out of the vocabulary
-                token[retained.rows] = retained.values[:, decoder.t].clamp(0, logits.shape[-1] - 1)
-                log_q = log_softmax_at(logits, token)
-            log_p = log_q if logits is decoder.logits else log_softmax_at(decoder.logits, token)
+                last = distribution.vocabulary.size - 1
+                given = (retained.rows, retained.values[:, decoder.t].clamp(0, last))
+            token, log_q, log_p = self._next_token(decoder, proposer, twist, given)
             log_ratio = torch.where(decoder.finished, 0.0, log_p - log_q)
             for policy in policies.values():
                 policy.append(token, log_q if policy is proposer else log_softmax_at(policy.logits, token))
@@ -283,9 +297,41 @@ class SMC:
         )
         partial_run.write(name, decoder.values, decoder.scores)
 
-    def _proposes(self, twist: SiteTwist) -> bool:
+    def _next_token(
+        self,
+        decoder: Decoder,
+        proposer: Decoder | None,
+        twist: SiteTwist | ConstraintTwist | None,
+        given: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw the next token of each row, and return it with its log q and log p, each (row,).
+
+        :param proposer: the policy that is the proposal, if one is.
+        :param given: rows whose tokens are not drawn, and these tokens.
+        """
+        logits = decoder.logits
+        if proposer is not None:
+            logits = proposer.logits
+        elif twist is not None and self._proposes(twist):
+            if isinstance(twist, ConstraintTwist):
+                token, log_q = twist.draw(given)
+                return token, log_q, log_softmax_at(logits, token)
+            logits = twist.propose(logits, self.top_k)
+        token, log_q = categorical(logits)
+        if given is not None:
+            token[given[0]] = given[1]
+            log_q = log_softmax_at(logits, token)
+        return token, log_q, log_q if logits is decoder.logits else log_softmax_at(decoder.logits, token)
+
+    def _proposes(self, twist: SiteTwist | ConstraintTwist) -> bool:
         """Whether a site's twist is the proposal too."""
-        return self.proposal == "twist" or (self.proposal is None and isinstance(twist, PowerTwist))
+        return self.proposal == "twist" or (self.proposal is None and isinstance(twist, PowerTwist | ConstraintTwist))
+
+    @property
+    def _is_constrained(self) -> bool:
+        """Whether a constraint is the twist of a site."""
+        twists = self.twist.values() if isinstance(self.twist, Mapping) else [self.twist]
+        return any(isinstance(twist, TokenConstraint) for twist in twists)
 
     @property
     def _proposer(self) -> Any:
@@ -303,7 +349,7 @@ class SMC:
 
     def _twist(
         self, partial_run: PartialRun, name: str, rows: SiteRows, decoder: Decoder, policies: dict[int, Decoder]
-    ) -> SiteTwist | None:
+    ) -> SiteTwist | ConstraintTwist | None:
         """Return the twist of one site, or None if it has none."""
         twist, program = self.twist, partial_run.program
         if isinstance(twist, Mapping):
@@ -314,6 +360,8 @@ class SMC:
             return PrefixTwist(partial_run, rows, decoder, partial=twist == "partial")
         if isinstance(twist, Power):
             return PowerTwist(twist, rows, decoder)
+        if isinstance(twist, TokenConstraint):
+            return ConstraintTwist(constraint_of(self.twist, program)[name], rows, decoder)
         if isinstance(twist, LanguageModel):
             return PolicyTwist(policies[id(twist)], rows, decoder)
         if twist is None:

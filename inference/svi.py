@@ -31,6 +31,7 @@ from bayeslm.inference.program import (
     inspect_or_reuse,
     keeping,
     posterior,
+    ranks,
     running,
     seeded,
 )
@@ -44,6 +45,7 @@ from bayeslm.inference.training import (
     NearPosterior,
     Objective,
     Reply,
+    Saved,
     StepRecord,
     Training,
     TrustRegion,
@@ -158,7 +160,7 @@ class SVI:
         :raises ValueError: if ``checkpoint`` holds another run's, with what differs.
         :raises BlockingIOError: if another process trains with the same ``checkpoint``.
         """
-        with running(self.seed) as watch, contextlib.ExitStack() as held:
+        with running(self.seed, divided=True) as watch, contextlib.ExitStack() as held:
             program = inspect_or_reuse(None, model, args, kwargs)
             check_independence(program)  # before the training, also where the objective runs one particle at a time
             objective = self.objective
@@ -167,10 +169,11 @@ class SVI:
                 objective = default_objective(
                     program, self.num_particles, owns_guide=self.makes_guides, in_region=in_region
                 )
+            self._check_together(program, objective, watch)
             checkpoints = self._checkpoints(program, objective)
             if checkpoints is not None:
                 held.enter_context(checkpoints)
-            saved = [None if checkpoints is None else checkpoints.newest(i) for i in range(self.num_chains)]
+            saved = [self._newest(checkpoints, i) for i in range(self.num_chains)]
             chains: list[Training] = []
             with keeping(lambda: _so_far(chains)):
                 while len(chains) < self.num_chains and not any(chain.interrupted for chain in chains):
@@ -241,13 +244,13 @@ class SVI:
         """
         rivals, num, best = chain.rivals(), max(COMPARED, len(last)), last
         if rivals and len(last) < num:
-            with chain.own_params(), seeded(chain.step):
+            with chain.own_params(), seeded(ranks().stream(chain.step)):
                 best, cut = self._draw(program, as_proposal(chain.guide, program), num, "draws of the policy")
         elif rivals is not None and prior is not None and len(prior) >= COMPARED and self._begins_with_prior(program):
             higher = _is_higher(prior.total_log_likelihood, last.log_weights)
             rivals = [*([0] if higher else []), *(step for step in rivals if step)]
         for step in rivals or []:
-            with chain.own_params(), chain.at(step) as keep, seeded(step):
+            with chain.own_params(), chain.at(step) as keep, seeded(ranks().stream(step)):
                 part, cut = self._draw(
                     program, as_proposal(chain.guide, program), num, f"draws of the policy after step {step}"
                 )
@@ -274,8 +277,25 @@ class SVI:
             return self.guide
         return self.guide(program if issubclass(made, AutoPolicy) else program.model)
 
+    def _check_together(self, program: Program, objective: Any, watch: Stopwatch) -> None:
+        """Check what several processes must agree on; the first one's guide is that of all."""
+        if watch.ranks.size > 1 and not isinstance(objective, Objective):
+            raise ValueError(
+                f"SVI: {type(objective).__name__} is a Pyro ELBO, whose particles cannot be divided among "
+                f"{watch.ranks.size} processes: use an objective of bayeslm.inference.training, or launch one process"
+            )
+        watch.check_together(program, self, "guide", num_particles=getattr(objective, "num_particles", 1))
+
+    def _newest(self, checkpoints: Checkpoints | None, chain: int) -> Saved | None:
+        """Return the state of a chain after its last checkpoint, which the first process has read; None without one."""
+        saved = None if checkpoints is None else checkpoints.newest(chain)
+        if ranks().size == 1 or self.checkpoint is None:
+            return saved
+        values, tensors = ranks().first(*((None, None) if saved is None else (saved.values, saved.tensors)))
+        return None if values is None else Saved(chain, tensors, values)
+
     def _checkpoints(self, program: Program, objective: Any) -> Checkpoints | None:
-        if self.checkpoint is None:
+        if self.checkpoint is None or not ranks().is_first:  # which writes for all
             return None
         settings = self.checkpoint if isinstance(self.checkpoint, Checkpointing) else Checkpointing(self.checkpoint)
         return Checkpoints(settings, describe_run(self, program, objective))

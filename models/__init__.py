@@ -2,6 +2,7 @@
 
 from . import notebooks, rewards  # noqa: F401, notebooks first, since it quiets an import of the others
 from .lm import Autoregressive, LanguageModel, Twist
+from .moments import Moment, moment_target
 from .tilted import TiltedLM
 
-__all__ = ["Autoregressive", "LanguageModel", "TiltedLM", "Twist", "rewards"]
+__all__ = ["Autoregressive", "LanguageModel", "Moment", "TiltedLM", "Twist", "moment_target", "rewards"]

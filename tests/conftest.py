@@ -20,6 +20,7 @@ def _fresh_pyro():
     """The same seed and an empty parameter store for every test, which leaves Pyro as it found it."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
+    pyro.enable_validation()  # `torch.compile` turns it off for the process
     yield
     assert not runtime._PYRO_STACK
     assert not runtime._DIM_ALLOCATOR._stack

@@ -99,7 +99,7 @@ def assert_same(server: Server, model: str, lm: LanguageModel) -> None:
     largest = 0.0
     for prompt in PROMPTS:
         x = lm([prompt], 12).sample((4,))[:, 0]
-        before = lm.encode([prompt]).ids[0].tolist()
+        before = lm.encode_prompts([prompt]).ids[0].tolist()
         scores = lm([prompt] * len(x), 12).token_log_prob(x)
         for row, expected in zip(x.tolist(), scores, strict=True):
             length = next((t + 1 for t, token in enumerate(row) if token in lm.eos_token_ids), len(row))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 ENGINES = ("exact", "importance", "adaptive", "auto", "rejection", "bestofn", "smc", "annealed", "mcmc", "svi", "nuts")
-REWARDS = ("classifier", "constraint", "contains", "length", "matches", "sentiment", "similarity", "toxicity")
+REWARDS: tuple[str, ...] = ("classifier", "constraint", "contains", "grammar", "length", "matches", "sentiment")
+REWARDS += ("similarity", "toxicity")
 
 
 def complete_engine(incomplete: str) -> list[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,8 +78,51 @@ def one_line_errors() -> Iterator[None]:
 
     An error of a kind that inputs do not cause is shown with its type, and how to see where it was raised.
 
-    :raises typer.Exit: after an error, or Ctrl-C.
+    :raises typer.Exit: after an error, Ctrl-C, or a signal that asks the process to end.
     """
+    with _signals_as_ctrl_c() as received:
+        try:
+            with _one_line():
+                yield
+        except typer.Exit as end:
+            raise typer.Exit(
+                128 + received[0] if received and end.exit_code == INTERRUPTED else end.exit_code
+            ) from None
+
+
+@contextlib.contextmanager
+def _signals_as_ctrl_c() -> Iterator[list[int]]:
+    """Let SIGTERM and SIGHUP do what Ctrl-C does, so that what there is until then is kept.
+
+    A signal that the caller ignores, as nohup does SIGHUP, stays ignored. A terminal that has gone is not written to.
+
+    :returns: the signals that have come.
+    """
+    received: list[int] = []
+
+    def end(number: int, _: object) -> None:
+        received.append(number)
+        if number != signal.SIGTERM:
+            for stream in (1, 2):
+                if os.isatty(stream):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        raise KeyboardInterrupt
+
+    named = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        named = []  # handlers are the main thread's
+    replaced = [number for number in named if signal.getsignal(number) == signal.SIG_DFL]
+    for number in replaced:
+        signal.signal(number, end)
+    try:
+        yield received
+    finally:
+        for number in replaced:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()  # here, where a reader that has closed the pipe is no error to describe

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,19 @@ from typing import Annotated
 import typer
 
 from .console import one_line_errors, out_console
+
+PROMPTS = ["My dinner at the restaurant was", "The weather this weekend will be"]
+ENGINES = {
+    "importance": {"num_particles": 160},
+    "rejection": {"num_samples": 24, "max_proposals": 1000},
+    "svi": {
+        "num_steps": 16,
+        "num_particles": 8,
+        "optimizer": "Adam(5e-4)",  # 16 steps of 8 draws are too few for a trust region to find its rate
+        "num_samples": 128,
+        "num_prior_samples": 64,
+    },
+}
 
 
 def demo(
@@ -24,37 +36,18 @@ def demo(
     The engines are importance sampling, rejection sampling (exact draws) and SVI, which trains a LoRA policy. Compare
     their log Z and rewards. Takes some minutes on two cores.
     """
-    with one_line_errors(), contextlib.ExitStack() as held:
-        from bayeslm.inference import SVI, ImportanceSampling, RejectionSampling
-        from bayeslm.inference.training import Adam
-        from bayeslm.models import TiltedLM, rewards
-
-        from . import resume
-        from .comparison import compare
-        from .inputs import language_model
+    with one_line_errors():
+        from .execution import execute
+        from .settings import RunSettings
 
         out = out or next(path for path in _numbered("demo") if not path.exists())
-        results = held.enter_context(resume.Results(out))
-        results.begin({"demo": seed}, {}, {})
-        prompts = ["My dinner at the restaurant was", "The weather this weekend will be"]
-        model = TiltedLM(language_model("smollm2", None), rewards.Sentiment(), beta=0.2)
-        engines = {
-            "importance": ImportanceSampling(num_particles=160, seed=seed),
-            "rejection": RejectionSampling(num_samples=24, max_proposals=1000, seed=seed + 1),
-            "svi": SVI(
-                num_steps=16,
-                num_particles=8,
-                optimizer=Adam(5e-4),  # 16 steps of 8 draws are too few for a trust region to find its rate
-                num_samples=128,
-                num_prior_samples=64,
-                seed=seed + 2,
-            ),
-        }
+        engines = {name: {"seed": seed + i} | own for i, (name, own) in enumerate(ENGINES.items())}
         out_console.print(
             "prior SmolLM2-135M-Instruct · reward VADER sentiment in [-1, 1] · beta 0.2 · 24 tokens\n"
             "posterior p(x | prompt) exp(reward / beta) / Z, by " + ", ".join(engines),
         )
-        compare(lambda engine: model, prompts, {}, engines, results)
+        settings = RunSettings(PROMPTS, reward="sentiment", beta=0.2, engines=engines, out=str(out))
+        execute(settings, lambda name, option: name)
 
 
 def _numbered(name: str) -> Iterator[Path]:

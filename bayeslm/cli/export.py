@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bayeslm.files import require_empty
+from bayeslm.files import require_empty, require_writable
 
 from .console import UsageError, one_line_errors, out_console
 from .inputs import Dtype, torch_dtype
@@ -52,6 +52,7 @@ def export(
     """
     with one_line_errors():
         require_empty(directory, "another folder")
+        require_writable(directory)
         wanted = torch_dtype(dtype)
         lm = load_policy(policy, prior, "cpu", None)
         if lm.has_adapters and not merge and wanted is not None:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from .completion import complete_engine, complete_reward
-from .console import UsageError, one_line_errors
+from .console import one_line_errors
 from .inputs import Dtype
-
-SUBSAMPLED = ("svi", "importance")  # engines of programs whose prompts are subsampled
 
 
 def infer(
@@ -104,11 +99,9 @@ def infer(
 
       bayeslm infer --prompts prompts.jsonl --reward "my_rewards:politeness - toxicity" --engine rejection
     """
-    with one_line_errors(), contextlib.ExitStack() as held:
-        from . import resume
-        from .comparison import compare
-        from .engines import Prepared, Run, learn_twist, prepare
-        from .inputs import language_model, load_reward, one_source, read_prompts
+    with one_line_errors():
+        from .execution import execute
+        from .inputs import one_source
         from .settings import NAMES, read_settings
 
         options = {name: ctx.params[name] for name in NAMES if ctx.params.get(name) is not None}
@@ -121,44 +114,4 @@ def infer(
             of_file = config is not None and not (name in options or (name == "engines" and engine))
             return f"{config}: {name}" if of_file else option
 
-        if settings.subsample_size is not None and (others := [x for x in settings.engines if x not in SUBSAMPLED]):
-            raise UsageError(
-                f"{place('subsample_size', '--subsample-size')} is for the engines {' and '.join(SUBSAMPLED)}; "
-                f"{others[0]} takes all prompts at once"
-            )
-        run, at_engine = Run(settings.seed), place("engines", "--engine")
-        found = {name: prepare(name, own, run, f"{at_engine} {name}") for name, own in settings.engines.items()}
-        texts, columns = read_prompts(settings.prompts, place("prompts", "prompts"))
-        scores = load_reward(settings.reward, place("reward", "--reward"))
-        reward_in_time = scores if settings.timeout is None else scores.with_timeout(settings.timeout)
-        results = held.enter_context(resume.Results(None if settings.out is None else Path(settings.out)))
-        known = settings.compared() | resume.identities({"prompts": texts, "columns": columns, "reward's code": scores})
-        results.require_same(known, {name: x.identity() for name, x in found.items() if x is not None})
-        run.lm = lm = language_model(
-            settings.prior,
-            settings.device,
-            settings.dtype,
-            batch_size=settings.batch_size,
-            gradient_checkpointing=settings.gradient_checkpointing,
-        )
-        run.program = program = partial(settings.program, reward=reward_in_time)
-        engines: dict[str, Prepared] = {}
-        for name, own in settings.engines.items():
-            prepared = found[name] or prepare(name, own, run, f"{at_engine} {name}")
-            assert prepared is not None  # there is a language model now
-            engines[name] = prepared
-        if results.out is not None:  # else nothing is compared, and the weights need not be read through
-            known |= resume.identities({"prior's content": lm})
-            results.begin(known, {name: x.identity() for name, x in engines.items()}, settings.as_file())
-        packed = cache(lm.packed)  # for engines that train nothing
-
-        def model(name: str) -> Any:
-            prior_of = lm if engines[name].trains else packed()
-            return program(prior_of, subsample_size=settings.subsample_size)
-
-        for name, x in engines.items():
-            if x.learning is not None:
-                kept = None if results.out is None else results.out / f"{name}-twist"
-                twist = learn_twist(x.learning, run.lm, model(name), texts, columns, kept)
-                x.engine = dataclasses.replace(x.engine, twist=twist)
-        compare(model, texts, columns, {name: x.engine for name, x in engines.items()}, results)
+        execute(settings, place)

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any
 from uuid import uuid4
 
-from bayeslm.files import differences, read_header, sweep, write_file
+from bayeslm.files import differences, read_header, require_writable, sweep, write_file
 from bayeslm.locking import locked
 from bayeslm.posterior import Posterior
 from bayeslm.version import __version__
@@ -51,6 +51,7 @@ class Results:
     def __enter__(self) -> Results:
         if (out := self.out) is not None:
             sweep(out)
+            require_writable(out)
             if not (out / CALL).is_file() and out.exists() and _is_used(out):
                 raise FileExistsError(f"{out} exists and is not empty: choose another --out, or remove it first")
             out.mkdir(parents=True, exist_ok=True)

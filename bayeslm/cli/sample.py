@@ -70,7 +70,7 @@ def sample(
         if chat:
             given = [_as_chat(number, one) for number, one in enumerate(given, start=1)]
         lm = load_policy(policy, prior, device, dtype, batch_size=batch_size)
-        lm.encode(given, max_new_tokens)  # a prompt that cannot be read is refused before texts are drawn of others
+        lm.encode_prompts(given, max_new_tokens)  # one that cannot be read is refused before texts are drawn
         show = _write_json if (not sys.stdout.isatty() if as_json is None else as_json) else _show
         settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         for i, one in enumerate(given):

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bayeslm.files import require_writable
+
 from .console import err_console, one_line_errors, out_console
 
 if TYPE_CHECKING:
@@ -48,8 +50,9 @@ def report(
 
         from .resume import run_settings
 
-        posteriors = load_posteriors(directory)
         target = output or directory / "report.html"
+        require_writable(target.parent)
+        posteriors = load_posteriors(directory)
         path = write_report(posteriors, target, title=title, settings=run_settings(directory))
         out_console.print(f"written to {target}, {path.stat().st_size / 1e6:.1f} MB")
 

@@ -27,6 +27,8 @@ PACKAGES = {
         "bayeslm.reliability",
         "bayeslm.bounds",
         "bayeslm.calibration",
+        "bayeslm.decisions",
+        "bayeslm.moments",
         "bayeslm.weights",
         "bayeslm.plots",
         "bayeslm.report",

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayeslm.inference.program import Particles, Program, Site
+from bayeslm.inference.program import Particles, Program, Site, ranks
 from bayeslm.models.lm import LanguageModel
 
 from .ensemble import Recycling
@@ -74,7 +74,7 @@ class Tally:
         self._cuts[name] = torch.stack(tried) + self._cuts.get(name, 0)
 
     def stats(self) -> dict[str, np.ndarray]:
-        """Return the share of accepted moves.
+        """Return the share of accepted moves, of all processes of the run.
 
         ``acceptance_<site>`` (prompt,); and of completions ``acceptance_by_cut_<site>`` (max_new_tokens,), the share by
         the number of tokens kept (0, 1, ...; NaN where none was tried), and ``cuts_<site>`` (max_new_tokens,), the
@@ -83,10 +83,10 @@ class Tally:
         stats = {}
         with np.errstate(invalid="ignore"):
             for name, counts in self._sites.items():
-                tried, accepted = counts.cpu().numpy()
+                tried, accepted = ranks().total(counts).cpu().numpy()
                 stats[f"acceptance_{name}"] = accepted / tried
             for name, counts in self._cuts.items():
-                tried, accepted = counts.cpu().numpy()
+                tried, accepted = ranks().total(counts).cpu().numpy()
                 stats |= {f"acceptance_by_cut_{name}": accepted / tried, f"cuts_{name}": tried}
         return stats
 

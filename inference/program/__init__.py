@@ -1,5 +1,6 @@
 """A Pyro program as engines see it: its sites and plates, its particles, and the posterior that they give."""
 
+from .agreement import refuse_distributed
 from .assign import assign_values, same_distribution, score_values
 from .description import describe, describe_object
 from .errors import EvidenceError, ProgramError
@@ -7,13 +8,24 @@ from .guides import PolicyGuide, as_proposal, draw_latents
 from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, RandomStates, seeded
 from .independence import check_independence
 from .partial import PartialRun
-from .particles import Particles, all_to_numpy, particles_of, run_particles, score_sites, to_numpy, traces
+from .particles import (
+    Particles,
+    all_to_numpy,
+    gathered,
+    particles_of,
+    run_particles,
+    score_sites,
+    to_numpy,
+    traces,
+)
 from .program import STEPS, Program, along, inspect, inspect_or_reuse
+from .ranks import ALONE, Message, RankError, Ranks, alone, digest_of, on_first, ranks, seed_of
 from .results import check_evidence, posterior, prompt_labels
 from .run import Engine, RunError, SoFar, Stopwatch, draw, keeping, of_prompts, running
 from .sites import Site, in_prompts, sample_sites, site_value
 
 __all__ = [
+    "ALONE",
     "PARTICLES",
     "PROMPTS",
     "STEPS",
@@ -22,17 +34,21 @@ __all__ = [
     "Assignment",
     "Engine",
     "EvidenceError",
+    "Message",
     "PartialRun",
     "Particles",
     "PolicyGuide",
     "Program",
     "ProgramError",
     "RandomStates",
+    "RankError",
+    "Ranks",
     "RunError",
     "Site",
     "SoFar",
     "Stopwatch",
     "all_to_numpy",
+    "alone",
     "along",
     "as_proposal",
     "assign_values",
@@ -40,22 +56,28 @@ __all__ = [
     "check_independence",
     "describe",
     "describe_object",
+    "digest_of",
     "draw",
     "draw_latents",
+    "gathered",
     "in_prompts",
     "inspect",
     "inspect_or_reuse",
     "keeping",
     "of_prompts",
+    "on_first",
     "particles_of",
     "posterior",
     "prompt_labels",
+    "ranks",
+    "refuse_distributed",
     "run_particles",
     "running",
     "same_distribution",
     "sample_sites",
     "score_sites",
     "score_values",
+    "seed_of",
     "seeded",
     "site_value",
     "to_numpy",

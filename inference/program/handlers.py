@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -132,11 +133,10 @@ def explained() -> Iterator[None]:
 
     A factor that is NaN passes, to `particles.score_sites`, whose error shows its text; Pyro's own check, when the
     factor is made, shows all factors and no text. Pyro makes the factor's `Unit` distribution inside `pyro.factor`, and
-    offers no argument or handler that turns off this one check: the class attribute that it reads is replaced for the
-    block.
+    offers no argument or handler that turns off this one check: the class attribute that it reads is replaced while
+    any such block is at work, in whatever order they end (a thread that is abandoned may end after its run).
     """
-    own = vars(Unit).get("_validate_args")
-    Unit._validate_args = False
+    _put_off_checks(1)
     try:
         yield
     except (RuntimeError, ValueError, TypeError) as error:
@@ -148,10 +148,25 @@ def explained() -> Iterator[None]:
             "torch.where, or ImportanceSampling(vectorize=False) with one prompt"
         ) from error
     finally:
-        if own is None:
+        _put_off_checks(-1)
+
+
+_lock = threading.Lock()
+_blocks = 0
+
+
+def _put_off_checks(change: int) -> None:
+    """Count the blocks at work."""
+    global _blocks
+    with _lock:
+        _blocks += change
+        if _blocks:
+            Unit._validate_args = False
+        elif "_validate_args" in vars(Unit):
             del Unit._validate_args
-        else:
-            Unit._validate_args = own
+
+
+MT19937 = 624  # words of the state of NumPy's generator
 
 
 @dataclass(frozen=True)
@@ -187,12 +202,23 @@ class RandomStates:
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> RandomStates:
-        """Return the snapshot from what `saved` returned."""
+        """Return the snapshot from what `saved` returned.
+
+        :raises Exception: of several types, if it is none; restoring such a state would crash the process, or later.
+        """
         cuda = {int(key.rpartition(".")[2]): x for key, x in tensors.items() if key.startswith("rng.cuda.")}
         kind, keys, *rest = values["numpy"]
         version, inside, gauss = values["random"]
-        numpy = (kind, np.array(keys, dtype=np.uint32), *rest)
-        return RandomStates(tensors["rng.torch"], cuda, numpy, (version, tuple(inside), gauss))
+        position, has_gauss, numpy_gauss = rest
+        python = (version, tuple(inside), gauss)
+        if kind != "MT19937" or len(keys) != MT19937 or not 0 <= int(position) <= MT19937 or has_gauss not in (0, 1):
+            raise ValueError("its entry 'numpy' is no state of NumPy's generator")  # which itself does not look
+        if not isinstance(numpy_gauss, float) or not isinstance(gauss, float | None):
+            raise TypeError("the kept normal number of a random state must be a number")
+        numpy = (kind, np.array(keys, dtype=np.uint32), int(position), has_gauss, numpy_gauss)
+        torch.Generator().set_state(tensors["rng.torch"])
+        random.Random().setstate(python)
+        return RandomStates(tensors["rng.torch"], cuda, numpy, python)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from .errors import ProgramError
 from .handlers import PARTICLES, explained
 from .independence import MISFITS, check_guide, check_independence
 from .program import Program, along
+from .ranks import ranks
 from .sites import Site, in_prompts, sample_sites, site_value
 
 
@@ -104,6 +105,33 @@ class Particles:
         inside = {name: value for name, value in self.values.items() if "prompt" in program.sites[name].dims}
         return replace(self, values=inside, pointwise={}, auxiliary={}, proposal_token_log_prob={})
 
+    def as_tensors(self) -> dict[str, Tensor]:
+        """Return the record as tensors by name, ``field`` or ``field.site``."""
+        tensors: dict[str, Tensor] = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, Mapping):
+                tensors |= {f"{each.name}.{name}": x for name, x in value.items()}
+            elif value is not None:
+                tensors[each.name] = value
+        return tensors
+
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, Tensor], device: torch.device | str | None = None) -> Particles:
+        """Return the record that `as_tensors` has taken apart.
+
+        :param device: where the particles shall be, but for the indices of prompts; None leaves them where they are.
+        """
+        found: dict[str, Any] = {"values": {}, "log_likelihood": {}}
+        for name, x in tensors.items():
+            key, dot, site = name.partition(".")
+            x = x.cpu() if key == "prompts" else x.to(device)
+            if dot:
+                found.setdefault(key, {})[site] = x
+            else:
+                found[key] = x
+        return Particles(**found)
+
     @staticmethod
     def concatenate(parts: list[Particles]) -> Particles:
         """The particles of all parts, one after another."""
@@ -155,6 +183,19 @@ def _combine(
         log_left_out=optional("log_left_out"),
         prompts=optional("prompts"),
     )
+
+
+def gathered(parts: list[Particles], device: torch.device) -> Particles:
+    """Return the particles of all processes of the run, in the order of their ranks.
+
+    :param parts: this one's; those of a rank whose share is nothing are empty.
+    :param device: where the particles are.
+    """
+    own = Particles.concatenate(parts) if parts else None
+    if ranks().size == 1 and own is not None:
+        return own
+    messages = ranks().exchange(None, {} if own is None else own.as_tensors())
+    return Particles.concatenate([Particles.from_tensors(x.tensors, device) for x in messages if x.tensors])
 
 
 def run_particles(

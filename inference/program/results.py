@@ -14,6 +14,7 @@ from bayeslm import diagnostics, reliability
 from bayeslm.bounds import unseen_limit
 from bayeslm.models.lm import Encoded, LanguageModel
 from bayeslm.posterior import Posterior
+from bayeslm.weights import conditional_log_evidence
 
 from .description import describe
 from .errors import EvidenceError
@@ -79,10 +80,7 @@ def posterior(
     if kind == "markov":
         evidence = (np.full(weights.shape[-1], np.nan),) * 2
     elif evidence is None and conditional:
-        # 1 / Z-hat of a chain is unbiased for 1 / Z, unless all its weights can be 0
-        inverse, stderr = diagnostics.log_evidence(-by_chain[:, None])
-        unknown = np.isneginf(weights).any((0, 1))
-        evidence = np.where(unknown, np.nan, -inverse), np.where(unknown, np.nan, stderr)
+        evidence = conditional_log_evidence(weights)
     elif evidence is None:
         evidence = diagnostics.log_evidence(weights, origins)
     has_bound = kind in ("weighted", "particles")

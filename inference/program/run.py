@@ -1,4 +1,4 @@
-"""What the runs of all engines share: their beginning, time and usage, Ctrl-C and errors, batches."""
+"""What the runs of all engines share: their beginning, time and usage, Ctrl-C and errors, batches, processes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from typing import Any, Protocol, runtime_checkable
 
 from pyro.poutine import runtime
 
-from bayeslm.models.lm import count_usage, differentiating, exclusive, remembering
+from bayeslm.models.lm import Usage, count_usage, differentiating, exclusive, remembering
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 from bayeslm.visible import message_of
 
+from .agreement import check_together
 from .handlers import seeded
-from .particles import Particles, run_particles
+from .particles import Particles, gathered, run_particles
 from .program import Program
+from .ranks import ALONE, Ranks, ranks, together
 
 
 @runtime_checkable
@@ -33,7 +35,13 @@ class Engine(Protocol):
 
 
 class Stopwatch:
-    """Measure the seconds of its block and count the networks' work in it: the start of every engine's ``stats``."""
+    """Measure the seconds of its block and count the networks' work in it: the start of every engine's ``stats``.
+
+    :param together: the processes among which the run is divided, whose counts are added up.
+    """
+
+    def __init__(self, together: Ranks = ALONE) -> None:
+        self.ranks = together
 
     def __enter__(self) -> Stopwatch:
         self._counting = count_usage()
@@ -47,6 +55,11 @@ class Stopwatch:
     def seconds(self) -> float:
         return time.perf_counter() - self._start
 
+    def check_together(self, program: Program, engine: Any, *but: str, **divided: int) -> None:
+        """Check at the start that all processes do the same, see `agreement.check_together`."""
+        if self.ranks.size > 1:
+            check_together(self.ranks, program, engine, *but, **divided)
+
     def snapshot(self) -> dict[str, Any]:
         """The counts so far, as numbers, for `resume`."""
         return {"seconds": self.seconds()} | self.usage.state_dict()
@@ -57,25 +70,42 @@ class Stopwatch:
         self.usage.load_state_dict(numbers)
 
     def stats(self) -> dict[str, Any]:
-        """Return ``seconds``, ``tokens``, ``model_calls``, and ``mismatch`` (the largest, the mean a token) if any."""
-        stats = {"seconds": self.seconds(), "tokens": self.usage.tokens, "model_calls": self.usage.model_calls}
-        return stats if self.usage.mismatch is None else stats | {"mismatch": list(self.usage.mismatch)}
+        """Return ``seconds``, ``tokens``, ``model_calls``, and ``mismatch`` (the largest, the mean a token) if any.
+
+        Of a run that several processes do together, the sums of their counts, and ``processes``, their number.
+        """
+        usage = self.usage
+        if self.ranks.size > 1:
+            usage = Usage.total([message.value for message in self.ranks.exchange(usage.state_dict())])
+        stats = {"seconds": self.seconds(), "tokens": usage.tokens, "model_calls": usage.model_calls}
+        stats |= {} if usage.mismatch is None else {"mismatch": list(usage.mismatch)}
+        return stats if self.ranks.size == 1 else stats | {"processes": self.ranks.size}
 
 
 # -- the beginning ----------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def running(seed: int | None) -> Iterator[Stopwatch]:
+def running(seed: int | None, *, divided: bool = False) -> Iterator[Stopwatch]:
     """Begin a run: the same wherever it is called.
 
     Other threads wait for their turn. Gradients are recorded, whatever the caller has turned off. A run inside another
-    one (in its reward) does not see the handlers of that program. Prompts are encoded once a run.
+    one (in its reward) does not see the handlers of that program. Prompts are encoded once a run. Several processes run
+    it together, see `together`.
 
     :param seed: see `seeded`.
+    :param divided: whether the engine divides its work among them.
     :returns: the stopwatch of the run.
     """
-    with exclusive(), remembering(), _handlers_of_caller(), differentiating(), seeded(seed), Stopwatch() as watch:
+    with (
+        exclusive(),
+        remembering(),
+        _handlers_of_caller(),
+        differentiating(),
+        together(seed, divided) as (processes, own),
+        seeded(own),
+        Stopwatch(processes) as watch,
+    ):
         yield watch
 
 
@@ -190,28 +220,29 @@ def draw(
     progress: bool = False,
     label: str = "particles",
 ) -> tuple[Particles, bool]:
-    """Draw particles in batches of bounded memory.
+    """Draw particles in batches of bounded memory, divided among the processes of the run.
 
     :param guide: the proposal; None proposes from the prior.
     :param batch_size: particles in one batch; None for as many as bounded memory allows.
     :param vectorize: see `run_particles`.
     :param progress: whether to show the progress, under ``label``.
-    :returns: the particles, and whether Ctrl-C stopped the run before it had all of them.
+    :returns: the particles of all processes, and whether Ctrl-C stopped the run before it had all of them.
     :raises RunError: if a later batch fails; it carries the particles drawn before.
     """
     size = batch_size or program.particles_a_run
+    own = ranks().share(num_particles)
     parts: list[Particles] = []
 
     def so_far() -> SoFar | None:
         return SoFar(particles=Particles.concatenate(parts)) if parts else None
 
     plan = f"{num_particles} draws {of_prompts(program)}"
-    with track(label, num_particles, progress, plan=plan) as report, keeping(so_far) as run:
-        for start in range(0, num_particles, size):
-            n = min(size, num_particles - start)
+    with track(label, own, progress, plan=plan) as report, keeping(so_far) as run:
+        for start in range(0, own, size):
+            n = min(size, own - start)
             parts.append(run_particles(program, guide, n, vectorize=vectorize))
             report(n)
-    return Particles.concatenate(parts), run.interrupted
+    return gathered(parts, program.device), ranks().any(run.interrupted)
 
 
 def of_prompts(program: Program) -> str:

@@ -1,7 +1,9 @@
 """Sequential Monte Carlo: populations of weighted particles, resampling, retained draws, and twists."""
 
+from .constraints import ConstraintGuide, ConstraintTwist, TokenConstraint, constraint_of
 from .population import Population, WeightUpdate
 from .power import Power, PowerTwist
+from .refusals import LearnedRejection
 from .resampling import RESAMPLING, Resampling
 from .retained import check_retained, put_first, retained_particles, retained_values
 from .twist_learning import TwistLearning
@@ -9,6 +11,9 @@ from .twists import LearnedTwist, PolicyTwist, PrefixTwist, SiteRows, SiteTwist
 
 __all__ = [
     "RESAMPLING",
+    "ConstraintGuide",
+    "ConstraintTwist",
+    "LearnedRejection",
     "LearnedTwist",
     "PolicyTwist",
     "Population",
@@ -18,9 +23,11 @@ __all__ = [
     "Resampling",
     "SiteRows",
     "SiteTwist",
+    "TokenConstraint",
     "TwistLearning",
     "WeightUpdate",
     "check_retained",
+    "constraint_of",
     "put_first",
     "retained_particles",
     "retained_values",

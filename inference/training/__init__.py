@@ -6,7 +6,7 @@ from .baselines import Baseline, ExponentialAverage, Texts, TokenBaseline, Token
 from .beta_schedules import KLTarget, Tempering
 from .budget import Budget
 from .callbacks import Callback, Reply, StepRecord
-from .checkpoints import Checkpointing, Checkpoints, describe_run
+from .checkpoints import Checkpointing, Checkpoints, Saved, describe_run
 from .critic import Critic
 from .default_objective import default_objective
 from .divergences import (
@@ -62,6 +62,7 @@ __all__ = [
     "Replay",
     "Reply",
     "ReverseKL",
+    "Saved",
     "Source",
     "State",
     "StatefulLoss",

@@ -2,7 +2,8 @@
 
     run/.lock                 held by the process that writes here
     run/chain-0-step-200/     the state of chain 0 after 200 steps, or at its end
-        checkpoint.json       format, version, the run's description, chain, step, random numbers' states
+        checkpoint.json       format, version, the run's description, chain, step, random numbers' states, and the
+                              digest of the tensors, which belong to no other header
         tensors.safetensors   parameters, Adam's moments, the state of objective and callbacks, the history
         SHA256SUMS            of the two
 
@@ -33,8 +34,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import bayeslm
-from bayeslm.checksums import verify
-from bayeslm.files import atomic_folder, differences, read_header, require_memory, sweep
+from bayeslm.checksums import digest_of, verify
+from bayeslm.files import atomic_folder, differences, read_header, require_memory, require_writable, sweep
 from bayeslm.inference.program import Program, prompt_labels, to_numpy
 from bayeslm.locking import locked
 from bayeslm.models.lm import read_tensors
@@ -42,10 +43,11 @@ from bayeslm.validation import Count, Positive, validated
 
 from .callbacks import Callback
 from .identity import has_unreadable, identify
+from .resumable import resuming
 
-FORMAT = "bayeslm.checkpoint/3"
+FORMAT = "bayeslm.checkpoint/4"
 HEADER, TENSORS = "checkpoint.json", "tensors.safetensors"
-NOT_THE_STATE = ("format", "version", "run", "chain")  # of the header
+NOT_THE_STATE = ("format", "version", "run", "chain", "tensors")  # of the header
 CHECKPOINT = re.compile(r"chain-\d+-step-(0|[1-9]\d*)")
 
 
@@ -70,11 +72,12 @@ class Checkpointing:
 
 @dataclass
 class Saved:
-    """The state of a chain: ``tensors`` by name, ``values`` that JSON can hold."""
+    """The state of a chain: ``tensors`` by name, ``values`` that JSON can hold, ``path`` where it was read."""
 
     chain: int
     tensors: dict[str, Tensor]
     values: dict[str, Any]
+    path: Path | None = None
 
 
 @validated
@@ -105,6 +108,13 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._held.close()
+
+    def require_writable(self) -> None:
+        """Check that checkpoints can be written here; a full disk may have room later, and is warned of then.
+
+        :raises PermissionError: if the folder is read-only.
+        """
+        require_writable(self.folder)
 
     def due(self, step: int) -> bool:
         """Return whether a checkpoint is to be written after a step."""
@@ -158,6 +168,7 @@ class Checkpoints:
                     {key: x.detach().cpu().contiguous() for key, x in saved.tensors.items()},
                     unfinished / TENSORS,
                 )
+                header["tensors"] = digest_of(unfinished / TENSORS)
                 (unfinished / HEADER).write_text(json.dumps(header | saved.values), encoding="utf-8")
             verify(target)
         except (OSError, ValueError, SafetensorError) as error:
@@ -185,13 +196,19 @@ class Checkpoints:
             verify(path)
         except (OSError, ValueError) as error:
             raise _DamagedError(f"{path} is no checkpoint that can be read: {error}") from error
-        values = read_header(path, HEADER, FORMAT, "checkpoint")
+        with resuming(path):
+            values = read_header(path, HEADER, FORMAT, "checkpoint")
+            named = {name: values[name] for name in (*NOT_THE_STATE, "step")}
+            if not isinstance(named["run"], dict):
+                raise TypeError(f"its entry 'run' is {named['run']!r:.60}")
         if (values["chain"], values["step"]) != (chain, step):
             was = f"chain-{values['chain']}-step-{values['step']}"
             raise _DamagedError(f"{path} is no checkpoint of its name: it is a copy of {was}")
+        if values["tensors"] != digest_of(path / TENSORS):
+            raise _DamagedError(f"{path} is no checkpoint: {HEADER} belongs to other tensors than {TENSORS}")
         self._refuse_others(path, {"version": values["version"]} | values["run"])
         state = {k: x for k, x in values.items() if k not in NOT_THE_STATE}
-        return Saved(chain, read_tensors(path / TENSORS), state)
+        return Saved(chain, read_tensors(path / TENSORS), state, path)
 
     def _refuse_others(self, path: Path, there: dict[str, Any]) -> None:
         """Check that a checkpoint's description is this run's.

@@ -36,6 +36,7 @@ from torch.nn.functional import gelu
 from bayeslm.validation import Count, Positive, validated
 
 from .baselines import ExponentialAverage, Texts, leave_one_out
+from .resumable import ANY, check_tensor
 from .state import EMPTY, State, under, within
 
 AVERAGE = ExponentialAverage()  # the level, where there is no other particle
@@ -100,6 +101,37 @@ class Critic:
             "variance": variance,
         }
 
+    def check_state(self, state: State) -> None:
+        """Check a state that is read from a checkpoint, of one site.
+
+        :raises ValueError: if this critic cannot have had it; with an entry's name.
+        """
+        if state.keys() <= {"average"}:
+            return
+        head = within("head", state)
+        tokens, hidden = (len(head[name]) if name in head else ANY for name in ("out_bias", "mean"))
+        for name, shape in _shapes(tokens, hidden, self.width).items():
+            check_tensor(f"head.{name}", head.get(name), shape)
+        check_tensor("variance", state.get("variance"), ())
+        for i, name in enumerate(sorted(head.keys() - set(BUFFERS))):
+            for moment in ("exp_avg", "exp_avg_sq", "step"):
+                shape = () if moment == "step" else head[name].shape
+                check_tensor(f"adam.{i}.{moment}", state.get(f"adam.{i}.{moment}"), shape)
+
+
+def _shapes(tokens: int, hidden: int, width: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a head's tensors."""
+    return {
+        "mean": (hidden,),
+        "deviation": (hidden,),
+        "earlier": (hidden, width),
+        "inner": (hidden + width + 1, width),
+        "inner_bias": (tokens, width),
+        "out": (width,),
+        "out_bias": (tokens,),
+        "belief": (tokens,),  # in the past
+    }
+
 
 BUFFERS = ("mean", "deviation")  # of the hidden states; all else in a head is learned
 
@@ -113,16 +145,8 @@ def _new_head(texts: Texts, width: int) -> dict[str, Tensor]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator) / shape[0] ** 0.5
 
-    head = {
-        "mean": torch.zeros(hidden_width),
-        "deviation": torch.ones(hidden_width),
-        "earlier": normal(hidden_width, width),
-        "inner": normal(hidden_width + width + 1, width),
-        "inner_bias": torch.zeros(tokens, width),
-        "out": torch.zeros(width),
-        "out_bias": torch.zeros(tokens),
-        "belief": torch.zeros(tokens),  # in the past
-    }
+    head = {name: torch.zeros(shape) for name, shape in _shapes(tokens, hidden_width, width).items()}
+    head |= {"deviation": torch.ones(hidden_width)} | {name: normal(*head[name].shape) for name in ("earlier", "inner")}
     return _rescaled({name: value.to(texts.hidden.device) for name, value in head.items()}, texts, decay=0.0)
 
 

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from bayeslm.inference.program import Particles, Program, ProgramError
+from bayeslm.inference.program import Particles, Program, ProgramError, digest_of, ranks
 from bayeslm.validation import Count, Finite, Within, validated
 
 from .baselines import less_others
 from .objective import Estimate, Objective
-from .sources import FromPosterior, Replay, Source, log_q, of_guide
+from .sources import FromPosterior, Replay, Source, log_q, of_guide, of_prior
 from .state import State, under, within
 
 
@@ -68,6 +68,8 @@ class ParticleObjective(Objective):
         self, program: Program, guide: Callable[..., Any], state: State, inverse_temperature: float
     ) -> Estimate:
         particles, kept = self.source(program, guide, self.num_particles, within("source", state))
+        if not (self.source in (of_guide, of_prior) or isinstance(self.source, FromPosterior | Replay)):
+            ranks().check_same("what the source returns", {"log s": digest_of({"log s": particles.log_proposal})})
         if particles.prompts is not None:
             program = program.on(particles.prompts[0])  # which are not this step's where kept particles are used again
         # a latent that the guide leaves to the prior has the prior's density in q too: it cancels
@@ -76,7 +78,8 @@ class ParticleObjective(Objective):
         target, log_s = particles.log_joint - left_out, particles.log_proposal - left_out
         cooled = (inverse_temperature - 1.0) * likelihood
         cooled = target + cooled.masked_fill(torch.isneginf(likelihood), 0.0)
-        densities = LogDensities(log_q(program, guide, particles), cooled, log_s, program.minibatch)
+        own = particles if ranks().size == 1 else particles[ranks().rows(len(particles))]
+        densities = LogDensities(ranks().joined(log_q(program, guide, own)), cooled, log_s, program.minibatch)
         score = densities.log_q.detach()
         figures = self._figures(particles, LogDensities(score, target, log_s))
         particles = replace(particles, log_proposal=score + left_out)
@@ -90,6 +93,11 @@ class ParticleObjective(Objective):
     def num_drawn(self, state: State) -> int:
         is_kept = isinstance(self.source, Replay) and self.source.repeats(within("source", state))
         return 0 if is_kept or isinstance(self.source, FromPosterior) else self.num_particles
+
+    def check_state(self, state: State, program: Program, steps: int) -> None:
+        super().check_state(state, program, steps)
+        if isinstance(self.source, Replay):
+            self.source.check_state(within("source", state), program, steps)
 
     def of_another_program(self, state: State) -> State:
         return {name: value for name, value in state.items() if not name.startswith("source.")}

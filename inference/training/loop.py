@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -14,18 +15,24 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
+from pyro.util import set_rng_seed
 from torch import Tensor
 
 from bayeslm.inference.program import (
     Arbitrary,
+    Message,
     Particles,
     Program,
     RandomStates,
     Stopwatch,
     all_to_numpy,
+    digest_of,
     of_prompts,
+    on_first,
     prompt_labels,
+    ranks,
     run_particles,
+    seed_of,
     seeded,
 )
 from bayeslm.progress import announce, track
@@ -39,10 +46,12 @@ from .display import describe_outlier, texts_of
 from .movement import Movement
 from .objective import Estimate, Objective, StatefulLoss
 from .optimizer import Adam
+from .resumable import check_first, check_tensors, check_values, resuming
 from .state import EMPTY, State, assign, copies, under, within
 from .trust_region import TrustRegion
 
 FIGURES = ("elbo", "kl", "log_likelihood", "reward", "log_evidence", "prompts")  # that are kept of an `Estimate`
+CHECKED = 10  # steps from one comparison of the weights of all processes to the next
 FEWEST_MEASURED, MOST_MEASURED = 4, 16  # particles at which a trust region measures how far a step moves the guide
 
 
@@ -103,6 +112,7 @@ class Training:
         self.ended = False  # before its last step, by a callback
         self.interrupted = False
         self.checkpoint: str | None = None  # the path of the last one
+        self._resumed: Path | None = None  # the one that the next step is the first after
         self.lost: Particles | None = None  # those of the step in which a number was not finite
         self._params: Any = {"params": {}, "constraints": {}} if owns_guide else None
         if not budget.allows(self._new_samples):
@@ -111,7 +121,12 @@ class Training:
         self._progress, self._stopwatch = progress, stopwatch
 
     def run(self, checkpoints: Checkpoints | None) -> None:
-        """Take all steps that are not done yet."""
+        """Take all steps that are not done yet.
+
+        :raises OSError: if checkpoints cannot be written, before the first step.
+        """
+        if checkpoints is not None:
+            checkpoints.require_writable()
         svi = pyro.infer.SVI(self.program.model, self.guide, self.optimizer, loss=self.loss)
         total = self.budget.steps or 100  # per cent
         shown = track(self._title, total, self._progress, done=self._shown_of(total), plan=self._plan)
@@ -119,7 +134,8 @@ class Training:
             for x in _unconstrained().values():
                 x.grad = None  # of an interrupted step
             try:
-                with self._ended_by_ctrl_c():
+                with self._ended_by_ctrl_c(), ranks().deferring():
+                    self._begin_together()
                     self._call("start", self._record())
                     while not self.done:
                         before = self._shown_of(total)
@@ -132,7 +148,7 @@ class Training:
                         if checkpoints is not None and checkpoints.due(self.step) and not self.done:
                             self.checkpoint = checkpoints.write(self._saved())
                 self.optimizer.warn_if_stuck()
-                with self._ended_by_ctrl_c():
+                with self._ended_by_ctrl_c(), ranks().deferring():
                     self._call("end", self._record())
             except Exception as error:
                 self._explain(error)
@@ -231,18 +247,33 @@ class Training:
         if isinstance(self.loss, StatefulLoss):
             self.loss.inverse_temperature = self.inverse_temperature
         loss = svi.step(*self.program.args, **self.program.kwargs)
-        seconds = time.perf_counter() - start
-        figures = {"elbo": torch.tensor([-loss])} if self._last is None else self._last.figures
-        self._note(all_to_numpy({key: figures[key] for key in FIGURES if key in figures}))
-        norm, gamma = self.optimizer.gradient_norm, self.inverse_temperature
-        self._note({"gradient_norm": np.array(norm), "inverse_temperature": np.array(gamma)})
+        seconds = float(ranks().first(time.perf_counter() - start).value)
+        found = {"elbo": torch.tensor([-loss])} if self._last is None else self._last.figures
+        figures = all_to_numpy({key: found[key] for key in FIGURES if key in found})
+        figures |= {"gradient_norm": np.array(self.optimizer.gradient_norm)}
+        figures |= {"inverse_temperature": np.array(self.inverse_temperature)}
         if (moved := self.optimizer.moved) is not None:
             rate = self.learning_rate * self.optimizer.factor
-            self._note({"moved": np.array(moved), "learning_rate": np.array(rate)})
+            figures |= {"moved": np.array(moved), "learning_rate": np.array(rate)}
+        self._note(figures)
         self.step, self.samples, self.seconds = self.step + 1, self.samples + drawn, self.seconds + seconds
+        if self._resumed is not None:
+            with resuming(self._resumed):
+                check_first(self.history, figures, self.step)
+            self._resumed = None
         if self._raises_elbo:
             self.best.note(self.history["elbo"], self.share, share, self.optimizer.params)
+        if ranks().size > 1 and (self.step % CHECKED == 0 or self.done):
+            ranks().check_same(f"after step {self.step}, the guide", {"its weights": digest_of(self.optimizer.params)})
         return seconds
+
+    def _begin_together(self) -> None:
+        """Give the guide the parameters of the first process, on all processes of the run."""
+        if ranks().size == 1:
+            return
+        if self.step == 0:
+            self._set_up()
+        ranks().copy_first(list(_unconstrained().values()))
 
     @contextlib.contextmanager
     def _rescued(self, checkpoints: Checkpoints | None) -> Iterator[None]:
@@ -298,7 +329,7 @@ class Training:
 
     def _call(self, when: str, record: StepRecord) -> StepRecord:
         """Call the callbacks, keep their evaluations, and return the record after them."""
-        record, gamma = self.callbacks.call(when, record)
+        record, gamma = self._agreed(when, record)
         if gamma != self.inverse_temperature and not isinstance(self.loss, StatefulLoss):
             raise ValueError(
                 f"SVI: a callback moves the inverse temperature of an objective, and {type(self.loss).__name__} has "
@@ -307,6 +338,22 @@ class Training:
         self.inverse_temperature = gamma
         self._note(dict(record.evaluations))
         return record
+
+    def _agreed(self, when: str, record: StepRecord) -> tuple[StepRecord, float]:
+        """Call the callbacks, of the first process alone; what they reply holds for all."""
+        if ranks().size == 1 or not self.callbacks:
+            return self.callbacks.call(when, record)
+        last = record
+
+        def call() -> Message:
+            nonlocal last
+            last, gamma = self.callbacks.call(when, record)
+            arrays = {name: torch.from_numpy(np.array(x)) for name, x in last.evaluations.items()}
+            return Message([last.is_last, gamma], arrays)
+
+        (is_last, gamma), found = on_first(ranks(), call)
+        evaluations = {name: x.numpy() for name, x in found.items()}
+        return replace(last, is_last=is_last, evaluations=evaluations), gamma
 
     def _record(self, seconds: float | None = None) -> StepRecord:
         """Return what callbacks get; with figures if a step took so many seconds."""
@@ -346,6 +393,8 @@ class Training:
         if isinstance(error, FloatingPointError) and self._last is not None:
             self.lost = self._last.particles
             error.add_note(describe_outlier(self.lost, self._program_of(self.lost), self._labels()))
+        if self._resumed is not None:
+            error.add_note(f"it was the first step after {self._resumed}: if somebody has changed that, remove it")
         if self.checkpoint is not None:
             error.add_note(f"the last checkpoint is {self.checkpoint}: the same call resumes it")
 
@@ -373,35 +422,40 @@ class Training:
     def restore(self, saved: Saved) -> None:
         """Resume from a checkpoint, the random numbers included.
 
-        :raises ValueError: if it is of another guide, or has more steps than the budget.
+        :raises ValueError: if it is of another guide, is none that this training can have written, or has more steps
+            than the budget.
         """
+        with resuming(saved.path):
+            check_values(saved.values, can_end=bool(self.callbacks))
+            random = RandomStates.of(saved.tensors, saved.values)
         if self.budget.steps is not None and saved.values["step"] > self.budget.steps:
             raise ValueError(
                 f"the checkpoint has {saved.values['step']} steps already, and num_steps is {self.budget.steps}: give "
                 "as many, or choose another folder"
             )
+        state = {name: x.to(self.program.device) for name, x in within("objective", saved.tensors).items()}
         with self.own_params():
             self._set_up()
             params, kept = _unconstrained(), within("param", saved.tensors)
-            if missing := sorted(kept.keys() - params.keys()):
-                raise ValueError(f"the checkpoint is of another guide: this one has no parameter {missing[0]!r}")
-            for name, x in kept.items():
-                if params[name].shape != x.shape:
-                    raise ValueError(
-                        f"the checkpoint is of another guide: {name!r} has the shape {tuple(x.shape)} there"
-                    )
+            with resuming(saved.path):
+                check_tensors(saved.tensors, params, saved.values)
+                if isinstance(self.loss, StatefulLoss):
+                    self.loss.objective.check_state(state, self.program, saved.values["step"])
+                moments = within("adam", saved.tensors)
+                self.optimizer.restore(moments, {name: params[name] for name in kept}, saved.values["step"])
         self.step, self.ended = saved.values["step"], saved.values["ended"]
         self.samples, self.seconds = saved.values["samples"], saved.values["train_seconds"]
         self.inverse_temperature = saved.values["gamma"]
         self._stopwatch.resume(**saved.values["used"])
-        self.optimizer.restore(within("adam", saved.tensors), {name: params[name] for name in kept}, self.step)
         assign(kept, params)
         self.best.restore(saved.tensors, saved.values["best"])
-        state = within("objective", saved.tensors)
-        self._state = {name: x.to(self.program.device) for name, x in state.items()}
+        self._state = state
         self.callbacks.restore(within("callbacks", saved.tensors))
         self.history = {name: list(x.numpy()) for name, x in within("history", saved.tensors).items()}
-        RandomStates.of(saved.tensors, saved.values).restore()
+        random.restore()
+        if not ranks().is_first:  # a stream of its own from here on, however many processes wrote the checkpoint
+            set_rng_seed(ranks().stream(seed_of(saved.tensors["rng.torch"])))
+        self._resumed = saved.path
         ended = ", its last" if self.done else ""
         announce(f"{self._title}: resumed from step {self.step}{ended}", self._progress)
 

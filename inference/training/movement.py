@@ -22,7 +22,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from bayeslm.inference.program import Particles, Program, in_prompts, sample_sites
+from bayeslm.inference.program import Particles, Program, in_prompts, ranks, sample_sites
 from bayeslm.models.lm import Autoregressive
 
 from .sources import guide_trace
@@ -52,7 +52,8 @@ class Movement:
         for name, (node, old) in self._before.items():
             kl = _kl(node, old, *after[name])
             total = total + self._program.pooled(self._program.terms(kl, n, in_prompts(node)))
-        return float(total.detach().mean().clamp_min(0.0))  # rounding can make a tiny one negative
+        kl = total.detach().mean().clamp_min(0.0)  # rounding can make a tiny one negative
+        return float(ranks().agreed(kl))  # processes must not shorten a step differently
 
     @torch.no_grad()
     def _distributions(self) -> dict[str, tuple[Any, Tensor]]:

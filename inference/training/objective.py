@@ -11,11 +11,12 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from bayeslm.inference.program import Particles, Program, inspect_or_reuse
+from bayeslm.inference.program import Particles, Program, inspect_or_reuse, ranks
 from bayeslm.models.lm import differentiating
 from bayeslm.validation import Count, validated
 
 from .epochs import next_minibatch
+from .resumable import check_indices
 from .state import EMPTY, State
 
 EPOCH = "epoch"  # in an objective's state: the prompts whose turn in this epoch is still to come
@@ -47,6 +48,9 @@ class Objective:
 
     An objective holds settings alone. What it remembers of earlier steps is a `State`, which `step` takes and returns.
     One that remembers nothing is a loss of ``pyro.infer.SVI``; for the others `StatefulLoss` keeps the state.
+
+    Of several processes each differentiates the loss of all particles in its share of them (`rows`): the sum of their
+    gradients is that of one process with all particles.
 
     ``raises_elbo`` says whether its optimum is the highest ELBO of the guide's class.
 
@@ -91,12 +95,21 @@ class Objective:
 
     def next_prompts(self, program: Program, state: State) -> tuple[Tensor, State]:
         """Return the indices of the next minibatch's prompts, and the next state."""
-        batch, waiting = next_minibatch(state.get(EPOCH), program.num_prompts, program.full_size)
+        batch, waiting = map(ranks().agreed, next_minibatch(state.get(EPOCH), program.num_prompts, program.full_size))
         return batch, {**state, EPOCH: waiting}
 
     def of_another_program(self, state: State) -> State:
         """Return what of a state still holds where the program, or its arguments, are others."""
         return state
+
+    def check_state(self, state: State, program: Program, steps: int) -> None:
+        """Check a state that is read from a checkpoint; subclasses check what they remember.
+
+        :param steps: that were done.
+        :raises ValueError: if a training of this program cannot have had it; with the entry's name.
+        """
+        if EPOCH in state:
+            check_indices(EPOCH, state[EPOCH], program.full_size)
 
     @differentiating()
     def __call__(self, model: Callable[..., Any], guide: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor
 
+from bayeslm.inference.program import ranks
 from bayeslm.validation import Positive, Within, validated
 
 from .movement import Movement
@@ -115,6 +116,7 @@ class ScheduledAdam(PyroOptim):
         self._add({p: str(store.param_name(p)) for p in set(params) - self._names.keys()})
         if self._adam is None:
             raise ValueError("the guide has no parameters that require a gradient: there is nothing to train")
+        self._add_up()
         self.factor = self._next_factor()
         for group in self._adam.param_groups:
             group["lr"] = group["rate"] * self.factor
@@ -123,6 +125,13 @@ class ScheduledAdam(PyroOptim):
             raise FloatingPointError(f"the gradient is {self.gradient_norm}")
         self.steps += 1  # before the guide moves: a step that is stopped from here on is not as if it had not begun
         self._move()
+
+    def _add_up(self) -> None:
+        """Replace the gradients by their sums over the processes of the run."""
+        if ranks().size > 1:
+            for p in self._names:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            ranks().add_up([p.grad for p in self._names if p.grad is not None])
 
     def _next_factor(self) -> float:
         return self._factor_of(self._share())

@@ -31,8 +31,10 @@ from bayeslm.inference.program import (
     Particles,
     Program,
     ProgramError,
+    gathered,
     in_prompts,
     particles_of,
+    ranks,
     sample_sites,
     score_sites,
     traces,
@@ -63,14 +65,15 @@ class ReverseKL(Objective):
     def estimate(
         self, program: Program, guide: Callable[..., Any], state: State, inverse_temperature: float
     ) -> Estimate:
-        n = self.num_particles
+        rows = ranks().rows(self.num_particles)  # the particles of this process; baselines compare all
+        n = rows.stop - rows.start
         model_trace, guide_trace = traces(program, guide, n)
         assert guide_trace is not None
         by_token = isinstance(self.baseline, TokenBaseline)
         texts, tokens = _texts(program, model_trace, guide_trace) if by_token else ({}, {})
         log_p = score_sites(program, model_trace, n)
         if texts:
-            earned = self._earned(program, model_trace, inverse_temperature)
+            earned = self._earned(program, model_trace, inverse_temperature, n)
             texts = {name: _with_earned(text, earned) for name, text in texts.items()}
         log_q = score_sites(program, guide_trace, n, skip=tokens)
         log_q |= {name: scores.sum((2, 3)) for name, scores in tokens.items()}
@@ -112,24 +115,34 @@ class ReverseKL(Objective):
             if sites[name]["fn"].has_rsample:
                 surrogate = surrogate - term.sum(-1)
                 continue
-            f = (after if name in inside else total).detach()
+            f = ranks().joined((after if name in inside else total).detach())
             own = {key.partition(":")[0]: x for key, x in remembered.items() if key.partition(":")[2] == name}
             if name in texts and isinstance(self.baseline, TokenBaseline):
-                advantage, own_after = self.baseline.of_tokens(name, f, texts[name], own)
-                surrogate = surrogate + (advantage * tokens[name]).sum((1, 2, 3))
+                advantage, own_after = self.baseline.of_tokens(name, f, _of_all(texts[name]), own)
+                surrogate = surrogate + (advantage[rows] * tokens[name]).sum((1, 2, 3))
             else:
                 advantage, own_after = self.baseline(name, f, program.minibatch, own)
-                surrogate = surrogate + (advantage * term).sum(-1)
+                surrogate = surrogate + (advantage[rows] * term).sum(-1)
             updates |= {f"{key}:{name}": x for key, x in own_after.items()}
         guide_terms = {name: term for name, term in log_q.items() if name not in left_out}
         with torch.no_grad():
-            particles = particles_of(program, model_trace, guide_trace, terms, guide_terms, n)
+            own = particles_of(program, model_trace, guide_trace, terms, guide_terms, n)
+            particles = gathered([own], program.device)
             figures = _figures(particles)
-        gain = surrogate.mean()
+        gain = surrogate.sum() / self.num_particles if ranks().size > 1 else surrogate.mean()
         loss = gain.detach() - gain - figures["elbo"].sum()
         return Estimate(loss, figures, particles, {**state, **under("baseline", updates)})
 
-    def _earned(self, program: Program, model_trace: Trace, inverse_temperature: float) -> list[Tensor]:
+    def check_state(self, state: State, program: Program, steps: int) -> None:
+        super().check_state(state, program, steps)
+        remembered = within("baseline", state)
+        if wrong := next((name for name, x in remembered.items() if not x.is_floating_point()), None):
+            raise ValueError(f"baseline.{wrong} cannot be {remembered[wrong].dtype}")
+        if (check := getattr(self.baseline, "check_state", None)) is not None:
+            for site in {name.partition(":")[2] for name in remembered}:
+                check({key.partition(":")[0]: x for key, x in remembered.items() if key.partition(":")[2] == site})
+
+    def _earned(self, program: Program, model_trace: Trace, inverse_temperature: float, num: int) -> list[Tensor]:
         """Return the sums of earlier steps' terms (particle, prompt, 1, step), of each site in a plate `STEPS`."""
         found = []
         for _, node in sample_sites(model_trace):
@@ -137,7 +150,7 @@ class ReverseKL(Objective):
             if not frames or not node["is_observed"]:
                 continue
             term = inverse_temperature * node["log_prob"].detach().to(program.device)
-            particles = (self.num_particles,) + (1,) * program.max_plate_nesting
+            particles = (num,) + (1,) * program.max_plate_nesting
             term = term.expand(torch.broadcast_shapes(term.shape, particles)).movedim(frames[0].dim, -1)
             if program.prompt_dim is not None and in_prompts(node):
                 # with the steps last, a plate further out than they were stands one place further out
@@ -147,6 +160,14 @@ class ReverseKL(Objective):
             term = term.reshape(*term.shape[:2], -1, term.shape[-1]).sum(2, keepdim=True)
             found.append(term.cumsum(-1) - term)
         return found
+
+
+def _of_all(texts: Texts) -> Texts:
+    """Return the texts of all processes of the run."""
+    if ranks().size == 1:
+        return texts
+    each = {name: ranks().joined(getattr(texts, name)) for name in ("hidden", "past", "live", "earned")}
+    return replace(texts, **each)
 
 
 def _with_earned(texts: Texts, earned: list[Tensor]) -> Texts:

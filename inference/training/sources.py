@@ -7,7 +7,7 @@ again, which costs neither networks nor rewards, but for the guide's own gradien
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -25,6 +25,8 @@ from bayeslm.inference.program import (
     Particles,
     Program,
     ProgramError,
+    gathered,
+    ranks,
     run_particles,
     sample_sites,
     score_sites,
@@ -32,26 +34,32 @@ from bayeslm.inference.program import (
 from bayeslm.posterior import Posterior
 from bayeslm.validation import Count, validated
 
+from .resumable import ANY, check_indices, check_tensor
 from .state import EMPTY, State, under, within
 
 BASE = -7046029254386353131  # of the hash that tells particles apart, modulo 2^64; odd
 Source = Callable[[Program, Callable[..., Any], int, State], tuple[Particles, State]]
 """``source(program, guide, num_particles, state)`` returns so many particles, whose ``log_proposal`` is log s, and the
-next state."""
+next state. Each process of a run calls it, and gets all particles: the same ones on each."""
 
 
 def of_guide(
     program: Program, guide: Callable[..., Any], num_particles: int, state: State = EMPTY
 ) -> tuple[Particles, State]:
     """Draw from the guide."""
-    return run_particles(program, guide, num_particles), state
+    return _new(program, guide, num_particles), state
 
 
 def of_prior(
     program: Program, guide: Callable[..., Any], num_particles: int, state: State = EMPTY
 ) -> tuple[Particles, State]:
     """Draw from the prior."""
-    return run_particles(program, None, num_particles), state
+    return _new(program, None, num_particles), state
+
+
+def _new(program: Program, guide: Callable[..., Any] | None, num_particles: int) -> Particles:
+    """Draw particles, of which each process of the run draws its share."""
+    return gathered([run_particles(program, guide, ranks().share(num_particles))], program.device)
 
 
 @validated
@@ -90,7 +98,8 @@ class FromPosterior:
         names = [site.name for site in complete.latents]
         if any(name not in posterior.samples for name in names) or posterior.log_joint.shape[-1] != prompts:
             raise ProgramError("the draws to learn from are of another program, or of other prompts")
-        rows = torch.randint(posterior.log_joint[..., 0].size, (num_particles,), device=program.device).cpu().numpy()
+        picked = torch.randint(posterior.log_joint[..., 0].size, (num_particles,), device=program.device)
+        rows = ranks().agreed(picked).cpu().numpy()
         batch = None if program.minibatch is None else program.minibatch.cpu().numpy()
 
         def pick(array: np.ndarray, prompt_axis: int | None = 1) -> Tensor:
@@ -146,14 +155,42 @@ class Replay:
         steps = {"step": torch.tensor(int(state.get("step", 0)) + 1)}
         kept = within("kept", state)
         if self.repeats(state):
-            buffer = _particles_of(kept)
-            rows, turns = _next_rows(buffer, state["turns"], num_particles)
+            buffer = Particles.from_tensors(kept)
+            rows, turns = map(ranks().agreed, _next_rows(buffer, state["turns"], num_particles))
             return buffer[rows], {**under("kept", kept), **steps, "turns": turns}
-        new = run_particles(program, guide, num_particles)
+        new = _new(program, guide, num_particles)
         # log-probabilities of tokens would be those of the guide before it moves
         parts = [replace(new, token_log_prob={}, proposal_token_log_prob={}, pointwise={})]
-        buffer = Particles.concatenate([*([_particles_of(kept)] if kept else []), *parts])[-self.capacity :]
-        return new, {**under("kept", _tensors_of(buffer)), **steps, "turns": torch.empty(0, dtype=torch.long)}
+        buffer = Particles.concatenate([*([Particles.from_tensors(kept)] if kept else []), *parts])[-self.capacity :]
+        return new, {**under("kept", buffer.as_tensors()), **steps, "turns": torch.empty(0, dtype=torch.long)}
+
+    def check_state(self, state: State, program: Program, steps: int) -> None:
+        """Check a state that is read from a checkpoint; see `Objective.check_state`."""
+        if not steps and not state:
+            return
+        kept = within("kept", state)
+        check_tensor("kept.log_prior", kept.get("log_prior"), (ANY, ANY), finite=False)
+        num = len(kept["log_prior"])
+        if not 1 <= num <= self.capacity:
+            raise ValueError(f"kept has {num} draws, and capacity is {self.capacity}")
+        check_tensor("step", state.get("step"), (), whole=True)
+        if int(state["step"]) != steps:
+            raise ValueError(f"the buffer has {int(state['step'])} steps, and the training {steps}")
+        check_indices("turns", state.get("turns"), num)
+        if len(state["turns"].unique()) < len(state["turns"]):
+            raise ValueError("turns holds a draw twice")
+        for site in program.latents:
+            name = f"values.{site.name}"
+            like = site.value if site.value.is_floating_point() else None
+            whole = site.value.dtype == torch.int64
+            check_tensor(f"kept.{name}", kept.get(name), (num, *site.shape), like=like, whole=whole)
+        for name, x in kept.items():
+            if x.dim() == 0 or len(x) != num:
+                raise ValueError(f"kept.{name} has the shape {tuple(x.shape)}, and there are {num} draws")
+        scores = [f"log_likelihood.{site.name}" for site in program.sites.values() if site.kind == "observed"]
+        scores += ["log_proposal", *(f"rewards.{name}" for name, _ in program.rewards)]
+        for name in scores:
+            check_tensor(f"kept.{name}", kept.get(name), (num, ANY), finite=False)
 
     def repeats(self, state: State) -> bool:
         """Return whether the next particles are kept ones."""
@@ -176,26 +213,6 @@ def _of_a_minibatch(prompts: Tensor, num: int) -> Tensor:
     one = torch.randint(len(prompts), ())
     together = (prompts == prompts[one]).all(-1).nonzero().squeeze(-1)
     return together.repeat(-(-num // len(together)))[-num:]
-
-
-def _tensors_of(particles: Particles) -> dict[str, Tensor]:
-    """Return a record of particles as tensors by name, for a state."""
-    tensors: dict[str, Tensor] = {}
-    for field in fields(particles):
-        value = getattr(particles, field.name)
-        if isinstance(value, Mapping):
-            tensors |= under(field.name, value)
-        elif value is not None:
-            tensors[field.name] = value
-    return tensors
-
-
-def _particles_of(tensors: State) -> Particles:
-    """Return the record that `_tensors_of` has taken apart."""
-    of_sites = ("values", "log_likelihood", "rewards", "auxiliary")
-    single = {name: tensors[name] for name in ("log_prior", "log_proposal", "log_left_out") if name in tensors}
-    prompts = tensors["prompts"].cpu() if "prompts" in tensors else None
-    return Particles(**{name: within(name, tensors) for name in of_sites}, **single, prompts=prompts)  # type: ignore[arg-type]
 
 
 def log_q(program: Program, guide: Callable[..., Any], particles: Particles) -> Tensor:

@@ -25,6 +25,7 @@ from bayeslm.validation import Positive, validated
 
 from .movement import Movement
 from .optimizer import Adam, Decay, ScheduledAdam
+from .resumable import check_tensor
 from .state import State
 
 SLACK = 1.5  # times the target: a step that moves the guide further is shortened
@@ -141,7 +142,11 @@ class RegionAdam(ScheduledAdam):
         return {**super().moments(), **own}
 
     def restore(self, moments: State, params: Any, steps: int) -> None:
+        check_tensor("adam.rate", moments.get("rate"), (), like=torch.empty((), dtype=torch.float64))
+        check_tensor("adam.left_out", moments.get("left_out"), (), whole=True)
         self._rate, self.left_out = float(moments["rate"]), int(moments["left_out"])
+        if not 0.0 < self._rate <= LARGEST or not 0 <= self.left_out <= steps:
+            raise ValueError(f"no {steps} steps lead to a rate of {self._rate} with {self.left_out} left out")
         super().restore({name: x for name, x in moments.items() if name not in ("rate", "left_out")}, params, steps)
 
     def warn_if_stuck(self) -> None:

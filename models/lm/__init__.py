@@ -14,7 +14,7 @@ from .tables import read_table, without_index
 from .tensor_files import read_tensors, write_tensors
 from .turns import exclusive, forked
 from .twist import POWERS, Twist, TwistInputs
-from .usage import count_usage
+from .usage import Usage, count_usage
 from .words import word_tokenizer
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "SampledText",
     "Twist",
     "TwistInputs",
+    "Usage",
     "categorical",
     "count_usage",
     "differentiating",

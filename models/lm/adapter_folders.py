@@ -15,6 +15,7 @@ from bayeslm.weight_files import stored_tensors
 
 # fmt: off
 # Adapters that are scored, trained, saved and merged rightly.
+TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # of causal and of encoder-decoder networks
 ADAPTERS = (
     "LORA", "LOHA", "LOKR", "IA3", "OFT", "HRA", "MISS", "C3A", "LN_TUNING", "ADALORA", "ADAMSS", "VERA", "PVERA",
     "FROD", "FOURIERFT", "WAVEFT", "GLORA", "GRALORA", "VBLORA", "UNILORA", "RANDLORA", "TINYLORA", "DELORA", "HIRA",
@@ -83,8 +84,10 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> Any:
             f"{path}: adapters of type {kind!r} are not supported{_why(kind)}, but {', '.join(ADAPTERS)} are: merge "
             "this one into its base model, and load that"
         )
-    if config.get("task_type") not in (None, "CAUSAL_LM"):
-        raise ValueError(f"{path}: task_type {config['task_type']!r} is not that of a language model, CAUSAL_LM")
+    if config.get("task_type") not in (None, *TASKS):
+        raise ValueError(
+            f"{path}: task_type {config['task_type']!r} is not that of a language model, {' or '.join(TASKS)}"
+        )
     defaults = {field.name: _default(field) for field in fields(maker)}
     for name, value in config.items():
         default = defaults.get(name)

@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .special_tokens import is_encoder_decoder
+
 if TYPE_CHECKING:
     from peft import PeftConfig
 
@@ -47,14 +49,17 @@ def unwrapped(network: Any) -> nn.Module:
 
 
 def check_supported(network: Any) -> None:
-    """Refuse networks whose forward pass is not that of a causal network of tokens alone.
+    """Refuse networks whose forward pass is not that of a network of tokens alone.
 
-    :raises TypeError: for an encoder-decoder network, and for adapters that change texts or look into them.
+    :raises TypeError: for a network of speech or images, and for adapters that change texts or look into them.
     """
-    if getattr(getattr(network, "config", None), "is_encoder_decoder", False):
+    base: Any = getattr(network, "get_base_model", lambda: network)()
+    reads = getattr(base, "main_input_name", "input_ids")
+    if is_encoder_decoder(network) and (reads != "input_ids" or not hasattr(base, "get_decoder")):
+        lacks = f"reads {reads}" if reads != "input_ids" else "has no get_decoder()"
         raise TypeError(
-            f"{type(network).__name__} is an encoder-decoder network, and these are not supported: a completion would "
-            "follow the decoder's tokens alone; use a causal one, such as AutoModelForCausalLM loads"
+            f"{type(base).__name__} {lacks}, and is not supported: prompts are token ids; use an encoder-decoder "
+            "network of texts, such as AutoModelForSeq2SeqLM loads, or a causal one"
         )
     for name, config in getattr(network, "peft_config", {}).items():
         kind = getattr(config.peft_type, "value", config.peft_type)
@@ -157,7 +162,7 @@ def with_lora(network: nn.Module, rank: int, alpha: int, name: str | None) -> nn
         target_modules="all-linear",
         exclude_modules=_not_linear(around),
         lora_dropout=0.0,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_2_SEQ_LM" if is_encoder_decoder(network) else "CAUSAL_LM",
     )
     with _quiet():
         adapted: Any = get_peft_model(around, config)

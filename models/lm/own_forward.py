@@ -46,6 +46,7 @@ class TriedNetwork(Protocol):
     compute_dtype: torch.dtype | None
     findings: Findings
     accepts_positions: bool
+    start_ids: tuple[int, ...]
 
     @property
     def name(self) -> str: ...
@@ -61,6 +62,7 @@ class TriedNetwork(Protocol):
     def takes_positions(self) -> bool: ...
     def logits(self, hidden: Tensor, temperature: float) -> Tensor: ...
     def hidden(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> tuple[Tensor, Any]: ...
+    def trial_cache(self, ids: Tensor) -> Any: ...
 
 
 def find(network: TriedNetwork, ids: Tensor, expected: Tensor) -> Findings:
@@ -68,9 +70,14 @@ def find(network: TriedNetwork, ids: Tensor, expected: Tensor) -> Findings:
 
     :param ids: texts to try, (row, length).
     :param expected: their logits (row, length, vocabulary) by the forward pass of what was handed in.
-    :raises TypeError: if it scores in no way as its own forward pass does.
+    :raises TypeError: if it scores in no way as its own forward pass does, or computes NaN.
     """
     wants = expected.float().log_softmax(-1)
+    if wants.isnan().any():
+        raise TypeError(
+            f"{network.name} computes NaN of the token ids {ids[0].tolist()}: its weights or its config are damaged, "
+            "or its numbers are too large for its dtype"
+        )
     for found in (Findings(True, True), Findings(False, True), Findings(False, False)):
         if found.takes_positions and not network.accepts_positions:
             continue
@@ -150,7 +157,11 @@ def texts(network: TriedNetwork) -> Tensor:
     ids = (torch.arange(2 * length) % network.vocab_size).reshape(2, length)
     special: list[Any] = [getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")]
     special = [token for token in special if isinstance(token, int) and 0 <= token < network.vocab_size]
-    for place, token in enumerate(special[: length - 1], start=1):
+    start = network.start_ids[:length]
+    for place, token in enumerate(start):
+        ids[:, place] = token
+    first = max(1, len(start))
+    for place, token in enumerate(special[: length - first], start=first):
         ids[1, place] = token
     return ids.to(network.device)
 
@@ -165,13 +176,12 @@ def aside(device: torch.device) -> Iterator[None]:
 
 def _scores(network: TriedNetwork, ids: Tensor, mask: Tensor | None) -> Tensor:
     """Return log-probabilities (row, length, vocabulary) of a pass over half of the tokens and one that follows."""
-    from .caches import DynamicCache, TextCache, is_shareable
+    from .caches import is_shareable
 
     cut = max(1, ids.shape[-1] // 2)
     positions = positions_of(ids, mask)
     first = None if mask is None else mask[:, :cut]
-    cache = DynamicCache() if network.findings.caches else TextCache()
-    hidden, cache = network.hidden(ids[:, :cut], first, positions[:, :cut], cache)
+    hidden, cache = network.hidden(ids[:, :cut], first, positions[:, :cut], network.trial_cache(ids))
     if network.findings.caches and not is_shareable(cache):
         raise TypeError(f"{network.name} keeps more than keys and values")
     parts = [hidden]

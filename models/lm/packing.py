@@ -38,6 +38,8 @@ class PackedLinear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.detach().clone()
         self._blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
 
+    weight = None  # as in quantised layers: T5 asks for its dtype
+
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._blocks, self.bias, "none", [], "")
 

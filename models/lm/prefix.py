@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .encoding import Vocabulary, positions_of
+from .encoding import Vocabulary
 from .memory import Batches
 from .network import CausalNetwork
 
@@ -82,10 +82,7 @@ class Prefix:
 
 def prefill(network: CausalNetwork, ids: Tensor, mask: Tensor | None) -> Prefix:
     """Run left-padded prompts ``ids`` (rows, length) through the network once."""
-    rows, length = ids.shape
-    lengths = torch.full((rows,), length, device=ids.device) if mask is None else mask.sum(-1)
-    hidden, cache = network.hidden(ids, mask, positions_of(ids, mask), network.new_cache(mask))
-    return Prefix(hidden[:, -1], cache, mask, lengths)
+    return Prefix(*network.read(ids, mask))
 
 
 def joined(parts: list[Prefix]) -> Prefix:

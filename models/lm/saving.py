@@ -24,7 +24,7 @@ from bayeslm.model_card import CARD, FIGURE, Loading, TrainingNotes, is_own_card
 from .adapters import has_adapters
 from .loading import location, short_name
 from .settings import NAME, Settings
-from .special_tokens import SpecialTokens
+from .special_tokens import SpecialTokens, is_encoder_decoder
 
 # Files of a model; those of one that is saved over another do not outlive it.
 OWN = (
@@ -111,11 +111,12 @@ def _loading(network: Any, settings: Settings, has_tokenizer: bool) -> Loading:
     first = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
     dtype, compute = (None if x is None else str(x).removeprefix("torch.") for x in (first, settings.compute_dtype))
     if not has_adapters(network):
-        return Loading(None, None, str(dtype), compute, None, has_tokenizer)
+        return Loading(None, None, str(dtype), compute, None, has_tokenizer, is_encoder_decoder(network))
     config = network.peft_config[network.active_adapters[0]]
     base = config.base_model_name_or_path or ""
     rank = getattr(config, "r", None)
-    return Loading(base and location(base), short_name(base), str(dtype), compute, rank, has_tokenizer)
+    where = (base and location(base), short_name(base))
+    return Loading(*where, str(dtype), compute, rank, has_tokenizer, is_encoder_decoder(network))
 
 
 def _write_adapters(network: Any, folder: Path) -> None:
@@ -147,7 +148,8 @@ def _generating(network: Any, special: SpecialTokens) -> Iterator[GenerationConf
     try:
         config.validate(strict=True)
     except ValueError:
-        config = GenerationConfig(bos_token_id=config.bos_token_id)
+        named = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id")
+        config = GenerationConfig(**{name: getattr(config, name) for name in named})
     ends = list(special.eos)
     config.eos_token_id, config.pad_token_id = (ends[0] if len(ends) == 1 else ends or None), special.pad
     if kept is None or has_adapters(network):

@@ -151,17 +151,15 @@ def _score(prompted: PromptedNetwork, prefix: Prefix | None, prompts: Tensor, va
     network, vocabulary = prompted.network, prompted.vocabulary
     live = vocabulary.is_live(values)
     ids = values.clamp(0, vocabulary.size - 1)
-    malformed = values != torch.where(live, ids, vocabulary.pad_token_id)
+    malformed = ~vocabulary.is_well_formed(values)
     longest = int(live.any(0).sum())  # columns that are padding in every row need no forward pass
-    if longest == 0:  # no rows
-        return torch.zeros(values.shape, device=values.device), values.new_zeros((0, 0, network.width)).float()
+    if longest == 0:  # no rows, or beginnings of no tokens
+        scores = torch.zeros(values.shape, device=values.device).masked_fill(malformed, -torch.inf)
+        return scores, scores.new_zeros((len(values), 0, network.width))
     inputs = ids[:, : longest - 1]
     if prefix is None:
-        prompt_ids, mask = prompted.prompt_ids, prompted.prompt_mask
-        length = prompt_ids.shape[-1]
-        mask = None if mask is None else pad(mask[prompts], (0, longest - 1), value=1)
-        texts = torch.cat([prompt_ids[prompts], inputs], dim=-1)
-        hidden = network.hidden_of_texts(texts, mask, prompted.gradient_checkpointing)[:, length - 1 :]
+        mask = None if prompted.prompt_mask is None else prompted.prompt_mask[prompts]
+        hidden = network.hidden_after(prompted.prompt_ids[prompts], mask, inputs, prompted.gradient_checkpointing)
     else:
         prefix = prefix.fork(prompts)
         hidden = prefix.hidden[:, None]

@@ -20,12 +20,14 @@ class Settings:
     :param pad_token_id: fills completions after their end.
     :param compute_dtype: the dtype in which products of float32 weights are computed.
     :param base_dtype: of the weights under adapters.
+    :param decoder_start_ids: the tokens before a completion of an encoder-decoder network.
     """
 
     eos_token_ids: tuple[int, ...] | None = None
     pad_token_id: int | None = None
     compute_dtype: torch.dtype | None = None
     base_dtype: torch.dtype | None = None
+    decoder_start_ids: tuple[int, ...] | None = None
 
     def over(self, other: Settings) -> Settings:
         """Return these settings, and another's where these say nothing."""
@@ -49,14 +51,15 @@ class Settings:
             return cls()
         try:
             said = json.loads(path.read_text(encoding="utf-8"))
-            ends, pad = said.get("eos_token_ids"), said.get("pad_token_id")
-            if not isinstance(pad, int | None) or not all(isinstance(end, int) for end in ends or ()):
-                raise TypeError(f"token ids {ends!r} and {pad!r} are no integers")
+            ends, pad, start = (said.get(name) for name in ("eos_token_ids", "pad_token_id", "decoder_start_ids"))
+            if any(type(i) is not int for i in (*(ends or ()), *(start or ()), *(() if pad is None else (pad,)))):
+                raise TypeError(f"token ids {ends!r}, {pad!r} and {start!r} are no integers")
             return cls(
                 None if ends is None else tuple(ends),
                 pad,
                 _dtype(said.get("compute_dtype")),
                 _dtype(said.get("base_dtype")),
+                None if start is None else tuple(start),
             )
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise OSError(f"{path} cannot be read ({error}): save the model again, or remove that file") from error

@@ -10,14 +10,24 @@ from torch import nn
 
 
 class SpecialTokens(NamedTuple):
-    """Token ids of a network: the ends of a text, its beginning (None if there is none), and its padding."""
+    """Token ids of a network: the ends of a text, its beginning (None if there is none), and its padding.
+
+    ``start`` are the tokens before a completion, where an encoder reads the prompt: that with which the decoder starts,
+    and the first one where that is always the same (``forced_bos_token_id``, such as the language of the completion).
+    """
 
     eos: tuple[int, ...]
     bos: int | None
     pad: int
+    start: tuple[int, ...] = ()
 
 
-def find_special_tokens(network: nn.Module, tokenizer: Any, eos: int | Iterable[int] | None = None) -> SpecialTokens:
+def find_special_tokens(
+    network: nn.Module,
+    tokenizer: Any,
+    eos: int | Iterable[int] | None = None,
+    start: int | Iterable[int] | None = None,
+) -> SpecialTokens:
     """Find the special tokens of a network.
 
     The ends are all those of the first of these that names a token of the network: its generation config, its config,
@@ -27,20 +37,17 @@ def find_special_tokens(network: nn.Module, tokenizer: Any, eos: int | Iterable[
 
     :param tokenizer: None if there is none.
     :param eos: the ends, where a user names them.
-    :raises TypeError: if the network has no config with a vocabulary, or ``eos`` is no token id.
-    :raises ValueError: if ``eos`` names an id outside the vocabulary, or a config or tokenizer one that is none.
+    :param start: likewise the tokens before a completion of an encoder-decoder network.
+    :raises TypeError: if the network has no config with a vocabulary, ``eos`` or ``start`` is no token id, or a network
+        with ``start`` is no encoder-decoder network.
+    :raises ValueError: if one of them names an id outside the vocabulary, or a config or tokenizer one that is none.
     """
     size = vocab_size(network)
     config: Any = network.config
     configs = (config, config.get_text_config())
     folder = str(getattr(config, "name_or_path", None) or "")
     if eos is not None:
-        try:
-            ends = _ids(eos)
-        except TypeError as error:
-            raise TypeError(f"eos_token_ids must be a token id or several, got {eos!r}") from error
-        if not all(0 <= end < size for end in ends):
-            raise ValueError(f"eos_token_ids {sorted(ends)} are not all in 0..{size - 1}")
+        ends = _given("eos_token_ids", eos, size)
     else:
         sources = (getattr(network, "generation_config", None), *configs, tokenizer)
         named = ([i for i in ids_of(source, "eos_token_id", folder) if 0 <= i < size] for source in sources)
@@ -48,7 +55,43 @@ def find_special_tokens(network: nn.Module, tokenizer: Any, eos: int | Iterable[
     begins = (i for source in (tokenizer, *configs) for i in ids_of(source, "bos_token_id", folder) if 0 <= i < size)
     pads = (i for source in (tokenizer, *configs) for i in ids_of(source, "pad_token_id", folder))
     unique = tuple(sorted(set(ends)))
-    return SpecialTokens(unique, next(begins, None), next(pads, unique[0] if unique else 0))
+    bos = next(begins, None)
+    before: tuple[int, ...] = ()
+    if is_encoder_decoder(network):
+        before = _start(network, folder, bos) if start is None else tuple(_given("decoder_start_ids", start, size))
+    elif start is not None:
+        raise TypeError(
+            f"decoder_start_ids are for encoder-decoder networks, and {type(network).__name__} is none: its "
+            "completions follow the prompt at once"
+        )
+    return SpecialTokens(unique, bos, next(pads, unique[0] if unique else 0), before)
+
+
+def _given(name: str, ids: int | Iterable[int], size: int) -> list[int]:
+    """Return token ids that a user names as a list, checked."""
+    try:
+        tokens = _ids(ids)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a token id or several, got {ids!r}") from error
+    if not all(0 <= token < size for token in tokens):
+        raise ValueError(f"{name} {sorted(tokens)} are not all in 0..{size - 1}")
+    return tokens
+
+
+def _start(network: Any, folder: str, bos: int | None) -> tuple[int, ...]:
+    """Return the tokens before a completion of an encoder-decoder network."""
+    sources = (getattr(network, "generation_config", None), network.config, network.config.get_text_config())
+    named = [
+        next((i for source in sources for i in ids_of(source, name, folder)), None)
+        for name in ("decoder_start_token_id", "forced_bos_token_id")
+    ]
+    start, forced = (bos if named[0] is None else named[0]), named[1]
+    return tuple(i for i in (start, forced) if i is not None)
+
+
+def is_encoder_decoder(network: Any) -> bool:
+    """Return whether a network reads a prompt by an encoder, and writes a completion by a decoder."""
+    return bool(getattr(getattr(network, "config", None), "is_encoder_decoder", False))
 
 
 def vocab_size(network: nn.Module) -> int:
@@ -59,6 +102,8 @@ def vocab_size(network: nn.Module) -> int:
     config: Any = getattr(network, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
     size = getattr(text, "vocab_size", None)
+    if is_encoder_decoder(network):  # prompts may have tokens of their own
+        size = getattr(text, "decoder_vocab_size", None) or getattr(text, "tgt_vocab_size", None) or size
     if size is None:
         raise TypeError(
             f"the network, a {type(network).__name__}, has no config with a vocab_size: give it the attribute "
@@ -86,6 +131,13 @@ def ids_of(source: Any, name: str, folder: str) -> list[int]:
 def _ids(ids: int | Iterable[int]) -> list[int]:
     """Return one or several token ids as a list."""
     try:
-        return [operator.index(ids)]  # type: ignore[arg-type]
+        return [_id(ids)]
     except TypeError:  # not a single integer
-        return [operator.index(i) for i in ids]  # type: ignore[union-attr]
+        return [_id(i) for i in ids]  # type: ignore[union-attr]
+
+
+def _id(value: Any) -> int:
+    """Return a token id; a truth value is none, though Python and torch count it as 0 or 1."""
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+        raise TypeError(f"{value!r} is no token id")
+    return operator.index(value)

@@ -7,6 +7,8 @@ tokens follow at once.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ def redraw(
     chosen = (cut < distribution.lengths(old)).nonzero().squeeze(-1)
     chosen = chosen[cut[chosen].argsort(stable=True)]  # micro-batches of like cuts
     prompts = distribution.prompt_rows(shape)[chosen]
-    for part, prefix in prompted.prefixes(prompts, min(prompted.max_rows_scored, prompted.max_rows)):
+    for part, prefix in _batches(prompted, prompts, cut[chosen]):
         rows, kept = chosen[part], cut[chosen[part]]
         prefix = _extended(prompted, prefix, prompts[part], old[rows], kept)
         for some in torch.arange(len(rows) * len(new), device=rows.device).split(prompted.max_rows):
@@ -51,6 +53,21 @@ def redraw(
     return new.reshape(batch), scores.reshape(batch)
 
 
+def _batches(prompted: PromptedNetwork, prompts: Tensor, cut: Tensor) -> Iterator[tuple[Tensor, Prefix]]:
+    """Give micro-batches that can be cut and continued together: indices (row,), and the prefix of their prompts.
+
+    :param prompts: the prompt of each completion, (row,).
+    :param cut: how many tokens of it are kept, (row,).
+    """
+    for part, prefix in prompted.prefixes(prompts, min(prompted.max_rows_scored, prompted.max_rows)):
+        if prompted.network.pads_tokens:
+            yield part, prefix
+            continue
+        for kept in cut[part].unique().tolist():
+            same = (cut[part] == kept).nonzero().squeeze(-1)
+            yield part[same], prefix.fork(same)
+
+
 def _extended(prompted: PromptedNetwork, prefix: Prefix, prompts: Tensor, tokens: Tensor, kept: Tensor) -> Prefix:
     """Return the prefix of prompts grown by the first ``kept[i]`` of row i's ``tokens`` (row, max_new_tokens)."""
     network = prompted.network
@@ -60,7 +77,7 @@ def _extended(prompted: PromptedNetwork, prefix: Prefix, prompts: Tensor, tokens
     tokens, new = tokens[:, :longest], torch.arange(longest, device=tokens.device)
     ids, mask = prompted.prompt_ids, prompted.prompt_mask
     ragged = bool((kept < longest).any())
-    padded = ragged or mask is not None
+    padded = ragged or prefix.mask is not None
     mask = torch.ones_like(ids) if mask is None else mask
     mask = torch.cat([mask[prompts], (new < kept[:, None]).to(mask)], -1)
     # row i moves right by longest - kept[i]: the tokens that it does not keep become padding on the left

@@ -173,7 +173,9 @@ def _joins_words(tokenizer: Any) -> bool:
     return backend is not None and backend.decoder is None
 
 
-def token_ends(tokenizer: Any, rows: Sequence[Sequence[int]], texts: np.ndarray, length: int) -> np.ndarray:
+def token_ends(
+    tokenizer: Any, rows: Sequence[Sequence[int]], texts: np.ndarray, length: int, before: Context | None = None
+) -> np.ndarray:
     """Return where each token of a completion ends in its text, in characters, int32 (*batch, token).
 
     A token without characters of its own (a special token, one byte of several of a character) ends where the one
@@ -182,24 +184,30 @@ def token_ends(tokenizer: Any, rows: Sequence[Sequence[int]], texts: np.ndarray,
     :param rows: token ids of completions, up to their end, flat.
     :param texts: their texts, by `completion_texts`, (*batch).
     :param length: tokens of a completion with its padding.
+    :param before: the context of each; None: a text that ends in a word.
     """
     keys = list(zip(map(tuple, rows), texts.reshape(-1).tolist(), strict=True))
     tokens = sorted({token for row in rows for token in row})
     pieces = dict(zip(tokens, _pieces(tokenizer, [[token] for token in tokens]), strict=True))
+    heads = sorted({row[0] for row in rows if row})
+    first = dict(zip(heads, _pieces(tokenizer, [[token] for token in heads], before), strict=True))
     found = {key: np.full(length, len(key[1]), dtype=np.int32) for key in keys}
     for (row, text), ends in found.items():
-        parts = [pieces[token] for token in row]
+        parts = [first[row[0]], *(pieces[token] for token in row[1:])] if row else []
         if "".join(parts) == text:
             ends[: len(row)] = np.cumsum([len(part) for part in parts])
         else:  # a decoder that looks at neighbours, or a character of several tokens
-            beginnings = _pieces(tokenizer, [row[: t + 1] for t in range(len(row) - 1)])
+            beginnings = _pieces(tokenizer, [row[: t + 1] for t in range(len(row) - 1)], before)
             common = [_agree(text, beginning) for beginning in beginnings]
             ends[: len(common)] = np.maximum.accumulate(common)
     return np.array([found[key] for key in keys], dtype=np.int32).reshape(*texts.shape, length)
 
 
-def _pieces(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
-    """Return the text that each row adds to a text that ends in a word; of a tokenizer of words, the words alone."""
+def _pieces(tokenizer: Any, rows: Sequence[Sequence[int]], before: Context | None = None) -> list[str]:
+    """Return the text that each row adds to its context; of a tokenizer of words, the words alone.
+
+    :param before: the context; None: a text that ends in a word.
+    """
     if _joins_words(tokenizer):
         return decode(tokenizer, rows)
-    return _added_texts(tokenizer, [any_context(tokenizer)], [0] * len(rows), rows)
+    return _added_texts(tokenizer, [before or any_context(tokenizer)], [0] * len(rows), rows)

@@ -27,12 +27,14 @@ from torch.nn.functional import gelu, pad
 
 from bayeslm.checksums import verify
 from bayeslm.files import atomic_folder, read_header
+from bayeslm.processes import is_first
 from bayeslm.validation import Count, Share, validated
 
 from .decoding import Decoder
 from .language_model import LanguageModel
 from .module_errors import ModuleWithProperties
 from .network import CausalNetwork
+from .prefix import prefill
 from .tensor_files import read_tensors
 
 FORMAT = "bayeslm.twist/3"
@@ -227,8 +229,12 @@ class Twist(ModuleWithProperties):
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write the twist into a new folder: ``twist.json`` and ``twist.safetensors``.
 
+        Of several processes that run together the first one writes alone.
+
         :raises FileExistsError: if the folder exists and is not empty.
         """
+        if not is_first():
+            return
         with atomic_folder(path) as folder:
             config = {"format": FORMAT, "settings": self.settings, "stats": self.stats}
             (folder / "twist.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
@@ -303,7 +309,7 @@ def _embedding(lm: LanguageModel) -> Tensor:
 def _probe(network: CausalNetwork) -> Tensor:
     """Return the hidden state (width,) after token 0, which differs between networks."""
     one = torch.zeros((1, 1), dtype=torch.long, device=network.device)
-    return network.hidden(one, None, one)[0][0, -1].float()
+    return prefill(network, one, None).hidden[0].float()
 
 
 def _check_sizes(settings: dict[str, Any], state: dict[str, Tensor]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +36,15 @@ class Usage:
         """Return all counts as plain numbers."""
         mismatch = None if self._mismatch is None else [float(x) for x in self._mismatch]
         return {"model_calls": self.model_calls, "tokens": self.tokens, "mismatch": mismatch}
+
+    @staticmethod
+    def total(states: Sequence[Mapping[str, Any]]) -> Usage:
+        """Return the counts of several processes together, from what their `state_dict` returned."""
+        usage = Usage(*(sum(state[name] for state in states) for name in ("model_calls", "tokens")))
+        if noted := [state["mismatch"] for state in states if state["mismatch"] is not None]:
+            largest, total, count = zip(*noted, strict=True)
+            usage._mismatch = torch.tensor(max(largest)), torch.tensor(sum(total)), torch.tensor(int(sum(count)))
+        return usage
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the counts that `state_dict` returned."""

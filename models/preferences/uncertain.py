@@ -51,6 +51,7 @@ from bayeslm.files import atomic_folder, read_header, reading
 from bayeslm.models.lm import LanguageModel, exclusive, read_tensors
 from bayeslm.models.rewards import Reward, broadcast
 from bayeslm.posterior import Posterior
+from bayeslm.processes import is_first
 from bayeslm.validation import Count, Seed, Within, validated
 
 from .linear import LinearReward
@@ -197,8 +198,12 @@ class UncertainReward(Reward):
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write the reward without its features into a new folder: ``uncertain.json`` and ``uncertain.safetensors``.
 
+        Of several processes that run together the first one writes alone.
+
         :raises FileExistsError: if the folder exists and is not empty.
         """
+        if not is_first():
+            return
         tensors, prompts = {"weights": self.weights, "probe": self.model.featurise(*PROBE)}, None
         if isinstance(self.typical, Tensor):
             tensors["typical"] = self.typical

@@ -9,9 +9,12 @@ and scales it:
 In a program, `factor` multiplies the joint density by exp(r / beta) and records r.
 """
 
+from .best_of_n import BestOfNLikelihood
 from .broadcasting import broadcast, check_columns, with_trainer_arguments
 from .calling import TimeLimitError, call, copied
 from .classifier import Classifier
+from .grammar import Grammar, GrammarState
+from .judge import Judge, JudgeUsage
 from .recording import factor, record, reward_name
 from .registry import BUILT_IN, get, load
 from .rehearsal import rehearsal
@@ -22,9 +25,14 @@ from .verifiable import Constraint, Contains, Length, Matches
 
 __all__ = [
     "BUILT_IN",
+    "BestOfNLikelihood",
     "Classifier",
     "Constraint",
     "Contains",
+    "Grammar",
+    "GrammarState",
+    "Judge",
+    "JudgeUsage",
     "Length",
     "Matches",
     "Reward",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.distributions import Delta, Unit
+from pyro.distributions import Delta, Unit, is_validation_enabled
 from torch import Tensor
 
 SUFFIX = "/r"  # of the deterministic site that holds r
@@ -30,9 +30,17 @@ def factor(name: str, r: Any, beta: Any) -> None:
         beta = _as_tensor(name, "beta", beta).to(r.device)
     if not _is_valid_beta(beta):
         raise ValueError(f"rewards.factor({name!r}, ...): beta must be positive and finite, not {beta}")
-    if Unit._validate_args and (bad := r[r.isnan() | r.isposinf()]).numel():  # as Pyro checks the factor itself
+    if _is_checked_here() and (bad := r[r.isnan() | r.isposinf()]).numel():
         raise ValueError(f"rewards.factor({name!r}, ...): r must be finite or -inf, not {bad[0].item()}")
     pyro.factor(name, record(name, r) / beta)
+
+
+def _is_checked_here() -> bool:
+    """Whether Pyro checks factors, and no engine has put that off until it knows the text.
+
+    `Unit._validate_args` alone does not tell: `torch.compile` turns it off for all distributions of the process.
+    """
+    return is_validation_enabled() and "_validate_args" not in vars(Unit)
 
 
 def _is_valid_beta(beta: float | Tensor) -> bool:

@@ -11,13 +11,14 @@ from typing import Any
 from bayeslm.validation import validated
 
 from .classifier import Classifier
+from .grammar import Grammar
 from .reward import Reward
 from .text_rewards import Sentiment, Similarity, Toxicity
 from .verifiable import Constraint, Contains, Length, Matches
 
 BUILT_IN: dict[str, type[Reward]] = {
     reward.__qualname__.lower(): reward
-    for reward in (Classifier, Constraint, Contains, Length, Matches, Sentiment, Similarity, Toxicity)
+    for reward in (Classifier, Constraint, Contains, Grammar, Length, Matches, Sentiment, Similarity, Toxicity)
 }
 
 

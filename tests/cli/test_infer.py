@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -461,6 +463,61 @@ def test_one_command_at_a_time_writes_to_a_folder(folder):
             assert "run is written by another command: wait for its end, or choose another --out" in out
         assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")} == before
     assert "already in run" in infer("a", "--out", "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "engine"),
+    [
+        ("SIGTERM", 143, "svi(num_steps=6, objective=ReverseKL(), num_samples=8)"),
+        ("SIGHUP", 129, "importance(num_particles=6, batch_size=2)"),
+    ],
+)
+def test_a_signal_that_asks_for_the_end_keeps_what_ctrl_c_keeps(name, code, engine, folder):
+    """And the handlers of the caller are put back; one that ignores a signal keeps ignoring it."""
+    number = getattr(signal, name)
+    ends = REWARDS.replace("calls > 4", "calls == 4")
+    ends = ends.replace("raise KeyboardInterrupt", f"__import__('signal').raise_signal({int(number)})")
+    Path("my_rewards.py").write_text(ends)
+    command = ["a", "--engine", engine, "--reward", "my_rewards:interrupts", "--out", "run"]
+    before = signal.getsignal(number)
+    assert "was interrupted" in infer(*command, code=code)
+    place = f"run/{engine.partition('(')[0]}"
+    posterior = Posterior.load(place)
+    assert posterior.stats["interrupted"]
+    assert posterior.samples["completion"].size > 0
+    assert signal.getsignal(number) == before
+    signal.signal(number, signal.SIG_IGN)
+    try:
+        sys.modules.pop("my_rewards")
+        infer(*command)  # from the start, and to its end
+    finally:
+        signal.signal(number, before)
+    assert not Posterior.load(place).stats.get("interrupted")
+
+
+@pytest.mark.parametrize("what", ["out", "new out", "checkpoint", "export", "report"])
+def test_a_read_only_folder_is_one_line_before_the_work(what, folder, monkeypatch):
+    """The system of these tests may run as root, who may write everywhere but on a read-only disk."""
+    Path("fixed").mkdir()
+    denied = folder / "fixed"
+    real = os.access
+
+    def access(path, *arguments, **more) -> bool:
+        return not Path(path).is_relative_to(denied) and real(path, *arguments, **more)
+
+    monkeypatch.setattr(os, "access", access)
+    svi = "svi(num_steps=2, num_samples=8, checkpoint='fixed')"
+    broken = ["a", "--reward", "my_rewards:broken"]  # which no engine survives: nothing has run
+    command = {
+        "out": ["infer", *broken, "--prior", "model", "--out", "fixed"],
+        "new out": ["infer", *broken, "--prior", "model", "--out", "fixed/new/run"],
+        "checkpoint": ["infer", "a", "--reward", "my_rewards:letters", "--prior", "model", "--engine", svi],
+        "export": ["export", "model", "fixed/exported"],
+        "report": ["report", "model", "--output", "fixed/report.html"],
+    }[what]
+    output = run(*command, code=1)
+    assert re.search(r"bayeslm: \S*fixed\S* could not be written: \S*fixed is read-only for you", output), output
+    assert {path.name for path in denied.rglob("*")} <= {".lock"}
 
 
 def test_after_ctrl_c_the_repeated_command_resumes(folder):

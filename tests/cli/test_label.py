@@ -41,6 +41,13 @@ def interrupts(completions, **kwargs):
     if calls > 3:
         raise KeyboardInterrupt
     return letters(completions)
+
+def is_told(completions, **kwargs):
+    global calls
+    calls += 1
+    if calls > 3:
+        __import__("signal").raise_signal(15)
+    return letters(completions)
 """
 
 
@@ -101,7 +108,10 @@ def test_resuming_equals_never_having_stopped(folder):
     assert Path("other.jsonl").read_bytes() != Path("whole.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize(("judge", "code", "says"), [("tires", 1, "went home"), ("interrupts", 130, "3 labels")])
+@pytest.mark.parametrize(
+    ("judge", "code", "says"),
+    [("tires", 1, "went home"), ("interrupts", 130, "3 labels"), ("is_told", 143, "3 labels")],
+)
 def test_a_judge_who_raises_loses_nothing(folder, judge, code, says):
     assert says in label("a b", "--judge", f"judges:{judge}", code=code)
     assert len(rows()) == 3

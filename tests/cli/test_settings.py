@@ -13,11 +13,12 @@ from typer.testing import CliRunner
 
 from bayeslm.cli import app
 from bayeslm.cli.console import UsageError
-from bayeslm.cli.engines import Run, prepare
+from bayeslm.cli.engines import Run, makers, prepare
 from bayeslm.cli.expressions import calls, evaluate
 from bayeslm.cli.infer import infer as command
 from bayeslm.cli.plain_yaml import MAX_BYTES, read_yaml, write_yaml
 from bayeslm.cli.settings import NAMES, RunSettings, read_settings
+from bayeslm.inference import training
 from bayeslm.models import LanguageModel, TiltedLM
 from bayeslm.posterior import Posterior
 
@@ -90,6 +91,17 @@ def test_names_are_those_of_python_and_of_the_options():
     assert options - set(NAMES) == {"ctx", "prompt", "config", "engine"}
     python = {*inspect.signature(TiltedLM).parameters, *inspect.signature(LanguageModel.from_pretrained).parameters}
     assert set(NAMES) - python == {"prompts", "timeout", "engines", "seed", "out"}
+
+
+BASES = {"Callback", "Divergence", "Identified", "Objective", "ParticleObjective", "StatefulLoss"}
+MADE_BY_A_RUN = {"Checkpoints", "Estimate", "LogDensities", "Plan", "Reply", "StepRecord", "Texts", "Training"}
+MADE_BY_THE_CRITIC = {"TokenBaseline", "TokenDistribution"}
+
+
+def test_every_setting_of_a_training_can_be_named():
+    """Every class that is public, but for those that nobody sets."""
+    classes = {name for name in training.__all__ if inspect.isclass(getattr(training, name))}
+    assert classes - BASES - MADE_BY_A_RUN - MADE_BY_THE_CRITIC <= set(makers(Run()))
 
 
 FILE = {

@@ -163,9 +163,31 @@ def test_parquet(name: str, tmp_path: Path):
     parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / name)
     with pytest.raises(ValueError, match="has no column 'prompt'; its columns are 'text'"):
         read_prompt_file(tmp_path / name)
-    (tmp_path / name).write_bytes(b"PAR1 and no more")
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[:9] + whole[-9:])
     with pytest.raises(ValueError, match="is no readable Parquet file"):
         read_prompt_file(tmp_path / name)
+    for other in ("a.txt", "a.csv", "a.jsonl"):
+        (tmp_path / other).write_bytes(whole)
+        with pytest.raises(ValueError, match=rf"is Parquet, and its suffix \{Path(other).suffix} says otherwise"):
+            read_prompt_file(tmp_path / other)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.list", "no_suffix"])
+@pytest.mark.parametrize("text", ["PAR1 and no more", "PAR1", "PAR1\nmore PAR1"])
+def test_text_that_begins_as_parquet_does(name: str, text: str, tmp_path: Path):
+    (tmp_path / name).write_text(text)
+    assert read_prompt_file(tmp_path / name) == (text.split("\n"), {})
+
+
+@pytest.mark.parametrize(
+    "value", ["\ud800", ["a", "\udc00"], {"a": ["b", "\ud800"]}, {"\ud800": 1}, [["x", {"y": "\udfff"}]]]
+)
+def test_a_lone_surrogate_in_a_column_is_named_with_its_row(value: object, tmp_path: Path):
+    rows = [{"prompt": "a", "answer": "fine 😀"}, {"prompt": "b", "answer": value}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: 'answer' holds the lone surrogate"):
+        read_prompt_file(tmp_path / "a.jsonl")
 
 
 def test_parquet_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -9,9 +9,9 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
-from support import programs
+from support import dialogues, programs
 from support.engines import ENGINES, those
-from support.models import table_lm, tiny_llama
+from support.models import table_lm, tiny_llama, tiny_seq2seq
 from support.programs import highest, rewarded, score_table, tilted, token_is
 from support.statistics import (
     assert_agrees,
@@ -77,7 +77,25 @@ LATENTS = {
             lambda p: mood(p) * (p.samples["completion"][..., 1:, 1] == 2),
         ],
     ),
+    "a rationale before an observed answer": (
+        dialogues.reasoned(),
+        [lambda p, t=t, k=k: p.samples["rationale"][..., t] == k for t in (0, 1) for k in (1, 2)],
+    ),
+    "an observed beginning of an answer": (
+        dialogues.reasoned(eos=False),
+        [lambda p, t=t, k=k: p.samples["rationale"][..., t] == k for t in (0, 1) for k in (1, 2)],
+    ),
+    "a text after a text": (
+        dialogues.continued(),
+        [
+            lambda p: p.samples["draft"][..., 0] == 2,
+            lambda p: p.samples["revision"][..., 0] == 2,
+            lambda p: (p.samples["draft"][..., 0] == 2) * (p.samples["revision"][..., 0] == 1),
+        ],
+    ),
 }
+
+LONG = ("an observed beginning of an answer", "a text after a text")  # the parts of a dialogue
 
 FUNCTIONS = [reward, *(token_is(t, token) for t in range(4) for token in (0, 1, 2))]
 
@@ -110,7 +128,9 @@ class TestPosterior:
             np.testing.assert_allclose(posterior.log_evidence, 0.0, atol=2e-3)
         assert_agrees(posterior, exact_of(beta=1e6), FUNCTIONS[:4])
 
-    @pytest.mark.parametrize("program", LATENTS)
+    @pytest.mark.parametrize(
+        "program", [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in LATENTS]
+    )
     def test_other_latents_and_several_completions(self, name, program):
         model, functions = LATENTS[program]
         exact = Exact().run(model, programs.SHORT)
@@ -214,15 +234,28 @@ class TestTexts:
             assert_agrees(posterior, Exact().run(model, SHORT), [token_is(0, 1), token_is(2, 3)])
 
 
-def test_a_networks_texts_agree_with_exact():
-    """Transformers too, their caches and their padding."""
-    table = score_table(1, vocab=8, tokens=3)
-    model = tilted(tiny_llama(seed=1), table, 1.0)
-    exact = Exact().run(model, [[2, 3, 4], [5]])
-    counts = [np.bincount(exact.samples["completion"][0, :, 0, t], exact.weights()[0, :, 0], 8) for t in range(3)]
-    functions = [reward, *(token_is(t, int(count.argmax())) for t, count in enumerate(counts))]  # none of them rare
-    for name in ("importance", "rejection", "smc", "smc, induced", "annealed, fixed ladder", "mcmc"):
-        posterior = run(name, model, highest(table), [[2, 3, 4], [5]])
+NETWORKS = {"llama": tiny_llama} | {name: functools.partial(tiny_seq2seq, name) for name in ("t5", "bart")}
+OF_NETWORKS = ("importance", "rejection", "smc", "smc, induced", "annealed, fixed ladder", "mcmc")
+
+
+@pytest.mark.parametrize(
+    ("network", "names"),
+    [
+        ("llama", OF_NETWORKS),
+        ("t5", ("smc", "mcmc")),
+        *(pytest.param(name, those(texts=True, posterior=True), marks=pytest.mark.long) for name in NETWORKS),
+    ],
+)
+def test_a_networks_texts_agree_with_exact(network, names):
+    """Transformers too, their caches and their padding: causal networks, and decoders of sources of unequal lengths."""
+    table, prompts = score_table(1, vocab=8, tokens=3), [[2, 3, 4], [5]]
+    model = tilted(NETWORKS[network](seed=1), table, 1.0)
+    exact = Exact().run(model, prompts)
+    x, weights = exact.samples["completion"][0], exact.weights()[0]
+    shares = [[np.bincount(x[:, i, t], weights[:, i], 8) for i in range(2)] for t in range(3)]  # of each token
+    functions = [reward, *(token_is(t, int(np.min(share, 0).argmax())) for t, share in enumerate(shares))]  # none rare
+    for name in set(names) - {"exact", "importance, policy"}:  # whose policy has other words
+        posterior = run(name, model, highest(table), prompts)
         assert_agrees(posterior, exact, functions)
 
 

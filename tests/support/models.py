@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm import word_tokenizer
@@ -43,6 +50,34 @@ def llama_network(seed: int = 0, scale: float = 2.0, **config: Any) -> LlamaForC
 def tiny_llama(seed: int = 0, scale: float = 2.0, **settings: Any) -> LanguageModel:
     """`llama_network` with the vocabulary of `table_lm`; ``settings`` go to `LanguageModel`."""
     return LanguageModel(llama_network(seed, scale), word_tokenizer(WORDS[:8], "<eos>"), **settings)
+
+
+# Of an encoder-decoder architecture; the vocabulary is that of `tiny_llama`, whose token 0 begins and ends texts.
+SEQ2SEQ: dict[str, dict[str, Any]] = {
+    "t5": {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "tie_word_embeddings": False},
+    "bart": {
+        "d_model": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "init_std": 0.5,
+    },
+}
+
+
+def tiny_seq2seq(model_type: str, seed: int = 1, scale: float = 1.5, **settings: Any) -> LanguageModel:
+    """A random encoder-decoder network whose logits depend on all of the source; ``settings`` go to the config."""
+    special = {"pad_token_id": 0, "eos_token_id": 0, "bos_token_id": 0, "decoder_start_token_id": 0}
+    config = AutoConfig.for_model(model_type, vocab_size=8, **(SEQ2SEQ[model_type] | special | settings))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = AutoModelForSeq2SeqLM.from_config(config)
+        if model_type == "t5":  # which draws embeddings that drown all else
+            torch.nn.init.normal_(network.lm_head.weight, std=scale / config.d_model**0.5)
+    return LanguageModel(network, word_tokenizer(WORDS[:8], "<eos>"))
 
 
 COMMON = {

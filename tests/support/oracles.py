@@ -26,8 +26,10 @@ def by_hand(lm: LanguageModel, prompt: list[int], completion: Tensor, temperatur
     """Token log-probabilities of one completion, from the network's own logits of the unpadded whole; 0 on padding."""
     ends = [t for t, token in enumerate(completion.tolist()) if token in lm.eos_token_ids]
     length = ends[0] + 1 if ends else len(completion)
-    ids = torch.tensor([prompt + completion[:length].tolist()], device=lm.device)
-    logits = lm.network(input_ids=ids).logits[0, len(prompt) - 1 : -1].float() / temperature
+    start, written = list(lm.decoder_start_ids), completion[:length].tolist()
+    ids = torch.tensor([prompt if start else prompt + written], device=lm.device)
+    given = {"decoder_input_ids": torch.tensor([start + written], device=lm.device)} if start else {}
+    logits = lm.network(input_ids=ids, **given).logits[0, len(start or prompt) - 1 : -1].float() / temperature
     scores = logits.log_softmax(-1).gather(-1, completion[:length, None]).squeeze(-1)
     return torch.nn.functional.pad(scores, (0, len(completion) - length))
 

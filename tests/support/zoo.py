@@ -1,4 +1,4 @@
-"""Tiny networks of every causal architecture of transformers, from one table of settings."""
+"""Tiny networks of every architecture of transformers that writes texts, from two tables of settings."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 from support import models
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 LARGEST = 3_000_000  # weights: networks that stay larger have parts that the settings do not reach, as for images
 
@@ -156,23 +159,75 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 ALL = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
+# -- encoder-decoder networks ----------------------------------------------------------------------------------
+
+SOURCE = COMMON | DECODER | {"is_decoder": None, "decoder_start_token_id": 1, "num_decoder_layers": 2}
+SOURCE |= {"num_layers": 2, "num_heads": 4, "d_kv": 8, "d_ff": 32}
+SIDE = {name: COMMON[name] for name in models.COMMON} | {"vocab_size": 24, "intermediate_size": 32}
+GEMMA = SIDE | {"query_pre_attn_scalar": 8, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+BERT = {name: value for name, value in SIDE.items() if name != "head_dim"} | {"model_type": "bert"}
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+SPEECH = {"speech_encoder_layers": 1, "speech_encoder_intermediate_size": 32, "speech_encoder_attention_heads": 4}
+TRANSLATION = {"hidden_size": 32, "t2u_encoder_layers": 1, "t2u_decoder_layers": 1} | SPEECH
+
+SEQ2SEQ_SETTINGS: dict[str, dict[str, Any]] = {
+    "bigbird_pegasus": {"attention_type": "original_full"},
+    "encoder-decoder": {
+        "encoder": BERT,
+        "decoder": BERT | {"is_decoder": True, "add_cross_attention": True},
+        "vocab_size": None,
+    },
+    "led": {"attention_window": 4},
+    "mt5": {"initializer_factor": 1.5, "tie_word_embeddings": False},
+    "prophetnet": SETTINGS["prophetnet"]
+    | dict.fromkeys(("encoder_layers", "decoder_layers", "num_layers"))
+    | {"num_encoder_layers": 2},  # transformers' own cache has as many layers as the encoder
+    "seamless_m4t": TRANSLATION,
+    "seamless_m4t_v2": TRANSLATION,
+    "t5gemma": {"encoder": GEMMA, "decoder": GEMMA},
+    "t5gemma2": {
+        "encoder": {
+            "text_config": GEMMA,
+            "vision_config": VISION | {"image_size": 8, "patch_size": 4},
+            "mm_tokens_per_image": 4,
+            "image_token_index": 23,
+            "boi_token_index": 22,
+            "eoi_token_index": 21,
+        },
+        "decoder": GEMMA,
+        "image_token_index": 23,
+    },
+}
+
+SEQ2SEQ = tuple(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
+
 
 def zoo_network(model_type: str, **extra: Any) -> PreTrainedModel | None:
-    """A random network of an architecture; None if none of few weights can be built from the settings.
+    """A random causal network of an architecture; None if none of few weights can be built from the settings.
 
     :param extra: settings that come before the table's. Many networks ignore some, the window among them.
     """
-    settings = {k: v for k, v in (COMMON | SETTINGS.get(model_type, {}) | extra).items() if v is not None}
+    return _random(AutoModelForCausalLM, model_type, COMMON | SETTINGS.get(model_type, {}) | extra)
+
+
+def seq2seq_network(model_type: str, **extra: Any) -> PreTrainedModel | None:
+    """A random encoder-decoder network of an architecture; None as for `zoo_network`."""
+    return _random(AutoModelForSeq2SeqLM, model_type, SOURCE | SEQ2SEQ_SETTINGS.get(model_type, {}) | extra)
+
+
+def _random(auto_class: Any, model_type: str, settings: dict[str, Any]) -> PreTrainedModel | None:
+    settings = {k: v for k, v in settings.items() if v is not None}
     try:
         config = AutoConfig.for_model(model_type, **settings)
         with torch.device("meta"):
-            size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+            size = sum(p.numel() for p in auto_class.from_config(config).parameters())
         if size > LARGEST:
             return None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            network: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
-            network(input_ids=torch.tensor([[3, 4, 5]]))
+            network: PreTrainedModel = auto_class.from_config(config).eval()
+            ids = torch.tensor([[3, 4, 5]])
+            network(input_ids=ids, **({"decoder_input_ids": ids} if network.config.is_encoder_decoder else {}))
     except Exception:  # of whatever type, where the architecture misses a setting
         return None
     return network

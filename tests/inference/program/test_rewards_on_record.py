@@ -188,7 +188,10 @@ def test_beta_is_positive(beta: Any) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("make", [torch.tensor, np.array, list], ids=["tensor", "array", "list"])
-def test_r_is_finite_or_minus_infinity(bad: float, make: Any) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_r_is_finite_or_minus_infinity(bad: float, make: Any, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if compiled:  # as `torch.compile` leaves torch's distributions
+        monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", False)
     with pytest.raises(ValueError, match=rf"rewards\.factor\('taste', \.\.\.\): r must be finite or -inf, not {bad}"):
         rewards.factor("taste", make([0.0, bad]), 0.5)
     rewards.factor("taste", make([0.0, -float("inf")]), 0.5)

@@ -17,6 +17,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.distributions import Unit
 from pyro.poutine import runtime
 from support.models import table_lm, tiny_llama
 from support.programs import SHORT, highest, score_table, tilted
@@ -35,6 +36,7 @@ from bayeslm.inference import (
 )
 from bayeslm.inference.markov import SuffixKernel
 from bayeslm.inference.program import inspect
+from bayeslm.inference.program.handlers import explained
 from bayeslm.inference.sequential import TwistLearning
 from bayeslm.inference.training import AutoPolicy, Critic, ReverseKL, StatefulLoss
 from bayeslm.models import LanguageModel, rewards
@@ -295,6 +297,16 @@ def test_runs_in_threads_of_a_reward():
     assert len(found) >= 4
     for x in found:
         np.testing.assert_array_equal(x, expected)
+
+
+def test_pyros_check_of_factors_comes_back_in_whatever_order_runs_end():
+    first, second = explained(), explained()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not Unit._validate_args
+    second.__exit__(None, None, None)
+    assert "_validate_args" not in vars(Unit)
 
 
 def test_handlers_around_a_run_hold_in_it():

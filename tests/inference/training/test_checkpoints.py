@@ -31,12 +31,13 @@ from support.trainings import (
     assert_same,
     batches,
     every_5,
+    every_step,
     fickle,
     killer,
     topical,
 )
 
-from bayeslm.checksums import verify, write_checksums
+from bayeslm.checksums import digest_of, verify, write_checksums
 from bayeslm.inference import SVI, RunError
 from bayeslm.inference.training import (
     Adam,
@@ -575,3 +576,132 @@ def test_no_step_changes_a_state_in_place(name):
     for held, copies in states:
         assert held.keys() == copies.keys()
         assert all(torch.equal(held[key].nan_to_num(), copies[key].nan_to_num()) for key in copies)
+
+
+# -- changed by hand, with checksums computed anew -------------------------------------------------------------
+
+
+KILLED = {
+    "replay": {"objective": LogVariance(8, Replay(20))},
+    "critic": {"objective": ReverseKL(4, Critic()), "optimizer": Adam(0.05)},
+}
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> dict[str, Path]:
+    """A checkpoint of each after five steps."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in KILLED}
+    for name, own in KILLED.items():
+        with contextlib.suppress(Killed):
+            SVI(**SMALL | own, checkpoint=every_step(folders[name]), callbacks=[killer(6)]).run(MODEL, PROMPTS)
+    return folders
+
+
+def edited(folder: Path, target: Path, header: Callable[[dict], object], tensors: Callable[[dict], object]) -> Path:
+    """Copy a run's checkpoint, and change it as somebody does who knows how it is checked."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(folder, target)
+    (place,) = target.glob("chain-0-step-*")
+    values, loaded = json.loads((place / "checkpoint.json").read_text()), load_file(place / "tensors.safetensors")
+    tensors(loaded)
+    save_file({name: x.contiguous() for name, x in loaded.items()}, place / "tensors.safetensors")
+    values["tensors"] = digest_of(place / "tensors.safetensors")
+    header(values)
+    (place / "checkpoint.json").write_text(json.dumps(values))
+    write_checksums(place)
+    return place
+
+
+def keep(_: dict) -> None:
+    pass
+
+
+WRONG = [None, "x", -1, 1e300, [], {"a": 1}, float("nan"), 3.5, True]
+ENTRIES = ["step", "samples", "train_seconds", "ended", "gamma", "used", "best", "numpy", "random", "run", "chain"]
+ENTRIES += ["used.seconds", "used.model_calls", "used.tokens", "used.mismatch", "best.step", "best.elbo", "best.since"]
+MAY = {  # what a training could have had
+    "samples": [True],
+    "train_seconds": [1e300, 3.5],
+    "used.seconds": [1e300, 3.5],
+    "used.mismatch": [None],
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_header_that_was_edited_is_refused_before_anything_is_put_back(entry, killed, tmp_path):
+    """Missing, of another type, or out of range; NumPy does not check its state, and reads beyond it."""
+    *above, name = entry.split(".")
+
+    def change(values: dict, edit: Callable[[dict], object]) -> None:
+        edit(values[above[0]] if above else values)
+
+    edits = [lambda x: x.pop(name)]
+    edits += [lambda x, bad=bad: x.__setitem__(name, bad) for bad in WRONG if bad not in MAY.get(entry, [])]
+    if name == "numpy":
+        edits += [lambda x, at=at, bad=bad: x[name].__setitem__(at, bad) for at, bad in ((2, 10**6), (2, -5), (1, [0]))]
+    engine = SVI(**SMALL | KILLED["replay"], checkpoint=every_step(tmp_path))
+    for edit in edits:
+        place = edited(killed["replay"], tmp_path, functools.partial(change, edit=edit), keep)
+        before = torch.get_rng_state(), np.random.get_state()[2]  # noqa: NPY002
+        with pytest.raises(ValueError, match=re.escape(str(place))):
+            engine.run(MODEL, PROMPTS)
+        assert torch.equal(before[0], torch.get_rng_state())
+        assert before[1] == np.random.get_state()[2]  # noqa: NPY002
+
+
+@pytest.mark.parametrize("run", KILLED)
+def test_tensors_that_were_edited_are_refused_by_name(run, killed, tmp_path):
+    """Removed, of another shape, or no numbers. (Of a buffer without rows the next turn would never come.)"""
+    (place,) = killed[run].glob("chain-0-step-*")
+    names = list(load_file(place / "tensors.safetensors"))
+    changes = {
+        "removed": lambda tensors, name: tensors.pop(name),
+        "longer": lambda tensors, name: tensors.update({name: torch.cat([tensors[name].reshape(-1)] * 2)}),
+        "empty": lambda tensors, name: tensors.update({name: tensors[name].reshape(-1)[:0]}),
+    }
+    silent = []
+    for i, name in enumerate(names):
+        what = list(changes)[i % 3]  # with all three for each it takes 25 s, and finds no more
+        if (what, name) == ("empty", "objective.source.turns"):
+            continue  # every row has had its turn
+        if what == "removed" and name.startswith(("best.", "history.", "objective.source.kept.log_left_out")):
+            continue  # found after the next step alone, or without consequence
+        path = edited(killed[run], tmp_path, keep, functools.partial(changes[what], name=name))
+        try:
+            SVI(**SMALL | KILLED[run], checkpoint=every_step(tmp_path)).run(MODEL, PROMPTS)
+        except ValueError as error:
+            assert str(path) in str(error), (name, what)  # noqa: PT017
+        else:
+            silent.append((name, what))
+    assert not silent
+
+
+def test_figures_that_are_missing_are_found_after_the_first_step(killed, tmp_path):
+    place = edited(killed["replay"], tmp_path, keep, lambda tensors: tensors.pop("history.kl"))
+    with pytest.raises(RunError, match=rf"{place} cannot be resumed: history.kl is not what 5 steps"):
+        SVI(**SMALL | KILLED["replay"], checkpoint=every_step(tmp_path)).run(MODEL, PROMPTS)
+
+
+def test_a_file_of_another_run_is_refused_though_its_checksum_fits(finished, other_finished, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    place = tmp_path / "chain-0-step-12"
+    shutil.copyfile(other_finished / "tensors.safetensors", place / "tensors.safetensors")
+    write_checksums(place)
+    with pytest.raises(ValueError, match=r"checkpoint.json belongs to other tensors"):
+        SVI(**ADAM, checkpoint=tmp_path).run(MODEL, PROMPTS)
+
+
+def test_links_and_stray_files_beside_checkpoints(finished, tmp_path):
+    """A link is read through and what it leads to is left; a name outside of the folder is refused."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    shutil.copytree(finished / "chain-0-step-12", elsewhere)
+    run.mkdir()
+    (run / "chain-0-step-12").symlink_to(elsewhere)
+    (run / "chain-0-step-7").symlink_to(run)  # a circle
+    (elsewhere / "evil.py").write_text("raise SystemExit")
+    assert_same(SVI(**ADAM, checkpoint=every_5(run)).run(MODEL, PROMPTS), SVI(**ADAM).run(MODEL, PROMPTS))
+    assert contents(elsewhere).keys() == {*contents(finished / "chain-0-step-12").keys(), Path("evil.py")}
+    with (elsewhere / "SHA256SUMS").open("a") as file:
+        file.write(f"{'0' * 64}  ../../etc/passwd\n")
+    with pytest.raises(ValueError, match=r"'../../etc/passwd' is not in the folder"):
+        SVI(**ADAM, checkpoint=every_5(run)).run(MODEL, PROMPTS)

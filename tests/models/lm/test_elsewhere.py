@@ -117,7 +117,7 @@ def test_what_a_policy_is_used_with_stands_beside_it(base, tmp_path):
         config = GenerationConfig.from_pretrained(path)
         assert (config.eos_token_id, config.pad_token_id) == ([3, 5], 6)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        assert tokenizer("a b")["input_ids"] == lm.encode(["a b"]).ids[0].tolist()
+        assert tokenizer("a b")["input_ids"] == lm.encode_prompts(["a b"]).ids[0].tolist()
         assert tokenizer.apply_chat_template([{"role": "user", "content": "c"}], tokenize=False) == "c"
     assert network.generation_config.eos_token_id == 0  # the model's own config is as it was
 
@@ -215,7 +215,7 @@ def test_smollm2_in_plain_peft_and_transformers(smollm2, tmp_path):
     policy = disturbed(smollm2.policy(4), 0.02)
     policy.save_pretrained(tmp_path / "policy")
     policy.merged().save_pretrained(tmp_path / "merged")
-    prompt = smollm2.encode(["My dinner at the restaurant was"]).ids[0].tolist()
+    prompt = smollm2.encode_prompts(["My dinner at the restaurant was"]).ids[0].tolist()
     where = {"prompt": prompt, "completions": policy([prompt] * 8, 5).sample().tolist()}
     assert (ours(policy, **where) - ours(smollm2, **where)).abs().max() > 0.1
     for network in (

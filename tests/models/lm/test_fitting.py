@@ -189,8 +189,8 @@ def test_ends_and_beginnings_are_not_written_twice():
     tokenizer = metaspace(before=True, after=True)
     bos, eos, inner = 1, 2, tokenizer("My food", add_special_tokens=False)["input_ids"]
     for text in ("My food", "My food</s>", "<s>My food</s>"):
-        assert to_sequences([text], tokenizer, bos, Vocabulary(300, (eos,), 0), 99) == [[bos, *inner, eos]]
-    assert to_sequences(["My food"], tokenizer, None, Vocabulary(300, (), 0), 99) == [inner]
+        assert to_sequences([text], tokenizer, bos, Vocabulary(300, (eos,), 0), 99) == [([bos], [*inner, eos])]
+    assert to_sequences(["My food"], tokenizer, None, Vocabulary(300, (), 0), 99) == [(inner[:1], inner[1:])]
 
 
 def test_a_special_token_outside_the_vocabulary_begins_no_text():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +300,7 @@ CONFIGS: list[tuple[Callable[[Path], None], dict[str, Any]]] = [
     (gpt2, {"n_positions": 10**6}),
     (gpt2, {"n_embd": 20000}),
     (table, {"order": 10**9}),
+    (llama, {"max_position_embeddings": 10**30}),
     (llama, {"attn_implementation": "someone/kernels@main"}),
 ]
 
@@ -331,6 +334,17 @@ def _sparse(folder: Path, name: str) -> None:
         file.truncate(2**43)
 
 
+def _pipe(folder: Path, name: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+
+
+def _endless(folder: Path, name: str) -> None:
+    """Of no size by the system, and without an end when it is read."""
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("/dev/zero")
+
+
 DAMAGE: dict[str, Callable[[Path], None]] = {
     "header beyond the file": lambda folder: _header(folder, b"{}", 2**60),
     "tensor beyond the file": lambda folder: _header(
@@ -344,6 +358,8 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "huge config": lambda folder: _sparse(folder, "config.json"),
     "deep config": lambda folder: (folder / "config.json").write_text('{"a": ' * 50_000),
     "list": lambda folder: (folder / "config.json").write_text("[]"),
+    **{f"{name}, a pipe": partial(_pipe, name=name) for name in ("config.json", "tokenizer.json", "model.safetensors")},
+    **{f"{name}, endless": partial(_endless, name=name) for name in ("config.json", "tokenizer.json")},
 }
 
 
@@ -353,4 +369,23 @@ def test_a_damaged_folder_is_one_line(tmp_path: Path, damage: Callable[[Path], N
     table(tmp_path / "model")
     damage(tmp_path / "model")
     with pytest.raises(OSError, match=r"^the folder .*model' holds no model that transformers can load: .*/model/"):
+        LanguageModel.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("layers", [0, 1, -1])
+def test_weights_that_have_no_place_are_said(tmp_path: Path, layers: int) -> None:
+    """A config of fewer layers describes another network, which would be used without a word."""
+    LanguageModel(llama_network(num_hidden_layers=2)).save_pretrained(tmp_path / "model")
+    (tmp_path / "model/SHA256SUMS").unlink()
+    change(tmp_path / "model" / "config.json", num_hidden_layers=layers)
+    with pytest.warns(UserWarning, match=r"has no place, and which are not used: model\.layers\..* and \d+ more"):
+        LanguageModel.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("value", ["x", [], {}, {"__type": "AddedToken", "content": "evil"}])
+def test_a_limit_of_a_tokenizer_that_is_no_number(tmp_path: Path, value: Any) -> None:
+    table(tmp_path / "model")
+    (tmp_path / "model/SHA256SUMS").unlink()
+    change(tmp_path / "model" / "tokenizer_config.json", model_max_length=value)
+    with pytest.raises(OSError, match=r"model' holds a part of a tokenizer, .*model_max_length is"):
         LanguageModel.from_pretrained(tmp_path / "model")

@@ -9,15 +9,12 @@ from support.models import PADDED_PROMPTS, llama_network, random_network
 from support.oracles import by_hand
 from torch import nn
 from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
     DogeConfig,
     DogeForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
 )
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm import own_forward, redraw
@@ -58,29 +55,6 @@ PROMPT_LEARNING = {
 def test_adapters_that_change_the_text_are_refused_by_name(kind):
     with pytest.raises(TypeError, match=f"adapter 'default' is of the kind {kind}"):
         LanguageModel(get_peft_model(llama_network(), PROMPT_LEARNING[kind]))
-
-
-SMALL = {"vocab_size": 20, "d_model": 16, "decoder_start_token_id": 0}
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: T5ForConditionalGeneration(T5Config(**SMALL, num_layers=1, num_heads=2, d_kv=8, d_ff=16)),
-        lambda: BartForConditionalGeneration(
-            BartConfig(
-                **SMALL, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2
-            )
-        ),
-        lambda: get_peft_model(
-            T5ForConditionalGeneration(T5Config(**SMALL, num_layers=1, num_heads=2, d_kv=8, d_ff=16)),
-            LoraConfig(target_modules=["q", "v"]),
-        ),
-    ],
-)
-def test_encoder_decoder_networks_are_refused(make):
-    with pytest.raises(TypeError, match="is an encoder-decoder network"):
-        LanguageModel(make())
 
 
 def test_a_network_that_looks_ahead_is_refused():
@@ -202,12 +176,34 @@ def test_a_limit_of_minus_one_is_none():
     assert_scored_as_its_forward(lm)
 
 
-@pytest.mark.parametrize("change", [with_bias, with_another_head, tied, in_training])
-def test_layers_that_are_replaced_after_its_first_use_are_noticed(change):
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_replaced_after_its_first_use_is_noticed(change):
+    """A layer, a ``forward`` or a hook; scores that a distribution has kept go with it."""
     lm = LanguageModel(llama_network())
-    lm(PROMPTS, 2).sample()
+    dist = lm(PROMPTS, 2)
+    x = dist.sample()
     change(lm.network)
     assert_scored_as_its_forward(lm)
+    torch.testing.assert_close(dist.log_prob(x), dist.log_prob(x.clone()))
+
+
+def test_a_forward_of_the_class_that_is_replaced_is_noticed(monkeypatch):
+    lm = LanguageModel(llama_network())
+    lm(PROMPTS, 2).sample()
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: 3 * forward(self, x))
+    assert_scored_as_its_forward(lm)
+
+
+@pytest.mark.parametrize("place", ["weights", "config"])
+def test_a_network_that_computes_nan_is_refused(place):
+    network = llama_network()
+    if place == "weights":
+        network.model.norm.weight.data[0] = torch.nan
+    else:
+        network.model.norm.variance_epsilon = float("nan")
+    with pytest.raises(TypeError, match="computes NaN of the token ids"):
+        LanguageModel(network)(PROMPTS, 2)
 
 
 @pytest.mark.parametrize("active", [["one"], ["other"], ["one", "other"], []])

@@ -7,13 +7,12 @@ from unittest import mock
 
 import pytest
 import torch
-from support.device import counted_device, waits
 from support.models import llama_network
 from support.tokenizers import TOKENIZERS, byte_level
 
 from bayeslm.inference import MCMC, SMC, SVI, ImportanceSampling
 from bayeslm.models import LanguageModel, TiltedLM, rewards
-from bayeslm.models.lm import encoding, on_host, remembering, texts
+from bayeslm.models.lm import encoding, remembering, texts
 
 PROMPTS = ["My food", "the food is not good, is it", "a"]
 SETTINGS: dict[str, Any] = {"seed": 0, "progress": False}
@@ -70,19 +69,19 @@ def test_what_a_prompt_is_encoded_with_is_part_of_it():
     with remembering():
         for prompts in (["a"], [("a", "b")], [[1, 2]], [[True, 2]], ["a", "a"], [[1], [2]]):
             try:
-                expected = [list(x) for x in encoding.Encoded(*lm.encode(list(prompts))).rows()]
+                expected = encoding.Encoded(*lm.encode_prompts(list(prompts))).rows()
             except TypeError:
                 expected = None
             if expected is not None:
-                assert lm.encode(prompts).rows() == expected
-        assert lm.encode(["a"]).rows() != other.encode(["a"]).rows()
-        assert lm.encode(["a"]).ids is lm.encode(["a"]).ids
-        assert lm.encode(["a", "a"]).ids.shape == (2, 1)
+                assert lm.encode_prompts(prompts).rows() == expected
+        assert lm.encode_prompts(["a"]).rows() != other.encode_prompts(["a"]).rows()
+        assert lm.encode_prompts(["a"]).ids is lm.encode_prompts(["a"]).ids
+        assert lm.encode_prompts(["a", "a"]).ids.shape == (2, 1)
         with pytest.raises(ValueError, match="room for 1 before"):
-            lm.encode(["a", "the food"], max_new_tokens=511)
+            lm.encode_prompts(["a", "the food"], max_new_tokens=511)
         with pytest.raises(ValueError, match="token ids outside"):
-            lm.encode([[1], [10**6]])
-    assert lm.encode(["a"]).ids is not lm.encode(["a"]).ids  # outside of a run nothing is kept
+            lm.encode_prompts([[1], [10**6]])
+    assert lm.encode_prompts(["a"]).ids is not lm.encode_prompts(["a"]).ids  # outside of a run nothing is kept
 
 
 # -- texts ---------------------------------------------------------------------------------------------------
@@ -122,17 +121,3 @@ def test_texts_so_far_are_not_decoded_anew():
     assert more_calls <= 2.4 * calls
     assert more_tokens <= 2.4 * tokens
     assert more_tokens <= 120 * 4 * (2 * texts.CONTEXT + 8)
-
-
-# -- copies --------------------------------------------------------------------------------------------------
-
-
-def test_a_copy_on_the_host_is_that_of_the_tensor_now():
-    with remembering(), waits() as found:
-        x = torch.arange(3).to(counted_device())
-        assert on_host(x) is on_host(x)
-        assert found.total() == 2  # there and back
-        x[0] = 7
-        assert on_host(x).tolist() == [7, 1, 2]
-        y = torch.arange(3)
-        assert on_host(y) is y

@@ -109,7 +109,7 @@ def test_tokenizer_settings_survive(tmp_path):
     lm.save_pretrained(tmp_path)
     loaded = LanguageModel.from_pretrained(tmp_path)
     for text in ("My food", "My é", ""):
-        assert loaded.encode([text]).ids.tolist() == lm.encode([text]).ids.tolist()
+        assert loaded.encode_prompts([text]).ids.tolist() == lm.encode_prompts([text]).ids.tolist()
     assert loaded.decode(torch.tensor([300])).item() == lm.decode(torch.tensor([300])).item()
     assert (loaded.tokenizer.chat_template, loaded.tokenizer.model_max_length) == ("{{ messages[0].content }}", 77)
 

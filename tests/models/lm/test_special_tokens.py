@@ -76,6 +76,10 @@ def test_ends_by_hand(ends):
         ("c", TypeError, "eos_token_ids must be a token id or several, got 'c'"),
         (1.5, TypeError, r"eos_token_ids must be a token id or several, got 1\.5"),
         ([None], TypeError, "eos_token_ids must be a token id or several"),
+        (True, TypeError, "eos_token_ids must be a token id or several, got True"),
+        ([2, False], TypeError, "eos_token_ids must be a token id or several"),
+        (np.array([True]), TypeError, "eos_token_ids must be a token id or several"),
+        (torch.tensor([1, 0]) > 0, TypeError, "eos_token_ids must be a token id or several"),
     ],
 )
 def test_ends_by_hand_that_are_refused(ends, error, match):

@@ -143,20 +143,20 @@ def test_what_a_tokenizer_appends_to_a_text_does_not_end_the_prompt(name, before
     lm = model(tokenizer, eos_token_ids=())
     inner = tokenizer("My food", add_special_tokens=False)["input_ids"]
     start = tokenizer("My food")["input_ids"][: int(before)]
-    assert lm.encode(["My food"]).ids.tolist() == [[*start, *inner]]
+    assert lm.encode_prompts(["My food"]).ids.tolist() == [[*start, *inner]]
     if before:
-        assert lm.encode([""]).ids.tolist() == [start]
+        assert lm.encode_prompts([""]).ids.tolist() == [start]
     elif lm.bos_token_id is not None:
-        assert lm.encode([""]).ids.tolist() == [[lm.bos_token_id]]
+        assert lm.encode_prompts([""]).ids.tolist() == [[lm.bos_token_id]]
 
 
 def test_an_end_that_the_text_holds_stays():
     tokenizer = metaspace(after=True)
-    ids = model(tokenizer).encode(["My food</s>"]).ids.tolist()
+    ids = model(tokenizer).encode_prompts(["My food</s>"]).ids.tolist()
     assert ids == [tokenizer("My food</s>")["input_ids"][:-1]]
     assert ids[0][-1] == tokenizer.eos_token_id
 
 
 def test_a_python_tokenizer_that_appends_an_end():
     tokenizer = ByT5Tokenizer(extra_ids=0)
-    assert model(tokenizer).encode(["ab"]).ids.tolist() == [tokenizer("ab")["input_ids"][:-1]]
+    assert model(tokenizer).encode_prompts(["ab"]).ids.tolist() == [tokenizer("ab")["input_ids"][:-1]]

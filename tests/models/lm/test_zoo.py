@@ -1,9 +1,9 @@
-"""Every causal architecture of transformers against its own forward pass: sampled, scored, trained and saved."""
+"""Every architecture of transformers against its own forward pass: sampled, scored, trained and saved."""
 
 import pytest
 import torch
 from support.oracles import all_by_hand, by_hand
-from support.zoo import ALL, embed_padding, zoo_network
+from support.zoo import ALL, SEQ2SEQ, embed_padding, seq2seq_network, zoo_network
 
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm import redraw, scoring
@@ -51,6 +51,10 @@ def check(model_type, folder):
     network = zoo_network(model_type)
     if network is None:
         pytest.skip("no tiny network of it is built here")
+    check_network(model_type, network, folder)
+
+
+def check_network(model_type, network, folder):
     lm = LanguageModel(network, eos_token_ids=ENDS)
     if model_type in REFUSED:
         with pytest.raises(TypeError, match=REFUSED[model_type]):
@@ -98,6 +102,43 @@ def test_every_architecture(model_type, tmp_path):
     check(model_type, tmp_path)
 
 
+# -- encoder-decoder networks ----------------------------------------------------------------------------------
+
+QUICK_SEQ2SEQ = ("bart", "t5")  # absolute positions, and relative ones
+SEQ2SEQ_REFUSED = {
+    "fsmt": "cannot be scored as its own forward pass scores",  # without the source its decoder looks ahead
+    "prophetnet": "is not causal",  # the scores of its first tokens depend on how many follow
+}
+NOT_SEQ2SEQ = (  # causal networks that read sounds, though transformers lists them
+    *("audioflamingo3", "glmasr", "granite_speech", "granite_speech_plus", "moss_transcribe_diarize", "musicflamingo"),
+    *("nemo_speechlm", "qwen2_audio", "qwen3_asr", "vibevoice_asr", "voxtral", "voxtral_realtime"),
+)
+
+
+def check_seq2seq(model_type, folder, monkeypatch):
+    network = seq2seq_network(model_type)
+    if network is None:
+        pytest.skip("no tiny network of it is built here")
+    embed_padding(network)
+    if model_type in SEQ2SEQ_REFUSED:
+        with pytest.raises(TypeError, match=SEQ2SEQ_REFUSED[model_type]):
+            LanguageModel(network)(PROMPTS, TOKENS).sample()
+        return
+    check_network(model_type, network, folder)
+    check_given(network, 8, monkeypatch)
+
+
+@pytest.mark.parametrize("model_type", QUICK_SEQ2SEQ)
+def test_encoder_decoder_networks(model_type, tmp_path, monkeypatch):
+    check_seq2seq(model_type, tmp_path, monkeypatch)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model_type", sorted(set(SEQ2SEQ) - set(QUICK_SEQ2SEQ) - set(NOT_SEQ2SEQ)))
+def test_every_encoder_decoder_network(model_type, tmp_path, monkeypatch):
+    check_seq2seq(model_type, tmp_path, monkeypatch)
+
+
 # -- windows ---------------------------------------------------------------------------------------------------
 
 WINDOW = {"sliding_window": 4, "attention_chunk_size": 4}
@@ -118,7 +159,11 @@ def check_window(model_type, extra, monkeypatch):
     if network is None:
         pytest.skip("see the test of every architecture")
     embed_padding(network)
-    lm, tokens = LanguageModel(network, eos_token_ids=()), 12
+    check_given(network, 12, monkeypatch)
+
+
+def check_given(network, tokens, monkeypatch):
+    lm = LanguageModel(network, eos_token_ids=())
     torch.manual_seed(0)
     with torch.no_grad():
         dist = lm(PROMPTS, tokens)

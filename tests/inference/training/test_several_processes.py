@@ -1,0 +1,314 @@
+"""A training that several processes do together: its gradient, its law, its decisions, its end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from support.enumerated import BETA, PROMPTS, Problem, T
+from support.models import table_lm, tiny_llama
+from support.oracles import kl_to
+from support.programs import SHORT, score_table, tilted
+from support.ranks import launch
+
+from bayeslm import Posterior
+from bayeslm.inference import SVI, Exact, ImportanceSampling, RunError
+from bayeslm.inference.program import inspect, ranks, run_particles, running
+from bayeslm.inference.training import (
+    Adam,
+    AutoPolicy,
+    Checkpointing,
+    Critic,
+    ExponentialAverage,
+    FDivergence,
+    ForwardKL,
+    FromPosterior,
+    HeldOut,
+    LogVariance,
+    Renyi,
+    Replay,
+    Reply,
+    ReverseKL,
+    StatefulLoss,
+    TrustRegion,
+    of_prior,
+)
+
+LM = table_lm(2, seed=0, vocab=4)
+TABLE = score_table(0, vocab=4, tokens=3)
+MODEL = tilted(LM, TABLE, 0.5)
+FAST = partial(SVI, num_steps=12, objective=ReverseKL(8), optimizer=Adam(0.1), num_samples=32, seed=3, progress=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported():
+    """What engines import when they first run is imported before the forks."""
+    FAST(num_steps=2).run(MODEL, SHORT)
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return Exact().run(MODEL, SHORT)
+
+
+def together(objective, problem):
+    """The gradient of a step on this process and all others, (coordinate,), and the completions of the step."""
+    loss = StatefulLoss(objective)
+    with pyro.get_param_store().scope(), running(5, divided=True):
+        loss.loss_and_grads(problem.model, problem.guide, PROMPTS)
+        ranks().add_up([p.grad for p in problem.parameters])
+    return torch.cat([p.grad.reshape(-1) for p in problem.parameters]).numpy(), loss.last.particles.values["completion"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [LogVariance, ForwardKL, FDivergence, partial(FDivergence, "reverse-kl"), Renyi],
+    ids=["log-variance", "forward", "jensen-shannon", "reverse", "renyi"],
+)
+def test_the_gradient_at_given_particles_is_that_of_one_process(make):
+    """Losses are no sums over particles: a process must know those of the others. 7 are divided unequally."""
+    problem = Problem(seed=1)
+    with torch.no_grad():
+        given = run_particles(inspect(problem.model, PROMPTS), problem.guide, 7)
+    objective = make(num_particles=7)
+    objective.source = lambda program, guide, num, state: (given, state)  # `Renyi` has no setting for it
+    alone, _ = together(objective, Problem(seed=1))
+    for found, x in launch(lambda rank: together(objective, problem), size=3):
+        np.testing.assert_allclose(found, alone, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(x, given.values["completion"])
+
+
+@pytest.mark.parametrize("kind", ["reverse", "reverse, no baseline yet", "log-variance", "of the prior"])
+def test_the_gradient_at_their_own_draws_is_the_formula_s(kind):
+    objective = {
+        "reverse": ReverseKL(7),
+        "reverse, no baseline yet": ReverseKL(7, ExponentialAverage()),
+        "log-variance": LogVariance(7),
+        "of the prior": LogVariance(7, of_prior),
+    }[kind]
+    problem = Problem(seed=1)
+    (found, x), (same, also_x) = launch(lambda rank: together(objective, problem))
+    np.testing.assert_array_equal(found, same)
+    np.testing.assert_array_equal(x, also_x)
+    assert x.shape == (7, 2, T)
+    log_q = problem.policy(PROMPTS, max_new_tokens=T).log_prob(x)
+    log_p = problem.lm(PROMPTS, max_new_tokens=T).log_prob(x)
+    f = log_p + problem.table[torch.arange(T), x].sum(-1) / BETA - log_q
+    if kind == "reverse":
+        advantage = f.detach() - (f.detach().sum(0) - f.detach()) / 6
+        loss = -(advantage * log_q).mean(0)
+    else:
+        loss = -(f.detach() * log_q).mean(0) if "baseline" in kind else 0.5 * f.var(0)
+    expected = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss.sum(), problem.parameters)])
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+OBJECTIVES = {
+    "default": {},
+    "reverse": {"objective": ReverseKL(16), "optimizer": Adam(0.1)},
+    "critic": {"objective": ReverseKL(16, Critic()), "optimizer": Adam(0.1)},
+    "kept draws": {"objective": LogVariance(16, Replay(64))},
+    "of another engine": {"objective": ForwardKL(16), "optimizer": Adam(0.1)},
+    "adapters": {"guide": partial(AutoPolicy, lora_rank=2), "objective": ReverseKL(16), "optimizer": TrustRegion()},
+}
+
+
+IN_SUITE = ("default", "critic")
+
+
+@pytest.mark.parametrize("name", [x if x in IN_SUITE else pytest.param(x, marks=pytest.mark.long) for x in OBJECTIVES])
+def test_processes_train_one_policy_towards_the_posterior(name):
+    settings = dict(OBJECTIVES[name])
+    lm = tiny_llama() if name == "adapters" else LM
+    model = tilted(lm, score_table(0, vocab=8, tokens=3), 0.5) if name == "adapters" else MODEL
+    exact = Exact().run(model, SHORT)
+    if name == "of another engine":
+        draws = ImportanceSampling(64, seed=0, progress=False).run(MODEL, SHORT)
+        settings["objective"] = ForwardKL(16, FromPosterior(draws))
+    engine = FAST(**{"num_steps": 40, "objective": None, "optimizer": TrustRegion()} | settings)
+
+    def run(rank):
+        posterior = engine.run(model, SHORT)
+        weights = [x.detach().numpy() for x in posterior.policy.parameters()]
+        return weights, float(kl_to(exact, posterior.policy, SHORT).mean()), posterior.stats, posterior.log_weights
+
+    one, other = launch(run)
+    for x, y in zip(one[0], other[0], strict=True):
+        np.testing.assert_array_equal(x, y)
+    np.testing.assert_array_equal(one[3], other[3])
+    for key in one[2].keys() - {"seconds"}:
+        np.testing.assert_equal(one[2][key], other[2][key])
+    prior = float(kl_to(exact, lm, SHORT).mean())
+    assert one[1] < 0.6 * prior, (one[1], prior)
+
+
+def test_minibatches_are_the_same_on_all():
+    def model(prompts):
+        with pyro.plate("prompts", len(prompts), subsample_size=2) as batch:
+            x = pyro.sample("completion", LM([prompts[i] for i in batch], max_new_tokens=3))
+            pyro.factor("reward", TABLE[torch.arange(3), x].sum(-1))
+
+    prompts = [[1], [2], [3], [1, 2], [2, 3]]
+    one, other = launch(lambda rank: FAST(objective=LogVariance(8, Replay(32, every=2))).run(model, prompts))
+    np.testing.assert_array_equal(one.stats["prompts"], other.stats["prompts"])
+    np.testing.assert_array_equal(one.log_weights, other.log_weights)
+    assert len(np.unique(one.stats["prompts"])) == 5
+
+
+def test_callbacks_are_the_first_s_and_decide_for_all():
+    def run(rank):
+        calls = []
+
+        def stop(record):
+            calls.append(record.step)
+            return Reply(stop=rank == 0 and record.step == 5, inverse_temperature=0.5 + rank)
+
+        held_out = HeldOut({"other": partial(MODEL, SHORT[:1])}, every=2, num_particles=4)
+        return calls, FAST(callbacks=[stop, held_out]).run(MODEL, SHORT).stats
+
+    (calls, stats), (none, same) = launch(run)
+    assert calls == [0, 1, 2, 3, 4, 5]
+    assert none == []
+    assert stats["steps"] == same["steps"] == 5
+    for key in stats.keys() - {"seconds"}:
+        np.testing.assert_equal(stats[key], same[key])
+    np.testing.assert_array_equal(stats["inverse_temperature"], [[0.5] * 5])
+    assert stats["held_out_steps"] == [0, 2, 4, 5]
+
+
+def described(run):
+    """The message of the `RunError` that a run raises, and what it has so far."""
+    with pytest.raises(RunError) as error:
+        run()
+    return str(error.value), replace(error.value.so_far, particles=None, policies=())
+
+
+def test_weights_that_differ_stop_the_run_with_both_values():
+    def run(rank):
+        def spoil(record):  # on the first process alone
+            if record.step == 6:
+                next(record.policy.parameters()).data += 1e-3
+
+        return described(partial(FAST(callbacks=[spoil]).run, MODEL, SHORT))
+
+    for error, _ in launch(run):
+        assert "after step 10, the guide differs between the processes" in error
+        assert "its weights: " in error
+        assert "on rank 0, " in error
+
+
+def test_a_source_that_differs_is_an_error():
+    def run(rank):
+        def own(program, guide, num, state):
+            torch.manual_seed(rank)
+            return run_particles(program, guide, num), state
+
+        return FAST(objective=LogVariance(8, own)).run(MODEL, SHORT)
+
+    for error in launch(run):
+        assert "what the source returns differs between the processes" in str(error)
+
+
+def test_a_pyro_elbo_and_too_few_particles_are_refused():
+    def run(rank):
+        errors = []
+        for objective in (pyro.infer.Trace_ELBO(), ReverseKL(2)):
+            try:
+                FAST(objective=objective).run(MODEL, SHORT)
+            except ValueError as error:
+                errors.append(str(error))
+        return errors
+
+    for elbo, few in launch(run, size=3):
+        assert "Trace_ELBO is a Pyro ELBO, whose particles cannot be divided among 3 processes" in elbo
+        assert "num_particles is 2 in all, to divide among 3 processes" in few
+
+
+def act():
+    """Do on rank 1 what the launch's environment says."""
+    acts = {
+        "die": lambda: os.kill(os.getpid(), signal.SIGKILL),
+        "hang": lambda: time.sleep(2.5),
+        "be interrupted": lambda: os.kill(os.getpid(), signal.SIGINT),
+    }
+    if os.environ.get("RANK") == "1" and "ACT" in os.environ:
+        acts[os.environ["ACT"]]()
+
+
+def at_call(when):
+    """`MODEL`, which acts at its call number ``when``."""
+    calls = 0
+
+    def model(prompts):
+        nonlocal calls
+        calls += 1
+        if calls == when:
+            act()
+        MODEL(prompts)
+
+    return model
+
+
+def test_ctrl_c_on_one_ends_the_training_of_all_at_the_same_step():
+    def run(rank):
+        posterior = FAST(num_steps=200).run(at_call(30), SHORT)
+        return posterior.stats["interrupted"], posterior.stats["steps"], posterior.log_weights
+
+    (interrupted, steps, weights), other = launch(run, ACT="be interrupted")
+    assert interrupted
+    assert 0 < steps < 60
+    assert other[:2] == (interrupted, steps)
+    np.testing.assert_array_equal(weights, other[2])
+
+
+@pytest.mark.parametrize("what", ["die", pytest.param("hang", marks=pytest.mark.long)])
+def test_a_process_that_dies_or_hangs_ends_the_run_and_the_checkpoint_is_good(what, tmp_path, exact):
+    """It is resumed by one process and by three, whose draws have the law of the posterior."""
+    engine = FAST(num_steps=40, num_samples=600, checkpoint=Checkpointing(tmp_path, every=5))
+
+    def run(rank):
+        return described(partial(engine.run, at_call(25), SHORT))
+
+    start = time.monotonic()
+    error, so_far = launch(run, BAYESLM_TIME_LIMIT="1", ACT=what)[0]
+    assert time.monotonic() - start < 8.0
+    assert "another process of this run has died, or has not answered for 1 seconds" in error
+    assert so_far.checkpoint is not None
+    results = launch(lambda rank: engine.run(at_call(25), SHORT), size=3)
+    alone = engine.run(at_call(25), SHORT)  # what three have finished
+    for posterior in (*results, alone):
+        assert isinstance(posterior, Posterior)
+        assert posterior.stats["steps"] == 40
+        error = np.abs(posterior.log_evidence - exact.log_evidence)
+        assert (error < 4 * posterior.log_evidence_stderr).all()
+        np.testing.assert_array_equal(posterior.stats["elbo"], results[0].stats["elbo"])
+    assert so_far.step > 5
+    x = results[0].samples["completion"][0]
+    assert not np.array_equal(x[:200], x[200:400])
+
+
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.long), 3])
+def test_a_training_resumes_under_another_number_of_processes(size, tmp_path):
+    """The steps until then stay, those after go on, and no process draws what another draws."""
+    kept = LogVariance(8, Replay(32, every=2))
+    engine = partial(FAST, objective=kept, optimizer=TrustRegion(), checkpoint=str(tmp_path))
+    begun = launch(lambda rank: engine(num_steps=6).run(MODEL, SHORT).stats["elbo"])[0]
+
+    def resume(rank):
+        drawn = []
+        stats = engine(num_steps=10, callbacks=[lambda record: drawn.append(record.particles)]).run(MODEL, SHORT).stats
+        return stats["elbo"], [x.values["completion"].numpy() for x in drawn if x is not None]
+
+    results = launch(resume, size=size) if size > 1 else [resume(0)]
+    for elbo, _ in results:
+        assert elbo.shape == (1, 10, 2)
+        np.testing.assert_array_equal(elbo[:, :6], begun)
+        np.testing.assert_array_equal(elbo, results[0][0])
+    assert not any(np.array_equal(x[:4], x[4:]) for x in results[0][1])

@@ -37,6 +37,7 @@ class PosteriorFields(Protocol):
     prompts: list[str]
     texts: dict[str, Array]
     lengths: dict[str, Array]
+    truncated: dict[str, Array]
     pointwise: dict[str, Array]
     predictive: dict[str, Array]
     sample_stats: dict[str, Array]
@@ -113,7 +114,8 @@ def _token_ids(posterior: PosteriorFields) -> Variables:
 
 def _texts(posterior: PosteriorFields) -> Variables:
     strings = {name: (_sample_dims(posterior, name)[:-1], _printable(x)) for name, x in posterior.texts.items()}
-    return strings | _token_ids(posterior)
+    cut = {f"{name}_truncated": (_sample_dims(posterior, name)[:-1], x) for name, x in posterior.truncated.items()}
+    return strings | _token_ids(posterior) | cut
 
 
 def _without_tokens(variables: Variables) -> Variables:

@@ -118,11 +118,17 @@ def recover(path: Path) -> None:
     """Put a folder in its place whose replacement by `replacing_folder` was killed; wait for one that goes on."""
     path = path.resolve() if path.is_symlink() else path.absolute()
     for _ in range(100):
-        hidden = path.parent.glob(f".{glob.escape(path.name[:50])}.replacing-*")
+        hidden = [*path.parent.glob(f".{glob.escape(path.name[:50])}.replacing-*")]
         if path.exists() or not any((folder / "old" / path.name).is_dir() for folder in hidden):
             return
         sweep(path.parent)
         time.sleep(0.01)
+    for folder in hidden:
+        with contextlib.suppress(OSError):
+            if (lock := _lock(folder)) is None:  # no locks here; but a writer that lives takes no second to rename
+                _remove(folder)
+            else:
+                os.close(lock)
 
 
 @contextlib.contextmanager

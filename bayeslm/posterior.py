@@ -75,6 +75,8 @@ class Posterior:
     """(chain, draw, *batch) of str, for each completion site."""
     lengths: dict[str, Array] = field(default_factory=dict)
     """(chain, draw, *batch): the number of tokens of each completion before padding."""
+    truncated: dict[str, Array] = field(default_factory=dict)
+    """(chain, draw, *batch) of bool: which completions were cut at the limit, without an end."""
     token_log_ratio: dict[str, Array] = field(default_factory=dict)
     """(chain, draw, *batch, token): log q − log p of each token of a completion that a policy or guide drew."""
     token_ends: dict[str, Array] = field(default_factory=dict)
@@ -379,6 +381,7 @@ class Posterior:
             samples={name: take(x, dims.get(name, ())) for name, x in self.samples.items()},
             texts={name: take(x, dims[name][:-1]) for name, x in self.texts.items()},
             lengths={name: take(x, dims[name][:-1]) for name, x in self.lengths.items()},
+            truncated={name: take(x, dims[name][:-1]) for name, x in self.truncated.items()},
             token_log_ratio={name: take(x, dims[name]) for name, x in self.token_log_ratio.items()},
             token_ends={name: take(x, dims[name]) for name, x in self.token_ends.items()},
             log_weights=take(self.log_weights, ("prompt",)),

@@ -102,7 +102,7 @@ def check_fields(posterior: CheckedFields) -> None:
             dims = posterior.dims.get(name, ())
             if array.shape[:2] != leading or not 2 < array.ndim <= 2 + len(dims):
                 raise ValueError(f"{group}[{name!r}] must be {leading} + dims {dims}, not {array.shape}")
-    for group in ("texts", "lengths"):
+    for group in ("texts", "lengths", "truncated"):
         for name, array in getattr(posterior, group).items():
             if name not in posterior.samples or not posterior.dims.get(name):
                 raise ValueError(f"{group}[{name!r}] has no token ids in samples[{name!r}]")

@@ -38,7 +38,7 @@ from bayeslm.inference.program import (
     run_particles,
     running,
 )
-from bayeslm.inference.sequential import LearnedRejection, TokenConstraint
+from bayeslm.inference.sequential import LearnedRejection, TokenConstraint, learned_evidence
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 from bayeslm.validation import Count, Seed, validated
@@ -119,6 +119,10 @@ class RejectionSampling:
                 if draws < self.num_chains:
                     raise EvidenceError(report)
                 warnings.warn(report, stacklevel=2)
+            evidence = diagnostics.log_evidence(log_weights)
+            if self.constraint is not None:
+                log_share = proposals.log_prior - proposals.log_proposal
+                evidence = learned_evidence(proposals.total_log_likelihood, log_share)
             first = accepted.long().argsort(dim=0, descending=True, stable=True)[:draws]
             return posterior(
                 program,
@@ -126,7 +130,7 @@ class RejectionSampling:
                 engine="RejectionSampling",
                 kind="exact",
                 num_chains=self.num_chains,
-                evidence=diagnostics.log_evidence(log_weights),
+                evidence=evidence,
                 stats=stats,
                 prior=proposals if self.constraint is None else None,
                 from_prior=len(proposals) if self.constraint is None else None,

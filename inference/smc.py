@@ -265,8 +265,8 @@ class SMC:
         while not decoder.done:
             given = None
             if retained is not None:  # clamped, because the pad token of an ended text may be out of the vocabulary
-                last = distribution.vocabulary.size - 1
-                given = (retained.rows, retained.values[:, decoder.t].clamp(0, last))
+                tokens = retained.values[:, decoder.t].clamp(0, distribution.vocabulary.size - 1)
+                given = (retained.rows, tokens)
             token, log_q, log_p = self._next_token(decoder, proposer, twist, given)
             log_ratio = torch.where(decoder.finished, 0.0, log_p - log_q)
             for policy in policies.values():
@@ -361,7 +361,9 @@ class SMC:
         if isinstance(twist, Power):
             return PowerTwist(twist, rows, decoder)
         if isinstance(twist, TokenConstraint):
-            return ConstraintTwist(constraint_of(self.twist, program)[name], rows, decoder)
+            if twist is self.twist:
+                constraint_of(twist, program)  # refuses a program of several completions
+            return ConstraintTwist(twist, rows, decoder)
         if isinstance(twist, LanguageModel):
             return PolicyTwist(policies[id(twist)], rows, decoder)
         if twist is None:

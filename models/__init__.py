@@ -4,5 +4,16 @@ from . import notebooks, rewards  # noqa: F401, notebooks first, since it quiets
 from .lm import Autoregressive, LanguageModel, Twist
 from .moments import Moment, moment_target
 from .tilted import TiltedLM
+from .tools import Tool, ToolError
 
-__all__ = ["Autoregressive", "LanguageModel", "Moment", "TiltedLM", "Twist", "moment_target", "rewards"]
+__all__ = [
+    "Autoregressive",
+    "LanguageModel",
+    "Moment",
+    "TiltedLM",
+    "Tool",
+    "ToolError",
+    "Twist",
+    "moment_target",
+    "rewards",
+]

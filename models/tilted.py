@@ -125,7 +125,9 @@ class TiltedLM:
                 return
             tokens = on_host(x)
             every = tokens.expand(broadcast_shape(x.shape[:-1], distribution.batch_shape) + x.shape[-1:])
-            arguments = with_trainer_arguments(columns, self.prior.token_ids(every))
+            arguments = with_trainer_arguments(
+                columns, self.prior.token_ids(every), distribution.truncated(every).numpy()
+            )
             factor("reward", self.reward(prompts, distribution.decode(tokens), **arguments).to(x.device), self.beta)
 
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from bayeslm.inference.program import Program
-from bayeslm.models.lm import Autoregressive, LanguageModel, redraw
+from bayeslm.models.lm import LanguageModel, redraw
 
 from .moves import Move, Outcome, Proposal
 
@@ -80,7 +80,7 @@ class SuffixMove(Move):
     def propose(self, fn: Any, value: Tensor, token_log_prob: Tensor | None) -> Proposal:
         assert token_log_prob is not None
         size, positions = len(value) // self.num_candidates, torch.arange(self._tokens, device=value.device)
-        fn, value, token_log_prob = _first(fn, size), value[:size], token_log_prob[:size]
+        fn, value, token_log_prob = fn.first(size), value[:size], token_log_prob[:size]
         lengths = fn.lengths(value)
         cdf = self._cdf(size).reshape(size, *(1,) * (lengths.dim() - 1), -1).expand(*lengths.shape, -1)
         within = cdf[..., -1] if self._same_cut else cdf.gather(-1, lengths[..., None] - 1)[..., 0]
@@ -139,12 +139,3 @@ class SuffixMove(Move):
         if self._groups is not None:
             return self._groups
         return torch.zeros(size, dtype=torch.long, device=self.program.device)
-
-
-def _first(fn: Autoregressive, size: int) -> Autoregressive:
-    """Return the distribution of the first ``size`` particles of a batch, whose first axis they are."""
-    ids, mask = fn.prompt_ids, fn.prompt_mask
-    if ids.dim() > len(fn.batch_shape) and len(ids) > 1:
-        ids, mask = ids[:size], None if mask is None else mask[:size]
-    some = Autoregressive(fn.lm, ids, mask, fn.max_new_tokens, fn.temperature)
-    return some.expand((size, *fn.batch_shape[1:]))

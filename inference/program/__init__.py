@@ -1,6 +1,5 @@
 """A Pyro program as engines see it: its sites and plates, its particles, and the posterior that they give."""
 
-from .agreement import refuse_distributed
 from .assign import assign_values, same_distribution, score_values
 from .description import describe, describe_object
 from .errors import EvidenceError, ProgramError
@@ -70,7 +69,6 @@ __all__ = [
     "posterior",
     "prompt_labels",
     "ranks",
-    "refuse_distributed",
     "run_particles",
     "running",
     "same_distribution",

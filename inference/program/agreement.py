@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayeslm.models.lm import refuse_sharded
 from bayeslm.posterior import Posterior
 
 from .description import describe
-from .errors import ProgramError
 from .particles import to_numpy
 from .program import Program
 from .ranks import Ranks, digest_of
@@ -67,6 +67,7 @@ def _text(value: Any, deep: int = 0) -> str:
     if value is None or isinstance(value, bool | int | float | str):
         return repr(value)
     if isinstance(value, torch.nn.Module):
+        refuse_sharded(value.named_parameters())
         return f"{type(value).__name__} with weights {digest_of(value.state_dict())}"
     if isinstance(value, Tensor):
         return f"a tensor {digest_of({'': value})}"
@@ -82,21 +83,3 @@ def _text(value: Any, deep: int = 0) -> str:
         return getattr(value, "__qualname__", type(value).__qualname__)
     named = getattr(value, "__qualname__", type(value).__qualname__)
     return f"{named}({', '.join(f'{key}={_text(x, deep + 1)}' for key, x in vars(value).items() if key[0] != '_')})"
-
-
-def refuse_distributed(name: str, module: torch.nn.Module) -> None:
-    """Check that a network's parameters are whole on this process.
-
-    :param name: of the network, for the error.
-    :raises ProgramError: if some are sharded or otherwise distributed: no engine can compute with them.
-    """
-    from torch.distributed.tensor import DTensor
-
-    for key, x in (*module.named_parameters(), *module.named_buffers()):
-        if isinstance(x, DTensor):
-            raise ProgramError(
-                f"{name}: its parameter {key!r} is a DTensor, distributed over {x.device_mesh.size()} processes as "
-                f"{list(x.placements)} (fully_shard, tensor parallelism), of which each process has a part alone. "
-                "Engines need the whole of it on every process, and would train it wrongly: hand in the network "
-                "without fully_shard, and a policy with adapters (lora_rank) where memory is short"
-            )

@@ -65,10 +65,5 @@ def assign_values(
 
 
 def same_distribution(fn: Any, other: Any) -> bool:
-    """Whether two distributions of completions are equal: one network, one temperature, the same prompts."""
-    if not isinstance(fn, Autoregressive) or fn.lm is not other.lm or fn.temperature != other.temperature:
-        return False
-    mask, other_mask = fn.prompt_mask, other.prompt_mask
-    if mask is None or other_mask is None:
-        return mask is other_mask and torch.equal(fn.prompt_ids, other.prompt_ids)
-    return torch.equal(fn.prompt_ids, other.prompt_ids) and torch.equal(mask, other_mask)
+    """Whether two distributions of completions are equal: one network, the same settings, the same prompts."""
+    return isinstance(fn, Autoregressive) and isinstance(other, Autoregressive) and fn.is_same(other)

@@ -317,6 +317,9 @@ def _scores(program: Program, trace: Trace, num_particles: int) -> dict[str, Ten
         if isinstance(fn, Autoregressive):
             ids, mask = prompts_of(fn, (num_particles, *site.shape[: site.batch_dims]))
             scores[name] = ids.masked_fill(mask == 0, -1)
+            if fn.where is not None:
+                where = fn.where.expand(fn.batch_shape).reshape(*ids.shape[:-1], 1)
+                scores[name] = torch.cat([scores[name], where.to(ids)], -1)
         elif site.kind == "deterministic":
             scores[name] = site_value(site, node["value"], num_particles)
         else:

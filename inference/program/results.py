@@ -92,10 +92,11 @@ def posterior(
         if from_prior and not conditional:
             high = unseen_limit(*evidence, bound, from_prior)
     values, observed = {name: split(particles.values[name]) for name in _kept(program)}, _observed(program)
-    texts, lengths, token_ends, token_log_ratio = {}, {}, {}, {}
+    texts, lengths, truncated, token_ends, token_log_ratio = {}, {}, {}, {}, {}
     for site in program.completions:
         value = particles.values[site.name][: draws * num_chains]
         lengths[site.name] = split(site.fn.lengths(value))
+        truncated[site.name] = split(site.fn.truncated(value))
         if site.fn.has_text:
             decoded = _decoded(program, site, value)
             texts[site.name] = decoded.reshape(lengths[site.name].shape)
@@ -123,6 +124,7 @@ def posterior(
         prompt_names=_names_of_chats(program),
         texts=texts,
         lengths=lengths,
+        truncated=truncated,
         sample_stats=sample_stats or {},
         token_ends=token_ends,
         token_log_ratio=token_log_ratio,

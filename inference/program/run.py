@@ -77,7 +77,7 @@ class Stopwatch:
         usage = self.usage
         if self.ranks.size > 1:
             usage = Usage.total([message.value for message in self.ranks.exchange(usage.state_dict())])
-        stats = {"seconds": self.seconds(), "tokens": usage.tokens, "model_calls": usage.model_calls}
+        stats: dict[str, Any] = {"seconds": self.seconds(), "tokens": usage.tokens, "model_calls": usage.model_calls}
         stats |= {} if usage.mismatch is None else {"mismatch": list(usage.mismatch)}
         return stats if self.ranks.size == 1 else stats | {"processes": self.ranks.size}
 

@@ -3,7 +3,7 @@
 from .constraints import ConstraintGuide, ConstraintTwist, TokenConstraint, constraint_of
 from .population import Population, WeightUpdate
 from .power import Power, PowerTwist
-from .refusals import LearnedRejection
+from .refusals import LearnedRejection, learned_evidence
 from .resampling import RESAMPLING, Resampling
 from .retained import check_retained, put_first, retained_particles, retained_values
 from .twist_learning import TwistLearning
@@ -28,6 +28,7 @@ __all__ = [
     "WeightUpdate",
     "check_retained",
     "constraint_of",
+    "learned_evidence",
     "put_first",
     "retained_particles",
     "retained_values",

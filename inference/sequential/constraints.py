@@ -133,7 +133,19 @@ class MaskedTokens:
         return token, log_q.masked_fill(dead, torch.inf)
 
     def allows(self, token: Tensor) -> list[bool]:
-        return list(map(bool, self.mask.gather(-1, token[:, None])[:, 0].tolist()))
+        allowed: list[bool] = self.mask.gather(-1, token[:, None].to(self.mask.device))[:, 0].tolist()
+        if self._decoder.t + 1 < self._decoder.values.shape[-1]:
+            return allowed
+        return [
+            ok and self._completes(state, int(v)) for ok, state, v in zip(allowed, self._states, token, strict=True)
+        ]
+
+    def _completes(self, state: TextState | None, token: int) -> bool:
+        """Whether a text with one more token, its last, is in the language."""
+        if state is None or token in self._vocabulary.eos_token_ids:
+            return state is not None and state.accepts
+        after = state.after(token)
+        return after is not None and after.accepts
 
     def log_mass(self) -> Tensor:
         """Return log S of the texts so far (row,); 0 of those that have ended, -inf of those that cannot be completed.

@@ -7,7 +7,10 @@ beginning, 1 where nothing is known, and else
 
 Completions are drawn token by token from q(v | x_{1:t}) = p(v | x_{1:t}) c(x_{1:t} v) / c(x_{1:t}). So q(x) = p(x) / c
 of all texts that are not refused, c being the root's, and a draw that is accepted where the constraint allows it is a
-draw of the posterior, whatever the tree has learned from earlier batches: c 1[x allowed] has the mean Z for each.
+draw of the posterior, whatever the tree has learned from earlier batches. Without the tree 1 / c draws would have been
+made for each; so with l_i the likelihood of a draw, and c_i what was left when it was drawn,
+
+    \hat Z = \sum_i l_i / \sum_i 1 / c_i
 
 A `Grammar` tells at each text so far all tokens that it refuses; a `Constraint` tells those that were drawn. Where the
 tree is complete, every draw is accepted: the limit of "grammar-aligned decoding with approximate expected futures"
@@ -20,10 +23,11 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from bayeslm.inference.program import EvidenceError, Program, draw_latents
+from bayeslm.inference.program import EvidenceError, Program, draw_latents, to_numpy
 from bayeslm.models.lm import Autoregressive, Decoder, Encoded, log_softmax_at
 
 from .constraints import (
@@ -145,7 +149,8 @@ class UnrefusedTokens:
             if at is not None and not bool(decoder.finished[row]):
                 visit = self._refusals.visit(decoder.t, at, float(shares[row]))
                 ok = bool(live[row]) and allowed[row]
-                self._at[row] = self._note(visit, at, int(drawn[row]), float(p[row, drawn[row]]), ok, mask is None)
+                counted = mask is None or bool(mask[row, drawn[row]])
+                self._at[row] = self._note(visit, at, int(drawn[row]), float(p[row, drawn[row]]), ok, counted)
         token = torch.where(live, drawn, self._last(logits))
         log_q = torch.where(live, (mass.gather(-1, token[:, None])[:, 0] / total).log(), 0.0).to(logits.dtype)
         return token.to(decoder.values.device), torch.where(live, log_q, log_softmax_at(logits, token)).to(
@@ -153,15 +158,15 @@ class UnrefusedTokens:
         )
 
     def _note(
-        self, visit: Visit, at: Beginning, token: int, probability: float, ok: bool, checked: bool
+        self, visit: Visit, at: Beginning, token: int, probability: float, ok: bool, counted: bool
     ) -> Beginning | None:
-        """Note whether a token was allowed, and return the beginning with it; None if it was not."""
+        """Note whether a token was allowed, and return the beginning with it; None if it was not.
+
+        :param counted: whether it is in the share of the visit, from which a mask has taken what it refuses.
+        """
         if token not in visit.tokens:
             after = at.after.get(token) or Beginning(1.0)
-            # a mask has taken what it refuses from the share of the visit already
-            before = after.share if ok or checked else 0.0
-            after = after if ok else Beginning(0.0)
-            visit.tokens[token] = (probability, before, after)
+            visit.tokens[token] = (probability, after.share * counted, after if ok else Beginning(0.0))
         return visit.tokens[token][2] if ok else None
 
     def _last(self, logits: Tensor) -> Tensor:
@@ -194,3 +199,16 @@ class LearnedRejection:
         """Add what the last batch has found out."""
         for known in self._refusals.values():
             known.learn()
+
+
+def learned_evidence(log_likelihood: Tensor, log_share: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return log of Z-hat (prompt,) and its standard error.
+
+    :param log_likelihood: log l of all draws, (draw, prompt).
+    :param log_share: log c of them.
+    """
+    highest = log_likelihood.max()
+    likelihood, made = (log_likelihood - highest).double().exp(), (-log_share.double()).exp()
+    z = likelihood.sum(0) / made.sum(0)
+    error = (likelihood - z * made).square().sum(0).sqrt() / likelihood.sum(0)
+    return to_numpy(z.log() + highest), to_numpy(error)

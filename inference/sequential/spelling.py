@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import Protocol
@@ -53,7 +54,7 @@ class Spelling:
         self.prompts = [self.prompts[row] for row in rows.tolist()]
 
     @cached_property
-    def bytes(self) -> tuple[bytes, ...] | None:
+    def token_bytes(self) -> tuple[bytes, ...] | None:
         """The bytes of each token, b"" of those that end a text; None if they depend on a token's neighbours."""
         known = self.distribution.lm.token_bytes(Encoded(self._ids, self._mask))
         ends = self.distribution.vocabulary.eos_token_ids
@@ -75,17 +76,18 @@ class Spelling:
             scores = constraint([self.prompt_texts[i] for i in prompts], self.texts(values, prompts))
         return (scores > -torch.inf).tolist()
 
-    def shortest(self, text: bytes) -> int:
+    def shortest(self, text: bytes) -> float:
         """Return the least number of tokens that a text which begins with ``text`` takes, as far as it is known."""
-        if not text or self.bytes is None:
+        if not text or self.token_bytes is None:
             return 0
-        words, beginnings = _words(self.bytes)
-        longest = max(map(len, words))
-        least = [0] + [len(text) + 1] * len(text)
+        words, beginnings = _words(self.token_bytes)
+        longest = max(map(len, words), default=0)
+        least = [0.0] + [math.inf] * len(text)  # of the tokens that spell its first bytes
         for end in range(1, len(text) + 1):
             starts = range(max(0, end - longest), end)
-            least[end] = min((least[i] + 1 for i in starts if text[i:end] in words), default=len(text) + 1)
-        return min(least[-1], *(least[i] + 1 for i in range(len(text)) if text[i:] in beginnings))
+            least[end] = min((least[i] + 1 for i in starts if text[i:end] in words), default=math.inf)
+        over = [least[i] + 1 for i in range(len(text)) if text[i:] in beginnings]  # the last token goes further
+        return min([least[-1], *over])
 
 
 @lru_cache(maxsize=8)
@@ -137,8 +139,8 @@ class SpelledState:
 
 def first_states(grammar: Grammar, spelling: Spelling) -> list[TextState] | None:
     """Return the state of each row before its first token, or None where masks would cost too much."""
-    if spelling.bytes is not None:
-        return [grammar.over(spelling.bytes).root] * len(spelling.prompts)
+    if spelling.token_bytes is not None:
+        return [grammar.over(spelling.token_bytes).root] * len(spelling.prompts)
     if spelling.distribution.vocabulary.size > ENUMERABLE:
         return None
     roots = {prompt: SpelledState(grammar, spelling, prompt) for prompt in set(spelling.prompts)}

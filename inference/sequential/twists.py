@@ -141,8 +141,8 @@ class PrefixTwist:
                 'proposal="prior", or a twist with reads_reward=False'
             )
         values = values.reshape(size, rows, k, -1).transpose(1, 2)
-        is_eos = self._rows.distribution.vocabulary.is_eos
-        finished = is_eos(values[..., :length]).any(-1)  # padding, which comes after, may be an EOS too
+        is_end = self._rows.distribution.vocabulary.is_end
+        finished = is_end(values[..., :length]).any(-1)  # padding, which comes after, may be an EOS too
         if length == values.shape[-1]:
             finished = torch.ones_like(finished)
         total = torch.zeros((size * k, rows), device=values.device)
@@ -228,7 +228,7 @@ class LearnedTwist:
             return self._twist.lookahead(self._state, tokens)
         so_far = self._prefix_twist.candidates(tokens)
         estimate = self._twist.lookahead(self._state, tokens, so_far)
-        return torch.where(self._rows.distribution.vocabulary.is_eos(tokens), so_far, estimate)
+        return torch.where(self._decoder.ends_with(tokens), so_far, estimate)
 
     def select(self, rows: Tensor) -> None:
         self._state, self._psi, self._ended = self._state.select(rows), self._psi[rows], self._ended[rows]

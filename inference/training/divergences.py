@@ -309,7 +309,7 @@ def _finite(x: Tensor) -> Tensor:
     """
     if not x.isfinite().all():
         raise ProgramError(
-            "a reward is -inf, which makes this objective infinite. Use ForwardKL, or an f-divergence that is bounded "
-            '("jensen-shannon", "total-variation"), for hard constraints; or a finite penalty'
+            "a reward is -inf (or log p, of a truncated prior): the objective is infinite. Use ForwardKL or a bounded "
+            'f-divergence ("jensen-shannon", "total-variation"), for hard constraints; or a finite penalty'
         )
     return x

@@ -35,6 +35,7 @@ from bayeslm.inference.program import (
     seed_of,
     seeded,
 )
+from bayeslm.models.lm import refuse_sharded
 from bayeslm.progress import announce, track
 from bayeslm.validation import validated
 
@@ -273,7 +274,9 @@ class Training:
             return
         if self.step == 0:
             self._set_up()
-        ranks().copy_first(list(_unconstrained().values()))
+        params = _unconstrained()
+        refuse_sharded(params.items())
+        ranks().copy_first(list(params.values()))
 
     @contextlib.contextmanager
     def _rescued(self, checkpoints: Checkpoints | None) -> Iterator[None]:

@@ -13,6 +13,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from bayeslm.inference.program import ranks
+from bayeslm.models.lm import refuse_sharded
 from bayeslm.validation import Positive, Within, validated
 
 from .movement import Movement
@@ -152,6 +153,7 @@ class ScheduledAdam(PyroOptim):
 
     def _add(self, names: Mapping[Tensor, str]) -> None:
         """Move these too. Params are a set: taken in the order of their names, so that a seed reproduces the run."""
+        refuse_sharded((name, p) for p, name in names.items())
         groups: dict[float, list[Tensor]] = {}
         for p in sorted(names, key=names.__getitem__):
             groups.setdefault(self._rate_of(names[p]), []).append(p)

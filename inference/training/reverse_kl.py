@@ -126,8 +126,8 @@ class ReverseKL(Objective):
             updates |= {f"{key}:{name}": x for key, x in own_after.items()}
         guide_terms = {name: term for name, term in log_q.items() if name not in left_out}
         with torch.no_grad():
-            own = particles_of(program, model_trace, guide_trace, terms, guide_terms, n)
-            particles = gathered([own], program.device)
+            drawn_here = particles_of(program, model_trace, guide_trace, terms, guide_terms, n)
+            particles = gathered([drawn_here], program.device)
             figures = _figures(particles)
         gain = surrogate.sum() / self.num_particles if ranks().size > 1 else surrogate.mean()
         loss = gain.detach() - gain - figures["elbo"].sum()

@@ -182,7 +182,9 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
     def _score(self, text: str) -> float:
         assert self._decoder is not None
         columns = {name: [column[self._prompt]] for name, column in self.columns.items()}
-        arguments = with_trainer_arguments(columns, self.prior.token_ids(self._decoder.values))
+        values = self._decoder.values
+        cut = self._distribution.truncated(values).cpu().numpy()
+        arguments = with_trainer_arguments(columns, self.prior.token_ids(values), cut)
         score = float(self.reward([self.prompts[self._prompt]], [text], **arguments))
         if math.isinf(score):
             raise ValueError(

@@ -9,6 +9,7 @@ from .language_model import LanguageModel
 from .module_errors import ModuleWithProperties
 from .network import CausalNetwork, log_softmax_at
 from .remembered import on_host, put_on_host, remembering
+from .sharding import refuse_sharded
 from .suffix import redraw
 from .tables import read_table, without_index
 from .tensor_files import read_tensors, write_tensors
@@ -42,6 +43,7 @@ __all__ = [
     "read_table",
     "read_tensors",
     "redraw",
+    "refuse_sharded",
     "remembering",
     "sample_texts",
     "without_index",

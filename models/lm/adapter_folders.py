@@ -36,7 +36,7 @@ REFUSED = {
     "SHADOW": "it is a second network beside the first",
     "LILY": "its forward pass is not causal",
     "BEFT": "it cannot be merged into layers without a bias",
-    "BOFT": "it compiles code",
+    "BOFT": "it compiles CUDA code where it is made, and is another adapter where that fails",
 }
 # Settings of adapters that may differ from their defaults; the second only make new adapters, and are dropped.
 # fmt: off

@@ -21,11 +21,13 @@ from torch.distributions import constraints
 
 from bayeslm.validation import Count, Positive, validated
 
-from .decoding import Decoder, generate
+from .decoding import Decoder, generate, only_end
 from .encoding import Encoded, Vocabulary
 from .network import CausalNetwork
 from .prefix import PromptedNetwork
 from .scoring import scores_and_hidden, token_scores
+from .stops import Stops
+from .truncation import NO_TRUNCATION, Truncation
 from .turns import exclusive
 
 
@@ -84,6 +86,10 @@ class Autoregressive(TorchDistribution):
     :param prompt_mask: 1 at tokens that are not padding, same shape; None if no prompt is padded.
     :param max_new_tokens: the longest completion.
     :param temperature: divides the logits; the distribution is that of the tempered network.
+    :param truncation: what remains of the distribution of each token.
+    :param stops: the strings that end a completion as an end token does.
+    :param where: bool (*prompts): elsewhere the completion is the text that ends at once, with probability 1, by every
+        language model. None: everywhere.
     :raises ValueError: if ``max_new_tokens`` < 1 or ``temperature`` is not positive and finite.
     """
 
@@ -99,12 +105,19 @@ class Autoregressive(TorchDistribution):
         prompt_mask: Tensor | None,
         max_new_tokens: Count,
         temperature: Positive = 1.0,
+        *,
+        truncation: Truncation = NO_TRUNCATION,
+        stops: Stops | None = None,
+        where: Tensor | None = None,
     ) -> None:
         self.lm = lm
         self.prompt_ids = prompt_ids
         self.prompt_mask = prompt_mask
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
+        self.truncation = truncation
+        self.stops = stops
+        self.where = where
         # Of the last sample of this distribution, or of a larger batch of it: values, versions, token scores.
         self._drawn: list[tuple[Tensor, tuple[Any, ...], Tensor]] = []
         super().__init__(prompt_ids.shape[:-1], Size([max_new_tokens]), validate_args=False)
@@ -112,7 +125,7 @@ class Autoregressive(TorchDistribution):
     @property
     def vocabulary(self) -> Vocabulary:
         """The token ids of completions."""
-        return self.lm.vocabulary
+        return self.lm.vocabulary.stopping_at(self.stops)
 
     @property
     def prompted(self) -> PromptedNetwork:
@@ -123,6 +136,8 @@ class Autoregressive(TorchDistribution):
             *self.flat_prompts,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
+            truncation=self.truncation,
+            taken=None if self.where is None else self.where.reshape(-1),
             batch_size=self.lm.batch_size,
             micro_batch_size=self.lm.micro_batch_size,
             gradient_checkpointing=self.lm.gradient_checkpointing,
@@ -132,7 +147,7 @@ class Autoregressive(TorchDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Autoregressive:
         """Return the same distribution over a larger batch, for which each prompt is still prefilled once."""
-        new = self.with_model(self.lm)
+        new = self._copy(self.lm, slice(None))
         new._drawn = self._drawn
         TorchDistribution.__init__(new, Size(batch_shape), self.event_shape, validate_args=False)
         return new
@@ -140,16 +155,48 @@ class Autoregressive(TorchDistribution):
     def with_model(self, lm: TokenModel) -> Autoregressive:
         """Return the completions of the same prompts by another language model, as of a policy in the prior's place.
 
+        It is not truncated: what it proposes can be all that the prior can draw.
+
         :raises ValueError: if the models' vocabularies differ: in size, EOS or pad token.
         """
-        if lm is not self.lm and lm.vocabulary != self.vocabulary:
+        if lm is not self.lm and lm.vocabulary != self.lm.vocabulary:
             raise ValueError(
-                f"the language models' vocabularies differ, {self.vocabulary} and {lm.vocabulary}: "
+                f"the language models' vocabularies differ, {self.lm.vocabulary} and {lm.vocabulary}: "
                 "one cannot propose completions of the other"
             )
-        new = Autoregressive(lm, self.prompt_ids, self.prompt_mask, self.max_new_tokens, self.temperature)
-        TorchDistribution.__init__(new, self.batch_shape, self.event_shape, validate_args=False)
+        return self._copy(lm, slice(None))
+
+    def first(self, size: int) -> Autoregressive:
+        """Return the distribution of the first ``size`` elements of the batch's first axis."""
+        own = self.prompt_ids.dim() > len(self.batch_shape) and len(self.prompt_ids) > 1
+        return self._copy(self.lm, slice(size) if own else slice(None)).expand((size, *self.batch_shape[1:]))
+
+    def _copy(self, lm: TokenModel, some: slice) -> Autoregressive:
+        """Return the distribution of some prompts, by their first axis, by a language model."""
+        new = Autoregressive(
+            lm,
+            self.prompt_ids[some],
+            None if self.prompt_mask is None else self.prompt_mask[some],
+            self.max_new_tokens,
+            self.temperature,
+            truncation=self.truncation if lm is self.lm else NO_TRUNCATION,
+            stops=self.stops,
+            where=None if self.where is None else self.where[some],
+        )
+        if some == slice(None):
+            TorchDistribution.__init__(new, self.batch_shape, self.event_shape, validate_args=False)
         return new
+
+    def is_same(self, other: Autoregressive) -> bool:
+        """Return whether this is the same distribution: one network, the same settings and prompts."""
+        alike = self.lm is other.lm and self.temperature == other.temperature and self.truncation == other.truncation
+        tensors = zip((self.prompt_mask, self.where), (other.prompt_mask, other.where), strict=True)
+        return (
+            alike
+            and self.stops == other.stops
+            and torch.equal(self.prompt_ids, other.prompt_ids)
+            and all(a is b if a is None or b is None else torch.equal(a, b) for a, b in tensors)
+        )
 
     @constraints.dependent_property(is_discrete=True, event_dim=1)
     def support(self) -> constraints.Constraint:
@@ -214,7 +261,11 @@ class Autoregressive(TorchDistribution):
         Without gradient; of no meaning where the completion has ended.
         """
         _, hidden = self.token_log_prob_and_hidden(value)
-        return self.lm.causal.logits(hidden, self.temperature).log_softmax(-1)
+        logits = self.truncation(self.lm.causal.logits(hidden, self.temperature))
+        if self.where is not None:
+            first = only_end(logits[..., 0, :], self.where.expand(logits.shape[:-2]), self.vocabulary)
+            logits = torch.cat([first[..., None, :], logits[..., 1:, :]], -2)
+        return logits.log_softmax(-1)
 
     # -- the support -----------------------------------------------------------------------------------------
 
@@ -253,11 +304,17 @@ class Autoregressive(TorchDistribution):
                 value = torch.where(self.vocabulary.is_eos(value), (value + 1) % size, value)
                 value = torch.where(torch.arange(self.max_new_tokens) == end, eos, value)
         value = value.to(self.prompt_ids.device)
+        if self.where is not None:
+            value = torch.where(self.where[..., None], value, self.vocabulary.eos_token_ids[0])
         return value.masked_fill(~self.vocabulary.is_live(value), self.vocabulary.pad_token_id)
 
     def lengths(self, value: Tensor) -> Tensor:
         """Return the number of tokens of each completion before its padding, the EOS counted; shape of the batch."""
         return self.vocabulary.is_live(value).sum(-1)
+
+    def truncated(self, value: Tensor) -> Tensor:
+        """Return which completions were cut at the limit, without an end, bool of the shape of the batch."""
+        return (self.vocabulary.is_live(value) & ~self.vocabulary.is_end(value))[..., -1]
 
     # -- texts -----------------------------------------------------------------------------------------------
 

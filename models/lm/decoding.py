@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .encoding import Vocabulary
 from .prefix import Prefix, PromptedNetwork, extend
 
 
@@ -23,9 +24,12 @@ class Decoder:
     :param prompted: the network and its prompts.
     :param prefix: the prompts after their forward pass, one a row; its cache is written to.
     :param room: the most tokens of each row, (row,); None for ``max_new_tokens``.
+    :param states: of the stop strings, after what of each completion is part of its prefix, (row,).
     """
 
-    def __init__(self, prompted: PromptedNetwork, prefix: Prefix, room: Tensor | None = None) -> None:
+    def __init__(
+        self, prompted: PromptedNetwork, prefix: Prefix, room: Tensor | None = None, states: Tensor | None = None
+    ) -> None:
         self.prompted = prompted
         self.t = 0
         self._room = room
@@ -36,6 +40,8 @@ class Decoder:
         self.values = torch.full(shape, pad_token_id, dtype=torch.long, device=hidden.device)
         self.scores = torch.zeros(shape, dtype=torch.float32, device=hidden.device)
         self.finished = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+        stops = prompted.vocabulary.stops
+        self._states = stops.start(len(hidden)) if stops is not None and states is None else states
         self._prefix = prefix
         self._hidden = hidden
         self._pending: Tensor | None = None  # the last tokens, until the network has processed them
@@ -68,17 +74,29 @@ class Decoder:
 
     @property
     def logits(self) -> Tensor:
-        """Float32 logits (row, vocabulary) of the next token, divided by the temperature."""
+        """Float32 logits (row, vocabulary) of the next token, divided by the temperature and truncated."""
         if self._logits is None:
-            self._logits = self.prompted.network.logits(self.hidden, self.prompted.temperature)
+            prompted = self.prompted
+            self._logits = prompted.truncation(prompted.network.logits(self.hidden, prompted.temperature))
+            if self.t == 0 and self._prefix.taken is not None:
+                self._logits = only_end(self._logits, self._prefix.taken, prompted.vocabulary)
         return self._logits
+
+    def ends_with(self, tokens: Tensor) -> Tensor:
+        """Return whether each of some next tokens (row, k) would end the text, bool (row, k)."""
+        ends, stops = self.prompted.vocabulary.is_eos(tokens), self.prompted.vocabulary.stops
+        if stops is None or self._states is None:
+            return ends
+        return ends | (stops.after(self._states[:, None], tokens) == stops.ended)
 
     def append(self, token: Tensor, score: Tensor) -> None:
         """Write tokens (row,) with their log-probabilities (row,); rows that have ended are padded instead."""
         vocabulary = self.prompted.vocabulary
         self.values[:, self.t] = torch.where(self.finished, vocabulary.pad_token_id, token)
         self.scores[:, self.t] = score.masked_fill(self.finished, 0.0)
-        self.finished = self.finished | vocabulary.is_eos(token)
+        self.finished = self.finished | self.ends_with(token[:, None])[:, 0]
+        if vocabulary.stops is not None and self._states is not None:
+            self._states = vocabulary.stops.after(self._states, token)
         self.t += 1
         if self._room is not None:
             self.finished = self.finished | (self.t >= self._room)
@@ -104,6 +122,8 @@ class Decoder:
             self._logits = self._logits[rows]
         if self._room is not None:
             self._room = self._room[rows]
+        if self._states is not None:
+            self._states = self._states[rows]
 
 
 def generate(decoder: Decoder, watch: Callable[[Tensor], None] | None = None) -> tuple[Tensor, Tensor]:
@@ -126,6 +146,13 @@ def generate(decoder: Decoder, watch: Callable[[Tensor], None] | None = None) ->
             rows = rows[live]
     values[rows], scores[rows] = decoder.values, decoder.scores
     return values, scores
+
+
+def only_end(logits: Tensor, taken: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """Return logits (..., vocabulary) of a first token that ends the text with probability 1 where not ``taken``."""
+    end = torch.full_like(logits, -torch.inf)
+    end[..., vocabulary.eos_token_ids[0]] = 0.0
+    return torch.where(taken[..., None], logits, end)
 
 
 def categorical(logits: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:

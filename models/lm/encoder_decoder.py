@@ -110,8 +110,8 @@ class EncoderDecoderNetwork(CausalNetwork):
         """The number of tokens of prompts, which may be others than those of completions."""
         config = self.network.config
         encoder = getattr(config, "encoder", config)
-        size: int = getattr(config, "src_vocab_size", None) or getattr(encoder, "vocab_size", self.vocab_size)
-        return size
+        size: Any = getattr(config, "src_vocab_size", None) or getattr(encoder, "vocab_size", self.vocab_size)
+        return int(size)
 
     def room(self, max_new_tokens: int) -> int | None:
         """Return the most tokens of a prompt; the completion takes none of them.

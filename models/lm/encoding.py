@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from bayeslm.validation import Unchecked, show
 
 from .chats import chat_text
 from .remembered import key_of, on_host, recalled, remembered
+from .stops import Stops
 from .tables import refuse_table
 
 Prompt = str | Sequence[dict[str, Any]] | Sequence[int] | Tensor
@@ -126,6 +127,26 @@ def _padded(
     )
 
 
+def broadcast_where(
+    ids: Tensor, mask: Tensor | None, where: Tensor, vocabulary: Vocabulary
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return prompts, and where completions are written, in the batch that both broadcast to.
+
+    :raises TypeError: if ``where`` is not bool.
+    :raises ValueError: if they do not broadcast, or no token ends a completion.
+    """
+    if where.dtype != torch.bool:
+        raise TypeError(f"where must be a bool tensor, got {where.dtype}: write x > 0, or where.bool()")
+    if not vocabulary.eos_token_ids:
+        raise ValueError("where needs an end token, for the text that ends at once, and this LanguageModel has none")
+    try:
+        shape = torch.broadcast_shapes(ids.shape[:-1], where.shape)
+    except RuntimeError:
+        raise ValueError(f"where has shape {tuple(where.shape)}, and prompts {tuple(ids.shape[:-1])}") from None
+    mask = None if mask is None else mask.expand(*shape, -1)
+    return ids.expand(*shape, -1), mask, where.to(ids.device).expand(shape)
+
+
 def check_room(prompts: Encoded, room: int | None) -> None:
     """Check that encoded prompts have at most ``room`` tokens; None for no limit.
 
@@ -209,11 +230,25 @@ class Vocabulary:
     :param size: number of tokens.
     :param eos_token_ids: the first of these in a completion ends it, and counts.
     :param pad_token_id: fills a completion after its end; it need not be a token of the network.
+    :param stops: the strings that end a completion as well, if there are any.
     """
 
     size: int
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
+    stops: Stops | None = None
+
+    def stopping_at(self, stops: Stops | None) -> Vocabulary:
+        """Return the same tokens with stop strings.
+
+        Where the pad is a word of its own, an end token fills completions: then they can be read without these strings.
+        """
+        if stops is None:
+            return self
+        pad = self.pad_token_id
+        if pad not in self.eos_token_ids and 0 <= pad < self.size:
+            pad = next(iter(self.eos_token_ids), UNOBSERVED)
+        return replace(self, pad_token_id=pad, stops=stops)
 
     def is_eos(self, ids: Tensor) -> Tensor:
         """Return which tokens end a completion, bool of the same shape."""
@@ -222,12 +257,19 @@ class Vocabulary:
             found |= ids == token
         return found
 
+    def is_end(self, values: Tensor) -> Tensor:
+        """Return which tokens of completions (..., T) end them, bool of the same shape; it counts the first alone."""
+        found = self.is_eos(values)
+        if self.stops is not None:
+            found |= self.stops.to(values.device).states(values) == self.stops.ended
+        return found
+
     def is_live(self, values: Tensor) -> Tensor:
         """Return True up to and including the first EOS of completions (..., T), False on their padding.
 
         Of the observed beginning of a completion it is True at the tokens that are observed.
         """
-        ends = self.is_eos(values).long()
+        ends = self.is_end(values).long()
         return ((ends.cumsum(-1) - ends) == 0) & ((values == UNOBSERVED).cumsum(-1) == 0)
 
     def before_end(self, values: Tensor) -> list[list[int]]:
@@ -250,28 +292,43 @@ class Vocabulary:
         The beginning of a completion goes on with `UNOBSERVED`.
         """
         in_range = (values >= 0) & (values < self.size)
-        ends = self.is_eos(values).long()
-        filler = torch.where((ends.cumsum(-1) - ends) > 0, self.pad_token_id, UNOBSERVED)
-        return torch.where(self.is_live(values), in_range, values == filler)
+        ends = self.is_end(values).long()
+        padded = (values == self.pad_token_id) & ((ends.cumsum(-1) - ends) > 0)
+        return torch.where(self.is_live(values), in_range, padded | (values == UNOBSERVED))
 
     def num_completions(self, length: int) -> int:
         """Return how many completions of at most ``length`` tokens exist.
 
         With E of V tokens ending one: the sum over t of (V-E)^(t-1) E that end at t, plus (V-E)^T that never end.
+        Where strings end one too, E depends on the state of the text so far.
         """
+        if self.stops is not None:
+            return self._num_stopping(length)
         ends = len(self.eos_token_ids)
         alive = self.size - ends
         return sum(alive ** (t - 1) * ends for t in range(1, length + 1)) + alive**length
 
+    def _num_stopping(self, length: int) -> int:
+        assert self.stops is not None
+        ended = self.stops.ended
+        lives = ~self.is_eos(torch.arange(self.size))
+        steps = [row[lives].bincount(minlength=ended + 1).tolist() for row in self.stops.table[:ended].cpu()]
+        alive, done = [1, *[0] * (ended - 1)], 0
+        for _ in range(length):
+            done += sum(alive) * len(self.eos_token_ids) + sum(
+                n * row[ended] for n, row in zip(alive, steps, strict=True)
+            )
+            alive = [sum(n * row[state] for n, row in zip(alive, steps, strict=True)) for state in range(ended)]
+        return done + sum(alive)
+
     def completions(self, length: int, device: torch.device) -> Tensor:
         """Enumerate all completions of at most ``length`` tokens, (completion, length)."""
         tokens = torch.arange(self.size, device=device)
-        is_end = self.is_eos(tokens)
         alive = torch.empty((1, 0), dtype=torch.long, device=device)
         done = []
         for t in range(length):
             longer = torch.cat([alive.repeat_interleave(len(tokens), 0), tokens.repeat(len(alive))[:, None]], dim=-1)
-            ended = is_end.repeat(len(alive))
+            ended = self.is_end(longer)[:, -1]
             done.append(pad(longer[ended], (0, length - t - 1), value=self.pad_token_id))
             alive = longer[~ended]
         return torch.cat([*done, alive])

@@ -9,6 +9,7 @@ turn that was drawn, whose text is cut at the marks.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,7 @@ def join(prompts: Encoded, parts: tuple[Any, ...], tokenizer: Any, vocabulary: V
             between, chats = _next_turns(name, chats, part, tokenizer)
             segments.append(_padded(between, lambda x: list(tokenizer(x, add_special_tokens=False)["input_ids"])))
         else:
-            texts = _array(name, part)
-            segments.append(_padded(texts, lambda x, name=name: text_ids(name, x, tokenizer)))
+            segments.append(_padded(_array(name, part), partial(text_ids, name, tokenizer=tokenizer)))
     return _side_by_side(segments, prompts.ids.device, chats)
 
 

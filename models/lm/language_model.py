@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from bayeslm.model_card import TrainingNotes, read_notes, training_notes
 from bayeslm.posterior import Posterior
 from bayeslm.processes import is_first
-from bayeslm.validation import Count, Positive, Seed, Unchecked, validated
+from bayeslm.validation import Count, Positive, Seed, Unchecked, Within, validated
 
-from . import adapters, completions, encoding, fitting, generation, joining, packing, texts
+from . import adapters, completions, encoding, fitting, generation, joining, packing, stop_strings, texts
 from .autoregressive import Autoregressive
+from .devices import own_device
 from .encoding import Vocabulary
 from .gradient_checkpointing import checkpointable_layers
 from .gradients import differentiating
@@ -26,8 +27,10 @@ from .module_errors import ModuleWithProperties
 from .network import CausalNetwork
 from .own_forward import Findings
 from .settings import Settings
+from .sharding import refuse_sharded
 from .special_tokens import SpecialTokens, find_special_tokens, is_encoder_decoder
 from .token_bytes import token_bytes
+from .truncation import Truncation
 from .weights import SharedWeights
 from .words import word_tokenizer
 
@@ -83,6 +86,7 @@ class LanguageModel(ModuleWithProperties):
         super().__init__()
         network = adapters.unwrapped(network)
         adapters.check_supported(network)
+        refuse_sharded(network.named_parameters())
         self.network = network.requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
@@ -131,7 +135,7 @@ class LanguageModel(ModuleWithProperties):
             adapter is loaded on top of its base model, with the adapter's own tokenizer, chat template and EOS if the
             folder has them.
         :param base: the base model of an adapter, if not the one that the adapter names.
-        :param device: where to put it.
+        :param device: where to put it. Of several processes on one machine "cuda" is each one's own GPU.
         :param dtype: of the weights; log-probabilities are float32 in any case, and so are weights in training.
         :param eos_token_ids: default: those that were given to the saved model, else see `LanguageModel`.
         :param pad_token_id: likewise.
@@ -171,7 +175,7 @@ class LanguageModel(ModuleWithProperties):
         )
         lm.provenance = read_notes(Path(name_or_path) / str(kwargs.get("subfolder") or ""))
         lm = lm if base is None else base._sharing(lm)
-        return lm.to(device) if device is not None else lm
+        return lm.to(own_device(device)) if device is not None else lm
 
     @classmethod
     @validated
@@ -328,6 +332,7 @@ class LanguageModel(ModuleWithProperties):
         :raises OSError: if the disk refuses; the folder is then as it was before.
         """
         packing.refuse_packed(self.network)
+        refuse_sharded(self.network.named_parameters())
         if not is_first():
             return
         named = find_special_tokens(self.network, self.tokenizer)
@@ -465,9 +470,11 @@ class LanguageModel(ModuleWithProperties):
         It is put back in evaluation mode, and tried again if layers have been replaced.
 
         :raises RuntimeError: if weights that it shares with another model were changed through the other.
+        :raises TypeError: if its parameters are sharded, see `refuse_sharded`.
         """
         if self._shared is not None:
             self._shared.check()
+        refuse_sharded(self.network.named_parameters())
         if any(module.training for module in self.network.modules()):
             self.network.eval()
         if self._causal is not None and not self._causal.is_current:
@@ -520,15 +527,40 @@ class LanguageModel(ModuleWithProperties):
         prompts: encoding.Prompts,
         max_new_tokens: Count = 24,
         temperature: Positive = 1.0,
+        *,
+        top_k: Count | None = None,
+        top_p: Annotated[float, Within("(0, 1]")] | None = None,
+        stop: Annotated[str | Sequence[str] | None, Unchecked] = None,
+        where: Tensor | None = None,
     ) -> Autoregressive:
         """Return the distribution of completions of ``prompts``.
 
-        :param prompts: strings, chats or token ids; see `encoding.encode`, also for the errors.
+        :param prompts: strings, chats, token ids or what `join` returns; see `encoding.encode`, also for the errors.
         :param max_new_tokens: the longest completion.
         :param temperature: divides the logits.
+        :param top_k: of each token the k likeliest remain, renormalised; None: all.
+        :param top_p: of each token the fewest likeliest with this probability remain, renormalised; None: all.
+        :param stop: a string, or several, that end a completion as an end token does; they are part of it.
+        :param where: bool, in a shape that broadcasts with the prompts': elsewhere the completion is the text that ends
+            at once, with probability 1, as in a turn of a dialogue that is not taken.
+        :raises TypeError: if ``where`` is not bool, or ``stop`` is no string, or there is no tokenizer to read it with.
+        :raises ValueError: if ``where`` does not broadcast, or there is no end token, or ``stop`` is empty.
         """
-        encoded = self.encode_prompts(prompts, max_new_tokens)
-        return Autoregressive(self, encoded.ids, encoded.mask, max_new_tokens, temperature)
+        refuse_sharded(self.network.named_parameters())
+        ids, mask, _ = self.encode_prompts(prompts, max_new_tokens)
+        strings = stop_strings.check_stop(stop, self.tokenizer)
+        if where is not None:
+            ids, mask, where = encoding.broadcast_where(ids, mask, where, self.vocabulary)
+        return Autoregressive(
+            self,
+            ids,
+            mask,
+            max_new_tokens,
+            temperature,
+            truncation=Truncation(top_k, top_p),
+            stops=stop_strings.stops_of(self.tokenizer, strings, self.vocab_size).to(ids.device) if strings else None,
+            where=where,
+        )
 
     @validated
     def generate_texts(

@@ -35,6 +35,7 @@ from .masks import causal_mask
 from .module_copies import with_forward, with_modules, with_parameters
 from .own_forward import Findings
 from .special_tokens import vocab_size
+from .truncation import NO_TRUNCATION, Truncation
 from .usage import count_pass
 from .whole_texts import one_length_at_a_time
 
@@ -465,7 +466,9 @@ class CausalNetwork:
             logits = self._converted(self.head)(hidden)
         return logits.float() / temperature if temperature != 1.0 else logits.float()
 
-    def token_log_prob(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    def token_log_prob(
+        self, hidden: Tensor, targets: Tensor, temperature: float, truncation: Truncation = NO_TRUNCATION
+    ) -> Tensor:
         """Return log p(target | hidden), (tokens,), for hidden (tokens, width) and targets (tokens,), block by block.
 
         With gradients, if these tokens are more than one block, the logits of a block are not kept, and the backward
@@ -473,7 +476,7 @@ class CausalNetwork:
         """
 
         def block(h: Tensor, x: Tensor) -> Tensor:
-            return log_softmax_at(self.logits(h, temperature), x)
+            return log_softmax_at(truncation(self.logits(h, temperature)), x)
 
         size = max(1, LOGITS_BLOCK // self.vocab_size)
         blocks = zip(hidden.split(size), targets.split(size), strict=True)

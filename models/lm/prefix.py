@@ -20,6 +20,7 @@ from torch import Tensor
 from .encoding import Vocabulary
 from .memory import Batches
 from .network import CausalNetwork
+from .truncation import Truncation
 
 
 @dataclass
@@ -27,13 +28,15 @@ class Prefix:
     """Prompts after their forward pass, from which every continuation starts.
 
     ``hidden`` (rows, width) predicts the first new token; ``cache`` holds keys and values; ``mask`` (rows, length) is
-    None without padding; ``lengths`` (rows,) counts the tokens that are not padding.
+    None without padding; ``lengths`` (rows,) counts the tokens that are not padding; ``taken`` (rows,) is False where
+    the completion ends at once, None where none does.
     """
 
     hidden: Tensor
     cache: Any
     mask: Tensor | None
     lengths: Tensor
+    taken: Tensor | None = None
 
     def fork(self, rows: Tensor) -> Prefix:
         """Return the prefix of prompt ``rows[i]`` as row i. The cache is copied, never changed in place."""
@@ -41,7 +44,8 @@ class Prefix:
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         cache.batch_select_indices(rows)
         mask = None if self.mask is None else self.mask[rows]
-        return Prefix(self.hidden[rows], cache, mask, self.lengths[rows])
+        taken = None if self.taken is None else self.taken[rows]
+        return Prefix(self.hidden[rows], cache, mask, self.lengths[rows], taken)
 
     def detached(self) -> tuple[Prefix, list[Tensor], list[Tensor]]:
         """Return a copy with a graph of its own; its leaves, and the tensors of this prefix that they are copies of."""
@@ -59,18 +63,20 @@ class Prefix:
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         for layer in cache.layers:
             layer.keys, layer.values = leaf(layer.keys), leaf(layer.values)
-        return Prefix(leaf(self.hidden), cache, self.mask, self.lengths), roots, leaves
+        return replace(self, hidden=leaf(self.hidden), cache=cache), roots, leaves
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these, in the cache one layer after another."""
         self.cache.batch_select_indices(rows)
         self.mask = None if self.mask is None else self.mask[rows]
+        self.taken = None if self.taken is None else self.taken[rows]
         self.hidden, self.lengths = self.hidden[rows], self.lengths[rows]
 
     def select(self, rows: Tensor) -> None:
         """Replace row i by row ``rows[i]``, cache included; on a CPU a row that stays costs nothing."""
         self.lengths = self.lengths[rows]
         self.mask = None if self.mask is None else self.mask[rows]
+        self.taken = None if self.taken is None else self.taken[rows]
         if rows.device.type != "cpu":  # which of them move is known there, and the host would wait for it
             self.cache.batch_select_indices(rows)
             return
@@ -95,9 +101,13 @@ def joined(parts: list[Prefix]) -> Prefix:
     for i, layer in enumerate(cache.layers):
         layer.keys = torch.cat([part.cache.layers[i].keys for part in parts])
         layer.values = torch.cat([part.cache.layers[i].values for part in parts])
-    masks = [part.mask for part in parts if part.mask is not None]
-    hidden, lengths = (torch.cat([getattr(part, name) for part in parts]) for name in ("hidden", "lengths"))
-    return Prefix(hidden, cache, torch.cat(masks) if masks else None, lengths)
+
+    def together(name: str) -> Tensor | None:
+        each = [getattr(part, name) for part in parts]
+        return None if each[0] is None else torch.cat(each)
+
+    others: dict[str, Any] = {name: together(name) for name in ("hidden", "mask", "lengths", "taken")}
+    return Prefix(cache=cache, **others)
 
 
 def extend(network: CausalNetwork, prefix: Prefix, ids: Tensor, done: int = 0) -> Tensor:
@@ -127,6 +137,8 @@ class PromptedNetwork:
     :param prompt_mask: 1 at tokens that are not padding, same shape; None if no prompt is padded.
     :param max_new_tokens: the longest completion.
     :param temperature: divides the logits.
+    :param truncation: what remains of the distribution of each token.
+    :param taken: False at prompts whose completion ends at once, (prompt,); None where none does.
     :param batch_size: sequences in one forward pass at most; None: as many as bounded memory allows.
     :param micro_batch_size: of these, sequences whose activations are kept at once for a gradient.
     :param gradient_checkpointing: keep of each layer its input alone for the backward pass.
@@ -138,6 +150,8 @@ class PromptedNetwork:
     prompt_mask: Tensor | None
     max_new_tokens: int
     temperature: float
+    truncation: Truncation
+    taken: Tensor | None
     batch_size: int | None
     micro_batch_size: int | None
     gradient_checkpointing: bool
@@ -186,6 +200,7 @@ class PromptedNetwork:
             block = slice(first, first + size)
             mask = None if self.prompt_mask is None else self.prompt_mask[block]
             prefix = prefill(self.network, self.prompt_ids[block], mask)
+            prefix.taken = None if self.taken is None else self.taken[block]
             members = ((rows >= first) & (rows < first + size)).nonzero().squeeze(-1)
             yield prefix, members, rows[members] - first
 

@@ -166,5 +166,13 @@ def _score(prompted: PromptedNetwork, prefix: Prefix | None, prompts: Tensor, va
         if longest > 1:
             hidden = torch.cat([hidden, extend(network, prefix, inputs)], dim=1)
     at = live.nonzero(as_tuple=True)  # found once, also for the backward pass: the host waits for a device here
-    scores = network.token_log_prob(hidden[at], ids[at], prompted.temperature)
-    return scores.new_zeros(values.shape).index_put(at, scores).masked_fill(malformed, -torch.inf), hidden
+    scores = network.token_log_prob(hidden[at], ids[at], prompted.temperature, prompted.truncation)
+    scores = scores.new_zeros(values.shape).index_put(at, scores)
+    if prompted.taken is not None:
+        taken = prompted.taken[prompts] if prefix is None else prefix.taken
+        assert taken is not None
+        written = live.sum(-1)
+        ends_at_once = ((written == 1) & (values[:, 0] == vocabulary.eos_token_ids[0])) | (written == 0)
+        scores = torch.where(taken[:, None], scores, torch.where(ends_at_once, 0.0, -torch.inf)[:, None])
+        scores = torch.where(taken[:, None] | (torch.arange(values.shape[-1]) == 0).to(taken), scores, 0.0)
+    return scores.masked_fill(malformed, -torch.inf), hidden

@@ -8,6 +8,7 @@ tokens follow at once.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -41,16 +42,27 @@ def redraw(
     for part, prefix in _batches(prompted, prompts, cut[chosen]):
         rows, kept = chosen[part], cut[chosen[part]]
         prefix = _extended(prompted, prefix, prompts[part], old[rows], kept)
+        states = _states(prompted, old[rows], kept)
         for some in torch.arange(len(rows) * len(new), device=rows.device).split(prompted.max_rows):
             copy, row = some // len(rows), some % len(rows)
             start = prefix if len(new) == 1 else prefix.fork(row)
-            suffix = generate(Decoder(prompted, start, room=length - kept[row]))
+            reached = states if states is None or len(new) == 1 else states[row]
+            suffix = generate(Decoder(prompted, start, room=length - kept[row], states=reached))
             place = (positions - kept[row, None]).clamp_min(0)
             after = positions >= kept[row, None]
             new[copy, rows[row]] = torch.where(after, suffix[0].gather(-1, place), old[rows[row]])
             scores[copy, rows[row]] = suffix[1].gather(-1, place) * after
     batch = value.shape if copies is None else (copies, *value.shape)
     return new.reshape(batch), scores.reshape(batch)
+
+
+def _states(prompted: PromptedNetwork, tokens: Tensor, kept: Tensor) -> Tensor | None:
+    """Return the states (row,) of stop strings after the first ``kept[i]`` of row i's ``tokens``, if there are any."""
+    stops = prompted.vocabulary.stops
+    if stops is None:
+        return None
+    states = torch.cat([stops.start(len(tokens))[:, None], stops.states(tokens)], -1)
+    return states.gather(-1, kept[:, None])[:, 0]
 
 
 def _batches(prompted: PromptedNetwork, prompts: Tensor, cut: Tensor) -> Iterator[tuple[Tensor, Prefix]]:
@@ -84,7 +96,8 @@ def _extended(prompted: PromptedNetwork, prefix: Prefix, prompts: Tensor, tokens
     length = mask.shape[-1]
     moved = (torch.arange(length, device=tokens.device) - (longest - kept)[:, None]) % length
     if ragged and not (network.takes_positions and network.shares_prefill(mask)):  # nothing can be moved
-        return prefill(network, torch.cat([ids[prompts], tokens], -1).gather(-1, moved), mask.gather(-1, moved))
+        text = torch.cat([ids[prompts], tokens], -1).gather(-1, moved)
+        return replace(prefill(network, text, mask.gather(-1, moved)), taken=prefix.taken)
     hidden, cache = network.hidden(tokens, mask if padded else None, prefix.lengths[:, None] + new, prefix.cache)
     hidden = torch.cat([prefix.hidden[:, None], hidden], 1)
     if ragged:
@@ -93,4 +106,5 @@ def _extended(prompted: PromptedNetwork, prefix: Prefix, prompts: Tensor, tokens
             for name in ("keys", "values"):
                 x = getattr(layer, name)
                 setattr(layer, name, x.gather(-2, moved[:, None, :, None].expand_as(x)))
-    return Prefix(hidden[torch.arange(len(kept)), kept], cache, mask if padded else None, prefix.lengths + kept)
+    last, mask = hidden[torch.arange(len(kept)), kept], mask if padded else None
+    return Prefix(last, cache, mask, prefix.lengths + kept, prefix.taken)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 PROMPT = "prompt"  # the name of the column of prompts, as in TRL's data sets
 
 
@@ -21,7 +23,7 @@ def read_table(value: Any) -> tuple[Any, dict[str, list[Any]]]:
     """Return the prompts of a table, and its other columns.
 
     :param value: a table, or anything else, which is returned unchanged, without columns.
-    :raises ValueError: if a table has no column ``prompt``, or columns of different lengths.
+    :raises ValueError: if a table has no column ``prompt``, no rows, or columns of different lengths.
     """
     if not is_table(value):
         return value, {}
@@ -29,6 +31,8 @@ def read_table(value: Any) -> tuple[Any, dict[str, list[Any]]]:
     if PROMPT not in columns:
         raise ValueError(f"the table has the columns {list(columns)}, and none of them is {PROMPT!r}: rename one")
     size = len(columns[PROMPT])
+    if not size:
+        raise ValueError("the table has no rows: give at least one prompt")
     for name, column in columns.items():
         if len(column) != size:
             raise ValueError(f"column {name!r} has {len(column)} values for {size} prompts")
@@ -69,7 +73,8 @@ def _columns(table: Any) -> dict[str, list[Any]]:
 def _as_list(name: Any, column: Any) -> list[Any]:
     if isinstance(column, str | bytes) or not hasattr(column, "__iter__"):
         raise ValueError(f"column {name!r} must hold one value a prompt, got {column!r:.60}: write [{column!r:.60}]")
-    return column.tolist() if hasattr(column, "tolist") else list(column)
+    cells = column.tolist() if hasattr(column, "tolist") else list(column)
+    return [cell.tolist() if isinstance(cell, np.ndarray) else cell for cell in cells]  # pandas' lists of Parquet
 
 
 def refuse_table(value: Any) -> None:

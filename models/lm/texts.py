@@ -188,22 +188,22 @@ def token_ends(
     """
     keys = list(zip(map(tuple, rows), texts.reshape(-1).tolist(), strict=True))
     tokens = sorted({token for row in rows for token in row})
-    pieces = dict(zip(tokens, _pieces(tokenizer, [[token] for token in tokens]), strict=True))
+    pieces = dict(zip(tokens, token_texts(tokenizer, [[token] for token in tokens]), strict=True))
     heads = sorted({row[0] for row in rows if row})
-    first = dict(zip(heads, _pieces(tokenizer, [[token] for token in heads], before), strict=True))
+    first = dict(zip(heads, token_texts(tokenizer, [[token] for token in heads], before), strict=True))
     found = {key: np.full(length, len(key[1]), dtype=np.int32) for key in keys}
     for (row, text), ends in found.items():
         parts = [first[row[0]], *(pieces[token] for token in row[1:])] if row else []
         if "".join(parts) == text:
             ends[: len(row)] = np.cumsum([len(part) for part in parts])
         else:  # a decoder that looks at neighbours, or a character of several tokens
-            beginnings = _pieces(tokenizer, [row[: t + 1] for t in range(len(row) - 1)], before)
+            beginnings = token_texts(tokenizer, [row[: t + 1] for t in range(len(row) - 1)], before)
             common = [_agree(text, beginning) for beginning in beginnings]
             ends[: len(common)] = np.maximum.accumulate(common)
     return np.array([found[key] for key in keys], dtype=np.int32).reshape(*texts.shape, length)
 
 
-def _pieces(tokenizer: Any, rows: Sequence[Sequence[int]], before: Context | None = None) -> list[str]:
+def token_texts(tokenizer: Any, rows: Sequence[Sequence[int]], before: Context | None = None) -> list[str]:
     """Return the text that each row adds to its context; of a tokenizer of words, the words alone.
 
     :param before: the context; None: a text that ends in a word.

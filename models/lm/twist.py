@@ -300,6 +300,7 @@ def _embedding(lm: LanguageModel) -> Tensor:
     """Return a vector for each token, (vocabulary, width): the network's own, or one-hot if it has none."""
     network: Any = lm.network
     try:
+        network = network.get_decoder() if lm.decoder_start_ids else network  # sources may have tokens of their own
         return network.get_input_embeddings().weight.detach()
     except (AttributeError, NotImplementedError):
         return torch.eye(lm.vocab_size, device=lm.device)

@@ -22,19 +22,23 @@ def check_columns(names: Iterable[str]) -> None:
         raise ValueError(f"a column is called {taken[0]!r}, as an argument of every reward is: rename it")
 
 
-def with_trainer_arguments(columns: Mapping[str, Any], completion_ids: np.ndarray) -> dict[str, Any]:
-    """Return columns with the other arguments that TRL's trainers pass to every reward.
+def with_trainer_arguments(
+    columns: Mapping[str, Any], completion_ids: np.ndarray, truncated: np.ndarray
+) -> dict[str, Any]:
+    """Return columns with the other arguments that TRL's trainers pass to every reward, and ``truncated``.
 
     What a reward logs is dropped, and ``trainer_state`` is None: the target of inference does not depend on how far a
     training is.
 
     :param columns: of the prompts; a reward's own ``log_extra``, ``log_metric`` or ``trainer_state`` is passed on.
     :param completion_ids: lists of token ids, an object array of the completions' shape.
+    :param truncated: whether completions were cut at the limit, bool, of the same shape; a column of this name is
+        passed on instead.
     :raises ValueError: if a column has a reserved name.
     """
     check_columns(columns)
     ignored = dict.fromkeys(("log_extra", "log_metric"), _ignore)
-    return {"trainer_state": None, **ignored, **columns, "completion_ids": completion_ids}
+    return {"trainer_state": None, "truncated": truncated, **ignored, **columns, "completion_ids": completion_ids}
 
 
 def _ignore(name: str, value: Any) -> None:

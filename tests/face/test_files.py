@@ -10,12 +10,14 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from support.disks import full_disk
 
+from bayeslm import files
 from bayeslm.files import (
     atomic_file,
     atomic_folder,
@@ -221,6 +223,35 @@ def test_a_kill_at_any_step_of_a_replacement_leaves_a_whole_folder(
     assert found.count(OLD) > 5
     assert found.count(NEW) > 3
     assert step < 99
+
+
+def test_a_kill_between_the_renamings_is_mended_where_there_are_no_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not before a writer that lives would have ended; a reader and a writer both put the new one in its place."""
+    waited: list[float] = []
+    monkeypatch.setattr(files, "_lock", lambda folder: None)
+    monkeypatch.setattr(files.time, "sleep", waited.append)
+    for step, use in enumerate((recover, replace)):
+        place = tmp_path / str(step) / "run"
+        older(place)
+        process = os.fork()
+        if process == 0:
+            rename = Path.rename
+
+            def killed(path: Path, target: Path, rename: Any = rename) -> None:
+                if path.parent.name == "new":
+                    os._exit(9)
+                rename(path, target)
+
+            monkeypatch.setattr(Path, "rename", killed)
+            replace(place)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
+        assert not place.exists()
+        use(place)
+        assert texts(place) == NEW
+        assert sum(waited) > 0.9
+        waited.clear()
 
 
 @pytest.mark.parametrize("error", [OSError("refused"), KeyboardInterrupt()])

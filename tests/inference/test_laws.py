@@ -77,9 +77,20 @@ LATENTS = {
             lambda p: mood(p) * (p.samples["completion"][..., 1:, 1] == 2),
         ],
     ),
+}
+
+TEXTS = {
     "a rationale before an observed answer": (
         dialogues.reasoned(),
         [lambda p, t=t, k=k: p.samples["rationale"][..., t] == k for t in (0, 1) for k in (1, 2)],
+    ),
+    "a dialogue with a tool": (
+        dialogues.dialogue(),
+        [
+            lambda p: p.samples["turn_0"][..., 0] == 1,
+            lambda p: (p.samples["turn_0"] == 3).any(-1),
+            lambda p: p.samples["turn_1"][..., 0] == 1,
+        ],
     ),
     "an observed beginning of an answer": (
         dialogues.reasoned(eos=False),
@@ -94,8 +105,7 @@ LATENTS = {
         ],
     ),
 }
-
-LONG = ("an observed beginning of an answer", "a text after a text")  # the parts of a dialogue
+QUICK = ("exact", "importance, policy", "svi", "smc, no twist")  # of the dialogue; all else takes a minute
 
 FUNCTIONS = [reward, *(token_is(t, token) for t in range(4) for token in (0, 1, 2))]
 
@@ -128,14 +138,27 @@ class TestPosterior:
             np.testing.assert_allclose(posterior.log_evidence, 0.0, atol=2e-3)
         assert_agrees(posterior, exact_of(beta=1e6), FUNCTIONS[:4])
 
-    @pytest.mark.parametrize(
-        "program", [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in LATENTS]
-    )
+    @pytest.mark.parametrize("program", LATENTS)
     def test_other_latents_and_several_completions(self, name, program):
         model, functions = LATENTS[program]
         exact = Exact().run(model, programs.SHORT)
         bound = float(sum(exact.log_likelihood.values()).max())
         assert_agrees(run(name, model, bound, programs.SHORT, seed=2), exact, functions)
+
+
+@pytest.mark.parametrize(
+    ("name", "program"),
+    [
+        pytest.param(name, program, marks=[] if "dialogue" in program and name in QUICK else [pytest.mark.long])
+        for name in those(texts=True, posterior=True)
+        for program in TEXTS
+    ],
+)
+def test_programs_of_several_texts(name, program):
+    model, functions = TEXTS[program]
+    exact = Exact().run(model, programs.SHORT)
+    bound = float(sum(exact.log_likelihood.values()).max())
+    assert_agrees(run(name, model, bound, programs.SHORT, seed=2), exact, functions)
 
 
 @pytest.mark.parametrize("name", those(unbiased=True, texts=True, exact=False))
@@ -180,6 +203,7 @@ class TestTexts:
         assert posterior.rewards["reward"].shape == (chains, draws, 2)
         assert posterior.log_evidence.shape == posterior.log_evidence_stderr.shape == (2,)
         assert posterior.texts["completion"].shape == posterior.lengths["completion"].shape == (chains, draws, 2)
+        np.testing.assert_array_equal(posterior.truncated["completion"], (posterior.samples["completion"] != 0).all(-1))
         assert posterior.prompts == ["a b", "c"]
         assert (posterior.prior_measured is not None) == ENGINES[name].prior
         assert posterior.stats["seconds"] > 0

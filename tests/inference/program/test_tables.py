@@ -80,6 +80,42 @@ def test_minibatches_of_a_table(name):
     np.testing.assert_array_equal(runs[0].log_weights, runs[1].log_weights)
 
 
+CELLS = [["x"], None, ["y", "z"], []]
+
+
+def test_cells_that_are_lists_or_none_reach_the_reward_as_such():
+    """Pandas reads lists of Parquet as arrays."""
+    arrays = [None if cell is None else np.array(cell, dtype=object) for cell in CELLS]
+    frame = pd.DataFrame({"prompt": list("abcd"), "answer": pd.Series(arrays, dtype=object)})
+    assert read_table(frame) == (list("abcd"), {"answer": CELLS})
+
+
+@pytest.mark.parametrize("change", ["whole", "slice", "select", "shuffle", "filter", "sort", "numpy", "concatenate"])
+def test_a_data_set_however_it_was_changed(change):
+    datasets = pytest.importorskip("datasets")
+    whole = datasets.Dataset.from_dict({"prompt": list("abcd"), "answer": CELLS, "n": [1, None, 3, 4]})
+    made = {
+        "whole": lambda: whole,
+        "slice": lambda: whole[1:3],
+        "select": lambda: whole.select([3, 0]),
+        "shuffle": lambda: whole.shuffle(seed=0),
+        "filter": lambda: whole.filter(lambda row: row["n"] != 3),
+        "sort": lambda: whole.sort("prompt", reverse=True),
+        "numpy": lambda: whole.with_format("numpy"),
+        "concatenate": lambda: datasets.concatenate_datasets([whole, whole]),
+    }[change]()
+    prompts, columns = read_table(made)
+    places = ["abcd".index(prompt) for prompt in prompts]
+    assert columns == {"answer": [CELLS[i] for i in places], "n": [[1, None, 3, 4][i] for i in places]}
+    assert len(prompts) == len(made["prompt"])
+
+
+@pytest.mark.parametrize("table", [{"prompt": []}, {"prompt": [], "n": []}, pd.DataFrame({"prompt": []})])
+def test_a_table_without_rows_is_refused(table):
+    with pytest.raises(ValueError, match="the table has no rows: give at least one prompt"):
+        read_table(table)
+
+
 def test_columns_of_pandas_are_read_by_position():
     frame = TABLES["DataFrame"]
     expected = Exact().run(model(), PROMPTS, weight=WEIGHTS)

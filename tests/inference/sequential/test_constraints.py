@@ -1,8 +1,13 @@
 """Hard constraints: every engine has the posterior of whole texts, by enumeration, whatever it proposes."""
 
 import functools
+import itertools
+import json
+from dataclasses import replace
 
+import jsonschema
 import numpy as np
+import pyro
 import pytest
 import torch
 from support.languages import LANGUAGES, PROMPTS, TOKENIZERS, TOKENS, local_distribution, spelling_lm
@@ -10,15 +15,13 @@ from support.oracles import expectation
 from support.programs import token_is
 from support.statistics import assert_agrees, assert_mean, deviations
 
-from bayeslm.inference import SMC, Exact, ImportanceSampling, RejectionSampling
-from bayeslm.models import TiltedLM, rewards
+from bayeslm.inference import SMC, Exact, ImportanceSampling, RejectionSampling, RunError
+from bayeslm.inference.program import EvidenceError, ProgramError
+from bayeslm.inference.sequential.spelling import Spelling
+from bayeslm.models import LanguageModel, TiltedLM, rewards
 
 QUIET = {"seed": 0, "progress": False}
 FUNCTIONS = [token_is(0, 1), token_is(1, 2), lambda p: p.lengths["completion"]]
-
-
-def number_of_as(completions):
-    return [0.5 * float(text.count("a")) for text in completions]
 
 
 def program(language: str, tokenizer: str = "characters", reward=None) -> TiltedLM:
@@ -96,3 +99,115 @@ def test_locally_renormalised_texts_have_another_distribution():
     assert_mean((inside * (is_text - local[text])).mean(1), 0.0)
     assert abs(is_text[inside].mean() - truth[text]) > 0.02
     assert_mean(deviations(posterior, is_text, truth[text], known.log_evidence[:1]), 0.0)
+
+
+@pytest.mark.parametrize("proposal", ["masks", "checks"])
+def test_a_retained_draw_makes_log_z_an_upper_bound(proposal):
+    """E[1 / Z-hat] = 1 / Z, where the retained text has the weight that it would have if it had been drawn."""
+    model, known = program("regex"), exact("regex")
+    constraint = LANGUAGES["regex"].grammar if proposal == "masks" else predicate("regex")
+    smc = SMC(12, 60, twist=constraint, retained=known, **QUIET).run(model, PROMPTS)
+    log_z = np.log(np.exp(smc.log_weights - known.log_evidence).mean(1))
+    assert_mean(np.exp(-log_z), 1.0)
+    if proposal == "masks":
+        weighted = ImportanceSampling(12, 60, guide=constraint, retained=known, **QUIET).run(model, PROMPTS)
+        assert_mean(1 / np.exp(weighted.log_weights - known.log_evidence).mean(1), 1.0)
+
+
+def test_each_of_several_completions_has_its_own_constraint():
+    lm, grammar, even = spelling_lm("regex"), LANGUAGES["regex"].grammar, rewards.Grammar(regex="(ab)*")
+
+    def model(prompts):
+        with pyro.plate("prompts", len(prompts)):
+            x = pyro.sample("completion", lm(prompts, max_new_tokens=2))
+            pyro.factor("first", grammar(prompts, lm.decode(x)))
+            y = pyro.sample("reply", lm(prompts, max_new_tokens=2))
+            pyro.factor("second", even(prompts, lm.decode(y)) + (x[..., 0] == y[..., 0]) * 1.0)
+
+    known = Exact().run(model, PROMPTS)
+    both = {"completion": grammar, "reply": even}
+    for engine in (
+        SMC(30, 30, twist=both, **QUIET),
+        SMC(30, 30, twist={"reply": even}, **QUIET),
+        ImportanceSampling(30, 30, guide=both, **QUIET),
+        RejectionSampling(5, 20, constraint=both, log_bound=1.0, batch_size=64, **QUIET),
+    ):
+        posterior = engine.run(model, PROMPTS)
+        assert_agrees(posterior, known, [token_is(0, 1), lambda p: p.samples["reply"][..., 0] == 3])
+    for engine in (SMC(twist=even), ImportanceSampling(guide=even), RejectionSampling(constraint=even, log_bound=1.0)):
+        with pytest.raises(ProgramError, match="say which one"):
+            engine.run(model, PROMPTS)
+
+
+def test_rejection_learns_until_it_refuses_nothing():
+    model, grammar = program("json"), LANGUAGES["json"].grammar
+    settings = {"num_samples": 100, "batch_size": 32, **QUIET}
+    learned = RejectionSampling(constraint=grammar, **settings).run(model, PROMPTS[:1])
+    assert learned.rewards["reward"].shape == (1, 100, 1)
+    assert learned.stats["proposals"] < 0.01 * 100 / np.exp(exact("json").log_evidence[0])  # of what it takes without
+
+
+def test_a_language_without_a_text_that_fits_is_an_error():
+    lm, long = spelling_lm("regex"), rewards.Grammar(regex="a{20}")
+    model = TiltedLM(lm, long, beta=1.0, max_new_tokens=TOKENS)
+    with pytest.raises(EvidenceError, match="dead at token 1"):  # 20 forced bytes take more than the 3 tokens left
+        SMC(16, 1, twist=long, **QUIET).run(model, PROMPTS)
+    with pytest.raises(EvidenceError):
+        ImportanceSampling(16, guide=long, **QUIET).run(model, PROMPTS)
+    with pytest.raises((EvidenceError, RunError), match="every text"):
+        RejectionSampling(8, constraint=long, batch_size=8, **QUIET).run(model, PROMPTS)
+
+
+def test_tokens_without_texts_are_refused_with_advice():
+    lm = LanguageModel(spelling_lm("regex").network, None, eos_token_ids=0)
+    grammar = LANGUAGES["regex"].grammar
+
+    def model(prompts):
+        with pyro.plate("prompts", len(prompts)):
+            pyro.factor("even", 0.0 * pyro.sample("completion", lm(prompts, max_new_tokens=2)).sum(-1))
+
+    for engine in (SMC(twist=grammar), ImportanceSampling(guide=grammar), RejectionSampling(constraint=grammar)):
+        with pytest.raises(ProgramError, match="tokenizer"):
+            (replace(engine, log_bound=0.0) if isinstance(engine, RejectionSampling) else engine).run(model, PROMPTS)
+
+
+def test_a_constraint_is_no_setting_of_another_type():
+    for make in (lambda: SMC(twist=3), lambda: RejectionSampling(constraint="a+")):
+        with pytest.raises((TypeError, ValueError), match=r"twist|constraint"):
+            make()
+
+
+def test_the_least_number_of_tokens_of_a_forced_text():
+    distribution = spelling_lm("regex")(PROMPTS, TOKENS)
+    spelling = Spelling(distribution, torch.tensor([0]))
+    words = [word for word in spelling.token_bytes if word]
+    for text in (b"a", b"ab", b"aab", b"abba", b"bbbab"):
+        spellings = (
+            n for n in range(1, 6) for each in itertools.product(words, repeat=n) if b"".join(each).startswith(text)
+        )
+        assert spelling.shortest(text) == next(spellings)
+    assert spelling.shortest(b"") == 0
+    assert spelling.shortest(b"ac") > TOKENS  # no word has a c
+
+
+@pytest.mark.long
+def test_smollm2_writes_json_of_a_schema():
+    """Every text that has a weight is valid JSON of the schema, and what cannot be completed in time has none."""
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 16}, "age": {"type": "integer", "maximum": 150}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    grammar = rewards.Grammar(json_schema=schema | {"x-guidance": {"whitespace_flexible": False}})
+    lm = LanguageModel.from_pretrained("smollm2")
+    prompts = ["Maria Keller is 34 years old. As JSON, with name and age: ", "JSON of a person called Bo, aged 7: "]
+    for engine in (SMC(16, 2, twist=grammar, **QUIET), ImportanceSampling(32, guide=grammar, **QUIET)):
+        posterior = engine.run(TiltedLM(lm, grammar, 1.0, max_new_tokens=32), prompts)
+        weighted = posterior.texts["completion"][posterior.weights() > 0]
+        assert len(weighted) >= 16
+        for text in weighted:
+            jsonschema.validate(json.loads(text), schema)
+        for text in posterior.texts["completion"][posterior.weights() == 0]:
+            with pytest.raises(ValueError, match=r"Unterminated|Expecting|Extra"):
+                json.loads(text)

@@ -5,6 +5,7 @@ import torch
 from support.models import llama_network, tiny_seq2seq
 from support.oracles import all_by_hand
 from support.tokenizers import metaspace
+from support.zoo import seq2seq_network
 from torch import nn
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from bayeslm.models import LanguageModel
-from bayeslm.models.lm import count_usage, redraw, scoring
+from bayeslm.models.lm import Twist, count_usage, redraw, scoring
 
 KINDS = ("t5", "bart")
 SOURCES = [[1, 2, 3, 4], [5], [6, 7]]
@@ -174,6 +175,23 @@ def test_ragged_cuts_are_redrawn_as_mcmc_does(model_type):
         with torch.no_grad():
             wanted = all_by_hand(lm, SOURCES, many).reshape(new.shape)
         close(scores, wanted * (after & (cut < dist.lengths(x))[..., None]))
+
+
+def test_sources_may_have_other_tokens_than_completions():
+    """As of Marian's models of two vocabularies: more tokens are drawn than sources have, and a twist reads them."""
+    network = seq2seq_network("marian", share_encoder_decoder_embeddings=False, decoder_vocab_size=30)
+    lm = LanguageModel(network, eos_token_ids=2)
+    sources = [[23, 5], [7]]
+    dist = lm(sources, TOKENS).expand([6, 2])
+    torch.manual_seed(0)
+    x = dist.sample()
+    assert x.max() >= 24
+    with torch.no_grad():
+        close(dist.token_log_prob(x), all_by_hand(lm, sources, x))
+    with pytest.raises(ValueError, match=r"prompts\[0\] holds token ids outside 0..23"):
+        lm([[24]], TOKENS)
+    twist, decoder = Twist(lm, TOKENS), dist.decoder()
+    assert twist.lookahead(twist.start(decoder), x.reshape(12, -1)).shape == (12, TOKENS)
 
 
 # -- other forms of the same weights ---------------------------------------------------------------------------

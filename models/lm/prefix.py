@@ -106,7 +106,7 @@ class PromptedNetwork:
     :param prompt_mask: 1 at tokens that are not padding, same shape; None if no prompt is padded.
     :param max_new_tokens: the longest completion.
     :param temperature: divides the logits.
-    :param truncation: what remains of the distribution of each token.
+    :param truncation: what remains of the distribution of each token; None: all.
     :param taken: False at prompts whose completion ends at once, (prompt,); None where none does.
     :param base: what prompts begin with, its ``rows`` (prompt,); None where nothing is shared.
     :param batch_size: sequences in one forward pass at most; None: as many as bounded memory allows.
@@ -120,7 +120,7 @@ class PromptedNetwork:
     prompt_mask: Tensor | None
     max_new_tokens: int
     temperature: float
-    truncation: Truncation
+    truncation: Truncation | None
     taken: Tensor | None
     base: Base | None
     batch_size: int | None
@@ -209,7 +209,7 @@ class PromptedNetwork:
             tokens = ids.gather(-1, at.clamp_max(ids.shape[-1] - 1))
             prefix = grown(self.network, begin[row], begin_mask[row], prefix, tokens, kept)
         else:
-            prefix = prefill(self.network, ids, mask)
+            prefix = Prefix(*self.network.read(ids, mask))
         prefix.taken = None if self.taken is None else self.taken[block]
         return prefix
 

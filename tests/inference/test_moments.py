@@ -205,7 +205,8 @@ def test_a_property_of_every_text_is_no_moment(target):
 
 
 def test_columns_reach_the_features():
-    def names_it(completions, answer):
+    def names_it(completions, answer, completion_ids, truncated):
+        assert len(completion_ids) == len(truncated) == len(completions)
         return [float(word in text) for text, word in zip(completions, answer, strict=True)]
 
     table = {"prompt": PROMPTS, "answer": ["a", "b"]}

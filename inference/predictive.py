@@ -74,7 +74,7 @@ def predict(
             values[site.name] = torch.as_tensor(x.reshape(-1, *site.shape)).to(site.value)
         unconditioned = replace(program, model=poutine.uncondition(program.model))
         scored, replicated = [], []
-        for rows in torch.arange(chains * per_chain).split(program.max_particles):
+        for rows in torch.arange(chains * per_chain).split(program.particles_a_run):
             with assign_values(program, {name: x[rows.to(x.device)] for name, x in values.items()}):
                 scored.append(run_particles(program, None, len(rows)))
                 nodes = dict(sample_sites(traces(unconditioned, None, len(rows))[0]))

@@ -145,7 +145,7 @@ class RejectionSampling:
         """
         wanted, most = (ranks().share(n) for n in (self.num_samples * self.num_chains, self.max_proposals))
         guide = None if self.constraint is None else LearnedRejection(program, self.constraint)
-        size = self.batch_size or program.max_particles
+        size = self.batch_size or program.particles_a_run
         parts: list[tuple[Particles, torch.Tensor]] = []
         least = done = 0
         highest = -math.inf

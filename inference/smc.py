@@ -23,8 +23,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,6 +71,13 @@ MIN_GAIN = 0.05  # nats that a learned twist must save
 NAMED = ("prefix", "partial")  # twists
 
 
+class Island(NamedTuple):
+    """Chains that ran at once: a population for each part of the prompts (`Program.parts`), and particles of all."""
+
+    populations: list[Population]
+    particles: Particles
+
+
 @validated
 @dataclass(frozen=True)
 class SMC:
@@ -77,7 +85,8 @@ class SMC:
 
     :param num_particles: the number of particles in each chain.
     :param num_chains: the number of independent chains (islands), each resampled within itself; whether they agree is
-        a check that one chain cannot give. As many run at once as bounded memory allows.
+        a check that one chain cannot give. As many run at once as bounded memory allows; where one does not fit, a
+        `TiltedLM` of many prompts runs for some of them after others.
     :param twist: the twist that weights unfinished texts. None: 1, which makes SMC importance sampling. "auto": learned
         from a third as many draws of the prior as there are particles in all chains, and at most 1024; it is then also
         the proposal, unless ``proposal`` is set. None is used for fewer than 64 such draws, and where it does not lower
@@ -160,41 +169,60 @@ class SMC:
         with running(self.seed, divided=True) as watch:
             program = inspect(model, *args, **kwargs)
             watch.check_together(program, self, num_chains=self.num_chains)
-            at_once = max(1, program.max_particles // self.num_particles)
+            parts = program.parts(self._prompts_at_once(program))
+            at_once = max(1, parts[0].max_particles // self.num_particles)
             retained = None if self.retained is None else retained_values(program, self.retained, self.num_chains)
             settings, gains = self._with_twist(program) if self.twist == "auto" else (self, dict[str, Any]())
-            done: list[tuple[Population, Particles]] = []
+            done: list[Island] = []
             length = sum(site.fn.max_new_tokens for site in program.completions)
             own_chains = ranks().rows(self.num_chains)
             rounds = range(own_chains.start, own_chains.stop, at_once)
 
             def so_far() -> SoFar | None:
-                return SoFar(particles=Particles.concatenate([particles for _, particles in done])) if done else None
+                return SoFar(particles=Particles.concatenate([island.particles for island in done])) if done else None
 
             plan = f"{self.num_chains} chains of {self.num_particles} particles {of_prompts(program)}, {length} tokens"
-            with track("SMC", length * len(rounds), self.progress, plan=plan) as report, keeping(so_far) as run:
+            with (
+                track("SMC", length * len(rounds) * len(parts), self.progress, plan=plan) as report,
+                keeping(so_far) as run,
+            ):
                 for first in rounds:
                     chains = min(at_once, own_chains.stop - first)
                     own = retained and {name: value[first : first + chains] for name, value in retained.items()}
-                    population = Population(program, self, chains=chains, retained=own)
-                    done.append((population, settings._run(population, report)))
-            populations, particles = [population for population, _ in done], [particles for _, particles in done]
-            weights = ranks().joined(torch.cat([population.total_log_weights for population in populations]))
-            records = {name: ranks().joined_array(x) for name, x in Population.stats(populations).items()}
+                    populations = [
+                        Population(part, self, chains=chains, retained=own and _of_part(part, own)) for part in parts
+                    ]
+                    particles = [settings._run(population, report) for population in populations]
+                    whole = particles[0] if len(parts) == 1 else Particles.side_by_side(program, particles)
+                    done.append(Island(populations, whole))
+
+            def joined(of: Callable[[Population], Tensor]) -> Tensor:
+                own = [torch.cat([of(part) for part in island.populations], 1) for island in done]
+                return ranks().joined(torch.cat(own))
+
+            weights = joined(lambda population: population.total_log_weights)
+            stats = [Population.stats(part) for part in zip(*[island.populations for island in done], strict=True)]
+            records = {name: np.concatenate([each[name] for each in stats], -1) for name in stats[0]}
             return posterior(
                 program,
-                gathered(particles, program.device),
+                gathered([island.particles for island in done], program.device),
                 engine="SMC",
                 kind="particles",
                 num_chains=len(weights) // self.num_particles,
                 log_weights=weights,
-                roots=ranks().joined(torch.cat([population.roots for population in populations])),
+                roots=joined(lambda population: population.roots),
                 conditional=self.retained is not None,
                 stats=watch.stats()
-                | records
+                | {name: ranks().joined_array(x) for name, x in records.items()}
                 | ranks().first(gains).value
                 | {"interrupted": ranks().any(run.interrupted), "constrained": self._is_constrained},
             )
+
+    def _prompts_at_once(self, program: Program) -> int:
+        """Return how many prompts a chain's particles can be of, in bounded memory."""
+        sites = [site.fn for site in program.completions]
+        a_prompt = [-(-self.num_particles * fn.batch_shape.numel() // program.num_prompts) for fn in sites]
+        return min(fn.max_rows // rows for fn, rows in zip(sites, a_prompt, strict=True))
 
     def _with_twist(self, program: Program) -> tuple[SMC, dict[str, Any]]:
         """Return the settings with a twist that is learned for each completion, where it pays, and what they gain."""
@@ -244,14 +272,14 @@ class SMC:
             for policy in policies.values():
                 policy.append(token, log_q if policy is proposer else log_softmax_at(policy.logits, token))
             decoder.append(token, log_p)
-            increment, parts, factors = rows.pooled(log_ratio), {"the proposal": log_ratio}, {}
+            increment, parts, factors, explain = rows.pooled(log_ratio), {"the proposal": log_ratio}, {}, None
             if twist is not None and decoder.t < length:  # after the last token come the program's own factors
                 last, log_psi = log_psi, twist.log_psi()
                 increment = increment + log_psi - last
                 parts, factors = parts | {"the twist": log_psi}, twist.factors
-            population.weigh(
-                increment, WeightUpdate(f"token {decoder.t} of {name!r}", parts, factors, (distribution, decoder))
-            )
+                explain = twist.check if isinstance(twist, PrefixTwist) else None
+            step = f"token {decoder.t} of {name!r}"
+            population.weigh(increment, WeightUpdate(step, parts, factors, (distribution, decoder), explain))
             if decoder.t == length:
                 break  # without resampling by weights that are about to change
             if (index := population.resample()) is not None:
@@ -342,6 +370,14 @@ class SMC:
             return None
         prefix_twist = PrefixTwist(partial_run, rows, decoder, partial=True) if twist.reads_reward else None
         return LearnedTwist(twist, rows, decoder, prefix_twist)
+
+
+def _of_part(part: Program, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return values (chain, *batch, *event) by site of the prompts of a part of a program."""
+    if part.shared or part.prompt_dim is None:
+        return values
+    axes = {name: 1 + part.sites[name].dims.index("prompt") for name in values}
+    return {name: value.narrow(axes[name], part.first, part.num_prompts) for name, value in values.items()}
 
 
 def _policy_of(proposal: Any) -> LanguageModel | None:

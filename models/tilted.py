@@ -23,7 +23,7 @@ from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
 from bayeslm.display import call
-from bayeslm.models.lm import Autoregressive, LanguageModel, Prompt, read_table, without_index
+from bayeslm.models.lm import Autoregressive, LanguageModel, Prompt, on_host, read_table, without_index
 from bayeslm.models.rewards import Reward, RewardFunction, factor, with_trainer_arguments
 from bayeslm.validation import Count, Positive, validated
 
@@ -93,6 +93,16 @@ class TiltedLM:
         given = {name: without_index(column) for name, column in columns.items()}
         return (without_index(prompts),), {**own, **given}
 
+    def some_prompts(
+        self, batch: Tensor, prompts: Sequence[Prompt], /, **columns: Sequence[Any]
+    ) -> tuple[tuple[Sequence[Prompt]], dict[str, Sequence[Any]]]:
+        """Return what the program is called with for some of its prompts, of what `program_arguments` returned.
+
+        :param batch: indices of prompts.
+        """
+        some = {name: _some(name, column, batch, len(prompts)) for name, column in columns.items()}
+        return ([prompts[i] for i in batch.tolist()],), some
+
     def __call__(self, prompts: Any, /, **columns: Sequence[Any]) -> None:
         """Run the program.
 
@@ -105,8 +115,7 @@ class TiltedLM:
         size = None if self.subsample_size is None else min(self.subsample_size, len(prompts))
         with pyro.plate("prompts", len(prompts), subsample_size=size) as batch:
             if batch is not None and len(batch) < len(prompts):
-                columns = {name: _some(name, column, batch, len(prompts)) for name, column in columns.items()}
-                prompts = [prompts[i] for i in batch.tolist()]
+                (prompts,), columns = self.some_prompts(batch, prompts, **columns)
             distribution = self.prior(prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature)
             x = pyro.sample("completion", distribution)
             if self.power != 1.0:
@@ -125,10 +134,11 @@ class TiltedLM:
         :param distribution: of the completions, given the prompts.
         :param columns: of the prompts.
         """
-        every = x.expand(broadcast_shape(x.shape[:-1], distribution.batch_shape) + x.shape[-1:])
-        cut = distribution.truncated(every).cpu().numpy()
+        tokens = on_host(x)
+        every = tokens.expand(broadcast_shape(x.shape[:-1], distribution.batch_shape) + x.shape[-1:])
+        cut = distribution.truncated(every).numpy()
         arguments = with_trainer_arguments(columns, distribution.lm.token_ids(every), cut)
-        return reward(prompts, distribution.decode(x), **arguments)
+        return reward(prompts, distribution.decode(tokens), **arguments)
 
 
 def _some(name: str, column: Any, batch: Tensor, size: int) -> Any:

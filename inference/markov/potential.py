@@ -170,7 +170,7 @@ def score_unconstrained(
     """
     draws = len(next(iter(z.values())))
     parts, log_dets = [], []
-    for rows in torch.arange(draws).split((batch_size or program.max_particles) if vectorize else 1):
+    for rows in torch.arange(draws).split((batch_size or program.particles_a_run) if vectorize else 1):
         at = Unconstrained({name: program.under_plate(name, x[rows]) for name, x in z.items()})
         with score_once, Assign(at.assignments()):
             parts.append(run_particles(program, None, len(rows), vectorize=vectorize))

@@ -7,7 +7,16 @@ from .guides import PolicyGuide, as_proposal, draw_latents
 from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, RandomStates, seeded
 from .independence import check_independence
 from .partial import PartialRun
-from .particles import Particles, gathered, particles_of, run_particles, score_sites, to_numpy, traces
+from .particles import (
+    Particles,
+    all_to_numpy,
+    gathered,
+    particles_of,
+    run_particles,
+    score_sites,
+    to_numpy,
+    traces,
+)
 from .program import STEPS, Program, along, inspect, inspect_or_reuse
 from .ranks import ALONE, Message, RankError, Ranks, alone, digest_of, on_first, ranks, seed_of
 from .results import check_evidence, posterior, prompt_labels
@@ -37,6 +46,7 @@ __all__ = [
     "Site",
     "SoFar",
     "Stopwatch",
+    "all_to_numpy",
     "alone",
     "along",
     "as_proposal",

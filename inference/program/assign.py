@@ -35,7 +35,7 @@ def score_values(
     :param report: called after each batch with its number of particles.
     """
     known, parts = token_log_prob or {}, []
-    for rows in torch.arange(len(next(iter(values.values())))).split(batch_size or program.max_particles):
+    for rows in torch.arange(len(next(iter(values.values())))).split(batch_size or program.particles_a_run):
         some, scores = ({name: x[rows.to(x.device)] for name, x in of.items()} for of in (values, known))
         with assign_values(program, some, scores):
             parts.append(run_particles(program, guide, len(rows), vectorize=vectorize))

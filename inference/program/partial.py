@@ -114,14 +114,15 @@ class PartialRun:
         self.values[name] = value.reshape(shape)
         self.written[name].token_log_prob = token_log_prob.reshape(shape)
 
-    def terms_with(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def terms_with(self, values: dict[str, Tensor], *, check: bool = True) -> dict[str, Tensor]:
         """Return the terms (particle, prompt) of the factors and observations that follow, up to the next latent.
 
         :param values: the latents so far, of any number of particles, with a completion to try.
+        :param check: see `score_sites`.
         """
         trace, _ = self._run(values, stop="latent")
         skip = {*self.terms, *(site.name for site in self.program.latents)}
-        return score_sites(self.program, trace, len(next(iter(values.values()))), skip=skip)
+        return score_sites(self.program, trace, len(next(iter(values.values()))), skip=skip, check=check)
 
     def finish(self) -> Particles:
         """Run the complete program at its latents and return its particles."""

@@ -6,6 +6,7 @@ shape (particle, prompt). Where the plate of prompts is subsampled, a run has th
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import prune_subsample_sites
+from pyro.poutine.util import enable_validation, is_validation_enabled, prune_subsample_sites
 from torch import Tensor
 
 from bayeslm.models.lm import Autoregressive
@@ -261,35 +262,64 @@ def traces(
     return prune_subsample_sites(model_trace), guide_trace
 
 
-def score_sites(program: Program, trace: Trace, num_particles: int, *, skip: Container[str] = ()) -> dict[str, Tensor]:
+def score_sites(
+    program: Program, trace: Trace, num_particles: int, *, skip: Container[str] = (), check: bool = True
+) -> dict[str, Tensor]:
     """Return the log-probability of every site of a trace, (particle, prompt).
 
     The log-probabilities of a completion's tokens stay on its node, as ``token_log_prob`` (particle, *plates, token);
     where an `Assign` has put them there, they are not computed again.
 
     :param skip: sites to leave out.
+    :param check: False where the caller finds a term that is NaN or +inf itself (`check_terms` says which).
     :raises ProgramError: if a term is NaN or +inf.
     """
     for name, message in trace.nodes.items():  # not `sample_sites`, whose nodes are copies
         if message["type"] == "sample" and name not in skip and isinstance(message["fn"], Autoregressive):
             _score_completion(message)
-    trace.compute_log_prob(site_filter=lambda name, node: name not in skip)
+    with _without_warnings():
+        trace.compute_log_prob(site_filter=lambda name, node: name not in skip)
     terms = {}
     for name, node in sample_sites(trace):
         if name in skip or node["infer"].get("_deterministic", False):
             continue
-        term = program.terms(node["log_prob"], num_particles, in_prompts(node))
-        bad = torch.isnan(term) | (term == torch.inf)
-        if bad.any():
-            particle, prompt = (int(i) for i in bad.nonzero()[0])
-            raise ProgramError(
-                f"site {name!r} has log-probability {term[particle, prompt].item()} at particle {particle}"
-                + (f", prompt {program.global_index(prompt)}" if program.full_size > 1 and in_prompts(node) else "")
-                + (": a reward must be finite or -inf, and beta positive" if node["is_observed"] else "")
-                + "".join(_texts(program, trace, num_particles, particle, prompt))
-            )
-        terms[name] = term
+        terms[name] = program.terms(node["log_prob"], num_particles, in_prompts(node))
+    if check:
+        check_terms(program, trace, terms)
     return terms
+
+
+def check_terms(program: Program, trace: Trace, terms: dict[str, Tensor]) -> None:
+    """Check the terms (particle, prompt) of a trace's sites; the host looks once, at all of them.
+
+    :raises ProgramError: if one is NaN or +inf, with its text.
+    """
+    if not terms or not bool(torch.stack([_invalid(term).any() for term in terms.values()]).any()):
+        return
+    name, term = next((name, term) for name, term in terms.items() if _invalid(term).any())
+    particle, prompt = (int(i) for i in _invalid(term).nonzero()[0])
+    node = trace.nodes[name]
+    raise ProgramError(
+        f"site {name!r} has log-probability {term[particle, prompt].item()} at particle {particle}"
+        + (f", prompt {program.global_index(prompt)}" if program.full_size > 1 and in_prompts(node) else "")
+        + (": a reward must be finite or -inf, and beta positive" if node["is_observed"] else "")
+        + "".join(_texts(program, trace, len(term), particle, prompt))
+    )
+
+
+def _invalid(term: Tensor) -> Tensor:
+    return term.isnan() | (term == torch.inf)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Leave out Pyro's own look at each site of a trace for NaN and inf, of which it only warns."""
+    own = is_validation_enabled()
+    enable_validation(False)
+    try:
+        yield
+    finally:
+        enable_validation(own)
 
 
 def _score_completion(node: Any) -> None:
@@ -373,6 +403,20 @@ def _reward(program: Program, site: Site, value: Tensor, num_particles: int) -> 
 def _per_observation(site: Site, log_prob: Tensor, num_particles: int) -> Tensor:
     """Return a site's log_prob as (particle, *batch)."""
     return site_value(replace(site, shape=site.shape[: site.batch_dims]), log_prob, num_particles)
+
+
+def all_to_numpy(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Return tensors as arrays, those of one device and dtype by one copy."""
+    groups: dict[Any, dict[str, Tensor]] = {}
+    for name, x in tensors.items():
+        groups.setdefault((x.device, x.dtype), {})[name] = x
+    found: dict[str, np.ndarray] = {}
+    for group in groups.values():
+        flat = to_numpy(torch.cat([x.reshape(-1) for x in group.values()]))
+        ends = np.cumsum([x.numel() for x in group.values()])
+        parts = np.split(flat, ends[:-1])
+        found |= {name: part.reshape(x.shape) for (name, x), part in zip(group.items(), parts, strict=True)}
+    return {name: found[name] for name in tensors}
 
 
 def to_numpy(x: Tensor) -> np.ndarray:

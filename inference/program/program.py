@@ -26,6 +26,8 @@ from .errors import ProgramError
 from .handlers import PROMPTS, Arbitrary, Minibatch, explained, seeded
 from .sites import Site, check_site, sample_sites, site_of, vectorised_plates
 
+FULL = 8  # particles that fit a batch, from which on one that is not full is of no account
+MANY = 32  # batches of a run, where fewer fit
 STEPS = "steps"  # a plate over the steps of a trajectory: the term of a step depends on nothing later
 
 
@@ -60,6 +62,7 @@ class Program:
     :param whole: the program of all prompts, of which this one has a minibatch.
     :param verified: the names of what has been checked of the program; its copies share it.
     :param inspected: the run in which it was inspected.
+    :param first: the index of its first prompt among those of the program of which it is one of the `parts`.
     """
 
     model: Callable[..., Any]
@@ -77,6 +80,7 @@ class Program:
     whole: Program | None = None
     verified: set[str] = field(default_factory=set, repr=False, compare=False)
     inspected: Inspected | None = field(default=None, repr=False, compare=False)
+    first: int = 0
 
     @property
     def latents(self) -> list[Site]:
@@ -105,6 +109,19 @@ class Program:
         return max(1, min(rows, default=8192))
 
     @property
+    def particles_a_run(self) -> int:
+        """The particles of one run whose completions are drawn and scored in batches of bounded memory.
+
+        As many as fit one batch; where that is few, as fill many batches, so that hardly any is not full.
+        """
+        fit = self.max_particles
+        if fit >= FULL:
+            return fit
+        runs = self.chunks if self.in_chunks else [self]
+        sites = [site.fn for run in runs for site in run.completions]
+        return max(1, min(-(-MANY * fn.max_rows // fn.batch_shape.numel()) for fn in sites))
+
+    @property
     def in_chunks(self) -> bool:
         """Whether one run has fewer prompts than the program."""
         return self.minibatch is None and self.num_prompts < self.full_size
@@ -131,14 +148,32 @@ class Program:
         some = [_inspect(self.model, self.args, self.kwargs, prompts) for prompts in parts]
         return [replace(program, whole=self, verified=self.verified) for program in some]
 
+    def parts(self, size: int) -> list[Program]:
+        """Return programs of at most ``size`` prompts, which together have all of this one's.
+
+        This one alone, where it cannot be divided: prompts have to be posteriors of their own, and the model to say by
+        a method ``some_prompts`` what it is called with for some of them, as `TiltedLM` does.
+        """
+        divided = getattr(self.model, "some_prompts", None)
+        if divided is None or self.shared or self.minibatch is not None or size >= self.num_prompts:
+            return [self]
+        found = []
+        for prompts in torch.arange(self.num_prompts).tensor_split(-(-self.num_prompts // max(1, size))):
+            args, kwargs = divided(prompts, *self.args, **self.kwargs)
+            part = inspect(self.model, *args, **kwargs)
+            found.append(replace(part, first=int(prompts[0]), verified=self.verified))
+        return found
+
     def side_by_side(self, parts: Sequence[Tensor], axis: int) -> Tensor:
-        """Join one tensor of each of the `chunks` along the axis of prompts."""
-        overlap = len(parts) * self.num_prompts - self.full_size
-        return torch.cat([*parts[:-1], parts[-1].narrow(axis, overlap, self.num_prompts - overlap)], axis)
+        """Join one tensor of each of the `chunks`, or `parts`, along the axis of prompts."""
+        overlap = sum(part.shape[axis] for part in parts) - self.full_size
+        return torch.cat([*parts[:-1], parts[-1].narrow(axis, overlap, parts[-1].shape[axis] - overlap)], axis)
 
     def under_plate(self, name: str, value: Tensor) -> Tensor:
         """Return a site's value (particle, *batch, *event) with the particles in the outermost plate."""
         between = (1,) * (self.max_plate_nesting - self.sites[name].batch_dims)
+        if not between:
+            return value  # itself, whose copy on the CPU is known (`on_host`)
         return value.reshape(len(value), *between, *value.shape[1:])
 
     def terms(self, log_prob: Tensor, num_particles: int, in_prompts: bool) -> Tensor:
@@ -162,7 +197,7 @@ class Program:
 
     def global_index(self, prompt: int) -> int:
         """Return the global index of a minibatch's prompt."""
-        return prompt if self.minibatch is None else int(self.minibatch[prompt])
+        return self.first + prompt if self.minibatch is None else int(self.minibatch[prompt])
 
     def take(self, name: str, value: Tensor, index: Tensor) -> Tensor:
         """Return a site's value (particle, *batch, ...) at the particles that ``index`` (draw, prompt) names."""

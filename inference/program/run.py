@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from pyro.poutine import runtime
 
-from bayeslm.models.lm import Usage, count_usage, differentiating, exclusive
+from bayeslm.models.lm import Usage, count_usage, differentiating, exclusive, remembering
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 from bayeslm.visible import message_of
@@ -90,7 +90,8 @@ def running(seed: int | None, *, divided: bool = False) -> Iterator[Stopwatch]:
     """Begin a run: the same wherever it is called.
 
     Other threads wait for their turn. Gradients are recorded, whatever the caller has turned off. A run inside another
-    one (in its reward) does not see the handlers of that program. Several processes run it together, see `together`.
+    one (in its reward) does not see the handlers of that program. Prompts are encoded once a run. Several processes run
+    it together, see `together`.
 
     :param seed: see `seeded`.
     :param divided: whether the engine divides its work among them.
@@ -98,6 +99,7 @@ def running(seed: int | None, *, divided: bool = False) -> Iterator[Stopwatch]:
     """
     with (
         exclusive(),
+        remembering(),
         _handlers_of_caller(),
         differentiating(),
         together(seed, divided) as (processes, own),
@@ -227,7 +229,7 @@ def draw(
     :returns: the particles of all processes, and whether Ctrl-C stopped the run before it had all of them.
     :raises RunError: if a later batch fails; it carries the particles drawn before.
     """
-    size = batch_size or program.max_particles
+    size = batch_size or program.particles_a_run
     own = ranks().share(num_particles)
     parts: list[Particles] = []
 

@@ -44,12 +44,14 @@ class WeightUpdate(NamedTuple):
     ``step`` names the step of the engine. ``parts`` are the terms of the change (row,) by name, one of which is NaN or
     +inf where a weight is. ``factors`` are terms of the program (particle, prompt) by site, one of which is -inf where
     a particle dies. ``texts`` are a completion's distribution and its texts with the step's token, if it wrote one.
+    ``explain`` raises the error of a factor that is NaN or +inf, where they have not been checked.
     """
 
     step: str
     parts: dict[str, Tensor]
     factors: dict[str, Tensor]
     texts: tuple[Autoregressive, Decoder] | None = None
+    explain: Callable[[], Any] | None = None
 
 
 class RetainedRows(NamedTuple):
@@ -110,6 +112,7 @@ class Population:
         self._counted: set[str] = set()
         self._identity = torch.arange(self.size, device=device)[None, :, None].expand(self.chains, -1, prompts)
         self._records: list[ResamplingRecord] = []
+        self._next: tuple[Tensor, Tensor, bool] | None = None  # the ESS, where it is low, and whether it is anywhere
 
     @property
     def total_log_weights(self) -> Tensor:
@@ -128,12 +131,26 @@ class Population:
         weights = torch.where(dead, -torch.inf, self.log_weights + increment)
         extinct = (weights == -torch.inf).all(0)
         invalid = weights.isnan() | (weights == torch.inf)
-        if bool(invalid.any() | extinct.any()):
-            if bool(invalid.any()):
-                raise self._invalid_weight(update, invalid)
-            if self._has_all_chains:
-                raise self._extinction(update, int(extinct.long().argmax()))
-        self.log_weights = weights
+        unchecked = [] if update.explain is None else list(update.factors.values())
+        found = [invalid.any(), extinct.any(), *((term.isnan() | (term == torch.inf)).any() for term in unchecked)]
+        before, low = self._low(weights)
+        # the host waits for the device here, once, for all that it needs to know until the next token
+        is_low, is_invalid, is_extinct, *is_wrong = torch.stack([low.any(), *found]).tolist()
+        if any(is_wrong) and update.explain is not None:
+            update.explain()
+        if is_invalid:
+            raise self._invalid_weight(update, invalid)
+        if is_extinct and self._has_all_chains:
+            raise self._extinction(update, int(extinct.long().argmax()))
+        self.log_weights, self._next = weights, (before, low, is_low)
+
+    def _low(self, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the effective sample size of log-weights (particle, prompt), and where it is too low.
+
+        Both are (chain, prompt).
+        """
+        before = ess(log_weights.reshape(self.chains, self.size, -1))
+        return before, (before < self._threshold) & (before > 0)
 
     def weigh_terms(self, terms: dict[str, Tensor], step: str) -> None:
         """Add the terms (particle, prompt) of those factors and observations that are not yet part of the weights.
@@ -153,9 +170,11 @@ class Population:
             resampled.
         """
         weights = self.log_weights.reshape(self.chains, self.size, -1)
-        before = ess(weights)
-        low = (before < self._threshold) & (before > 0)
-        if not bool(low.any()):
+        if self._next is None:
+            before, low = self._low(self.log_weights)
+            self._next = before, low, bool(low.any())
+        (before, low, is_low), self._next = self._next, None
+        if not is_low:
             self._records.append(ResamplingRecord(before, low, self._identity))
             return None
         ancestors = torch.where(low[:, None], keep_in_place(self._resample(weights)), self._identity)
@@ -216,7 +235,8 @@ class Population:
         """Return the error of a prompt whose particles have all died: the step, the factors, and the last texts."""
         program = self.partial_run.program
         causes = [name for name, term in update.factors.items() if bool((term[:, column] == -torch.inf).any())]
-        prompt = "" if program.shared else f" of prompt {column} ({prompt_labels(program)[column]!r})"
+        label = "" if program.shared else repr(prompt_labels(program)[column])
+        prompt = "" if program.shared else f" of prompt {program.global_index(column)} ({label})"
         because = f": {' and '.join(map(repr, causes))} is -inf for the last of them" if causes else ""
         error = EvidenceError(f"all {len(self.log_weights)} particles{prompt} are dead at {update.step}{because}")
         if update.texts is not None and update.texts[0].has_text:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bayeslm.inference.program import PartialRun, Program, ProgramError
-from bayeslm.models.lm import Autoregressive, Decoder, Twist
+from bayeslm.models.lm import Autoregressive, Decoder, Twist, put_on_host
 from bayeslm.models.rewards import prefixes
 from bayeslm.validation import validated
 
@@ -99,11 +99,22 @@ class PrefixTwist:
         self.factors: dict[str, Tensor] = {}
 
     def log_psi(self) -> Tensor:
+        """Return log psi; terms that are NaN or +inf are found by who weighs by it, and explained by `check`."""
         program, size = self._partial_run.program, self._partial_run.size
-        decoder = self._decoder
-        terms = self._terms(self._partial_run.values, decoder.values, decoder.finished, decoder.t)
+        terms = self._terms_so_far(check=False)
         self.factors = {name: program.pooled(term) for name, term in terms.items()}
         return sum(self.factors.values(), torch.zeros((size, program.weight_prompts), device=program.device))
+
+    def check(self) -> None:
+        """Check the terms of the texts so far.
+
+        :raises ProgramError: if one is NaN or +inf, with its text.
+        """
+        self._terms_so_far(check=True)
+
+    def _terms_so_far(self, check: bool) -> dict[str, Tensor]:
+        decoder = self._decoder
+        return self._terms(self._partial_run.values, decoder.values, decoder.finished, decoder.t, check=check)
 
     def by_rows(self) -> Tensor:
         """Return log psi of each row (row,) without the factors that are shared by all prompts."""
@@ -140,16 +151,20 @@ class PrefixTwist:
                 total = total + (term.sum(-1, keepdim=True) if rows == 1 else term)
         return total.reshape(size, k, rows).transpose(1, 2).reshape(-1, k)
 
-    def _terms(self, others: dict[str, Tensor], values: Tensor, finished: Tensor, length: int) -> dict[str, Tensor]:
+    def _terms(
+        self, others: dict[str, Tensor], values: Tensor, finished: Tensor, length: int, check: bool = True
+    ) -> dict[str, Tensor]:
         """Return the terms (particle, prompt) of completions of ``length`` tokens so far, by factor."""
         site, program = self._rows.site, self._partial_run.program
         unfinished = ~finished.reshape(-1, *site.shape[:-1])
         value = self._blanked(values.reshape(-1, *site.shape), unfinished, length)
-        ended = ~program.under_plate(site.name, unfinished)
-        with prefixes(ended, partial=self._partial) as context:
-            terms = self._partial_run.terms_with(others | {site.name: value})
+        ended = program.under_plate(site.name, ~unfinished)
+        on_cpu = torch.cat([value, (~unfinished)[..., None].to(value)], -1).cpu()  # one copy, not two, from a device
+        put_on_host(value, on_cpu[..., :-1])
+        with prefixes(on_cpu[..., -1].bool().reshape(ended.shape), partial=self._partial) as context:
+            terms = self._partial_run.terms_with(others | {site.name: value}, check=check)
         # -inf is final where the text is finished or a Reward says so; elsewhere a continuation may have another score
-        final = torch.as_tensor(context.lost, device=ended.device)
+        final = torch.as_tensor(context.lost, device=ended.device) if context.lost.any() else torch.zeros_like(ended)
         open_, final = (program.terms(x.float(), len(value), site.in_prompts) > 0 for x in (~ended, final))
         provisional = open_ & ~final
 

@@ -25,6 +25,7 @@ from bayeslm.inference.program import (
     Program,
     RandomStates,
     Stopwatch,
+    all_to_numpy,
     digest_of,
     of_prompts,
     on_first,
@@ -33,7 +34,6 @@ from bayeslm.inference.program import (
     run_particles,
     seed_of,
     seeded,
-    to_numpy,
 )
 from bayeslm.models.lm import refuse_sharded
 from bayeslm.progress import announce, track
@@ -250,7 +250,7 @@ class Training:
         loss = svi.step(*self.program.args, **self.program.kwargs)
         seconds = float(ranks().first(time.perf_counter() - start).value)
         found = {"elbo": torch.tensor([-loss])} if self._last is None else self._last.figures
-        figures = {key: to_numpy(found[key]) for key in FIGURES if key in found}
+        figures = all_to_numpy({key: found[key] for key in FIGURES if key in found})
         figures |= {"gradient_norm": np.array(self.optimizer.gradient_norm)}
         figures |= {"inverse_temperature": np.array(self.inverse_temperature)}
         if (moved := self.optimizer.moved) is not None:

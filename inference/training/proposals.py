@@ -154,7 +154,7 @@ class ProposalDraws:
     @torch.no_grad()
     def _score(self, particles: Particles) -> Tensor:
         """Return log q (particle, prompt) of the guide as it is, in batches of bounded memory."""
-        rows = torch.arange(len(particles)).split(self._program.max_particles)
+        rows = torch.arange(len(particles)).split(self._program.particles_a_run)
         return torch.cat([log_q(self._program, self._guide, particles[some]) for some in rows])
 
     def _trained(self) -> dict[str, Tensor]:

@@ -77,12 +77,12 @@ class ReverseKL(Objective):
             texts = {name: _with_earned(text, earned) for name, text in texts.items()}
         log_q = score_sites(program, guide_trace, n, skip=tokens)
         log_q |= {name: scores.sum((2, 3)) for name, scores in tokens.items()}
-        for name, term in log_p.items():
-            if torch.isneginf(term).any():
-                raise ProgramError(
-                    f"site {name!r} is -inf under the policy: the KL to the posterior is infinite, and SVI cannot "
-                    "follow it. Use ImportanceSampling or RejectionSampling for hard constraints, or a finite penalty"
-                )
+        if torch.stack([torch.isneginf(term).any() for term in log_p.values()]).any():
+            name = next(name for name, term in log_p.items() if torch.isneginf(term).any())
+            raise ProgramError(
+                f"site {name!r} is -inf under the policy: the KL to the posterior is infinite, and SVI cannot "
+                "follow it. Use ImportanceSampling or RejectionSampling for hard constraints, or a finite penalty"
+            )
         # A latent that the guide leaves out is drawn from the prior, which is then its distribution in q as well.
         left_out = [site.name for site in program.latents if site.name not in log_q]
         log_q |= {name: log_p[name] for name in left_out}

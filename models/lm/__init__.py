@@ -8,6 +8,7 @@ from .gradients import differentiating
 from .language_model import LanguageModel
 from .module_errors import ModuleWithProperties
 from .network import CausalNetwork, log_softmax_at
+from .remembered import on_host, put_on_host, remembering
 from .sharding import refuse_sharded
 from .suffix import redraw
 from .tables import read_table, without_index
@@ -37,10 +38,13 @@ __all__ = [
     "forked",
     "generate",
     "log_softmax_at",
+    "on_host",
+    "put_on_host",
     "read_table",
     "read_tensors",
     "redraw",
     "refuse_sharded",
+    "remembering",
     "sample_texts",
     "without_index",
     "word_tokenizer",

@@ -217,8 +217,8 @@ class Autoregressive(TorchDistribution):
         value = rows.new_full((len(rows), self.max_new_tokens), self.vocabulary.pad_token_id)
         scores = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
         with exclusive(), torch.no_grad(), self.prompted.drawing(len(rows)) as prompted:
-            for part, prefix in prompted.prefixes(rows):
-                watched = watch if part[0] == 0 else None
+            for part, prefix in prompted.prefixes(rows, prompted.max_rows):
+                watched = None if watch is None or part[0] != 0 else watch
                 value[part], scores[part] = generate(Decoder(prompted, prefix), watched)
         value = value.reshape(shape + self.event_shape)
         kept = (value, self._versions(value), scores.reshape(value.shape))
@@ -353,7 +353,7 @@ class Autoregressive(TorchDistribution):
 
     @property
     def max_rows(self) -> int:
-        """How many completions one forward pass of bounded memory takes."""
+        """How many completions are drawn at once, in bounded memory."""
         return self.prompted.max_rows
 
     @property

@@ -111,7 +111,7 @@ class Decoder:
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these."""
         self._index(rows)
-        self._prefix = self._prefix.fork(rows)
+        self._prefix.keep(rows)
 
     def _index(self, rows: Tensor) -> None:
         self.values, self.scores, self.finished = (x[rows] for x in (self.values, self.scores, self.finished))

@@ -17,6 +17,7 @@ from bayeslm.prompt_files import check_characters
 from bayeslm.validation import Unchecked, show
 
 from .chats import chat_text
+from .remembered import key_of, on_host, recalled, remembered
 from .stops import Stops
 from .tables import refuse_table
 
@@ -69,7 +70,7 @@ def encode(
     device: torch.device,
     complete: bool = False,
 ) -> Encoded:
-    """Encode a batch of prompts.
+    """Encode a batch of prompts; in a run, those that it has encoded already are remembered (`remembered`).
 
     :param prompts: a sequence of strings, chats (lists of ``{"role", "content"}``, see `chats`) or token ids; or an
         object array of them, whose shape becomes the batch's. An array or tensor of integers is a row of token ids a
@@ -101,7 +102,30 @@ def encode(
     flat = list(prompts.reshape(-1)) if isinstance(prompts, np.ndarray) else list(prompts)
     if not flat:
         raise ValueError("prompts is empty: give at least one prompt")
-    rows = [_one(i, prompt, tokenizer, bos_token_id, complete) for i, prompt in enumerate(flat)]
+    memory = remembered()
+    by = (memory.of(tokenizer), repr(getattr(tokenizer, "chat_template", None)), bos_token_id, complete)
+    keys = [key_of(prompt) for prompt in flat]
+
+    def row(i: int) -> list[int]:
+        key = None if keys[i] is None else (*by, keys[i])
+        return recalled(memory.rows, key, lambda: _one(i, flat[i], tokenizer, bos_token_id, complete))
+
+    def batch() -> Encoded:
+        found = _padded([row(i) for i in range(len(flat))], shape, vocab_size, room, device)
+        if not any(map(_is_chat, flat)):
+            return found
+        chats = np.empty(len(flat), dtype=object)
+        chats[:] = [tuple(prompt) if _is_chat(prompt) else None for prompt in flat]
+        return found._replace(chats=chats.reshape(shape))
+
+    of_all = None if None in keys else (*by, vocab_size, room, device, tuple(shape), tuple(keys))
+    return recalled(memory.batches, of_all, batch)
+
+
+def _padded(
+    rows: list[list[int]], shape: tuple[int, ...], vocab_size: int, room: int | None, device: torch.device
+) -> Encoded:
+    """Return rows of token ids as a left-padded batch of prompts; see `encode`."""
     for i, row in enumerate(rows):
         if min(row) < 0 or max(row) >= vocab_size:
             raise ValueError(f"prompts[{i}] holds token ids outside 0..{vocab_size - 1}")
@@ -110,15 +134,9 @@ def encode(
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])  # masked, so any id in range will do
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     padded = any(len(row) < longest for row in rows)
-    chats: np.ndarray | None = None
-    if any(map(_is_chat, flat)):
-        each = np.empty(len(flat), dtype=object)
-        each[:] = [tuple(prompt) if _is_chat(prompt) else None for prompt in flat]
-        chats = each.reshape(shape)
     return Encoded(
         ids.reshape(*shape, longest).to(device),
         mask.reshape(*shape, longest).to(device) if padded else None,
-        chats,
     )
 
 
@@ -180,7 +198,7 @@ def _one(i: int, prompt: Prompt, tokenizer: Any, bos_token_id: int | None, compl
     else:
         try:
             ids: Any = prompt
-            row = [operator.index(token) for token in ids]
+            row = [operator.index(token) for token in (ids.tolist() if isinstance(ids, Tensor) else ids)]
         except TypeError as error:
             raise TypeError(
                 f"prompts[{i}] is {prompt!r:.60}: a prompt is a string, a chat (a list of messages) or a sequence of "
@@ -256,7 +274,7 @@ class Vocabulary:
         """Return which tokens of completions (..., T) end them, bool of the same shape; it counts the first alone."""
         found = self.is_eos(values)
         if self.stops is not None:
-            found |= self.stops.states(values) == self.stops.ended
+            found |= self.stops.to(values.device).states(values) == self.stops.ended
         return found
 
     def is_live(self, values: Tensor) -> Tensor:
@@ -270,12 +288,13 @@ class Vocabulary:
     def before_end(self, values: Tensor) -> list[list[int]]:
         """Return the token ids of each of completions (..., T) before its end, without negative ones."""
         ends = set(self.eos_token_ids)
-        rows = values.reshape(-1, values.shape[-1]).tolist()
+        rows = on_host(values).reshape(-1, values.shape[-1]).tolist()
         written = (itertools.takewhile(lambda token: token not in ends, row) for row in rows)
         return [[token for token in row if token >= 0] for row in written]
 
     def with_end(self, values: Tensor) -> list[list[int]]:
         """Return the token ids of each of completions (..., T) up to its end, with that."""
+        values = on_host(values)
         lengths = self.is_live(values).sum(-1).reshape(-1).tolist()
         rows = values.reshape(-1, values.shape[-1]).tolist()
         return [row[:length] for row, length in zip(rows, lengths, strict=True)]

@@ -5,7 +5,7 @@ Encoder-decoder networks (`encoder_decoder`) differ in what a prompt is, and sha
 * **body**: hidden states of tokens, with or without a key-value cache of those before them (`prefix`);
 * **head**: float32 log-probabilities of hidden states a block of tokens at a time, so that (rows x tokens x
   vocabulary) logits are never held at once;
-* **size**: how many rows fit a pass of bounded memory.
+* **size**: how many rows fit a pass of bounded memory (`memory`).
 
 One forward pass of the network shows how its head follows its body: directly; or with another operation before it or
 after it (logits soft-capped or scaled), where the network's forward pass is run with the hidden states in the place of
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-from . import own_forward, packing, weights
+from . import memory, own_forward, packing, weights
 from .adapters import adapted_modules, has_adapters, own_parameters, plain_name
 from .encoding import positions_of
 from .gradient_checkpointing import checkpointed
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 
 # Elements of one float32 block of logits: 2**25 is 128 MB, about 680 tokens of a 49k vocabulary.
 LOGITS_BLOCK = 2**25
-# Numbers that one pass may hold: 512 MB in float32. On a GPU an eighth of its memory, where that is more.
-HELD = 2**27
 
 
 class CausalNetwork:
@@ -260,24 +258,28 @@ class CausalNetwork:
 
     # -- size ------------------------------------------------------------------------------------------------
 
-    def rows_per_batch(self, length: int) -> int:
-        """Return how many sequences of ``length`` tokens fit a pass without gradient.
+    def batches(self, prompt: int, new: int) -> memory.Batches:
+        """Return how many prompts of so many tokens, and how many rows of so many new tokens, a pass takes."""
+        return memory.Batches(self.footprint, memory.room(self.device), prompt, new)
 
-        Counted are all keys and values, the states of a layer, and the logits of one token each, three times over,
-        which drawing from them takes.
-        """
-        return max(1, self._room // (length * (self.cached_numbers + self.layer_numbers) + 3 * self.vocab_size))
-
-    def rows_per_micro_batch(self, length: int) -> int:
-        """Return of how many sequences of ``length`` tokens the activations, kept for a gradient, fit."""
-        return max(1, self._room // (length * max(self._kept, 1)))
-
-    @property
-    def _room(self) -> int:
-        """Numbers that a pass may hold: a share of all memory, not of free memory, so that a seed reproduces runs."""
-        if self.device.type != "cuda":
-            return HELD
-        return max(HELD, torch.cuda.get_device_properties(self.device).total_memory // (8 * 4))
+    @cached_property
+    def footprint(self) -> memory.Footprint:
+        """What the network holds of a token."""
+        config = self.network.config.get_text_config()
+        inner = int(getattr(config, "intermediate_size", 0) or 4 * self.width)
+        heads = int(getattr(config, "num_attention_heads", 0) or 1)
+        head = int(getattr(config, "head_dim", 0) or self.width // heads)
+        logits = self.vocab_size if self.body is None else 0  # that stand for hidden states
+        dtype = self.compute_dtype or next((p.dtype for p in self.parameters if p.is_floating_point()), torch.float32)
+        return memory.Footprint(
+            layers=max(1, int(getattr(config, "num_hidden_layers", 0) or 0)),
+            width=self.width,
+            cached=self.cached_numbers,
+            inside=4 * self.width + 3 * inner + 2 * head + logits,
+            kept=12 * self.width + 4 * inner + logits,
+            vocabulary=self.vocab_size,
+            bytes_each=dtype.itemsize,
+        )
 
     @cached_property
     def cached_numbers(self) -> int:
@@ -289,22 +291,6 @@ class CausalNetwork:
             _, cache, *_ = self.read(ids, None)
         kept = [getattr(layer, name, None) for layer in getattr(cache, "layers", ()) for name in ("keys", "values")]
         return sum(x.numel() for x in kept if isinstance(x, Tensor)) // ids.numel()
-
-    @cached_property
-    def _layers(self) -> int:
-        return int(getattr(self.network.config.get_text_config(), "num_hidden_layers", 0) or 0)
-
-    @cached_property
-    def layer_numbers(self) -> int:
-        """Numbers that one layer computes of a token, as counted in Llamas; and logits that stand for hidden states."""
-        config = self.network.config.get_text_config()
-        inner = int(getattr(config, "intermediate_size", 0) or 4 * self.width)
-        return 12 * self.width + 4 * inner + (self.vocab_size if self.body is None else 0)
-
-    @property
-    def _kept(self) -> int:
-        """Numbers that a gradient keeps of a token."""
-        return max(self._layers, 1) * self.layer_numbers
 
     # -- body ------------------------------------------------------------------------------------------------
 

@@ -11,12 +11,14 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .encoding import Base, Vocabulary
+from .memory import Batches
 from .network import CausalNetwork
 from .truncation import Truncation
 
@@ -63,11 +65,21 @@ class Prefix:
             layer.keys, layer.values = leaf(layer.keys), leaf(layer.values)
         return replace(self, hidden=leaf(self.hidden), cache=cache), roots, leaves
 
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these, in the cache one layer after another."""
+        self.cache.batch_select_indices(rows)
+        self.mask = None if self.mask is None else self.mask[rows]
+        self.taken = None if self.taken is None else self.taken[rows]
+        self.hidden, self.lengths = self.hidden[rows], self.lengths[rows]
+
     def select(self, rows: Tensor) -> None:
-        """Replace row i by row ``rows[i]``, cache included; a row that stays costs nothing."""
+        """Replace row i by row ``rows[i]``, cache included; on a CPU a row that stays costs nothing."""
         self.lengths = self.lengths[rows]
         self.mask = None if self.mask is None else self.mask[rows]
         self.taken = None if self.taken is None else self.taken[rows]
+        if rows.device.type != "cpu":  # which of them move is known there, and the host would wait for it
+            self.cache.batch_select_indices(rows)
+            return
         moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(-1)
         for layer in self.cache.layers:
             for kept in (layer.keys, layer.values):
@@ -77,6 +89,25 @@ class Prefix:
 def prefill(network: CausalNetwork, ids: Tensor, mask: Tensor | None) -> Prefix:
     """Run left-padded prompts ``ids`` (rows, length) through the network once."""
     return Prefix(*network.read(ids, mask))
+
+
+def joined(parts: list[Prefix]) -> Prefix:
+    """Return the prefix of the prompts of all parts."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    cache = copy.copy(first.cache)
+    cache.layers = [copy.copy(layer) for layer in first.cache.layers]
+    for i, layer in enumerate(cache.layers):
+        layer.keys = torch.cat([part.cache.layers[i].keys for part in parts])
+        layer.values = torch.cat([part.cache.layers[i].values for part in parts])
+
+    def together(name: str) -> Tensor | None:
+        each = [getattr(part, name) for part in parts]
+        return None if each[0] is None else torch.cat(each)
+
+    others: dict[str, Any] = {name: together(name) for name in ("hidden", "mask", "lengths", "taken")}
+    return Prefix(cache=cache, **others)
 
 
 def extend(network: CausalNetwork, prefix: Prefix, ids: Tensor, done: int = 0) -> Tensor:
@@ -127,20 +158,31 @@ class PromptedNetwork:
     micro_batch_size: int | None
     gradient_checkpointing: bool
 
+    @cached_property
+    def batches(self) -> Batches:
+        """How many prompts or rows a pass of bounded memory takes, where ``batch_size`` does not say."""
+        return self.network.batches(self.prompt_ids.shape[-1], self.max_new_tokens)
+
+    @property
+    def max_prompts(self) -> int:
+        """How many prompts one forward pass reads."""
+        return self.batch_size or self.batches.prefill
+
     @property
     def max_rows(self) -> int:
-        """How many completions one forward pass of bounded memory takes."""
-        return self.batch_size or self.network.rows_per_batch(self._length)
+        """How many completions are drawn at once."""
+        return self.batch_size or self.batches.decoding
+
+    @property
+    def max_rows_scored(self) -> int:
+        """How many completions one forward pass scores."""
+        return self.batch_size or self.batches.scoring(self.gradient_checkpointing or not self.network.findings.caches)
 
     @property
     def max_rows_with_gradient(self) -> int:
         """How many completions one micro-batch of a gradient takes."""
-        fit = self.network.rows_per_micro_batch(self._length)
+        fit = self.batches.gradient(self.gradient_checkpointing)
         return self.micro_batch_size or min(self.batch_size or fit, fit)
-
-    @property
-    def _length(self) -> int:
-        return self.prompt_ids.shape[-1] + self.max_new_tokens
 
     @contextlib.contextmanager
     def drawing(self, rows: int) -> Iterator[PromptedNetwork]:
@@ -162,18 +204,20 @@ class PromptedNetwork:
             members = ((rows >= first) & (rows < first + size)).nonzero().squeeze(-1)
             yield prefix, members, rows[members] - first
 
-    def prefixes(self, rows: Tensor) -> Iterator[tuple[Tensor, Prefix]]:
-        """Give micro-batches of bounded memory: indices into ``rows`` (row,), and the prefix of their prompts."""
-        size = self.max_rows
-        for prefix, members, prompts in self.blocks(rows, size):
+    def prefixes(self, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Prefix]]:
+        """Give micro-batches of at most ``size``: indices into ``rows`` (row,), and the prefix of their prompts."""
+        for prefix, members, prompts in self.blocks(rows, self.max_prompts):
             for part, prompt in zip(members.split(size), prompts.split(size), strict=True):
                 if len(part):  # an empty tensor has one part
                     yield part, prefix.fork(prompt)
 
     def prefix(self, rows: Tensor) -> Prefix:
         """Return the prefix of prompts ``rows`` (row,), all in one batch; each prompt is prefilled once."""
+        every = torch.arange(len(self.prompt_ids), device=rows.device)
         with torch.no_grad():
-            return self._read(slice(None)).fork(rows)
+            if self._shares_base:  # whose blocks would differ in length
+                return self._read(slice(None)).fork(rows)
+            return joined([prefix for prefix, _, _ in self.blocks(every, self.max_prompts)]).fork(rows)
 
     @property
     def tokens_read(self) -> int:

@@ -38,7 +38,7 @@ def token_scores(prompted: PromptedNetwork, rows: Tensor, values: Tensor, known:
     """
     network = prompted.network
     wants_grad = torch.is_grad_enabled() and network.requires_grad
-    size = prompted.max_rows_with_gradient if wants_grad else prompted.max_rows
+    size = prompted.max_rows_with_gradient if wants_grad else prompted.max_rows_scored
     if wants_grad and (known is not None or len(rows) > size):
         trained = [p for p in network.parameters if p.requires_grad]
         recomputed: Tensor = _Recomputed.apply(prompted, rows, values, known, *trained)
@@ -53,7 +53,7 @@ def scores_and_hidden(prompted: PromptedNetwork, rows: Tensor, values: Tensor) -
         the longest completion.
     """
     scores, hidden = [], []
-    for part, score, states in _micro_batches(prompted, rows, values, prompted.max_rows):
+    for part, score, states in _micro_batches(prompted, rows, values, prompted.max_rows_scored):
         scores.append((part, score))
         hidden.append((part, pad(states, (0, 0, 0, values.shape[-1] - states.shape[1]))))
     return _in_order(scores), _in_order(hidden)
@@ -136,7 +136,7 @@ def _blocks(prompted: PromptedNetwork, rows: Tensor, size: int) -> Iterator[tupl
     if together or not prompted.network.shares_prefill(prompted.prompt_mask):
         yield None, torch.arange(len(rows), device=rows.device), rows
     else:
-        yield from prompted.blocks(rows, size)
+        yield from prompted.blocks(rows, min(size, prompted.max_prompts))
 
 
 def _score(prompted: PromptedNetwork, prefix: Prefix | None, prompts: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,8 +164,9 @@ def _score(prompted: PromptedNetwork, prefix: Prefix | None, prompts: Tensor, va
         hidden = prefix.hidden[:, None]
         if longest > 1:
             hidden = torch.cat([hidden, extend(network, prefix, inputs)], dim=1)
-    scores = network.token_log_prob(hidden[live[:, :longest]], ids[live], prompted.temperature, prompted.truncation)
-    scores = scores.new_zeros(values.shape).masked_scatter(live, scores)
+    at = live.nonzero(as_tuple=True)  # found once, also for the backward pass: the host waits for a device here
+    scores = network.token_log_prob(hidden[at], ids[at], prompted.temperature, prompted.truncation)
+    scores = scores.new_zeros(values.shape).index_put(at, scores)
     if prompted.taken is not None:
         taken = prompted.taken[prompts] if prefix is None else prefix.taken
         assert taken is not None

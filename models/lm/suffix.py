@@ -72,7 +72,7 @@ def _batches(prompted: PromptedNetwork, prompts: Tensor, cut: Tensor) -> Iterato
     :param prompts: the prompt of each completion, (row,).
     :param cut: how many tokens of it are kept, (row,).
     """
-    for part, prefix in prompted.prefixes(prompts):
+    for part, prefix in prompted.prefixes(prompts, min(prompted.max_rows_scored, prompted.max_rows)):
         if prompted.network.pads_tokens:
             yield part, prefix
             continue

@@ -6,11 +6,18 @@ D decodes token ids. D(x) alone may be another text, since decoders look at what
 space at the beginning of a text (SentencePiece's, as of Llama 2), some write the spaces themselves (WordPiece), and the
 bytes of one character may belong to two tokens. A tokenizer without a decoder is one of words, whose ids stand for
 words between spaces: there the text of a completion is D(x), its words.
+
+In a run (`remembered`) a completion that has grown, x = y v, is not decoded anew. With w the last tokens of y, as many
+as of a prompt are decoded with a completion,
+
+    text(x | c)  =  text(y | c)  with  D(w v)  without its beginning  D(w)
+
+where D(w) is its beginning and does not end inside a character; else x is decoded from its own beginning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,9 +25,14 @@ import torch
 from torch import Size
 
 from .encoding import Encoded
+from .remembered import recalled, remembered
 
 CONTEXT = 8  # tokens of the prompt that are decoded with a completion; more where they begin inside a character
 MISSING = "\ufffd"  # what decoders write for the bytes of an incomplete character
+
+
+Pair = tuple[int, tuple[int, ...]]  # the index of a context, and the token ids of a completion
+Texts = dict[Pair, str | None]
 
 
 class Context(NamedTuple):
@@ -72,13 +84,23 @@ def completion_texts(tokenizer: Any, rows: Sequence[Sequence[int]], batch: Size,
             raise ValueError(f"prompts of shape {tuple(shape)} do not fit completions of {tuple(batch)}") from None
     texts = np.empty(len(rows), dtype=object)
     if _joins_words(tokenizer):
-        texts[:] = decode(tokenizer, rows)
+        texts[:] = _added_texts(tokenizer, [Context((), "")], [0] * len(rows), rows)
     elif prompts is not None and covered:
         of = torch.arange(shape.numel()).reshape(shape).expand(batch).reshape(-1).tolist()
-        texts[:] = _added_texts(tokenizer, [context_of(tokenizer, prompt) for prompt in prompts.rows()], of, rows)
+        texts[:] = _added_texts(tokenizer, _contexts(tokenizer, prompts), of, rows)
     else:
         texts[:] = _added_texts(tokenizer, [any_context(tokenizer)], [0] * len(rows), rows)
     return texts.reshape(tuple(batch))
+
+
+def _contexts(tokenizer: Any, prompts: Encoded) -> list[Context]:
+    """Return what completions of each prompt are decoded with."""
+    memory = remembered()
+
+    def made() -> tuple[Encoded, list[Context]]:  # with the tensors, whose ids nothing else has as long as this is kept
+        return prompts, [context_of(tokenizer, prompt) for prompt in prompts.rows()]
+
+    return recalled(memory.contexts, (memory.of(tokenizer), id(prompts.ids), id(prompts.mask)), made)[1]
 
 
 def _added_texts(
@@ -87,14 +109,48 @@ def _added_texts(
     """Return the text that each row of token ids adds to its context, ``of`` being its index."""
     keys = [(i, tuple(row)) for i, row in zip(of, rows, strict=True)]
     pairs = list(dict.fromkeys(keys))  # draws of a sharp posterior repeat themselves
-    wholes = decode(tokenizer, [(*contexts[i].ids, *row) for i, row in pairs])
-    texts = {pair: _added(contexts[pair[0]].text, whole) for pair, whole in zip(pairs, wholes, strict=True)}
+    memory = remembered()
+    by = memory.of(tokenizer)
+    memory.texts.size = max(memory.texts.size, 4 * len(pairs))
+
+    def known(i: int, row: tuple[int, ...]) -> str | None:
+        text: str | None = memory.texts.get((by, contexts[i], row))
+        return text
+
+    texts: Texts = {pair: known(*pair) for pair in pairs}
+    texts |= _grown(tokenizer, [pair for pair, text in texts.items() if text is None], known)
+    anew = [pair for pair, text in texts.items() if text is None]
+    wholes = decode(tokenizer, [(*contexts[i].ids, *row) for i, row in anew])
+    texts |= {pair: _added(contexts[pair[0]].text, whole) for pair, whole in zip(anew, wholes, strict=True)}
     if lost := [pair for pair, text in texts.items() if text is None]:
         # an incomplete character at the end makes some decoders give up the bytes before it, the prompt's too
         other = any_context(tokenizer)
         alone = decode(tokenizer, [(*other.ids, *row) for _, row in lost])
         texts |= {pair: text.removeprefix(other.text) for pair, text in zip(lost, alone, strict=True)}
+    for (i, row), text in texts.items():
+        memory.texts.put((by, contexts[i], row), text)
     return [str(texts[key]) for key in keys]
+
+
+def _grown(tokenizer: Any, pairs: Sequence[Pair], known: Callable[[int, tuple[int, ...]], str | None]) -> Texts:
+    """Return the texts of rows that have grown by a few tokens, None of those that are to be decoded anew.
+
+    :param known: the text of a row of a context, None if it is not known.
+    """
+    found: Texts = dict.fromkeys(pairs)
+    beginnings = []
+    for i, row in pairs:
+        for size in range(len(row) - 1, max(2 * CONTEXT, len(row) - CONTEXT) - 1, -1):
+            text = known(i, row[:size])
+            if text and not text.endswith(MISSING):  # else its last character may not be complete
+                beginnings.append(((i, row), size, text))
+                break
+    befores = decode(tokenizer, [row[size - CONTEXT : size] for (_, row), size, _ in beginnings])
+    afters = decode(tokenizer, [row[size - CONTEXT :] for (_, row), size, _ in beginnings])
+    for (pair, _, text), before, after in zip(beginnings, befores, afters, strict=True):
+        if before.strip() and after.startswith(before) and not before.endswith(MISSING):
+            found[pair] = text + after[len(before) :]
+    return found
 
 
 def _added(before: str, whole: str) -> str | None:

@@ -101,7 +101,7 @@ class LastHidden(CachedFeatures):
         mask = torch.ones_like(ids) if mask is None else mask
         order = mask.sum(-1).argsort()  # batches of similar lengths need little padding
         hidden = []
-        for rows in order.split(lm.batch_size or causal.rows_per_batch(ids.shape[-1])):
+        for rows in order.split(lm.batch_size or causal.batches(0, ids.shape[-1]).scoring(whole=True)):
             longest = int(mask[rows[-1]].sum())
             hidden.append(causal.hidden_of_texts(ids[rows, -longest:], mask[rows, -longest:])[:, -1].clone())
         return torch.cat(hidden)[order.argsort()]

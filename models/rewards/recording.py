@@ -7,7 +7,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.distributions import Unit, is_validation_enabled
+from pyro.distributions import Delta, Unit, is_validation_enabled
 from torch import Tensor
 
 SUFFIX = "/r"  # of the deterministic site that holds r
@@ -67,7 +67,9 @@ def record(name: str, r: Any) -> Tensor:
     """
     r = torch.as_tensor(r)
     r = r if r.is_floating_point() else r.float()
-    pyro.deterministic(name + SUFFIX, r, event_dim=0)
+    # as `pyro.deterministic` does, without its look at the values, for which the host would wait
+    point = Delta(r, validate_args=False).mask(False)
+    pyro.sample(name + SUFFIX, point, obs=r, infer={"_deterministic": True})
     return r
 
 

@@ -1,7 +1,5 @@
 """Networks of many architectures against their own forward pass; their cost in passes, tokens and memory."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from support.models import ARCHITECTURES, PADDED_PROMPTS, llama_network, random_network, table_lm, tiny_llama
@@ -213,28 +211,6 @@ def test_keys_and_values_are_counted(model_type):
     assert held == 5 * lm.causal.cached_numbers > 0
 
 
-@pytest.mark.parametrize("vocab", [8, 50_000])
-@pytest.mark.parametrize("length", [1, 30, 2000, 10**6])
-def test_rows_fit_a_bounded_batch(vocab, length):
-    """All keys and values, the states of a layer, and the next token's logits; many times a single text's, or one."""
-    causal = CausalNetwork(llama_network(vocab_size=vocab).eval())
-    rows = causal.rows_per_batch(length)
-    each = length * (causal.cached_numbers + causal.layer_numbers) + 3 * vocab
-    assert rows * each <= network.HELD < (rows + 1) * each or (rows == 1 and each > network.HELD)
-
-
-def test_a_gpu_takes_more_rows(monkeypatch):
-    """By its memory, an eighth of which a pass may hold in float32."""
-    causal = CausalNetwork(llama_network().eval())
-    here, here_with_gradient = causal.rows_per_batch(100), causal.rows_per_micro_batch(100)
-    monkeypatch.setattr(CausalNetwork, "device", torch.device("cuda"))
-    for gigabytes, times in ((80, 20), (1, 1)):
-        memory = SimpleNamespace(total_memory=gigabytes * 2**30)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, memory=memory: memory)
-        assert causal.rows_per_batch(100) == pytest.approx(times * here, abs=times)
-        assert causal.rows_per_micro_batch(100) == pytest.approx(times * here_with_gradient, abs=times)
-
-
 def test_micro_batches_have_a_size_of_their_own():
     def sizes(**settings):
         dist = tiny_llama(**settings).policy()([[1]], 4)
@@ -332,7 +308,7 @@ def test_scoring_never_holds_all_logits(monkeypatch, model_type, trained):
     heads = []
     head = lm.network.get_output_embeddings()
     head.register_forward_hook(lambda module, inputs, output: heads.append(output.numel()))
-    dist.log_prob(x.clone())  # a network with another hook is tried again
+    dist.log_prob(x[:1].clone())  # a network that has another hook is tried again
     heads.clear()
     score = dist.log_prob(x.clone()).sum()
     assert sum(heads) == x.numel() * vocab

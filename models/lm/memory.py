@@ -1,0 +1,136 @@
+r"""How much memory passes of a network hold, and so how many rows one pass takes.
+
+Of a network of L layers, width d, with inner layers of width f and attention heads of width h,
+
+    k            numbers in the keys and values of a token, of all layers together (counted on a pass)
+    i = 4 d + 3 f + 2 h    numbers that one layer computes of a token without a gradient
+    a = 12 d + 4 f         numbers that one layer keeps of a token for its gradient
+    V            logits of a token, always float32
+
+(d is 0 and i and a are V more where the logits stand for hidden states). With prompts of P tokens, T new tokens, and
+s bytes a number of the dtype that is computed in, these hold at once, at most,
+
+    prefill      b prompts                s b P (k + i)
+    decoding     n rows                   n (s (P + T) k + max(s ((P + T) k / (2 L) + 8 d), 20 V))
+    scoring      n rows                   s n ((P + T) k + T i)
+    gradient     n rows of b prompts      s L a (n T + b P)
+    checkpointed, n rows                  s n (P + T) (L d + a)
+
+beside the weights. Decoding holds the states of one token a row, not those of a whole text. A cache that grows by a
+token holds the keys of one layer twice; drawing from logits holds them five times over (once in float64). Where each
+text is read as a whole (networks without keys and values, gradient checkpointing), all its tokens are new. Blocks of
+logits of scoring (`network`) are bounded by themselves. Mixtures of experts, and layers of other kinds than a Llama's,
+are counted as a Llama's.
+
+A pass may hold the `room`: on a CPU 512 MB, so that a seed gives the same numbers everywhere. On a GPU it is what is
+free at the start of the run, less a tenth, rounded down to a power of two: so small changes of what else is on the
+device do not change the sizes of batches, and with them the numbers that a seed gives. Prompts that have been read
+wait with their keys and values while their completions are drawn: they take a quarter of it, and all else the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .remembered import recalled, remembered
+
+ON_CPU = 2**29  # bytes
+FEWEST = 2**28  # bytes, where less is free: a pass may still fit, and nothing smaller would
+LOGITS_BYTES = 5 * 4
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a network holds of a token, in numbers; see above for the letters."""
+
+    layers: int  # L
+    width: int  # d
+    cached: int  # k
+    inside: int  # i
+    kept: int  # a
+    vocabulary: int  # V
+    bytes_each: int  # s
+
+    def prefill(self, prompts: int, prompt: int) -> int:
+        """Return the bytes that reading prompts of so many tokens holds."""
+        return self.bytes_each * prompts * prompt * (self.cached + self.inside)
+
+    def decoding(self, rows: int, length: int) -> int:
+        """Return the bytes that drawing rows holds, of ``length`` tokens with their prompts."""
+        cache = length * self.cached
+        growing = cache // (2 * self.layers) + 8 * self.width if cache else length * self.inside
+        return rows * (self.bytes_each * cache + max(self.bytes_each * growing, LOGITS_BYTES * self.vocabulary))
+
+    def scoring(self, rows: int, prompt: int, new: int, *, whole: bool = False) -> int:
+        """Return the bytes that scoring rows holds, without a gradient.
+
+        :param whole: whether each row is read with its prompt.
+        """
+        if whole:
+            return self.bytes_each * rows * (prompt + new) * self.inside
+        return self.bytes_each * rows * ((prompt + new) * self.cached + new * self.inside)
+
+    def gradient(self, rows: int, prompt: int, new: int, *, checkpointing: bool, prompts: int | None = None) -> int:
+        """Return the bytes that a gradient holds.
+
+        :param prompts: whose rows they are, each of which is read once; None: each row is read with its prompt.
+        """
+        if checkpointing:
+            return self.bytes_each * rows * (prompt + new) * (self.layers * self.width + self.kept)
+        tokens = rows * new + (rows if prompts is None else prompts) * prompt
+        return self.bytes_each * self.layers * self.kept * tokens
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How many prompts or rows one pass takes.
+
+    :param footprint: of the network.
+    :param room: bytes that a pass may hold.
+    :param prompt: tokens of a prompt.
+    :param new: new tokens.
+    """
+
+    footprint: Footprint
+    room: int
+    prompt: int
+    new: int
+
+    @property
+    def prefill(self) -> int:
+        return self._fit(self.room // 4, self.footprint.prefill(1, self.prompt))
+
+    @property
+    def decoding(self) -> int:
+        return self._fit(3 * self.room // 4, self.footprint.decoding(1, self.prompt + self.new))
+
+    def scoring(self, whole: bool = False) -> int:
+        return self._fit(3 * self.room // 4, self.footprint.scoring(1, self.prompt, self.new, whole=whole))
+
+    def gradient(self, checkpointing: bool) -> int:
+        """Return of how many rows a micro-batch takes; each may have a prompt of its own."""
+        return self._fit(self.room, self.footprint.gradient(1, self.prompt, self.new, checkpointing=checkpointing))
+
+    def _fit(self, room: int, each: int) -> int:
+        return max(1, room // max(each, 1))
+
+
+def room(device: torch.device) -> int:
+    """Return the bytes that a pass may hold on a device; in a run they are those of its start."""
+    if device.type != "cuda":
+        return ON_CPU
+    return recalled(remembered().rooms, device, lambda: rounded(free(device)))
+
+
+def free(device: torch.device) -> int:
+    """Return the free bytes of a GPU, with those that PyTorch has reserved and does not use."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
+
+
+def rounded(free_bytes: int) -> int:
+    """Return nine tenths of what is free, rounded down to a power of two."""
+    return max(FEWEST, 2 ** int(math.log2(max(1.0, 0.9 * free_bytes))))

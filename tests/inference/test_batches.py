@@ -1,0 +1,120 @@
+"""Particles times prompts are drawn in batches that are full, whatever the two are."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from support.models import tiny_llama
+from support.programs import score_table, tilted
+
+from bayeslm import diagnostics
+from bayeslm.inference import MCMC, SMC, SVI, AnnealedSMC, EvidenceError, Exact, ImportanceSampling, RejectionSampling
+from bayeslm.inference.program import inspect
+from bayeslm.models import TiltedLM
+from bayeslm.models.lm import CausalNetwork, autoregressive, prefix
+from bayeslm.models.rewards import Reward
+
+SETTINGS: dict[str, Any] = {"seed": 0, "progress": False}
+PROMPTS = [[1 + i % 7, 1 + i // 7] for i in range(40)]
+
+
+def batches(function: Any) -> tuple[list[int], list[int]]:
+    """Return the rows of each batch that is drawn, and the prompts of each that is read."""
+    drawn, read = [], []
+
+    def generated(decoder: Any, *rest: Any) -> Any:
+        drawn.append(len(decoder.values))
+        return generate(decoder, *rest)
+
+    def prefilled(network: Any, ids: Any, mask: Any) -> Any:
+        read.append(len(ids))
+        return prefill(network, ids, mask)
+
+    generate, prefill = autoregressive.generate, prefix.prefill
+    with mock.patch.object(autoregressive, "generate", generated), mock.patch.object(prefix, "prefill", prefilled):
+        function()
+    return drawn, read
+
+
+@pytest.mark.parametrize(("prompts", "particles", "size"), [(16, 64, 15), (31, 8, 30), (5, 40, 8), (40, 3, 7)])
+def test_batches_are_full(prompts, particles, size):
+    model = tilted(tiny_llama(batch_size=size), score_table(1, tokens=2))
+    drawn, read = batches(lambda: ImportanceSampling(particles, **SETTINGS).run(model, PROMPTS[:prompts]))
+    rows = prompts * particles
+    assert sum(drawn) == rows
+    assert max(drawn) <= size
+    ends = -(-prompts // size)  # the last prompts, fewer than fit, and their last completions
+    assert len(drawn) <= 1.1 * rows / size + 2 * ends
+    assert len(read) <= 4 * ends
+
+
+def test_what_fits_one_batch_is_one_run():
+    program = inspect(tilted(tiny_llama(), score_table(1, tokens=2)), PROMPTS)
+    assert program.particles_a_run == program.max_particles > 100
+
+
+# -- memory that is bounded whatever particles times prompts are ---------------------------------------------------
+
+
+SIZE = 12
+ENGINES = {
+    "importance": ImportanceSampling(9, **SETTINGS),
+    "smc": SMC(SIZE, 2, twist="partial", **SETTINGS),
+    "annealed": AnnealedSMC(9, 2, ladder=(0.5, 1.0), **SETTINGS),
+    "annealed, candidates": AnnealedSMC(9, 1, ladder=(1.0,), num_candidates=3, **SETTINGS),
+    "mcmc": MCMC(num_samples=4, warmup=1, num_chains=4, initial_particles=6, **SETTINGS),
+    "rejection": RejectionSampling(num_samples=8, log_bound=3.5, **SETTINGS),
+    "svi": SVI(num_steps=2, num_particles=5, num_samples=4, **SETTINGS),
+}
+
+
+def counted(prompts: list[str], completions: list[str], bonus: list[float]) -> list[float]:
+    return [text.count("a") + more for text, more in zip(completions, bonus, strict=True)]
+
+
+def program() -> TiltedLM:
+    return TiltedLM(tiny_llama(batch_size=SIZE), counted, beta=1.0, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_no_pass_has_more_rows_than_the_batch_size(name):
+    rows = []
+    hidden = CausalNetwork.hidden
+
+    def noted(self: Any, ids: Any, *rest: Any, **settings: Any) -> Any:
+        rows.append(len(ids))
+        return hidden(self, ids, *rest, **settings)
+
+    with mock.patch.object(CausalNetwork, "hidden", noted), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = ENGINES[name].run(program(), PROMPTS[:5], bonus=[0.0, 0.1, 0.2, 0.3, 0.4])
+    assert max(rows) <= SIZE
+    assert found.log_weights.shape[-1] == len(found.prompts) == 5
+
+
+def test_smc_of_some_prompts_after_others_is_that_of_all():
+    """Its estimates, and shapes and labels of all that it records."""
+    prompts, bonus = ["a", "b c", "d"], [0.0, 1.0, -0.5]
+    exact = Exact().run(program(), prompts, bonus=bonus)
+    engine = SMC(SIZE, 30, twist="partial", ess_threshold=0.8, **SETTINGS)
+    found = engine.run(program(), prompts, bonus=bonus)
+    weights = np.exp(diagnostics.chain_log_evidence(found.log_weights))  # (chain, prompt), unbiased
+    error = weights.std(0, ddof=1) / len(weights) ** 0.5
+    assert (np.abs(weights.mean(0) - np.exp(exact.log_evidence)) < 4 * error).all()
+    assert found.prompts == exact.prompts
+    assert found.stats["ancestors"].shape == (30, 3, SIZE, 3)
+    assert found.stats["resampled"].shape == found.stats["ess_by_step"].shape == (30, 3, 3)
+    rows = [counted(prompts, texts.tolist(), bonus) for texts in found.texts["completion"][0]]
+    np.testing.assert_allclose(found.rewards["reward"][0], rows, rtol=1e-6)
+    assert SMC(SIZE, 2, retained=exact, **SETTINGS).run(program(), prompts, bonus=bonus).conditional
+
+
+def test_an_error_of_some_prompts_names_them_among_all():
+    reward = Reward(lambda prompts, completions: [-math.inf if prompt == "d" else 0.0 for prompt in prompts])
+    with pytest.raises(EvidenceError, match=r"of prompt 2 \('d'\)"):
+        SMC(SIZE, 1, **SETTINGS).run(TiltedLM(tiny_llama(batch_size=SIZE), reward), ["a", "b c", "d"])

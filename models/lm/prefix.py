@@ -137,7 +137,7 @@ class PromptedNetwork:
     :param prompt_mask: 1 at tokens that are not padding, same shape; None if no prompt is padded.
     :param max_new_tokens: the longest completion.
     :param temperature: divides the logits.
-    :param truncation: what remains of the distribution of each token.
+    :param truncation: what remains of the distribution of each token; None: all.
     :param taken: False at prompts whose completion ends at once, (prompt,); None where none does.
     :param base: what prompts begin with, its ``rows`` (prompt,); None where nothing is shared.
     :param batch_size: sequences in one forward pass at most; None: as many as bounded memory allows.
@@ -151,7 +151,7 @@ class PromptedNetwork:
     prompt_mask: Tensor | None
     max_new_tokens: int
     temperature: float
-    truncation: Truncation
+    truncation: Truncation | None
     taken: Tensor | None
     base: Base | None
     batch_size: int | None

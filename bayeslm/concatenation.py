@@ -26,6 +26,7 @@ DRAWS = (  # mappings of arrays (chain, draw, ...)
     "rewards",
     "texts",
     "lengths",
+    "truncated",
     "token_log_ratio",
     "token_ends",
     "pointwise",

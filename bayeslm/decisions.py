@@ -85,7 +85,7 @@ class ChrF(Utility):
 
     def __init__(self, word_order: Literal[0, 1, 2] = 0) -> None:
         try:
-            from sacrebleu.metrics import CHRF
+            from sacrebleu.metrics.chrf import CHRF
         except ModuleNotFoundError as error:
             raise ImportError(f'this utility needs {error.name}: pip install "bayeslm[translation]"') from error
         self._metric = CHRF(word_order=word_order)
@@ -210,7 +210,7 @@ class _Column(NamedTuple):
     texts: list[str]
     weights: Array
     """(text,): the weight of all draws of its key."""
-    index: Array
+    place: Array
     """(chain, draw): which text stands for each draw; 0 for draws of zero weight, which count nowhere."""
 
 
@@ -271,7 +271,7 @@ def _table(utility: Callable[[str, str], float], column: _Column, chosen: Array)
 
 def _expectation(posterior: Posterior, columns: list[_Column], rows: list[Array]) -> Estimate:
     """Return the expected utility of one candidate of each prompt, given its utilities (text,)."""
-    values = np.stack([row[column.index] for row, column in zip(rows, columns, strict=True)], axis=2)
+    values = np.stack([row[column.place] for row, column in zip(rows, columns, strict=True)], axis=2)
     return expectation(posterior, values)
 
 

@@ -19,12 +19,13 @@ class Peer:
     :param requirements: packages to install there, at the versions of constraints.txt where it has them. None: the
         process runs in the environment of the caller.
     :param worker: the script, in the folder of this file.
+    :param arguments: of the script.
     """
 
-    def __init__(self, name: str, requirements: Sequence[str] | None, worker: str) -> None:
+    def __init__(self, name: str, requirements: Sequence[str] | None, worker: str, *arguments: str) -> None:
         self.name = name
         python = sys.executable if requirements is None else _environment(name, requirements)
-        command = [python, Path(__file__).with_name(worker)]
+        command = [python, Path(__file__).with_name(worker), *arguments]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def send(self, message: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """JSON from text: SmolLM2 fills a schema, under a global and a local constraint.
 
-    python examples/json_from_text.py [--particles 32]        (three minutes on two quiet cores)
+    python examples/json_from_text.py [--particles 12]        (four minutes on one core)
 
 Each text names a person, an age and a city, and the answer is JSON of a schema. The *local* distribution is what most
 tools draw from: each token from those that the grammar allows next, renormalised. The *global* one is the language
@@ -76,7 +76,7 @@ def shares(posterior: Posterior, weights: np.ndarray) -> list[tuple[str, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--particles", type=int, default=32, help="in each of four chains")
+    parser.add_argument("--particles", type=int, default=12, help="in each of four chains")
     options = parser.parse_args()
     grammar = rewards.Grammar(json_schema=SCHEMA)
     model = TiltedLM(LanguageModel.from_pretrained("smollm2").packed(), grammar, beta=1.0, max_new_tokens=32)

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from bayeslm.models import Moment, TiltedLM, moment_target
-from bayeslm.models.rewards import with_trainer_arguments
 from bayeslm.moments import MomentError, Tilt, check_kind, fit_tilt, moments
 from bayeslm.posterior import Posterior
 from bayeslm.validation import Count, Positive, validated
@@ -132,12 +131,14 @@ def _features(
     :raises ValueError: if one is not finite.
     """
     (rows,), columns = target.program_arguments(prompts, **columns)
-    ids = target.prior.token_ids(torch.as_tensor(posterior.samples["completion"]))
-    arguments = with_trainer_arguments(columns, ids)
-    texts = posterior.texts["completion"]
-    values = np.stack([moment.reward(rows, texts, **arguments).double().numpy() for moment in wanted], axis=-1)
+    distribution = target.prior(rows, max_new_tokens=target.max_new_tokens, temperature=target.temperature)
+    x = torch.as_tensor(posterior.samples["completion"], device=target.prior.device)
+    each = [target.scores(moment.reward, distribution, rows, x, columns) for moment in wanted]
+    values = torch.stack(each, -1).double().cpu().numpy()
     if (bad := np.argwhere(~np.isfinite(values))).size:
         chain, draw, prompt, j = bad[0]
         what = f"{wanted[j].name!r} is {values[tuple(bad[0])]}"
-        raise ValueError(f"a feature must be finite, and {what} for {texts[chain, draw, prompt]!r:.80}")
+        raise ValueError(
+            f"a feature must be finite, and {what} for {posterior.texts['completion'][chain, draw, prompt]!r:.80}"
+        )
     return values

@@ -23,7 +23,7 @@ from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
 from bayeslm.display import call
-from bayeslm.models.lm import LanguageModel, Prompt, on_host, read_table, without_index
+from bayeslm.models.lm import Autoregressive, LanguageModel, Prompt, on_host, read_table, without_index
 from bayeslm.models.rewards import Reward, RewardFunction, factor, with_trainer_arguments
 from bayeslm.validation import Count, Positive, validated
 
@@ -123,12 +123,22 @@ class TiltedLM:
                 pyro.factor("power", (self.power - 1.0) * log_p.masked_fill(log_p == -math.inf, 0.0))
             if self.reward is None:
                 return
-            tokens = on_host(x)
-            every = tokens.expand(broadcast_shape(x.shape[:-1], distribution.batch_shape) + x.shape[-1:])
-            arguments = with_trainer_arguments(
-                columns, self.prior.token_ids(every), distribution.truncated(every).numpy()
-            )
-            factor("reward", self.reward(prompts, distribution.decode(tokens), **arguments).to(x.device), self.beta)
+            factor("reward", self.scores(self.reward, distribution, prompts, x, columns).to(x.device), self.beta)
+
+    @staticmethod
+    def scores(
+        reward: Reward, distribution: Autoregressive, prompts: Sequence[Prompt], x: Tensor, columns: Mapping[str, Any]
+    ) -> Tensor:
+        """Return a reward of completions (*, prompt, token), with all arguments that a reward may have.
+
+        :param distribution: of the completions, given the prompts.
+        :param columns: of the prompts.
+        """
+        tokens = on_host(x)
+        every = tokens.expand(broadcast_shape(x.shape[:-1], distribution.batch_shape) + x.shape[-1:])
+        cut = distribution.truncated(every).numpy()
+        arguments = with_trainer_arguments(columns, distribution.lm.token_ids(every), cut)
+        return reward(prompts, distribution.decode(tokens), **arguments)
 
 
 def _some(name: str, column: Any, batch: Tensor, size: int) -> Any:

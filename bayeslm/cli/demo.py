@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from .console import one_line_errors, out_console
 
 PROMPTS = ["My dinner at the restaurant was", "The weather this weekend will be"]
-ENGINES = {
+ENGINES: dict[str, dict[str, Any]] = {
     "importance": {"num_particles": 160},
     "rejection": {"num_samples": 24, "max_proposals": 1000},
     "svi": {

@@ -337,12 +337,19 @@ def _join() -> tuple[int, int, Any] | None:
     elif not os.environ.keys() >= LAUNCHED or int(os.environ["WORLD_SIZE"]) < 2:
         return None
     limit = timedelta(seconds=time_limit())
-    if not dist.is_initialized():
-        dist.init_process_group(timeout=limit)
-        atexit.register(_leave)
-    if dist.get_world_size() < 2:
-        return None
-    group = dist.new_group(backend="gloo", timeout=limit)  # messages are on the CPU, also where gradients are not
+    try:
+        if not dist.is_initialized():
+            dist.init_process_group(timeout=limit)
+            atexit.register(_leave)
+        if dist.get_world_size() < 2:
+            return None
+        group = dist.new_group(backend="gloo", timeout=limit)  # messages are on the CPU, also where gradients are not
+    except RuntimeError as error:
+        raise RankError(
+            f"no process group of the {os.environ.get('WORLD_SIZE')} processes that were launched together: another "
+            f"process of this run has died, or has not answered for {limit.total_seconds():g} seconds ({TIME_LIMIT} "
+            f"sets this limit), or MASTER_ADDR and MASTER_PORT lead nowhere: {message_of(error).splitlines()[0]}"
+        ) from error
     _joined = dist.get_rank(), dist.get_world_size(), group
     set_rank(dist.get_rank())
     return _joined

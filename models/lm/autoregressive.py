@@ -22,7 +22,7 @@ from torch.distributions import constraints
 from bayeslm.validation import Count, Positive, validated
 
 from .decoding import Decoder, generate, only_end
-from .encoding import Encoded, Vocabulary
+from .encoding import Base, Encoded, Vocabulary
 from .network import CausalNetwork
 from .prefix import PromptedNetwork
 from .scoring import scores_and_hidden, token_scores
@@ -90,6 +90,7 @@ class Autoregressive(TorchDistribution):
     :param stops: the strings that end a completion as an end token does.
     :param where: bool (*prompts): elsewhere the completion is the text that ends at once, with probability 1, by every
         language model. None: everywhere.
+    :param base: what the prompts begin with; it goes through the network once for all that begin with it.
     :raises ValueError: if ``max_new_tokens`` < 1 or ``temperature`` is not positive and finite.
     """
 
@@ -109,6 +110,7 @@ class Autoregressive(TorchDistribution):
         truncation: Truncation = NO_TRUNCATION,
         stops: Stops | None = None,
         where: Tensor | None = None,
+        base: Base | None = None,
     ) -> None:
         self.lm = lm
         self.prompt_ids = prompt_ids
@@ -118,6 +120,7 @@ class Autoregressive(TorchDistribution):
         self.truncation = truncation
         self.stops = stops
         self.where = where
+        self.base = base
         # Of the last sample of this distribution, or of a larger batch of it: values, versions, token scores.
         self._drawn: list[tuple[Tensor, tuple[Any, ...], Tensor]] = []
         super().__init__(prompt_ids.shape[:-1], Size([max_new_tokens]), validate_args=False)
@@ -138,6 +141,7 @@ class Autoregressive(TorchDistribution):
             temperature=self.temperature,
             truncation=self.truncation,
             taken=None if self.where is None else self.where.reshape(-1),
+            base=None if self.base is None else self.base._replace(rows=self.base.rows.reshape(-1)),
             batch_size=self.lm.batch_size,
             micro_batch_size=self.lm.micro_batch_size,
             gradient_checkpointing=self.lm.gradient_checkpointing,
@@ -182,6 +186,7 @@ class Autoregressive(TorchDistribution):
             truncation=self.truncation if lm is self.lm else NO_TRUNCATION,
             stops=self.stops,
             where=None if self.where is None else self.where[some],
+            base=None if self.base is None else self.base._replace(rows=self.base.rows[some]),
         )
         if some == slice(None):
             TorchDistribution.__init__(new, self.batch_shape, self.event_shape, validate_args=False)

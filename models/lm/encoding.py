@@ -25,15 +25,28 @@ Prompt = str | Sequence[dict[str, Any]] | Sequence[int] | Tensor
 UNOBSERVED = -100  # in the place of all tokens after an observed beginning of a completion
 
 
+class Base(NamedTuple):
+    """Prompts that others begin with: ``ids`` and ``mask`` (base, length) as of `Encoded`.
+
+    ``rows`` (*prompts) is the one that each prompt begins with.
+    """
+
+    ids: Tensor
+    mask: Tensor | None
+    rows: Tensor
+
+
 class Encoded(NamedTuple):
     """``ids`` (*prompts, length), left-padded; ``mask`` of the same shape, None where nothing is padded.
 
-    ``chats`` (*prompts) is an object array of the messages of each prompt, None where it is no chat.
+    ``chats`` (*prompts) is an object array of the messages of each prompt, None where it is no chat; ``base`` what
+    prompts were joined to, if they were.
     """
 
     ids: Tensor
     mask: Tensor | None
     chats: np.ndarray | None = None
+    base: Base | None = None
 
     def rows(self) -> list[list[int]]:
         """Return the token ids of each prompt, without padding."""
@@ -127,9 +140,7 @@ def _padded(
     )
 
 
-def broadcast_where(
-    ids: Tensor, mask: Tensor | None, where: Tensor, vocabulary: Vocabulary
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def broadcast_where(prompts: Encoded, where: Tensor, vocabulary: Vocabulary) -> tuple[Encoded, Tensor]:
     """Return prompts, and where completions are written, in the batch that both broadcast to.
 
     :raises TypeError: if ``where`` is not bool.
@@ -139,12 +150,14 @@ def broadcast_where(
         raise TypeError(f"where must be a bool tensor, got {where.dtype}: write x > 0, or where.bool()")
     if not vocabulary.eos_token_ids:
         raise ValueError("where needs an end token, for the text that ends at once, and this LanguageModel has none")
+    ids, mask, base = prompts.ids, prompts.mask, prompts.base
     try:
         shape = torch.broadcast_shapes(ids.shape[:-1], where.shape)
     except RuntimeError:
         raise ValueError(f"where has shape {tuple(where.shape)}, and prompts {tuple(ids.shape[:-1])}") from None
     mask = None if mask is None else mask.expand(*shape, -1)
-    return ids.expand(*shape, -1), mask, where.to(ids.device).expand(shape)
+    base = None if base is None else base._replace(rows=base.rows.expand(shape))
+    return Encoded(ids.expand(*shape, -1), mask, base=base), where.to(ids.device).expand(shape)
 
 
 def check_room(prompts: Encoded, room: int | None) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .chats import chat_text, plain_message
 from .completions import text_ids
-from .encoding import Encoded, Vocabulary
+from .encoding import Base, Encoded, Vocabulary
 
 _MARK = "@drawn{}@"
 
@@ -39,7 +39,12 @@ def join(prompts: Encoded, parts: tuple[Any, ...], tokenizer: Any, vocabulary: V
             segments.append(_padded(between, lambda x: list(tokenizer(x, add_special_tokens=False)["input_ids"])))
         else:
             segments.append(_padded(_array(name, part), partial(text_ids, name, tokenizer=tokenizer)))
-    return _side_by_side(segments, prompts.ids.device, chats)
+    base = prompts.base or Base(
+        prompts.ids.reshape(-1, prompts.ids.shape[-1]),
+        None if prompts.mask is None else mask.reshape(-1, mask.shape[-1]),
+        torch.arange(prompts.ids.shape[:-1].numel(), device=mask.device).reshape(prompts.ids.shape[:-1]),
+    )
+    return _side_by_side(segments, base, chats)
 
 
 def _drawn(name: str, value: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
@@ -78,14 +83,14 @@ def _padded(texts: np.ndarray, encode: Callable[[str], list[int]]) -> tuple[Tens
     return ids, (ids >= 0).long()
 
 
-def _side_by_side(segments: list[tuple[Tensor, Tensor]], device: torch.device, chats: np.ndarray | None) -> Encoded:
+def _side_by_side(segments: list[tuple[Tensor, Tensor]], base: Base, chats: np.ndarray | None) -> Encoded:
     """Return segments one after another, left-padded, in the batch that they broadcast to."""
     try:
         shape = torch.broadcast_shapes(*(ids.shape[:-1] for ids, _ in segments))
     except RuntimeError:
         shapes = ", ".join(str(tuple(ids.shape[:-1])) for ids, _ in segments)
         raise ValueError(f"prompts and parts have batches of different shapes: {shapes}") from None
-    columns = ([x.to(device).expand(*shape, -1) for x in column] for column in zip(*segments, strict=True))
+    columns = ([x.to(base.ids.device).expand(*shape, -1) for x in column] for column in zip(*segments, strict=True))
     ids, mask = (torch.cat(column, -1) for column in columns)
     order = mask.argsort(stable=True)  # what is not kept goes to the left
     mask = mask.gather(-1, order)
@@ -93,7 +98,8 @@ def _side_by_side(segments: list[tuple[Tensor, Tensor]], device: torch.device, c
     ids = ids.gather(-1, order).masked_fill(mask == 0, 0)[..., -longest:]
     mask = mask[..., -longest:]
     chats = None if chats is None else np.broadcast_to(chats, tuple(shape))
-    return Encoded(ids.contiguous(), None if bool(mask.all()) else mask.contiguous(), chats)
+    base = base._replace(rows=base.rows.expand(shape))
+    return Encoded(ids.contiguous(), None if bool(mask.all()) else mask.contiguous(), chats, base)
 
 
 def _next_turns(

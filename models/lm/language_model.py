@@ -547,19 +547,21 @@ class LanguageModel(ModuleWithProperties):
         :raises ValueError: if ``where`` does not broadcast, or there is no end token, or ``stop`` is empty.
         """
         refuse_sharded(self.network.named_parameters())
-        ids, mask, _ = self.encode_prompts(prompts, max_new_tokens)
+        encoded = self.encode_prompts(prompts, max_new_tokens)
         strings = stop_strings.check_stop(stop, self.tokenizer)
         if where is not None:
-            ids, mask, where = encoding.broadcast_where(ids, mask, where, self.vocabulary)
+            encoded, where = encoding.broadcast_where(encoded, where, self.vocabulary)
+        stops = stop_strings.stops_of(self.tokenizer, strings, self.vocab_size) if strings else None
         return Autoregressive(
             self,
-            ids,
-            mask,
+            encoded.ids,
+            encoded.mask,
             max_new_tokens,
             temperature,
             truncation=Truncation(top_k, top_p),
-            stops=stop_strings.stops_of(self.tokenizer, strings, self.vocab_size).to(ids.device) if strings else None,
+            stops=None if stops is None else stops.to(encoded.ids.device),
             where=where,
+            base=encoded.base,
         )
 
     @validated

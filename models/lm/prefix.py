@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .encoding import Vocabulary
+from .encoding import Base, Vocabulary
 from .memory import Batches
 from .network import CausalNetwork
 from .truncation import Truncation
@@ -139,6 +139,7 @@ class PromptedNetwork:
     :param temperature: divides the logits.
     :param truncation: what remains of the distribution of each token.
     :param taken: False at prompts whose completion ends at once, (prompt,); None where none does.
+    :param base: what prompts begin with, its ``rows`` (prompt,); None where nothing is shared.
     :param batch_size: sequences in one forward pass at most; None: as many as bounded memory allows.
     :param micro_batch_size: of these, sequences whose activations are kept at once for a gradient.
     :param gradient_checkpointing: keep of each layer its input alone for the backward pass.
@@ -152,6 +153,7 @@ class PromptedNetwork:
     temperature: float
     truncation: Truncation
     taken: Tensor | None
+    base: Base | None
     batch_size: int | None
     micro_batch_size: int | None
     gradient_checkpointing: bool
@@ -198,9 +200,7 @@ class PromptedNetwork:
         """
         for first in range(0, len(self.prompt_ids), size):
             block = slice(first, first + size)
-            mask = None if self.prompt_mask is None else self.prompt_mask[block]
-            prefix = prefill(self.network, self.prompt_ids[block], mask)
-            prefix.taken = None if self.taken is None else self.taken[block]
+            prefix = self._read(block)
             members = ((rows >= first) & (rows < first + size)).nonzero().squeeze(-1)
             yield prefix, members, rows[members] - first
 
@@ -215,4 +215,76 @@ class PromptedNetwork:
         """Return the prefix of prompts ``rows`` (row,), all in one batch; each prompt is prefilled once."""
         every = torch.arange(len(self.prompt_ids), device=rows.device)
         with torch.no_grad():
+            if self._shares_base:  # whose blocks would differ in length
+                return self._read(slice(None)).fork(rows)
             return joined([prefix for prefix, _, _ in self.blocks(every, self.max_prompts)]).fork(rows)
+
+    @property
+    def tokens_read(self) -> int:
+        """How many tokens go through the network where each prompt does once, padding counted."""
+        prompts, length = self.prompt_ids.shape
+        if not self._shares_base:
+            return prompts * length
+        assert self.base is not None
+        shared = self.base.ids.shape[-1]
+        return len(self.base.ids) * shared + prompts * (length - shared)
+
+    @property
+    def _shares_base(self) -> bool:
+        """Whether prompts can continue the keys and values of what they begin with."""
+        if self.base is None or len(self.base.ids) == len(self.prompt_ids):
+            return False
+        padded = torch.ones_like(self.base.ids) if self.base.mask is None else self.base.mask
+        return self.network.takes_positions and self.network.pads_tokens and self.network.shares_prefill(padded)
+
+    def _read(self, block: slice) -> Prefix:
+        """Run a block of prompts through the network; what several of them begin with once."""
+        ids = self.prompt_ids[block]
+        mask = None if self.prompt_mask is None else self.prompt_mask[block]
+        if self._shares_base:
+            assert self.base is not None
+            used, row = self.base.rows[block].unique(return_inverse=True)
+            begin = self.base.ids[used]
+            begin_mask = torch.ones_like(begin) if self.base.mask is None else self.base.mask[used]
+            prefix = prefill(self.network, begin, None if self.base.mask is None else begin_mask).fork(row)
+            lengths = torch.full_like(row, ids.shape[-1]) if mask is None else mask.sum(-1)
+            kept = lengths - begin_mask.sum(-1)[row]
+            at = ids.shape[-1] - kept[:, None] + torch.arange(int(kept.max()), device=ids.device)
+            tokens = ids.gather(-1, at.clamp_max(ids.shape[-1] - 1))
+            prefix = grown(self.network, begin[row], begin_mask[row], prefix, tokens, kept)
+        else:
+            prefix = prefill(self.network, ids, mask)
+        prefix.taken = None if self.taken is None else self.taken[block]
+        return prefix
+
+
+def grown(network: CausalNetwork, ids: Tensor, mask: Tensor, prefix: Prefix, tokens: Tensor, kept: Tensor) -> Prefix:
+    """Return the prefix of prompts grown by the first ``kept[i]`` of row i's ``tokens`` (row, token).
+
+    :param ids: of the prompts, (row, length), as ``mask``: read again where a network's cache cannot be moved.
+    """
+    longest = int(kept.max())
+    if longest == 0:
+        return prefix
+    tokens, new = tokens[:, :longest], torch.arange(longest, device=tokens.device)
+    ragged = bool((kept < longest).any())
+    padded = ragged or prefix.mask is not None
+    # what is in the cache: of prompts with a common beginning without the padding that others in their batch need
+    cached = mask.new_ones((len(kept), int(prefix.lengths[0]))) if prefix.mask is None else prefix.mask
+    mask = torch.cat([cached, (new < kept[:, None]).to(cached)], -1)
+    # row i moves right by longest - kept[i]: the tokens that it does not keep become padding on the left
+    length = mask.shape[-1]
+    moved = (torch.arange(length, device=tokens.device) - (longest - kept)[:, None]) % length
+    if ragged and not (network.takes_positions and network.shares_prefill(mask)):  # nothing can be moved
+        text = torch.cat([ids, tokens], -1).gather(-1, moved)
+        return replace(prefill(network, text, mask.gather(-1, moved)), taken=prefix.taken)
+    hidden, cache = network.hidden(tokens, mask if padded else None, prefix.lengths[:, None] + new, prefix.cache)
+    hidden = torch.cat([prefix.hidden[:, None], hidden], 1)
+    if ragged:
+        mask = mask.gather(-1, moved)
+        for layer in cache.layers:
+            for name in ("keys", "values"):
+                x = getattr(layer, name)
+                setattr(layer, name, x.gather(-2, moved[:, None, :, None].expand_as(x)))
+    last = hidden[torch.arange(len(kept)), kept]
+    return Prefix(last, cache, mask if padded else None, prefix.lengths + kept, prefix.taken)

@@ -131,8 +131,7 @@ def _blocks(prompted: PromptedNetwork, rows: Tensor, size: int) -> Iterator[tupl
 
     A prefix of None: prompts are to go through the network together with their completions.
     """
-    prompts, length = prompted.prompt_ids.shape
-    again = (len(rows) - prompts) * length
+    again = len(rows) * prompted.prompt_ids.shape[-1] - prompted.tokens_read
     together = prompted.gradient_checkpointing or again * max(prompted.network.width, 1) <= PROMPTS_AGAIN
     if together or not prompted.network.shares_prefill(prompted.prompt_mask):
         yield None, torch.arange(len(rows), device=rows.device), rows

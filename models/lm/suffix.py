@@ -8,14 +8,13 @@ tokens follow at once.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .autoregressive import Autoregressive
 from .decoding import Decoder, generate
-from .prefix import Prefix, PromptedNetwork, prefill
+from .prefix import Prefix, PromptedNetwork, grown
 
 
 @torch.no_grad()
@@ -41,7 +40,9 @@ def redraw(
     prompts = distribution.prompt_rows(shape)[chosen]
     for part, prefix in _batches(prompted, prompts, cut[chosen]):
         rows, kept = chosen[part], cut[chosen[part]]
-        prefix = _extended(prompted, prefix, prompts[part], old[rows], kept)
+        asked = prompts[part]
+        mask = torch.ones_like(prompted.prompt_ids) if prompted.prompt_mask is None else prompted.prompt_mask
+        prefix = grown(prompted.network, prompted.prompt_ids[asked], mask[asked], prefix, old[rows], kept)
         states = _states(prompted, old[rows], kept)
         for some in torch.arange(len(rows) * len(new), device=rows.device).split(prompted.max_rows):
             copy, row = some // len(rows), some % len(rows)
@@ -78,33 +79,3 @@ def _batches(prompted: PromptedNetwork, prompts: Tensor, cut: Tensor) -> Iterato
         for kept in cut[part].unique().tolist():
             same = (cut[part] == kept).nonzero().squeeze(-1)
             yield part[same], prefix.fork(same)
-
-
-def _extended(prompted: PromptedNetwork, prefix: Prefix, prompts: Tensor, tokens: Tensor, kept: Tensor) -> Prefix:
-    """Return the prefix of prompts grown by the first ``kept[i]`` of row i's ``tokens`` (row, max_new_tokens)."""
-    network = prompted.network
-    longest = int(kept.max())
-    if longest == 0:
-        return prefix
-    tokens, new = tokens[:, :longest], torch.arange(longest, device=tokens.device)
-    ids, mask = prompted.prompt_ids, prompted.prompt_mask
-    ragged = bool((kept < longest).any())
-    padded = ragged or prefix.mask is not None
-    mask = torch.ones_like(ids) if mask is None else mask
-    mask = torch.cat([mask[prompts], (new < kept[:, None]).to(mask)], -1)
-    # row i moves right by longest - kept[i]: the tokens that it does not keep become padding on the left
-    length = mask.shape[-1]
-    moved = (torch.arange(length, device=tokens.device) - (longest - kept)[:, None]) % length
-    if ragged and not (network.takes_positions and network.shares_prefill(mask)):  # nothing can be moved
-        text = torch.cat([ids[prompts], tokens], -1).gather(-1, moved)
-        return replace(prefill(network, text, mask.gather(-1, moved)), taken=prefix.taken)
-    hidden, cache = network.hidden(tokens, mask if padded else None, prefix.lengths[:, None] + new, prefix.cache)
-    hidden = torch.cat([prefix.hidden[:, None], hidden], 1)
-    if ragged:
-        mask = mask.gather(-1, moved)
-        for layer in cache.layers:
-            for name in ("keys", "values"):
-                x = getattr(layer, name)
-                setattr(layer, name, x.gather(-2, moved[:, None, :, None].expand_as(x)))
-    last, mask = hidden[torch.arange(len(kept)), kept], mask if padded else None
-    return Prefix(last, cache, mask, prefix.lengths + kept, prefix.taken)

@@ -96,7 +96,8 @@ class LastHidden(CachedFeatures):
     def compute(self, prompts: list[str], completions: list[str]) -> Tensor:
         lm, causal = self.lm, self.lm.causal
         texts = [prompt + completion + self.suffix for prompt, completion in zip(prompts, completions, strict=True)]
-        ids, mask, _ = lm.encode_prompts(texts)
+        encoded = lm.encode_prompts(texts)
+        ids, mask = encoded.ids, encoded.mask
         mask = torch.ones_like(ids) if mask is None else mask
         order = mask.sum(-1).argsort()  # batches of similar lengths need little padding
         hidden = []

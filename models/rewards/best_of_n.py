@@ -44,6 +44,7 @@ class BestOfNLikelihood(Reward):
     :param prior_rewards: r of draws of the prior, (draw, prompt), such as ``posterior.prior_rewards["reward"][0]``.
     :param prior_weights: (draw, prompt), where the draws are an enumeration of the prior and not draws of it: their
         probabilities, so that F is exact. None for draws.
+    :raises TypeError: if the rewards or weights are no numbers.
     :raises ValueError: if the shapes do not fit, a prompt occurs twice, or a number is NaN or +inf.
     """
 
@@ -57,12 +58,12 @@ class BestOfNLikelihood(Reward):
     ) -> None:
         self.reward = reward if isinstance(reward, Reward) else Reward(reward)
         self.n = n
-        values = np.asarray(prior_rewards, dtype=PRECISION)
+        values = _numbers("prior_rewards", prior_rewards).astype(PRECISION)
         if values.ndim != 2 or values.shape[1] != len(prompts) or not len(values):
             raise ValueError(f"prior_rewards must be (draw, {len(prompts)}), one a prompt, not {values.shape}")
         if np.isnan(values).any() or np.isposinf(values).any():
             raise ValueError("prior_rewards must be finite or -inf: found NaN or +inf")
-        weights = np.ones(values.shape) if prior_weights is None else np.asarray(prior_weights, dtype=float)
+        weights = np.ones(values.shape) if prior_weights is None else _numbers("prior_weights", prior_weights)
         valid = weights.shape == values.shape and ((weights >= 0) & np.isfinite(weights)).all()
         if not valid or not weights.any(axis=0).all():
             raise ValueError(f"prior_weights must be probabilities {values.shape}, one for each of prior_rewards")
@@ -72,8 +73,8 @@ class BestOfNLikelihood(Reward):
             raise ValueError(f"prompt {short.repr(twice)} occurs twice: give each prompt once, with its own draws")
         self._own = float(prior_weights is None)  # the text itself is one more of the draws
         order = np.argsort(values, axis=0, kind="stable")
-        values, weights = (np.take_along_axis(x, order, axis=0) for x in (values, weights))
-        mass = np.cumsum(weights, axis=0)
+        values = np.take_along_axis(values, order, axis=0)
+        mass = np.cumsum(np.take_along_axis(weights, order, axis=0), axis=0)
         self._known = {key: (values[:, i], np.append(0.0, mass[:, i])) for i, key in enumerate(keys)}
         least = min(mass[-1].min() + self._own, 2.0**53)
         self._bound(math.log(n), -(n - 1) * math.log(least) if self._own else None)
@@ -90,7 +91,7 @@ class BestOfNLikelihood(Reward):
         if known is None:
             self._fail("has no draws of the prior for a prompt", prompts[i], completions[i])
         values, mass = known
-        r = PRECISION(r)
+        r = float(PRECISION(r))
         total = mass[-1] + self._own
         low = mass[np.searchsorted(values, r, side="left")] / total
         high = (mass[np.searchsorted(values, r, side="right")] + self._own) / total
@@ -112,6 +113,17 @@ def log_best_of_n(below: float, up_to: float, n: int) -> float:
     ratio = below / up_to
     terms = n if ratio == 1.0 else -math.expm1(n * math.log(ratio)) / (1.0 - ratio) if ratio > 0.0 else 1.0
     return (n - 1) * math.log(up_to) + math.log(terms)
+
+
+def _numbers(name: str, values: ArrayLike) -> np.ndarray:
+    """Return an argument as an array.
+
+    :raises TypeError: if it is not of real numbers, or its rows differ in length.
+    """
+    try:
+        return np.asarray(values, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be rows of numbers, got {short.repr(values)}") from error
 
 
 def _key(prompt: Any) -> str:

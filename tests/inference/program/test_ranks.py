@@ -184,6 +184,18 @@ def test_a_rank_that_dies_or_hangs_ends_the_run_in_the_time_limit(function):
     assert time.monotonic() - start < 8.0
 
 
+def test_no_process_group():
+    """The other process never comes."""
+
+    def run(rank):
+        if rank == 0:
+            ENGINE().run(MODEL, SHORT)
+
+    first = launch(run, BAYESLM_TIME_LIMIT="2")[0]
+    assert isinstance(first, RankError)
+    assert "no process group of the 2 processes that were launched together: another process of this run" in str(first)
+
+
 def test_a_time_limit_that_is_none():
     for error in launch(lambda rank: ENGINE().run(MODEL, SHORT), BAYESLM_TIME_LIMIT="soon"):
         assert isinstance(error, ValueError)

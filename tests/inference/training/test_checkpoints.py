@@ -616,13 +616,12 @@ def keep(_: dict) -> None:
     pass
 
 
-WRONG = [None, "x", -1, 1e300, [], {"a": 1}, float("nan"), 3.5, True]
+WRONG = [None, "x", -1, [], float("nan"), 3.5, True]
 ENTRIES = ["step", "samples", "train_seconds", "ended", "gamma", "used", "best", "numpy", "random", "run", "chain"]
 ENTRIES += ["used.seconds", "used.model_calls", "used.tokens", "used.mismatch", "best.step", "best.elbo", "best.since"]
 MAY = {  # what a training could have had
-    "samples": [True],
-    "train_seconds": [1e300, 3.5],
-    "used.seconds": [1e300, 3.5],
+    "train_seconds": [3.5],
+    "used.seconds": [3.5],
     "used.mismatch": [None],
 }
 

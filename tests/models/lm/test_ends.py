@@ -194,3 +194,15 @@ def test_without_end_or_tokenizer_they_say_so():
         tiny_llama(eos_token_ids=())(PROMPTS, 3, where=torch.tensor([True, False]))
     with pytest.raises(TypeError, match="stop needs a tokenizer"):
         LanguageModel(llama_network())(PROMPTS, 3, stop="a")
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_known_scores_are_used_for_the_same_distribution_alone(settings):
+    """Engines keep the scores of one run for the next: by all that a distribution depends on."""
+    lm = SMALL["table"]()
+    dist = lm(PROMPTS, max_new_tokens=3, **SETTINGS[settings])
+    assert dist.is_same(lm(PROMPTS, max_new_tokens=3, **SETTINGS[settings]))
+    assert not dist.is_same(lm(PROMPTS, max_new_tokens=3))
+    assert not lm(PROMPTS, max_new_tokens=3).is_same(dist)
+    if "where" in SETTINGS[settings]:
+        assert not dist.is_same(lm(PROMPTS, 3, **SETTINGS[settings] | {"where": ~SETTINGS[settings]["where"]}))

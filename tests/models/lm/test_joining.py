@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from support.models import llama_network, table_lm, tiny_llama
+from support.models import llama_network, random_network, table_lm, tiny_llama
 from support.tokenizers import TOKENIZERS, byte_level
 
 from bayeslm.models import LanguageModel
+from bayeslm.models.lm import count_usage, redraw
 from bayeslm.models.lm.encoding import Encoded
 
 TEMPLATE = (
@@ -125,3 +126,50 @@ def test_a_text_without_a_tokenizer_or_room_is_refused():
     with pytest.raises(ValueError, match=r"prompts\[0\] has 62 tokens, and the model's context has room for 61"):
         lm(joined, max_new_tokens=3)
     assert isinstance(joined, Encoded)
+
+
+def _joined(lm, wide=True):
+    """Joined prompts (particle, prompt) of long beginnings, and the same as plain ids."""
+    prompts = [[1, 2, 3] * 6, [4, 5] * 5] if wide else [[1, 2, 3] * 6]
+    x = lm(prompts, max_new_tokens=4).expand((40, len(prompts))).arbitrary(1)
+    joined = lm.join(prompts, x, "a")
+    again = np.empty(tuple(joined.ids.shape[:-1]), dtype=object)
+    for index, row in zip(np.ndindex(*again.shape), joined.rows(), strict=True):
+        again[index] = row
+    return joined, again
+
+
+@pytest.mark.parametrize("settings", [{}, {"batch_size": 7}])
+@pytest.mark.parametrize("wide", [True, False])
+def test_what_prompts_begin_with_is_read_once(settings, wide):
+    """Draws, scores, redrawn suffixes and gradients are those of whole prompts, for a part of the tokens."""
+    lm = tiny_llama(seed=2, **settings)
+    joined, again = _joined(lm, wide)
+    used, drawn = [], []
+    for prompts in (joined, again):
+        dist = lm(prompts, max_new_tokens=3)
+        with count_usage() as usage, torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            drawn.append(dist.sample())
+            scores = dist.token_log_prob(drawn[0].clone())
+            redrawn, _ = redraw(dist, drawn[0], torch.full(drawn[0].shape[:-1], 1))
+        used.append((usage.tokens, scores, redrawn))
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(used[0][2], used[1][2])
+    torch.testing.assert_close(used[0][1], used[1][1], atol=1e-4, rtol=1e-4)
+    assert used[0][0] < 0.7 * used[1][0]
+    policy, gradients = lm.policy(), []
+    for prompts in (joined, again):
+        total = policy(prompts, max_new_tokens=3).log_prob(drawn[0].clone()).sum()
+        found = torch.autograd.grad(total, [p for p in policy.parameters() if p.requires_grad])
+        gradients.append(torch.cat([g.reshape(-1) for g in found]))
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "mamba", "gemma3_text"])
+def test_networks_that_share_nothing_read_whole_prompts(model_type):
+    lm = LanguageModel(random_network(model_type), eos_token_ids=(2, 7))
+    joined = lm.join([[5, 6, 7, 8], [9]], torch.tensor([[[3, 4, 2], [5, 5, 5]]] * 3))
+    y = lm(joined, max_new_tokens=3).arbitrary(1)
+    each = [lm([row], 3).log_prob(v[None])[0] for row, v in zip(joined.rows(), y.reshape(-1, 3), strict=True)]
+    torch.testing.assert_close(lm(joined, 3).log_prob(y).reshape(-1), torch.stack(each), atol=1e-4, rtol=1e-4)

@@ -69,17 +69,17 @@ def test_with_an_exact_rank_it_is_what_best_of_n_draws(name, n):
 def test_it_agrees_with_the_draws_of_best_of_n():
     exact = Exact().run(target("ties", 6), PROMPTS)
     model = TiltedLM(LM, REWARDS["ties"], 1.0, max_new_tokens=3)
-    drawn = BestOfN(n=6, num_samples=50, num_chains=40, seed=0, progress=False).run(model, PROMPTS)
+    drawn = BestOfN(n=6, num_samples=20, num_chains=40, seed=0, progress=False).run(model, PROMPTS)
     functions = [lambda p, t=t: (p.samples["completion"][..., 0] == t) * 1.0 for t in range(1, 4)]
     for function in functions:
         expected = (exact.weights() * function(exact)).sum((0, 1))
         assert_mean(function(drawn).mean(1), expected, rounding=1e-5)
-    bounded = RejectionSampling(num_samples=20, num_chains=40, seed=0, progress=False).run(target("ties", 6), PROMPTS)
+    bounded = RejectionSampling(num_samples=10, num_chains=40, seed=0, progress=False).run(target("ties", 6), PROMPTS)
     assert_agrees(bounded, exact, functions, unbiased=False)
     assert_estimate(bounded.stats["acceptance"], np.sqrt(1 / 6 / bounded.stats["proposals"]), 1 / 6)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", REWARDS)
 def test_with_draws_of_the_prior_the_evidence_is_one_on_average(name, seed):
     """Whatever the number of draws, as the text is one of m + 1 exchangeable draws: 100 replicates of m = 5, n = 4."""
@@ -130,6 +130,8 @@ def test_the_density_is_accurate_for_levels_of_any_size(below, n):
 OK = {"reward": REWARDS["ties"], "n": 4, "prompts": PROMPTS, "prior_rewards": [[1.0, 2.0], [0.0, 1.0]]}
 WRONG = {
     "another number of prompts": ({"prior_rewards": [[1.0], [2.0]]}, r"must be \(draw, 2\)"),
+    "no numbers": ({"prior_rewards": [["high", 1.0]]}, "prior_rewards must be rows of numbers"),
+    "rows of other lengths": ({"prior_rewards": [[1.0, 2.0], [1.0]]}, "prior_rewards must be rows of numbers"),
     "no draws": ({"prior_rewards": np.zeros((0, 2))}, r"must be \(draw, 2\)"),
     "NaN": ({"prior_rewards": [[np.nan, 1.0]]}, "finite or -inf"),
     "a prompt twice": ({"prompts": [[1], [1]]}, r"prompt \[1\] occurs twice"),
@@ -142,7 +144,7 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 def test_wrong_arguments_are_refused(what):
     arguments, message = WRONG[what]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         BestOfNLikelihood(**(OK | arguments))
 
 

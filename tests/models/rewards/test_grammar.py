@@ -15,6 +15,7 @@ from support.tokenizers import TOKENIZERS
 from bayeslm.models import LanguageModel, rewards
 from bayeslm.models.lm import Encoded
 
+pytest.importorskip("llguidance")
 PERSON = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
@@ -62,7 +63,7 @@ def test_malformed_grammars_are_refused(settings, message):
 def test_masks_are_those_of_every_spelling(language, tokenizer):
     """After random tokens the mask has each token with which the text can still be completed, however it is spelled."""
     lm, grammar = spelling_lm(language, tokenizer), LANGUAGES[language].grammar
-    tokens = lm.token_bytes(lm.encode([[2, 3]]))
+    tokens = lm.token_bytes(Encoded(*lm([[2, 3]], 1).flat_prompts))
     generator, checked = np.random.default_rng(0), 0
     for _ in range(20):
         state, text = grammar.over(tokens).root, b""
@@ -84,7 +85,7 @@ def test_the_bytes_of_tokens_are_those_of_their_texts(tokenizer):
     for prompt in ("My food", ""):
         ids = made(prompt, add_special_tokens=True)["input_ids"] or [0]
         lm = LanguageModel(llama_network(vocab_size=len(made), bos_token_id=None, eos_token_id=None), made)
-        encoded = lm.encode([ids])
+        encoded = Encoded(*lm([ids], 1).flat_prompts)
         known = lm.token_bytes(encoded)
         cannot = tokenizer in ("word_piece", "word_ends", "words") or (tokenizer, prompt) == ("metaspace", "")
         assert (known is None) == cannot

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,19 +21,7 @@ if TYPE_CHECKING:
     from bayeslm.posterior import Posterior
 
 ALIKE = ("kind", "engine", "prompts", "prompt_names", "dims", "conditional")
-DRAWS = (  # mappings of arrays (chain, draw, ...)
-    "samples",
-    "log_likelihood",
-    "rewards",
-    "texts",
-    "lengths",
-    "truncated",
-    "token_log_ratio",
-    "token_ends",
-    "pointwise",
-    "predictive",
-    "sample_stats",
-)
+NOT_DRAWS = ("prior", "prior_rewards", "observed")  # mappings of other arrays than (chain, draw, ...)
 COUNTS = ("tokens", "model_calls", "proposals", "processes")
 
 
@@ -78,12 +67,12 @@ def concatenate(posteriors: Sequence[Posterior]) -> dict[str, Any]:
     has_bound = first.kind in ("weighted", "particles")
     highs = [x.log_evidence_high for x in posteriors]
     policies = {id(x.policy) for x in posteriors}
-    samples = each("samples")
+    mappings = [x.name for x in fields(first) if x.type == "dict[str, Array]"]
+    draws = [name for name in mappings if name not in NOT_DRAWS]
     return (
         dict(vars(first))
-        | {name: each(name) for name in DRAWS}
+        | {name: each(name) for name in draws}
         | {
-            "samples": samples,
             "log_weights": weights,
             "log_joint": joined([posterior.log_joint for posterior in posteriors]),
             "log_evidence": evidence[0],

@@ -27,7 +27,7 @@ from .network import CausalNetwork
 from .prefix import PromptedNetwork
 from .scoring import scores_and_hidden, token_scores
 from .stops import Stops
-from .truncation import NO_TRUNCATION, Truncation
+from .truncation import Truncation
 from .turns import exclusive
 
 
@@ -86,7 +86,7 @@ class Autoregressive(TorchDistribution):
     :param prompt_mask: 1 at tokens that are not padding, same shape; None if no prompt is padded.
     :param max_new_tokens: the longest completion.
     :param temperature: divides the logits; the distribution is that of the tempered network.
-    :param truncation: what remains of the distribution of each token.
+    :param truncation: what remains of the distribution of each token; None: all.
     :param stops: the strings that end a completion as an end token does.
     :param where: bool (*prompts): elsewhere the completion is the text that ends at once, with probability 1, by every
         language model. None: everywhere.
@@ -107,7 +107,7 @@ class Autoregressive(TorchDistribution):
         max_new_tokens: Count,
         temperature: Positive = 1.0,
         *,
-        truncation: Truncation = NO_TRUNCATION,
+        truncation: Truncation | None = None,
         stops: Stops | None = None,
         where: Tensor | None = None,
         base: Base | None = None,
@@ -183,7 +183,7 @@ class Autoregressive(TorchDistribution):
             None if self.prompt_mask is None else self.prompt_mask[some],
             self.max_new_tokens,
             self.temperature,
-            truncation=self.truncation if lm is self.lm else NO_TRUNCATION,
+            truncation=self.truncation if lm is self.lm else None,
             stops=self.stops,
             where=None if self.where is None else self.where[some],
             base=None if self.base is None else self.base._replace(rows=self.base.rows[some]),
@@ -266,7 +266,9 @@ class Autoregressive(TorchDistribution):
         Without gradient; of no meaning where the completion has ended.
         """
         _, hidden = self.token_log_prob_and_hidden(value)
-        logits = self.truncation(self.lm.causal.logits(hidden, self.temperature))
+        logits = self.lm.causal.logits(hidden, self.temperature)
+        if self.truncation is not None:
+            logits = self.truncation(logits)
         if self.where is not None:
             first = only_end(logits[..., 0, :], self.where.expand(logits.shape[:-2]), self.vocabulary)
             logits = torch.cat([first[..., None, :], logits[..., 1:, :]], -2)

@@ -77,7 +77,9 @@ class Decoder:
         """Float32 logits (row, vocabulary) of the next token, divided by the temperature and truncated."""
         if self._logits is None:
             prompted = self.prompted
-            self._logits = prompted.truncation(prompted.network.logits(self.hidden, prompted.temperature))
+            self._logits = prompted.network.logits(self.hidden, prompted.temperature)
+            if prompted.truncation is not None:
+                self._logits = prompted.truncation(self._logits)
             if self.t == 0 and self._prefix.taken is not None:
                 self._logits = only_end(self._logits, self._prefix.taken, prompted.vocabulary)
         return self._logits

@@ -548,7 +548,7 @@ class LanguageModel(ModuleWithProperties):
         """
         refuse_sharded(self.network.named_parameters())
         encoded = self.encode_prompts(prompts, max_new_tokens)
-        strings = stop_strings.check_stop(stop, self.tokenizer)
+        strings = () if stop is None else stop_strings.check_stop(stop, self.tokenizer)
         if where is not None:
             encoded, where = encoding.broadcast_where(encoded, where, self.vocabulary)
         stops = stop_strings.stops_of(self.tokenizer, strings, self.vocab_size) if strings else None
@@ -558,7 +558,7 @@ class LanguageModel(ModuleWithProperties):
             encoded.mask,
             max_new_tokens,
             temperature,
-            truncation=Truncation(top_k, top_p),
+            truncation=None if top_k is None and top_p is None else Truncation(top_k, top_p),
             stops=None if stops is None else stops.to(encoded.ids.device),
             where=where,
             base=encoded.base,

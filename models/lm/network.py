@@ -35,7 +35,7 @@ from .masks import causal_mask
 from .module_copies import with_forward, with_modules, with_parameters
 from .own_forward import Findings
 from .special_tokens import vocab_size
-from .truncation import NO_TRUNCATION, Truncation
+from .truncation import Truncation
 from .usage import count_pass
 from .whole_texts import one_length_at_a_time
 
@@ -467,7 +467,7 @@ class CausalNetwork:
         return logits.float() / temperature if temperature != 1.0 else logits.float()
 
     def token_log_prob(
-        self, hidden: Tensor, targets: Tensor, temperature: float, truncation: Truncation = NO_TRUNCATION
+        self, hidden: Tensor, targets: Tensor, temperature: float, truncation: Truncation | None = None
     ) -> Tensor:
         """Return log p(target | hidden), (tokens,), for hidden (tokens, width) and targets (tokens,), block by block.
 
@@ -476,7 +476,8 @@ class CausalNetwork:
         """
 
         def block(h: Tensor, x: Tensor) -> Tensor:
-            return log_softmax_at(truncation(self.logits(h, temperature)), x)
+            logits = self.logits(h, temperature)
+            return log_softmax_at(logits if truncation is None else truncation(logits), x)
 
         size = max(1, LOGITS_BLOCK // self.vocab_size)
         blocks = zip(hidden.split(size), targets.split(size), strict=True)

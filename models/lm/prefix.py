@@ -201,7 +201,9 @@ class PromptedNetwork:
         """
         for first in range(0, len(self.prompt_ids), size):
             block = slice(first, first + size)
-            prefix = self._read(block)
+            ids, mask = self.prompt_ids[block], None if self.prompt_mask is None else self.prompt_mask[block]
+            prefix = self._continued(block, ids, mask) if self._shares_base else prefill(self.network, ids, mask)
+            prefix.taken = None if self.taken is None else self.taken[block]
             members = ((rows >= first) & (rows < first + size)).nonzero().squeeze(-1)
             yield prefix, members, rows[members] - first
 
@@ -215,10 +217,9 @@ class PromptedNetwork:
     def prefix(self, rows: Tensor) -> Prefix:
         """Return the prefix of prompts ``rows`` (row,), all in one batch; each prompt is prefilled once."""
         every = torch.arange(len(self.prompt_ids), device=rows.device)
+        size = len(every) if self._shares_base else self.max_prompts  # blocks that continue a base differ in length
         with torch.no_grad():
-            if self._shares_base:  # whose blocks would differ in length
-                return self._read(slice(None)).fork(rows)
-            return joined([prefix for prefix, _, _ in self.blocks(every, self.max_prompts)]).fork(rows)
+            return joined([prefix for prefix, _, _ in self.blocks(every, size)]).fork(rows)
 
     @property
     def tokens_read(self) -> int:
@@ -238,25 +239,18 @@ class PromptedNetwork:
         padded = torch.ones_like(self.base.ids) if self.base.mask is None else self.base.mask
         return self.network.takes_positions and self.network.pads_tokens and self.network.shares_prefill(padded)
 
-    def _read(self, block: slice) -> Prefix:
-        """Run a block of prompts through the network; what several of them begin with once."""
-        ids = self.prompt_ids[block]
-        mask = None if self.prompt_mask is None else self.prompt_mask[block]
-        if self._shares_base:
-            assert self.base is not None
-            used, row = self.base.rows[block].unique(return_inverse=True)
-            begin = self.base.ids[used]
-            begin_mask = torch.ones_like(begin) if self.base.mask is None else self.base.mask[used]
-            prefix = prefill(self.network, begin, None if self.base.mask is None else begin_mask).fork(row)
-            lengths = torch.full_like(row, ids.shape[-1]) if mask is None else mask.sum(-1)
-            kept = lengths - begin_mask.sum(-1)[row]
-            at = ids.shape[-1] - kept[:, None] + torch.arange(int(kept.max()), device=ids.device)
-            tokens = ids.gather(-1, at.clamp_max(ids.shape[-1] - 1))
-            prefix = grown(self.network, begin[row], begin_mask[row], prefix, tokens, kept)
-        else:
-            prefix = prefill(self.network, ids, mask)
-        prefix.taken = None if self.taken is None else self.taken[block]
-        return prefix
+    def _continued(self, block: slice, ids: Tensor, mask: Tensor | None) -> Prefix:
+        """Run a block of prompts through the network, what several of them begin with once."""
+        assert self.base is not None
+        used, row = self.base.rows[block].unique(return_inverse=True)
+        begin = self.base.ids[used]
+        begin_mask = torch.ones_like(begin) if self.base.mask is None else self.base.mask[used]
+        prefix = prefill(self.network, begin, None if self.base.mask is None else begin_mask).fork(row)
+        lengths = torch.full_like(row, ids.shape[-1]) if mask is None else mask.sum(-1)
+        kept = lengths - begin_mask.sum(-1)[row]
+        at = ids.shape[-1] - kept[:, None] + torch.arange(int(kept.max()), device=ids.device)
+        tokens = ids.gather(-1, at.clamp_max(ids.shape[-1] - 1))
+        return grown(self.network, begin[row], begin_mask[row], prefix, tokens, kept)
 
 
 def grown(network: CausalNetwork, ids: Tensor, mask: Tensor, prefix: Prefix, tokens: Tensor, kept: Tensor) -> Prefix:

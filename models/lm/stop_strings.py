@@ -12,13 +12,13 @@ from .stops import Stops
 from .texts import token_texts
 
 
-def check_stop(stop: str | Sequence[str] | None, tokenizer: Any) -> tuple[str, ...]:
+def check_stop(stop: str | Sequence[str], tokenizer: Any) -> tuple[str, ...]:
     """Return stop strings, each once.
 
     :raises TypeError: if they are no strings, or there is no tokenizer to read texts with.
     :raises ValueError: if one is empty.
     """
-    strings = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(isinstance(string, str) for string in strings):
         raise TypeError(f"stop must be a string or several, got {stop!r:.60}")
     if "" in strings:

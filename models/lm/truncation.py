@@ -39,6 +39,3 @@ class Truncation:
             mass = ordered.masked_fill(~kept, -torch.inf).double().softmax(-1)
             kept &= mass.cumsum(-1) - mass < self.top_p  # what is before a token is not enough yet
         return logits.masked_fill(~kept.scatter(-1, tokens, kept), -torch.inf)
-
-
-NO_TRUNCATION = Truncation()

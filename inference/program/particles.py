@@ -298,7 +298,7 @@ def check_terms(program: Program, trace: Trace, terms: dict[str, Tensor]) -> Non
         return
     name, term = next((name, term) for name, term in terms.items() if _invalid(term).any())
     particle, prompt = (int(i) for i in _invalid(term).nonzero()[0])
-    node = trace.nodes[name]
+    node: Any = trace.nodes[name]
     raise ProgramError(
         f"site {name!r} has log-probability {term[particle, prompt].item()} at particle {particle}"
         + (f", prompt {program.global_index(prompt)}" if program.full_size > 1 and in_prompts(node) else "")

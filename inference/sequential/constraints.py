@@ -339,7 +339,7 @@ class ConstrainedCompletions(TorchDistribution):
         values = torch.empty((len(prompts), *self.event_shape), dtype=torch.long, device=prompts.device)
         log_q = torch.empty(len(prompts), device=prompts.device)
         with exclusive(), self._base.prompted.drawing(len(prompts)) as prompted:
-            for part, prefix in prompted.prefixes(prompts):
+            for part, prefix in prompted.prefixes(prompts, prompted.max_rows):
                 decoder = Decoder(prompted, prefix)
                 allowed = self._tokens(self._base, prompts[part], decoder)
                 if given is not None and not isinstance(allowed, MaskedTokens):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .encoding import Base, Vocabulary
-from .memory import Batches
+from .memory import Batches, room
 from .network import CausalNetwork
 from .truncation import Truncation
 
@@ -161,7 +161,8 @@ class PromptedNetwork:
     @cached_property
     def batches(self) -> Batches:
         """How many prompts or rows a pass of bounded memory takes, where ``batch_size`` does not say."""
-        return self.network.batches(self.prompt_ids.shape[-1], self.max_new_tokens)
+        network, lengths = self.network, (self.prompt_ids.shape[-1], self.max_new_tokens)
+        return Batches(network.footprint, room(network.device), *lengths)
 
     @property
     def max_prompts(self) -> int:

@@ -61,6 +61,9 @@ class TokenModel(Protocol):
     def has_text(self) -> bool:
         """Whether token ids have texts."""
 
+    def token_ids(self, value: Tensor) -> np.ndarray:
+        """Return completions as lists of token ids."""
+
     def decode(self, value: Tensor, prompts: Encoded | None = None) -> np.ndarray:
         """Return the texts of completions (*batch, token) of prompts, an object array of the batch's shape."""
 

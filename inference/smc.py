@@ -222,7 +222,8 @@ class SMC:
         """Return how many prompts a chain's particles can be of, in bounded memory."""
         sites = [site.fn for site in program.completions]
         a_prompt = [-(-self.num_particles * fn.batch_shape.numel() // program.num_prompts) for fn in sites]
-        return min(fn.max_rows // rows for fn, rows in zip(sites, a_prompt, strict=True))
+        fit = (fn.max_rows // rows for fn, rows in zip(sites, a_prompt, strict=True))
+        return min(fit, default=program.num_prompts)
 
     def _with_twist(self, program: Program) -> tuple[SMC, dict[str, Any]]:
         """Return the settings with a twist that is learned for each completion, where it pays, and what they gain."""

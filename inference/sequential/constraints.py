@@ -381,6 +381,7 @@ def constraint_of(
     return {names[0]: setting}
 
 
+@validated
 class ConstraintGuide:
     """A guide that proposes completions by their constraints, and other latents from the prior.
 

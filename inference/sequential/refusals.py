@@ -29,6 +29,7 @@ from torch import Tensor
 
 from bayeslm.inference.program import EvidenceError, Program, draw_latents, to_numpy
 from bayeslm.models.lm import Autoregressive, Decoder, Encoded, log_softmax_at
+from bayeslm.validation import validated
 
 from .constraints import (
     AllowedTokens,
@@ -175,6 +176,7 @@ class UnrefusedTokens:
         return torch.full((len(logits),), ends[0]) if ends else logits.argmax(-1)
 
 
+@validated
 class LearnedRejection:
     """A guide that proposes completions that its constraints have not refused; other latents are the prior's.
 

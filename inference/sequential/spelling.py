@@ -18,7 +18,7 @@ ENUMERABLE = 1024  # tokens of a vocabulary that are tried one by one, where mas
 
 
 class TextState(Protocol):
-    """What a grammar says of the text so far; `GrammarState` is one."""
+    """What a grammar says of the text so far."""
 
     @property
     def mask(self) -> np.ndarray:

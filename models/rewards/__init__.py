@@ -13,7 +13,7 @@ from .best_of_n import BestOfNLikelihood
 from .broadcasting import broadcast, check_columns, with_trainer_arguments
 from .calling import TimeLimitError, call, copied
 from .classifier import Classifier
-from .grammar import Grammar, GrammarState
+from .grammar import Grammar
 from .judge import Judge, JudgeUsage
 from .recording import factor, record, reward_name
 from .registry import BUILT_IN, get, load
@@ -30,7 +30,6 @@ __all__ = [
     "Constraint",
     "Contains",
     "Grammar",
-    "GrammarState",
     "Judge",
     "JudgeUsage",
     "Length",

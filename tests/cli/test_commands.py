@@ -210,7 +210,7 @@ class Interrupting:
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("module", ["bayeslm.cli.settings", "bayeslm.cli.comparison"])
+@pytest.mark.parametrize("module", ["bayeslm.cli.settings", "bayeslm.cli.execution"])
 def test_an_interruption_of_imports_is_130(module, monkeypatch):
     """Which take most of the seconds before a run."""
     monkeypatch.delitem(sys.modules, module, raising=False)

@@ -94,7 +94,7 @@ def test_names_are_those_of_python_and_of_the_options():
 
 
 BASES = {"Callback", "Divergence", "Identified", "Objective", "ParticleObjective", "StatefulLoss"}
-MADE_BY_A_RUN = {"Checkpoints", "Estimate", "LogDensities", "Plan", "Reply", "StepRecord", "Texts", "Training"}
+MADE_BY_A_RUN = {"Checkpoints", "Estimate", "LogDensities", "Plan", "Reply", "Saved", "StepRecord", "Texts", "Training"}
 MADE_BY_THE_CRITIC = {"TokenBaseline", "TokenDistribution"}
 
 

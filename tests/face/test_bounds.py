@@ -198,7 +198,7 @@ def weights_only(log_weights: np.ndarray, **fields: Any) -> Posterior:
 
 
 def some_chains(posterior: Posterior, chains: slice) -> Posterior:
-    names = ("samples", "log_likelihood", "rewards", "texts", "lengths", "token_log_ratio", "token_ends")
+    names = ("samples", "log_likelihood", "rewards", "texts", "lengths", "truncated", "token_log_ratio", "token_ends")
     groups = {name: getattr(posterior, name) for name in names}
     cut = {group: {name: x[chains] for name, x in values.items()} for group, values in groups.items()}
     return dataclasses.replace(

@@ -286,7 +286,7 @@ def test_get():
     assert rewards.get("length", target=3, unit="characters")(["p"], ["abcd"]).item() == -1
     with pytest.raises(ValueError, match="no reward is called 'sentimant', did you mean 'sentiment'") as caught:
         rewards.get("sentimant")
-    names = "classifier, constraint, contains, length, matches, sentiment, similarity, toxicity"
+    names = "classifier, constraint, contains, grammar, length, matches, sentiment, similarity, toxicity"
     assert names in str(caught.value)
     with pytest.raises(ValueError, match="no reward is called 'xyzzy'; there are"):
         rewards.get("xyzzy")

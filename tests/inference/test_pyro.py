@@ -114,7 +114,13 @@ def test_enumeration_gives_the_evidence(lm, program):
     assert loss == pytest.approx(-log_joint.logsumexp(0).sum().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize(("make", "rate"), [(lambda: table_lm(2, 1, 5), 0.05), (lambda: tiny_llama(seed=1), 0.005)])
+@pytest.mark.parametrize(
+    ("make", "rate"),
+    [
+        (lambda: table_lm(2, 1, 5), 0.05),
+        pytest.param(lambda: tiny_llama(seed=1), 0.005, marks=pytest.mark.long),
+    ],
+)
 def test_svi_trains_a_policy(make, rate):
     """Trace_ELBO with vectorised particles: the ELBO rises towards log Z, and the prior stays as it was."""
     prior = make()

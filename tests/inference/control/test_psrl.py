@@ -94,7 +94,7 @@ def test_gaussian_arms_learn_from_their_own_pulls():
     torch.testing.assert_close(learning.regret, torch.full_like(learning.regret, 1 + 2 / 3))
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_regret_of_thompson_sampling_is_near_the_bound_of_lai_and_robbins(seed):
     r"""Regret grows by \sum_a gap / KL(p_a, p_*) a unit of log t (Lai and Robbins 1985, Kaufmann et al. 2012).
 

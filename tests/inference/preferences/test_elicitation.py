@@ -149,7 +149,7 @@ def test_pools_are_drawn_of_the_prior():
     assert pool != Pool.drawn(lm, ["a", "b c"], 40, max_new_tokens=2, seed=4)
 
 
-@pytest.mark.parametrize("epsilon", [None, 0.3])
+@pytest.mark.parametrize("epsilon", [pytest.param(None, marks=pytest.mark.long), 0.3])
 def test_fresh_completions_have_the_posterior_with_the_reward_uncertain(epsilon):
     """Draws by `Exact` agree with the mixture over weights (or of mean and prior) of enumerated posteriors."""
     lm, model = table_lm(order=2, vocab=4), BradleyTerry(letters)
@@ -177,7 +177,7 @@ def test_fresh_completions_have_the_posterior_with_the_reward_uncertain(epsilon)
     assert len(pool.completions) == 2
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.long) for i in (1, 2))])
 def test_fresh_completions_that_are_equal_are_drawn_again(monkeypatch, seed):
     """The model has three texts and the blank one: after all three pairs, an error says what to do."""
     model = BradleyTerry(letters)
@@ -383,6 +383,7 @@ def test_without_answers_the_posterior_is_the_prior():
         LOOPS["information"].posterior([Answer("a", "1", "2", 0.5, None)])
 
 
+@pytest.mark.long
 def test_information_gain_needs_fewer_answers_than_random_pairs():
     """After 20 answers its predictions on new texts are closer to those of the true weights, over 6 seeds."""
     held = Pool(["a"] * 60, [str(i) for i in range(1000, 1060)])

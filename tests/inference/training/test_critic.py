@@ -50,6 +50,7 @@ def test_gradient_is_unbiased(num_particles, when):
     )
 
 
+@pytest.mark.long
 def test_variance_is_less_than_that_of_leave_one_out():
     """Once it has learned, of a policy that stays as it is."""
     small, objective = Problem(scale=1.0), StatefulLoss(ReverseKL(4, quick()))

@@ -66,6 +66,7 @@ def test_with_an_exact_rank_it_is_what_best_of_n_draws(name, n):
         assert kl <= diagnostics.best_of_n_kl_bound(n) + 1e-6
 
 
+@pytest.mark.long
 def test_it_agrees_with_the_draws_of_best_of_n():
     exact = Exact().run(target("ties", 6), PROMPTS)
     model = TiltedLM(LM, REWARDS["ties"], 1.0, max_new_tokens=3)

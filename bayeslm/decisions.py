@@ -51,7 +51,15 @@ class FunctionUtility(Utility):
         self.function = function
 
     def table(self, candidates: list[str], draws: list[str]) -> Array:
-        return np.array([[self.function(candidate, draw) for draw in draws] for candidate in candidates], dtype=float)
+        return np.array([[self._of(candidate, draw) for draw in draws] for candidate in candidates])
+
+    def _of(self, candidate: str, draw: str) -> float:
+        found = self.function(candidate, draw)
+        try:
+            return float(found)
+        except (TypeError, ValueError):
+            pair = f"the candidate {candidate!r:.60} and the draw {draw!r:.60}"
+            raise ValueError(f"a utility must return a number, and returned {found!r:.60} for {pair}") from None
 
 
 class SameAnswer(Utility):

@@ -223,7 +223,7 @@ class Posterior:
         if site is None and len(self.texts) == 1:
             (site,) = self.texts
         if site is None or site not in self.texts:
-            raise ValueError(f"site must be one of {sorted(self.texts)}, not {site!r}")
+            raise ValueError(f"site must be one of {sorted(self.texts)}, not {site!r}: write best(site=...)")
         texts, dims = self.texts[site], self.dims[site][:-1]
         if "prompt" in dims:
             texts = np.take(texts, prompt, axis=2 + dims.index("prompt"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import os
 import sys
 import threading
 import time
@@ -27,6 +28,7 @@ from bayeslm.visible import visible
 INTERVAL = 30.0  # seconds from one line to the next where there is no terminal
 LONG = 20.0  # seconds: a run that takes longer says what it does, and how long it will take,
 MEASURED = 1.0  # when so many seconds of it have been measured
+BUSY = 1.25  # load of a core, the run's own included, above which other work slows a run down
 REFRESH = 0.25  # seconds from one display to the next in terminals and notebooks
 
 
@@ -83,7 +85,20 @@ class _Progress:
         self.has_plan = True
         if (about := self.seconds + self.left) < LONG:
             return None
-        return f"{self.what}: {self.plan or self.line(with_label=False)}; about {_words(about)} in all"
+        return f"{self.what}: {self.plan or self.line(with_label=False)}; about {_words(about)} in all{_if_busy()}"
+
+
+def _if_busy() -> str:
+    """Return what to try where other work keeps the cores busy; nothing else, and where a number of threads is set.
+
+    There the threads of one product wait for the last of them, often longer than they compute.
+    """
+    if "OMP_NUM_THREADS" in os.environ or not hasattr(os, "getloadavg"):  # none on Windows
+        return ""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load < BUSY * cores:
+        return ""
+    return f" (load {load:.1f} on {cores} cores: with OMP_NUM_THREADS=1 in the environment it may be many times faster)"
 
 
 @contextlib.contextmanager

@@ -193,9 +193,10 @@ def _of_weights(posterior: Posterior) -> Iterator[list[str]]:
             lines.append(f"{tail}, ESS {size[i]:.0f}: {advice}.")
         for level in found[i]:
             if level.share > LARGE_SHARE and level.hits < FEW_HITS:
+                draws = f"{level.hits} draw{'s' * (level.hits != 1)}"
                 lines.append(
-                    f"{posterior.measure.capitalize()} {level.value:.4g} has {level.share:.0%} of the weight and "
-                    f"{level.hits} draws: use more draws, or a proposal that reaches it more often."
+                    f"{posterior.measure.capitalize()} {level.value:.4g} has {level.share:.0%} of the weight "
+                    f"and {draws}: use more draws, or a proposal that reaches it more often."
                 )
         name, share = max(((name, shares[i]) for name, shares in dominated.items()), key=lambda pair: pair[1])
         if not lines and share > DOMINANT:

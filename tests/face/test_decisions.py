@@ -200,6 +200,10 @@ def impossible(candidate, draw):
 
 WRONG = {
     "a utility that is no number": ({"utility": impossible}, "finite number, and is nan for the candidate"),
+    "a utility that is a text": (
+        {"utility": lambda c, d: d},
+        "must return a number, and returned 'yes' for the candidate",
+    ),
     "a table of another shape": (
         {"utility": type("Bad", (Utility,), {"table": lambda s, c, d: np.zeros(2)})()},
         "must be",

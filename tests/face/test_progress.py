@@ -97,6 +97,19 @@ def test_a_long_run_says_once_what_it_does_and_how_long_it_will_take(clock, caps
     assert capsys.readouterr().err == ("" if said is None else said + "\n")
 
 
+@pytest.mark.parametrize(("load", "threads", "said"), [(6.0, None, True), (2.0, None, False), (6.0, "1", False)])
+def test_a_long_run_on_busy_cores_says_what_to_try(clock, capsys, monkeypatch, load, threads, said):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    monkeypatch.setattr(progress.os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    monkeypatch.setattr(progress.os, "cpu_count", lambda: 2)
+    with track("SVI", 101, plan="101 steps") as report:
+        clock(3.0)
+        report()
+    assert ("(load 6.0 on 2 cores: with OMP_NUM_THREADS=1" in capsys.readouterr().err) == said
+
+
 def test_how_long_is_not_said_of_a_first_step_too_short_to_measure(clock, capsys):
     with track("SVI", 1000, plan="1000 steps") as report:
         clock(0.5)  # the first step of a network is slow

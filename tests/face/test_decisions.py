@@ -202,7 +202,7 @@ WRONG = {
     "a utility that is no number": ({"utility": impossible}, "finite number, and is nan for the candidate"),
     "a utility that is a text": (
         {"utility": lambda c, d: d},
-        "must return a number, and returned 'yes' for the candidate",
+        "must return a number, and returned '",
     ),
     "a table of another shape": (
         {"utility": type("Bad", (Utility,), {"table": lambda s, c, d: np.zeros(2)})()},

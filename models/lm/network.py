@@ -266,9 +266,8 @@ class CausalNetwork:
     def footprint(self) -> memory.Footprint:
         """What the network holds of a token."""
         config = self.network.config.get_text_config()
-        inner = int(getattr(config, "intermediate_size", 0) or 4 * self.width)
-        heads = int(getattr(config, "num_attention_heads", 0) or 1)
-        head = int(getattr(config, "head_dim", 0) or self.width // heads)
+        inner = _largest(config, "intermediate_size") or 4 * self.width
+        head = _largest(config, "head_dim") or self.width // (_largest(config, "num_attention_heads") or 1)
         logits = self.vocab_size if self.body is None else 0  # that stand for hidden states
         dtype = self.compute_dtype or next((p.dtype for p in self.parameters if p.is_floating_point()), torch.float32)
         return memory.Footprint(
@@ -522,3 +521,11 @@ def _version(x: Tensor) -> int:
     One that was made in inference mode has none: only there could it be changed, where no score is kept.
     """
     return 0 if x.is_inference() else x._version
+
+
+def _largest(config: Any, name: str) -> int:
+    """Return a size that a config has, the largest where it has one for each layer; 0 for none."""
+    try:
+        return int(getattr(config, name, 0) or 0)
+    except RuntimeError:  # of transformers, where layers differ
+        return max(int(getattr(layer, name, 0) or 0) for layer in config.per_layer_config)

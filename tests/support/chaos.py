@@ -43,7 +43,7 @@ from bayeslm.inference.training import Adam, Critic, LogVariance, Replay, Revers
 from bayeslm.models import LanguageModel
 from bayeslm.posterior import Posterior
 
-CLOCK = ("seconds", "call")  # in ``stats``: the clock, and what only says which call it was
+CLOCK = ("seconds", "call", "program")  # in ``stats``: the clock, and what only says which call and folder it was
 LLAMA = tilted(tiny_llama(seed=1), score_table(1))
 
 TRAININGS: dict[str, tuple[Any, dict[str, Any]]] = {

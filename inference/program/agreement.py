@@ -55,11 +55,17 @@ def _described(program: Program, engine: Any, but: Collection[str]) -> dict[str,
             ids, mask = site.fn.flat_prompts
             found[f"prompts of {site.name!r}"] = _text((ids if mask is None else ids * mask).cpu().tolist())
             found[f"temperature of {site.name!r}"] = _text(site.fn.temperature)
-            found[f"weights of {site.name!r}"] = digest_of(site.fn.lm.network.state_dict())
+            found[f"weights of {site.name!r}"] = _weights(site.fn.lm.network)
         elif site.kind != "deterministic":
             terms = to_numpy(site.fn.log_prob(site.value)).ravel()
             found[f"log p of {site.name!r} at arbitrary latents"] = ", ".join(f"{x:.5g}" for x in terms)
     return found
+
+
+def _weights(network: torch.nn.Module) -> str:
+    """Return a digest of a network's weights, all of which each process must have."""
+    refuse_sharded(network.named_parameters())
+    return digest_of(network.state_dict())
 
 
 def _text(value: Any, deep: int = 0) -> str:
@@ -67,8 +73,7 @@ def _text(value: Any, deep: int = 0) -> str:
     if value is None or isinstance(value, bool | int | float | str):
         return repr(value)
     if isinstance(value, torch.nn.Module):
-        refuse_sharded(value.named_parameters())
-        return f"{type(value).__name__} with weights {digest_of(value.state_dict())}"
+        return f"{type(value).__name__} with weights {_weights(value)}"
     if isinstance(value, Tensor):
         return f"a tensor {digest_of({'': value})}"
     if isinstance(value, np.ndarray):

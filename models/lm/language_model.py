@@ -453,6 +453,7 @@ class LanguageModel(ModuleWithProperties):
     def causal(self) -> CausalNetwork:
         """The network as body and head (found at first use, since the device may change until then)."""
         if self._causal is None:
+            refuse_sharded(self.network.named_parameters())
             self.network.eval()  # tried without dropout
             settings = (self.compute_dtype, self._exact, self._findings)
             if is_encoder_decoder(self.network):
@@ -472,12 +473,14 @@ class LanguageModel(ModuleWithProperties):
         :raises RuntimeError: if weights that it shares with another model were changed through the other.
         :raises TypeError: if its parameters are sharded, see `refuse_sharded`.
         """
+        is_as_tried = self._causal is not None and self._causal.is_current
+        if not is_as_tried:  # sharding replaces parameters
+            refuse_sharded(self.network.named_parameters())
         if self._shared is not None:
             self._shared.check()
-        refuse_sharded(self.network.named_parameters())
         if any(module.training for module in self.network.modules()):
             self.network.eval()
-        if self._causal is not None and not self._causal.is_current:
+        if self._causal is not None and not is_as_tried:
             self._causal = self._findings = None
         return self.causal
 
@@ -546,7 +549,6 @@ class LanguageModel(ModuleWithProperties):
         :raises TypeError: if ``where`` is not bool, or ``stop`` is no string, or there is no tokenizer to read it with.
         :raises ValueError: if ``where`` does not broadcast, or there is no end token, or ``stop`` is empty.
         """
-        refuse_sharded(self.network.named_parameters())
         encoded = self.encode_prompts(prompts, max_new_tokens)
         strings = () if stop is None else stop_strings.check_stop(stop, self.tokenizer)
         if where is not None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import itertools
 from collections.abc import Collection, Hashable, Iterator
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -72,7 +71,7 @@ class CausalNetwork:
         self.compute_dtype = compute_dtype
         self._exact = set() if compute_dtype is None else _exact_weights(network, causal, exact)
         self.parameters = list(causal.parameters())
-        self._whole, self._passes = network, _passes(network)
+        self._whole, self._tried = network, _made_of(network)
         self._adapted: list[Any] = adapted_modules(causal)
         parameters = inspect.signature(causal.forward).parameters
         self.accepts_positions = self.pads_tokens and "position_ids" in parameters
@@ -211,7 +210,7 @@ class CausalNetwork:
         count = sum(map(_version, self.parameters)) - sum(map(_version, self._miscounted))
         active = tuple((m.disable_adapters, *m.active_adapters) for m in self._adapted)
         few = tuple(weights.values(self._miscounted).items()) if self._miscounted else ()
-        return count, active, few, self._passes, tuple(map(id, self.parameters))
+        return count, active, few, self._tried, tuple(map(id, self.parameters))
 
     @property
     def is_current(self) -> bool:
@@ -219,8 +218,7 @@ class CausalNetwork:
 
         So no layer, no ``forward`` and no hook of one has been replaced or added since.
         """
-        same = all(a is b for a, b in itertools.zip_longest(self.network.parameters(), self.parameters))
-        return same and self._passes == _passes(self._whole)
+        return self._tried == _made_of(self._whole)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -498,10 +496,16 @@ def accepted(module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name in {p.name for p in parameters}}
 
 
-def _passes(network: nn.Module) -> tuple[Hashable, ...]:
-    """Return what the modules of a network compute: the ``forward`` of each, its class's, and its hooks."""
+def _made_of(network: nn.Module) -> tuple[Hashable, ...]:
+    """Return what the modules of a network compute: the ``forward`` of each, its class's, its hooks, its parameters."""
     return tuple(
-        (vars(m).get("forward"), type(m).forward, *m._forward_pre_hooks.values(), *m._forward_hooks.values())
+        (
+            vars(m).get("forward"),
+            type(m).forward,
+            *m._forward_pre_hooks.values(),
+            *m._forward_hooks.values(),
+            *map(id, m._parameters.values()),
+        )
         for m in network.modules()
     )
 

@@ -52,9 +52,7 @@ def concatenate(posteriors: Sequence[Posterior]) -> dict[str, Any]:
         )
 
     def joined(arrays: Sequence[Array]) -> Array:
-        if len(sizes) == 1:
-            return np.concatenate(arrays)
-        return np.concatenate([x.reshape(1, -1, *x.shape[2:]) for x in arrays], axis=1)
+        return np.concatenate(arrays) if len(sizes) == 1 else _in_one_chain(arrays)
 
     def each(name: str, join: Callable[[Sequence[Array]], Array] = joined) -> dict[str, Array]:
         columns = [getattr(posterior, name) for posterior in posteriors]
@@ -97,7 +95,7 @@ def _roots(posterior: Posterior) -> Array:
 
 
 def _in_one_chain(arrays: Sequence[Array]) -> Array:
-    """Join draws of the prior, which are independent, (1, draw, ...)."""
+    """Join independent draws, (1, draw, ...)."""
     return np.concatenate([x.reshape(1, -1, *x.shape[2:]) for x in arrays], axis=1)
 
 

@@ -224,10 +224,7 @@ class _Column(NamedTuple):
 
 def _site(posterior: Posterior, site: str | None) -> str:
     """Return the completion site, which must have one text a prompt, or one for all."""
-    if site is None and len(posterior.texts) == 1:
-        (site,) = posterior.texts
-    if site is None or site not in posterior.texts:
-        raise ValueError(f"site must be one of {sorted(posterior.texts)}, not {site!r}")
+    site = posterior.completion_site(site)
     if (dims := posterior.dims[site][:-1]) not in ((), ("prompt",)):
         raise ValueError(f"a decision is about one text a prompt, and texts[{site!r}] has the axes {dims}")
     return site

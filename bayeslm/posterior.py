@@ -220,10 +220,7 @@ class Posterior:
         :raises ValueError: if ``site`` is needed and missing, or unknown.
         :raises IndexError: if there is no such prompt.
         """
-        if site is None and len(self.texts) == 1:
-            (site,) = self.texts
-        if site is None or site not in self.texts:
-            raise ValueError(f"site must be one of {sorted(self.texts)}, not {site!r}: write best(site=...)")
+        site = self.completion_site(site)
         texts, dims = self.texts[site], self.dims[site][:-1]
         if "prompt" in dims:
             texts = np.take(texts, prompt, axis=2 + dims.index("prompt"))
@@ -234,6 +231,17 @@ class Posterior:
         for text, reward in zip(texts.flat, np.broadcast_to(rewards, texts.shape).flat, strict=True):
             highest[text] = max(float(reward), highest.get(text, -np.inf))
         return sorted(highest.items(), key=lambda item: -item[1])[:k]
+
+    def completion_site(self, site: str | None = None) -> str:
+        """Return the name of a completion site, the only one where none is given.
+
+        :raises ValueError: if there is no such site, or there are several and none is given.
+        """
+        if site is None and len(self.texts) == 1:
+            (site,) = self.texts
+        if site is None or site not in self.texts:
+            raise ValueError(f"site must be one of {sorted(self.texts)}, not {site!r}: give site=...")
+        return site
 
     def decide(
         self,

@@ -53,10 +53,10 @@ class Tool:
             called for others. None: all.
         :raises ToolError: if the function fails and there is no ``failure``, or it returns anything but a text or None.
         """
-        taken = np.True_ if where is None else where.cpu().numpy()
+        taken = np.broadcast_to(np.True_ if where is None else where.cpu().numpy(), texts.shape)
         answers = np.empty(texts.shape, dtype=object)
         for index, text in np.ndenumerate(texts):
-            answers[index] = self._answer(text) if np.broadcast_to(taken, texts.shape)[index] else None
+            answers[index] = self._answer(text) if taken[index] else None
         called = torch.tensor([answer is not None for answer in answers.reshape(-1)]).reshape(texts.shape)
         return answers, called if where is None else called.to(where.device)
 

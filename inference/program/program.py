@@ -19,6 +19,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
+from bayeslm.models.lm import Autoregressive
 from bayeslm.models.rewards import rehearsal
 from bayeslm.validation import check_program
 
@@ -104,8 +105,7 @@ class Program:
     @property
     def max_particles(self) -> int:
         """The most particles that one vectorised run holds in bounded memory."""
-        runs = self.chunks if self.in_chunks else [self]
-        rows = [site.fn.max_rows // max(1, site.fn.batch_shape.numel()) for run in runs for site in run.completions]
+        rows = [fn.max_rows // max(1, fn.batch_shape.numel()) for fn in self._distributions_of_texts()]
         return max(1, min(rows, default=8192))
 
     @property
@@ -117,9 +117,13 @@ class Program:
         fit = self.max_particles
         if fit >= FULL:
             return fit
+        batches = [-(-MANY * fn.max_rows // fn.batch_shape.numel()) for fn in self._distributions_of_texts()]
+        return max(1, min(batches))
+
+    def _distributions_of_texts(self) -> list[Autoregressive]:
+        """Return the distributions of all completions that one vectorised run draws, or one of each of the chunks."""
         runs = self.chunks if self.in_chunks else [self]
-        sites = [site.fn for run in runs for site in run.completions]
-        return max(1, min(-(-MANY * fn.max_rows // fn.batch_shape.numel()) for fn in sites))
+        return [site.fn for run in runs for site in run.completions]
 
     @property
     def in_chunks(self) -> bool:

@@ -54,6 +54,9 @@ class NextTokens(Protocol):
         """
 
 
+TokensOf = Callable[[Autoregressive, Tensor, Decoder], NextTokens]  # of completions of prompts (row,) that one writes
+
+
 class AllowedTokens(NextTokens, Protocol):
     """The next tokens of texts that a constraint allows: log q of a token x is that of p(x) / S."""
 
@@ -300,7 +303,7 @@ class ConstrainedCompletions(TorchDistribution):
 
     arg_constraints: dict[str, Any] = {}
 
-    def __init__(self, base: Autoregressive, tokens: Callable[[Autoregressive, Tensor, Decoder], NextTokens]) -> None:
+    def __init__(self, base: Autoregressive, tokens: TokensOf) -> None:
         self._base = base
         self._tokens = tokens
         self._drawn: list[tuple[Tensor, Tensor]] = []  # the last sample and its log q
@@ -395,9 +398,13 @@ class ConstraintGuide:
     def __init__(self, program: Program, setting: TokenConstraint | Mapping[str, TokenConstraint]) -> None:
         self._program = program
         self._distributions = {
-            name: partial(ConstrainedCompletions, tokens=partial(allowed_tokens, constraint))
+            name: partial(ConstrainedCompletions, tokens=self._tokens(name, constraint))
             for name, constraint in constraint_of(setting, program).items()
         }
+
+    def _tokens(self, name: str, constraint: TokenConstraint) -> TokensOf:
+        """Return what proposes the next tokens of a site."""
+        return partial(allowed_tokens, constraint)
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         draw_latents(self._program, self._distributions, {}, args, kwargs)

@@ -20,25 +20,22 @@ tree is complete, every draw is accepted: the limit of "grammar-aligned decoding
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bayeslm.inference.program import EvidenceError, Program, draw_latents, to_numpy
+from bayeslm.inference.program import EvidenceError, Program, to_numpy
 from bayeslm.models.lm import Autoregressive, Decoder, Encoded, log_softmax_at
-from bayeslm.validation import validated
 
 from .constraints import (
     AllowedTokens,
-    ConstrainedCompletions,
+    ConstraintGuide,
     Given,
     MaskedTokens,
     TokenConstraint,
+    TokensOf,
     allowed_tokens,
-    constraint_of,
     draw_from,
 )
 
@@ -176,26 +173,16 @@ class UnrefusedTokens:
         return torch.full((len(logits),), ends[0]) if ends else logits.argmax(-1)
 
 
-@validated
-class LearnedRejection:
-    """A guide that proposes completions that its constraints have not refused; other latents are the prior's.
-
-    :param program: the inspected program.
-    :param setting: the constraint, or one for each of some sites.
-    :raises ProgramError: see `constraint_of`.
-    """
-
-    is_of_program = True  # see `check_guide`
+class LearnedRejection(ConstraintGuide):
+    """A guide that proposes completions that its constraints have not refused; other latents are the prior's."""
 
     def __init__(self, program: Program, setting: TokenConstraint | Mapping[str, TokenConstraint]) -> None:
-        self._program = program
-        self._refusals = {name: Refusals(each) for name, each in constraint_of(setting, program).items()}
+        self._refusals: dict[str, Refusals] = {}
+        super().__init__(program, setting)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        distributions = {
-            name: partial(ConstrainedCompletions, tokens=known.tokens) for name, known in self._refusals.items()
-        }
-        draw_latents(self._program, distributions, {}, args, kwargs)
+    def _tokens(self, name: str, constraint: TokenConstraint) -> TokensOf:
+        self._refusals[name] = Refusals(constraint)
+        return self._refusals[name].tokens
 
     def learn(self) -> None:
         """Add what the last batch has found out."""

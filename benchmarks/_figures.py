@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -34,3 +36,21 @@ def variance_ratio(values: Sequence[float], others: Sequence[float]) -> str:
     reach = student.ppf(0.975, len(values) + len(others) - 2) * np.hypot(my_error, their_error)
     low, middle, high = np.exp(mine - theirs + np.array([-reach, 0.0, reach]))
     return f"{middle:.2f}; {low:.2f} to {high:.2f}"
+
+
+def beside(peers: Sequence[Any], own: Sequence[Any]) -> str:
+    """The end of a row: tokens a second of both sides, their ratio in pairs, and how they know log Z.
+
+    :param peers: runs with ``seconds``, ``tokens`` and ``log_evidence``.
+    :param own: likewise, the one at each place run beside the peer's.
+    """
+    speeds = [[run.tokens / run.seconds for run in runs] for runs in (peers, own)]
+    ratios = [b / a for a, b in zip(*speeds, strict=True)]
+    logs = [[run.log_evidence for run in runs] for runs in (peers, own)]
+    evidence = ", ".join(f"{mean:.2f} ± {error:.2f}" for mean, error in map(log_mean, logs))
+    return (
+        f"| {statistics.median(speeds[0]):.1f} | {statistics.median(speeds[1]):.1f} "
+        f"| {statistics.median(ratios):.1f}; {min(ratios):.1f} to {max(ratios):.1f} "
+        f"| {np.std(logs[0], ddof=1):.3f} | {np.std(logs[1], ddof=1):.3f} | {variance_ratio(logs[1], logs[0])} "
+        f"| {evidence} |"
+    )

@@ -16,14 +16,12 @@ Tokens are those of the final texts, on both sides. On a GPU genlm-control advis
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from _figures import log_mean, variance_ratio
+from _figures import beside
 from _peer import Peer
 
 from bayeslm.inference import SMC
@@ -56,19 +54,6 @@ def ours(model: TiltedLM, particles: int, seed: int) -> Run:
     posterior = engine.run(model, [PROMPT])
     seconds = time.perf_counter() - start
     return Run(seconds, int(posterior.lengths["completion"].sum()), float(posterior.log_evidence[0]))
-
-
-def row(particles: int, peers: list[Run], own: list[Run]) -> str:
-    speeds = [[run.tokens / run.seconds for run in runs] for runs in (peers, own)]
-    ratios = [b / a for a, b in zip(*speeds, strict=True)]
-    logs = [[run.log_evidence for run in runs] for runs in (peers, own)]
-    evidence = ", ".join(f"{mean:.2f} ± {error:.2f}" for mean, error in map(log_mean, logs))
-    return (
-        f"| {particles} | {statistics.median(speeds[0]):.1f} | {statistics.median(speeds[1]):.1f} "
-        f"| {statistics.median(ratios):.1f}; {min(ratios):.1f} to {max(ratios):.1f} "
-        f"| {np.std(logs[0], ddof=1):.3f} | {np.std(logs[1], ddof=1):.3f} | {variance_ratio(logs[1], logs[0])} "
-        f"| {evidence} |"
-    )
 
 
 def main() -> None:
@@ -107,7 +92,7 @@ def main() -> None:
         for seed in range(options.runs):
             pairs.append((theirs(peer, particles, seed), ours(model, particles, seed)))
             print(f"{particles} particles, run {seed}: {pairs[-1]}", file=sys.stderr)
-        print(row(particles, *map(list, zip(*pairs, strict=True))), flush=True)
+        print(f"| {particles} {beside(*zip(*pairs, strict=True))}", flush=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jsonschema
 import numpy as np
 import torch
-from _figures import log_mean, variance_ratio
+from _figures import beside, log_mean
 from _peer import Peer
 from genlm_control import REQUIREMENTS
 
@@ -72,18 +72,8 @@ def ours(model: TiltedLM, grammar: rewards.Grammar, particles: int, seed: int) -
 
 
 def row(particles: int, peers: list[Run], own: list[Run]) -> str:
-    speeds = [[run.tokens / run.seconds for run in runs] for runs in (peers, own)]
-    ratios = [b / a for a, b in zip(*speeds, strict=True)]
-    logs = [[run.log_evidence for run in runs] for runs in (peers, own)]
     valid = [f"{sum(run.valid for run in runs)} of {sum(len(run.texts) for run in runs)}" for runs in (peers, own)]
-    evidence = ", ".join(f"{mean:.2f} ± {error:.2f}" for mean, error in map(log_mean, logs))
-    return (
-        f"| {particles} | {valid[0]} | {valid[1]} "
-        f"| {statistics.median(speeds[0]):.1f} | {statistics.median(speeds[1]):.1f} "
-        f"| {statistics.median(ratios):.1f}; {min(ratios):.1f} to {max(ratios):.1f} "
-        f"| {np.std(logs[0], ddof=1):.3f} | {np.std(logs[1], ddof=1):.3f} | {variance_ratio(logs[1], logs[0])} "
-        f"| {evidence} |"
-    )
+    return f"| {particles} | {valid[0]} | {valid[1]} {beside(peers, own)}"
 
 
 def alone(particles: int, own: list[Run]) -> str:

@@ -68,8 +68,11 @@ def facts(posteriors: Mapping[str, Posterior], settings: Mapping[str, object]) -
 
 
 def prompts(posterior: Posterior) -> dict[str, Any]:
-    """Return the first prompts, and the number of all."""
-    return {"shown": posterior.prompts[:MAX_LISTED], "total": len(posterior.prompts)}
+    """Return the first prompts, and the number of all; of chats the last user's turn, and the whole."""
+    whole = posterior.prompts[:MAX_LISTED]
+    names = posterior.prompt_names[:MAX_LISTED] or whole
+    shown = [{"label": x, "whole": "" if x == y else y} for x, y in zip(names, whole, strict=True)]
+    return {"shown": shown, "total": len(posterior.prompts)}
 
 
 def engines(posteriors: Mapping[str, Posterior]) -> list[dict[str, Any]]:
@@ -209,7 +212,7 @@ def rewards(posteriors: Mapping[str, Posterior]) -> list[dict[str, Any]]:
 def trainings(posteriors: Mapping[str, Posterior]) -> list[dict[str, Any]]:
     """Return the curves of each training, as means over prompts."""
     found = []
-    for name, posterior in posteriors.items():
+    for i, (name, posterior) in enumerate(posteriors.items()):
         stats = posterior.stats
         keys = [key for key in TRAINING if np.ndim(stats.get(key, 0.0)) == 3]
         if "elbo" not in keys or np.shape(stats["elbo"])[1] < 2:
@@ -227,7 +230,7 @@ def trainings(posteriors: Mapping[str, Posterior]) -> list[dict[str, Any]]:
             ]
             level = {"level": log_z, "error": error} if key == "elbo" else {}
             raw = np.asarray(stats[key], dtype=float).mean(-1)
-            svg = report_figures.curves(raw, label, held_out=evaluated, **level)
+            svg = report_figures.curves(raw, label, i % 6, held_out=evaluated, **level)
             panels.append({"words": words, "label": label, "svg": Markup(svg)})
         length = np.shape(stats["elbo"])[1]
         about = {"name": name, "steps": length, "chains": np.shape(stats["elbo"])[0], "held_out": held_out}
@@ -270,17 +273,17 @@ def sizes(posteriors: Mapping[str, Posterior]) -> list[dict[str, Any]]:
 def genealogies(posteriors: Mapping[str, Posterior]) -> list[dict[str, Any]]:
     """Return for engines of particles the genealogy of the first chain, and the ESS of all, for the first prompts."""
     found = []
-    for name, posterior in posteriors.items():
+    for i, (name, posterior) in enumerate(posteriors.items()):
         ancestors = np.asarray(posterior.stats.get("ancestors", 0))
         if ancestors.ndim != 4 or not ancestors.size:
             continue
         panels = []
         for prompt in range(min(ancestors.shape[3], MAX_PROMPTS)):
             label = posterior.prompt_labels[prompt] if ancestors.shape[3] > 1 else "all prompts"
-            svgs = [report_figures.genealogy(ancestors[0, :, :, prompt])]
+            svgs = [report_figures.genealogy(ancestors[0, :, :, prompt], i % 6)]
             sizes_by_step = np.asarray(posterior.stats.get("ess_by_step", 0))
             if sizes_by_step.ndim == 3:
-                svgs.append(report_figures.ess_by_step(sizes_by_step[..., prompt], ancestors.shape[2]))
+                svgs.append(report_figures.ess_by_step(sizes_by_step[..., prompt], ancestors.shape[2], i % 6))
             panels.append({"label": label, "svgs": [Markup(svg) for svg in svgs]})
         resampled = np.asarray(posterior.stats.get("resampled", np.zeros(1)))
         found.append(

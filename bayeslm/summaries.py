@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bayeslm import diagnostics, reliability
 from bayeslm.posterior import Posterior
+
+NAMED = 3  # prompts that one remark names
 
 
 class Row(NamedTuple):
@@ -78,7 +80,7 @@ def draws_are_of_policy(posterior: Posterior) -> bool:
 
 
 def remarks(posteriors: Mapping[str, Posterior]) -> list[str]:
-    """Return a sentence for each problem that the diagnostics show."""
+    """Return a sentence for each problem that the diagnostics show; one that several prompts share is said once."""
     lines = []
     for name, posterior in posteriors.items():
         if posterior.kind == "uncorrected":
@@ -89,6 +91,29 @@ def remarks(posteriors: Mapping[str, Posterior]) -> list[str]:
             lines.append(f"{name} was interrupted: its figures are of the draws or steps before that.")
         if posterior.conditional:
             lines.append(f"{name} retained draws of the posterior: use it for bounds on log Z, not for comparison.")
+        where: dict[str, list[str]] = {}
         for label, sentences in zip(posterior.prompt_labels, reliability.problems(posterior), strict=False):
-            lines += [f"{name}, {label!r}: {sentence}" for sentence in sentences]
+            for sentence in sentences:
+                where.setdefault(sentence, []).append(repr(label))
+        lines += [f"{name}{_of_prompts(posterior, labels)}: {sentence}" for sentence, labels in where.items()]
     return lines
+
+
+def _of_prompts(posterior: Posterior, labels: list[str]) -> str:
+    """Return of which prompts a remark is, unless it is of all of them."""
+    if len(labels) == posterior.log_weights.shape[2]:
+        return ""
+    more = f" and {len(labels) - NAMED} prompts more" if len(labels) > NAMED else ""
+    return f", {', '.join(labels[:NAMED])}{more}"
+
+
+def next_steps(posteriors: Mapping[str, Posterior], advise: Callable[[Posterior, str], str]) -> list[str]:
+    """Return what to do about the problems of each engine that has any.
+
+    :param advise: returns it for a posterior and its name.
+    """
+    return [
+        f"{name}: {advise(posterior, name)}."
+        for name, posterior in posteriors.items()
+        if any(reliability.problems(posterior))
+    ]

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from bayeslm import summaries
+from bayeslm import advice, reliability, summaries
 from bayeslm.posterior import Posterior
 from bayeslm.reliability import ESS_LIMIT, TELLING
 from bayeslm.weights import KHAT_LIMIT, khat_reasons
@@ -82,23 +82,23 @@ def _roots(row: Mapping[str, Any]) -> str:
 
 
 def best_texts(posteriors: Mapping[str, Posterior], k: int = 3, most: int | None = None) -> Table | None:
-    """Return a table of the k completions of highest reward by engine and prompt; None if no engine kept texts.
+    """Return a table of the k completions of highest reward by prompt and engine; None if no engine kept texts.
 
     :param most: so many prompts, the first.
     """
     table = Table(title="Best completions", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("engine", no_wrap=True)
     table.add_column(next(iter(posteriors.values())).measure, justify="right")
-    table.add_column("prompt and completion")
-    labels = next(iter(posteriors.values())).prompts
-    for i, prompt in enumerate(labels[:most]):
-        for name, posterior in posteriors.items():
-            if not posterior.texts:
-                continue
+    table.add_column("completion")
+    kept = {name: posterior for name, posterior in posteriors.items() if posterior.texts}
+    labels = next(iter(posteriors.values())).prompt_labels
+    for i, label in enumerate(labels[:most] if kept and k > 0 else []):
+        table.add_row("", "", content(label, "dim"))
+        for name, posterior in kept.items():
             for text, reward in posterior.best(i, k):
-                line = content(" ".join(prompt.split()), "dim") + content(" " + " ".join(text.split()), "default")
-                table.add_row(name, f"{reward:.3f}", line)
+                table.add_row(name, f"{reward:.3f}", " ".join(text.split()))
                 name = ""
+        table.add_section()
     return table if table.row_count else None
 
 
@@ -135,15 +135,8 @@ def show(
         f"{' Of all prompts: means, the smallest ESS and the largest k̂, – if one is unknown.' if number > 1 else ''}\n",
         style="dim",
     )
-    reasons = {
-        reason: name
-        for name, posterior in posteriors.items()
-        if posterior.kind == "weighted"
-        for reason in khat_reasons(posterior.log_weights)
-        if reason
-    }
-    for reason, name in reasons.items():
-        console.print(f"No k̂ of {name}: {reason}.", style="dim")
+    for line in _unknown_khats(posteriors):
+        console.print(line, style="dim")
     texts = best_texts(posteriors, k, most)
     if texts is not None:
         console.print(texts)
@@ -152,3 +145,15 @@ def show(
         console.print("! " + line, style="yellow")
     if most is not None and len(lines) > most:
         console.print(f"! and {len(lines) - most} warnings more: {whole}", style="yellow")
+    for line in summaries.next_steps(posteriors, advice.on_command_line):
+        console.print("> " + line, style="yellow")
+
+
+def _unknown_khats(posteriors: Mapping[str, Posterior]) -> list[str]:
+    """Return why each k̂ that no warning explains is unknown."""
+    reasons = {}
+    for name, posterior in posteriors.items():
+        if posterior.kind == "weighted":
+            found = zip(khat_reasons(posterior.log_weights), reliability.problems(posterior), strict=True)
+            reasons |= {reason: name for reason, said in found if reason and not said}
+    return [f"No k̂ of {name}: {reason}." for reason, name in reasons.items()]

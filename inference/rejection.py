@@ -32,7 +32,6 @@ from bayeslm.inference.program import (
     keeping,
     of_prompts,
     posterior,
-    prompt_labels,
     ranks,
     run_particles,
     running,
@@ -111,7 +110,7 @@ class RejectionSampling:
             }
             log_weights = proposals.log_weights.cpu().numpy()[None]
             if draws < wanted:
-                check_evidence(log_weights, prompt_labels(program))
+                check_evidence(log_weights, program)
                 rates = ", ".join(f"{rate:.2g}" for rate in stats["acceptance"])
                 if draws < self.num_chains:
                     raise EvidenceError(

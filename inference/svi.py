@@ -58,6 +58,7 @@ from bayeslm.posterior import Posterior
 from bayeslm.validation import Count, Natural, Seed, validated
 
 NUM_SAMPLES, FEWEST = 256, 16  # draws of each prompt: by default, and the fewest where prompts are many
+COMPARISON = "to compare policies"
 COMPARED = 64  # draws of each policy, at least, that decide which is the best
 
 
@@ -245,15 +246,16 @@ class SVI:
         rivals, num, best = chain.rivals(), max(COMPARED, len(last)), last
         if rivals and len(last) < num:
             with chain.own_params(), seeded(ranks().stream(chain.step)):
-                best, cut = self._draw(program, as_proposal(chain.guide, program), num, "draws of the policy")
+                best, cut = self._draw(
+                    program, as_proposal(chain.guide, program), num, "draws of the policy", COMPARISON
+                )
         elif rivals is not None and prior is not None and len(prior) >= COMPARED and self._begins_with_prior(program):
             higher = _is_higher(prior.total_log_likelihood, last.log_weights)
             rivals = [*([0] if higher else []), *(step for step in rivals if step)]
         for step in rivals or []:
             with chain.own_params(), chain.at(step) as keep, seeded(ranks().stream(step)):
-                part, cut = self._draw(
-                    program, as_proposal(chain.guide, program), num, f"draws of the policy after step {step}"
-                )
+                label = f"draws of the policy after step {step}"
+                part, cut = self._draw(program, as_proposal(chain.guide, program), num, label, COMPARISON)
                 if not cut and _is_higher(part.log_weights, best.log_weights):
                     keep()
                     best, last = part, part[: len(last)]
@@ -305,8 +307,10 @@ class SVI:
             return self.num_samples
         return max(FEWEST, NUM_SAMPLES * program.num_prompts // program.full_size)
 
-    def _draw(self, program: Program, guide: Callable[..., Any] | None, num: int, what: str) -> tuple[Particles, bool]:
-        return draw(program, guide, num, progress=self.progress, label=what)
+    def _draw(
+        self, program: Program, guide: Callable[..., Any] | None, num: int, what: str, purpose: str = ""
+    ) -> tuple[Particles, bool]:
+        return draw(program, guide, num, progress=self.progress, label=what, purpose=purpose)
 
 
 def _class_of(guide: Any) -> type | None:

@@ -160,7 +160,8 @@ class Training:
     @property
     def _plan(self) -> str:
         steps = "steps" if self.budget.steps is None else f"{self.budget.steps} steps"
-        return f"{steps} of {self._new_samples // self.program.num_prompts} draws {of_prompts(self.program)}"
+        new = self._new_samples // self.program.num_prompts
+        return f"{steps} of {new} new draws {of_prompts(self.program)}"
 
     @property
     def share(self) -> float:

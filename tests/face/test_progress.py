@@ -135,6 +135,25 @@ def test_the_time_left_is_that_of_the_steps_left(clock):
     assert progress._clock(59.6) == "1:00"
 
 
+@pytest.mark.parametrize("written", [1, 10, 60])
+def test_the_time_left_is_known_in_the_first_of_a_few_large_parts(clock, capsys, written):
+    """Of 100 draws of 4 tokens, 60 at once: after some tokens, and without a jump when the 60 are done."""
+    with track("importance sampling", 100, plan="100 draws", tokens=4) as report:
+        for _ in range(written):
+            clock(2.0)
+            progress.wrote(4)  # a draw
+        assert capsys.readouterr().err == "importance sampling: 100 draws; about 3 min in all\n"
+        with track("inner", 10):
+            progress.wrote(1000)  # of a computation of another kind
+        for _ in range(60 - written):
+            clock(2.0)
+            progress.wrote(4)
+        report(60)
+        clock(80.0)
+        report(40)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("label", ["SVI", "SVI, chain 1 of 4", "SVI, draws of the policy after step 12345"])
 def test_a_terminal_of_80_columns_shows_step_time_left_and_elbo(monkeypatch, clock, label):
     screen = io.StringIO()

@@ -88,7 +88,7 @@ def remarks(posteriors: Mapping[str, Posterior]) -> list[str]:
                 f"{name} is a baseline: its draws are not from the posterior, and its log Z is from draws of the prior."
             )
         if posterior.stats.get("interrupted"):
-            lines.append(f"{name} was interrupted: its figures are of the draws or steps before that.")
+            lines.append(f"{name} was interrupted: its figures are of what it had by then.")
         if posterior.conditional:
             lines.append(f"{name} retained draws of the posterior: use it for bounds on log Z, not for comparison.")
         where: dict[str, list[str]] = {}

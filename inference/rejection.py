@@ -93,7 +93,7 @@ class RejectionSampling:
         if not math.isfinite(bound):
             raise ProgramError(
                 f"rejection sampling needs a finite upper bound of the log-likelihood, got {bound}: set log_bound to "
-                "r_max / beta, or use TiltedLM with a reward that has an upper_bound"
+                "r_max / beta, or give the reward of a TiltedLM its upper_bound, as in Reward(f, upper_bound=1.0)"
             )
         with running(self.seed, divided=True) as watch:
             program = inspect(model, *args, **kwargs)

@@ -71,7 +71,8 @@ def compare(
         seconds = posteriors[name].stats["seconds"]
         err_console.print(f"{name}: {seconds:.0f} s")
         if posteriors[name].stats.get("interrupted"):
-            err_console.print(f"{name} was interrupted: the results so far follow", style="yellow")
+            if rest := list(engines)[list(engines).index(name) + 1 :]:
+                err_console.print(f"not run: {', '.join(rest)}", style="yellow")
             break
     if out is None:
         tables.show(posteriors, out_console)

@@ -400,7 +400,7 @@ class Training:
         if self._resumed is not None:
             error.add_note(f"it was the first step after {self._resumed}: if somebody has changed that, remove it")
         if self.checkpoint is not None:
-            error.add_note(f"the last checkpoint is {self.checkpoint}: the same call resumes it")
+            error.add_note(f"the last checkpoint is {self.checkpoint}, which the same run resumes")
 
     def _labels(self) -> list[str]:
         """Return the names of the last step's prompts."""

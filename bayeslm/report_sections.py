@@ -132,7 +132,7 @@ def _table(
         reason = record.get("khat_reason")
         lines.append(
             {
-                "name": row.name,
+                "name": row.shown(prompt),
                 "series": series[row.engine],
                 "measured": _estimate(record, measure),
                 "log_z": None if row.is_policy else _estimate(record, "log_evidence"),
@@ -141,7 +141,7 @@ def _table(
                 "ess": "–" if row.is_policy else number(record.get("ess_min", record.get("ess", math.nan)), 0),
                 "khat": "–" if row.is_policy else number(record.get("khat", math.nan)),
                 "khat_reason": reason if isinstance(reason, str) and not row.is_policy else "",
-                "rhat": number(next((v for k, v in record.items() if k.startswith(f"rhat_{measure}")), math.nan)),
+                "rhat": number(record.get(f"rhat_{measure}", math.nan)) if row.kind == "markov" else "–",
                 "seconds": "" if row.repeated else number(record.get("seconds", math.nan), 0),
                 "speed": "" if row.repeated else number(record.get("tokens_per_second", math.nan), 0),
             }

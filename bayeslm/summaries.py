@@ -23,17 +23,28 @@ class Row(NamedTuple):
     is_policy: bool = False
     repeated: bool = False
     """Whether another row of the same engine has the cost."""
+    kind: str = ""
+    """Of the posterior."""
+    doubted: tuple[bool, ...] = ()
+    """For each prompt whether `reliability.problems` finds any: the row's errors cannot be believed there."""
+
+    def shown(self, prompt: int | None) -> str:
+        """Return the name for the row of a prompt, or None for all of them, with a mark if it is doubted there."""
+        doubted = any(self.doubted) if prompt is None else self.doubted[prompt : prompt + 1] == (True,)
+        return f"{self.name} !" if doubted else self.name
 
 
 def rows(posteriors: Mapping[str, Posterior]) -> Iterator[Row]:
     """Yield a row for each posterior; where there is a policy, one more for its unweighted draws before it."""
     for engine, posterior in posteriors.items():
         weighted = _records(posterior, weighted=True)
+        found = [bool(sentences) for sentences in reliability.problems(posterior)]
+        doubted = tuple(found if len(found) > 1 else found * len(posterior.prompts))
         if draws_are_of_policy(posterior):
             yield Row(engine, f"{engine}: policy", *_records(posterior, weighted=False), is_policy=True)
-            yield Row(engine, f"{engine}: weighted", *weighted, repeated=True)
+            yield Row(engine, f"{engine}: weighted", *weighted, repeated=True, kind=posterior.kind, doubted=doubted)
         else:
-            yield Row(engine, engine, *weighted)
+            yield Row(engine, engine, *weighted, kind=posterior.kind, doubted=doubted)
 
 
 def _records(posterior: Posterior, *, weighted: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:

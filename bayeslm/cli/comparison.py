@@ -57,7 +57,11 @@ def compare(
                 place = out / f"{name}-policy-so-far"
                 try:
                     policy.save_pretrained(place)
-                    error.add_note(f"the policy trained so far is saved in {place}")
+                    error.add_note(
+                        f"the policy trained so far is saved in {place}: bayeslm export {place} FOLDER --merge makes a "
+                        "model of it. Repeating the command begins the training anew, which svi(checkpoint='FOLDER') "
+                        "would resume"
+                    )
                 except OSError as refused:
                     error.add_note(f"{refused}; {rescue(out, name, None, policy)}")
             if posteriors:

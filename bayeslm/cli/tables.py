@@ -19,6 +19,7 @@ from bayeslm.weights import KHAT_LIMIT, khat_reasons
 from .console import content
 
 MOST = 20  # prompts that are printed, and warnings
+OF_ALL = "means, the smallest ESS, the largest k̂ (– if one is unknown)"
 
 
 def comparisons(posteriors: Mapping[str, Posterior]) -> Iterator[Table]:
@@ -31,7 +32,7 @@ def comparisons(posteriors: Mapping[str, Posterior]) -> Iterator[Table]:
     measure = next(iter(posteriors.values())).measure
     engines = list(summaries.rows(posteriors))
     titles = next(iter(posteriors.values())).prompt_labels
-    for prompt, title in enumerate([*titles, *([f"all {len(titles)} prompts"] if len(titles) > 1 else [])]):
+    for prompt, title in enumerate([*titles, *([f"all {len(titles)} prompts: {OF_ALL}"] if len(titles) > 1 else [])]):
         table = Table(title=content(title), title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
         table.add_column("engine", no_wrap=True)
         table.add_column(measure.replace("-", "-\n"), justify="right", no_wrap=True)
@@ -42,7 +43,8 @@ def comparisons(posteriors: Mapping[str, Posterior]) -> Iterator[Table]:
             table.add_row("prior", f"{mean:.2f}", "0")
         for row in engines:
             record = row.records[prompt] if prompt < len(titles) else row.of_all
-            table.add_row(row.name, *_cells(record, is_policy=row.is_policy, repeated=row.repeated))
+            name = row.shown(prompt if prompt < len(titles) else None)
+            table.add_row(name, *_cells(record, is_policy=row.is_policy, repeated=row.repeated))
         yield table
 
 
@@ -119,27 +121,29 @@ def show(
     shown = number if most is None else min(most, number)
     tables = comparisons(posteriors)
     for table in islice(tables, shown):
-        console.print(table)
+        _print(table, console)
     if shown < number:
         console.print(f"… and {number - shown} prompts more: {whole}\n", style="dim")
     for table in islice(tables, number - shown, None):  # of all prompts
-        console.print(table)
-    policy = particles = ""
+        _print(table, console)
+    policy = particles = marked = ""
+    if any(any(row.doubted) for row in summaries.rows(posteriors)):
+        marked = " ! marks figures whose errors cannot be believed: why stands below."
     if any(map(summaries.draws_are_of_policy, posteriors.values())):
         policy = "A trained policy has two rows: its own draws, and the same draws weighted towards the posterior. "
+        policy += "The KL to the posterior is that of its own draws. "
     if any(posterior.roots is not None for posterior in posteriors.values()):
         particles = "; of particles the smallest ESS along the way, and (the roots that have descendants)"
     console.print(
         f"Means ± one standard error; KL in nats. {policy}"
-        f"Weights are reliable if k̂ < {KHAT_LIMIT} and ESS > {ESS_LIMIT:.0f}{particles}."
-        f"{' Of all prompts: means, the smallest ESS and the largest k̂, – if one is unknown.' if number > 1 else ''}\n",
+        f"Weights are reliable if k̂ < {KHAT_LIMIT} and ESS > {ESS_LIMIT:.0f}{particles}.{marked}\n",
         style="dim",
     )
     for line in _unknown_khats(posteriors):
         console.print(line, style="dim")
     texts = best_texts(posteriors, k, most)
     if texts is not None:
-        console.print(texts)
+        _print(texts, console)
     lines = summaries.remarks(posteriors)
     for line in lines[:most]:
         console.print("! " + line, style="yellow")
@@ -157,3 +161,13 @@ def _unknown_khats(posteriors: Mapping[str, Posterior]) -> list[str]:
             found = zip(khat_reasons(posterior.log_weights), reliability.problems(posterior), strict=True)
             reasons |= {reason: name for reason, said in found if reason and not said}
     return [f"No k̂ of {name}: {reason}." for reason, name in reasons.items()]
+
+
+def _print(table: Table, console: Console) -> None:
+    """Print a table; in a file its lines end where their words do."""
+    if console.is_terminal:
+        console.print(table)
+        return
+    with console.capture() as capture:
+        console.print(table)
+    console.file.write("\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n")

@@ -175,7 +175,9 @@ def _chains(posterior: PosteriorFields) -> int:
 
 
 def _divided(values: Array, chains: int) -> Array:
-    """Return draws (1, draw, ...) as (chain, draw, ...), in their order."""
+    """Return draws (1, draw, ...) as (chain, draw, ...), in their order; those of several chains unchanged."""
+    if len(values) == chains:
+        return values
     size = values.shape[1] // chains
     return values[:, : chains * size].reshape(chains, size, *values.shape[2:])
 

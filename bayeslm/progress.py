@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -29,6 +30,7 @@ INTERVAL = 30.0  # seconds from one line to the next where there is no terminal
 LONG = 20.0  # seconds: a run that takes longer says what it does, and how long it will take,
 MEASURED = 1.0  # when so many seconds of it have been measured
 BUSY = 1.25  # load of a core, the run's own included, above which other work slows a run down
+RECENT = 10  # steps whose speed is that of the time left: other work comes and goes
 REFRESH = 0.25  # seconds from one display to the next in terminals and notebooks
 
 
@@ -53,12 +55,14 @@ class _Progress:
         self._written = 0  # tokens since the last step
         self._values = ""
         self._start = self._last = time.monotonic()
+        self._recent: deque[tuple[float, int]] = deque([(self._start, 0)], maxlen=RECENT + 1)  # when so many were done
         self.has_plan = False  # said already
 
     def advance(self, by: int, values: Mapping[str, float] | None, what: str | None) -> None:
         self.done += by
         self._written = 0
         self._last = time.monotonic()
+        self._recent.append((self._last, self.done - self._first))
         self._values = visible("  ".join(f"{name} {value:.3g}" for name, value in (values or {}).items()))
         self.what = self.what if what is None else visible(what)
 
@@ -72,12 +76,13 @@ class _Progress:
 
     @property
     def left(self) -> float | None:
-        """Seconds until the end, at the mean speed until the last step, or part of it; None where that is unknown."""
+        """Seconds until the end, at the speed of the last steps, or of a part of one; None where that is unknown."""
         part = self._written / self.tokens if self.tokens else 0.0
-        done = self.done - self._first + part
+        since, before = self._recent[0]
+        done = self.done - self._first + part - before
         if self.total is None or done <= 0:
             return None
-        each = (self._last - self._start) / done
+        each = (self._last - since) / done
         return max(0.0, (self.total - self.done - part) * each - (time.monotonic() - self._last))
 
     def line(self, *, with_label: bool = True) -> str:

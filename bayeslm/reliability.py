@@ -179,8 +179,9 @@ def _of_equal_draws(posterior: Posterior) -> Iterator[list[str]]:
 def _too_few(posterior: Posterior, total: int) -> list[str]:
     """Return a sentence if independent draws are fewer than an estimate of errors needs, or than were wanted."""
     stats, wanted = posterior.stats, int(posterior.stats.get("wanted", 0))
-    if total < wanted and not stats.get("interrupted"):
-        return [f"{total} of {wanted} draws a prompt after {stats['proposals']} proposals, the most that are allowed."]
+    if total < wanted:
+        most = "" if stats.get("interrupted") else ", the most that are allowed"
+        return [f"{total} of {wanted} draws a prompt after {stats['proposals']} proposals{most}."]
     return [f"Only {total} draws, from which errors are uncertain."] if total < FEW_HITS else []
 
 

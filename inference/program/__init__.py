@@ -7,7 +7,6 @@ from .evidence import check_evidence, check_grammar, token_bytes
 from .guides import PolicyGuide, as_proposal, draw_latents
 from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, RandomStates, seeded
 from .independence import check_independence
-from .labels import prompt_labels, prompt_texts
 from .partial import PartialRun
 from .particles import (
     Particles,
@@ -20,6 +19,7 @@ from .particles import (
     traces,
 )
 from .program import STEPS, Program, along, inspect, inspect_or_reuse
+from .prompts import prompt_labels, prompt_texts
 from .ranks import ALONE, Message, RankError, Ranks, alone, digest_of, on_first, ranks, seed_of
 from .results import posterior
 from .run import Engine, RunError, SoFar, Stopwatch, draw, keeping, of_prompts, running

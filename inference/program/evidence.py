@@ -10,8 +10,8 @@ from bayeslm.models.lm import Autoregressive, Encoded
 from bayeslm.models.rewards import Grammar
 
 from .errors import EvidenceError
-from .labels import prompt_labels
 from .program import Program
+from .prompts import prompt_labels
 
 
 def check_evidence(log_weights: np.ndarray, program: Program) -> None:

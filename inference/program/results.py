@@ -17,9 +17,9 @@ from bayeslm.weights import conditional_log_evidence
 from .description import describe
 from .errors import EvidenceError
 from .evidence import check_evidence
-from .labels import chat_turns, of_all, prompt_texts
 from .particles import Particles, to_numpy
 from .program import Program
+from .prompts import chat_turns, of_all, prompt_texts
 from .sites import Site
 
 

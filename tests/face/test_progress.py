@@ -139,6 +139,15 @@ def test_the_time_left_is_that_of_the_steps_left(clock):
     assert progress._clock(59.6) == "1:00"
 
 
+def test_the_time_left_follows_the_speed_of_the_last_steps(clock):
+    """A hundred steps of 1 s, then steps of 3 s, as where other work has begun."""
+    state = progress._Progress("SVI", 200, 0, "")
+    for seconds in [1.0] * 100 + [3.0] * progress.RECENT:
+        clock(seconds)
+        state.advance(1, None, None)
+    assert state.left == pytest.approx(3.0 * (100 - progress.RECENT))
+
+
 @pytest.mark.parametrize("written", [1, 10, 60])
 def test_the_time_left_is_known_in_the_first_of_a_few_large_parts(clock, capsys, written):
     """Of 100 draws of 4 tokens, 60 at once: after some tokens, and without a jump when the 60 are done."""

@@ -33,6 +33,7 @@ TRAINING = {
     "kl": ("KL to the prior, nats", "How far the policy is from the prior."),
 }
 FACTS = {
+    "unfinished": "No result yet of",
     "program": "Program",
     "prior": "Language model",
     "reward": "Reward",

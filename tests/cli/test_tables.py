@@ -127,7 +127,9 @@ def test_the_whole_is_in_files(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(comparison, "_save_plots", lambda posteriors, out: [])  # which take seconds
     engines = {"exact": Exact(progress=False), "importance": ImportanceSampling(num_particles=20, **SETTINGS)}
     with resume.Results(tmp_path / "out") as results:
-        results.begin({"test": 1}, dict.fromkeys(engines), {})
+        results.begin({"test": 1}, dict.fromkeys([*engines, "svi"]), {})  # which is still running
+        waiting = CliRunner().invoke(app, ["show", str(tmp_path / "out")])
+        assert "out holds no result yet of exact, importance, svi" in " ".join(waiting.output.split())
         comparison.compare(lambda name: model, PROMPTS, {}, engines, results)
     screen = capsys.readouterr().out
     assert f"… and {NUMBER - tables.MOST} prompts more: all are in" in " ".join(screen.split())
@@ -138,6 +140,7 @@ def test_the_whole_is_in_files(tmp_path, capsys, monkeypatch):
         rows = list(csv.DictReader(file))
     assert [(row["posterior"], row["prompt"]) for row in rows] == [(name, x) for name in engines for x in PROMPTS]
     shown = CliRunner().invoke(app, ["show", str(tmp_path / "out"), "--max-prompts", "2"]).output
+    assert "svi: no result yet." in shown
     assert f"… and {NUMBER - 2} prompts more: all are in" in " ".join(shown.split())
 
 

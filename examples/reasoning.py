@@ -1,12 +1,12 @@
 """Reasoning in written steps: a small transformer learns sums from examples, and then from being right.
 
-    python examples/reasoning.py [folder] [--quick]        (five minutes of two cores)
+    python examples/reasoning.py [folder] [--quick]        (some three minutes of two cores)
 
-A problem is a sum of numbers, and the text that solves it writes a step at a time, as in "47+38+91 = 85+91 : 176" (a
-digit is a token). Problems are of four kinds: those with written solutions, those with an answer alone, and held-out
-ones, none of which is of another kind too. What is learned from them, each beginning with the prior:
+A problem is a sum of five numbers, and the text that solves it writes a step at a time: "7+8+4+9+6 = 15+4+9+6 =
+19+9+6 = 28+6 : 34" (a digit is a token). Some problems come with written solutions, others with an answer alone, and
+others are held out. What is learned from them, each beginning with the prior:
 
-    prior       a Llama of 0.1 million weights, fitted to written solutions (`LanguageModel.fit`)
+    prior       a Llama of 84,000 weights, fitted to written solutions (`LanguageModel.fit`)
     SVI         the likelihood exp(r / beta), r = 1 where the answer is right, on problems with answers (`SVI()`)
     EM          the steps are latent and the answer is observed: steps are drawn from their posterior given the answer
                 (`ImportanceSampling`), and the network is fitted to them
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -36,11 +37,12 @@ from bayeslm.inference.sequential import Power
 from bayeslm.inference.training import HeldOut
 from bayeslm.models import LanguageModel, TiltedLM, rewards
 from bayeslm.models.lm import word_tokenizer
+from bayeslm.posterior import DiagnosticsWarning
 
 WORDS = ["<eos>", *"0123456789", "+", "=", ":"]
 LONGEST, BETA, ALPHA = 24, 0.25, 4.0
-WRITTEN, KNOWN, HELD_OUT = 5000, 400, 200  # problems
-TERMS, WIDTH, FIT_STEPS = 4, 64, 800
+WRITTEN, KNOWN, HELD_OUT = 3000, 400, 200  # problems
+TERMS, WIDTH, FIT_STEPS, STEPS = 5, 64, 500, 120
 RIGHT = rewards.Matches(r": ([\d ]+)$", column="answer")
 Problem = tuple[str, str, str]  # question, steps, answer
 
@@ -50,12 +52,12 @@ def digits(numbers: list[int]) -> str:
 
 
 def problems(size: int, terms: int, seed: int = 0) -> list[Problem]:
-    """Write different sums of two-digit numbers, with their steps."""
+    """Write different sums of numbers from 1 to 9, with their steps."""
     rng, found = random.Random(seed), {}
     while len(found) < size:
-        numbers = [rng.randrange(10, 100) for _ in range(terms)]
+        numbers = [rng.randrange(1, 10) for _ in range(terms)]
         left = [[sum(numbers[:i]), *numbers[i:]] for i in range(1, terms)]
-        found[f"{digits(numbers)} ="] = (" = ".join(map(digits, left[1:])) + " :", digits([sum(numbers)]))
+        found[digits(numbers) + " ="] = (" = ".join(map(digits, left[1:])) + " :", digits([sum(numbers)]))
     return [(question, *rest) for question, rest in found.items()]
 
 
@@ -71,7 +73,7 @@ def untrained(width: int) -> LanguageModel:
 def splits(*, quick: bool = False, extra: int = 0) -> list[list[Problem]]:
     """Return problems with written solutions, with answers, held-out ones, and further ones."""
     sizes = (20, 8, 4) if quick else (WRITTEN, KNOWN, HELD_OUT)
-    found = problems(sum(sizes) + extra, 2 if quick else TERMS)
+    found = problems(sum(sizes) + extra, 3 if quick else TERMS)
     return [found[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(3)] + [found[sum(sizes) :]]
 
 
@@ -79,7 +81,7 @@ def fitted(written: list[Problem], folder: Path | None, *, quick: bool = False) 
     """Return the prior. It is kept in the folder, and a second call finds it there."""
     prior = untrained(16 if quick else WIDTH)
     table = {"prompt": [q for q, _, _ in written], "completion": [f"{steps} {answer}" for _, steps, answer in written]}
-    settings = {"batch_size": 64, "learning_rate": 3e-3, "held_out": 0.05, "checkpoint": folder, "seed": 0}
+    settings = {"batch_size": 32, "learning_rate": 3e-3, "held_out": 0.05, "checkpoint": folder, "seed": 0}
     losses = prior.fit(table, num_steps=3 if quick else FIT_STEPS, **settings)
     print(f"the prior: {losses.held_out[losses.kept_step]:.3f} nats a token held out")
     return prior
@@ -96,20 +98,19 @@ def answer_of(text: str) -> str | None:
 def explained(lm: LanguageModel, questions: list[str], answers: list[str]) -> None:
     """Steps, which are latent, then the answer, which is observed."""
     with pyro.plate("prompts", len(questions)):
-        steps = pyro.sample("steps", lm(questions, LONGEST - 5, stop=":"))
-        pyro.sample("answer", lm(lm.join(questions, steps), 5), obs=lm.encode(answers, 5))
+        steps = pyro.sample("steps", lm(questions, LONGEST - 3, stop=":"))
+        pyro.sample("answer", lm(lm.join(questions, steps), 3), obs=lm.encode(answers, 3))
 
 
 def em(prior: LanguageModel, known: list[Problem], rounds: int, num_steps: int) -> LanguageModel:
     """Return the network after rounds of expectation (draws of the steps given the answer) and maximisation."""
     lm = prior.policy()
+    questions, _, answers = (list(column) for column in zip(*known, strict=True))
     for i in range(rounds):
-        batch = known[i * len(known) // rounds : (i + 1) * len(known) // rounds]
-        questions, _, answers = (list(column) for column in zip(*batch, strict=True))
-        posterior = ImportanceSampling(16, num_chains=1, seed=i).run(partial(explained, lm), questions, answers)
-        steps = posterior.resample(2, seed=i).texts["steps"][0]  # (draw, prompt)
-        written = [f"{x} {a}" for draw in steps for x, a in zip(draw, answers, strict=True)]
-        lm.fit(written, 2 * questions, num_steps=num_steps, batch_size=64, learning_rate=5e-4, seed=i)
+        posterior = ImportanceSampling(8, 1, seed=i).run(partial(explained, lm), questions, answers)
+        steps = posterior.resample(4, seed=i).texts["steps"][0]  # (draw, prompt)
+        written = [f"{x} {answer}" for draw in steps for x, answer in zip(draw, answers, strict=True)]
+        lm.fit(written, 4 * questions, num_steps=num_steps, batch_size=64, learning_rate=1e-3, seed=i)
     return lm
 
 
@@ -136,39 +137,43 @@ def right(posterior: Posterior, answers: list[str]) -> np.ndarray:
 
 def evaluate(
     lm: LanguageModel, held_out: list[Problem], draws: list[int], alpha: float = 1.0
-) -> tuple[np.ndarray, dict[int, np.ndarray], float]:
-    """Return the accuracy of draws (problem,), that of decisions by so many draws each, and tokens a problem.
+) -> tuple[np.ndarray, list[np.ndarray], list[float]]:
+    """Return the accuracy of draws (problem,), and of decisions by so many draws each, with their tokens a problem.
 
     :param alpha: the power of the language model, by SMC.
     """
     questions, _, answers = (list(column) for column in zip(*held_out, strict=True))
     target = TiltedLM(lm, None, max_new_tokens=LONGEST, power=alpha)
-    decisions = {}
+    decisions, tokens = [], []
     for n in draws:
         engine = ImportanceSampling(n, 1, seed=0) if alpha == 1.0 else SMC(n, 1, twist=Power(alpha), seed=0)
         posterior = engine.run(target, questions)
-        decisions[n] = decided(posterior, answers)
-    return right(posterior, answers), decisions, posterior.stats["tokens"] / len(questions)
+        decisions.append(decided(posterior, answers))
+        tokens.append(posterior.stats["tokens"] / len(questions))
+    return right(posterior, answers), decisions, tokens
 
 
-def draw_picture(path: Path, history: dict[str, np.ndarray], curves: dict[str, dict[int, np.ndarray]]) -> None:
+def draw_picture(
+    path: Path, history: dict[str, np.ndarray], curves: dict[str, tuple[list[float], list[np.ndarray]]]
+) -> None:
     from matplotlib import pyplot
 
-    figure, (left, right_) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, middle) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
     left.plot(history["reward"][0].mean(-1), color="0.7", label="problems it learns from")
     left.plot(history["held_out_steps"], BETA * history["held_out_log_likelihood"][0].mean(-1), "o-", label="held out")
     left.set(title="SVI", xlabel="step", ylabel="accuracy of a draw", ylim=(0, 1))
-    for name, decisions in curves.items():
-        means = [x.mean() for x in decisions.values()]
-        errors = [x.std(ddof=1) / len(x) ** 0.5 for x in decisions.values()]
-        right_.errorbar(list(decisions), means, errors, marker="o", capsize=2, label=name)
-    right_.set(title="decisions, held out", xlabel="draws of each problem", xscale="log", ylim=(0, 1))
-    for axes in (left, right_):
+    for name, (tokens, decisions) in curves.items():
+        errors = [x.std(ddof=1) / len(x) ** 0.5 for x in decisions]
+        middle.errorbar(tokens, [x.mean() for x in decisions], errors, marker="o", capsize=2, label=name)
+    middle.set(title="the answer that most draws have, held out", xlabel="tokens a problem", xscale="log")
+    for axes in (left, middle):
         axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def main(folder: Path, quick: bool = False) -> None:
+    warnings.filterwarnings("ignore", category=DiagnosticsWarning)  # a few draws, from which an answer is chosen
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     written, known, held_out, _ = splits(quick=quick)
@@ -177,25 +182,26 @@ def main(folder: Path, quick: bool = False) -> None:
     print(f"{time.perf_counter() - started:.0f} s")
 
     questions, _, answers = (list(column) for column in zip(*known, strict=True))
-    model = TiltedLM(prior, RIGHT, BETA, max_new_tokens=LONGEST, subsample_size=4 if quick else 16)
+    model = TiltedLM(prior, RIGHT, BETA, max_new_tokens=LONGEST, subsample_size=4 if quick else 8)
     unseen = TiltedLM(prior, RIGHT, BETA, max_new_tokens=LONGEST)
-    shown = [list(column) for column in zip(*held_out[:64], strict=True)]
-    watch = HeldOut({"held_out": partial(unseen, shown[0], answer=shown[2])}, every=25, num_particles=4)
-    svi = SVI(2 if quick else 200, callbacks=[watch], num_samples=1, num_prior_samples=0, seed=0)
+    shown = [list(column) for column in zip(*held_out[:50], strict=True)]
+    watch = HeldOut({"held_out": partial(unseen, shown[0], answer=shown[2])}, every=20, num_particles=4)
+    svi = SVI(2 if quick else STEPS, callbacks=[watch], num_samples=1, num_prior_samples=0, seed=0)
     trained = svi.run(model, questions, answer=answers)
     print(f"SVI, {time.perf_counter() - started:.0f} s")
-    learned = em(prior, known, 2 if quick else 4, 2 if quick else 60)
+    learned = em(prior, known, 1 if quick else 4, 2 if quick else 50)
     print(f"EM, {time.perf_counter() - started:.0f} s")
 
-    draws = [1, 2] if quick else [1, 2, 4, 8, 16, 32]
+    draws = [1, 2] if quick else [1, 4, 16]
     models = {"prior": (prior, 1.0), f"prior, power {ALPHA:g}": (prior, ALPHA)}
     models |= {"EM": (learned, 1.0), "SVI": (trained.policy, 1.0)}
-    curves, rows = {}, [f"{'':18} {'a draw':>12}   {f'of {draws[-1]} draws':>12}   tokens a problem"]
+    curves, rows = {}, [f"| | a draw | the answer of {draws[-1]} draws | tokens a problem |", "|---|---|---|---|"]
     for name, (lm, alpha) in models.items():
-        accuracy, curves[name], tokens = evaluate(lm, held_out, draws, alpha)
-        rows.append(f"{name:18} {mean(accuracy)}   {mean(curves[name][draws[-1]])}   {tokens:.0f}")
+        accuracy, decisions, tokens = evaluate(lm, held_out, draws, alpha)
+        curves[name] = tokens, decisions
+        rows.append(f"| {name} | {mean(accuracy)} | {mean(decisions[-1])} | {tokens[-1]:.0f} |")
     print(f"{len(held_out)} held-out problems, percent right, mean ± standard error over them", *rows, sep="\n")
-    (folder / "figures.txt").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (folder / "figures.md").write_text("\n".join(rows) + "\n", encoding="utf-8")
     draw_picture(folder / "reasoning.png", trained.stats, curves)
     trained.policy.save_pretrained(folder / "policy")
     print(f"all is in {folder}, after {time.perf_counter() - started:.0f} s")

@@ -147,6 +147,7 @@ def draw_picture(path: Path, rows: dict[str, dict[str, np.ndarray]]) -> None:
         axes.set_title(name)
     every[0].set_yticks(-np.arange(len(rows)), list(rows))
     figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def error(values: np.ndarray) -> float:

@@ -248,19 +248,21 @@ class Posterior:
         utility: Callable[[str, str], float] | Literal["reward"],
         *,
         num_candidates: int = 32,
+        also: Sequence[str] = (),
         site: str | None = None,
     ) -> Any:
         """Return the text of highest expected utility for each prompt; see `bayeslm.decisions.decide`.
 
         :param utility: of a pair of texts, (candidate, draw), such as those in `bayeslm.decisions`; or "reward".
         :param num_candidates: the most candidates of a prompt.
+        :param also: further candidates, that need not have been drawn.
         :param site: the completion site, where the model has several.
         :returns: a `bayeslm.decisions.Decision`.
         :raises ValueError: if ``site`` is needed and missing, or unknown, or has several texts a prompt; if every
             weight of a prompt is zero, or a utility is not a finite number.
         """
         module = import_module("bayeslm.decisions")  # by its name, as all that judges posteriors stands above this file
-        return module.decide(self, utility, num_candidates=num_candidates, site=site)
+        return module.decide(self, utility, num_candidates=num_candidates, also=also, site=site)
 
     def to_arviz(self, num_draws: int | None = None, seed: int = 0) -> Any:
         """Return ArviZ's container of the installed version: `InferenceData` (0.x) or `xarray.DataTree` (1.x).

@@ -58,7 +58,7 @@ from bayeslm.posterior import Posterior
 from bayeslm.validation import Count, Natural, Seed, validated
 
 NUM_SAMPLES, FEWEST = 256, 16  # draws of each prompt: by default, and the fewest where prompts are many
-COMPARED = 64  # draws of each policy, at least, that decide which is the best
+COMPARED, FEWEST_COMPARED = 64, 4  # draws of each policy, at least, that decide which is the best; of many prompts
 
 
 @validated
@@ -242,11 +242,12 @@ class SVI:
 
         Draws of the first policy are there if it is the prior: if the guide is no other, and has texts alone.
         """
-        rivals, num, best = chain.rivals(), max(COMPARED, len(last)), last
+        compared = max(FEWEST_COMPARED, COMPARED * program.num_prompts // program.full_size)  # as in `_num_samples`
+        rivals, num, best = chain.rivals(), max(compared, len(last)), last
         if rivals and len(last) < num:
             with chain.own_params(), seeded(ranks().stream(chain.step)):
                 best, cut = self._draw(program, as_proposal(chain.guide, program), num, "draws of the policy")
-        elif rivals is not None and prior is not None and len(prior) >= COMPARED and self._begins_with_prior(program):
+        elif rivals is not None and prior is not None and len(prior) >= compared and self._begins_with_prior(program):
             higher = _is_higher(prior.total_log_likelihood, last.log_weights)
             rivals = [*([0] if higher else []), *(step for step in rivals if step)]
         for step in rivals or []:

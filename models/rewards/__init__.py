@@ -9,6 +9,7 @@ and scales it:
 In a program, `factor` multiplies the joint density by exp(r / beta) and records r.
 """
 
+from .answers import ExactMatch, TokenF1, normalised_answer
 from .best_of_n import BestOfNLikelihood
 from .broadcasting import broadcast, check_columns, with_trainer_arguments
 from .calling import TimeLimitError, call, copied
@@ -29,6 +30,7 @@ __all__ = [
     "Classifier",
     "Constraint",
     "Contains",
+    "ExactMatch",
     "Grammar",
     "Judge",
     "JudgeUsage",
@@ -41,6 +43,7 @@ __all__ = [
     "Similarity",
     "TextReward",
     "TimeLimitError",
+    "TokenF1",
     "Toxicity",
     "broadcast",
     "call",
@@ -49,6 +52,7 @@ __all__ = [
     "factor",
     "get",
     "load",
+    "normalised_answer",
     "prefixes",
     "record",
     "rehearsal",

@@ -34,7 +34,7 @@ sys.path.append(str(ROOT / "examples"))
 import reasoning
 
 PROMPTS, GENERATIONS = 16, 16  # of a step
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-4, 3e-4, 1e-3)
 
 
 def accuracy(lm: LanguageModel, held_out: list[reasoning.Problem], draws: int, temperature: float) -> np.ndarray:

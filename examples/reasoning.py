@@ -42,7 +42,7 @@ from bayeslm.posterior import DiagnosticsWarning
 WORDS = ["<eos>", *"0123456789", "+", "=", ":"]
 LONGEST, BETA, ALPHA = 24, 0.25, 4.0
 WRITTEN, KNOWN, HELD_OUT = 3000, 400, 200  # problems
-TERMS, WIDTH, FIT_STEPS, STEPS = 5, 64, 500, 120
+TERMS, WIDTH, FIT_STEPS, STEPS = 5, 64, 500, 150
 RIGHT = rewards.Matches(r": ([\d ]+)$", column="answer")
 Problem = tuple[str, str, str]  # question, steps, answer
 
@@ -182,11 +182,12 @@ def main(folder: Path, quick: bool = False) -> None:
     print(f"{time.perf_counter() - started:.0f} s")
 
     questions, _, answers = (list(column) for column in zip(*known, strict=True))
-    model = TiltedLM(prior, RIGHT, BETA, max_new_tokens=LONGEST, subsample_size=4 if quick else 8)
+    model = TiltedLM(prior, RIGHT, BETA, max_new_tokens=LONGEST, subsample_size=4 if quick else 16)
     unseen = TiltedLM(prior, RIGHT, BETA, max_new_tokens=LONGEST)
     shown = [list(column) for column in zip(*held_out[:50], strict=True)]
     watch = HeldOut({"held_out": partial(unseen, shown[0], answer=shown[2])}, every=20, num_particles=4)
-    svi = SVI(2 if quick else STEPS, callbacks=[watch], num_samples=1, num_prior_samples=0, seed=0)
+    kept = None if quick else folder / "svi"
+    svi = SVI(2 if quick else STEPS, callbacks=[watch], checkpoint=kept, num_samples=1, num_prior_samples=0, seed=0)
     trained = svi.run(model, questions, answer=answers)
     print(f"SVI, {time.perf_counter() - started:.0f} s")
     learned = em(prior, known, 1 if quick else 4, 2 if quick else 50)

@@ -31,7 +31,7 @@ def mean(values: Any, digits: int = 2) -> str:
 
 
 def with_error(value: float, error: float, digits: int = 2) -> str:
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
+    return f"{round(value, digits) + 0.0:.{digits}f} ± {error:.{digits}f}"  # and not -0.00
 
 
 def table(rows: Mapping[str, Sequence[str]], head: Sequence[str]) -> list[str]:

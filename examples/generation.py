@@ -32,8 +32,8 @@ from bayeslm.reweighting import at_beta
 TOPIC = "A day at the beach by the sea, with waves, swimming and sailing boats."
 SEEN = ["Last week my sister", "The teacher said that", "After lunch they", "On Sunday the old man"]
 PROMPTS = ["Yesterday morning we", "My neighbour told me that", "In the evening the children"]  # held out
-TOKENS = 16
-DIVERSITY_DRAWS = 16  # of each prompt
+TOKENS = 12
+DIVERSITY_DRAWS = 8  # of each prompt
 BETAS = np.geomspace(2.0, 0.05, 12)
 ESS = 10  # effective draws: of fewer, importance sampling has no point
 
@@ -89,7 +89,7 @@ def picture(paths: dict[str, list[Point]], path: Path) -> None:
 def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) -> dict[str, list[Point]]:
     options = parser(__doc__, "generation")
     options.add_argument("--beta", type=float, default=0.2, help="the KL coefficient of the table")
-    options.add_argument("--steps", type=int, default=18, help="of the training")
+    options.add_argument("--steps", type=int, default=12, help="of the training")
     chosen = options.parse_args(arguments)
     beta, quick = chosen.beta, chosen.quick
     warnings.simplefilter("ignore", DiagnosticsWarning)  # runs are short; ESS decides what is shown
@@ -102,28 +102,28 @@ def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) ->
     def target(at: float) -> TiltedLM:
         return TiltedLM(packed, reward, at, max_new_tokens=TOKENS)
 
-    pool = ImportanceSampling(4 if quick else 40, 4, seed=0).run(target(1e6), PROMPTS)
+    pool = ImportanceSampling(4 if quick else 32, 4, seed=0).run(target(1e6), PROMPTS)
     frontier = {float(at): at_beta(pool, at) for at in sorted({beta, *BETAS.tolist()}, reverse=True)}
-    best = {n: BestOfN(n, 4, 4, seed=1).run(target(1.0), PROMPTS) for n in ((2,) if quick else (4, 16))}
-    smc = {at: SMC(4 if quick else 24, 2, twist="partial", seed=2).run(target(at), PROMPTS) for at in (2 * beta, beta)}
+    best = {n: BestOfN(n, 2, 4, seed=1).run(target(1.0), PROMPTS) for n in ((2,) if quick else (4, 16))}
+    smc = {at: SMC(4 if quick else 16, 2, twist="partial", seed=2).run(target(at), PROMPTS) for at in (2 * beta, beta)}
     chains = {}
     for at in (2 * beta, beta):
-        mcmc = MCMC(4 if quick else 16, 4, 1 if quick else 4, initial_particles=8 if quick else 48, seed=3)
+        mcmc = MCMC(4 if quick else 8, 4, 1 if quick else 2, initial_particles=8 if quick else 32, seed=3)
         own, known = mcmc.run(target(at), PROMPTS), at_beta(pool, at)  # of which MCMC has no log Z
         chains[at] = replace(own, log_evidence=known.log_evidence, log_evidence_stderr=known.log_evidence_stderr)
     model = TiltedLM(lm, reward, beta, max_new_tokens=TOKENS)
     steps = 2 if quick else chosen.steps
     svi = SVI(
         steps,
-        objective=ReverseKL(2 if quick else 5),
-        optimizer=Adam(1e-3),
-        callbacks=[HeldOut({"held_out": partial(model, PROMPTS)}, every=max(1, steps // 3), num_particles=24)],
+        objective=ReverseKL(2 if quick else 4),
+        optimizer=Adam(2e-3),
+        callbacks=[HeldOut({"held_out": partial(model, PROMPTS)}, every=max(1, steps // 3), num_particles=16)],
         num_samples=4,
         num_prior_samples=0,
         seed=4,
     )
     trained = svi.run(model, SEEN)
-    drawn = ImportanceSampling(8 if quick else 32, guide=trained.policy, seed=5).run(model, PROMPTS)
+    drawn = ImportanceSampling(8 if quick else 16, guide=trained.policy, seed=5).run(model, PROMPTS)
     stats = {name: trained.stats[f"held_out_{name}"][0] for name in ("kl", "reward", "reward_stderr")}
     path = [over_prompts(each) for each in zip(stats["reward"], stats["reward_stderr"], strict=True)]
     paths = {

@@ -1,6 +1,6 @@
 """Over-fitting: a reward learned from few labels, few prompts to train on, and when to stop.
 
-    python examples/over_fitting.py [--steps 30] [--beta 0.02] [--folder runs/over_fitting]
+    python examples/over_fitting.py [--steps 18] [--beta 0.02] [--folder runs/over_fitting]
 
 The gold reward is a reader who likes praise and dislikes repetition. The reader labels some of SmolLM2's texts, of
 which a linear reward of word counts is inferred: the proxy. `SVI` trains a policy for the proxy on four prompts, with
@@ -37,10 +37,10 @@ from bayeslm.plots import COLOURS, PRIOR_COLOUR
 
 PROMPTS = {
     "training": ["My dinner at the restaurant was", "The new phone", "Our hotel room", "I watched the film and"],
-    "validation": ["The concert last night", "My flight to Rome", "The book", "Our guide", "The museum", "This coffee"],
-    "test": ["The breakfast", "My new shoes", "The train ride", "Her speech", "The beach", "Their garden"],
+    "validation": ["The concert last night", "My flight to Rome", "The book", "Our guide"],
+    "test": ["The breakfast", "My new shoes", "The train ride", "Her speech"],
 }
-TOKENS = 12
+TOKENS = 10
 REPETITION = 1.5  # what the reader subtracts for a text that is all repetition
 
 
@@ -122,11 +122,11 @@ def picture(steps: np.ndarray, found: Curves, stop: int, path: Path) -> None:
 
 def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) -> tuple[np.ndarray, Curves]:
     options = parser(__doc__, "over_fitting")
-    options.add_argument("--steps", type=int, default=30, help="of the training")
+    options.add_argument("--steps", type=int, default=18, help="of the training")
     options.add_argument("--beta", type=float, default=0.02, help="the KL coefficient")
     options.add_argument("--labels", type=int, default=96, help="texts that the reader labels")
     chosen = options.parse_args(arguments)
-    steps, labels, draws = (2, 24, 2) if chosen.quick else (chosen.steps, chosen.labels, 10)
+    steps, labels, draws = (2, 24, 2) if chosen.quick else (chosen.steps, chosen.labels, 8)
     warnings.simplefilter("ignore", DiagnosticsWarning)  # beta is too small on purpose
     started = time.perf_counter()
     lm = lm or LanguageModel.from_pretrained("smollm2")
@@ -136,9 +136,9 @@ def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) ->
         every=max(1, steps // 6),
         num_particles=draws,
     )
-    adam = Adam(2e-3, schedule="constant")
+    adam = Adam(3e-3, schedule="constant")
     settings: dict[str, Any] = {"optimizer": adam, "num_samples": draws, "num_prior_samples": 0, "seed": 0}
-    svi = SVI(steps, objective=ReverseKL(2 if chosen.quick else 6), callbacks=[held_out], **settings)
+    svi = SVI(steps, objective=ReverseKL(2 if chosen.quick else 4), callbacks=[held_out], **settings)
     stats = svi.run(program, lm, proxy, chosen.beta, PROMPTS["training"]).stats
     at, found = stats["held_out_steps"], curves(stats)
     stop = int(np.argmax(found["validation"]["gold"][0]))
@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) ->
         for name in ("training", "test")
         for reward in ("proxy", "gold")
     }
-    cells["KL to the prior, test prompts"] = [f"{found['test']['KL'][0][i]:.2f}" for i in columns.values()]
+    cells["KL to the prior, test prompts"] = [f"{abs(found['test']['KL'][0][i]):.2f}" for i in columns.values()]
     write(chosen.folder, [*lines, *table(cells, ["", *columns])], started)
     picture(at, found, stop, chosen.folder / "over-fitting.png")
     return at, found

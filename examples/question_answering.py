@@ -34,10 +34,10 @@ from bayeslm.plots import COLOURS, PRIOR_COLOUR
 
 ABSTENTION = "I don't know"
 EXAMPLES = "Q: What is the capital of Japan?\nA: Tokyo\nQ: How old is the mayor of Ulm?\nA: I don't know\nQ: {}\nA:"
-WRITING: dict[str, Any] = {"max_new_tokens": 8, "stop": "\n"}
+WRITING: dict[str, Any] = {"max_new_tokens": 6, "stop": "\n"}
 BETA = 0.15
 exact_match, f1 = rewards.ExactMatch(), rewards.TokenF1()
-abstains = rewards.Matches(r"(?i)^\s*I don.?t know\b")
+abstains = rewards.Matches(r"(?i)^\s*(I don.?t know|I.?m (not sure|unsure)|no idea|unknown)\b")
 Row = dict[str, Any]
 
 
@@ -46,7 +46,8 @@ def questions() -> list[list[Row]]:
     import countryinfo  # the extra "examples"
 
     every = (country.info() for country in countryinfo.all_countries())
-    return [asked(one) for one in every if one.get("population", 0) > 1e6 and one.get("capital") and one.get("demonym")]
+    known = [one for one in every if one.get("population", 0) > 1e6 and one.get("capital") and one.get("demonym")]
+    return [asked(one) for one in known if one["capital"] not in EXAMPLES]
 
 
 def asked(country: Row) -> list[Row]:
@@ -161,9 +162,9 @@ def picture(found: dict[str, HeldOut], price: float, path: Path) -> None:
 def main(arguments: list[str] | None = None, prior: LanguageModel | None = None) -> dict[str, HeldOut]:
     options = parser(__doc__, "question_answering")
     options.add_argument("--price", type=float, default=0.4, help="of an abstention, between 0 and 1")
-    options.add_argument("--steps", type=int, default=24, help="of the training")
+    options.add_argument("--steps", type=int, default=12, help="of the training")
     chosen = options.parse_args(arguments)
-    steps, held_out, draws = (2, 6, 4) if chosen.quick else (chosen.steps, 100, 16)
+    steps, held_out, draws = (2, 6, 4) if chosen.quick else (chosen.steps, 48, 12)
     warnings.simplefilter("ignore", DiagnosticsWarning)  # of the few draws of each question of the training
     started = time.perf_counter()
     countries = questions()
@@ -171,9 +172,9 @@ def main(arguments: list[str] | None = None, prior: LanguageModel | None = None)
     half = len(countries) // 2
     seen, unseen = ([row for rows in some for row in rows] for some in (countries[:half], countries[half:]))
     prior = prior or LanguageModel.from_pretrained("smollm2")
-    model = TiltedLM(prior, exact_match + chosen.price * abstains, BETA, subsample_size=8, **WRITING)
-    svi = SVI(steps, objective=ReverseKL(8), optimizer=Adam(1e-3), num_samples=4, num_prior_samples=0, seed=0)
-    policy = svi.run(model, random.Random(0).sample(seen, 8 if chosen.quick else 64)).policy
+    model = TiltedLM(prior, exact_match + chosen.price * abstains, BETA, subsample_size=6, **WRITING)
+    svi = SVI(steps, objective=ReverseKL(6), optimizer=Adam(2e-3), num_samples=4, num_prior_samples=0, seed=0)
+    policy = svi.run(model, random.Random(0).sample(seen, 8 if chosen.quick else 36)).policy
     rows = random.Random(1).sample(unseen, held_out)
     found = {name: HeldOut(lm, rows, draws) for name, lm in {"prior": prior, "policy": policy}.items()}
     cells = [held.figures(chosen.price) for held in found.values()]

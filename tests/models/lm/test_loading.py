@@ -1,10 +1,11 @@
 """Models on disk, and policies: copies and adapters of a prior."""
 
 import json
+import re
 
 import pytest
 import torch
-from support.models import llama_network, table_lm, tiny_llama
+from support.models import llama_network, table_lm, tiny_llama, tiny_seq2seq
 from support.oracles import assert_same_distribution
 from transformers.utils import logging
 
@@ -185,6 +186,36 @@ def test_lora_shares_the_frozen_weights():
     assert not any("lora" in name for name, _ in prior.named_modules())
     with pytest.raises(ValueError, match="lora_rank must be a positive whole number"):
         prior.policy(lora_rank=0)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, lambda: tiny_seq2seq("t5")], ids=["llama", "t5"])
+def test_adapters_on_the_last_layers(make, tmp_path):
+    """At least one layer of each stack has them; their gradient is that of a policy which has them on all layers."""
+    prior = make()
+    whole = prior.policy(lora_rank=2)
+    x = prior(PROMPTS, 5).sample((6,))
+    for share in (0.4, 0.0):
+        part = prior.policy(lora_rank=2, lora_layers=share)
+        own = dict(part.named_parameters())
+        trained = {name for name, p in own.items() if p.requires_grad}
+        assert trained == {
+            n for n, p in whole.named_parameters() if p.requires_grad and re.search(r"(layers|block)\.1\.", n)
+        }
+        assert_same_distribution(prior, part)
+        with torch.no_grad():
+            for name, p in whole.named_parameters():
+                if name in trained:
+                    own[name].copy_(p)
+        whole.zero_grad()
+        for lm in (whole, part):
+            lm(PROMPTS, 5).log_prob(x).sum().backward()
+        assert max(float(own[name].grad.abs().max()) for name in trained) > 0
+        for name, p in whole.named_parameters():
+            if name in trained:
+                torch.testing.assert_close(own[name].grad, p.grad, atol=1e-4, rtol=1e-4)
+    disturb(part)
+    part.save_pretrained(tmp_path)
+    assert_same_distribution(part, LanguageModel.from_pretrained(tmp_path, base=prior))
 
 
 def test_lora_on_lora_begins_where_the_first_ended(tmp_path):

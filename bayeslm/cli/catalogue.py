@@ -25,6 +25,10 @@ def engines(name: Name = None, as_json: AsJson = False) -> None:
 
         from .engines import Run, makers
 
+        if not as_json:
+            out_console.print(
+                "Settings and defaults are those of Python; a seed that is not set here is that of --seed."
+            )
         _print(ENGINES | makers(Run()), name, as_json)
 
 

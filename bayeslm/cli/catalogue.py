@@ -27,7 +27,7 @@ def engines(name: Name = None, as_json: AsJson = False) -> None:
 
         if not as_json:
             out_console.print(
-                "Settings and defaults are those of Python; a seed that is not set here is that of --seed."
+                "Settings and defaults are those of Python; the seed is that of --seed where none is set."
             )
         _print(ENGINES | makers(Run()), name, as_json)
 

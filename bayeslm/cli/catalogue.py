@@ -19,16 +19,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def engines(name: Name = None, as_json: AsJson = False) -> None:
-    """List the engines and their settings, and the objects that settings may be."""
+    """List the engines and their settings, and the objects that settings may be.
+
+    Defaults are those of Python; an engine without a seed of its own has that of infer's --seed.
+    """
     with one_line_errors():
         from bayeslm.inference import ENGINES
 
         from .engines import Run, makers
 
-        if not as_json:
-            out_console.print(
-                "Settings and defaults are those of Python; the seed is that of --seed where none is set."
-            )
         _print(ENGINES | makers(Run()), name, as_json)
 
 

@@ -209,6 +209,7 @@ def test_a_reward_of_the_working_folder_alone_is_imported(tmp_path: Path, monkey
 
 def test_a_warning_is_a_line_without_a_place_in_our_code(capsys):
     with one_line_errors():
+        warnings.simplefilter("always")
         warnings.warn("read\nthis \x1b[2J", stacklevel=1)
         warnings.warn("and this", DiagnosticsWarning, stacklevel=1)
         warnings.warn("a library will change", FutureWarning, stacklevel=1)

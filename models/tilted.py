@@ -46,6 +46,8 @@ class TiltedLM:
         ``subsample_size`` < 1.
     """
 
+    stands_alone = True  # engines need not try whether particles of this very class mix
+
     def __init__(
         self,
         prior: LanguageModel,

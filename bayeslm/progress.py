@@ -91,14 +91,15 @@ class _Progress:
 def _if_busy() -> str:
     """Return what to try where other work keeps the cores busy; nothing else, and where a number of threads is set.
 
-    There the threads of one product wait for the last of them, often longer than they compute.
+    There the threads of one product wait for the last of them, and keep it from its core while they do, unless the
+    environment says otherwise, as the command line makes it do.
     """
-    if "OMP_NUM_THREADS" in os.environ or not hasattr(os, "getloadavg"):  # none on Windows
+    if {"OMP_NUM_THREADS", "OMP_WAIT_POLICY"} & os.environ.keys() or not hasattr(os, "getloadavg"):  # none on Windows
         return ""
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if load < BUSY * cores:
         return ""
-    return f" (load {load:.1f} on {cores} cores: with OMP_NUM_THREADS=1 in the environment it may be many times faster)"
+    return f" (load {load:.1f} on {cores} cores: with OMP_WAIT_POLICY=passive in the environment it may be far faster)"
 
 
 @contextlib.contextmanager

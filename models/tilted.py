@@ -22,9 +22,9 @@ import pyro
 from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
-from bayeslm.display import call
 from bayeslm.models.lm import Autoregressive, LanguageModel, Prompt, on_host, read_table, without_index
 from bayeslm.models.rewards import Reward, RewardFunction, factor, with_trainer_arguments
+from bayeslm.short_repr import call
 from bayeslm.validation import Count, Positive, validated
 
 

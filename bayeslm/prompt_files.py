@@ -158,7 +158,10 @@ def _value(data: bytes) -> Any:
         return json.loads(data.decode(), object_pairs_hook=_object)
     except UnicodeDecodeError:
         return ValueError("is not UTF-8: write the file in that encoding")
-    except (ValueError, RecursionError) as error:  # JSON's own, a number of too many digits, lists in lists in lists
+    except json.JSONDecodeError as error:
+        at = f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        return ValueError(f"is no JSON ({error.msg}: {at}): write one JSON object a line")
+    except (ValueError, RecursionError) as error:  # a number of too many digits, lists in lists in lists
         return ValueError(f"is no JSON ({error}): write one JSON object a line")
 
 

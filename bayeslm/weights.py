@@ -293,7 +293,7 @@ def _tail_problem(lw: Array) -> str:
     gaps = np.diff(tail)
     normalised = gaps * np.arange(size, 0, -1)
     if np.mean(gaps < TIE) > 1 / 4 or np.median(normalised[:-3]) < LUMPY * normalised[:-3].mean():
-        return f"the {size} largest weights are ties, or nearly: look at the ESS and reliability.levels"
+        return f"the {size} largest weights are ties, or nearly: look at the ESS"
     if np.median(normalised) < NEARLY_EQUAL:
         return f"the {size} largest weights are nearly equal: look at the ESS"
     return ""

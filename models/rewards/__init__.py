@@ -14,7 +14,7 @@ from .best_of_n import BestOfNLikelihood
 from .broadcasting import broadcast, check_columns, with_trainer_arguments
 from .calling import TimeLimitError, call, copied
 from .classifier import Classifier
-from .grammar import Grammar
+from .grammar import Grammar, fewest_tokens
 from .judge import Judge, JudgeUsage
 from .recording import factor, record, reward_name
 from .registry import BUILT_IN, get, load
@@ -51,6 +51,7 @@ __all__ = [
     "check_columns",
     "copied",
     "factor",
+    "fewest_tokens",
     "get",
     "load",
     "normalised_answer",

@@ -28,7 +28,17 @@ from bayeslm.validation import validated
 
 from .broadcasting import Flat, broadcast, is_chat, take
 from .calling import TimeLimitError, call, check_timeout, copied
-from .function_checks import ABSTAINED, check_function, check_scores, is_real, name_of, parameters, short, with_none
+from .function_checks import (
+    ABSTAINED,
+    check_function,
+    check_scores,
+    is_real,
+    name_of,
+    parameters,
+    place_of,
+    short,
+    with_none,
+)
 from .rehearsal import arbitrary_scores, is_rehearsal, is_trial, remember, repeated
 from .unfinished import UnfinishedTexts, suspended
 
@@ -269,7 +279,7 @@ class Reward:
         """
         of = "first " if first else ""
         raise RewardError(
-            f"reward {self.__name__!r} {what}\n  {of}prompt:     {short.repr(prompt)}"
+            f"reward {self.__name__!r} {what}{place_of(self._function)}\n  {of}prompt:     {short.repr(prompt)}"
             f"\n  {of}completion: {short.repr(completion)}"
         ) from cause
 

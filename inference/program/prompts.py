@@ -75,8 +75,16 @@ def prompts_of(fn: Autoregressive, shape: tuple[int, ...]) -> tuple[Tensor, Tens
     :param shape: (particle, *batch).
     """
     mask = torch.ones_like(fn.prompt_ids) if fn.prompt_mask is None else fn.prompt_mask
-    ids, mask = (x.expand(*fn.batch_shape, -1).reshape(*shape, -1) for x in (fn.prompt_ids, mask))
-    return ids, mask
+    return of_each(fn, fn.prompt_ids, shape), of_each(fn, mask, shape)
+
+
+def of_each(fn: Autoregressive, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor (*batch, n) of a distribution as (particle, *batch, n).
+
+    :param fn: may lack the dimension of particles, where its value was replayed.
+    """
+    x = x.expand(*fn.batch_shape, -1)
+    return x.reshape(*shape, -1) if fn.batch_shape.numel() == torch.Size(shape).numel() else x.expand(*shape, -1)
 
 
 def same_prompts(ids: Tensor, mask: Tensor, other: Tensor, other_mask: Tensor) -> bool:

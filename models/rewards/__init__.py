@@ -18,7 +18,7 @@ from .grammar import Grammar, fewest_tokens
 from .judge import Judge, JudgeUsage
 from .recording import factor, record, reward_name
 from .registry import BUILT_IN, get, load
-from .rehearsal import rehearsal
+from .rehearsal import RememberedScores, rehearsal, remembering_scores, repeating
 from .reward import Reward, RewardError, RewardFunction
 from .text_rewards import Sentiment, Similarity, TextReward, Toxicity, sentence_embeddings
 from .unfinished import prefixes
@@ -36,6 +36,7 @@ __all__ = [
     "JudgeUsage",
     "Length",
     "Matches",
+    "RememberedScores",
     "Reward",
     "RewardError",
     "RewardFunction",
@@ -57,6 +58,8 @@ __all__ = [
     "prefixes",
     "record",
     "rehearsal",
+    "remembering_scores",
+    "repeating",
     "reward_name",
     "sentence_embeddings",
     "with_trainer_arguments",

@@ -39,7 +39,7 @@ from .function_checks import (
     short,
     with_none,
 )
-from .rehearsal import arbitrary_scores, is_rehearsal, is_trial
+from .rehearsal import arbitrary_scores, is_rehearsal, is_trial, remember, repeated
 from .unfinished import UnfinishedTexts, suspended
 
 Item = TypeVar("Item")
@@ -137,9 +137,12 @@ class Reward:
             return torch.zeros(shape)
         if is_rehearsal():
             return torch.tensor(arbitrary_scores(*flat[:2])).reshape(shape)
+        if (known := repeated(self, flat)) is not None:
+            return torch.tensor(known, dtype=torch.get_default_dtype()).reshape(shape)
         with suspended() as context:
             if context is None:
                 scores = self._scores(*flat)
+                remember(self, flat, scores.tolist())
             else:
                 scores = self._scores_so_far(context, context.finished_of(text_shape, shape), flat)
             if (abstained := np.isnan(scores)).any():

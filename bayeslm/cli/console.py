@@ -84,7 +84,7 @@ def one_line_errors() -> Iterator[None]:
     with _signals_as_ctrl_c() as received:
         try:
             with warnings.catch_warnings(), _one_line():
-                warnings.showwarning = _show_warning  # type: ignore[assignment]
+                warnings.showwarning = _show_warning
                 yield
         except typer.Exit as end:
             raise typer.Exit(

@@ -44,6 +44,7 @@ class Utility:
         return text
 
 
+@validated
 class FunctionUtility(Utility):
     """Any function of two texts, (candidate, draw)."""
 
@@ -62,6 +63,7 @@ class FunctionUtility(Utility):
             raise ValueError(f"a utility must return a number, and returned {found!r:.60} for {pair}") from None
 
 
+@validated
 class SameAnswer(Utility):
     """1 where two texts have the same answer, else 0: the decision is the answer of highest probability.
 
@@ -81,6 +83,7 @@ class SameAnswer(Utility):
         return self.answer(text)
 
 
+@validated
 class ChrF(Utility):
     """The F-score of character n-grams, 0 to 100, by sacrebleu: of the candidate, with the draw as the reference.
 
@@ -107,6 +110,7 @@ class ChrF(Utility):
         return float(self._metric.sentence_score(candidate, [draw]).score)
 
 
+@validated
 class EmbeddingSimilarity(Utility):
     """The cosine of the angle between the vectors of two texts, -1 to 1; 0 where one has the vector 0.
 

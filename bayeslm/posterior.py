@@ -164,6 +164,8 @@ class Posterior:
         :param terms: of other draws, by site; None for those of the posterior's draws.
         """
         chains, draws, columns = self.log_weights.shape
+        if terms is not None and (missing := self.log_likelihood.keys() - terms):
+            raise ValueError(f"terms must have all sites of log_likelihood, and lack {min(missing)!r}")
         total: Array = np.zeros((chains, draws, columns)) if terms is None else np.zeros((1, 1, columns))
         for name, term in self.log_likelihood.items():
             values = term if terms is None else terms[name]

@@ -57,6 +57,8 @@ class FunctionUtility(Utility):
     def _of(self, candidate: str, draw: str) -> float:
         found = self.function(candidate, draw)
         try:
+            if isinstance(found, str | bytes):
+                raise TypeError
             return float(found)
         except (TypeError, ValueError):
             pair = f"the candidate {candidate!r:.60} and the draw {draw!r:.60}"

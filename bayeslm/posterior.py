@@ -227,6 +227,8 @@ class Posterior:
         :raises ValueError: if ``site`` is needed and missing, or unknown.
         :raises IndexError: if there is no such prompt.
         """
+        if not -len(self.prompts) <= prompt < len(self.prompts):
+            raise IndexError(f"prompt must be below {len(self.prompts)}, the number of prompts, got {prompt}")
         site = self.completion_site(site)
         texts, dims = self.texts[site], self.dims[site][:-1]
         if "prompt" in dims:

@@ -64,10 +64,13 @@ def load_posteriors(directory: Path) -> dict[str, Posterior]:
     :raises FileNotFoundError: if there are none.
     """
     from bayeslm.posterior import Posterior
+    from bayeslm.storage import ARRAYS, TEXTS
 
     from .resume import others
 
-    found = {path.parent.name: path.parent for path in sorted(directory.glob("*/posterior.json"))}
+    # a folder that has lost one of its files is damaged, and said to be
+    files = [path for name in ("posterior.json", ARRAYS, TEXTS) for path in directory.glob(f"*/{name}")]
+    found = {path.parent.name: path.parent for path in sorted(files)}
     if (directory / "posterior.json").is_file() or not found:
         found = {directory.name: directory}
     posteriors = {name: Posterior.load(path) for name, path in found.items()}

@@ -211,8 +211,9 @@ def decide(
     alone = np.array([len(order) == 1 for order in orders])
     candidates = []
     for p, (some, order) in enumerate(zip(chosen, orders, strict=True)):
-        weighted, ordered = list(some.items()), order.tolist()
-        candidates.append([Candidate(*weighted[i], float(means[i, p]), float(errors[i, p])) for i in ordered])
+        weighted = list(some.items())
+        worth = zip((weighted[i] for i in order), means[order, p].tolist(), errors[order, p].tolist(), strict=True)
+        candidates.append([Candidate(text, weight, mean, se) for (text, weight), mean, se in worth])
     lead, lead_stderr = np.where(alone, np.inf, lead), np.where(alone, 0.0, lead_stderr)
     return Decision(candidates, lead, lead_stderr, pairs=sum(table.size for table in tables))
 

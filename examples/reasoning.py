@@ -1,6 +1,6 @@
 """Reasoning in written steps: a small transformer learns sums from examples, and then from being right.
 
-    python examples/reasoning.py [folder] [--quick]        (some three minutes of two cores)
+    python examples/reasoning.py [--folder runs/reasoning]
 
 A problem is a sum of five numbers, and the text that solves it writes a step at a time: "7+8+4+9+6 = 15+4+9+6 =
 19+9+6 = 28+6 : 34" (a digit is a token). Some problems come with written solutions, others with an answer alone, and
@@ -12,13 +12,12 @@ others are held out. What is learned from them, each beginning with the prior:
                 (`ImportanceSampling`), and the network is fitted to them
     no training p^alpha, by `SMC(twist=Power(alpha))`, and the answer that most draws have (`posterior.decide`)
 
-The figures are accuracies on the held-out problems, with standard errors over them. Everything is written into the
-folder (default: runs/reasoning), where the fitted prior is found again by the next call.
+The figures are accuracies on the held-out problems, with standard errors over them. The fitted prior and the training
+are kept in the folder, and the next call goes on from there.
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 import time
 import warnings
@@ -28,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import pyro
 import torch
+from _figures import mean, parser, stderr, table, write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bayeslm import Posterior
@@ -117,11 +117,6 @@ def em(prior: LanguageModel, known: list[Problem], rounds: int, num_steps: int) 
 # -- figures -------------------------------------------------------------------------------------------------------
 
 
-def mean(values: np.ndarray) -> str:
-    """Return a mean over problems with its standard error, in percent."""
-    return f"{100 * values.mean():5.1f} ± {100 * values.std(ddof=1) / len(values) ** 0.5:.1f}"
-
-
 def decided(posterior: Posterior, answers: list[str]) -> np.ndarray:
     """Return whether the answer of most weight is right, a problem."""
     texts = posterior.decide(SameAnswer(answer_of)).texts
@@ -163,7 +158,7 @@ def draw_picture(
     left.plot(history["held_out_steps"], BETA * history["held_out_log_likelihood"][0].mean(-1), "o-", label="held out")
     left.set(title="SVI", xlabel="step", ylabel="accuracy of a draw", ylim=(0, 1))
     for name, (tokens, decisions) in curves.items():
-        errors = [x.std(ddof=1) / len(x) ** 0.5 for x in decisions]
+        errors = [stderr(x) for x in decisions]
         middle.errorbar(tokens, [x.mean() for x in decisions], errors, marker="o", capsize=2, label=name)
     middle.set(title="the answer that most draws have, held out", xlabel="tokens a problem", xscale="log")
     for axes in (left, middle):
@@ -172,45 +167,38 @@ def draw_picture(
     pyplot.close(figure)
 
 
-def main(folder: Path, quick: bool = False) -> None:
-    warnings.filterwarnings("ignore", category=DiagnosticsWarning)  # a few draws, from which an answer is chosen
-    started = time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
+def main(arguments: list[str] | None = None) -> list[str]:
+    chosen = parser(__doc__, "reasoning").parse_args(arguments)
+    folder, quick, started = chosen.folder, chosen.quick, time.perf_counter()
+    warnings.simplefilter("ignore", DiagnosticsWarning)  # a few draws, from which an answer is chosen
     written, known, held_out, _ = splits(quick=quick)
     print("for example:", " ".join(held_out[0]))
-    prior = fitted(written, None if quick else folder / "fit", quick=quick)
-    print(f"{time.perf_counter() - started:.0f} s")
+    prior = fitted(written, folder / "fit", quick=quick)
 
     questions, _, answers = (list(column) for column in zip(*known, strict=True))
     model = TiltedLM(prior, RIGHT, BETA, max_new_tokens=LONGEST, subsample_size=4 if quick else 16)
     unseen = TiltedLM(prior, RIGHT, BETA, max_new_tokens=LONGEST)
     shown = [list(column) for column in zip(*held_out[:50], strict=True)]
     watch = HeldOut({"held_out": partial(unseen, shown[0], answer=shown[2])}, every=20, num_particles=4)
-    kept = None if quick else folder / "svi"
-    svi = SVI(2 if quick else STEPS, callbacks=[watch], checkpoint=kept, num_samples=1, num_prior_samples=0, seed=0)
-    trained = svi.run(model, questions, answer=answers)
-    print(f"SVI, {time.perf_counter() - started:.0f} s")
+    settings = {"callbacks": [watch], "checkpoint": folder / "svi", "num_samples": 1, "num_prior_samples": 0, "seed": 0}
+    trained = SVI(2 if quick else STEPS, **settings).run(model, questions, answer=answers)
     learned = em(prior, known, 1 if quick else 4, 2 if quick else 50)
-    print(f"EM, {time.perf_counter() - started:.0f} s")
 
     draws = [1, 2] if quick else [1, 4, 16]
     models = {"prior": (prior, 1.0), f"prior, power {ALPHA:g}": (prior, ALPHA)}
     models |= {"EM": (learned, 1.0), "SVI": (trained.policy, 1.0)}
-    curves, rows = {}, [f"| | a draw | the answer of {draws[-1]} draws | tokens a problem |", "|---|---|---|---|"]
+    curves, rows = {}, {}
     for name, (lm, alpha) in models.items():
         accuracy, decisions, tokens = evaluate(lm, held_out, draws, alpha)
         curves[name] = tokens, decisions
-        rows.append(f"| {name} | {mean(accuracy)} | {mean(decisions[-1])} | {tokens[-1]:.0f} |")
-    print(f"{len(held_out)} held-out problems, percent right, mean ± standard error over them", *rows, sep="\n")
-    (folder / "figures.md").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        rows[name] = [mean(100 * accuracy, 1), mean(100 * decisions[-1], 1), f"{tokens[-1]:.0f}"]
+    head = ["percent right", "a draw", f"the answer of {draws[-1]} draws", "tokens a problem for them"]
+    lines = table(rows, head)
+    write(folder, lines, started)
     draw_picture(folder / "reasoning.png", trained.stats, curves)
     trained.policy.save_pretrained(folder / "policy")
-    print(f"all is in {folder}, after {time.perf_counter() - started:.0f} s")
+    return lines
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/reasoning"))
-    parser.add_argument("--quick", action="store_true", help="a tiny network, for a few seconds")
-    options = parser.parse_args()
-    main(options.folder, options.quick)
+    main()

@@ -174,7 +174,6 @@ def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) ->
             lines.append(f"- {name}: {posterior.resample(1).texts['completion'][0, 0, i].strip()}")
     write(chosen.folder, lines, started)
     draw_picture(chosen.folder / "summaries.png", {name: row for name, row in found.items() if "−" not in name})
-    policy.save_pretrained(chosen.folder / "policy")
     return lines
 
 

@@ -30,6 +30,8 @@ from numpy.typing import ArrayLike
 from bayeslm.posterior import Posterior
 from bayeslm.weights import Array
 
+from .validation import validated
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -76,6 +78,7 @@ class Calibration:
         return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "stderr", "mcse"])
 
 
+@validated
 def calibrate(
     predicted: Posterior | ArrayLike,
     outcomes: ArrayLike | None = None,

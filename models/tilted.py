@@ -22,9 +22,9 @@ import pyro
 from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
-from bayeslm.display import call
 from bayeslm.models.lm import Autoregressive, LanguageModel, Prompt, on_host, read_table, without_index
 from bayeslm.models.rewards import Reward, RewardFunction, factor, with_trainer_arguments
+from bayeslm.short_repr import call
 from bayeslm.validation import Count, Positive, Unchecked, validated
 
 
@@ -46,6 +46,8 @@ class TiltedLM:
     :raises ValueError: if ``beta``, ``temperature`` or ``power`` is not positive and finite, or ``max_new_tokens`` or
         ``subsample_size`` < 1.
     """
+
+    stands_alone = True  # engines need not try whether particles of this very class mix
 
     def __init__(
         self,

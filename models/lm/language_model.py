@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bayeslm.model_card import TrainingNotes, read_notes, training_notes
 from bayeslm.posterior import Posterior
 from bayeslm.processes import is_first
-from bayeslm.validation import Count, Positive, Seed, Unchecked, Within, validated
+from bayeslm.validation import Count, Positive, Seed, Share, Unchecked, Within, validated
 
 from . import adapters, completions, encoding, fitting, generation, joining, packing, stop_strings, texts
 from .autoregressive import Autoregressive
@@ -208,7 +208,9 @@ class LanguageModel(ModuleWithProperties):
 
     @validated
     @differentiating()
-    def policy(self, lora_rank: Count | None = None, *, lora_alpha: Count | None = None) -> LanguageModel:
+    def policy(
+        self, lora_rank: Count | None = None, *, lora_alpha: Count | None = None, lora_layers: Share = 1.0
+    ) -> LanguageModel:
         """Return a trainable copy.
 
         Trained weights are float32, so that small steps are not lost: those of adapters, whatever the dtype of the
@@ -218,6 +220,8 @@ class LanguageModel(ModuleWithProperties):
             2106.09685) through PEFT on all linear layers but the head; the frozen weights under them are shared with
             this model, one copy in memory. Adapters are 0 at first: the copy starts with this model's distribution.
         :param lora_alpha: scales the adapters by ``lora_alpha / lora_rank``; default: twice the rank.
+        :param lora_layers: the share of the layers that get adapters, the last ones, but one at least. Gradients do not
+            go through the layers before them.
         :raises TypeError: if this model is `packed`.
         :raises ValueError: if ``lora_rank`` < 1.
         """
@@ -230,7 +234,7 @@ class LanguageModel(ModuleWithProperties):
                 lm._exact = exact
             return lm._unfreeze(list(network.parameters()))
         network = adapters.with_lora(
-            self.network, lora_rank, lora_alpha or 2 * lora_rank, self.name if self._is_named else None
+            self.network, lora_rank, lora_alpha or 2 * lora_rank, self.name if self._is_named else None, lora_layers
         )
         lm = self._with_network(network, self.name, self.compute_dtype)
         return self._sharing(lm)._unfreeze(adapters.own_parameters(network))

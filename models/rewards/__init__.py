@@ -14,11 +14,11 @@ from .best_of_n import BestOfNLikelihood
 from .broadcasting import broadcast, check_columns, with_trainer_arguments
 from .calling import TimeLimitError, call, copied
 from .classifier import Classifier
-from .grammar import Grammar
+from .grammar import Grammar, fewest_tokens
 from .judge import Judge, JudgeUsage
 from .recording import factor, record, reward_name
 from .registry import BUILT_IN, get, load
-from .rehearsal import rehearsal
+from .rehearsal import RememberedScores, rehearsal, remembering_scores, repeating
 from .reward import Reward, RewardError, RewardFunction
 from .text_rewards import Sentiment, Similarity, TextReward, Toxicity, sentence_embeddings
 from .unfinished import prefixes
@@ -36,6 +36,7 @@ __all__ = [
     "JudgeUsage",
     "Length",
     "Matches",
+    "RememberedScores",
     "Reward",
     "RewardError",
     "RewardFunction",
@@ -50,12 +51,15 @@ __all__ = [
     "check_columns",
     "copied",
     "factor",
+    "fewest_tokens",
     "get",
     "load",
     "normalised_answer",
     "prefixes",
     "record",
     "rehearsal",
+    "remembering_scores",
+    "repeating",
     "reward_name",
     "sentence_embeddings",
     "with_trainer_arguments",

@@ -18,7 +18,6 @@ are kept in the folder, and the next call goes on from there.
 
 from __future__ import annotations
 
-import random
 import time
 import warnings
 from functools import partial
@@ -26,70 +25,18 @@ from pathlib import Path
 
 import numpy as np
 import pyro
-import torch
 from _figures import mean, parser, stderr, table, write
-from transformers import LlamaConfig, LlamaForCausalLM
+from _sums import BETA, LONGEST, RIGHT, Problem, answer_of, fitted, splits
 
 from bayeslm import Posterior
 from bayeslm.decisions import SameAnswer
 from bayeslm.inference import SMC, SVI, ImportanceSampling
 from bayeslm.inference.sequential import Power
 from bayeslm.inference.training import HeldOut
-from bayeslm.models import LanguageModel, TiltedLM, rewards
-from bayeslm.models.lm import word_tokenizer
+from bayeslm.models import LanguageModel, TiltedLM
 from bayeslm.posterior import DiagnosticsWarning
 
-WORDS = ["<eos>", *"0123456789", "+", "=", ":"]
-LONGEST, BETA, ALPHA = 24, 0.25, 4.0
-WRITTEN, KNOWN, HELD_OUT = 3000, 400, 200  # problems
-TERMS, WIDTH, FIT_STEPS, STEPS = 5, 64, 500, 150
-RIGHT = rewards.Matches(r": ([\d ]+)$", column="answer")
-Problem = tuple[str, str, str]  # question, steps, answer
-
-
-def digits(numbers: list[int]) -> str:
-    return " + ".join(" ".join(str(number)) for number in numbers)
-
-
-def problems(size: int, terms: int, seed: int = 0) -> list[Problem]:
-    """Write different sums of numbers from 1 to 9, with their steps."""
-    rng, found = random.Random(seed), {}
-    while len(found) < size:
-        numbers = [rng.randrange(1, 10) for _ in range(terms)]
-        left = [[sum(numbers[:i]), *numbers[i:]] for i in range(1, terms)]
-        found[digits(numbers) + " ="] = (" = ".join(map(digits, left[1:])) + " :", digits([sum(numbers)]))
-    return [(question, *rest) for question, rest in found.items()]
-
-
-def untrained(width: int) -> LanguageModel:
-    """Return a small Llama over digits."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 4}
-    tokens = {"vocab_size": len(WORDS), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
-    network = LlamaForCausalLM(LlamaConfig(**sizes, **tokens, max_position_embeddings=64))
-    return LanguageModel(network, word_tokenizer(WORDS, WORDS[0]))
-
-
-def splits(*, quick: bool = False, extra: int = 0) -> list[list[Problem]]:
-    """Return problems with written solutions, with answers, held-out ones, and further ones."""
-    sizes = (20, 8, 4) if quick else (WRITTEN, KNOWN, HELD_OUT)
-    found = problems(sum(sizes) + extra, 3 if quick else TERMS)
-    return [found[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(3)] + [found[sum(sizes) :]]
-
-
-def fitted(written: list[Problem], folder: Path | None, *, quick: bool = False) -> LanguageModel:
-    """Return the prior. It is kept in the folder, and a second call finds it there."""
-    prior = untrained(16 if quick else WIDTH)
-    table = {"prompt": [q for q, _, _ in written], "completion": [f"{steps} {answer}" for _, steps, answer in written]}
-    settings = {"batch_size": 32, "learning_rate": 3e-3, "held_out": 0.05, "checkpoint": folder, "seed": 0}
-    losses = prior.fit(table, num_steps=3 if quick else FIT_STEPS, **settings)
-    print(f"the prior: {losses.held_out[losses.kept_step]:.3f} nats a token held out")
-    return prior
-
-
-def answer_of(text: str) -> str | None:
-    """Return what stands after the colon."""
-    return text.split(" : ")[1] if text.count(" : ") == 1 else None
+ALPHA, STEPS = 4.0, 150
 
 
 # -- a latent rationale --------------------------------------------------------------------------------------------
@@ -184,7 +131,7 @@ def main(arguments: list[str] | None = None) -> list[str]:
     trained = SVI(2 if quick else STEPS, **settings).run(model, questions, answer=answers)
     learned = em(prior, known, 1 if quick else 4, 2 if quick else 50)
 
-    draws = [1, 2] if quick else [1, 4, 16]
+    draws = [2] if quick else [1, 4, 16]
     models = {"prior": (prior, 1.0), f"prior, power {ALPHA:g}": (prior, ALPHA)}
     models |= {"EM": (learned, 1.0), "SVI": (trained.policy, 1.0)}
     curves, rows = {}, {}

@@ -42,7 +42,7 @@ def embed(texts):
 
 
 def test_sums_are_right_in_every_step_and_in_one_split(load):
-    reasoning = load("reasoning")
+    reasoning = load("_sums")
     *splits, more = reasoning.splits(extra=5)
     questions = [q for split in [*splits, more] for q, _, _ in split]
     assert len(set(questions)) == len(questions) == sum(map(len, splits)) + 5

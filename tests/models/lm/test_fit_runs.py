@@ -55,16 +55,25 @@ def test_a_stopped_fit_goes_on_bit_identically(tmp_path, monkeypatch, kind, sche
     losses = whole.fit(TEXTS, **settings)
     torch.manual_seed(3)
     stopped(monkeypatch, 6, lambda: MODELS[kind]().fit(TEXTS, checkpoint=tmp_path, **settings))
-    torch.manual_seed(3)
-    resumed = MODELS[kind]()
+    resumed = MODELS[kind]()  # of adapters, another random half, which is no matter
     again = resumed.fit(TEXTS, checkpoint=tmp_path, **settings)
     assert (again, again.held_out) == (losses, losses.held_out)
     assert_same(resumed, whole)
-    torch.manual_seed(3)
     done = MODELS[kind]()
     monkeypatch.setattr(torch.optim.AdamW, "step", None)  # no further step
     assert done.fit(TEXTS, checkpoint=tmp_path, **settings) == losses
     assert_same(done, whole)
+
+
+def test_adapters_that_were_trained_begin_another_fit(tmp_path):
+    prior = tiny_llama()
+    policy = prior.policy(lora_rank=2)
+    policy.fit(TEXTS, num_steps=2, checkpoint=tmp_path, **QUIET)
+    with pytest.raises(ValueError, match="weights at the start was"):
+        policy.continued().fit(TEXTS, num_steps=2, checkpoint=tmp_path, **QUIET)
+    prior.policy(lora_rank=2).fit(TEXTS, num_steps=2, checkpoint=tmp_path, **QUIET)
+    with pytest.raises(ValueError, match="weights of the shape"):
+        prior.policy(lora_rank=3).fit(TEXTS, num_steps=2, checkpoint=tmp_path, **QUIET)
 
 
 def test_with_a_constant_rate_a_fit_may_be_made_longer(tmp_path):

@@ -98,8 +98,6 @@ class SVI:
     :param seed: of all random numbers of the run; the same gives the same results. The generators' states are restored
         after. None draws from them as they are.
     :param progress: whether to show a progress bar.
-    :param keep: which policy is returned: the "best" one that was evaluated, for which up to three policies are
-        compared by further draws, or the "last", without.
     :raises ValueError: if a setting is out of range.
     """
 
@@ -115,7 +113,6 @@ class SVI:
     num_chains: Count = 1
     seed: Seed | None = None
     progress: bool = True
-    keep: Literal["best", "last"] = "best"
 
     def __post_init__(self) -> None:
         own = getattr(self.objective, "num_particles", None)
@@ -231,7 +228,7 @@ class SVI:
         if num_prior > 0:
             prior, cut = self._draw(program, None, num_prior, "draws of the prior")
             interrupted |= cut
-        if not interrupted and self.keep == "best":
+        if not interrupted:
             parts = [self._best_draws(program, *each, prior) for each in zip(chains, parts, strict=True)]
         shortest = min(len(part.log_prior) for part in parts)
         parts = [part[:shortest] for part in parts]

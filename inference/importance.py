@@ -80,7 +80,7 @@ class ImportanceSampling:
         :raises ProgramError: if the retained draws are not of this program, or the guide cannot have proposed them.
         :raises RunError: if an error stops the run after the first batch; it carries the draws.
         """
-        with running(self.seed, divided=True) as watch:
+        with running(self.seed, divided=True, sampled=True) as watch:
             program = (
                 inspect_or_reuse(None, model, args, kwargs)
                 if self.retained is None

@@ -9,6 +9,7 @@ from .language_model import LanguageModel
 from .module_errors import ModuleWithProperties
 from .network import CausalNetwork, log_softmax_at
 from .remembered import on_host, put_on_host, remembering
+from .sampler import LIMIT, Drawn, DrawRequest, Draws, Sampler, SamplerError, Weights, name_of, samplers
 from .sharding import refuse_sharded
 from .suffix import redraw
 from .tables import read_table, without_index
@@ -19,18 +20,25 @@ from .usage import Usage, count_usage
 from .words import word_tokenizer
 
 __all__ = [
+    "LIMIT",
     "POWERS",
     "Autoregressive",
     "CausalNetwork",
     "Decoder",
+    "DrawRequest",
+    "Drawn",
+    "Draws",
     "Encoded",
     "LanguageModel",
     "ModuleWithProperties",
     "Prompt",
     "SampledText",
+    "Sampler",
+    "SamplerError",
     "Twist",
     "TwistInputs",
     "Usage",
+    "Weights",
     "categorical",
     "count_usage",
     "differentiating",
@@ -38,6 +46,7 @@ __all__ = [
     "forked",
     "generate",
     "log_softmax_at",
+    "name_of",
     "on_host",
     "put_on_host",
     "read_table",
@@ -46,6 +55,7 @@ __all__ = [
     "refuse_sharded",
     "remembering",
     "sample_texts",
+    "samplers",
     "without_index",
     "word_tokenizer",
     "write_tensors",

@@ -45,6 +45,8 @@ from bayeslm.weights import (
     standard_error,
 )
 
+from .validation import validated
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -71,6 +73,7 @@ __all__ = [
 ]
 
 
+@validated
 def rhat(values: ArrayLike) -> Array:
     """Return the rank-normalised split R̂ of any quantity, as ArviZ does, of all quantities at once.
 
@@ -115,6 +118,7 @@ def _rhat_of_ranks(chains: Array) -> Array:
     return np.asarray(np.sqrt((between / within + draws - 1) / draws))
 
 
+@validated
 def ess_bulk(values: ArrayLike) -> Array:
     """Return the bulk effective sample size of equally weighted draws, by ArviZ. Source: as for `rhat`.
 
@@ -126,6 +130,7 @@ def ess_bulk(values: ArrayLike) -> Array:
     return statistic("ess", np.asarray(values, dtype=float), method="bulk")
 
 
+@validated
 def expectation(posterior: Posterior, values: ArrayLike, *, weighted: bool = True) -> Estimate:
     """Estimate E[values] under the posterior, or with ``weighted=False`` under q, the distribution of the raw draws.
 
@@ -141,6 +146,7 @@ def expectation(posterior: Posterior, values: ArrayLike, *, weighted: bool = Tru
     return mean, _stderr(posterior, mean, influence)
 
 
+@validated
 def kl_to_prior(posterior: Posterior, *, weighted: bool = True) -> Estimate:
     """Estimate KL(π* ‖ p) = E_π*[l] − log Z; with ``weighted=False`` KL(q ‖ p) = E_q[l − log w], the penalty of RL.
 
@@ -157,6 +163,7 @@ def kl_to_prior(posterior: Posterior, *, weighted: bool = True) -> Estimate:
     return _mean_over_evidence(posterior, likelihood)
 
 
+@validated
 def kl_to_posterior(posterior: Posterior, reference: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None) -> Estimate:
     """Estimate KL(q ‖ π*) = log Z − E_q[log w], q being the distribution of the raw draws, such as a trained policy's.
 
@@ -183,6 +190,7 @@ def kl_to_posterior(posterior: Posterior, reference: ArrayLike | tuple[ArrayLike
     return gap, np.broadcast_to(standard_error(mean, influence), gap.shape)
 
 
+@validated
 def entropy(posterior: Posterior, *, weighted: bool = True) -> Estimate:
     """Estimate the entropy H(π*) = log Z − E_π*[log joint]; with ``weighted=False`` H(q) = −E_q[log joint − log w].
 
@@ -199,6 +207,7 @@ def entropy(posterior: Posterior, *, weighted: bool = True) -> Estimate:
     return -mean, stderr
 
 
+@validated
 def distinct_n(tokens: ArrayLike, lengths: ArrayLike, n: int = 2) -> Array:
     """Return the share of distinct n-grams among all n-grams of a prompt's completions, in (0, 1].
 
@@ -232,6 +241,7 @@ def distinct_n(tokens: ArrayLike, lengths: ArrayLike, n: int = 2) -> Array:
     return ratios
 
 
+@validated
 def best_of_n_kl_bound(n: int) -> float:
     """Return log n − (n − 1)/n, an upper bound on KL(best-of-n ‖ p) that is exact if rewards have no ties.
 
@@ -244,6 +254,7 @@ def best_of_n_kl_bound(n: int) -> float:
     return float(np.log(n) - (n - 1) / n)
 
 
+@validated
 def summary(
     posterior: Posterior,
     reference_log_evidence: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
@@ -324,6 +335,7 @@ def summary(
     return pd.DataFrame({name: np.broadcast_to(values, rows) for name, values in columns.items()}, index=index)
 
 
+@validated
 def compare(
     posteriors: Mapping[str, Posterior],
     reference_log_evidence: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,

@@ -32,7 +32,11 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
-from bayeslm.display import short_repr
+import numpy as np
+from numpy.typing import ArrayLike
+
+from bayeslm.characters import lone_surrogate
+from bayeslm.short_repr import short_repr
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -226,7 +230,13 @@ def _compile(hint: Any) -> _Check:
     if hint in (int, float):
         return _number(hint, None)
     if origin in (typing.Union, types.UnionType):
-        return _union([_compile(argument) for argument in arguments])
+        is_path = any(_is_path(argument) for argument in arguments)
+        arrays = typing.get_args(ArrayLike)
+        options = [x for x in arguments if x not in arrays] if set(arrays) <= set(arguments) else arguments
+        checks = [PATH if is_path and option is str else _compile(option) for option in options]
+        return _union([NUMBERS, *checks] if len(options) < len(arguments) else checks)
+    if hint is str:
+        return _Check("a string", _text, is_class=True)
     if origin is typing.Literal:
         words = [repr(argument) for argument in arguments]
         return _Check(_listed(words) if len(words) < 3 else f"one of {', '.join(words)}", _one_of(arguments))
@@ -234,7 +244,7 @@ def _compile(hint: Any) -> _Check:
         return _function(len(arguments[0]))
     if origin is collections.abc.Callable or hint is Callable:
         return _Check("a function", _only(callable))
-    cls = origin or hint
+    cls = os.PathLike if _is_path(hint) else origin or hint
     if not isinstance(cls, type) or cls is object or hint is Any:
         return ANYTHING  # a type variable, Any
     if cls is type:
@@ -247,7 +257,7 @@ def _compile(hint: Any) -> _Check:
         return _mapping(*(_compile(argument) for argument in arguments or (Any, Any)))
     if getattr(cls, "_is_protocol", False) and not getattr(cls, "_is_runtime_protocol", False):
         return ANYTHING
-    names: dict[Any, str] = {str: "a string", bool: "True or False", os.PathLike: "a path"}
+    names: dict[Any, str] = {bool: "True or False", os.PathLike: "a path"}
     article = "an" if cls.__name__[0] in "AEIOU" else "a"
     return _Check(
         names.get(cls, f"{article} {cls.__name__}"), _only(lambda value: isinstance(value, cls)), is_class=True
@@ -261,6 +271,33 @@ def _only(holds: Callable[[Any], bool]) -> Callable[[Any], Any]:
         return value
 
     return convert
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise _Refused
+    if (found := lone_surrogate(value)) is not None:
+        raise _Refused(out_of_range=True, words=f"a string without {found}, which is half of a character")
+    return value
+
+
+def _is_path(hint: Any) -> bool:
+    cls = typing.get_origin(hint) or hint
+    return isinstance(cls, type) and issubclass(cls, os.PathLike)
+
+
+def _numbers(value: Any) -> Any:
+    try:
+        kind = np.asarray(value).dtype.kind
+    except Exception:  # a ragged list, a tensor with a gradient, an object of any kind
+        raise _Refused from None
+    if kind not in "biuf":
+        raise _Refused
+    return value
+
+
+NUMBERS = _Check("an array of numbers", _numbers)
+PATH = _Check("a string", _only(lambda value: isinstance(value, str)), is_class=True)  # of a file, of any bytes
 
 
 def _function(count: int) -> _Check:

@@ -13,7 +13,6 @@ log n - (n - 1)/n (Beirami et al. 2024, arXiv 2401.01879).
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,7 +34,6 @@ from bayeslm.inference.program import (
     keeping,
     of_prompts,
     posterior,
-    prompt_labels,
     ranks,
     run_particles,
     running,
@@ -58,7 +56,7 @@ class RejectionSampling:
     :param log_bound: M, an upper bound of the sum of all log-likelihood terms (r_max / beta). None takes the program's
         attribute ``log_bound``, which a `TiltedLM` has if its reward has an upper bound.
     :param max_proposals: the largest number of proposals for each prompt. If it does not suffice, the posterior has
-        fewer draws, and a warning says so.
+        fewer draws, and a `DiagnosticsWarning` says so.
     :param constraint: a `Grammar` or `Constraint` that the program has as a factor, or one for each of some sites: what
         it has refused is not proposed again (`refusals`).
     :param batch_size: the number of particles in one run of the program; None for as many as bounded memory allows.
@@ -85,7 +83,8 @@ class RejectionSampling:
         The draws of a program whose language model has a sampler are weighted ones.
 
         ``stats``: ``acceptance`` (prompt,), the share of accepted proposals; ``proposals``, their number for each
-        prompt; ``interrupted``, ``seconds``, ``tokens`` and ``model_calls``. After Ctrl-C the posterior has the draws
+        prompt; ``wanted``, the number of draws that the settings ask for; ``interrupted``,
+        ``seconds``, ``tokens`` and ``model_calls``. After Ctrl-C the posterior has the draws
         until then, equally many of each prompt and chain.
 
         :raises ProgramError: if no finite bound is known, or a proposal exceeds it by more than rounding. As a wrong
@@ -98,7 +97,7 @@ class RejectionSampling:
         if not math.isfinite(bound):
             raise ProgramError(
                 f"rejection sampling needs a finite upper bound of the log-likelihood, got {bound}: set log_bound to "
-                "r_max / beta, or use TiltedLM with a reward that has an upper_bound"
+                "r_max / beta, or give the reward of a TiltedLM its upper_bound, as in Reward(f, upper_bound=1.0)"
             )
         with running(self.seed, divided=True, sampled=True) as watch:
             program = inspect(model, *args, **kwargs)
@@ -110,19 +109,18 @@ class RejectionSampling:
             stats = watch.stats() | {
                 "acceptance": (counts / len(accepted)).cpu().numpy(),
                 "proposals": len(accepted),
+                "wanted": wanted,
                 "interrupted": interrupted,
             }
             log_weights = proposals.log_weights.cpu().numpy()[None]
             if draws < wanted:
-                check_evidence(log_weights, prompt_labels(program))
+                check_evidence(log_weights, program)
                 rates = ", ".join(f"{rate:.2g}" for rate in stats["acceptance"])
-                report = (
-                    f"rejection sampling has {draws} of {wanted} draws a prompt after {len(accepted)} proposals "
-                    f"(acceptance {rates}): raise max_proposals or beta, or use ImportanceSampling"
-                )
                 if draws < self.num_chains:
-                    raise EvidenceError(report)
-                warnings.warn(report, stacklevel=2)
+                    raise EvidenceError(
+                        f"rejection sampling has {draws} of {wanted} draws a prompt after {len(accepted)} proposals "
+                        f"(acceptance {rates}): raise max_proposals or beta, or use importance sampling"
+                    )
             evidence = diagnostics.log_evidence(log_weights)
             if self.constraint is not None:
                 log_share = proposals.log_prior - proposals.log_proposal

@@ -21,10 +21,12 @@ from pyro.poutine.util import enable_validation, is_validation_enabled, prune_su
 from torch import Tensor
 
 from bayeslm.models.lm import Autoregressive
+from bayeslm.models.rewards import remembering_scores
 
 from .errors import ProgramError
 from .handlers import PARTICLES, explained
 from .independence import MISFITS, check_guide, check_independence
+from .own_particles import check_own_guide, check_own_particles
 from .program import Program, along
 from .ranks import ranks
 from .sites import Site, in_prompts, sample_sites, site_value
@@ -228,8 +230,10 @@ def traces(
     :param guide: proposes the latents; None proposes from the prior and has no trace.
     :raises ProgramError: if the program or the guide mixes particles.
     """
-    if vectorize and num_particles > 1:
+    several = vectorize and num_particles > 1
+    if several:
         check_independence(program)
+    is_due = several and not program.stands_alone and program.verified.is_due()
 
     def in_plate(fn: Callable[..., Any]) -> Callable[..., Any]:
         if not vectorize:
@@ -239,16 +243,17 @@ def traces(
     guide_trace = None
     model = program.pinned(program.model)
     if guide is not None:
-        together = vectorize and num_particles > 1
         try:
             guide_trace = poutine.trace(in_plate(program.pinned(guide))).get_trace(*program.args, **program.kwargs)
         except MISFITS:
-            if together:
+            if several:
                 check_guide(program, guide)
             raise
         guide_trace = prune_subsample_sites(guide_trace)
-        if together:
+        if several:
             check_guide(program, guide)
+        if is_due:
+            check_own_guide(program, guide, guide_trace, num_particles)
         for name, node in sample_sites(guide_trace):
             if name not in program.sites and not node["infer"].get("is_auxiliary"):
                 raise ProgramError(f"the guide samples {name!r}, which the program does not have")
@@ -258,9 +263,12 @@ def traces(
                     "of their own: put it inside the plate (AutoNormal does), or a latent of the program outside"
                 )
         model = poutine.replay(model, trace=guide_trace)
-    with explained():
+    with explained(), remembering_scores() if is_due else contextlib.nullcontext() as scores:
         model_trace = poutine.trace(in_plate(model)).get_trace(*program.args, **program.kwargs)
-    return prune_subsample_sites(model_trace), guide_trace
+    model_trace = prune_subsample_sites(model_trace)
+    if scores is not None:
+        check_own_particles(program, "program", model_trace, num_particles, scores)
+    return model_trace, guide_trace
 
 
 def score_sites(

@@ -227,13 +227,14 @@ def draw(
     vectorize: bool = True,
     progress: bool = False,
     label: str = "particles",
+    purpose: str = "",
 ) -> tuple[Particles, bool]:
     """Draw particles in batches of bounded memory, divided among the processes of the run.
 
     :param guide: the proposal; None proposes from the prior.
     :param batch_size: particles in one batch; None for as many as bounded memory allows.
     :param vectorize: see `run_particles`.
-    :param progress: whether to show the progress, under ``label``.
+    :param progress: whether to show the progress, under ``label``, which a long run explains by ``purpose``.
     :returns: the particles of all processes, and whether Ctrl-C stopped the run before it had all of them.
     :raises RunError: if a later batch fails; it carries the particles drawn before.
     """
@@ -244,13 +245,19 @@ def draw(
     def so_far() -> SoFar | None:
         return SoFar(particles=Particles.concatenate(parts)) if parts else None
 
-    plan = f"{num_particles} draws {of_prompts(program)}"
-    with track(label, own, progress, plan=plan) as report, keeping(so_far) as run:
+    plan = f"{num_particles} draws {of_prompts(program)}{purpose and f', {purpose}'}"
+    with track(label, own, progress, plan=plan, tokens=_tokens(program)) as report, keeping(so_far) as run:
         for start in range(0, own, size):
             n = min(size, own - start)
             parts.append(run_particles(program, guide, n, vectorize=vectorize))
             report(n)
     return gathered(parts, program.device), ranks().any(run.interrupted)
+
+
+def _tokens(program: Program) -> int | None:
+    """Return how many tokens a draw of all completions has at most; None without any."""
+    of_run = sum(site.fn.batch_shape.numel() * site.fn.max_new_tokens for site in program.completions)
+    return (of_run * (program.full_size if program.in_chunks else program.num_prompts) // program.num_prompts) or None
 
 
 def of_prompts(program: Program) -> str:

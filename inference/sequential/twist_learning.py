@@ -40,7 +40,6 @@ from bayeslm.inference.program import (
     ProgramError,
     check_evidence,
     inspect,
-    prompt_labels,
     running,
 )
 from bayeslm.models.lm import POWERS, Twist, TwistInputs, categorical, generate
@@ -145,7 +144,7 @@ class TwistLearning:
                 twist.so_far_scale.copy_(
                     torch.stack([so_far[used].mean(), so_far[used].std(correction=0).clamp_min(1e-6)])
                 )
-        check_evidence(log_l[None].cpu().numpy(), prompt_labels(program))
+        check_evidence(log_l[None].cpu().numpy(), program)
         log_l = SiteRows(program, name, distribution).spread(log_l).reshape(len(log_l), -1).float()
         return twist, TwistData(twist.inputs(hidden, tokens, so_far if self.reads_reward else None), used, log_l)
 

@@ -30,26 +30,31 @@ from .policies import Policy
 ACTION, REWARD, OBSERVATION = 0, 1, 2  # columns of a step; the observation has all columns from OBSERVATION on
 
 
+@validated
 def actions(trajectory: Tensor) -> Tensor:
     """Return the actions of trajectories (*, horizon, 2 + observation_size), (*, horizon) int64, -1 after the end."""
     return trajectory[..., ACTION].long()
 
 
+@validated
 def step_rewards(trajectory: Tensor) -> Tensor:
     """Return the reward of each step, (*, horizon), 0 after the end."""
     return trajectory[..., REWARD]
 
 
+@validated
 def observations(trajectory: Tensor) -> Tensor:
     """Return the observation before each action, (*, horizon, observation_size), 0 after the end."""
     return trajectory[..., OBSERVATION:]
 
 
+@validated
 def returns(trajectory: Tensor) -> Tensor:
     """Return the sum of each trajectory's rewards, (*)."""
     return step_rewards(trajectory).sum(-1)
 
 
+@validated
 def by_step(x: Tensor) -> Tensor:
     """Move the steps of x, (*, batch, horizon), to the dimension of a plate of steps outside the innermost plate.
 

@@ -62,14 +62,6 @@ class TokenModel(Protocol):
     def has_text(self) -> bool:
         """Whether token ids have texts."""
 
-    @property
-    def sampler(self) -> Sampler | None:
-        """Who draws; None for the network's own decoding."""
-
-    @property
-    def weights(self) -> Weights:
-        """The weights that are to draw, for a sampler."""
-
     def token_ids(self, value: Tensor) -> np.ndarray:
         """Return completions as lists of token ids."""
 
@@ -228,8 +220,10 @@ class Autoregressive(TorchDistribution):
         shape = Size(sample_shape) + self.batch_shape
         rows, log_s = self.prompt_rows(shape), None
         with exclusive(), torch.no_grad():
-            if self.lm.sampler is not None and samplers_allowed():
-                value, scores, log_s = self._sample_by(self.lm.sampler, rows)
+            lm: Any = self.lm
+            sampler = getattr(lm, "sampler", None) if samplers_allowed() else None
+            if sampler is not None:
+                value, scores, log_s = self._sample_by(sampler, lm.weights, rows)
             else:
                 value, scores = self._sample(rows, watch)
         value = value.reshape(shape + self.event_shape)
@@ -251,7 +245,7 @@ class Autoregressive(TorchDistribution):
                 value[part], scores[part] = generate(Decoder(prompted, prefix), watched)
         return value, scores
 
-    def _sample_by(self, sampler: Sampler, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _sample_by(self, sampler: Sampler, weights: Weights, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Draw by another engine: completions, the network's scores of them, and the engine's, as `_sample`."""
         if self.truncation is not None:
             raise ValueError(
@@ -266,7 +260,7 @@ class Autoregressive(TorchDistribution):
         some, stale = rows[taken], False
         if len(some):
             value[taken], log_s[taken], stale = draw_rows(
-                sampler, self.vocabulary, prompts, some, self.max_new_tokens, self.temperature, self.lm.weights
+                sampler, self.vocabulary, prompts, some, self.max_new_tokens, self.temperature, weights
             )
         scores = token_scores(self.prompted, rows, value)
         compare(sampler, scores[taken], log_s[taken], self.vocabulary.is_live(value[taken]), stale)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayeslm.prompt_files import check_characters
+from bayeslm.characters import check_characters
 
 from .encoding import UNOBSERVED, Vocabulary
 from .texts import any_context, decode

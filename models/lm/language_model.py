@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bayeslm.model_card import TrainingNotes, read_notes, training_notes
 from bayeslm.posterior import Posterior
 from bayeslm.processes import is_first
-from bayeslm.validation import Count, Positive, Seed, Unchecked, Within, validated
+from bayeslm.validation import Count, Positive, Seed, Share, Unchecked, Within, validated
 
 from . import adapters, completions, encoding, fitting, generation, joining, packing, stop_strings, texts
 from .autoregressive import Autoregressive
@@ -31,6 +31,7 @@ from .sampler import Sampler, Weights
 from .settings import Settings
 from .sharding import refuse_sharded
 from .special_tokens import SpecialTokens, find_special_tokens, is_encoder_decoder
+from .tables import read_texts
 from .token_bytes import token_bytes
 from .truncation import Truncation
 from .weights import SharedWeights
@@ -219,7 +220,9 @@ class LanguageModel(ModuleWithProperties):
 
     @validated
     @differentiating()
-    def policy(self, lora_rank: Count | None = None, *, lora_alpha: Count | None = None) -> LanguageModel:
+    def policy(
+        self, lora_rank: Count | None = None, *, lora_alpha: Count | None = None, lora_layers: Share = 1.0
+    ) -> LanguageModel:
         """Return a trainable copy.
 
         Trained weights are float32, so that small steps are not lost: those of adapters, whatever the dtype of the
@@ -229,6 +232,8 @@ class LanguageModel(ModuleWithProperties):
             2106.09685) through PEFT on all linear layers but the head; the frozen weights under them are shared with
             this model, one copy in memory. Adapters are 0 at first: the copy starts with this model's distribution.
         :param lora_alpha: scales the adapters by ``lora_alpha / lora_rank``; default: twice the rank.
+        :param lora_layers: the share of the layers that get adapters, the last ones, but one at least. Gradients do not
+            go through the layers before them.
         :raises TypeError: if this model is `packed`.
         :raises ValueError: if ``lora_rank`` < 1.
         """
@@ -242,7 +247,7 @@ class LanguageModel(ModuleWithProperties):
                 lm._exact = exact
             return lm._unfreeze(list(network.parameters()))
         network = adapters.with_lora(
-            self.network, lora_rank, lora_alpha or 2 * lora_rank, self.name if self._is_named else None
+            self.network, lora_rank, lora_alpha or 2 * lora_rank, self.name if self._is_named else None, lora_layers
         )
         lm = self._with_network(network, self.name, self.compute_dtype)
         return self._sharing(lm)._unfreeze(adapters.own_parameters(network))
@@ -386,62 +391,81 @@ class LanguageModel(ModuleWithProperties):
     @validated
     def fit(
         self,
-        texts: Sequence[str],
+        texts: Annotated[Any, Unchecked],
         prompts: encoding.Prompts | None = None,
         *,
         num_steps: Count = 200,
         batch_size: Count = 16,
         learning_rate: Positive = 1e-3,
+        schedule: fitting.Schedule = "constant",
         max_tokens: Count = 128,
+        held_out: Annotated[Any, Unchecked] = None,
+        every: Count | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
         seed: Seed | None = None,
         progress: bool = True,
-    ) -> list[float]:
+    ) -> fitting.Losses:
         """Maximise sum_n log p(text_n EOS | prompt_n) over the weights with AdamW; they are frozen again after.
 
         Of a network with adapters the adapters are trained, since the weights under them may be another model's.
         Without prompts BOS is that of each text; without a BOS token, the text's own first token.
 
-        :param texts: the texts.
+        :param texts: a list of texts; or a table, such as a ``datasets.Dataset``, with a column ``text``, or ``prompt``
+            and ``completion``.
         :param prompts: of each text the prompt that it completes: of an encoder-decoder network, which needs them, the
             source.
         :param num_steps: steps of AdamW.
-        :param batch_size: texts in a step, drawn without replacement; all of them if there are no more.
-        :param learning_rate: of AdamW.
+        :param batch_size: texts in a step, drawn without replacement; all of them if there are no more. Those that do
+            not fit the memory of a pass (or ``micro_batch_size``) are computed in parts.
+        :param learning_rate: of AdamW, at the start.
+        :param schedule: of the learning rate: "constant", or "linear" or "cosine" decay to 0 after the last step.
         :param max_tokens: longer texts are cut there, and their end is not learned.
-        :param seed: of the batches; None: one that the system chooses.
+        :param held_out: texts that are not learned, whose loss is computed, and the weights of its lowest value are
+            kept: a share of the texts, chosen at random, or what ``texts`` may be.
+        :param every: steps from one loss held out, and from one checkpoint, to the next; None: a tenth of all steps.
+        :param checkpoint: a folder. The same call, on the same weights, resumes what it holds, bit-identically on a
+            CPU, and of a fit that is done takes the result. With a constant rate ``num_steps`` may have been raised.
+        :param seed: of the batches and of a share held out; None: one that the system chooses.
         :param progress: show a progress bar.
-        :returns: the loss of each step, nats a token.
+        :returns: the loss of each step, nats a token: a list, which has those held out as ``held_out``.
         :raises TypeError: if there is no tokenizer, this model is `packed`, or prompts are missing.
-        :raises ValueError: if there are no texts, one has no token to predict, or a setting is out of range.
+        :raises ValueError: if there are no texts, one has no token to predict, a setting is out of range, or the
+            checkpoint is damaged or another fit's.
+        :raises FloatingPointError: if a loss is not finite.
         """
         packing.refuse_packed(self.network)
         if self.tokenizer is None:
             raise TypeError("fit needs a tokenizer")
-        if prompts is not None:
-            known = fitting.completions_of(texts, self.tokenizer, self.decoder_start_ids, self.vocabulary, max_tokens)
-            sources = self.encode_prompts(prompts, max(map(len, known))).rows()
-            if len(sources) != len(known):
-                raise ValueError(f"fit needs a prompt of each text: got {len(known)} texts and {len(sources)} prompts")
-            pairs = [fitting.Pair(*pair) for pair in zip(sources, known, strict=True)]
-        elif self.decoder_start_ids:
-            raise TypeError("fit of an encoder-decoder network needs the sources of the texts: fit(texts, sources)")
+        pairs = self._pairs(texts, prompts, max_tokens)
+        if isinstance(held_out, float | int):
+            pairs, others = fitting.split(pairs, held_out, seed or 0)
         else:
-            pairs = fitting.to_sequences(texts, self.tokenizer, self.bos_token_id, self.vocabulary, max_tokens)
-        losses = fitting.fit(
-            self.current(),
-            adapters.own_parameters(self.network),
-            pairs,
-            num_steps=num_steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            seed=seed,
-            progress=progress,
-        )
+            others = [] if held_out is None else self._pairs(held_out, None, max_tokens)
+        every = every or max(1, num_steps // 10)
+        micro = self.micro_batch_size
+        settings = fitting.FitSettings(num_steps, batch_size, learning_rate, schedule, seed, every, micro)
+        weights = adapters.own_parameters(self.network)
+        with fitting.checkpoint_in(checkpoint, settings, [pairs, others], list(self.network.parameters())) as kept:
+            network = self.current()
+            losses = fitting.fit(network, weights, pairs, others, settings, checkpoint=kept, progress=progress)
         self._is_named = self._is_named and self.has_adapters
         self._departed = self._departed or not self.has_adapters
         if self._shared is not None:
             self._shared.renew()
         return losses
+
+    def _pairs(self, texts: Any, prompts: encoding.Prompts | None, max_tokens: int) -> list[fitting.Pair]:
+        """Return texts as token ids, each with its prompt; see `fit`."""
+        texts, prompts = read_texts(texts, prompts)
+        if prompts is not None:
+            known = fitting.completions_of(texts, self.tokenizer, self.decoder_start_ids, self.vocabulary, max_tokens)
+            sources = self.encode_prompts(prompts, max(map(len, known))).rows()
+            if len(sources) != len(known):
+                raise ValueError(f"fit needs a prompt of each text: got {len(known)} texts and {len(sources)} prompts")
+            return [fitting.Pair(*pair) for pair in zip(sources, known, strict=True)]
+        if self.decoder_start_ids:
+            raise TypeError("fit of an encoder-decoder network needs the sources of the texts: fit(texts, sources)")
+        return fitting.to_sequences(texts, self.tokenizer, self.bos_token_id, self.vocabulary, max_tokens)
 
     # -- properties ------------------------------------------------------------------------------------------
 

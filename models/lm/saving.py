@@ -22,6 +22,7 @@ from bayeslm.files import replacing_folder
 from bayeslm.model_card import CARD, FIGURE, Loading, TrainingNotes, is_own_card, write_card
 
 from .adapters import has_adapters
+from .bars import late_bars
 from .loading import location, short_name
 from .settings import NAME, Settings
 from .special_tokens import SpecialTokens, is_encoder_decoder
@@ -53,7 +54,7 @@ def save(
     :raises ValueError: if several adapters are active, which PEFT saves one by one.
     """
     try:
-        with replacing_folder(Path(path).resolve(), _is_own) as folder:
+        with late_bars(), replacing_folder(Path(path).resolve(), _is_own) as folder:
             with _generating(network, special) as generation:
                 if has_adapters(network):
                     write_adapters(network, folder)

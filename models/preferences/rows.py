@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
+from bayeslm.characters import check_characters
 from bayeslm.files import write_file
-from bayeslm.prompt_files import check_characters, json_lines
+from bayeslm.prompt_files import json_lines
 from bayeslm.validation import show
 
 Row = TypeVar("Row")

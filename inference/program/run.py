@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from pyro.poutine import runtime
 
-from bayeslm.models.lm import Usage, count_usage, differentiating, exclusive, remembering, samplers
+from bayeslm.models.lm import Usage, count_usage, differentiating, drawing_by_samplers, exclusive, remembering
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 from bayeslm.visible import message_of
@@ -109,7 +109,7 @@ def running(seed: int | None, *, divided: bool = False, sampled: bool = False) -
         remembering(),
         _handlers_of_caller(),
         differentiating(),
-        samplers(sampled),
+        drawing_by_samplers(sampled),
         together(seed, divided) as (processes, own),
         seeded(own),
         Stopwatch(processes) as watch,

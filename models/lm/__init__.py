@@ -9,7 +9,7 @@ from .language_model import LanguageModel
 from .module_errors import ModuleWithProperties
 from .network import CausalNetwork, log_softmax_at
 from .remembered import on_host, put_on_host, remembering
-from .sampler import LIMIT, Drawn, DrawRequest, Draws, Sampler, SamplerError, Weights, name_of, samplers
+from .sampler import LIMIT, Drawn, DrawRequest, Draws, Sampler, SamplerError, Weights, drawing_by_samplers
 from .sharding import refuse_sharded
 from .suffix import redraw
 from .tables import read_table, without_index
@@ -42,11 +42,11 @@ __all__ = [
     "categorical",
     "count_usage",
     "differentiating",
+    "drawing_by_samplers",
     "exclusive",
     "forked",
     "generate",
     "log_softmax_at",
-    "name_of",
     "on_host",
     "put_on_host",
     "read_table",
@@ -55,7 +55,6 @@ __all__ = [
     "refuse_sharded",
     "remembering",
     "sample_texts",
-    "samplers",
     "without_index",
     "word_tokenizer",
     "write_tensors",

@@ -123,7 +123,7 @@ _allowed: ContextVar[bool] = ContextVar("bayeslm_samplers", default=True)
 
 
 @contextlib.contextmanager
-def samplers(allowed: bool) -> Iterator[None]:
+def drawing_by_samplers(allowed: bool) -> Iterator[None]:
     """Draw by the language models' samplers inside the block, or always by the library's own decoding."""
     token = _allowed.set(allowed)
     try:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bayeslm.models import LanguageModel
-from bayeslm.models.lm import Drawn, DrawRequest, Draws, samplers
+from bayeslm.models.lm import Drawn, DrawRequest, Draws, drawing_by_samplers
 
 
 @dataclass(eq=False)
@@ -39,7 +39,7 @@ class Perturbed:
         for p in trained:  # which a language model freezes
             p.requires_grad_(True)
         rows = [prompt for prompt, count in zip(request.prompts, request.counts, strict=True) for _ in range(count)]
-        with samplers(False), torch.random.fork_rng(devices=[]):
+        with drawing_by_samplers(False), torch.random.fork_rng(devices=[]):
             torch.manual_seed(request.seed % 2**32)
             dist = own(rows, request.max_new_tokens, request.temperature * self.factor)
             x = dist.sample()

@@ -220,10 +220,9 @@ class Autoregressive(TorchDistribution):
         shape = Size(sample_shape) + self.batch_shape
         rows, log_s = self.prompt_rows(shape), None
         with exclusive(), torch.no_grad():
-            lm: Any = self.lm
-            sampler = getattr(lm, "sampler", None) if samplers_allowed() else None
-            if sampler is not None:
-                value, scores, log_s = self._sample_by(sampler, lm.weights, rows)
+            if self.is_sampled:
+                lm: Any = self.lm
+                value, scores, log_s = self._sample_by(lm.sampler, lm.weights, rows)
             else:
                 value, scores = self._sample(rows, watch)
         value = value.reshape(shape + self.event_shape)
@@ -265,6 +264,11 @@ class Autoregressive(TorchDistribution):
         scores = token_scores(self.prompted, rows, value)
         compare(sampler, scores[taken], log_s[taken], self.vocabulary.is_live(value[taken]), stale)
         return value, scores, log_s
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the language model's sampler draws, here and now."""
+        return samplers_allowed() and getattr(self.lm, "sampler", None) is not None
 
     def proposal_token_log_prob(self, value: Tensor) -> Tensor | None:
         """Return log s of each token of a value that a sampler drew, (*batch, max_new_tokens); None where none draws.

@@ -3,9 +3,11 @@
 from bayeslm.models.lm import Drawn, DrawRequest, Draws, Sampler, SamplerError, Weights
 
 from .continuous_batching import ContinuousBatching
+from .vllm_engine import VLLM
 from .vllm_server import VLLMServer
 
 __all__ = [
+    "VLLM",
     "ContinuousBatching",
     "DrawRequest",
     "Drawn",

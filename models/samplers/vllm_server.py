@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
 import uuid
@@ -32,7 +31,8 @@ from urllib.parse import urlsplit
 from bayeslm.models.lm import Drawn, DrawRequest, Draws, SamplerError, Weights
 from bayeslm.validation import Count, Positive, validated
 
-OLDEST = (0, 10)  # the first version whose server returns token ids
+from .versions import DEPARTED, NEEDS_PROCESSED, check_version
+
 HOT = 1e6  # a temperature at which every token is equally likely, up to 1e-4
 LARGEST = 32  # completions of a prompt that one request asks for
 NEUTRAL = {  # whatever the model's own generation config says; and token ids in the place of texts
@@ -113,8 +113,8 @@ class VLLMServer:
                     self._base = await self._check(client, request)
                 if request.temperature != 1.0 and not self._processed:
                     raise SamplerError(
-                        f"{self.name} returns log-probabilities before the temperature, and {request.temperature:g} is "
-                        "asked for: start the server with --logprobs-mode processed_logprobs"
+                        f"{self.name} {NEEDS_PROCESSED.format(request.temperature)}: start the server with "
+                        "--logprobs-mode processed_logprobs"
                     )
                 model = await self._published(client, request.weights)
                 return await self._all(client, model, request)
@@ -127,12 +127,11 @@ class VLLMServer:
         parts = urlsplit(self.address)
         try:
             answer = await self._within(client.get(f"{parts.scheme}://{parts.netloc}/version", cast_to=str))
-            found = re.match(r"(\d+)\.(\d+)", str(json.loads(answer)["version"]))
+            wrong = check_version(str(json.loads(answer)["version"]))
         except (_openai().APIStatusError, ValueError, KeyError, TypeError):
-            found = None
-        if found is None or (int(found[1]), int(found[2])) < OLDEST:
-            version = "does not say its version, as vLLM does" if found is None else f"is version {found[0]}"
-            raise SamplerError(f"{self.name} {version}: needed is vLLM {OLDEST[0]}.{OLDEST[1]} or newer")
+            wrong = check_version("")
+        if wrong:
+            raise SamplerError(f"{self.name} {wrong}")
         models = [str(each.id) for each in (await self._within(client.models.list())).data]
         model = models[0] if self.model is None and models else str(self.model)
         if model not in models:
@@ -146,11 +145,7 @@ class VLLMServer:
         """Return the name that the server has for weights, to which it is given adapters that it does not have yet."""
         assert self._base is not None
         if weights.departed:
-            raise SamplerError(
-                f"{self.name} has the weights of the model that it was given to, and all weights of this one were "
-                "trained or merged: the server can take adapters alone, as SVI(guide=partial(AutoPolicy, "
-                "lora_rank=16)) trains them"
-            )
+            raise SamplerError(f"{self.name} {DEPARTED}")
         if not weights.has_adapters:
             return self._base
         if self._loaded is not None and self._loaded[0] == weights.version:

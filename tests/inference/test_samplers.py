@@ -29,6 +29,7 @@ from bayeslm.inference import (
     RunError,
 )
 from bayeslm.inference.program import inspect, seeded
+from bayeslm.inference.sequential import TwistLearning
 from bayeslm.inference.training import Checkpointing, ExponentialAverage, ForwardKL, LogVariance, Renyi, ReverseKL
 from bayeslm.models.lm import SamplerError
 
@@ -232,3 +233,19 @@ def test_a_training_goes_on_after_its_engine_died(tmp_path):
     whole = SVI(**settings).run(model, BATCH)
     np.testing.assert_array_equal(found.stats["elbo"], whole.stats["elbo"])
     assert found.stats["sampler_draws"] == whole.stats["sampler_draws"]
+
+
+@pytest.mark.long
+def test_a_twist_is_learned_from_a_samplers_draws(drawn_by):
+    """Resampled by p / s they are the prior's, so that the twist is as good as one of the prior's own draws."""
+    lm, model, exact = case("table")
+    gains = {}
+    for name, sampler in {"own": None, "sampler": Perturbed(factor=FACTOR)}.items():
+        drawn_by(lm, sampler)
+        twist = TwistLearning(num_particles=512, num_steps=60, seed=0, progress=False).run(model, PROMPTS)
+        gains[name] = twist.stats["gain"]
+        assert ("sampler_draws" in twist.stats) == (sampler is not None)
+        found = SMC(num_particles=64, num_chains=20, twist=twist, seed=0, progress=False).run(model, PROMPTS)
+        assert_agrees(found, exact, FUNCTIONS)
+    assert gains["own"] > 0.0
+    assert abs(gains["sampler"] - gains["own"]) < 0.3 * gains["own"]

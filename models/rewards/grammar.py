@@ -238,7 +238,7 @@ def _schema(schema: Mapping[str, Any] | str | None) -> str:
     """Return a JSON schema as a text."""
     try:
         return json.dumps(json.loads(schema) if isinstance(schema, str) else dict(schema or {}))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"Grammar: json_schema is no JSON: {error}") from error
 
 

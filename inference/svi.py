@@ -167,7 +167,7 @@ class SVI:
         :raises ValueError: if ``checkpoint`` holds another run's, with what differs.
         :raises BlockingIOError: if another process trains with the same ``checkpoint``.
         """
-        with running(self.seed, divided=True) as watch, contextlib.ExitStack() as held:
+        with running(self.seed, divided=True, sampled=True) as watch, contextlib.ExitStack() as held:
             program = inspect_or_reuse(None, model, args, kwargs)
             check_independence(program)  # before the training, also where the objective runs one particle at a time
             objective = self.objective

@@ -39,6 +39,7 @@ PACKAGES = {
         "bayeslm.models",
         "bayeslm.models.rewards",
         "bayeslm.models.lm",
+        "bayeslm.models.samplers",
         "bayeslm.models.preferences",
         "bayeslm.models.control",
     ],

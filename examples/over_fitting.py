@@ -148,7 +148,8 @@ def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) ->
         seed=0,
         keep="last",
     )
-    stats = svi.run(program, lm, proxy, chosen.beta, PROMPTS["training"]).stats
+    posterior = svi.run(program, lm, proxy, chosen.beta, PROMPTS["training"])
+    stats = posterior.stats
     at, found = stats["held_out_steps"], curves(stats)
     stop = int(np.argmax(found["validation"]["gold"][0]))
     lines = [f"{labels} labels; beta {chosen.beta}; {draws} draws of each prompt, ± standard errors over draws", ""]
@@ -161,7 +162,8 @@ def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) ->
     cells["KL to the prior, test prompts"] = [
         f"{round(found['test']['KL'][0][i], 2) + 0.0:.2f}" for i in columns.values()
     ]
-    write(chosen.folder, [*lines, *table(cells, ["", *columns])], started)
+    lines += [*table(cells, ["", *columns]), "", "texts of the end:", *posterior.texts["completion"][0, 0].tolist()]
+    write(chosen.folder, lines, started)
     picture(at, found, stop, chosen.folder / "over-fitting.png")
     return at, found
 

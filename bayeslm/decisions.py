@@ -44,6 +44,7 @@ class Utility:
         return text
 
 
+@validated
 class FunctionUtility(Utility):
     """Any function of two texts, (candidate, draw)."""
 
@@ -56,12 +57,15 @@ class FunctionUtility(Utility):
     def _of(self, candidate: str, draw: str) -> float:
         found = self.function(candidate, draw)
         try:
+            if isinstance(found, str | bytes):
+                raise TypeError
             return float(found)
         except (TypeError, ValueError):
             pair = f"the candidate {candidate!r:.60} and the draw {draw!r:.60}"
             raise ValueError(f"a utility must return a number, and returned {found!r:.60} for {pair}") from None
 
 
+@validated
 class SameAnswer(Utility):
     """1 where two texts have the same answer, else 0: the decision is the answer of highest probability.
 
@@ -81,6 +85,7 @@ class SameAnswer(Utility):
         return self.answer(text)
 
 
+@validated
 class ChrF(Utility):
     """The F-score of character n-grams, 0 to 100, by sacrebleu: of the candidate, with the draw as the reference.
 
@@ -107,6 +112,7 @@ class ChrF(Utility):
         return float(self._metric.sentence_score(candidate, [draw]).score)
 
 
+@validated
 class EmbeddingSimilarity(Utility):
     """The cosine of the angle between the vectors of two texts, -1 to 1; 0 where one has the vector 0.
 

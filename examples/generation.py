@@ -120,7 +120,6 @@ def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) ->
         callbacks=[HeldOut({"held_out": partial(model, PROMPTS)}, every=max(1, steps // 3), num_particles=12)],
         num_samples=4,
         num_prior_samples=0,
-        keep="last",
         seed=4,
     )
     trained = svi.run(model, SEEN)

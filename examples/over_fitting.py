@@ -146,7 +146,6 @@ def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) ->
         num_samples=2,  # the curves say it all
         num_prior_samples=0,
         seed=0,
-        keep="last",
     )
     posterior = svi.run(program, lm, proxy, chosen.beta, PROMPTS["training"])
     stats = posterior.stats

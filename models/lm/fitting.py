@@ -169,7 +169,7 @@ def checkpoint_in(
     """Yield the checkpoint of a fit in a folder, or None without one.
 
     :param pairs: to learn and to hold out.
-    :param parameters: of the network, as they are before the fit.
+    :param parameters: of the network, as they are before the fit, on which it depends.
     """
     if folder is None:
         yield None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -47,9 +47,9 @@ class Losses(list[float]):
     :param held_out: the loss of the texts held out, by the number of steps before it.
     """
 
-    def __init__(self, steps: Sequence[float] = (), held_out: dict[int, float] | None = None) -> None:
+    def __init__(self, steps: Sequence[float] = (), held_out: Mapping[int, float] | None = None) -> None:
         super().__init__(steps)
-        self.held_out = dict(held_out or {})
+        self.held_out: dict[int, float] = dict(held_out or {})
 
     @property
     def kept_step(self) -> int:

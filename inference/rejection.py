@@ -3,7 +3,8 @@ r"""Rejection sampling, exact draws of the posterior where the likelihood is bou
     x ~ p,    accept with probability exp(l(x) - M),    l = \sum_f log-likelihood terms <= M
 
 Accepted draws are independent draws of the posterior, and the acceptance rate is Z exp(-M) (von Neumann 1951). With a
-constraint, x ~ p without the texts that it has refused before.
+constraint, x ~ p without the texts that it has refused before. Where a sampler draws x ~ s, accepted draws are of
+s exp(l) / E_s[exp(l)], and p / s remains as their weight: they are weighted draws, nearly equal ones where s is near p.
 
 Best-of-n keeps the best of n draws instead: it has no beta and no Z. Its KL divergence from the prior is at most
 log n - (n - 1)/n (Beirami et al. 2024, arXiv 2401.01879).
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from bayeslm.inference.program import (
     Program,
     ProgramError,
     SoFar,
+    Stopwatch,
     check_evidence,
     draw,
     gathered,
@@ -78,6 +80,8 @@ class RejectionSampling:
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Sample the posterior of ``model(*args, **kwargs)``; log Z is estimated from all proposals.
 
+        The draws of a program whose language model has a sampler are weighted ones.
+
         ``stats``: ``acceptance`` (prompt,), the share of accepted proposals; ``proposals``, their number for each
         prompt; ``wanted``, the number of draws that the settings ask for; ``interrupted``,
         ``seconds``, ``tokens`` and ``model_calls``. After Ctrl-C the posterior has the draws
@@ -95,10 +99,10 @@ class RejectionSampling:
                 f"rejection sampling needs a finite upper bound of the log-likelihood, got {bound}: set log_bound to "
                 "r_max / beta, or give the reward of a TiltedLM its upper_bound, as in Reward(f, upper_bound=1.0)"
             )
-        with running(self.seed, divided=True) as watch:
+        with running(self.seed, divided=True, sampled=True) as watch:
             program = inspect(model, *args, **kwargs)
             watch.check_together(program, self, num_samples=self.num_samples * self.num_chains)
-            proposals, accepted, interrupted = self._propose(program, bound)
+            proposals, accepted, interrupted = self._propose(program, bound, watch)
             counts = accepted.sum(0)
             wanted = self.num_samples * self.num_chains
             draws = min(wanted, int(counts.min()))
@@ -122,11 +126,17 @@ class RejectionSampling:
                 log_share = proposals.log_prior - proposals.log_proposal
                 evidence = learned_evidence(proposals.total_log_likelihood, log_share)
             first = accepted.long().argsort(dim=0, descending=True, stable=True)[:draws]
+            kept = proposals.gather(program, first)
+            sampled = "sampler_draws" in stats
+            if sampled:
+                likelihood = proposals.total_log_likelihood
+                log_share = kept.total_log_likelihood - (likelihood.logsumexp(0) - math.log(len(likelihood)))
+                kept = replace(kept, log_proposal=kept.log_proposal + log_share)
             return posterior(
                 program,
-                proposals.gather(program, first),
+                kept,
                 engine="RejectionSampling",
-                kind="exact",
+                kind="weighted" if sampled else "exact",
                 num_chains=self.num_chains,
                 evidence=evidence,
                 stats=stats,
@@ -135,7 +145,7 @@ class RejectionSampling:
                 log_bound=bound,
             )
 
-    def _propose(self, program: Program, bound: float) -> tuple[Particles, torch.Tensor, bool]:
+    def _propose(self, program: Program, bound: float, watch: Stopwatch) -> tuple[Particles, torch.Tensor, bool]:
         """Propose until every prompt has its draws or ``max_proposals`` is reached, each process its share of both.
 
         :returns: the proposals; whether each is accepted, bool (proposal, prompt); whether Ctrl-C interrupted.
@@ -163,6 +173,7 @@ class RejectionSampling:
                 log_likelihood = part.log_weights
                 if guide is not None:
                     guide.learn()
+                if guide is not None or watch.usage.drawn.draws:
                     log_likelihood = part.total_log_likelihood
                 highest = max(highest, log_likelihood.max().item())
                 log_ratio = log_likelihood - bound
@@ -210,6 +221,8 @@ class BestOfN:
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Draw from the best-of-n distribution of ``model(*args, **kwargs)``, best by the sum of log-likelihood terms.
 
+        Where a sampler draws, it is the best of the sampler's draws.
+
         All weights are equal, though the draws are not the posterior's; log Z is that of the posterior, estimated from
         all candidates. ``stats``: ``n``; ``kl_bound``, an upper bound of KL(best-of-n || prior); ``interrupted``,
         ``seconds``, ``tokens`` and ``model_calls``. After Ctrl-C the posterior has the draws whose candidates were
@@ -219,7 +232,7 @@ class BestOfN:
             had a draw.
         :raises RunError: if an error stops the run after the first batch; it carries the candidates.
         """
-        with running(self.seed, divided=True) as watch:
+        with running(self.seed, divided=True, sampled=True) as watch:
             program = inspect(model, *args, **kwargs)
             watch.check_together(program, self, num_samples=self.num_samples * self.num_chains)
             candidates, interrupted = draw(
@@ -231,7 +244,8 @@ class BestOfN:
                 progress=self.progress,
                 label=f"best of {self.n}",
             )
-            scores = candidates.log_weights  # log-likelihoods, as the prior is the proposal
+            weights = candidates.log_weights  # log-likelihoods, as the prior is the proposal, or a sampler near it
+            scores = candidates.total_log_likelihood if watch.usage.drawn.draws else weights
             groups = len(scores) // self.n
             best = scores[: groups * self.n].reshape(groups, self.n, scores.shape[1]).argmax(1)
             index = best + self.n * torch.arange(groups, device=best.device)[:, None]
@@ -241,7 +255,7 @@ class BestOfN:
                 engine="BestOfN",
                 kind="uncorrected",
                 num_chains=self.num_chains,
-                evidence=diagnostics.log_evidence(scores.cpu().numpy()[None]),
+                evidence=diagnostics.log_evidence(weights.cpu().numpy()[None]),
                 stats=watch.stats()
                 | {
                     "n": self.n,

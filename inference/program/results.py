@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bayeslm import diagnostics, reliability
 from bayeslm.bounds import unseen_limit
-from bayeslm.models.lm import Encoded, LanguageModel
+from bayeslm.models.lm import LIMIT, Encoded, LanguageModel
 from bayeslm.posterior import Posterior
 from bayeslm.weights import conditional_log_evidence
 
@@ -61,6 +61,9 @@ def posterior(
     :param policy: the trained policy, of `SVI`.
     :raises EvidenceError: if every weight of a prompt is zero, or a chain has no draw.
     """
+    if "sampler_draws" in stats:  # which are near the prior, but not of it
+        from_prior = None
+        prior = None if stats["sampler_difference"][1] > LIMIT else prior
     draws = len(particles) // num_chains
     if draws == 0:
         raise EvidenceError(f"interrupted before each of the {num_chains} chains had a draw")

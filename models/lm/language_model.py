@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from bayeslm.model_card import TrainingNotes, read_notes, training_notes
 from bayeslm.posterior import Posterior
 from bayeslm.processes import is_first
-from bayeslm.validation import Count, Positive, Seed, Share, Unchecked, Within, validated
+from bayeslm.validation import Count, Positive, Seed, Shape, Share, Unchecked, Within, validated
 
 from . import adapters, completions, encoding, fitting, generation, joining, packing, stop_strings, texts
 from .autoregressive import Autoregressive
@@ -26,6 +27,7 @@ from .gradients import differentiating
 from .module_errors import ModuleWithProperties
 from .network import CausalNetwork
 from .own_forward import Findings
+from .sampler import Sampler, Weights
 from .settings import Settings
 from .sharding import refuse_sharded
 from .special_tokens import SpecialTokens, find_special_tokens, is_encoder_decoder
@@ -65,8 +67,10 @@ class LanguageModel(ModuleWithProperties):
         of a policy: a third more time, and far less memory where texts are long.
     :param compute_dtype: the dtype that float32 weights are converted to in every pass, as in policies of bfloat16
         priors; None: they are not.
+    :param sampler: who draws complete texts, of this model and of its policies, see `bayeslm.models.samplers`; None:
+        the network here, token by token.
     :raises TypeError: for a network that reads speech or images, for adapters that are not inside the network's layers,
-        and for ``decoder_start_ids`` of a network without a decoder of its own.
+        for ``decoder_start_ids`` of a network without a decoder of its own, and for a sampler of one with it.
     :raises ValueError: if a batch size is < 1, an end is not a token, or no layer can be checkpointed.
     """
 
@@ -83,6 +87,7 @@ class LanguageModel(ModuleWithProperties):
         micro_batch_size: Count | None = None,
         gradient_checkpointing: bool = False,
         compute_dtype: torch.dtype | None = None,
+        sampler: Annotated[Sampler | None, Unchecked] = None,
     ) -> None:
         super().__init__()
         network = adapters.unwrapped(network)
@@ -103,6 +108,10 @@ class LanguageModel(ModuleWithProperties):
         self._shared: SharedWeights | None = None
         self.provenance: Posterior | TrainingNotes | None = None
         self._is_named = True  # whether the weights are those that `name` names
+        self.sampler = sampler
+        self._departed = False  # whether weights other than adapters are not those that the sampler was given for
+        if sampler is not None and is_encoder_decoder(network):
+            raise TypeError("samplers continue prompts, and this network is an encoder-decoder: leave out the sampler")
         self.eval()
         found = find_special_tokens(network, tokenizer, eos_token_ids, decoder_start_ids)
         self.eos_token_ids: tuple[int, ...] = found.eos
@@ -128,6 +137,7 @@ class LanguageModel(ModuleWithProperties):
         batch_size: Count | None = None,
         micro_batch_size: Count | None = None,
         gradient_checkpointing: bool = False,
+        sampler: Annotated[Sampler | None, Unchecked] = None,
         **kwargs: Any,
     ) -> LanguageModel:
         """Load a model by hub name or path; ``"smollm2"`` is SmolLM2-135M-Instruct from a package's own file.
@@ -144,6 +154,7 @@ class LanguageModel(ModuleWithProperties):
         :param batch_size: see `LanguageModel`.
         :param micro_batch_size: see `LanguageModel`.
         :param gradient_checkpointing: see `LanguageModel`.
+        :param sampler: see `LanguageModel`; default: that of ``base``.
         :param kwargs: for ``from_pretrained`` of transformers' ``AutoModelForCausalLM``, or ``AutoModelForSeq2SeqLM``
             where the config says that it is an encoder-decoder network; ``subfolder``, ``revision`` and others that say
             where files are hold for the tokenizer too. Remote code is never run.
@@ -173,6 +184,7 @@ class LanguageModel(ModuleWithProperties):
             micro_batch_size=micro_batch_size,
             gradient_checkpointing=gradient_checkpointing,
             compute_dtype=settings.compute_dtype,
+            sampler=base.sampler if sampler is None and base is not None else sampler,
         )
         lm.provenance = read_notes(Path(name_or_path) / str(kwargs.get("subfolder") or ""))
         lm = lm if base is None else base._sharing(lm)
@@ -230,6 +242,7 @@ class LanguageModel(ModuleWithProperties):
         if lora_rank is None:
             network, compute_dtype, exact = adapters.float32_copy(self.network)
             lm = self._with_network(network, None, self.compute_dtype or compute_dtype)
+            lm._departed = True
             if self.compute_dtype is None:
                 lm._exact = exact
             return lm._unfreeze(list(network.parameters()))
@@ -275,6 +288,7 @@ class LanguageModel(ModuleWithProperties):
         network = adapters.merged(self.network, dtype)
         lm = self._with_network(network, None, self.compute_dtype if dtype is None else None)
         lm.provenance = self.provenance
+        lm._departed = self._departed or self.has_adapters
         return lm
 
     def packed(self) -> LanguageModel:
@@ -306,6 +320,7 @@ class LanguageModel(ModuleWithProperties):
             compute_dtype=compute_dtype,
         )
         lm._exact, lm._findings = self._exact, self._findings
+        lm.sampler, lm._departed = self.sampler, self._departed
         return lm
 
     def _sharing(self, other: LanguageModel) -> LanguageModel:
@@ -436,6 +451,7 @@ class LanguageModel(ModuleWithProperties):
             network = self.current()
             losses = fitting.fit(network, weights, pairs, others, settings, checkpoint=kept, progress=progress)
         self._is_named = self._is_named and self.has_adapters
+        self._departed = self._departed or not self.has_adapters
         if self._shared is not None:
             self._shared.renew()
         return losses
@@ -511,6 +527,14 @@ class LanguageModel(ModuleWithProperties):
         return self.causal
 
     @property
+    def weights(self) -> Weights:
+        """The weights that are to draw, for a sampler."""
+        from . import saving
+
+        save = partial(saving.write_adapters, self.network)
+        return Weights(self.network, self.current().version, self.has_adapters, self._departed, save)
+
+    @property
     def decoder_start_ids(self) -> tuple[int, ...]:
         """The tokens before every completion of an encoder-decoder network; none of a causal one."""
         return self._decoder_start_ids
@@ -538,7 +562,7 @@ class LanguageModel(ModuleWithProperties):
     def __deepcopy__(self, memo: dict[int, Any]) -> LanguageModel:
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
-        shared = ("tokenizer", "provenance")
+        shared = ("tokenizer", "provenance", "sampler")
         state = {k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in ("_causal", *shared)}
         new.__dict__.update(state, _causal=None, **{k: self.__dict__[k] for k in shared})
         return new
@@ -679,7 +703,7 @@ class LanguageModel(ModuleWithProperties):
     @validated
     def decode(
         self,
-        value: Tensor,
+        value: Annotated[Tensor, Shape("..., token", whole=True)],
         prompts: Sequence[encoding.Prompt] | np.ndarray | Tensor | encoding.Encoded | None = None,
     ) -> np.ndarray:
         """Return the texts of completions (*batch, token), up to their end, as an object array of the batch's shape.
@@ -700,7 +724,8 @@ class LanguageModel(ModuleWithProperties):
         rows = self.vocabulary.before_end(value)
         return texts.completion_texts(self.tokenizer, rows, value.shape[:-1], encoded)
 
-    def token_ends(self, value: Tensor, decoded: np.ndarray) -> np.ndarray:
+    @validated
+    def token_ends(self, value: Annotated[Tensor, Shape("..., token", whole=True)], decoded: np.ndarray) -> np.ndarray:
         """Return where each token of completions (*batch, token) ends in their texts (*batch), see `texts`."""
         before = texts.context_of(self.tokenizer, self.decoder_start_ids) if self.decoder_start_ids else None
         rows = self.vocabulary.before_end(value)
@@ -710,7 +735,8 @@ class LanguageModel(ModuleWithProperties):
         """Return the bytes that each token adds to the text of these prompts, or None, see `token_bytes`."""
         return token_bytes(self.tokenizer, self.vocab_size, prompts)
 
-    def token_ids(self, value: Tensor) -> np.ndarray:
+    @validated
+    def token_ids(self, value: Annotated[Tensor, Shape("..., token", whole=True)]) -> np.ndarray:
         """Return completions (*batch, token) as lists of token ids, with the end, an object array of the batch's shape.
 
         These are the ``completion_ids`` of a reward in TRL's convention.
@@ -718,6 +744,7 @@ class LanguageModel(ModuleWithProperties):
         rows = self.vocabulary.with_end(value)
         return np.fromiter(rows, dtype=object, count=len(rows)).reshape(tuple(value.shape[:-1]))
 
+    @validated
     def detokenize(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each row of token ids, without special tokens."""
         return texts.decode(self.tokenizer, rows)

@@ -57,7 +57,7 @@ def save(
         with late_bars(), replacing_folder(Path(path).resolve(), _is_own) as folder:
             with _generating(network, special) as generation:
                 if has_adapters(network):
-                    _write_adapters(network, folder)
+                    write_adapters(network, folder)
                     generation.save_pretrained(folder)
                 else:
                     whole: Any = network
@@ -120,7 +120,7 @@ def _loading(network: Any, settings: Settings, has_tokenizer: bool) -> Loading:
     return Loading(*where, str(dtype), compute, rank, has_tokenizer, is_encoder_decoder(network))
 
 
-def _write_adapters(network: Any, folder: Path) -> None:
+def write_adapters(network: Any, folder: Path) -> None:
     """Write the active adapter, with the place of its base model."""
     active = list(network.active_adapters)
     if len(active) != 1:

@@ -26,6 +26,7 @@ from bayeslm.inference.program import (
     Stopwatch,
     as_proposal,
     check_independence,
+    describe,
     describe_object,
     draw,
     inspect_or_reuse,
@@ -53,13 +54,17 @@ from bayeslm.inference.training import (
     describe_run,
     stack_chains,
 )
+from bayeslm.model_card import unfinished_notes
 from bayeslm.models.lm import LanguageModel
 from bayeslm.posterior import Posterior
+from bayeslm.progress import announce
 from bayeslm.validation import Count, Natural, Seed, validated
 
 NUM_SAMPLES, FEWEST = 256, 16  # draws of each prompt: by default, and the fewest where prompts are many
+FEW = 32  # draws after Ctrl-C
 MANY = 10_000  # draws of a training, from which on all layers get adapters by default
-COMPARED = 64  # draws of each policy, at least, that decide which is the best
+COMPARISON = "to compare policies"
+COMPARED, FEWEST_COMPARED = 64, 4  # draws of each policy, at least, that decide which is the best; of many prompts
 
 
 @validated
@@ -162,7 +167,7 @@ class SVI:
         :raises ValueError: if ``checkpoint`` holds another run's, with what differs.
         :raises BlockingIOError: if another process trains with the same ``checkpoint``.
         """
-        with running(self.seed, divided=True) as watch, contextlib.ExitStack() as held:
+        with running(self.seed, divided=True, sampled=True) as watch, contextlib.ExitStack() as held:
             program = inspect_or_reuse(None, model, args, kwargs)
             check_independence(program)  # before the training, also where the objective runs one particle at a time
             objective = self.objective
@@ -209,6 +214,10 @@ class SVI:
         chains = [chain for chain in chains if chain.step] or chains  # one interrupted in its first step is none
         num = self._num_samples(program)
         num_prior = num if self.num_prior_samples is None else self.num_prior_samples
+        if interrupted:
+            num, num_prior = min(num, FEW), min(num_prior, FEW)
+            text = f"SVI: interrupted after step {chains[-1].step}. Next are {num} draws of the policy and {num_prior}"
+            announce(f"{text} of the prior, which say how good it is; Ctrl-C again leaves them out", self.progress)
         parts = []
         for chain in chains:
             with chain.own_params():
@@ -244,18 +253,19 @@ class SVI:
 
         Draws of the first policy are there if it is the prior: if the guide is no other, and has texts alone.
         """
-        rivals, num, best = chain.rivals(), max(COMPARED, len(last)), last
+        compared = max(FEWEST_COMPARED, COMPARED * program.num_prompts // program.full_size)  # as in `_num_samples`
+        rivals, num, best = chain.rivals(), max(compared, len(last)), last
         if rivals and len(last) < num:
             with chain.own_params(), seeded(ranks().stream(chain.step)):
-                best, cut = self._draw(program, as_proposal(chain.guide, program), num, "draws of the policy")
-        elif rivals is not None and prior is not None and len(prior) >= COMPARED and self._begins_with_prior(program):
+                proposal = as_proposal(chain.guide, program)
+                best, cut = self._draw(program, proposal, num, "draws of the policy", COMPARISON)
+        elif rivals is not None and prior is not None and len(prior) >= compared and self._begins_with_prior(program):
             higher = _is_higher(prior.total_log_likelihood, last.log_weights)
             rivals = [*([0] if higher else []), *(step for step in rivals if step)]
         for step in rivals or []:
             with chain.own_params(), chain.at(step) as keep, seeded(ranks().stream(step)):
-                part, cut = self._draw(
-                    program, as_proposal(chain.guide, program), num, f"draws of the policy after step {step}"
-                )
+                label = f"draws of the policy after step {step}"
+                part, cut = self._draw(program, as_proposal(chain.guide, program), num, label, COMPARISON)
                 if not cut and _is_higher(part.log_weights, best.log_weights):
                     keep()
                     best, last = part, part[: len(last)]
@@ -317,8 +327,10 @@ class SVI:
             return self.num_samples
         return max(FEWEST, NUM_SAMPLES * program.num_prompts // program.full_size)
 
-    def _draw(self, program: Program, guide: Callable[..., Any] | None, num: int, what: str) -> tuple[Particles, bool]:
-        return draw(program, guide, num, progress=self.progress, label=what)
+    def _draw(
+        self, program: Program, guide: Callable[..., Any] | None, num: int, what: str, purpose: str = ""
+    ) -> tuple[Particles, bool]:
+        return draw(program, guide, num, progress=self.progress, label=what, purpose=purpose)
 
 
 def _class_of(guide: Any) -> type | None:
@@ -339,4 +351,7 @@ def _so_far(chains: list[Training]) -> SoFar | None:
         return None
     last = chains[-1]
     policies = tuple(chain.policy for chain in chains)
+    for chain in chains:
+        if isinstance(chain.policy, LanguageModel):
+            chain.policy.provenance = unfinished_notes(describe(chain.program), chain.step, chain.history)
     return SoFar(particles=last.lost, policies=policies, step=last.step, checkpoint=last.checkpoint)

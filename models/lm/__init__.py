@@ -9,6 +9,7 @@ from .language_model import LanguageModel
 from .module_errors import ModuleWithProperties
 from .network import CausalNetwork, log_softmax_at
 from .remembered import on_host, put_on_host, remembering
+from .sampler import LIMIT, Drawn, DrawRequest, Draws, Sampler, SamplerError, Weights, drawing_by_samplers
 from .sharding import refuse_sharded
 from .suffix import redraw
 from .tables import read_table, without_index
@@ -19,21 +20,29 @@ from .usage import Usage, count_usage
 from .words import word_tokenizer
 
 __all__ = [
+    "LIMIT",
     "POWERS",
     "Autoregressive",
     "CausalNetwork",
     "Decoder",
+    "DrawRequest",
+    "Drawn",
+    "Draws",
     "Encoded",
     "LanguageModel",
     "ModuleWithProperties",
     "Prompt",
     "SampledText",
+    "Sampler",
+    "SamplerError",
     "Twist",
     "TwistInputs",
     "Usage",
+    "Weights",
     "categorical",
     "count_usage",
     "differentiating",
+    "drawing_by_samplers",
     "exclusive",
     "forked",
     "generate",

@@ -7,9 +7,10 @@ import pytest
 import torch
 from support.models import llama_network, table_lm, tiny_llama, tiny_seq2seq
 from support.oracles import assert_same_distribution
+from transformers.utils import logging
 
 from bayeslm.models import LanguageModel
-from bayeslm.models.lm import loading
+from bayeslm.models.lm import bars, loading
 
 PROMPTS = [[1, 2, 3], [4]]
 
@@ -31,6 +32,18 @@ def test_save_and_load(tmp_path, make):
     assert_same_distribution(lm, loaded)
     assert loaded(["a b c", "d"], 2).prompt_ids.tolist() == lm(["a b c", "d"], 2).prompt_ids.tolist()
     assert not any(p.requires_grad for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("patience", [5.0, 0.0])
+def test_only_a_model_that_takes_long_has_bars_of_transformers(tmp_path, monkeypatch, capsys, patience):
+    monkeypatch.setattr(bars, "PATIENCE", patience)
+    seen = []
+    monkeypatch.setattr(logging, "_tqdm_hook", lambda make, args, kwargs: seen.append(1) or make(*args, **kwargs))
+    tiny_llama().save_pretrained(tmp_path)
+    LanguageModel.from_pretrained(tmp_path)
+    assert ("%" in capsys.readouterr().err) == (patience == 0.0)
+    assert len(seen) == 2  # a hook of the user's own is asked too, and is there again
+    assert logging._tqdm_hook.__name__ == "<lambda>"
 
 
 def test_load_without_a_tokenizer_and_with_a_dtype(tmp_path):

@@ -7,9 +7,9 @@
 
 Completions of 24 tokens of one prompt, VADER's sentiment as the reward, beta 0.2, float32. Both sides train LoRA
 adapters of rank 16 on all linear layers but the head, with 16 completions a step, Adam, a learning rate that falls
-linearly to 0 and gradients clipped at norm 1; but for the method "default", which is SVI with as many samples and nothing
-else set. Every training is a process of its own, one after the other, the two
-sides in alternating order; TRL's have an environment of their own, build/trl, made at the first run (1.5 GB).
+linearly to 0 and gradients clipped at norm 1; but for the method "default", which is SVI with as many samples and
+nothing else set. Every training is a process of its own, one after the other, the two sides in alternating order; TRL's
+have an environment of their own, build/trl, made at the first run (1.5 GB).
 `_trl_smollm2_worker.py` says what TRL does, in those of its settings that end a training soonest (`--tune`: compiling
 makes its steps some 7% shorter, but the first as long as eight). Seconds are from one step's end to the next's.
 

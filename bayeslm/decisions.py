@@ -44,6 +44,7 @@ class Utility:
         return text
 
 
+@validated
 class FunctionUtility(Utility):
     """Any function of two texts, (candidate, draw)."""
 
@@ -56,12 +57,15 @@ class FunctionUtility(Utility):
     def _of(self, candidate: str, draw: str) -> float:
         found = self.function(candidate, draw)
         try:
+            if isinstance(found, str | bytes):
+                raise TypeError
             return float(found)
         except (TypeError, ValueError):
             pair = f"the candidate {candidate!r:.60} and the draw {draw!r:.60}"
             raise ValueError(f"a utility must return a number, and returned {found!r:.60} for {pair}") from None
 
 
+@validated
 class SameAnswer(Utility):
     """1 where two texts have the same answer, else 0: the decision is the answer of highest probability.
 
@@ -81,6 +85,7 @@ class SameAnswer(Utility):
         return self.answer(text)
 
 
+@validated
 class ChrF(Utility):
     """The F-score of character n-grams, 0 to 100, by sacrebleu: of the candidate, with the draw as the reference.
 
@@ -107,6 +112,7 @@ class ChrF(Utility):
         return float(self._metric.sentence_score(candidate, [draw]).score)
 
 
+@validated
 class EmbeddingSimilarity(Utility):
     """The cosine of the angle between the vectors of two texts, -1 to 1; 0 where one has the vector 0.
 
@@ -211,8 +217,9 @@ def decide(
     alone = np.array([len(order) == 1 for order in orders])
     candidates = []
     for p, (some, order) in enumerate(zip(chosen, orders, strict=True)):
-        weighted, ordered = list(some.items()), order.tolist()
-        candidates.append([Candidate(*weighted[i], float(means[i, p]), float(errors[i, p])) for i in ordered])
+        weighted = list(some.items())
+        worth = zip((weighted[i] for i in order), means[order, p].tolist(), errors[order, p].tolist(), strict=True)
+        candidates.append([Candidate(text, weight, mean, se) for (text, weight), mean, se in worth])
     lead, lead_stderr = np.where(alone, np.inf, lead), np.where(alone, 0.0, lead_stderr)
     return Decision(candidates, lead, lead_stderr, pairs=sum(table.size for table in tables))
 

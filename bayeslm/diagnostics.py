@@ -17,7 +17,7 @@ A log weight may be −inf (a draw that breaks a constraint); NaN and +inf raise
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -45,7 +45,7 @@ from bayeslm.weights import (
     standard_error,
 )
 
-from .validation import validated
+from .validation import Shape, validated
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,7 +74,7 @@ __all__ = [
 
 
 @validated
-def rhat(values: ArrayLike) -> Array:
+def rhat(values: Annotated[ArrayLike, Shape("chain, draw, ...")]) -> Array:
     """Return the rank-normalised split R̂ of any quantity, as ArviZ does, of all quantities at once.
 
     Below 1.01 the chains agree. A single chain is cut in two first, so that its quarters are compared.
@@ -119,7 +119,7 @@ def _rhat_of_ranks(chains: Array) -> Array:
 
 
 @validated
-def ess_bulk(values: ArrayLike) -> Array:
+def ess_bulk(values: Annotated[ArrayLike, Shape("chain, draw, ...")]) -> Array:
     """Return the bulk effective sample size of equally weighted draws, by ArviZ. Source: as for `rhat`.
 
     :param values: (chain, draw, ...).
@@ -348,6 +348,8 @@ def compare(
     """
     import pandas as pd
 
+    if not posteriors:
+        raise ValueError("posteriors must hold one at least, got an empty mapping")
     tables = {
         name: summary(posterior, reference_log_evidence, weighted=weighted) for name, posterior in posteriors.items()
     }

@@ -164,6 +164,8 @@ class Posterior:
         :param terms: of other draws, by site; None for those of the posterior's draws.
         """
         chains, draws, columns = self.log_weights.shape
+        if terms is not None and (missing := self.log_likelihood.keys() - terms):
+            raise ValueError(f"terms must have all sites of log_likelihood, and lack {min(missing)!r}")
         total: Array = np.zeros((chains, draws, columns)) if terms is None else np.zeros((1, 1, columns))
         for name, term in self.log_likelihood.items():
             values = term if terms is None else terms[name]
@@ -225,6 +227,8 @@ class Posterior:
         :raises ValueError: if ``site`` is needed and missing, or unknown.
         :raises IndexError: if there is no such prompt.
         """
+        if not -len(self.prompts) <= prompt < len(self.prompts):
+            raise IndexError(f"prompt must be below {len(self.prompts)}, the number of prompts, got {prompt}")
         site = self.completion_site(site)
         texts, dims = self.texts[site], self.dims[site][:-1]
         if "prompt" in dims:

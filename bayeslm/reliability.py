@@ -128,12 +128,14 @@ def _of_weights(posterior: Posterior) -> Iterator[list[str]]:
         lines = []
         if roots is not None:
             if size[i] < ESS_LIMIT or roots[i] < ESS_LIMIT:
-                lines.append(f"ESS {size[i]:.0f} at its smallest, all draws descend from {roots[i]} first particles.")
+                few_roots = f", all draws descend from {roots[i]} first particles" if roots[i] < ESS_LIMIT else ""
+                lines.append(f"ESS {size[i]:.0f} at its smallest{few_roots}.")
             lines += _disagreement(chains[:, i], {name: ratio[i] for name, ratio in apart.items()})
         elif khat[i] > KHAT_LIMIT or size[i] < ESS_LIMIT:
             tail = f"k̂ unknown ({reasons[i].partition(':')[0]})" if np.isnan(khat[i]) else f"k̂ {khat[i]:.2f}"
             lines.append(f"{tail}, ESS {size[i]:.0f}.")
-        if few := [level for level in found[i] if level.share > LARGE_SHARE and level.hits < FEW_HITS]:
+        few = [level for level in found[i] if level.share > LARGE_SHARE and level.hits < FEW_HITS]
+        if few and not (particles and lines):
             draws = [f"{x.value:.4g} ({x.share:.0%} of the weight, {x.hits} draw{'s' * (x.hits != 1)})" for x in few]
             cause = f"few draws have the {posterior.measure} {' and '.join(draws)}."
             lines[-1:] = [f"{lines[-1][:-1]}: {cause}" if lines else cause.replace("few", "Few", 1)]

@@ -56,6 +56,25 @@ class Within:
         return above and (value <= self.high if self.interval[-1] == "]" else value < self.high)
 
 
+class Shape:
+    """Named axes of an array or a tensor, as an annotation: ``Annotated[ArrayLike, Shape("chain, draw, ...")]``.
+
+    :param axes: with "..." at the beginning or the end, where it may have more.
+    :param whole: whether its entries must be whole numbers.
+    """
+
+    def __init__(self, axes: str, *, whole: bool = False) -> None:
+        self.axes, self.whole = axes, whole
+        names = axes.split(", ")
+        self.least = len(names) - ("..." in names)
+        self.most = math.inf if "..." in names else self.least
+
+    def __contains__(self, value: Any) -> bool:
+        if self.whole and not str(getattr(value, "dtype", "int")).rpartition(".")[2].startswith(("int", "uint")):
+            return False
+        return self.least <= len(np.shape(value)) <= self.most
+
+
 class Unchecked:
     """An annotation of an argument that the function itself checks: ``Annotated[list[Any], Unchecked]``."""
 
@@ -186,7 +205,8 @@ def annotations_of(target: Any) -> dict[str, Any]:
         bases = reversed(typing.cast(type, target).__mro__)
         owners = [(inspect.get_annotations(base), vars(sys.modules[base.__module__])) for base in bases]
     else:
-        function = inspect.unwrap(typing.cast(Any, target).__init__ if isinstance(target, type) else target)
+        function = typing.cast(Any, target).__init__ if isinstance(target, type) else target
+        function = inspect.unwrap(getattr(function, "__func__", function))
         owners = [(inspect.get_annotations(function), function.__globals__)] if inspect.isfunction(function) else []
     return {name: _resolve(hint, names) for hints, names in owners for name, hint in hints.items()}
 
@@ -223,6 +243,8 @@ def _compile(hint: Any) -> _Check:
     if origin is Annotated and Unchecked in arguments:
         return ANYTHING
     if origin is Annotated:
+        if (shape := next((x for x in arguments[1:] if isinstance(x, Shape)), None)) is not None:
+            return _shaped(_compile(arguments[0]), shape)
         interval = next((x for x in arguments[1:] if isinstance(x, Within)), None)
         return _compile(arguments[0]) if interval is None else _number(arguments[0], interval)
     if hint is None or hint is types.NoneType:
@@ -294,6 +316,19 @@ def _numbers(value: Any) -> Any:
     if kind not in "biuf":
         raise _Refused
     return value
+
+
+def _shaped(array: _Check, shape: Shape) -> _Check:
+    """Return the check of an array with named axes."""
+    words = f"{array.words} of {'whole numbers of ' * shape.whole}shape ({shape.axes})"
+
+    def convert(value: Any) -> Any:
+        value = array.convert(value)
+        if value not in shape:
+            raise _Refused(out_of_range=True, words=f"{words}, not {tuple(np.shape(value))}")
+        return value
+
+    return _Check(words, convert)
 
 
 NUMBERS = _Check("an array of numbers", _numbers)

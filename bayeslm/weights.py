@@ -6,12 +6,12 @@ and draws and returns one value for each prompt.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .validation import validated
+from .validation import Shape, validated
 
 Array = NDArray[Any]
 Estimate = tuple[Array, Array]  # (estimate, standard error)
@@ -254,7 +254,7 @@ def standard_error(
 
 
 @validated
-def num_roots(roots: ArrayLike) -> Array:
+def num_roots(roots: Annotated[ArrayLike, Shape("chain, draw, prompt", whole=True)]) -> Array:
     """Return the number of roots that have descendants among the particles, (prompt,)."""
     roots = np.asarray(roots)
     return by_root(np.zeros(roots.shape), roots)[1].sum(axis=POOL)

@@ -31,20 +31,18 @@ from bayeslm.inference import SVI
 from bayeslm.models import LanguageModel, TiltedLM
 
 sys.path.append(str(ROOT / "examples"))
-import reasoning
+import _sums as sums
 
 PROMPTS, GENERATIONS = 16, 16  # of a step
 RATES = (1e-4, 3e-4, 1e-3)
 
 
-def accuracy(lm: LanguageModel, held_out: list[reasoning.Problem], draws: int, temperature: float) -> np.ndarray:
+def accuracy(lm: LanguageModel, held_out: list[sums.Problem], draws: int, temperature: float) -> np.ndarray:
     """Return the share of right answers, a problem."""
     texts = lm.generate_texts(
-        [q for q, _, _ in held_out], draws, max_new_tokens=reasoning.LONGEST, temperature=temperature, seed=1
+        [q for q, _, _ in held_out], draws, max_new_tokens=sums.LONGEST, temperature=temperature, seed=1
     )
-    right = [
-        [reasoning.answer_of(x) == answer for x in own] for own, (_, _, answer) in zip(texts, held_out, strict=True)
-    ]
+    right = [[sums.answer_of(x) == answer for x in own] for own, (_, _, answer) in zip(texts, held_out, strict=True)]
     return np.array(right).mean(1)
 
 
@@ -54,9 +52,9 @@ def interval(values: np.ndarray) -> str:
     return f"{middle:.1f}; {middle - reach:.1f} to {middle + reach:.1f}"
 
 
-def ours(prior: LanguageModel, known: list[reasoning.Problem], steps: int, seed: int) -> tuple[LanguageModel, float]:
+def ours(prior: LanguageModel, known: list[sums.Problem], steps: int, seed: int) -> tuple[LanguageModel, float]:
     """Return the policy of `SVI`, and its seconds."""
-    model = TiltedLM(prior, reasoning.RIGHT, reasoning.BETA, max_new_tokens=reasoning.LONGEST, subsample_size=PROMPTS)
+    model = TiltedLM(prior, sums.RIGHT, sums.BETA, max_new_tokens=sums.LONGEST, subsample_size=PROMPTS)
     started = time.perf_counter()
     svi = SVI(steps, num_samples=1, num_prior_samples=0, seed=seed, progress=False)
     posterior = svi.run(model, [q for q, _, _ in known], answer=[a for _, _, a in known])
@@ -64,7 +62,7 @@ def ours(prior: LanguageModel, known: list[reasoning.Problem], steps: int, seed:
 
 
 def theirs(
-    prior: LanguageModel, known: list[reasoning.Problem], tuning: list[reasoning.Problem], options: Any, seed: int
+    prior: LanguageModel, known: list[sums.Problem], tuning: list[sums.Problem], options: Any, seed: int
 ) -> tuple[LanguageModel, float, str]:
     """Return the policy of GRPO with the best rate, its seconds, and the accuracies of all rates."""
     rng = random.Random(seed)
@@ -82,8 +80,8 @@ def theirs(
                     "prompts": [q for q, _, _ in order],
                     "answers": [a for _, _, a in order],
                     "ids": prior.encode_prompts([order[0][0]]).rows()[0],
-                    "pattern": reasoning.RIGHT.pattern,
-                    "tokens": reasoning.LONGEST,
+                    "pattern": sums.RIGHT.pattern,
+                    "tokens": sums.LONGEST,
                     "beta": options.beta,
                     "steps": options.steps,
                     "batch": PROMPTS * GENERATIONS,
@@ -111,8 +109,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    written, known, held_out, tuning = reasoning.splits(extra=100)
-    prior = reasoning.fitted(written, ROOT / "build" / "reasoning")
+    written, known, held_out, tuning = sums.splits(extra=100)
+    prior = sums.fitted(written, ROOT / "build" / "reasoning")
     print(f"torch {torch.__version__}, {REQUIREMENTS[0]}, {options.steps} steps of {PROMPTS * GENERATIONS} samples")
     print("\n| seed | network | learning rate | a draw, percent (95%) | the likeliest text | seconds |")
     print("|---|---|---|---|---|---|")

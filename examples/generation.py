@@ -66,10 +66,10 @@ def figures(posterior: Posterior, parts: dict[str, rewards.Reward], *, weighted:
         scores = part(PROMPTS, texts).numpy()
         cells.append(with_error(*over_prompts(diagnostics.expectation(posterior, scores, weighted=weighted))))
     if posterior.kind in ("weighted", "particles") and weighted:
-        posterior = posterior.resample(DIVERSITY_DRAWS)
+        posterior = posterior.resample(DIVERSITY_DRAWS // len(posterior.log_weights))
     ids, lengths = posterior.samples["completion"], posterior.lengths["completion"]
     every = np.arange(ids.shape[0] * ids.shape[1])
-    some = every[:: max(1, len(every) // DIVERSITY_DRAWS)][:DIVERSITY_DRAWS]  # of all chains
+    some = every[:: max(1, len(every) // DIVERSITY_DRAWS)][:DIVERSITY_DRAWS]  # from all chains
     ids, lengths = (x.reshape(1, -1, *x.shape[2:])[:, some] for x in (ids, lengths))
     return [*cells, mean(diagnostics.distinct_n(ids, lengths, 2))]
 
@@ -89,7 +89,7 @@ def picture(paths: dict[str, list[Point]], path: Path) -> None:
 def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) -> dict[str, list[Point]]:
     options = parser(__doc__, "generation")
     options.add_argument("--beta", type=float, default=0.2, help="the KL coefficient of the table")
-    options.add_argument("--steps", type=int, default=12, help="of the training")
+    options.add_argument("--steps", type=int, default=9, help="of the training")
     chosen = options.parse_args(arguments)
     beta, quick = chosen.beta, chosen.quick
     warnings.simplefilter("ignore", DiagnosticsWarning)  # runs are short; ESS decides what is shown
@@ -102,13 +102,13 @@ def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) ->
     def target(at: float) -> TiltedLM:
         return TiltedLM(packed, reward, at, max_new_tokens=TOKENS)
 
-    pool = ImportanceSampling(4 if quick else 32, 4, seed=0).run(target(1e6), PROMPTS)
+    pool = ImportanceSampling(4 if quick else 24, 4, seed=0).run(target(1e6), PROMPTS)
     frontier = {float(at): at_beta(pool, at) for at in sorted({beta, *BETAS.tolist()}, reverse=True)}
-    best = {n: BestOfN(n, 2, 4, seed=1).run(target(1.0), PROMPTS) for n in ((2,) if quick else (4, 16))}
+    best = {n: BestOfN(n, 8, seed=1).run(target(1.0), PROMPTS) for n in ((2,) if quick else (4, 16))}
     smc = {at: SMC(4 if quick else 16, 2, twist="partial", seed=2).run(target(at), PROMPTS) for at in (2 * beta, beta)}
     chains = {}
     for at in (2 * beta, beta):
-        mcmc = MCMC(4 if quick else 8, 4, 1 if quick else 2, initial_particles=8 if quick else 32, seed=3)
+        mcmc = MCMC(4 if quick else 6, 4, 1 if quick else 2, initial_particles=8 if quick else 24, seed=3)
         own, known = mcmc.run(target(at), PROMPTS), at_beta(pool, at)  # of which MCMC has no log Z
         chains[at] = replace(own, log_evidence=known.log_evidence, log_evidence_stderr=known.log_evidence_stderr)
     model = TiltedLM(lm, reward, beta, max_new_tokens=TOKENS)
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) ->
         steps,
         objective=ReverseKL(2 if quick else 4),
         optimizer=Adam(2e-3),
-        callbacks=[HeldOut({"held_out": partial(model, PROMPTS)}, every=max(1, steps // 3), num_particles=16)],
+        callbacks=[HeldOut({"held_out": partial(model, PROMPTS)}, every=max(1, steps // 3), num_particles=12)],
         num_samples=4,
         num_prior_samples=0,
         seed=4,

@@ -136,9 +136,15 @@ def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) ->
         every=max(1, steps // 6),
         num_particles=draws,
     )
-    adam = Adam(3e-3, schedule="constant")
-    settings: dict[str, Any] = {"optimizer": adam, "num_samples": draws, "num_prior_samples": 0, "seed": 0}
-    svi = SVI(steps, objective=ReverseKL(2 if chosen.quick else 4), callbacks=[held_out], **settings)
+    svi = SVI(
+        steps,
+        objective=ReverseKL(2 if chosen.quick else 4),
+        optimizer=Adam(3e-3, schedule="constant"),
+        callbacks=[held_out],
+        num_samples=2,  # the curves say it all
+        num_prior_samples=0,
+        seed=0,
+    )
     stats = svi.run(program, lm, proxy, chosen.beta, PROMPTS["training"]).stats
     at, found = stats["held_out_steps"], curves(stats)
     stop = int(np.argmax(found["validation"]["gold"][0]))
@@ -149,7 +155,9 @@ def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) ->
         for name in ("training", "test")
         for reward in ("proxy", "gold")
     }
-    cells["KL to the prior, test prompts"] = [f"{abs(found['test']['KL'][0][i]):.2f}" for i in columns.values()]
+    cells["KL to the prior, test prompts"] = [
+        f"{round(found['test']['KL'][0][i], 2) + 0.0:.2f}" for i in columns.values()
+    ]
     write(chosen.folder, [*lines, *table(cells, ["", *columns])], started)
     picture(at, found, stop, chosen.folder / "over-fitting.png")
     return at, found

@@ -1,6 +1,6 @@
 """Question answering: what a small model knows, when it should say "I don't know", and how sure it is.
 
-    python examples/question_answering.py [--price 0.4] [--folder runs/question_answering]
+    python examples/question_answering.py [--price 0.4]      (some two minutes on two cores)
 
 Questions about countries come from the package countryinfo, with references a row: every name that is right. SmolLM2
 answers after two examples. Its probability of an answer is the share of its draws that give it, its answer the one of
@@ -152,7 +152,8 @@ def picture(found: dict[str, HeldOut], price: float, path: Path) -> None:
         right.errorbar(*zip(*shares.values(), strict=True), errors, **style)
         right.plot(*shares.get(price, (np.nan, np.nan)), "*", color=colour, markersize=15)
     share = "share right"
-    left.set(xlabel="probability of the likeliest answer", ylabel=share, title="calibration, ± one standard error")
+    left.set(xlabel="probability of the likeliest answer", ylabel=share, ylim=(-0.05, 1.05))
+    left.set_title("calibration, ± one standard error")
     right.set(xlabel="share of questions answered", ylabel=f"{share} of those answered", ylim=(0, 1.02))
     right.set_title(f"prices of an abstention from 0 to 0.9; star: {price}")
     right.legend(frameon=False)

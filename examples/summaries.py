@@ -1,6 +1,6 @@
 """Summaries: SmolLM2 writes one sentence on an article, aligned to its meaning, to brevity and to words of its own.
 
-    python examples/summaries.py [folder] [--quick]        (five minutes of two cores)
+    python examples/summaries.py [--folder runs/summaries]        (five minutes of two cores)
 
 The articles are descriptions in NumPy's, SciPy's and NetworkX's own documentation, as installed here: a few sentences
 each, under a line that a person wrote, which is the reference. The reward of a summary is
@@ -16,23 +16,21 @@ each, under a line that a person wrote, which is the reference. The reward of a 
     SMC           draws under a hard constraint: at most 12 words, and the text has ended
 
 Figures are of held-out articles, means with standard errors over them; none is trained on. The similarity with the
-reference is in no reward. Everything is written into the folder (default: runs/summaries).
+reference is in no reward.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import inspect
 import re
 import time
 import warnings
-from collections.abc import Callable
 from difflib import SequenceMatcher
 from pathlib import Path
 
 import numpy as np
-import torch
+from _figures import mean, parser, stderr, table, write
 
 from bayeslm import Posterior
 from bayeslm.inference import SMC, SVI, ImportanceSampling
@@ -43,7 +41,6 @@ SOURCES = ["networkx", "numpy", "scipy.stats", "scipy.signal", "scipy.optimize",
 TRAIN, HELD_OUT, DRAWS, STEPS, PARTICLES = 60, 12, 8, 20, 4
 BETA, LONGEST, MOST_WORDS = 0.05, 32, 12
 PER_WORD, PER_COPIED, FREE_RUN = 0.01, 0.05, 3
-Embed = Callable[[list[str]], torch.Tensor]
 
 
 class Article(dict[str, str]):
@@ -80,26 +77,25 @@ def longest_run(summary: str, article: str) -> int:
     return SequenceMatcher(None, words, others, autojunk=False).find_longest_match().size
 
 
-def similarity(embed: Embed, texts: list[str], others: list[str]) -> np.ndarray:
+def similarity(texts: list[str], others: list[str]) -> np.ndarray:
     """Return the cosine of the embeddings of each text and its other one."""
     every = list(dict.fromkeys([*texts, *others]))
-    vectors = dict(zip(every, embed(every), strict=True))
+    vectors = dict(zip(every, rewards.sentence_embeddings(every), strict=True))
     return np.array([float(vectors[a] @ vectors[b]) for a, b in zip(texts, others, strict=True)])
 
 
-def reward_of(embed: Embed) -> rewards.Reward:
+def summary(completions: list[str], article: list[str], **columns: object) -> list[float]:
     """Return the reward; the column ``article`` holds the articles' texts."""
-
-    def summary(prompts: list[object], completions: list[str], article: list[str], **columns: object) -> list[float]:
-        words = np.array([len(text.split()) for text in completions])
-        runs = np.array([longest_run(*pair) for pair in zip(completions, article, strict=True)])
-        price = PER_WORD * words + PER_COPIED * np.maximum(runs - FREE_RUN, 0)
-        return list(similarity(embed, completions, article) - price)
-
-    return rewards.Reward(summary, conversational=False)  # texts, not messages
+    words = np.array([len(text.split()) for text in completions])
+    runs = np.array([longest_run(*pair) for pair in zip(completions, article, strict=True)])
+    price = PER_WORD * words + PER_COPIED * np.maximum(runs - FREE_RUN, 0)
+    return list(similarity(completions, article) - price)
 
 
-def figures(posterior: Posterior, weights: np.ndarray, some: list[Article], embed: Embed) -> dict[str, np.ndarray]:
+REWARD = rewards.Reward(summary, conversational=False)  # of texts, not messages
+
+
+def figures(posterior: Posterior, weights: np.ndarray, some: list[Article]) -> dict[str, np.ndarray]:
     """Return figures of each article, by weights (chain, draw, prompt)."""
     texts, cut = posterior.texts["completion"], posterior.truncated["completion"]
     flat = [str(text) for text in texts.ravel()]
@@ -107,9 +103,9 @@ def figures(posterior: Posterior, weights: np.ndarray, some: list[Article], embe
         [some[i][name] for i in range(len(some))] * (texts.size // len(some)) for name in ("text", "title")
     )
     values = {
-        "reward": np.array(reward_of(embed)([""] * len(flat), flat, article=bodies)),
-        "meaning": similarity(embed, flat, bodies),
-        "reference": similarity(embed, flat, titles),
+        "reward": np.array(summary(flat, article=bodies)),
+        "meaning": similarity(flat, bodies),
+        "reference": similarity(flat, titles),
         "words": np.array([len(text.split()) for text in flat], dtype=float),
         "copied run": np.array([longest_run(*pair) for pair in zip(flat, bodies, strict=True)], dtype=float),
         "cut off": cut.ravel().astype(float),
@@ -123,19 +119,6 @@ def best(posterior: Posterior) -> np.ndarray:
     return (r == r.max((0, 1))) / (r == r.max((0, 1))).sum((0, 1))
 
 
-def tiny(some: list[Article]) -> tuple[LanguageModel, Embed]:
-    """Return a table over the words of articles, and vectors of counted words: for a try in seconds."""
-    words = sorted({word for article in some for word in question(article)[0]["content"].split()})
-    lm = LanguageModel.tabular(["<eos>", *words], order=2)
-    lm.tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-
-    def embed(texts: list[str]) -> torch.Tensor:
-        counts = torch.tensor([[float(text.split().count(word)) for word in words[:50]] for text in texts])
-        return torch.nn.functional.normalize(counts, dim=-1)
-
-    return lm, embed
-
-
 def draw_picture(path: Path, rows: dict[str, dict[str, np.ndarray]]) -> None:
     from matplotlib import pyplot
 
@@ -143,77 +126,56 @@ def draw_picture(path: Path, rows: dict[str, dict[str, np.ndarray]]) -> None:
     figure, every = pyplot.subplots(1, len(names), figsize=(11, 3), layout="constrained", sharey=True)
     for axes, name in zip(every, names, strict=True):
         for i, values in enumerate(rows.values()):
-            axes.errorbar(values[name].mean(), -i, xerr=error(values[name]), fmt="o", capsize=3)
+            axes.errorbar(values[name].mean(), -i, xerr=stderr(values[name]), fmt="o", capsize=3)
         axes.set_title(name)
     every[0].set_yticks(-np.arange(len(rows)), list(rows))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
-def error(values: np.ndarray) -> float:
-    return float(values.std(ddof=1) / len(values) ** 0.5)
-
-
-def main(folder: Path, quick: bool = False) -> None:
-    warnings.filterwarnings("ignore", category=DiagnosticsWarning)  # a few draws are weighted, to be compared with one
-    started = time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
+def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) -> list[str]:
+    chosen = parser(__doc__, "summaries").parse_args(arguments)
+    quick, started = chosen.quick, time.perf_counter()
+    warnings.simplefilter("ignore", DiagnosticsWarning)  # a few draws are weighted, to be compared with one
+    lm = lm or LanguageModel.from_pretrained("smollm2")
     every = articles(SOURCES[:1] if quick else SOURCES)
     train, held_out = (every[:4], every[4:7]) if quick else (every[HELD_OUT:][:TRAIN], every[:HELD_OUT])
-    lm, embed = tiny(every) if quick else (LanguageModel.from_pretrained("smollm2"), rewards.sentence_embeddings)
     longest, steps = (6, 2) if quick else (LONGEST, STEPS)
-    print(f"{len(every)} articles, {len(train)} to train on, {len(held_out)} held out; for example:", held_out[0])
+    print(f"{len(every)} articles, {len(train)} to train on, {len(held_out)} held out")
 
-    reward = reward_of(embed)
-    prompts, bodies = [question(a) for a in held_out], [a["text"] for a in held_out]
-    target = TiltedLM(lm if quick else lm.packed(), reward, BETA, max_new_tokens=longest)
+    prior, prompts, bodies = lm.packed(), [question(a) for a in held_out], [a["text"] for a in held_out]
+    target = TiltedLM(prior, REWARD, BETA, max_new_tokens=longest)
     before = ImportanceSampling(DRAWS, 1, seed=0).run(target, prompts, article=bodies)
-    equal = np.full(before.log_weights.shape, 1 / before.log_weights[..., 0].size)
-    rows = {"prior": figures(before, equal, held_out, embed)}
-    rows["posterior"] = figures(before, before.weights(), held_out, embed)
-    rows[f"best of {DRAWS}"] = figures(before, best(before), held_out, embed)
-    print(f"the prior's draws, {time.perf_counter() - started:.0f} s")
+    equal = np.full(before.log_weights.shape, 1 / DRAWS)
+    found = {"prior": figures(before, equal, held_out)}
+    found["posterior"] = figures(before, before.weights(), held_out)
+    found[f"best of {DRAWS}"] = figures(before, best(before), held_out)
 
-    model = TiltedLM(lm, reward, BETA, max_new_tokens=longest, subsample_size=4)
+    model = TiltedLM(lm, REWARD, BETA, max_new_tokens=longest, subsample_size=4)
     svi = SVI(steps, PARTICLES, num_samples=1, num_prior_samples=0, seed=0)
-    trained = svi.run(model, [question(a) for a in train], article=[a["text"] for a in train])
-    policy = trained.policy if quick else trained.policy.packed()
-    after = ImportanceSampling(DRAWS, 1, guide=policy, seed=0).run(target, prompts, article=bodies)
-    rows["policy"] = figures(after, equal, held_out, embed)
-    print(f"the policy's, {time.perf_counter() - started:.0f} s")
+    policy = svi.run(model, [question(a) for a in train], article=[a["text"] for a in train]).policy
+    after = ImportanceSampling(DRAWS, 1, guide=policy.packed(), seed=0).run(target, prompts, article=bodies)
+    found["policy"] = figures(after, equal, held_out)
 
     short = rewards.Constraint(lambda text: len(text.split()) <= MOST_WORDS, prefix_closed=True)
     ended = rewards.Constraint(
         rewards.Reward(lambda completions, truncated, **_: [float(not cut) for cut in truncated])
     )
-    constrained = TiltedLM(target.prior, short if quick else short + ended, 1.0, max_new_tokens=longest)
+    constrained = TiltedLM(prior, short + ended, 1.0, max_new_tokens=longest)
     smc = SMC(DRAWS, 1, twist="prefix", seed=0).run(constrained, prompts)
-    rows["SMC, short"] = figures(smc, smc.weights(), held_out, embed)
+    found["SMC, short"] = figures(smc, smc.weights(), held_out)
+    found["policy − prior, paired"] = {name: found["policy"][name] - x for name, x in found["prior"].items()}
 
-    names = list(rows["prior"])
-    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    lines += [
-        f"| {name} | " + " | ".join(f"{x.mean():.3f} ± {error(x):.3f}" for x in row.values()) + " |"
-        for name, row in rows.items()
-    ]
-    gain = {name: rows["policy"][name] - rows["prior"][name] for name in names}
-    lines.append(
-        "| policy − prior, paired | " + " | ".join(f"{x.mean():.3f} ± {error(x):.3f}" for x in gain.values()) + " |"
-    )
-    print(*lines, sep="\n")
-    (folder / "figures.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rows = {name: [mean(x, 3 if i < 3 else 1) for i, x in enumerate(row.values())] for name, row in found.items()}
+    lines = table(rows, ["held out", *found["prior"]])
     for i in range(2):
-        print(f"\n{held_out[i]['text']}\n  a person: {held_out[i]['title']}")
-        for name, posterior in {"prior": before, "policy": after, "SMC": smc}.items():
-            print(f"  {name}: {posterior.texts['completion'][0, 0, i]!r}")
-    draw_picture(folder / "summaries.png", rows)
-    trained.policy.save_pretrained(folder / "policy")
-    print(f"all is in {folder}, after {time.perf_counter() - started:.0f} s")
+        lines += ["", held_out[i]["text"], f"- a person: {held_out[i]['title']}"]
+        for name, posterior in {"prior": before, "policy": after, "SMC, short": smc}.items():
+            lines.append(f"- {name}: {posterior.resample(1).texts['completion'][0, 0, i].strip()}")
+    write(chosen.folder, lines, started)
+    draw_picture(chosen.folder / "summaries.png", {name: row for name, row in found.items() if "−" not in name})
+    return lines
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/summaries"))
-    parser.add_argument("--quick", action="store_true", help="a table in the place of SmolLM2, for a few seconds")
-    options = parser.parse_args()
-    main(options.folder, options.quick)
+    main()

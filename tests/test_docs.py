@@ -77,6 +77,7 @@ def workplace(tmp_path, monkeypatch):
 def test_the_readme_has_python_and_commands():
     assert blocks(README)
     assert list(commands(README))
+    assert README.read_text(encoding="utf-8").count("\n") <= 130
 
 
 class Logger(SimpleNamespace):

@@ -92,7 +92,14 @@ def one_line_errors() -> Iterator[None]:
             ) from None
 
 
-def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
     """Print a warning in one line, with the place that gave it if it is not written for users."""
     if issubclass(category, FutureWarning):  # of libraries, for those who write programs with them
         return

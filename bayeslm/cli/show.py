@@ -67,10 +67,13 @@ def load_posteriors(directory: Path) -> dict[str, Posterior]:
     :raises FileNotFoundError: if there are none.
     """
     from bayeslm.posterior import Posterior
+    from bayeslm.storage import ARRAYS, TEXTS
 
     from .resume import others, unfinished
 
-    found = {path.parent.name: path.parent for path in sorted(directory.glob("*/posterior.json"))}
+    # a folder that has lost one of its files is damaged, and said to be
+    files = [path for name in ("posterior.json", ARRAYS, TEXTS) for path in directory.glob(f"*/{name}")]
+    found = {path.parent.name: path.parent for path in sorted(files)}
     if not found and (waiting := unfinished(directory, {})):
         raise FileNotFoundError(f"{directory} holds no result yet of {', '.join(waiting)}")
     if (directory / "posterior.json").is_file() or not found:

@@ -155,7 +155,7 @@ def show(
 
 def _unknown_khats(posteriors: Mapping[str, Posterior]) -> list[str]:
     """Return why each k̂ that no warning explains is unknown."""
-    reasons = {}
+    reasons: dict[str, str] = {}
     for name, posterior in posteriors.items():
         if posterior.kind == "weighted":
             found = zip(khat_reasons(posterior.log_weights), reliability.problems(posterior), strict=True)

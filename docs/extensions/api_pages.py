@@ -24,6 +24,7 @@ PACKAGES = {
     "What comes out, without PyTorch": [
         "bayeslm",
         "bayeslm.diagnostics",
+        "bayeslm.advice",
         "bayeslm.reliability",
         "bayeslm.bounds",
         "bayeslm.calibration",

@@ -28,8 +28,9 @@ def check_evidence(log_weights: np.ndarray, program: Program) -> None:
     of = f"for prompt {i} ({labels[i]!r}) " if len(labels) == len(dead) else ""
     limits = {site.fn.max_new_tokens for site in program.completions}
     reward = getattr(program.model, "reward", None)
-    for site in program.completions if isinstance(reward, Grammar) else []:
-        check_grammar(reward, token_bytes(site.fn), site.fn.max_new_tokens)
+    if isinstance(reward, Grammar):
+        for site in program.completions:
+            check_grammar(reward, token_bytes(site.fn), site.fn.max_new_tokens)
     tokens = f", of at most {limits.pop()} tokens (max_new_tokens)" if len(limits) == 1 else ""
     raise EvidenceError(
         f"every reward is -inf {of}in all {log_weights[..., i].size} draws{tokens}: the posterior does not exist, or "

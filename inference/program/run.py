@@ -256,7 +256,7 @@ def draw(
 
 def _tokens(program: Program) -> int | None:
     """Return how many tokens a draw of all completions has at most; None without any."""
-    of_run = sum(site.fn.batch_shape.numel() * site.fn.max_new_tokens for site in program.completions)
+    of_run = int(sum(site.fn.batch_shape.numel() * site.fn.max_new_tokens for site in program.completions))
     return (of_run * (program.full_size if program.in_chunks else program.num_prompts) // program.num_prompts) or None
 
 

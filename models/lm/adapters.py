@@ -91,6 +91,14 @@ def own_parameters(network: Any) -> list[nn.Parameter]:
     return [p for p in network.parameters() if p.is_floating_point() and p.data_ptr() in saved]
 
 
+def without_effect(network: nn.Module) -> list[nn.Parameter]:
+    """Return parameters that change no distribution: the random factors of adapters whose others are 0."""
+    named = list(network.named_parameters())
+    if any(bool(p.any()) for name, p in named if ".lora_B." in name):
+        return []
+    return [p for name, p in named if ".lora_A." in name]
+
+
 def float32_copy(network: nn.Module) -> tuple[nn.Module, torch.dtype | None, frozenset[str]]:
     """Return a copy to train, in float32.
 

@@ -19,7 +19,7 @@ from pyro.distributions.util import broadcast_shape  # torch's takes ten times a
 from torch import Size, Tensor
 from torch.distributions import constraints
 
-from bayeslm.validation import Count, Positive, validated
+from bayeslm.validation import Count, Positive, show, validated
 
 from .decoding import Decoder, generate, only_end
 from .encoding import Base, Encoded, Vocabulary
@@ -432,6 +432,8 @@ class Autoregressive(TorchDistribution):
         The distribution depends on the prompt alone, so a value that particles share (an observation) is one row a
         prompt.
         """
+        if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
+            raise TypeError(f"value must be a tensor of token ids, whole numbers, got {show(value)}")
         if value.shape[-1:] != self.event_shape:
             raise ValueError(f"expected completions of {self.max_new_tokens} tokens, got shape {tuple(value.shape)}")
         shape = Size(broadcast_shape(value.shape[:-1], self.prompt_ids.shape[:-1]))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -47,7 +47,7 @@ class Losses(list[float]):
     :param held_out: the loss of the texts held out, by the number of steps before it.
     """
 
-    def __init__(self, steps: Sequence[float] = (), held_out: dict[int, float] | None = None) -> None:
+    def __init__(self, steps: Sequence[float] = (), held_out: Mapping[int, float] | None = None) -> None:
         super().__init__(steps)
         self.held_out = dict(held_out or {})
 
@@ -169,7 +169,7 @@ def checkpoint_in(
     """Yield the checkpoint of a fit in a folder, or None without one.
 
     :param pairs: to learn and to hold out.
-    :param parameters: of the network, as they are before the fit.
+    :param parameters: of the network, as they are before the fit, on which it depends.
     """
     if folder is None:
         yield None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bayeslm.model_card import TrainingNotes, read_notes, training_notes
 from bayeslm.posterior import Posterior
 from bayeslm.processes import is_first
-from bayeslm.validation import Count, Positive, Seed, Share, Unchecked, Within, validated
+from bayeslm.validation import Count, Positive, Seed, Shape, Share, Unchecked, Within, validated
 
 from . import adapters, completions, encoding, fitting, generation, joining, packing, stop_strings, texts
 from .autoregressive import Autoregressive
@@ -445,7 +445,9 @@ class LanguageModel(ModuleWithProperties):
         micro = self.micro_batch_size
         settings = fitting.FitSettings(num_steps, batch_size, learning_rate, schedule, seed, every, micro)
         weights = adapters.own_parameters(self.network)
-        with fitting.checkpoint_in(checkpoint, settings, [pairs, others], list(self.network.parameters())) as kept:
+        free = {id(p) for p in adapters.without_effect(self.network)}
+        start = [p for p in self.network.parameters() if id(p) not in free]
+        with fitting.checkpoint_in(checkpoint, settings, [pairs, others], start) as kept:
             network = self.current()
             losses = fitting.fit(network, weights, pairs, others, settings, checkpoint=kept, progress=progress)
         self._is_named = self._is_named and self.has_adapters
@@ -701,7 +703,7 @@ class LanguageModel(ModuleWithProperties):
     @validated
     def decode(
         self,
-        value: Tensor,
+        value: Annotated[Tensor, Shape("..., token", whole=True)],
         prompts: Sequence[encoding.Prompt] | np.ndarray | Tensor | encoding.Encoded | None = None,
     ) -> np.ndarray:
         """Return the texts of completions (*batch, token), up to their end, as an object array of the batch's shape.
@@ -722,7 +724,8 @@ class LanguageModel(ModuleWithProperties):
         rows = self.vocabulary.before_end(value)
         return texts.completion_texts(self.tokenizer, rows, value.shape[:-1], encoded)
 
-    def token_ends(self, value: Tensor, decoded: np.ndarray) -> np.ndarray:
+    @validated
+    def token_ends(self, value: Annotated[Tensor, Shape("..., token", whole=True)], decoded: np.ndarray) -> np.ndarray:
         """Return where each token of completions (*batch, token) ends in their texts (*batch), see `texts`."""
         before = texts.context_of(self.tokenizer, self.decoder_start_ids) if self.decoder_start_ids else None
         rows = self.vocabulary.before_end(value)
@@ -732,7 +735,8 @@ class LanguageModel(ModuleWithProperties):
         """Return the bytes that each token adds to the text of these prompts, or None, see `token_bytes`."""
         return token_bytes(self.tokenizer, self.vocab_size, prompts)
 
-    def token_ids(self, value: Tensor) -> np.ndarray:
+    @validated
+    def token_ids(self, value: Annotated[Tensor, Shape("..., token", whole=True)]) -> np.ndarray:
         """Return completions (*batch, token) as lists of token ids, with the end, an object array of the batch's shape.
 
         These are the ``completion_ids`` of a reward in TRL's convention.
@@ -740,6 +744,7 @@ class LanguageModel(ModuleWithProperties):
         rows = self.vocabulary.with_end(value)
         return np.fromiter(rows, dtype=object, count=len(rows)).reshape(tuple(value.shape[:-1]))
 
+    @validated
     def detokenize(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each row of token ids, without special tokens."""
         return texts.decode(self.tokenizer, rows)

@@ -95,7 +95,7 @@ class Densities:
     """The engine's log-probabilities of the values that it drew for a distribution, while these exist."""
 
     def __init__(self) -> None:
-        self._kept = WeakTensorKeyDictionary()  # type: ignore[no-untyped-call]
+        self._kept = WeakTensorKeyDictionary()
         self._any = False
 
     def keep(self, value: Tensor, log_s: Tensor) -> None:
@@ -112,7 +112,7 @@ class Densities:
         version, log_s = self._kept.get(value, (None, None))
         if log_s is None or version != _version(value):
             raise LookupError("the value is not one that the sampler drew: it was changed, or replaced, after")
-        return log_s  # type: ignore[no-any-return]
+        return log_s
 
 
 def _version(value: Tensor) -> int:

@@ -121,10 +121,13 @@ class Grammar(Reward):
         return some if not half else self._letters(some[:half]) + self._letters(some[half:])
 
     def _meets(self, other: str) -> bool:
-        """Return whether a text of the regular expression is one of another."""
+        """Return whether a text of the regular expression is one of another; True where that takes too long to tell."""
         mine, others = (_library().regex_to_lark(x) for x in (self.regex or "", other))
-        root = TokenGrammar(f"{EVERY_SPELLING}start: T\nT: /{mine}/ & /{others}/", BYTES).root
-        return root.accepts or bool(root.mask.any())
+        try:
+            root = TokenGrammar(f"{EVERY_SPELLING}start: T\nT: /{mine}/ & /{others}/", BYTES).root
+            return root.accepts or bool(root.mask.any())
+        except ValueError:  # llguidance has given up
+            return True
 
     def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Scores:
         return [0.0 if state is not None and state.accepts else -math.inf for state in self._read(completions)]
@@ -235,7 +238,7 @@ def _schema(schema: Mapping[str, Any] | str | None) -> str:
     """Return a JSON schema as a text."""
     try:
         return json.dumps(json.loads(schema) if isinstance(schema, str) else dict(schema or {}))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"Grammar: json_schema is no JSON: {error}") from error
 
 

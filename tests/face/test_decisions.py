@@ -262,6 +262,9 @@ def test_a_text_that_was_not_drawn_may_be_decided(name, price):
     assert [w["unknown"] for w in weights] == [0.0, 0.0]
     np.testing.assert_allclose([w["yes"] for w in weights], TARGET[:, 1])
     assert [len(w) for w in weights] == [sum(own > 0) + (1 if own[1] > 0 else 2) for own in TARGET]
+    fewer = enumerated().decide(priced, num_candidates=1, also=["no", "maybe"])  # drawn, and one is not the heaviest
+    weights = [{c.text: c.weight for c in candidates} for candidates in fewer.candidates]
+    np.testing.assert_allclose([[w["no"], w["maybe"]] for w in weights], TARGET[:, [0, 2]])
     for bad, also in (("reward", ["unknown"]), (priced, "unknown")):
         with pytest.raises((ValueError, TypeError), match="also"):
             enumerated().decide(bad, also=also)

@@ -44,8 +44,10 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("held_out", [None, 0.4])
-@pytest.mark.parametrize(("kind", "schedule"), [("weights", "linear"), ("adapters", "constant")])
+@pytest.mark.parametrize(
+    ("kind", "schedule", "held_out"),
+    [("weights", "linear", 0.4), ("weights", "constant", None), ("adapters", "constant", 0.4)],
+)
 def test_a_stopped_fit_goes_on_bit_identically(tmp_path, monkeypatch, kind, schedule, held_out):
     settings = {"num_steps": 7, "batch_size": 2, "schedule": schedule, "held_out": held_out, "every": 2} | QUIET
     torch.manual_seed(3)  # of adapters
@@ -53,16 +55,25 @@ def test_a_stopped_fit_goes_on_bit_identically(tmp_path, monkeypatch, kind, sche
     losses = whole.fit(TEXTS, **settings)
     torch.manual_seed(3)
     stopped(monkeypatch, 6, lambda: MODELS[kind]().fit(TEXTS, checkpoint=tmp_path, **settings))
-    torch.manual_seed(3)
-    resumed = MODELS[kind]()
+    resumed = MODELS[kind]()  # of adapters, another random half, which is no matter
     again = resumed.fit(TEXTS, checkpoint=tmp_path, **settings)
     assert (again, again.held_out) == (losses, losses.held_out)
     assert_same(resumed, whole)
-    torch.manual_seed(3)
     done = MODELS[kind]()
     monkeypatch.setattr(torch.optim.AdamW, "step", None)  # no further step
     assert done.fit(TEXTS, checkpoint=tmp_path, **settings) == losses
     assert_same(done, whole)
+
+
+def test_adapters_that_were_trained_begin_another_fit(tmp_path):
+    prior = tiny_llama()
+    policy = prior.policy(lora_rank=2)
+    policy.fit(TEXTS, num_steps=2, checkpoint=tmp_path, **QUIET)
+    with pytest.raises(ValueError, match="weights at the start was"):
+        policy.continued().fit(TEXTS, num_steps=2, checkpoint=tmp_path, **QUIET)
+    prior.policy(lora_rank=2).fit(TEXTS, num_steps=2, checkpoint=tmp_path, **QUIET)
+    with pytest.raises(ValueError, match="weights at the start was"):
+        prior.policy(lora_rank=3).fit(TEXTS, num_steps=2, checkpoint=tmp_path, **QUIET)
 
 
 def test_with_a_constant_rate_a_fit_may_be_made_longer(tmp_path):
@@ -155,15 +166,15 @@ def test_texts_in_tables():
         losses(columns, prompts)
 
 
-@pytest.mark.parametrize("kind", list(MODELS))
+@pytest.mark.parametrize("kind", ["weights", "encoder-decoder"])
 def test_micro_batches_give_the_gradient_of_the_batch(kind):
     texts, prompts = ["a b c d", "b", "c c"], ["e f g", "a", "b b"]
     found = []
-    for size in (None, 1, 2):
+    for size in (None, 2):
         torch.manual_seed(3)
         lm = MODELS[kind]()
         lm.micro_batch_size = size
-        found.append(lm.fit(texts, prompts, num_steps=4, held_out={"prompt": prompts, "completion": texts}, **QUIET))
+        found.append(lm.fit(texts, prompts, num_steps=2, held_out={"prompt": prompts, "completion": texts}, **QUIET))
     for losses in found[1:]:
         assert losses == pytest.approx(found[0], abs=1e-4)
         assert list(losses.held_out.values()) == pytest.approx(list(found[0].held_out.values()), abs=1e-4)

@@ -6,10 +6,12 @@ from .encoding import Encoded, Prompt
 from .generation import SampledText, sample_texts
 from .gradients import differentiating
 from .language_model import LanguageModel
+from .lockstep import stepping, wait
 from .module_errors import ModuleWithProperties
 from .network import CausalNetwork, log_softmax_at
 from .remembered import on_host, put_on_host, remembering
-from .sharding import refuse_sharded
+from .sharded_passes import steps
+from .sharding import is_sharded, like, local, offering, refuse_sharded, whole_offer, whole_state
 from .suffix import redraw
 from .tables import read_table, without_index
 from .tensor_files import read_tensors, write_tensors
@@ -37,7 +39,11 @@ __all__ = [
     "exclusive",
     "forked",
     "generate",
+    "is_sharded",
+    "like",
+    "local",
     "log_softmax_at",
+    "offering",
     "on_host",
     "put_on_host",
     "read_table",
@@ -46,6 +52,11 @@ __all__ = [
     "refuse_sharded",
     "remembering",
     "sample_texts",
+    "stepping",
+    "steps",
+    "wait",
+    "whole_offer",
+    "whole_state",
     "without_index",
     "word_tokenizer",
     "write_tensors",

@@ -156,6 +156,8 @@ class Training:
                 raise
             if checkpoints is not None and not self.interrupted:
                 self.checkpoint = checkpoints.write(self._saved())
+            if self._parts():  # which the first process puts together for its checkpoint
+                ranks().exchange(may_stop=False)
 
     @property
     def _plan(self) -> str:
@@ -282,7 +284,7 @@ class Training:
     @contextlib.contextmanager
     def _rescued(self, checkpoints: Checkpoints | None) -> Iterator[None]:
         """Write a checkpoint of the state before a step, if the step is stopped before it has moved the guide."""
-        if checkpoints is None or self.step == 0:
+        if checkpoints is None or self.step == 0 or self._parts():  # no process can put parts together alone
             yield
             return
         begun, random, state = self.step, RandomStates.now(), self._state
@@ -415,8 +417,8 @@ class Training:
         rng, states = RandomStates.now().saved()
         tensors = rng | self._moved() | under("objective", self._state) | under("callbacks", self.callbacks.state())
         tensors |= {f"history.{name}": torch.from_numpy(np.array(values)) for name, values in self.history.items()}
-        places = (name for name, x in tensors.items() if is_sharded(x))
-        tensors |= {name: whole_offer(i).cpu() for i, name in enumerate(list(places))}
+        places = sorted(name for name, x in tensors.items() if is_sharded(x))
+        tensors |= {name: whole_offer(i).cpu() for i, name in enumerate(places)}
         _, numbers = self.best.state()
         done = {"step": self.step, "ended": self.ended, "gamma": self.inverse_temperature, "best": numbers}
         done |= {"samples": self.samples, "train_seconds": self.seconds, "used": self._stopwatch.snapshot()}
@@ -429,8 +431,9 @@ class Training:
         return tensors | under("adam", self.optimizer.moments()) | self.best.state()[0]
 
     def _parts(self) -> list[Tensor]:
-        """Return those of them that are sharded."""
-        return [x for x in self._moved().values() if is_sharded(x)]
+        """Return those of them that are sharded, by name."""
+        moved = self._moved()
+        return [moved[name] for name in sorted(moved) if is_sharded(moved[name])]
 
     def restore(self, saved: Saved) -> None:
         """Resume from a checkpoint, the random numbers included.

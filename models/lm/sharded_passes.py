@@ -54,6 +54,7 @@ class Shards:
         self._states = [state for _, state in states]
         inner = set() if body is None else set(body.modules()) - {body}
         self._around = [module for module, _ in states if module not in inner]  # body and head, from outside in
+        self._layers = [(module, state) for module, state in states if module in inner or body is None]
         self._is_pass = self._is_inside = False
 
     def opens(self, module: nn.Module | None) -> bool:
@@ -97,8 +98,29 @@ class Shards:
     def gradient(
         self, compute: Callable[[], Tensor], grad: Tensor, trained: Sequence[nn.Parameter]
     ) -> list[Tensor | None]:
-        """Return the gradient of sum(compute() * grad) in weights; of sharded ones it is the sum over all processes."""
-        return self.together(GRADIENT, partial(_gradient, partial(self.inside, compute), grad, trained))
+        """Return the gradient of sum(compute() * grad) in weights; of sharded ones it is the sum over all processes.
+
+        It is to be called in a backward pass, where FSDP keeps weights after a forward pass, which is then that of a
+        layer computed again: they are freed here.
+        """
+        return self.together(GRADIENT, partial(self._gradient, partial(self.inside, compute), grad, trained))
+
+    def _gradient(
+        self, compute: Callable[[], Tensor], grad: Tensor, trained: Sequence[nn.Parameter]
+    ) -> list[Tensor | None]:
+        before = [p.grad for p in trained]
+        for p in trained:
+            p.grad = None
+        with contextlib.ExitStack() as held:
+            for module, state in self._layers:
+                held.enter_context(module.register_forward_hook(partial(_free, state._modules[0])))
+            try:
+                scores = compute()
+                scores.backward(grad.expand_as(scores))
+                return [_total(p.grad) for p in trained]
+            finally:
+                for p, kept in zip(trained, before, strict=True):
+                    p.grad = kept
 
     def take_part(self, kind: int) -> None:
         """Do a pass over two tokens whose result is dropped, since other processes need this one's weights."""
@@ -110,8 +132,8 @@ class Shards:
         def work() -> None:
             if kind == GRADIENT:
                 trained = [p for p in self._network.parameters() if p.requires_grad]
-                with torch.enable_grad():
-                    _gradient(partial(self.inside, scores), torch.zeros(()), trained)
+                zero = torch.zeros((), device=ids.device)
+                _in_backward(lambda: _keep(self._gradient(partial(self.inside, scores), zero, trained), trained))
             elif kind == HEAD:
                 self.inside(_nothing)
             else:
@@ -125,22 +147,48 @@ def _nothing() -> None:
     pass
 
 
-def _gradient(compute: Callable[[], Tensor], grad: Tensor, trained: Sequence[nn.Parameter]) -> list[Tensor | None]:
-    scores = compute()
-    before = [p.grad for p in trained]
-    for p in trained:
-        p.grad = None
-    try:
-        scores.backward(grad.expand_as(scores))
-        return [p.grad if p.grad is None or not is_sharded(p) else p.grad * p.device_mesh.size() for p in trained]
-    finally:
-        for p, kept in zip(trained, before, strict=True):
-            p.grad = kept
+def _free(module: Any, *_: Any) -> None:
+    """Free the gathered weights of a module that FSDP has sharded."""
+    module.reshard()
+
+
+def _keep(grads: Sequence[Tensor | None], trained: Sequence[nn.Parameter]) -> None:
+    """Add to this process's parts what other processes' gradients are in them."""
+    for p, grad in zip(trained, grads, strict=True):
+        if grad is not None and is_sharded(p):
+            p.grad = grad if p.grad is None else p.grad + grad
+
+
+def _total(grad: Tensor | None) -> Tensor | None:
+    """Return the sum of a gradient over processes, where FSDP has their mean."""
+    mesh: Any = getattr(grad, "device_mesh", None)
+    return grad if grad is None or mesh is None else grad * mesh.size()
+
+
+class _InBackward(torch.autograd.Function):
+    """Calls a function in its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, work: Callable[[], Any]) -> Tensor:
+        ctx.work = work
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        with torch.enable_grad():
+            ctx.work()
+        return grad, None
+
+
+def _in_backward(work: Callable[[], Any]) -> None:
+    """Call a function in a backward pass, where FSDP does other things than outside."""
+    with torch.enable_grad():
+        _InBackward.apply(torch.zeros((), requires_grad=True), work).backward()
 
 
 def _hooked(module: nn.Module, work: Callable[[], T]) -> Callable[[], T]:
     """Return what computes something as a module's forward pass, with FSDP's hooks and no others."""
-    new: Any = with_forward(module, work)
+    new: Any = with_forward(module, lambda: work())  # no module itself: torch would note it as a part
     for name in ("_forward_pre_hooks", "_forward_hooks"):
         kept = {key: hook for key, hook in getattr(module, name).items() if fsdp_state(hook) is not None}
         setattr(new, name, type(getattr(module, name))(kept))

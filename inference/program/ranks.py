@@ -28,7 +28,7 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
-from bayeslm.models.lm import stepping, steps, wait
+from bayeslm.models.lm import announcing, passes_together, wait_for_passes
 from bayeslm.processes import set_rank
 from bayeslm.progress import quiet
 from bayeslm.visible import message_of
@@ -216,6 +216,10 @@ class Ranks:
                 self._defers = False
             self.exchange()
 
+    def announcing(self) -> contextlib.AbstractContextManager[None]:
+        """Return a block in which passes of sharded networks are done by all ranks together."""
+        return announcing(passes_together(self.agree, self.uninterrupted))
+
     def uninterrupted(self) -> contextlib.AbstractContextManager[None]:
         """Return a block that Ctrl-C does not end; it ends the next exchange."""
         return contextlib.nullcontext() if self._defers else self._noting_ctrl_c()
@@ -249,7 +253,7 @@ class Ranks:
         return [x.tolist() for x in found]
 
     def _send(self, head: dict[str, Any], tensors: Mapping[str, Tensor]) -> list[tuple[dict[str, Any], Any]]:
-        wait()  # passes of sharded networks need all ranks
+        wait_for_passes()  # passes of sharded networks need all ranks
         own = _packed(head, tensors)
         sizes = [torch.zeros(1, dtype=torch.long) for _ in range(self.size)]
         with self._guarded():
@@ -314,7 +318,11 @@ def together(seed: int | None, divided: bool) -> Iterator[tuple[Ranks, int | Non
     drawn = int(torch.randint(2**31, ())) if seed is None else seed
     token = _current.set(run if divided else ALONE)
     try:
-        with quiet(not run.is_first), warnings.catch_warnings(), stepping(steps(run.agree, run.uninterrupted)):
+        with (
+            quiet(not run.is_first),
+            warnings.catch_warnings(),
+            announcing(passes_together(run.agree, run.uninterrupted)),
+        ):
             if not run.is_first:
                 warnings.simplefilter("ignore")
             run.check_same("the seed", {"seed": str(seed), "is divided": str(divided)})
@@ -322,7 +330,7 @@ def together(seed: int | None, divided: bool) -> Iterator[tuple[Ranks, int | Non
             yield (run, run.stream(common)) if divided else (ALONE, common)
             run.exchange()
     except BaseException as error:
-        with stepping(steps(run.agree, run.uninterrupted)):
+        with run.announcing():
             run.fail(error)
         raise
     finally:

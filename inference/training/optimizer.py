@@ -13,7 +13,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from bayeslm.inference.program import ranks
-from bayeslm.models.lm import is_sharded, like, local, refuse_sharded
+from bayeslm.models.lm import in_parts_like, is_sharded, own_part, refuse_sharded
 from bayeslm.validation import Positive, Within, validated
 
 from .movement import Movement
@@ -136,7 +136,7 @@ class ScheduledAdam(PyroOptim):
 
     def _clipped(self) -> float:
         """Clip the gradient, and return its norm before."""
-        parts = [local(p.grad) for p in self._names if p.grad is not None and is_sharded(p)]
+        parts = [own_part(p.grad) for p in self._names if p.grad is not None and is_sharded(p)]
         if not parts:
             return float(torch.nn.utils.clip_grad_norm_(self._names, self._clip))
         rest = [p.grad for p in self._names if p.grad is not None and not is_sharded(p)]
@@ -204,5 +204,5 @@ class ScheduledAdam(PyroOptim):
         state: dict[int, dict[str, Tensor]] = {}
         for entry, value in moments.items():
             key, _, name = entry.partition(".")
-            state.setdefault(places[name], {})[key] = like(value, params[name]) if value.dim() else value
+            state.setdefault(places[name], {})[key] = in_parts_like(value, params[name]) if value.dim() else value
         self._adam.load_state_dict(self._adam.state_dict() | {"state": state})

@@ -6,12 +6,12 @@ from .encoding import Encoded, Prompt
 from .generation import SampledText, sample_texts
 from .gradients import differentiating
 from .language_model import LanguageModel
-from .lockstep import stepping, wait
+from .lockstep import announcing, wait_for_passes
 from .module_errors import ModuleWithProperties
 from .network import CausalNetwork, log_softmax_at
 from .remembered import on_host, put_on_host, remembering
-from .sharded_passes import steps
-from .sharding import is_sharded, like, local, offering, refuse_sharded, whole_offer, whole_state
+from .sharded_passes import passes_together
+from .sharding import in_parts_like, is_sharded, offering, own_part, refuse_sharded, whole_offer, whole_state
 from .suffix import redraw
 from .tables import read_table, without_index
 from .tensor_files import read_tensors, write_tensors
@@ -33,18 +33,20 @@ __all__ = [
     "Twist",
     "TwistInputs",
     "Usage",
+    "announcing",
     "categorical",
     "count_usage",
     "differentiating",
     "exclusive",
     "forked",
     "generate",
+    "in_parts_like",
     "is_sharded",
-    "like",
-    "local",
     "log_softmax_at",
     "offering",
     "on_host",
+    "own_part",
+    "passes_together",
     "put_on_host",
     "read_table",
     "read_tensors",
@@ -52,9 +54,7 @@ __all__ = [
     "refuse_sharded",
     "remembering",
     "sample_texts",
-    "stepping",
-    "steps",
-    "wait",
+    "wait_for_passes",
     "whole_offer",
     "whole_state",
     "without_index",

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import sharding
 from .module_copies import with_parameters
-from .sharding import has_shards, is_sharded, local
+from .sharding import has_shards, is_sharded, own_part
 from .special_tokens import is_encoder_decoder
 
 if TYPE_CHECKING:
@@ -87,11 +87,11 @@ def own_parameters(network: Any) -> list[nn.Parameter]:
     from peft import get_peft_model_state_dict
 
     saved = [
-        local(tensor).data_ptr()
+        own_part(tensor).data_ptr()
         for adapter in network.active_adapters
         for tensor in get_peft_model_state_dict(network, adapter_name=adapter, save_embedding_layers=False).values()
     ]
-    return [p for p in network.parameters() if p.is_floating_point() and local(p).data_ptr() in saved]
+    return [p for p in network.parameters() if p.is_floating_point() and own_part(p).data_ptr() in saved]
 
 
 def float32_copy(network: nn.Module) -> tuple[nn.Module, torch.dtype | None, frozenset[str]]:

@@ -86,7 +86,7 @@ def current() -> Lockstep | None:
 
 
 @contextlib.contextmanager
-def stepping(steps: Lockstep) -> Iterator[None]:
+def announcing(steps: Lockstep) -> Iterator[None]:
     """Announce the passes of sharded networks in the block."""
     global _current
     before, _current = _current, steps
@@ -96,7 +96,7 @@ def stepping(steps: Lockstep) -> Iterator[None]:
         _current = before
 
 
-def wait() -> None:
+def wait_for_passes() -> None:
     """Take part in the passes of other processes until none wants any."""
     if _current is not None:
         _current.wait()

@@ -221,7 +221,7 @@ def _take_part(wanted: Wanted) -> None:
     shards.take_part(wanted.kind)
 
 
-def steps(
+def passes_together(
     agree: Callable[[list[int]], list[list[int]]],
     uninterrupted: Callable[[], contextlib.AbstractContextManager[None]],
 ) -> Lockstep:

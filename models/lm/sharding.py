@@ -31,13 +31,13 @@ def is_sharded(x: Tensor) -> bool:
     return not DISTRIBUTED.isdisjoint(each.__name__ for each in type(x).__mro__)
 
 
-def local(x: Tensor) -> Tensor:
+def own_part(x: Tensor) -> Tensor:
     """Return the part of a tensor that this process holds: all of one that is not sharded."""
     part: Tensor = x.detach().to_local() if is_sharded(x) else x.detach()  # type: ignore[attr-defined]
     return part
 
 
-def like(value: Tensor, x: Tensor) -> Tensor:
+def in_parts_like(value: Tensor, x: Tensor) -> Tensor:
     """Return a whole value as parts, if a tensor is in parts; each process keeps its own."""
     if not is_sharded(x) or is_sharded(value):
         return value
@@ -312,7 +312,7 @@ def copy_of(network: nn.Module, dtype: Callable[[nn.Parameter], torch.dtype]) ->
     _allocate(new, empty)
     with torch.no_grad():
         for (_, p), (_, q) in zip(network.named_parameters(), new.named_parameters(), strict=True):
-            local(q).copy_(local(p))
+            own_part(q).copy_(own_part(p))
     return new
 
 

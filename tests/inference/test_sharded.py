@@ -17,12 +17,21 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from bayeslm.inference import MCMC, SMC, SVI, AnnealedSMC, ImportanceSampling
-from bayeslm.inference.training import Adam, AutoPolicy, Checkpointing, LogVariance, Replay, ReverseKL, TrustRegion
+from bayeslm.inference.training import (
+    Adam,
+    AutoPolicy,
+    Checkpointing,
+    ForwardKL,
+    LogVariance,
+    Replay,
+    ReverseKL,
+    TrustRegion,
+)
 from bayeslm.models import LanguageModel
 
 TABLE = score_table(0, vocab=8, tokens=3)
 FAST = partial(
-    SVI, objective=ReverseKL(5), optimizer=Adam(2e-3), num_samples=4, num_prior_samples=0, seed=0, progress=False
+    SVI, objective=ForwardKL(5), optimizer=Adam(1e-4), num_samples=4, num_prior_samples=0, seed=0, progress=False
 )
 LORA = partial(AutoPolicy, lora_rank=2)
 
@@ -65,6 +74,12 @@ def sharded(how):
     return LanguageModel(network, tiny_llama().tokenizer)
 
 
+def in_float64():
+    """Compute scores in float64 in this process: Adam moves weights without a gradient by its rounding alone."""
+    single = torch.Tensor.float
+    torch.Tensor.float = lambda x: x if x.dtype == torch.float64 else single(x)
+
+
 def weights(lm):
     """Those that are trained, put together."""
     found = [x.detach() for x in lm.parameters() if x.requires_grad]
@@ -96,17 +111,22 @@ def test_ten_steps_are_those_of_the_whole_network(how):
     engines = {"all weights": FAST(num_steps=10), "adapters": FAST(num_steps=3, guide=LORA)}
     if how != WAYS[0]:
         region = partial(FAST, num_steps=10, optimizer=TrustRegion())
-        engines |= {"region": region(), "kept draws": region(objective=LogVariance(8, Replay(32, every=2)))}
+        engines |= {
+            "region": region(objective=ReverseKL(5)),
+            "kept draws": region(objective=LogVariance(8, Replay(32, every=2))),
+        }
 
     def run(rank):
+        in_float64()
         lms = (whole(**SETTINGS.get(how, {})), sharded(how))
         return [{x: trained(engine, lm) for x, engine in engines.items()} for lm in lms], weights(whole().policy())
 
     for (of_whole, of_parts), prior in launch(run):
         for name, engine in engines.items():
             assert_same(engine, of_whole[name], of_parts[name])
+        # (An objective that raises the ELBO would go back to the first weights, where ten steps are no better.)
         moved = [np.abs(x - y).max() for x, y in zip(of_parts["all weights"][2], prior, strict=True)]
-        assert min(moved) > 1e-3, moved
+        assert min(moved) > 1e-4, moved
 
 
 def test_engines_draw_what_they_draw_of_the_whole_network():

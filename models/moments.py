@@ -58,4 +58,5 @@ def moment_target(base: TiltedLM, moments: Sequence[Moment], coefficients: Seque
         max_new_tokens=base.max_new_tokens,
         temperature=base.temperature,
         power=base.power,
+        stop=base.stop,
     )

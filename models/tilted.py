@@ -15,17 +15,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyro
 from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
-from bayeslm.display import call
 from bayeslm.models.lm import Autoregressive, LanguageModel, Prompt, on_host, read_table, without_index
 from bayeslm.models.rewards import Reward, RewardFunction, factor, with_trainer_arguments
-from bayeslm.validation import Count, Positive, validated
+from bayeslm.short_repr import call
+from bayeslm.validation import Count, Positive, Unchecked, validated
 
 
 @validated
@@ -39,12 +39,15 @@ class TiltedLM:
     :param beta: the KL coefficient; the smaller it is, the sharper is the posterior.
     :param max_new_tokens: the longest completion.
     :param temperature: divides the prior's logits.
+    :param stop: strings that end a completion, see `LanguageModel.forward`.
     :param power: alpha, of p as ``temperature`` leaves it. ``SMC(twist=Power(alpha))`` is made for it.
     :param subsample_size: prompts in each run of the program, chosen at random by Pyro's plate: the minibatch of a
         training step. None: all of them.
     :raises ValueError: if ``beta``, ``temperature`` or ``power`` is not positive and finite, or ``max_new_tokens`` or
         ``subsample_size`` < 1.
     """
+
+    stands_alone = True  # engines need not try whether particles of this very class mix
 
     def __init__(
         self,
@@ -55,6 +58,7 @@ class TiltedLM:
         max_new_tokens: Count = 24,
         temperature: Positive = 1.0,
         power: Positive = 1.0,
+        stop: Annotated[str | Sequence[str] | None, Unchecked] = None,
         subsample_size: Count | None = None,
     ) -> None:
         self.prior = prior
@@ -63,6 +67,7 @@ class TiltedLM:
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.power = power
+        self.stop = stop
         self.subsample_size = subsample_size
 
     def __repr__(self) -> str:
@@ -116,7 +121,7 @@ class TiltedLM:
         with pyro.plate("prompts", len(prompts), subsample_size=size) as batch:
             if batch is not None and len(batch) < len(prompts):
                 (prompts,), columns = self.some_prompts(batch, prompts, **columns)
-            distribution = self.prior(prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature)
+            distribution = self.prior(prompts, self.max_new_tokens, self.temperature, stop=self.stop)
             x = pyro.sample("completion", distribution)
             if self.power != 1.0:
                 log_p = distribution.log_prob(x)

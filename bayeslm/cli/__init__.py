@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -39,7 +40,8 @@ def _options(
         bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version, and exit.")
     ] = False,
 ) -> None:
-    pass
+    if "OMP_NUM_THREADS" not in os.environ:  # read when PyTorch is imported, which is later
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 app.command()(demo.demo)

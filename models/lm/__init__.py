@@ -10,6 +10,7 @@ from .lockstep import announcing, wait_for_passes
 from .module_errors import ModuleWithProperties
 from .network import CausalNetwork, log_softmax_at
 from .remembered import on_host, put_on_host, remembering
+from .sampler import LIMIT, Drawn, DrawRequest, Draws, Sampler, SamplerError, Weights, drawing_by_samplers
 from .sharded_passes import passes_together
 from .sharding import in_parts_like, is_sharded, offering, own_part, refuse_sharded, whole_offer, whole_state
 from .suffix import redraw
@@ -21,22 +22,30 @@ from .usage import Usage, count_usage
 from .words import word_tokenizer
 
 __all__ = [
+    "LIMIT",
     "POWERS",
     "Autoregressive",
     "CausalNetwork",
     "Decoder",
+    "DrawRequest",
+    "Drawn",
+    "Draws",
     "Encoded",
     "LanguageModel",
     "ModuleWithProperties",
     "Prompt",
     "SampledText",
+    "Sampler",
+    "SamplerError",
     "Twist",
     "TwistInputs",
     "Usage",
+    "Weights",
     "announcing",
     "categorical",
     "count_usage",
     "differentiating",
+    "drawing_by_samplers",
     "exclusive",
     "forked",
     "generate",

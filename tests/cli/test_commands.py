@@ -157,6 +157,24 @@ def test_a_reader_may_close_the_pipe(tmp_path):
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("given", "policy"),
+    [
+        ({}, "passive"),
+        ({"OMP_WAIT_POLICY": "active"}, "active"),
+        ({"OMP_NUM_THREADS": "1"}, None),
+    ],
+)
+def test_threads_wait_passively_unless_the_environment_says_otherwise(monkeypatch, given, policy):
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # put back at the end
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    run("engines")
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
+
+
 # -- exit codes ------------------------------------------------------------------------------------------------------
 
 

@@ -97,17 +97,21 @@ def test_a_long_run_says_once_what_it_does_and_how_long_it_will_take(clock, caps
     assert capsys.readouterr().err == ("" if said is None else said + "\n")
 
 
-@pytest.mark.parametrize(("load", "threads", "said"), [(6.0, None, True), (2.0, None, False), (6.0, "1", False)])
-def test_a_long_run_on_busy_cores_says_what_to_try(clock, capsys, monkeypatch, load, threads, said):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if threads is not None:
-        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+@pytest.mark.parametrize(
+    ("load", "setting", "said"),
+    [(6.0, None, True), (2.0, None, False), (6.0, "OMP_NUM_THREADS", False), (6.0, "OMP_WAIT_POLICY", False)],
+)
+def test_a_long_run_on_busy_cores_says_what_to_try(clock, capsys, monkeypatch, load, setting, said):
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    if setting is not None:
+        monkeypatch.setenv(setting, "1")
     monkeypatch.setattr(progress.os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
     monkeypatch.setattr(progress.os, "cpu_count", lambda: 2)
     with track("SVI", 101, plan="101 steps") as report:
         clock(3.0)
         report()
-    assert ("(load 6.0 on 2 cores: with OMP_NUM_THREADS=1" in capsys.readouterr().err) == said
+    assert ("(load 6.0 on 2 cores: with OMP_WAIT_POLICY=passive" in capsys.readouterr().err) == said
 
 
 def test_how_long_is_not_said_of_a_first_step_too_short_to_measure(clock, capsys):
@@ -133,6 +137,34 @@ def test_the_time_left_is_that_of_the_steps_left(clock):
     assert state.left == 0.0
     assert progress._clock(3723.4) == "1:02:03"
     assert progress._clock(59.6) == "1:00"
+
+
+def test_the_time_left_follows_the_speed_of_the_last_steps(clock):
+    """A hundred steps of 1 s, then steps of 3 s, as where other work has begun."""
+    state = progress._Progress("SVI", 200, 0, "")
+    for seconds in [1.0] * 100 + [3.0] * progress.RECENT:
+        clock(seconds)
+        state.advance(1, None, None)
+    assert state.left == pytest.approx(3.0 * (100 - progress.RECENT))
+
+
+@pytest.mark.parametrize("written", [1, 10, 60])
+def test_the_time_left_is_known_in_the_first_of_a_few_large_parts(clock, capsys, written):
+    """Of 100 draws of 4 tokens, 60 at once: after some tokens, and without a jump when the 60 are done."""
+    with track("importance sampling", 100, plan="100 draws", tokens=4) as report:
+        for _ in range(written):
+            clock(2.0)
+            progress.wrote(4)  # a draw
+        assert capsys.readouterr().err == "importance sampling: 100 draws; about 3 min in all\n"
+        with track("inner", 10):
+            progress.wrote(1000)  # of a computation of another kind
+        for _ in range(60 - written):
+            clock(2.0)
+            progress.wrote(4)
+        report(60)
+        clock(80.0)
+        report(40)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("label", ["SVI", "SVI, chain 1 of 4", "SVI, draws of the policy after step 12345"])

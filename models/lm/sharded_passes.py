@@ -103,9 +103,7 @@ class Shards:
         """
         return self.together(GRADIENT, partial(self._gradient, partial(self.inside, compute), grad, trained))
 
-    def _gradient(
-        self, compute: Callable[[], Tensor], grad: Tensor, trained: Sequence[Tensor]
-    ) -> list[Tensor | None]:
+    def _gradient(self, compute: Callable[[], Tensor], grad: Tensor, trained: Sequence[Tensor]) -> list[Tensor | None]:
         before = [p.grad for p in trained]
         for p in trained:
             p.grad = None

@@ -50,7 +50,7 @@ class Losses(list[float]):
 
     def __init__(self, steps: Sequence[float] = (), held_out: Mapping[int, float] | None = None) -> None:
         super().__init__(steps)
-        self.held_out = dict(held_out or {})
+        self.held_out: dict[int, float] = dict(held_out or {})
 
     @property
     def kept_step(self) -> int:

@@ -95,7 +95,7 @@ def own_parameters(network: Any) -> list[nn.Parameter]:
 
 
 def without_effect(network: nn.Module) -> list[nn.Parameter]:
-    """Return parameters on which the distribution does not depend: random factors of adapters whose others are 0."""
+    """Return parameters that change no distribution: the random factors of adapters whose others are 0."""
     named = list(network.named_parameters())
     if any(bool(p.any()) for name, p in named if ".lora_B." in name):
         return []

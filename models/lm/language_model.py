@@ -475,10 +475,8 @@ class LanguageModel(ModuleWithProperties):
         micro = self.micro_batch_size
         settings = fitting.FitSettings(num_steps, batch_size, learning_rate, schedule, seed, every, micro)
         weights = adapters.own_parameters(self.network)
-        trained = (
-            {id(p) for p in weights} if adapters.are_new(self.network) else set()
-        )  # whose random half is no matter
-        start = [p for p in self.network.parameters() if id(p) not in trained]
+        free = {id(p) for p in adapters.without_effect(self.network)}
+        start = [p for p in self.network.parameters() if id(p) not in free]
         with fitting.checkpoint_in(checkpoint, settings, [pairs, others], start) as kept:
             network = self.current()
             losses = fitting.fit(network, weights, pairs, others, settings, checkpoint=kept, progress=progress)

@@ -72,7 +72,7 @@ def test_adapters_that_were_trained_begin_another_fit(tmp_path):
     with pytest.raises(ValueError, match="weights at the start was"):
         policy.continued().fit(TEXTS, num_steps=2, checkpoint=tmp_path, **QUIET)
     prior.policy(lora_rank=2).fit(TEXTS, num_steps=2, checkpoint=tmp_path, **QUIET)
-    with pytest.raises(ValueError, match="weights of the shape"):
+    with pytest.raises(ValueError, match="weights at the start was"):
         prior.policy(lora_rank=3).fit(TEXTS, num_steps=2, checkpoint=tmp_path, **QUIET)
 
 

@@ -490,10 +490,11 @@ class CausalNetwork:
         if self.body is None:
             logits = hidden
         elif self.head is None:
-            logits = self._pass(HEAD, partial(self._through, hidden))
+            logits = self._through(hidden) if self.shards is None else self._pass(HEAD, partial(self._through, hidden))
+        elif self.shards is None:
+            logits = self._converted(self.head)(hidden)
         else:
-            run = self._called(self.head, self._converted(self.head))
-            logits = self._pass(HEAD, partial(run, hidden))
+            logits = self._pass(HEAD, partial(self._called(self.head, self.head), hidden))
         return logits.float() / temperature if temperature != 1.0 else logits.float()
 
     def token_log_prob(

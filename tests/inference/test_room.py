@@ -27,7 +27,7 @@ from bayeslm.inference import (
 )
 from bayeslm.inference.training import Adam, AutoPolicy, ReverseKL
 from bayeslm.models import LanguageModel, TiltedLM
-from bayeslm.models.lm import memory
+from bayeslm.models.lm import memory, word_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs"))
 import scale_tables
@@ -46,23 +46,24 @@ ENGINES = {
 }
 
 
-def brief(prompts, completions, completion_ids, **columns):
-    return [-0.01 * float(len(ids)) for ids in completion_ids]
+def brief(prompts, completions, **columns):
+    return [-0.01 * float(len(text)) for text in completions]
 
 
 @pytest.mark.parametrize(
-    "name", [x if x in ("svi", "smc") else pytest.param(x, marks=pytest.mark.long) for x in ENGINES]
+    "name", [x if x in ("importance", "smc") else pytest.param(x, marks=pytest.mark.long) for x in ENGINES]
 )
 def test_every_engine_stays_in_the_room_of_a_card(name, monkeypatch):
     network = llama_network(vocab_size=64, hidden_size=64, intermediate_size=256, num_hidden_layers=4)
-    lm = LanguageModel(network, eos_token_ids=(), pad_token_id=0, gradient_checkpointing=True)
+    words = word_tokenizer([f"w{i}" for i in range(64)], "w0")
+    lm = LanguageModel(network, words, eos_token_ids=(), pad_token_id=0, gradient_checkpointing=True)
     [big] = [x for x in scale_tables.settings() if (x.network.name, x.gpus) == ("8B", 1)]
     small, rows = lm.causal.footprint, big.batches.decoding
     assert rows < PARTICLES * PROMPTS // 4  # it is split there
     room = big.batches.room * small.decoding(1, PROMPT + NEW) // big.network.footprint.decoding(1, 1024)
     monkeypatch.setattr(memory, "ON_CPU", room)
     assert lm.causal.batches(PROMPT, NEW).decoding == pytest.approx(rows, abs=2)
-    model = TiltedLM(lm, brief, beta=1.0, max_new_tokens=NEW)
+    model = TiltedLM(lm, brief, max_new_tokens=NEW)  # whose prompts SMC can divide
     prompts = torch.randint(1, 64, (PROMPTS, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
     lm.policy(2) if name == "svi" else None  # imports
     found = peak_bytes(lambda: ENGINES[name].run(model, prompts))

@@ -129,6 +129,7 @@ def test_ten_steps_are_those_of_the_whole_network(how):
         assert min(moved) > 1e-4, moved
 
 
+@pytest.mark.long
 def test_engines_draw_what_they_draw_of_the_whole_network():
     engines = [
         ImportanceSampling(5, seed=0, progress=False),
@@ -150,6 +151,7 @@ def test_engines_draw_what_they_draw_of_the_whole_network():
             np.testing.assert_allclose(w, v, atol=5e-5)
 
 
+@pytest.mark.long
 def test_it_is_resumed_by_other_numbers_of_processes_and_saved_as_an_ordinary_network(tmp_path):
     engine = partial(FAST, optimizer=TrustRegion(), checkpoint=Checkpointing(tmp_path / "run", every=2))
 

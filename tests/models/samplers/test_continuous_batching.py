@@ -32,6 +32,7 @@ def test_draws_come_from_the_network_with_its_adapters_at_a_temperature():
     assert policy.causal.is_current
 
 
+@pytest.mark.long
 def test_the_random_state_is_its_own():
     dist = tiny_llama(1, sampler=ContinuousBatching())(PROMPTS, 3)
     found = []

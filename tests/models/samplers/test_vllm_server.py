@@ -71,6 +71,7 @@ def test_a_policy_reaches_the_server_as_an_adapter_with_a_version(server):
         assert {body["model"] for path, body in server.requests if path == "completions"} == set(loads)
 
 
+@pytest.mark.long
 def test_a_policy_is_trained_by_a_servers_draws(server):
     with serving_vllm(server) as address:
         lm = lm_of(address)

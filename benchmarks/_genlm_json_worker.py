@@ -6,6 +6,8 @@ One JSON object a line, as in `_genlm_worker.py`; `_genlm.py` says how its backe
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +18,13 @@ from genlm.control import AWRS, SMC, JsonSchema
 class Sampler:
     def __init__(self, schema: dict[str, Any], **problem: Any) -> None:
         self.problem = Problem(**problem)
-        llm = self.problem.llm
-        self.smc = SMC(AWRS(llm, JsonSchema(schema).coerce(llm, f=b"".join)))
+        self.language, llm = JsonSchema(schema), self.problem.llm
+        self.smc = SMC(AWRS(llm, self.language.coerce(llm, f=b"".join)))
 
-    def run(self, particles: int, seed: int) -> dict[str, Any]:
+    def run(self, particles: int = 0, seed: int = 0, texts: Sequence[str] = ()) -> dict[str, Any]:
+        """Return the figures of a run, or, of texts, which are in the language."""
+        if not particles:
+            return {"members": [asyncio.run(self.language.complete(list(text.encode()))) == 0.0 for text in texts]}
         seconds, sequences = self.problem.run(self.smc, particles, seed, max_tokens=self.problem.tokens)
         weighted = zip(sequences.contexts, sequences.log_weights, strict=True)
         return {

@@ -12,13 +12,24 @@ from typing import Any
 
 import numpy as np
 from _genlm import Problem, main
-from genlm.control import AWRS, SMC, JsonSchema
+from genlm.control import AWRS, SMC, JsonSchema, Potential
+
+
+class OneObject(Potential):
+    """Texts whose only closing brace is their end, and whose only opening one is their beginning."""
+
+    async def prefix(self, context: Sequence[int]) -> float:
+        text = bytes(context)
+        return 0.0 if b"{" not in text[1:] and b"}" not in text[:-1] else -np.inf
+
+    async def complete(self, context: Sequence[int]) -> float:
+        return await self.prefix(context)
 
 
 class Sampler:
     def __init__(self, schema: dict[str, Any], **problem: Any) -> None:
         self.problem = Problem(**problem)
-        self.language, llm = JsonSchema(schema), self.problem.llm
+        self.language, llm = JsonSchema(schema) * OneObject(list(range(256))), self.problem.llm
         self.smc = SMC(AWRS(llm, self.language.coerce(llm, f=b"".join)))
 
     def run(self, particles: int = 0, seed: int = 0, texts: Sequence[str] = ()) -> dict[str, Any]:

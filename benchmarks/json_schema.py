@@ -8,10 +8,12 @@ given that they are in the language and end, by a token of the end, within the l
 tokens; genlm-control's adaptive weighted rejection sampling checks the tokens that it draws, its documented way for
 schemas. Its environment is that of `genlm_control.py`.
 
-The language is that of genlm-control's `JsonSchema`: keys in any order, between the parts of a text spaces and at most
-one line break, and these after the last brace too. llguidance's JSON schemas have the keys in the schema's order, any
-space and none at the end; so bayeslm is given the same language as a regular expression (`language`). Every text with
-weight is put to the other library. genlm-control ends a text at the limit by force, with the weight of the end; bayeslm
+The language is that of genlm-control's `JsonSchema`: keys in any order, and between the parts of a text spaces and at
+most one line break. It also has texts with space after the last brace, which a second potential of genlm-control's side
+removes (one brace opens, one closes, at the end): nearly all of the model's mass goes on with such space, nothing of it
+ends after it, and no sampler knows Z then. llguidance's JSON schemas have the keys in the schema's order and any space;
+so bayeslm is given the same language as a regular expression (`language`). Every text with weight is put to the other
+library. genlm-control ends a text at the limit by force, with the weight of the end; bayeslm
 counts a text that has not ended as one, so that here a factor removes it.
 
 ``--schema age`` is a smaller problem of which both know Z well. A text is valid where `json` parses it and `jsonschema`
@@ -46,7 +48,7 @@ SPACE = r" *(\n *)?"
 ESCAPED = r'["\\/bfnrt]|u([0-9a-ce-fA-CE-F][0-9a-fA-F]{3}|[dD][0-7][0-9a-fA-F]{2})'
 PAIR = r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"  # one character beyond the basic plane
 VALUES = {
-    "name": rf'"([^"\\\x00-\x1f]|\\({ESCAPED})|{PAIR}){{0,16}}"',
+    "name": rf'"([^"\\{{}}\x00-\x1f]|\\({ESCAPED})|{PAIR}){{0,16}}"',
     "age": r"-?0([eE][0-9]+)?|[1-9][0-9]?([eE]0+)?|1([01][0-9]|20)([eE]0+)?|([1-9]|1[012])[eE]0*1|1[eE]0*2",
 }
 
@@ -57,10 +59,10 @@ def schema_of(keys: list[str]) -> dict[str, Any]:
 
 
 def language(keys: list[str]) -> str:
-    """Return a regular expression of the texts that genlm-control's `JsonSchema` accepts."""
+    """Return a regular expression of the texts that genlm-control's side accepts."""
     members = [f'"{key}"{SPACE}:{SPACE}({VALUES[key]})' for key in keys]
     orders = [f"{SPACE},{SPACE}".join(order) for order in itertools.permutations(members)]
-    return rf"\{{{SPACE}({'|'.join(orders)}){SPACE}\}}{SPACE}"
+    return rf"\{{{SPACE}({'|'.join(orders)}){SPACE}\}}"
 
 
 def has_ended(prompts: list[str], completions: list[str], truncated: list[bool], **columns: Any) -> list[float]:

@@ -10,6 +10,7 @@ from .module_errors import ModuleWithProperties
 from .network import CausalNetwork, log_softmax_at
 from .remembered import on_host, put_on_host, remembering
 from .sharding import refuse_sharded
+from .stop_strings import check_stop
 from .suffix import redraw
 from .tables import read_table, without_index
 from .tensor_files import read_tensors, write_tensors
@@ -32,6 +33,7 @@ __all__ = [
     "TwistInputs",
     "Usage",
     "categorical",
+    "check_stop",
     "count_usage",
     "differentiating",
     "exclusive",

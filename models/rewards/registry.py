@@ -12,13 +12,14 @@ from bayeslm.validation import validated
 
 from .classifier import Classifier
 from .grammar import Grammar
+from .judge import Judge
 from .reward import Reward
 from .text_rewards import Sentiment, Similarity, Toxicity
 from .verifiable import Constraint, Contains, Length, Matches
 
 BUILT_IN: dict[str, type[Reward]] = {
     reward.__qualname__.lower(): reward
-    for reward in (Classifier, Constraint, Contains, Grammar, Length, Matches, Sentiment, Similarity, Toxicity)
+    for reward in (Classifier, Constraint, Contains, Grammar, Judge, Length, Matches, Sentiment, Similarity, Toxicity)
 }
 
 

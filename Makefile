@@ -85,7 +85,7 @@ chaos: install  ## kill runs and damage files at random: ARGS="--trials 100 --se
 	@PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m support.chaos $(ARGS)
 
 examples: install weights  ## run every script in examples/, whose pictures go to runs/
-	@for script in examples/*.py; do echo "==> $$script"; $(BIN)/python "$$script" $(ARGS); done
+	@for script in examples/[!_]*.py; do echo "==> $$script"; $(BIN)/python "$$script" $(ARGS); done
 
 bench: install weights  ## run every script in benchmarks/ but the calibration
 	@for script in $(filter-out benchmarks/calibration.py,$(wildcard benchmarks/[!_]*.py)); do \

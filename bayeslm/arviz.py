@@ -165,17 +165,21 @@ def _chains(posterior: PosteriorFields) -> int:
     """Return the number of chains that draws have in the container.
 
     Independent draws of one run are divided into four, or fewer if each would have less than four draws, or not equally
-    many.
+    many. Of a number of draws that nothing divides, up to three are left out.
     """
     chains, size = posterior.log_weights.shape[:2]
     if chains > 1 or posterior.conditional or posterior.kind not in INDEPENDENT:
         return chains
-    return next(k for k in range(CHAINS, 0, -1) if k == 1 or (size % k == 0 and size >= k * MIN_DRAWS))
+    fit = [k for k in range(CHAINS, 1, -1) if size >= k * MIN_DRAWS]
+    return next((k for k in fit if size % k == 0), max(fit, default=1))
 
 
 def _divided(values: Array, chains: int) -> Array:
-    """Return draws (1, draw, ...) as (chain, draw, ...), in their order."""
-    return values.reshape(chains, -1, *values.shape[2:])
+    """Return draws (1, draw, ...) as (chain, draw, ...), in their order; those of several chains unchanged."""
+    if len(values) == chains:
+        return values
+    size = values.shape[1] // chains
+    return values[:, : chains * size].reshape(chains, size, *values.shape[2:])
 
 
 def _observations(posterior: PosteriorFields, values: Mapping[str, Array]) -> Variables:

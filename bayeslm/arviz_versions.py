@@ -5,6 +5,7 @@ Importing this module imports ArviZ, which takes seconds, so other modules impor
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
@@ -13,7 +14,9 @@ import numpy as np
 import xarray
 from numpy.typing import NDArray
 
-az: Any = import_module("arviz")  # untyped: the two versions share few signatures
+with warnings.catch_warnings():  # of 0.x once a day, that it will be another
+    warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing a major refactor", category=FutureWarning)
+    az: Any = import_module("arviz")  # untyped: the two versions share few signatures
 LEGACY = az.__version__.startswith("0.")
 MIN_DRAWS = 4  # of a chain, for which ArviZ has R-hat and ESS
 

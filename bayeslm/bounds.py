@@ -30,10 +30,13 @@ from numpy.typing import ArrayLike
 from bayeslm.posterior import DiagnosticsWarning, Posterior
 from bayeslm.weights import Array, Estimate, as_log_weights, chain_log_evidence
 
+from .validation import validated
+
 if TYPE_CHECKING:
     import pandas as pd
 
 
+@validated
 def certify(runs: Posterior, conditional: Posterior, *, level: float = 0.95) -> pd.DataFrame:
     """Return bounds on log Z and on divergences, in nats, for any engines: a table with a row for each prompt.
 
@@ -97,6 +100,7 @@ def certify(runs: Posterior, conditional: Posterior, *, level: float = 0.95) -> 
     return pd.DataFrame({name: np.broadcast_to(x, len(index)) for name, x in columns.items()}, index=index)
 
 
+@validated
 def unseen_limit(log_evidence: ArrayLike, stderr: ArrayLike, log_bound: float, prior_draws: float) -> Array:
     """Return an upper limit of log Z that counts what no draw has seen: log(Ẑ e^{2 se} + (3/N) e^M).
 

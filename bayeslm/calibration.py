@@ -8,7 +8,9 @@ With p_{is} = P(y_i = 1 | \theta_s) of pair i under draw s, and the posterior pr
 
 with bins b of equal width in confidence, right_b the share of the bin's likelier outcomes that happened. (Gneiting and
 Raftery 2007 on proper scores; Naeini, Cooper and Hauskrecht 2015 and Guo et al. 2017, arXiv 1706.04599, on the expected
-calibration error.) None of them depends on which of a pair is called the first.
+calibration error.) None of them depends on which of a pair is called the first. Of an answer, which is right or wrong
+with probability \bar p_i, the opposite is no answer: there (``folded=False``) the confidence is \bar p_i itself, and
+the accuracy is the share that is right.
 
 A figure's standard error is that of the finite number of pairs, by the bootstrap; its Monte Carlo error that of the
 finite number of draws, by the bootstrap of batches of successive draws, sqrt(draws) in each chain, which are nearly
@@ -27,6 +29,8 @@ from numpy.typing import ArrayLike
 
 from bayeslm.posterior import Posterior
 from bayeslm.weights import Array
+
+from .validation import validated
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,6 +61,8 @@ class Calibration:
     """(bin,): the share of these pairs whose likelier outcome happened."""
     counts: Array
     """(bin,): the number of these pairs."""
+    lowest: float = 0.5
+    """The left edge of the first bin: 0 if probabilities are not folded."""
 
     @property
     def right_stderr(self) -> Array:
@@ -72,12 +78,14 @@ class Calibration:
         return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "stderr", "mcse"])
 
 
+@validated
 def calibrate(
     predicted: Posterior | ArrayLike,
     outcomes: ArrayLike | None = None,
     *,
     site: str = "preferred",
     bins: int = 10,
+    folded: bool = True,
     seed: int = 0,
 ) -> Calibration:
     """Compute accuracy, log score and expected calibration error of predicted probabilities of binary outcomes.
@@ -87,7 +95,9 @@ def calibrate(
     :param outcomes: y, 0 or 1, (pair,). None means that all are 1, as for a posterior, whose probabilities are those of
         the outcomes that happened.
     :param site: the posterior's observed site.
-    :param bins: the number of bins of confidence, from 1/2 to 1.
+    :param bins: the number of bins of confidence, from 1/2 to 1, or from 0 if it is not folded.
+    :param folded: whether a probability counts as that of the likelier outcome, as of two alternatives. False: as it
+        is, as of answers that are right (1) or wrong (0).
     :param seed: of the bootstrap.
     :raises ValueError: if shapes do not agree, probabilities are outside [0, 1], outcomes are neither 0 nor 1, or the
         posterior has no such site or weighted draws.
@@ -101,28 +111,38 @@ def calibrate(
     happened = np.where(y == 1, p, 1 - p)  # the probability of what happened
     mean, batches = happened.mean((0, 1)), _batch_means(happened)  # (pair,), (batch, pair)
     rng = np.random.default_rng(seed)
-    other_pairs = mean[rng.integers(len(mean), size=(REPLICATES, len(mean)))]  # (replicate, pair)
+    resampled = rng.integers(len(mean), size=(REPLICATES, len(mean)))
+    other_pairs = mean[resampled]  # (replicate, pair)
     picked = rng.multinomial(len(batches), np.full(len(batches), 1 / len(batches)), size=REPLICATES)
     other_draws = picked @ batches / len(batches)
 
-    def figure(statistic: Callable[[Array], Array]) -> Figure:
-        over_pairs = statistic(other_pairs).std() if len(mean) > 1 else np.inf
-        over_draws = statistic(other_draws).std() if len(batches) > 1 else np.inf
-        return Figure(float(statistic(mean)), float(over_pairs), float(over_draws))
+    def figure(statistic: Callable[[Array, Array], Array]) -> Figure:
+        over_pairs = statistic(other_pairs, y[resampled]).std() if len(mean) > 1 else np.inf
+        over_draws = statistic(other_draws, y).std() if len(batches) > 1 else np.inf
+        return Figure(float(statistic(mean, y)), float(over_pairs), float(over_draws))
 
-    def ece(q: Array) -> Array:
-        confidence, right, counts = _reliability(q, bins)
+    def judged(q: Array, y: Array) -> tuple[Array, Array]:
+        """Return confidence and whether it was right, of the probability of what happened."""
+        if folded:
+            return np.maximum(q, 1 - q), _is_right(q)
+        return np.where(y == 1, q, 1 - q), np.broadcast_to(y, q.shape)
+
+    def ece(q: Array, y: Array) -> Array:
+        confidence, right, counts = _reliability(*judged(q, y), bins, lowest)
         return np.nansum(counts * np.abs(right - confidence), -1) / q.shape[-1]
 
-    by_chance = ece(np.where(rng.random(other_pairs.shape) < mean, mean, 1 - mean))
+    lowest = 0.5 if folded else 0.0
+    again = rng.random(other_pairs.shape) < mean  # what happened
+    by_chance = ece(np.where(again, mean, 1 - mean), np.where(again, y, 1 - y))
     with np.errstate(divide="ignore", invalid="ignore"):  # probability 0 for what happened: -inf
-        log_score = figure(lambda q: np.log(q).mean(-1))
+        log_score = figure(lambda q, _: np.log(q).mean(-1))
     return Calibration(
-        figure(lambda q: _is_right(q).mean(-1)),
+        figure(lambda q, y: judged(q, y)[1].mean(-1)),
         log_score,
         figure(ece),
         (float(by_chance.mean()), float(np.quantile(by_chance, 0.95))),
-        *_reliability(mean, bins),
+        *_reliability(*judged(mean, y), bins, lowest),
+        lowest,
     )
 
 
@@ -155,14 +175,16 @@ def _is_right(happened: Array) -> Array:
     return np.where(happened == 0.5, 0.5, happened > 0.5)
 
 
-def _reliability(happened: Array, bins: int) -> tuple[Array, Array, Array]:
+def _reliability(confidence: Array, right: Array, bins: int, lowest: float) -> tuple[Array, Array, Array]:
     """Return mean confidence, share right and number of pairs in bins of equal width, each (*, bin).
 
-    :param happened: the probability of the outcome that happened, (*, pair).
+    :param confidence: (*, pair).
+    :param right: of the same shape.
+    :param lowest: the left edge of the first bin.
     """
-    confidence = np.maximum(happened, 1 - happened)
-    index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1).reshape(-1, happened.shape[-1])
-    shape = (*happened.shape[:-1], bins)
+    index = np.minimum(((confidence - lowest) / (1 - lowest) * bins).astype(int), bins - 1)
+    index = index.reshape(-1, confidence.shape[-1])
+    shape = (*confidence.shape[:-1], bins)
     index = (index + bins * np.arange(len(index))[:, None]).ravel()  # bins of each row in turn
 
     def total(x: Array | None) -> Array:
@@ -171,4 +193,4 @@ def _reliability(happened: Array, bins: int) -> tuple[Array, Array, Array]:
 
     counts = total(None)
     with np.errstate(invalid="ignore"):
-        return total(confidence) / counts, total(_is_right(happened)) / counts, counts
+        return total(confidence) / counts, total(right) / counts, counts

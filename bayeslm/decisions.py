@@ -12,9 +12,9 @@ arXiv 2310.01387.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -44,6 +44,7 @@ class Utility:
         return text
 
 
+@validated
 class FunctionUtility(Utility):
     """Any function of two texts, (candidate, draw)."""
 
@@ -56,12 +57,15 @@ class FunctionUtility(Utility):
     def _of(self, candidate: str, draw: str) -> float:
         found = self.function(candidate, draw)
         try:
+            if isinstance(found, str | bytes):
+                raise TypeError
             return float(found)
         except (TypeError, ValueError):
             pair = f"the candidate {candidate!r:.60} and the draw {draw!r:.60}"
             raise ValueError(f"a utility must return a number, and returned {found!r:.60} for {pair}") from None
 
 
+@validated
 class SameAnswer(Utility):
     """1 where two texts have the same answer, else 0: the decision is the answer of highest probability.
 
@@ -81,6 +85,7 @@ class SameAnswer(Utility):
         return self.answer(text)
 
 
+@validated
 class ChrF(Utility):
     """The F-score of character n-grams, 0 to 100, by sacrebleu: of the candidate, with the draw as the reference.
 
@@ -107,6 +112,7 @@ class ChrF(Utility):
         return float(self._metric.sentence_score(candidate, [draw]).score)
 
 
+@validated
 class EmbeddingSimilarity(Utility):
     """The cosine of the angle between the vectors of two texts, -1 to 1; 0 where one has the vector 0.
 
@@ -177,6 +183,7 @@ def decide(
     utility: Callable[[str, str], float] | Literal["reward"],
     *,
     num_candidates: Count = 32,
+    also: Sequence[str] = (),
     site: str | None = None,
 ) -> Decision:
     """Return the text of highest expected utility for each prompt.
@@ -188,15 +195,19 @@ def decide(
         own reward, so that the decision is the first of `Posterior.best`, at no cost.
     :param num_candidates: the most candidates of a prompt: those of largest weight, of equal ones those that were drawn
         first; with "reward" those of highest reward.
+    :param also: further candidates of every prompt, that need not have been drawn: "I don't know", whose utility is the
+        price of an abstention. Not with "reward".
     :param site: the completion site, where the model has several.
     :raises ValueError: if ``site`` is needed and missing, or unknown, or has several texts a prompt; if every weight of
         a prompt is zero, or a utility is not a finite number, with the pair.
     """
     columns = _columns(posterior, _site(posterior, site), utility)
     if isinstance(utility, str):
+        if also:
+            raise ValueError('decide("reward") knows the rewards of draws alone: leave also out, or give a function')
         return _by_reward(posterior, columns, num_candidates, site)
-    chosen = [np.argsort(-column.weights, kind="stable")[:num_candidates] for column in columns]
-    tables = [_table(utility, column, some) for column, some in zip(columns, chosen, strict=True)]
+    chosen = [_candidates(utility, column, num_candidates, also) for column in columns]
+    tables = [_table(utility, column, list(some)) for column, some in zip(columns, chosen, strict=True)]
     ranks = range(max(map(len, chosen)))
     estimates = [_expectation(posterior, columns, [t[min(k, len(t) - 1)] for t in tables]) for k in ranks]
     means, errors = np.moveaxis(np.array(estimates), 1, 0)  # (candidate, prompt); repeated where a prompt has fewer
@@ -205,9 +216,10 @@ def decide(
     lead, lead_stderr = _expectation(posterior, columns, gaps)
     alone = np.array([len(order) == 1 for order in orders])
     candidates = []
-    for p, (column, some, order) in enumerate(zip(columns, chosen, orders, strict=True)):
-        worth = zip(some[order].tolist(), means[order, p].tolist(), errors[order, p].tolist(), strict=True)
-        candidates.append([Candidate(column.texts[i], float(column.weights[i]), mean, se) for i, mean, se in worth])
+    for p, (some, order) in enumerate(zip(chosen, orders, strict=True)):
+        weighted = list(some.items())
+        worth = zip((weighted[i] for i in order), means[order, p].tolist(), errors[order, p].tolist(), strict=True)
+        candidates.append([Candidate(text, weight, mean, se) for (text, weight), mean, se in worth])
     lead, lead_stderr = np.where(alone, np.inf, lead), np.where(alone, 0.0, lead_stderr)
     return Decision(candidates, lead, lead_stderr, pairs=sum(table.size for table in tables))
 
@@ -257,13 +269,22 @@ def _column(texts: Array, weights: Array, key: Callable[[str], Hashable]) -> _Co
     return _Column([flat[i] for i in heaviest], total, index.reshape(texts.shape))
 
 
-def _table(utility: Callable[[str, str], float], column: _Column, chosen: Array) -> Array:
+def _candidates(utility: Any, column: _Column, num: int, also: Sequence[str]) -> dict[str, float]:
+    """Return the candidates of a prompt with their weights: the ``num`` heaviest texts, and others that are wanted."""
+    key = utility.key if isinstance(utility, Utility) else str
+    heaviest = np.argsort(-column.weights, kind="stable")[:num].tolist()
+    found = {column.texts[i]: float(column.weights[i]) for i in heaviest}
+    drawn = {key(text): weight for text, weight in zip(column.texts, column.weights.tolist(), strict=True)}
+    have = {key(text) for text in found}
+    return found | {text: drawn.get(key(text), 0.0) for text in also if key(text) not in have}
+
+
+def _table(utility: Callable[[str, str], float], column: _Column, candidates: list[str]) -> Array:
     """Return utilities (candidate, text).
 
     :raises ValueError: if one is not a finite number, or the table has another shape.
     """
     utility = utility if isinstance(utility, Utility) else FunctionUtility(utility)
-    candidates = [column.texts[i] for i in chosen]
     table = np.asarray(utility.table(candidates, column.texts), dtype=float)
     if table.shape != (len(candidates), len(column.texts)):
         raise ValueError(f"a table of utilities must be {(len(candidates), len(column.texts))}, not {table.shape}")

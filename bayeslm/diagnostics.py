@@ -17,7 +17,7 @@ A log weight may be −inf (a draw that breaks a constraint); NaN and +inf raise
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -45,6 +45,8 @@ from bayeslm.weights import (
     standard_error,
 )
 
+from .validation import Shape, validated
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -71,7 +73,8 @@ __all__ = [
 ]
 
 
-def rhat(values: ArrayLike) -> Array:
+@validated
+def rhat(values: Annotated[ArrayLike, Shape("chain, draw, ...")]) -> Array:
     """Return the rank-normalised split R̂ of any quantity, as ArviZ does, of all quantities at once.
 
     Below 1.01 the chains agree. A single chain is cut in two first, so that its quarters are compared.
@@ -115,7 +118,8 @@ def _rhat_of_ranks(chains: Array) -> Array:
     return np.asarray(np.sqrt((between / within + draws - 1) / draws))
 
 
-def ess_bulk(values: ArrayLike) -> Array:
+@validated
+def ess_bulk(values: Annotated[ArrayLike, Shape("chain, draw, ...")]) -> Array:
     """Return the bulk effective sample size of equally weighted draws, by ArviZ. Source: as for `rhat`.
 
     :param values: (chain, draw, ...).
@@ -126,6 +130,7 @@ def ess_bulk(values: ArrayLike) -> Array:
     return statistic("ess", np.asarray(values, dtype=float), method="bulk")
 
 
+@validated
 def expectation(posterior: Posterior, values: ArrayLike, *, weighted: bool = True) -> Estimate:
     """Estimate E[values] under the posterior, or with ``weighted=False`` under q, the distribution of the raw draws.
 
@@ -141,6 +146,7 @@ def expectation(posterior: Posterior, values: ArrayLike, *, weighted: bool = Tru
     return mean, _stderr(posterior, mean, influence)
 
 
+@validated
 def kl_to_prior(posterior: Posterior, *, weighted: bool = True) -> Estimate:
     """Estimate KL(π* ‖ p) = E_π*[l] − log Z; with ``weighted=False`` KL(q ‖ p) = E_q[l − log w], the penalty of RL.
 
@@ -157,6 +163,7 @@ def kl_to_prior(posterior: Posterior, *, weighted: bool = True) -> Estimate:
     return _mean_over_evidence(posterior, likelihood)
 
 
+@validated
 def kl_to_posterior(posterior: Posterior, reference: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None) -> Estimate:
     """Estimate KL(q ‖ π*) = log Z − E_q[log w], q being the distribution of the raw draws, such as a trained policy's.
 
@@ -183,6 +190,7 @@ def kl_to_posterior(posterior: Posterior, reference: ArrayLike | tuple[ArrayLike
     return gap, np.broadcast_to(standard_error(mean, influence), gap.shape)
 
 
+@validated
 def entropy(posterior: Posterior, *, weighted: bool = True) -> Estimate:
     """Estimate the entropy H(π*) = log Z − E_π*[log joint]; with ``weighted=False`` H(q) = −E_q[log joint − log w].
 
@@ -199,6 +207,7 @@ def entropy(posterior: Posterior, *, weighted: bool = True) -> Estimate:
     return -mean, stderr
 
 
+@validated
 def distinct_n(tokens: ArrayLike, lengths: ArrayLike, n: int = 2) -> Array:
     """Return the share of distinct n-grams among all n-grams of a prompt's completions, in (0, 1].
 
@@ -232,6 +241,7 @@ def distinct_n(tokens: ArrayLike, lengths: ArrayLike, n: int = 2) -> Array:
     return ratios
 
 
+@validated
 def best_of_n_kl_bound(n: int) -> float:
     """Return log n − (n − 1)/n, an upper bound on KL(best-of-n ‖ p) that is exact if rewards have no ties.
 
@@ -244,6 +254,7 @@ def best_of_n_kl_bound(n: int) -> float:
     return float(np.log(n) - (n - 1) / n)
 
 
+@validated
 def summary(
     posterior: Posterior,
     reference_log_evidence: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
@@ -324,6 +335,7 @@ def summary(
     return pd.DataFrame({name: np.broadcast_to(values, rows) for name, values in columns.items()}, index=index)
 
 
+@validated
 def compare(
     posteriors: Mapping[str, Posterior],
     reference_log_evidence: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
@@ -336,6 +348,8 @@ def compare(
     """
     import pandas as pd
 
+    if not posteriors:
+        raise ValueError("posteriors must hold one at least, got an empty mapping")
     tables = {
         name: summary(posterior, reference_log_evidence, weighted=weighted) for name, posterior in posteriors.items()
     }

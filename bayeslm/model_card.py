@@ -12,7 +12,7 @@ import os
 import platform
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +29,7 @@ OURS = "<!-- written by bayeslm: save_pretrained replaces it; remove this line t
 NOTES = re.compile(r"<!-- training (\{.*\}) -->\n(.*?)<!-- end of training -->", re.DOTALL)
 MAX_CARD, MAX_FIGURE = 2**20, 2**24  # bytes that are read
 MAX_PROMPTS = 20  # rows of the table
+GENERATION = ("temperature", "max_new_tokens")
 PACKAGES = ("bayeslm", "torch", "transformers", "peft", "pyro-ppl")
 # Models that have a short name: the hub's name of what they come from, and how.
 CONVERTED = {
@@ -133,11 +134,25 @@ def training_notes(posterior: Posterior) -> TrainingNotes:
     parts = ["## Training", _settings(posterior, program), _table(posterior)]
     if figure is not None:
         parts.append(f"![ELBO, log-likelihood and KL to the prior of each step]({FIGURE})")
-    names = ("temperature", "max_new_tokens")
-    settings: dict[str, Setting] = {n: program[n] for n in names if isinstance(program.get(n), int | float)}
-    if isinstance(program.get("stop"), list):
-        settings["stop"] = program["stop"]
-    return TrainingNotes("\n\n".join(parts), figure, settings)
+    return TrainingNotes("\n\n".join(parts), figure, _of_texts(program))
+
+
+def unfinished_notes(program: Mapping[str, Any], step: int, history: Mapping[str, Sequence[Any]]) -> TrainingNotes:
+    """Describe a training that was stopped, of whose policy no draws were made.
+
+    :param program: as `Posterior.stats` describes it.
+    :param step: the number of gradient steps.
+    :param history: figures (prompt,) of each step, by name.
+    """
+    prior = str(program.get("prior", "not known"))
+    rows = {"prior": CONVERTED[prior][1] if prior in CONVERTED else prior}
+    rows |= {name.replace("_", " "): value for name, value in program.items() if name != "prior"}
+    rows |= {"gradient steps": f"{step}, after which the training was stopped: no draws of the policy have judged it"}
+    titles = {"elbo": "ELBO", "reward": "reward", "kl": "KL to the prior"}
+    known = {name: title for name, title in titles.items() if len(history.get(name, ()))}
+    rows |= {f"{title} in the last step": f"{float(np.mean(history[name][-1])):.3f}" for name, title in known.items()}
+    lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()]
+    return TrainingNotes("\n".join(["## Training", "", "| | |", "|---|---|", *lines]), None, _of_texts(program))
 
 
 def _settings(posterior: Posterior, program: dict[str, Any]) -> str:
@@ -257,6 +272,12 @@ def _title(loading: Loading) -> str:
     kind = "an encoder-decoder language model" if loading.is_encoder_decoder else "a causal language model"
     what = kind if loading.base is None else f"an adapter of {kind}"
     return f"# A language model saved by bayeslm\n\nThis folder holds {what}, in the format of transformers or PEFT."
+
+
+def _of_texts(program: Mapping[str, Any]) -> dict[str, Setting]:
+    """Return the settings of a program that its texts depend on, of those that `TrainingNotes` has."""
+    found: dict[str, Setting] = {n: program[n] for n in GENERATION if isinstance(program.get(n), int | float)}
+    return found | ({"stop": program["stop"]} if isinstance(program.get("stop"), list) else {})
 
 
 def _setting(name: str, value: Any) -> Setting:

@@ -148,17 +148,18 @@ def plot_reliability(calibrations: Mapping[str, Calibration]) -> Figure:
     if not calibrations:
         raise ValueError("plot_reliability needs at least one calibration")
     figure, (axis, below) = _subplots(2, 1, figsize=(5.2, 6.0), sharex=True, height_ratios=(3, 1), layout="constrained")
-    axis.plot((0.5, 1), (0.5, 1), color=PRIOR_COLOUR, linewidth=1)
+    lowest = min(found.lowest for found in calibrations.values())
+    axis.plot((lowest, 1), (lowest, 1), color=PRIOR_COLOUR, linewidth=1)
     for i, (name, found) in enumerate(calibrations.items()):
         colour, some = COLOURS[i % len(COLOURS)], found.counts > 0
         x, y, error = found.confidence[some], found.right[some], 2 * found.right_stderr[some]
         label = f"{name}: ECE {found.ece.value:.3f} ({found.ece_if_calibrated[0]:.3f} if calibrated)"
         axis.errorbar(x, y, error, color=colour, fmt="o-", linewidth=1.2, capsize=2, label=label)
-        edges = np.linspace(0.5, 1, len(found.counts) + 1)
+        edges = np.linspace(found.lowest, 1, len(found.counts) + 1)
         below.stairs(found.counts, edges, color=colour, linestyle=STYLES[i % len(STYLES)], linewidth=1.6)
     axis.set(ylabel="share right", ylim=(None, 1.02))
-    axis.legend(frameon=False, loc="lower right")
-    below.set(xlabel="confidence", ylabel="pairs")
+    axis.legend(frameon=False, loc="lower right" if lowest > 0 else "upper left")
+    below.set(xlabel="confidence", ylabel="pairs" if lowest > 0 else "answers")
     return figure
 
 

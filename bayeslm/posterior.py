@@ -17,6 +17,8 @@ from bayeslm.posterior_checks import check_fields
 from bayeslm.processes import is_first
 from bayeslm.weights import Array, normalise, num_draws, smoothed_where_reliable
 
+from .validation import validated
+
 RESAMPLED = {"enumerated": "exact", "weighted": "uncorrected", "particles": "uncorrected"}  # kind before and after
 LABEL_WIDTH = 60  # the longest label of a prompt in tables and coordinates
 ENUMERATED_DRAWS = 1000  # the default number of draws from an enumeration
@@ -155,12 +157,15 @@ class Posterior:
             return None
         return self._sum({name: self.prior[name] for name in self.log_likelihood})
 
+    @validated
     def total_log_likelihood(self, terms: dict[str, Array] | None = None) -> Array:
         """Return the sum of all factors and observed sites; over prompts too, if they share a latent.
 
         :param terms: of other draws, by site; None for those of the posterior's draws.
         """
         chains, draws, columns = self.log_weights.shape
+        if terms is not None and (missing := self.log_likelihood.keys() - terms):
+            raise ValueError(f"terms must have all sites of log_likelihood, and lack {min(missing)!r}")
         total: Array = np.zeros((chains, draws, columns)) if terms is None else np.zeros((1, 1, columns))
         for name, term in self.log_likelihood.items():
             values = term if terms is None else terms[name]
@@ -193,6 +198,7 @@ class Posterior:
             return np.exp(normalise(self.log_weights))
         return np.full(self.log_weights.shape, 1.0 / num_draws(self.log_weights))
 
+    @validated
     def resample(self, num_draws: int | None = None, seed: int = 0) -> Posterior:
         """Return equally weighted draws, by systematic resampling by `weights()` over chains and draws jointly.
 
@@ -211,6 +217,7 @@ class Posterior:
         picked = self._resampled(num_draws, seed)
         return replace(picked, log_weights=np.zeros_like(picked.log_weights))
 
+    @validated
     def best(self, prompt: int = 0, k: int = 5, site: str | None = None) -> list[tuple[str, float]]:
         """Return the k distinct texts of highest reward among a prompt's raw draws, and their rewards, best first.
 
@@ -220,6 +227,8 @@ class Posterior:
         :raises ValueError: if ``site`` is needed and missing, or unknown.
         :raises IndexError: if there is no such prompt.
         """
+        if not -len(self.prompts) <= prompt < len(self.prompts):
+            raise IndexError(f"prompt must be below {len(self.prompts)}, the number of prompts, got {prompt}")
         site = self.completion_site(site)
         texts, dims = self.texts[site], self.dims[site][:-1]
         if "prompt" in dims:
@@ -232,6 +241,7 @@ class Posterior:
             highest[text] = max(float(reward), highest.get(text, -np.inf))
         return sorted(highest.items(), key=lambda item: -item[1])[:k]
 
+    @validated
     def completion_site(self, site: str | None = None) -> str:
         """Return the name of a completion site, the only one where none is given.
 
@@ -248,20 +258,23 @@ class Posterior:
         utility: Callable[[str, str], float] | Literal["reward"],
         *,
         num_candidates: int = 32,
+        also: Sequence[str] = (),
         site: str | None = None,
     ) -> Any:
         """Return the text of highest expected utility for each prompt; see `bayeslm.decisions.decide`.
 
         :param utility: of a pair of texts, (candidate, draw), such as those in `bayeslm.decisions`; or "reward".
         :param num_candidates: the most candidates of a prompt.
+        :param also: further candidates, that need not have been drawn.
         :param site: the completion site, where the model has several.
         :returns: a `bayeslm.decisions.Decision`.
         :raises ValueError: if ``site`` is needed and missing, or unknown, or has several texts a prompt; if every
             weight of a prompt is zero, or a utility is not a finite number.
         """
         module = import_module("bayeslm.decisions")  # by its name, as all that judges posteriors stands above this file
-        return module.decide(self, utility, num_candidates=num_candidates, site=site)
+        return module.decide(self, utility, num_candidates=num_candidates, also=also, site=site)
 
+    @validated
     def to_arviz(self, num_draws: int | None = None, seed: int = 0) -> Any:
         """Return ArviZ's container of the installed version: `InferenceData` (0.x) or `xarray.DataTree` (1.x).
 
@@ -292,6 +305,7 @@ class Posterior:
         groups = make_groups(self._resampled(num_draws, seed), self)
         return container(make_datasets(groups, self.prompt_labels), make_attrs(self.engine, self.kind))
 
+    @validated
     def save(self, directory: str | Path) -> Path:
         """Write everything into a new or empty directory, which `load` reads; its "posterior.nc" opens in ArviZ too.
 
@@ -319,6 +333,7 @@ class Posterior:
         attrs = make_attrs(self.engine, self.kind)
         return save(fields, self.policy, groups, self.prompt_labels, attrs, Path(directory))
 
+    @validated
     def report(self, path: str | Path, *, title: str | None = None) -> Path:
         """Write a report, one HTML file that needs no network; see `bayeslm.report.write_report`.
 
@@ -332,6 +347,7 @@ class Posterior:
         return Path(module.write_report({self.engine: self}, path, title=title))
 
     @staticmethod
+    @validated
     def concatenate(posteriors: Sequence[Posterior]) -> Posterior:
         """Return several runs of one engine on one program, with seeds of their own, as one: the chains of all.
 
@@ -347,6 +363,7 @@ class Posterior:
         return Posterior(**module.concatenate(posteriors))
 
     @staticmethod
+    @validated
     def load(directory: str | Path) -> Posterior:
         """Read a posterior that `save` wrote. The policy is not loaded: `policy_path` is its folder.
 

@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -29,9 +30,11 @@ INTERVAL = 30.0  # seconds from one line to the next where there is no terminal
 LONG = 20.0  # seconds: a run that takes longer says what it does, and how long it will take,
 MEASURED = 1.0  # when so many seconds of it have been measured
 BUSY = 1.25  # load of a core, the run's own included, above which other work slows a run down
+RECENT = 10  # steps whose speed is that of the time left: other work comes and goes
 REFRESH = 0.25  # seconds from one display to the next in terminals and notebooks
 
 
+_writing: ContextVar[Callable[[int], None] | None] = ContextVar("bayeslm_writing", default=None)
 _quiet: ContextVar[bool] = ContextVar("bayeslm_quiet", default=False)
 
 
@@ -46,18 +49,26 @@ class Report(Protocol):
 class _Progress:
     """How far a computation is, and the line that says so."""
 
-    def __init__(self, what: str, total: int | None, done: int, plan: str) -> None:
-        self.what, self.total, self.plan = visible(what), total, plan
+    def __init__(self, what: str, total: int | None, done: int, plan: str, tokens: int | None = None) -> None:
+        self.what, self.total, self.plan, self.tokens = visible(what), total, plan, tokens
         self.done = self._first = done
+        self._written = 0  # tokens since the last step
         self._values = ""
         self._start = self._last = time.monotonic()
+        self._recent: deque[tuple[float, int]] = deque([(self._start, 0)], maxlen=RECENT + 1)  # when so many were done
         self.has_plan = False  # said already
 
     def advance(self, by: int, values: Mapping[str, float] | None, what: str | None) -> None:
         self.done += by
+        self._written = 0
         self._last = time.monotonic()
+        self._recent.append((self._last, self.done - self._first))
         self._values = visible("  ".join(f"{name} {value:.3g}" for name, value in (values or {}).items()))
         self.what = self.what if what is None else visible(what)
+
+    def write(self, tokens: int) -> None:
+        self._written += tokens
+        self._last = time.monotonic()
 
     @property
     def seconds(self) -> float:
@@ -65,12 +76,14 @@ class _Progress:
 
     @property
     def left(self) -> float | None:
-        """Seconds until the end, at the mean speed until the last step; None where that is unknown."""
-        done = self.done - self._first
+        """Seconds until the end, at the speed of the last steps, or of a part of one; None where that is unknown."""
+        part = self._written / self.tokens if self.tokens else 0.0
+        since, before = self._recent[0]
+        done = self.done - self._first + part - before
         if self.total is None or done <= 0:
             return None
-        each = (self._last - self._start) / done
-        return max(0.0, (self.total - self.done) * each - (time.monotonic() - self._last))
+        each = (self._last - since) / done
+        return max(0.0, (self.total - self.done - part) * each - (time.monotonic() - self._last))
 
     def line(self, *, with_label: bool = True) -> str:
         count = f"{self.done}" if self.total is None else f"{self.done}/{self.total}"
@@ -113,7 +126,15 @@ def quiet(enabled: bool = True) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def track(what: str, total: int | None, enabled: bool = True, *, done: int = 0, plan: str = "") -> Iterator[Report]:
+def track(
+    what: str,
+    total: int | None,
+    enabled: bool = True,
+    *,
+    done: int = 0,
+    plan: str = "",
+    tokens: int | None = None,
+) -> Iterator[Report]:
     """Show the progress of the block: on standard error, or in the notebook.
 
     :param what: the label.
@@ -121,11 +142,13 @@ def track(what: str, total: int | None, enabled: bool = True, *, done: int = 0, 
     :param enabled: False shows nothing.
     :param done: steps that were done before, of a computation that is resumed.
     :param plan: what is done, in a few words: a long computation says so when it knows how long it will take.
+    :param tokens: how many tokens each step writes, if that is most of its work: the time left is then known while
+        many steps are done at once (`wrote`).
     """
     if not enabled or _quiet.get():
         yield lambda advance=1, values=None, what=None: None
         return
-    progress, console = _Progress(what, total, done, plan), Console(stderr=True)
+    progress, console = _Progress(what, total, done, plan, tokens), Console(stderr=True)
     if console.is_jupyter:
         display = _in_notebook(progress)
     elif console.is_interactive and sys.stderr.isatty():
@@ -138,7 +161,21 @@ def track(what: str, total: int | None, enabled: bool = True, *, done: int = 0, 
             progress.advance(advance, values, what)
             update(progress.opening())
 
-        yield report
+        def write(tokens: int) -> None:
+            progress.write(tokens)
+            update(progress.opening())
+
+        token = _writing.set(None if tokens is None else write)
+        try:
+            yield report
+        finally:
+            _writing.reset(token)
+
+
+def wrote(tokens: int) -> None:
+    """Tell the innermost computation that shows its progress how many tokens have been written."""
+    if (write := _writing.get()) is not None:
+        write(tokens)
 
 
 def announce(text: str, enabled: bool = True) -> None:

@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .characters import check_characters, texts_in
+
 MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # before those of UTF-16, which begin them
 MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig"}
 KNOWN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")  # suffixes, but for Parquet's
@@ -70,7 +72,7 @@ def prompt_table(path: str, rows: Rows) -> tuple[list[Any], dict[str, list[Any]]
         if deep := next((name for name in row if not _is_flat(row[name], LEVELS)), None):
             raise ValueError(f"{path}, {place}: {deep!r} has more than {LEVELS} lists or objects inside each other")
         for name in row.keys() - {"prompt"}:
-            check_characters(f"{path}, {place}: {name!r}", _texts_in(row[name]))
+            check_characters(f"{path}, {place}: {name!r}", "\n".join(texts_in(row[name])))
     columns = {str(name): [_as_json(row[name]) for row in table] for name in table[0]}
     return columns.pop("prompt"), columns
 
@@ -94,22 +96,6 @@ def check_prompt(what: str, prompt: Any) -> None:
             f"{what} is {prompt!r:.60}: it must be a text in quotes, a chat (a list of messages with role and content) "
             "or a list of token ids"
         )
-
-
-def check_characters(what: str, text: str) -> None:
-    """Refuse a text that has no encoding.
-
-    :param what: the text, for the error.
-    :raises ValueError: if it holds half of a surrogate pair.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = text[error.start]
-        raise ValueError(
-            f"{what} holds the lone surrogate {half!r} at character {error.start}, which is half of a character: "
-            "remove it, or write the whole character"
-        ) from None
 
 
 def json_lines(data: bytes) -> Iterator[tuple[int, Any]]:
@@ -172,7 +158,10 @@ def _value(data: bytes) -> Any:
         return json.loads(data.decode(), object_pairs_hook=_object)
     except UnicodeDecodeError:
         return ValueError("is not UTF-8: write the file in that encoding")
-    except (ValueError, RecursionError) as error:  # JSON's own, a number of too many digits, lists in lists in lists
+    except json.JSONDecodeError as error:
+        at = f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        return ValueError(f"is no JSON ({error.msg}: {at}): write one JSON object a line")
+    except (ValueError, RecursionError) as error:  # a number of too many digits, lists in lists in lists
         return ValueError(f"is no JSON ({error}): write one JSON object a line")
 
 
@@ -295,15 +284,6 @@ def _is_flat(value: Any, levels: int) -> bool:
         return True
     inside = value.values() if isinstance(value, Mapping) else value
     return levels > 0 and all(_is_flat(x, levels - 1) for x in inside)
-
-
-def _texts_in(value: Any) -> str:
-    """Return all texts in a value of a column, one after another, for a look at their characters."""
-    if isinstance(value, Mapping):
-        return "\n".join(_texts_in(x) for pair in value.items() for x in pair)
-    if isinstance(value, list | tuple):
-        return "\n".join(map(_texts_in, value))
-    return value if isinstance(value, str) else ""
 
 
 def _as_json(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Whether the figures of a posterior and their errors can be believed, in words, with what to do next.
+"""Whether the figures of a posterior and their errors can be believed, in words; `bayeslm.advice` says what to do.
 
 A standard error is right where many draws contribute to an estimate. It is not where
 
@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bayeslm import advice
 from bayeslm.diagnostics import ess_bulk, rhat
 from bayeslm.posterior import DiagnosticsWarning, Posterior
 from bayeslm.weights import (
@@ -65,53 +66,6 @@ class Level(NamedTuple):
     share: float
 
 
-class Advice(NamedTuple):
-    """What to do about errors that cannot be believed: in words, by the engine's settings, and by other engines."""
-
-    words: str
-    settings: tuple[str, ...] = ()
-    """Of the engine, to be raised."""
-    instead: str = ""
-    """What to write in Python."""
-
-
-_POLICY = "AdaptiveImportance().run(model, ...)"
-ADVICE = {  # by engine; of others by kind
-    "ImportanceSampling": Advice(
-        "use more draws or a better proposal, such as a trained policy",
-        ("num_particles",),
-        f"propose from a policy: {_POLICY}, or ImportanceSampling(guide=SVI().run(model, ...).policy)",
-    ),
-    "AdaptiveImportance": Advice("use more draws", ("num_particles", "num_steps"), "SMC(twist='auto')"),
-    "Auto": Advice("use more draws or more time", ("num_particles", "max_seconds", "target_ess")),
-    "SVI": Advice("use more draws or train the policy longer", ("num_samples", "num_steps"), _POLICY),
-    "Laplace": Advice("use more draws, or NUTS", ("num_samples",), "NUTS().run(model, ...)"),
-    "SMC": Advice(
-        "use more particles or chains, or a better twist or proposal",
-        ("num_particles", "num_chains"),
-        "SMC(twist='auto')",
-    ),
-    "AnnealedSMC": Advice(
-        "use more particles or chains, a finer ladder or more sweeps",
-        ("num_particles", "num_chains", "cess", "num_sweeps"),
-    ),
-    "ControlledSMC": Advice("use more particles or sweeps", ("num_particles", "num_sweeps")),
-    "MCMC": Advice(
-        "run more sweeps, or better moves (a policy, tempering)",
-        ("num_samples", "warmup"),
-        "MCMC(num_temperatures=4) for modes far apart",
-    ),
-    "NUTS": Advice("use more draws and a longer warmup", ("num_samples", "warmup", "target_accept")),
-    "RejectionSampling": Advice("use more draws", ("num_samples",)),
-    "BestOfN": Advice("use more draws", ("num_samples",)),
-    "weighted": Advice("use more draws or a better proposal"),
-    "particles": Advice("use more particles or chains"),
-    "markov": Advice("run longer chains"),
-    "exact": Advice("use more draws"),
-    "uncorrected": Advice("use more draws"),
-}
-
-
 def levels(posterior: Posterior) -> list[list[Level]]:
     """Return the levels of the reward, lowest first, for each prompt (all together if they share a latent).
 
@@ -130,16 +84,17 @@ def levels(posterior: Posterior) -> list[list[Level]]:
 
 
 def problems(posterior: Posterior) -> list[list[str]]:
-    """Return what is wrong with the errors of a posterior, as sentences with what to do, for each prompt.
+    """Return what is wrong with the errors of a posterior, in sentences, for each prompt.
 
     An empty list means that nothing was found: then two standard errors cover the truth in at least nine of ten cases
-    (benchmarks/RESULTS.md has the cases). Prompts that share a latent have one list.
+    (benchmarks/RESULTS.md has the cases). Of several signs of one fault, as few draws that have most of the weight, the
+    first is said. Prompts that share a latent have one list.
     """
-    columns = range(posterior.log_weights.shape[2])
     if posterior.conditional or posterior.kind == "enumerated":
-        return [[] for _ in columns]
+        return [[] for _ in range(posterior.log_weights.shape[2])]
     find = _of_weights if posterior.kind in ("weighted", "particles") else _of_equal_draws
-    return [sentences + unseen for sentences, unseen in zip(find(posterior), _unseen(posterior), strict=True)]
+    found = list(find(posterior))
+    return [lines + unseen for lines, unseen in zip(found, _unseen(posterior, found), strict=True)]
 
 
 def warn(posterior: Posterior) -> None:
@@ -155,19 +110,8 @@ def warn(posterior: Posterior) -> None:
         frame, level = sys._getframe(), 1
         while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "bayeslm":
             frame, level = frame.f_back, level + 1
-        text = f"{posterior.engine}: {' '.join(lines[:SHOWN])}{rest}\nNext: {_next(posterior)}."
+        text = f"{posterior.engine}: {' '.join(lines[:SHOWN])}{rest}\nNext: {advice.in_python(posterior)}."
         warnings.warn(text, DiagnosticsWarning, stacklevel=level)
-
-
-def _advice(posterior: Posterior) -> Advice:
-    return ADVICE.get(posterior.engine, ADVICE[posterior.kind])
-
-
-def _next(posterior: Posterior) -> str:
-    """Return what to write next in Python."""
-    words, settings, instead = _advice(posterior)
-    raised = f"raise {', '.join(settings[:-1])}{' or ' if settings[1:] else ''}{settings[-1]}" if settings else words
-    return f"{raised}, or {instead}" if instead else raised
 
 
 def _of_weights(posterior: Posterior) -> Iterator[list[str]]:
@@ -179,30 +123,25 @@ def _of_weights(posterior: Posterior) -> Iterator[list[str]]:
     khat = np.full(lw.shape[2], np.nan) if particles else psis(np.where(weights.any(POOL), lw, 0.0))[1]
     reasons = [] if particles else khat_reasons(lw)
     apart = {name: _apart(phi, posterior.roots) for name, phi in influences.items()} if particles else {}
-    chains, advice = chain_log_evidence(lw), _advice(posterior).words
+    chains = chain_log_evidence(lw)
     for i in range(lw.shape[2]):
         lines = []
         if roots is not None:
             if size[i] < ESS_LIMIT or roots[i] < ESS_LIMIT:
-                lines.append(
-                    f"ESS {size[i]:.0f} at its smallest, all draws descend from {roots[i]} first particles: {advice}."
-                )
+                few_roots = f", all draws descend from {roots[i]} first particles" if roots[i] < ESS_LIMIT else ""
+                lines.append(f"ESS {size[i]:.0f} at its smallest{few_roots}.")
             lines += _disagreement(chains[:, i], {name: ratio[i] for name, ratio in apart.items()})
         elif khat[i] > KHAT_LIMIT or size[i] < ESS_LIMIT:
-            tail = f"k̂ unknown ({reasons[i]})" if np.isnan(khat[i]) else f"k̂ {khat[i]:.2f}"
-            lines.append(f"{tail}, ESS {size[i]:.0f}: {advice}.")
-        for level in found[i]:
-            if level.share > LARGE_SHARE and level.hits < FEW_HITS:
-                draws = f"{level.hits} draw{'s' * (level.hits != 1)}"
-                lines.append(
-                    f"{posterior.measure.capitalize()} {level.value:.4g} has {level.share:.0%} of the weight "
-                    f"and {draws}: use more draws, or a proposal that reaches it more often."
-                )
+            tail = f"k̂ unknown ({reasons[i].partition(':')[0]})" if np.isnan(khat[i]) else f"k̂ {khat[i]:.2f}"
+            lines.append(f"{tail}, ESS {size[i]:.0f}.")
+        few = [level for level in found[i] if level.share > LARGE_SHARE and level.hits < FEW_HITS]
+        if few and not (particles and lines):
+            draws = [f"{x.value:.4g} ({x.share:.0%} of the weight, {x.hits} draw{'s' * (x.hits != 1)})" for x in few]
+            cause = f"few draws have the {posterior.measure} {' and '.join(draws)}."
+            lines[-1:] = [f"{lines[-1][:-1]}: {cause}" if lines else cause.replace("few", "Few", 1)]
         name, share = max(((name, shares[i]) for name, shares in dominated.items()), key=lambda pair: pair[1])
         if not lines and share > DOMINANT:
-            lines.append(
-                f"One draw makes {share:.0%} of the variance of {name}, whose error is too small: use more draws."
-            )
+            lines.append(f"One draw makes {share:.0%} of the variance of {name}, whose error is too small.")
         yield lines
 
 
@@ -220,13 +159,9 @@ def _disagreement(log_z: Array, apart: dict[str, float]) -> list[str]:
     effective = relative.sum() ** 2 / (relative**2).sum()
     name, ratio = max(apart.items(), key=lambda pair: pair[1])
     if len(log_z) > 2 and effective < len(log_z) / 2:
-        return [
-            f"The chains disagree: of {len(log_z)}, {effective:.1f} count by their log Z: use more particles in each."
-        ]
+        return [f"The chains disagree: of {len(log_z)}, {effective:.1f} count by their log Z, for want of particles."]
     if ratio**2 * (len(log_z) - 1) > chdtri(len(log_z) - 1, CHANCE):
-        return [
-            f"The chains disagree on {name}, {ratio:.1f} times more than its error says: use more particles in each."
-        ]
+        return [f"The chains disagree on {name}, {ratio:.1f} times more than its error says, for want of particles."]
     return []
 
 
@@ -235,17 +170,28 @@ def _of_equal_draws(posterior: Posterior) -> Iterator[list[str]]:
     rewards, total = _rewards(posterior), num_draws(posterior.log_weights)
     columns = posterior.log_weights.shape[2]
     if posterior.kind != "markov" or rewards is None:
-        few = [f"Only {total} draws: errors that few draws estimate are uncertain."] if total < FEW_HITS else []
-        yield from ([*few] for _ in range(columns))
+        yield from ([*_too_few(posterior, total)] for _ in range(columns))
         return
     for between, size in zip(rhat(rewards), ess_bulk(rewards), strict=True):
         shown = f"{between:.2f}" if between < 100 else "over 100"
-        line = f"R̂ {shown}, ESS {size:.0f}: {_advice(posterior).words}."
+        line = f"R̂ {shown}, ESS {size:.0f}."
         yield [line] if between > RHAT_LIMIT or size < MARKOV_ESS_LIMIT else []
 
 
-def _unseen(posterior: Posterior) -> Iterator[list[str]]:
-    """Yield what each prompt's draws cannot know: values of the reward that none of them has."""
+def _too_few(posterior: Posterior, total: int) -> list[str]:
+    """Return a sentence if independent draws are fewer than an estimate of errors needs, or than were wanted."""
+    stats, wanted = posterior.stats, int(posterior.stats.get("wanted", 0))
+    if total < wanted:
+        most = "" if stats.get("interrupted") else ", the most that are allowed"
+        return [f"{total} of {wanted} draws a prompt after {stats['proposals']} proposals{most}."]
+    return [f"Only {total} draws, from which errors are uncertain."] if total < FEW_HITS else []
+
+
+def _unseen(posterior: Posterior, said: list[list[str]]) -> Iterator[list[str]]:
+    """Yield what each prompt's draws cannot know: values of the reward that none of them has.
+
+    :param said: the sentences about its weights or chains.
+    """
     total, high = num_draws(posterior.log_weights), posterior.log_evidence_high
     bound = float(posterior.stats.get("log_bound", np.inf))
     one_is_known = bool(posterior.stats.get("constrained", False))  # the only value that a proposal leaves
@@ -262,15 +208,15 @@ def _unseen(posterior: Posterior) -> Iterator[list[str]]:
         if found and not best and posterior.kind != "exact" and high is not None and high[i] > known + TELLING:
             yield [
                 f"No draw has the highest possible {posterior.measure}, so of log Z only an upper limit is known, "
-                f"{high[i]:.2f} (95%): use more draws, or a proposal that reaches it."
+                f"{high[i]:.2f} (95%)."
             ]
         elif len(found) == 1 and total > 1 and not (best and high is not None) and not one_is_known:
             yield [
                 f"All {total} draws have the {posterior.measure} {found[0].value:.4g}: nothing rare was seen, "
-                "and errors of 0 do not cover it. Use more draws, or a proposal that reaches other rewards."
+                "and errors of 0 do not cover it."
             ]
         else:
-            yield [] if best or high is not None else _next_level(posterior, found, i)
+            yield [] if best or high is not None or said[i] else _next_level(posterior, found, i)
 
 
 def _next_level(posterior: Posterior, found: list[Level], column: int) -> list[str]:
@@ -289,7 +235,8 @@ def _next_level(posterior: Posterior, found: list[Level], column: int) -> list[s
         return []
     return [
         f"The highest {posterior.measure} seen, {top.value:.4g}, has {top.share:.0%} of the weight and {top.hits} "
-        "draws; a higher one that was not seen could matter: use more draws, or give the reward an upper_bound."
+        f"draw{'s' * (top.hits != 1)}; a higher one that was not seen could matter (an upper_bound of the reward would "
+        "limit it)."
     ]
 
 

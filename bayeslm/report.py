@@ -17,12 +17,12 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from bayeslm import advice, report_texts
 from bayeslm import report_sections as sections
-from bayeslm import report_texts
 from bayeslm.files import write_file
 from bayeslm.posterior import Posterior
 from bayeslm.processes import is_first
-from bayeslm.summaries import remarks
+from bayeslm.summaries import next_steps, remarks
 from bayeslm.version import __version__
 from bayeslm.visible import visible
 
@@ -83,6 +83,7 @@ def render(
         settings={name: str(value) for name, value in described.items()},
         prompts=sections.prompts(first),
         remarks=remarks(posteriors),
+        next_steps=next_steps(posteriors, lambda posterior, _: advice.in_words(posterior)),
         engines=sections.engines(posteriors),
         comparison=sections.comparison(posteriors),
         rewards=sections.rewards(posteriors),

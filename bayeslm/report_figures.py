@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 from xml.etree import ElementTree
 
@@ -65,6 +65,7 @@ def rewards(weighted: Mapping[str, tuple[Array, Array]], label: str) -> str:
 def curves(
     raw: Array,
     label: str,
+    series: int = 0,
     *,
     held_out: Sequence[tuple[Array, Array]] = (),
     level: float = np.nan,
@@ -74,6 +75,7 @@ def curves(
 
     :param raw: (chain, step), NaN after the end of a chain.
     :param label: of the vertical axis, a fixed word.
+    :param series: of the engine, which chooses its colour in all pictures, as for `ess_by_step` and `genealogy`.
     :param held_out: steps and values of evaluations.
     :param level: log Z, and its standard error, for a curve that should come near it.
     """
@@ -81,14 +83,14 @@ def curves(
     def draw(axis: Any) -> None:
         steps = np.arange(1, raw.shape[1] + 1)
         some = _thinned(len(steps))
-        axis.plot(steps[some], raw[:, some].T, color=COLOURS[0], alpha=0.45, linewidth=0.8)
-        axis.plot(steps[some], smooth(raw)[some], color=COLOURS[0], linewidth=1.8)
-        for i, (at, values) in enumerate(held_out):
-            axis.plot(at, values, "o-", color=COLOURS[2 + i % 4], markersize=3, linewidth=1)
+        axis.plot(steps[some], raw[:, some].T, color=COLOURS[series], alpha=0.45, linewidth=0.8)
+        axis.plot(steps[some], smooth(raw)[some], color=COLOURS[series], linewidth=1.8)
+        for (at, values), marker in zip(held_out, cycle("os^D")):
+            axis.plot(at, values, f"{marker}-", color=MUTED, markersize=3, linewidth=1)
         if np.isfinite(level):
-            axis.axhline(level, color=COLOURS[1], linestyle="--", linewidth=1.2)
+            axis.axhline(level, color=INK, linestyle="--", linewidth=1.2)
             if np.isfinite(error):
-                axis.axhspan(level - 2 * error, level + 2 * error, color=COLOURS[1], alpha=0.15, linewidth=0)
+                axis.axhspan(level - 2 * error, level + 2 * error, color=MUTED, alpha=0.2, linewidth=0)
         axis.set(xlabel="step", ylabel=label)
         axis.xaxis.get_major_locator().set_params(integer=True)
 
@@ -109,7 +111,7 @@ def smooth(raw: Array) -> Array:
         return np.convolve(sums, kernel)[: len(sums)] / np.convolve(counts, kernel)[: len(sums)]
 
 
-def ess_by_step(sizes: Array, threshold: float) -> str:
+def ess_by_step(sizes: Array, threshold: float, series: int = 0) -> str:
     """Draw the effective sample size of each chain of particles before each step's resampling.
 
     :param sizes: (chain, step).
@@ -117,14 +119,14 @@ def ess_by_step(sizes: Array, threshold: float) -> str:
     """
 
     def draw(axis: Any) -> None:
-        axis.plot(np.arange(1, sizes.shape[1] + 1), sizes.T, color=COLOURS[0], linewidth=1, alpha=0.6)
+        axis.plot(np.arange(1, sizes.shape[1] + 1), sizes.T, color=COLOURS[series], linewidth=1, alpha=0.6)
         axis.set(xlabel="step", ylabel="ESS of a chain", ylim=(0, threshold * 1.05))
         axis.xaxis.get_major_locator().set_params(integer=True)
 
     return _svg(draw)
 
 
-def genealogy(ancestors: Array) -> str:
+def genealogy(ancestors: Array, series: int = 0) -> str:
     """Draw who descends from whom: lines of particles with descendants at the end, and faint, of those without.
 
     :param ancestors: (step, particle), the index of each particle's ancestor at a step.
@@ -132,7 +134,7 @@ def genealogy(ancestors: Array) -> str:
     places, alive = lineages(ancestors)
 
     def draw(axis: Any) -> None:
-        for mask, style in ((~alive, {"color": MUTED, "alpha": 0.6}), (alive, {"color": COLOURS[0]})):
+        for mask, style in ((~alive, {"color": MUTED, "alpha": 0.6}), (alive, {"color": COLOURS[series]})):
             steps, particles = np.nonzero(mask)
             gap = np.full(len(steps), np.nan)
             xs = np.stack([steps, steps + 1, gap], axis=1).ravel()

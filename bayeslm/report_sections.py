@@ -33,6 +33,7 @@ TRAINING = {
     "kl": ("KL to the prior, nats", "How far the policy is from the prior."),
 }
 FACTS = {
+    "unfinished": "No result yet of",
     "program": "Program",
     "prior": "Language model",
     "reward": "Reward",
@@ -72,8 +73,11 @@ def facts(posteriors: Mapping[str, Posterior], settings: Mapping[str, object]) -
 
 
 def prompts(posterior: Posterior) -> dict[str, Any]:
-    """Return the first prompts, and the number of all."""
-    return {"shown": posterior.prompts[:MAX_LISTED], "total": len(posterior.prompts)}
+    """Return the first prompts, and the number of all; of chats the last user's turn, and the whole."""
+    whole = posterior.prompts[:MAX_LISTED]
+    names = posterior.prompt_names[:MAX_LISTED] or whole
+    shown = [{"label": x, "whole": "" if x == y else y} for x, y in zip(names, whole, strict=True)]
+    return {"shown": shown, "total": len(posterior.prompts)}
 
 
 def engines(posteriors: Mapping[str, Posterior]) -> list[dict[str, Any]]:
@@ -133,7 +137,7 @@ def _table(
         reason = record.get("khat_reason")
         lines.append(
             {
-                "name": row.name,
+                "name": row.shown(prompt),
                 "series": series[row.engine],
                 "measured": _estimate(record, measure),
                 "log_z": None if row.is_policy else _estimate(record, "log_evidence"),
@@ -142,7 +146,7 @@ def _table(
                 "ess": "–" if row.is_policy else number(record.get("ess_min", record.get("ess", math.nan)), 0),
                 "khat": "–" if row.is_policy else number(record.get("khat", math.nan)),
                 "khat_reason": reason if isinstance(reason, str) and not row.is_policy else "",
-                "rhat": number(next((v for k, v in record.items() if k.startswith(f"rhat_{measure}")), math.nan)),
+                "rhat": number(record.get(f"rhat_{measure}", math.nan)) if row.kind == "markov" else "–",
                 "seconds": "" if row.repeated else number(record.get("seconds", math.nan), 0),
                 "speed": "" if row.repeated else number(record.get("tokens_per_second", math.nan), 0),
             }
@@ -213,7 +217,7 @@ def rewards(posteriors: Mapping[str, Posterior]) -> list[dict[str, Any]]:
 def trainings(posteriors: Mapping[str, Posterior]) -> list[dict[str, Any]]:
     """Return the curves of each training, as means over prompts."""
     found = []
-    for name, posterior in posteriors.items():
+    for i, (name, posterior) in enumerate(posteriors.items()):
         stats = posterior.stats
         keys = [key for key in TRAINING if np.ndim(stats.get(key, 0.0)) == 3]
         if "elbo" not in keys or np.shape(stats["elbo"])[1] < 2:
@@ -231,7 +235,7 @@ def trainings(posteriors: Mapping[str, Posterior]) -> list[dict[str, Any]]:
             ]
             level = {"level": log_z, "error": error} if key == "elbo" else {}
             raw = np.asarray(stats[key], dtype=float).mean(-1)
-            svg = report_figures.curves(raw, label, held_out=evaluated, **level)
+            svg = report_figures.curves(raw, label, i % 6, held_out=evaluated, **level)
             panels.append({"words": words, "label": label, "svg": Markup(svg)})
         length = np.shape(stats["elbo"])[1]
         about = {"name": name, "steps": length, "chains": np.shape(stats["elbo"])[0], "held_out": held_out}
@@ -274,17 +278,17 @@ def sizes(posteriors: Mapping[str, Posterior]) -> list[dict[str, Any]]:
 def genealogies(posteriors: Mapping[str, Posterior]) -> list[dict[str, Any]]:
     """Return for engines of particles the genealogy of the first chain, and the ESS of all, for the first prompts."""
     found = []
-    for name, posterior in posteriors.items():
+    for i, (name, posterior) in enumerate(posteriors.items()):
         ancestors = np.asarray(posterior.stats.get("ancestors", 0))
         if ancestors.ndim != 4 or not ancestors.size:
             continue
         panels = []
         for prompt in range(min(ancestors.shape[3], MAX_PROMPTS)):
             label = posterior.prompt_labels[prompt] if ancestors.shape[3] > 1 else "all prompts"
-            svgs = [report_figures.genealogy(ancestors[0, :, :, prompt])]
+            svgs = [report_figures.genealogy(ancestors[0, :, :, prompt], i % 6)]
             sizes_by_step = np.asarray(posterior.stats.get("ess_by_step", 0))
             if sizes_by_step.ndim == 3:
-                svgs.append(report_figures.ess_by_step(sizes_by_step[..., prompt], ancestors.shape[2]))
+                svgs.append(report_figures.ess_by_step(sizes_by_step[..., prompt], ancestors.shape[2], i % 6))
             panels.append({"label": label, "svgs": [Markup(svg) for svg in svgs]})
         resampled = np.asarray(posterior.stats.get("resampled", np.zeros(1)))
         found.append(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bayeslm import diagnostics, reliability
 from bayeslm.posterior import Posterior
+
+NAMED = 3  # prompts that one remark names
 
 
 class Row(NamedTuple):
@@ -21,17 +23,28 @@ class Row(NamedTuple):
     is_policy: bool = False
     repeated: bool = False
     """Whether another row of the same engine has the cost."""
+    kind: str = ""
+    """Of the posterior."""
+    doubted: tuple[bool, ...] = ()
+    """For each prompt whether `reliability.problems` finds any: the row's errors cannot be believed there."""
+
+    def shown(self, prompt: int | None) -> str:
+        """Return the name for the row of a prompt, or None for all of them, with a mark if it is doubted there."""
+        doubted = any(self.doubted) if prompt is None else self.doubted[prompt : prompt + 1] == (True,)
+        return f"{self.name} !" if doubted else self.name
 
 
 def rows(posteriors: Mapping[str, Posterior]) -> Iterator[Row]:
     """Yield a row for each posterior; where there is a policy, one more for its unweighted draws before it."""
     for engine, posterior in posteriors.items():
         weighted = _records(posterior, weighted=True)
+        found = [bool(sentences) for sentences in reliability.problems(posterior)]
+        doubted = tuple(found if len(found) > 1 else found * len(posterior.prompts))
         if draws_are_of_policy(posterior):
             yield Row(engine, f"{engine}: policy", *_records(posterior, weighted=False), is_policy=True)
-            yield Row(engine, f"{engine}: weighted", *weighted, repeated=True)
+            yield Row(engine, f"{engine}: weighted", *weighted, repeated=True, kind=posterior.kind, doubted=doubted)
         else:
-            yield Row(engine, engine, *weighted)
+            yield Row(engine, engine, *weighted, kind=posterior.kind, doubted=doubted)
 
 
 def _records(posterior: Posterior, *, weighted: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -78,7 +91,7 @@ def draws_are_of_policy(posterior: Posterior) -> bool:
 
 
 def remarks(posteriors: Mapping[str, Posterior]) -> list[str]:
-    """Return a sentence for each problem that the diagnostics show."""
+    """Return a sentence for each problem that the diagnostics show; one that several prompts share is said once."""
     lines = []
     for name, posterior in posteriors.items():
         if posterior.kind == "uncorrected":
@@ -86,9 +99,32 @@ def remarks(posteriors: Mapping[str, Posterior]) -> list[str]:
                 f"{name} is a baseline: its draws are not from the posterior, and its log Z is from draws of the prior."
             )
         if posterior.stats.get("interrupted"):
-            lines.append(f"{name} was interrupted: its figures are of the draws or steps before that.")
+            lines.append(f"{name} was interrupted: its figures are of what it had by then.")
         if posterior.conditional:
             lines.append(f"{name} retained draws of the posterior: use it for bounds on log Z, not for comparison.")
+        where: dict[str, list[str]] = {}
         for label, sentences in zip(posterior.prompt_labels, reliability.problems(posterior), strict=False):
-            lines += [f"{name}, {label!r}: {sentence}" for sentence in sentences]
+            for sentence in sentences:
+                where.setdefault(sentence, []).append(repr(label))
+        lines += [f"{name}{_of_prompts(posterior, labels)}: {sentence}" for sentence, labels in where.items()]
     return lines
+
+
+def _of_prompts(posterior: Posterior, labels: list[str]) -> str:
+    """Return of which prompts a remark is, unless it is of all of them."""
+    if len(labels) == posterior.log_weights.shape[2]:
+        return ""
+    more = f" and {len(labels) - NAMED} prompts more" if len(labels) > NAMED else ""
+    return f", {', '.join(labels[:NAMED])}{more}"
+
+
+def next_steps(posteriors: Mapping[str, Posterior], advise: Callable[[Posterior, str], str]) -> list[str]:
+    """Return what to do about the problems of each engine that has any.
+
+    :param advise: returns it for a posterior and its name.
+    """
+    return [
+        f"{name}: {advise(posterior, name)}."
+        for name, posterior in posteriors.items()
+        if any(reliability.problems(posterior))
+    ]

@@ -32,7 +32,11 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
-from bayeslm.display import short_repr
+import numpy as np
+from numpy.typing import ArrayLike
+
+from bayeslm.characters import lone_surrogate
+from bayeslm.short_repr import short_repr
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,6 +54,25 @@ class Within:
     def __contains__(self, value: float) -> bool:
         above = value >= self.low if self.interval[0] == "[" else value > self.low
         return above and (value <= self.high if self.interval[-1] == "]" else value < self.high)
+
+
+class Shape:
+    """Named axes of an array or a tensor, as an annotation: ``Annotated[ArrayLike, Shape("chain, draw, ...")]``.
+
+    :param axes: with "..." at the beginning or the end, where it may have more.
+    :param whole: whether its entries must be whole numbers.
+    """
+
+    def __init__(self, axes: str, *, whole: bool = False) -> None:
+        self.axes, self.whole = axes, whole
+        names = axes.split(", ")
+        self.least = len(names) - ("..." in names)
+        self.most = math.inf if "..." in names else self.least
+
+    def __contains__(self, value: Any) -> bool:
+        if self.whole and not str(getattr(value, "dtype", "int")).rpartition(".")[2].startswith(("int", "uint")):
+            return False
+        return self.least <= len(np.shape(value)) <= self.most
 
 
 class Unchecked:
@@ -182,7 +205,8 @@ def annotations_of(target: Any) -> dict[str, Any]:
         bases = reversed(typing.cast(type, target).__mro__)
         owners = [(inspect.get_annotations(base), vars(sys.modules[base.__module__])) for base in bases]
     else:
-        function = inspect.unwrap(typing.cast(Any, target).__init__ if isinstance(target, type) else target)
+        function = typing.cast(Any, target).__init__ if isinstance(target, type) else target
+        function = inspect.unwrap(getattr(function, "__func__", function))
         owners = [(inspect.get_annotations(function), function.__globals__)] if inspect.isfunction(function) else []
     return {name: _resolve(hint, names) for hints, names in owners for name, hint in hints.items()}
 
@@ -219,6 +243,8 @@ def _compile(hint: Any) -> _Check:
     if origin is Annotated and Unchecked in arguments:
         return ANYTHING
     if origin is Annotated:
+        if (shape := next((x for x in arguments[1:] if isinstance(x, Shape)), None)) is not None:
+            return _shaped(_compile(arguments[0]), shape)
         interval = next((x for x in arguments[1:] if isinstance(x, Within)), None)
         return _compile(arguments[0]) if interval is None else _number(arguments[0], interval)
     if hint is None or hint is types.NoneType:
@@ -226,7 +252,13 @@ def _compile(hint: Any) -> _Check:
     if hint in (int, float):
         return _number(hint, None)
     if origin in (typing.Union, types.UnionType):
-        return _union([_compile(argument) for argument in arguments])
+        is_path = any(_is_path(argument) for argument in arguments)
+        arrays = typing.get_args(ArrayLike)
+        options = [x for x in arguments if x not in arrays] if set(arrays) <= set(arguments) else arguments
+        checks = [PATH if is_path and option is str else _compile(option) for option in options]
+        return _union([NUMBERS, *checks] if len(options) < len(arguments) else checks)
+    if hint is str:
+        return _Check("a string", _text, is_class=True)
     if origin is typing.Literal:
         words = [repr(argument) for argument in arguments]
         return _Check(_listed(words) if len(words) < 3 else f"one of {', '.join(words)}", _one_of(arguments))
@@ -234,7 +266,7 @@ def _compile(hint: Any) -> _Check:
         return _function(len(arguments[0]))
     if origin is collections.abc.Callable or hint is Callable:
         return _Check("a function", _only(callable))
-    cls = origin or hint
+    cls = os.PathLike if _is_path(hint) else origin or hint
     if not isinstance(cls, type) or cls is object or hint is Any:
         return ANYTHING  # a type variable, Any
     if cls is type:
@@ -247,7 +279,7 @@ def _compile(hint: Any) -> _Check:
         return _mapping(*(_compile(argument) for argument in arguments or (Any, Any)))
     if getattr(cls, "_is_protocol", False) and not getattr(cls, "_is_runtime_protocol", False):
         return ANYTHING
-    names: dict[Any, str] = {str: "a string", bool: "True or False", os.PathLike: "a path"}
+    names: dict[Any, str] = {bool: "True or False", os.PathLike: "a path"}
     article = "an" if cls.__name__[0] in "AEIOU" else "a"
     return _Check(
         names.get(cls, f"{article} {cls.__name__}"), _only(lambda value: isinstance(value, cls)), is_class=True
@@ -261,6 +293,46 @@ def _only(holds: Callable[[Any], bool]) -> Callable[[Any], Any]:
         return value
 
     return convert
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise _Refused
+    if (found := lone_surrogate(value)) is not None:
+        raise _Refused(out_of_range=True, words=f"a string without {found}, which is half of a character")
+    return value
+
+
+def _is_path(hint: Any) -> bool:
+    cls = typing.get_origin(hint) or hint
+    return isinstance(cls, type) and issubclass(cls, os.PathLike)
+
+
+def _numbers(value: Any) -> Any:
+    try:
+        kind = np.asarray(value).dtype.kind
+    except Exception:  # a ragged list, a tensor with a gradient, an object of any kind
+        raise _Refused from None
+    if kind not in "biuf":
+        raise _Refused
+    return value
+
+
+def _shaped(array: _Check, shape: Shape) -> _Check:
+    """Return the check of an array with named axes."""
+    words = f"{array.words} of {'whole numbers of ' * shape.whole}shape ({shape.axes})"
+
+    def convert(value: Any) -> Any:
+        value = array.convert(value)
+        if value not in shape:
+            raise _Refused(out_of_range=True, words=f"{words}, not {tuple(np.shape(value))}")
+        return value
+
+    return _Check(words, convert)
+
+
+NUMBERS = _Check("an array of numbers", _numbers)
+PATH = _Check("a string", _only(lambda value: isinstance(value, str)), is_class=True)  # of a file, of any bytes
 
 
 def _function(count: int) -> _Check:

@@ -6,10 +6,12 @@ and draws and returns one value for each prompt.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from .validation import Shape, validated
 
 Array = NDArray[Any]
 Estimate = tuple[Array, Array]  # (estimate, standard error)
@@ -30,6 +32,7 @@ def _logsumexp(x: Array, axis: int | tuple[int, ...]) -> Array:
     return total
 
 
+@validated
 def log_evidence(log_weights: ArrayLike, roots: ArrayLike | None = None) -> Estimate:
     """Estimate log Z = log mean(w), and its standard error, both (prompt,).
 
@@ -46,12 +49,14 @@ def log_evidence(log_weights: ArrayLike, roots: ArrayLike | None = None) -> Esti
     return estimate, standard_error(estimate, evidence_influence(lw, roots), roots=roots)
 
 
+@validated
 def chain_log_evidence(log_weights: ArrayLike) -> Array:
     """Return log Ẑ of each chain, the log mean weight of its draws, (chain, prompt)."""
     lw = as_log_weights(log_weights)
     return _logsumexp(lw, axis=1) - np.log(lw.shape[1])
 
 
+@validated
 def conditional_log_evidence(log_weights: ArrayLike) -> Estimate:
     """Estimate log Z of conditional runs, and its standard error, both (prompt,); NaN where a weight is zero.
 
@@ -63,6 +68,7 @@ def conditional_log_evidence(log_weights: ArrayLike) -> Estimate:
     return np.where(unknown, np.nan, -inverse), np.where(unknown, np.nan, stderr)
 
 
+@validated
 def ess(log_weights: ArrayLike) -> Array:
     """Return Kish's effective sample size (Σw)² / Σw², (prompt,); 0 if every weight is zero.
 
@@ -72,6 +78,7 @@ def ess(log_weights: ArrayLike) -> Array:
     return weights.sum(axis=POOL) ** 2 / np.maximum(np.sum(weights**2, axis=POOL), np.finfo(float).tiny)
 
 
+@validated
 def smallest_ess(log_weights: ArrayLike, ess_by_step: ArrayLike | None) -> Array:
     """Return the smallest effective sample size of particles along the way, (prompt,).
 
@@ -86,6 +93,7 @@ def smallest_ess(log_weights: ArrayLike, ess_by_step: ArrayLike | None) -> Array
     return np.asarray(np.minimum(size, np.asarray(ess_by_step).sum(axis=0).min(axis=0, initial=np.inf)))
 
 
+@validated
 def psis(log_weights: ArrayLike) -> tuple[Array, Array]:
     """Return Pareto-smoothed log weights (chain, draw, prompt), normalised for each prompt, and k̂, (prompt,).
 
@@ -115,6 +123,7 @@ def psis(log_weights: ArrayLike) -> tuple[Array, Array]:
     return normalise(smoothed), khat
 
 
+@validated
 def quality(log_weights: ArrayLike) -> dict[str, Any]:
     """Return ``ess`` and ``khat`` (prompt,), and ``khat_reason`` where a k̂ is NaN: why, and what to look at instead."""
     reasons = khat_reasons(log_weights)
@@ -122,6 +131,7 @@ def quality(log_weights: ArrayLike) -> dict[str, Any]:
     return found | ({"khat_reason": reasons} if any(reasons) else {})
 
 
+@validated
 def khat_reasons(log_weights: ArrayLike) -> list[str]:
     """Return for each prompt why its k̂ is NaN, and what to look at instead, or an empty string where it is a number.
 
@@ -132,6 +142,7 @@ def khat_reasons(log_weights: ArrayLike) -> list[str]:
     return [_tail_problem(column[np.isfinite(column)]) for column in lw.reshape(-1, lw.shape[2]).T]
 
 
+@validated
 def smoothed_where_reliable(log_weights: ArrayLike) -> Array:
     """Return normalised log weights (chain, draw, prompt), Pareto-smoothed where k̂ < 0.7, else raw.
 
@@ -144,6 +155,7 @@ def smoothed_where_reliable(log_weights: ArrayLike) -> Array:
     return np.where(khat < KHAT_LIMIT, smoothed, normalise(log_weights))
 
 
+@validated
 def normalise(log_weights: ArrayLike) -> Array:
     """Return a copy of the log weights, shifted so that the weights of each prompt sum to 1 over chains and draws.
 
@@ -166,9 +178,9 @@ def as_log_weights(log_weights: ArrayLike) -> Array:
     """
     lw = np.array(log_weights, dtype=float)
     if lw.ndim != 3 or lw.size == 0:
-        raise ValueError(f"log weights must be (chain, draw, prompt) and not empty, not {lw.shape}")
+        raise ValueError(f"log_weights must be (chain, draw, prompt) and not empty, not {lw.shape}")
     if np.isnan(lw).any() or np.isposinf(lw).any():
-        raise ValueError("log weights must be finite or -inf: found NaN or +inf")
+        raise ValueError("log_weights must be finite or -inf: found NaN or +inf")
     return lw
 
 
@@ -241,7 +253,8 @@ def standard_error(
     return np.where(np.isfinite(estimate) & np.isfinite(error), error, np.inf)
 
 
-def num_roots(roots: ArrayLike) -> Array:
+@validated
+def num_roots(roots: Annotated[ArrayLike, Shape("chain, draw, prompt", whole=True)]) -> Array:
     """Return the number of roots that have descendants among the particles, (prompt,)."""
     roots = np.asarray(roots)
     return by_root(np.zeros(roots.shape), roots)[1].sum(axis=POOL)
@@ -280,7 +293,7 @@ def _tail_problem(lw: Array) -> str:
     gaps = np.diff(tail)
     normalised = gaps * np.arange(size, 0, -1)
     if np.mean(gaps < TIE) > 1 / 4 or np.median(normalised[:-3]) < LUMPY * normalised[:-3].mean():
-        return f"the {size} largest weights are ties, or nearly: look at the ESS and reliability.levels"
+        return f"the {size} largest weights are ties, or nearly: look at the ESS"
     if np.median(normalised) < NEARLY_EQUAL:
         return f"the {size} largest weights are nearly equal: look at the ESS"
     return ""

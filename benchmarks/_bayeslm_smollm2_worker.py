@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import time
+from typing import Any
 
 import torch
 from _memory import peak, resident
 from _peer import serve
 
 from bayeslm.inference import SVI
-from bayeslm.inference.training import Adam, AutoPolicy, LogVariance, ReverseKL, StepRecord
+from bayeslm.inference.training import Adam, AutoPolicy, Budget, LogVariance, ReverseKL, StepRecord
 from bayeslm.models import LanguageModel, TiltedLM, rewards
 
 OBJECTIVES = {"reverse-kl": ReverseKL, "log-variance": LogVariance}
@@ -40,16 +41,15 @@ def train(
         ends.append(time.perf_counter())
         peaks.append(peak())
 
-    engine = SVI(
-        num_steps=steps,
-        optimizer=Adam(learning_rate),
-        objective=OBJECTIVES[method](group),
-        guide=functools.partial(AutoPolicy, lora_rank=rank),
-        callbacks=[watch],
-        num_samples=1,
-        seed=seed,
-        progress=False,
-    )
+    settings: dict[str, Any] = {"num_steps": Budget(samples=steps * group)}  # nothing else is set
+    if method != "default":
+        settings = {
+            "num_steps": steps,
+            "optimizer": Adam(learning_rate),
+            "objective": OBJECTIVES[method](group),
+            "guide": functools.partial(AutoPolicy, lora_rank=rank),
+        }
+    engine = SVI(**settings, callbacks=[watch], num_samples=1, seed=seed, progress=False)
     program = TiltedLM(prior, rewards.Sentiment(), beta, max_new_tokens=tokens)
     engine.run(program, [prompt]).policy.save_pretrained(adapter)
     return {"ends": ends, "loaded": loaded, "peak": peaks[-1]}

@@ -82,10 +82,10 @@ def count() -> dict[tuple[str, str], Calls]:
     lm = LanguageModel.tabular(["<eos>", *"abcdefg"], order=3, seed=0)
     importance = ImportanceSampling(num_particles=32, seed=0, progress=False)
     svi = SVI(num_steps=5, optimizer=Adam(), num_samples=8, seed=0, progress=False)
-    at_reward: list[Callable[[], None]] = []  # called each time that a program evaluates its reward
+    at_reward: list[Callable[[], None]] = []  # called each time that a batch of particles is rewarded
 
     def letters(completions: list[str], **columns: Any) -> list[float]:
-        for call in [] if is_rehearsal() else at_reward:
+        for call in [] if is_rehearsal() or len(completions) == 1 else at_reward:
             call()
         return [float(text.count("a")) for text in completions]
 
@@ -103,7 +103,7 @@ def count() -> dict[tuple[str, str], Calls]:
             calls = found[title, name] = Calls(type(lm.network).forward)
             if name == "one step of SVI":
                 evaluations = iter(range(100))
-                at_reward.append(lambda calls=calls, times=evaluations: next(times) in (2, 3) and calls.switch())
+                at_reward.append(lambda calls=calls, times=evaluations: next(times) in (1, 2) and calls.switch())
             else:
                 calls.switch()
             sys.setprofile(calls)

@@ -23,15 +23,15 @@ import pyro
 import torch
 from _memory import peak, reset_peak
 from svi_smollm2 import BETA, PROMPT, RANK, TOKENS
-from svi_trl import GROUP, Problem, count
 from svi_trl import PROMPT as IDS
+from svi_trl import Problem, count
 from torch import Tensor
 
 from bayeslm.inference import SVI, Exact
 from bayeslm.inference.training import Adam, AutoPolicy, LogVariance, Replay, StepRecord
 from bayeslm.models import LanguageModel, rewards
 
-SAMPLES, EVERY, RATE, LIMIT = 24576, 8, 1e-2, 0.03
+SAMPLES, GROUP, EVERY, RATE, LIMIT = 24576, 512, 8, 1e-2, 0.03
 WARM_UP = 2  # steps that are not counted
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # nats a token, root mean square, at the most
 

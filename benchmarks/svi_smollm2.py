@@ -1,6 +1,7 @@
 """SVI and TRL's RLOO on SmolLM2-135M-Instruct: seconds a step, peak memory, and the frontier of reward and KL.
 
     python benchmarks/svi_smollm2.py [--steps 40] [--draws 512] [--plot frontier.png]
+    python benchmarks/svi_smollm2.py --steps 24 --objectives default --no-trl --seeds 3    # SVI with no setting, alone
     python benchmarks/svi_smollm2.py --quick         # some minutes, to see that it runs
     python benchmarks/svi_smollm2.py --tune          # which settings of TRL are fastest
 
@@ -41,8 +42,15 @@ from bayeslm.models import LanguageModel, rewards
 REQUIREMENTS = svi_trl.REQUIREMENTS
 PROMPT = "My dinner at the restaurant was"
 TOKENS, GROUP, RANK, BETA = 24, 16, 16, 0.2
+# The default's rank, layers and steps were chosen on completions of these prompts, and judged on PROMPT and the demo's.
+CHOSEN_ON = ["The new phone that I bought is", "My first day at the new school was"]
 WARM_UP = 2  # steps that are not timed
-METHODS = {"reverse-kl": "bayeslm, ReverseKL", "log-variance": "bayeslm, LogVariance", "trl": "TRL, RLOO"}
+METHODS = {
+    "default": "bayeslm, SVI()",
+    "reverse-kl": "bayeslm, ReverseKL",
+    "log-variance": "bayeslm, LogVariance",
+    "trl": "TRL, RLOO",
+}
 TUNING: list[dict[str, Any]] = [
     {},
     {"optim": "adamw_torch"},
@@ -142,7 +150,7 @@ def costs(trainings: dict[str, list[Training]]) -> None:
         peak, growth = max(run.peak for run in runs), max(run.peak - run.loaded for run in runs)
         figures[method] = (*np.quantile(seconds, (0.5, 0.25, 0.75)), peak, growth)
     for method, (second, low, high, peak, growth) in figures.items():
-        to = figures["trl"]
+        to = figures.get("trl", (math.nan,) * 5)
         print(
             f"| {METHODS[method]} | {second:.2f}; {low:.2f} to {high:.2f} | {second / to[0]:.2f} | {peak:.0f} "
             f"| {growth:.0f} | {growth / to[4]:.2f} |"
@@ -204,7 +212,7 @@ def plot(path: str, trainings: list[Training], found: list[Draws], prior: Draws)
     axes.plot(*frontier(prior, np.geomspace(0.1, 20.0, 100)), color="black", label="the frontier: posteriors")
     kl, reward = frontier(prior, np.array([BETA]))
     axes.plot(kl, reward, "*", color="black", markersize=12, label=f"the posterior of beta {BETA:g}")
-    for method, marker in zip(METHODS, "osD", strict=True):
+    for method, marker in zip(METHODS, "^osD", strict=True):
         chosen = [i for i, training in enumerate(trainings) if training.method == method]
         if not chosen:
             continue
@@ -236,7 +244,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
-    parser.add_argument("--objectives", nargs="+", choices=list(METHODS)[:-1], default=["reverse-kl"], help="ours")
+    parser.add_argument(
+        "--objectives",
+        nargs="+",
+        choices=list(METHODS)[:-1],
+        default=["default"],
+        help="ours; default is SVI(Budget(samples=...)), which no rate applies to",
+    )
+    parser.add_argument("--no-trl", action="store_true", help="bayeslm alone")
     parser.add_argument("--draws", type=int, default=512, help="of each policy; twice as many of the prior")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
@@ -257,11 +272,15 @@ def main() -> None:
             tune(bench, options.seeds)
             return
         trainings: list[Training] = []
-        methods = [*options.objectives, "trl"]
+        methods = [*options.objectives, *([] if options.no_trl else ["trl"])]
         jobs = [(rate, seed) for seed in range(options.seeds) for rate in options.rates]
         for i, (rate, seed) in enumerate(jobs):
             order = methods if i % 2 == 0 else reversed(methods)
-            trainings += [bench.train(method, rate, seed) for method in order]
+            trainings += [
+                bench.train(method, rate if method != "default" else 0.0, seed)
+                for method in order
+                if method != "default" or rate == options.rates[0]
+            ]
         costs({method: [t for t in trainings if t.method == method] for method in methods})
         trainings.sort(key=lambda training: (methods.index(training.method), training.rate))
         found, prior = judge(bench, trainings, options.draws)

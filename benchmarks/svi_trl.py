@@ -1,26 +1,26 @@
 """The samples and the seconds that SVI and TRL's trainers take to a known posterior.
 
     python benchmarks/svi_trl.py [--seeds 3] [--reuse]
+    python benchmarks/svi_trl.py --alone 6554 11469 [--chosen]      # SVI without TRL, after so many samples
+
+bayeslm's side has no setting at all: ``SVI(Budget(samples=...))``. Its defaults were chosen on the problems `CHOSEN`;
+the comparison is on `PROBLEMS`, five others, one of which has steep logits.
 
 Problems are enumerable: a small random Llama with 8 tokens that writes 5, and a reward whose beta is such that
 importance sampling from the prior has an efficiency of 5%. After a training KL(q || posterior) is computed over all
-completions. A budget is a training of its own: so many samples, with a learning rate that falls linearly to 0 over
-them. What counts is the smallest budget at which the median KL of the seeds is at most 0.03, and its seconds; and the
-KL at the end, of TRL after the largest budget, of bayeslm after a third of it.
+completions. A budget is a training of its own: so many samples, with schedules that end with them. What counts is the
+smallest budget at which the median KL of the seeds is at most 0.03, and its seconds; and the KL at the end, of TRL
+after the largest budget, of bayeslm after a fifth of it.
 
-Both sides have Adam (PyTorch's fused kernel), a gradient clipped at norm 1, the same starting weights, the
-same learning rates to choose from, by the lowest KL of the first seed at one budget, and two ways to spend samples,
-each with a learning rate of its own: TRL batches of 64 or 256, bayeslm 8 or 16 steps to each lot of new samples.
-bayeslm's Adam has a second beta of 0.95, TRL's that or its default, 0.999, whichever is lower in the same way. The
-better way counts, for samples and for seconds apart. TRL's trainer is RLOO; GRPO is tried once. Budgets are found by
+TRL has Adam (PyTorch's fused kernel) with a gradient clipped at norm 1, learning rates to choose from, by the lowest KL
+of the first seed at one budget, and two ways to spend samples, each with a learning rate of its own: batches of 64 or
+256. Its second beta of Adam is 0.95, as SVI has it, or TRL's default, 0.999, whichever is lower in the same way. The
+better way counts, for samples and for seconds apart. Its trainer is RLOO; GRPO is tried once. Budgets are found by
 bisection, as if a larger one were never worse. Seconds are medians, those of the training loop, one thread each;
 loading and the KL are not counted. `_trl_worker.py` says what TRL does; it lives in an environment of its own,
 build/trl, made at the first run (1.5 GB). (TRL can take several steps with a lot of samples as well, by clipped ratios,
 which is another loss; it is left at one.) Its trainings are kept in build/svi_trl.json; `--reuse` reads them there
 instead of repeating them, seconds of another day with them.
-
-bayeslm minimises the log-variance divergence over groups of 512: new samples once, then replayed ones. Rewards and the
-prior are evaluated once a sample.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bayeslm.inference import SVI
-from bayeslm.inference.training import Adam, LogVariance, Replay, StepRecord
+from bayeslm.inference.training import Budget, StepRecord
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm import word_tokenizer
 from bayeslm.models.rewards import factor
@@ -65,8 +65,7 @@ TOKENS = 5
 PROMPT = [1, 2, 3]
 GOAL = 0.03  # nats
 RATES = (1e-3, 3e-3, 1e-2)
-BUDGETS = [2**k * x for k in (10, 11, 12, 13) for x in (4, 5, 6, 7)] + [2**16, 2**14 * 5, 2**15 * 3]  # 4096 to 98304
-GROUP = 512
+BUDGETS = [2**k * x for k in (9, 10, 11, 12, 13) for x in (4, 5, 6, 7)] + [2**16, 2**14 * 5, 2**15 * 3]  # to 98304
 
 
 class Result(NamedTuple):
@@ -105,6 +104,11 @@ def llama(seed: int, spread: float) -> LanguageModel:
     network = LlamaForCausalLM(LlamaConfig(**config, **tokens, max_position_embeddings=64, initializer_range=0.3))
     torch.nn.init.normal_(network.lm_head.weight, std=spread / config["hidden_size"] ** 0.5)
     return LanguageModel(network, word_tokenizer(WORDS, WORDS[0]))
+
+
+Made = tuple[Callable[[Tensor], Tensor], int, float]  # a reward, the seed of a prior, the spread of its logits
+PROBLEMS: list[Made] = [(position, 0, 1.0), (pairs, 1, 1.0), (count, 2, 0.3), (pairs, 3, 1.0), (position, 4, 6.0)]
+CHOSEN: list[Made] = [(position, 10, 1.0), (pairs, 11, 1.0), (count, 12, 0.3), (pairs, 13, 1.0), (position, 14, 6.0)]
 
 
 class Problem:
@@ -156,26 +160,17 @@ def beta_of(log_p: Tensor, reward: Tensor) -> float:
 
 
 def ours(problem: Problem, samples: int, settings: Settings, seed: int) -> Result:
-    """The log-variance divergence with replay. Settings: steps to each lot of new samples, learning rate."""
-    every, rate = settings
-    steps = every * samples // GROUP
-    ends: list[float] = []
+    """SVI with no setting but the budget."""
+    begun: list[float] = []
 
     def watch(record: StepRecord) -> None:
-        if record.step in (0, steps):
-            ends.append(time.perf_counter())
+        begun.append(time.perf_counter())
 
     engine = SVI(
-        num_steps=steps,
-        optimizer=Adam(rate),
-        objective=LogVariance(GROUP, Replay(samples, every)),
-        callbacks=[watch],
-        num_samples=1,
-        seed=seed,
-        progress=False,
+        Budget(samples=samples), callbacks=[watch], num_samples=1, num_prior_samples=0, seed=seed, progress=False
     )
     policy = engine.run(problem.model, [PROMPT]).policy
-    return Result(problem.kl(policy), ends[1] - ends[0])
+    return Result(problem.kl(policy), begun[-1] - begun[0])
 
 
 class Theirs:
@@ -298,15 +293,15 @@ def compare(problem: Problem, theirs: Theirs, folder: Path, seeds: int) -> str:
         f"\n{problem.name}, beta {problem.beta:.3f}: KL(prior || posterior) {problem.kl(problem.lm):.2f}\n", flush=True
     )
     last = BUDGETS[-1]
-    mine = [[(every, rate) for rate in RATES] for every in (8, 16)]
+    mine: list[list[Settings]] = [[()]]
     others = [[("rloo", batch, rate, beta2) for rate in RATES for beta2 in (0.95, 0.999)] for batch in (64, 256)]
-    own = Side("bayeslm", functools.partial(ours, problem), mine, last // 6, seeds)
+    own = Side("bayeslm", functools.partial(ours, problem), mine, last // 5, seeds)
     trl = Side("TRL", functools.partial(theirs.train, problem, folder), others, last // 3, seeds)
     grpo = trl.train(last // 3, ("grpo", 64, RATES[1], 0.999), 0)
     print("| side | settings | samples | seconds | KL to the posterior (median; min to max) |")
     print("|---|---|---|---|---|", flush=True)
     reached, ends = [], []
-    for side, budget in ((own, last // 3), (trl, last)):
+    for side, budget in ((own, last // 5), (trl, last)):
         reached.append(side.reach())
         results = side.results(budget, side.best)
         print(row(f"{side.name}, at the end", side.best, budget, results), flush=True)
@@ -317,23 +312,37 @@ def compare(problem: Problem, theirs: Theirs, folder: Path, seeds: int) -> str:
     return f"| {problem.name} | {shares} | {ends[0]:.4f} | {ends[1]:.4f} |"
 
 
+def alone(problems: list[Problem], budgets: list[int], seeds: int) -> None:
+    """Print a table of SVI's KL and seconds."""
+    print("| problem | KL(prior ‖ posterior) | samples | seconds | KL to the posterior (median; min to max) |")
+    print("|---|---|---|---|---|", flush=True)
+    for problem in problems:
+        for samples in budgets:
+            results = [ours(problem, samples, (), seed) for seed in range(seeds)]
+            print(row(problem.name, (f"{problem.kl(problem.lm):.2f}",), samples, results), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="an odd number")
     parser.add_argument("--reuse", action="store_true", help="TRL's trainings that are kept are not repeated")
-    parser.add_argument("--problems", type=int, nargs="+", default=[0, 1, 2, 3], help="some of the four")
+    parser.add_argument("--problems", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="some of the five")
+    parser.add_argument("--chosen", action="store_true", help="the problems on which the defaults were chosen")
+    parser.add_argument("--alone", type=int, nargs="+", metavar="SAMPLES", help="SVI without TRL, at these budgets")
     options = parser.parse_args()
     if options.seeds % 2 == 0:
         parser.error("--seeds must be odd: the median is one of them")
     torch.set_num_threads(1)
     theirs = Theirs(options.reuse)
-    problems = [(position, 0, 1.0), (pairs, 1, 1.0), (count, 2, 0.3), (pairs, 3, 1.0)]
+    chosen = [Problem(*(CHOSEN if options.chosen else PROBLEMS)[i]) for i in options.problems]
     print(f"torch {torch.__version__}, one thread, {REQUIREMENTS[0]}, {options.seeds} seeds")
+    if options.alone:
+        alone(chosen, options.alone, options.seeds)
+        return
     with tempfile.TemporaryDirectory() as folder:
-        chosen = [Problem(*problems[i]) for i in options.problems]
         rows = [compare(problem, theirs, Path(folder) / str(i), options.seeds) for i, problem in enumerate(chosen)]
     print(
-        f"\nbayeslm's share of what TRL takes to a KL of {GOAL}, and the KL at the end with a third of its samples:\n"
+        f"\nbayeslm's share of what TRL takes to a KL of {GOAL}, and the KL at the end with a fifth of its samples:\n"
     )
     print("| problem | samples | seconds | KL of bayeslm | KL of TRL |")
     print("|---|---|---|---|---|")

@@ -34,6 +34,7 @@ FLOORS = [  # rooms from top to bottom, by the names of their packages; a new ro
     ["bayeslm.inference.program"],
     ["bayeslm.models.preferences", "bayeslm.models.control"],
     ["bayeslm.models"],  # the ready program
+    ["bayeslm.models.samplers"],
     ["bayeslm.models.lm", "bayeslm.models.rewards"],
     [FACE],
 ]

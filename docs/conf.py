@@ -29,6 +29,7 @@ extensions = [
     "plain_docstrings",
     "mathml",
     "repository_links",
+    "execution_times",
 ]
 exclude_patterns = ["extensions", "kernel"]
 templates_path = ["templates"]

@@ -32,6 +32,7 @@ WHERE = {  # row, left edge, width
     "bayeslm.models.preferences": (5, *LEFT),
     "bayeslm.models.control": (5, *RIGHT),
     "bayeslm.models": (6, 470, 330),
+    "bayeslm.models.samplers": (6, *RIGHT),
     "bayeslm.models.lm": (7, 28, 726),
     "bayeslm.models.rewards": (7, 810, 462),
     "bayeslm": (8, 28, 1244),

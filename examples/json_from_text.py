@@ -13,15 +13,18 @@ log-probability that the model's unconstrained answer is a text of the schema.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
+from _figures import mean, parser, table, with_error, write
 
 from bayeslm import Posterior
 from bayeslm.inference import SMC, ImportanceSampling
 from bayeslm.models import LanguageModel, TiltedLM, rewards
+from bayeslm.plots import COLOURS, PRIOR_COLOUR
 
 SCHEMA = {
     "x-guidance": {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "},
@@ -58,47 +61,63 @@ def is_right(answer: dict[str, object] | None, truth: dict[str, object], name: s
     return answer is not None and (answer == truth if name == "all" else answer[name] == truth[name])
 
 
-def shares(posterior: Posterior, weights: np.ndarray) -> list[tuple[str, str]]:
-    """Return, of each text, the share of each right field and of whole answers, by weights (chain, draw, prompt)."""
+def shares(posterior: Posterior, weights: np.ndarray) -> list[np.ndarray]:
+    """Return of each text the shares of each right field and of whole answers, by weights (chain, draw, prompt).
+
+    :returns: for each text (chain, share).
+    """
     answers = np.vectorize(parsed, otypes=[object])(posterior.texts["completion"])
-    rows = []
+    found = []
     for i, truth in enumerate(TEXTS.values()):
         each, weight = answers[..., i], weights[..., i] * (answers[..., i] != None)  # noqa: E711
         weight = weight / weight.sum(1, keepdims=True)
-        cells = []
-        for name in (*truth, "all"):
-            right = np.array([is_right(answer, truth, name) for answer in each.flat]).reshape(each.shape)
-            share = (weight * right).sum(1)
-            cells.append(f"{share.mean():.2f} ± {share.std(ddof=1) / len(share) ** 0.5:.2f}")
-        rows.append((next(s for s, t in TEXTS.items() if t is truth), " | ".join(cells)))
-    return rows
+        judged = [[is_right(answer, truth, name) for answer in each.flat] for name in (*truth, "all")]
+        found.append(np.stack([(weight * np.reshape(right, each.shape)).sum(1) for right in judged], axis=1))
+    return found
+
+
+def picture(found: dict[str, list[np.ndarray]], path: Path) -> None:
+    figure, axes = plt.subplots(1, len(TEXTS), figsize=(9.6, 3.8), sharey=True, layout="constrained")
+    for axis, (i, text) in zip(axes, enumerate(TEXTS), strict=True):
+        for k, ((kind, of_text), colour) in enumerate(zip(found.items(), (PRIOR_COLOUR, *COLOURS), strict=False)):
+            values = of_text[i]
+            errors = values.std(0, ddof=1) / len(values) ** 0.5
+            axis.bar(np.arange(4) + 0.27 * k, values.mean(0), 0.25, yerr=errors, color=colour, capsize=2, label=kind)
+        axis.set_xticks(np.arange(4) + 0.27, ["name", "age", "city", "all three"])
+        axis.set_title(text, fontsize=9)
+    axes[0].set(ylabel="share right, ± one standard error", ylim=(0, 1.05))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--particles", type=int, default=12, help="in each of four chains")
-    options = parser.parse_args()
+    options = parser(__doc__, "json_from_text")
+    options.add_argument("--particles", type=int, default=12, help="in each of four chains")
+    chosen = options.parse_args()
+    particles = 2 if chosen.quick else chosen.particles
     grammar = rewards.Grammar(json_schema=SCHEMA)
     model = TiltedLM(LanguageModel.from_pretrained("smollm2").packed(), grammar, beta=1.0, max_new_tokens=32)
     prompts = [question(text) for text in TEXTS]
     start = time.perf_counter()
-    local = ImportanceSampling(options.particles, CHAINS, guide=grammar, seed=0).run(model, prompts)
-    smc = SMC(options.particles, CHAINS, twist=grammar, seed=0).run(model, prompts)
-    tables = {
+    local = ImportanceSampling(particles, CHAINS, guide=grammar, seed=0).run(model, prompts)
+    smc = SMC(particles, CHAINS, twist=grammar, seed=0).run(model, prompts)
+    found = {
         "local": shares(local, np.ones_like(local.log_weights)),
         "global, the same draws weighted": shares(local, np.exp(local.log_weights - local.log_weights.max((0, 1)))),
         "global, SMC": shares(smc, np.exp(smc.log_weights - smc.log_weights.max((0, 1)))),
     }
     valid = np.vectorize(parsed, otypes=[object])(smc.texts["completion"])[smc.log_weights > -np.inf]
-    print("| text | constraint | name | age | city | all three |\n|---|---|---|---|---|---|")
-    for kind, rows in tables.items():
-        for text, cells in rows:
-            print(f"| {text} | {kind} | {cells} |")
+    rows = {
+        f"{text} | {kind}": [mean(of_text[i][:, k]) for k in range(4)]
+        for kind, of_text in found.items()
+        for i, text in enumerate(TEXTS)
+    }
+    lines = table(rows, ["text", "constraint", "name", "age", "city", "all three"])
     for text, log_z, error in zip(TEXTS, smc.log_evidence, smc.log_evidence_stderr, strict=True):
-        print(f"\nlog Z of {text!r}: {log_z:.2f} ± {error:.2f}")
-    print(f"valid texts with weight: {sum(v is not None for v in valid)} of {len(valid)}")
-    print(f"best: {smc.best(k=3)}")
-    print(f"{time.perf_counter() - start:.0f} s")
+        lines.append(f"\nlog Z of {text!r}: {with_error(log_z, error)}")
+    lines += [f"valid texts with weight: {sum(v is not None for v in valid)} of {len(valid)}", f"best: {smc.best(k=3)}"]
+    write(chosen.folder, lines, start)
+    picture(found, chosen.folder / "json-from-text.png")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from _figures import mean, stderr, table, write
 from sacrebleu.metrics import CHRF
 from transformers import BartConfig, BartForConditionalGeneration
 
@@ -28,6 +30,7 @@ from bayeslm.inference import SVI
 from bayeslm.inference.training import Adam, ReverseKL
 from bayeslm.models import LanguageModel, TiltedLM
 from bayeslm.models.lm import word_tokenizer
+from bayeslm.plots import COLOURS, PRIOR_COLOUR
 
 PAIRS, ALIGNED, HELD_OUT = 2000, 400, 200
 LONGEST = 12
@@ -131,19 +134,29 @@ def untrained(pairs: list[tuple[str, str]]) -> LanguageModel:
     return LanguageModel(BartForConditionalGeneration(config), tokenizer)
 
 
-def report(name: str, lm: LanguageModel, pairs: list[tuple[str, str]]) -> str:
-    """Return a row of held-out figures with standard errors over sources: of draws, and of likely translations."""
+def figures(lm: LanguageModel, pairs: list[tuple[str, str]]) -> dict[str, np.ndarray]:
+    """Return held-out figures of each source, in percent: of draws, and of likely translations."""
     sources, references = ([pair[i] for pair in pairs] for i in (0, 1))
-    row = f"{name:8}"
-    for num_texts, temperature in ((8, 1.0), (1, 0.05)):
+    found = {}
+    for name, num_texts, temperature in (("draws", 8, 1.0), ("likely", 1, 0.05)):
         texts = lm.generate_texts(sources, num_texts, max_new_tokens=LONGEST, temperature=temperature, seed=1)
-        scores = np.array(
-            [chrf(own, [reference] * num_texts) for own, reference in zip(texts, references, strict=True)]
-        )
-        right = np.array([[text == known for text in own] for own, known in zip(texts, references, strict=True)])
-        for values in (100 * scores.mean(1), 100 * right.mean(1)):
-            row += f"  {values.mean():5.1f} ± {values.std(ddof=1) / len(values) ** 0.5:.1f}"
-    return row
+        rows = list(zip(texts, references, strict=True))
+        found[f"{name}: chrF"] = 100 * np.array([chrf(own, [right] * num_texts) for own, right in rows]).mean(1)
+        found[f"{name}: all right"] = 100 * np.array([[text == right for text in own] for own, right in rows]).mean(1)
+    return found
+
+
+def picture(found: dict[str, dict[str, np.ndarray]], path: Path) -> None:
+    figure, axis = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for i, ((name, values), colour) in enumerate(zip(found.items(), (PRIOR_COLOUR, COLOURS[0]), strict=True)):
+        at = np.arange(len(values)) + 0.36 * i
+        heights, errors = ([f(each) for each in values.values()] for f in (np.mean, stderr))
+        axis.bar(at, heights, 0.34, yerr=errors, color=colour, label=name, capsize=3)
+        axis.set_xticks(at - 0.18, list(values))
+    axis.set(ylabel="percent, ± one standard error", ylim=(0, 105))
+    axis.set_title(f"{HELD_OUT} held-out sources", fontsize=10)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=100)
 
 
 def main(folder: Path) -> None:
@@ -162,18 +175,12 @@ def main(folder: Path) -> None:
     posterior = svi.run(model, [source for source, _ in align], reference=[target for _, target in align])
 
     copies = 100 * np.array(chrf(*map(list, zip(*held_out, strict=True))))
-    rows = [
-        f"{len(held_out)} held-out sources, mean ± standard error over them; in percent",
-        f"{'':8}  {'draws: chrF':>12}  {'all right':>12}  {'likely: chrF':>12}  {'all right':>12}",
-        f"{'copies':8}  {copies.mean():5.1f} ± {copies.std(ddof=1) / len(copies) ** 0.5:.1f}",
-        report("prior", prior, held_out),
-        report("policy", posterior.policy, held_out),
-    ]
-    print(*rows, sep="\n")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "figures.txt").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    found = {"prior": figures(prior, held_out), "policy": figures(posterior.policy, held_out)}
+    rows = {name: [mean(each, 1) for each in values.values()] for name, values in found.items()}
+    lines = [f"{len(held_out)} held-out sources, mean ± standard error over them; in percent", ""]
+    write(folder, [*lines, *table({"copies": [mean(copies, 1), "", "", ""], **rows}, ["", *found["prior"]])], started)
+    picture(found, folder / "translation.png")
     posterior.policy.save_pretrained(folder / "policy")
-    print(f"the policy is in {folder / 'policy'}, after {time.perf_counter() - started:.0f} s")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ class ImportanceSampling:
         some sites: the prior without the tokens that it refuses. None proposes from the prior.
     :param retained: exact draws of the posterior, by `RejectionSampling` or `Exact` on the same program, at least one
         for each chain. Then the first particle of chain c is the c-th of them, and the chain's log Z is an upper bound
-        in expectation.
+        in expectation. A language model's sampler does not draw then: its density of these draws is not known.
     :param batch_size: the number of particles in one run of the program; None for as many as bounded memory allows.
     :param vectorize: whether one run of the program holds all particles of a batch. False runs them one by one, for
         programs whose Python code depends on the value of a latent.
@@ -80,7 +80,7 @@ class ImportanceSampling:
         :raises ProgramError: if the retained draws are not of this program, or the guide cannot have proposed them.
         :raises RunError: if an error stops the run after the first batch; it carries the draws.
         """
-        with running(self.seed, divided=True) as watch:
+        with running(self.seed, divided=True, sampled=self.retained is None) as watch:
             program = (
                 inspect_or_reuse(None, model, args, kwargs)
                 if self.retained is None

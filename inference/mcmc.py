@@ -49,7 +49,6 @@ from bayeslm.inference.program import (
     keeping,
     of_prompts,
     posterior,
-    prompt_labels,
     ranks,
     running,
     to_numpy,
@@ -126,7 +125,7 @@ class MCMC:
             if interrupted:
                 raise KeyboardInterrupt
             weights = to_numpy(initial.log_weights)[None]
-            check_evidence(weights, prompt_labels(program))
+            check_evidence(weights, program)
             replicas = Replicas(program, self.num_temperatures, chains)
             groups = torch.arange(self.num_temperatures, device=program.device).repeat_interleave(chains)
             suffixes = self.num_candidates or num_candidates(program, chains * self.num_temperatures)

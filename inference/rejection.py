@@ -3,7 +3,8 @@ r"""Rejection sampling, exact draws of the posterior where the likelihood is bou
     x ~ p,    accept with probability exp(l(x) - M),    l = \sum_f log-likelihood terms <= M
 
 Accepted draws are independent draws of the posterior, and the acceptance rate is Z exp(-M) (von Neumann 1951). With a
-constraint, x ~ p without the texts that it has refused before.
+constraint, x ~ p without the texts that it has refused before. Where a sampler draws x ~ s, accepted draws are of
+s exp(l) / E_s[exp(l)], and p / s remains as their weight: they are weighted draws, nearly equal ones where s is near p.
 
 Best-of-n keeps the best of n draws instead: it has no beta and no Z. Its KL divergence from the prior is at most
 log n - (n - 1)/n (Beirami et al. 2024, arXiv 2401.01879).
@@ -12,9 +13,8 @@ log n - (n - 1)/n (Beirami et al. 2024, arXiv 2401.01879).
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from bayeslm.inference.program import (
     Program,
     ProgramError,
     SoFar,
+    Stopwatch,
     check_evidence,
     draw,
     gathered,
@@ -33,7 +34,6 @@ from bayeslm.inference.program import (
     keeping,
     of_prompts,
     posterior,
-    prompt_labels,
     ranks,
     run_particles,
     running,
@@ -56,7 +56,7 @@ class RejectionSampling:
     :param log_bound: M, an upper bound of the sum of all log-likelihood terms (r_max / beta). None takes the program's
         attribute ``log_bound``, which a `TiltedLM` has if its reward has an upper bound.
     :param max_proposals: the largest number of proposals for each prompt. If it does not suffice, the posterior has
-        fewer draws, and a warning says so.
+        fewer draws, and a `DiagnosticsWarning` says so.
     :param constraint: a `Grammar` or `Constraint` that the program has as a factor, or one for each of some sites: what
         it has refused is not proposed again (`refusals`).
     :param batch_size: the number of particles in one run of the program; None for as many as bounded memory allows.
@@ -80,8 +80,11 @@ class RejectionSampling:
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Sample the posterior of ``model(*args, **kwargs)``; log Z is estimated from all proposals.
 
+        The draws of a program whose language model has a sampler are weighted ones.
+
         ``stats``: ``acceptance`` (prompt,), the share of accepted proposals; ``proposals``, their number for each
-        prompt; ``interrupted``, ``seconds``, ``tokens`` and ``model_calls``. After Ctrl-C the posterior has the draws
+        prompt; ``wanted``, the number of draws that the settings ask for; ``interrupted``,
+        ``seconds``, ``tokens`` and ``model_calls``. After Ctrl-C the posterior has the draws
         until then, equally many of each prompt and chain.
 
         :raises ProgramError: if no finite bound is known, or a proposal exceeds it by more than rounding. As a wrong
@@ -94,41 +97,46 @@ class RejectionSampling:
         if not math.isfinite(bound):
             raise ProgramError(
                 f"rejection sampling needs a finite upper bound of the log-likelihood, got {bound}: set log_bound to "
-                "r_max / beta, or use TiltedLM with a reward that has an upper_bound"
+                "r_max / beta, or give the reward of a TiltedLM its upper_bound, as in Reward(f, upper_bound=1.0)"
             )
-        with running(self.seed, divided=True) as watch:
+        with running(self.seed, divided=True, sampled=True) as watch:
             program = inspect(model, *args, **kwargs)
             watch.check_together(program, self, num_samples=self.num_samples * self.num_chains)
-            proposals, accepted, interrupted = self._propose(program, bound)
+            proposals, accepted, interrupted = self._propose(program, bound, watch)
             counts = accepted.sum(0)
             wanted = self.num_samples * self.num_chains
             draws = min(wanted, int(counts.min()))
             stats = watch.stats() | {
                 "acceptance": (counts / len(accepted)).cpu().numpy(),
                 "proposals": len(accepted),
+                "wanted": wanted,
                 "interrupted": interrupted,
             }
             log_weights = proposals.log_weights.cpu().numpy()[None]
             if draws < wanted:
-                check_evidence(log_weights, prompt_labels(program))
+                check_evidence(log_weights, program)
                 rates = ", ".join(f"{rate:.2g}" for rate in stats["acceptance"])
-                report = (
-                    f"rejection sampling has {draws} of {wanted} draws a prompt after {len(accepted)} proposals "
-                    f"(acceptance {rates}): raise max_proposals or beta, or use ImportanceSampling"
-                )
                 if draws < self.num_chains:
-                    raise EvidenceError(report)
-                warnings.warn(report, stacklevel=2)
+                    raise EvidenceError(
+                        f"rejection sampling has {draws} of {wanted} draws a prompt after {len(accepted)} proposals "
+                        f"(acceptance {rates}): raise max_proposals or beta, or use importance sampling"
+                    )
             evidence = diagnostics.log_evidence(log_weights)
             if self.constraint is not None:
                 log_share = proposals.log_prior - proposals.log_proposal
                 evidence = learned_evidence(proposals.total_log_likelihood, log_share)
             first = accepted.long().argsort(dim=0, descending=True, stable=True)[:draws]
+            kept = proposals.gather(program, first)
+            sampled = "sampler_draws" in stats
+            if sampled:
+                likelihood = proposals.total_log_likelihood
+                log_share = kept.total_log_likelihood - (likelihood.logsumexp(0) - math.log(len(likelihood)))
+                kept = replace(kept, log_proposal=kept.log_proposal + log_share)
             return posterior(
                 program,
-                proposals.gather(program, first),
+                kept,
                 engine="RejectionSampling",
-                kind="exact",
+                kind="weighted" if sampled else "exact",
                 num_chains=self.num_chains,
                 evidence=evidence,
                 stats=stats,
@@ -137,7 +145,7 @@ class RejectionSampling:
                 log_bound=bound,
             )
 
-    def _propose(self, program: Program, bound: float) -> tuple[Particles, torch.Tensor, bool]:
+    def _propose(self, program: Program, bound: float, watch: Stopwatch) -> tuple[Particles, torch.Tensor, bool]:
         """Propose until every prompt has its draws or ``max_proposals`` is reached, each process its share of both.
 
         :returns: the proposals; whether each is accepted, bool (proposal, prompt); whether Ctrl-C interrupted.
@@ -165,6 +173,7 @@ class RejectionSampling:
                 log_likelihood = part.log_weights
                 if guide is not None:
                     guide.learn()
+                if guide is not None or watch.usage.drawn.draws:
                     log_likelihood = part.total_log_likelihood
                 highest = max(highest, log_likelihood.max().item())
                 log_ratio = log_likelihood - bound
@@ -212,6 +221,8 @@ class BestOfN:
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Draw from the best-of-n distribution of ``model(*args, **kwargs)``, best by the sum of log-likelihood terms.
 
+        Where a sampler draws, it is the best of the sampler's draws.
+
         All weights are equal, though the draws are not the posterior's; log Z is that of the posterior, estimated from
         all candidates. ``stats``: ``n``; ``kl_bound``, an upper bound of KL(best-of-n || prior); ``interrupted``,
         ``seconds``, ``tokens`` and ``model_calls``. After Ctrl-C the posterior has the draws whose candidates were
@@ -221,7 +232,7 @@ class BestOfN:
             had a draw.
         :raises RunError: if an error stops the run after the first batch; it carries the candidates.
         """
-        with running(self.seed, divided=True) as watch:
+        with running(self.seed, divided=True, sampled=True) as watch:
             program = inspect(model, *args, **kwargs)
             watch.check_together(program, self, num_samples=self.num_samples * self.num_chains)
             candidates, interrupted = draw(
@@ -233,7 +244,8 @@ class BestOfN:
                 progress=self.progress,
                 label=f"best of {self.n}",
             )
-            scores = candidates.log_weights  # log-likelihoods, as the prior is the proposal
+            weights = candidates.log_weights  # log-likelihoods, as the prior is the proposal, or a sampler near it
+            scores = candidates.total_log_likelihood if watch.usage.drawn.draws else weights
             groups = len(scores) // self.n
             best = scores[: groups * self.n].reshape(groups, self.n, scores.shape[1]).argmax(1)
             index = best + self.n * torch.arange(groups, device=best.device)[:, None]
@@ -243,7 +255,7 @@ class BestOfN:
                 engine="BestOfN",
                 kind="uncorrected",
                 num_chains=self.num_chains,
-                evidence=diagnostics.log_evidence(scores.cpu().numpy()[None]),
+                evidence=diagnostics.log_evidence(weights.cpu().numpy()[None]),
                 stats=watch.stats()
                 | {
                     "n": self.n,

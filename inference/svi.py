@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
-from typing import Any
+from typing import Any, Literal
 
 from pyro.infer import ELBO
 from torch import Tensor
@@ -26,6 +26,7 @@ from bayeslm.inference.program import (
     Stopwatch,
     as_proposal,
     check_independence,
+    describe,
     describe_object,
     draw,
     inspect_or_reuse,
@@ -53,12 +54,17 @@ from bayeslm.inference.training import (
     describe_run,
     stack_chains,
 )
+from bayeslm.model_card import unfinished_notes
 from bayeslm.models.lm import LanguageModel
 from bayeslm.posterior import Posterior
+from bayeslm.progress import announce
 from bayeslm.validation import Count, Natural, Seed, validated
 
 NUM_SAMPLES, FEWEST = 256, 16  # draws of each prompt: by default, and the fewest where prompts are many
-COMPARED = 64  # draws of each policy, at least, that decide which is the best
+FEW = 32  # draws after Ctrl-C
+MANY = 10_000  # draws of a training, from which on all layers get adapters by default
+COMPARISON = "to compare policies"
+COMPARED, FEWEST_COMPARED = 64, 4  # draws of each policy, at least, that decide which is the best; of many prompts
 
 
 @validated
@@ -71,12 +77,13 @@ class SVI:
     :param objective: the loss: one of `bayeslm.inference.training`, with its own number of particles, or a Pyro ELBO.
         None chooses by the program and the size of its networks (see `default_objective`): `ReverseKL` on 16 new
         completions a step; of small networks in a `TrustRegion` `LogVariance` on 64, kept for further steps.
-    :param guide: None makes an `AutoPolicy` for each chain. A `LanguageModel`, such as the policy of an earlier
-        training, makes one that begins with a copy of it. A class or a `functools.partial` of one is called for each
-        chain: ``partial(AutoPolicy, lora_rank=8)`` with the program, Pyro's automatic guides with the model
-        (`AutoMultivariateNormal`, `AutoLowRankMultivariateNormal`; `AutoLaplaceApproximation`, whose draws are of its
-        normal distribution). Anything else is a Pyro guide of the program, whose parameters stay in Pyro's store; if it
-        has an attribute ``policy``, that is the trained language model.
+    :param guide: None makes an `AutoPolicy` for each chain, which with a budget of 10,000 draws or more has adapters on
+        all layers. A `LanguageModel`, such as the policy of an earlier training, makes one that begins with a copy of
+        it. A class or a `functools.partial` of one is called for each chain: ``partial(AutoPolicy, lora_rank=8)`` with
+        the program, Pyro's automatic guides with the model (`AutoMultivariateNormal`,
+        `AutoLowRankMultivariateNormal`; `AutoLaplaceApproximation`, whose draws are of its normal distribution).
+        Anything else is a Pyro guide of the program, whose parameters stay in Pyro's store; if it has an attribute
+        ``policy``, that is the trained language model.
     :param optimizer: `TrustRegion`, which needs no learning rate, schedule or clipping; or `Adam`, which has them.
     :param callbacks: called at the start, after each step and at the end, in this order: `HeldOut` evaluates other
         prompts and rewards, `Tempering` and `KLTarget` move beta, `Plateau` and `NearPosterior` stop a chain early,
@@ -160,7 +167,7 @@ class SVI:
         :raises ValueError: if ``checkpoint`` holds another run's, with what differs.
         :raises BlockingIOError: if another process trains with the same ``checkpoint``.
         """
-        with running(self.seed, divided=True) as watch, contextlib.ExitStack() as held:
+        with running(self.seed, divided=True, sampled=True) as watch, contextlib.ExitStack() as held:
             program = inspect_or_reuse(None, model, args, kwargs)
             check_independence(program)  # before the training, also where the objective runs one particle at a time
             objective = self.objective
@@ -189,7 +196,7 @@ class SVI:
     def _chain(self, program: Program, objective: Any, index: int, watch: Stopwatch) -> Training:
         return Training(
             program,
-            self._guide(program),
+            self._guide(program, objective),
             objective,
             self.optimizer,
             budget=self.budget,
@@ -207,6 +214,10 @@ class SVI:
         chains = [chain for chain in chains if chain.step] or chains  # one interrupted in its first step is none
         num = self._num_samples(program)
         num_prior = num if self.num_prior_samples is None else self.num_prior_samples
+        if interrupted:
+            num, num_prior = min(num, FEW), min(num_prior, FEW)
+            text = f"SVI: interrupted after step {chains[-1].step}. Next are {num} draws of the policy and {num_prior}"
+            announce(f"{text} of the prior, which say how good it is; Ctrl-C again leaves them out", self.progress)
         parts = []
         for chain in chains:
             with chain.own_params():
@@ -242,18 +253,19 @@ class SVI:
 
         Draws of the first policy are there if it is the prior: if the guide is no other, and has texts alone.
         """
-        rivals, num, best = chain.rivals(), max(COMPARED, len(last)), last
+        compared = max(FEWEST_COMPARED, COMPARED * program.num_prompts // program.full_size)  # as in `_num_samples`
+        rivals, num, best = chain.rivals(), max(compared, len(last)), last
         if rivals and len(last) < num:
             with chain.own_params(), seeded(ranks().stream(chain.step)):
-                best, cut = self._draw(program, as_proposal(chain.guide, program), num, "draws of the policy")
-        elif rivals is not None and prior is not None and len(prior) >= COMPARED and self._begins_with_prior(program):
+                proposal = as_proposal(chain.guide, program)
+                best, cut = self._draw(program, proposal, num, "draws of the policy", COMPARISON)
+        elif rivals is not None and prior is not None and len(prior) >= compared and self._begins_with_prior(program):
             higher = _is_higher(prior.total_log_likelihood, last.log_weights)
             rivals = [*([0] if higher else []), *(step for step in rivals if step)]
         for step in rivals or []:
             with chain.own_params(), chain.at(step) as keep, seeded(ranks().stream(step)):
-                part, cut = self._draw(
-                    program, as_proposal(chain.guide, program), num, f"draws of the policy after step {step}"
-                )
+                label = f"draws of the policy after step {step}"
+                part, cut = self._draw(program, as_proposal(chain.guide, program), num, label, COMPARISON)
                 if not cut and _is_higher(part.log_weights, best.log_weights):
                     keep()
                     best, last = part, part[: len(last)]
@@ -269,13 +281,22 @@ class SVI:
         is_auto = self.guide is None or _class_of(self.guide) is AutoPolicy
         return is_auto and all(site.is_completion for site in program.latents)
 
-    def _guide(self, program: Program) -> Any:
+    def _guide(self, program: Program, objective: Any) -> Any:
         if self.guide is None or isinstance(self.guide, LanguageModel):
-            return AutoPolicy(program, start=self.guide)
+            return AutoPolicy(program, start=self.guide, lora_layers=self._layers(program, objective))
         made = _class_of(self.guide)
         if made is None:
             return self.guide
         return self.guide(program if issubclass(made, AutoPolicy) else program.model)
+
+    def _layers(self, program: Program, objective: Any) -> float | Literal["auto"]:
+        """Return the share of the layers that an `AutoPolicy` adapts, by the draws that the budget allows."""
+        start = [self.guide] if isinstance(self.guide, LanguageModel) else []
+        own = [site.fn.lm for site in program.completions] if self.guide is None else start
+        a_step = objective.num_particles * program.num_prompts
+        limits = [self.budget.samples, None if self.budget.steps is None else self.budget.steps * a_step]
+        draws = min((limit for limit in limits if limit is not None), default=0)
+        return 1.0 if draws >= MANY and any(lm.name and not lm.has_adapters for lm in own) else "auto"
 
     def _check_together(self, program: Program, objective: Any, watch: Stopwatch) -> None:
         """Check what several processes must agree on; the first one's guide is that of all."""
@@ -298,15 +319,18 @@ class SVI:
         if self.checkpoint is None or not ranks().is_first:  # which writes for all
             return None
         settings = self.checkpoint if isinstance(self.checkpoint, Checkpointing) else Checkpointing(self.checkpoint)
-        return Checkpoints(settings, describe_run(self, program, objective))
+        run = describe_run(self, program, objective)
+        return Checkpoints(settings, run | {"share of layers with adapters": self._layers(program, objective)})
 
     def _num_samples(self, program: Program) -> int:
         if self.num_samples is not None:
             return self.num_samples
         return max(FEWEST, NUM_SAMPLES * program.num_prompts // program.full_size)
 
-    def _draw(self, program: Program, guide: Callable[..., Any] | None, num: int, what: str) -> tuple[Particles, bool]:
-        return draw(program, guide, num, progress=self.progress, label=what)
+    def _draw(
+        self, program: Program, guide: Callable[..., Any] | None, num: int, what: str, purpose: str = ""
+    ) -> tuple[Particles, bool]:
+        return draw(program, guide, num, progress=self.progress, label=what, purpose=purpose)
 
 
 def _class_of(guide: Any) -> type | None:
@@ -327,4 +351,7 @@ def _so_far(chains: list[Training]) -> SoFar | None:
         return None
     last = chains[-1]
     policies = tuple(chain.policy for chain in chains)
+    for chain in chains:
+        if isinstance(chain.policy, LanguageModel):
+            chain.policy.provenance = unfinished_notes(describe(chain.program), chain.step, chain.history)
     return SoFar(particles=last.lost, policies=policies, step=last.step, checkpoint=last.checkpoint)

@@ -1,6 +1,6 @@
 """What to infer: distributions over texts, language models, rewards, and the program of a prior tilted by a reward."""
 
-from . import notebooks, rewards  # noqa: F401, notebooks first, since it quiets an import of the others
+from . import notebooks, rewards, samplers  # noqa: F401, notebooks first, since it quiets an import of the others
 from .lm import Autoregressive, LanguageModel, Twist
 from .moments import Moment, moment_target
 from .tilted import TiltedLM
@@ -16,4 +16,5 @@ __all__ = [
     "Twist",
     "moment_target",
     "rewards",
+    "samplers",
 ]

@@ -22,9 +22,9 @@ import pyro
 from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
-from bayeslm.display import call
 from bayeslm.models.lm import Autoregressive, LanguageModel, Prompt, check_stop, on_host, read_table, without_index
 from bayeslm.models.rewards import Reward, RewardFunction, factor, with_trainer_arguments
+from bayeslm.short_repr import call
 from bayeslm.validation import Count, Positive, Unchecked, Within, validated
 
 SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "stop")  # of the prior's distribution
@@ -52,6 +52,8 @@ class TiltedLM:
     :raises ValueError: if ``beta``, ``temperature`` or ``power`` is not positive and finite, ``max_new_tokens``,
         ``top_k`` or ``subsample_size`` < 1, ``top_p`` is not in (0, 1], or ``stop`` holds an empty string.
     """
+
+    stands_alone = True  # engines need not try whether particles of this very class mix
 
     def __init__(
         self,

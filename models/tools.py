@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,10 @@ class Tool:
         self.timeout = timeout
         self.failure = failure
         self._known: dict[str, str | None] = {}
+
+    def identity(self) -> Mapping[str, Any]:
+        """Return the settings on which answers depend, without the answers, by which checkpoints tell runs apart."""
+        return {"function": self.function, "failure": self.failure}
 
     def __call__(self, texts: np.ndarray, where: Tensor | None = None) -> tuple[np.ndarray, Tensor]:
         """Return the answers, None where there is none, and which turns have one, a bool tensor of the same shape.

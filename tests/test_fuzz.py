@@ -22,7 +22,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.folders import USES, write_folders
-from support.fuzzing import LARGE, Progress, arguments_of, assert_clear, budget, lm, progress, public_classes
+from support.fuzzing import (
+    LARGE,
+    Progress,
+    arguments_of,
+    assert_clear,
+    budget,
+    lm,
+    progress,
+    public_classes,
+    public_functions,
+)
 from typer.testing import CliRunner
 
 from bayeslm import diagnostics
@@ -32,6 +42,7 @@ from bayeslm.models import TiltedLM, rewards
 from bayeslm.models.rewards import text_rewards
 
 CLASSES = public_classes()
+FUNCTIONS = public_functions()
 RUN = {**ENGINES, "laplace": Laplace}
 
 
@@ -75,6 +86,28 @@ def test_constructors_refuse_by_name_or_construct(name):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 cls(**arguments)
+        except Exception as error:
+            assert_clear(error, names)
+
+    check()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_and_methods_refuse_by_name_or_return(name):
+    function = FUNCTIONS[name]
+    names = list(inspect.signature(function).parameters)
+
+    @budget(2, 200)
+    @given(data=st.data())
+    def check(data):
+        arguments = data.draw(arguments_of(function, 0.3))
+        by_position = [
+            name for name, p in inspect.signature(function).parameters.items() if p.kind == p.POSITIONAL_ONLY
+        ]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                function(*[arguments.pop(name) for name in by_position if name in arguments], **arguments)
         except Exception as error:
             assert_clear(error, names)
 

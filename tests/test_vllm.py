@@ -11,15 +11,20 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from bayeslm.models import LanguageModel
+from bayeslm.inference import SVI, ImportanceSampling
+from bayeslm.inference.training import ReverseKL
+from bayeslm.models import LanguageModel, TiltedLM
 from bayeslm.models.lm import loading
 from bayeslm.models.lm.adapters import own_parameters
+from bayeslm.models.samplers import VLLMServer
 
 pytestmark = [
     pytest.mark.long,
@@ -124,3 +129,88 @@ def test_a_merged_export_is_served(policy, tmp_path):
     lm, folder = policy
     with served(tmp_path / "log", str(folder / "merged"), "--served-model-name", "merged") as server:
         assert_same(server, "merged", lm)
+
+
+# -- drawing by the server -----------------------------------------------------------------------------------------
+
+DRAWING = ("--logprobs-mode", "processed_logprobs")
+
+
+def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """The share of a text's letters that are vowels."""
+    return [sum(x in "aeiou" for x in text.lower()) / max(len(text), 1) for text in completions]
+
+
+def test_draws_of_the_server_agree_with_our_own(smollm2, policy, tmp_path, monkeypatch):
+    """log Z by both within errors; a policy reaches the server as an adapter; and one is trained by its draws."""
+    lm, _ = policy
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    base = loading.location("smollm2")
+    with served(
+        tmp_path / "log", base, "--served-model-name", "base", "--enable-lora", "--max-lora-rank", "16", *DRAWING
+    ) as server:
+        program = TiltedLM(smollm2, reward, 0.05, max_new_tokens=8)
+        engine = ImportanceSampling(num_particles=128, seed=0, progress=False)
+        own = engine.run(program, PROMPTS)
+        by_server = VLLMServer(f"{server.address}/v1")
+        try:
+            smollm2.sampler = lm.sampler = by_server
+            found = engine.run(program, PROMPTS)
+            print("difference and ESS:", found.stats["sampler_difference"], found.stats["sampler_ess"])
+            error = np.hypot(own.log_evidence_stderr, found.log_evidence_stderr)
+            print("log Z:", own.log_evidence, found.log_evidence, error)
+            assert (np.abs(own.log_evidence - found.log_evidence) < 4 * error).all()
+            assert found.stats["sampler_draws"] == 128 * len(PROMPTS)
+            assert found.stats["sampler_difference"][1] < 1e-4
+            assert found.stats["sampler_ess"] > 0.999
+            hot = smollm2(PROMPTS, 8, temperature=1.7)
+            x = hot.sample((4,))
+            torch.testing.assert_close(hot.proposal_token_log_prob(x), hot.token_log_prob(x), atol=1e-3, rtol=0)
+            proposed = replace(engine, guide=lm).run(program, PROMPTS)
+            print("an adapter's:", proposed.stats["sampler_difference"], proposed.log_evidence)
+            assert proposed.stats["sampler_difference"][1] < 1e-4
+            error = np.hypot(own.log_evidence_stderr, proposed.log_evidence_stderr)
+            assert (np.abs(own.log_evidence - proposed.log_evidence) < 4 * error).all()
+            trained = SVI(num_steps=4, objective=ReverseKL(4), num_samples=32, seed=0, progress=False).run(
+                program, PROMPTS
+            )
+            print("trained:", trained.stats["sampler_difference"], trained.stats["elbo"].sum(-1))
+            assert trained.stats["sampler_difference"][1] < 1e-4
+        finally:
+            smollm2.sampler = lm.sampler = None
+
+
+IN_PROCESS = """
+import json, sys
+from vllm import LLM
+from bayeslm.models import LanguageModel
+from bayeslm.models.lm import loading
+from bayeslm.models.samplers import VLLM
+
+if __name__ == "__main__":
+    engine = LLM(loading.location("smollm2"), dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=4,
+                 enable_lora=True, max_lora_rank=8, logprobs_mode="processed_logprobs")
+    lm = LanguageModel.from_pretrained("smollm2", sampler=VLLM(engine))
+    adapted = LanguageModel.from_pretrained(sys.argv[1], base=lm)
+    found = {}
+    for name, model in {"prior": lm, "policy": adapted}.items():
+        dist = model(["My dinner at the restaurant was", "Yes"], 6, temperature=1.3)
+        x = dist.sample((8,))
+        found[name] = float((dist.proposal_token_log_prob(x) - dist.token_log_prob(x)).abs().max())
+    print("FOUND", json.dumps(found))
+"""
+
+
+def test_draws_in_process(policy, tmp_path):
+    """In vLLM's environment, into which bayeslm is put beside it (make test-vllm does)."""
+    _, folder = policy
+    script = tmp_path / "draw.py"
+    script.write_text(IN_PROCESS)
+    command = [os.environ["VLLM_PYTHON"], str(script), str(folder / "adapter")]
+    settings = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    found = json.loads(line.removeprefix("FOUND"))
+    print(found)
+    assert max(found.values()) < 1e-3

@@ -19,7 +19,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def engines(name: Name = None, as_json: AsJson = False) -> None:
-    """List the engines and their settings, and the objects that settings may be."""
+    """List the engines and their settings, and the objects that settings may be.
+
+    Defaults are those of Python; an engine without a seed of its own has that of infer's --seed.
+    """
     with one_line_errors():
         from bayeslm.inference import ENGINES
 

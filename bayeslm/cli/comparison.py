@@ -57,7 +57,11 @@ def compare(
                 place = out / f"{name}-policy-so-far"
                 try:
                     policy.save_pretrained(place)
-                    error.add_note(f"the policy trained so far is saved in {place}")
+                    error.add_note(
+                        f"the policy trained so far is saved in {place}: bayeslm export {place} FOLDER --merge makes a "
+                        "model of it. Repeating the command begins the training anew, which svi(checkpoint='FOLDER') "
+                        "would resume"
+                    )
                 except OSError as refused:
                     error.add_note(f"{refused}; {rescue(out, name, None, policy)}")
             if posteriors:
@@ -71,7 +75,8 @@ def compare(
         seconds = posteriors[name].stats["seconds"]
         err_console.print(f"{name}: {seconds:.0f} s")
         if posteriors[name].stats.get("interrupted"):
-            err_console.print(f"{name} was interrupted: the results so far follow", style="yellow")
+            if rest := list(engines)[list(engines).index(name) + 1 :]:
+                err_console.print(f"not run: {', '.join(rest)}", style="yellow")
             break
     if out is None:
         tables.show(posteriors, out_console)

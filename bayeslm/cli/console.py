@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -82,12 +83,29 @@ def one_line_errors() -> Iterator[None]:
     """
     with _signals_as_ctrl_c() as received:
         try:
-            with _one_line():
+            with warnings.catch_warnings(), _one_line():
+                warnings.showwarning = _show_warning
                 yield
         except typer.Exit as end:
             raise typer.Exit(
                 128 + received[0] if received and end.exit_code == INTERRUPTED else end.exit_code
             ) from None
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning in one line, with the place that gave it if it is not written for users."""
+    if issubclass(category, FutureWarning):  # of libraries, for those who write programs with them
+        return
+    for_users = category is UserWarning or category.__module__.startswith("bayeslm")
+    place = "" if for_users else f" ({category.__name__}, {filename}:{lineno})"
+    err_console.print(f"! {' '.join(str(message).split())}{place}", style="yellow")
 
 
 @contextlib.contextmanager

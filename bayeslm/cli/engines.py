@@ -173,8 +173,12 @@ def makers(run: Run, *, packed: bool = True) -> dict[str, Callable[..., Any]]:
     def learning(*arguments: Any, **settings: Any) -> Any:
         return Learning(*arguments, **{"seed": run.seed} | settings)
 
-    def policy(lora_rank: int | Literal["auto"] | None = "auto", start: Any = None) -> Any:
-        return functools.partial(training.AutoPolicy, lora_rank=lora_rank, start=start)
+    def policy(
+        lora_rank: int | Literal["auto"] | None = "auto",
+        start: Any = None,
+        lora_layers: float | Literal["auto"] = "auto",
+    ) -> Any:
+        return functools.partial(training.AutoPolicy, lora_rank=lora_rank, start=start, lora_layers=lora_layers)
 
     policy.__name__, policy.__doc__ = "AutoPolicy", training.AutoPolicy.__doc__
     own = {x.__name__: x for x in (LanguageModel, Twist, Posterior, HeldOut)}

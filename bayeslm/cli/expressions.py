@@ -201,7 +201,8 @@ class _Evaluator:
     def _made(self, name: str, arguments: list[Any], settings: dict[str, Any]) -> Any:
         maker = self._makers.get(name)
         if maker is None:
-            allowed = ", ".join(self._makers) or "none"
+            names = [x for x in self._makers if x[0] != "_" and (x == x.lower() or x.lower() not in self._makers)]
+            allowed = ", ".join(names) or "none"
             raise ValueError(f"{name!r} is unknown{nearest(name, self._makers)} Allowed names: {allowed}")
         check_names(name, maker, settings)
         return maker(*arguments, **settings)

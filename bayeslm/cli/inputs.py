@@ -78,8 +78,8 @@ def load_reward(text: str, where: str = "--reward") -> Any:
 
     makers = {name: maker(name) for name in rewards.BUILT_IN}
     makers |= {rewards.BUILT_IN[name].__qualname__: make for name, make in makers.items()}
-    makers |= {"Reward": rewards.Reward, "load": load}
-    addressed = ADDRESS.sub(lambda found: found[1] or f"load({found[2]!r})", text)
+    makers |= {"Reward": rewards.Reward, "_load": load}
+    addressed = ADDRESS.sub(lambda found: found[1] or f"_load({found[2]!r})", text)
     try:
         found = evaluate(addressed, makers, operand=rewards.Reward)
         if not isinstance(found, rewards.Reward):

@@ -175,6 +175,16 @@ def others(out: Path, posteriors: Mapping[str, Posterior]) -> list[str]:
     return [name for name, posterior in posteriors.items() if posterior.stats.get("call") != calls[name]]
 
 
+def unfinished(out: Path, posteriors: Mapping[str, Posterior]) -> list[str]:
+    """Return the names of the engines of an output folder's call that have no result in it.
+
+    :raises ValueError: if ``call.json`` is damaged.
+    """
+    if not (out / CALL).is_file():
+        return []
+    return [name for name in _read_call(out)["engines"] if not {name, f"{name}-interrupted"} & posteriors.keys()]
+
+
 def run_settings(out: Path) -> dict[str, str]:
     """Return the settings that an output folder was run with, as texts by name; none of a folder of another kind.
 

@@ -48,12 +48,15 @@ def report(
     with one_line_errors():
         from bayeslm.report import write_report
 
-        from .resume import run_settings
+        from .resume import run_settings, unfinished
 
         target = output or directory / "report.html"
         require_writable(target.parent)
         posteriors = load_posteriors(directory)
-        path = write_report(posteriors, target, title=title, settings=run_settings(directory))
+        settings = run_settings(directory)
+        if missing := unfinished(directory, posteriors):
+            settings["unfinished"] = ", ".join(missing)
+        path = write_report(posteriors, target, title=title, settings=settings)
         out_console.print(f"written to {target}, {path.stat().st_size / 1e6:.1f} MB")
 
 
@@ -64,10 +67,15 @@ def load_posteriors(directory: Path) -> dict[str, Posterior]:
     :raises FileNotFoundError: if there are none.
     """
     from bayeslm.posterior import Posterior
+    from bayeslm.storage import ARRAYS, TEXTS
 
-    from .resume import others
+    from .resume import others, unfinished
 
-    found = {path.parent.name: path.parent for path in sorted(directory.glob("*/posterior.json"))}
+    # a folder that has lost one of its files is damaged, and said to be
+    files = [path for name in ("posterior.json", ARRAYS, TEXTS) for path in directory.glob(f"*/{name}")]
+    found = {path.parent.name: path.parent for path in sorted(files)}
+    if not found and (waiting := unfinished(directory, {})):
+        raise FileNotFoundError(f"{directory} holds no result yet of {', '.join(waiting)}")
     if (directory / "posterior.json").is_file() or not found:
         found = {directory.name: directory}
     posteriors = {name: Posterior.load(path) for name, path in found.items()}
@@ -75,6 +83,9 @@ def load_posteriors(directory: Path) -> dict[str, Posterior]:
         text = f"{directory / name}: left out, a copy or a result of another call"
         err_console.print(text, style="yellow")
         del posteriors[name]
+    for name in unfinished(directory, posteriors):
+        text = f"{name}: no result yet. It is running, or was stopped: then repeat the command that began it"
+        err_console.print(text, style="yellow")
     if not posteriors:
         raise FileNotFoundError(f"{directory} holds no result of its call")
     return dict(sorted(posteriors.items(), key=lambda item: item[1].policy_path is not None))

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from bayeslm import summaries
+from bayeslm import advice, reliability, summaries
 from bayeslm.posterior import Posterior
 from bayeslm.reliability import ESS_LIMIT, TELLING
 from bayeslm.weights import KHAT_LIMIT, khat_reasons
@@ -19,6 +19,7 @@ from bayeslm.weights import KHAT_LIMIT, khat_reasons
 from .console import content
 
 MOST = 20  # prompts that are printed, and warnings
+OF_ALL = "means, the smallest ESS, the largest k̂ (– if one is unknown)"
 
 
 def comparisons(posteriors: Mapping[str, Posterior]) -> Iterator[Table]:
@@ -31,7 +32,7 @@ def comparisons(posteriors: Mapping[str, Posterior]) -> Iterator[Table]:
     measure = next(iter(posteriors.values())).measure
     engines = list(summaries.rows(posteriors))
     titles = next(iter(posteriors.values())).prompt_labels
-    for prompt, title in enumerate([*titles, *([f"all {len(titles)} prompts"] if len(titles) > 1 else [])]):
+    for prompt, title in enumerate([*titles, *([f"all {len(titles)} prompts: {OF_ALL}"] if len(titles) > 1 else [])]):
         table = Table(title=content(title), title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
         table.add_column("engine", no_wrap=True)
         table.add_column(measure.replace("-", "-\n"), justify="right", no_wrap=True)
@@ -42,7 +43,8 @@ def comparisons(posteriors: Mapping[str, Posterior]) -> Iterator[Table]:
             table.add_row("prior", f"{mean:.2f}", "0")
         for row in engines:
             record = row.records[prompt] if prompt < len(titles) else row.of_all
-            table.add_row(row.name, *_cells(record, is_policy=row.is_policy, repeated=row.repeated))
+            name = row.shown(prompt if prompt < len(titles) else None)
+            table.add_row(name, *_cells(record, is_policy=row.is_policy, repeated=row.repeated))
         yield table
 
 
@@ -82,23 +84,23 @@ def _roots(row: Mapping[str, Any]) -> str:
 
 
 def best_texts(posteriors: Mapping[str, Posterior], k: int = 3, most: int | None = None) -> Table | None:
-    """Return a table of the k completions of highest reward by engine and prompt; None if no engine kept texts.
+    """Return a table of the k completions of highest reward by prompt and engine; None if no engine kept texts.
 
     :param most: so many prompts, the first.
     """
     table = Table(title="Best completions", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("engine", no_wrap=True)
     table.add_column(next(iter(posteriors.values())).measure, justify="right")
-    table.add_column("prompt and completion")
-    labels = next(iter(posteriors.values())).prompts
-    for i, prompt in enumerate(labels[:most]):
-        for name, posterior in posteriors.items():
-            if not posterior.texts:
-                continue
+    table.add_column("completion")
+    kept = {name: posterior for name, posterior in posteriors.items() if posterior.texts}
+    labels = next(iter(posteriors.values())).prompt_labels
+    for i, label in enumerate(labels[:most] if kept and k > 0 else []):
+        table.add_row("", "", content(label, "dim"))
+        for name, posterior in kept.items():
             for text, reward in posterior.best(i, k):
-                line = content(" ".join(prompt.split()), "dim") + content(" " + " ".join(text.split()), "default")
-                table.add_row(name, f"{reward:.3f}", line)
+                table.add_row(name, f"{reward:.3f}", " ".join(text.split()))
                 name = ""
+        table.add_section()
     return table if table.row_count else None
 
 
@@ -119,36 +121,53 @@ def show(
     shown = number if most is None else min(most, number)
     tables = comparisons(posteriors)
     for table in islice(tables, shown):
-        console.print(table)
+        _print(table, console)
     if shown < number:
         console.print(f"… and {number - shown} prompts more: {whole}\n", style="dim")
     for table in islice(tables, number - shown, None):  # of all prompts
-        console.print(table)
-    policy = particles = ""
+        _print(table, console)
+    policy = particles = marked = ""
+    if any(any(row.doubted) for row in summaries.rows(posteriors)):
+        marked = " ! marks figures whose errors cannot be believed: why stands below."
     if any(map(summaries.draws_are_of_policy, posteriors.values())):
         policy = "A trained policy has two rows: its own draws, and the same draws weighted towards the posterior. "
+        policy += "The KL to the posterior is that of its own draws. "
     if any(posterior.roots is not None for posterior in posteriors.values()):
         particles = "; of particles the smallest ESS along the way, and (the roots that have descendants)"
     console.print(
         f"Means ± one standard error; KL in nats. {policy}"
-        f"Weights are reliable if k̂ < {KHAT_LIMIT} and ESS > {ESS_LIMIT:.0f}{particles}."
-        f"{' Of all prompts: means, the smallest ESS and the largest k̂, – if one is unknown.' if number > 1 else ''}\n",
+        f"Weights are reliable if k̂ < {KHAT_LIMIT} and ESS > {ESS_LIMIT:.0f}{particles}.{marked}\n",
         style="dim",
     )
-    reasons = {
-        reason: name
-        for name, posterior in posteriors.items()
-        if posterior.kind == "weighted"
-        for reason in khat_reasons(posterior.log_weights)
-        if reason
-    }
-    for reason, name in reasons.items():
-        console.print(f"No k̂ of {name}: {reason}.", style="dim")
+    for line in _unknown_khats(posteriors):
+        console.print(line, style="dim")
     texts = best_texts(posteriors, k, most)
     if texts is not None:
-        console.print(texts)
+        _print(texts, console)
     lines = summaries.remarks(posteriors)
     for line in lines[:most]:
         console.print("! " + line, style="yellow")
     if most is not None and len(lines) > most:
         console.print(f"! and {len(lines) - most} warnings more: {whole}", style="yellow")
+    for line in summaries.next_steps(posteriors, advice.on_command_line):
+        console.print("> " + line, style="yellow")
+
+
+def _unknown_khats(posteriors: Mapping[str, Posterior]) -> list[str]:
+    """Return why each k̂ that no warning explains is unknown."""
+    reasons: dict[str, str] = {}
+    for name, posterior in posteriors.items():
+        if posterior.kind == "weighted":
+            found = zip(khat_reasons(posterior.log_weights), reliability.problems(posterior), strict=True)
+            reasons |= {reason: name for reason, said in found if reason and not said}
+    return [f"No k̂ of {name}: {reason}." for reason, name in reasons.items()]
+
+
+def _print(table: Table, console: Console) -> None:
+    """Print a table; in a file its lines end where their words do."""
+    if console.is_terminal:
+        console.print(table)
+        return
+    with console.capture() as capture:
+        console.print(table)
+    console.file.write("\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n")

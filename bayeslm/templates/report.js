@@ -11,24 +11,27 @@
   const [ENGINE, PROMPT, SITE, COPIES, SHARE, REWARD, WEIGHT, RATIO, PIECES, MOVES, TEXT] = Array(11).keys();
   const severalSites = data.sites.length > 1;
   const has = (index) => data.rows.some((row) => row[index] !== null && (index !== RATIO || row[index] !== 0));
+  const severalEngines = data.engines.length > 1;
+  const severalPrompts = data.prompts.length > 1;
   const columns = [
     { title: "text", index: TEXT, compare: (a, b) => a.localeCompare(b), up: true },
+    { title: "prompt", index: PROMPT, up: true },
     { title: data.measure, index: REWARD, digits: 3 },
-    { title: "weight", index: SHARE, percent: true },
-    { title: "log w", index: WEIGHT, digits: 2, help: data.weight_help },
+    { title: "weight", index: SHARE, percent: true, ofOneEngine: true, help: "share of the posterior of its prompt" },
+    { title: "log w", index: WEIGHT, digits: 2, ofOneEngine: true, help: data.weight_help },
     { title: "log q − log p", index: RATIO, digits: 2, help: "how much likelier the text is under the policy, in nats" },
     { title: "draws", index: COPIES, digits: 0 },
     { title: "engine", index: ENGINE, names: data.engines, up: true },
     { title: "site", index: SITE, names: data.sites, up: true },
-    { title: "prompt", index: PROMPT, up: true },
-  ].filter(({ index }) => (index !== SITE || severalSites) && (index === TEXT || has(index)));
+  ].filter(({ index }) => (index !== SITE || severalSites) && (index !== PROMPT || severalPrompts) && (index === TEXT || has(index)));
 
   const number = (value) => (value === "-inf" ? -Infinity : value === "inf" ? Infinity : value);
   for (const row of data.rows) {
     row[TEXT] = row[PIECES].join("");
     for (const index of [REWARD, WEIGHT, RATIO]) row[index] = number(row[index]);
   }
-  const state = { by: columns.find(({ index }) => index === REWARD), up: false, shown: PAGE, rows: [] };
+  const first = columns.find(({ index }) => index === REWARD); // by which the table is sorted at first
+  const state = { by: first, up: false, shown: PAGE, rows: [], columns };
 
   const element = (name, attributes = {}, ...children) => {
     const made = document.createElement(name);
@@ -39,7 +42,7 @@
 
   const format = (column, value) => {
     if (column.names) return column.names[value];
-    if (column.index === PROMPT) return value < 0 ? "all" : String(value + 1);
+    if (column.index === PROMPT) return value < 0 ? "all" : data.prompts[value];
     if (value === null) return "–";
     if (!Number.isFinite(value)) return value > 0 ? "∞" : "−∞";
     const text = column.percent ? (100 * value).toFixed(value < 0.0995 ? 2 : 1) + "%" : value.toFixed(column.digits);
@@ -62,8 +65,11 @@
 
   const cell = (row, column) => {
     if (column.index !== TEXT) {
-      const attributes = { class: column.names ? "words" : "", "data-label": column.title };
-      return element("td", attributes, format(column, row[column.index]));
+      const value = row[column.index];
+      const words = column.names || column.index === PROMPT;
+      const attributes = { class: column.index === PROMPT ? "words of-prompt" : words ? "words" : "", "data-label": column.title };
+      const swatch = column.index === ENGINE ? [element("span", { class: `swatch series-${value % 6}` })] : [];
+      return element("td", attributes, ...swatch, words ? element("bdi", {}, format(column, value)) : format(column, value));
     }
     const text = element("bdi", { class: "text" }, ...tokens(row));
     const made = element("td", { class: "words" }, text);
@@ -89,7 +95,7 @@
 
   const draw = () => {
     const shown = state.rows.slice(0, state.shown);
-    body.replaceChildren(...shown.map((row) => element("tr", {}, ...columns.map((column) => cell(row, column)))));
+    body.replaceChildren(...shown.map((row) => element("tr", {}, ...state.columns.map((column) => cell(row, column)))));
     const left = state.rows.length - shown.length;
     more.hidden = !left;
     more.textContent = `${Math.min(left, PAGE)} more`;
@@ -109,6 +115,10 @@
   const update = () => {
     const words = find.value.toLowerCase().split(/\s+/).filter(Boolean);
     state.shown = PAGE;
+    state.columns = columns.filter((column) => !column.ofOneEngine || !severalEngines || engine.value !== "");
+    if (!state.columns.includes(state.by)) state.by = first;
+    const headers = state.columns.map((column) => column.header);
+    if (headers.length !== table.tHead.rows[0].cells.length) table.tHead.rows[0].replaceChildren(...headers); // keeps the focus
     state.rows = data.rows.filter(
       (row) =>
         (engine.value === "" || row[ENGINE] === Number(engine.value)) &&
@@ -131,25 +141,24 @@
       state.by = column;
       update();
     });
-    const words = column.index === TEXT || column.names ? "words" : "";
+    const words = column.index === TEXT || column.index === PROMPT || column.names ? "words" : "";
     column.header = element("th", { scope: "col", class: words }, button);
-    table.tHead.rows[0].append(column.header);
   }
   const option = (name, i) => element("option", { value: String(i) }, name);
   engine.append(...data.engines.map(option));
   prompt.append(...data.prompts.map((name, i) => option(`${i + 1}  ${name}`, i)));
-  engine.parentElement.hidden = data.engines.length < 2;
-  prompt.parentElement.hidden = data.prompts.length < 2;
+  engine.parentElement.hidden = !severalEngines;
+  prompt.parentElement.hidden = !severalPrompts;
   find.addEventListener("input", update);
   engine.addEventListener("change", update);
   prompt.addEventListener("change", update);
   document.getElementById("filters").addEventListener("submit", (event) => event.preventDefault());
   more.addEventListener("click", () => {
-    const first = body.rows.length;
+    const next = body.rows.length;
     state.shown += PAGE;
     draw();
-    body.rows[first].tabIndex = -1;
-    body.rows[first].focus({ preventScroll: true });
+    body.rows[next].tabIndex = -1;
+    body.rows[next].focus({ preventScroll: true });
   });
   document.getElementById("scale").hidden = !data.rows.some((row) => row[MOVES].length);
   document.getElementById("filters").hidden = false;

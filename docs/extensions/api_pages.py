@@ -24,6 +24,7 @@ PACKAGES = {
     "What comes out, without PyTorch": [
         "bayeslm",
         "bayeslm.diagnostics",
+        "bayeslm.advice",
         "bayeslm.reliability",
         "bayeslm.bounds",
         "bayeslm.calibration",
@@ -38,6 +39,7 @@ PACKAGES = {
         "bayeslm.models",
         "bayeslm.models.rewards",
         "bayeslm.models.lm",
+        "bayeslm.models.samplers",
         "bayeslm.models.preferences",
         "bayeslm.models.control",
     ],

@@ -27,7 +27,6 @@ from bayeslm.inference.program import (
     Program,
     ProgramError,
     check_evidence,
-    prompt_labels,
     run_particles,
     same_distribution,
     sample_sites,
@@ -206,7 +205,7 @@ def starting_point(
             points[0] = 0.0
         z[site.name] = points.to(site.value)
     particles, _ = score_unconstrained(program, score_once, z, batch_size=batch_size, vectorize=vectorize)
-    check_evidence(to_numpy(particles.log_joint)[None], prompt_labels(program))
+    check_evidence(to_numpy(particles.log_joint)[None], program)
     first = particles.log_joint.isfinite().long().argmax(0, keepdim=True)  # (1, prompt)
     z = {name: program.take(name, x, first)[0] for name, x in z.items()}
     gradient, _ = potential_grad(Potential(program, score_once), z)

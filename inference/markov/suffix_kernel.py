@@ -32,7 +32,6 @@ from bayeslm.inference.program import (
     check_evidence,
     draw,
     inspect,
-    prompt_labels,
     run_particles,
     score_values,
     to_numpy,
@@ -112,7 +111,7 @@ class SuffixKernel(MCMCKernel):
         self._warmup, self._step, self._tally = warmup_steps, 0, Tally()
         self._params: dict[str, Tensor] = {}
         state = self._start() if self._initial_params is None else self._at(self._initial_params)
-        check_evidence(to_numpy(state.log_joint)[None], prompt_labels(program))
+        check_evidence(to_numpy(state.log_joint)[None], program)
         self._set(state)
         self._nuts = None
         if names := [move.site.name for move in moves if move not in self._moves]:
@@ -172,7 +171,7 @@ class SuffixKernel(MCMCKernel):
         program = self._program
         guide = None if self.proposal is None else PolicyGuide(program, self.proposal)
         initial, _ = draw(program, guide, self.initial_particles)
-        check_evidence(to_numpy(initial.log_weights)[None], prompt_labels(program))  # before the weights choose one
+        check_evidence(to_numpy(initial.log_weights)[None], program)  # before the weights choose one
         return Replicas(program, 1, 1).start(initial)
 
 

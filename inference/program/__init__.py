@@ -3,6 +3,7 @@
 from .assign import assign_values, same_distribution, score_values
 from .description import describe, describe_object
 from .errors import EvidenceError, ProgramError
+from .evidence import check_evidence, check_grammar, token_bytes
 from .guides import PolicyGuide, as_proposal, draw_latents
 from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, RandomStates, seeded
 from .independence import check_independence
@@ -13,13 +14,15 @@ from .particles import (
     gathered,
     particles_of,
     run_particles,
+    sampled_terms,
     score_sites,
     to_numpy,
     traces,
 )
 from .program import STEPS, Program, along, inspect, inspect_or_reuse
+from .prompts import prompt_labels, prompt_texts
 from .ranks import ALONE, Message, RankError, Ranks, alone, digest_of, on_first, ranks, seed_of
-from .results import check_evidence, posterior, prompt_labels
+from .results import posterior
 from .run import Engine, RunError, SoFar, Stopwatch, draw, keeping, of_prompts, running
 from .sites import Site, in_prompts, sample_sites, site_value
 
@@ -52,6 +55,7 @@ __all__ = [
     "as_proposal",
     "assign_values",
     "check_evidence",
+    "check_grammar",
     "check_independence",
     "describe",
     "describe_object",
@@ -68,16 +72,19 @@ __all__ = [
     "particles_of",
     "posterior",
     "prompt_labels",
+    "prompt_texts",
     "ranks",
     "run_particles",
     "running",
     "same_distribution",
     "sample_sites",
+    "sampled_terms",
     "score_sites",
     "score_values",
     "seed_of",
     "seeded",
     "site_value",
     "to_numpy",
+    "token_bytes",
     "traces",
 ]

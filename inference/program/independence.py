@@ -9,27 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, ExpandedDistribution, Independent, MaskedDistribution
-from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from bayeslm.models.lm import Autoregressive
 from bayeslm.models.rewards import rehearsal
 
 from .errors import ProgramError
-from .handlers import PARTICLES, Arbitrary, Assign, Assignment, explained, seeded
+from .handlers import Arbitrary, seeded
 from .program import Program
-from .prompts import prompts_of, side_by_side
-from .sites import Site, check_site, in_prompts, sample_sites, site_of, site_value
+from .sites import check_site, sample_sites, site_of
+from .trials import (
+    agree,
+    assigned,
+    drawn_sites,
+    joined,
+    run_alone,
+    run_together,
+    scores_of,
+    shown,
+    together_at,
+    values_of,
+)
 
 COMPANY, OWN = 4, 2  # particles that run together, and which of them has run alone: neither the first nor the last
 FAR = 1  # the one whose values are farthest from those of `OWN`, beyond 0 or the mean
@@ -68,9 +74,9 @@ def check_independence(program: Program) -> None:
         inspected: Trace = origin.trace
         together: Trace | None = None
         try:
-            reference = _scores(program, inspected, 1)
-            own: dict[str, Any] = {site.name: inspected.nodes[site.name]["value"] for site in _drawn(program)}
-            together = _in_plate(program, _Company(program, own), COMPANY)
+            reference = scores_of(program, inspected, 1)
+            own: dict[str, Any] = {site.name: inspected.nodes[site.name]["value"] for site in drawn_sites(program)}
+            together = run_together(program, _Company(program, own), COMPANY)
             if _stand_alone(program, own, reference, together):
                 return
         except Exception:  # of shapes, or of values that the program does not take: others run alone to tell
@@ -91,14 +97,23 @@ def check_guide(program: Program, guide: Callable[..., Any]) -> None:
         return
     program.verified.add(key)
     with seeded(2), torch.no_grad(), rehearsal(), poutine.block():
-        try:
-            trace = _alone(replace(program, model=guide), Arbitrary(1))
-        except Exception:  # of these values: the guide has run before
-            return
-        sites = {name: site_of(name, node) for name, node in sample_sites(trace)}
-        for name, node in sample_sites(trace):
-            check_site(sites[name], node)
-        _check(replace(program, model=guide, sites=sites), "guide", trace)
+        if (inspected := program_of_guide(program, guide)) is not None:
+            _check(*inspected)
+
+
+def program_of_guide(program: Program, guide: Callable[..., Any]) -> tuple[Program, str, Trace] | None:
+    """Return a guide in the program's place, what it is called, and a run of it; None if it fails at arbitrary values.
+
+    :raises ProgramError: if a site has a batch dimension that no plate declares.
+    """
+    try:
+        trace = run_alone(replace(program, model=guide), Arbitrary(1))
+    except Exception:  # of these values: the guide has run before
+        return None
+    sites = {name: site_of(name, node) for name, node in sample_sites(trace)}
+    for name, node in sample_sites(trace):
+        check_site(sites[name], node)
+    return replace(program, model=guide, sites=sites), "guide", trace
 
 
 def _check(program: Program, what: str, inspected: Trace, together: Trace | None = None) -> None:
@@ -114,31 +129,32 @@ def _check(program: Program, what: str, inspected: Trace, together: Trace | None
     try:
         if together is None:
             alone = _different_particles(program, inspected)
-            values = [{site.name: trace.nodes[site.name]["value"] for site in _drawn(program)} for trace in alone]
+            values = [{site.name: trace.nodes[site.name]["value"] for site in drawn_sites(program)} for trace in alone]
         else:
-            found, values = _scores(program, together, COMPANY), _values_of(program, together)
-            alone = [inspected if i == OWN else _alone(program, _assign(x)) for i, x in enumerate(values)]
-        expected = _joined(program, alone)
+            found, values = scores_of(program, together, COMPANY), values_of(program, together, COMPANY)
+            alone = [inspected if i == OWN else run_alone(program, assigned(x)) for i, x in enumerate(values)]
+        expected = joined(program, alone)
     except Exception:  # the run meets the error too, where it is explained, or has no particle like these
         return
     if found is None:
         found = _found_together(program, what, values)
-    different = [name for name in expected if not _agree(found.get(name), expected[name])]
+    different = [name for name in expected if not agree(found.get(name), expected[name])]
     if different:
-        again = _joined(program, [_alone(program, _assign(x)) for x in values])
-        different = [name for name in different if _agree(again.get(name), expected[name])]
+        again = joined(program, [run_alone(program, assigned(x)) for x in values])
+        different = [name for name in different if agree(again.get(name), expected[name])]
     if different:
-        name = different[0]
-        site, other = program.sites[name], "log-probability"
-        if site.kind == "deterministic":
-            other = "value"
-        which = (
-            f"the prompts of site {name!r} are others" if site.is_completion else f"site {name!r} has another {other}"
-        )
-        raise ProgramError(
-            f"{which} where particles run together than where each runs alone"
-            f"{_shown(found.get(name), expected[name])}: the {what} mixes particles. {ADVICE}"
-        )
+        raise mixing(program, what, different[0], found.get(different[0]), expected[different[0]])
+
+
+def mixing(program: Program, what: str, name: str, found: Tensor | None, expected: Tensor) -> ProgramError:
+    """Return the error that a site has other scores (particle, ...) where particles run together."""
+    site = program.sites[name]
+    other = "value" if site.kind == "deterministic" else "log-probability"
+    which = f"the prompts of site {name!r} are others" if site.is_completion else f"site {name!r} has another {other}"
+    return ProgramError(
+        f"{which} where particles run together than where each runs alone{shown(found, expected)}: the {what} mixes "
+        f"particles. {ADVICE}"
+    )
 
 
 def _found_together(program: Program, what: str, values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -146,12 +162,8 @@ def _found_together(program: Program, what: str, values: list[dict[str, Tensor]]
 
     :raises ProgramError: if they do not run.
     """
-    stacked = {}
-    for name in values[0]:
-        each = [value[name].expand(program.sites[name].shape) for value in values]
-        stacked[name] = program.under_plate(name, torch.stack(each))
     try:
-        return _scores(program, _in_plate(program, _assign(stacked), len(values)), len(values))
+        return scores_of(program, together_at(program, values), len(values))
     except MISFITS as error:
         if type(error) not in MISFITS:  # out of memory, a failing reward, or explained already
             raise
@@ -211,24 +223,6 @@ def _far_apart(value: Tensor, own: Tensor) -> Tensor:
     return value.roll(FAR - int(sums.argmin() if mine > middle else sums.argmax()), 0)
 
 
-def _drawn(program: Program) -> list[Site]:
-    """Return the latents whose values are drawn; those of guides may be computed from others (`Delta`)."""
-    return [site for site in program.latents if not isinstance(_base(site.fn), Delta)]
-
-
-def _base(fn: Any) -> Any:
-    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
-        fn = fn.base_dist
-    return fn
-
-
-def _values_of(program: Program, trace: Trace) -> list[dict[str, Tensor]]:
-    """Return the values that each particle of a run of `COMPANY` has."""
-    nodes: dict[str, Any] = trace.nodes
-    drawn = {site.name: site_value(site, nodes[site.name]["value"], COMPANY) for site in _drawn(program)}
-    return [{name: value[i] for name, value in drawn.items()} for i in range(COMPANY)]
-
-
 def _stand_alone(program: Program, own: dict[str, Tensor], alone: dict[str, Tensor], together: Trace) -> bool:
     """Return whether the scores of `COMPANY` particles show that they stand alone; if not, that is still open.
 
@@ -236,11 +230,11 @@ def _stand_alone(program: Program, own: dict[str, Tensor], alone: dict[str, Tens
     :param alone: its scores (1, ...) where it runs alone.
     :param together: the run of all.
     """
-    found = _scores(program, together, COMPANY)
+    found = scores_of(program, together, COMPANY)
 
     def is_as_alone(name: str, particle: int, scores: dict[str, Tensor]) -> bool:
         both = name in found and name in scores
-        return both and _agree(found[name][particle : particle + 1], scores[name], among=found[name])
+        return both and agree(found[name][particle : particle + 1], scores[name], among=found[name])
 
     def is_one_for_all(name: str) -> bool:
         site = program.sites[name]
@@ -250,13 +244,13 @@ def _stand_alone(program: Program, own: dict[str, Tensor], alone: dict[str, Tens
 
     names = list(alone)
     if other := [name for name in names if not is_as_alone(name, OWN, alone)]:
-        again = _scores(program, _alone(program, _assign(own)), 1)
-        if any(_agree(again.get(name), alone[name]) for name in other):
+        again = scores_of(program, run_alone(program, assigned(own)), 1)
+        if any(agree(again.get(name), alone[name]) for name in other):
             return False
         names = [name for name in names if name not in other]  # those are random
     if any(is_one_for_all(name) for name in alone if name in found):
         return False
-    far = _scores(program, _alone(program, _assign(_values_of(program, together)[FAR])), 1)
+    far = scores_of(program, run_alone(program, assigned(values_of(program, together, COMPANY)[FAR])), 1)
     return all(is_as_alone(name, FAR, far) for name in names)
 
 
@@ -265,8 +259,8 @@ def _different_particles(program: Program, inspected: Trace) -> list[Trace]:
 
     What is mixed cannot be seen on particles that are all alike.
     """
-    discrete = [site.name for site in _drawn(program) if not site.is_completion and site.fn.support.is_discrete]
-    alone = [inspected, *(_alone(program, Arbitrary(1 + i)) for i in range(3))]
+    discrete = [site.name for site in drawn_sites(program) if not site.is_completion and site.fn.support.is_discrete]
+    alone = [inspected, *(run_alone(program, Arbitrary(1 + i)) for i in range(3))]
 
     def are_constant() -> bool:
         values: list[list[Any]] = [[trace.nodes[name]["value"] for name in discrete] for trace in alone]
@@ -274,79 +268,5 @@ def _different_particles(program: Program, inspected: Trace) -> list[Trace]:
         return any(all(torch.equal(x, y[i]) for y in rest) for i, x in enumerate(first))
 
     while len(alone) < 8 and are_constant():
-        alone.append(_alone(program, Arbitrary(1 + len(alone))))
+        alone.append(run_alone(program, Arbitrary(1 + len(alone))))
     return alone
-
-
-def _alone(program: Program, handler: Any) -> Trace:
-    """Run one particle, with arbitrary or assigned values."""
-    with explained(), handler:
-        trace = poutine.trace(program.pinned(program.model)).get_trace(*program.args, **program.kwargs)
-    return prune_subsample_sites(trace)
-
-
-def _in_plate(program: Program, handler: Any, num_particles: int) -> Trace:
-    """Run several particles in one plate."""
-    plate = pyro.plate(PARTICLES, num_particles, dim=-1 - program.max_plate_nesting)
-    with explained(), handler, plate:
-        trace = poutine.trace(program.pinned(program.model)).get_trace(*program.args, **program.kwargs)
-    return prune_subsample_sites(trace)
-
-
-def _assign(values: Mapping[str, Tensor]) -> Assign:
-    def constant(value: Tensor, fn: Any) -> Assignment:
-        return value, None
-
-    assignments: dict[str, Callable[[Any], Assignment]] = {k: partial(constant, x) for k, x in values.items()}
-    return Assign(assignments)
-
-
-def _joined(program: Program, alone: list[Trace]) -> dict[str, Tensor]:
-    """Return the scores of particles that ran alone, (particle, ...) by site."""
-    each = [_scores(program, trace, 1) for trace in alone]
-    return {name: torch.cat(side_by_side([scores[name] for scores in each])) for name in each[0]}
-
-
-def _scores(program: Program, trace: Trace, num_particles: int) -> dict[str, Tensor]:
-    """Return log-densities (particle, prompt), values of deterministic sites, and prompts of completions, by site."""
-    scores = {}
-    for name, node in sample_sites(trace):
-        if name not in program.sites:  # the run refuses programs whose sites change
-            continue
-        site, fn = program.sites[name], node["fn"]
-        if isinstance(fn, Autoregressive):
-            ids, mask = prompts_of(fn, (num_particles, *site.shape[: site.batch_dims]))
-            scores[name] = ids.masked_fill(mask == 0, -1)
-            if fn.where is not None:
-                where = fn.where.expand(fn.batch_shape).reshape(*ids.shape[:-1], 1)
-                scores[name] = torch.cat([scores[name], where.to(ids)], -1)
-        elif site.kind == "deterministic":
-            scores[name] = site_value(site, node["value"], num_particles)
-        else:
-            log_prob = scale_and_mask(fn.log_prob(node["value"]), node["scale"], node["mask"])
-            scores[name] = program.terms(log_prob, num_particles, in_prompts(node))
-    return scores
-
-
-def _agree(found: Tensor | None, expected: Tensor, among: Tensor | None = None) -> bool:
-    """Return whether scores (particle, ...) are equal, but for the rounding of networks and sums.
-
-    What is mixed differs by about as much as the particles do.
-
-    :param among: scores whose spread that is; None for ``expected``.
-    """
-    if found is None or found.shape[:-1] != expected.shape[:-1]:
-        return False
-    found, expected, among = (x.double() for x in side_by_side([found, expected, expected if among is None else among]))
-    spread = (among.amax(0) - among.amin(0)).nan_to_num(nan=0.0, posinf=0.0)
-    tolerance = 1e-3 + 1e-3 * expected.abs().nan_to_num(posinf=0.0) + 0.01 * spread
-    close = ((found - expected).abs() <= tolerance) | (found == expected) | (found.isnan() & expected.isnan())
-    return bool(close.all())
-
-
-def _shown(found: Tensor | None, expected: Tensor) -> str:
-    """Return the scores for an error, if there is one of each particle."""
-    if found is None or found.shape != expected.shape or found.numel() != len(found):
-        return ""
-    together, alone = (", ".join(f"{x:.6g}" for x in scores.reshape(-1).tolist()) for scores in (found, expected))
-    return f" ({together}, not {alone})"

@@ -21,10 +21,12 @@ from pyro.poutine.util import enable_validation, is_validation_enabled, prune_su
 from torch import Tensor
 
 from bayeslm.models.lm import Autoregressive
+from bayeslm.models.rewards import remembering_scores
 
 from .errors import ProgramError
 from .handlers import PARTICLES, explained
 from .independence import MISFITS, check_guide, check_independence
+from .own_particles import check_own_guide, check_own_particles
 from .program import Program, along
 from .ranks import ranks
 from .sites import Site, in_prompts, sample_sites, site_value
@@ -36,7 +38,8 @@ class Particles:
 
     :param values: of latent and deterministic sites, (particle, *batch, *event).
     :param log_prior: log p of all latents, (particle, prompt).
-    :param log_proposal: log q of all latents, (particle, prompt); the prior's where the prior proposed.
+    :param log_proposal: log q of all latents, (particle, prompt); the prior's where the prior proposed, and of a
+        completion that a sampler drew the sampler's own.
     :param log_likelihood: the term of each factor and each observed site, (particle, prompt).
     :param rewards: r in its own units, by the name of its factor, (particle, prompt); of a reward outside the plate of
         prompts (particle, 1).
@@ -44,7 +47,7 @@ class Particles:
     :param pointwise: the log-likelihood of each observation of a site whose plates do not include the prompts',
         (particle, *batch).
     :param auxiliary: values of sites that the guide has and the program lacks, (particle, ...).
-    :param proposal_token_log_prob: log q of each token of the completions that a guide drew,
+    :param proposal_token_log_prob: log q of each token of the completions that a guide drew, by its own network,
         (particle, *batch, token).
     :param log_left_out: log p of the latents that a guide leaves to the prior, (particle, prompt); it is part of
         ``log_prior`` and of ``log_proposal``. None without a guide.
@@ -227,8 +230,10 @@ def traces(
     :param guide: proposes the latents; None proposes from the prior and has no trace.
     :raises ProgramError: if the program or the guide mixes particles.
     """
-    if vectorize and num_particles > 1:
+    several = vectorize and num_particles > 1
+    if several:
         check_independence(program)
+    is_due = several and not program.stands_alone and program.verified.is_due()
 
     def in_plate(fn: Callable[..., Any]) -> Callable[..., Any]:
         if not vectorize:
@@ -238,16 +243,17 @@ def traces(
     guide_trace = None
     model = program.pinned(program.model)
     if guide is not None:
-        together = vectorize and num_particles > 1
         try:
             guide_trace = poutine.trace(in_plate(program.pinned(guide))).get_trace(*program.args, **program.kwargs)
         except MISFITS:
-            if together:
+            if several:
                 check_guide(program, guide)
             raise
         guide_trace = prune_subsample_sites(guide_trace)
-        if together:
+        if several:
             check_guide(program, guide)
+        if is_due:
+            check_own_guide(program, guide, guide_trace, num_particles)
         for name, node in sample_sites(guide_trace):
             if name not in program.sites and not node["infer"].get("is_auxiliary"):
                 raise ProgramError(f"the guide samples {name!r}, which the program does not have")
@@ -257,9 +263,12 @@ def traces(
                     "of their own: put it inside the plate (AutoNormal does), or a latent of the program outside"
                 )
         model = poutine.replay(model, trace=guide_trace)
-    with explained():
+    with explained(), remembering_scores() if is_due else contextlib.nullcontext() as scores:
         model_trace = poutine.trace(in_plate(model)).get_trace(*program.args, **program.kwargs)
-    return prune_subsample_sites(model_trace), guide_trace
+    model_trace = prune_subsample_sites(model_trace)
+    if scores is not None:
+        check_own_particles(program, "program", model_trace, num_particles, scores)
+    return model_trace, guide_trace
 
 
 def score_sites(
@@ -361,6 +370,7 @@ def particles_of(
     nodes = dict(sample_sites(model_trace))
     guide_nodes = {} if guide_trace is None else dict(sample_sites(guide_trace))
     zero = torch.zeros((num_particles, program.weight_prompts), device=program.device)
+    log_s = sampled_terms(program, nodes | guide_nodes, num_particles)
     latent = [site.name for site in program.latents]  # in the program's order, so that sums do not depend on a set's
     auxiliary = sum((program.pooled(term) for name, term in guide_terms.items() if name not in program.sites), zero)
     left_out = sum((program.pooled(terms[name]) for name in latent if name not in guide_terms), zero)
@@ -376,7 +386,7 @@ def particles_of(
             if site.kind != "observed" and site.reward is None
         },
         log_prior=sum((program.pooled(terms[name]) for name in latent), zero),
-        log_proposal=sum((program.pooled(guide_terms.get(name, terms[name])) for name in latent), auxiliary),
+        log_proposal=sum((program.pooled({**terms, **guide_terms, **log_s}[name]) for name in latent), auxiliary),
         log_likelihood={name: program.pooled(term) for name, term in terms.items() if name not in latent},
         rewards={
             name: _reward(program, site, nodes[site.name]["value"], num_particles) for name, site in program.rewards
@@ -392,6 +402,27 @@ def particles_of(
         log_left_out=None if guide_trace is None else left_out,
         prompts=None if program.minibatch is None else program.minibatch.expand(num_particles, -1),
     )
+
+
+def sampled_terms(program: Program, nodes: Mapping[str, Any], num_particles: int) -> dict[str, Tensor]:
+    """Return log s (particle, prompt) of each completion that another engine drew, see `bayeslm.models.samplers`.
+
+    :param nodes: of the traces in which the latents were drawn.
+    :raises ProgramError: if a program or a handler has changed what the engine drew.
+    """
+    found = {}
+    for site in program.completions:
+        node = nodes[site.name]
+        if not isinstance(node["fn"], Autoregressive):
+            continue
+        try:
+            log_s = node["fn"].proposal_token_log_prob(node["value"])
+        except LookupError as error:
+            raise ProgramError(f"site {site.name!r} has no known density: {error}") from error
+        if log_s is not None:
+            term = scale_and_mask(log_s.sum(-1), node["scale"], node["mask"])
+            found[site.name] = program.terms(term, num_particles, in_prompts(node))
+    return found
 
 
 def _reward(program: Program, site: Site, value: Tensor, num_particles: int) -> Tensor:

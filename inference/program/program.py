@@ -32,6 +32,17 @@ MANY = 32  # batches of a run, where fewer fit
 STEPS = "steps"  # a plate over the steps of a trajectory: the term of a step depends on nothing later
 
 
+class Verified(set[str]):
+    """The names of what has been checked of a program, and the number of its ``batches`` so far."""
+
+    batches = 0
+
+    def is_due(self) -> bool:
+        """Count a batch of particles; return whether it is the first, the 4th, the 16th ..., which are checked."""
+        self.batches += 1
+        return self.batches.bit_count() == 1 and self.batches.bit_length() % 2 == 1
+
+
 class Inspected(NamedTuple):
     """A run of a program with one particle, arbitrary tokens and arbitrary rewards.
 
@@ -61,7 +72,7 @@ class Program:
     :param has_params: whether it has parameters of its own, `pyro.param`.
     :param minibatch: indices (num_prompts,) of the prompts of this program, if they are a minibatch.
     :param whole: the program of all prompts, of which this one has a minibatch.
-    :param verified: the names of what has been checked of the program; its copies share it.
+    :param verified: what has been checked of the program; its copies share it.
     :param inspected: the run in which it was inspected.
     :param first: the index of its first prompt among those of the program of which it is one of the `parts`.
     """
@@ -79,7 +90,7 @@ class Program:
     has_params: bool
     minibatch: Tensor | None = None
     whole: Program | None = None
-    verified: set[str] = field(default_factory=set, repr=False, compare=False)
+    verified: Verified = field(default_factory=Verified, repr=False, compare=False)
     inspected: Inspected | None = field(default=None, repr=False, compare=False)
     first: int = 0
 
@@ -96,6 +107,11 @@ class Program:
         """The names of the rewards that are recorded, and their sites; in the plate of prompts, if posteriors are."""
         named = [(site.reward, site) for site in self.sites.values() if self.shared or site.in_prompts]
         return [(name, site) for name, site in named if name is not None]
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether the model's own class says that its particles stand alone, as those of ready programs do."""
+        return bool(vars(type(self.model)).get("stands_alone", False))
 
     @property
     def weight_prompts(self) -> int:

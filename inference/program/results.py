@@ -1,9 +1,7 @@
-"""What comes out of a run: particles as a `Posterior`, its evidence, and the labels of its prompts."""
+"""What comes out of a run: particles as a `Posterior`."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,14 +10,16 @@ from torch import Tensor
 
 from bayeslm import diagnostics, reliability
 from bayeslm.bounds import unseen_limit
-from bayeslm.models.lm import Encoded, LanguageModel
+from bayeslm.models.lm import LIMIT, Encoded, LanguageModel
 from bayeslm.posterior import Posterior
 from bayeslm.weights import conditional_log_evidence
 
 from .description import describe
 from .errors import EvidenceError
+from .evidence import check_evidence
 from .particles import Particles, to_numpy
 from .program import Program
+from .prompts import chat_turns, of_all, prompt_texts
 from .sites import Site
 
 
@@ -61,6 +61,9 @@ def posterior(
     :param policy: the trained policy, of `SVI`.
     :raises EvidenceError: if every weight of a prompt is zero, or a chain has no draw.
     """
+    if "sampler_draws" in stats:  # which are near the prior, but not of it
+        from_prior = None
+        prior = None if stats["sampler_difference"][1] > LIMIT else prior
     draws = len(particles) // num_chains
     if draws == 0:
         raise EvidenceError(f"interrupted before each of the {num_chains} chains had a draw")
@@ -73,8 +76,7 @@ def posterior(
         equal = kind in ("exact", "uncorrected", "markov")
         log_weights = torch.zeros_like(particles.log_prior) if equal else particles.log_weights
     weights = split(log_weights)
-    labels = prompt_labels(program)
-    check_evidence(split(particles.log_joint), labels)
+    check_evidence(split(particles.log_joint), program)
     origins = None if roots is None else split(roots)
     by_chain = diagnostics.chain_log_evidence(weights)  # (chain, prompt)
     if kind == "markov":
@@ -120,8 +122,8 @@ def posterior(
         kind=kind,
         engine=engine,
         dims={name: program.sites[name].dims for name in [*values, *observed]},
-        prompts=labels,
-        prompt_names=_names_of_chats(program),
+        prompts=prompt_texts(program),
+        prompt_names=chat_turns(program),
         texts=texts,
         lengths=lengths,
         truncated=truncated,
@@ -148,13 +150,7 @@ def _decoded(program: Program, site: Site, value: Tensor) -> np.ndarray:
     fns = [chunk.sites[site.name].fn for chunk in program.chunks]
     if site.dims != ("prompt",) or any(fn.prompt_ids.shape[:-1] != fn.batch_shape for fn in fns):
         return site.fn.lm.decode(value)
-    return site.fn.lm.decode(value, _of_all(program, [Encoded(fn.prompt_ids, fn.prompt_mask).rows() for fn in fns]))
-
-
-def _of_all(program: Program, parts: list[list[Any]]) -> list[Any]:
-    """Return the values of all prompts, from those of each of a program's `chunks`, the last of which may overlap."""
-    *before, last = parts
-    return [*itertools.chain(*before), *last[sum(map(len, parts)) - program.full_size :]]
+    return site.fn.lm.decode(value, of_all(program, [Encoded(fn.prompt_ids, fn.prompt_mask).rows() for fn in fns]))
 
 
 def _kept(program: Program) -> list[str]:
@@ -182,51 +178,3 @@ def _prior_draws(program: Program, particles: Particles | None) -> dict[str, np.
     for site in program.completions:
         out[f"{site.name}_length"] = site.fn.lengths(particles.values[site.name])
     return {name: to_numpy(value)[None] for name, value in out.items()}
-
-
-def prompt_labels(program: Program) -> list[str]:
-    """Return the label of each prompt: its text, if a completion site has one text a prompt, else its number."""
-    if program.in_chunks:
-        return _of_all(program, [prompt_labels(chunk) for chunk in program.chunks])
-    for site in program.completions:
-        if site.fn.prompt_ids.shape[:-1].numel() == program.num_prompts:
-            return site.fn.prompt_texts()
-    return [str(i) for i in range(program.num_prompts)]
-
-
-def _names_of_chats(program: Program) -> list[str]:
-    """Return the last user's turn of each prompt, if one of the program's arguments is a list of that many chats."""
-    for value in (*program.args, *program.kwargs.values()):
-        if isinstance(value, list | tuple) and len(value) == program.full_size and all(map(_is_chat, value)):
-            return [_last_turn(chat) for chat in value]
-    return []
-
-
-def _is_chat(prompt: Any) -> bool:
-    is_list = isinstance(prompt, list | tuple) and len(prompt) > 0
-    return is_list and all(isinstance(turn, Mapping) and isinstance(turn.get("role"), str) for turn in prompt)
-
-
-def _last_turn(chat: Sequence[Mapping[str, Any]]) -> str:
-    """Return the content of the user's last message, or of the last one; of a list of parts their texts."""
-    turn = next((turn for turn in reversed(chat) if turn["role"] == "user"), chat[-1])
-    content = turn.get("content") or ""
-    parts = [content] if isinstance(content, str) else content
-    return " ".join(part if isinstance(part, str) else str(part.get("text", "")) for part in parts)
-
-
-def check_evidence(log_weights: np.ndarray, labels: list[str]) -> None:
-    """Check that each prompt has a draw of positive probability.
-
-    :param log_weights: (chain, draw, prompt).
-    :param labels: of the prompts.
-    :raises EvidenceError: if all weights of a prompt are -inf.
-    """
-    dead = np.atleast_1d(np.isneginf(log_weights).all(axis=(0, 1)))
-    if dead.any():
-        i = int(dead.argmax())
-        of = f"for prompt {i} ({labels[i]!r}) " if len(labels) == len(dead) else ""
-        raise EvidenceError(
-            f"every reward is -inf {of}in all {log_weights[..., i].size} draws: the posterior does not exist, or the "
-            "constraint is too rare to be met by chance. Draw more, loosen the constraint, or use a better proposal"
-        )

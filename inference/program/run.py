@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from pyro.poutine import runtime
 
-from bayeslm.models.lm import Usage, count_usage, differentiating, exclusive, remembering
+from bayeslm.models.lm import Usage, count_usage, differentiating, drawing_by_samplers, exclusive, remembering
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 from bayeslm.visible import message_of
@@ -72,6 +72,10 @@ class Stopwatch:
     def stats(self) -> dict[str, Any]:
         """Return ``seconds``, ``tokens``, ``model_calls``, and ``mismatch`` (the largest, the mean a token) if any.
 
+        Where a sampler drew: ``sampler_draws``, their number; ``sampler_difference``, the largest and the mean
+        |log p - log s| of a token; ``sampler_ess``, the share of effective draws that the difference leaves; and
+        ``sampler_stale``, the number of draws by older weights, if any.
+
         Of a run that several processes do together, the sums of their counts, and ``processes``, their number.
         """
         usage = self.usage
@@ -79,6 +83,7 @@ class Stopwatch:
             usage = Usage.total([message.value for message in self.ranks.exchange(usage.state_dict())])
         stats: dict[str, Any] = {"seconds": self.seconds(), "tokens": usage.tokens, "model_calls": usage.model_calls}
         stats |= {} if usage.mismatch is None else {"mismatch": list(usage.mismatch)}
+        stats |= usage.drawn.stats()
         return stats if self.ranks.size == 1 else stats | {"processes": self.ranks.size}
 
 
@@ -86,7 +91,7 @@ class Stopwatch:
 
 
 @contextlib.contextmanager
-def running(seed: int | None, *, divided: bool = False) -> Iterator[Stopwatch]:
+def running(seed: int | None, *, divided: bool = False, sampled: bool = False) -> Iterator[Stopwatch]:
     """Begin a run: the same wherever it is called.
 
     Other threads wait for their turn. Gradients are recorded, whatever the caller has turned off. A run inside another
@@ -95,6 +100,8 @@ def running(seed: int | None, *, divided: bool = False) -> Iterator[Stopwatch]:
 
     :param seed: see `seeded`.
     :param divided: whether the engine divides its work among them.
+    :param sampled: whether completions may come from samplers (`bayeslm.models.samplers`): for engines that need draws
+        with their density alone. For others language models draw themselves.
     :returns: the stopwatch of the run.
     """
     with (
@@ -102,6 +109,7 @@ def running(seed: int | None, *, divided: bool = False) -> Iterator[Stopwatch]:
         remembering(),
         _handlers_of_caller(),
         differentiating(),
+        drawing_by_samplers(sampled),
         together(seed, divided) as (processes, own),
         seeded(own),
         Stopwatch(processes) as watch,
@@ -219,13 +227,14 @@ def draw(
     vectorize: bool = True,
     progress: bool = False,
     label: str = "particles",
+    purpose: str = "",
 ) -> tuple[Particles, bool]:
     """Draw particles in batches of bounded memory, divided among the processes of the run.
 
     :param guide: the proposal; None proposes from the prior.
     :param batch_size: particles in one batch; None for as many as bounded memory allows.
     :param vectorize: see `run_particles`.
-    :param progress: whether to show the progress, under ``label``.
+    :param progress: whether to show the progress, under ``label``, which a long run explains by ``purpose``.
     :returns: the particles of all processes, and whether Ctrl-C stopped the run before it had all of them.
     :raises RunError: if a later batch fails; it carries the particles drawn before.
     """
@@ -236,13 +245,19 @@ def draw(
     def so_far() -> SoFar | None:
         return SoFar(particles=Particles.concatenate(parts)) if parts else None
 
-    plan = f"{num_particles} draws {of_prompts(program)}"
-    with track(label, own, progress, plan=plan) as report, keeping(so_far) as run:
+    plan = f"{num_particles} draws {of_prompts(program)}{purpose and f', {purpose}'}"
+    with track(label, own, progress, plan=plan, tokens=_tokens(program)) as report, keeping(so_far) as run:
         for start in range(0, own, size):
             n = min(size, own - start)
             parts.append(run_particles(program, guide, n, vectorize=vectorize))
             report(n)
     return gathered(parts, program.device), ranks().any(run.interrupted)
+
+
+def _tokens(program: Program) -> int | None:
+    """Return how many tokens a draw of all completions has at most; None without any."""
+    of_run = int(sum(site.fn.batch_shape.numel() * site.fn.max_new_tokens for site in program.completions))
+    return (of_run * (program.full_size if program.in_chunks else program.num_prompts) // program.num_prompts) or None
 
 
 def of_prompts(program: Program) -> str:

@@ -32,9 +32,10 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 
-from bayeslm.inference.program import Program, ProgramError, draw_latents
+from bayeslm.inference.program import Program, ProgramError, check_grammar, draw_latents
 from bayeslm.models.lm import Autoregressive, Decoder, categorical, exclusive, log_softmax_at
 from bayeslm.models.rewards import Constraint, Grammar
+from bayeslm.progress import wrote
 from bayeslm.validation import validated
 
 from .spelling import Spelling, TextState, first_states
@@ -78,6 +79,7 @@ def allowed_tokens(
     :param distribution: of the completions.
     :param prompts: the prompt that each row continues, (row,).
     :param decoder: the completions.
+    :raises EvidenceError: if no text of a grammar fits the tokens.
     :raises ProgramError: if tokens have no texts.
     """
     if not distribution.has_text:
@@ -86,6 +88,8 @@ def allowed_tokens(
             "constraint as a factor of the token ids"
         )
     spelling = Spelling(distribution, prompts)
+    if isinstance(constraint, Grammar):
+        check_grammar(constraint, spelling.token_bytes, distribution.max_new_tokens)
     roots = first_states(constraint, spelling) if isinstance(constraint, Grammar) else None
     if roots is None:
         return CheckedTokens(constraint, spelling, decoder)
@@ -357,6 +361,7 @@ class ConstrainedCompletions(TorchDistribution):
                     log_p = log_softmax_at(decoder.logits, token)
                     # where no token is allowed the prior proposes, and the program's own term of the constraint is -inf
                     decoder.append(token, torch.where(score == torch.inf, log_p, score))
+                    wrote(len(part))
                 values[part], log_q[part] = decoder.values, decoder.scores.sum(-1)
         return values, log_q
 

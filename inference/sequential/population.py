@@ -205,7 +205,12 @@ class Population:
     def finish(self) -> Particles:
         """Run the program to its end, add the terms that the weights lack, and return the particles."""
         particles = self.partial_run.finish()
-        self.weigh_terms(particles.log_likelihood, "the end of the program")
+        try:
+            self.weigh_terms(particles.log_likelihood, "the end of the program")
+        except EvidenceError as error:
+            if (unfinished := self._unfinished(particles)) is not None:
+                error.add_note(unfinished)
+            raise
         return particles
 
     @staticmethod
@@ -232,13 +237,13 @@ class Population:
         )
 
     def _extinction(self, update: WeightUpdate, column: int) -> EvidenceError:
-        """Return the error of a prompt whose particles have all died: the step, the factors, and the last texts."""
+        """Return the error of a prompt of which no particle is left: the step, the factors, and the last texts."""
         program = self.partial_run.program
         causes = [name for name, term in update.factors.items() if bool((term[:, column] == -torch.inf).any())]
         label = "" if program.shared else repr(prompt_labels(program)[column])
         prompt = "" if program.shared else f" of prompt {program.global_index(column)} ({label})"
         because = f": {' and '.join(map(repr, causes))} is -inf for the last of them" if causes else ""
-        error = EvidenceError(f"all {len(self.log_weights)} particles{prompt} are dead at {update.step}{because}")
+        error = EvidenceError(f"all {len(self.log_weights)} particles{prompt} have weight 0 at {update.step}{because}")
         if update.texts is not None and update.texts[0].has_text:
             distribution, decoder = update.texts
             rows = torch.arange(len(decoder.values), device=decoder.values.device).reshape(distribution.batch_shape)
@@ -250,6 +255,15 @@ class Population:
             texts = distribution.decode(before.reshape(*distribution.batch_shape, -1)).reshape(-1)
             error.survivors = tuple(map(str, texts[rows[alive].reshape(-1).cpu()]))
             shown = ", ".join(map(repr, error.survivors[:3]))
-            error.add_note(f"alive until then ({len(error.survivors)}, all in this error's .survivors): {shown}")
+            error.add_note(f"texts that were left until then ({len(error.survivors)}): {shown}")
         error.add_note("use more particles, a softer constraint, or a twist or a proposal that anticipates it")
         return error
+
+    def _unfinished(self, particles: Particles) -> str | None:
+        """Return a sentence if all texts of a completion, of particles that are left, were cut at their limit."""
+        left = (self.log_weights != -torch.inf).any(1)
+        for site in self.partial_run.program.completions:
+            if bool(left.any()) and bool(site.fn.truncated(particles.values[site.name])[left].all()):
+                limit = site.fn.max_new_tokens
+                return f"no text of {site.name!r} had ended after {limit} tokens: raise max_new_tokens ({limit})"
+        return None

@@ -18,7 +18,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from bayeslm.inference.program import Particles, Program, ProgramError, prompt_labels, score_values
+from bayeslm.inference.program import Particles, Program, ProgramError, prompt_texts, score_values
 from bayeslm.posterior import Posterior
 
 _REFUSED = {
@@ -70,7 +70,7 @@ def retained_particles(
     """
     if retained.kind == "enumerated":
         retained = retained.resample(num_chains, seed=int(torch.randint(2**31, ())))
-    if retained.prompts != prompt_labels(program):
+    if retained.prompts != prompt_texts(program):
         raise ProgramError(f"the retained draws have other prompts than the program: {retained.prompts}")
 
     def flat(x: Any) -> Tensor:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bayeslm.inference.program import token_bytes
 from bayeslm.models.lm import Autoregressive, Encoded
-from bayeslm.models.rewards import Constraint, Grammar, prefixes
+from bayeslm.models.rewards import Constraint, Grammar, fewest_tokens, prefixes
 
 ENUMERABLE = 1024  # tokens of a vocabulary that are tried one by one, where masks are not known otherwise
 
@@ -56,9 +56,7 @@ class Spelling:
     @cached_property
     def token_bytes(self) -> tuple[bytes, ...] | None:
         """The bytes of each token, b"" of those that end a text; None if they depend on a token's neighbours."""
-        known = self.distribution.lm.token_bytes(Encoded(self._ids, self._mask))
-        ends = self.distribution.vocabulary.eos_token_ids
-        return None if known is None else tuple(b"" if token in ends else text for token, text in enumerate(known))
+        return token_bytes(self.distribution)
 
     def texts(self, values: Tensor, prompts: Sequence[int]) -> list[str]:
         """Return the texts that completions (row, token) add to their prompts, by the indices of these."""
@@ -78,23 +76,7 @@ class Spelling:
 
     def shortest(self, text: bytes) -> float:
         """Return the least number of tokens that a text which begins with ``text`` takes, as far as it is known."""
-        if not text or self.token_bytes is None:
-            return 0
-        words, beginnings = _words(self.token_bytes)
-        longest = max(map(len, words), default=0)
-        least = [0.0] + [math.inf] * len(text)  # of the tokens that spell its first bytes
-        for end in range(1, len(text) + 1):
-            starts = range(max(0, end - longest), end)
-            least[end] = min((least[i] + 1 for i in starts if text[i:end] in words), default=math.inf)
-        over = [least[i] + 1 for i in range(len(text)) if text[i:] in beginnings]  # the last token goes further
-        return min([least[-1], *over])
-
-
-@lru_cache(maxsize=8)
-def _words(tokens: tuple[bytes, ...]) -> tuple[frozenset[bytes], frozenset[bytes]]:
-    """Return the texts of tokens, and what they begin with."""
-    words = frozenset(token for token in tokens if token)
-    return words, frozenset(word[:n] for word in words for n in range(1, len(word) + 1))
+        return 0 if self.token_bytes is None else fewest_tokens(text, self.token_bytes)
 
 
 class SpelledState:

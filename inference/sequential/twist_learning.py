@@ -40,13 +40,13 @@ from bayeslm.inference.program import (
     ProgramError,
     check_evidence,
     inspect,
-    prompt_labels,
     running,
 )
-from bayeslm.models.lm import POWERS, Twist, TwistInputs, categorical, generate
+from bayeslm.models.lm import POWERS, Autoregressive, Twist, TwistInputs, categorical, generate
 from bayeslm.progress import track
 from bayeslm.validation import Count, NonNegative, Positive, Seed, Within, validated
 
+from .resampling import systematic
 from .twists import PrefixTwist, SiteRows
 
 EVALUATE_EVERY = 10  # steps between evaluations of the held-out loss
@@ -76,7 +76,8 @@ class TwistLearning:
         "partial". This is much more precise where a reward is meaningful for unfinished texts (sentiment), and costs no
         model calls; but the reward is then called for every unfinished text and, with ``proposal="twist"``, for each
         of its ``top_k`` continuations.
-    :param num_particles: the number of draws of the prior, at least 8; a quarter of them is held out.
+    :param num_particles: the number of draws of the prior, at least 8; a quarter of them is held out. A sampler draws
+        them, if the language model has one, unless ``reads_reward``.
     :param num_steps: the number of gradient steps, each on all draws that are not held out.
     :param learning_rate: the learning rate of AdamW.
     :param weight_decay: the weight decay of AdamW.
@@ -107,7 +108,7 @@ class TwistLearning:
         :raises EvidenceError: if no draw has positive probability.
         :raises ProgramError: if the program has no completion, or several and ``site`` is not one of their names.
         """
-        with running(self.seed) as watch:
+        with running(self.seed, sampled=True) as watch:
             program = inspect(model, *args, **kwargs)
             name = self._site(program)
             twist, data = self._draw(program, name)
@@ -145,7 +146,7 @@ class TwistLearning:
                 twist.so_far_scale.copy_(
                     torch.stack([so_far[used].mean(), so_far[used].std(correction=0).clamp_min(1e-6)])
                 )
-        check_evidence(log_l[None].cpu().numpy(), prompt_labels(program))
+        check_evidence(log_l[None].cpu().numpy(), program)
         log_l = SiteRows(program, name, distribution).spread(log_l).reshape(len(log_l), -1).float()
         return twist, TwistData(twist.inputs(hidden, tokens, so_far if self.reads_reward else None), used, log_l)
 
@@ -209,9 +210,16 @@ def _draw_prior(program: Program, name: str, size: int, reads_reward: bool) -> _
     """
     partial_run = PartialRun(program, size, retained={}, slots=torch.arange(0, device=program.device))
     draws: _PriorDraws | None = None
+    weights: Tensor | None = None
     while not partial_run.complete:
         site, distribution = partial_run.advance()
         partial_run.begin(site, distribution)
+        if site == name and distribution.is_sampled and not reads_reward:
+            rows = SiteRows(program, site, distribution)
+            draws, log_weights = _draw_by_sampler(distribution)
+            weights = rows.pooled(log_weights.sum(-1))
+            partial_run.write(site, draws.tokens, draws.so_far)
+            continue
         decoder = distribution.decoder()
         if site != name:
             partial_run.write(site, *generate(decoder))
@@ -232,7 +240,35 @@ def _draw_prior(program: Program, name: str, size: int, reads_reward: bool) -> _
         partial_run.write(site, decoder.values, decoder.scores)
         draws = _PriorDraws(hidden, decoder.values, written, ends, so_far, torch.empty(0))
     assert draws is not None
-    return draws._replace(log_likelihood=partial_run.finish().total_log_likelihood)
+    draws = draws._replace(log_likelihood=partial_run.finish().total_log_likelihood)
+    return draws if weights is None else _resampled(draws, rows, weights)
+
+
+def _draw_by_sampler(distribution: Autoregressive) -> tuple[_PriorDraws, Tensor]:
+    """Draw completions by the language model's sampler; return them, and log p / s (row, token).
+
+    Of these draws ``so_far`` is log p of their tokens.
+    """
+    value = distribution.sample()
+    log_s = distribution.proposal_token_log_prob(value)
+    assert log_s is not None
+    log_p, hidden = distribution.token_log_prob_and_hidden(value)
+    log_p, log_s, tokens = (x.reshape(-1, x.shape[-1]) for x in (log_p, log_s, value))
+    written = distribution.vocabulary.is_live(tokens)
+    ends = written & distribution.vocabulary.is_end(tokens)
+    hidden = hidden.reshape(*tokens.shape, -1)
+    return _PriorDraws(hidden, tokens, written, ends, log_p, torch.empty(0)), log_p - log_s
+
+
+def _resampled(draws: _PriorDraws, rows: SiteRows, log_weights: Tensor) -> _PriorDraws:
+    """Return draws of the prior: those of a sampler, resampled by p / s, (particle, prompt)."""
+    index = systematic(log_weights.T).T
+    likelihood = draws.log_likelihood.gather(0, index.expand(-1, draws.log_likelihood.shape[1]))
+    texts = rows.selected(index)
+    so_far = torch.zeros_like(draws.so_far)
+    return _PriorDraws(
+        draws.hidden[texts], draws.tokens[texts], draws.written[texts], draws.ends[texts], so_far, likelihood
+    )
 
 
 def _subset(data: TwistData, chosen: Tensor) -> TwistData:

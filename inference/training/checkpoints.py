@@ -36,7 +36,7 @@ from torch import Tensor
 import bayeslm
 from bayeslm.checksums import digest_of, verify
 from bayeslm.files import atomic_folder, differences, read_header, require_memory, require_writable, sweep
-from bayeslm.inference.program import Program, prompt_labels, to_numpy
+from bayeslm.inference.program import Program, prompt_texts, to_numpy
 from bayeslm.locking import locked
 from bayeslm.models.lm import read_tensors
 from bayeslm.validation import Count, Positive, validated
@@ -266,7 +266,7 @@ def describe_run(engine: Any, program: Program, objective: Any) -> dict[str, Any
         elif site.kind != "deterministic":
             terms = to_numpy(site.fn.log_prob(site.value))
             described[f"log p of {site.name!r} at arbitrary latents"] = [f"{x:.5g}" for x in terms.ravel()]
-    described["prompts"] = prompt_labels(program)
+    described["prompts"] = prompt_texts(program)
     described["program"] = identify(program.model, known=priors.values())
     arguments = json.dumps(identify([program.args, program.kwargs]), sort_keys=True).encode()
     described["digest of the program's arguments"] = blake2b(arguments, digest_size=16).hexdigest()

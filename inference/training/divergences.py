@@ -29,6 +29,8 @@ from .objective import Estimate, Objective
 from .sources import FromPosterior, Replay, Source, log_q, of_guide, of_prior
 from .state import State, under, within
 
+SAME = 1e-3  # nats of a particle, up to which log s counts as log q
+
 
 class LogDensities(NamedTuple):
     """The log-densities of particles, (particle, prompt): log q with gradient, log p + l, and log s.
@@ -158,7 +160,9 @@ class ForwardKL(ParticleObjective):
 
     def loss(self, densities: LogDensities) -> Tensor:
         weight = _log_weight(densities.log_target, densities.log_s).softmax(0)
-        control = 1 / len(weight) if self.source is of_guide else 0.0
+        control: Tensor | float = 0.0
+        if self.source is of_guide:  # whose sampler may draw from s: E_s[q / s \nabla log q] = 0 as well
+            control = _log_ratio(densities).exp() / len(weight)
         dead = weight.isnan()  # a prompt of which no particle has any weight teaches nothing
         surrogate = -(torch.where(dead, 0.0, weight - control) * densities.log_q).sum(0)
         ratio = (densities.log_target - densities.log_q.detach()).masked_fill(weight == 0, 0.0)
@@ -266,7 +270,7 @@ class Renyi(ParticleObjective):
     :param order: a.
     :param num_particles: n, of each prompt in a step.
     :raises ValueError: if ``order`` is not below 1.
-    :raises ProgramError: if a particle has a reward of -inf.
+    :raises ProgramError: if a particle has a reward of -inf, or a sampler draws particles that are not q's.
     """
 
     def __init__(self, order: Annotated[float, Within("(-inf, 1)")] = 0.0, num_particles: Count = 8) -> None:
@@ -275,6 +279,12 @@ class Renyi(ParticleObjective):
 
     def loss(self, densities: LogDensities) -> Tensor:
         n, power = len(densities.log_q), 1.0 - self.order
+        if bool((ratio := _log_ratio(densities)).any()):
+            raise ProgramError(
+                f"Renyi needs particles of the guide itself, and the sampler's log-density of a text differs from the "
+                f"guide's by {float(ratio.abs().max()):.2g} nats: use ReverseKL, ForwardKL or LogVariance, which weigh "
+                "particles, or a language model without a sampler"
+            )
         log_w = power * (_finite(densities.log_target) - densities.log_q.detach())
         bound = _log_mean_exp(log_w)
         advantage = bound.expand_as(log_w)
@@ -286,6 +296,12 @@ class Renyi(ParticleObjective):
             advantage = bound - (replaced - math.log(n))
         surrogate = -((advantage / power - log_w.softmax(0) + 1 / n) * densities.log_q).sum(0)
         return _with_value(-bound / power, surrogate)
+
+
+def _log_ratio(densities: LogDensities) -> Tensor:
+    """Return log(q / s) of particles that the guide's own sampler drew; 0 where it is no more than rounding."""
+    ratio = densities.log_q.detach() - densities.log_s
+    return ratio.where(ratio.abs() > SAME, 0.0)
 
 
 def _log_weight(log_target: Tensor, log_s: Tensor) -> Tensor:

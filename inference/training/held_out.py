@@ -31,8 +31,10 @@ class HeldOut(Callback):
     :raises ValueError: if there is no program, or a setting is out of range.
 
     ``stats`` then has ``held_out_steps`` (evaluation,), and for each program NAME ``NAME_elbo``, ``NAME_kl`` and
-    ``NAME_log_likelihood`` (chain, evaluation, prompt), r / beta, with ``NAME_log_likelihood_stderr``. A log-likelihood
-    that ended below its best by more than 3 standard errors while the trained one grew is warned of.
+    ``NAME_log_likelihood`` (chain, evaluation, prompt), r / beta, with ``NAME_log_likelihood_stderr``. The reward
+    that a program records is ``NAME_reward``, of several each ``NAME_reward_<its name>``, with ``..._stderr``: so one
+    program has the trained reward, by `rewards.factor`, and a gold one, by `rewards.record`, of the same draws. A
+    log-likelihood that ended below its best by more than 3 standard errors while the trained one grew is warned of.
     """
 
     programs: Mapping[str, Callable[[], Any]]
@@ -76,6 +78,9 @@ class HeldOut(Callback):
                 f"{name}_log_likelihood": to_numpy(likelihood.mean(0)),
                 f"{name}_log_likelihood_stderr": to_numpy(likelihood.std(0) / len(likelihood) ** 0.5),
             }
+            for reward, r in particles.rewards.items():
+                key = f"{name}_reward" if len(particles.rewards) == 1 else f"{name}_reward_{reward}"
+                found |= {key: to_numpy(r.mean(0)), f"{key}_stderr": to_numpy(r.std(0) / len(r) ** 0.5)}
         return Reply(evaluations=found)
 
     def _warn(self, history: Mapping[str, list[np.ndarray]]) -> None:

@@ -160,7 +160,8 @@ class Training:
     @property
     def _plan(self) -> str:
         steps = "steps" if self.budget.steps is None else f"{self.budget.steps} steps"
-        return f"{steps} of {self._new_samples // self.program.num_prompts} draws {of_prompts(self.program)}"
+        new = self._new_samples // self.program.num_prompts
+        return f"{steps} of {new} new draws {of_prompts(self.program)}"
 
     @property
     def share(self) -> float:
@@ -399,7 +400,7 @@ class Training:
         if self._resumed is not None:
             error.add_note(f"it was the first step after {self._resumed}: if somebody has changed that, remove it")
         if self.checkpoint is not None:
-            error.add_note(f"the last checkpoint is {self.checkpoint}: the same call resumes it")
+            error.add_note(f"the last checkpoint is {self.checkpoint}, which the same run resumes")
 
     def _labels(self) -> list[str]:
         """Return the names of the last step's prompts."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayeslm.validation import Natural, NonNegative, Positive, validated
+from bayeslm.validation import Finite, Natural, NonNegative, Positive, validated
 
 from .state import State, within
 
@@ -33,6 +33,25 @@ class Used:
     model_calls: Natural
     tokens: Natural
     mismatch: tuple[NonNegative, NonNegative, NonNegative] | None
+    drawn: Mapping[str, Any] | None
+
+    def __post_init__(self) -> None:
+        DrawnNumbers(**(self.drawn or {}))
+
+
+@validated
+@dataclass(frozen=True)
+class DrawnNumbers:
+    """What `Usage` has of a sampler's draws."""
+
+    draws: Natural = 0
+    stale: Natural = 0
+    tokens: Natural = 0
+    largest: NonNegative = 0.0
+    total: NonNegative = 0.0
+    log_weights: Finite = 0.0
+    log_squares: Finite = 0.0
+    warned: bool = False
 
 
 @validated

@@ -13,6 +13,9 @@ tokens before.
 
 The plate ``prompts`` is used: the score of a completion is multiplied by the terms of its own prompt only.
 Reparametrised latents of the same program get the pathwise gradient, as do the program's own parameters.
+
+Where a sampler has drawn completions from s, near q (`bayeslm.models.samplers`), each term of \hat g is multiplied by
+q(x_i) / s(x_i): the gradient is unbiased for any s, and its variance grows as they differ.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from bayeslm.inference.program import (
     particles_of,
     ranks,
     sample_sites,
+    sampled_terms,
     score_sites,
     traces,
 )
@@ -106,29 +110,37 @@ class ReverseKL(Objective):
         if not _common_first([name in inside for name in drawn]):
             after = total.expand_as(local)
 
+        # log q / s of completions that a sampler drew, of single prompts or, where anything is of all, of all together
+        off = {name: log_q[name].detach() - term for name, term in sampled_terms(program, sites, n).items()}
+        ratio = sum(off.values(), zero)
+        weight = (ratio if inside == {**log_p, **log_q}.keys() else ratio.sum(-1, keepdim=True)).exp() if off else 1.0
+
         # log p has a gradient through reparametrised latents alone: the pathwise one
-        surrogate = sum((term.sum(-1) for term in log_p.values()), zero[:, 0])
+        surrogate = sum(((weight * term).sum(-1) for term in log_p.values()), zero[:, 0])
         remembered, updates = within("baseline", state), dict[str, Tensor]()
         for name, term in log_q.items():
             if not term.requires_grad:
                 continue
             if sites[name]["fn"].has_rsample:
-                surrogate = surrogate - term.sum(-1)
+                surrogate = surrogate - (weight * term).sum(-1)
                 continue
             f = ranks().joined((after if name in inside else total).detach())
             own = {key.partition(":")[0]: x for key, x in remembered.items() if key.partition(":")[2] == name}
             if name in texts and isinstance(self.baseline, TokenBaseline):
                 advantage, own_after = self.baseline.of_tokens(name, f, _of_all(texts[name]), own)
-                surrogate = surrogate + (advantage[rows] * tokens[name]).sum((1, 2, 3))
+                of_texts = weight[..., None, None] if isinstance(weight, Tensor) else weight
+                surrogate = surrogate + (of_texts * advantage[rows] * tokens[name]).sum((1, 2, 3))
             else:
                 advantage, own_after = self.baseline(name, f, program.minibatch, own)
-                surrogate = surrogate + (advantage[rows] * term).sum(-1)
+                surrogate = surrogate + (weight * advantage[rows] * term).sum(-1)
             updates |= {f"{key}:{name}": x for key, x in own_after.items()}
         guide_terms = {name: term for name, term in log_q.items() if name not in left_out}
         with torch.no_grad():
             drawn_here = particles_of(program, model_trace, guide_trace, terms, guide_terms, n)
-            particles = gathered([drawn_here], program.device)
-            figures = _figures(particles)
+            log_s = ranks().joined(drawn_here.log_proposal) if off else None
+            of_guide = sum((program.pooled(x) for x in off.values()), drawn_here.log_proposal)
+            particles = gathered([replace(drawn_here, log_proposal=of_guide)], program.device)
+            figures = _figures(particles, log_s)
         gain = surrogate.sum() / self.num_particles if ranks().size > 1 else surrogate.mean()
         loss = gain.detach() - gain - figures["elbo"].sum()
         return Estimate(loss, figures, particles, {**state, **under("baseline", updates)})
@@ -215,14 +227,22 @@ def _texts(program: Program, model_trace: Trace, guide_trace: Trace) -> tuple[di
     return texts, tokens
 
 
-def _figures(particles: Particles) -> dict[str, Tensor]:
-    """Return figures (prompt,) of the target itself, whose inverse temperature is 1."""
-    ratio = particles.log_weights
-    elbo, likelihood = ratio.mean(0), particles.total_log_likelihood.mean(0)
+def _figures(particles: Particles, log_s: Tensor | None) -> dict[str, Tensor]:
+    """Return figures (prompt,) of the target itself, whose inverse temperature is 1.
+
+    :param log_s: of particles that a sampler drew, the density that they have; None: the guide's.
+    """
+    ratio, weights = particles.log_weights, particles.log_weights if log_s is None else particles.log_joint - log_s
+    shares = None if log_s is None else (particles.log_proposal - log_s).softmax(0)
+
+    def mean(x: Tensor) -> Tensor:
+        return x.mean(0) if shares is None else (shares * x).sum(0)
+
+    elbo, likelihood = mean(ratio), mean(particles.total_log_likelihood)
     figures = {"elbo": elbo, "log_likelihood": likelihood, "kl": likelihood - elbo}
-    figures["log_evidence"] = ratio.logsumexp(0) - math.log(len(ratio))
+    figures["log_evidence"] = weights.logsumexp(0) - math.log(len(weights))
     if (reward := particles.reward) is not None:
-        figures["reward"] = reward.float().mean(0)
+        figures["reward"] = mean(reward.float())
     return figures
 
 

@@ -41,6 +41,8 @@ class Control:
     :raises ValueError: if ``beta`` is not positive and finite.
     """
 
+    stands_alone = True  # engines need not try whether particles of this very class mix
+
     def __init__(self, environment: Environment, beta: Positive, horizon: Count, prior: Policy | None = None) -> None:
         self.environment = environment
         self.beta = beta

@@ -6,12 +6,12 @@ reproduces episodes as well as texts.
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from bayeslm.validation import validated
+from bayeslm.validation import Shape, validated
 
 from .mdp import MDP
 
@@ -78,7 +78,8 @@ class TabularEnvironment:
         self._cdf = mass.cumsum(-1)
         self._rewards = mdp.rewards.gather(-1, self._next_states).float()
 
-    def play(self, starts: Tensor, *, copies: bool = False) -> TabularEpisodes:
+    @validated
+    def play(self, starts: Annotated[Tensor, Shape("row", whole=True)], *, copies: bool = False) -> TabularEpisodes:
         starts = starts.to(self.device)
         drawn = self.mdp.initial.multinomial(len(starts), replacement=True) if len(starts) else starts
         return TabularEpisodes(self, torch.where(starts < 0, drawn, starts))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayeslm.validation import Within, validated
+from bayeslm.validation import Within, show, validated
 
 
 @validated
@@ -87,6 +87,8 @@ class MDP:
         :raises ValueError: if the environment lacks these tables, or some episodes end in a state that others pass
             through: whether an episode ends would then depend on more than its state.
         """
+        if not hasattr(env, "unwrapped"):
+            raise TypeError(f"env must be an environment of gymnasium, got {show(env)}")
         table = getattr(env.unwrapped, "P", None)
         initial = getattr(env.unwrapped, "initial_state_distrib", None)
         if table is None or initial is None:

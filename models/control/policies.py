@@ -71,7 +71,8 @@ class TabularPolicy(TrainablePolicy):
         self.logits = nn.Parameter(logits.float().clone())
 
     @staticmethod
-    def uniform(num_states: int, num_actions: int, horizon: int | None = None) -> TabularPolicy:
+    @validated
+    def uniform(num_states: Count, num_actions: Count, horizon: Count | None = None) -> TabularPolicy:
         """Return the uniform policy as a table, (S, A), or (horizon, S, A) where ``horizon`` is not None."""
         return TabularPolicy(torch.zeros(*(() if horizon is None else (horizon,)), num_states, num_actions))
 

@@ -13,7 +13,7 @@ distributions of trajectories are compared (Levine 2018, arXiv 1805.00909).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -22,7 +22,7 @@ from torch.distributions import constraints
 from torch.nn.functional import one_hot
 
 from bayeslm.models.lm import categorical
-from bayeslm.validation import Count, validated
+from bayeslm.validation import Count, Shape, validated
 
 from .environments import Environment, Episodes
 from .policies import Policy
@@ -30,27 +30,35 @@ from .policies import Policy
 ACTION, REWARD, OBSERVATION = 0, 1, 2  # columns of a step; the observation has all columns from OBSERVATION on
 
 
-def actions(trajectory: Tensor) -> Tensor:
+Steps = Annotated[Tensor, Shape("..., step, 2 + observation")]
+
+
+@validated
+def actions(trajectory: Steps) -> Tensor:
     """Return the actions of trajectories (*, horizon, 2 + observation_size), (*, horizon) int64, -1 after the end."""
     return trajectory[..., ACTION].long()
 
 
-def step_rewards(trajectory: Tensor) -> Tensor:
+@validated
+def step_rewards(trajectory: Steps) -> Tensor:
     """Return the reward of each step, (*, horizon), 0 after the end."""
     return trajectory[..., REWARD]
 
 
-def observations(trajectory: Tensor) -> Tensor:
+@validated
+def observations(trajectory: Steps) -> Tensor:
     """Return the observation before each action, (*, horizon, observation_size), 0 after the end."""
     return trajectory[..., OBSERVATION:]
 
 
-def returns(trajectory: Tensor) -> Tensor:
+@validated
+def returns(trajectory: Steps) -> Tensor:
     """Return the sum of each trajectory's rewards, (*)."""
     return step_rewards(trajectory).sum(-1)
 
 
-def by_step(x: Tensor) -> Tensor:
+@validated
+def by_step(x: Annotated[Tensor, Shape("..., batch, horizon")]) -> Tensor:
     """Move the steps of x, (*, batch, horizon), to the dimension of a plate of steps outside the innermost plate.
 
     The result is (*, horizon, batch). Where x has further batch dimensions, the third from the right is 1, because the

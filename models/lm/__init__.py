@@ -9,6 +9,7 @@ from .language_model import LanguageModel
 from .module_errors import ModuleWithProperties
 from .network import CausalNetwork, log_softmax_at
 from .remembered import on_host, put_on_host, remembering
+from .sampler import LIMIT, Drawn, DrawRequest, Draws, Sampler, SamplerError, Weights, drawing_by_samplers
 from .sharding import refuse_sharded
 from .stop_strings import check_stop
 from .suffix import redraw
@@ -20,22 +21,30 @@ from .usage import Usage, count_usage
 from .words import word_tokenizer
 
 __all__ = [
+    "LIMIT",
     "POWERS",
     "Autoregressive",
     "CausalNetwork",
     "Decoder",
+    "DrawRequest",
+    "Drawn",
+    "Draws",
     "Encoded",
     "LanguageModel",
     "ModuleWithProperties",
     "Prompt",
     "SampledText",
+    "Sampler",
+    "SamplerError",
     "Twist",
     "TwistInputs",
     "Usage",
+    "Weights",
     "categorical",
     "check_stop",
     "count_usage",
     "differentiating",
+    "drawing_by_samplers",
     "exclusive",
     "forked",
     "generate",

@@ -91,6 +91,14 @@ def own_parameters(network: Any) -> list[nn.Parameter]:
     return [p for p in network.parameters() if p.is_floating_point() and p.data_ptr() in saved]
 
 
+def without_effect(network: nn.Module) -> list[nn.Parameter]:
+    """Return parameters that change no distribution: the random factors of adapters whose others are 0."""
+    named = list(network.named_parameters())
+    if any(bool(p.any()) for name, p in named if ".lora_B." in name):
+        return []
+    return [p for name, p in named if ".lora_A." in name]
+
+
 def float32_copy(network: nn.Module) -> tuple[nn.Module, torch.dtype | None, frozenset[str]]:
     """Return a copy to train, in float32.
 
@@ -145,10 +153,11 @@ def twin(network: Any) -> nn.Module:
     return copy.deepcopy(network, memo={id(t): t for t in shared})
 
 
-def with_lora(network: nn.Module, rank: int, alpha: int, name: str | None) -> nn.Module:
+def with_lora(network: nn.Module, rank: int, alpha: int, name: str | None, layers: float = 1.0) -> nn.Module:
     """Return new LoRA adapters around a twin of a network.
 
     :param name: where the network can be loaded from, which is saved with the adapters.
+    :param layers: the share of the layers that get adapters, the last ones.
     :raises ValueError: if ``rank`` < 1.
     """
     if rank < 1:
@@ -160,7 +169,7 @@ def with_lora(network: nn.Module, rank: int, alpha: int, name: str | None) -> nn
         r=rank,
         lora_alpha=alpha,
         target_modules="all-linear",
-        exclude_modules=_not_linear(around),
+        exclude_modules=[*_not_linear(around), *_in_first_layers(around, 1.0 - layers)],
         lora_dropout=0.0,
         task_type="SEQ_2_SEQ_LM" if is_encoder_decoder(network) else "CAUSAL_LM",
     )
@@ -185,6 +194,21 @@ def _not_linear(network: nn.Module) -> list[str]:
     ]
     mixers = [name for name, module in network.named_modules() if {"conv1d", "out_proj"} <= module._modules.keys()]
     return special + [f"{name}.out_proj" for name in mixers]
+
+
+def _in_first_layers(network: nn.Module, share: float) -> list[str]:
+    """Return the names of the linear layers in the first so many of each stack of layers; at least one is left."""
+    found: list[str] = []
+    stacks: list[str] = []
+    for name, stack in network.named_modules():
+        if not isinstance(stack, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in stacks):
+            continue  # a list inside a layer: its experts
+        stacks.append(name)
+        for i, layer in enumerate(stack[: min(round(share * len(stack)), len(stack) - 1)]):
+            for key, module in layer.named_modules(prefix=f"{name}.{i}"):
+                weight = getattr(module, "weight", None)
+                found += [key] if isinstance(weight, Tensor) and weight.dim() == 2 else []
+    return found
 
 
 @torch.no_grad()

@@ -19,12 +19,13 @@ from pyro.distributions.util import broadcast_shape  # torch's takes ten times a
 from torch import Size, Tensor
 from torch.distributions import constraints
 
-from bayeslm.validation import Count, Positive, validated
+from bayeslm.validation import Count, Positive, show, validated
 
 from .decoding import Decoder, generate, only_end
 from .encoding import Base, Encoded, Vocabulary
 from .network import CausalNetwork
 from .prefix import PromptedNetwork
+from .sampler import Densities, Sampler, Weights, compare, draw_rows, name_of, samplers_allowed
 from .scoring import scores_and_hidden, token_scores
 from .stops import Stops
 from .truncation import Truncation
@@ -126,6 +127,7 @@ class Autoregressive(TorchDistribution):
         self.base = base
         # Of the last sample of this distribution, or of a larger batch of it: values, versions, token scores.
         self._drawn: list[tuple[Tensor, tuple[Any, ...], Tensor]] = []
+        self._densities = Densities()
         super().__init__(prompt_ids.shape[:-1], Size([max_new_tokens]), validate_args=False)
 
     @property
@@ -155,7 +157,7 @@ class Autoregressive(TorchDistribution):
     def expand(self, batch_shape: Any, _instance: Any = None) -> Autoregressive:
         """Return the same distribution over a larger batch, for which each prompt is still prefilled once."""
         new = self._copy(self.lm, slice(None))
-        new._drawn = self._drawn
+        new._drawn, new._densities = self._drawn, self._densities
         TorchDistribution.__init__(new, Size(batch_shape), self.event_shape, validate_args=False)
         return new
 
@@ -216,17 +218,64 @@ class Autoregressive(TorchDistribution):
         :param watch: called with the first completion (max_new_tokens,) after each of its tokens, padded.
         """
         shape = Size(sample_shape) + self.batch_shape
-        rows = self.prompt_rows(shape)
-        value = rows.new_full((len(rows), self.max_new_tokens), self.vocabulary.pad_token_id)
-        scores = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
-        with exclusive(), torch.no_grad(), self.prompted.drawing(len(rows)) as prompted:
-            for part, prefix in prompted.prefixes(rows, prompted.max_rows):
-                watched = None if watch is None or part[0] != 0 else watch
-                value[part], scores[part] = generate(Decoder(prompted, prefix), watched)
+        rows, log_s = self.prompt_rows(shape), None
+        with exclusive(), torch.no_grad():
+            if self.is_sampled:
+                lm: Any = self.lm
+                value, scores, log_s = self._sample_by(lm.sampler, lm.weights, rows)
+            else:
+                value, scores = self._sample(rows, watch)
         value = value.reshape(shape + self.event_shape)
         kept = (value, self._versions(value), scores.reshape(value.shape))
         self._drawn[:] = [] if value.is_inference() else [kept]
+        if log_s is not None:
+            self._densities.keep(value, log_s.reshape(value.shape))
+            if watch is not None:
+                watch(value.reshape(-1, self.max_new_tokens)[0])
         return value
+
+    def _sample(self, rows: Tensor, watch: Callable[[Tensor], None] | None) -> tuple[Tensor, Tensor]:
+        """Draw by the network: completions of prompts (row,), and their scores, both (row, max_new_tokens)."""
+        value = rows.new_full((len(rows), self.max_new_tokens), self.vocabulary.pad_token_id)
+        scores = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
+        with self.prompted.drawing(len(rows)) as prompted:
+            for part, prefix in prompted.prefixes(rows, prompted.max_rows):
+                watched = None if watch is None or part[0] != 0 else watch
+                value[part], scores[part] = generate(Decoder(prompted, prefix), watched)
+        return value, scores
+
+    def _sample_by(self, sampler: Sampler, weights: Weights, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw by another engine: completions, the network's scores of them, and the engine's, as `_sample`."""
+        if self.truncation is not None:
+            raise ValueError(
+                f"{name_of(sampler)} draws complete distributions, and top_k or top_p cuts this one: leave them out, "
+                "or draw by a LanguageModel without a sampler"
+            )
+        prompts = Encoded(*self.flat_prompts).rows()
+        taken = torch.ones_like(rows, dtype=torch.bool) if self.where is None else self.where.reshape(-1)[rows]
+        value = rows.new_full((len(rows), self.max_new_tokens), self.vocabulary.pad_token_id)
+        log_s = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
+        value[~taken, 0] = next(iter(self.vocabulary.eos_token_ids), 0)
+        some, stale = rows[taken], False
+        if len(some):
+            value[taken], log_s[taken], stale = draw_rows(
+                sampler, self.vocabulary, prompts, some, self.max_new_tokens, self.temperature, weights
+            )
+        scores = token_scores(self.prompted, rows, value)
+        compare(sampler, scores[taken], log_s[taken], self.vocabulary.is_live(value[taken]), stale)
+        return value, scores, log_s
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the language model's sampler draws, here and now."""
+        return samplers_allowed() and getattr(self.lm, "sampler", None) is not None
+
+    def proposal_token_log_prob(self, value: Tensor) -> Tensor | None:
+        """Return log s of each token of a value that a sampler drew, (*batch, max_new_tokens); None where none draws.
+
+        :raises LookupError: if a sampler has drawn for this distribution, and this is none of its values.
+        """
+        return self._densities.of(value)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log p(value | prompt), shape of the batch; -inf for a malformed completion."""
@@ -383,6 +432,8 @@ class Autoregressive(TorchDistribution):
         The distribution depends on the prompt alone, so a value that particles share (an observation) is one row a
         prompt.
         """
+        if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
+            raise TypeError(f"value must be a tensor of token ids, whole numbers, got {show(value)}")
         if value.shape[-1:] != self.event_shape:
             raise ValueError(f"expected completions of {self.max_new_tokens} tokens, got shape {tuple(value.shape)}")
         shape = Size(broadcast_shape(value.shape[:-1], self.prompt_ids.shape[:-1]))

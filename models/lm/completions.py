@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayeslm.prompt_files import check_characters
+from bayeslm.characters import check_characters
+from bayeslm.validation import show
 
 from .encoding import UNOBSERVED, Vocabulary
 from .texts import any_context, decode
@@ -29,6 +30,8 @@ def encode_completions(
     """
     if isinstance(texts, str):
         raise TypeError(f"texts must be a list of texts, got one string: write [{texts[:40]!r}]")
+    if not hasattr(texts, "__len__"):
+        raise TypeError(f"texts must be a list of texts, got {show(texts)}")
     if tokenizer is None:
         raise TypeError("this LanguageModel has no tokenizer to encode with: observe token ids, padded as it pads them")
     if ends and not vocabulary.eos_token_ids:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bayeslm.progress import wrote
+
 from .encoding import Vocabulary
 from .prefix import Prefix, PromptedNetwork, extend
 
@@ -139,6 +141,7 @@ def generate(decoder: Decoder, watch: Callable[[Tensor], None] | None = None) ->
     rows = torch.arange(len(values), device=values.device)
     while not decoder.done:
         decoder.append(*categorical(decoder.logits))
+        wrote(len(values))
         if watch is not None and rows[0] == 0:
             watch(decoder.values[0])
         if 0.5 <= decoder.idle < 1.0:
@@ -146,6 +149,7 @@ def generate(decoder: Decoder, watch: Callable[[Tensor], None] | None = None) ->
             live = (~decoder.finished).nonzero().squeeze(-1)
             decoder.keep(live)
             rows = rows[live]
+    wrote(len(values) * (values.shape[-1] - decoder.t))  # those that were not needed
     values[rows], scores[rows] = decoder.values, decoder.scores
     return values, scores
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bayeslm.prompt_files import check_characters
+from bayeslm.characters import check_characters
 from bayeslm.validation import Unchecked, show
 
 from .chats import chat_text

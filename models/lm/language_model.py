@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from bayeslm.model_card import TrainingNotes, read_notes, training_notes
 from bayeslm.posterior import Posterior
 from bayeslm.processes import is_first
-from bayeslm.validation import Count, Positive, Seed, Unchecked, Within, validated
+from bayeslm.validation import Count, Positive, Seed, Shape, Share, Unchecked, Within, validated
 
 from . import adapters, completions, encoding, fitting, generation, joining, packing, stop_strings, texts
 from .autoregressive import Autoregressive
@@ -26,9 +27,11 @@ from .gradients import differentiating
 from .module_errors import ModuleWithProperties
 from .network import CausalNetwork
 from .own_forward import Findings
+from .sampler import Sampler, Weights
 from .settings import Settings
 from .sharding import refuse_sharded
 from .special_tokens import SpecialTokens, find_special_tokens, is_encoder_decoder
+from .tables import read_texts
 from .token_bytes import token_bytes
 from .truncation import Truncation
 from .weights import SharedWeights
@@ -64,8 +67,10 @@ class LanguageModel(ModuleWithProperties):
         of a policy: a third more time, and far less memory where texts are long.
     :param compute_dtype: the dtype that float32 weights are converted to in every pass, as in policies of bfloat16
         priors; None: they are not.
+    :param sampler: who draws complete texts, of this model and of its policies, see `bayeslm.models.samplers`; None:
+        the network here, token by token.
     :raises TypeError: for a network that reads speech or images, for adapters that are not inside the network's layers,
-        and for ``decoder_start_ids`` of a network without a decoder of its own.
+        for ``decoder_start_ids`` of a network without a decoder of its own, and for a sampler of one with it.
     :raises ValueError: if a batch size is < 1, an end is not a token, or no layer can be checkpointed.
     """
 
@@ -82,6 +87,7 @@ class LanguageModel(ModuleWithProperties):
         micro_batch_size: Count | None = None,
         gradient_checkpointing: bool = False,
         compute_dtype: torch.dtype | None = None,
+        sampler: Annotated[Sampler | None, Unchecked] = None,
     ) -> None:
         super().__init__()
         network = adapters.unwrapped(network)
@@ -102,6 +108,10 @@ class LanguageModel(ModuleWithProperties):
         self._shared: SharedWeights | None = None
         self.provenance: Posterior | TrainingNotes | None = None
         self._is_named = True  # whether the weights are those that `name` names
+        self.sampler = sampler
+        self._departed = False  # whether weights other than adapters are not those that the sampler was given for
+        if sampler is not None and is_encoder_decoder(network):
+            raise TypeError("samplers continue prompts, and this network is an encoder-decoder: leave out the sampler")
         self.eval()
         found = find_special_tokens(network, tokenizer, eos_token_ids, decoder_start_ids)
         self.eos_token_ids: tuple[int, ...] = found.eos
@@ -127,6 +137,7 @@ class LanguageModel(ModuleWithProperties):
         batch_size: Count | None = None,
         micro_batch_size: Count | None = None,
         gradient_checkpointing: bool = False,
+        sampler: Annotated[Sampler | None, Unchecked] = None,
         **kwargs: Any,
     ) -> LanguageModel:
         """Load a model by hub name or path; ``"smollm2"`` is SmolLM2-135M-Instruct from a package's own file.
@@ -143,6 +154,7 @@ class LanguageModel(ModuleWithProperties):
         :param batch_size: see `LanguageModel`.
         :param micro_batch_size: see `LanguageModel`.
         :param gradient_checkpointing: see `LanguageModel`.
+        :param sampler: see `LanguageModel`; default: that of ``base``.
         :param kwargs: for ``from_pretrained`` of transformers' ``AutoModelForCausalLM``, or ``AutoModelForSeq2SeqLM``
             where the config says that it is an encoder-decoder network; ``subfolder``, ``revision`` and others that say
             where files are hold for the tokenizer too. Remote code is never run.
@@ -172,6 +184,7 @@ class LanguageModel(ModuleWithProperties):
             micro_batch_size=micro_batch_size,
             gradient_checkpointing=gradient_checkpointing,
             compute_dtype=settings.compute_dtype,
+            sampler=base.sampler if sampler is None and base is not None else sampler,
         )
         lm.provenance = read_notes(Path(name_or_path) / str(kwargs.get("subfolder") or ""))
         lm = lm if base is None else base._sharing(lm)
@@ -207,7 +220,9 @@ class LanguageModel(ModuleWithProperties):
 
     @validated
     @differentiating()
-    def policy(self, lora_rank: Count | None = None, *, lora_alpha: Count | None = None) -> LanguageModel:
+    def policy(
+        self, lora_rank: Count | None = None, *, lora_alpha: Count | None = None, lora_layers: Share = 1.0
+    ) -> LanguageModel:
         """Return a trainable copy.
 
         Trained weights are float32, so that small steps are not lost: those of adapters, whatever the dtype of the
@@ -217,6 +232,8 @@ class LanguageModel(ModuleWithProperties):
             2106.09685) through PEFT on all linear layers but the head; the frozen weights under them are shared with
             this model, one copy in memory. Adapters are 0 at first: the copy starts with this model's distribution.
         :param lora_alpha: scales the adapters by ``lora_alpha / lora_rank``; default: twice the rank.
+        :param lora_layers: the share of the layers that get adapters, the last ones, but one at least. Gradients do not
+            go through the layers before them.
         :raises TypeError: if this model is `packed`.
         :raises ValueError: if ``lora_rank`` < 1.
         """
@@ -225,11 +242,12 @@ class LanguageModel(ModuleWithProperties):
         if lora_rank is None:
             network, compute_dtype, exact = adapters.float32_copy(self.network)
             lm = self._with_network(network, None, self.compute_dtype or compute_dtype)
+            lm._departed = True
             if self.compute_dtype is None:
                 lm._exact = exact
             return lm._unfreeze(list(network.parameters()))
         network = adapters.with_lora(
-            self.network, lora_rank, lora_alpha or 2 * lora_rank, self.name if self._is_named else None
+            self.network, lora_rank, lora_alpha or 2 * lora_rank, self.name if self._is_named else None, lora_layers
         )
         lm = self._with_network(network, self.name, self.compute_dtype)
         return self._sharing(lm)._unfreeze(adapters.own_parameters(network))
@@ -270,6 +288,7 @@ class LanguageModel(ModuleWithProperties):
         network = adapters.merged(self.network, dtype)
         lm = self._with_network(network, None, self.compute_dtype if dtype is None else None)
         lm.provenance = self.provenance
+        lm._departed = self._departed or self.has_adapters
         return lm
 
     def packed(self) -> LanguageModel:
@@ -301,6 +320,7 @@ class LanguageModel(ModuleWithProperties):
             compute_dtype=compute_dtype,
         )
         lm._exact, lm._findings = self._exact, self._findings
+        lm.sampler, lm._departed = self.sampler, self._departed
         return lm
 
     def _sharing(self, other: LanguageModel) -> LanguageModel:
@@ -371,61 +391,83 @@ class LanguageModel(ModuleWithProperties):
     @validated
     def fit(
         self,
-        texts: Sequence[str],
+        texts: Annotated[Any, Unchecked],
         prompts: encoding.Prompts | None = None,
         *,
         num_steps: Count = 200,
         batch_size: Count = 16,
         learning_rate: Positive = 1e-3,
+        schedule: fitting.Schedule = "constant",
         max_tokens: Count = 128,
+        held_out: Annotated[Any, Unchecked] = None,
+        every: Count | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
         seed: Seed | None = None,
         progress: bool = True,
-    ) -> list[float]:
+    ) -> fitting.Losses:
         """Maximise sum_n log p(text_n EOS | prompt_n) over the weights with AdamW; they are frozen again after.
 
         Of a network with adapters the adapters are trained, since the weights under them may be another model's.
         Without prompts BOS is that of each text; without a BOS token, the text's own first token.
 
-        :param texts: the texts.
+        :param texts: a list of texts; or a table, such as a ``datasets.Dataset``, with a column ``text``, or ``prompt``
+            and ``completion``.
         :param prompts: of each text the prompt that it completes: of an encoder-decoder network, which needs them, the
             source.
         :param num_steps: steps of AdamW.
-        :param batch_size: texts in a step, drawn without replacement; all of them if there are no more.
-        :param learning_rate: of AdamW.
+        :param batch_size: texts in a step, drawn without replacement; all of them if there are no more. Those that do
+            not fit the memory of a pass (or ``micro_batch_size``) are computed in parts.
+        :param learning_rate: of AdamW, at the start.
+        :param schedule: of the learning rate: "constant", or "linear" or "cosine" decay to 0 after the last step.
         :param max_tokens: longer texts are cut there, and their end is not learned.
-        :param seed: of the batches; None: one that the system chooses.
+        :param held_out: texts that are not learned, whose loss is computed, and the weights of its lowest value are
+            kept: a share of the texts, chosen at random, or what ``texts`` may be.
+        :param every: steps from one loss held out, and from one checkpoint, to the next; None: a tenth of all steps.
+        :param checkpoint: a folder. The same call, on the same weights, resumes what it holds, bit-identically on a
+            CPU, and of a fit that is done takes the result. With a constant rate ``num_steps`` may have been raised.
+        :param seed: of the batches and of a share held out; None: one that the system chooses.
         :param progress: show a progress bar.
-        :returns: the loss of each step, nats a token.
+        :returns: the loss of each step, nats a token: a list, which has those held out as ``held_out``.
         :raises TypeError: if there is no tokenizer, this model is `packed`, or prompts are missing.
-        :raises ValueError: if there are no texts, one has no token to predict, or a setting is out of range.
+        :raises ValueError: if there are no texts, one has no token to predict, a setting is out of range, or the
+            checkpoint is damaged or another fit's.
+        :raises FloatingPointError: if a loss is not finite.
         """
         packing.refuse_packed(self.network)
         if self.tokenizer is None:
             raise TypeError("fit needs a tokenizer")
+        pairs = self._pairs(texts, prompts, max_tokens)
+        if isinstance(held_out, float | int):
+            pairs, others = fitting.split(pairs, held_out, seed or 0)
+        else:
+            others = [] if held_out is None else self._pairs(held_out, None, max_tokens)
+        every = every or max(1, num_steps // 10)
+        micro = self.micro_batch_size
+        settings = fitting.FitSettings(num_steps, batch_size, learning_rate, schedule, seed, every, micro)
+        weights = adapters.own_parameters(self.network)
+        free = {id(p) for p in adapters.without_effect(self.network)}
+        start = [p for p in self.network.parameters() if id(p) not in free]
+        with fitting.checkpoint_in(checkpoint, settings, [pairs, others], start) as kept:
+            network = self.current()
+            losses = fitting.fit(network, weights, pairs, others, settings, checkpoint=kept, progress=progress)
+        self._is_named = self._is_named and self.has_adapters
+        self._departed = self._departed or not self.has_adapters
+        if self._shared is not None:
+            self._shared.renew()
+        return losses
+
+    def _pairs(self, texts: Any, prompts: encoding.Prompts | None, max_tokens: int) -> list[fitting.Pair]:
+        """Return texts as token ids, each with its prompt; see `fit`."""
+        texts, prompts = read_texts(texts, prompts)
         if prompts is not None:
             known = fitting.completions_of(texts, self.tokenizer, self.decoder_start_ids, self.vocabulary, max_tokens)
             sources = self.encode_prompts(prompts, max(map(len, known))).rows()
             if len(sources) != len(known):
                 raise ValueError(f"fit needs a prompt of each text: got {len(known)} texts and {len(sources)} prompts")
-            pairs = [fitting.Pair(*pair) for pair in zip(sources, known, strict=True)]
-        elif self.decoder_start_ids:
+            return [fitting.Pair(*pair) for pair in zip(sources, known, strict=True)]
+        if self.decoder_start_ids:
             raise TypeError("fit of an encoder-decoder network needs the sources of the texts: fit(texts, sources)")
-        else:
-            pairs = fitting.to_sequences(texts, self.tokenizer, self.bos_token_id, self.vocabulary, max_tokens)
-        losses = fitting.fit(
-            self.current(),
-            adapters.own_parameters(self.network),
-            pairs,
-            num_steps=num_steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            seed=seed,
-            progress=progress,
-        )
-        self._is_named = self._is_named and self.has_adapters
-        if self._shared is not None:
-            self._shared.renew()
-        return losses
+        return fitting.to_sequences(texts, self.tokenizer, self.bos_token_id, self.vocabulary, max_tokens)
 
     # -- properties ------------------------------------------------------------------------------------------
 
@@ -485,6 +527,14 @@ class LanguageModel(ModuleWithProperties):
         return self.causal
 
     @property
+    def weights(self) -> Weights:
+        """The weights that are to draw, for a sampler."""
+        from . import saving
+
+        save = partial(saving.write_adapters, self.network)
+        return Weights(self.network, self.current().version, self.has_adapters, self._departed, save)
+
+    @property
     def decoder_start_ids(self) -> tuple[int, ...]:
         """The tokens before every completion of an encoder-decoder network; none of a causal one."""
         return self._decoder_start_ids
@@ -512,7 +562,7 @@ class LanguageModel(ModuleWithProperties):
     def __deepcopy__(self, memo: dict[int, Any]) -> LanguageModel:
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
-        shared = ("tokenizer", "provenance")
+        shared = ("tokenizer", "provenance", "sampler")
         state = {k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in ("_causal", *shared)}
         new.__dict__.update(state, _causal=None, **{k: self.__dict__[k] for k in shared})
         return new
@@ -653,7 +703,7 @@ class LanguageModel(ModuleWithProperties):
     @validated
     def decode(
         self,
-        value: Tensor,
+        value: Annotated[Tensor, Shape("..., token", whole=True)],
         prompts: Sequence[encoding.Prompt] | np.ndarray | Tensor | encoding.Encoded | None = None,
     ) -> np.ndarray:
         """Return the texts of completions (*batch, token), up to their end, as an object array of the batch's shape.
@@ -674,7 +724,8 @@ class LanguageModel(ModuleWithProperties):
         rows = self.vocabulary.before_end(value)
         return texts.completion_texts(self.tokenizer, rows, value.shape[:-1], encoded)
 
-    def token_ends(self, value: Tensor, decoded: np.ndarray) -> np.ndarray:
+    @validated
+    def token_ends(self, value: Annotated[Tensor, Shape("..., token", whole=True)], decoded: np.ndarray) -> np.ndarray:
         """Return where each token of completions (*batch, token) ends in their texts (*batch), see `texts`."""
         before = texts.context_of(self.tokenizer, self.decoder_start_ids) if self.decoder_start_ids else None
         rows = self.vocabulary.before_end(value)
@@ -684,7 +735,8 @@ class LanguageModel(ModuleWithProperties):
         """Return the bytes that each token adds to the text of these prompts, or None, see `token_bytes`."""
         return token_bytes(self.tokenizer, self.vocab_size, prompts)
 
-    def token_ids(self, value: Tensor) -> np.ndarray:
+    @validated
+    def token_ids(self, value: Annotated[Tensor, Shape("..., token", whole=True)]) -> np.ndarray:
         """Return completions (*batch, token) as lists of token ids, with the end, an object array of the batch's shape.
 
         These are the ``completion_ids`` of a reward in TRL's convention.
@@ -692,6 +744,7 @@ class LanguageModel(ModuleWithProperties):
         rows = self.vocabulary.with_end(value)
         return np.fromiter(rows, dtype=object, count=len(rows)).reshape(tuple(value.shape[:-1]))
 
+    @validated
     def detokenize(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each row of token ids, without special tokens."""
         return texts.decode(self.tokenizer, rows)

@@ -23,6 +23,7 @@ from bayeslm.weight_files import check_folder, check_json
 from . import tabular  # noqa: F401, makes transformers know tables
 from .adapter_folders import TASKS, check_adapter_sizes, read_adapter_config
 from .adapters import load_adapters, twin
+from .bars import late_bars
 from .settings import NAME as SETTINGS
 from .settings import Settings
 from .special_tokens import find_special_tokens, ids_of, is_encoder_decoder, vocab_size
@@ -48,6 +49,7 @@ class Pretrained(NamedTuple):
     settings: Settings = Settings()
 
 
+@late_bars()
 def load(
     name_or_path: str | os.PathLike[str], *, base: Pretrained | None, dtype: torch.dtype | None, **kwargs: Any
 ) -> Pretrained:
@@ -302,6 +304,7 @@ def converted(package: Path) -> Path:
     return target
 
 
+@late_bars()
 def convert_gguf(source: Path, target: Path) -> None:
     """Write a GGUF file's model and tokenizer into a folder, in float32 and transformers' format."""
     files = {"gguf_file": source.name}

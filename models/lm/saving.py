@@ -22,6 +22,7 @@ from bayeslm.files import replacing_folder
 from bayeslm.model_card import CARD, FIGURE, Loading, TrainingNotes, is_own_card, write_card
 
 from .adapters import has_adapters
+from .bars import late_bars
 from .loading import location, short_name
 from .settings import NAME, Settings
 from .special_tokens import SpecialTokens, is_encoder_decoder
@@ -53,10 +54,10 @@ def save(
     :raises ValueError: if several adapters are active, which PEFT saves one by one.
     """
     try:
-        with replacing_folder(Path(path).resolve(), _is_own) as folder:
+        with late_bars(), replacing_folder(Path(path).resolve(), _is_own) as folder:
             with _generating(network, special) as generation:
                 if has_adapters(network):
-                    _write_adapters(network, folder)
+                    write_adapters(network, folder)
                     generation.save_pretrained(folder)
                 else:
                     whole: Any = network
@@ -119,7 +120,7 @@ def _loading(network: Any, settings: Settings, has_tokenizer: bool) -> Loading:
     return Loading(*where, str(dtype), compute, rank, has_tokenizer, is_encoder_decoder(network))
 
 
-def _write_adapters(network: Any, folder: Path) -> None:
+def write_adapters(network: Any, folder: Path) -> None:
     """Write the active adapter, with the place of its base model."""
     active = list(network.active_adapters)
     if len(active) != 1:

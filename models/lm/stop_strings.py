@@ -8,21 +8,29 @@ from typing import Any
 
 import torch
 
+from bayeslm.characters import check_characters
+
 from .stops import Stops
 from .texts import token_texts
+
+MOST = 512  # characters of all strings, each of which is a row of the automaton, of the length of the vocabulary
 
 
 def check_stop(stop: str | Sequence[str], tokenizer: Any) -> tuple[str, ...]:
     """Return stop strings, each once.
 
     :raises TypeError: if they are no strings, or there is no tokenizer to read texts with.
-    :raises ValueError: if one is empty.
+    :raises ValueError: if one is empty, has no encoding, or all together have more than `MOST` characters.
     """
     strings = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(isinstance(string, str) for string in strings):
         raise TypeError(f"stop must be a string or several, got {stop!r:.60}")
     if "" in strings:
         raise ValueError("stop holds an empty string, with which every text begins: leave it out")
+    for string in strings:
+        check_characters("stop", string)
+    if (size := sum(map(len, strings))) > MOST:
+        raise ValueError(f"stop has {size} characters, and may have {MOST}: end texts by shorter strings")
     if strings and tokenizer is None:
         raise TypeError("stop needs a tokenizer: this LanguageModel has none, and its texts cannot be read")
     return tuple(dict.fromkeys(strings))

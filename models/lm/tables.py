@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-PROMPT = "prompt"  # the name of the column of prompts, as in TRL's data sets
+PROMPT, COMPLETION, TEXT = "prompt", "completion", "text"  # names of columns, as in TRL's data sets
 
 
 def is_table(value: Any) -> bool:
@@ -37,6 +37,29 @@ def read_table(value: Any) -> tuple[Any, dict[str, list[Any]]]:
         if len(column) != size:
             raise ValueError(f"column {name!r} has {len(column)} values for {size} prompts")
     return columns.pop(PROMPT), columns
+
+
+def read_texts(value: Any, prompts: Any = None) -> tuple[Any, Any]:
+    """Return texts to be learned, and the prompts that they complete, or None.
+
+    :param value: texts, which are returned unchanged; or a table with a column ``text``, or ``prompt`` and
+        ``completion``, as in TRL's data sets. Other columns are ignored.
+    :raises TypeError: if there are prompts beside a table.
+    :raises ValueError: if a table has none of these columns, or its columns have different lengths.
+    """
+    is_rows = isinstance(value, list | tuple) and bool(value) and all(isinstance(row, Mapping) for row in value)
+    if not is_rows and not is_table(value):
+        return value, prompts
+    if prompts is not None:
+        raise TypeError("prompts are given twice: as an argument, and by the table of texts, as its column 'prompt'")
+    columns = _columns(value)
+    if COMPLETION in columns and PROMPT in columns:
+        if len(columns[PROMPT]) != len(columns[COMPLETION]):
+            raise ValueError(f"{len(columns[PROMPT])} prompts have {len(columns[COMPLETION])} completions")
+        return columns[COMPLETION], columns[PROMPT]
+    if TEXT in columns:
+        return columns[TEXT], None
+    raise ValueError(f"the table has the columns {list(columns)}: name them 'prompt' and 'completion', or 'text'")
 
 
 def without_index(column: Any) -> Any:

@@ -241,6 +241,7 @@ class Twist(ModuleWithProperties):
             save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "twist.safetensors")
 
     @classmethod
+    @validated
     def from_pretrained(cls, path: str | os.PathLike[str], lm: LanguageModel) -> Twist:
         """Load a twist from a folder that `save_pretrained` wrote.
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bayeslm.validation import validated
 
+
+@validated
 def word_tokenizer(vocabulary: Sequence[str], eos: str) -> Any:
     """Return a tokenizer of words between spaces.
 

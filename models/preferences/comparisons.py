@@ -19,6 +19,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from bayeslm.validation import validated
+
 from .rows import PreferenceData, PreferenceError, check_texts, is_missing, lines_of, read_json_lines, require_fields
 
 Message = Mapping[str, Any]
@@ -64,6 +66,7 @@ class Comparisons(PreferenceData):
         return values
 
     @classmethod
+    @validated
     def from_rows(cls, rows: Iterable[Mapping[str, Any]], template: Template | None = None) -> Comparisons:
         """Build comparisons from an iterable of rows, such as a ``datasets.Dataset``.
 
@@ -76,6 +79,7 @@ class Comparisons(PreferenceData):
         return cls._parse("row", enumerate(rows), lambda row: _parse_row(row, template or _plain_text))
 
     @classmethod
+    @validated
     def from_jsonl(cls, path: str | os.PathLike[str], template: Template | None = None) -> Comparisons:
         """Build comparisons from a file with one JSON object per line; empty lines are skipped.
 

@@ -34,6 +34,8 @@ class JudgedLM:
     :raises ValueError: if ``judges`` or ``max_new_tokens`` < 1.
     """
 
+    stands_alone = True  # engines need not try whether particles of this very class mix
+
     def __init__(
         self,
         prior: LanguageModel,

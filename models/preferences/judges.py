@@ -92,6 +92,7 @@ class Answer(Question):
         return (self.probability > 0.5) if self.first_is_better else (self.probability < 0.5)
 
 
+@validated
 def to_comparisons(answers: Sequence[Answer]) -> Comparisons | None:
     """Return the comparisons that were decided, in their order; None if there are none."""
     decided = [answer for answer in answers if answer.first_is_better is not None]

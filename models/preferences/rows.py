@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
+from bayeslm.characters import check_characters
 from bayeslm.files import write_file
-from bayeslm.prompt_files import check_characters, json_lines
-from bayeslm.validation import show
+from bayeslm.prompt_files import json_lines
+from bayeslm.validation import show, validated
 
 Row = TypeVar("Row")
 MAX_ERRORS = 10  # bad rows that an error lists
@@ -56,6 +57,7 @@ class PreferenceData:
         raise NotImplementedError
 
     @classmethod
+    @validated
     def from_rows(cls, rows: Iterable[Mapping[str, Any]]) -> Self:
         """Build the data from rows with the fields that the class describes.
 
@@ -64,6 +66,7 @@ class PreferenceData:
         return cls._parse("row", enumerate(rows))
 
     @classmethod
+    @validated
     def from_jsonl(cls, path: str | os.PathLike[str]) -> Self:
         """Build the data from a file with one JSON object per line; empty lines are skipped.
 

@@ -217,6 +217,7 @@ class UncertainReward(Reward):
             save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, folder / "uncertain.safetensors")
 
     @classmethod
+    @validated
     def from_pretrained(cls, path: str | os.PathLike[str], model: LinearReward[Any, Any]) -> UncertainReward:
         """Read a reward that `save_pretrained` wrote.
 

@@ -9,15 +9,16 @@ and scales it:
 In a program, `factor` multiplies the joint density by exp(r / beta) and records r.
 """
 
+from .answers import ExactMatch, TokenF1, normalised_answer
 from .best_of_n import BestOfNLikelihood
 from .broadcasting import broadcast, check_columns, with_trainer_arguments
 from .calling import TimeLimitError, call, copied
 from .classifier import Classifier
-from .grammar import Grammar
+from .grammar import Grammar, fewest_tokens
 from .judge import Judge, JudgeUsage
 from .recording import factor, record, reward_name
 from .registry import BUILT_IN, get, load
-from .rehearsal import rehearsal
+from .rehearsal import RememberedScores, rehearsal, remembering_scores, repeating
 from .reward import Reward, RewardError, RewardFunction
 from .text_rewards import Sentiment, Similarity, TextReward, Toxicity, sentence_embeddings
 from .unfinished import prefixes
@@ -29,11 +30,13 @@ __all__ = [
     "Classifier",
     "Constraint",
     "Contains",
+    "ExactMatch",
     "Grammar",
     "Judge",
     "JudgeUsage",
     "Length",
     "Matches",
+    "RememberedScores",
     "Reward",
     "RewardError",
     "RewardFunction",
@@ -41,17 +44,22 @@ __all__ = [
     "Similarity",
     "TextReward",
     "TimeLimitError",
+    "TokenF1",
     "Toxicity",
     "broadcast",
     "call",
     "check_columns",
     "copied",
     "factor",
+    "fewest_tokens",
     "get",
     "load",
+    "normalised_answer",
     "prefixes",
     "record",
     "rehearsal",
+    "remembering_scores",
+    "repeating",
     "reward_name",
     "sentence_embeddings",
     "with_trainer_arguments",

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from bayeslm.characters import check_characters, texts_in
+
 Flat = tuple[list[Any], list[str], dict[str, Any]]  # prompts, completions, columns
 RESERVED = ("prompts", "completions", "self")  # arguments of every reward
 
@@ -56,6 +58,8 @@ def broadcast(
     """
     check_columns(columns)
     prompt_array, text_array = _prompts(prompts), _completions(completions)
+    check_texts("prompts", prompt_array)
+    check_texts("completions", text_array)
     try:
         shape = np.broadcast_shapes(prompt_array.shape, text_array.shape)
     except ValueError:
@@ -76,6 +80,8 @@ def broadcast(
             flat_columns[name] = values  # a callback or a setting, which TRL passes to every reward
             continue
         column = _objects(values)
+        if column.ndim <= 1:
+            check_texts(f"column {name!r}", column)
         if column.ndim and prompt_array.ndim and column.shape[-1] == 1 < prompt_array.shape[-1]:
             raise ValueError(f"column {name!r} has 1 value for {prompt_array.shape[-1]} prompts: give one a prompt")
         try:
@@ -83,6 +89,16 @@ def broadcast(
         except ValueError:
             raise ValueError(f"column {name!r} of shape {column.shape} does not broadcast to {shape}") from None
     return shape, text_array.shape, (flat(prompt_array), flat(text_array), flat_columns)
+
+
+def check_texts(what: str, values: np.ndarray) -> None:
+    """Refuse texts that have no encoding, also in lists and messages.
+
+    :raises ValueError: with the place.
+    """
+    for index, value in np.ndenumerate(values):
+        for text in texts_in(value):
+            check_characters(f"{what}{list(index)}", text)
 
 
 def take(rows: Sequence[int] | np.ndarray, flat: Flat) -> Flat:

@@ -15,6 +15,7 @@ import torch
 
 short = reprlib.Repr()
 short.maxstring = short.maxother = 160
+EACH = ": return one number for each completion"
 ABSTAINED = "abstained (gave None)"
 _ROUNDING = 1e-6  # how far past a declared bound a score may be, relative to the bound: float32 models round
 
@@ -40,9 +41,9 @@ def check_scores(result: Any, count: int, low: float, high: float, fail: Callabl
     if hasattr(result, "tolist"):  # arrays, tensors, series
         result = result.tolist()
     if not isinstance(result, Sequence) or isinstance(result, str):
-        fail(f"gave {type(result).__name__} instead of a list of {count} scores", 0)
+        fail(f"gave {type(result).__name__} instead of a list of {count} scores{EACH}", 0)
     if len(result) != count:
-        fail(f"gave {len(result)} scores for {count} completions", 0)
+        fail(f"gave {len(result)} scores for {count} completions{EACH}", 0)
     scores = np.empty(count)
     highest = torch.finfo(torch.get_default_dtype()).max
     for i, value in enumerate(result):
@@ -51,7 +52,7 @@ def check_scores(result: Any, count: int, low: float, high: float, fail: Callabl
             continue
         number = _number(value)
         if number is None or math.isnan(number):
-            fail(f"gave {short.repr(value)} instead of a number", i)
+            fail(f"gave {short.repr(value):.60} instead of a number{EACH}", i)
         if number > highest:
             fail(f"gave {number}: a score must be below +inf", i)
         scores[i] = number
@@ -70,6 +71,12 @@ def with_none(scores: np.ndarray) -> list[float | None]:
 def is_real(value: Any) -> bool:
     """Return whether a value is a real number."""
     return isinstance(value, numbers.Real)  # numpy's numbers too
+
+
+def place_of(function: Any) -> str:
+    """Return the file and the line of a function in parentheses, or an empty string where there is none."""
+    code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+    return "" if code is None else f" ({code.co_filename}:{code.co_firstlineno})"
 
 
 def name_of(function: Any) -> str:

@@ -5,6 +5,11 @@ is the same language over the tokens of a vocabulary: after the tokens so far,
 
     mask(v) = 1[ some continuation of x_{1:t} v is in L ],     EOS is allowed where x_{1:t} is in L.
 
+`Grammar.least_tokens` is a lower bound of the tokens that a text of the language takes. Let all texts begin with some
+bytes: no spelling of these is shorter than one found by dynamic programming. Let all texts of a regular expression R
+have m characters or more, and no token with characters of R alone more than L: a text takes m / L tokens or more.
+m and the characters of R are found by asking whether R & S is empty, which is decided exactly.
+
 A text has many spellings by tokens, and a language model gives probability to each. So llguidance's option to force the
 one spelling that its tokenizer would choose is off: the mask is that of the texts, whatever their tokens.
 """
@@ -28,6 +33,7 @@ from .reward import Reward, Scores
 
 BYTES = tuple(bytes([i]) for i in range(256))
 MISSING = "\ufffd"  # what decoders write for bytes that are no character
+MOST_CHARACTERS = 1 << 14  # that are looked for in a text
 EVERY_SPELLING = '%llguidance {"no_forcing": true}\n'
 
 
@@ -83,6 +89,45 @@ class Grammar(Reward):
         if tokens not in self._over:
             self._over[tokens] = TokenGrammar(self._source, tokens)
         return self._over[tokens]
+
+    def least_tokens(self, tokens: tuple[bytes, ...], limit: int) -> float:
+        """Return a lower bound of the number of tokens that a text of the language takes.
+
+        :param tokens: the bytes of each token of a vocabulary; b"" of tokens without text.
+        :param limit: the bound is sharp only above so many tokens, and costs little below.
+        :returns: inf if no tokens spell a text.
+        """
+        forced = fewest_tokens(self.over(tokens).root.forced, tokens)
+        if self.regex is None or self._meets(f"(?s:.{{0,{limit}}})"):  # as a token may have a character alone
+            return forced
+        letters = self._letters(bytes(range(128)))
+        others = self._meets(r"(?s:.*[^\x00-\x7F].*)")
+        fits = [token for token in tokens if all(byte in letters if byte < 128 else others for byte in token)]
+        longest = max((sum(byte & 0xC0 != 0x80 for byte in token) for token in fits), default=0)  # in characters
+        low, high = limit, 2 * limit + 1  # every text has more than `low` characters, and some text at most `high`
+        while high < MOST_CHARACTERS and not self._meets(f"(?s:.{{0,{high}}})"):
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._meets(f"(?s:.{{0,{middle}}})") else (middle, high)
+        return max(forced, math.ceil((low + 1) / longest) if longest else math.inf)
+
+    def _letters(self, some: bytes) -> bytes:
+        """Return those of some ASCII characters that a text of the regular expression has."""
+        written = "".join(rf"\x{byte:02X}" for byte in some)
+        if not some or not self._meets(f"(?s:.*[{written}].*)"):
+            return b""
+        half = len(some) // 2
+        return some if not half else self._letters(some[:half]) + self._letters(some[half:])
+
+    def _meets(self, other: str) -> bool:
+        """Return whether a text of the regular expression is one of another; True where that takes too long to tell."""
+        mine, others = (_library().regex_to_lark(x) for x in (self.regex or "", other))
+        try:
+            root = TokenGrammar(f"{EVERY_SPELLING}start: T\nT: /{mine}/ & /{others}/", BYTES).root
+            return root.accepts or bool(root.mask.any())
+        except ValueError:  # llguidance has given up
+            return True
 
     def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Scores:
         return [0.0 if state is not None and state.accepts else -math.inf for state in self._read(completions)]
@@ -165,11 +210,35 @@ class GrammarState:
         return b"" if self._matcher.is_stopped() else bytes(self._matcher.compute_ff_bytes())
 
 
+def fewest_tokens(text: bytes, tokens: tuple[bytes, ...]) -> float:
+    """Return the least number of tokens that a text which begins with ``text`` takes; inf if none spell it.
+
+    :param tokens: the bytes of each token of a vocabulary; b"" of tokens without text.
+    """
+    if not text:
+        return 0
+    words, beginnings = _words(tokens)
+    longest = max(map(len, words), default=0)
+    least = [0.0] + [math.inf] * len(text)  # of the tokens that spell its first bytes
+    for end in range(1, len(text) + 1):
+        starts = range(max(0, end - longest), end)
+        least[end] = min((least[i] + 1 for i in starts if text[i:end] in words), default=math.inf)
+    over = [least[i] + 1 for i in range(len(text)) if text[i:] in beginnings]  # the last token goes further
+    return min([least[-1], *over])
+
+
+@lru_cache(maxsize=8)
+def _words(tokens: tuple[bytes, ...]) -> tuple[frozenset[bytes], frozenset[bytes]]:
+    """Return the texts of tokens, and what they begin with."""
+    words = frozenset(token for token in tokens if token)
+    return words, frozenset(word[:n] for word in words for n in range(1, len(word) + 1))
+
+
 def _schema(schema: Mapping[str, Any] | str | None) -> str:
     """Return a JSON schema as a text."""
     try:
         return json.dumps(json.loads(schema) if isinstance(schema, str) else dict(schema or {}))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"Grammar: json_schema is no JSON: {error}") from error
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -93,6 +94,7 @@ class Judge(Reward):
         _openai()
         if "{completion}" not in self.instruction:
             raise ValueError(f"instruction must have {{completion}}, where the text goes, got {self.instruction!r:.60}")
+        _check_options(self.options)
         address = urlsplit(self.base_url)
         if address.scheme not in ("http", "https") or not address.hostname:
             raise ValueError(f"base_url must be an address such as http://localhost:8000/v1, got {self.base_url!r:.60}")
@@ -219,6 +221,22 @@ class Judge(Reward):
         """Return the key of a verdict in the cache."""
         settings = json.dumps(self._settings() | {"message": message}, sort_keys=True, default=repr)
         return hashlib.sha256(settings.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Refuse options of a request that are the judge's own, unknown to openai, or no JSON, before one is paid.
+
+    :raises ValueError: with the option.
+    """
+    own = {"model", "messages", "stream", "stream_options", "n"}
+    known = inspect.signature(_openai().resources.chat.completions.AsyncCompletions.create).parameters.keys() - {"self"}
+    if bad := [name for name in options if name in own or name not in known]:
+        what = "the judge sets itself" if bad[0] in own else "openai does not know: put it into extra_body"
+        raise ValueError(f"options must not have {bad[0]!r}, which {what}")
+    try:
+        json.dumps(dict(options), allow_nan=False, default=repr)
+    except ValueError as error:
+        raise ValueError(f"options must be JSON, got {options!r:.60}: {error}") from None
 
 
 def _openai() -> Any:

@@ -10,9 +10,12 @@ import torch
 from pyro.distributions import Delta, Unit, is_validation_enabled
 from torch import Tensor
 
+from bayeslm.validation import validated
+
 SUFFIX = "/r"  # of the deterministic site that holds r
 
 
+@validated
 def factor(name: str, r: Any, beta: Any) -> None:
     """Multiply the program's joint density by exp(r / beta), and record r.
 
@@ -58,6 +61,7 @@ def _as_tensor(name: str, argument: str, value: Any) -> Tensor:
         raise ValueError(f"rewards.factor({name!r}, ...): {argument} must be numbers, not {value!r:.60}") from error
 
 
+@validated
 def record(name: str, r: Any) -> Tensor:
     """Record r under the name of a factor, where the factor is not exp(r / beta) alone; return it as a tensor.
 
@@ -65,7 +69,7 @@ def record(name: str, r: Any) -> Tensor:
 
     :param r: as for `factor`.
     """
-    r = torch.as_tensor(r)
+    r = _as_tensor(name, "r", r)
     r = r if r.is_floating_point() else r.float()
     # as `pyro.deterministic` does, without its look at the values, for which the host would wait
     point = Delta(r, validate_args=False).mask(False)
@@ -73,6 +77,7 @@ def record(name: str, r: Any) -> Tensor:
     return r
 
 
+@validated
 def reward_name(site: str) -> str | None:
     """Return the name of the reward that a deterministic site holds, or None if it holds none."""
     return site.removesuffix(SUFFIX) if site.endswith(SUFFIX) else None

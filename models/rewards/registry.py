@@ -10,6 +10,7 @@ from typing import Any
 
 from bayeslm.validation import validated
 
+from .answers import ExactMatch, TokenF1
 from .classifier import Classifier
 from .grammar import Grammar
 from .judge import Judge
@@ -19,7 +20,10 @@ from .verifiable import Constraint, Contains, Length, Matches
 
 BUILT_IN: dict[str, type[Reward]] = {
     reward.__qualname__.lower(): reward
-    for reward in (Classifier, Constraint, Contains, Grammar, Judge, Length, Matches, Sentiment, Similarity, Toxicity)
+    for reward in (
+        *(Classifier, Constraint, Contains, ExactMatch, Grammar, Judge, Length, Matches, Sentiment, Similarity),
+        *(TokenF1, Toxicity),
+    )
 }
 
 

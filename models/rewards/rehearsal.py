@@ -1,14 +1,90 @@
-"""Arbitrary scores in the place of rewards, for runs of a program that try it."""
+"""Other scores in the place of those of rewards, for runs of a program that try it: arbitrary ones, or earlier ones."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 from zlib import crc32
 
+from .broadcasting import Flat
+
 _active: ContextVar[str | None] = ContextVar("rehearsal", default=None)
+
+
+class RememberedScores:
+    """The scores that rewards gave in a run: by reward, prompt, completion and columns."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, float] = {}
+
+    def add(self, reward: Any, flat: Flat, scores: Sequence[float]) -> None:
+        """Add scores; two different ones of the same text are none, since the reward is random."""
+        for key, score in zip(_keys(reward, flat), scores, strict=True):
+            if self._known.setdefault(key, score) != score:
+                self._known[key] = math.nan
+
+    def find(self, reward: Any, flat: Flat) -> list[float]:
+        """Return the scores; arbitrary ones of texts that the run did not have.
+
+        :raises LookupError: if the reward is random.
+        """
+        others = zip(_keys(reward, flat), arbitrary_scores(*flat[:2]), strict=True)
+        found = [self._known.get(key, other) for key, other in others]
+        if any(map(math.isnan, found)):
+            raise LookupError("the reward has different scores of the same text")
+        return found
+
+
+def _keys(reward: Any, flat: Flat) -> Iterator[int]:
+    prompts, completions, columns = flat
+    texts: dict[int, str] = {}  # of the objects in these lists, of which each may stand there many times
+
+    def text(value: Any) -> str:
+        if id(value) not in texts:
+            texts[id(value)] = repr(value)
+        return texts[id(value)]
+
+    lists = [column for _, column in sorted(columns.items()) if isinstance(column, list)]
+    for row in zip(prompts, completions, *lists, strict=True):
+        yield hash((id(reward), *map(text, row)))
+
+
+_remembered: ContextVar[RememberedScores | None] = ContextVar("remembered scores", default=None)
+_repeated: ContextVar[RememberedScores | None] = ContextVar("repeated scores", default=None)
+
+
+@contextmanager
+def remembering_scores() -> Iterator[RememberedScores]:
+    """Within, the scores of finished texts are added to the yielded ones."""
+    token = _remembered.set(scores := RememberedScores())
+    try:
+        yield scores
+    finally:
+        _remembered.reset(token)
+
+
+@contextmanager
+def repeating(scores: RememberedScores) -> Iterator[None]:
+    """Within, rewards give these scores, and call no function."""
+    token = _repeated.set(scores)
+    try:
+        yield
+    finally:
+        _repeated.reset(token)
+
+
+def remember(reward: Any, flat: Flat, scores: Sequence[float]) -> None:
+    """Add the scores of a reward to those that are remembered, if any are."""
+    if (remembered := _remembered.get()) is not None:
+        remembered.add(reward, flat, scores)
+
+
+def repeated(reward: Any, flat: Flat) -> list[float] | None:
+    """Return the scores that a reward is to repeat, if it is."""
+    return None if (scores := _repeated.get()) is None else scores.find(reward, flat)
 
 
 @contextmanager

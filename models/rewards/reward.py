@@ -28,8 +28,18 @@ from bayeslm.validation import validated
 
 from .broadcasting import Flat, broadcast, is_chat, take
 from .calling import TimeLimitError, call, check_timeout, copied
-from .function_checks import ABSTAINED, check_function, check_scores, is_real, name_of, parameters, short, with_none
-from .rehearsal import arbitrary_scores, is_rehearsal, is_trial
+from .function_checks import (
+    ABSTAINED,
+    check_function,
+    check_scores,
+    is_real,
+    name_of,
+    parameters,
+    place_of,
+    short,
+    with_none,
+)
+from .rehearsal import arbitrary_scores, is_rehearsal, is_trial, remember, repeated
 from .unfinished import UnfinishedTexts, suspended
 
 Item = TypeVar("Item")
@@ -127,9 +137,12 @@ class Reward:
             return torch.zeros(shape)
         if is_rehearsal():
             return torch.tensor(arbitrary_scores(*flat[:2])).reshape(shape)
+        if (known := repeated(self, flat)) is not None:
+            return torch.tensor(known, dtype=torch.get_default_dtype()).reshape(shape)
         with suspended() as context:
             if context is None:
                 scores = self._scores(*flat)
+                remember(self, flat, scores.tolist())
             else:
                 scores = self._scores_so_far(context, context.finished_of(text_shape, shape), flat)
             if (abstained := np.isnan(scores)).any():
@@ -266,7 +279,7 @@ class Reward:
         """
         of = "first " if first else ""
         raise RewardError(
-            f"reward {self.__name__!r} {what}\n  {of}prompt:     {short.repr(prompt)}"
+            f"reward {self.__name__!r} {what}{place_of(self._function)}\n  {of}prompt:     {short.repr(prompt)}"
             f"\n  {of}completion: {short.repr(completion)}"
         ) from cause
 

@@ -15,19 +15,17 @@ TABLE = "CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, score REAL N
 class Verdicts:
     """Scores and replies by key.
 
-    :param path: of the file, which is created with its folder at the first verdict.
+    :param path: of the file, which is made with its folder before the first request.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def get(self, keys: Iterable[str]) -> dict[str, float]:
-        """Return the scores of those keys that have one.
+        """Return the scores of those keys that have one; the file is made, so that no verdict is paid for and lost.
 
-        :raises ValueError: if the file is damaged, or none of verdicts.
+        :raises ValueError: if the file is damaged, none of verdicts, or cannot be written.
         """
-        if not self.path.exists():
-            return {}
         query = "SELECT score FROM verdicts WHERE key = ?"
         with self._open() as connection:
             rows = {key: connection.execute(query, (key,)).fetchone() for key in keys}
@@ -41,15 +39,19 @@ class Verdicts:
 
         :raises ValueError: if the file is damaged, or none of verdicts.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._open() as connection, connection:
             connection.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?)", (key, score, reply))
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with closing(sqlite3.connect(self.path, timeout=PATIENCE)) as connection:
                 connection.execute(TABLE)
                 yield connection
-        except sqlite3.Error as error:
-            raise ValueError(f"{self.path} cannot be used as a cache of verdicts ({error}): remove it") from error
+        except (sqlite3.DatabaseError, OSError, ValueError) as error:
+            if not isinstance(error, sqlite3.DatabaseError) or isinstance(error, sqlite3.OperationalError):
+                what = "name a file in a folder that can be written"
+            else:
+                what = "remove it"
+            raise ValueError(f"{self.path} cannot be used as a cache of verdicts ({error}): {what}") from error

@@ -185,6 +185,9 @@ class Constraint(Reward):
     def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Scores:
         if not isinstance(self.predicate, Reward):
             truths = self._each(self.predicate, completions, prompts, completions)
+            for truth, prompt, text in zip(truths, prompts, completions, strict=True):
+                if isinstance(truth, str):  # "no" is true to Python
+                    self._fail(f"needs its predicate to say True or False, got {truth!r:.60}", prompt, text)
             return [0.0 if truth else -math.inf for truth in truths]
         truths = self.predicate._scores(prompts, completions, columns).tolist()
         for truth, prompt, text in zip(truths, prompts, completions, strict=True):

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import unicodedata
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from support.models import tiny_llama
 from support.toys import from_prior
 from typer.testing import CliRunner
 
-from bayeslm import progress
+from bayeslm import DiagnosticsWarning, progress
 from bayeslm.cli import app, console, inputs, tables, terminal_judge
 from bayeslm.cli.console import PlainConsole, content, one_line_errors
 from bayeslm.posterior import Posterior
@@ -204,3 +205,16 @@ def test_a_reward_of_the_working_folder_alone_is_imported(tmp_path: Path, monkey
         monkeypatch.delitem(sys.modules, module)
     inputs.load_reward("sentiment")
     assert [path.name for path in tmp_path.glob("*.ran")] == ["mine_alone.ran"]
+
+
+def test_a_warning_is_a_line_without_a_place_in_our_code(capsys):
+    with one_line_errors():
+        warnings.simplefilter("always")
+        warnings.warn("read\nthis \x1b[2J", stacklevel=1)
+        warnings.warn("and this", DiagnosticsWarning, stacklevel=1)
+        warnings.warn("a library will change", FutureWarning, stacklevel=1)
+        warnings.warn("divided by zero", RuntimeWarning, stacklevel=1)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["! read this \\x1b[2J", "! and this"]
+    assert re.fullmatch(r"! divided by zero \(RuntimeWarning, .*test_terminal.py:\d+\)", lines[2])
+    assert len(lines) == 3

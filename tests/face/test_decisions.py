@@ -239,3 +239,32 @@ def test_draws_of_zero_weight_are_neither_candidates_nor_asked():
     posterior = discrete(index, np.full(index.shape, -np.log(4.0)), "enumerated")
     posterior.decide(lambda c, d: asked.append((c, d)) or 0.0)
     assert len(asked) == 16 + 9  # "yes" breaks the second prompt's constraint
+
+
+@pytest.mark.parametrize("price", [0.2, 0.5, 0.95])
+@pytest.mark.parametrize("name", ["function", "class"])
+def test_a_text_that_was_not_drawn_may_be_decided(name, price):
+    """To abstain is decided where its price is above the probability of the best answer; a drawn text stays itself."""
+
+    def priced(candidate, draw):
+        return price if candidate == "unknown" else float(candidate == draw)
+
+    class Priced(Utility):
+        def table(self, candidates, draws):
+            return np.array([[priced(c, d) for d in draws] for c in candidates])
+
+    decision = enumerated().decide(priced if name == "function" else Priced(), also=["unknown", "yes"])
+    best = TARGET.max(1)
+    np.testing.assert_allclose(decision.expected_utility, np.maximum(best, price))
+    for own, text in zip(TARGET, decision.texts, strict=True):
+        assert text == ("unknown" if price > own.max() else WORDS[own.argmax()])
+    weights = [{c.text: c.weight for c in candidates} for candidates in decision.candidates]
+    assert [w["unknown"] for w in weights] == [0.0, 0.0]
+    np.testing.assert_allclose([w["yes"] for w in weights], TARGET[:, 1])
+    assert [len(w) for w in weights] == [sum(own > 0) + (1 if own[1] > 0 else 2) for own in TARGET]
+    fewer = enumerated().decide(priced, num_candidates=1, also=["no", "maybe"])  # drawn, and one is not the heaviest
+    weights = [{c.text: c.weight for c in candidates} for candidates in fewer.candidates]
+    np.testing.assert_allclose([[w["no"], w["maybe"]] for w in weights], TARGET[:, [0, 2]])
+    for bad, also in (("reward", ["unknown"]), (priced, "unknown")):
+        with pytest.raises((ValueError, TypeError), match="also"):
+            enumerated().decide(bad, also=also)

@@ -139,6 +139,34 @@ def test_the_time_left_is_that_of_the_steps_left(clock):
     assert progress._clock(59.6) == "1:00"
 
 
+def test_the_time_left_follows_the_speed_of_the_last_steps(clock):
+    """A hundred steps of 1 s, then steps of 3 s, as where other work has begun."""
+    state = progress._Progress("SVI", 200, 0, "")
+    for seconds in [1.0] * 100 + [3.0] * progress.RECENT:
+        clock(seconds)
+        state.advance(1, None, None)
+    assert state.left == pytest.approx(3.0 * (100 - progress.RECENT))
+
+
+@pytest.mark.parametrize("written", [1, 10, 60])
+def test_the_time_left_is_known_in_the_first_of_a_few_large_parts(clock, capsys, written):
+    """Of 100 draws of 4 tokens, 60 at once: after some tokens, and without a jump when the 60 are done."""
+    with track("importance sampling", 100, plan="100 draws", tokens=4) as report:
+        for _ in range(written):
+            clock(2.0)
+            progress.wrote(4)  # a draw
+        assert capsys.readouterr().err == "importance sampling: 100 draws; about 3 min in all\n"
+        with track("inner", 10):
+            progress.wrote(1000)  # of a computation of another kind
+        for _ in range(60 - written):
+            clock(2.0)
+            progress.wrote(4)
+        report(60)
+        clock(80.0)
+        report(40)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("label", ["SVI", "SVI, chain 1 of 4", "SVI, draws of the policy after step 12345"])
 def test_a_terminal_of_80_columns_shows_step_time_left_and_elbo(monkeypatch, clock, label):
     screen = io.StringIO()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import warnings
 
 import numpy as np
 import pyro.distributions as dist
@@ -23,6 +24,7 @@ from support.statistics import (
 )
 
 from bayeslm import diagnostics, inference
+from bayeslm.arviz_versions import az
 from bayeslm.inference import EvidenceError, Exact
 
 SHORT = [[1, 2], [3]]
@@ -214,6 +216,14 @@ class TestTexts:
         np.testing.assert_allclose(weights.sum((0, 1)), 1.0, rtol=1e-6)
         assert {"posterior", "sample_stats", "texts"} <= set(posterior.to_arviz().groups())
         assert len(diagnostics.summary(posterior)) == 2
+
+    def test_arviz_gives_a_number_as_rhat_without_arguments(self, name):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # "Shape validation failed"
+            table = az.summary(small(name).to_arviz(), round_to="none")
+        (column,) = [column for column in table if column.startswith("r_hat")]
+        assert {"reward[a b]", "reward[c]", "completion_length[c]"} <= set(table.index)
+        assert table[column].notna().all()
 
     def test_log_joint_is_the_programs(self, name):
         """log p(x) + r / beta of every draw, scored afresh."""

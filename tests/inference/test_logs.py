@@ -71,8 +71,8 @@ def test_all_engines_are_here():
 @pytest.mark.parametrize(
     ("budget", "plan"),
     [
-        (Budget(steps=4), "SVI: 4 steps of 4 draws of each of 2 prompts"),
-        (Budget(samples=32), "SVI: steps of 4 draws of each of 2 prompts"),
+        (Budget(steps=4), "SVI: 4 steps of 4 new draws of each of 2 prompts"),
+        (Budget(samples=32), "SVI: steps of 4 new draws of each of 2 prompts"),
     ],
 )
 def test_a_training_says_what_it_draws(budget, plan, monkeypatch, capfd):

@@ -248,14 +248,14 @@ def test_dead_particles_say_where_of_what_and_who_was_alive():
     with torch.no_grad():
         for logits in lm.parameters():
             logits[..., 0] = -1e4  # no text ends
-    with pytest.raises(EvidenceError, match=r"all 40 particles of prompt 0 .'a b'. are dead at token 3 of") as caught:
+    with pytest.raises(EvidenceError, match=r"40 particles of prompt 0 .'a b'. have weight 0 at token 3 of") as caught:
         engine.run(endless, prompts)
     assert "'reward' is -inf" in str(caught.value)
     assert len(caught.value.survivors) == 40
     assert all(len(text.split()) == 2 for text in caught.value.survivors)
 
     never = TiltedLM(lm, rewards.Constraint(lambda text: False), beta=1.0, max_new_tokens=3)
-    with pytest.raises(EvidenceError, match="are dead at the end of the program: 'reward' is -inf"):
+    with pytest.raises(EvidenceError, match="have weight 0 at the end of the program: 'reward' is -inf"):
         engine.run(never, prompts)
 
 

@@ -117,6 +117,23 @@ def public_classes() -> dict[str, type]:
     return found
 
 
+def public_functions() -> dict[str, Callable[..., Any]]:
+    """Functions that a user calls, and methods of the objects that a user has most to do with."""
+    found: dict[str, Callable[..., Any]] = {}
+    for room in ("diagnostics", "decisions", "models.control", "models.preferences"):
+        module = importlib.import_module(f"bayeslm.{room}")
+        functions = {name: x for name, x in vars(module).items() if inspect.isfunction(x) and name[0] != "_"}
+        found |= {f"{room}.{name}": x for name, x in functions.items() if x.__module__ == module.__name__}
+        found |= {f"{room}.{name}": getattr(module, name) for name in getattr(module, "__all__", ())}
+    for x in (posterior(), lm(), TabularEnvironment(river_swim(3))):
+        names = [name for name in dir(x) if name[0] != "_" and name in vars(type(x))]
+        found |= {f"{type(x).__name__}.{name}": getattr(x, name) for name in names if name not in UNCALLED}
+    return {name: x for name, x in found.items() if inspect.isroutine(x) and inspect.signature(x).parameters}
+
+
+UNCALLED = {"push_to_hub", "from_pretrained", "outcome"}  # the first two reach for the network
+
+
 @cache
 def lm() -> LanguageModel:
     return table_lm(2, vocab=3)
@@ -149,7 +166,9 @@ def plausible(hint: Any) -> st.SearchStrategy[Any]:
     if origin is typing.Annotated and Unchecked in arguments:
         return plausible(arguments[0])
     if origin is typing.Annotated:
-        interval = next(x for x in arguments[1:] if isinstance(x, Within))
+        interval = next((x for x in arguments[1:] if isinstance(x, Within)), None)
+        if interval is None:
+            return plausible(arguments[0])
         numbers = [0, 1, 2, 3, 8] if arguments[0] is int else [0.0, 1e-3, 0.5, 1, 1.0, 2.0]
         numpy = [np.int64(2)] if arguments[0] is int else [np.float32(0.5)]
         return st.sampled_from([x for x in numbers + numpy if x in interval])

@@ -326,7 +326,9 @@ def test_how_often_a_function_is_called(score, calls):
 def test_it_is_called_for_the_runs_own_particles_once():
     model, texts = judged(varied)
     posterior = ImportanceSampling(num_particles=64, **RUN).run(model)
-    assert texts == [2, 8, 2, 128]
+    assert texts[:4] == [2, 8, 2, 128]
+    assert texts[4:] == [2] * len(texts[4:])  # some of them alone, see test_own_particles.py
+    assert len(texts) <= 4 + 4 + 2 + 1
     assert_evidence(posterior, Exact().run(judged(varied)[0]).log_evidence)
 
 

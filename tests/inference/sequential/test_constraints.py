@@ -3,6 +3,8 @@
 import functools
 import itertools
 import json
+import math
+import re
 from dataclasses import replace
 
 import jsonschema
@@ -15,7 +17,7 @@ from support.oracles import expectation
 from support.programs import token_is
 from support.statistics import assert_agrees, assert_mean, deviations
 
-from bayeslm.inference import SMC, Exact, ImportanceSampling, RejectionSampling, RunError
+from bayeslm.inference import MCMC, SMC, Exact, ImportanceSampling, RejectionSampling
 from bayeslm.inference.program import EvidenceError, ProgramError, inspect, run_particles
 from bayeslm.inference.sequential import LearnedRejection
 from bayeslm.inference.sequential.spelling import Spelling
@@ -156,12 +158,17 @@ def test_rejection_learns_until_it_refuses_nothing():
 def test_a_language_without_a_text_that_fits_is_an_error():
     lm, long = spelling_lm("regex"), rewards.Grammar(regex="a{20}")
     model = TiltedLM(lm, long, beta=1.0, max_new_tokens=TOKENS)
-    with pytest.raises(EvidenceError, match="dead at token 1"):  # 20 forced bytes take more than the 3 tokens left
-        SMC(16, 1, twist=long, **QUIET).run(model, PROMPTS)
-    with pytest.raises(EvidenceError):
-        ImportanceSampling(16, guide=long, **QUIET).run(model, PROMPTS)
-    with pytest.raises((EvidenceError, RunError), match="every text"):
-        RejectionSampling(8, constraint=long, batch_size=8, **QUIET).run(model, PROMPTS)
+    for engine in (
+        SMC(16, 1, twist=long, **QUIET),
+        ImportanceSampling(16, guide=long, **QUIET),
+        RejectionSampling(8, constraint=long, batch_size=8, **QUIET),
+        ImportanceSampling(16, **QUIET),  # from the prior, and only afterwards
+        MCMC(8, 1, **QUIET),
+    ):
+        with pytest.raises(
+            EvidenceError, match=rf"no text of at most {TOKENS} tokens .*: the shortest takes 20 or more"
+        ):
+            engine.run(model, PROMPTS)
 
 
 def test_tokens_without_texts_are_refused_with_advice():
@@ -194,6 +201,42 @@ def test_the_least_number_of_tokens_of_a_forced_text():
         assert spelling.shortest(text) == next(spellings)
     assert spelling.shortest(b"") == 0
     assert spelling.shortest(b"ac") > TOKENS  # no word has a c
+
+
+@pytest.mark.parametrize(
+    ("settings", "sharp"),
+    [
+        ({"regex": "a(b|ab)*"}, 1),
+        ({"regex": "a{20}"}, 20),  # no token but "a" has its letters alone
+        ({"regex": "(a|b){5,9}"}, 3),
+        ({"regex": "(ab|ba)(ab){3}a{2}"}, 5),
+        ({"regex": "b+a{4}"}, 3),
+        ({"regex": "(a|é)b{0,3}"}, 1),
+        ({"regex": "(c|d){9}"}, math.inf),  # no word has a c
+        ({"lark": 'start: "abab" | "ababb"'}, 2),  # two tokens spell what both begin with
+    ],
+)
+def test_no_text_takes_fewer_tokens_than_the_lower_bound(settings, sharp):
+    """By all texts of at most four tokens; the bound is said where it is above the limit."""
+    grammar, tokens = rewards.Grammar(**settings), (b"", b"a", b"b", b"ab", b"ba")
+    texts = {n: [b"".join(x).decode() for x in itertools.product(tokens[1:], repeat=n)] for n in range(5)}
+    shortest = next((n for n, some in texts.items() if 0.0 in grammar.score(some, some)), math.inf)
+    for limit in (0, 2, 4):
+        found = grammar.least_tokens(tokens, limit)
+        assert found <= shortest
+        assert found == sharp or limit >= sharp or shortest <= limit
+
+
+@pytest.mark.parametrize("twisted", [True, False])
+def test_texts_that_have_not_ended_are_said_to_be_so(twisted):
+    """A schema, of which no bound is known: 40 particles are inside the language when their tokens are over."""
+    grammar = rewards.Grammar(json_schema={"type": "array", "items": {"enum": [1]}, "minItems": 9})
+    model = TiltedLM(spelling_lm("json"), grammar, beta=1.0, max_new_tokens=TOKENS)
+    with pytest.raises(EvidenceError) as caught:
+        SMC(10, 4, twist=grammar if twisted else None, **QUIET).run(model, PROMPTS)
+    said = "\n".join([str(caught.value), *caught.value.__notes__])
+    assert re.search(r"all 40 particles of prompt 0 .* have weight 0 at", said)
+    assert ("no text of 'completion' had ended after 4 tokens: raise max_new_tokens (4)" in said) == twisted
 
 
 @pytest.mark.long

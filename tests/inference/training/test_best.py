@@ -13,6 +13,7 @@ from support.models import table_lm
 from bayeslm.inference import SVI
 from bayeslm.inference.training import Adam, ForwardKL, LogVariance, Replay, ReverseKL
 from bayeslm.inference.training.best import Best
+from bayeslm.models import TiltedLM, rewards
 
 FAR = {"num_samples": 256, "progress": False}
 
@@ -54,6 +55,26 @@ def test_draws_and_policy_are_those_of_the_step_that_is_named():
     assert run.stats["kept_steps"] == [0]
     assert run.log_weights == pytest.approx(run.log_likelihood["reward"], abs=1e-4)
     assert float(kl_to(run.policy, problem).mean()) == pytest.approx(float(kl_to(problem.lm, problem).mean()))
+
+
+@pytest.mark.parametrize(("size", "draws"), [(None, 64), (10, 16), (2, 4)])
+def test_what_decides_costs_no_more_for_many_prompts(monkeypatch, size, draws):
+    """Policies are compared by 64 draws of each prompt, and of minibatches by as many as cost 64 draws of one."""
+    prompts, drawn, draw = [[i % 4, j % 4] for i in range(5) for j in range(8)], [], SVI._draw
+
+    def noted(self, program, guide, num, what):
+        drawn.append(num)
+        return draw(self, program, guide, num, what)
+
+    monkeypatch.setattr(SVI, "_draw", noted)
+    monkeypatch.setattr(Best, "rivals", lambda self, elbo: [0])  # in doubt
+    model = TiltedLM(table_lm(2, vocab=4), rewards.Length(), beta=0.02, max_new_tokens=2, subsample_size=size)
+    settings = {"num_samples": 2, "num_prior_samples": 0, "progress": False}
+    engine = SVI(3, objective=ReverseKL(2), optimizer=Adam(30.0, clip_norm=None), seed=1, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine.run(model, prompts)
+    assert max(drawn) == draws
 
 
 def history(means, noise=0.01, seed=0):

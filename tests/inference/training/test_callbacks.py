@@ -7,13 +7,15 @@ import dataclasses
 import warnings
 
 import numpy as np
+import pyro
 import pytest
 import torch
-from support.programs import PROMPTS
-from support.trainings import GOLD, MODEL, SMALL, Killed, assert_same, every_5, killer
+from support.programs import PROMPTS, TOKENS
+from support.trainings import GOLD, LM, MODEL, SMALL, Killed, assert_same, every_5, killer
 
-from bayeslm.inference import SVI
+from bayeslm.inference import SVI, Exact
 from bayeslm.inference.training import Callback, HeldOut, LogVariance, Reply, Tempering
+from bayeslm.models import rewards
 
 
 class Counter(Callback):
@@ -90,6 +92,28 @@ def test_the_last_step_is_evaluated_wherever_the_chain_is_stopped(stops_first):
     assert run.stats["held_out_steps"] == [0, 4, 6]
     assert run.stats["gold_elbo"].shape == (1, 3, 2)
     assert last == 6 * [False] + [True]
+
+
+def test_held_out_has_the_rewards_that_a_program_records():
+    """The trained one and a gold one of the same draws: each mean is that of its own values under the policy."""
+
+    def program(gold=True):
+        with pyro.plate("prompts", len(PROMPTS)):
+            x = pyro.sample("completion", LM(PROMPTS, TOKENS))
+            rewards.factor("proxy", (x == 2).float().sum(-1), 0.5)
+            if gold:
+                rewards.record("gold", x[..., 0].float())
+
+    held_out = HeldOut({"both": program, "one": lambda: program(False)}, every=4, num_particles=3000)
+    stats = SVI(**SMALL | {"num_steps": 4}, callbacks=[held_out]).run(program)
+    exact, start = Exact().run(program), stats.stats
+    p = np.exp(exact.log_joint - exact.log_likelihood["proxy"])[0]  # of the prior, with which the policy begins
+    for name, column in (("both_reward_proxy", "proxy"), ("both_reward_gold", "gold"), ("one_reward", "proxy")):
+        truth = (p * exact.rewards[column][0]).sum(0)
+        assert start[name].shape == (1, 2, len(PROMPTS))
+        assert (np.abs(start[name][0, 0] - truth) < 4.5 * start[f"{name}_stderr"][0, 0] + 1e-4).all()
+    assert start["both_reward_gold_stderr"].min() > 0
+    np.testing.assert_allclose(start["one_reward"] / 0.5, start["one_log_likelihood"], rtol=1e-4)
 
 
 def test_a_callback_draws_random_numbers_of_its_own():

@@ -618,11 +618,21 @@ def keep(_: dict) -> None:
 
 WRONG = [None, "x", -1, [], float("nan"), 3.5, True]
 ENTRIES = ["step", "samples", "train_seconds", "ended", "gamma", "used", "best", "numpy", "random", "run", "chain"]
-ENTRIES += ["used.seconds", "used.model_calls", "used.tokens", "used.mismatch", "best.step", "best.elbo", "best.since"]
+ENTRIES += [
+    "used.seconds",
+    "used.model_calls",
+    "used.tokens",
+    "used.mismatch",
+    "used.drawn",
+    "best.step",
+    "best.elbo",
+    "best.since",
+]
 MAY = {  # what a training could have had
     "train_seconds": [3.5],
     "used.seconds": [3.5],
     "used.mismatch": [None],
+    "used.drawn": [None],
 }
 
 

@@ -1,14 +1,16 @@
 """Models on disk, and policies: copies and adapters of a prior."""
 
 import json
+import re
 
 import pytest
 import torch
-from support.models import llama_network, table_lm, tiny_llama
+from support.models import llama_network, table_lm, tiny_llama, tiny_seq2seq
 from support.oracles import assert_same_distribution
+from transformers.utils import logging
 
 from bayeslm.models import LanguageModel
-from bayeslm.models.lm import loading
+from bayeslm.models.lm import bars, loading
 
 PROMPTS = [[1, 2, 3], [4]]
 
@@ -30,6 +32,18 @@ def test_save_and_load(tmp_path, make):
     assert_same_distribution(lm, loaded)
     assert loaded(["a b c", "d"], 2).prompt_ids.tolist() == lm(["a b c", "d"], 2).prompt_ids.tolist()
     assert not any(p.requires_grad for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("patience", [5.0, 0.0])
+def test_only_a_model_that_takes_long_has_bars_of_transformers(tmp_path, monkeypatch, capsys, patience):
+    monkeypatch.setattr(bars, "PATIENCE", patience)
+    seen = []
+    monkeypatch.setattr(logging, "_tqdm_hook", lambda make, args, kwargs: seen.append(1) or make(*args, **kwargs))
+    tiny_llama().save_pretrained(tmp_path)
+    LanguageModel.from_pretrained(tmp_path)
+    assert ("%" in capsys.readouterr().err) == (patience == 0.0)
+    assert len(seen) == 2  # a hook of the user's own is asked too, and is there again
+    assert logging._tqdm_hook.__name__ == "<lambda>"
 
 
 def test_load_without_a_tokenizer_and_with_a_dtype(tmp_path):
@@ -172,6 +186,36 @@ def test_lora_shares_the_frozen_weights():
     assert not any("lora" in name for name, _ in prior.named_modules())
     with pytest.raises(ValueError, match="lora_rank must be a positive whole number"):
         prior.policy(lora_rank=0)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, lambda: tiny_seq2seq("t5")], ids=["llama", "t5"])
+def test_adapters_on_the_last_layers(make, tmp_path):
+    """At least one layer of each stack has them; their gradient is that of a policy which has them on all layers."""
+    prior = make()
+    whole = prior.policy(lora_rank=2)
+    x = prior(PROMPTS, 5).sample((6,))
+    for share in (0.4, 0.0):
+        part = prior.policy(lora_rank=2, lora_layers=share)
+        own = dict(part.named_parameters())
+        trained = {name for name, p in own.items() if p.requires_grad}
+        assert trained == {
+            n for n, p in whole.named_parameters() if p.requires_grad and re.search(r"(layers|block)\.1\.", n)
+        }
+        assert_same_distribution(prior, part)
+        with torch.no_grad():
+            for name, p in whole.named_parameters():
+                if name in trained:
+                    own[name].copy_(p)
+        whole.zero_grad()
+        for lm in (whole, part):
+            lm(PROMPTS, 5).log_prob(x).sum().backward()
+        assert max(float(own[name].grad.abs().max()) for name in trained) > 0
+        for name, p in whole.named_parameters():
+            if name in trained:
+                torch.testing.assert_close(own[name].grad, p.grad, atol=1e-4, rtol=1e-4)
+    disturb(part)
+    part.save_pretrained(tmp_path)
+    assert_same_distribution(part, LanguageModel.from_pretrained(tmp_path, base=prior))
 
 
 def test_lora_on_lora_begins_where_the_first_ended(tmp_path):

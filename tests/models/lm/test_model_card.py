@@ -15,7 +15,7 @@ from support.models import table_lm, tiny_llama
 from support.oracles import kl_to
 
 from bayeslm.files import require_empty
-from bayeslm.inference import SVI, Exact
+from bayeslm.inference import SVI, Exact, RunError
 from bayeslm.inference.training import Adam, ReverseKL
 from bayeslm.model_card import CARD, FIGURE, Loading, _number, read_notes, write_card
 from bayeslm.models import LanguageModel, TiltedLM, rewards
@@ -305,3 +305,24 @@ def test_a_posterior_that_was_loaded_has_a_policy_with_its_card(policy, tmp_path
     policy.provenance.save(tmp_path / "run")
     loaded = LanguageModel.from_pretrained(Posterior.load(tmp_path / "run").policy_path)
     assert loaded.provenance == read_notes(tmp_path / "run" / "policy")
+
+
+def test_the_card_of_a_stopped_training_says_what_is_known(tmp_path):
+    """An error in the third step: no draws of the policy have judged it."""
+    calls = []
+
+    def reward(completions, **columns):
+        calls.append(1)
+        if len(calls) > 4:
+            raise OSError("the judge is asleep")
+        return letters(completions)
+
+    with pytest.raises(RunError) as caught:
+        trained(TiltedLM(table_lm(order=2, seed=0, vocab=4), reward, 0.7, max_new_tokens=3), steps=9)
+    policy, step = caught.value.so_far.policy, caught.value.so_far.step
+    policy.save_pretrained(tmp_path / "policy")
+    text = card(tmp_path / "policy")
+    assert f"| gradient steps | {step}, after which the training was stopped" in text
+    assert re.search(r"\| ELBO in the last step \| -?\d", text)
+    assert "| beta | 0.7 |" in text
+    assert read_notes(tmp_path / "policy").settings["max_new_tokens"] == 3

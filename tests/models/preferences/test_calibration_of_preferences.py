@@ -37,6 +37,25 @@ def test_figures_by_hand():
     assert list(table.columns) == ["value", "stderr", "mcse"]
 
 
+def test_probabilities_of_answers_are_not_folded():
+    """An error at 0.1 and one at 0.9 do not cancel: by hand; and the stated ECE and errors hold over 200 data sets."""
+    found = calibrate(np.array([[[0.1, 0.15, 0.9, 0.85]]]), [0, 1, 1, 1], bins=2, folded=False)
+    np.testing.assert_allclose(found.confidence, [0.125, 0.875])
+    np.testing.assert_allclose(found.right, [0.5, 1.0])
+    assert (found.accuracy.value, found.ece.value, found.lowest) == pytest.approx((0.75, (0.375 + 0.125) / 2, 0.0))
+    assert found.log_score.value == pytest.approx(np.log([0.9, 0.15, 0.9, 0.85]).mean())
+    rng = RNG(5)
+    p = rng.beta(0.7, 1.0, size=(60, 200))
+    sets = [calibrate(x[None, None], rng.random(200) < x, folded=False, seed=i) for i, x in enumerate(p)]
+    accuracy, ece = (np.array([getattr(found, name).value for found in sets]) for name in ("accuracy", "ece"))
+    assert np.mean([found.accuracy.stderr for found in sets]) == pytest.approx(accuracy.std(), rel=0.4)
+    promised = np.mean([found.ece_if_calibrated[0] for found in sets])
+    assert abs(ece.mean() - promised) < 4 * ece.std() / np.sqrt(60)
+    axis, below = plot_reliability({"prior": sets[0]}).axes
+    assert axis.lines[0].get_xdata()[0] == 0.0
+    assert below.get_ylabel() == "answers"
+
+
 def test_the_order_of_a_pair_does_not_matter():
     rng = RNG(0)
     p, y = sigmoid(rng.normal(size=(2, 30, 50))), rng.random(50) < 0.5

@@ -1,0 +1,48 @@
+"""What the applications share: their options, means with standard errors, tables, and where figures go."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
+    """Return a parser with the options of all applications; figures go to runs/<name> by default."""
+    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--folder", type=Path, default=Path("runs") / name, help="of tables and pictures")
+    found.add_argument("--quick", action="store_true", help="a few draws and steps: does it run?")
+    return found
+
+
+def stderr(values: np.ndarray) -> float:
+    """Return the standard error of a mean of independent values."""
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+
+
+def mean(values: Any, digits: int = 2) -> str:
+    """Return the mean of independent values ± its standard error."""
+    values = np.asarray(values, dtype=float).ravel()
+    return with_error(float(values.mean()), stderr(values), digits) if len(values) else "none"
+
+
+def with_error(value: float, error: float, digits: int = 2) -> str:
+    return f"{round(value, digits) + 0.0:.{digits}f} ± {error:.{digits}f}"  # and not -0.00
+
+
+def table(rows: Mapping[str, Sequence[str]], head: Sequence[str]) -> list[str]:
+    """Return the lines of a table in Markdown."""
+    lines = [" | ".join(head), "|".join(["---"] * len(head)), *(" | ".join([name, *row]) for name, row in rows.items())]
+    return [f"| {line} |" for line in lines]
+
+
+def write(folder: Path, lines: Sequence[str], started: float) -> None:
+    """Print figures, and write them into a folder."""
+    lines = [*lines, "", f"{time.perf_counter() - started:.0f} s"]
+    print(*lines, sep="\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "figures.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

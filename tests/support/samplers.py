@@ -1,0 +1,51 @@
+"""Samplers that draw from a known distribution other than the language model's."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bayeslm.models import LanguageModel
+from bayeslm.models.lm import Drawn, DrawRequest, Draws, drawing_by_samplers
+
+
+@dataclass(eq=False)
+class Perturbed:
+    """Draws, by the library's own decoding, from another language model or at another temperature, and says so.
+
+    :param lm: draws in the place of the model that is asked for; None: that one's network.
+    :param factor: of the temperature.
+    :param says: changes a draw, for faults.
+    """
+
+    lm: LanguageModel | None = None
+    factor: float = 1.0
+    honest: bool = True
+    says: Callable[[DrawRequest, Draws], Any] | None = None
+    asked: int = 0
+
+    name = "the engine"
+
+    def draw(self, request: DrawRequest) -> Draws:
+        self.asked += 1
+        trained = [p for p in request.weights.network.parameters() if p.requires_grad]
+        own = (
+            LanguageModel(request.weights.network, eos_token_ids=request.eos_token_ids) if self.lm is None else self.lm
+        )
+        for p in trained:  # which a language model freezes
+            p.requires_grad_(True)
+        rows = [prompt for prompt, count in zip(request.prompts, request.counts, strict=True) for _ in range(count)]
+        with drawing_by_samplers(False), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(request.seed % 2**32)
+            dist = own(rows, request.max_new_tokens, request.temperature * self.factor)
+            x = dist.sample()
+            scored = dist if self.honest else own(rows, request.max_new_tokens, request.temperature)
+            pairs = zip(dist.vocabulary.with_end(x), scored.token_log_prob(x).tolist(), strict=True)
+            drawn = iter([Drawn(ids, log_s[: len(ids)]) for ids, log_s in pairs])
+        completions = [list(itertools.islice(drawn, count)) for count in request.counts]
+        draws = Draws(completions, request.weights.version)
+        return draws if self.says is None else self.says(request, draws)

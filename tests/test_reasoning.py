@@ -1,0 +1,95 @@
+"""Reasoning and summaries in examples/: what they compute with, against what it should be, and each at a small size."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.models import llama_network
+from support.tokenizers import byte_level
+
+from bayeslm.models import LanguageModel
+
+pytest.importorskip("matplotlib")  # they draw
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Import a script as Python does, with its neighbours on the path."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    before = set(sys.modules)
+
+    def script(name):
+        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    yield script
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == EXAMPLES:
+            del sys.modules[name]
+
+
+def embed(texts):
+    """One-hot vectors of the number of words, whose cosine is 1 or 0."""
+    return torch.nn.functional.one_hot(torch.tensor([len(text.split()) % 4 for text in texts]), 4).float()
+
+
+def test_sums_are_right_in_every_step_and_in_one_split(load):
+    reasoning = load("_sums")
+    *splits, more = reasoning.splits(extra=5)
+    questions = [q for split in [*splits, more] for q, _, _ in split]
+    assert len(set(questions)) == len(questions) == sum(map(len, splits)) + 5
+    for question, steps, answer in splits[1]:
+        value = eval(question.replace(" ", "").rstrip("="))
+        assert int(answer.replace(" ", "")) == value
+        for step in re.split("[=:]", steps)[:-1]:
+            assert eval(step.replace(" ", "")) == value
+        text = f"{steps} {answer}"
+        assert len(text.split()) < reasoning.LONGEST  # with its end
+        assert reasoning.answer_of(text) == answer
+        assert reasoning.answer_of(f"{text} : 1") is reasoning.answer_of(steps[:-2]) is None
+        assert reasoning.RIGHT([question] * 2, [text, f"{text} 0"], answer=[answer] * 2).tolist() == [1.0, 0.0]
+
+
+def test_the_reward_of_a_summary(load, monkeypatch):
+    """Words and copied ones have their price."""
+    summaries = load("summaries")
+    monkeypatch.setattr(summaries.rewards, "sentence_embeddings", embed)
+    article = "One two three four five six seven eight"
+    assert summaries.longest_run("and Two, three four; FIVE seven", article) == 4
+    assert summaries.longest_run("none of it", article) == 0
+    found = summaries.summary(["two three four five", "a b c"], article=[article] * 2)
+    np.testing.assert_allclose(found, [1 - 4 * 0.01 - 0.05, -3 * 0.01], atol=1e-6)
+    articles = summaries.articles(["networkx"])
+    assert len(articles) > 20
+    assert all(45 <= len(article["text"].split()) <= 90 for article in articles)
+
+
+@pytest.mark.parametrize(
+    ("name", "has_picture"), [("reasoning", True), ("summaries", True), ("reasoning_smollm2", False)]
+)
+def test_an_application_runs_at_a_small_size(name, has_picture, load, monkeypatch, tmp_path):
+    script, given = load(name), []
+    if name == "reasoning_smollm2":
+        pytest.importorskip("reasoning_gym")
+    if name != "reasoning":
+        lm = LanguageModel(llama_network(vocab_size=300), byte_level())
+        if name == "summaries":  # whose prompts are long
+            lm = LanguageModel.tabular(["<eos>", "a", "graph", "is", "nodes", "edges"], order=2)
+            lm.tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+        monkeypatch.setattr("bayeslm.models.rewards.sentence_embeddings", embed)
+        given = [lm]
+    lines = script.main(["--quick", "--folder", str(tmp_path)], *given)
+    cells = {line.count("|") for line in lines if line.startswith("|")}
+    assert len(cells) == 1
+    assert sum(" ± " in line for line in lines) >= 3
+    assert "nan" not in "".join(lines)
+    assert (tmp_path / "figures.md").read_text(encoding="utf-8").startswith(lines[0])
+    assert len(list(tmp_path.glob("*.png"))) == has_picture

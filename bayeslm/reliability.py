@@ -137,7 +137,7 @@ def _of_weights(posterior: Posterior) -> Iterator[list[str]]:
         few = [level for level in found[i] if level.share > LARGE_SHARE and level.hits < FEW_HITS]
         if few and not (particles and lines):
             draws = [f"{x.value:.4g} ({x.share:.0%} of the weight, {x.hits} draw{'s' * (x.hits != 1)})" for x in few]
-            cause = f"few draws have the {posterior.measure} {' and '.join(draws)}."
+            cause = f"few draws have the {posterior.measure} {', '.join(draws)}."
             lines[-1:] = [f"{lines[-1][:-1]}: {cause}" if lines else cause.replace("few", "Few", 1)]
         name, share = max(((name, shares[i]) for name, shares in dominated.items()), key=lambda pair: pair[1])
         if not lines and share > DOMINANT:

@@ -42,7 +42,9 @@ def train(
         peaks.append(peak())
 
     settings: dict[str, Any] = {"num_steps": Budget(samples=steps * group)}  # nothing else is set
-    if method != "default":
+    if method == "last-half":
+        settings["guide"] = functools.partial(AutoPolicy, lora_layers=0.5)
+    elif method != "default":
         settings = {
             "num_steps": steps,
             "optimizer": Adam(learning_rate),

@@ -7,8 +7,10 @@
 
 Completions of 24 tokens of one prompt, VADER's sentiment as the reward, beta 0.2, float32. Both sides train LoRA
 adapters of rank 16 on all linear layers but the head, with 16 completions a step, Adam, a learning rate that falls
-linearly to 0 and gradients clipped at norm 1. Every training is a process of its own, one after the other, the two
-sides in alternating order; TRL's have an environment of their own, build/trl, made at the first run (1.5 GB).
+linearly to 0 and gradients clipped at norm 1; but for the method "default", which is SVI with as many samples and
+nothing else set, and "last-half", which has adapters on the last half of the layers. Every training is a process of its
+own, one after the other, the two sides in alternating order; TRL's have an environment of their own, build/trl, made at
+the first run (1.5 GB).
 `_trl_smollm2_worker.py` says what TRL does, in those of its settings that end a training soonest (`--tune`: compiling
 makes its steps some 7% shorter, but the first as long as eight). Seconds are from one step's end to the next's.
 
@@ -42,15 +44,17 @@ from bayeslm.models import LanguageModel, rewards
 REQUIREMENTS = svi_trl.REQUIREMENTS
 PROMPT = "My dinner at the restaurant was"
 TOKENS, GROUP, RANK, BETA = 24, 16, 16, 0.2
-# The default's rank, layers and steps were chosen on completions of these prompts, and judged on PROMPT and the demo's.
+# Layers were tried on completions of these prompts, and judged on PROMPT and the demo's.
 CHOSEN_ON = ["The new phone that I bought is", "My first day at the new school was"]
 WARM_UP = 2  # steps that are not timed
 METHODS = {
     "default": "bayeslm, SVI()",
+    "last-half": "bayeslm, SVI(), adapters on the last half of the layers",
     "reverse-kl": "bayeslm, ReverseKL",
     "log-variance": "bayeslm, LogVariance",
     "trl": "TRL, RLOO",
 }
+WITHOUT_RATE = ("default", "last-half")
 TUNING: list[dict[str, Any]] = [
     {},
     {"optim": "adamw_torch"},
@@ -212,7 +216,7 @@ def plot(path: str, trainings: list[Training], found: list[Draws], prior: Draws)
     axes.plot(*frontier(prior, np.geomspace(0.1, 20.0, 100)), color="black", label="the frontier: posteriors")
     kl, reward = frontier(prior, np.array([BETA]))
     axes.plot(kl, reward, "*", color="black", markersize=12, label=f"the posterior of beta {BETA:g}")
-    for method, marker in zip(METHODS, "^osD", strict=True):
+    for method, marker in zip(METHODS, "^vosD", strict=True):
         chosen = [i for i, training in enumerate(trainings) if training.method == method]
         if not chosen:
             continue
@@ -277,9 +281,9 @@ def main() -> None:
         for i, (rate, seed) in enumerate(jobs):
             order = methods if i % 2 == 0 else reversed(methods)
             trainings += [
-                bench.train(method, rate if method != "default" else 0.0, seed)
+                bench.train(method, 0.0 if method in WITHOUT_RATE else rate, seed)
                 for method in order
-                if method != "default" or rate == options.rates[0]
+                if method not in WITHOUT_RATE or rate == options.rates[0]
             ]
         costs({method: [t for t in trainings if t.method == method] for method in methods})
         trainings.sort(key=lambda training: (methods.index(training.method), training.rate))

@@ -1,6 +1,6 @@
 """Over-fitting: a reward learned from few labels, few prompts to train on, and when to stop.
 
-    python examples/over_fitting.py [--steps 18] [--beta 0.02] [--folder runs/over_fitting]
+    python examples/over_fitting.py [--steps 18] [--beta 0.02]      (some three minutes on two cores)
 
 The gold reward is a reader who likes praise and dislikes repetition. The reader labels some of SmolLM2's texts, of
 which a linear reward of word counts is inferred: the proxy. `SVI` trains a policy for the proxy on four prompts, with
@@ -116,6 +116,8 @@ def picture(steps: np.ndarray, found: Curves, stop: int, path: Path) -> None:
     axes[0].set(xlabel="step of the training", ylabel="reward, ± one standard error")
     axes[1].set(xlabel="KL(policy ‖ prior), nats a text")
     axes[1].set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0.0)), np.square))
+    axes[1].set_xlim(left=0.0)
+    axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=100)
 
@@ -145,7 +147,8 @@ def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) ->
         num_prior_samples=0,
         seed=0,
     )
-    stats = svi.run(program, lm, proxy, chosen.beta, PROMPTS["training"]).stats
+    posterior = svi.run(program, lm, proxy, chosen.beta, PROMPTS["training"])
+    stats = posterior.stats
     at, found = stats["held_out_steps"], curves(stats)
     stop = int(np.argmax(found["validation"]["gold"][0]))
     lines = [f"{labels} labels; beta {chosen.beta}; {draws} draws of each prompt, ± standard errors over draws", ""]
@@ -158,7 +161,8 @@ def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) ->
     cells["KL to the prior, test prompts"] = [
         f"{round(found['test']['KL'][0][i], 2) + 0.0:.2f}" for i in columns.values()
     ]
-    write(chosen.folder, [*lines, *table(cells, ["", *columns])], started)
+    lines += [*table(cells, ["", *columns]), "", "texts of the end:", *posterior.texts["completion"][0, 0].tolist()]
+    write(chosen.folder, lines, started)
     picture(at, found, stop, chosen.folder / "over-fitting.png")
     return at, found
 

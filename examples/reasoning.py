@@ -115,7 +115,9 @@ def draw_picture(
 
 
 def main(arguments: list[str] | None = None) -> list[str]:
-    chosen = parser(__doc__, "reasoning").parse_args(arguments)
+    options = parser(__doc__, "reasoning")
+    options.add_argument("--steps", type=int, default=STEPS, help="of the training")
+    chosen = options.parse_args(arguments)
     folder, quick, started = chosen.folder, chosen.quick, time.perf_counter()
     warnings.simplefilter("ignore", DiagnosticsWarning)  # a few draws, from which an answer is chosen
     written, known, held_out, _ = splits(quick=quick)
@@ -128,7 +130,7 @@ def main(arguments: list[str] | None = None) -> list[str]:
     shown = [list(column) for column in zip(*held_out[:50], strict=True)]
     watch = HeldOut({"held_out": partial(unseen, shown[0], answer=shown[2])}, every=20, num_particles=4)
     settings = {"callbacks": [watch], "checkpoint": folder / "svi", "num_samples": 1, "num_prior_samples": 0, "seed": 0}
-    trained = SVI(2 if quick else STEPS, **settings).run(model, questions, answer=answers)
+    trained = SVI(2 if quick else chosen.steps, **settings).run(model, questions, answer=answers)
     learned = em(prior, known, 1 if quick else 4, 2 if quick else 50)
 
     draws = [2] if quick else [1, 4, 16]

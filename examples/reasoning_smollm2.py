@@ -51,7 +51,9 @@ def answer_of(text: str) -> str | None:
 
 
 def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) -> list[str]:
-    chosen = parser(__doc__, "reasoning_smollm2").parse_args(arguments)
+    options = parser(__doc__, "reasoning_smollm2")
+    options.add_argument("--steps", type=int, default=STEPS, help="of the training")
+    chosen = options.parse_args(arguments)
     quick, started = chosen.quick, time.perf_counter()
     warnings.simplefilter("ignore", DiagnosticsWarning)  # a few draws, from which an answer is chosen
     lm = lm or LanguageModel.from_pretrained("smollm2")
@@ -66,7 +68,7 @@ def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) ->
         return [float(gym.score_answer(answer, e) == 1.0) for answer, e in pairs]
 
     settings = {"max_new_tokens": LONGEST, "stop": "\n"}
-    svi = SVI(2 if quick else STEPS, 8, num_samples=1, num_prior_samples=0, seed=0)
+    svi = SVI(2 if quick else chosen.steps, 8, num_samples=1, num_prior_samples=0, seed=0)
     policy = svi.run(TiltedLM(lm, right, BETA, subsample_size=4, **settings), train).policy
     prior, policy = lm.packed(), policy.packed()
     plain, smc = ImportanceSampling(DRAWS, 1, seed=0), SMC(DRAWS, 1, twist=Power(ALPHA), seed=0)

@@ -134,13 +134,15 @@ def draw_picture(path: Path, rows: dict[str, dict[str, np.ndarray]]) -> None:
 
 
 def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) -> list[str]:
-    chosen = parser(__doc__, "summaries").parse_args(arguments)
+    options = parser(__doc__, "summaries")
+    options.add_argument("--steps", type=int, default=STEPS, help="of the training")
+    chosen = options.parse_args(arguments)
     quick, started = chosen.quick, time.perf_counter()
     warnings.simplefilter("ignore", DiagnosticsWarning)  # a few draws are weighted, to be compared with one
     lm = lm or LanguageModel.from_pretrained("smollm2")
     every = articles(SOURCES[:1] if quick else SOURCES)
     train, held_out = (every[:4], every[4:7]) if quick else (every[HELD_OUT:][:TRAIN], every[:HELD_OUT])
-    longest, steps = (6, 2) if quick else (LONGEST, STEPS)
+    longest, steps = (6, 2) if quick else (LONGEST, chosen.steps)
     print(f"{len(every)} articles, {len(train)} to train on, {len(held_out)} held out")
 
     prior, prompts, bodies = lm.packed(), [question(a) for a in held_out], [a["text"] for a in held_out]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
-from typing import Any, Literal
+from typing import Any
 
 from pyro.infer import ELBO
 from torch import Tensor
@@ -62,7 +62,6 @@ from bayeslm.validation import Count, Natural, Seed, validated
 
 NUM_SAMPLES, FEWEST = 256, 16  # draws of each prompt: by default, and the fewest where prompts are many
 FEW = 32  # draws after Ctrl-C
-MANY = 10_000  # draws of a training, from which on all layers get adapters by default
 COMPARISON = "to compare policies"
 COMPARED, FEWEST_COMPARED = 64, 4  # draws of each policy, at least, that decide which is the best; of many prompts
 
@@ -77,13 +76,12 @@ class SVI:
     :param objective: the loss: one of `bayeslm.inference.training`, with its own number of particles, or a Pyro ELBO.
         None chooses by the program and the size of its networks (see `default_objective`): `ReverseKL` on 16 new
         completions a step; of small networks in a `TrustRegion` `LogVariance` on 64, kept for further steps.
-    :param guide: None makes an `AutoPolicy` for each chain, which with a budget of 10,000 draws or more has adapters on
-        all layers. A `LanguageModel`, such as the policy of an earlier training, makes one that begins with a copy of
-        it. A class or a `functools.partial` of one is called for each chain: ``partial(AutoPolicy, lora_rank=8)`` with
-        the program, Pyro's automatic guides with the model (`AutoMultivariateNormal`,
-        `AutoLowRankMultivariateNormal`; `AutoLaplaceApproximation`, whose draws are of its normal distribution).
-        Anything else is a Pyro guide of the program, whose parameters stay in Pyro's store; if it has an attribute
-        ``policy``, that is the trained language model.
+    :param guide: None makes an `AutoPolicy` for each chain. A `LanguageModel`, such as the policy of an earlier
+        training, makes one that begins with a copy of it. A class or a `functools.partial` of one is called for each
+        chain: ``partial(AutoPolicy, lora_rank=8)`` with the program, Pyro's automatic guides with the model
+        (`AutoMultivariateNormal`, `AutoLowRankMultivariateNormal`; `AutoLaplaceApproximation`, whose draws are of its
+        normal distribution). Anything else is a Pyro guide of the program, whose parameters stay in Pyro's store; if it
+        has an attribute ``policy``, that is the trained language model.
     :param optimizer: `TrustRegion`, which needs no learning rate, schedule or clipping; or `Adam`, which has them.
     :param callbacks: called at the start, after each step and at the end, in this order: `HeldOut` evaluates other
         prompts and rewards, `Tempering` and `KLTarget` move beta, `Plateau` and `NearPosterior` stop a chain early,
@@ -196,7 +194,7 @@ class SVI:
     def _chain(self, program: Program, objective: Any, index: int, watch: Stopwatch) -> Training:
         return Training(
             program,
-            self._guide(program, objective),
+            self._guide(program),
             objective,
             self.optimizer,
             budget=self.budget,
@@ -281,22 +279,13 @@ class SVI:
         is_auto = self.guide is None or _class_of(self.guide) is AutoPolicy
         return is_auto and all(site.is_completion for site in program.latents)
 
-    def _guide(self, program: Program, objective: Any) -> Any:
+    def _guide(self, program: Program) -> Any:
         if self.guide is None or isinstance(self.guide, LanguageModel):
-            return AutoPolicy(program, start=self.guide, lora_layers=self._layers(program, objective))
+            return AutoPolicy(program, start=self.guide)
         made = _class_of(self.guide)
         if made is None:
             return self.guide
         return self.guide(program if issubclass(made, AutoPolicy) else program.model)
-
-    def _layers(self, program: Program, objective: Any) -> float | Literal["auto"]:
-        """Return the share of the layers that an `AutoPolicy` adapts, by the draws that the budget allows."""
-        start = [self.guide] if isinstance(self.guide, LanguageModel) else []
-        own = [site.fn.lm for site in program.completions] if self.guide is None else start
-        a_step = objective.num_particles * program.num_prompts
-        limits = [self.budget.samples, None if self.budget.steps is None else self.budget.steps * a_step]
-        draws = min((limit for limit in limits if limit is not None), default=0)
-        return 1.0 if draws >= MANY and any(lm.name and not lm.has_adapters for lm in own) else "auto"
 
     def _check_together(self, program: Program, objective: Any, watch: Stopwatch) -> None:
         """Check what several processes must agree on; the first one's guide is that of all."""
@@ -319,8 +308,7 @@ class SVI:
         if self.checkpoint is None or not ranks().is_first:  # which writes for all
             return None
         settings = self.checkpoint if isinstance(self.checkpoint, Checkpointing) else Checkpointing(self.checkpoint)
-        run = describe_run(self, program, objective)
-        return Checkpoints(settings, run | {"share of layers with adapters": self._layers(program, objective)})
+        return Checkpoints(settings, describe_run(self, program, objective))
 
     def _num_samples(self, program: Program) -> int:
         if self.num_samples is not None:

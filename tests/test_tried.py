@@ -31,7 +31,7 @@ TEXTS = {
     "texts[0]": lambda: LM.encode([HALF], 4),
     "part 1": lambda: LM.join(["a"], HALF),
     "stop": lambda: LM(["a"], 2, stop=HALF),
-    "fit: texts[0]": lambda: table_lm().fit([HALF], num_steps=1),
+    "texts[0] ": lambda: table_lm().fit([HALF], num_steps=1),
     "vocabulary[1]": lambda: LanguageModel.tabular(["<eos>", HALF]),
     "column 'answer'": lambda: tilted(answer=[HALF]),
     "column 'answer'[0]": lambda: tilted(answer=[["b", {"c": HALF}]]),

@@ -176,7 +176,7 @@ def makers(run: Run, *, packed: bool = True) -> dict[str, Callable[..., Any]]:
     def policy(
         lora_rank: int | Literal["auto"] | None = "auto",
         start: Any = None,
-        lora_layers: float | Literal["auto"] = "auto",
+        lora_layers: float = 1.0,
     ) -> Any:
         return functools.partial(training.AutoPolicy, lora_rank=lora_rank, start=start, lora_layers=lora_layers)
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayeslm.models.lm import refuse_sharded
+from bayeslm.models.lm import is_sharded, refuse_sharded
 from bayeslm.posterior import Posterior
 
 from .description import describe
@@ -63,9 +63,12 @@ def _described(program: Program, engine: Any, but: Collection[str]) -> dict[str,
 
 
 def _weights(network: torch.nn.Module) -> str:
-    """Return a digest of a network's weights, all of which each process must have."""
+    """Return a digest of a network's weights that each process has; of those in parts it is of their shapes."""
     refuse_sharded(network.named_parameters())
-    return digest_of(network.state_dict())
+    state = network.state_dict()
+    shapes = {name: (list(x.shape), str(x.dtype)) for name, x in state.items() if is_sharded(x)}
+    digest = digest_of({name: x for name, x in state.items() if name not in shapes})
+    return f"{digest} and parts of {shapes}" if shapes else digest
 
 
 def _text(value: Any, deep: int = 0) -> str:

@@ -21,7 +21,7 @@ from pyro.poutine.util import enable_validation, is_validation_enabled, prune_su
 from torch import Tensor
 
 from bayeslm.models.lm import Autoregressive
-from bayeslm.models.rewards import remembering_scores
+from bayeslm.models.rewards import RememberedScores, remembering_scores
 
 from .errors import ProgramError
 from .handlers import PARTICLES, explained
@@ -263,7 +263,9 @@ def traces(
                     "of their own: put it inside the plate (AutoNormal does), or a latent of the program outside"
                 )
         model = poutine.replay(model, trace=guide_trace)
-    with explained(), remembering_scores() if is_due else contextlib.nullcontext() as scores:
+    remembering: contextlib.AbstractContextManager[RememberedScores | None]
+    remembering = remembering_scores() if is_due else contextlib.nullcontext()
+    with explained(), remembering as scores:
         model_trace = poutine.trace(in_plate(model)).get_trace(*program.args, **program.kwargs)
     model_trace = prune_subsample_sites(model_trace)
     if scores is not None:

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
+from bayeslm.models.lm import announcing, passes_together, wait_for_passes
 from bayeslm.processes import set_rank
 from bayeslm.progress import quiet
 from bayeslm.visible import message_of
@@ -105,7 +106,7 @@ class Ranks:
         """Send an error in the place of the next message, unless the run is over on all ranks."""
         if not self._is_over:
             what = message_of(error) if isinstance(error, Exception) else "interrupted"
-            with contextlib.suppress(RankError):
+            with contextlib.suppress(RuntimeError):
                 self._send({"error": f"{type(error).__name__}: {what}"}, {})
             self._is_over = True
 
@@ -215,6 +216,14 @@ class Ranks:
                 self._defers = False
             self.exchange()
 
+    def announcing(self) -> contextlib.AbstractContextManager[None]:
+        """Return a block in which passes of sharded networks are done by all ranks together."""
+        return announcing(passes_together(self.agree, self.uninterrupted))
+
+    def uninterrupted(self) -> contextlib.AbstractContextManager[None]:
+        """Return a block that Ctrl-C does not end; it ends the next exchange."""
+        return contextlib.nullcontext() if self._defers else self._noting_ctrl_c()
+
     @contextlib.contextmanager
     def _noting_ctrl_c(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
@@ -235,7 +244,16 @@ class Ranks:
 
     # -- collectives -----------------------------------------------------------------------------------------------
 
+    def agree(self, numbers: list[int]) -> list[list[int]]:
+        """Return the integers of all ranks. Ctrl-C does not end the run here."""
+        own = torch.tensor(numbers)
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        with self._guarded(may_stop=False):
+            dist.all_gather(found, own, group=self._group)
+        return [x.tolist() for x in found]
+
     def _send(self, head: dict[str, Any], tensors: Mapping[str, Tensor]) -> list[tuple[dict[str, Any], Any]]:
+        wait_for_passes()  # passes of sharded networks need all ranks
         own = _packed(head, tensors)
         sizes = [torch.zeros(1, dtype=torch.long) for _ in range(self.size)]
         with self._guarded():
@@ -247,10 +265,10 @@ class Ranks:
         return [_unpacked(x[: int(size)].numpy().tobytes()) for x, size in zip(found, sizes, strict=True)]
 
     @contextlib.contextmanager
-    def _guarded(self) -> Iterator[None]:
+    def _guarded(self, *, may_stop: bool = True) -> Iterator[None]:
         """Explain the failure of a collective; Ctrl-C waits for its end, as a rank must not leave in its middle."""
         try:
-            with contextlib.nullcontext() if self._defers else self._noting_ctrl_c():
+            with self.uninterrupted():
                 yield
         except RuntimeError as error:
             self._is_over = True
@@ -258,7 +276,7 @@ class Ranks:
                 f"rank {self.rank} of {self.size}: another process of this run has died, or has not answered for "
                 f"{time_limit():g} seconds ({TIME_LIMIT} sets this limit): {message_of(error).splitlines()[0]}"
             ) from error
-        if self._stops and not self._defers:
+        if may_stop and self._stops and not self._defers:
             self._stops = False
             raise KeyboardInterrupt
 
@@ -300,7 +318,11 @@ def together(seed: int | None, divided: bool) -> Iterator[tuple[Ranks, int | Non
     drawn = int(torch.randint(2**31, ())) if seed is None else seed
     token = _current.set(run if divided else ALONE)
     try:
-        with quiet(not run.is_first), warnings.catch_warnings():
+        with (
+            quiet(not run.is_first),
+            warnings.catch_warnings(),
+            announcing(passes_together(run.agree, run.uninterrupted)),
+        ):
             if not run.is_first:
                 warnings.simplefilter("ignore")
             run.check_same("the seed", {"seed": str(seed), "is divided": str(divided)})
@@ -308,7 +330,8 @@ def together(seed: int | None, divided: bool) -> Iterator[tuple[Ranks, int | Non
             yield (run, run.stream(common)) if divided else (ALONE, common)
             run.exchange()
     except BaseException as error:
-        run.fail(error)
+        with run.announcing():
+            run.fail(error)
         raise
     finally:
         _current.reset(token)

@@ -31,9 +31,7 @@ class AutoPolicy(nn.Module):
         were loaded by name, and trains every weight of the others.
     :param start: a language model of which a copy is trained, in the place of the prior's. If it has adapters, the copy
         of these is trained (`LanguageModel.continued`).
-    :param lora_layers: the share of the layers that get adapters, the last ones. "auto" gives the last half to models
-        that were loaded by name: of SmolLM2 a gradient from as many texts then agreed better with the exact one, and
-        cost less (see RESULTS.md). With a ``lora_rank`` all layers have them. Adapters of a ``start`` stay as they are.
+    :param lora_layers: the share of the layers that get adapters, the last ones. Those of a ``start`` stay.
     :raises ProgramError: if a discrete latent is of another family, or the program has several language models and
         there is a ``start``.
     :raises ValueError: if ``start`` has adapters, and there is a ``lora_rank``.
@@ -46,7 +44,7 @@ class AutoPolicy(nn.Module):
         program: Program,
         lora_rank: Count | Literal["auto"] | None = "auto",
         start: LanguageModel | None = None,
-        lora_layers: Share | Literal["auto"] = "auto",
+        lora_layers: Share = 1.0,
     ) -> None:
         super().__init__()
         self._program = program
@@ -108,12 +106,10 @@ class AutoPolicy(nn.Module):
         draw_latents(self._program, self._distributions, values, args, kwargs)
 
 
-def _to_train(
-    lm: LanguageModel, lora_rank: int | Literal["auto"] | None, lora_layers: float | Literal["auto"]
-) -> LanguageModel:
+def _to_train(lm: LanguageModel, lora_rank: int | Literal["auto"] | None, lora_layers: float) -> LanguageModel:
     if not lm.has_adapters:
-        layers = (0.5 if lora_rank == "auto" else 1.0) if lora_layers == "auto" else lora_layers
-        return lm.policy((16 if lm.name else None) if lora_rank == "auto" else lora_rank, lora_layers=layers)
+        rank = (16 if lm.name else None) if lora_rank == "auto" else lora_rank
+        return lm.policy(rank, lora_layers=lora_layers)
     if lora_rank != "auto":
         raise ValueError("the policy to begin with has adapters, which keep their rank: leave out lora_rank")
     return lm.continued()

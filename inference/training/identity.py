@@ -38,6 +38,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayeslm.models.lm import whole_state
+
 from .source import assigned_outside, is_own, source_of, values_named
 
 UNREADABLE = "source cannot be read"
@@ -73,7 +75,7 @@ def has_unreadable(identity: Any) -> bool:
 def digest(module: torch.nn.Module) -> str:
     """Return a digest of the names, shapes and values of all parameters and buffers."""
     found = blake2b(digest_size=16)
-    for name, x in sorted(module.state_dict().items()):
+    for name, x in sorted(whole_state(module), key=lambda each: each[0]):
         found.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
         found.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()

@@ -35,7 +35,7 @@ from bayeslm.inference.program import (
     seed_of,
     seeded,
 )
-from bayeslm.models.lm import refuse_sharded
+from bayeslm.models.lm import is_sharded, offering, refuse_sharded, whole_offer
 from bayeslm.progress import announce, track
 from bayeslm.validation import validated
 
@@ -131,7 +131,7 @@ class Training:
         svi = pyro.infer.SVI(self.program.model, self.guide, self.optimizer, loss=self.loss)
         total = self.budget.steps or 100  # per cent
         shown = track(self._title, total, self._progress, done=self._shown_of(total), plan=self._plan)
-        with self.own_params(), shown as report:
+        with self.own_params(), offering(self._parts), shown as report:
             for x in _unconstrained().values():
                 x.grad = None  # of an interrupted step
             try:
@@ -156,6 +156,8 @@ class Training:
                 raise
             if checkpoints is not None and not self.interrupted:
                 self.checkpoint = checkpoints.write(self._saved())
+            if self._parts():  # which the first process puts together for its checkpoint
+                ranks().exchange(may_stop=False)
 
     @property
     def _plan(self) -> str:
@@ -266,7 +268,8 @@ class Training:
         if self._raises_elbo:
             self.best.note(self.history["elbo"], self.share, share, self.optimizer.params)
         if ranks().size > 1 and (self.step % CHECKED == 0 or self.done):
-            ranks().check_same(f"after step {self.step}, the guide", {"its weights": digest_of(self.optimizer.params)})
+            weights = {name: x for name, x in self.optimizer.params.items() if not is_sharded(x)}
+            ranks().check_same(f"after step {self.step}, the guide", {"its weights": digest_of(weights)})
         return seconds
 
     def _begin_together(self) -> None:
@@ -277,12 +280,12 @@ class Training:
             self._set_up()
         params = _unconstrained()
         refuse_sharded(params.items())
-        ranks().copy_first(list(params.values()))
+        ranks().copy_first([x for x in params.values() if not is_sharded(x)])
 
     @contextlib.contextmanager
     def _rescued(self, checkpoints: Checkpoints | None) -> Iterator[None]:
         """Write a checkpoint of the state before a step, if the step is stopped before it has moved the guide."""
-        if checkpoints is None or self.step == 0:
+        if checkpoints is None or self.step == 0 or self._parts():  # no process can put parts together alone
             yield
             return
         begun, random, state = self.step, RandomStates.now(), self._state
@@ -413,15 +416,25 @@ class Training:
     def _saved(self) -> Saved:
         """Return all that it takes to resume the chain from here."""
         rng, states = RandomStates.now().saved()
-        trained = self.optimizer.params  # a user's store may hold parameters of other guides
-        tensors = rng | {f"param.{name}": x for name, x in _unconstrained().items() if name in trained}
-        tensors |= under("adam", self.optimizer.moments()) | under("objective", self._state)
-        tensors |= under("callbacks", self.callbacks.state())
+        tensors = rng | self._moved() | under("objective", self._state) | under("callbacks", self.callbacks.state())
         tensors |= {f"history.{name}": torch.from_numpy(np.array(values)) for name, values in self.history.items()}
-        best, numbers = self.best.state()
+        places = sorted(name for name, x in tensors.items() if is_sharded(x))
+        tensors |= {name: whole_offer(i).cpu() for i, name in enumerate(places)}
+        _, numbers = self.best.state()
         done = {"step": self.step, "ended": self.ended, "gamma": self.inverse_temperature, "best": numbers}
         done |= {"samples": self.samples, "train_seconds": self.seconds, "used": self._stopwatch.snapshot()}
-        return Saved(self.chain, tensors | best, done | states)
+        return Saved(self.chain, tensors, done | states)
+
+    def _moved(self) -> dict[str, Tensor]:
+        """Return the parameters that are trained, Adam's moments of them, and the best of them, for a checkpoint."""
+        trained = self.optimizer.params  # a user's store may hold parameters of other guides
+        tensors = {f"param.{name}": x for name, x in _unconstrained().items() if name in trained}
+        return tensors | under("adam", self.optimizer.moments()) | self.best.state()[0]
+
+    def _parts(self) -> list[Tensor]:
+        """Return those of them that are sharded, by name."""
+        moved = self._moved()
+        return [moved[name] for name in sorted(moved) if is_sharded(moved[name])]
 
     def restore(self, saved: Saved) -> None:
         """Resume from a checkpoint, the random numbers included.

@@ -13,7 +13,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from bayeslm.inference.program import ranks
-from bayeslm.models.lm import refuse_sharded
+from bayeslm.models.lm import in_parts_like, is_sharded, own_part, refuse_sharded
 from bayeslm.validation import Positive, Within, validated
 
 from .movement import Movement
@@ -121,7 +121,7 @@ class ScheduledAdam(PyroOptim):
         self.factor = self._next_factor()
         for group in self._adam.param_groups:
             group["lr"] = group["rate"] * self.factor
-        self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(self._names, self._clip)) / self._num_prompts
+        self.gradient_norm = self._clipped() / self._num_prompts
         if not math.isfinite(self.gradient_norm):
             raise FloatingPointError(f"the gradient is {self.gradient_norm}")
         self.steps += 1  # before the guide moves: a step that is stopped from here on is not as if it had not begun
@@ -132,7 +132,19 @@ class ScheduledAdam(PyroOptim):
         if ranks().size > 1:
             for p in self._names:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            ranks().add_up([p.grad for p in self._names if p.grad is not None])
+            ranks().add_up([p.grad for p in self._names if p.grad is not None and not is_sharded(p)])
+
+    def _clipped(self) -> float:
+        """Clip the gradient, and return its norm before."""
+        parts = [own_part(p.grad) for p in self._names if p.grad is not None and is_sharded(p)]
+        if not parts:
+            return float(torch.nn.utils.clip_grad_norm_(self._names, self._clip))
+        rest = [p.grad for p in self._names if p.grad is not None and not is_sharded(p)]
+        square = ranks().total(torch.nn.utils.get_total_norm(parts).double() ** 2)  # FSDP has added them up
+        norm = math.sqrt(float(square) + (float(torch.nn.utils.get_total_norm(rest)) ** 2 if rest else 0.0))
+        if self._clip < norm + 1e-6:  # as torch's clip_grad_norm_
+            torch._foreach_mul_(parts + rest, self._clip / (norm + 1e-6))
+        return norm
 
     def _next_factor(self) -> float:
         return self._factor_of(self._share())
@@ -154,10 +166,15 @@ class ScheduledAdam(PyroOptim):
     def _add(self, names: Mapping[Tensor, str]) -> None:
         """Move these too. Params are a set: taken in the order of their names, so that a seed reproduces the run."""
         refuse_sharded((name, p) for p, name in names.items())
-        groups: dict[float, list[Tensor]] = {}
+        groups: dict[tuple[float, bool], list[Tensor]] = {}
         for p in sorted(names, key=names.__getitem__):
-            groups.setdefault(self._rate_of(names[p]), []).append(p)
-        for rate, group in groups.items():
+            groups.setdefault((self._rate_of(names[p]), is_sharded(p)), []).append(p)
+            if is_sharded(p) and p.device_mesh.size() != ranks().size:
+                raise RuntimeError(
+                    f"SVI: {names[p]!r} is sharded over {p.device_mesh.size()} processes, of which {ranks().size} "
+                    "train it: run the training on all of them together, outside of callbacks and rewards"
+                )
+        for (rate, _), group in groups.items():
             fused = all(p.device.type in FUSED for p in group)
             settings: dict[str, Any] = {"params": group, "lr": rate, "rate": rate, "fused": fused}
             if self._adam is None:
@@ -187,5 +204,5 @@ class ScheduledAdam(PyroOptim):
         state: dict[int, dict[str, Tensor]] = {}
         for entry, value in moments.items():
             key, _, name = entry.partition(".")
-            state.setdefault(places[name], {})[key] = value
+            state.setdefault(places[name], {})[key] = in_parts_like(value, params[name]) if value.dim() else value
         self._adam.load_state_dict(self._adam.state_dict() | {"state": state})

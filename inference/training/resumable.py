@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayeslm.models.lm import own_part
 from bayeslm.validation import Finite, Natural, NonNegative, Positive, validated
 
 from .state import State, within
@@ -185,7 +186,7 @@ def check_tensor(
     of_dtype = x.dtype == torch.int64 if whole else x.is_floating_point() if like is None else x.dtype == like.dtype
     if not fits or not of_dtype:
         raise ValueError(f"{name} cannot be {x.dtype} of the shape {tuple(x.shape)}")
-    was_finite = like is None or bool(like.isfinite().all())
+    was_finite = like is None or bool(own_part(like).isfinite().all())
     if not whole and was_finite and bool((~x.isfinite() if finite else x.isnan()).any()):
         raise ValueError(f"{name} holds numbers that are {'not finite' if finite else 'NaN'}")
 

@@ -12,6 +12,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from bayeslm.models.lm import in_parts_like
+
 State = Mapping[str, Tensor]
 """Tensors by name, none of which is ever changed in place: an update makes a new mapping with new tensors."""
 
@@ -39,4 +41,4 @@ def copies(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def assign(values: State, params: Mapping[str, Tensor]) -> None:
     """Give parameters their values, by name, in place."""
     for name, value in values.items():
-        params[name].copy_(value)
+        params[name].copy_(in_parts_like(value, params[name]))

@@ -6,11 +6,13 @@ from .encoding import Encoded, Prompt
 from .generation import SampledText, sample_texts
 from .gradients import differentiating
 from .language_model import LanguageModel
+from .lockstep import announcing, wait_for_passes
 from .module_errors import ModuleWithProperties
 from .network import CausalNetwork, log_softmax_at
 from .remembered import on_host, put_on_host, remembering
 from .sampler import LIMIT, Drawn, DrawRequest, Draws, Sampler, SamplerError, Weights, drawing_by_samplers
-from .sharding import refuse_sharded
+from .sharded_passes import passes_together
+from .sharding import in_parts_like, is_sharded, offering, own_part, refuse_sharded, whole_offer, whole_state
 from .stop_strings import check_stop
 from .suffix import redraw
 from .tables import read_table, without_index
@@ -40,6 +42,7 @@ __all__ = [
     "TwistInputs",
     "Usage",
     "Weights",
+    "announcing",
     "categorical",
     "check_stop",
     "count_usage",
@@ -48,8 +51,13 @@ __all__ = [
     "exclusive",
     "forked",
     "generate",
+    "in_parts_like",
+    "is_sharded",
     "log_softmax_at",
+    "offering",
     "on_host",
+    "own_part",
+    "passes_together",
     "put_on_host",
     "read_table",
     "read_tensors",
@@ -57,6 +65,9 @@ __all__ = [
     "refuse_sharded",
     "remembering",
     "sample_texts",
+    "wait_for_passes",
+    "whole_offer",
+    "whole_state",
     "without_index",
     "word_tokenizer",
     "write_tensors",

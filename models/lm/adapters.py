@@ -17,6 +17,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from . import sharding
+from .module_copies import with_parameters
+from .sharding import has_shards, is_sharded, own_part
 from .special_tokens import is_encoder_decoder
 
 if TYPE_CHECKING:
@@ -84,11 +87,11 @@ def own_parameters(network: Any) -> list[nn.Parameter]:
     from peft import get_peft_model_state_dict
 
     saved = [
-        tensor.data_ptr()
+        own_part(tensor).data_ptr()
         for adapter in network.active_adapters
         for tensor in get_peft_model_state_dict(network, adapter_name=adapter, save_embedding_layers=False).values()
     ]
-    return [p for p in network.parameters() if p.is_floating_point() and p.data_ptr() in saved]
+    return [p for p in network.parameters() if p.is_floating_point() and own_part(p).data_ptr() in saved]
 
 
 def without_effect(network: nn.Module) -> list[nn.Parameter]:
@@ -105,6 +108,8 @@ def float32_copy(network: nn.Module) -> tuple[nn.Module, torch.dtype | None, fro
     :returns: the copy; the dtype to compute in if its weights had half precision, else None; and the names of the
         weights that are computed in float32 all the same, since they were float32.
     """
+    if has_shards(network):
+        return sharding.copy_of(network, _float32_of), None, frozenset()
     new = copy.deepcopy(network)
     weights = {name: p for name, p in new.named_parameters() if p.is_floating_point()}
     half = next((p.dtype for p in weights.values() if p.dtype in (torch.bfloat16, torch.float16)), None)
@@ -112,6 +117,19 @@ def float32_copy(network: nn.Module) -> tuple[nn.Module, torch.dtype | None, fro
     for p in weights.values():
         p.data = p.data.float()
     return new, half, frozenset() if half is None else exact
+
+
+def _float32_of(p: nn.Parameter) -> torch.dtype:
+    """Return the dtype of the copy of a sharded network's weight.
+
+    :raises TypeError: if it is not float32 already: what it is computed in would have to be FSDP's to convert.
+    """
+    if p.dtype in (torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"a sharded network of {p.dtype} cannot be trained with all weights: shard one that was loaded with "
+            "dtype=torch.float32, with FSDP's mp_policy to compute in half precision; or train policy(lora_rank)"
+        )
+    return p.dtype
 
 
 def plain_name(name: str) -> str:
@@ -147,6 +165,10 @@ def twin(network: Any) -> nn.Module:
     Tensors in training are copied, since freezing the twin would freeze them. Adapters that the network already has are
     merged into a copy of its weights instead.
     """
+    if has_shards(network):
+        if has_adapters(network):
+            sharding.refuse_shards(network, "merging the adapters")
+        return sharding.twin(network)
     if has_adapters(network):
         return merged(network)
     shared = [t for t in (*network.parameters(), *network.buffers()) if not t.requires_grad]
@@ -248,11 +270,26 @@ def load_adapters(network: Any, path: Path, config: PeftConfig) -> nn.Module:
 def adapters_copy(network: nn.Module) -> nn.Module:
     """Return new modules around the same weights, with a copy of the adapters, in float32, to train."""
     own = {id(p) for p in own_parameters(network)}
+    if has_shards(network):
+        return _sharded_adapters_copy(network, own)
     shared = [t for t in (*network.parameters(), *network.buffers()) if id(t) not in own]
     new = copy.deepcopy(network, memo={id(t): t for t in shared})
     for p in own_parameters(new):
         p.data = p.data.float()
     return new
+
+
+def _sharded_adapters_copy(network: nn.Module, own: set[int]) -> nn.Module:
+    if any(is_sharded(p) for p in network.parameters() if id(p) in own):
+        raise TypeError(
+            "the adapters of this network are sharded themselves, and cannot be copied: shard the network without "
+            "adapters, then policy(lora_rank)"
+        )
+
+    def copied(p: nn.Parameter) -> Tensor:
+        return nn.Parameter(p.detach().float().clone(), p.requires_grad) if id(p) in own else p
+
+    return with_parameters(network, copied, None)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bayeslm.characters import check_characters
 from bayeslm.progress import announce, track
 
 from .completions import completion_ids
@@ -49,7 +50,7 @@ class Losses(list[float]):
 
     def __init__(self, steps: Sequence[float] = (), held_out: Mapping[int, float] | None = None) -> None:
         super().__init__(steps)
-        self.held_out = dict(held_out or {})
+        self.held_out: dict[int, float] = dict(held_out or {})
 
     @property
     def kept_step(self) -> int:
@@ -253,6 +254,7 @@ def to_sequences(
         raise ValueError("texts is empty: give at least one text to fit")
     sequences = []
     for i, text in enumerate(texts):
+        check_characters(f"texts[{i}]", text)
         tokens = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         if not tokens:
             raise ValueError(f"texts[{i}] is empty")

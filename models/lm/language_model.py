@@ -29,7 +29,7 @@ from .network import CausalNetwork
 from .own_forward import Findings
 from .sampler import Sampler, Weights
 from .settings import Settings
-from .sharding import refuse_sharded
+from .sharding import has_shards, refuse_shards, shard, take_in, unsharded
 from .special_tokens import SpecialTokens, find_special_tokens, is_encoder_decoder
 from .tables import read_texts
 from .token_bytes import token_bytes
@@ -92,7 +92,8 @@ class LanguageModel(ModuleWithProperties):
         super().__init__()
         network = adapters.unwrapped(network)
         adapters.check_supported(network)
-        refuse_sharded(network.named_parameters())
+        self.compute_dtype = compute_dtype
+        self._take_in(network)
         self.network = network.requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
@@ -101,7 +102,6 @@ class LanguageModel(ModuleWithProperties):
         if gradient_checkpointing:
             checkpointable_layers(network)
         self.gradient_checkpointing = gradient_checkpointing
-        self.compute_dtype = compute_dtype
         self._exact: frozenset[str] | None = None  # the names of weights that are not converted, if known
         self._causal: CausalNetwork | None = None
         self._findings: Findings | None = None
@@ -284,6 +284,7 @@ class LanguageModel(ModuleWithProperties):
         packing.refuse_packed(self.network)
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point type such as torch.bfloat16, got {dtype}")
+        refuse_shards(self.network, "merging the adapters")
         self.current()
         network = adapters.merged(self.network, dtype)
         lm = self._with_network(network, None, self.compute_dtype if dtype is None else None)
@@ -299,11 +300,36 @@ class LanguageModel(ModuleWithProperties):
         changes of its linear layers do not reach the packed one. Where nothing can be packed, as on a GPU, all is
         shared. A packed model can be neither trained, nor moved, nor saved.
         """
+        refuse_shards(self.network, "packing")
         self.current()
         network = adapters.twin(self.network)
         if self.compute_dtype is None:
             network = packing.packed(network, checksums=True)
         return self._sharing(self._with_network(network, self.name, self.compute_dtype))
+
+    def shard(self) -> LanguageModel:
+        """Shard the network over all processes of a launch, in place, by FSDP2 (``fully_shard``), and return it.
+
+        Each process then holds a part of every weight, and gathers one layer at a time as it computes. All processes
+        must use the model alike: in a run they do. A policy of it is sharded too; adapters are whole on each process.
+
+        :raises RuntimeError: if no processes were launched together, by ``torchrun`` for example.
+        :raises TypeError: if this model is `packed`, has adapters, is of the encoder-decoder kind, or computes in
+            another dtype than its weights'.
+        :raises ValueError: if the network has no layers that can be sharded one by one.
+        """
+        packing.refuse_packed(self.network)
+        if self.has_adapters:
+            raise TypeError("shard() is for a network without adapters: shard it before policy(lora_rank)")
+        shard(self.network, checkpointable_layers(self.network))
+        self._take_in(self.network)
+        return self
+
+    def _take_in(self, network: nn.Module) -> None:
+        """Refuse a sharded network with which passes cannot be divided."""
+        if take_in(network) and (is_encoder_decoder(network) or self.compute_dtype is not None):
+            what = "of the encoder-decoder kind" if is_encoder_decoder(network) else "with a compute_dtype"
+            raise TypeError(f"a sharded network {what} is not supported: hand in the network whole")
 
     def _with_network(self, network: nn.Module, name: str | None, compute_dtype: torch.dtype | None) -> LanguageModel:
         """Return a copy with another network and the same settings."""
@@ -352,7 +378,10 @@ class LanguageModel(ModuleWithProperties):
         :raises OSError: if the disk refuses; the folder is then as it was before.
         """
         packing.refuse_packed(self.network)
-        refuse_sharded(self.network.named_parameters())
+        network = self.network
+        if has_shards(network):
+            whole = unsharded(network, keep=is_first())
+            network = network if whole is None else whole
         if not is_first():
             return
         named = find_special_tokens(self.network, self.tokenizer)
@@ -369,7 +398,7 @@ class LanguageModel(ModuleWithProperties):
         notes = training_notes(origin) if isinstance(origin, Posterior) else origin
         from . import saving
 
-        saving.save(self.network, self.tokenizer, settings, special, notes, path)
+        saving.save(network, self.tokenizer, settings, special, notes, path)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **kwargs: Any
@@ -434,6 +463,7 @@ class LanguageModel(ModuleWithProperties):
         :raises FloatingPointError: if a loss is not finite.
         """
         packing.refuse_packed(self.network)
+        refuse_shards(self.network, "fitting")
         if self.tokenizer is None:
             raise TypeError("fit needs a tokenizer")
         pairs = self._pairs(texts, prompts, max_tokens)
@@ -495,7 +525,7 @@ class LanguageModel(ModuleWithProperties):
     def causal(self) -> CausalNetwork:
         """The network as body and head (found at first use, since the device may change until then)."""
         if self._causal is None:
-            refuse_sharded(self.network.named_parameters())
+            self._take_in(self.network)
             self.network.eval()  # tried without dropout
             settings = (self.compute_dtype, self._exact, self._findings)
             if is_encoder_decoder(self.network):
@@ -513,11 +543,11 @@ class LanguageModel(ModuleWithProperties):
         It is put back in evaluation mode, and tried again if layers have been replaced.
 
         :raises RuntimeError: if weights that it shares with another model were changed through the other.
-        :raises TypeError: if its parameters are sharded, see `refuse_sharded`.
+        :raises TypeError: if its parameters are sharded in a way that is not supported, see `sharding`.
         """
         is_as_tried = self._causal is not None and self._causal.is_current
         if not is_as_tried:  # sharding replaces parameters
-            refuse_sharded(self.network.named_parameters())
+            self._take_in(self.network)
         if self._shared is not None:
             self._shared.check()
         if any(module.training for module in self.network.modules()):

@@ -10,9 +10,23 @@ from typing import Any
 from torch import Tensor, nn
 
 
+def shallow(module: nn.Module) -> nn.Module:
+    """Return a copy that shares all inside.
+
+    FSDP gives a module that it has sharded a class of its own, which cannot be copied: the copy has the class before.
+    """
+    kind = type(module)
+    if any(each.__name__ == "FSDPModule" for each in kind.__mro__):
+        kind = next(each for each in kind.__mro__[1:] if each.__name__ != "FSDPModule")
+        new = kind.__new__(kind)
+        new.__dict__.update(module.__dict__)
+        return new
+    return copy.copy(module)
+
+
 def with_forward(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
     """Return a copy of a module that computes ``forward``; hooks, submodules and tensors are shared with it."""
-    new: Any = copy.copy(module)
+    new: Any = shallow(module)
     new.forward = forward
     return new
 
@@ -74,7 +88,7 @@ def _copied(module: nn.Module) -> nn.Module:
 
     Set on the instance, by accelerate for example, ``forward`` runs the original.
     """
-    new = copy.copy(module)
+    new = shallow(module)
     forward = vars(new).pop("forward", None)
     if isinstance(forward, types.MethodType) and forward.__self__ is module:
         vars(new)["forward"] = types.MethodType(forward.__func__, new)

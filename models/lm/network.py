@@ -17,9 +17,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,11 @@ from . import memory, own_forward, packing, weights
 from .adapters import adapted_modules, has_adapters, own_parameters, plain_name
 from .encoding import positions_of
 from .gradient_checkpointing import checkpointed
+from .lockstep import BODY, HEAD, WHOLE
 from .masks import causal_mask
 from .module_copies import with_forward, with_modules, with_parameters
 from .own_forward import Findings
+from .sharded_passes import shards_of
 from .special_tokens import vocab_size
 from .truncation import Truncation
 from .usage import count_pass
@@ -40,6 +42,8 @@ from .whole_texts import one_length_at_a_time
 
 if TYPE_CHECKING:
     from .caches import DynamicCache
+
+T = TypeVar("T")
 
 # Elements of one float32 block of logits: 2**25 is 128 MB, about 680 tokens of a 49k vocabulary.
 LOGITS_BLOCK = 2**25
@@ -78,12 +82,15 @@ class CausalNetwork:
         self.body: nn.Module | None = None  # None: logits are the hidden states
         self.head: nn.Module | None = None  # None with a body: logits are `_through` the network
         self._output_type: type[Any] = object  # of the body
+        self.shards = shards_of(network, self._body_of(causal), self)
         self.findings = Findings() if findings is None else findings
         ids = own_forward.texts(self)
         counts = [_version(p) for p in self.parameters]
         with own_forward.aside(self.device):
             logits = self._logits_of(self._converted(network), ids)  # in the dtype that this model computes in
             self._split(ids)
+            if self.shards is not None and self.body is None:
+                self.shards.without_body()
             if findings is None:
                 self.findings = own_forward.find(self, ids, logits)
         # Of these torch counts changes in every pass that are none: PEFT's adapters of experts raise the count.
@@ -95,7 +102,8 @@ class CausalNetwork:
         :raises TypeError: if it computes anything else, or fails.
         """
         try:
-            logits = getattr(network(**accepted(network, self._arguments(ids))), "logits", None)
+            run = partial(network, **accepted(network, self._arguments(ids)))
+            logits = getattr(self._pass(WHOLE, run), "logits", None)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of whatever type: it may be any module
@@ -134,7 +142,8 @@ class CausalNetwork:
         hook = head.register_forward_hook(replace)
         try:
             logits = self._logits_of(self.network, ids)
-            out = body(**accepted(body, self._body_arguments(ids)))
+            run = self._called(body, body)
+            out = self._pass(BODY, partial(run, **accepted(body, self._body_arguments(ids))))
         except Exception:  # of whatever type, where the body is not called as the network is
             return
         finally:
@@ -152,7 +161,7 @@ class CausalNetwork:
     def _goes_through(self, hidden: Tensor, ids: Tensor) -> bool:
         """Return whether the network's logits are a function of its body's hidden states."""
         try:
-            logits = self._through(hidden)
+            logits = self._pass(HEAD, partial(self._through, hidden))
         except Exception:  # of whatever type, where the network needs more than the body's last hidden states
             return False
         return torch.allclose(logits, self._logits_of(self.network, ids), rtol=1e-3)
@@ -165,7 +174,8 @@ class CausalNetwork:
         body = with_forward(self.body, lambda *_, **__: output)
         network = self._converted(with_modules(self.network, {self.body: body}), stop=body)
         ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
-        logits: Tensor = network(**accepted(network, self._head_arguments(ids))).logits
+        run = self._called(self.network, network)
+        logits: Tensor = run(**accepted(network, self._head_arguments(ids))).logits
         return logits.reshape(*hidden.shape[:-1], -1)
 
     def _body_of(self, network: Any) -> nn.Module | None:
@@ -336,7 +346,7 @@ class CausalNetwork:
         if mask is not None and not isinstance(cache, TextCache) and self.mask_dtype is not None:
             mask = causal_mask(mask, ids.shape[-1], self.mask_dtype)
         module = self._converted(self.body or self.network)
-        run = checkpointed(module) if gradient_checkpointing else module
+        run = self._computing(checkpointed(module) if gradient_checkpointing else module)
         if isinstance(cache, TextCache):
             whole = one_length_at_a_time(partial(self._states_of_whole, run), cache.append(ids), mask)
             return whole[:, -ids.shape[-1] :], cache
@@ -390,7 +400,7 @@ class CausalNetwork:
         """Whether completions of different lengths can be continued in one batch."""
         return True
 
-    def _states_of_whole(self, module: nn.Module, ids: Tensor) -> Tensor:
+    def _states_of_whole(self, module: Callable[..., Any], ids: Tensor) -> Tensor:
         """Return hidden states (rows, tokens, width) of texts as the network's own forward pass computes them."""
         return self._states(module(**accepted(self.body or self.network, self._arguments(ids))))
 
@@ -410,6 +420,26 @@ class CausalNetwork:
         with own_forward.aside(self.device):
             return own_forward.mask_dtype(self)
 
+    # -- sharded weights -------------------------------------------------------------------------------------
+
+    def _pass(self, kind: int, work: Callable[[], T]) -> T:
+        """Do a pass: of a sharded network with all processes, inside the hooks that gather what is around its body."""
+        if self.shards is None:
+            return work()
+        return self.shards.together(kind, work if kind == WHOLE else partial(self.shards.inside, work))
+
+    def _called(self, module: nn.Module, run: nn.Module) -> Callable[..., Any]:
+        """Return what computes a module, or a copy ``run`` of it, where its own hooks have run already."""
+        forward: Callable[..., Any] = run.forward
+        return forward if self.shards is not None and self.shards.opens(module) else run
+
+    def _computing(self, run: nn.Module) -> Callable[..., Any]:
+        """Return what computes hidden states by a copy of the body, each time in a pass."""
+        if self.shards is None:
+            return run
+        kind, called = (WHOLE, run) if self.body is None else (BODY, self._called(self.body, run))
+        return lambda **inputs: self._pass(kind, partial(called, **inputs))
+
     # -- precision -------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -420,7 +450,9 @@ class CausalNetwork:
         small changes would be lost, and draws would not follow the distribution that is scored.
         """
         large = sum(p.numel() for p in self.parameters) >= packing.MIN_WEIGHTS
-        if self.compute_dtype is not None:
+        if self.shards is not None:
+            yield self
+        elif self.compute_dtype is not None:
             yield self._around(self._converted(self.network))
         elif self.requires_grad and large and passes >= packing.MIN_PASSES:
             yield self._around(packing.packed(self.network))
@@ -458,9 +490,10 @@ class CausalNetwork:
         if self.body is None:
             logits = hidden
         elif self.head is None:
-            logits = self._through(hidden)
+            logits = self._pass(HEAD, partial(self._through, hidden))
         else:
-            logits = self._converted(self.head)(hidden)
+            run = self._called(self.head, self._converted(self.head))
+            logits = self._pass(HEAD, partial(run, hidden))
         return logits.float() / temperature if temperature != 1.0 else logits.float()
 
     def token_log_prob(

@@ -13,7 +13,7 @@ cheaper, each completion goes through the network together with its prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def token_scores(prompted: PromptedNetwork, rows: Tensor, values: Tensor, known:
     network = prompted.network
     wants_grad = torch.is_grad_enabled() and network.requires_grad
     size = prompted.max_rows_with_gradient if wants_grad else prompted.max_rows_scored
-    if wants_grad and (known is not None or len(rows) > size):
+    if wants_grad and (known is not None or len(rows) > size or network.shards is not None):
         trained = [p for p in network.parameters if p.requires_grad]
         recomputed: Tensor = _Recomputed.apply(prompted, rows, values, known, *trained)
         return recomputed
@@ -102,15 +102,21 @@ class _Recomputed(torch.autograd.Function):
             )
         rows, values, known, *trained = ctx.saved_tensors
         size = prompted.max_rows_with_gradient
+        if prompted.network.shards is not None and not prompted.network.shares_prefill(prompted.prompt_mask):
+            size = 1  # texts of several lengths would be several passes
         sums: list[Tensor | None] = [None] * len(trained)
         with torch.enable_grad(), counting(ctx.usages):
             for prefix, members, prompts in _blocks(prompted, rows, size):
                 start, roots, leaves = (None, [], []) if prefix is None else prefix.detached()
                 block = sums + [None] * len(leaves)
                 for part, prompt in zip(members.split(size), prompts.split(size), strict=True):
-                    scores, _ = _score(prompted, start, prompt, values[part])
-                    if scores.requires_grad:
-                        block = _add(block, [scores], [*trained, *leaves], [grad[part]])
+                    if prompted.network.shards is None:
+                        scores, _ = _score(prompted, start, prompt, values[part])
+                        if scores.requires_grad:
+                            block = _add(block, [scores], [*trained, *leaves], [grad[part]])
+                    else:
+                        scores, parts = _sharded_gradient(prompted, prompt, values[part], grad[part], trained)
+                        block = _sums(block, parts)
                     if known is not None:
                         note_mismatch(scores.detach() - known[part], prompted.vocabulary.is_live(values[part]))
                 sums, gathered = block[: len(trained)], block[len(trained) :]
@@ -122,8 +128,29 @@ class _Recomputed(torch.autograd.Function):
 
 def _add(sums: list[Tensor | None], outputs: list[Tensor], inputs: list[Tensor], grads: list[Tensor]) -> Any:
     """Return ``sums`` plus the gradient of sum(outputs * grads); None where there is none."""
-    parts = torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
+    return _sums(sums, torch.autograd.grad(outputs, inputs, grads, allow_unused=True))
+
+
+def _sums(sums: list[Tensor | None], parts: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [a if b is None else b if a is None else a + b for a, b in zip(sums, parts, strict=True)]
+
+
+def _sharded_gradient(
+    prompted: PromptedNetwork, prompts: Tensor, values: Tensor, grad: Tensor, trained: list[Tensor]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the scores of a micro-batch of a sharded network, and their gradient in its trained weights."""
+    scores = torch.zeros(values.shape, device=values.device)
+    if not prompted.vocabulary.is_live(values).any():  # no pass
+        return scores, [None] * len(trained)
+
+    def compute() -> Tensor:
+        nonlocal scores
+        scores, _ = _score(prompted, None, prompts, values)
+        return scores
+
+    assert prompted.network.shards is not None
+    parts = prompted.network.shards.gradient(compute, grad, trained)
+    return scores, parts
 
 
 def _blocks(prompted: PromptedNetwork, rows: Tensor, size: int) -> Iterator[tuple[Prefix | None, Tensor, Tensor]]:
@@ -133,6 +160,7 @@ def _blocks(prompted: PromptedNetwork, rows: Tensor, size: int) -> Iterator[tupl
     """
     again = len(rows) * prompted.prompt_ids.shape[-1] - prompted.tokens_read
     together = prompted.gradient_checkpointing or again * max(prompted.network.width, 1) <= PROMPTS_AGAIN
+    together |= prompted.network.shards is not None and torch.is_grad_enabled()
     if together or not prompted.network.shares_prefill(prompted.prompt_mask):
         yield None, torch.arange(len(rows), device=rows.device), rows
     else:

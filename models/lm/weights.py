@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from .sharding import own_part
+
 VALUES = 64  # of each tensor, evenly spaced
 
 
@@ -46,7 +48,7 @@ class SharedWeights:
 def values(tensors: Iterable[Tensor]) -> dict[torch.dtype, bytes]:
     """Return a few values of each tensor, by dtype: they are equal for equal tensors on any device."""
     parts: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
+    for tensor in map(own_part, tensors):
         if tensor.numel() and tensor.layout is torch.strided and tensor.device.type != "meta":
             flat = tensor.detach().view(-1) if tensor.is_contiguous() else tensor.detach().flatten()
             parts.setdefault(tensor.dtype, []).append(flat[:: max(1, len(flat) // VALUES)][:VALUES])

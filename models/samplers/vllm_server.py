@@ -16,7 +16,6 @@ import concurrent.futures
 import contextlib
 import itertools
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -33,7 +32,6 @@ from bayeslm.validation import Count, Positive, validated
 
 from .versions import DEPARTED, NEEDS_PROCESSED, check_version
 
-HOT = 1e6  # a temperature at which every token is equally likely, up to 1e-4
 LARGEST = 32  # completions of a prompt that one request asks for
 NEUTRAL = {  # whatever the model's own generation config says; and token ids in the place of texts
     "top_k": -1,
@@ -74,7 +72,7 @@ class VLLMServer:
     max_retries: int = 2
     key_variable: str | None = None
     _base: str | None = field(default=None, init=False, repr=False)
-    _processed: bool = field(default=False, init=False, repr=False)
+    _processed: bool | None = field(default=None, init=False, repr=False)
     _loaded: tuple[Hashable, str] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -110,7 +108,9 @@ class VLLMServer:
         async with client:
             try:
                 if self._base is None:
-                    self._base = await self._check(client, request)
+                    self._base = await self._check(client)
+                if request.temperature != 1.0 and self._processed is None:
+                    self._processed = await self._is_processed(client, self._base, request)
                 if request.temperature != 1.0 and not self._processed:
                     raise SamplerError(
                         f"{self.name} {NEEDS_PROCESSED.format(request.temperature)}: start the server with "
@@ -122,8 +122,8 @@ class VLLMServer:
                 what = " ".join(str(error).replace(key, "***").split())
                 raise SamplerError(f"{self.name} failed: {type(error).__name__}: {what:.300}") from error
 
-    async def _check(self, client: Any, request: DrawRequest) -> str:
-        """Return the network's name, after a look at the version, and at what the log-probabilities are of."""
+    async def _check(self, client: Any) -> str:
+        """Return the network's name, after a look at the version."""
         parts = urlsplit(self.address)
         try:
             answer = await self._within(client.get(f"{parts.scheme}://{parts.netloc}/version", cast_to=str))
@@ -136,10 +136,21 @@ class VLLMServer:
         model = models[0] if self.model is None and models else str(self.model)
         if model not in models:
             raise SamplerError(f"{self.name} has no model {model!r}: it has {models}")
-        hot = request._replace(max_new_tokens=1, temperature=HOT)
-        (one,) = await self._some(client, model, request.prompts[0], 1, hot, 0)
-        self._processed = abs(one.log_probs[0] + math.log(request.vocab_size)) < 0.01
         return model
+
+    async def _is_processed(self, client: Any, model: str, request: DrawRequest) -> bool:
+        """Return whether log-probabilities are those at the temperature: it divides those of two tokens' distance."""
+        distances = []
+        for temperature in (1.0, request.temperature):
+            one = request._replace(max_new_tokens=1, temperature=temperature)
+            answer = await self._ask(client, model, request.prompts[0], 1, one, 0, logprobs=2)
+            try:
+                first, second = sorted(answer.choices[0].logprobs.top_logprobs[0].values(), reverse=True)[:2]
+            except (ValueError, AttributeError, TypeError, LookupError) as error:
+                raise SamplerError(f"{self.name} answers with what is no completion: {error!r:.200}") from error
+            distances.append(first - second)
+        plain, at_temperature = distances
+        return bool(abs(at_temperature - plain / request.temperature) < abs(at_temperature - plain))
 
     async def _published(self, client: Any, weights: Weights) -> str:
         """Return the name that the server has for weights, to which it is given adapters that it does not have yet."""
@@ -195,22 +206,8 @@ class VLLMServer:
         self, client: Any, model: str, prompt: list[int], n: int, request: DrawRequest, seed: int
     ) -> list[Drawn]:
         """Draw completions of one prompt by one request."""
+        answer = await self._ask(client, model, prompt, n, request, seed)
         try:
-            answer = await self._within(
-                client.completions.create(
-                    model=model,
-                    prompt=prompt,
-                    n=n,
-                    max_tokens=request.max_new_tokens,
-                    temperature=request.temperature,
-                    top_p=1.0,
-                    seed=seed,
-                    logprobs=0,
-                    frequency_penalty=0.0,
-                    presence_penalty=0.0,
-                    extra_body=NEUTRAL | {"stop_token_ids": list(request.eos_token_ids)},
-                )
-            )
             choices = sorted(answer.choices, key=lambda choice: choice.index)
             drawn = [
                 Drawn([int(token.removeprefix("token_id:")) for token in each.tokens], list(each.token_logprobs))
@@ -222,6 +219,31 @@ class VLLMServer:
         if len(drawn) != n or by != model:
             raise SamplerError(f"{self.name} was asked for {n} completions of {model!r}: it has {len(drawn)} of {by!r}")
         return drawn
+
+    async def _ask(
+        self, client: Any, model: str, prompt: list[int], n: int, request: DrawRequest, seed: int, logprobs: int = 0
+    ) -> Any:
+        """Return the server's answer to a request for completions of one prompt.
+
+        :param logprobs: of how many of the likeliest tokens, besides those drawn.
+        """
+        answer = client.completions.create(
+            model=model,
+            prompt=prompt,
+            n=n,
+            max_tokens=request.max_new_tokens,
+            temperature=request.temperature,
+            top_p=1.0,
+            seed=seed,
+            logprobs=logprobs,
+            frequency_penalty=0.0,
+            presence_penalty=0.0,
+            extra_body=NEUTRAL | {"stop_token_ids": list(request.eos_token_ids)},
+        )
+        try:
+            return await self._within(answer)
+        except ValueError as error:  # no JSON
+            raise SamplerError(f"{self.name} answers with what is no completion: {error!r:.200}") from error
 
     async def _within(self, answer: Awaitable[Any]) -> Any:
         """Wait for an answer, within the time limit."""

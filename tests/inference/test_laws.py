@@ -218,9 +218,10 @@ class TestTexts:
         assert len(diagnostics.summary(posterior)) == 2
 
     def test_arviz_gives_a_number_as_rhat_without_arguments(self, name):
+        posterior = small(name)
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # "Shape validation failed"
-            table = az.summary(small(name).to_arviz(), round_to="none")
+            table = az.summary(posterior.to_arviz(), round_to="none")
         (column,) = [column for column in table if column.startswith("r_hat")]
         assert {"reward[a b]", "reward[c]", "completion_length[c]"} <= set(table.index)
         assert table[column].notna().all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm import Drawn, DrawRequest, Draws, drawing_by_samplers
+from bayeslm.models.lm.encoding import Vocabulary
 
 
 @dataclass(eq=False)
@@ -49,3 +51,19 @@ class Perturbed:
         completions = [list(itertools.islice(drawn, count)) for count in request.counts]
         draws = Draws(completions, request.weights.version)
         return draws if self.says is None else self.says(request, draws)
+
+
+class Enumerating:
+    """Draws every completion once, as by the uniform distribution: a mean over its draws is an expectation.
+
+    It is asked for as many completions of each prompt as there are.
+    """
+
+    name = "the enumeration"
+
+    def draw(self, request: DrawRequest) -> Draws:
+        vocabulary = Vocabulary(request.vocab_size, request.eos_token_ids, 0)
+        rows = vocabulary.with_end(vocabulary.completions(request.max_new_tokens, torch.device("cpu")))
+        every = [Drawn(ids, [-math.log(len(rows)), *[0.0] * (len(ids) - 1)]) for ids in rows]
+        assert {*request.counts} == {len(rows)}
+        return Draws([every for _ in request.prompts], request.weights.version)

@@ -49,6 +49,8 @@ class FakeVLLM:
         if path.endswith("unload_lora_adapter"):
             del self.networks[body["lora_name"]]
             return "Success"
+        if not 0.0 <= body["temperature"] <= 2.0:
+            raise ValueError(f"temperature must be in [0, 2], got {body['temperature']}")
         assert {"min_p", "top_k", "ignore_eos", "return_tokens_as_token_ids"} <= body.keys()
         generator = torch.Generator().manual_seed(body["seed"] % 2**63)
         choices = [
@@ -56,27 +58,31 @@ class FakeVLLM:
                 "index": index,
                 "text": "",
                 "finish_reason": "stop",
-                "logprobs": {"tokens": tokens, "token_logprobs": scores},
+                "logprobs": {"tokens": tokens, "token_logprobs": scores, "top_logprobs": top},
             }
-            for index, (tokens, scores) in enumerate(self._texts(self.networks[body["model"]], body, generator))
+            for index, (tokens, scores, top) in enumerate(self._texts(self.networks[body["model"]], body, generator))
         ]
         kind = {"id": "1", "object": "text_completion", "created": 0, "model": body["model"]}
         return kind | {"choices": choices}
 
     @torch.no_grad()
-    def _texts(self, network: Any, body: dict[str, Any], generator: torch.Generator) -> list[tuple[list[str], list]]:
+    def _texts(
+        self, network: Any, body: dict[str, Any], generator: torch.Generator
+    ) -> list[tuple[list[str], list, list]]:
         """Draw the texts of a request together, each up to its end."""
-        ids, scores = torch.tensor([body["prompt"]] * body["n"]), []
+        ids, scores, top = torch.tensor([body["prompt"]] * body["n"]), [], []
         for _ in range(body["max_tokens"]):
             logits = self.scale * network(input_ids=ids).logits[:, -1].float()
             log_p = (logits / body["temperature"]).log_softmax(-1)
             token = torch.multinomial(log_p.exp(), 1, generator=generator)
-            scores.append((log_p if self.processed else logits.log_softmax(-1)).gather(-1, token)[:, 0].tolist())
+            said = log_p if self.processed else logits.log_softmax(-1)
+            scores.append(said.gather(-1, token)[:, 0].tolist())
+            top.append({f"token_id:{i}": float(x) for i, x in enumerate(said[0])})
             ids = torch.cat([ids, token], -1)
         found = []
         for row, of_row in zip(ids[:, len(body["prompt"]) :].tolist(), zip(*scores, strict=True), strict=True):
             length = next((t + 1 for t, token in enumerate(row) if token in body["stop_token_ids"]), len(row))
-            found.append(([f"token_id:{token}" for token in row[:length]], list(of_row[:length])))
+            found.append(([f"token_id:{token}" for token in row[:length]], list(of_row[:length]), top[:length]))
         return found
 
 

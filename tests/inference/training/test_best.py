@@ -62,9 +62,9 @@ def test_what_decides_costs_no_more_for_many_prompts(monkeypatch, size, draws):
     """Policies are compared by 64 draws of each prompt, and of minibatches by as many as cost 64 draws of one."""
     prompts, drawn, draw = [[i % 4, j % 4] for i in range(5) for j in range(8)], [], SVI._draw
 
-    def noted(self, program, guide, num, what):
+    def noted(self, program, guide, num, *labels):
         drawn.append(num)
-        return draw(self, program, guide, num, what)
+        return draw(self, program, guide, num, *labels)
 
     monkeypatch.setattr(SVI, "_draw", noted)
     monkeypatch.setattr(Best, "rivals", lambda self, elbo: [0])  # in doubt

@@ -11,9 +11,9 @@ import torch
 from support.models import table_lm, tiny_llama
 from support.programs import PROMPTS, TOKENS, score_table, tilted
 
-from bayeslm.inference import SVI, ProgramError, svi
+from bayeslm.inference import SVI, ProgramError
 from bayeslm.inference.program import inspect
-from bayeslm.inference.training import Adam, AutoPolicy, Budget, StepRecord
+from bayeslm.inference.training import Adam, AutoPolicy, StepRecord
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm import adapters
 
@@ -137,24 +137,11 @@ def test_adapters_have_a_lower_learning_rate(rank, rate):
     assert seen == pytest.approx([rate, rate / 2, 0.01, 0.005])
 
 
-def test_which_layers_the_default_guide_adapts(tmp_path, monkeypatch):
-    """The last half of a named model's; all with many draws, with a rank, or in a table; the checkpoint knows which."""
-    tiny_llama(seed=1).save_pretrained(tmp_path / "prior")
-    prior = LanguageModel.from_pretrained(tmp_path / "prior")
-    model = tilted(prior, score_table(1), 0.5)
-    settings = SETTINGS | {"num_particles": 4, "num_prior_samples": 0, "optimizer": Adam(schedule="constant")}
-
-    def layers(steps=1, **given):
-        policy = SVI(**{"num_steps": steps} | settings | given).run(model, PROMPTS).policy
-        names = [name for name, p in policy.network.named_parameters() if p.requires_grad]
-        return sorted({int(name.partition(".layers.")[2].partition(".")[0]) for name in names})
-
-    assert layers() == [1]
-    assert layers(guide=partial(AutoPolicy, lora_rank=2)) == [0, 1]
-    folder = tmp_path / "run"
-    assert layers(checkpoint=folder) == [1]
-    monkeypatch.setattr(svi, "MANY", 4 * len(PROMPTS) * 2)
-    assert layers(checkpoint=folder) == [1]
-    assert layers(num_steps=Budget(steps=2, samples=1000)) == [0, 1]
-    with pytest.raises(ValueError, match="share of layers with adapters"):
-        layers(steps=2, checkpoint=folder)
+@pytest.mark.parametrize(("settings", "layers"), [({}, [0, 1]), ({"lora_layers": 0.5}, [1])])
+def test_which_layers_a_guide_adapts(tmp_path, settings, layers):
+    tiny_llama(seed=1).save_pretrained(tmp_path)
+    model = tilted(LanguageModel.from_pretrained(tmp_path), score_table(1), 0.5)
+    guide = AutoPolicy(inspect(model, PROMPTS), **settings)
+    names = [name for name, p in guide.named_parameters() if p.requires_grad]
+    assert all("lora" in name for name in names)
+    assert sorted({int(name.partition(".layers.")[2].partition(".")[0]) for name in names}) == layers

@@ -37,16 +37,16 @@ def test_draws_come_from_the_network_and_log_z_is_right(server):
     with serving_vllm(server) as address:
         lm = lm_of(address)
         dist = lm([[2, 3, 4]], 3)
-        x = dist.sample((400,))[:, 0]
+        x = dist.sample((200,))[:, 0]
         support = dist.enumerate_support()[:, 0]
         tempered = tiny_llama(1)([[2, 3, 4]], 3, temperature=1 / 1.2).log_prob(support[:, None])[:, 0]
         assert_drawn_from(count_completions(x, support, 8), tempered)
         model = tilted(lm, score_table(1, tokens=3))
         exact = Exact(progress=False).run(model, PROMPTS)
-        engine = ImportanceSampling(num_particles=10, num_chains=20, seed=0, progress=False)
+        engine = ImportanceSampling(num_particles=8, num_chains=16, seed=0, progress=False)
         found, again = (engine.run(model, PROMPTS) for _ in range(2))
         assert_evidence(found, exact.log_evidence, unbiased=True)
-        assert found.stats["sampler_draws"] == 400
+        assert found.stats["sampler_draws"] == 256
         assert 0.05 < found.stats["sampler_difference"][1] < 0.3
     assert (again.samples["completion"] == found.samples["completion"]).all()
 
@@ -68,7 +68,7 @@ def test_a_policy_reaches_the_server_as_an_adapter_with_a_version(server):
         loads = [body["lora_name"] for path, body in server.requests if path == "load_lora_adapter"]
         assert len(set(loads)) == len(loads) == 2
         assert set(server.networks) == {"tiny", loads[1]}
-        assert {body["model"] for path, body in server.requests if path == "completions"} == {"tiny", *loads}
+        assert {body["model"] for path, body in server.requests if path == "completions"} == set(loads)
 
 
 def test_a_policy_is_trained_by_a_servers_draws(server):

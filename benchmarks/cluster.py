@@ -1,0 +1,120 @@
+"""A cluster in one machine: many processes with tiny networks, what they send, and whether results keep their law.
+
+    python benchmarks/cluster.py [--processes 2 4 8 16] [--steps 10]
+
+Of each number of processes, for several numbers of particles and prompts: the bytes that one process hands to
+collectives in a step of SVI, sums of gradients and all else, and the same of `ImportanceSampling`, once. The law: the
+distance of log Z from the enumerated one, in its own standard errors, the largest over prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PROMPTS = ["a", "b", "c", "d", "a b", "b c", "c d", "d a"]
+VOCABULARY, TOKENS = ["<eos>", "a", "b", "c", "d"], 3
+
+
+def program() -> Any:
+    from bayeslm.models import LanguageModel, TiltedLM
+
+    def reward(prompts: list[str], completions: list[str]) -> list[float]:
+        return [float(text.count("a")) - 0.5 * float("b" in text) for text in completions]
+
+    lm = LanguageModel.tabular(VOCABULARY, order=3, seed=0)
+    return TiltedLM(lm, reward, beta=0.7, max_new_tokens=TOKENS)
+
+
+def work(cases: list[tuple[int, int]], steps: int) -> None:
+    """Run the cases in this process, one of several; the first one prints what it found."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from support.counting import counted_bytes
+
+    from bayeslm.inference import SVI, Exact, ImportanceSampling
+    from bayeslm.inference.training import Adam, ReverseKL
+
+    found = []
+    for particles, prompts in cases:
+        model, asked = program(), PROMPTS[:prompts]
+        exact = Exact().run(model, asked).log_evidence
+        lengths: list[Counter[str]] = []
+        for num_steps in (2, 2 + steps):
+            engine = SVI(
+                num_steps=num_steps,
+                objective=ReverseKL(particles),
+                optimizer=Adam(0.05, schedule="constant"),
+                num_samples=particles,
+                num_prior_samples=0,
+                seed=0,
+                progress=False,
+            )
+            with counted_bytes() as sent:
+                trained = engine.run(model, asked)
+            lengths.append(sent)
+        gradients, total = (
+            (count(lengths[1]) - count(lengths[0])) / steps
+            for count in (lambda sent: sent["all_reduce"], lambda sent: sum(sent.values()))
+        )
+        with counted_bytes() as sent:
+            drawn = ImportanceSampling(num_particles=particles, seed=0, progress=False).run(model, asked)
+        errors = [
+            float(np.max(np.abs(each.log_evidence - exact) / each.log_evidence_stderr)) for each in (trained, drawn)
+        ]
+        found.append([particles, prompts, gradients, total - gradients, sum(sent.values()), *errors])
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(found))
+
+
+def launch(processes: int, cases: list[tuple[int, int]], steps: int) -> list[list[float]]:
+    """Return what the first of several processes has found."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    variables = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+    variables |= {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", __file__, "--work", json.dumps(cases), "--steps", str(steps)]
+    running = [
+        subprocess.Popen(command, env=variables | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(processes)
+    ]
+    outputs = [each.communicate()[0] for each in running]
+    if any(each.returncode for each in running):
+        raise RuntimeError(f"{processes} processes: one has failed")
+    found: list[list[float]] = json.loads(outputs[0].splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--work", type=json.loads)
+    arguments = parser.parse_args()
+    if arguments.work is not None:
+        work(arguments.work, arguments.steps)
+        return
+    print("| processes | particles | prompts | gradients a step, B | all else a step, B | a draw, B | log Z, errors |")
+    print("|---|---|---|---|---|---|---|")
+    for processes in arguments.processes:
+        for case in launch(processes, [(64, 2), (64, 8), (256, 8)], arguments.steps):
+            particles, prompts, gradients, rest, sent, *errors = case
+            each = f"{sent / (particles * prompts / processes):.0f}"
+            shown = " and ".join(f"{x:.1f}" for x in errors)
+            print(
+                f"| {processes} | {particles:.0f} | {prompts:.0f} | {gradients:.0f} | {rest:.0f} | {each} | {shown} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""What processes send: sums of gradients do not grow with particles and prompts, all else with draws alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from support.counting import counted_bytes
+from support.models import table_lm
+from support.programs import SHORT, score_table, tilted
+from support.ranks import launch
+
+from bayeslm.inference import SVI, Exact
+from bayeslm.inference.training import Adam, ReverseKL
+
+MODEL = tilted(table_lm(2, seed=0, vocab=4), score_table(0, vocab=4, tokens=3), 0.5)
+TOKENS = 3
+A_DRAW = 8 * TOKENS + 60  # bytes of token ids, and of the log-densities and rewards
+
+
+def trained(particles, prompts, num_steps):
+    settings = {"num_samples": 64, "num_prior_samples": 0, "seed": 0, "progress": False}
+    optimizer = Adam(0.05, schedule="constant")
+    return SVI(num_steps, objective=ReverseKL(particles), optimizer=optimizer, **settings).run(MODEL, prompts)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported():
+    """What engines import when they first run is imported before the forks."""
+    trained(8, SHORT, 1)
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_bytes_of_a_step(size):
+    exact = Exact().run(MODEL, SHORT).log_evidence
+
+    def run(rank):
+        found = []
+        for particles, prompts in ((16, SHORT[:1]), (16, SHORT), (64, SHORT)):
+            totals = []
+            for num_steps in (1, 3):
+                with counted_bytes() as sent:
+                    posterior = trained(particles, prompts, num_steps)
+                totals.append(sent)
+            each = {name: (totals[1][name] - totals[0][name]) / 2 for name in totals[1]}
+            found.append((each.pop("all_reduce"), sum(each.values())))
+        return found, posterior.log_evidence, posterior.log_evidence_stderr
+
+    for (one, two, many), log_evidence, stderr in launch(run, size=size):
+        assert one[0] == two[0] == many[0] == 4 * 5 * 4, (one, two, many)  # a table of 5 x 4 float32 logits
+        assert many[1] - two[1] < A_DRAW * 48 * len(SHORT) / size, (two, many)
+        assert two[1] - one[1] < A_DRAW * 16 * (len(SHORT) - 1) / size, (one, two)
+        assert (np.abs(log_evidence - exact) < 4 * stderr).all()

@@ -18,6 +18,8 @@ def log_mean(logs: ArrayLike) -> Estimate:
     """Logarithm of the mean of exp(logs)."""
     logs = np.asarray(logs)
     mean = logsumexp(logs) - np.log(len(logs))
+    if not np.isfinite(mean):
+        return mean, np.nan
     return mean, np.exp(logs - mean).std(ddof=1) / np.sqrt(len(logs))
 
 

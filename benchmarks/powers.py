@@ -11,7 +11,7 @@ has read, of first texts and final scores too.
 The models are enumerated: a table of two words of context, and a random Llama. A cell has the tokens of a chain and the
 root mean square of the chains' errors; the last columns the tokens for the error of one independent draw, that is
 tokens * error^2, at the larger budget, and their ratio. ``--smollm2`` is SmolLM2-135M with texts of at most 8 tokens;
-the truth is then the mean of both engines, weighted by their errors, and both means are printed.
+the truth is then the mean of six chains of SMC of 128 particles, which is printed too.
 """
 
 from __future__ import annotations
@@ -108,8 +108,10 @@ def smollm2(alpha: float, chains: int) -> None:
     found["MCMC"] = estimates(engine("MCMC", 40, chains, alpha), model, prompt)
     means = np.array([each.means.mean() for each in found.values()])
     errors = np.array([each.means.std(ddof=1) / chains**0.5 for each in found.values()])
-    truth = float((means / errors**2).sum() / (1 / errors**2).sum())
+    reference = estimates(engine("SMC", 128, 6, alpha, seed=1), model, prompt)
+    truth = float(reference.means.mean())
     print(f"SmolLM2-135M, alpha = {alpha:g}, {chains} chains\n")
+    print(f"mean of log p by SMC of 128 particles: {truth:.2f} ± {reference.means.std(ddof=1) / 6**0.5:.2f}\n")
     print("| | tokens of a chain | mean of log p | error of a chain |")
     print("|---|---|---|---|")
     for (name, each), mean, error in zip(found.items(), means, errors, strict=True):

@@ -3,7 +3,6 @@
 from .assign import assign_values, same_distribution, score_values
 from .description import describe, describe_object
 from .errors import EvidenceError, ProgramError
-from .evidence import check_evidence, check_grammar, token_bytes
 from .guides import PolicyGuide, as_proposal, draw_latents
 from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, RandomStates, seeded
 from .independence import check_independence
@@ -22,7 +21,7 @@ from .particles import (
 from .program import STEPS, Program, along, inspect, inspect_or_reuse
 from .prompts import prompt_labels, prompt_texts
 from .ranks import ALONE, Message, RankError, Ranks, alone, digest_of, on_first, ranks, seed_of
-from .results import posterior
+from .results import check_evidence, check_grammar, posterior, token_bytes
 from .run import Engine, RunError, SoFar, Stopwatch, draw, keeping, of_prompts, running
 from .sites import Site, in_prompts, sample_sites, site_value
 

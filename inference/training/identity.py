@@ -77,7 +77,7 @@ def digest(module: torch.nn.Module) -> str:
     found = blake2b(digest_size=16)
     for name, x in sorted(whole_state(module), key=lambda each: each[0]):
         found.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
-        found.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        found.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

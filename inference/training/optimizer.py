@@ -169,9 +169,10 @@ class ScheduledAdam(PyroOptim):
         groups: dict[tuple[float, bool], list[Tensor]] = {}
         for p in sorted(names, key=names.__getitem__):
             groups.setdefault((self._rate_of(names[p]), is_sharded(p)), []).append(p)
-            if is_sharded(p) and p.device_mesh.size() != ranks().size:
+            mesh: Any = getattr(p, "device_mesh", None)
+            if mesh is not None and mesh.size() != ranks().size:
                 raise RuntimeError(
-                    f"SVI: {names[p]!r} is sharded over {p.device_mesh.size()} processes, of which {ranks().size} "
+                    f"SVI: {names[p]!r} is sharded over {mesh.size()} processes, of which {ranks().size} "
                     "train it: run the training on all of them together, outside of callbacks and rewards"
                 )
         for (rate, _), group in groups.items():

@@ -224,7 +224,12 @@ class Autoregressive(TorchDistribution):
                 lm: Any = self.lm
                 value, scores, log_s = self._sample_by(lm.sampler, lm.weights, rows)
             else:
-                value, scores = self._sample(rows, watch)
+                value = rows.new_full((len(rows), self.max_new_tokens), self.vocabulary.pad_token_id)
+                scores = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
+                with self.prompted.drawing(len(rows)) as prompted:
+                    for part, prefix in prompted.prefixes(rows, prompted.max_rows):
+                        watched = None if watch is None or part[0] != 0 else watch
+                        value[part], scores[part] = generate(Decoder(prompted, prefix), watched)
         value = value.reshape(shape + self.event_shape)
         kept = (value, self._versions(value), scores.reshape(value.shape))
         self._drawn[:] = [] if value.is_inference() else [kept]
@@ -234,18 +239,11 @@ class Autoregressive(TorchDistribution):
                 watch(value.reshape(-1, self.max_new_tokens)[0])
         return value
 
-    def _sample(self, rows: Tensor, watch: Callable[[Tensor], None] | None) -> tuple[Tensor, Tensor]:
-        """Draw by the network: completions of prompts (row,), and their scores, both (row, max_new_tokens)."""
-        value = rows.new_full((len(rows), self.max_new_tokens), self.vocabulary.pad_token_id)
-        scores = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
-        with self.prompted.drawing(len(rows)) as prompted:
-            for part, prefix in prompted.prefixes(rows, prompted.max_rows):
-                watched = None if watch is None or part[0] != 0 else watch
-                value[part], scores[part] = generate(Decoder(prompted, prefix), watched)
-        return value, scores
-
     def _sample_by(self, sampler: Sampler, weights: Weights, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw by another engine: completions, the network's scores of them, and the engine's, as `_sample`."""
+        """Draw by another engine: completions of prompts (row,), the network's scores of them, and the engine's.
+
+        All have the shape (row, max_new_tokens).
+        """
         if self.truncation is not None:
             raise ValueError(
                 f"{name_of(sampler)} draws complete distributions, and top_k or top_p cuts this one: leave them out, "

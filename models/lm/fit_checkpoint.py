@@ -121,7 +121,7 @@ def digest_of_weights(parameters: Sequence[Tensor]) -> str:
     found = blake2b(digest_size=16)
     for x in parameters:
         found.update(f"{tuple(x.shape)} {x.dtype}".encode())
-        found.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        found.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

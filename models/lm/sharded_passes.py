@@ -95,9 +95,7 @@ class Shards:
         finally:
             self._is_inside = False
 
-    def gradient(
-        self, compute: Callable[[], Tensor], grad: Tensor, trained: Sequence[nn.Parameter]
-    ) -> list[Tensor | None]:
+    def gradient(self, compute: Callable[[], Tensor], grad: Tensor, trained: Sequence[Tensor]) -> list[Tensor | None]:
         """Return the gradient of sum(compute() * grad) in weights; of sharded ones it is the sum over all processes.
 
         It is to be called in a backward pass, where FSDP keeps weights after a forward pass, which is then that of a
@@ -105,9 +103,7 @@ class Shards:
         """
         return self.together(GRADIENT, partial(self._gradient, partial(self.inside, compute), grad, trained))
 
-    def _gradient(
-        self, compute: Callable[[], Tensor], grad: Tensor, trained: Sequence[nn.Parameter]
-    ) -> list[Tensor | None]:
+    def _gradient(self, compute: Callable[[], Tensor], grad: Tensor, trained: Sequence[Tensor]) -> list[Tensor | None]:
         before = [p.grad for p in trained]
         for p in trained:
             p.grad = None
@@ -152,7 +148,7 @@ def _free(module: Any, *_: Any) -> None:
     module.reshard()
 
 
-def _keep(grads: Sequence[Tensor | None], trained: Sequence[nn.Parameter]) -> None:
+def _keep(grads: Sequence[Tensor | None], trained: Sequence[Tensor]) -> None:
     """Add to this process's parts what other processes' gradients are in them."""
     for p, grad in zip(trained, grads, strict=True):
         if grad is not None and is_sharded(p):

@@ -41,6 +41,8 @@ CONVERTED = {
 }
 MARKUP = re.compile(r"[\\`*_\[\]<>&|~#$!]")
 
+Setting = float | list[str]
+
 
 @dataclass(frozen=True)
 class TrainingNotes:
@@ -48,12 +50,12 @@ class TrainingNotes:
 
     :param text: in Markdown.
     :param figure: the training's curves, a PNG file; None if there are none.
-    :param settings: ``temperature`` and ``max_new_tokens`` of the texts, where they are known.
+    :param settings: ``temperature``, ``max_new_tokens`` and ``stop`` of the texts, where they are known.
     """
 
     text: str
     figure: bytes | None
-    settings: Mapping[str, float]
+    settings: Mapping[str, Setting]
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,8 @@ def write_card(folder: Path, loading: Loading, notes: TrainingNotes | None) -> N
     """
     parts = [_front_matter(loading), OURS, _title(loading)]
     if notes is not None:
-        settings = {name: float(value) for name, value in notes.settings.items()}
-        parts.append(f"<!-- training {json.dumps(settings)} -->\n{notes.text.strip()}\n<!-- end of training -->")
+        settings = json.dumps(dict(notes.settings)).replace(">", "\\u003e")  # which could end the comment
+        parts.append(f"<!-- training {settings} -->\n{notes.text.strip()}\n<!-- end of training -->")
         if notes.figure is not None:
             (folder / FIGURE).write_bytes(notes.figure)
     parts.append(_how_to_load(loading, {} if notes is None else notes.settings))
@@ -110,7 +112,7 @@ def read_notes(folder: Path) -> TrainingNotes | None:
     try:
         if path.stat().st_size > MAX_CARD or not (found := NOTES.search(path.read_text(encoding="utf-8"))):
             return None
-        settings = {str(name): float(value) for name, value in json.loads(found[1]).items()}
+        settings = {str(name): _setting(name, value) for name, value in json.loads(found[1]).items()}
         image = folder / FIGURE
         small = image.is_file() and image.stat().st_size <= MAX_FIGURE
         return TrainingNotes(found[2].strip(), image.read_bytes() if small else None, settings)
@@ -132,8 +134,7 @@ def training_notes(posterior: Posterior) -> TrainingNotes:
     parts = ["## Training", _settings(posterior, program), _table(posterior)]
     if figure is not None:
         parts.append(f"![ELBO, log-likelihood and KL to the prior of each step]({FIGURE})")
-    settings = {name: program[name] for name in GENERATION if isinstance(program.get(name), int | float)}
-    return TrainingNotes("\n\n".join(parts), figure, settings)
+    return TrainingNotes("\n\n".join(parts), figure, _of_texts(program))
 
 
 def unfinished_notes(program: Mapping[str, Any], step: int, history: Mapping[str, Sequence[Any]]) -> TrainingNotes:
@@ -151,8 +152,7 @@ def unfinished_notes(program: Mapping[str, Any], step: int, history: Mapping[str
     known = {name: title for name, title in titles.items() if len(history.get(name, ()))}
     rows |= {f"{title} in the last step": f"{float(np.mean(history[name][-1])):.3f}" for name, title in known.items()}
     lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()]
-    settings = {name: program[name] for name in GENERATION if isinstance(program.get(name), int | float)}
-    return TrainingNotes("\n".join(["## Training", "", "| | |", "|---|---|", *lines]), None, settings)
+    return TrainingNotes("\n".join(["## Training", "", "| | |", "|---|---|", *lines]), None, _of_texts(program))
 
 
 def _settings(posterior: Posterior, program: dict[str, Any]) -> str:
@@ -274,7 +274,18 @@ def _title(loading: Loading) -> str:
     return f"# A language model saved by bayeslm\n\nThis folder holds {what}, in the format of transformers or PEFT."
 
 
-def _how_to_load(loading: Loading, settings: Mapping[str, float]) -> str:
+def _of_texts(program: Mapping[str, Any]) -> dict[str, Setting]:
+    """Return the settings of a program that its texts depend on, of those that `TrainingNotes` has."""
+    found: dict[str, Setting] = {n: program[n] for n in GENERATION if isinstance(program.get(n), int | float)}
+    return found | ({"stop": program["stop"]} if isinstance(program.get("stop"), list) else {})
+
+
+def _setting(name: str, value: Any) -> Setting:
+    """Return a setting of a card: a number, or the strings that end a text."""
+    return [str(each) for each in value] if name == "stop" else float(value)
+
+
+def _how_to_load(loading: Loading, settings: Mapping[str, Setting]) -> str:
     """Return code for PEFT or transformers, vLLM and bayeslm, to run in the folder."""
     lines = ["## How to load it", ""]
     if loading.base is not None:
@@ -288,8 +299,10 @@ def _how_to_load(loading: Loading, settings: Mapping[str, float]) -> str:
         kind = f"{'AutoModel' if loading.base is None else 'AutoPeftModel'}For{task}"
         where = "transformers" if loading.base is None else "peft"
         load = [f"from {where} import {kind}", "", f'model = {kind}.from_pretrained(".", dtype="{loading.dtype}")']
-    limit, temperature = int(settings.get("max_new_tokens", 128)), settings.get("temperature", 1.0)
-    how = f"do_sample=True, temperature={temperature}, top_k=0, top_p=1.0, max_new_tokens={limit}"
+    how = f"do_sample=True, temperature={settings.get('temperature', 1.0)}, top_k=0, top_p=1.0, "
+    how += f"max_new_tokens={settings.get('max_new_tokens', 128):.0f}"
+    stop = settings.get("stop")
+    how += "" if stop is None or not loading.has_tokenizer else f", stop_strings={stop!r}, tokenizer=tokenizer"
     if loading.is_encoder_decoder:  # whose generation configs often search beams, and end texts at the limit
         how += ", num_beams=1, forced_eos_token_id=None"
     if loading.has_tokenizer:

@@ -41,6 +41,10 @@ FACTS = {
     "beta": "β",
     "max_new_tokens": "Longest completion",
     "temperature": "Temperature of the prior",
+    "top_k": "Likeliest tokens of the prior",
+    "top_p": "Probability of the prior's tokens",
+    "stop": "Strings that end a completion",
+    "power": "Power of the prior",
 }
 
 

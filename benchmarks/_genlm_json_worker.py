@@ -6,20 +6,36 @@ One JSON object a line, as in `_genlm_worker.py`; `_genlm.py` says how its backe
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from _genlm import Problem, main
-from genlm.control import AWRS, SMC, JsonSchema
+from genlm.control import AWRS, SMC, JsonSchema, Potential
+
+
+class OneObject(Potential):
+    """Texts whose only closing brace is their end, and whose only opening one is their beginning."""
+
+    async def prefix(self, context: Sequence[int]) -> float:
+        text = bytes(context)
+        return 0.0 if b"{" not in text[1:] and b"}" not in text[:-1] else -np.inf
+
+    async def complete(self, context: Sequence[int]) -> float:
+        return await self.prefix(context)
 
 
 class Sampler:
     def __init__(self, schema: dict[str, Any], **problem: Any) -> None:
         self.problem = Problem(**problem)
-        llm = self.problem.llm
-        self.smc = SMC(AWRS(llm, JsonSchema(schema).coerce(llm, f=b"".join)))
+        self.language, llm = JsonSchema(schema) * OneObject(list(range(256))), self.problem.llm
+        self.smc = SMC(AWRS(llm, self.language.coerce(llm, f=b"".join)))
 
-    def run(self, particles: int, seed: int) -> dict[str, Any]:
+    def run(self, particles: int = 0, seed: int = 0, texts: Sequence[str] = ()) -> dict[str, Any]:
+        """Return the figures of a run, or, of texts, which are in the language."""
+        if not particles:
+            return {"members": [asyncio.run(self.language.complete(list(text.encode()))) == 0.0 for text in texts]}
         seconds, sequences = self.problem.run(self.smc, particles, seed, max_tokens=self.problem.tokens)
         weighted = zip(sequences.contexts, sequences.log_weights, strict=True)
         return {

@@ -55,8 +55,6 @@ def moment_target(base: TiltedLM, moments: Sequence[Moment], coefficients: Seque
         base.prior,
         sum(terms[1:], start=terms[0]) if terms else None,
         1.0,
-        max_new_tokens=base.max_new_tokens,
-        temperature=base.temperature,
+        **base.prior_settings,
         power=base.power,
-        stop=base.stop,
     )

@@ -22,10 +22,12 @@ import pyro
 from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
-from bayeslm.models.lm import Autoregressive, LanguageModel, Prompt, on_host, read_table, without_index
+from bayeslm.models.lm import Autoregressive, LanguageModel, Prompt, check_stop, on_host, read_table, without_index
 from bayeslm.models.rewards import Reward, RewardFunction, factor, with_trainer_arguments
 from bayeslm.short_repr import call
-from bayeslm.validation import Count, Positive, Unchecked, validated
+from bayeslm.validation import Count, Positive, Unchecked, Within, validated
+
+SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "stop")  # of the prior's distribution
 
 
 @validated
@@ -39,12 +41,16 @@ class TiltedLM:
     :param beta: the KL coefficient; the smaller it is, the sharper is the posterior.
     :param max_new_tokens: the longest completion.
     :param temperature: divides the prior's logits.
-    :param stop: strings that end a completion, see `LanguageModel.forward`.
-    :param power: alpha, of p as ``temperature`` leaves it. ``SMC(twist=Power(alpha))`` is made for it.
+    :param top_k: of each token the k likeliest remain, renormalised; None: all. A policy is not truncated: where it is
+        trained by its own draws, as by `ReverseKL`, those that the prior cannot draw are refused; by `ForwardKL` not.
+    :param top_p: of each token the fewest likeliest with this probability remain, renormalised; None: all.
+    :param stop: a string, or several, that end a completion as an end token does; they are part of it.
+    :param power: alpha, of p as the settings above leave it. ``SMC(twist=Power(alpha))`` is made for it.
     :param subsample_size: prompts in each run of the program, chosen at random by Pyro's plate: the minibatch of a
         training step. None: all of them.
-    :raises ValueError: if ``beta``, ``temperature`` or ``power`` is not positive and finite, or ``max_new_tokens`` or
-        ``subsample_size`` < 1.
+    :raises TypeError: if ``stop`` is no string, or the prior has no tokenizer to read it with.
+    :raises ValueError: if ``beta``, ``temperature`` or ``power`` is not positive and finite, ``max_new_tokens``,
+        ``top_k`` or ``subsample_size`` < 1, ``top_p`` is not in (0, 1], or ``stop`` holds an empty string.
     """
 
     stands_alone = True  # engines need not try whether particles of this very class mix
@@ -57,8 +63,10 @@ class TiltedLM:
         *,
         max_new_tokens: Count = 24,
         temperature: Positive = 1.0,
-        power: Positive = 1.0,
+        top_k: Count | None = None,
+        top_p: Annotated[float, Within("(0, 1]")] | None = None,
         stop: Annotated[str | Sequence[str] | None, Unchecked] = None,
+        power: Positive = 1.0,
         subsample_size: Count | None = None,
     ) -> None:
         self.prior = prior
@@ -66,13 +74,20 @@ class TiltedLM:
         self.beta = beta
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
+        self.top_k = top_k
+        self.top_p = top_p
+        self.stop = None if stop is None else check_stop(stop, prior.tokenizer)
         self.power = power
-        self.stop = stop
         self.subsample_size = subsample_size
 
     def __repr__(self) -> str:
-        settings = ("prior", "reward", "beta", "max_new_tokens", "temperature", "subsample_size")
+        settings = ("prior", "reward", "beta", *SETTINGS, "power", "subsample_size")
         return call("TiltedLM", {name: getattr(self, name) for name in settings})
+
+    @property
+    def prior_settings(self) -> dict[str, Any]:
+        """The settings of the prior's distribution: the arguments of `LanguageModel.forward` after the prompts."""
+        return {name: getattr(self, name) for name in SETTINGS}
 
     @property
     def log_bound(self) -> float:
@@ -121,7 +136,7 @@ class TiltedLM:
         with pyro.plate("prompts", len(prompts), subsample_size=size) as batch:
             if batch is not None and len(batch) < len(prompts):
                 (prompts,), columns = self.some_prompts(batch, prompts, **columns)
-            distribution = self.prior(prompts, self.max_new_tokens, self.temperature, stop=self.stop)
+            distribution = self.prior(prompts, **self.prior_settings)
             x = pyro.sample("completion", distribution)
             if self.power != 1.0:
                 log_p = distribution.log_prob(x)

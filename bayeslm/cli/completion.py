@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 ENGINES = ("exact", "importance", "adaptive", "auto", "rejection", "bestofn", "smc", "annealed", "mcmc", "svi", "nuts")
-REWARDS: tuple[str, ...] = ("classifier", "constraint", "contains", "exactmatch", "grammar", "length", "matches")
-REWARDS += ("sentiment", "similarity", "tokenf1", "toxicity")
+REWARDS: tuple[str, ...] = ("classifier", "constraint", "contains", "exactmatch", "grammar", "judge", "length")
+REWARDS += ("matches", "sentiment", "similarity", "tokenf1", "toxicity")
 
 
 def complete_engine(incomplete: str) -> list[str]:

@@ -64,6 +64,17 @@ def infer(
         int | None, typer.Option(help="Length limit of a completion, in tokens. Default: 24.")
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="Divides the prior's logits. Default: 1.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Of each token of the prior the k likeliest remain, renormalised. Default: all.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Of each token the fewest likeliest with this probability remain. Default: all."),
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="A string that ends a completion as an end token does; it may be repeated. Default: none."),
+    ] = None,
     subsample_size: Annotated[
         int | None,
         typer.Option(help="svi, importance: number of prompts at a time, for more prompts than fit one step."),
@@ -104,7 +115,7 @@ def infer(
         from .inputs import one_source
         from .settings import NAMES, read_settings
 
-        options = {name: ctx.params[name] for name in NAMES if ctx.params.get(name) is not None}
+        options = {name: ctx.params[name] for name in NAMES if ctx.params.get(name) not in (None, [], ())}
         options |= {name: str(value) for name, value in options.items() if isinstance(value, Path)}
         options |= {} if (source := one_source(prompt, prompts)) is None else {"prompts": source}
         settings = read_settings(config, options, engine or [])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from bayeslm.validation import Count, Positive, Seed, validated
+from bayeslm.validation import Count, Positive, Seed, Within, validated
 
 from .console import UsageError
 from .expressions import calls, nearest
@@ -27,7 +27,8 @@ class RunSettings:
     :param prior: see `LanguageModel.from_pretrained`, as for ``device``, ``dtype``, ``batch_size`` and
         ``gradient_checkpointing``.
     :param reward: an expression of built-in rewards and addresses of functions, see `inputs.load_reward`.
-    :param beta: see `TiltedLM`, as for ``max_new_tokens``, ``temperature`` and ``subsample_size``.
+    :param beta: see `TiltedLM`, as for ``max_new_tokens``, ``temperature``, ``top_k``, ``top_p``, ``stop`` and
+        ``subsample_size``.
     :param timeout: seconds of the reward for a batch of texts.
     :param engines: settings of each engine, by its own names.
     :param seed: of all engines that have no other.
@@ -41,6 +42,9 @@ class RunSettings:
     timeout: Positive | None = None
     max_new_tokens: Count = 24
     temperature: Positive = 1.0
+    top_k: Count | None = None
+    top_p: Annotated[float, Within("(0, 1]")] | None = None
+    stop: str | list[str] | None = None
     subsample_size: Count | None = None
     engines: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"importance": {}})
     device: str | None = None
@@ -70,6 +74,9 @@ class RunSettings:
             self.beta,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            stop=self.stop,
             subsample_size=subsample_size,
         )
 

@@ -19,7 +19,8 @@ def describe(program: Program) -> dict[str, Any]:
     """Return a ``program``'s name and its settings that can be written down, for the statistics of a run.
 
     They are the attributes of an object, such as a `TiltedLM`, or the arguments of a function, its defaults among them;
-    of both those that are numbers, strings, rewards or language models. ``prior`` is the name of the language model.
+    of both those that are numbers, strings, tuples of strings, rewards or language models. ``prior`` is the name of the
+    language model.
     """
     model = program.model
     named = getattr(model, "func", model) if isinstance(model, partial) else model
@@ -39,11 +40,13 @@ def describe_object(value: Any) -> str:
 
 
 def written(value: Any) -> Any:
-    """Return a value as JSON has it: a number, a string, or in words a reward or a language model; else None."""
+    """Return a value as JSON has it: a number, strings, or in words a reward or a language model; else None."""
     if isinstance(value, LanguageModel):
         return _prior_name(value)
     if isinstance(value, Reward):
         value = repr(value)
+    if isinstance(value, tuple) and value and all(isinstance(each, str) for each in value):
+        return list(value)
     if isinstance(value, str):
         return value if len(value) <= LONGEST else f"{value[:LONGEST]}…"
     return value if isinstance(value, bool | int | float) else None

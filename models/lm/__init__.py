@@ -13,6 +13,7 @@ from .remembered import on_host, put_on_host, remembering
 from .sampler import LIMIT, Drawn, DrawRequest, Draws, Sampler, SamplerError, Weights, drawing_by_samplers
 from .sharded_passes import passes_together
 from .sharding import in_parts_like, is_sharded, offering, own_part, refuse_sharded, whole_offer, whole_state
+from .stop_strings import check_stop
 from .suffix import redraw
 from .tables import read_table, without_index
 from .tensor_files import read_tensors, write_tensors
@@ -43,6 +44,7 @@ __all__ = [
     "Weights",
     "announcing",
     "categorical",
+    "check_stop",
     "count_usage",
     "differentiating",
     "drawing_by_samplers",

@@ -13,6 +13,7 @@ from bayeslm.validation import validated
 from .answers import ExactMatch, TokenF1
 from .classifier import Classifier
 from .grammar import Grammar
+from .judge import Judge
 from .reward import Reward
 from .text_rewards import Sentiment, Similarity, Toxicity
 from .verifiable import Constraint, Contains, Length, Matches
@@ -20,8 +21,8 @@ from .verifiable import Constraint, Contains, Length, Matches
 BUILT_IN: dict[str, type[Reward]] = {
     reward.__qualname__.lower(): reward
     for reward in (
-        *(Classifier, Constraint, Contains, ExactMatch, Grammar, Length, Matches, Sentiment, Similarity, TokenF1),
-        Toxicity,
+        *(Classifier, Constraint, Contains, ExactMatch, Grammar, Judge, Length, Matches, Sentiment, Similarity),
+        *(TokenF1, Toxicity),
     )
 }
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from support.judge_server import Script, reply, serving
 from typer.testing import CliRunner
 
 from bayeslm.cli import app
@@ -68,6 +70,48 @@ def test_an_output_folder_says_how_to_run_it_again(folder):
         for key, value in first.items():
             np.testing.assert_array_equal(second[key], value, err_msg=f"{name}: {key}")
     assert "importance: already in first" in run("infer", "--config", "first/run.yaml", "--out", "first")
+
+
+def test_the_prior_is_what_its_options_and_its_file_say(folder):
+    """Texts of the run end at its stop strings and have its likeliest tokens alone; run.yaml repeats it."""
+    options = ["--top-k", "2", "--top-p", "0.9", "--stop", "a", "--stop", "c d", "--max-new-tokens", "4"]
+    run("infer", "b", "--prior", "model", "--reward", "length", "--engine", "exact", *options, "--out", "first")
+    run("infer", "--config", "first/run.yaml", "--out", "second")
+    first, second = Posterior.load("first/exact"), Posterior.load("second/exact")
+    stops = {"top_k": 2, "top_p": 0.9, "stop": ["a", "c d"]}
+    assert stops.items() <= yaml.safe_load(Path("second/run.yaml").read_text()).items()
+    assert stops.items() <= second.stats["program"].items()
+    distribution = LanguageModel.from_pretrained("model")(["b"], 4, top_k=2, top_p=0.9, stop=["a", "c d"])
+    x = distribution.enumerate_support()
+    expected = distribution.log_prob(x) + 10 * torch.as_tensor(first.rewards["reward"][0])
+    np.testing.assert_allclose(first.log_joint[0], expected, atol=1e-4)
+    np.testing.assert_array_equal(first.log_joint, second.log_joint)
+    assert "top_p was 0.9 and is null" in run(
+        *("infer", "b", "--prior", "model", "--reward", "length", "--engine", "exact", "--top-k", "2"),
+        *("--stop", "a", "--stop", "c d", "--max-new-tokens", "4", "--out", "first"),
+        code=1,
+    )
+
+
+def test_a_judge_is_a_reward_of_the_command_line(folder, monkeypatch):
+    """Its verdicts are the rewards of the texts that it was asked about; run.yaml asks it again."""
+    pytest.importorskip("openai")
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    script = Script(reply(lambda message: str(message.split(" --- ")[1].count("a"))))
+    with serving(script) as address:
+        reward = f"2 * judge(model=m, instruction='{{prompt}} --- {{completion}} --- 0 to 9', base_url='{address}', "
+        reward += "scores=(0, 9), key_variable=None, cache='verdicts.sqlite') - length"
+        call = ["infer", "b", "--prior", "model", "--reward", reward, "--max-new-tokens", "2", "--engine", "exact"]
+        run(*call, "--out", "first")
+        asked = len(script.requests)
+        run("infer", "--config", "first/run.yaml", "--out", "second")
+    first, second = Posterior.load("first/exact"), Posterior.load("second/exact")
+    texts, lengths = first.texts["completion"], first.lengths["completion"]
+    expected = [2.0 * text.count("a") - len(text.split()) for text in texts.reshape(-1)]
+    np.testing.assert_allclose(first.rewards["reward"].reshape(-1), expected, err_msg=str(lengths))
+    np.testing.assert_array_equal(first.log_joint, second.log_joint)
+    assert len(script.requests) == asked > 0
 
 
 def test_a_folder_keeps_the_engines_that_have_results(folder):
@@ -136,6 +180,8 @@ def test_options_take_the_place_of_a_files_settings(tmp_path, options, engines, 
 
 BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
 REFUSED = {
+    "share of tokens": ("top_p: 1.5", "top_p must be a number in (0, 1] or None, got 1.5"),
+    "strings": ("stop: [3]", "stop[0] must be a string, got 3"),
     "unknown": ("promts: [a]", "'promts' is unknown, did you mean 'prompts'? Allowed are prompts, prior, reward"),
     "range": ("beta: -1", "beta must be positive and finite, got -1"),
     "type": ("max_new_tokens: many", "max_new_tokens must be a positive whole number, got 'many'"),

@@ -32,6 +32,7 @@ BASES = {
     "the prior": TiltedLM(LM, None, max_new_tokens=4),
     "a posterior": TiltedLM(LM, rewards.Contains("b"), 0.7, max_new_tokens=4),
     "a power": TiltedLM(LM, None, max_new_tokens=4, power=1.5),
+    "a truncated prior": TiltedLM(LM, None, max_new_tokens=4, top_k=4, stop="b"),
 }
 
 

@@ -9,8 +9,9 @@ from support.programs import PROMPTS, token_is
 from support.statistics import assert_agrees, assert_mean, deviations
 
 from bayeslm.inference import SMC, Exact, ImportanceSampling, RejectionSampling
-from bayeslm.inference.sequential import Power
+from bayeslm.inference.sequential import Power, TwistLearning
 from bayeslm.models import LanguageModel, TiltedLM, rewards
+from bayeslm.models.lm import Twist
 
 TOKENS = 4
 MODELS = {
@@ -55,6 +56,32 @@ def test_smc_agrees_with_exact(kind, alpha):
     for function in (token_is(0, 3), token_is(2, 2)):
         mean = expectation(exact, function(exact))
         assert_mean(deviations(posterior, function(posterior), mean, exact.log_evidence), 0.0, rounding=3e-3)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "twist"),
+    [
+        *((alpha, "partial") for alpha in (0.5, 2.0, 4.0)),
+        *((alpha, "learned, of the rewarded power") for alpha in (0.5, 4.0)),
+        (2.0, "learned"),
+    ],
+)
+def test_twists_of_the_reward_agree_with_exact(alpha, twist):
+    """A reward's and a learned twist are of all that the program says, the power's factor too; and as proposals."""
+    model = program("table", alpha, rewarded=True)
+    exact = Exact().run(model, PROMPTS)
+    found = {"twist": "partial"} if twist == "partial" else {"proposal": "twist", "twist": learned(alpha, twist)}
+    posterior = SMC(num_particles=32, num_chains=100, **found, seed=0, progress=False).run(model, PROMPTS)
+    assert_mean(np.exp(posterior.log_weights - exact.log_evidence).mean(1), 1.0, rounding=3e-3)
+    for function in (token_is(0, 3), token_is(2, 2)):
+        mean = expectation(exact, function(exact))
+        assert_mean(deviations(posterior, function(posterior), mean, exact.log_evidence), 0.0, rounding=3e-3)
+
+
+def learned(alpha: float, of: str) -> Twist:
+    """A twist that was learned for the reward alone, which the power makes a poor one, or for the whole program."""
+    model = program("table", alpha if of.endswith("power") else 1.0, rewarded=True)
+    return TwistLearning(num_particles=64, num_steps=20, seed=0, progress=False).run(model, PROMPTS)
 
 
 def test_other_engines_agree_with_exact():

@@ -1,5 +1,6 @@
 """The card of a saved policy says what enumeration says, carries over, and can be followed."""
 
+import ast
 import re
 import shlex
 import warnings
@@ -255,6 +256,21 @@ def test_a_card_of_ones_own_stays_and_one_of_ours_is_renewed(policy, tmp_path):
         LanguageModel.from_pretrained(tmp_path / "model")
     policy.merged().save_pretrained(tmp_path / "model")
     assert card(tmp_path / "model") == "mine"
+
+
+def test_a_card_says_with_which_strings_texts_end(tmp_path):
+    """In code that generates them, and after a new saving; nothing in them leaves the place it is in."""
+    stop = ("a b", "--> \"'`|", "\n")
+    program = TiltedLM(table_lm(vocab=4), rewards.Reward(letters), beta=0.7, max_new_tokens=3, stop=stop)
+    trained(program).policy.save_pretrained(tmp_path)
+    policy = LanguageModel.from_pretrained(tmp_path)
+    assert policy.provenance.settings["stop"] == list(stop)
+    policy.save_pretrained(tmp_path / "again")
+    (line,) = [line for line in card(tmp_path / "again").splitlines() if "model.generate(" in line]
+    calls = [node for node in ast.walk(ast.parse(line)) if isinstance(node, ast.Call)]
+    (strings,) = [key.value for call in calls for key in call.keywords if key.arg == "stop_strings"]
+    assert ast.literal_eval(strings) == list(stop)
+    assert settings_of(card(tmp_path))["stop"]
 
 
 @pytest.mark.parametrize(

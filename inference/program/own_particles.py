@@ -42,7 +42,8 @@ def check_own_particles(
 
     No network of a completion runs, and no `Reward` is called: it repeats its scores of the run. Functions that the
     program calls itself are called for these particles; the random state is restored. Sites that have other scores
-    when the same particles run again, because the program is random, are not compared.
+    when the same particles run again, because the program is random, are not compared; nor is a program that asks
+    whether it is rehearsed, which does something else then.
 
     :param program: also a guide in its place (`program_of_guide`).
     :param what: program or guide, for the error.
@@ -50,7 +51,7 @@ def check_own_particles(
     :param scores: what the rewards of the run gave.
     :raises ProgramError: if a site's scores differ.
     """
-    with seeded(3), torch.no_grad(), repeating(scores or RememberedScores()), poutine.block():
+    with seeded(3), torch.no_grad(), repeating(scores or RememberedScores()) as asked, poutine.block():
         try:
             found = scores_of(program, trace, num_particles)
             chosen = _chosen(program, trace, found, num_particles)
@@ -71,7 +72,7 @@ def check_own_particles(
                 continue
             if names := differing(i, {name: x[i : i + 1] for name, x in found.items()}, expected):
                 different[i] = names, expected
-        if not different:
+        if asked or not different:
             return
         names = set.union(*(names for names, _ in different.values()))
         every = values_of(program, trace, num_particles)

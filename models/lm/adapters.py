@@ -180,7 +180,7 @@ def with_lora(network: nn.Module, rank: int, alpha: int, name: str | None, layer
 
     :param name: where the network can be loaded from, which is saved with the adapters.
     :param layers: the share of the layers that get adapters, the last ones.
-    :raises ValueError: if ``rank`` < 1.
+    :raises ValueError: if ``rank`` < 1, or no layer takes an adapter.
     """
     if rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {rank}")
@@ -196,7 +196,13 @@ def with_lora(network: nn.Module, rank: int, alpha: int, name: str | None, layer
         task_type="SEQ_2_SEQ_LM" if is_encoder_decoder(network) else "CAUSAL_LM",
     )
     with _quiet():
-        adapted: Any = get_peft_model(around, config)
+        try:
+            adapted: Any = get_peft_model(around, config)
+        except ValueError as error:
+            raise ValueError(
+                f"lora_rank={rank}: {type(network).__name__} has no linear layer that takes an adapter; policy() "
+                f"without lora_rank trains all weights ({error})"
+            ) from error
     # Not the folder in transformers' config: the weights may have been trained since they were loaded from it.
     adapted.peft_config["default"].base_model_name_or_path = "" if has_adapters(network) else name or ""
     return adapted

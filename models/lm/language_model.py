@@ -235,7 +235,7 @@ class LanguageModel(ModuleWithProperties):
         :param lora_layers: the share of the layers that get adapters, the last ones, but one at least. Gradients do not
             go through the layers before them.
         :raises TypeError: if this model is `packed`.
-        :raises ValueError: if ``lora_rank`` < 1.
+        :raises ValueError: if ``lora_rank`` < 1, or no layer takes an adapter.
         """
         packing.refuse_packed(self.network)
         self.current()

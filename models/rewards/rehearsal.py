@@ -66,14 +66,22 @@ def remembering_scores() -> Iterator[RememberedScores]:
         _remembered.reset(token)
 
 
+_asked: ContextVar[list[bool] | None] = ContextVar("whether it was asked", default=None)
+
+
 @contextmanager
-def repeating(scores: RememberedScores) -> Iterator[None]:
-    """Within, rewards give these scores, and call no function."""
-    token = _repeated.set(scores)
+def repeating(scores: RememberedScores) -> Iterator[list[bool]]:
+    """Within, rewards give these scores, and call no function.
+
+    Yields a list that is empty as long as no program asks `is_rehearsal`: one that does is another then.
+    """
+    asked: list[bool] = []
+    tokens = _repeated.set(scores), _asked.set(asked)
     try:
-        yield
+        yield asked
     finally:
-        _repeated.reset(token)
+        _repeated.reset(tokens[0])
+        _asked.reset(tokens[1])
 
 
 def remember(reward: Any, flat: Flat, scores: Sequence[float]) -> None:
@@ -101,7 +109,10 @@ def rehearsal(*, calls: bool = False) -> Iterator[None]:
 
 
 def is_rehearsal() -> bool:
-    """Return whether rewards are to give arbitrary scores, and call no function."""
+    """Return whether rewards are to give arbitrary scores, and call no function; or earlier ones, see `repeating`."""
+    if (asked := _asked.get()) is not None:
+        asked.append(True)
+        return True
     return _active.get() == "silent"
 
 

@@ -64,6 +64,7 @@ def test_token_ids_that_are_none(place: Path, ids: str) -> None:
     path = Path("model/generation_config.json")
     settings = json.loads(path.read_text()) | {"eos_token_id": None}
     path.write_text(json.dumps(settings).replace('"eos_token_id": null', f'"eos_token_id": {ids}'))
+    write_checksums(Path("model"))
     assert "of model has the eos_token_id" in refused(USES["model"])
 
 

@@ -131,8 +131,8 @@ def test_the_density_is_accurate_for_levels_of_any_size(below, n):
 OK = {"reward": REWARDS["ties"], "n": 4, "prompts": PROMPTS, "prior_rewards": [[1.0, 2.0], [0.0, 1.0]]}
 WRONG = {
     "another number of prompts": ({"prior_rewards": [[1.0], [2.0]]}, r"must be \(draw, 2\)"),
-    "no numbers": ({"prior_rewards": [["high", 1.0]]}, "prior_rewards must be rows of numbers"),
-    "rows of other lengths": ({"prior_rewards": [[1.0, 2.0], [1.0]]}, "prior_rewards must be rows of numbers"),
+    "no numbers": ({"prior_rewards": [["high", 1.0]]}, "prior_rewards must be an array of numbers"),
+    "rows of other lengths": ({"prior_rewards": [[1.0, 2.0], [1.0]]}, "prior_rewards must be an array of numbers"),
     "no draws": ({"prior_rewards": np.zeros((0, 2))}, r"must be \(draw, 2\)"),
     "NaN": ({"prior_rewards": [[np.nan, 1.0]]}, "finite or -inf"),
     "a prompt twice": ({"prompts": [[1], [1]]}, r"prompt \[1\] occurs twice"),

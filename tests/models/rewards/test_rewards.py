@@ -286,7 +286,9 @@ def test_get():
     assert rewards.get("length", target=3, unit="characters")(["p"], ["abcd"]).item() == -1
     with pytest.raises(ValueError, match="no reward is called 'sentimant', did you mean 'sentiment'") as caught:
         rewards.get("sentimant")
-    names = "classifier, constraint, contains, exactmatch, grammar, length, matches, sentiment, similarity, tokenf1"
+    names = (
+        "classifier, constraint, contains, exactmatch, grammar, judge, length, matches, sentiment, similarity, tokenf1"
+    )
     assert f"{names}, toxicity" in str(caught.value)
     with pytest.raises(ValueError, match="no reward is called 'xyzzy'; there are"):
         rewards.get("xyzzy")

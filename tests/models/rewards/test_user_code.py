@@ -312,7 +312,7 @@ def test_abstaining_adds_nothing(reward, expected):
     ],
 )
 def test_a_text_from_which_all_abstain_is_an_error(reward):
-    with pytest.raises(RewardError, match=r"abstained .* no other reward scores it\n  prompt:     'q'\n.*'c'"):
+    with pytest.raises(RewardError, match=r"abstained .* no other reward scores it.*\n  prompt:     'q'\n.*'c'"):
         reward(["p", "q"], ["a", "c"])
 
 

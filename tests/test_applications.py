@@ -44,7 +44,9 @@ def tiny() -> LanguageModel:
 
 
 @pytest.mark.parametrize("model", ["tiny", pytest.param("smollm2", marks=pytest.mark.long)])
-@pytest.mark.parametrize("name", ["generation", "question_answering", "over_fitting"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("generation", marks=pytest.mark.long), "question_answering", "over_fitting"]
+)
 def test_an_application_runs_from_options_to_figures(name, model, load, tmp_path, monkeypatch, request):
     script = load(name)
     if name == "question_answering":

@@ -73,7 +73,8 @@ def test_the_reward_of_a_summary(load, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "has_picture"), [("reasoning", True), ("summaries", True), ("reasoning_smollm2", False)]
+    ("name", "has_picture"),
+    [("reasoning", True), pytest.param("summaries", True, marks=pytest.mark.long), ("reasoning_smollm2", False)],
 )
 def test_an_application_runs_at_a_small_size(name, has_picture, load, monkeypatch, tmp_path):
     script, given = load(name), []

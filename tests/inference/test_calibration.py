@@ -284,7 +284,7 @@ def test_a_wrong_acceptance_is_seen(name):
         assert_joint_distribution_kept(stepping(WRONG[name], 600), 600, steps=20)
 
 
-@pytest.mark.parametrize("continuous", ["random-walk", "nuts"])
+@pytest.mark.parametrize("continuous", ["random-walk", pytest.param("nuts", marks=pytest.mark.long)])
 def test_the_kernel_for_pyro_leaves_the_joint_distribution(continuous):
     """Its warm-up is before: what adapts, depends on the chain's past."""
     replicates = 100

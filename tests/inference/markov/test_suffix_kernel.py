@@ -74,7 +74,7 @@ def mixed(y, noise=1.0):
     return model, discrete
 
 
-@pytest.mark.parametrize("continuous", ["random-walk", "nuts"])
+@pytest.mark.parametrize("continuous", ["random-walk", pytest.param("nuts", marks=pytest.mark.long)])
 def test_every_kind_of_latent_agrees_with_exact(continuous):
     """A width whose support the topic changes, and a prompt that the topic changes, among them."""
     model, discrete = mixed(1.5)

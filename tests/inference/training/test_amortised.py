@@ -64,7 +64,9 @@ def test_gradient_is_unbiased_for_all_prompts(make):
 
 
 @pytest.mark.parametrize(
-    "objective", [ReverseKL(8), Trace_ELBO(16, vectorize_particles=True)], ids=["reverse KL", "stock Trace_ELBO"]
+    "objective",
+    [ReverseKL(8), pytest.param(Trace_ELBO(16, vectorize_particles=True), marks=pytest.mark.long)],
+    ids=["reverse KL", "stock Trace_ELBO"],
 )
 def test_gradient_of_the_default_guide_with_other_latents_of_each_prompt(objective):
     """theta ~ N(0, 1) and mood ~ Bernoulli beside the completion, parameters of their own for each of 30 prompts."""

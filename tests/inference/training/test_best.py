@@ -25,7 +25,9 @@ def steep(seed: int) -> Problem:
     return problem
 
 
-@pytest.mark.parametrize("objective", [ReverseKL(2), LogVariance(2, Replay(8))], ids=["elbo", "replay"])
+@pytest.mark.parametrize(
+    "objective", [ReverseKL(2), pytest.param(LogVariance(2, Replay(8)), marks=pytest.mark.long)], ids=["elbo", "replay"]
+)
 def test_no_training_ends_below_its_prior(objective):
     """Adam at a rate that leads runs away: 20 of 2 problems, against enumeration.
 

@@ -36,7 +36,7 @@ def quick() -> Critic:
     return Critic(learning_rate=0.02, num_steps=5)
 
 
-@pytest.mark.parametrize("num_particles", [1, 4])
+@pytest.mark.parametrize("num_particles", [1, pytest.param(4, marks=pytest.mark.long)])
 @pytest.mark.parametrize("when", ["while it learns", "half-way", "after"])
 def test_gradient_is_unbiased(num_particles, when):
     """At any time: what it has learned from the steps before does not depend on this one's draws."""

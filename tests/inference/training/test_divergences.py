@@ -107,7 +107,11 @@ def test_gradient_is_unbiased(name, seed):
     ("make", "loss"),
     [
         (lambda n, source: ForwardKL(n, source), divergence(lambda t: -t.log())),
-        (lambda n, source: FDivergence("jensen-shannon", n, source), UNBIASED["Jensen-Shannon"][1]),
+        pytest.param(
+            lambda n, source: FDivergence("jensen-shannon", n, source),
+            UNBIASED["Jensen-Shannon"][1],
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["forward KL", "Jensen-Shannon"],
 )

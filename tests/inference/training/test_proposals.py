@@ -94,7 +94,7 @@ def test_weights_are_those_of_the_formula():
         assert len(set(zip(drawn_by[some], teaches[some], strict=True))) == 1
 
 
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("own", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_z_is_unbiased_though_a_policy_memorises_its_teachers(own):
     """The policy repeats the best of 40 draws of 400 words: its density makes that one's weight too small."""
     lm = LanguageModel.tabular(["<eos>", *(f"w{i}" for i in range(399))], order=2, seed=1)

@@ -275,15 +275,15 @@ def test_a_process_that_dies_or_hangs_ends_the_run_and_the_checkpoint_is_good(wh
     engine = FAST(num_steps=40, num_samples=600, checkpoint=Checkpointing(tmp_path, every=5))
 
     def run(rank):
-        return described(partial(engine.run, at_call(25), SHORT))
+        return described(partial(engine.run, at_call(40), SHORT))
 
     start = time.monotonic()
     error, so_far = launch(run, BAYESLM_TIME_LIMIT="1", ACT=what)[0]
     assert time.monotonic() - start < 8.0
     assert "another process of this run has died, or has not answered for 1 seconds" in error
     assert so_far.checkpoint is not None
-    results = launch(lambda rank: engine.run(at_call(25), SHORT), size=3)
-    alone = engine.run(at_call(25), SHORT)  # what three have finished
+    results = launch(lambda rank: engine.run(at_call(40), SHORT), size=3)
+    alone = engine.run(at_call(40), SHORT)  # what three have finished
     for posterior in (*results, alone):
         assert isinstance(posterior, Posterior)
         assert posterior.stats["steps"] == 40

@@ -174,7 +174,9 @@ def test_replay_starts_again_with_other_prompts_in_an_objective():
     "engine",
     [
         Exact(),
-        SMC(num_particles=40, num_chains=200, twist="partial", seed=0, progress=False),
+        pytest.param(
+            SMC(num_particles=40, num_chains=200, twist="partial", seed=0, progress=False), marks=pytest.mark.long
+        ),
         pytest.param(MCMC(num_samples=100, num_chains=200, warmup=20, seed=0, progress=False), marks=pytest.mark.long),
     ],
     ids=["exact", "smc", "mcmc"],

@@ -37,6 +37,7 @@ def test_save_and_load(tmp_path, make):
 @pytest.mark.parametrize("patience", [5.0, 0.0])
 def test_only_a_model_that_takes_long_has_bars_of_transformers(tmp_path, monkeypatch, capsys, patience):
     monkeypatch.setattr(bars, "PATIENCE", patience)
+    monkeypatch.setattr(logging, "_tqdm_active", True)
     seen = []
     monkeypatch.setattr(logging, "_tqdm_hook", lambda make, args, kwargs: seen.append(1) or make(*args, **kwargs))
     tiny_llama().save_pretrained(tmp_path)

@@ -59,7 +59,7 @@ def learned(kind, method, reads_reward):
     return lm, model, Exact(num_prior_samples=1).run(model, PROMPTS), twist
 
 
-@pytest.mark.parametrize("reads_reward", [False, True])
+@pytest.mark.parametrize("reads_reward", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["table", "llama"])
 def test_learns_the_exact_twist(kind, method, reads_reward):

@@ -49,13 +49,13 @@ def assert_closed_form(posterior: Posterior) -> None:
     assert_moments(posterior, theta, *closed_form()[:2])
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_nuts_agrees_with_the_closed_form(seed: int):
     assert_closed_form(NUTS(num_samples=75, warmup=60, num_chains=2, seed=seed, progress=False).run(GAUSSIAN, DATA))
 
 
 @pytest.mark.parametrize("guide", [AutoMultivariateNormal, AutoLaplaceApproximation])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_svi_agrees_with_the_closed_form(guide: type, seed: int):
     """The posterior is normal, so that both guides can represent it, and their unweighted draws are exact too."""
     guide = guide(GAUSSIAN)

@@ -177,7 +177,8 @@ def test_fresh_completions_have_the_posterior_with_the_reward_uncertain(epsilon)
     assert len(pool.completions) == 2
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.long) for i in (1, 2))])
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(3))
 def test_fresh_completions_that_are_equal_are_drawn_again(monkeypatch, seed):
     """The model has three texts and the blank one: after all three pairs, an error says what to do."""
     model = BradleyTerry(letters)

@@ -258,10 +258,10 @@ def test_latents_of_all_prompts(objective):
     ("objective", "steps"),
     [
         (LogVariance(16), 300),
-        (LogVariance(32, Replay(every=4)), 900),  # of which a quarter have new samples
+        pytest.param(LogVariance(32, Replay(every=4)), 900, marks=pytest.mark.long),  # a quarter have new samples
         (LogVariance(64, of_prior), 300),
         (ForwardKL(64), 300),
-        (FDivergence("jensen-shannon", 64), 300),
+        pytest.param(FDivergence("jensen-shannon", 64), 300, marks=pytest.mark.long),
         (FDivergence("reverse-kl", 64, Replay(every=2)), 300),
         (Renyi(0.5, 4), 300),
     ],

@@ -313,7 +313,7 @@ def test_one_of_several_completions():
         SMC(twist=twists["draft"], progress=False).run(model, prompts)
 
 
-@pytest.mark.parametrize("reads_reward", [False, True])
+@pytest.mark.parametrize("reads_reward", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_hard_constraints(reads_reward):
     """Most draws have no likelihood, and some texts are lost before their end."""
     lm = table_lm(order=3, seed=0)

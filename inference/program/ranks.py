@@ -318,11 +318,7 @@ def together(seed: int | None, divided: bool) -> Iterator[tuple[Ranks, int | Non
     drawn = int(torch.randint(2**31, ())) if seed is None else seed
     token = _current.set(run if divided else ALONE)
     try:
-        with (
-            quiet(not run.is_first),
-            warnings.catch_warnings(),
-            announcing(passes_together(run.agree, run.uninterrupted)),
-        ):
+        with quiet(not run.is_first), warnings.catch_warnings(), run.announcing():
             if not run.is_first:
                 warnings.simplefilter("ignore")
             run.check_same("the seed", {"seed": str(seed), "is divided": str(divided)})

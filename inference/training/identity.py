@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayeslm.models.lm import whole_state
+from bayeslm.models.lm import digest_of_values, whole_state
 
 from .source import assigned_outside, is_own, source_of, values_named
 
@@ -74,11 +74,7 @@ def has_unreadable(identity: Any) -> bool:
 
 def digest(module: torch.nn.Module) -> str:
     """Return a digest of the names, shapes and values of all parameters and buffers."""
-    found = blake2b(digest_size=16)
-    for name, x in sorted(whole_state(module), key=lambda each: each[0]):
-        found.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
-        found.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+    return digest_of_values(sorted(whole_state(module), key=lambda each: each[0]))
 
 
 class _Tool(Exception):

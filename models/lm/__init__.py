@@ -20,6 +20,7 @@ from .tensor_files import read_tensors, write_tensors
 from .turns import exclusive, forked
 from .twist import POWERS, Twist, TwistInputs
 from .usage import Usage, count_usage
+from .weights import digest_of_values
 from .words import word_tokenizer
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "check_stop",
     "count_usage",
     "differentiating",
+    "digest_of_values",
     "drawing_by_samplers",
     "exclusive",
     "forked",

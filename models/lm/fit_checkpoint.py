@@ -116,14 +116,5 @@ def digest_of_pairs(pairs: Sequence[Sequence[Sequence[int]]]) -> str:
     return blake2b(json.dumps([list(map(list, pair)) for pair in pairs]).encode(), digest_size=16).hexdigest()
 
 
-def digest_of_weights(parameters: Sequence[Tensor]) -> str:
-    """Return a digest of the values of parameters, in their order."""
-    found = blake2b(digest_size=16)
-    for x in parameters:
-        found.update(f"{tuple(x.shape)} {x.dtype}".encode())
-        found.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]

@@ -22,9 +22,10 @@ from bayeslm.progress import announce, track
 
 from .completions import completion_ids
 from .encoding import Vocabulary
-from .fit_checkpoint import FitCheckpoint, FitState, digest_of_pairs, digest_of_weights
+from .fit_checkpoint import FitCheckpoint, FitState, digest_of_pairs
 from .gradients import differentiating
 from .network import CausalNetwork
+from .weights import digest_of_values
 
 Schedule = Literal["constant", "linear", "cosine"]
 SHARES = {  # of the learning rate, by the share of the steps that is done
@@ -176,7 +177,8 @@ def checkpoint_in(
         yield None
         return
     texts, held_out = (digest_of_pairs(some) for some in pairs)
-    digests = {"texts": texts, "texts held out": held_out, "weights at the start": digest_of_weights(parameters)}
+    start = digest_of_values((str(i), x) for i, x in enumerate(parameters))
+    digests = {"texts": texts, "texts held out": held_out, "weights at the start": start}
     with FitCheckpoint.opened(folder, settings.identity() | digests) as checkpoint:
         yield checkpoint
 

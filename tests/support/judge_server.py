@@ -6,9 +6,10 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import contextmanager
 from typing import Any
+
+from support.loopback import QuietHandler, served
 
 
 class Script:
@@ -35,7 +36,7 @@ def chat(content: Any) -> bytes:
     return json.dumps(kind | {"choices": [message], "usage": usage}).encode()
 
 
-def reply(content: Any) -> Callable[[BaseHTTPRequestHandler], None]:
+def reply(content: Any) -> Callable[[QuietHandler], None]:
     """Answer with a content, or with what a function makes of the message."""
 
     def send(handler: Any) -> None:
@@ -45,7 +46,7 @@ def reply(content: Any) -> Callable[[BaseHTTPRequestHandler], None]:
     return send
 
 
-def raw(status: int, body: bytes, **headers: str) -> Callable[[BaseHTTPRequestHandler], None]:
+def raw(status: int, body: bytes, **headers: str) -> Callable[[QuietHandler], None]:
     def send(handler: Any) -> None:
         handler.send_response(status)
         for name, value in ({"Content-Type": "application/json"} | headers).items():
@@ -73,7 +74,7 @@ def drop(handler: Any) -> None:
     handler.connection.close()
 
 
-def slow(seconds: float, then: Callable[[Any], None]) -> Callable[[BaseHTTPRequestHandler], None]:
+def slow(seconds: float, then: Callable[[Any], None]) -> Callable[[QuietHandler], None]:
     def send(handler: Any) -> None:
         time.sleep(seconds)
         then(handler)
@@ -96,12 +97,10 @@ def drip(handler: Any) -> None:
 def serving(script: Script) -> Iterator[str]:
     """Serve a script; yield the base address."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(QuietHandler):
         def do_POST(self) -> None:
             self.close_connection = True
-            self.request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.request = json.loads(self.body())
             with script.lock:
                 script.at_once += 1
                 script.most_at_once = max(script.at_once, script.most_at_once)
@@ -113,20 +112,5 @@ def serving(script: Script) -> Iterator[str]:
                 with script.lock:
                     script.at_once -= 1
 
-        def finish(self) -> None:
-            with suppress(OSError, ValueError):  # closed on purpose
-                super().finish()
-
-        def log_message(self, *arguments: Any) -> None:
-            """Print nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    server.handle_error = lambda *arguments: None  # type: ignore[method-assign]
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with served(Handler) as address:
+        yield address

@@ -7,12 +7,12 @@ import copy
 import json
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
 from peft import PeftModel
 from support.judge_server import raw
+from support.loopback import QuietHandler, served
 from torch import nn
 
 Fault = Callable[[Any], None]
@@ -90,9 +90,7 @@ class FakeVLLM:
 def serving_vllm(server: FakeVLLM) -> Iterator[str]:
     """Serve; yield the address of the interface."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(QuietHandler):
         def answer(self, body: Any) -> None:
             name = self.path.rpartition("/")[2]
             with server.lock:
@@ -114,21 +112,7 @@ def serving_vllm(server: FakeVLLM) -> Iterator[str]:
             self.answer(None)
 
         def do_POST(self) -> None:
-            self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.answer(json.loads(self.body()))
 
-        def finish(self) -> None:
-            with contextlib.suppress(OSError, ValueError):
-                super().finish()
-
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{http.server_port}/v1"
-    finally:
-        http.shutdown()
-        http.server_close()
+    with served(Handler) as address:
+        yield address

@@ -40,7 +40,9 @@ def concatenate(posteriors: Sequence[Posterior]) -> dict[str, Any]:
     if len(posteriors) == 1:
         return dict(vars(first))
     if first.kind == "enumerated":
-        raise ValueError("concatenate: an enumeration has every value once already: one of them is complete")
+        raise ValueError(
+            "concatenate: posteriors must be of draws: an enumeration has every value once already, so one is complete"
+        )
     for i, other in enumerate(posteriors):
         if any(_same(other.log_joint, one.log_joint) and _same_draws(other, one) for one in posteriors[:i]):
             raise ValueError(f"concatenate: run {i} has the draws of another run: give each a seed of its own, or none")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -44,11 +44,13 @@ def read_texts(value: Any, prompts: Any = None) -> tuple[Any, Any]:
 
     :param value: texts, which are returned unchanged; or a table with a column ``text``, or ``prompt`` and
         ``completion``, as in TRL's data sets. Other columns are ignored.
-    :raises TypeError: if there are prompts beside a table.
+    :raises TypeError: if there are prompts beside a table, or it is neither texts nor a table.
     :raises ValueError: if a table has none of these columns, or its columns have different lengths.
     """
     is_rows = isinstance(value, list | tuple) and bool(value) and all(isinstance(row, Mapping) for row in value)
     if not is_rows and not is_table(value):
+        if not isinstance(value, Iterable):
+            raise TypeError(f"texts must be a list of texts, or a table of them, got {value!r:.60}")
         return value, prompts
     if prompts is not None:
         raise TypeError("prompts are given twice: as an argument, and by the table of texts, as its column 'prompt'")

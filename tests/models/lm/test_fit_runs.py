@@ -159,6 +159,7 @@ def test_texts_in_tables():
     for table, error, match in [
         ({"question": prompts}, ValueError, "name them 'prompt' and 'completion', or 'text'"),
         ({"prompt": prompts, "completion": answers[:1]}, ValueError, "2 prompts have 1 completions"),
+        (1e300, TypeError, "texts must be a list of texts, or a table of them, got 1e"),
     ]:
         with pytest.raises(error, match=match):
             losses(table)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from bayeslm.posterior import DiagnosticsWarning
+from bayeslm import DiagnosticsWarning
 
 from .encoding import Vocabulary
 from .usage import note_drawn

@@ -34,6 +34,11 @@ def rules(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
             "import typing\nif typing.TYPE_CHECKING:\n    from .epochs import E",
             "a circle",
         ),
+        (
+            "inference/training/loop.py",
+            "import importlib\nimportlib.import_module('bayeslm.inference.training.epochs')",
+            "a circle",
+        ),
         ("bayeslm/weights.py", "import torch", "the face imports torch"),
     ],
 )

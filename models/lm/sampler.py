@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from bayeslm.posterior import DiagnosticsWarning
+from bayeslm import DiagnosticsWarning
 
 from .encoding import Encoded
 from .prefix import PromptedNetwork

@@ -110,7 +110,7 @@ class Autoregressive(TorchDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Autoregressive:
         """Return the same distribution over a larger batch, for which each prompt is still prefilled once."""
-        new = self._copy(self.lm, slice(None))
+        new = self._copy(self.lm, ())
         new._drawn, new._densities = self._drawn, self._densities
         TorchDistribution.__init__(new, Size(batch_shape), self.event_shape, validate_args=False)
         return new
@@ -127,15 +127,26 @@ class Autoregressive(TorchDistribution):
                 f"the language models' vocabularies differ, {self.lm.vocabulary} and {lm.vocabulary}: "
                 "one cannot propose completions of the other"
             )
-        return self._copy(lm, slice(None))
+        return self._copy(lm, ())
 
     def first(self, size: int) -> Autoregressive:
         """Return the distribution of the first ``size`` elements of the batch's first axis."""
-        own = self.prompt_ids.dim() > len(self.batch_shape) and len(self.prompt_ids) > 1
-        return self._copy(self.lm, slice(size) if own else slice(None)).expand((size, *self.batch_shape[1:]))
+        return self.narrowed(-len(self.batch_shape), 0, size)
 
-    def _copy(self, lm: TokenModel, some: slice) -> Autoregressive:
-        """Return the distribution of some prompts, by their first axis, by a language model."""
+    def narrowed(self, dim: int, first: int, size: int) -> Autoregressive:
+        """Return the distribution of ``size`` elements of one batch dimension, from ``first``.
+
+        :param dim: the batch dimension, negative.
+        """
+        axis = self.prompt_ids.dim() - 1 + dim
+        own = axis >= 0 and self.prompt_ids.shape[axis] > 1
+        some = (slice(None),) * axis + (slice(first, first + size),) if own else ()
+        shape = list(self.batch_shape)
+        shape[dim] = size
+        return self._copy(self.lm, some).expand(shape)
+
+    def _copy(self, lm: TokenModel, some: tuple[slice, ...]) -> Autoregressive:
+        """Return the distribution of some prompts, by an index of their axes, by a language model."""
         new = Autoregressive(
             lm,
             self.prompt_ids[some],
@@ -147,7 +158,7 @@ class Autoregressive(TorchDistribution):
             where=None if self.where is None else self.where[some],
             base=None if self.base is None else self.base._replace(rows=self.base.rows[some]),
         )
-        if some == slice(None):
+        if not some:
             TorchDistribution.__init__(new, self.batch_shape, self.event_shape, validate_args=False)
         return new
 

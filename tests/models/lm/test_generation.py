@@ -14,10 +14,11 @@ def words(text):
     return text.split()
 
 
-def test_texts_have_the_frequencies_of_the_distribution():
+@pytest.mark.parametrize("settings", [{"temperature": 0.7}, {"top_k": 3, "stop": "b"}, {"top_p": 0.7}], ids=str)
+def test_texts_have_the_frequencies_of_the_distribution(settings):
     lm = table_lm(order=2, vocab=4)
-    (drawn,) = lm.generate_texts(["a"], 4000, max_new_tokens=2, temperature=0.7, seed=0)
-    dist = lm(["a"], max_new_tokens=2, temperature=0.7)
+    (drawn,) = lm.generate_texts(["a"], 4000, max_new_tokens=2, seed=0, **settings)
+    dist = lm(["a"], max_new_tokens=2, **settings)
     every = dist.enumerate_support()
     for text, p in zip(dist.decode(every)[:, 0], dist.log_prob(every)[:, 0].exp().tolist(), strict=True):
         found = drawn.count(text) / len(drawn)

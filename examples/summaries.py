@@ -38,8 +38,8 @@ from bayeslm.models import LanguageModel, TiltedLM, rewards
 from bayeslm.posterior import DiagnosticsWarning
 
 SOURCES = ["networkx", "numpy", "scipy.stats", "scipy.signal", "scipy.optimize", "scipy.ndimage", "scipy.linalg"]
-TRAIN, HELD_OUT, DRAWS, STEPS, PARTICLES = 60, 12, 8, 20, 4
-BETA, LONGEST, MOST_WORDS = 0.05, 32, 12
+TRAIN, HELD_OUT, DRAWS, STEPS, PARTICLES = 60, 12, 8, 20, 8
+BETA, LONGEST, MOST_WORDS = 0.05, 24, 12
 PER_WORD, PER_COPIED, FREE_RUN = 0.01, 0.05, 3
 
 
@@ -48,18 +48,20 @@ class Article(dict[str, str]):
 
 
 def articles(modules: list[str] = SOURCES) -> list[Article]:
-    """Return descriptions of 45 to 90 words of prose in the documentation of modules, in a fixed order."""
+    """Return descriptions of 30 to 60 words of prose in the documentation of modules, in a fixed order."""
+    stop = r"\n[-=]{3,}|\n\s+\S|^[:.>*-]|::|:math:|[\\$=<>\[\]]"  # a heading, list, formula or example; what many share
+    stop += '|As an instance of the|"batch"'
     found = {}
     for module in map(importlib.import_module, modules):
         for name in sorted(filter(lambda name: callable(vars(module)[name]), vars(module))):
             head, *rest = re.split(r"\n\s*\n", inspect.getdoc(vars(module)[name]) or "")
             prose = []
-            for paragraph in rest:  # up to the first heading, list, formula or example
-                if re.search(r"\n[-=]{3,}|\n\s+\S|^[.>*-]|::|:math:|[\\$=<>\[\]]", paragraph):
+            for paragraph in rest:
+                if re.search(stop, paragraph):
                     break
                 prose.append(paragraph)
             text, title = (re.sub(r"(:\w+:)?`+", "", " ".join(x.split())) for x in (" ".join(prose), head))
-            if 45 <= len(text.split()) <= 90 and 4 <= len(title.split()) <= 14 and "(" not in title:
+            if 30 <= len(text.split()) <= 60 and 4 <= len(title.split()) <= 14 and "(" not in title:
                 found[text] = title
     order = np.random.default_rng(0).permutation(len(found))
     every = [Article(text=text, title=title) for text, title in sorted(found.items())]
@@ -153,7 +155,7 @@ def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) ->
     found["posterior"] = figures(before, before.weights(), held_out)
     found[f"best of {DRAWS}"] = figures(before, best(before), held_out)
 
-    model = TiltedLM(lm, REWARD, BETA, max_new_tokens=longest, subsample_size=4)
+    model = TiltedLM(lm, REWARD, BETA, max_new_tokens=longest, subsample_size=2)
     svi = SVI(steps, PARTICLES, num_samples=1, num_prior_samples=0, seed=0)
     policy = svi.run(model, [question(a) for a in train], article=[a["text"] for a in train]).policy
     after = ImportanceSampling(DRAWS, 1, guide=policy.packed(), seed=0).run(target, prompts, article=bodies)

@@ -28,7 +28,7 @@ from bayeslm.inference.sequential import Power
 from bayeslm.models import LanguageModel, TiltedLM
 from bayeslm.posterior import DiagnosticsWarning
 
-TRAIN, HELD_OUT, DRAWS, STEPS = 200, 60, 16, 30
+TRAIN, HELD_OUT, DRAWS, STEPS = 60, 48, 12, 20
 BETA, ALPHA, LONGEST = 0.25, 4.0, 6
 SHOWN = 3  # solved problems in the prompt
 

@@ -420,6 +420,9 @@ class LanguageModel(TokenModel):
         *,
         max_new_tokens: Count = 128,
         temperature: Positive = 1.0,
+        top_k: Count | None = None,
+        top_p: Annotated[float, Within("(0, 1]")] | None = None,
+        stop: Annotated[str | Sequence[str] | None, Unchecked] = None,
         seed: Seed | None = None,
     ) -> list[list[str]]:
         """Draw texts that continue prompts: a list of ``num_texts`` for each prompt.
@@ -428,10 +431,13 @@ class LanguageModel(TokenModel):
         :param num_texts: of each prompt.
         :param max_new_tokens: the longest text, in tokens.
         :param temperature: divides the logits.
+        :param top_k: as for `forward`.
+        :param top_p: as for `forward`.
+        :param stop: as for `forward`.
         :param seed: of the draws; the state of the random numbers is restored after. None: that state is used.
         :raises TypeError: if there is no tokenizer.
         """
-        drawn = generation.sample_texts(
-            self, prompts, num_texts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-        )
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        settings |= {"top_k": top_k, "top_p": top_p, "stop": stop}
+        drawn = generation.sample_texts(self, prompts, num_texts, seed=seed, **settings)
         return [[sampled.text for sampled in of_prompt] for of_prompt in drawn]

@@ -301,7 +301,7 @@ def _only(holds: Callable[[Any], bool]) -> Callable[[Any], Any]:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise _Refused
-    if (found := lone_surrogate(value)) is not None:
+    if not value.isascii() and (found := lone_surrogate(value)) is not None:
         raise _Refused(out_of_range=True, words=f"a string without {found}, which is half of a character")
     return value
 

@@ -30,7 +30,10 @@ wait with their keys and values while their completions are drawn: they take a q
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +132,30 @@ class Batches:
 
     def _fit(self, room: int, each: int) -> int:
         return max(1, room // max(each, 1))
+
+
+_subsample: ContextVar[int | None] = ContextVar("bayeslm_subsample", default=None)
+
+
+@contextlib.contextmanager
+def subsamples_of(size: int | None) -> Iterator[None]:
+    """Let programs that ask `subsample_of` take so many of their prompts inside the block; None: their own number."""
+    token = _subsample.set(size)
+    try:
+        yield
+    finally:
+        _subsample.reset(token)
+
+
+def subsample_of(size: int | None, prompts: int) -> int | None:
+    """Return how many of a program's prompts a run of it takes, for Pyro's plate; None for all.
+
+    It is the program's own number in a training, and as many as fit a pass where draws are taken of all prompts.
+
+    :param size: the program's own number, None for all.
+    :param prompts: the number of prompts.
+    """
+    return None if size is None else _subsample.get() or min(size, prompts)
 
 
 def room(device: torch.device) -> int:

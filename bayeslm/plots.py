@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bayeslm.calibration import Calibration
-from bayeslm.posterior import Posterior
+from bayeslm.posterior_draws import PosteriorDraws
 from bayeslm.weights import Array
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ MAX_PANELS = 12
 
 
 def plot_rewards(
-    posteriors: Mapping[str, Posterior | ArrayLike],
+    posteriors: Mapping[str, PosteriorDraws | ArrayLike],
     *,
     prompts: Sequence[int] | None = None,
     bins: int = 30,
@@ -89,7 +89,7 @@ def plot_rewards(
     return figure
 
 
-def plot_training(posterior: Posterior, figure: Figure | None = None) -> Figure:
+def plot_training(posterior: PosteriorDraws, figure: Figure | None = None) -> Figure:
     """Plot ELBO, log-likelihood r / β and KL to the prior against the step of an `SVI` run, as means over prompts.
 
     Shown are each chain's curve (faint), the running mean over chains, held-out figures (`HeldOut`) as points, and the
@@ -256,7 +256,7 @@ def plot_regret(
     return axis.figure
 
 
-def _weighted_rewards(entry: Posterior | ArrayLike) -> tuple[Array, Array]:
+def _weighted_rewards(entry: PosteriorDraws | ArrayLike) -> tuple[Array, Array]:
     """Return rewards and their weights, both (chain, draw, prompt); weights sum to 1 for each prompt."""
     rewards = np.asarray(getattr(entry, "measured", entry), dtype=float)
     if rewards.ndim != 3:

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from bayeslm import advice, report_texts
 from bayeslm import report_sections as sections
 from bayeslm.files import write_file
-from bayeslm.posterior import Posterior
+from bayeslm.posterior_draws import PosteriorDraws
 from bayeslm.processes import is_first
 from bayeslm.summaries import next_steps, remarks
 from bayeslm.version import __version__
@@ -30,7 +30,7 @@ __all__ = ["render", "write_report"]
 
 
 def write_report(
-    posteriors: Mapping[str, Posterior],
+    posteriors: Mapping[str, PosteriorDraws],
     path: str | Path,
     *,
     title: str | None = None,
@@ -54,7 +54,7 @@ def write_report(
 
 
 def render(
-    posteriors: Mapping[str, Posterior], *, title: str | None = None, settings: Mapping[str, object] | None = None
+    posteriors: Mapping[str, PosteriorDraws], *, title: str | None = None, settings: Mapping[str, object] | None = None
 ) -> str:
     """Return the HTML of a report; parameters and errors are those of `write_report`."""
     if not posteriors:

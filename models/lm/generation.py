@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .encoding import Encoded, Prompts
+from .scopes import forked
 from .texts import MISSING
-from .turns import forked
 
 
 class SampledText(NamedTuple):

@@ -20,6 +20,7 @@ from bayeslm.validation import Count, Positive, Seed, Shape, Share, Unchecked, W
 
 from . import adapters, completions, encoding, fitting, generation, joining, packing, stop_strings, texts
 from .autoregressive import Autoregressive
+from .compiled import CompiledStep, refuse_uncompilable
 from .devices import own_device
 from .encoding import Vocabulary
 from .gradient_checkpointing import checkpointable_layers
@@ -69,8 +70,11 @@ class LanguageModel(ModuleWithProperties):
         priors; None: they are not.
     :param sampler: who draws complete texts, of this model and of its policies, see `bayeslm.models.samplers`; None:
         the network here, token by token.
+    :param compile: write tokens by one graph that `torch.compile` captures, in this model and in its policies, see
+        `compiled`: the same numbers up to rounding, after a minute or so that the first token takes.
     :raises TypeError: for a network that reads speech or images, for adapters that are not inside the network's layers,
         for ``decoder_start_ids`` of a network without a decoder of its own, and for a sampler of one with it.
+        And, with ``compile``, for networks that cannot be, with the reason.
     :raises ValueError: if a batch size is < 1, an end is not a token, or no layer can be checkpointed.
     """
 
@@ -88,11 +92,13 @@ class LanguageModel(ModuleWithProperties):
         gradient_checkpointing: bool = False,
         compute_dtype: torch.dtype | None = None,
         sampler: Annotated[Sampler | None, Unchecked] = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         network = adapters.unwrapped(network)
         adapters.check_supported(network)
         self.compute_dtype = compute_dtype
+        self._compiled = CompiledStep() if compile else None
         self._take_in(network)
         self.network = network.requires_grad_(False)
         self.tokenizer = tokenizer
@@ -118,6 +124,9 @@ class LanguageModel(ModuleWithProperties):
         self.bos_token_id: int | None = found.bos
         self.pad_token_id: int = found.pad if pad_token_id is None else pad_token_id
         self._decoder_start_ids = found.start
+        if compile:
+            _ = self.causal  # which refuses it here
+            self._causal = None  # the device may change
 
     # -- loading and copying ---------------------------------------------------------------------------------
 
@@ -138,6 +147,7 @@ class LanguageModel(ModuleWithProperties):
         micro_batch_size: Count | None = None,
         gradient_checkpointing: bool = False,
         sampler: Annotated[Sampler | None, Unchecked] = None,
+        compile: bool | None = None,
         **kwargs: Any,
     ) -> LanguageModel:
         """Load a model by hub name or path; ``"smollm2"`` is SmolLM2-135M-Instruct from a package's own file.
@@ -155,6 +165,7 @@ class LanguageModel(ModuleWithProperties):
         :param micro_batch_size: see `LanguageModel`.
         :param gradient_checkpointing: see `LanguageModel`.
         :param sampler: see `LanguageModel`; default: that of ``base``.
+        :param compile: see `LanguageModel`; default: as ``base`` is, else False.
         :param kwargs: for ``from_pretrained`` of transformers' ``AutoModelForCausalLM``, or ``AutoModelForSeq2SeqLM``
             where the config says that it is an encoder-decoder network; ``subfolder``, ``revision`` and others that say
             where files are hold for the tokenizer too. Remote code is never run.
@@ -185,6 +196,7 @@ class LanguageModel(ModuleWithProperties):
             gradient_checkpointing=gradient_checkpointing,
             compute_dtype=settings.compute_dtype,
             sampler=base.sampler if sampler is None and base is not None else sampler,
+            compile=(base is not None and base.compiles) if compile is None else compile,
         )
         lm.provenance = read_notes(Path(name_or_path) / str(kwargs.get("subfolder") or ""))
         lm = lm if base is None else base._sharing(lm)
@@ -297,13 +309,13 @@ class LanguageModel(ModuleWithProperties):
 
         The weights of linear layers in float32 on a CPU are copied into the order in which oneDNN multiplies by them
         (see `packing`); adapters are merged first. All else is shared with this model, which does not change; later
-        changes of its linear layers do not reach the packed one. Where nothing can be packed, as on a GPU, all is
-        shared. A packed model can be neither trained, nor moved, nor saved.
+        changes of its linear layers do not reach the packed one. Where nothing is packed, as on a GPU and with
+        ``compile``, all is shared. A packed model can be neither trained, nor moved, nor saved.
         """
         refuse_shards(self.network, "packing")
         self.current()
         network = adapters.twin(self.network)
-        if self.compute_dtype is None:
+        if self.compute_dtype is None and not self.compiles:
             network = packing.packed(network, checksums=True)
         return self._sharing(self._with_network(network, self.name, self.compute_dtype))
 
@@ -319,6 +331,8 @@ class LanguageModel(ModuleWithProperties):
         :raises ValueError: if the network has no layers that can be sharded one by one.
         """
         packing.refuse_packed(self.network)
+        if self.compiles:
+            raise TypeError("shard() is for a language model without compile=True: leave that out")
         if self.has_adapters:
             raise TypeError("shard() is for a network without adapters: shard it before policy(lora_rank)")
         shard(self.network, checkpointable_layers(self.network))
@@ -327,8 +341,9 @@ class LanguageModel(ModuleWithProperties):
 
     def _take_in(self, network: nn.Module) -> None:
         """Refuse a sharded network with which passes cannot be divided."""
-        if take_in(network) and (is_encoder_decoder(network) or self.compute_dtype is not None):
-            what = "of the encoder-decoder kind" if is_encoder_decoder(network) else "with a compute_dtype"
+        if take_in(network) and (is_encoder_decoder(network) or self.compute_dtype is not None or self.compiles):
+            what = "with compile=True" if self.compiles else "with a compute_dtype"
+            what = "of the encoder-decoder kind" if is_encoder_decoder(network) else what
             raise TypeError(f"a sharded network {what} is not supported: hand in the network whole")
 
     def _with_network(self, network: nn.Module, name: str | None, compute_dtype: torch.dtype | None) -> LanguageModel:
@@ -346,7 +361,7 @@ class LanguageModel(ModuleWithProperties):
             compute_dtype=compute_dtype,
         )
         lm._exact, lm._findings = self._exact, self._findings
-        lm.sampler, lm._departed = self.sampler, self._departed
+        lm.sampler, lm._departed, lm._compiled = self.sampler, self._departed, self._compiled
         return lm
 
     def _sharing(self, other: LanguageModel) -> LanguageModel:
@@ -517,6 +532,11 @@ class LanguageModel(ModuleWithProperties):
         return adapters.has_adapters(self.network)
 
     @property
+    def compiles(self) -> bool:
+        """Whether tokens are written by a compiled graph."""
+        return self._compiled is not None
+
+    @property
     def has_text(self) -> bool:
         """Whether it has a tokenizer."""
         return self.tokenizer is not None
@@ -534,7 +554,10 @@ class LanguageModel(ModuleWithProperties):
                 self._causal = EncoderDecoderNetwork(self.network, self.decoder_start_ids, *settings)
             else:
                 self._causal = CausalNetwork(self.network, *settings)
+            if self._compiled is not None and self._findings is None:
+                refuse_uncompilable(self._causal)
             self._findings = self._causal.findings
+            self._causal.compiled = self._compiled
         return self._causal
 
     def current(self) -> CausalNetwork:

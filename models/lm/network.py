@@ -61,6 +61,7 @@ class CausalNetwork:
 
     auto_class = "AutoModelForCausalLM"  # by which transformers loads such networks
     start_ids: tuple[int, ...] = ()  # the tokens between a prompt and its completion
+    compiled: Callable[..., Tensor] | None = None  # writes tokens (`compiled`); None: passes as of any text do
 
     def __init__(
         self,
@@ -268,7 +269,8 @@ class CausalNetwork:
 
     def batches(self, prompt: int, new: int) -> memory.Batches:
         """Return how many prompts of so many tokens, and how many rows of so many new tokens, a pass takes."""
-        return memory.Batches(self.footprint, memory.room(self.device), prompt, new)
+        records = self.compiled is not None and self.device.type == "cuda"
+        return memory.Batches(self.footprint, memory.room(self.device), prompt, new, records)
 
     @cached_property
     def footprint(self) -> memory.Footprint:
@@ -364,6 +366,11 @@ class CausalNetwork:
         return self.hidden(ids, mask, positions, cache, **settings)[0]
 
     @property
+    def decoding_module(self) -> nn.Module:
+        """What computes hidden states, or logits that stand for them."""
+        return self._converted(self.body or self.network)
+
+    @property
     def takes_positions(self) -> bool:
         """Whether the positions of tokens are passed to the network, rather than counted by it."""
         return self.accepts_positions and self.findings.takes_positions
@@ -450,7 +457,7 @@ class CausalNetwork:
         small changes would be lost, and draws would not follow the distribution that is scored.
         """
         large = sum(p.numel() for p in self.parameters) >= packing.MIN_WEIGHTS
-        if self.shards is not None:
+        if self.shards is not None or (self.compiled is not None and self.compute_dtype is None):
             yield self
         elif self.compute_dtype is not None:
             yield self._around(self._converted(self.network))

@@ -136,11 +136,11 @@ def validated(target: F) -> F:
     """
     if isinstance(target, type):
         cls: Any = target
-        cls.__init__ = _checked(cls.__init__, functools.partial(annotations_of, cls), is_method=True)
+        cls.__init__ = _checked(cls.__init__, functools.partial(annotations_of, cls))
         if dataclasses.is_dataclass(target) and hasattr(vars(target).get("__repr__"), "__wrapped__"):
             cls.__repr__ = short_repr  # in the place of the dataclass's own: without defaults and whole networks
         return target
-    return typing.cast(F, _checked(target, functools.partial(annotations_of, target), is_method=False))
+    return typing.cast(F, _checked(target, functools.partial(annotations_of, target)))
 
 
 def check_program(model: Any) -> None:
@@ -167,7 +167,7 @@ def show(value: Any) -> str:
     return text if plain else f"a {type(value).__name__}: {text:.60}"
 
 
-def _checked(function: Callable[..., Any], annotations: Callable[[], dict[str, Any]], *, is_method: bool) -> Any:
+def _checked(function: Callable[..., Any], annotations: Callable[[], dict[str, Any]]) -> Any:
     @functools.cache  # at the first call: annotations may name what is defined later
     def compiled() -> tuple[inspect.Signature, dict[str, _Check]]:
         signature = inspect.signature(function)
@@ -189,7 +189,10 @@ def _checked(function: Callable[..., Any], annotations: Callable[[], dict[str, A
             try:
                 bound.arguments[name] = check.convert(value)
             except _Refused as refused:
-                owner = type(args[0]).__name__ if is_method else function.__qualname__.removesuffix(".forward")
+                owner = function.__qualname__
+                if "self" in signature.parameters:  # a method is named after the class of the object, not its base
+                    name_of = "" if function.__name__ in ("__init__", "forward") else f".{function.__name__}"
+                    owner = type(args[0]).__name__ + name_of
                 error = ValueError if refused.out_of_range else TypeError
                 words, value = refused.words or check.words, refused.value if refused.place else value
                 hint = f": write [{show(value)}]" if isinstance(value, str) and "a list" in words else ""

@@ -24,9 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import own_forward
+from . import memory, own_forward
 from .masks import attention_mask
-from .memory import recorded_length, recorded_rows
 from .network import CausalNetwork
 from .prefix import Prefix, extend, positions_after, prefill
 from .remembered import remembered
@@ -74,9 +73,9 @@ def _compiled(device: torch.device) -> Callable[..., Tensor]:
     """
     code = _step.__code__.replace(co_name=f"decode_step_{next(_numbers)}")
     step = types.FunctionType(code, _step.__globals__, code.co_name)
-    mode = "reduce-overhead" if records(device) else None
+    mode = "reduce-overhead" if memory.records(device) else None
     compiled: Callable[..., Tensor] = torch.compile(step, fullgraph=True, backend=BACKEND, mode=mode)
-    if not records(device):
+    if not memory.records(device):
         return compiled
 
     def replayed(*state: Any) -> Tensor:
@@ -139,11 +138,11 @@ class FixedPrefix:
     def __init__(self, network: CausalNetwork, prefix: Prefix, new: int) -> None:
         rows, device = len(prefix.hidden), prefix.hidden.device
         length = prefix.cache.layers[0].keys.shape[-2]
-        size, room = sizes(rows, length + new, records(device))
+        size, room = sizes(rows, length + new, memory.records(device))
         self._module = network.decoding_module  # whose weights, if they are converted, are converted once
         self._rows, self._structure = rows, structure_of(self._module)
         self._whole = _moved(prefix, size, room)
-        if records(device):
+        if memory.records(device):
             weakref.finalize(self, setattr, remembered(), "idle", self._whole).atexit = False
         self._written = torch.ones((size, room), dtype=torch.bool, device=device)
         if prefix.mask is not None:
@@ -205,20 +204,15 @@ class FixedPrefix:
         for x in (*self._kept, self._written, self._lengths):
             x[: len(rows)] = x[rows]
         self._rows = len(rows)
-        size, _ = sizes(self._rows, 0, records(rows.device))
+        size, _ = sizes(self._rows, 0, memory.records(rows.device))
         self._resize(min(size, len(self._lengths)))
-
-
-def records(device: torch.device) -> bool:
-    """Return whether steps are recorded as CUDA graphs, one for each size."""
-    return device.type == "cuda"
 
 
 def sizes(rows: int, length: int, recorded: bool) -> tuple[int, int]:
     """Return how many rows and tokens a step is given for so many."""
     rows = max(2, rows)  # torch makes a graph of its own for a single row
     if recorded:
-        rows, length = recorded_rows(rows), recorded_length(length)
+        rows, length = memory.recorded_rows(rows), memory.recorded_length(length)
     return rows, length + (length == rows)  # and it takes equal sizes for one
 
 
@@ -238,8 +232,8 @@ def _moved(prefix: Prefix, size: int, room: int) -> list[Tensor]:
     A graph that was recorded for the tensors of an earlier batch of the run need not be recorded again: they are
     taken if they fit.
     """
-    memory, moved = remembered(), []
-    idle, memory.idle = memory.idle, []
+    kept, moved = remembered(), []
+    idle, kept.idle = kept.idle, []
     layers = [(layer, name) for layer in prefix.cache.layers for name in ("keys", "values")]
     for i, (layer, name) in enumerate(layers):
         old: Tensor = getattr(layer, name)

@@ -108,7 +108,7 @@ def test_all_that_writes_texts_writes_the_same():
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("records", [False, True])
 def test_resampled_texts_go_on_with_their_own_keys_and_values(records, monkeypatch):
-    monkeypatch.setattr(compiled, "records", lambda device: records)  # as on CUDA: padded sizes, tensors used again
+    monkeypatch.setattr(memory, "records", lambda device: records)  # as on CUDA: padded sizes, tensors used again
     reward = rewards.get("contains", phrase="a") + rewards.Length()
     engine = SMC(9, 2, twist="partial", resampling="multinomial", ess_threshold=1.0, seed=int(records), progress=False)
     expected, found = (
@@ -122,7 +122,7 @@ def test_resampled_texts_go_on_with_their_own_keys_and_values(records, monkeypat
 
 @pytest.mark.usefixtures("uncompiled")
 def test_tensors_of_one_batch_serve_the_next_where_graphs_are_recorded(monkeypatch):
-    monkeypatch.setattr(compiled, "records", lambda device: True)
+    monkeypatch.setattr(memory, "records", lambda device: True)
     plain, fixed = (tiny_llama(compile=compile) for compile in (False, True))
     made: list[tuple[int, ...]] = []
     step = compiled._step
@@ -207,7 +207,7 @@ def test_a_step_is_one_graph(family, monkeypatch):
 @pytest.mark.long
 @pytest.mark.parametrize("records", [False, True])
 def test_a_step_is_one_graph_of_the_compiler(records, monkeypatch):
-    monkeypatch.setattr(compiled, "records", lambda device: records)  # all of what CUDA gets but the recording
+    monkeypatch.setattr(memory, "records", lambda device: records)  # all of what CUDA gets but the recording
     check_one_graph("inductor", "llama", monkeypatch)
 
 

@@ -55,6 +55,7 @@ class CausalNetwork:
 
     auto_class = "AutoModelForCausalLM"  # by which transformers loads such networks
     start_ids: tuple[int, ...] = ()  # the tokens between a prompt and its completion
+    compiled: Callable[..., Tensor] | None = None  # writes tokens (`compiled`); None: passes as of any text do
 
     def __init__(
         self,
@@ -216,7 +217,8 @@ class CausalNetwork:
 
     def batches(self, prompt: int, new: int) -> memory.Batches:
         """Return how many prompts of so many tokens, and how many rows of so many new tokens, a pass takes."""
-        return memory.Batches(self.footprint, memory.room(self.device), prompt, new)
+        records = self.compiled is not None and memory.records(self.device)
+        return memory.Batches(self.footprint, memory.room(self.device), prompt, new, records)
 
     @cached_property
     def footprint(self) -> memory.Footprint:
@@ -282,7 +284,7 @@ class CausalNetwork:
         count_pass(ids.numel())
         if mask is not None and not isinstance(cache, TextCache) and self.mask_dtype is not None:
             mask = causal_mask(mask, ids.shape[-1], self.mask_dtype)
-        module = self._converted(self.body or self.network)
+        module = self.decoding_module
         run = self._computing(checkpointed(module) if gradient_checkpointing else module)
         if isinstance(cache, TextCache):
             whole = one_length_at_a_time(partial(self._states_of_whole, run), cache.append(ids), mask)
@@ -299,6 +301,11 @@ class CausalNetwork:
         positions = positions_of(ids, mask)
         settings = {"use_cache": False, "gradient_checkpointing": gradient_checkpointing}
         return self.hidden(ids, mask, positions, cache, **settings)[0]
+
+    @property
+    def decoding_module(self) -> nn.Module:
+        """What computes hidden states, or logits that stand for them."""
+        return self._converted(self.body or self.network)
 
     @property
     def takes_positions(self) -> bool:
@@ -387,7 +394,7 @@ class CausalNetwork:
         small changes would be lost, and draws would not follow the distribution that is scored.
         """
         large = sum(p.numel() for p in self.parameters) >= packing.MIN_WEIGHTS
-        if self.shards is not None:
+        if self.shards is not None or (self.compiled is not None and self.compute_dtype is None):
             yield self
         elif self.compute_dtype is not None:
             yield self._around(self._converted(self.network))

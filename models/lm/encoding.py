@@ -137,8 +137,7 @@ def _padded(
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     padded = any(len(row) < longest for row in rows)
     return Encoded(
-        ids.reshape(*shape, longest).to(device),
-        mask.reshape(*shape, longest).to(device) if padded else None,
+        ids.reshape(*shape, longest).to(device), mask.reshape(*shape, longest).to(device) if padded else None
     )
 
 

@@ -178,11 +178,7 @@ class Reward(Scorer):
     __rmul__ = __mul__
 
     def map(
-        self,
-        function: Callable[[float], float],
-        *,
-        upper_bound: float | None = None,
-        lower_bound: float | None = None,
+        self, function: Callable[[float], float], *, upper_bound: float | None = None, lower_bound: float | None = None
     ) -> Reward:
         """Apply a function to every score: ``reward.map(math.tanh, upper_bound=1.0, lower_bound=-1.0)``.
 

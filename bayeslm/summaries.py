@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
 from bayeslm import diagnostics, reliability
 from bayeslm.posterior import Posterior
+from bayeslm.validation import NonEmpty, validated
 
 NAMED = 3  # prompts that one remark names
 
@@ -54,7 +55,8 @@ def _records(posterior: Posterior, *, weighted: bool) -> tuple[list[dict[str, An
     return records, over_prompts(records, joint=posterior.log_weights.shape[2] == 1)
 
 
-def over_prompts(records: list[dict[str, Any]], *, joint: bool) -> dict[str, Any]:
+@validated
+def over_prompts(records: Annotated[list[dict[str, Any]], NonEmpty], *, joint: bool) -> dict[str, Any]:
     """Return the summary of all prompts: means, the smallest ESS and number of roots, the largest k̂ and R̂.
 
     If k̂ or R̂ of any prompt is unknown, so is the largest; "khat_reason" says of how many prompts k̂ is.
@@ -81,6 +83,7 @@ def over_prompts(records: list[dict[str, Any]], *, joint: bool) -> dict[str, Any
     return found
 
 
+@validated
 def draws_are_of_policy(posterior: Posterior) -> bool:
     """Return whether the raw draws are of the trained policy alone, as those of SVI, which says what it has kept.
 
@@ -90,6 +93,7 @@ def draws_are_of_policy(posterior: Posterior) -> bool:
     return posterior.kind == "weighted" and has_policy and "kept_steps" in posterior.stats
 
 
+@validated
 def remarks(posteriors: Mapping[str, Posterior]) -> list[str]:
     """Return a sentence for each problem that the diagnostics show; one that several prompts share is said once."""
     lines = []
@@ -118,6 +122,7 @@ def _of_prompts(posterior: Posterior, labels: list[str]) -> str:
     return f", {', '.join(labels[:NAMED])}{more}"
 
 
+@validated
 def next_steps(posteriors: Mapping[str, Posterior], advise: Callable[[Posterior, str], str]) -> list[str]:
     """Return what to do about the problems of each engine that has any.
 

@@ -9,12 +9,14 @@ from typing import Any
 
 from bayeslm.models.lm import LanguageModel
 from bayeslm.models.rewards import Reward
+from bayeslm.validation import validated
 
 from .program import Program
 
 LONGEST = 200  # characters of a setting
 
 
+@validated
 def describe(program: Program) -> dict[str, Any]:
     """Return a ``program``'s name and its settings that can be written down, for the statistics of a run.
 

@@ -11,16 +11,19 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bayeslm.models.lm import Autoregressive
+from bayeslm.validation import validated
 
 from .program import Program
 
 
+@validated
 def prompt_labels(program: Program) -> list[str]:
     """Return the name of each prompt as errors and warnings say it: of chats the user's last turn."""
     texts, turns = prompt_texts(program), chat_turns(program)
     return turns if len(turns) == len(texts) else texts  # a part of a program's prompts has texts of its own
 
 
+@validated
 def prompt_texts(program: Program) -> list[str]:
     """Return the text of each prompt, if a completion site has one text a prompt, else its number."""
     if program.in_chunks:

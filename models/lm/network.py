@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
+from bayeslm.validation import validated
+
 from . import memory, own_forward, packing, weights
 from .adapters import adapted_modules, has_adapters, own_parameters, plain_name
 from .encoding import positions_of
@@ -49,6 +51,7 @@ T = TypeVar("T")
 LOGITS_BLOCK = 2**25
 
 
+@validated
 class CausalNetwork:
     """The body and the head of a causal network.
 

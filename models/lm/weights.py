@@ -13,6 +13,8 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from bayeslm.validation import validated
+
 from .sharding import own_part
 
 VALUES = 64  # of each tensor, evenly spaced
@@ -62,6 +64,7 @@ def _bytes(parts: list[Tensor]) -> bytes:
     return torch.cat(parts).view(torch.uint8).cpu().numpy().tobytes()
 
 
+@validated
 def digest_of_values(named: Iterable[tuple[str, Tensor]]) -> str:
     """Return a digest of the names, shapes and values of whole tensors, in their order."""
     found = blake2b(digest_size=16)

@@ -12,7 +12,7 @@ In a program, `factor` multiplies the joint density by exp(r / beta) and records
 from .answers import ExactMatch, TokenF1, normalised_answer
 from .best_of_n import BestOfNLikelihood
 from .broadcasting import broadcast, check_columns, with_trainer_arguments
-from .calling import TimeLimitError, call, copied
+from .calling import TimeLimitError, call, copied, watching_seed
 from .classifier import Classifier
 from .grammar import Grammar, fewest_tokens
 from .judge import Judge, JudgeUsage
@@ -62,5 +62,6 @@ __all__ = [
     "repeating",
     "reward_name",
     "sentence_embeddings",
+    "watching_seed",
     "with_trainer_arguments",
 ]

@@ -1,5 +1,9 @@
 """Calls of functions that users write: on copies of their arguments, awaited if asynchronous, within a time limit.
 
+What a function sets for the whole process ends with its call: whether gradients are on, the default type, and the seed
+of torch's random numbers, from which a run would draw the same ones after each call. Numbers that it draws from torch's
+generator count, as ever.
+
 A limit stops a call in one of three ways:
 
 - In the main thread, on POSIX, a timer interrupts the call: it stops Python code, and waiting for a file, a socket, a
@@ -14,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import contextvars
 import copy
 import inspect
@@ -21,7 +26,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Awaitable, Callable, MutableMapping, MutableSequence, MutableSet
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, MutableSequence, MutableSet
 from typing import Any
 
 import numpy as np
@@ -30,6 +35,7 @@ from torch import Tensor
 
 _ATOMS = frozenset({str, int, float, bool, type(None)})
 LONGEST = 1e9  # seconds, which every system's timers take
+_MARK = torch.tensor(list(b"bayeslm."), dtype=torch.uint8)  # a seed that nobody sets
 _AGAIN = 0.2  # seconds after which a call that went on in spite of the timer is interrupted again
 
 
@@ -85,13 +91,47 @@ def call(function: Callable[[], Any], timeout: float | None) -> Any:
     :param timeout: the time limit in seconds; None for no limit.
     :raises TimeLimitError: at the limit.
     """
-    if timeout is None:
-        result = function()
-        return _awaited(result, None) if inspect.isawaitable(result) else result
-    start = time.monotonic()
-    in_main = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
-    result = (_interrupted if in_main else _abandoned)(function, timeout)
-    return _awaited(result, timeout - (time.monotonic() - start)) if inspect.isawaitable(result) else result
+    dtype = torch.get_default_dtype()
+    with torch.set_grad_enabled(torch.is_grad_enabled()), watching_seed():
+        try:
+            if timeout is None:
+                result = function()
+                return _awaited(result, None) if inspect.isawaitable(result) else result
+            start = time.monotonic()
+            in_main = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
+            result = (_interrupted if in_main else _abandoned)(function, timeout)
+            return _awaited(result, timeout - (time.monotonic() - start)) if inspect.isawaitable(result) else result
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+@contextlib.contextmanager
+def watching_seed() -> Iterator[list[bool]]:
+    """Undo it where the block seeds torch's random numbers; the yielded list is empty where it does not.
+
+    The generator has a seed of ours in the block, and the numbers that it would have: a seed that is the same as before
+    shows too.
+    """
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    before = torch.get_rng_state()
+    found: list[bool] = []
+    torch.set_rng_state(_with_seed(before, _MARK))
+    try:
+        yield found
+    finally:
+        after = torch.get_rng_state()
+        if torch.equal(after[: len(_MARK)], _MARK):
+            torch.set_rng_state(_with_seed(after, before[: len(_MARK)]))
+        else:
+            found.append(True)
+            torch.set_rng_state(before)
+            for i, state in enumerate(cuda):
+                torch.cuda.set_rng_state(state, i)
+
+
+def _with_seed(state: Tensor, seed: Tensor) -> Tensor:
+    """Return the state of torch's generator on the CPU with another seed, which is in its first bytes."""
+    return torch.cat([seed, state[len(seed) :]])
 
 
 def _interrupted(function: Callable[[], Any], timeout: float) -> Any:

@@ -89,7 +89,7 @@ def check_of(hint: Any) -> Check:
     if cls in (dict, collections.abc.Mapping):
         return checks.mapping(*(check_of(argument) for argument in arguments or (Any, Any)))
     if cls in (collections.abc.Iterable, collections.abc.Collection):
-        return Check("an iterable", checks.only(lambda value: isinstance(value, cls) and getattr(value, "ndim", 1) > 0))
+        return checks.ITERABLE
     if getattr(cls, "_is_protocol", False) and not getattr(cls, "_is_runtime_protocol", False):
         return ANYTHING
     names: dict[Any, str] = {bool: "True or False", os.PathLike: "a path", np.ndarray: "an array"}

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bayeslm.posterior import DiagnosticsWarning, Posterior
+from bayeslm.posterior_draws import DiagnosticsWarning, PosteriorDraws
 from bayeslm.weights import Array, Estimate, as_log_weights, chain_log_evidence
 
 from .validation import Positive, validated
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 @validated
-def certify(runs: Posterior, conditional: Posterior, *, level: float = 0.95) -> pd.DataFrame:
+def certify(runs: PosteriorDraws, conditional: PosteriorDraws, *, level: float = 0.95) -> pd.DataFrame:
     """Return bounds on log Z and on divergences, in nats, for any engines: a table with a row for each prompt.
 
       log_evidence_lower, log_evidence_upper   mean log Ẑ over the chains of ``runs``, of ``conditional``; with `_se`
@@ -143,7 +143,7 @@ def _limit(probability: float, *samples: Array) -> Array:
     return np.where(np.isfinite(limit), limit, mean)  # chains that all agree, or an infinite mean
 
 
-def _check(runs: Posterior, conditional: Posterior, level: float) -> None:
+def _check(runs: PosteriorDraws, conditional: PosteriorDraws, level: float) -> None:
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, not {level}")
     for name, posterior in {"runs": runs, "conditional": conditional}.items():

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bayeslm.posterior import Posterior
+from bayeslm.posterior_draws import PosteriorDraws
 from bayeslm.validation import validated
 from bayeslm.weights import Array
 
@@ -79,7 +79,7 @@ class Calibration:
 
 @validated
 def calibrate(
-    predicted: Posterior | ArrayLike,
+    predicted: PosteriorDraws | ArrayLike,
     outcomes: ArrayLike | None = None,
     *,
     site: str = "preferred",
@@ -145,9 +145,9 @@ def calibrate(
     )
 
 
-def _probabilities(predicted: Posterior | ArrayLike, site: str) -> Array:
+def _probabilities(predicted: PosteriorDraws | ArrayLike, site: str) -> Array:
     """Return probabilities (chain, draw, pair), after checks."""
-    if isinstance(predicted, Posterior):
+    if isinstance(predicted, PosteriorDraws):
         if site not in predicted.pointwise:
             raise ValueError(f"the posterior has no observed site {site!r}, only {sorted(predicted.pointwise)}")
         if predicted.kind in ("weighted", "particles", "enumerated"):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bayeslm.calibration import Calibration
-from bayeslm.posterior import Posterior
+from bayeslm.posterior_draws import PosteriorDraws
 from bayeslm.validation import NonEmpty, Within, validated
 from bayeslm.weights import Array
 
@@ -26,7 +26,7 @@ MAX_PANELS = 12
 
 @validated
 def plot_rewards(
-    posteriors: Annotated[Mapping[str, Posterior | ArrayLike], NonEmpty],
+    posteriors: Annotated[Mapping[str, PosteriorDraws | ArrayLike], NonEmpty],
     *,
     prompts: Sequence[int] | None = None,
     bins: int = 30,
@@ -92,7 +92,7 @@ def plot_rewards(
 
 
 @validated
-def plot_training(posterior: Posterior, figure: Figure | None = None) -> Figure:
+def plot_training(posterior: PosteriorDraws, figure: Figure | None = None) -> Figure:
     """Plot ELBO, log-likelihood r / β and KL to the prior against the step of an `SVI` run, as means over prompts.
 
     Shown are each chain's curve (faint), the running mean over chains, held-out figures (`HeldOut`) as points, and the
@@ -260,7 +260,7 @@ def plot_regret(
     return axis.figure
 
 
-def _weighted_rewards(entry: Posterior | ArrayLike) -> tuple[Array, Array]:
+def _weighted_rewards(entry: PosteriorDraws | ArrayLike) -> tuple[Array, Array]:
     """Return rewards and their weights, both (chain, draw, prompt); weights sum to 1 for each prompt."""
     rewards = np.asarray(getattr(entry, "measured", entry), dtype=float)
     if rewards.ndim != 3:

@@ -27,7 +27,7 @@ import numpy as np
 
 from bayeslm import advice
 from bayeslm.diagnostics import ess_bulk, rhat
-from bayeslm.posterior import DiagnosticsWarning, Posterior
+from bayeslm.posterior_draws import DiagnosticsWarning, PosteriorDraws
 from bayeslm.validation import validated
 from bayeslm.weights import (
     KHAT_LIMIT,
@@ -69,7 +69,7 @@ class Level(NamedTuple):
 
 
 @validated
-def levels(posterior: Posterior) -> list[list[Level]]:
+def levels(posterior: PosteriorDraws) -> list[list[Level]]:
     """Return the levels of the reward, lowest first, for each prompt (all together if they share a latent).
 
     A reward has levels if its draws have at most a quarter as many different values as there are draws; the list is
@@ -87,7 +87,7 @@ def levels(posterior: Posterior) -> list[list[Level]]:
 
 
 @validated
-def problems(posterior: Posterior) -> list[list[str]]:
+def problems(posterior: PosteriorDraws) -> list[list[str]]:
     """Return what is wrong with the errors of a posterior, in sentences, for each prompt.
 
     An empty list means that nothing was found: then two standard errors cover the truth in at least nine of ten cases
@@ -104,7 +104,7 @@ def problems(posterior: Posterior) -> list[list[str]]:
 
 
 @validated
-def warn(posterior: Posterior) -> None:
+def warn(posterior: PosteriorDraws) -> None:
     """Give one `DiagnosticsWarning` of a posterior's problems, if it has any, to the code that called the engine."""
     found = problems(posterior)
     lines = [
@@ -122,7 +122,7 @@ def warn(posterior: Posterior) -> None:
         warnings.warn(text, DiagnosticsWarning, stacklevel=level)
 
 
-def _rounded(posterior: Posterior) -> list[list[str]]:
+def _rounded(posterior: PosteriorDraws) -> list[list[str]]:
     """Return for each prompt a sentence if its highest log-likelihood, which has the weight, has lost digits."""
     found: list[list[str]] = [[] for _ in range(posterior.log_weights.shape[2])]
     for name, terms in posterior.log_likelihood.items():
@@ -137,7 +137,7 @@ def _rounded(posterior: Posterior) -> list[list[str]]:
     return found
 
 
-def _of_weights(posterior: Posterior) -> Iterator[list[str]]:
+def _of_weights(posterior: PosteriorDraws) -> Iterator[list[str]]:
     """Yield the sentences of each prompt's weights."""
     lw, weights, particles = posterior.log_weights, _weights(posterior), posterior.roots is not None
     size, found = smallest_ess(lw, posterior.stats.get("ess_by_step")), levels(posterior)
@@ -188,7 +188,7 @@ def _disagreement(log_z: Array, apart: dict[str, float]) -> list[str]:
     return []
 
 
-def _of_equal_draws(posterior: Posterior) -> Iterator[list[str]]:
+def _of_equal_draws(posterior: PosteriorDraws) -> Iterator[list[str]]:
     """Yield the sentences of each prompt's Markov chains, or independent draws of equal weight."""
     rewards, total = _rewards(posterior), num_draws(posterior.log_weights)
     columns = posterior.log_weights.shape[2]
@@ -201,7 +201,7 @@ def _of_equal_draws(posterior: Posterior) -> Iterator[list[str]]:
         yield [line] if between > RHAT_LIMIT or size < MARKOV_ESS_LIMIT else []
 
 
-def _too_few(posterior: Posterior, total: int) -> list[str]:
+def _too_few(posterior: PosteriorDraws, total: int) -> list[str]:
     """Return a sentence if independent draws are fewer than an estimate of errors needs, or than were wanted."""
     stats, wanted = posterior.stats, int(posterior.stats.get("wanted", 0))
     if total < wanted:
@@ -210,7 +210,7 @@ def _too_few(posterior: Posterior, total: int) -> list[str]:
     return [f"Only {total} draws, from which errors are uncertain."] if total < FEW_HITS else []
 
 
-def _unseen(posterior: Posterior, said: list[list[str]]) -> Iterator[list[str]]:
+def _unseen(posterior: PosteriorDraws, said: list[list[str]]) -> Iterator[list[str]]:
     """Yield what each prompt's draws cannot know: values of the reward that none of them has.
 
     :param said: the sentences about its weights or chains.
@@ -242,7 +242,7 @@ def _unseen(posterior: Posterior, said: list[list[str]]) -> Iterator[list[str]]:
             yield [] if best or high is not None or said[i] else _next_level(posterior, found, i)
 
 
-def _next_level(posterior: Posterior, found: list[Level], column: int) -> list[str]:
+def _next_level(posterior: PosteriorDraws, found: list[Level], column: int) -> list[str]:
     """Return a sentence if one level more, as far above the highest seen as that is above the one below, could matter.
 
     Its draws are fewer than 3 with 95% confidence, each with e^gap times the weight of a draw of the highest level.
@@ -280,7 +280,7 @@ def _levels(rewards: Array, weights: Array, roots: Array | None) -> list[Level]:
     return [Level(float(rewards[a]), int(n), float(share)) for a, n, share in zip(starts, hits, shares, strict=True)]
 
 
-def _rewards(posterior: Posterior) -> Array | None:
+def _rewards(posterior: PosteriorDraws) -> Array | None:
     """Return the rewards for each column of the weights, summed over prompts that share a latent; None without one."""
     if posterior.measure == "log-likelihood":
         return posterior.total_log_likelihood() if posterior.log_likelihood else None
@@ -288,14 +288,14 @@ def _rewards(posterior: Posterior) -> Array | None:
     return reward if reward.shape == posterior.log_weights.shape else reward.sum(2, keepdims=True)
 
 
-def _weights(posterior: Posterior) -> Array:
+def _weights(posterior: PosteriorDraws) -> Array:
     """Return the raw weights, normalised for each prompt; 0 where all are 0."""
     lw = posterior.log_weights
     alive = np.isfinite(lw).any(axis=POOL)
     return np.exp(normalise(np.where(alive, lw, 0.0))) * alive
 
 
-def _influences(posterior: Posterior, weights: Array) -> dict[str, Array]:
+def _influences(posterior: PosteriorDraws, weights: Array) -> dict[str, Array]:
     """Return φ (chain, draw, prompt) of log Z, E[r] and KL(π* ‖ p), each up to a constant."""
     relative = weights * num_draws(weights)
 
@@ -313,7 +313,7 @@ def _influences(posterior: Posterior, weights: Array) -> dict[str, Array]:
 
 
 @validated
-def dominance(posterior: Posterior) -> dict[str, Array]:
+def dominance(posterior: PosteriorDraws) -> dict[str, Array]:
     """Return the largest share that one draw has of the variance of each estimate, (prompt,)."""
     return {name: _dominance(phi, posterior.roots) for name, phi in _influences(posterior, _weights(posterior)).items()}
 

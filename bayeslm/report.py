@@ -20,7 +20,7 @@ from markupsafe import Markup
 from bayeslm import advice, report_texts
 from bayeslm import report_sections as sections
 from bayeslm.files import write_file
-from bayeslm.posterior import Posterior
+from bayeslm.posterior_draws import PosteriorDraws
 from bayeslm.processes import is_first
 from bayeslm.summaries import next_steps, remarks
 from bayeslm.validation import NonEmpty, validated
@@ -32,7 +32,7 @@ __all__ = ["render", "write_report"]
 
 @validated
 def write_report(
-    posteriors: Annotated[Mapping[str, Posterior], NonEmpty],
+    posteriors: Annotated[Mapping[str, PosteriorDraws], NonEmpty],
     path: str | Path,
     *,
     title: str | None = None,
@@ -57,7 +57,7 @@ def write_report(
 
 @validated
 def render(
-    posteriors: Annotated[Mapping[str, Posterior], NonEmpty],
+    posteriors: Annotated[Mapping[str, PosteriorDraws], NonEmpty],
     *,
     title: str | None = None,
     settings: Mapping[str, object] | None = None,

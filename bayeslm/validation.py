@@ -72,11 +72,11 @@ def validated(target: F) -> F:
     """
     if isinstance(target, type):
         cls: Any = target
-        cls.__init__ = checked(cls.__init__, functools.partial(checks_of, cls), is_method=True)
+        cls.__init__ = checked(cls.__init__, functools.partial(checks_of, cls))
         if dataclasses.is_dataclass(target) and hasattr(vars(target).get("__repr__"), "__wrapped__"):
             cls.__repr__ = short_repr  # in the place of the dataclass's own: without defaults and whole networks
         return target
-    return typing.cast(F, checked(target, functools.partial(checks_of, target), is_method=False))
+    return typing.cast(F, checked(target, functools.partial(checks_of, target)))
 
 
 def meaning(annotation: Any) -> str:

@@ -88,13 +88,10 @@ class Shape:
 ANYTHING = Check("anything", lambda value: value)
 
 
-def checked(
-    function: Callable[..., Any], checks_of: Callable[[Iterable[str]], dict[str, Check]], *, is_method: bool
-) -> Any:
+def checked(function: Callable[..., Any], checks_of: Callable[[Iterable[str]], dict[str, Check]]) -> Any:
     """Return a function that checks and converts its arguments first.
 
     :param checks_of: returns the checks of named parameters, by name, without those that are not annotated.
-    :param is_method: whether errors name the class of the first argument.
     """
 
     @functools.cache  # at the first call: annotations may name what is defined later
@@ -117,7 +114,10 @@ def checked(
             try:
                 bound.arguments[name] = check.convert(value)
             except Refused as refused:
-                owner = type(args[0]).__name__ if is_method else function.__qualname__.removesuffix(".forward")
+                owner = function.__qualname__
+                if "self" in signature.parameters:  # a method is named after the class of the object, not its base
+                    name_of = "" if function.__name__ in ("__init__", "forward") else f".{function.__name__}"
+                    owner = type(args[0]).__name__ + name_of
                 error = ValueError if refused.out_of_range else TypeError
                 words, value = refused.words or check.words, refused.value if refused.place else value
                 hint = f": write [{show(value)}]" if isinstance(value, str) and "a list" in words else ""
@@ -211,6 +211,7 @@ def filled(entries: Check) -> Check:
     return Check(words, convert)
 
 
+ITERABLE = Check("an iterable", only(lambda value: isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0))
 NONE = Check("None", only(lambda value: value is None), is_class=True)
 NUMBERS = Check("an array of numbers", array_of_numbers)
 PATH = Check("a string", path, is_class=True)

@@ -29,12 +29,11 @@ import torch
 import bayeslm.inference
 import bayeslm.models
 from bayeslm.inference import SVI, ImportanceSampling
-from bayeslm.inference.training import Adam
+from bayeslm.inference.training import Adam, ReverseKL
 from bayeslm.models import LanguageModel, TiltedLM, rewards
-from bayeslm.models.rewards.rehearsal import is_rehearsal
 
 ROOMS = {Path(room.__file__ or "").parent: room.__name__ for room in (bayeslm.inference, bayeslm.models, bayeslm)}
-PROMPTS, TOKENS = [[1, 2]], 4
+PROMPTS, TOKENS, PARTICLES = [[1, 2]], 4, 16
 
 
 class Calls:
@@ -81,11 +80,12 @@ def count() -> dict[tuple[str, str], Calls]:
     """Return the calls of each engine on each program."""
     lm = LanguageModel.tabular(["<eos>", *"abcdefg"], order=3, seed=0)
     importance = ImportanceSampling(num_particles=32, seed=0, progress=False)
-    svi = SVI(num_steps=5, optimizer=Adam(), num_samples=8, seed=0, progress=False)
+    training = {"objective": ReverseKL(PARTICLES), "optimizer": Adam()}
+    svi = SVI(num_steps=5, **training, num_samples=8, seed=0, progress=False)
     at_reward: list[Callable[[], None]] = []  # called each time that a batch of particles is rewarded
 
     def letters(completions: list[str], **columns: Any) -> list[float]:
-        for call in [] if is_rehearsal() or len(completions) == 1 else at_reward:
+        for call in at_reward if len(completions) == PARTICLES else []:  # of a step
             call()
         return [float(text.count("a")) for text in completions]
 

@@ -21,6 +21,7 @@ separately, but share each forward pass.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -85,8 +86,9 @@ class SMC:
 
     :param num_particles: the number of particles in each chain.
     :param num_chains: the number of independent chains (islands), each resampled within itself; whether they agree is
-        a check that one chain cannot give. As many run at once as bounded memory allows; where one does not fit, a
-        `TiltedLM` of many prompts runs for some of them after others.
+        a check that one chain cannot give. As many run at once as bounded memory allows. Where one does not fit, it
+        writes the completions of some prompts after those of others. Where the particles of one prompt do not fit, or,
+        of prompts that share a latent, those of all, they are resampled in groups, whose estimates of Z are averaged.
     :param twist: the twist that weights unfinished texts. None: 1, which makes SMC importance sampling. "auto": learned
         from a third as many draws of the prior as there are particles in all chains, and at most 1024; it is then also
         the proposal, unless ``proposal`` is set. None is used for fewer than 64 such draws, and where it does not lower
@@ -169,7 +171,8 @@ class SMC:
         with running(self.seed, divided=True) as watch:
             program = inspect(model, *args, **kwargs)
             watch.check_together(program, self, num_chains=self.num_chains)
-            parts = program.parts(self._prompts_at_once(program))
+            groups, prompts = self._division(program)
+            parts = program.parts(prompts)
             at_once = max(1, parts[0].max_particles // self.num_particles)
             retained = None if self.retained is None else retained_values(program, self.retained, self.num_chains)
             settings, gains = self._with_twist(program) if self.twist == "auto" else (self, dict[str, Any]())
@@ -177,31 +180,38 @@ class SMC:
             length = sum(site.fn.max_new_tokens for site in program.completions)
             own_chains = ranks().rows(self.num_chains)
             rounds = range(own_chains.start, own_chains.stop, at_once)
+            passes = len(rounds) * len(groups) * (1 if program.shared else -(-program.num_prompts // prompts))
 
             def so_far() -> SoFar | None:
                 return SoFar(particles=Particles.concatenate([island.particles for island in done])) if done else None
 
             plan = f"{self.num_chains} chains of {self.num_particles} particles {of_prompts(program)}, {length} tokens"
             with (
-                track("SMC", length * len(rounds) * len(parts), self.progress, plan=plan) as report,
+                track("SMC", length * passes, self.progress, plan=plan) as report,
                 keeping(so_far) as run,
             ):
                 for first in rounds:
                     chains = min(at_once, own_chains.stop - first)
                     own = retained and {name: value[first : first + chains] for name, value in retained.items()}
-                    populations = [
-                        Population(part, self, chains=chains, retained=own and _of_part(part, own)) for part in parts
-                    ]
-                    particles = [settings._run(population, report) for population in populations]
-                    whole = particles[0] if len(parts) == 1 else Particles.side_by_side(program, particles)
-                    done.append(Island(populations, whole))
+                    islands = []
+                    for group in groups:
+                        populations = [
+                            Population(part, self, chains=chains, group=group, retained=own and _of_part(part, own))
+                            for part in parts
+                        ]
+                        particles = [settings._run(population, prompts, report) for population in populations]
+                        whole = particles[0] if len(parts) == 1 else Particles.side_by_side(program, particles)
+                        islands.append(Island(populations, whole))
+                        own = None
+                    done += islands
 
             def joined(of: Callable[[Population], Tensor]) -> Tensor:
                 own = [torch.cat([of(part) for part in island.populations], 1) for island in done]
                 return ranks().joined(torch.cat(own))
 
             weights = joined(lambda population: population.total_log_weights)
-            stats = [Population.stats(part) for part in zip(*[island.populations for island in done], strict=True)]
+            of_parts = zip(*[island.populations for island in done], strict=True)
+            stats = [Population.stats(part, len(groups)) for part in of_parts]
             records = {name: np.concatenate([each[name] for each in stats], -1) for name in stats[0]}
             return posterior(
                 program,
@@ -218,12 +228,20 @@ class SMC:
                 | {"interrupted": ranks().any(run.interrupted), "constrained": self._is_constrained},
             )
 
-    def _prompts_at_once(self, program: Program) -> int:
-        """Return how many prompts a chain's particles can be of, in bounded memory."""
-        sites = [site.fn for site in program.completions]
-        a_prompt = [-(-self.num_particles * fn.batch_shape.numel() // program.num_prompts) for fn in sites]
-        fit = (fn.max_rows // rows for fn, rows in zip(sites, a_prompt, strict=True))
-        return min(fit, default=program.num_prompts)
+    def _division(self, program: Program) -> tuple[list[range], int]:
+        """Return the groups of a chain's particles, and how many prompts they are of at once, in bounded memory."""
+        rows = [(fn.max_rows, fn.batch_shape.numel()) for fn in (site.fn for site in program.completions)]
+        if not rows:
+            return [range(self.num_particles)], program.num_prompts
+        each = 1 if program.shared else program.num_prompts  # prompts that are one posterior are resampled together
+        fit = min(most // max(1, number // each) for most, number in rows)
+        some = torch.arange(self.num_particles).tensor_split(-(-self.num_particles // max(1, fit)))
+        sizes = [len(group) for group in some]
+        if self.retained is not None and sizes[-1] < sizes[0]:  # it is in the first, which is any one by its share
+            sizes.insert(0, sizes.pop(int(torch.multinomial(torch.tensor(sizes, dtype=torch.float64), 1))))
+        ends = list(itertools.accumulate(sizes))
+        groups = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+        return groups, max(1, fit // max(sizes))
 
     def _with_twist(self, program: Program) -> tuple[SMC, dict[str, Any]]:
         """Return the settings with a twist that is learned for each completion, where it pays, and what they gain."""
@@ -242,13 +260,19 @@ class SMC:
         return replace(self, twist=twists or None, proposal=proposal), {"twist_gain": gains}
 
     @torch.no_grad()
-    def _run(self, population: Population, report: Callable[..., None]) -> Particles:
-        """Run the chains of a population from the program's beginning to its end."""
+    def _run(self, population: Population, prompts: int, report: Callable[..., None]) -> Particles:
+        """Run the chains of a population from the program's beginning to its end.
+
+        :param prompts: of how many the completions are written at once.
+        """
         partial_run = population.partial_run
         while not partial_run.complete:
             name, distribution = partial_run.advance()
             population.weigh_terms(partial_run.likelihood, f"the beginning of {name!r}")
-            self._write(population, name, distribution, report)
+            parts = population.parts(prompts)
+            for part in parts:
+                self._write(part, name, part.partial_run.of_own(distribution), report)
+            population.join(parts)
         return population.finish()
 
     def _write(

@@ -9,9 +9,9 @@ particles carried them; where they do not, the program mixes particles, and cann
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -37,8 +37,7 @@ class _Stopped(BaseException):  # which a program's own `except Exception` lets 
     """The program has reached the site at which this part of it ends."""
 
 
-@dataclass
-class Written:
+class Written(NamedTuple):
     """A completion that particles have: log p of its tokens (particle, *batch, token), and the prompts it continues."""
 
     token_log_prob: Tensor
@@ -55,6 +54,7 @@ class PartialRun:
     :param values: the latents so far, (particle, *batch, *event).
     :param written: the completions among them.
     :param terms: of the sites before the next completion, (particle, weight prompt).
+    :param whole: the run of all prompts, of some of which this one is (`part`); None if it is itself of all.
     """
 
     program: Program
@@ -64,6 +64,70 @@ class PartialRun:
     values: dict[str, Tensor] = field(default_factory=dict)
     written: dict[str, Written] = field(default_factory=dict)
     terms: dict[str, Tensor] = field(default_factory=dict)
+    whole: PartialRun | None = None
+
+    def part(self, first: int, size: int) -> PartialRun:
+        """Return the run of ``size`` prompts, from ``first``, whose next completion is written apart, see `join`.
+
+        The program itself runs with all prompts: the others have what they had before (`with_others`).
+        """
+
+        def some(name: str, x: Tensor) -> Tensor:
+            return x.narrow(self.program.prompt_axis(name), first, size)
+
+        return PartialRun(
+            self.program.narrowed(first, size),
+            self.size,
+            {name: some(name, value) for name, value in self.retained.items()},
+            self.slots,
+            {name: some(name, value) for name, value in self.values.items()},
+            {name: Written(*(some(name, x) for x in old)) for name, old in self.written.items()},
+            {name: term.narrow(1, first, size) for name, term in self.terms.items()},
+            whole=self,
+        )
+
+    def join(self, parts: Sequence[PartialRun]) -> None:
+        """Take over what the runs of all prompts (`part`), side by side, have become."""
+
+        def joined(name: str, each: Iterable[Tensor]) -> Tensor:
+            return torch.cat(list(each), self.program.prompt_axis(name))
+
+        self.values = {name: joined(name, (part.values[name] for part in parts)) for name in parts[0].values}
+        self.terms = {name: torch.cat([part.terms[name] for part in parts], 1) for name in parts[0].terms}
+        for name in parts[0].written:
+            columns = zip(*(part.written[name] for part in parts), strict=True)
+            self.written[name] = Written(*(joined(name, column) for column in columns))
+
+    def with_others(self, name: str, x: Tensor, others: Tensor) -> Tensor:
+        """Return a tensor (particle, *batch, ...) of a site, with the prompts that are not of this part.
+
+        :param others: of all prompts; broadcast to the shape.
+        """
+        if self.whole is None:
+            return x
+        shape, axis = list(x.shape), self.program.prompt_axis(name)
+        shape[axis] = self.whole.program.num_prompts
+        found = others.expand(shape).clone()
+        self.own(found, axis).copy_(x)
+        return found
+
+    def of_own(self, fn: Autoregressive) -> Autoregressive:
+        """Return the distribution of this part's completions, from that of all prompts'."""
+        if self.whole is None:
+            return fn
+        assert self.program.prompt_dim is not None
+        return fn.narrowed(self.program.prompt_dim, self._first, self.program.num_prompts)
+
+    def own(self, x: Tensor, axis: int) -> Tensor:
+        """Return what is of this part's prompts in a tensor of all prompts, which are its ``axis``."""
+        if self.whole is None or x.shape[axis] == 1:
+            return x
+        return x.narrow(axis, self._first, self.program.num_prompts)
+
+    @property
+    def _first(self) -> int:
+        """The index of its first prompt among those of the whole run."""
+        return 0 if self.whole is None else self.program.first - self.whole.program.first
 
     def select(self, index: Tensor) -> None:
         """Replace the particles by those that ``index`` (particle, weight prompt) names."""
@@ -71,8 +135,7 @@ class PartialRun:
         self.values = {name: take(name, value, index) for name, value in self.values.items()}
         self.terms = {name: term.gather(0, index) for name, term in self.terms.items()}
         for name, old in self.written.items():
-            parts = (old.token_log_prob, old.prompt_ids, old.prompt_mask)
-            self.written[name] = Written(*(take(name, part, index) for part in parts))
+            self.written[name] = Written(*(take(name, part, index) for part in old))
 
     @property
     def likelihood(self) -> dict[str, Tensor]:
@@ -112,7 +175,7 @@ class PartialRun:
         """Record the completions of a site and log p of their tokens, both reshaped to (particle, *batch, token)."""
         shape = (self.size, *self.program.sites[name].shape)
         self.values[name] = value.reshape(shape)
-        self.written[name].token_log_prob = token_log_prob.reshape(shape)
+        self.written[name] = self.written[name]._replace(token_log_prob=token_log_prob.reshape(shape))
 
     def terms_with(self, values: dict[str, Tensor], *, check: bool = True) -> dict[str, Tensor]:
         """Return the terms (particle, prompt) of the factors and observations that follow, up to the next latent.
@@ -120,6 +183,12 @@ class PartialRun:
         :param values: the latents so far, of any number of particles, with a completion to try.
         :param check: see `score_sites`.
         """
+        if self.whole is not None:  # which has all prompts: those that are not of this part do not matter
+            before, repeats = self.whole.values, len(next(iter(values.values()))) // self.size
+            others = {name: value.repeat_interleave(repeats, 0) for name, value in before.items()}
+            others |= {name: self.whole.program.sites[name].value for name in values if name not in others}
+            every = {name: self.with_others(name, value, others[name]) for name, value in values.items()}
+            return {name: self.own(term, 1) for name, term in self.whole.terms_with(every, check=check).items()}
         trace, _ = self._run(values, stop="latent")
         skip = {*self.terms, *(site.name for site in self.program.latents)}
         return score_sites(self.program, trace, len(next(iter(values.values()))), skip=skip, check=check)

@@ -143,7 +143,7 @@ class Particles:
     @staticmethod
     def side_by_side(program: Program, parts: list[Particles]) -> Particles:
         """The particles of each of a program's `chunks`, as particles of all its prompts."""
-        join, sites = program.side_by_side, program.sites
+        join = program.side_by_side
 
         def inside(part: Particles) -> Particles:
             kept = part.inside_prompts(program)
@@ -151,7 +151,7 @@ class Particles:
 
         return _combine(
             [inside(part) for part in parts],
-            lambda name, x: join(x, 1 + sites[name].dims.index("prompt")),
+            lambda name, x: join(x, program.prompt_axis(name)),
             lambda x: join(x, 1),
         )
 

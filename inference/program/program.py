@@ -74,7 +74,8 @@ class Program:
     :param whole: the program of all prompts, of which this one has a minibatch.
     :param verified: what has been checked of the program; its copies share it.
     :param inspected: the run in which it was inspected.
-    :param first: the index of its first prompt among those of the program of which it is one of the `parts`.
+    :param first: the index of its first prompt among those of the program of which it is one of the `parts`, or which
+        was `narrowed`.
     """
 
     model: Callable[..., Any]
@@ -184,6 +185,21 @@ class Program:
             found.append(replace(part, first=int(prompts[0]), verified=self.verified))
         return found
 
+    def narrowed(self, first: int, size: int) -> Program:
+        """Return the record of ``size`` prompts, from ``first``: sites in their shape. The model is that of all."""
+
+        def some(site: Site) -> Site:
+            fn = site.fn.narrowed(self.prompt_dim, first, size) if site.is_completion else site.fn
+            value = site.value.expand(site.shape).narrow(self.prompt_axis(site.name) - 1, first, size)
+            return replace(site, fn=fn, value=value, shape=tuple(value.shape))
+
+        sites = {name: some(site) if site.in_prompts else site for name, site in self.sites.items()}
+        return replace(self, sites=sites, num_prompts=size, full_size=size, first=self.first + first)
+
+    def prompt_axis(self, name: str) -> int:
+        """Return the axis of the prompts in a site's value (particle, *batch, *event)."""
+        return 1 + self.sites[name].dims.index("prompt")
+
     def side_by_side(self, parts: Sequence[Tensor], axis: int) -> Tensor:
         """Join one tensor of each of the `chunks`, or `parts`, along the axis of prompts."""
         overlap = sum(part.shape[axis] for part in parts) - self.full_size
@@ -223,7 +239,7 @@ class Program:
         """Return a site's value (particle, *batch, ...) at the particles that ``index`` (draw, prompt) names."""
         if self.shared:
             return value[index[:, 0].to(value.device)]
-        return along(value, 1 + self.sites[name].dims.index("prompt"), index)
+        return along(value, self.prompt_axis(name), index)
 
 
 def inspect(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Program:

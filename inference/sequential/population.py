@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -85,6 +86,7 @@ class Population:
     :param program: the inspected program.
     :param settings: the engine; each chain has ``settings.num_particles`` particles.
     :param chains: the number of chains in this population; None for ``settings.num_chains``, that is for all of them.
+    :param group: which particles of a chain are in it, where these are resampled in groups; None for all of them.
     :param retained: values of the latents (chain, *batch, *event) by site, which particle 0 of each chain has from the
         beginning to the end: conditional SMC, with multinomial resampling.
     """
@@ -95,20 +97,23 @@ class Population:
         settings: ParticleSettings,
         *,
         chains: int | None = None,
+        group: range | None = None,
         retained: dict[str, Tensor] | None = None,
     ) -> None:
         self.chains = settings.num_chains if chains is None else chains
-        self.size = settings.num_particles
+        group = range(settings.num_particles) if group is None else group
+        self.size, self._start = len(group), group.start
         device, total, prompts = program.device, self.chains * self.size, program.weight_prompts
         first = torch.arange(self.chains, device=device) * self.size
         self.partial_run = PartialRun(program, total, retained=retained or {}, slots=first)
         self.log_weights = torch.zeros((total, prompts), device=device)
         self.log_z = torch.zeros((self.chains, prompts), device=device)
-        self.roots = torch.arange(self.size, device=device).repeat(self.chains)[:, None].repeat(1, prompts)
+        own = torch.arange(group.start, group.stop, device=device)
+        self.roots = own.repeat(self.chains)[:, None].repeat(1, prompts)
         scheme = RESAMPLING[settings.resampling]
         self._resample: Callable[[Tensor], Tensor] = conditional_multinomial if retained else scheme
         self._threshold = settings.ess_threshold * self.size
-        self._has_all_chains = self.chains == settings.num_chains
+        self._is_all = self.chains == settings.num_chains and self.size == settings.num_particles
         self._counted: set[str] = set()
         self._identity = torch.arange(self.size, device=device)[None, :, None].expand(self.chains, -1, prompts)
         self._records: list[ResamplingRecord] = []
@@ -118,6 +123,36 @@ class Population:
     def total_log_weights(self) -> Tensor:
         """Log-weights (particle, prompt) since the beginning; the mean weight of a chain is its estimate of Z."""
         return self.log_weights + self.log_z.repeat_interleave(self.size, 0)
+
+    def parts(self, size: int) -> list[Population]:
+        """Return the particles of at most ``size`` prompts each, to be written apart and then `join`ed; or this alone.
+
+        Prompts that are one posterior are not divided.
+        """
+        prompts = self.partial_run.program.num_prompts
+        if size >= prompts or self.partial_run.program.shared:
+            return [self]
+        found = []
+        for columns in torch.arange(prompts).tensor_split(-(-prompts // size)):
+            first, number = int(columns[0]), len(columns)
+            part = copy.copy(self)
+            part.partial_run = self.partial_run.part(first, number)
+            for name in ("log_weights", "log_z", "roots", "_identity"):
+                setattr(part, name, getattr(self, name).narrow(-1, first, number))
+            part._records, part._next = [], None
+            found.append(part)
+        return found
+
+    def join(self, parts: Sequence[Population]) -> None:
+        """Take over what `parts` have become, after equally many steps."""
+        if parts[0] is self:
+            return
+        self.partial_run.join([part.partial_run for part in parts])
+        for name in ("log_weights", "log_z", "roots"):
+            setattr(self, name, torch.cat([getattr(part, name) for part in parts], -1))
+        for step in zip(*(part._records for part in parts), strict=True):
+            self._records.append(ResamplingRecord(*(torch.cat(each, -1) for each in zip(*step, strict=True))))
+        self._next = None
 
     def weigh(self, increment: Tensor, update: WeightUpdate) -> None:
         """Add to the log-weights. A particle of weight 0 keeps it.
@@ -140,7 +175,7 @@ class Population:
             update.explain()
         if is_invalid:
             raise self._invalid_weight(update, invalid)
-        if is_extinct and self._has_all_chains:
+        if is_extinct and self._is_all:
             raise self._extinction(update, int(extinct.long().argmax()))
         self.log_weights, self._next = weights, (before, low, is_low)
 
@@ -214,19 +249,24 @@ class Population:
         return particles
 
     @staticmethod
-    def stats(populations: Sequence[Population]) -> dict[str, Any]:
+    def stats(populations: Sequence[Population], groups: int = 1) -> dict[str, Any]:
         """Return the records of all steps, by the names of `ResamplingRecord`, with the axes (chain, step, ...).
 
         :param populations: the populations of a run, whose chains are joined; all have equally many steps.
+        :param groups: so many of them, one after another, are one chain, whose effective sample size is their sum.
         """
         if not populations[0]._records:
             return {}
 
-        def joined(name: str) -> np.ndarray:
-            each = [torch.stack([getattr(step, name) for step in one._records], 1) for one in populations]
-            return to_numpy(torch.cat(each))
+        def of_chains(those: Sequence[Population]) -> list[Tensor]:
+            records = [[torch.stack(x, 1) for x in zip(*one._records, strict=True)] for one in those]
+            ess_by_step, resampled, ancestors = zip(*records, strict=True)
+            every = [x + one._start for x, one in zip(ancestors, those, strict=True)]
+            return [torch.stack(ess_by_step).sum(0), torch.stack(resampled).any(0), torch.cat(every, 2)]
 
-        return {name: joined(name) for name in ResamplingRecord._fields}
+        chains = [of_chains(populations[i : i + groups]) for i in range(0, len(populations), groups)]
+        joined = [to_numpy(torch.cat(each)) for each in zip(*chains, strict=True)]
+        return dict(zip(ResamplingRecord._fields, joined, strict=True))
 
     def _invalid_weight(self, update: WeightUpdate, invalid: Tensor) -> ProgramError:
         """Return the error of a weight that is NaN or +inf, ``invalid`` (particle, prompt) saying where."""

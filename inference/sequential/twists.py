@@ -155,16 +155,20 @@ class PrefixTwist:
         self, others: dict[str, Tensor], values: Tensor, finished: Tensor, length: int, check: bool = True
     ) -> dict[str, Tensor]:
         """Return the terms (particle, prompt) of completions of ``length`` tokens so far, by factor."""
-        site, program = self._rows.site, self._partial_run.program
+        run = self._partial_run
+        site, program = self._rows.site, run.program
         unfinished = ~finished.reshape(-1, *site.shape[:-1])
         value = self._blanked(values.reshape(-1, *site.shape), unfinished, length)
         ended = program.under_plate(site.name, ~unfinished)
         on_cpu = torch.cat([value, (~unfinished)[..., None].to(value)], -1).cpu()  # one copy, not two, from a device
         put_on_host(value, on_cpu[..., :-1])
-        with prefixes(on_cpu[..., -1].bool().reshape(ended.shape), partial=self._partial) as context:
-            terms = self._partial_run.terms_with(others | {site.name: value}, check=check)
+        all_ended = run.with_others(site.name, on_cpu[..., -1].bool(), torch.ones((), dtype=torch.bool))
+        with prefixes(program.under_plate(site.name, all_ended), partial=self._partial) as context:
+            terms = run.terms_with(others | {site.name: value}, check=check)
         # -inf is final where the text is finished or a Reward says so; elsewhere a continuation may have another score
-        final = torch.as_tensor(context.lost, device=ended.device) if context.lost.any() else torch.zeros_like(ended)
+        final = torch.zeros_like(ended)
+        if context.lost.any():
+            final = run.own(torch.as_tensor(context.lost, device=ended.device), program.prompt_dim or 0)
         open_, final = (program.terms(x.float(), len(value), site.in_prompts) > 0 for x in (~ended, final))
         provisional = open_ & ~final
 

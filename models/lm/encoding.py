@@ -92,7 +92,8 @@ def encode(
     if isinstance(prompts, Encoded):
         check_room(prompts, room)
         return prompts
-    refuse_table(prompts)
+    if not isinstance(prompts, list | tuple) or isinstance(next(iter(prompts), None), Mapping):
+        refuse_table(prompts)
     is_list = hasattr(prompts, "__len__") and getattr(prompts, "ndim", 1) > 0
     if not is_list or isinstance(prompts, bytes | type):
         raise TypeError(f"prompts must be a list of prompts, got {show(prompts)}")

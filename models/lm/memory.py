@@ -32,9 +32,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from .configs import size
 from .remembered import recalled, remembered
 
 ON_CPU = 2**29  # bytes
@@ -53,6 +55,17 @@ class Footprint:
     kept: int  # a
     vocabulary: int  # V
     bytes_each: int  # s
+
+    @classmethod
+    def of(cls, network: Any, *, vocabulary: int, cached: int, bytes_each: int, logits_are_hidden: bool) -> Footprint:
+        """Return what a network holds, of sizes that its config has and these."""
+        width = size(network, "hidden_size")
+        inner = size(network, "intermediate_size") or 4 * width
+        head = size(network, "head_dim") or width // (size(network, "num_attention_heads") or 1)
+        logits = vocabulary if logits_are_hidden else 0
+        inside, kept = 4 * width + 3 * inner + 2 * head + logits, 12 * width + 4 * inner + logits
+        layers = max(1, size(network, "num_hidden_layers"))
+        return cls(layers, width, cached, inside, kept, vocabulary, bytes_each)
 
     def prefill(self, prompts: int, prompt: int) -> int:
         """Return the bytes that reading prompts of so many tokens holds."""

@@ -12,13 +12,13 @@ In a program, `factor` multiplies the joint density by exp(r / beta) and records
 from .answers import ExactMatch, TokenF1, normalised_answer
 from .best_of_n import BestOfNLikelihood
 from .broadcasting import broadcast, check_columns, with_trainer_arguments
-from .calling import TimeLimitError, call, copied, watching_seed
+from .calling import TimeLimitError, call, copied
 from .classifier import Classifier
 from .grammar import Grammar, fewest_tokens
 from .judge import Judge, JudgeUsage
 from .recording import factor, record, reward_name
 from .registry import BUILT_IN, get, load
-from .rehearsal import RememberedScores, rehearsal, remembering_scores, repeating
+from .rehearsal import RememberedScores, rehearsal, remembering_scores, repeating, watching_seed
 from .reward import Reward, RewardError, RewardFunction
 from .text_rewards import Sentiment, Similarity, TextReward, Toxicity, sentence_embeddings
 from .unfinished import prefixes

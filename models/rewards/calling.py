@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import contextvars
 import copy
 import inspect
@@ -26,16 +25,17 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping, MutableSequence, MutableSet
+from collections.abc import Awaitable, Callable, MutableMapping, MutableSequence, MutableSet
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .rehearsal import watching_seed
+
 _ATOMS = frozenset({str, int, float, bool, type(None)})
 LONGEST = 1e9  # seconds, which every system's timers take
-_MARK = torch.tensor(list(b"bayeslm."), dtype=torch.uint8)  # a seed that nobody sets
 _AGAIN = 0.2  # seconds after which a call that went on in spite of the timer is interrupted again
 
 
@@ -103,35 +103,6 @@ def call(function: Callable[[], Any], timeout: float | None) -> Any:
             return _awaited(result, timeout - (time.monotonic() - start)) if inspect.isawaitable(result) else result
         finally:
             torch.set_default_dtype(dtype)
-
-
-@contextlib.contextmanager
-def watching_seed() -> Iterator[list[bool]]:
-    """Undo it where the block seeds torch's random numbers; the yielded list is empty where it does not.
-
-    The generator has a seed of ours in the block, and the numbers that it would have: a seed that is the same as before
-    shows too.
-    """
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    before = torch.get_rng_state()
-    found: list[bool] = []
-    torch.set_rng_state(_with_seed(before, _MARK))
-    try:
-        yield found
-    finally:
-        after = torch.get_rng_state()
-        if torch.equal(after[: len(_MARK)], _MARK):
-            torch.set_rng_state(_with_seed(after, before[: len(_MARK)]))
-        else:
-            found.append(True)
-            torch.set_rng_state(before)
-            for i, state in enumerate(cuda):
-                torch.cuda.set_rng_state(state, i)
-
-
-def _with_seed(state: Tensor, seed: Tensor) -> Tensor:
-    """Return the state of torch's generator on the CPU with another seed, which is in its first bytes."""
-    return torch.cat([seed, state[len(seed) :]])
 
 
 def _interrupted(function: Callable[[], Any], timeout: float) -> Any:

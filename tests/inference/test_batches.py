@@ -8,14 +8,18 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pyro
 import pytest
-from support.models import tiny_llama
-from support.programs import score_table, tilted
+import torch
+from support.allocations import peak_bytes
+from support.models import llama_network, table_lm, tiny_llama
+from support.programs import conversation, rewarded, score_table, tilted
+from support.statistics import assert_agrees, assert_evidence, assert_mean, assert_roots_follow
 
 from bayeslm import diagnostics
 from bayeslm.inference import MCMC, SMC, SVI, AnnealedSMC, EvidenceError, Exact, ImportanceSampling, RejectionSampling
 from bayeslm.inference.program import inspect
-from bayeslm.models import TiltedLM
+from bayeslm.models import LanguageModel, TiltedLM, rewards
 from bayeslm.models.lm import CausalNetwork, autoregressive, prefix
 from bayeslm.models.rewards import Reward
 
@@ -65,9 +69,10 @@ SIZE = 12
 ENGINES = {
     "importance": ImportanceSampling(9, **SETTINGS),
     "smc": SMC(SIZE, 2, twist="partial", **SETTINGS),
+    "smc, groups": SMC(SIZE + 1, 1, twist="partial", proposal="twist", top_k=2, **SETTINGS),
     "annealed": AnnealedSMC(9, 2, ladder=(0.5, 1.0), **SETTINGS),
     "annealed, candidates": AnnealedSMC(9, 1, ladder=(1.0,), num_candidates=3, **SETTINGS),
-    "mcmc": MCMC(num_samples=4, warmup=1, num_chains=4, initial_particles=6, **SETTINGS),
+    "mcmc": MCMC(num_samples=4, warmup=1, num_chains=2 * SIZE, initial_particles=6, num_candidates=2, **SETTINGS),
     "rejection": RejectionSampling(num_samples=8, log_bound=3.5, **SETTINGS),
     "svi": SVI(num_steps=2, num_particles=5, num_samples=4, **SETTINGS),
 }
@@ -81,8 +86,19 @@ def program() -> TiltedLM:
     return TiltedLM(tiny_llama(batch_size=SIZE), counted, beta=1.0, max_new_tokens=3)
 
 
+LM = tiny_llama(batch_size=SIZE)
+
+
+def bare(prompts: list[list[int]], bonus: list[float], lm: LanguageModel = LM) -> None:
+    """An ordinary program, which knows nothing of some of its prompts."""
+    with pyro.plate("prompts", len(prompts)):
+        x = pyro.sample("completion", lm(prompts, max_new_tokens=3))
+        rewards.factor("reward", (x == 1).sum(-1) + torch.tensor(bonus), 1.0)
+
+
+@pytest.mark.parametrize("model", [program(), bare], ids=["tilted", "bare"])
 @pytest.mark.parametrize("name", ENGINES)
-def test_no_pass_has_more_rows_than_the_batch_size(name):
+def test_no_pass_has_more_rows_than_the_batch_size(name, model):
     rows = []
     hidden = CausalNetwork.hidden
 
@@ -92,7 +108,7 @@ def test_no_pass_has_more_rows_than_the_batch_size(name):
 
     with mock.patch.object(CausalNetwork, "hidden", noted), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = ENGINES[name].run(program(), PROMPTS[:5], bonus=[0.0, 0.1, 0.2, 0.3, 0.4])
+        found = ENGINES[name].run(model, PROMPTS[:5], bonus=[0.0, 0.1, 0.2, 0.3, 0.4])
     assert max(rows) <= SIZE
     assert found.log_weights.shape[-1] == len(found.prompts) == 5
 
@@ -112,6 +128,61 @@ def test_smc_of_some_prompts_after_others_is_that_of_all():
     rows = [counted(prompts, texts.tolist(), bonus) for texts in found.texts["completion"][0]]
     np.testing.assert_allclose(found.rewards["reward"][0], rows, rtol=1e-6)
     assert SMC(SIZE, 2, retained=exact, **SETTINGS).run(program(), prompts, bonus=bonus).conditional
+
+
+SMCS = {
+    "partial": {"twist": "partial", "proposal": "twist", "top_k": 2, "ess_threshold": 1.0},
+    "policy": {"twist": table_lm(order=3, seed=7, vocab=4), "proposal": "prior", "ess_threshold": 1.0},
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("particles", "size"), [(6, 12), (7, 4)], ids=["some prompts", "groups"])
+@pytest.mark.parametrize("setting", SMCS)
+def test_smc_in_batches_is_smc(setting, particles, size):
+    """Of a program that runs with all its prompts alone: latents before a completion, and two of these."""
+    prompts = [[1, 2], [3], [2, 2]]
+    model = conversation(batch_size=size)
+    exact = Exact().run(model, prompts)
+    found = SMC(particles, 100, **SMCS[setting], **SETTINGS).run(model, prompts)
+    words = [lambda p, t=t: p.samples["completion"][..., t] == 1 for t in (0, 1)]
+    assert_agrees(found, exact, [*words, lambda p: p.samples["topic"], lambda p: p.samples["reply"][..., 0] == 2])
+    assert_evidence(found, exact.log_evidence, unbiased=True)
+    assert found.stats["resampled"].any()
+    assert_roots_follow(found)
+    assert found.stats["ess_by_step"].max() <= particles + 1e-3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size", [10, 4])
+def test_conditional_smc_in_batches(size):
+    """In groups of 3 and 2 particles 1 / Z-hat is unbiased for 1 / Z only if the draw may be in any."""
+    lm = table_lm(order=3, seed=0, vocab=4)
+    lm.batch_size = size
+    model = tilted(lm, score_table(0, vocab=4, tokens=3), 0.3)
+    prompts = [[1, 2], [3], [2, 2]]
+    exact = Exact().run(model, prompts)
+    inverse = []
+    for seed in range(25):
+        draws = exact.resample(10, seed=seed)
+        found = SMC(5, 10, twist="partial", retained=draws, seed=seed, progress=False).run(model, prompts)
+        np.testing.assert_array_equal(found.samples["completion"][:, 0], draws.samples["completion"][0])
+        inverse.append(np.exp(exact.log_evidence - diagnostics.chain_log_evidence(found.log_weights)).mean(0))
+    assert_mean(np.stack(inverse), 1.0)
+
+
+@pytest.mark.long
+def test_smc_of_a_bare_program_holds_one_batch():
+    """The most bytes of tensors, where eight times as many prompts are eight batches: little but texts and weights."""
+
+    def peak(prompts: int) -> int:
+        lm = LanguageModel(llama_network(num_hidden_layers=8), eos_token_ids=(), batch_size=16)
+        model = rewarded(lm, 24, lambda x: 0.1 * (x == 1).sum(-1))
+        return peak_bytes(lambda: SMC(16, 1, twist="partial", **SETTINGS).run(model, PROMPTS[:prompts]))
+
+    one, eight = peak(1), peak(8)
+    print(f"{one / 1e6:.2f} and {eight / 1e6:.2f} MB")
+    assert eight < 2 * one
 
 
 def test_an_error_of_some_prompts_names_them_among_all():

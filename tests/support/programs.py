@@ -100,9 +100,10 @@ def longer(prompts: list[Any], topic: torch.Tensor) -> np.ndarray:
     return out
 
 
-def conversation(reply: int = 1) -> Callable[[list[Any]], None]:
+def conversation(reply: int = 1, batch_size: int | None = None) -> Callable[[list[Any]], None]:
     """A topic that a prompt depends on, a factor in mid-program, a reply of so many tokens to the draft."""
     lm = table_lm(order=3, seed=1, vocab=4)
+    lm.batch_size = batch_size
     table = 2.0 * score_table(3, vocab=4, tokens=2)
 
     def model(prompts: list[Any]) -> None:

@@ -22,7 +22,8 @@ import regex
 from bayeslm.validation import NonNegative, validated
 
 from .calling import TimeLimitError, check_timeout
-from .reward import Reward, RewardError, Scores
+from .reward import Reward
+from .scorer import RewardError, Scores
 
 
 @validated

@@ -1,6 +1,6 @@
 """Networks whose weights are stored in few bits: scored as their own forward, under adapters, or refused with why.
 
-Those of torchao are long tests, in an environment that has it: `make quantised`.
+Those of torchao are long tests, in an environment that has it: `make test-quantised`.
 """
 
 from __future__ import annotations
@@ -58,9 +58,8 @@ def test_what_rounds_a_text_by_others_is_refused_by_name():
         LanguageModel(dynamic)
     for name, reason in {"Linear8bitLt": "chooses by the batch", "Linear4bit": "on a CPU its passes"}.items():
         network = network_of()
-        network.model.layers[1].mlp.up_proj = type(name, (nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})(
-            64, 64
-        )
+        kind = type(name, (nn.Linear,), {"__module__": "bitsandbytes.nn.modules"})
+        network.model.layers[1].mlp.up_proj = kind(64, 64)
         with pytest.raises(TypeError, match=f"layers.1.mlp.up_proj is a {name} of bitsandbytes, .*{reason}"):
             LanguageModel(network)
 

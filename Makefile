@@ -96,7 +96,7 @@ test-vllm: install weights $(VLLM)/.installed  ## serve policies by vLLM (instal
 test-quantised: install $(QUANTISED)/.installed  ## priors whose weights torchao has quantised (installs it into build/)
 	@$(QUANTISED)/bin/python -m pytest -m long tests/models/lm/test_quantised.py $(ARGS)
 
-fuzz: install  ## random arguments, runs, command lines and damaged folders, 20 minutes (ARGS="-k constructors")
+fuzz: install  ## random arguments, runs, command lines and damaged folders, 20 minutes (ARGS="-k calls")
 	@FUZZ=large OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_fuzz.py $(ARGS)
 
 chaos: install  ## kill runs and damage files at random: ARGS="--trials 100 --seed 0"

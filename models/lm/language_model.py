@@ -260,17 +260,11 @@ class LanguageModel(TokenModel):
 
     def _with_network(self, network: nn.Module, name: str | None, compute_dtype: torch.dtype | None) -> LanguageModel:
         """Return a copy with another network and the same settings."""
+        same = ("eos_token_ids", "pad_token_id", "batch_size", "micro_batch_size", "gradient_checkpointing")
+        settings: dict[str, Any] = {setting: getattr(self, setting) for setting in same}
+        start = self.decoder_start_ids or None
         lm = LanguageModel(
-            network,
-            self.tokenizer,
-            eos_token_ids=self.eos_token_ids,
-            pad_token_id=self.pad_token_id,
-            decoder_start_ids=self.decoder_start_ids or None,
-            name=name,
-            batch_size=self.batch_size,
-            micro_batch_size=self.micro_batch_size,
-            gradient_checkpointing=self.gradient_checkpointing,
-            compute_dtype=compute_dtype,
+            network, self.tokenizer, name=name, compute_dtype=compute_dtype, decoder_start_ids=start, **settings
         )
         lm._exact, lm._findings = self._exact, self._findings
         lm.sampler, lm._departed, lm._compiled = self.sampler, self._departed, self._compiled

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from bayeslm.validation import validated
+
 from . import configs, memory, own_forward, packing
 from .adapters import exact_weights
 from .encoding import positions_of
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+@validated
 class CausalNetwork:
     """The body and the head of a causal network.
 
@@ -68,6 +71,8 @@ class CausalNetwork:
         causal: Any = inside_peft() if inside_peft else network
         self.network = causal
         self.compute_dtype = compute_dtype
+        self.vocab_size = configs.vocab_size(causal)  # the width of the logits, maybe more than the tokenizer's tokens
+        self.width = configs.size(causal, "hidden_size")  # of the hidden states, 0 if the network has none
         self._exact = set() if compute_dtype is None else exact_weights(network, causal, exact)
         self.parameters = list(causal.parameters())
         self._changes = Changes(network, causal)
@@ -189,11 +194,6 @@ class CausalNetwork:
         """Whether it has the parameters, the forward passes and the hooks that it had when it was tried."""
         return not self._changes.are_made
 
-    @cached_property
-    def vocab_size(self) -> int:
-        """Width of the logits, which may be more than the tokenizer's tokens."""
-        return configs.vocab_size(self.network)
-
     @property
     def prompt_vocab_size(self) -> int:
         """The number of tokens of prompts."""
@@ -207,11 +207,6 @@ class CausalNetwork:
     def context_length(self) -> int | None:
         """The most tokens that a text can have, None if the network's config does not say."""
         return configs.context_length(self.network)
-
-    @cached_property
-    def width(self) -> int:
-        """Width of the hidden states, 0 if the network has none."""
-        return configs.size(self.network, "hidden_size")
 
     # -- size ------------------------------------------------------------------------------------------------
 

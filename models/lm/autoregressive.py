@@ -229,11 +229,11 @@ class Autoregressive(TorchDistribution):
         :param watch: called with the first completion (max_new_tokens,) after each of its tokens, padded.
         """
         shape = Size(sample_shape) + self.batch_shape
-        rows, log_s = self.prompt_rows(shape), None
+        rows, log_s, stale = self.prompt_rows(shape), None, False
         with exclusive(), torch.no_grad():
             if self.is_sampled:
                 lm: Any = self.lm
-                value, scores, log_s = self._sample_by(lm.sampler, lm.weights, rows)
+                value, scores, log_s, stale = self._sample_by(lm.sampler, lm.weights, rows)
             else:
                 value = rows.new_full((len(rows), self.max_new_tokens), self.vocabulary.pad_token_id)
                 scores = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
@@ -245,15 +245,15 @@ class Autoregressive(TorchDistribution):
         kept = (value, self._versions(value), scores.reshape(value.shape))
         self._drawn[:] = [] if value.is_inference() else [kept]
         if log_s is not None:
-            self._densities.keep(value, log_s.reshape(value.shape))
+            self._densities.keep(value, log_s.reshape(value.shape), stale)
             if watch is not None:
                 watch(value.reshape(-1, self.max_new_tokens)[0])
         return value
 
-    def _sample_by(self, sampler: Sampler, weights: Weights, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _sample_by(self, sampler: Sampler, weights: Weights, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
         """Draw by another engine: completions of prompts (row,), the network's scores of them, and the engine's.
 
-        All have the shape (row, max_new_tokens).
+        All have the shape (row, max_new_tokens). And whether they were drawn by other weights than these.
         """
         if self.truncation is not None:
             raise ValueError(
@@ -272,7 +272,7 @@ class Autoregressive(TorchDistribution):
             )
         scores = token_scores(self.prompted, rows, value)
         compare(sampler, scores[taken], log_s[taken], self.vocabulary.is_live(value[taken]), stale)
-        return value, scores, log_s
+        return value, scores, log_s, stale
 
     @property
     def is_sampled(self) -> bool:
@@ -285,6 +285,10 @@ class Autoregressive(TorchDistribution):
         :raises LookupError: if a sampler has drawn for this distribution, and this is none of its values.
         """
         return self._densities.of(value)
+
+    def is_stale(self, value: Tensor) -> bool:
+        """Return whether a sampler has drawn a value by other weights than it was asked for."""
+        return self._densities.are_stale(value)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log p(value | prompt), shape of the batch; -inf for a malformed completion."""

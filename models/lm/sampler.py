@@ -25,6 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from bayeslm.posterior import DiagnosticsWarning
 
+from .ahead import asked_ahead
 from .encoding import Vocabulary
 from .usage import note_drawn
 
@@ -98,9 +99,13 @@ class Densities:
         self._kept = WeakTensorKeyDictionary()
         self._any = False
 
-    def keep(self, value: Tensor, log_s: Tensor) -> None:
+    def keep(self, value: Tensor, log_s: Tensor, stale: bool) -> None:
         self._any = True
-        self._kept[value] = (_version(value), log_s)
+        self._kept[value] = (_version(value), log_s, stale)
+
+    def are_stale(self, value: Tensor) -> bool:
+        """Return whether an engine has drawn a value by other weights than it was asked for."""
+        return bool(self._kept.get(value, (None, None, False))[2])
 
     def of(self, value: Tensor) -> Tensor | None:
         """Return log s of each token of a value; None where no engine has drawn.
@@ -109,7 +114,7 @@ class Densities:
         """
         if not self._any:
             return None
-        version, log_s = self._kept.get(value, (None, None))
+        version, log_s, _ = self._kept.get(value, (None, None, False))
         if log_s is None or version != _version(value):
             raise LookupError("the value is not one that the sampler drew: it was changed, or replaced, after")
         return log_s
@@ -171,7 +176,8 @@ def draw_rows(
         weights,
     )
     try:
-        draws = sampler.draw(request)
+        lot = asked_ahead()
+        draws = sampler.draw(request) if lot is None else lot.answer(sampler, request)
     except SamplerError:
         raise
     except Exception as error:

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/ahead.py [--seeds 5] [--steps 100 300] [--seconds 0.1]
 
-A prior of 4 words and 3 tokens, a reward of each token at each place, beta 0.5, two prompts, 40 completions of each: the
-KL of the policy to the posterior is a sum over all of them. The objective is `LogVariance` on 8 draws, by Adam, with the
+A prior of 4 words and 3 tokens, a reward of each token at each place, beta 0.5, two prompts, 40 completions of each: KL
+of policy and posterior is a sum over all of them. The objective is `LogVariance` on 8 draws, by Adam, with the
 draws of the present policy or those asked for 1, 2 or 4 steps before (`Ahead`). The engine is a copy of the policy's
 weights in a thread of its own.
 

@@ -28,9 +28,9 @@ from torch import Tensor
 from bayeslm.inference.program import EvidenceError, Program, to_numpy
 from bayeslm.models.lm import Autoregressive, Decoder, Encoded, log_softmax_at
 
+from .constraint_guide import ConstraintGuide
 from .constraints import (
     AllowedTokens,
-    ConstraintGuide,
     Given,
     MaskedTokens,
     TokenConstraint,

@@ -12,7 +12,8 @@ if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] in ("bayeslm", "-mba
     sys.path.pop(0)
 
 from bayeslm import diagnostics
-from bayeslm.posterior import DiagnosticsWarning, Posterior
+from bayeslm.posterior import Posterior
+from bayeslm.posterior_draws import DiagnosticsWarning, PosteriorDraws
 from bayeslm.version import __version__
 
-__all__ = ["DiagnosticsWarning", "Posterior", "__version__", "diagnostics"]
+__all__ = ["DiagnosticsWarning", "Posterior", "PosteriorDraws", "__version__", "diagnostics"]

@@ -27,17 +27,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bayeslm.posterior import DiagnosticsWarning, Posterior
+from bayeslm.posterior_draws import DiagnosticsWarning, PosteriorDraws
 from bayeslm.weights import Array, Estimate, as_log_weights, chain_log_evidence
 
-from .validation import validated
+from .validation import Positive, validated
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 @validated
-def certify(runs: Posterior, conditional: Posterior, *, level: float = 0.95) -> pd.DataFrame:
+def certify(runs: PosteriorDraws, conditional: PosteriorDraws, *, level: float = 0.95) -> pd.DataFrame:
     """Return bounds on log Z and on divergences, in nats, for any engines: a table with a row for each prompt.
 
       log_evidence_lower, log_evidence_upper   mean log Ẑ over the chains of ``runs``, of ``conditional``; with `_se`
@@ -101,7 +101,7 @@ def certify(runs: Posterior, conditional: Posterior, *, level: float = 0.95) -> 
 
 
 @validated
-def unseen_limit(log_evidence: ArrayLike, stderr: ArrayLike, log_bound: float, prior_draws: float) -> Array:
+def unseen_limit(log_evidence: ArrayLike, stderr: ArrayLike, log_bound: float, prior_draws: Positive) -> Array:
     """Return an upper limit of log Z that counts what no draw has seen: log(Ẑ e^{2 se} + (3/N) e^M).
 
     With N draws of the prior, what they have not seen has a prior probability below 3/N, with 95% confidence (the rule
@@ -143,7 +143,7 @@ def _limit(probability: float, *samples: Array) -> Array:
     return np.where(np.isfinite(limit), limit, mean)  # chains that all agree, or an infinite mean
 
 
-def _check(runs: Posterior, conditional: Posterior, level: float) -> None:
+def _check(runs: PosteriorDraws, conditional: PosteriorDraws, level: float) -> None:
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, not {level}")
     for name, posterior in {"runs": runs, "conditional": conditional}.items():

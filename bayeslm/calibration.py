@@ -27,10 +27,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bayeslm.posterior import Posterior
+from bayeslm.posterior_draws import PosteriorDraws
+from bayeslm.validation import validated
 from bayeslm.weights import Array
-
-from .validation import validated
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,7 +79,7 @@ class Calibration:
 
 @validated
 def calibrate(
-    predicted: Posterior | ArrayLike,
+    predicted: PosteriorDraws | ArrayLike,
     outcomes: ArrayLike | None = None,
     *,
     site: str = "preferred",
@@ -146,9 +145,9 @@ def calibrate(
     )
 
 
-def _probabilities(predicted: Posterior | ArrayLike, site: str) -> Array:
+def _probabilities(predicted: PosteriorDraws | ArrayLike, site: str) -> Array:
     """Return probabilities (chain, draw, pair), after checks."""
-    if isinstance(predicted, Posterior):
+    if isinstance(predicted, PosteriorDraws):
         if site not in predicted.pointwise:
             raise ValueError(f"the posterior has no observed site {site!r}, only {sorted(predicted.pointwise)}")
         if predicted.kind in ("weighted", "particles", "enumerated"):
@@ -156,9 +155,9 @@ def _probabilities(predicted: Posterior | ArrayLike, site: str) -> Array:
         predicted = np.exp(predicted.pointwise[site].astype(float))
     p = np.asarray(predicted, dtype=float)
     if p.ndim != 3 or p.size == 0:
-        raise ValueError(f"probabilities must be (chain, draw, pair) and not empty, got {p.shape}")
+        raise ValueError(f"predicted must be probabilities (chain, draw, pair) and not empty, got {p.shape}")
     if not ((p >= 0) & (p <= 1)).all():
-        raise ValueError("probabilities must be between 0 and 1")
+        raise ValueError("predicted probabilities must be between 0 and 1")
     return p
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from bayeslm.posterior_draws import PosteriorDraws
 from bayeslm.weights import (
     Array,
     Estimate,
@@ -17,15 +18,12 @@ from bayeslm.weights import (
     quality,
 )
 
-if TYPE_CHECKING:
-    from bayeslm.posterior import Posterior
-
 ALIKE = ("kind", "engine", "prompts", "prompt_names", "dims", "conditional")
 NOT_DRAWS = ("prior", "prior_rewards", "observed")  # mappings of other arrays than (chain, draw, ...)
 COUNTS = ("tokens", "model_calls", "proposals", "processes")
 
 
-def concatenate(posteriors: Sequence[Posterior]) -> dict[str, Any]:
+def concatenate(posteriors: Sequence[PosteriorDraws]) -> dict[str, Any]:
     """Return the fields of the posterior of several runs; see `bayeslm.Posterior.concatenate`."""
     if not posteriors:
         raise ValueError("concatenate: no posteriors: give at least one")
@@ -91,7 +89,7 @@ def concatenate(posteriors: Sequence[Posterior]) -> dict[str, Any]:
     )
 
 
-def _roots(posterior: Posterior) -> Array:
+def _roots(posterior: PosteriorDraws) -> Array:
     assert posterior.roots is not None  # particles have them
     return posterior.roots
 
@@ -101,7 +99,7 @@ def _in_one_chain(arrays: Sequence[Array]) -> Array:
     return np.concatenate([x.reshape(1, -1, *x.shape[2:]) for x in arrays], axis=1)
 
 
-def _evidence(posteriors: Sequence[Posterior], weights: Array, roots: Array | None) -> Estimate:
+def _evidence(posteriors: Sequence[PosteriorDraws], weights: Array, roots: Array | None) -> Estimate:
     """Return log Z of all runs, and its standard error."""
     first = posteriors[0]
     if first.conditional:
@@ -120,7 +118,7 @@ def _evidence(posteriors: Sequence[Posterior], weights: Array, roots: Array | No
         return np.log(total) + highest, np.sqrt(np.square(known).sum(0)) / total
 
 
-def _stats(posteriors: Sequence[Posterior], weights: Array, *, alike: bool) -> dict[str, Any]:
+def _stats(posteriors: Sequence[PosteriorDraws], weights: Array, *, alike: bool) -> dict[str, Any]:
     """Return the statistics of all runs: sums of counts, figures of chains joined, and what is the same in all."""
     stats = [posterior.stats for posterior in posteriors]
     chains, kind = [len(posterior.log_weights) for posterior in posteriors], posteriors[0].kind
@@ -173,7 +171,7 @@ STEPS: dict[str, Callable[[Array, int], Array]] = {
 }
 
 
-def _same_draws(one: Posterior, other: Posterior) -> bool:
+def _same_draws(one: PosteriorDraws, other: PosteriorDraws) -> bool:
     return all(_same(x, other.samples.get(name)) for name, x in one.samples.items())
 
 

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bayeslm.diagnostics import expectation
-from bayeslm.posterior import Posterior
-from bayeslm.validation import Count, Unchecked, validated
+from bayeslm.posterior_draws import PosteriorDraws
+from bayeslm.validation import Count, Unchecked, show, validated
 from bayeslm.weights import Array, Estimate
 
 
@@ -179,7 +179,7 @@ class Decision:
 
 @validated
 def decide(
-    posterior: Annotated[Posterior, Unchecked],
+    posterior: Annotated[PosteriorDraws, Unchecked],
     utility: Callable[[str, str], float] | Literal["reward"],
     *,
     num_candidates: Count = 32,
@@ -201,6 +201,8 @@ def decide(
     :raises ValueError: if ``site`` is needed and missing, or unknown, or has several texts a prompt; if every weight of
         a prompt is zero, or a utility is not a finite number, with the pair.
     """
+    if not hasattr(posterior, "decide"):
+        raise TypeError(f"decide: posterior must be a Posterior, got {show(posterior)}")
     columns = _columns(posterior, _site(posterior, site), utility)
     if isinstance(utility, str):
         if also:
@@ -234,7 +236,7 @@ class _Column(NamedTuple):
     """(chain, draw): which text stands for each draw; 0 for draws of zero weight, which count nowhere."""
 
 
-def _site(posterior: Posterior, site: str | None) -> str:
+def _site(posterior: PosteriorDraws, site: str | None) -> str:
     """Return the completion site, which must have one text a prompt, or one for all."""
     site = posterior.completion_site(site)
     if (dims := posterior.dims[site][:-1]) not in ((), ("prompt",)):
@@ -242,7 +244,7 @@ def _site(posterior: Posterior, site: str | None) -> str:
     return site
 
 
-def _columns(posterior: Posterior, site: str, utility: Callable[[str, str], float] | str) -> list[_Column]:
+def _columns(posterior: PosteriorDraws, site: str, utility: Callable[[str, str], float] | str) -> list[_Column]:
     key = utility.key if isinstance(utility, Utility) else str
     weights, texts = posterior.weights(), posterior.texts[site]
     texts = texts if texts.ndim == 3 else texts[..., None]
@@ -295,13 +297,13 @@ def _table(utility: Callable[[str, str], float], column: _Column, candidates: li
     return table
 
 
-def _expectation(posterior: Posterior, columns: list[_Column], rows: list[Array]) -> Estimate:
+def _expectation(posterior: PosteriorDraws, columns: list[_Column], rows: list[Array]) -> Estimate:
     """Return the expected utility of one candidate of each prompt, given its utilities (text,)."""
     values = np.stack([row[column.place] for row, column in zip(rows, columns, strict=True)], axis=2)
     return expectation(posterior, values)
 
 
-def _by_reward(posterior: Posterior, columns: list[_Column], num_candidates: int, site: str | None) -> Decision:
+def _by_reward(posterior: PosteriorDraws, columns: list[_Column], num_candidates: int, site: str | None) -> Decision:
     """Return the decision by the candidates' own rewards, which are known without an error."""
     candidates, leads = [], []
     for p, column in enumerate(columns):

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bayeslm.bounds import certify
-from bayeslm.posterior import Posterior
+from bayeslm.posterior_draws import PosteriorDraws
 from bayeslm.weights import (
     POOL,
     Array,
@@ -131,7 +131,7 @@ def ess_bulk(values: Annotated[ArrayLike, Shape("chain, draw, ...")]) -> Array:
 
 
 @validated
-def expectation(posterior: Posterior, values: ArrayLike, *, weighted: bool = True) -> Estimate:
+def expectation(posterior: PosteriorDraws, values: ArrayLike, *, weighted: bool = True) -> Estimate:
     """Estimate E[values] under the posterior, or with ``weighted=False`` under q, the distribution of the raw draws.
 
     For weighted draws and particles by self-normalised importance sampling with their raw weights, μ = Σwf / Σw with
@@ -147,7 +147,7 @@ def expectation(posterior: Posterior, values: ArrayLike, *, weighted: bool = Tru
 
 
 @validated
-def kl_to_prior(posterior: Posterior, *, weighted: bool = True) -> Estimate:
+def kl_to_prior(posterior: PosteriorDraws, *, weighted: bool = True) -> Estimate:
     """Estimate KL(π* ‖ p) = E_π*[l] − log Z; with ``weighted=False`` KL(q ‖ p) = E_q[l − log w], the penalty of RL.
 
     Source: Korbak, Perez, Buckley 2022, arXiv 2205.11275.
@@ -164,7 +164,9 @@ def kl_to_prior(posterior: Posterior, *, weighted: bool = True) -> Estimate:
 
 
 @validated
-def kl_to_posterior(posterior: Posterior, reference: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None) -> Estimate:
+def kl_to_posterior(
+    posterior: PosteriorDraws, reference: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None
+) -> Estimate:
     """Estimate KL(q ‖ π*) = log Z − E_q[log w], q being the distribution of the raw draws, such as a trained policy's.
 
     By default log Z is estimated from the same draws, so φ = w / mean(w) − 1 − (log w − mean(log w)). That estimate is
@@ -191,7 +193,7 @@ def kl_to_posterior(posterior: Posterior, reference: ArrayLike | tuple[ArrayLike
 
 
 @validated
-def entropy(posterior: Posterior, *, weighted: bool = True) -> Estimate:
+def entropy(posterior: PosteriorDraws, *, weighted: bool = True) -> Estimate:
     """Estimate the entropy H(π*) = log Z − E_π*[log joint]; with ``weighted=False`` H(q) = −E_q[log joint − log w].
 
     It is that of all latents jointly: Shannon's for discrete latents, differential for continuous ones.
@@ -256,7 +258,7 @@ def best_of_n_kl_bound(n: int) -> float:
 
 @validated
 def summary(
-    posterior: Posterior,
+    posterior: PosteriorDraws,
     reference_log_evidence: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
     *,
     weighted: bool = True,
@@ -337,7 +339,7 @@ def summary(
 
 @validated
 def compare(
-    posteriors: Mapping[str, Posterior],
+    posteriors: Mapping[str, PosteriorDraws],
     reference_log_evidence: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
     *,
     weighted: bool = True,
@@ -356,7 +358,7 @@ def compare(
     return pd.concat(tables, names=["posterior"])
 
 
-def _mean(posterior: Posterior, values: ArrayLike, weighted: bool) -> tuple[Array, Array]:
+def _mean(posterior: PosteriorDraws, values: ArrayLike, weighted: bool) -> tuple[Array, Array]:
     """Return the mean (prompt,) and the influence of each draw on it (chain, draw, prompt)."""
     values, shape = np.asarray(values, dtype=float), posterior.log_weights.shape
     if values.ndim != 3 or values.shape[:2] != shape[:2] or shape[2] not in (1, values.shape[2]):
@@ -375,7 +377,7 @@ def _mean(posterior: Posterior, values: ArrayLike, weighted: bool) -> tuple[Arra
         return mean, influence
 
 
-def _stderr(posterior: Posterior, estimate: Array, influence: Array) -> Array:
+def _stderr(posterior: PosteriorDraws, estimate: Array, influence: Array) -> Array:
     if posterior.kind == "enumerated":
         return np.zeros(estimate.shape)
     if posterior.kind in ("markov", "uncorrected"):  # successive draws may be correlated
@@ -385,7 +387,7 @@ def _stderr(posterior: Posterior, estimate: Array, influence: Array) -> Array:
     return standard_error(estimate, influence, roots=posterior.roots)
 
 
-def _mean_over_evidence(posterior: Posterior, values: Array) -> Estimate:
+def _mean_over_evidence(posterior: PosteriorDraws, values: Array) -> Estimate:
     """Estimate E_π*[values] − log Z. With weights both come from the same draws, so their influences subtract."""
     mean, influence = _mean(posterior, values, weighted=True)
     if posterior.kind in ("weighted", "particles") and not posterior.conditional:
@@ -397,7 +399,7 @@ def _mean_over_evidence(posterior: Posterior, values: Array) -> Estimate:
     return mean - posterior.log_evidence, np.hypot(own, known)
 
 
-def _concerns_q(posterior: Posterior, weighted: bool) -> bool:
+def _concerns_q(posterior: PosteriorDraws, weighted: bool) -> bool:
     """Whether an estimate concerns q; checks that the distribution it concerns is known."""
     if posterior.kind == "uncorrected":
         raise ValueError("the distribution of uncorrected draws is unknown: they have no divergence and no entropy")
@@ -409,7 +411,7 @@ def _concerns_q(posterior: Posterior, weighted: bool) -> bool:
     return posterior.kind == "weighted" and not weighted
 
 
-def _has_known_q(posterior: Posterior) -> bool:
+def _has_known_q(posterior: PosteriorDraws) -> bool:
     """Whether the raw draws are independent draws of one distribution q, whose density follows from the weights."""
     return posterior.kind == "weighted" and not posterior.conditional
 

@@ -27,7 +27,8 @@ import numpy as np
 
 from bayeslm import advice
 from bayeslm.diagnostics import ess_bulk, rhat
-from bayeslm.posterior import DiagnosticsWarning, Posterior
+from bayeslm.posterior_draws import DiagnosticsWarning, PosteriorDraws
+from bayeslm.validation import validated
 from bayeslm.weights import (
     KHAT_LIMIT,
     POOL,
@@ -45,6 +46,7 @@ from bayeslm.weights import (
 __all__ = ["Level", "levels", "problems", "warn"]
 
 ESS_LIMIT = 20.0  # of weighted or exact draws, and the number of roots of particles
+ROUNDING = 0.1  # nats
 MARKOV_ESS_LIMIT = 400.0  # of Markov chains, whose errors need an estimate of their autocorrelation (Vehtari 2021)
 RHAT_LIMIT = 1.05
 DOMINANT = 0.3  # the share of the variance of an estimate that one draw may have; see benchmarks/dominance.py
@@ -66,7 +68,8 @@ class Level(NamedTuple):
     share: float
 
 
-def levels(posterior: Posterior) -> list[list[Level]]:
+@validated
+def levels(posterior: PosteriorDraws) -> list[list[Level]]:
     """Return the levels of the reward, lowest first, for each prompt (all together if they share a latent).
 
     A reward has levels if its draws have at most a quarter as many different values as there are draws; the list is
@@ -83,21 +86,25 @@ def levels(posterior: Posterior) -> list[list[Level]]:
     ]
 
 
-def problems(posterior: Posterior) -> list[list[str]]:
+@validated
+def problems(posterior: PosteriorDraws) -> list[list[str]]:
     """Return what is wrong with the errors of a posterior, in sentences, for each prompt.
 
     An empty list means that nothing was found: then two standard errors cover the truth in at least nine of ten cases
     (benchmarks/RESULTS.md has the cases). Of several signs of one fault, as few draws that have most of the weight, the
     first is said. Prompts that share a latent have one list.
     """
+    rounded = _rounded(posterior)
     if posterior.conditional or posterior.kind == "enumerated":
-        return [[] for _ in range(posterior.log_weights.shape[2])]
+        return rounded
     find = _of_weights if posterior.kind in ("weighted", "particles") else _of_equal_draws
     found = list(find(posterior))
-    return [lines + unseen for lines, unseen in zip(found, _unseen(posterior, found), strict=True)]
+    every = zip(rounded, found, _unseen(posterior, found), strict=True)
+    return [first + lines + unseen for first, lines, unseen in every]
 
 
-def warn(posterior: Posterior) -> None:
+@validated
+def warn(posterior: PosteriorDraws) -> None:
     """Give one `DiagnosticsWarning` of a posterior's problems, if it has any, to the code that called the engine."""
     found = problems(posterior)
     lines = [
@@ -110,11 +117,27 @@ def warn(posterior: Posterior) -> None:
         frame, level = sys._getframe(), 1
         while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "bayeslm":
             frame, level = frame.f_back, level + 1
-        text = f"{posterior.engine}: {' '.join(lines[:SHOWN])}{rest}\nNext: {advice.in_python(posterior)}."
+        following = "" if posterior.kind == "enumerated" else f"\nNext: {advice.in_python(posterior)}."
+        text = f"{posterior.engine}: {' '.join(lines[:SHOWN])}{rest}{following}"
         warnings.warn(text, DiagnosticsWarning, stacklevel=level)
 
 
-def _of_weights(posterior: Posterior) -> Iterator[list[str]]:
+def _rounded(posterior: PosteriorDraws) -> list[list[str]]:
+    """Return for each prompt a sentence if its highest log-likelihood, which has the weight, has lost digits."""
+    found: list[list[str]] = [[] for _ in range(posterior.log_weights.shape[2])]
+    for name, terms in posterior.log_likelihood.items():
+        top = np.abs(np.where(np.isfinite(terms), terms, -np.inf).max(POOL).astype(terms.dtype))
+        for i, (size, step) in enumerate(zip(top, np.spacing(top), strict=True)):
+            column = found[min(i, len(found) - 1)]
+            if np.isfinite(size) and step > ROUNDING and not column:
+                column.append(
+                    f"The log-likelihood of {name!r} is {size:.3g} nats in size, where {terms.dtype} has steps of "
+                    f"{step:.3g}: subtract a constant from the reward, or torch.set_default_dtype(torch.float64)."
+                )
+    return found
+
+
+def _of_weights(posterior: PosteriorDraws) -> Iterator[list[str]]:
     """Yield the sentences of each prompt's weights."""
     lw, weights, particles = posterior.log_weights, _weights(posterior), posterior.roots is not None
     size, found = smallest_ess(lw, posterior.stats.get("ess_by_step")), levels(posterior)
@@ -165,7 +188,7 @@ def _disagreement(log_z: Array, apart: dict[str, float]) -> list[str]:
     return []
 
 
-def _of_equal_draws(posterior: Posterior) -> Iterator[list[str]]:
+def _of_equal_draws(posterior: PosteriorDraws) -> Iterator[list[str]]:
     """Yield the sentences of each prompt's Markov chains, or independent draws of equal weight."""
     rewards, total = _rewards(posterior), num_draws(posterior.log_weights)
     columns = posterior.log_weights.shape[2]
@@ -178,7 +201,7 @@ def _of_equal_draws(posterior: Posterior) -> Iterator[list[str]]:
         yield [line] if between > RHAT_LIMIT or size < MARKOV_ESS_LIMIT else []
 
 
-def _too_few(posterior: Posterior, total: int) -> list[str]:
+def _too_few(posterior: PosteriorDraws, total: int) -> list[str]:
     """Return a sentence if independent draws are fewer than an estimate of errors needs, or than were wanted."""
     stats, wanted = posterior.stats, int(posterior.stats.get("wanted", 0))
     if total < wanted:
@@ -187,7 +210,7 @@ def _too_few(posterior: Posterior, total: int) -> list[str]:
     return [f"Only {total} draws, from which errors are uncertain."] if total < FEW_HITS else []
 
 
-def _unseen(posterior: Posterior, said: list[list[str]]) -> Iterator[list[str]]:
+def _unseen(posterior: PosteriorDraws, said: list[list[str]]) -> Iterator[list[str]]:
     """Yield what each prompt's draws cannot know: values of the reward that none of them has.
 
     :param said: the sentences about its weights or chains.
@@ -219,7 +242,7 @@ def _unseen(posterior: Posterior, said: list[list[str]]) -> Iterator[list[str]]:
             yield [] if best or high is not None or said[i] else _next_level(posterior, found, i)
 
 
-def _next_level(posterior: Posterior, found: list[Level], column: int) -> list[str]:
+def _next_level(posterior: PosteriorDraws, found: list[Level], column: int) -> list[str]:
     """Return a sentence if one level more, as far above the highest seen as that is above the one below, could matter.
 
     Its draws are fewer than 3 with 95% confidence, each with e^gap times the weight of a draw of the highest level.
@@ -257,7 +280,7 @@ def _levels(rewards: Array, weights: Array, roots: Array | None) -> list[Level]:
     return [Level(float(rewards[a]), int(n), float(share)) for a, n, share in zip(starts, hits, shares, strict=True)]
 
 
-def _rewards(posterior: Posterior) -> Array | None:
+def _rewards(posterior: PosteriorDraws) -> Array | None:
     """Return the rewards for each column of the weights, summed over prompts that share a latent; None without one."""
     if posterior.measure == "log-likelihood":
         return posterior.total_log_likelihood() if posterior.log_likelihood else None
@@ -265,14 +288,14 @@ def _rewards(posterior: Posterior) -> Array | None:
     return reward if reward.shape == posterior.log_weights.shape else reward.sum(2, keepdims=True)
 
 
-def _weights(posterior: Posterior) -> Array:
+def _weights(posterior: PosteriorDraws) -> Array:
     """Return the raw weights, normalised for each prompt; 0 where all are 0."""
     lw = posterior.log_weights
     alive = np.isfinite(lw).any(axis=POOL)
     return np.exp(normalise(np.where(alive, lw, 0.0))) * alive
 
 
-def _influences(posterior: Posterior, weights: Array) -> dict[str, Array]:
+def _influences(posterior: PosteriorDraws, weights: Array) -> dict[str, Array]:
     """Return φ (chain, draw, prompt) of log Z, E[r] and KL(π* ‖ p), each up to a constant."""
     relative = weights * num_draws(weights)
 
@@ -289,7 +312,8 @@ def _influences(posterior: Posterior, weights: Array) -> dict[str, Array]:
     return found
 
 
-def dominance(posterior: Posterior) -> dict[str, Array]:
+@validated
+def dominance(posterior: PosteriorDraws) -> dict[str, Array]:
     """Return the largest share that one draw has of the variance of each estimate, (prompt,)."""
     return {name: _dominance(phi, posterior.roots) for name, phi in _influences(posterior, _weights(posterior)).items()}
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from bayeslm import diagnostics, report_figures
-from bayeslm.posterior import Posterior
+from bayeslm import report_figures
+from bayeslm.diagnostics import ess_bulk, rhat
+from bayeslm.posterior_draws import PosteriorDraws
 from bayeslm.reliability import ESS_LIMIT, MARKOV_ESS_LIMIT, RHAT_LIMIT
 from bayeslm.summaries import Row, rows
 from bayeslm.weights import KHAT_LIMIT, Array, ess, num_draws, num_roots, smallest_ess, standard_error
@@ -51,14 +52,14 @@ FACTS = {
 # -- words ----------------------------------------------------------------------------------------------------------
 
 
-def title(posteriors: Mapping[str, Posterior], settings: Mapping[str, object]) -> str:
+def title(posteriors: Mapping[str, PosteriorDraws], settings: Mapping[str, object]) -> str:
     """Return a title: the reward and the model, if they are known, else the engines."""
     if "reward" in settings and "prior" in settings:
         return f"{settings['prior']} under {settings['reward']}"
     return f"Posterior by {', '.join(posteriors)}"
 
 
-def facts(posteriors: Mapping[str, Posterior], settings: Mapping[str, object]) -> list[tuple[str, str]]:
+def facts(posteriors: Mapping[str, PosteriorDraws], settings: Mapping[str, object]) -> list[tuple[str, str]]:
     """Return what was inferred, as names and values."""
     first = next(iter(posteriors.values()))
     known = [(name, str(settings[key])) for key, name in FACTS.items() if key in settings]
@@ -72,7 +73,7 @@ def facts(posteriors: Mapping[str, Posterior], settings: Mapping[str, object]) -
     ]
 
 
-def prompts(posterior: Posterior) -> dict[str, Any]:
+def prompts(posterior: PosteriorDraws) -> dict[str, Any]:
     """Return the first prompts, and the number of all; of chats the last user's turn, and the whole."""
     whole = posterior.prompts[:MAX_LISTED]
     names = posterior.prompt_names[:MAX_LISTED] or whole
@@ -80,7 +81,7 @@ def prompts(posterior: Posterior) -> dict[str, Any]:
     return {"shown": shown, "total": len(posterior.prompts)}
 
 
-def engines(posteriors: Mapping[str, Posterior]) -> list[dict[str, Any]]:
+def engines(posteriors: Mapping[str, PosteriorDraws]) -> list[dict[str, Any]]:
     """Return each engine with its number, which chooses its colour, and what its draws are."""
     return [
         {"name": name, "engine": posterior.engine, "kind": KINDS[posterior.kind], "series": i % 6}
@@ -98,7 +99,7 @@ def number(value: float, digits: int = 2) -> str:
 # -- engines side by side -------------------------------------------------------------------------------------------
 
 
-def comparison(posteriors: Mapping[str, Posterior]) -> dict[str, Any]:
+def comparison(posteriors: Mapping[str, PosteriorDraws]) -> dict[str, Any]:
     """Return the tables of engines: of the mean over prompts, and of the first prompts."""
     first = next(iter(posteriors.values()))
     found = list(rows(posteriors))
@@ -193,7 +194,7 @@ def _add_intervals(lines: list[dict[str, Any]], column: str) -> None:
 # -- pictures -------------------------------------------------------------------------------------------------------
 
 
-def rewards(posteriors: Mapping[str, Posterior]) -> list[dict[str, Any]]:
+def rewards(posteriors: Mapping[str, PosteriorDraws]) -> list[dict[str, Any]]:
     """Return a histogram of the reward for each of the first prompts, of the prior and of each posterior."""
     first = next(iter(posteriors.values()))
     prior = next((p.prior_measured for p in posteriors.values() if p.prior_measured is not None), None)
@@ -214,7 +215,7 @@ def rewards(posteriors: Mapping[str, Posterior]) -> list[dict[str, Any]]:
     return panels
 
 
-def trainings(posteriors: Mapping[str, Posterior]) -> list[dict[str, Any]]:
+def trainings(posteriors: Mapping[str, PosteriorDraws]) -> list[dict[str, Any]]:
     """Return the curves of each training, as means over prompts."""
     found = []
     for i, (name, posterior) in enumerate(posteriors.items()):
@@ -243,7 +244,7 @@ def trainings(posteriors: Mapping[str, Posterior]) -> list[dict[str, Any]]:
     return found
 
 
-def sizes(posteriors: Mapping[str, Posterior]) -> list[dict[str, Any]]:
+def sizes(posteriors: Mapping[str, PosteriorDraws]) -> list[dict[str, Any]]:
     """Return the effective sample sizes of each posterior: the least and the median over prompts, and their shares."""
     found = []
     for i, (name, posterior) in enumerate(posteriors.items()):
@@ -256,7 +257,7 @@ def sizes(posteriors: Mapping[str, Posterior]) -> list[dict[str, Any]]:
             size = smallest_ess(posterior.log_weights, posterior.stats.get("ess_by_step"))
             what = "the smallest along the way"
         else:
-            size, what = np.atleast_1d(diagnostics.ess_bulk(posterior.measured)), "of the reward (bulk)"
+            size, what = np.atleast_1d(ess_bulk(posterior.measured)), "of the reward (bulk)"
         known = size[np.isfinite(size)]
         least, median = (float(known.min()), float(np.median(known))) if len(known) else (math.nan, math.nan)
         found.append(
@@ -275,7 +276,7 @@ def sizes(posteriors: Mapping[str, Posterior]) -> list[dict[str, Any]]:
     return found
 
 
-def genealogies(posteriors: Mapping[str, Posterior]) -> list[dict[str, Any]]:
+def genealogies(posteriors: Mapping[str, PosteriorDraws]) -> list[dict[str, Any]]:
     """Return for engines of particles the genealogy of the first chain, and the ESS of all, for the first prompts."""
     found = []
     for i, (name, posterior) in enumerate(posteriors.items()):
@@ -305,14 +306,14 @@ def genealogies(posteriors: Mapping[str, Posterior]) -> list[dict[str, Any]]:
     return found
 
 
-def chains(posteriors: Mapping[str, Posterior]) -> list[dict[str, Any]]:
+def chains(posteriors: Mapping[str, PosteriorDraws]) -> list[dict[str, Any]]:
     """Return for Markov chains the traces of the reward, with R̂ and ESS, for the first prompts."""
     found = []
     for name, posterior in posteriors.items():
         if posterior.kind != "markov":
             continue
         measured = posterior.measured
-        between, size = diagnostics.rhat(measured), diagnostics.ess_bulk(measured)
+        between, size = rhat(measured), ess_bulk(measured)
         panels = [
             {
                 "label": label,

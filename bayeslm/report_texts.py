@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bayeslm.posterior import Posterior
+from bayeslm.posterior_draws import PosteriorDraws
 from bayeslm.visible import visible
 from bayeslm.weights import Array
 
@@ -20,7 +20,7 @@ WEIGHT_HELP = {  # what log w is, by the posterior's kind
 }
 
 
-def table(posteriors: Mapping[str, Posterior]) -> dict[str, Any]:
+def table(posteriors: Mapping[str, PosteriorDraws]) -> dict[str, Any]:
     """Return the distinct completions of all posteriors, of each engine and prompt those of most weight.
 
     A row has the engine's and the prompt's number, the site's, the number of draws, their share of the weight, reward,
@@ -48,7 +48,7 @@ def table(posteriors: Mapping[str, Posterior]) -> dict[str, Any]:
     }
 
 
-def _weight_help(posteriors: Mapping[str, Posterior]) -> str:
+def _weight_help(posteriors: Mapping[str, PosteriorDraws]) -> str:
     """Return what log w is, of the kinds that have one; with the engines' names where there are several."""
     engines: dict[str, list[str]] = {}
     for name, posterior in posteriors.items():
@@ -67,7 +67,7 @@ def as_json(data: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _rows(posterior: Posterior, engine: int, site: str, site_number: int) -> list[list[list[Any]]]:
+def _rows(posterior: PosteriorDraws, engine: int, site: str, site_number: int) -> list[list[list[Any]]]:
     """Return the rows of a site, a list for each prompt, those of most weight first."""
     dims, columns = posterior.dims[site], posterior.log_weights.shape[2]
     by_prompt = "prompt" in dims[:-1]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
-from bayeslm import diagnostics, reliability
-from bayeslm.posterior import Posterior
+from bayeslm import reliability
+from bayeslm.diagnostics import summary
+from bayeslm.posterior_draws import PosteriorDraws
+from bayeslm.validation import NonEmpty, validated
 
 NAMED = 3  # prompts that one remark names
 
@@ -34,7 +36,7 @@ class Row(NamedTuple):
         return f"{self.name} !" if doubted else self.name
 
 
-def rows(posteriors: Mapping[str, Posterior]) -> Iterator[Row]:
+def rows(posteriors: Mapping[str, PosteriorDraws]) -> Iterator[Row]:
     """Yield a row for each posterior; where there is a policy, one more for its unweighted draws before it."""
     for engine, posterior in posteriors.items():
         weighted = _records(posterior, weighted=True)
@@ -47,14 +49,15 @@ def rows(posteriors: Mapping[str, Posterior]) -> Iterator[Row]:
             yield Row(engine, engine, *weighted, kind=posterior.kind, doubted=doubted)
 
 
-def _records(posterior: Posterior, *, weighted: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _records(posterior: PosteriorDraws, *, weighted: bool) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return the summary of each prompt and that of all."""
-    table = diagnostics.summary(posterior, weighted=weighted).to_dict("records")
+    table = summary(posterior, weighted=weighted).to_dict("records")
     records = [{str(name): value for name, value in record.items()} for record in table]
     return records, over_prompts(records, joint=posterior.log_weights.shape[2] == 1)
 
 
-def over_prompts(records: list[dict[str, Any]], *, joint: bool) -> dict[str, Any]:
+@validated
+def over_prompts(records: Annotated[list[dict[str, Any]], NonEmpty], *, joint: bool) -> dict[str, Any]:
     """Return the summary of all prompts: means, the smallest ESS and number of roots, the largest k̂ and R̂.
 
     If k̂ or R̂ of any prompt is unknown, so is the largest; "khat_reason" says of how many prompts k̂ is.
@@ -81,7 +84,8 @@ def over_prompts(records: list[dict[str, Any]], *, joint: bool) -> dict[str, Any
     return found
 
 
-def draws_are_of_policy(posterior: Posterior) -> bool:
+@validated
+def draws_are_of_policy(posterior: PosteriorDraws) -> bool:
     """Return whether the raw draws are of the trained policy alone, as those of SVI, which says what it has kept.
 
     The draws of adaptive importance sampling are of the prior and of earlier policies too.
@@ -90,7 +94,8 @@ def draws_are_of_policy(posterior: Posterior) -> bool:
     return posterior.kind == "weighted" and has_policy and "kept_steps" in posterior.stats
 
 
-def remarks(posteriors: Mapping[str, Posterior]) -> list[str]:
+@validated
+def remarks(posteriors: Mapping[str, PosteriorDraws]) -> list[str]:
     """Return a sentence for each problem that the diagnostics show; one that several prompts share is said once."""
     lines = []
     for name, posterior in posteriors.items():
@@ -110,7 +115,7 @@ def remarks(posteriors: Mapping[str, Posterior]) -> list[str]:
     return lines
 
 
-def _of_prompts(posterior: Posterior, labels: list[str]) -> str:
+def _of_prompts(posterior: PosteriorDraws, labels: list[str]) -> str:
     """Return of which prompts a remark is, unless it is of all of them."""
     if len(labels) == posterior.log_weights.shape[2]:
         return ""
@@ -118,7 +123,8 @@ def _of_prompts(posterior: Posterior, labels: list[str]) -> str:
     return f", {', '.join(labels[:NAMED])}{more}"
 
 
-def next_steps(posteriors: Mapping[str, Posterior], advise: Callable[[Posterior, str], str]) -> list[str]:
+@validated
+def next_steps(posteriors: Mapping[str, PosteriorDraws], advise: Callable[[PosteriorDraws, str], str]) -> list[str]:
     """Return what to do about the problems of each engine that has any.
 
     :param advise: returns it for a posterior and its name.

@@ -19,8 +19,9 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import pyro
@@ -29,12 +30,11 @@ import torch
 import bayeslm.inference
 import bayeslm.models
 from bayeslm.inference import SVI, ImportanceSampling
-from bayeslm.inference.training import Adam
+from bayeslm.inference.training import Adam, ReverseKL
 from bayeslm.models import LanguageModel, TiltedLM, rewards
-from bayeslm.models.rewards.rehearsal import is_rehearsal
 
 ROOMS = {Path(room.__file__ or "").parent: room.__name__ for room in (bayeslm.inference, bayeslm.models, bayeslm)}
-PROMPTS, TOKENS = [[1, 2]], 4
+PROMPTS, TOKENS, PARTICLES = [[1, 2]], 4, 16
 
 
 class Calls:
@@ -49,13 +49,13 @@ class Calls:
         self.on = not self.on
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> None:
-        if not self.on or event != "call" or (here := place(frame)) is None:
+        if not self.on or event != "call" or (here := place(frame.f_code)) is None:
             return
         self.entered[here] += 1
         if frame.f_code is self.forward:
             stack, below = [], frame.f_back
             while below is not None and below.f_code not in ENGINES:
-                stack += [": ".join(at)] if (at := place(below)) else []
+                stack += [": ".join(at)] if (at := place(below.f_code)) else []
                 below = below.f_back
             self.deepest = max(self.deepest, stack[::-1], key=len)
 
@@ -67,9 +67,9 @@ class Calls:
 ENGINES = (ImportanceSampling.run.__code__, SVI.run.__code__)
 
 
-def place(frame: FrameType) -> tuple[str, str] | None:
+@cache
+def place(code: CodeType) -> tuple[str, str] | None:
     """The file and the name of a function of the project; None of another's, a comprehension or a module."""
-    code = frame.f_code
     file = Path(code.co_filename)
     room = next((room for room in ROOMS if room in file.parents), None)
     if room is None or (code.co_name.startswith("<") and code.co_name != "<lambda>"):
@@ -81,11 +81,12 @@ def count() -> dict[tuple[str, str], Calls]:
     """Return the calls of each engine on each program."""
     lm = LanguageModel.tabular(["<eos>", *"abcdefg"], order=3, seed=0)
     importance = ImportanceSampling(num_particles=32, seed=0, progress=False)
-    svi = SVI(num_steps=5, optimizer=Adam(), num_samples=8, seed=0, progress=False)
+    training = {"objective": ReverseKL(PARTICLES), "optimizer": Adam()}
+    svi = SVI(num_steps=5, **training, num_samples=8, seed=0, progress=False)
     at_reward: list[Callable[[], None]] = []  # called each time that a batch of particles is rewarded
 
     def letters(completions: list[str], **columns: Any) -> list[float]:
-        for call in [] if is_rehearsal() or len(completions) == 1 else at_reward:
+        for call in at_reward if len(completions) == PARTICLES else []:  # of a step
             call()
         return [float(text.count("a")) for text in completions]
 

@@ -16,8 +16,9 @@ so bayeslm is given the same language as a regular expression (`language`). Ever
 library. genlm-control ends a text at the limit by force, with the weight of the end; bayeslm
 counts a text that has not ended as one, so that here a factor removes it.
 
-``--schema age`` is a smaller problem of which both know Z well. A text is valid where `json` parses it and `jsonschema`
-validates it; tokens are those of the final texts.
+``--schema age`` is a smaller problem. ``city`` (one of three names) and ``home`` (that, and a first name by a pattern)
+are those in which genlm-control's prefixes see at once what a text cannot become, so that both know Z well. A text is
+valid where `json` parses it and `jsonschema` validates it; tokens are those of the final texts.
 """
 
 from __future__ import annotations
@@ -41,8 +42,14 @@ from bayeslm.inference import SMC, EvidenceError
 from bayeslm.models import LanguageModel, TiltedLM, rewards
 
 PROMPT = "Text: Maria Keller, who lives in Zurich, turned 34 last week.\nThe same as JSON with {}:\n"
-PROPERTIES = {"name": {"type": "string", "maxLength": 16}, "age": {"type": "integer", "minimum": 0, "maximum": 120}}
-SCHEMAS = {"person": ["name", "age"], "age": ["age"]}  # the keys
+CITIES = ["Zurich", "Geneva", "Basel"]
+PROPERTIES = {
+    "name": {"type": "string", "maxLength": 16},
+    "age": {"type": "integer", "minimum": 0, "maximum": 120},
+    "city": {"enum": CITIES},
+    "first": {"type": "string", "pattern": r"^[A-Za-z]{1,8}\Z"},
+}
+SCHEMAS = {"person": ["name", "age"], "age": ["age"], "city": ["city"], "home": ["city", "first"]}  # the keys
 
 SPACE = r" *(\n *)?"
 ESCAPED = r'["\\/bfnrt]|u([0-9a-ce-fA-CE-F][0-9a-fA-F]{3}|[dD][0-7][0-9a-fA-F]{2})'
@@ -50,6 +57,8 @@ PAIR = r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"  # one char
 VALUES = {
     "name": rf'"([^"\\{{}}\x00-\x1f]|\\({ESCAPED})|{PAIR}){{0,16}}"',
     "age": r"-?0([eE][0-9]+)?|[1-9][0-9]?([eE]0+)?|1([01][0-9]|20)([eE]0+)?|([1-9]|1[012])[eE]0*1|1[eE]0*2",
+    "city": f'"({"|".join(CITIES)})"',
+    "first": r'"([A-Za-z]|\\u00([46][1-9a-fA-F]|[57][0-9aA])){1,8}"',
 }
 
 

@@ -3,7 +3,8 @@
     python docs/check_imports.py        (make imports)
 
 1. Imports go down the floors of `FLOORS`, and the face imports no torch.
-2. There is no circle of modules. Imports under ``TYPE_CHECKING`` and inside functions count.
+2. There is no circle of modules. Imports under ``TYPE_CHECKING``, inside functions and by a written name
+   (``import_module("...")``) count.
 3. From another room only names in the ``__all__`` of its package are imported, absolutely; files of the face are public
    modules. Inside a room imports are relative.
 
@@ -89,6 +90,10 @@ def exports(package: str) -> set[str]:
     return set()
 
 
+def _last_name(function: ast.expr) -> str:
+    return getattr(function, "attr", None) or getattr(function, "id", "")
+
+
 def imports(module: str) -> Iterator[Import]:
     """Every import in a module, of the project or not, wherever it stands."""
     package = module if modules()[module].name == "__init__.py" else module.rpartition(".")[0]
@@ -106,6 +111,10 @@ def imports(module: str) -> Iterator[Import]:
             names = tuple(x.name for x in node.names if x.name not in inner)
             if names:
                 yield Import(module, source, names, node.level > 0, node.lineno)
+        elif isinstance(node, ast.Call) and _last_name(node.func) in ("import_module", "__import__"):
+            for name in node.args[:1]:
+                if isinstance(name, ast.Constant):  # `import_module("package.module")`
+                    yield Import(module, str(name.value), (), False, node.lineno)
 
 
 def against_the_floors(found: Import) -> str | None:

@@ -30,6 +30,11 @@ def mean(values: Any, digits: int = 2) -> str:
     return with_error(float(values.mean()), stderr(values), digits) if len(values) else "none"
 
 
+def over_seeds(runs: Sequence[np.ndarray]) -> np.ndarray:
+    """Return what a mean has its standard error over: the problems of one run, or the means of several runs."""
+    return runs[0] if len(runs) == 1 else np.array([run.mean() for run in runs])
+
+
 def with_error(value: float, error: float, digits: int = 2) -> str:
     return f"{round(value, digits) + 0.0:.{digits}f} ± {error:.{digits}f}"  # and not -0.00
 

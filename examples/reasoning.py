@@ -1,6 +1,6 @@
 """Reasoning in written steps: a small transformer learns sums from examples, and then from being right.
 
-    python examples/reasoning.py [--folder runs/reasoning]
+    python examples/reasoning.py [--folder runs/reasoning] [--seeds 1]
 
 A problem is a sum of five numbers, and the text that solves it writes a step at a time: "7+8+4+9+6 = 15+4+9+6 =
 19+9+6 = 28+6 : 34" (a digit is a token). Some problems come with written solutions, others with an answer alone, and
@@ -12,8 +12,9 @@ others are held out. What is learned from them, each beginning with the prior:
                 (`ImportanceSampling`), and the network is fitted to them
     no training p^alpha, by `SMC(twist=Power(alpha))`, and the answer that most draws have (`posterior.decide`)
 
-The figures are accuracies on the held-out problems, with standard errors over them. The fitted prior and the training
-are kept in the folder, and the next call goes on from there.
+The figures are accuracies on the held-out problems, with standard errors over them, or over seeds: a further seed is
+other problems, another prior and other trainings. The fitted priors and the trainings are kept in the folder, and the
+next call goes on from there.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
-from _figures import mean, parser, stderr, table, write
+from _figures import mean, over_seeds, parser, stderr, table, write
 from _sums import BETA, LONGEST, RIGHT, Problem, answer_of, fitted, splits
 
 from bayeslm import Posterior
@@ -49,15 +51,15 @@ def explained(lm: LanguageModel, questions: list[str], answers: list[str]) -> No
         pyro.sample("answer", lm(lm.join(questions, steps), 3), obs=lm.encode(answers, 3))
 
 
-def em(prior: LanguageModel, known: list[Problem], rounds: int, num_steps: int) -> LanguageModel:
+def em(prior: LanguageModel, known: list[Problem], rounds: int, num_steps: int, seed: int) -> LanguageModel:
     """Return the network after rounds of expectation (draws of the steps given the answer) and maximisation."""
     lm = prior.policy()
     questions, _, answers = (list(column) for column in zip(*known, strict=True))
     for i in range(rounds):
-        posterior = ImportanceSampling(8, 1, seed=i).run(partial(explained, lm), questions, answers)
-        steps = posterior.resample(4, seed=i).texts["steps"][0]  # (draw, prompt)
+        posterior = ImportanceSampling(8, 1, seed=seed + i).run(partial(explained, lm), questions, answers)
+        steps = posterior.resample(4, seed=seed + i).texts["steps"][0]  # (draw, prompt)
         written = [f"{x} {answer}" for draw in steps for x, answer in zip(draw, answers, strict=True)]
-        lm.fit(written, 4 * questions, num_steps=num_steps, batch_size=64, learning_rate=1e-3, seed=i)
+        lm.fit(written, 4 * questions, num_steps=num_steps, batch_size=64, learning_rate=1e-3, seed=seed + i)
     return lm
 
 
@@ -95,18 +97,59 @@ def evaluate(
     return right(posterior, answers), decisions, tokens
 
 
-def draw_picture(
-    path: Path, history: dict[str, np.ndarray], curves: dict[str, tuple[list[float], list[np.ndarray]]]
-) -> None:
+class Run(NamedTuple):
+    """What a seed gives: the stats of SVI's training, and of each model accuracies of a draw and of decisions.
+
+    :param accuracy: of a draw (problem,).
+    :param decisions: by the answer that most draws have, for each number of draws (problem,).
+    :param tokens: a problem, for each number of draws.
+    """
+
+    stats: dict[str, Any]
+    accuracy: dict[str, np.ndarray]
+    decisions: dict[str, list[np.ndarray]]
+    tokens: dict[str, list[float]]
+
+
+def one_seed(seed: int, draws: list[int], steps: int, folder: Path, quick: bool) -> Run:
+    """Learn in all ways, and evaluate on the held-out problems; the folder keeps the prior and the policy."""
+    written, known, held_out, _ = splits(quick=quick, seed=seed)
+    print("for example:", " ".join(held_out[0]))
+    prior = fitted(written, folder / "fit", quick=quick, seed=seed)
+
+    questions, _, answers = (list(column) for column in zip(*known, strict=True))
+    model = TiltedLM(prior, RIGHT, BETA, max_new_tokens=LONGEST, subsample_size=4 if quick else 16)
+    unseen = TiltedLM(prior, RIGHT, BETA, max_new_tokens=LONGEST)
+    shown = [list(column) for column in zip(*held_out[:50], strict=True)]
+    watch = HeldOut({"held_out": partial(unseen, shown[0], answer=shown[2])}, every=20, num_particles=4)
+    settings = {"callbacks": [watch], "checkpoint": folder / "svi", "num_samples": 1, "num_prior_samples": 0}
+    trained = SVI(steps, **settings, seed=seed).run(model, questions, answer=answers)
+    trained.policy.save_pretrained(folder / "policy")
+    learned = em(prior, known, 1 if quick else 4, 2 if quick else 50, seed)
+
+    run = Run(trained.stats, {}, {}, {})
+    models = {"prior": (prior, 1.0), f"prior, power {ALPHA:g}": (prior, ALPHA)}
+    models |= {"EM": (learned, 1.0), "SVI": (trained.policy, 1.0)}
+    for name, (lm, alpha) in models.items():
+        run.accuracy[name], run.decisions[name], run.tokens[name] = evaluate(lm, held_out, draws, alpha)
+    return run
+
+
+def draw_picture(path: Path, runs: list[Run], draws: list[int]) -> None:
     from matplotlib import pyplot
 
     figure, (left, middle) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
-    left.plot(history["reward"][0].mean(-1), color="0.7", label="problems it learns from")
-    left.plot(history["held_out_steps"], BETA * history["held_out_log_likelihood"][0].mean(-1), "o-", label="held out")
+    for i, run in enumerate(runs):  # a line a seed
+        names = ("problems it learns from", "held out") if i == 0 else (None, None)
+        left.plot(run.stats["reward"][0].mean(-1), color="0.8", label=names[0])
+        accuracy = BETA * run.stats["held_out_log_likelihood"][0].mean(-1)
+        left.plot(run.stats["held_out_steps"], accuracy, "o-", color="C0", label=names[1])
     left.set(title="SVI", xlabel="step", ylabel="accuracy of a draw", ylim=(0, 1))
-    for name, (tokens, decisions) in curves.items():
-        errors = [stderr(x) for x in decisions]
-        middle.errorbar(tokens, [x.mean() for x in decisions], errors, marker="o", capsize=2, label=name)
+    for name in runs[0].accuracy:
+        tokens = np.mean([run.tokens[name] for run in runs], 0)
+        decided = [over_seeds([run.decisions[name][i] for run in runs]) for i in range(len(draws))]
+        errors = [stderr(x) for x in decided]
+        middle.errorbar(tokens, [x.mean() for x in decided], errors, marker="o", capsize=2, label=name)
     middle.set(title="the answer that most draws have, held out", xlabel="tokens a problem", xscale="log")
     for axes in (left, middle):
         axes.legend(loc="lower right")
@@ -117,35 +160,24 @@ def draw_picture(
 def main(arguments: list[str] | None = None) -> list[str]:
     options = parser(__doc__, "reasoning")
     options.add_argument("--steps", type=int, default=STEPS, help="of the training")
+    options.add_argument("--seeds", type=int, default=1, help="of problems, prior and training; errors are over these")
     chosen = options.parse_args(arguments)
-    folder, quick, started = chosen.folder, chosen.quick, time.perf_counter()
+    quick, started = chosen.quick, time.perf_counter()
     warnings.simplefilter("ignore", DiagnosticsWarning)  # a few draws, from which an answer is chosen
-    written, known, held_out, _ = splits(quick=quick)
-    print("for example:", " ".join(held_out[0]))
-    prior = fitted(written, folder / "fit", quick=quick)
-
-    questions, _, answers = (list(column) for column in zip(*known, strict=True))
-    model = TiltedLM(prior, RIGHT, BETA, max_new_tokens=LONGEST, subsample_size=4 if quick else 16)
-    unseen = TiltedLM(prior, RIGHT, BETA, max_new_tokens=LONGEST)
-    shown = [list(column) for column in zip(*held_out[:50], strict=True)]
-    watch = HeldOut({"held_out": partial(unseen, shown[0], answer=shown[2])}, every=20, num_particles=4)
-    settings = {"callbacks": [watch], "checkpoint": folder / "svi", "num_samples": 1, "num_prior_samples": 0, "seed": 0}
-    trained = SVI(2 if quick else chosen.steps, **settings).run(model, questions, answer=answers)
-    learned = em(prior, known, 1 if quick else 4, 2 if quick else 50)
-
-    draws = [2] if quick else [1, 4, 16]
-    models = {"prior": (prior, 1.0), f"prior, power {ALPHA:g}": (prior, ALPHA)}
-    models |= {"EM": (learned, 1.0), "SVI": (trained.policy, 1.0)}
-    curves, rows = {}, {}
-    for name, (lm, alpha) in models.items():
-        accuracy, decisions, tokens = evaluate(lm, held_out, draws, alpha)
-        curves[name] = tokens, decisions
-        rows[name] = [mean(100 * accuracy, 1), mean(100 * decisions[-1], 1), f"{tokens[-1]:.0f}"]
+    draws, steps = ([2], 2) if quick else ([1, 4, 16], chosen.steps)
+    runs = [one_seed(seed, draws, steps, chosen.folder / f"seed-{seed}", quick) for seed in range(chosen.seeds)]
+    rows = {}
+    for name in runs[0].accuracy:
+        found = (
+            over_seeds([run.accuracy[name] for run in runs]),
+            over_seeds([run.decisions[name][-1] for run in runs]),
+        )
+        tokens = np.mean([run.tokens[name][-1] for run in runs])
+        rows[name] = [*(mean(100 * values, 1) for values in found), f"{tokens:.0f}"]
     head = ["percent right", "a draw", f"the answer of {draws[-1]} draws", "tokens a problem for them"]
     lines = table(rows, head)
-    write(folder, lines, started)
-    draw_picture(folder / "reasoning.png", trained.stats, curves)
-    trained.policy.save_pretrained(folder / "policy")
+    write(chosen.folder, lines, started)
+    draw_picture(chosen.folder / "reasoning.png", runs, draws)
     return lines
 
 

@@ -3,7 +3,7 @@
     python examples/reasoning_smollm2.py [--folder runs/reasoning_smollm2]        (five minutes of two cores)
 
 reasoning-gym (`pip install "bayeslm[reasoning]"`) writes problems and scores answers: a verifiable reward. Here these
-are "chain_sum" problems of two numbers of one or two digits, after three solved ones in the prompt, so that
+are "chain_sum" problems of two numbers of one digit, after three solved ones in the prompt, so that
 SmolLM2-135M-Instruct answers in a few tokens, up to the end of the line.
 
 Figures are of problems held out, means with standard errors over them: the probability of the right answer, and whether
@@ -16,10 +16,11 @@ from __future__ import annotations
 import re
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _figures import mean, parser, table, write
+from _figures import mean, parser, stderr, table, write
 
 from bayeslm.decisions import SameAnswer
 from bayeslm.inference import SMC, SVI, ImportanceSampling
@@ -27,7 +28,7 @@ from bayeslm.inference.sequential import Power
 from bayeslm.models import LanguageModel, TiltedLM
 from bayeslm.posterior import DiagnosticsWarning
 
-TRAIN, HELD_OUT, DRAWS, STEPS = 200, 60, 16, 30
+TRAIN, HELD_OUT, DRAWS, STEPS = 60, 48, 12, 20
 BETA, ALPHA, LONGEST = 0.25, 4.0, 6
 SHOWN = 3  # solved problems in the prompt
 
@@ -36,7 +37,7 @@ def problems(size: int, seed: int = 0) -> tuple[list[dict[str, Any]], Any]:
     """Return different problems, the first of them solved in the column ``prompt``, and the gym that scores answers."""
     from reasoning_gym import create_dataset  # of an extra, which not everybody has
 
-    sizes = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+    sizes = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
     gym = create_dataset("chain_sum", size=4 * (size + SHOWN), seed=seed, **sizes)
     entries = list({entry["question"]: entry for entry in gym}.values())[: size + SHOWN]
     sums = [entry["question"].rsplit(": ", 1)[-1] for entry in entries]  # "4 + 3 ="
@@ -48,6 +49,20 @@ def answer_of(text: str) -> str | None:
     """Return the number that a line holds."""
     found = re.fullmatch(r"\s*(-?\d+)\s*", text)
     return found[1] if found else None
+
+
+def draw_picture(path: Path, found: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for i, (name, values) in enumerate(found.items()):
+        heights, errors = ([100 * f(each) for each in values] for f in (np.mean, stderr))
+        axes.bar(np.arange(2) + 0.27 * i, heights, 0.25, yerr=errors, capsize=3, label=name)
+    axes.set_xticks(np.arange(2) + 0.27, ["a draw", f"the answer of {DRAWS} draws"])
+    axes.set(ylabel="percent right, ± one standard error", title=f"{HELD_OUT} held-out problems", ylim=(0, 100))
+    axes.legend(loc="upper left")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) -> list[str]:
@@ -77,7 +92,7 @@ def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) ->
         f"prior, power {ALPHA:g}": (smc, prior, ALPHA),
         "policy": (plain, policy, 1.0),
     }
-    rows = {}
+    rows, found = {}, {}
     for name, (engine, network, power) in runs.items():
         posterior = engine.run(TiltedLM(network, None, power=power, **settings), prompts)
         texts = posterior.texts["completion"]  # (chain, draw, prompt)
@@ -85,9 +100,11 @@ def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) ->
         decided = np.array(right(posterior.decide(SameAnswer(answer_of)).texts, entries))
         tokens = posterior.stats["tokens"] / len(prompts)
         weight = (hits * posterior.weights()).sum((0, 1))
+        found[name] = weight, decided
         rows[name] = [mean(100 * weight, 1), mean(100 * decided, 1), f"{tokens:.0f}"]
     lines = table(rows, ["percent right", "a draw", f"the answer of {DRAWS} draws", "tokens a problem for them"])
     write(chosen.folder, lines, started)
+    draw_picture(chosen.folder / "reasoning-smollm2.png", found)
     return lines
 
 

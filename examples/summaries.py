@@ -13,10 +13,10 @@ each, under a line that a person wrote, which is the reference. The reward of a 
     posterior     the same draws, weighted by exp(r / beta)
     best of n     the same draws, the one of highest reward
     policy        draws of the policy that `SVI()` trains on other articles
-    SMC           draws under a hard constraint: at most 12 words, and the text has ended
+    SMC           draws of the prior under a hard constraint: at most 12 words
 
 Figures are of held-out articles, means with standard errors over them; none is trained on. The similarity with the
-reference is in no reward.
+reference is in no reward. The training is kept in the folder, and the next call goes on from there.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from bayeslm.models import LanguageModel, TiltedLM, rewards
 from bayeslm.posterior import DiagnosticsWarning
 
 SOURCES = ["networkx", "numpy", "scipy.stats", "scipy.signal", "scipy.optimize", "scipy.ndimage", "scipy.linalg"]
-TRAIN, HELD_OUT, DRAWS, STEPS, PARTICLES = 60, 12, 8, 20, 4
-BETA, LONGEST, MOST_WORDS = 0.05, 32, 12
+TRAIN, HELD_OUT, DRAWS, STEPS, PARTICLES = 24, 12, 8, 10, 8
+BETA, LONGEST, MOST_WORDS = 0.05, 20, 12
 PER_WORD, PER_COPIED, FREE_RUN = 0.01, 0.05, 3
 
 
@@ -48,18 +48,20 @@ class Article(dict[str, str]):
 
 
 def articles(modules: list[str] = SOURCES) -> list[Article]:
-    """Return descriptions of 45 to 90 words of prose in the documentation of modules, in a fixed order."""
+    """Return descriptions of 30 to 60 words of prose in the documentation of modules, in a fixed order."""
+    stop = r"\n[-=]{3,}|\n\s+\S|^[:.>*-]|::|:math:|[\\$=<>\[\]]"  # a heading, list, formula or example; what many share
+    stop += '|As an instance of the|"batch"'
     found = {}
     for module in map(importlib.import_module, modules):
         for name in sorted(filter(lambda name: callable(vars(module)[name]), vars(module))):
             head, *rest = re.split(r"\n\s*\n", inspect.getdoc(vars(module)[name]) or "")
             prose = []
-            for paragraph in rest:  # up to the first heading, list, formula or example
-                if re.search(r"\n[-=]{3,}|\n\s+\S|^[.>*-]|::|:math:|[\\$=<>\[\]]", paragraph):
+            for paragraph in rest:
+                if re.search(stop, paragraph):
                     break
                 prose.append(paragraph)
             text, title = (re.sub(r"(:\w+:)?`+", "", " ".join(x.split())) for x in (" ".join(prose), head))
-            if 45 <= len(text.split()) <= 90 and 4 <= len(title.split()) <= 14 and "(" not in title:
+            if 30 <= len(text.split()) <= 60 and 4 <= len(title.split()) <= 14 and "(" not in title:
                 found[text] = title
     order = np.random.default_rng(0).permutation(len(found))
     every = [Article(text=text, title=title) for text, title in sorted(found.items())]
@@ -153,18 +155,15 @@ def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) ->
     found["posterior"] = figures(before, before.weights(), held_out)
     found[f"best of {DRAWS}"] = figures(before, best(before), held_out)
 
-    model = TiltedLM(lm, REWARD, BETA, max_new_tokens=longest, subsample_size=4)
-    svi = SVI(steps, PARTICLES, num_samples=1, num_prior_samples=0, seed=0)
+    short = rewards.Constraint(lambda text: len(text.split()) <= MOST_WORDS, prefix_closed=True)
+    smc = SMC(DRAWS, 1, twist=short, seed=0).run(TiltedLM(prior, short, 1.0, max_new_tokens=longest), prompts)
+
+    model = TiltedLM(lm, REWARD, BETA, max_new_tokens=longest, subsample_size=2)
+    settings = {"num_samples": 1, "num_prior_samples": 0, "checkpoint": chosen.folder / "svi", "seed": 0}
+    svi = SVI(steps, PARTICLES, **settings)
     policy = svi.run(model, [question(a) for a in train], article=[a["text"] for a in train]).policy
     after = ImportanceSampling(DRAWS, 1, guide=policy.packed(), seed=0).run(target, prompts, article=bodies)
     found["policy"] = figures(after, equal, held_out)
-
-    short = rewards.Constraint(lambda text: len(text.split()) <= MOST_WORDS, prefix_closed=True)
-    ended = rewards.Constraint(
-        rewards.Reward(lambda completions, truncated, **_: [float(not cut) for cut in truncated])
-    )
-    constrained = TiltedLM(prior, short + ended, 1.0, max_new_tokens=longest)
-    smc = SMC(DRAWS, 1, twist="prefix", seed=0).run(constrained, prompts)
     found["SMC, short"] = figures(smc, smc.weights(), held_out)
     found["policy − prior, paired"] = {name: found["policy"][name] - x for name, x in found["prior"].items()}
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bayeslm.chats import is_chat
 from bayeslm.visible import visible
 
 from .console import UsageError, content, one_line_errors, out_console
@@ -38,6 +39,17 @@ def sample(
     temperature: Annotated[
         float, typer.Option(min=1e-6, help="Divides the logits; 1 samples the policy itself.")
     ] = 1.0,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Of each token the k likeliest remain, renormalised. Default: all.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Of each token the fewest likeliest with this probability remain. Default: all."),
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="A string that ends a text as an end token does; it may be repeated. Default: none."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same texts.")] = None,
     as_json: Annotated[
         bool | None,
@@ -55,7 +67,8 @@ def sample(
     """Draw texts from a trained policy, or any language model.
 
     A terminal shows the first text of each prompt as it grows. Elsewhere each text is a line of JSON with its prompt,
-    its number of tokens, its log-probability in nats, and whether an end token or the length limit ended it.
+    its number of tokens, its log-probability in nats, and whether it ended by itself, by an end
+    token or a stop string, or at the length limit.
 
     For example:
 
@@ -72,7 +85,8 @@ def sample(
         lm = load_policy(policy, prior, device, dtype, batch_size=batch_size)
         lm.encode_prompts(given, max_new_tokens)  # one that cannot be read is refused before texts are drawn
         show = _write_json if (not sys.stdout.isatty() if as_json is None else as_json) else _show
-        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        settings["stop"] = stop or None
         for i, one in enumerate(given):
             show(lm, one, num, None if seed is None else _seed_of(seed, i), settings)
 
@@ -84,7 +98,7 @@ def _as_chat(number: int, prompt: Any) -> Any:
     """
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
-    if prompt and isinstance(prompt[0], dict):
+    if is_chat(prompt):
         return prompt
     raise UsageError(f"--chat: prompt {number} is {prompt!r:.60}, and must be a text or a chat")
 

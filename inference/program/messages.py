@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from bayeslm.validation import validated
+
 
 class Message(NamedTuple):
     """What a rank has sent: a value that JSON can hold, and tensors on the CPU."""
@@ -33,6 +35,7 @@ def unpacked(message: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return json.loads(message[8:start]), load(message[start:]) if len(message) > start else {}
 
 
+@validated
 def seed_of(state: Tensor) -> int:
     """Return a seed that depends on all of a random state."""
     return hashed(state.numpy().tobytes())
@@ -43,6 +46,7 @@ def hashed(data: bytes) -> int:
     return int.from_bytes(blake2b(data, digest_size=4).digest(), "big")
 
 
+@validated
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
     """Return a digest of tensors: sums of their bits, computed on their devices, and their names and shapes."""
     sums = [_bits(x).sum(dtype=torch.int64) for x in tensors.values() if x.numel()]

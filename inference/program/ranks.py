@@ -28,6 +28,7 @@ from torch import Tensor
 from bayeslm.models.lm import announcing, passes_together, wait_for_passes
 from bayeslm.processes import set_rank
 from bayeslm.progress import quiet
+from bayeslm.validation import validated
 from bayeslm.visible import message_of
 
 from .messages import Message, hashed, packed, unpacked
@@ -375,6 +376,7 @@ def _short(text: str | None) -> str:
     return "nothing" if text is None else text if len(text) <= 80 else f"{text[:77]}..."
 
 
+@validated
 def on_first(run: Ranks, function: Callable[[], Message]) -> Message:
     """Call a function on rank 0 alone, whose runs inside are its own, and return its message on every rank."""
     if run.size == 1:

@@ -11,6 +11,7 @@ step has 16 new ones.
 from __future__ import annotations
 
 from bayeslm.inference.program import Program
+from bayeslm.validation import validated
 
 from .divergences import LogVariance
 from .objective import Objective
@@ -22,6 +23,7 @@ LOT, LOTS, EVERY = 64, 16, 4  # particles of a lot of new draws; lots that are k
 PARTICLES = 16  # in each step of large networks
 
 
+@validated
 def default_objective(program: Program, num_particles: int | None, *, owns_guide: bool, in_region: bool) -> Objective:
     """Return the objective of a program.
 

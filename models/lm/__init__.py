@@ -5,21 +5,22 @@ from .autoregressive import Autoregressive
 from .decoding import Decoder, categorical, generate
 from .encoding import Encoded, Prompt
 from .generation import SampledText, sample_texts
-from .gradients import differentiating
 from .language_model import LanguageModel
 from .lockstep import announcing, wait_for_passes
 from .memory import subsample_of, subsamples_of
 from .module_errors import ModuleWithProperties
-from .network import CausalNetwork, log_softmax_at
+from .network import CausalNetwork
 from .remembered import on_host, put_on_host, remembering
-from .sampler import LIMIT, Drawn, DrawRequest, Draws, Sampler, SamplerError, Weights, drawing_by_samplers
+from .sampler import LIMIT, Drawn, DrawRequest, Draws, Sampler, SamplerError, Weights
+from .scopes import differentiating, drawing_by_samplers, exclusive, forked
+from .scoring import log_softmax_at
 from .sharded_passes import passes_together
 from .sharding import in_parts_like, is_sharded, offering, own_part, refuse_sharded, whole_offer, whole_state
 from .stop_strings import check_stop
 from .suffix import redraw
 from .tables import read_table, without_index
 from .tensor_files import read_tensors, write_tensors
-from .turns import exclusive, forked
+from .token_model import TokenModel
 from .twist import POWERS, Twist, TwistInputs
 from .usage import Usage, count_usage
 from .weights import digest_of_values
@@ -41,6 +42,7 @@ __all__ = [
     "SampledText",
     "Sampler",
     "SamplerError",
+    "TokenModel",
     "Twist",
     "TwistInputs",
     "Usage",

@@ -7,7 +7,7 @@ import copy
 import itertools
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import sharding
+from .configs import is_encoder_decoder
 from .module_copies import with_parameters
 from .sharding import has_shards, is_sharded, own_part
-from .special_tokens import is_encoder_decoder
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -135,6 +135,15 @@ def _float32_of(p: nn.Parameter) -> torch.dtype:
 def plain_name(name: str) -> str:
     """Return the name that a weight of a PEFT network has in the network inside."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def exact_weights(network: nn.Module, causal: Any, names: Collection[str] | None) -> set[nn.Parameter]:
+    """Return the weights that a pass in half precision does not convert: adapters, and those of some names."""
+    if names is None:
+        parts = getattr(causal, "_keep_in_fp32_modules_strict", None) or ()
+        names = [name for name, _ in causal.named_parameters() if any(part in name for part in parts)]
+    own = own_parameters(network) if has_adapters(network) else []
+    return {*own, *(p for name, p in causal.named_parameters() if plain_name(name) in names)}
 
 
 def merged(network: Any, dtype: torch.dtype | None = None) -> nn.Module:

@@ -9,8 +9,8 @@ limit is a completion of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -19,63 +19,17 @@ from pyro.distributions.util import broadcast_shape  # torch's takes ten times a
 from torch import Size, Tensor
 from torch.distributions import constraints
 
-from bayeslm.validation import Count, Positive, show, validated
+from bayeslm.validation import Count, Positive, Unchecked, show, validated
 
 from .decoding import Decoder, generate, only_end
 from .encoding import Base, Encoded, Vocabulary
-from .network import CausalNetwork
 from .prefix import PromptedNetwork
-from .sampler import Densities, Sampler, Weights, compare, draw_rows, name_of, samplers_allowed
+from .sampler import Densities, draw_scored
+from .scopes import exclusive, samplers_allowed
 from .scoring import scores_and_hidden, token_scores
 from .stops import Stops
+from .token_model import TokenModel
 from .truncation import Truncation
-from .turns import exclusive
-
-
-class TokenModel(Protocol):
-    """What `Autoregressive` needs of a language model: `LanguageModel` is one."""
-
-    @property
-    def causal(self) -> CausalNetwork:
-        """The network."""
-
-    def current(self) -> CausalNetwork:
-        """Return the network, after a check that its weights have not been changed through another model."""
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """The token ids of its completions."""
-
-    @property
-    def batch_size(self) -> int | None:
-        """Sequences in one forward pass at most; None: as many as bounded memory allows."""
-
-    @property
-    def micro_batch_size(self) -> int | None:
-        """Of these, sequences whose activations are kept at once for a gradient."""
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Whether layers keep only their inputs for the backward pass."""
-
-    @property
-    def has_text(self) -> bool:
-        """Whether token ids have texts."""
-
-    def token_ids(self, value: Tensor) -> np.ndarray:
-        """Return completions as lists of token ids."""
-
-    def decode(self, value: Tensor, prompts: Encoded | None = None) -> np.ndarray:
-        """Return the texts of completions (*batch, token) of prompts, an object array of the batch's shape."""
-
-    def token_ends(self, value: Tensor, decoded: np.ndarray) -> np.ndarray:
-        """Return where each token of completions (*batch, token) ends in their texts (*batch)."""
-
-    def token_bytes(self, prompts: Encoded) -> tuple[bytes, ...] | None:
-        """Return the bytes that each token adds to the text of these prompts; None where neighbours matter."""
-
-    def detokenize(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """Return the text of each row of token ids."""
 
 
 @validated
@@ -85,7 +39,7 @@ class Autoregressive(TorchDistribution):
     ``batch_shape`` is the prompts', or more after `expand`; ``event_shape`` is ``(max_new_tokens,)``; values are
     ``int64`` token ids.
 
-    :param lm: the language model.
+    :param lm: the language model, or an object with the attributes of one that are used.
     :param prompt_ids: left-padded token ids, shape (*prompts, length).
     :param prompt_mask: 1 at tokens that are not padding, same shape; None if no prompt is padded.
     :param max_new_tokens: the longest completion.
@@ -105,7 +59,7 @@ class Autoregressive(TorchDistribution):
 
     def __init__(
         self,
-        lm: TokenModel,
+        lm: Annotated[TokenModel, Unchecked],
         prompt_ids: Tensor,
         prompt_mask: Tensor | None,
         max_new_tokens: Count,
@@ -127,7 +81,7 @@ class Autoregressive(TorchDistribution):
         self.base = base
         # Of the last sample of this distribution, or of a larger batch of it: values, versions, token scores.
         self._drawn: list[tuple[Tensor, tuple[Any, ...], Tensor]] = []
-        self._densities = Densities()
+        self._densities: list[Densities] = []  # of what a sampler has drawn
         super().__init__(prompt_ids.shape[:-1], Size([max_new_tokens]), validate_args=False)
 
     @property
@@ -232,8 +186,8 @@ class Autoregressive(TorchDistribution):
         rows, log_s, stale = self.prompt_rows(shape), None, False
         with exclusive(), torch.no_grad():
             if self.is_sampled:
-                lm: Any = self.lm
-                value, scores, log_s, stale = self._sample_by(lm.sampler, lm.weights, rows)
+                assert self.lm.sampler is not None
+                value, scores, log_s, stale = draw_scored(self.lm.sampler, self.lm.weights, self.prompted, rows)
             else:
                 value = rows.new_full((len(rows), self.max_new_tokens), self.vocabulary.pad_token_id)
                 scores = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
@@ -245,50 +199,27 @@ class Autoregressive(TorchDistribution):
         kept = (value, self._versions(value), scores.reshape(value.shape))
         self._drawn[:] = [] if value.is_inference() else [kept]
         if log_s is not None:
-            self._densities.keep(value, log_s.reshape(value.shape), stale)
+            self._densities[:] = self._densities or [Densities()]
+            self._densities[0].keep(value, log_s.reshape(value.shape), stale)
             if watch is not None:
                 watch(value.reshape(-1, self.max_new_tokens)[0])
         return value
 
-    def _sample_by(self, sampler: Sampler, weights: Weights, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
-        """Draw by another engine: completions of prompts (row,), the network's scores of them, and the engine's.
-
-        All have the shape (row, max_new_tokens). And whether they were drawn by other weights than these.
-        """
-        if self.truncation is not None:
-            raise ValueError(
-                f"{name_of(sampler)} draws complete distributions, and top_k or top_p cuts this one: leave them out, "
-                "or draw by a LanguageModel without a sampler"
-            )
-        prompts = Encoded(*self.flat_prompts).rows()
-        taken = torch.ones_like(rows, dtype=torch.bool) if self.where is None else self.where.reshape(-1)[rows]
-        value = rows.new_full((len(rows), self.max_new_tokens), self.vocabulary.pad_token_id)
-        log_s = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
-        value[~taken, 0] = next(iter(self.vocabulary.eos_token_ids), 0)
-        some, stale = rows[taken], False
-        if len(some):
-            value[taken], log_s[taken], stale = draw_rows(
-                sampler, self.vocabulary, prompts, some, self.max_new_tokens, self.temperature, weights
-            )
-        scores = token_scores(self.prompted, rows, value)
-        compare(sampler, scores[taken], log_s[taken], self.vocabulary.is_live(value[taken]), stale)
-        return value, scores, log_s, stale
-
     @property
     def is_sampled(self) -> bool:
         """Whether the language model's sampler draws, here and now."""
-        return samplers_allowed() and getattr(self.lm, "sampler", None) is not None
+        return getattr(self.lm, "sampler", None) is not None and samplers_allowed()
 
     def proposal_token_log_prob(self, value: Tensor) -> Tensor | None:
         """Return log s of each token of a value that a sampler drew, (*batch, max_new_tokens); None where none draws.
 
         :raises LookupError: if a sampler has drawn for this distribution, and this is none of its values.
         """
-        return self._densities.of(value)
+        return self._densities[0].of(value) if self._densities else None
 
     def is_stale(self, value: Tensor) -> bool:
         """Return whether a sampler has drawn a value by other weights than it was asked for."""
-        return self._densities.are_stale(value)
+        return bool(self._densities) and self._densities[0].are_stale(value)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log p(value | prompt), shape of the batch; -inf for a malformed completion."""

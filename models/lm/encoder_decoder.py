@@ -25,8 +25,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from . import own_forward
 from .caches import SourceCache
 from .gradient_checkpointing import checkpointed
-from .network import CausalNetwork, accepted
-from .own_forward import Findings
+from .network import CausalNetwork
+from .own_forward import Findings, accepted
 from .usage import count_pass
 from .whole_texts import one_length_at_a_time
 

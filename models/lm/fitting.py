@@ -17,14 +17,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bayeslm.characters import check_characters
 from bayeslm.progress import announce, track
 
-from .completions import completion_ids
-from .encoding import Vocabulary
+from .adapters import own_parameters, without_effect
 from .fit_checkpoint import FitCheckpoint, FitState, digest_of_pairs
-from .gradients import differentiating
+from .fit_texts import Pair
 from .network import CausalNetwork
+from .scopes import differentiating
+from .scoring import scores_at
+from .token_model import TokenModel
 from .weights import digest_of_values
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -33,13 +34,6 @@ SHARES = {  # of the learning rate, by the share of the steps that is done
     "linear": lambda done: 1.0 - done,
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
 }
-
-
-class Pair(NamedTuple):
-    """Token ids of a prompt, and of a completion with its end."""
-
-    prompt: Sequence[int]
-    completion: Sequence[int]
 
 
 class Losses(list[float]):
@@ -76,26 +70,42 @@ class FitSettings(NamedTuple):
         return {name: value for name, value in self._asdict().items() if name not in left_out}
 
 
-@differentiating()
 def fit(
+    lm: TokenModel,
+    pairs: Sequence[Pair],
+    held_out: Sequence[Pair],
+    settings: FitSettings,
+    *,
+    checkpoint: str | os.PathLike[str] | None,
+    progress: bool,
+) -> Losses:
+    """Minimise the loss over the weights of a language model, in place; of one with adapters over theirs.
+
+    :param pairs: prompts c_n and completions x_n.
+    :param held_out: pairs whose loss is computed and not minimised; none of them keeps the last weights.
+    :param checkpoint: the folder where the training is kept, and resumed from.
+    :param progress: show a progress bar.
+    :raises FloatingPointError: if a loss is not finite; the weights are those before that step.
+    """
+    free = {id(p) for p in without_effect(lm.network)}
+    start = [p for p in lm.network.parameters() if id(p) not in free]
+    with _checkpoint_in(checkpoint, settings, [pairs, held_out], start) as kept:
+        return _minimise(lm.current(), own_parameters(lm.network), pairs, held_out, settings, kept, progress)
+
+
+@differentiating()
+def _minimise(
     network: CausalNetwork,
     weights: Sequence[nn.Parameter],
     pairs: Sequence[Pair],
     held_out: Sequence[Pair],
     settings: FitSettings,
-    *,
     checkpoint: FitCheckpoint | None,
     progress: bool,
 ) -> Losses:
-    """Minimise the loss.
+    """Minimise the loss; see `fit`.
 
-    :param weights: the parameters to train, in place. They are frozen afterwards, as all others of the network are
-        throughout.
-    :param pairs: prompts c_n and completions x_n.
-    :param held_out: pairs whose loss is computed and not minimised; none of them keeps the last weights.
-    :param checkpoint: where the training is kept, and resumed from.
-    :param progress: show a progress bar.
-    :raises FloatingPointError: if a loss is not finite; the weights are those before that step.
+    :param weights: the parameters to train. They are frozen afterwards, as all others of the network are throughout.
     """
     optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0)
     generator = torch.Generator()
@@ -147,22 +157,8 @@ def fit(
     return losses
 
 
-def split(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Return pairs to learn, and a share of them to hold out, one at least, chosen at random.
-
-    :raises ValueError: if the share is not between 0 and 1, or nothing is left to learn.
-    """
-    if not 0.0 < share < 1.0:
-        raise ValueError(f"held_out must be a share between 0 and 1, or texts, got {share}")
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
-    size = max(1, round(share * len(pairs)))
-    if size == len(pairs):
-        raise ValueError(f"held_out={share} of {len(pairs)} texts leaves none to learn")
-    return [pairs[i] for i in sorted(order[size:])], [pairs[i] for i in sorted(order[:size])]
-
-
 @contextlib.contextmanager
-def checkpoint_in(
+def _checkpoint_in(
     folder: str | os.PathLike[str] | None,
     settings: FitSettings,
     pairs: Sequence[Sequence[Pair]],
@@ -212,64 +208,6 @@ def _tokens(pairs: Sequence[Pair]) -> int:
     return sum(len(pair.completion) for pair in pairs)
 
 
-def completions_of(
-    texts: Sequence[str], tokenizer: Any, start: tuple[int, ...], vocabulary: Vocabulary, max_tokens: int
-) -> list[list[int]]:
-    """Return the tokens and EOS of texts that complete prompts, cut after ``max_tokens``.
-
-    :param start: the tokens with which the decoder of an encoder-decoder network starts; none of a causal network.
-    :raises ValueError: if there are no texts, or one has no token, or tokens that the network has not.
-    """
-    if not texts:
-        raise ValueError("texts is empty: give at least one text to fit")
-    rows = []
-    for i, text in enumerate(texts):
-        row = completion_ids(f"texts[{i}]", text, tokenizer, start)
-        _check_tokens(i, row, vocabulary)
-        end = next((t for t, token in enumerate(row) if token in vocabulary.eos_token_ids), None)
-        row = [*row, *vocabulary.eos_token_ids[:1]] if end is None else row[: end + 1]
-        if not row:
-            raise ValueError(f"texts[{i}] is empty, and no token ends it")
-        rows.append(row[:max_tokens])
-    return rows
-
-
-def _check_tokens(i: int, tokens: Sequence[int], vocabulary: Vocabulary) -> None:
-    if tokens and max(tokens) >= vocabulary.size:
-        raise ValueError(
-            f"texts[{i}] has the token id {max(tokens)}, and the network's are 0..{vocabulary.size - 1}: give it its "
-            "own tokenizer"
-        )
-
-
-def to_sequences(
-    texts: Sequence[str], tokenizer: Any, bos: int | None, vocabulary: Vocabulary, max_tokens: int
-) -> list[Pair]:
-    """Return BOS as the prompt, and the tokens and EOS of each text, cut after ``max_tokens`` with BOS.
-
-    A text that begins with BOS, or ends with an EOS, itself gets no second one. Without BOS the first token is the
-    prompt.
-
-    :raises ValueError: if there are no texts, or one has no token to predict, or tokens that the network has not.
-    """
-    if not texts:
-        raise ValueError("texts is empty: give at least one text to fit")
-    sequences = []
-    for i, text in enumerate(texts):
-        check_characters(f"texts[{i}]", text)
-        tokens = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        if not tokens:
-            raise ValueError(f"texts[{i}] is empty")
-        _check_tokens(i, tokens, vocabulary)
-        before = [] if bos is None or tokens[0] == bos else [bos]
-        after = [] if tokens[-1] in vocabulary.eos_token_ids else vocabulary.eos_token_ids[:1]
-        row = [*before, *tokens, *after][:max_tokens]
-        if len(row) < 2:
-            raise ValueError(f"texts[{i}] has one token in {max_tokens}, and nothing to predict it from")
-        sequences.append(Pair(row[:1], row[1:]))
-    return sequences
-
-
 def _loss(network: CausalNetwork, batch: Sequence[Pair]) -> Tensor:
     """Return nats a token of completions, which are padded on the right: under causal attention that needs no mask."""
     device, longest = network.device, max(len(pair.completion) for pair in batch)
@@ -279,4 +217,4 @@ def _loss(network: CausalNetwork, batch: Sequence[Pair]) -> Tensor:
     prompts = torch.tensor([[*[0] * (most - len(c)), *c] for c, _ in batch], device=device)
     mask = torch.tensor([[int(t >= most - len(c)) for t in range(most)] for c, _ in batch], device=device)
     hidden = network.hidden_after(prompts, None if bool(mask.all()) else mask, ids[:, :-1])
-    return -network.token_log_prob(hidden[real], ids[real], temperature=1.0).mean()
+    return -scores_at(network, hidden[real], ids[real]).mean()

@@ -9,18 +9,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bayeslm.validation import validated
+
 from .encoding import Encoded, Prompts
+from .scopes import forked
 from .texts import MISSING
-from .turns import forked
 
 
 class SampledText(NamedTuple):
     """A text that was drawn.
 
     :param text: what it adds to its prompt.
-    :param log_prob: of its tokens, with the end, in nats; at the temperature that it was drawn at.
+    :param log_prob: of its tokens, with the end, in nats; by the distribution that it was drawn from.
     :param num_tokens: their number.
-    :param ended: whether an end token ended it, or the limit did.
+    :param ended: whether an end token or a stop string ended it, or the limit did.
     """
 
     text: str
@@ -29,29 +31,28 @@ class SampledText(NamedTuple):
     ended: bool
 
 
+@validated
 def sample_texts(
     lm: Any,
     prompts: Prompts,
     num_texts: int = 1,
     *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
     seed: int | None = None,
     on_text: Callable[[str], None] | None = None,
+    **settings: Any,
 ) -> list[list[SampledText]]:
     """Draw texts that continue prompts: a list for each prompt.
 
     :param lm: a `LanguageModel`.
     :param num_texts: of each prompt, all drawn in one batch.
-    :param max_new_tokens: of a text, at most.
-    :param temperature: divides the logits.
     :param seed: of the draws; the state of the random numbers is restored after. None: that state is used.
     :param on_text: called with each piece of the first text, as it grows.
+    :param settings: of the distribution, such as ``max_new_tokens``: see `LanguageModel.forward`.
     :raises TypeError: if there is no tokenizer.
     """
     if lm.tokenizer is None:
         raise TypeError("this LanguageModel has no tokenizer to decode with: sample token ids, lm(prompts).sample()")
-    dist = lm(prompts, max_new_tokens=max_new_tokens, temperature=temperature)
+    dist = lm(prompts, **settings)
     ids, mask = dist.flat_prompts
     first = Encoded(ids[:1], None if mask is None else mask[:1])
     growing = None if on_text is None else _Growing(lambda ids: str(lm.decode(ids, first)[0]), on_text)
@@ -60,7 +61,7 @@ def sample_texts(
     with torch.no_grad():
         log_probs = dist.log_prob(x)
     texts, lengths = dist.decode(x), dist.lengths(x)
-    ended = dist.vocabulary.is_eos(x).any(-1)
+    ended = ~dist.truncated(x)
     columns = (texts.reshape(num_texts, -1), *(y.reshape(num_texts, -1).tolist() for y in (log_probs, lengths, ended)))
     rows = [[SampledText(*entry) for entry in zip(*row, strict=True)] for row in zip(*columns, strict=True)]
     if growing is not None:

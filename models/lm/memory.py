@@ -19,8 +19,10 @@ s bytes a number of the dtype that is computed in, these hold at once, at most,
 beside the weights. Decoding holds the states of one token a row, not those of a whole text. A cache that grows by a
 token holds the keys of one layer twice; drawing from logits holds them five times over (once in float64). Where each
 text is read as a whole (networks without keys and values, gradient checkpointing), all its tokens are new. Blocks of
-logits of scoring (`network`) are bounded by themselves. Mixtures of experts, and layers of other kinds than a Llama's,
-are counted as a Llama's.
+logits of scoring (`network`) are bounded by themselves. Keys and values of a fixed size (`compiled`) do not grow, and
+resampling holds those of one layer twice: the rule is the same. Where CUDA graphs are recorded, P + T is rounded up to
+a multiple of 64, the prompts' own are held beside it, and n is a number of rows for which graphs are recorded. Mixtures
+of experts, and layers of other kinds than a Llama's, are counted as a Llama's.
 
 A pass may hold the `room`: on a CPU 512 MB, so that a seed gives the same numbers everywhere. On a GPU it is what is
 free at the start of the run, less a tenth, rounded down to a power of two: so small changes of what else is on the
@@ -35,14 +37,17 @@ import math
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from .configs import size
 from .remembered import recalled, remembered
 
 ON_CPU = 2**29  # bytes
 FEWEST = 2**28  # bytes, where less is free: a pass may still fit, and nothing smaller would
 LOGITS_BYTES = 5 * 4
+LENGTHS = 64  # tokens, to multiples of which lengths are padded where graphs are recorded
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,17 @@ class Footprint:
     kept: int  # a
     vocabulary: int  # V
     bytes_each: int  # s
+
+    @classmethod
+    def of(cls, network: Any, *, vocabulary: int, cached: int, bytes_each: int, logits_are_hidden: bool) -> Footprint:
+        """Return what a network holds, of sizes that its config has and these."""
+        width = size(network, "hidden_size")
+        inner = size(network, "intermediate_size") or 4 * width
+        head = size(network, "head_dim") or width // (size(network, "num_attention_heads") or 1)
+        logits = vocabulary if logits_are_hidden else 0
+        inside, kept = 4 * width + 3 * inner + 2 * head + logits, 12 * width + 4 * inner + logits
+        layers = max(1, size(network, "num_hidden_layers"))
+        return cls(layers, width, cached, inside, kept, vocabulary, bytes_each)
 
     def prefill(self, prompts: int, prompt: int) -> int:
         """Return the bytes that reading prompts of so many tokens holds."""
@@ -95,12 +111,14 @@ class Batches:
     :param room: bytes that a pass may hold.
     :param prompt: tokens of a prompt.
     :param new: new tokens.
+    :param records: whether CUDA graphs of a compiled step are recorded.
     """
 
     footprint: Footprint
     room: int
     prompt: int
     new: int
+    records: bool = False
 
     @property
     def prefill(self) -> int:
@@ -108,7 +126,11 @@ class Batches:
 
     @property
     def decoding(self) -> int:
-        return self._fit(3 * self.room // 4, self.footprint.decoding(1, self.prompt + self.new))
+        length = self.prompt + self.new
+        if self.records:
+            length = self.prompt + recorded_length(length)
+        rows = self._fit(3 * self.room // 4, self.footprint.decoding(1, length))
+        return recorded_rows(rows, most=True) if self.records else rows
 
     def scoring(self, whole: bool = False) -> int:
         return self._fit(3 * self.room // 4, self.footprint.scoring(1, self.prompt, self.new, whole=whole))
@@ -143,6 +165,26 @@ def subsample_of(size: int | None, prompts: int) -> int | None:
     :param prompts: the number of prompts.
     """
     return None if size is None else _subsample.get() or min(size, prompts)
+
+
+def records(device: torch.device) -> bool:
+    """Return whether compiled steps are recorded on a device, as CUDA graphs, one for each size."""
+    return device.type == "cuda"
+
+
+def recorded_rows(rows: int, *, most: bool = False) -> int:
+    """Return the least number for which a graph is recorded that is at least, or the most that is at most, ``rows``.
+
+    Those are powers of two and the numbers halfway between two of them.
+    """
+    power: int = 2 ** (rows.bit_length() - 1)
+    each = [n for n in (power, 3 * power // 2, 2 * power) if (n <= rows if most else n >= rows)]
+    return max(each) if most else min(each)
+
+
+def recorded_length(length: int) -> int:
+    """Return the least number of tokens for which a graph is recorded that is at least ``length``."""
+    return -(-length // LENGTHS) * LENGTHS
 
 
 def room(device: torch.device) -> int:

@@ -3,8 +3,7 @@
 Encoder-decoder networks (`encoder_decoder`) differ in what a prompt is, and share all else.
 
 * **body**: hidden states of tokens, with or without a key-value cache of those before them (`prefix`);
-* **head**: float32 log-probabilities of hidden states a block of tokens at a time, so that (rows x tokens x
-  vocabulary) logits are never held at once;
+* **head**: float32 logits of hidden states (`scoring` asks for those of a block of tokens at a time);
 * **size**: how many rows fit a pass of bounded memory (`memory`).
 
 One forward pass of the network shows how its head follows its body: directly; or with another operation before it or
@@ -24,20 +23,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from torch.utils.checkpoint import checkpoint
 
-from . import memory, own_forward, packing, weights
-from .adapters import adapted_modules, has_adapters, own_parameters, plain_name
+from bayeslm.validation import validated
+
+from . import configs, memory, own_forward, packing
+from .adapters import exact_weights
 from .encoding import positions_of
 from .gradient_checkpointing import checkpointed
 from .lockstep import BODY, HEAD, WHOLE
 from .masks import causal_mask
 from .module_copies import with_forward, with_modules, with_parameters
-from .own_forward import Findings
+from .own_forward import Findings, accepted
 from .sharded_passes import shards_of
-from .special_tokens import vocab_size
-from .truncation import Truncation
 from .usage import count_pass
+from .weights import Changes
 from .whole_texts import one_length_at_a_time
 
 if TYPE_CHECKING:
@@ -45,10 +44,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Elements of one float32 block of logits: 2**25 is 128 MB, about 680 tokens of a 49k vocabulary.
-LOGITS_BLOCK = 2**25
 
-
+@validated
 class CausalNetwork:
     """The body and the head of a causal network.
 
@@ -61,6 +58,7 @@ class CausalNetwork:
 
     auto_class = "AutoModelForCausalLM"  # by which transformers loads such networks
     start_ids: tuple[int, ...] = ()  # the tokens between a prompt and its completion
+    compiled: Callable[..., Tensor] | None = None  # writes tokens (`compiled`); None: passes as of any text do
 
     def __init__(
         self,
@@ -73,10 +71,11 @@ class CausalNetwork:
         causal: Any = inside_peft() if inside_peft else network
         self.network = causal
         self.compute_dtype = compute_dtype
-        self._exact = set() if compute_dtype is None else _exact_weights(network, causal, exact)
+        self.vocab_size = configs.vocab_size(causal)  # the width of the logits, maybe more than the tokenizer's tokens
+        self.width = configs.size(causal, "hidden_size")  # of the hidden states, 0 if the network has none
+        self._exact = set() if compute_dtype is None else exact_weights(network, causal, exact)
         self.parameters = list(causal.parameters())
-        self._whole, self._tried = network, _made_of(network)
-        self._adapted: list[Any] = adapted_modules(causal)
+        self._changes = Changes(network, causal)
         parameters = inspect.signature(causal.forward).parameters
         self.accepts_positions = self.pads_tokens and "position_ids" in parameters
         self.body: nn.Module | None = None  # None: logits are the hidden states
@@ -85,77 +84,44 @@ class CausalNetwork:
         self.shards = shards_of(network, self._body_of(causal), self)
         self.findings = Findings() if findings is None else findings
         ids = own_forward.texts(self)
-        counts = [_version(p) for p in self.parameters]
-        with own_forward.aside(self.device):
+        with own_forward.aside(self.device), self._changes.during_pass():
             logits = self._logits_of(self._converted(network), ids)  # in the dtype that this model computes in
             self._split(ids)
             if self.shards is not None and self.body is None:
                 self.shards.without_body()
             if findings is None:
                 self.findings = own_forward.find(self, ids, logits)
-        # Of these torch counts changes in every pass that are none: PEFT's adapters of experts raise the count.
-        self._miscounted = [p for p, n in zip(self.parameters, counts, strict=True) if _version(p) != n]
 
     def _logits_of(self, network: nn.Module, ids: Tensor) -> Tensor:
         """Return the logits (row, length, vocabulary) that a network computes of texts (row, length).
 
         :raises TypeError: if it computes anything else, or fails.
         """
-        try:
-            run = partial(network, **accepted(network, self._arguments(ids)))
-            logits = getattr(self._pass(WHOLE, run), "logits", None)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # of whatever type: it may be any module
-            reason = next(iter(str(error).splitlines()), "")
-            raise TypeError(
-                f"{self.name} fails on the token ids {ids.tolist()} ({type(error).__name__}: {reason:.200}): hand in a "
-                f"network of tokens alone that is causal, such as {self.auto_class} loads"
-            ) from error
-        shape = (*ids.shape, self.vocab_size)
-        if not isinstance(logits, Tensor) or logits.shape != shape:
-            found = "none" if logits is None else f"shape {tuple(logits.shape)}"
-            raise TypeError(
-                f"{self.name} must compute logits of shape {shape}: (row, token, config.vocab_size); found {found}"
-            )
-        return logits
+
+        def run() -> Any:
+            return self._pass(WHOLE, partial(network, **accepted(network, self._arguments(ids))))
+
+        return own_forward.checked_logits(self, ids, run)
 
     def _split(self, ids: Tensor) -> None:
-        """Find body and head on some texts (row, length).
-
-        A hook replaces the output of the head by noise: the body's output must reach the head unchanged, and the head's
-        must come out unchanged. Noise, since soft-capping does not show on small logits.
-        """
+        """Find body and head on some texts (row, length)."""
         body = self._body_of(self.network)
         head = self.network.get_output_embeddings() if hasattr(self.network, "get_output_embeddings") else None
         if body is None or head is None or body is self.network:
             return
-        noise = 100.0 * torch.randn((*ids.shape, self.vocab_size), generator=torch.Generator().manual_seed(0))
-        inputs: list[Tensor] = []
-        outputs: list[Tensor] = []
 
-        def replace(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            inputs.extend(args)
-            outputs.append(noise.to(output))
-            return outputs[-1]
-
-        hook = head.register_forward_hook(replace)
-        try:
-            logits = self._logits_of(self.network, ids)
+        def of_body() -> Any:
             run = self._called(body, body)
-            out = self._pass(BODY, partial(run, **accepted(body, self._body_arguments(ids))))
-        except Exception:  # of whatever type, where the body is not called as the network is
+            return self._pass(BODY, partial(run, **accepted(body, self._body_arguments(ids))))
+
+        noise = 100.0 * torch.randn((*ids.shape, self.vocab_size), generator=torch.Generator().manual_seed(0))
+        found = own_forward.follow(head, noise, partial(self._logits_of, self.network, ids), of_body)
+        if found is None:
             return
-        finally:
-            hook.remove()
-        hidden = getattr(out, "last_hidden_state", None)
-        if hidden is None or len(outputs) != 1:
-            return
-        self.body, self._output_type = body, type(out)
-        unchanged = inputs[0].shape == hidden.shape and torch.allclose(inputs[0].to(hidden), hidden, rtol=1e-3)
-        if unchanged and torch.equal(logits.to(outputs[0]), outputs[0]):
+        self.body, self._output_type = body, found.output_type
+        if found.at_once:
             self.head = head
-        elif not self._goes_through(hidden, ids):
+        elif not self._goes_through(found.hidden, ids):
             self.body = None
 
     def _goes_through(self, hidden: Tensor, ids: Tensor) -> bool:
@@ -217,23 +183,16 @@ class CausalNetwork:
     @property
     def version(self) -> Hashable:
         """A value that changes with the weights, what is computed with them, and which adapters are active."""
-        count = sum(map(_version, self.parameters)) - sum(map(_version, self._miscounted))
-        active = tuple((m.disable_adapters, *m.active_adapters) for m in self._adapted)
-        few = tuple(weights.values(self._miscounted).items()) if self._miscounted else ()
-        return count, active, few, self._tried, tuple(map(id, self.parameters))
+        return self._changes.version
+
+    @property
+    def is_training(self) -> bool:
+        return self._changes.is_training
 
     @property
     def is_current(self) -> bool:
-        """Whether the network has the parameters and the forward passes that it had when it was tried.
-
-        So no layer, no ``forward`` and no hook of one has been replaced or added since.
-        """
-        return self._tried == _made_of(self._whole)
-
-    @cached_property
-    def vocab_size(self) -> int:
-        """Width of the logits, which may be more than the tokenizer's tokens."""
-        return vocab_size(self.network)
+        """Whether it has the parameters, the forward passes and the hooks that it had when it was tried."""
+        return not self._changes.are_made
 
     @property
     def prompt_vocab_size(self) -> int:
@@ -246,47 +205,22 @@ class CausalNetwork:
 
     @cached_property
     def context_length(self) -> int | None:
-        """The most tokens that a text can have, None if the network's config does not say.
-
-        Where longer texts change the scores of their first tokens, which then have no one distribution, the limit is
-        where that begins: rotary frequencies for long texts ("longrope"), and masks that keep so many tokens (Doge).
-        """
-        config = self.network.config.get_text_config()
-        limits = [getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)]
-        ropes = getattr(config, "rope_parameters", None) or {}
-        each = [rope for rope in (ropes, *ropes.values()) if isinstance(rope, dict)]  # one, or one a type of layer
-        limits += [r.get("original_max_position_embeddings") for r in each if r.get("rope_type") == "longrope"]
-        limits.append(getattr(config, "keep_window_size", None))
-        return min((x for x in limits if x and x > 0), default=None)  # -1 is none, as of XLNet
-
-    @cached_property
-    def width(self) -> int:
-        """Width of the hidden states, 0 if the network has none."""
-        return int(getattr(self.network.config.get_text_config(), "hidden_size", 0) or 0)
+        """The most tokens that a text can have, None if the network's config does not say."""
+        return configs.context_length(self.network)
 
     # -- size ------------------------------------------------------------------------------------------------
 
     def batches(self, prompt: int, new: int) -> memory.Batches:
         """Return how many prompts of so many tokens, and how many rows of so many new tokens, a pass takes."""
-        return memory.Batches(self.footprint, memory.room(self.device), prompt, new)
+        records = self.compiled is not None and memory.records(self.device)
+        return memory.Batches(self.footprint, memory.room(self.device), prompt, new, records)
 
     @cached_property
     def footprint(self) -> memory.Footprint:
         """What the network holds of a token."""
-        config = self.network.config.get_text_config()
-        inner = _largest(config, "intermediate_size") or 4 * self.width
-        head = _largest(config, "head_dim") or self.width // (_largest(config, "num_attention_heads") or 1)
-        logits = self.vocab_size if self.body is None else 0  # that stand for hidden states
         dtype = self.compute_dtype or next((p.dtype for p in self.parameters if p.is_floating_point()), torch.float32)
-        return memory.Footprint(
-            layers=max(1, int(getattr(config, "num_hidden_layers", 0) or 0)),
-            width=self.width,
-            cached=self.cached_numbers,
-            inside=4 * self.width + 3 * inner + 2 * head + logits,
-            kept=12 * self.width + 4 * inner + logits,
-            vocabulary=self.vocab_size,
-            bytes_each=dtype.itemsize,
-        )
+        sizes = {"vocabulary": self.vocab_size, "cached": self.cached_numbers, "bytes_each": dtype.itemsize}
+        return memory.Footprint.of(self.network, **sizes, logits_are_hidden=self.body is None)
 
     @cached_property
     def cached_numbers(self) -> int:
@@ -345,7 +279,7 @@ class CausalNetwork:
         count_pass(ids.numel())
         if mask is not None and not isinstance(cache, TextCache) and self.mask_dtype is not None:
             mask = causal_mask(mask, ids.shape[-1], self.mask_dtype)
-        module = self._converted(self.body or self.network)
+        module = self.decoding_module
         run = self._computing(checkpointed(module) if gradient_checkpointing else module)
         if isinstance(cache, TextCache):
             whole = one_length_at_a_time(partial(self._states_of_whole, run), cache.append(ids), mask)
@@ -362,6 +296,11 @@ class CausalNetwork:
         positions = positions_of(ids, mask)
         settings = {"use_cache": False, "gradient_checkpointing": gradient_checkpointing}
         return self.hidden(ids, mask, positions, cache, **settings)[0]
+
+    @property
+    def decoding_module(self) -> nn.Module:
+        """What computes hidden states, or logits that stand for them."""
+        return self._converted(self.body or self.network)
 
     @property
     def takes_positions(self) -> bool:
@@ -450,7 +389,7 @@ class CausalNetwork:
         small changes would be lost, and draws would not follow the distribution that is scored.
         """
         large = sum(p.numel() for p in self.parameters) >= packing.MIN_WEIGHTS
-        if self.shards is not None:
+        if self.shards is not None or (self.compiled is not None and self.compute_dtype is None):
             yield self
         elif self.compute_dtype is not None:
             yield self._around(self._converted(self.network))
@@ -496,74 +435,3 @@ class CausalNetwork:
         else:
             logits = self._pass(HEAD, partial(self._called(self.head, self.head), hidden))
         return logits.float() / temperature if temperature != 1.0 else logits.float()
-
-    def token_log_prob(
-        self, hidden: Tensor, targets: Tensor, temperature: float, truncation: Truncation | None = None
-    ) -> Tensor:
-        """Return log p(target | hidden), (tokens,), for hidden (tokens, width) and targets (tokens,), block by block.
-
-        With gradients, if these tokens are more than one block, the logits of a block are not kept, and the backward
-        pass computes them again.
-        """
-
-        def block(h: Tensor, x: Tensor) -> Tensor:
-            logits = self.logits(h, temperature)
-            return log_softmax_at(logits if truncation is None else truncation(logits), x)
-
-        size = max(1, LOGITS_BLOCK // self.vocab_size)
-        blocks = zip(hidden.split(size), targets.split(size), strict=True)
-        if torch.is_grad_enabled() and len(targets) > size:
-            return torch.cat([checkpoint(block, h, x, use_reentrant=False) for h, x in blocks])
-        return torch.cat([block(h, x) for h, x in blocks])
-
-
-def log_softmax_at(logits: Tensor, token: Tensor) -> Tensor:
-    """Return log softmax(logits), of logits (rows, vocabulary), at tokens (rows,)."""
-    return logits.gather(-1, token[:, None]).squeeze(-1) - logits.logsumexp(-1)
-
-
-def accepted(module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return those of some arguments that a module's forward pass takes."""
-    parameters = inspect.signature(module.forward).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return arguments
-    return {name: value for name, value in arguments.items() if name in {p.name for p in parameters}}
-
-
-def _made_of(network: nn.Module) -> tuple[Hashable, ...]:
-    """Return what the modules of a network compute: the ``forward`` of each, its class's, its hooks, its parameters."""
-    return tuple(
-        (
-            vars(m).get("forward"),
-            type(m).forward,
-            *m._forward_pre_hooks.values(),
-            *m._forward_hooks.values(),
-            *map(id, m._parameters.values()),
-        )
-        for m in network.modules()
-    )
-
-
-def _exact_weights(network: nn.Module, causal: Any, names: Collection[str] | None) -> set[nn.Parameter]:
-    """Return the weights that a pass in half precision does not convert: adapters, and those of some names."""
-    if names is None:
-        parts = getattr(causal, "_keep_in_fp32_modules_strict", None) or ()
-        names = [name for name, _ in causal.named_parameters() if any(part in name for part in parts)]
-    adapters = own_parameters(network) if has_adapters(network) else []
-    return {*adapters, *(p for name, p in causal.named_parameters() if plain_name(name) in names)}
-
-
-def _version(x: Tensor) -> int:
-    """Return torch's count of a tensor's in-place changes.
-
-    One that was made in inference mode has none: only there could it be changed, where no score is kept.
-    """
-    return 0 if x.is_inference() else x._version
-
-
-def _largest(config: Any, name: str) -> int:
-    """Return a size that a config has, the largest where it has one for each layer; 0 for none."""
-    try:
-        return int(getattr(config, name, 0) or 0)
-    except RuntimeError:  # of transformers, where layers differ
-        return max(int(getattr(layer, name, 0) or 0) for layer in config.per_layer_config)

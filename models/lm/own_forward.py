@@ -8,16 +8,17 @@ network reads whole texts (`whole_texts`); where these disagree too, it is refus
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .encoding import positions_of
 from .masks import causal_mask
-from .turns import exclusive
+from .scopes import exclusive
 from .usage import counting
 
 LENGTH = 6  # of the texts that are tried
@@ -47,6 +48,7 @@ class TriedNetwork(Protocol):
     findings: Findings
     accepts_positions: bool
     start_ids: tuple[int, ...]
+    auto_class: str
 
     @property
     def name(self) -> str: ...
@@ -63,6 +65,69 @@ class TriedNetwork(Protocol):
     def logits(self, hidden: Tensor, temperature: float) -> Tensor: ...
     def hidden(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> tuple[Tensor, Any]: ...
     def trial_cache(self, ids: Tensor) -> Any: ...
+
+
+class Followed(NamedTuple):
+    """How a head follows a body: its ``hidden`` states, the type of its output, and whether it does so at once."""
+
+    hidden: Tensor
+    output_type: type[Any]
+    at_once: bool
+
+
+def checked_logits(network: TriedNetwork, ids: Tensor, run: Callable[[], Any]) -> Tensor:
+    """Return the logits (row, length, vocabulary) of texts (row, length) that a forward pass computes.
+
+    :raises TypeError: if it computes anything else, or fails.
+    """
+    try:
+        logits = getattr(run(), "logits", None)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of whatever type: it may be any module
+        reason = next(iter(str(error).splitlines()), "")
+        raise TypeError(
+            f"{network.name} fails on the token ids {ids.tolist()} ({type(error).__name__}: {reason:.200}): hand in a "
+            f"network of tokens alone that is causal, such as {network.auto_class} loads"
+        ) from error
+    shape = (*ids.shape, network.vocab_size)
+    if not isinstance(logits, Tensor) or logits.shape != shape:
+        found = "none" if logits is None else f"shape {tuple(logits.shape)}"
+        raise TypeError(
+            f"{network.name} must compute logits of shape {shape}: (row, token, config.vocab_size); found {found}"
+        )
+    return logits
+
+
+def follow(head: nn.Module, noise: Tensor, whole: Callable[[], Tensor], of_body: Callable[[], Any]) -> Followed | None:
+    """Return how a head follows a body; None if the body is not called as the network is.
+
+    A hook replaces the output of the head by noise: the body's output must reach the head unchanged, and the head's
+    must come out unchanged. Noise, since soft-capping does not show on small logits.
+
+    :param whole: computes the logits of the network.
+    :param of_body: computes the output of the body on the same texts.
+    """
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+
+    def replace(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        inputs.extend(args)
+        outputs.append(noise.to(output))
+        return outputs[-1]
+
+    hook = head.register_forward_hook(replace)
+    try:
+        logits, out = whole(), of_body()
+    except Exception:  # of whatever type, where the body is not called as the network is
+        return None
+    finally:
+        hook.remove()
+    hidden = getattr(out, "last_hidden_state", None)
+    if hidden is None or len(outputs) != 1:
+        return None
+    unchanged = inputs[0].shape == hidden.shape and torch.allclose(inputs[0].to(hidden), hidden, rtol=1e-3)
+    return Followed(hidden, type(out), unchanged and torch.equal(logits.to(outputs[0]), outputs[0]))
 
 
 def find(network: TriedNetwork, ids: Tensor, expected: Tensor) -> Findings:
@@ -88,16 +153,16 @@ def find(network: TriedNetwork, ids: Tensor, expected: Tensor) -> Findings:
             if not found.caches:
                 raise
             continue
-        if found.caches and _difference(scores, wants) <= network.rounding:
+        if found.caches and difference(scores, wants) <= network.rounding:
             return found
     half = ids.shape[-1] // 2
-    if _difference(scores[:, half:], wants[:, half:]) > network.rounding:
+    if difference(scores[:, half:], wants[:, half:]) > network.rounding:
         raise TypeError(
             f"{network.name} cannot be scored as its own forward pass scores: log-probabilities of the tokens "
             f"{ids[0].tolist()} are {_of(scores, ids)} for {_of(wants, ids)}; hand in the network without what changes "
             "its forward pass from outside"
         )
-    if _difference(scores, wants) > 10 * network.rounding:
+    if difference(scores, wants) > 10 * network.rounding:
         raise TypeError(
             f"{network.name} is not causal: log-probabilities of the tokens {ids[0, :half].tolist()} are "
             f"{_of(scores[:, :half], ids)}, and {_of(wants[:, :half], ids)} before {ids[0, half:].tolist()}; "
@@ -117,7 +182,7 @@ def holds_padded(network: TriedNetwork) -> bool:
         found = _scores(network, torch.cat([padded, ids]), torch.cat([mask, torch.ones_like(mask)]))
     except Exception:  # of whatever type, where the network takes no mask
         return False
-    return _difference(found[:1, -real:], alone) <= network.rounding
+    return difference(found[:1, -real:], alone) <= network.rounding
 
 
 def mask_dtype(network: TriedNetwork) -> torch.dtype | None:
@@ -148,6 +213,14 @@ def mask_dtype(network: TriedNetwork) -> torch.dtype | None:
         return None
     close = (expected - found).abs().max() <= network.rounding * expected.abs().max()
     return dtype if close else None
+
+
+def accepted(module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return those of some arguments that a module's forward pass takes."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return arguments
+    return {name: value for name, value in arguments.items() if name in {p.name for p in parameters}}
 
 
 def texts(network: TriedNetwork) -> Tensor:
@@ -190,7 +263,7 @@ def _scores(network: TriedNetwork, ids: Tensor, mask: Tensor | None) -> Tensor:
     return network.logits(torch.cat(parts, 1), 1.0).log_softmax(-1)
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
+def difference(found: Tensor, expected: Tensor) -> float:
     """Return the largest difference of log-probabilities, as a share of their range."""
     known = expected > LEAST
     if found.shape != expected.shape or not bool(known.any()):

@@ -11,11 +11,9 @@ differ is counted (`usage`), and beyond `LIMIT` a warning says so at once.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -23,10 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from bayeslm.posterior import DiagnosticsWarning
+from bayeslm import DiagnosticsWarning
 
 from .ahead import asked_ahead
-from .encoding import Vocabulary
+from .encoding import Encoded
+from .prefix import PromptedNetwork
+from .scoring import token_scores
 from .usage import note_drawn
 
 LIMIT = 0.1  # nats a token, the mean of |log p - log s|, beyond which an engine does not draw what it is asked for
@@ -97,49 +97,28 @@ class Densities:
 
     def __init__(self) -> None:
         self._kept = WeakTensorKeyDictionary()
-        self._any = False
 
     def keep(self, value: Tensor, log_s: Tensor, stale: bool) -> None:
-        self._any = True
         self._kept[value] = (_version(value), log_s, stale)
 
     def are_stale(self, value: Tensor) -> bool:
         """Return whether an engine has drawn a value by other weights than it was asked for."""
         return bool(self._kept.get(value, (None, None, False))[2])
 
-    def of(self, value: Tensor) -> Tensor | None:
-        """Return log s of each token of a value; None where no engine has drawn.
+    def of(self, value: Tensor) -> Tensor:
+        """Return log s of each token of a value.
 
-        :raises LookupError: if an engine has drawn, and this is none of its values.
+        :raises LookupError: if this is none of the engine's values.
         """
-        if not self._any:
-            return None
         version, log_s, _ = self._kept.get(value, (None, None, False))
         if log_s is None or version != _version(value):
             raise LookupError("the value is not one that the sampler drew: it was changed, or replaced, after")
-        return log_s
+        found: Tensor = log_s
+        return found
 
 
 def _version(value: Tensor) -> int:
     return -1 if value.is_inference() else value._version
-
-
-_allowed: ContextVar[bool] = ContextVar("bayeslm_samplers", default=True)
-
-
-@contextlib.contextmanager
-def drawing_by_samplers(allowed: bool) -> Iterator[None]:
-    """Draw by the language models' samplers inside the block, or always by the library's own decoding."""
-    token = _allowed.set(allowed)
-    try:
-        yield
-    finally:
-        _allowed.reset(token)
-
-
-def samplers_allowed() -> bool:
-    """Whether language models draw by their samplers here."""
-    return _allowed.get()
 
 
 def name_of(sampler: Sampler) -> str:
@@ -147,21 +126,14 @@ def name_of(sampler: Sampler) -> str:
     return str(getattr(sampler, "name", type(sampler).__name__))
 
 
-def draw_rows(
-    sampler: Sampler,
-    vocabulary: Vocabulary,
-    prompts: list[list[int]],
-    rows: Tensor,
-    max_new_tokens: int,
-    temperature: float,
-    weights: Weights,
-) -> tuple[Tensor, Tensor, bool]:
-    """Draw a completion for each row.
+def _draw(sampler: Sampler, weights: Weights, prompted: PromptedNetwork, rows: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Draw a completion of each of some prompts, ``rows`` (row,).
 
-    :param rows: the prompt that each continues, (row,).
     :returns: completions and log s of their tokens, both (row, max_new_tokens), and whether they are stale.
     :raises SamplerError: if the engine fails, or its draws are malformed.
     """
+    vocabulary, max_new_tokens = prompted.vocabulary, prompted.max_new_tokens
+    prompts = Encoded(prompted.prompt_ids, prompted.prompt_mask).rows()
     counts = torch.bincount(rows, minlength=len(prompts)).tolist()
     asked = [i for i, count in enumerate(counts) if count]
     seed = int(torch.randint(2**62, ()))
@@ -169,7 +141,7 @@ def draw_rows(
         [prompts[i] for i in asked],
         [counts[i] for i in asked],
         max_new_tokens,
-        temperature,
+        prompted.temperature,
         vocabulary.eos_token_ids,
         vocabulary.size,
         seed,
@@ -208,6 +180,33 @@ def draw_rows(
     live = vocabulary.is_live(values)
     values, log_s = values.masked_fill(~live, vocabulary.pad_token_id), log_s.masked_fill(~live, 0.0)
     return values.to(rows.device), log_s.to(rows.device), draws.version != weights.version
+
+
+def draw_scored(
+    sampler: Sampler, weights: Weights, prompted: PromptedNetwork, rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """Draw completions of prompts ``rows`` (row,), and score them by the network here.
+
+    :returns: completions, the network's scores of their tokens, and log s of these, all (row, max_new_tokens); and
+        whether they were drawn by other weights than these.
+    :raises ValueError: if the distribution is truncated, which engines do not draw.
+    """
+    if prompted.truncation is not None:
+        raise ValueError(
+            f"{name_of(sampler)} draws complete distributions, and top_k or top_p cuts this one: leave them out, "
+            "or draw by a LanguageModel without a sampler"
+        )
+    vocabulary = prompted.vocabulary
+    taken = torch.ones_like(rows, dtype=torch.bool) if prompted.taken is None else prompted.taken[rows]
+    value = rows.new_full((len(rows), prompted.max_new_tokens), vocabulary.pad_token_id)
+    log_s = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
+    value[~taken, 0] = next(iter(vocabulary.eos_token_ids), 0)
+    some, stale = rows[taken], False
+    if len(some):
+        value[taken], log_s[taken], stale = _draw(sampler, weights, prompted, some)
+    scores = token_scores(prompted, rows, value)
+    compare(sampler, scores[taken], log_s[taken], vocabulary.is_live(value[taken]), stale)
+    return value, scores, log_s, stale
 
 
 def _check(sampler: Sampler, drawn: Drawn, size: int, max_new_tokens: int) -> None:

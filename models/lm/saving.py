@@ -19,13 +19,15 @@ from torch import nn
 from transformers import GenerationConfig
 
 from bayeslm.files import replacing_folder
-from bayeslm.model_card import CARD, FIGURE, Loading, TrainingNotes, is_own_card, write_card
+from bayeslm.model_card import CARD, FIGURE, Loading, is_own_card, training_notes, write_card
+from bayeslm.posterior import Posterior
 
 from .adapters import has_adapters
 from .bars import late_bars
+from .configs import is_encoder_decoder
 from .loading import location, short_name
 from .settings import NAME, Settings
-from .special_tokens import SpecialTokens, is_encoder_decoder
+from .special_tokens import SpecialTokens, find_special_tokens
 
 # Files of a model; those of one that is saved over another do not outlive it.
 OWN = (
@@ -34,25 +36,20 @@ OWN = (
 )
 
 
-def save(
-    network: nn.Module,
-    tokenizer: Any,
-    settings: Settings,
-    special: SpecialTokens,
-    notes: TrainingNotes | None,
-    path: str | os.PathLike[str],
-) -> None:
-    """Write a network (only its adapters, if it has any), its tokenizer and settings into a folder.
+def save(lm: Any, network: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a language model (only its adapters, if it has any), its tokenizer and settings into a folder.
 
     A model that the folder holds is replaced as a whole, once the new one is complete; other files in it stay.
 
-    :param tokenizer: None if there is none.
-    :param special: the ends of texts and the padding, for the generation config.
-    :param notes: of the training, for the model card.
+    :param lm: a `TokenModel`.
+    :param network: its network, whole.
     :raises FileExistsError: if ``path`` is a file.
     :raises OSError: if the disk refuses; the folder is then as it was.
     :raises ValueError: if several adapters are active, which PEFT saves one by one.
     """
+    tokenizer, settings = lm.tokenizer, _settings(lm)
+    special = SpecialTokens(lm.eos_token_ids, lm.bos_token_id, lm.pad_token_id, lm.decoder_start_ids)
+    notes = training_notes(lm.provenance) if isinstance(lm.provenance, Posterior) else lm.provenance
     try:
         with late_bars(), replacing_folder(Path(path).resolve(), _is_own) as folder:
             with _generating(network, special) as generation:
@@ -73,6 +70,18 @@ def save(
         raise
     except (OSError, SafetensorError) as error:
         raise OSError(getattr(error, "errno", None), f"the model could not be saved: {error}", str(path)) from error
+
+
+def _settings(lm: Any) -> Settings:
+    """Return what the folder does not say itself; one of adapters does not say what its base names."""
+    named, adapted = find_special_tokens(lm.network, lm.tokenizer), lm.has_adapters
+    return Settings(
+        lm.eos_token_ids if adapted or lm.eos_token_ids != named.eos else None,
+        lm.pad_token_id if adapted or lm.pad_token_id != named.pad else None,
+        lm.compute_dtype,
+        next((p.dtype for p in lm.parameters() if p.is_floating_point()), None) if adapted else None,
+        (lm.decoder_start_ids or None) if adapted or lm.decoder_start_ids != named.start else None,
+    )
 
 
 def push(

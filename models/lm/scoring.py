@@ -20,13 +20,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
 
+from .network import CausalNetwork
 from .prefix import Prefix, PromptedNetwork, extend
+from .truncation import Truncation
 from .usage import active_usages, counting, note_mismatch
 
 # (prompt tokens computed more than once) x width, up to which prompts are computed with every completion: a pass of
 # their own would cost about as much.
 PROMPTS_AGAIN = 2**14
+# Elements of one float32 block of logits: 2**25 is 128 MB, about 680 tokens of a 49k vocabulary.
+LOGITS_BLOCK = 2**25
 
 
 def token_scores(prompted: PromptedNetwork, rows: Tensor, values: Tensor, known: Tensor | None = None) -> Tensor:
@@ -193,7 +198,7 @@ def _score(prompted: PromptedNetwork, prefix: Prefix | None, prompts: Tensor, va
         if longest > 1:
             hidden = torch.cat([hidden, extend(network, prefix, inputs)], dim=1)
     at = live.nonzero(as_tuple=True)  # found once, also for the backward pass: the host waits for a device here
-    scores = network.token_log_prob(hidden[at], ids[at], prompted.temperature, prompted.truncation)
+    scores = scores_at(network, hidden[at], ids[at], prompted.temperature, prompted.truncation)
     scores = scores.new_zeros(values.shape).index_put(at, scores)
     if prompted.taken is not None:
         taken = prompted.taken[prompts] if prefix is None else prefix.taken
@@ -203,3 +208,32 @@ def _score(prompted: PromptedNetwork, prefix: Prefix | None, prompts: Tensor, va
         scores = torch.where(taken[:, None], scores, torch.where(ends_at_once, 0.0, -torch.inf)[:, None])
         scores = torch.where(taken[:, None] | (torch.arange(values.shape[-1]) == 0).to(taken), scores, 0.0)
     return scores.masked_fill(malformed, -torch.inf), hidden
+
+
+def scores_at(
+    network: CausalNetwork,
+    hidden: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    truncation: Truncation | None = None,
+) -> Tensor:
+    """Return log p(target | hidden), (tokens,), for hidden (tokens, width) and targets (tokens,), block by block.
+
+    With gradients, if these tokens are more than one block, the logits of a block are not kept, and the backward pass
+    computes them again.
+    """
+
+    def block(h: Tensor, x: Tensor) -> Tensor:
+        logits = network.logits(h, temperature)
+        return log_softmax_at(logits if truncation is None else truncation(logits), x)
+
+    size = max(1, LOGITS_BLOCK // network.vocab_size)
+    blocks = zip(hidden.split(size), targets.split(size), strict=True)
+    if torch.is_grad_enabled() and len(targets) > size:
+        return torch.cat([checkpoint(block, h, x, use_reentrant=False) for h, x in blocks])
+    return torch.cat([block(h, x) for h, x in blocks])
+
+
+def log_softmax_at(logits: Tensor, token: Tensor) -> Tensor:
+    """Return log softmax(logits), of logits (rows, vocabulary), at tokens (rows,)."""
+    return logits.gather(-1, token[:, None]).squeeze(-1) - logits.logsumexp(-1)

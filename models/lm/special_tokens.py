@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from .configs import is_encoder_decoder, vocab_size
+
 
 class SpecialTokens(NamedTuple):
     """Token ids of a network: the ends of a text, its beginning (None if there is none), and its padding.
@@ -23,10 +25,7 @@ class SpecialTokens(NamedTuple):
 
 
 def find_special_tokens(
-    network: nn.Module,
-    tokenizer: Any,
-    eos: int | Iterable[int] | None = None,
-    start: int | Iterable[int] | None = None,
+    network: nn.Module, tokenizer: Any, eos: int | Iterable[int] | None = None, start: int | Iterable[int] | None = None
 ) -> SpecialTokens:
     """Find the special tokens of a network.
 
@@ -87,29 +86,6 @@ def _start(network: Any, folder: str, bos: int | None) -> tuple[int, ...]:
     ]
     start, forced = (bos if named[0] is None else named[0]), named[1]
     return tuple(i for i in (start, forced) if i is not None)
-
-
-def is_encoder_decoder(network: Any) -> bool:
-    """Return whether a network reads a prompt by an encoder, and writes a completion by a decoder."""
-    return bool(getattr(getattr(network, "config", None), "is_encoder_decoder", False))
-
-
-def vocab_size(network: nn.Module) -> int:
-    """Return the number of tokens of a network.
-
-    :raises TypeError: if it has no config that says so.
-    """
-    config: Any = getattr(network, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else None
-    size = getattr(text, "vocab_size", None)
-    if is_encoder_decoder(network):  # prompts may have tokens of their own
-        size = getattr(text, "decoder_vocab_size", None) or getattr(text, "tgt_vocab_size", None) or size
-    if size is None:
-        raise TypeError(
-            f"the network, a {type(network).__name__}, has no config with a vocab_size: give it the attribute "
-            "config of a causal language model of transformers"
-        )
-    return int(size)
 
 
 def ids_of(source: Any, name: str, folder: str) -> list[int]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated, Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.ops.indexing import Vindex
 
-from bayeslm.models.lm import LanguageModel
+from bayeslm.models.lm import LanguageModel, check_stop
 from bayeslm.models.rewards import record
-from bayeslm.validation import Count, Positive, validated
+from bayeslm.validation import Count, Positive, Unchecked, Within, validated
 
 from .uncertain import UncertainReward, log_mean_sigmoid
 
@@ -31,7 +32,12 @@ class JudgedLM:
     :param judges: number of judges of each completion, 1 / beta.
     :param max_new_tokens: length of the longest completion, in tokens.
     :param temperature: divides the prior's logits.
-    :raises ValueError: if ``judges`` or ``max_new_tokens`` < 1.
+    :param top_k: of each token the k likeliest remain, renormalised; None: all.
+    :param top_p: of each token the fewest likeliest with this probability remain, renormalised; None: all.
+    :param stop: a string, or several, that end a completion as an end token does; they are part of it.
+    :raises TypeError: if ``stop`` is no string, or the prior has no tokenizer to read it with.
+    :raises ValueError: if ``judges``, ``max_new_tokens`` or ``top_k`` < 1, ``top_p`` is not in (0, 1], or ``stop``
+        holds an empty string.
     """
 
     stands_alone = True  # engines need not try whether particles of this very class mix
@@ -44,16 +50,27 @@ class JudgedLM:
         *,
         max_new_tokens: Count = 24,
         temperature: Positive = 1.0,
+        top_k: Count | None = None,
+        top_p: Annotated[float, Within("(0, 1]")] | None = None,
+        stop: Annotated[str | Sequence[str] | None, Unchecked] = None,
     ) -> None:
         self.prior = prior
         self.reward = reward
         self.judges = judges
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
+        self.top_k = top_k
+        self.top_p = top_p
+        self.stop = None if stop is None else check_stop(stop, prior.tokenizer)
+
+    @property
+    def prior_settings(self) -> dict[str, Any]:
+        """The settings of the prior's distribution, as of `TiltedLM`."""
+        return {name: getattr(self, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "stop")}
 
     def __call__(self, prompts: Sequence[str], /) -> None:
         """Run the program."""
-        completion = self.prior(prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature)
+        completion = self.prior(prompts, **self.prior_settings)
         judges = pyro.plate("judges", self.judges, dim=-2)
         with pyro.plate("prompts", len(prompts), dim=-1):
             with judges:

@@ -49,16 +49,29 @@ def sample(*arguments: str) -> list[dict]:
 # -- sample ----------------------------------------------------------------------------------------------------
 
 
-def test_texts_as_json_lines_with_the_policys_own_log_probabilities(policy: LanguageModel) -> None:
-    rows = sample("runs/x", "a b", "c", "--num", "3", "--seed", "1", "--temperature", "2")
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 2.0}, {"top_k": 5, "stop": ["b", "c"]}, {"top_p": 0.8}], ids=lambda x: "-".join(x)
+)
+def test_texts_as_json_lines_with_the_policys_own_log_probabilities(policy: LanguageModel, settings) -> None:
+    flags = [
+        word
+        for name, values in settings.items()
+        for value in (values if isinstance(values, list) else [values])
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    rows = sample("runs/x", "a b", "c", "--num", "3", "--seed", "1", *flags)
     assert [row["prompt"] for row in rows] == ["a b"] * 3 + ["c"] * 3
+    stops = settings.get("stop", [])
+    assert not stops or any(word in stops for row in rows for word in row["completion"].split())
     for row in rows:
-        ids = [policy.tokenizer.convert_tokens_to_ids(word) for word in row["completion"].split()]
-        assert row["tokens"] == len(ids) + row["ended"]
-        x = torch.tensor([(ids + [0] * 5)[:5]])
-        assert row["log_prob"] == pytest.approx(
-            policy([row["prompt"]], 5, temperature=2.0).log_prob(x).item(), abs=1e-4
-        )
+        words = row["completion"].split()
+        stopped = [word in stops for word in words]
+        assert not any(stopped[:-1])  # nothing follows a stop string
+        assert row["ended"] or len(words) == 5
+        assert row["tokens"] == len(words) + (row["ended"] and not any(stopped))
+        x = torch.tensor([([policy.tokenizer.convert_tokens_to_ids(word) for word in words] + [0] * 5)[:5]])
+        expected = policy([row["prompt"]], 5, **settings).log_prob(x).item()
+        assert row["log_prob"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_seed_gives_the_same_texts_whatever_the_prompts_before_and_wherever_they_go(policy: LanguageModel) -> None:

@@ -23,12 +23,11 @@ from support.programs import highest, score_table, tilted
 from support.statistics import assert_estimate, assert_mean
 from support.toys import enumerated
 
-from bayeslm import Posterior, diagnostics, summaries
+from bayeslm import DiagnosticsWarning, Posterior, diagnostics, summaries
 from bayeslm.cli import tables
 from bayeslm.inference import Exact, ImportanceSampling, ProgramError, RejectionSampling
 from bayeslm.inference.program import inspect
 from bayeslm.inference.training import AutoPolicy
-from bayeslm.posterior import DiagnosticsWarning
 
 LIMIT = 4.0
 PROMPTS = [[1, 2], [3]]

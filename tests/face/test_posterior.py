@@ -262,4 +262,5 @@ def test_the_face_loads_a_posterior_without_torch_and_without_arviz(tmp_path: Pa
     saved = enumerated().save(tmp_path / "run")
     done = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "['DiagnosticsWarning', 'Posterior', '__version__', 'diagnostics'] enumerated"
+    names = ["DiagnosticsWarning", "Posterior", "PosteriorDraws", "__version__", "diagnostics"]
+    assert done.stdout.strip() == f"{names} enumerated"

@@ -15,6 +15,7 @@ from support.gradients import policy_guide
 from support.programs import PROMPTS, TOKENS, score_table, tilted
 from support.trainings import EXACT, FAST, GOLD, LM, MODEL, SMALL, TWO, assert_same, batches, every_5, kl_of, log_probs
 
+from bayeslm import DiagnosticsWarning
 from bayeslm.inference import SVI, Exact, ProgramError, RunError
 from bayeslm.inference.training import (
     Adam,
@@ -30,7 +31,6 @@ from bayeslm.inference.training import (
     Tempering,
     TensorBoard,
 )
-from bayeslm.posterior import DiagnosticsWarning
 
 AT_START = StepRecord(step=0, num_steps=30, chain=0, is_last=False, policy=None, inverse_temperature=1.0)
 VALUE = torch.tensor([[1, 2, 3], [4, 5, 6]])

@@ -284,7 +284,7 @@ def test_fit_learns_pairs():
 def test_the_tokens_that_are_given_are_not_learned():
     """Targets as mBART's tokenizer writes them: the language, the text, and the end."""
     from bayeslm.models.lm.encoding import Vocabulary
-    from bayeslm.models.lm.fitting import completions_of
+    from bayeslm.models.lm.fit_texts import completions_of
 
     tokenizer = metaspace(before=True, after=True)  # <s> text </s>
     inner = tokenizer("My food", add_special_tokens=False)["input_ids"]

@@ -6,7 +6,7 @@ import torch
 from support.models import table_lm, tiny_llama, tiny_seq2seq
 
 from bayeslm.models.lm import fitting
-from bayeslm.models.lm.fitting import split
+from bayeslm.models.lm.fit_texts import split
 
 TEXTS = ["a b a", "a c", "b b b a", "a b a c", "c c"]
 QUIET = {"progress": False, "seed": 0}

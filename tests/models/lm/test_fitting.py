@@ -13,7 +13,7 @@ from support.zoo import zoo_network
 from bayeslm.models import LanguageModel
 from bayeslm.models.lm import word_tokenizer
 from bayeslm.models.lm.encoding import Vocabulary
-from bayeslm.models.lm.fitting import to_sequences
+from bayeslm.models.lm.fit_texts import to_sequences
 
 TEXTS = ["a b a", "a c", "b b b a", "a b a"]
 

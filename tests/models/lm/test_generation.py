@@ -14,10 +14,11 @@ def words(text):
     return text.split()
 
 
-def test_texts_have_the_frequencies_of_the_distribution():
+@pytest.mark.parametrize("settings", [{"temperature": 0.7}, {"top_k": 3, "stop": "b"}, {"top_p": 0.7}], ids=str)
+def test_texts_have_the_frequencies_of_the_distribution(settings):
     lm = table_lm(order=2, vocab=4)
-    (drawn,) = lm.generate_texts(["a"], 4000, max_new_tokens=2, temperature=0.7, seed=0)
-    dist = lm(["a"], max_new_tokens=2, temperature=0.7)
+    (drawn,) = lm.generate_texts(["a"], 4000, max_new_tokens=2, seed=0, **settings)
+    dist = lm(["a"], max_new_tokens=2, **settings)
     every = dist.enumerate_support()
     for text, p in zip(dist.decode(every)[:, 0], dist.log_prob(every)[:, 0].exp().tolist(), strict=True):
         found = drawn.count(text) / len(drawn)
@@ -46,17 +47,22 @@ def test_a_seed_gives_the_same_texts_and_leaves_the_random_state(kind):
     assert not torch.equal(torch.get_rng_state(), before)
 
 
-def test_what_is_said_of_a_text_is_its_own():
-    lm = tiny_llama(scale=1.0)
-    drawn = sample_texts(lm, ["a b", "c"], 8, max_new_tokens=4, temperature=2.0, seed=0)
+@pytest.mark.parametrize("stop", [None, "b"])
+def test_what_is_said_of_a_text_is_its_own(stop):
+    lm, settings = tiny_llama(scale=1.0), {"max_new_tokens": 4, "temperature": 4.0, "stop": stop}
+    drawn = sample_texts(lm, ["a b", "c"], 8 if stop is None else 40, seed=0, **settings)
     for prompt, texts in zip(["a b", "c"], drawn, strict=True):
         for text in texts:
             ids = [lm.tokenizer.convert_tokens_to_ids(word) for word in words(text.text)]
-            assert text.num_tokens == len(ids) + text.ended
+            stopped = stop in words(text.text)
+            assert text.ended == (stopped or len(ids) < 4)
+            assert text.num_tokens == len(ids) + (text.ended and not stopped)
             x = torch.tensor([(ids + [0] * 4)[:4]])
-            expected = lm([prompt], 4, temperature=2.0).log_prob(x).item()
+            expected = lm([prompt], **settings).log_prob(x).item()
             assert text.log_prob == pytest.approx(expected, abs=1e-4)
     assert {text.ended for texts in drawn for text in texts} == {True, False}
+    if stop is not None:  # also as the last token that the limit allows
+        assert max(len(words(text.text)) for texts in drawn for text in texts if stop in words(text.text)) == 4
 
 
 @pytest.mark.parametrize(("kind", "num_texts"), [*((kind, 1) for kind in TOKENIZERS), ("byte_level", 3)])

@@ -8,7 +8,7 @@ from support.statistics import assert_random_state_kept
 from transformers import masking_utils
 
 from bayeslm.models import LanguageModel
-from bayeslm.models.lm import network, scoring
+from bayeslm.models.lm import scoring
 from bayeslm.models.lm.masks import causal_mask
 from bayeslm.models.lm.network import CausalNetwork
 from bayeslm.models.lm.prefix import prefill
@@ -300,7 +300,7 @@ def test_scoring_never_holds_all_logits(monkeypatch, model_type, trained):
     extra, _ = ARCHITECTURES[model_type]
     lm = LanguageModel(random_network(model_type, **extra), eos_token_ids=())
     vocab = lm.vocab_size
-    monkeypatch.setattr(network, "LOGITS_BLOCK", 16 * vocab)
+    monkeypatch.setattr(scoring, "LOGITS_BLOCK", 16 * vocab)
     lm = lm.policy() if trained else lm
     dist = lm([[1, 2, 3], [5]], max_new_tokens=6)
     x = dist.sample((20,))

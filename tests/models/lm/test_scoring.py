@@ -7,7 +7,7 @@ from support.oracles import all_by_hand, by_hand
 from torch import nn
 
 from bayeslm.models import LanguageModel
-from bayeslm.models.lm import network, scoring
+from bayeslm.models.lm import scoring
 from bayeslm.models.lm.gradient_checkpointing import checkpointable_layers
 from bayeslm.models.lm.network import CausalNetwork
 from bayeslm.models.lm.usage import count_usage
@@ -44,7 +44,7 @@ def prompt_passes(request, monkeypatch):
 def logits(request, monkeypatch):
     """The head's logits are computed at once, or in blocks of five tokens."""
     if request.param == "blocks of logits":
-        monkeypatch.setattr(network, "LOGITS_BLOCK", 5 * 8)
+        monkeypatch.setattr(scoring, "LOGITS_BLOCK", 5 * 8)
 
 
 @pytest.mark.usefixtures("prompt_passes", "logits")

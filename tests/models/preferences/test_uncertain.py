@@ -172,11 +172,13 @@ def test_the_marginal_form_is_bounded_and_can_be_rejected() -> None:
 # -- judges as latents of the program -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("judges", [1, 2])
-def test_marginalised_judges_are_the_marginal_form(judges: int) -> None:
+@pytest.mark.parametrize(
+    ("judges", "settings"), [(1, {}), (2, {"stop": "b", "top_k": 3}), (1, {"top_p": 0.8, "temperature": 0.7})]
+)
+def test_marginalised_judges_are_the_marginal_form(judges: int, settings) -> None:
     reward = learned("mean", typical=TYPICAL)
-    joint = Exact(num_prior_samples=1).run(JudgedLM(LM, reward, judges, max_new_tokens=TOKENS), PROMPTS)
-    model = TiltedLM(LM, reward.to_form("marginal"), 1 / judges, max_new_tokens=TOKENS)
+    joint = Exact(num_prior_samples=1).run(JudgedLM(LM, reward, judges, max_new_tokens=TOKENS, **settings), PROMPTS)
+    model = TiltedLM(LM, reward.to_form("marginal"), 1 / judges, max_new_tokens=TOKENS, **settings)
     alone = Exact(num_prior_samples=1).run(model, PROMPTS)
     np.testing.assert_allclose(joint.log_evidence, alone.log_evidence, atol=1e-5)
     for i, prompt in enumerate(PROMPTS):

@@ -1,7 +1,8 @@
-"""What is one for the whole process: the random state and Pyro's stack of handlers, at which threads take turns.
+"""What holds inside a block, whatever holds around it: a turn, a seed, gradients, and who draws completions.
 
-A turn is taken for each run, for each block with a seed, and for each draw of completions. Turns nest: inside a turn
-its own thread takes further ones, and so does a thread that was started in its context
+The random state and Pyro's stack of handlers are one for the whole process, and threads take turns at them. A turn is
+taken for each run, for each block with a seed, and for each draw of completions. Turns nest: inside a turn its own
+thread takes further ones, and so does a thread that was started in its context
 (``contextvars.copy_context().run``), one after another.
 """
 
@@ -68,6 +69,43 @@ def forked(seed: int) -> Iterator[None]:
     with exclusive(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # `torch.manual_seed` changes those of all other devices too
         yield
+
+
+@contextlib.contextmanager
+def differentiating() -> Iterator[None]:
+    """Record gradients in the block, also where its caller is in ``torch.no_grad`` or ``torch.inference_mode``.
+
+    :raises ValueError: if the block differentiates through a tensor that was made in inference mode, which PyTorch
+        refuses.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        try:
+            yield
+        except RuntimeError as error:
+            if "nference tensor" not in str(error) or type(error) is not RuntimeError:
+                raise
+            raise ValueError(
+                f"a network or a tensor was made inside torch.inference_mode ({str(error).partition('.')[0]}): make or "
+                "load it outside, or give a copy, x.clone(), that was made outside"
+            ) from error
+
+
+_allowed: ContextVar[bool] = ContextVar("bayeslm_samplers", default=True)
+
+
+@contextlib.contextmanager
+def drawing_by_samplers(allowed: bool) -> Iterator[None]:
+    """Draw by the language models' samplers inside the block, or always by the library's own decoding."""
+    token = _allowed.set(allowed)
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
+def samplers_allowed() -> bool:
+    """Whether language models draw by their samplers here."""
+    return _allowed.get()
 
 
 def _forget_other_threads() -> None:

@@ -156,7 +156,7 @@ def text(value: Any) -> str:
     """Refuse what is no string, or has half of a character."""
     if not isinstance(value, str):
         raise Refused
-    if (found := lone_surrogate(value)) is not None:
+    if not value.isascii() and (found := lone_surrogate(value)) is not None:
         raise Refused(out_of_range=True, words=f"a string without {found}, which is half of a character")
     return value
 

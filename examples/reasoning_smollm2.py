@@ -3,7 +3,7 @@
     python examples/reasoning_smollm2.py [--folder runs/reasoning_smollm2]        (five minutes of two cores)
 
 reasoning-gym (`pip install "bayeslm[reasoning]"`) writes problems and scores answers: a verifiable reward. Here these
-are "chain_sum" problems of two numbers of one or two digits, after three solved ones in the prompt, so that
+are "chain_sum" problems of two numbers of one digit, after three solved ones in the prompt, so that
 SmolLM2-135M-Instruct answers in a few tokens, up to the end of the line.
 
 Figures are of problems held out, means with standard errors over them: the probability of the right answer, and whether
@@ -37,7 +37,7 @@ def problems(size: int, seed: int = 0) -> tuple[list[dict[str, Any]], Any]:
     """Return different problems, the first of them solved in the column ``prompt``, and the gym that scores answers."""
     from reasoning_gym import create_dataset  # of an extra, which not everybody has
 
-    sizes = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+    sizes = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
     gym = create_dataset("chain_sum", size=4 * (size + SHOWN), seed=seed, **sizes)
     entries = list({entry["question"]: entry for entry in gym}.values())[: size + SHOWN]
     sums = [entry["question"].rsplit(": ", 1)[-1] for entry in entries]  # "4 + 3 ="

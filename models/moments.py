@@ -53,9 +53,5 @@ def moment_target(base: TiltedLM, moments: Sequence[Moment], coefficients: Seque
     terms = [] if base.reward is None else [base.reward / base.beta]
     terms += [weight * moment.reward for weight, moment in zip(coefficients, moments, strict=True) if weight != 0]
     return TiltedLM(
-        base.prior,
-        sum(terms[1:], start=terms[0]) if terms else None,
-        1.0,
-        **base.prior_settings,
-        power=base.power,
+        base.prior, sum(terms[1:], start=terms[0]) if terms else None, 1.0, **base.prior_settings, power=base.power
     )

@@ -22,7 +22,16 @@ import pyro
 from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
-from bayeslm.models.lm import Autoregressive, LanguageModel, Prompt, check_stop, on_host, read_table, without_index
+from bayeslm.models.lm import (
+    Autoregressive,
+    LanguageModel,
+    Prompt,
+    check_stop,
+    on_host,
+    read_table,
+    subsample_of,
+    without_index,
+)
 from bayeslm.models.rewards import Reward, RewardFunction, factor, with_trainer_arguments
 from bayeslm.short_repr import call
 from bayeslm.validation import Count, Positive, Unchecked, Within, validated
@@ -136,7 +145,7 @@ class TiltedLM:
         :param columns: further arguments of the reward; those with one value a prompt are subsampled as prompts are.
         """
         (prompts,), columns = self.program_arguments(prompts, **columns)
-        size = None if self.subsample_size is None else min(self.subsample_size, len(prompts))
+        size = subsample_of(self.subsample_size, len(prompts))
         with pyro.plate("prompts", len(prompts), subsample_size=size) as batch:
             if batch is not None and len(batch) < len(prompts):
                 (prompts,), columns = self.some_prompts(batch, prompts, **columns)

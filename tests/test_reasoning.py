@@ -64,9 +64,9 @@ def test_an_application_runs_at_a_small_size(name, extra, load_example, monkeypa
     if extra is not None:
         pytest.importorskip(extra)
     script, given, options = load_example(name), [], ["--quick", "--folder", str(tmp_path)]
-    if name in ("reasoning", "translation"):
+    if name == "translation":
         options += ["--seeds", "2"]
-    else:
+    elif name != "reasoning":
         lm = LanguageModel(llama_network(vocab_size=300), byte_level())
         if name == "summaries":  # whose prompts are long
             lm = LanguageModel.tabular(["<eos>", "a", "graph", "is", "nodes", "edges"], order=2)

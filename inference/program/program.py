@@ -161,6 +161,22 @@ class Program:
         assert not self.in_chunks, "a run has a minibatch of the prompts: choose it with `on`"
         return fn if self.minibatch is None else Minibatch(self.minibatch)(fn)
 
+    def in_chunks_for(self, num_particles: int) -> Program:
+        """Return the program in `chunks` of as many prompts as so many particles of fill one pass.
+
+        Itself, where these are fewer than it has, or where its plate of prompts has a number of its own.
+        """
+        fit = self.max_particles * self.num_prompts // max(1, num_particles)
+        number = max(2, -(-self.full_size // max(1, fit)))
+        size = -(-self.full_size // number)
+        if not self.in_chunks or size <= self.num_prompts:
+            return self
+        try:
+            first = _inspect(self.model, self.args, self.kwargs, torch.arange(size))
+        except ProgramError:
+            return self
+        return replace(self, sites=first.sites, num_prompts=size, inspected=first.inspected)
+
     @cached_property
     def chunks(self) -> list[Program]:
         """Minibatches that cover all prompts, each inspected; the last may overlap with the one before."""

@@ -17,11 +17,10 @@ from bayeslm.posterior import Posterior
 from bayeslm.validation import validated
 from bayeslm.weights import conditional_log_evidence
 
-from .description import describe
+from .description import chat_turns, describe, of_all, prompt_labels, prompt_texts
 from .errors import EvidenceError
 from .particles import Particles, to_numpy
 from .program import Program
-from .prompts import chat_turns, of_all, prompt_labels, prompt_texts
 from .sites import Site
 
 

@@ -239,8 +239,9 @@ def draw(
     :returns: the particles of all processes, and whether Ctrl-C stopped the run before it had all of them.
     :raises RunError: if a later batch fails; it carries the particles drawn before.
     """
-    size = batch_size or program.particles_a_run
     own = ranks().share(num_particles)
+    program = program.in_chunks_for(min(own, batch_size or own))
+    size = batch_size or program.particles_a_run
     parts: list[Particles] = []
 
     def so_far() -> SoFar | None:

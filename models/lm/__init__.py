@@ -6,6 +6,7 @@ from .encoding import Encoded, Prompt
 from .generation import SampledText, sample_texts
 from .language_model import LanguageModel
 from .lockstep import announcing, wait_for_passes
+from .memory import subsample_of, subsamples_of
 from .module_errors import ModuleWithProperties
 from .network import CausalNetwork
 from .remembered import on_host, put_on_host, remembering
@@ -69,6 +70,8 @@ __all__ = [
     "refuse_sharded",
     "remembering",
     "sample_texts",
+    "subsample_of",
+    "subsamples_of",
     "wait_for_passes",
     "whole_offer",
     "whole_state",

@@ -57,8 +57,11 @@ class LanguageModel(TokenModel):
         priors; None: they are not.
     :param sampler: who draws complete texts, of this model and of its policies, see `bayeslm.models.samplers`; None:
         the network here, token by token.
+    :param compile: write tokens by one graph that `torch.compile` captures, in this model and in its policies, see
+        `compiled`: the same numbers up to rounding, after a minute or so that the first token takes.
     :raises TypeError: for a network that reads speech or images, for adapters that are not inside the network's layers,
         for ``decoder_start_ids`` of a network without a decoder of its own, and for a sampler of one with it.
+        And, with ``compile``, for networks that cannot be, with the reason.
     :raises ValueError: if a batch size is < 1, an end is not a token, or no layer can be checkpointed.
     """
 
@@ -81,6 +84,7 @@ class LanguageModel(TokenModel):
         micro_batch_size: Count | None = None,
         gradient_checkpointing: bool = False,
         sampler: Annotated[Sampler | None, Unchecked] = None,
+        compile: bool | None = None,
         **kwargs: Any,
     ) -> LanguageModel:
         """Load a model by hub name or path; ``"smollm2"`` is SmolLM2-135M-Instruct from a package's own file.
@@ -98,6 +102,7 @@ class LanguageModel(TokenModel):
         :param micro_batch_size: see `LanguageModel`.
         :param gradient_checkpointing: see `LanguageModel`.
         :param sampler: see `LanguageModel`; default: that of ``base``.
+        :param compile: see `LanguageModel`; default: as ``base`` is, else False.
         :param kwargs: for ``from_pretrained`` of transformers' ``AutoModelForCausalLM``, or ``AutoModelForSeq2SeqLM``
             where the config says that it is an encoder-decoder network; ``subfolder``, ``revision`` and others that say
             where files are hold for the tokenizer too. Remote code is never run.
@@ -112,6 +117,7 @@ class LanguageModel(TokenModel):
             kept = Settings(base.eos_token_ids, base.pad_token_id, base.compute_dtype, None, start)
             around = loading.Pretrained(base.network, base.tokenizer, base.name if base._is_named else None, kept)
             sampler = base.sampler if sampler is None else sampler
+            compile = base.compiles if compile is None else compile
         network, tokenizer, name, settings = loading.load(name_or_path, base=around, dtype=dtype, **kwargs)
         lm = cls(
             network,
@@ -125,6 +131,7 @@ class LanguageModel(TokenModel):
             gradient_checkpointing=gradient_checkpointing,
             compute_dtype=settings.compute_dtype,
             sampler=sampler,
+            compile=bool(compile),
         )
         lm.provenance = read_notes(Path(name_or_path) / str(kwargs.get("subfolder") or ""))
         lm = lm if base is None else base._sharing(lm)
@@ -237,32 +244,26 @@ class LanguageModel(TokenModel):
 
         The weights of linear layers in float32 on a CPU are copied into the order in which oneDNN multiplies by them
         (see `packing`); adapters are merged first. All else is shared with this model, which does not change; later
-        changes of its linear layers do not reach the packed one. Where nothing can be packed, as on a GPU, all is
-        shared. A packed model can be neither trained, nor moved, nor saved.
+        changes of its linear layers do not reach the packed one. Where nothing is packed, as on a GPU and with
+        ``compile``, all is shared. A packed model can be neither trained, nor moved, nor saved.
         """
         refuse_shards(self.network, "packing")
         self.current()
         network = adapters.twin(self.network)
-        if self.compute_dtype is None:
+        if self.compute_dtype is None and not self.compiles:
             network = packing.packed(network, checksums=True)
         return self._sharing(self._with_network(network, self.name, self.compute_dtype))
 
     def _with_network(self, network: nn.Module, name: str | None, compute_dtype: torch.dtype | None) -> LanguageModel:
         """Return a copy with another network and the same settings."""
+        same = ("eos_token_ids", "pad_token_id", "batch_size", "micro_batch_size", "gradient_checkpointing")
+        settings: dict[str, Any] = {setting: getattr(self, setting) for setting in same}
+        start = self.decoder_start_ids or None
         lm = LanguageModel(
-            network,
-            self.tokenizer,
-            eos_token_ids=self.eos_token_ids,
-            pad_token_id=self.pad_token_id,
-            decoder_start_ids=self.decoder_start_ids or None,
-            name=name,
-            batch_size=self.batch_size,
-            micro_batch_size=self.micro_batch_size,
-            gradient_checkpointing=self.gradient_checkpointing,
-            compute_dtype=compute_dtype,
+            network, self.tokenizer, name=name, compute_dtype=compute_dtype, decoder_start_ids=start, **settings
         )
         lm._exact, lm._findings = self._exact, self._findings
-        lm.sampler, lm._departed = self.sampler, self._departed
+        lm.sampler, lm._departed, lm._compiled = self.sampler, self._departed, self._compiled
         return lm
 
     @validated

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from bayeslm.characters import check_characters, texts_in
+from bayeslm.chats import is_chat
 from bayeslm.validation import validated
 
 Flat = tuple[list[Any], list[str], dict[str, Any]]  # prompts, completions, columns
@@ -159,11 +160,6 @@ def _nested(value: Any) -> np.ndarray:
     if len({row.shape for row in rows}) > 1:
         raise ValueError(f"nested completions are ragged: rows of shapes {sorted({row.shape for row in rows})}")
     return np.stack(rows) if rows else np.empty(0, dtype=object)
-
-
-def is_chat(value: Any) -> bool:
-    """Return whether a prompt or a completion is a list of messages."""
-    return isinstance(value, Sequence) and len(value) > 0 and isinstance(value[0], Mapping)
 
 
 def _text(completion: Any) -> str:

@@ -159,7 +159,7 @@ def test_fields_are_replaced_once_and_columns_too():
     with serving(script) as address:
         reward = Judge("m", "{prompt}|{completion}|{answer}|{other}", scores=(0, 1), base_url=address, concurrency=1)
         chat_prompt = [{"role": "user", "content": "hi {completion}"}]
-        reward([chat_prompt, "q"], ["{answer}", "b"], answer=["A", "B"])
+        reward([tuple(chat_prompt), "q"], ["{answer}", "b"], answer=["A", "B"])
     sent = [request["messages"][0]["content"] for request in script.requests]
     assert sorted(sent) == ["q|b|B|{other}", "user: hi {completion}|{answer}|A|{other}"]
 

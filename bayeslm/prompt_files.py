@@ -24,36 +24,9 @@ from .characters import check_characters, texts_in
 
 MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # before those of UTF-16, which begin them
 MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig"}
-OTHERS: tuple[str, ...] = (
-    ".gz",
-    ".bz2",
-    ".xz",
-    ".zst",
-    ".zip",
-    ".7z",
-    ".xlsx",
-    ".xls",
-    ".ods",
-    ".arrow",
-    ".feather",
-    ".pkl",
-    ".pickle",
-)
-OTHERS += (
-    ".npy",
-    ".npz",
-    ".h5",
-    ".yaml",
-    ".yml",
-    ".toml",
-    ".xml",
-    ".html",
-    ".ipynb",
-    ".docx",
-    ".pdf",
-    ".db",
-    ".sqlite",
-)
+OTHERS: tuple[str, ...] = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".xlsx", ".xls", ".ods", ".arrow", ".feather")
+OTHERS += (".pkl", ".pickle", ".npy", ".npz", ".h5", ".yaml", ".yml", ".toml", ".xml", ".html", ".ipynb", ".docx")
+OTHERS += (".pdf", ".db", ".sqlite")
 KNOWN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")  # suffixes, but for Parquet's
 # As in JSON, so that 007 is a text; and so is 1.50, which a number would write as 1.5.
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.(0|[0-9]*[1-9]))?([eE][+-]?[0-9]+)?")

@@ -23,7 +23,8 @@ from bayeslm.validation import NonNegative, validated
 
 from .answers import is_missing, written
 from .calling import TimeLimitError, check_timeout
-from .reward import Reward, RewardError, Scores
+from .reward import Reward
+from .scorer import RewardError, Scores
 
 
 @validated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -35,6 +36,14 @@ def concatenate(posteriors: Sequence[PosteriorDraws]) -> dict[str, Any]:
                     f"concatenate: {name} is {getattr(first, name)!r} of one run and {getattr(other, name)!r} of "
                     "another: only runs of one engine on one program and prompts are one posterior"
                 )
+    programs = [_settings(posterior) for posterior in posteriors]
+    for own in programs:
+        if other := {name for name in own.keys() & programs[0].keys() if own[name] != programs[0][name]}:
+            name = min(other)
+            raise ValueError(
+                f"concatenate: {name} of the program is {programs[0][name]!r:.60} of one run and {own[name]!r:.60} of "
+                "another: only runs of one engine on one program and prompts are one posterior"
+            )
     if len(posteriors) == 1:
         return dict(vars(first))
     if first.kind == "enumerated":
@@ -87,6 +96,15 @@ def concatenate(posteriors: Sequence[PosteriorDraws]) -> dict[str, Any]:
             "policy_path": first.policy_path if len({x.policy_path for x in posteriors}) == 1 else None,
         }
     )
+
+
+def _settings(posterior: PosteriorDraws) -> dict[str, Any]:
+    """Return the numbers of a program's description, and its reward; names of models may be folders of one machine."""
+    program = posterior.stats.get("program")
+    found = {name: x for name, x in program.items() if isinstance(x, int | float)} if isinstance(program, dict) else {}
+    if isinstance(program, dict) and isinstance(program.get("reward"), str):
+        found["reward"] = re.sub(r" at 0x[0-9a-f]+", "", program["reward"])
+    return found
 
 
 def _roots(posterior: PosteriorDraws) -> Array:

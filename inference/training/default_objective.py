@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 
 from bayeslm.inference.program import Program
+from bayeslm.validation import validated
 
 from .budget import Budget
 from .divergences import LogVariance
@@ -33,6 +34,7 @@ KEPT = 65536  # draws of each prompt, the newest
 PARTICLES = 16  # in each step of large networks
 
 
+@validated
 def default_objective(
     program: Program, num_particles: int | None, budget: Budget, *, owns_guide: bool, in_region: bool
 ) -> Objective:

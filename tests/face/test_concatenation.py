@@ -86,6 +86,28 @@ def test_what_is_not_one_posterior(others, message):
         Posterior.concatenate(others(from_prior(0)))
 
 
+@pytest.mark.parametrize(
+    ("setting", "one", "other"),
+    [
+        ("beta", 0.1, 0.2),
+        ("max_new_tokens", 2, 3),
+        ("reward", "Length()", "Length(target=3)"),
+        ("temperature", 1.0, 0.5),
+    ],
+)
+def test_runs_of_programs_with_other_settings_are_not_one_posterior(setting, one, other):
+    def run(seed, value):
+        return from_prior(
+            seed, stats={"program": {"program": "TiltedLM", "prior": f"/home/{seed}/model", setting: value}}
+        )
+
+    Posterior.concatenate([run(0, one), run(1, one)])
+    with pytest.raises(ValueError, match=f"{setting} of the program is"):
+        Posterior.concatenate([run(0, one), run(1, other)])
+    function = "Reward(<function f at 0x7f{}>)"
+    Posterior.concatenate([from_prior(i, stats={"program": {"reward": function.format(i)}}) for i in range(2)])
+
+
 def test_one_run_is_itself():
     one = from_prior(0)
     assert vars(Posterior.concatenate([one])) == vars(one)

@@ -159,7 +159,7 @@ UNCHECKED = {
         "posterior",
         "refuse_sharded",
         "sample_texts",
-        "whole_offer",
+        *("learned_evidence", "stack_chains", "whole_offer"),
     ),
 }
 UNCALLED = {"outcome", "push_to_hub", "from_pretrained", "sentence_embeddings"}  # the last three load networks

@@ -47,14 +47,11 @@ class Moment:
         return self.reward.__name__
 
 
+@validated
 def moment_target(base: TiltedLM, moments: Sequence[Moment], coefficients: Sequence[float]) -> TiltedLM:
     """Return the base's posterior times exp(coefficients . features), as a program with beta = 1."""
     terms = [] if base.reward is None else [base.reward / base.beta]
     terms += [weight * moment.reward for weight, moment in zip(coefficients, moments, strict=True) if weight != 0]
     return TiltedLM(
-        base.prior,
-        sum(terms[1:], start=terms[0]) if terms else None,
-        1.0,
-        **base.prior_settings,
-        power=base.power,
+        base.prior, sum(terms[1:], start=terms[0]) if terms else None, 1.0, **base.prior_settings, power=base.power
     )

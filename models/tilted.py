@@ -22,7 +22,16 @@ import pyro
 from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
-from bayeslm.models.lm import Autoregressive, LanguageModel, Prompt, check_stop, on_host, read_table, without_index
+from bayeslm.models.lm import (
+    Autoregressive,
+    LanguageModel,
+    Prompt,
+    check_stop,
+    on_host,
+    read_table,
+    subsample_of,
+    without_index,
+)
 from bayeslm.models.rewards import Reward, RewardFunction, factor, with_trainer_arguments
 from bayeslm.short_repr import call
 from bayeslm.validation import Count, Positive, Unchecked, Within, validated
@@ -104,14 +113,18 @@ class TiltedLM:
     ) -> tuple[tuple[Sequence[Prompt]], dict[str, Sequence[Any]]]:
         """Return prompts and columns of what the program is called with, which engines read once a run.
 
+        :raises TypeError: if prompts or a column have no order, as sets, or no length.
         :raises ValueError: if a table has no column "prompt", columns of different lengths, or one that ``columns``
             has too.
         """
         prompts, own = read_table(prompts)
         if twice := own.keys() & columns.keys():
             raise ValueError(f"column {min(twice)!r} is in the table and an argument too: give it once")
-        given = {name: without_index(column) for name, column in columns.items()}
-        return (without_index(prompts),), {**own, **given}
+        given = {name: without_index(f"column {name!r}", column) for name, column in columns.items()}
+        prompts = without_index("prompts", prompts)
+        if not hasattr(prompts, "__len__"):
+            raise TypeError(f"prompts must be a list of prompts, got a {type(prompts).__name__}")
+        return (prompts,), {**own, **given}
 
     def some_prompts(
         self, batch: Tensor, prompts: Sequence[Prompt], /, **columns: Sequence[Any]
@@ -132,7 +145,7 @@ class TiltedLM:
         :param columns: further arguments of the reward; those with one value a prompt are subsampled as prompts are.
         """
         (prompts,), columns = self.program_arguments(prompts, **columns)
-        size = None if self.subsample_size is None else min(self.subsample_size, len(prompts))
+        size = subsample_of(self.subsample_size, len(prompts))
         with pyro.plate("prompts", len(prompts), subsample_size=size) as batch:
             if batch is not None and len(batch) < len(prompts):
                 (prompts,), columns = self.some_prompts(batch, prompts, **columns)

@@ -43,6 +43,7 @@ def execute(settings: RunSettings, place: Callable[[str, str], str]) -> None:
             settings.dtype,
             batch_size=settings.batch_size,
             gradient_checkpointing=settings.gradient_checkpointing,
+            compile=settings.compile,
         )
         run.program = program = partial(settings.program, reward=reward_in_time)
         engines: dict[str, Prepared] = {}

@@ -87,6 +87,10 @@ def infer(
     gradient_checkpointing: Annotated[
         bool | None, typer.Option(help="svi: use less memory for long texts, and a third more time. Default: no.")
     ] = None,
+    compile: Annotated[
+        bool | None,
+        typer.Option(help="Write tokens by a compiled graph: many tokens are faster, the first takes a minute."),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Makes the run reproducible; of all engines that set no other. Default: 0.")
     ] = None,

@@ -101,8 +101,8 @@ def trained_policy(folder: Path, prior: Any) -> Any:
             f"{folder} is not a folder with a policy: after --engine svi --out runs/NAME it is runs/NAME/svi/policy"
         )
     base = prior if (folder / "adapter_config.json").is_file() else None
-    sizes = {"batch_size": prior.batch_size, "gradient_checkpointing": prior.gradient_checkpointing}
-    return LanguageModel.from_pretrained(folder, base=base, **sizes).to(prior.device)
+    settings = {name: getattr(prior, name) for name in ("batch_size", "gradient_checkpointing")}
+    return LanguageModel.from_pretrained(folder, base=base, compile=prior.compiles, **settings).to(prior.device)
 
 
 def read_prompts(prompts: Any, where: str = "prompts") -> tuple[list[Any], dict[str, list[Any]]]:

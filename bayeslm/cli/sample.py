@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bayeslm.chats import is_chat
 from bayeslm.visible import visible
 
 from .console import UsageError, content, one_line_errors, out_console
@@ -97,7 +98,7 @@ def _as_chat(number: int, prompt: Any) -> Any:
     """
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
-    if prompt and isinstance(prompt[0], dict):
+    if is_chat(prompt):
         return prompt
     raise UsageError(f"--chat: prompt {number} is {prompt!r:.60}, and must be a text or a chat")
 

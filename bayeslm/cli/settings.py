@@ -24,8 +24,8 @@ class RunSettings:
 
     :param prompts: a file of prompts, or a list of them, each a text, a chat, token ids, or a mapping of "prompt" and
         columns for the reward.
-    :param prior: see `LanguageModel.from_pretrained`, as for ``device``, ``dtype``, ``batch_size`` and
-        ``gradient_checkpointing``.
+    :param prior: see `LanguageModel.from_pretrained`, as for ``device``, ``dtype``, ``batch_size``,
+        ``gradient_checkpointing`` and ``compile``.
     :param reward: an expression of built-in rewards and addresses of functions, see `inputs.load_reward`.
     :param beta: see `TiltedLM`, as for ``max_new_tokens``, ``temperature``, ``top_k``, ``top_p``, ``stop`` and
         ``subsample_size``.
@@ -51,6 +51,7 @@ class RunSettings:
     dtype: Dtype | None = None
     batch_size: Count | None = None
     gradient_checkpointing: bool = False
+    compile: bool = False
     seed: Seed = 0
     out: str | None = None
 
@@ -87,7 +88,7 @@ class RunSettings:
         return {name: value for name, value in found.items() if value is not None}
 
 
-NOT_COMPARED = ("prompts", "engines", "device", "timeout", "seed", "out")
+NOT_COMPARED = ("prompts", "engines", "device", "compile", "timeout", "seed", "out")
 NAMES = [field.name for field in dataclasses.fields(RunSettings)]
 
 

@@ -1,11 +1,12 @@
 """A Pyro program as engines see it: its sites and plates, its particles, and the posterior that they give."""
 
 from .assign import assign_values, same_distribution, score_values
-from .description import describe, describe_object
+from .description import describe, describe_object, prompt_labels, prompt_texts
 from .errors import EvidenceError, ProgramError
 from .guides import PolicyGuide, as_proposal, draw_latents
 from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, RandomStates, seeded
 from .independence import check_independence
+from .messages import Message, digest_of, seed_of
 from .partial import PartialRun
 from .particles import (
     Particles,
@@ -19,8 +20,7 @@ from .particles import (
     traces,
 )
 from .program import STEPS, Program, along, inspect, inspect_or_reuse
-from .prompts import prompt_labels, prompt_texts
-from .ranks import ALONE, Message, RankError, Ranks, alone, digest_of, on_first, ranks, seed_of
+from .ranks import ALONE, RankError, Ranks, alone, on_first, ranks
 from .results import check_evidence, check_grammar, posterior, token_bytes
 from .run import Engine, RunError, SoFar, Stopwatch, draw, keeping, of_prompts, running
 from .sites import Site, in_prompts, sample_sites, site_value

@@ -1,20 +1,24 @@
-"""What a program is, in words and numbers: its name, its settings, and its prior."""
+"""What a program is, in words and numbers: its name, its settings, its prior, and its prompts."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from bayeslm.chats import has_speakers
 from bayeslm.models.lm import LanguageModel
 from bayeslm.models.rewards import Reward
+from bayeslm.validation import validated
 
 from .program import Program
 
 LONGEST = 200  # characters of a setting
 
 
+@validated
 def describe(program: Program) -> dict[str, Any]:
     """Return a ``program``'s name and its settings that can be written down, for the statistics of a run.
 
@@ -64,3 +68,54 @@ def _arguments(program: Program) -> Mapping[str, Any]:
         return {}
     bound.apply_defaults()
     return bound.arguments
+
+
+@validated
+def prompt_labels(program: Program) -> list[str]:
+    """Return the name of each prompt as errors and warnings say it: of chats the user's last turn."""
+    texts, turns = prompt_texts(program), chat_turns(program)
+    return turns if len(turns) == len(texts) else texts  # a part of a program's prompts has texts of its own
+
+
+@validated
+def prompt_texts(program: Program) -> list[str]:
+    """Return the text of each prompt, if a completion site has one text a prompt, else its number."""
+    if program.in_chunks:
+        return of_all(program, [prompt_texts(chunk) for chunk in program.chunks])
+    for site in program.completions:
+        if site.fn.prompt_ids.shape[:-1].numel() == program.num_prompts:
+            return site.fn.prompt_texts()
+    return [str(i) for i in range(program.num_prompts)]
+
+
+def chat_turns(program: Program) -> list[str]:
+    """Return the last user's turn of each prompt, if the prompts are chats, or chats and texts; else an empty list.
+
+    The prompts are that argument of the program whose turns are in the texts that the language model reads: a column
+    of the reward may hold chats too.
+    """
+    for value in (*program.args, *program.kwargs.values()):
+        if isinstance(value, list | tuple) and len(value) == program.full_size and any(map(has_speakers, value)):
+            turns = [_last_turn(prompt) if has_speakers(prompt) else prompt for prompt in value]
+            texts = prompt_texts(program)
+            if len(texts) == len(turns) and all(map(_is_in, turns, texts)):
+                return turns
+    return []
+
+
+def _is_in(turn: Any, text: str) -> bool:
+    return isinstance(turn, str) and " ".join(turn.split()) in " ".join(text.split())
+
+
+def of_all(program: Program, parts: list[list[Any]]) -> list[Any]:
+    """Return the values of all prompts, from those of each of a program's `chunks`, the last of which may overlap."""
+    *before, last = parts
+    return [*itertools.chain(*before), *last[sum(map(len, parts)) - program.full_size :]]
+
+
+def _last_turn(chat: Sequence[Mapping[str, Any]]) -> str:
+    """Return the content of the user's last message, or of the last one; of a list of parts their texts."""
+    turn = next((turn for turn in reversed(chat) if turn["role"] == "user"), chat[-1])
+    content = turn.get("content") or ""
+    parts = [content] if isinstance(content, str) else content
+    return " ".join(part if isinstance(part, str) else str(part.get("text", "")) for part in parts)

@@ -31,7 +31,7 @@ from pyro.poutine.util import site_is_subsample
 from pyro.util import set_rng_seed
 from torch import Tensor
 
-from bayeslm.models.lm import Autoregressive, exclusive
+from bayeslm.models.lm import Autoregressive, exclusive, subsamples_of
 
 from .errors import ProgramError
 
@@ -47,7 +47,8 @@ class Minibatch(Messenger):
     After a run with a subsampled plate, ``prompts`` (b,) are its indices, ``full_size`` is N, and ``fixed`` says
     whether the indices were chosen here or by the program.
 
-    :param prompts: indices (b,); None takes those of the program, or the first b where it chooses none.
+    :param prompts: indices (b,); None takes those of the program, or the first b where it chooses none. A program that
+        asks `subsample_of` may have any number of them.
     :raises ProgramError: if the plate's subsample does not have the size, or the indices, of ``prompts``.
     """
 
@@ -56,6 +57,15 @@ class Minibatch(Messenger):
         self.prompts = prompts
         self.fixed = prompts is not None
         self.full_size: int | None = None
+        self._sizes = contextlib.ExitStack()
+
+    def __enter__(self) -> Any:
+        self._sizes.enter_context(subsamples_of(None if self.prompts is None else len(self.prompts)))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._sizes.close()
+        super().__exit__(*error)
 
     def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):

@@ -40,10 +40,10 @@ def check_own_particles(
 ) -> None:
     """Compare the scores of some particles of a run with those that each has alone, at the same values.
 
-    No network of a completion runs, and no `Reward` is called: it repeats its scores of the run. Functions that the
-    program calls itself are called for these particles; the random state is restored. Sites that have other scores
-    when the same particles run again, because the program is random, are not compared; nor is a program that asks
-    whether it is rehearsed, which does something else then.
+    No network of a completion runs, and no `Reward` is called: it repeats its scores of the run, so one that normalises
+    over its batch is not found. Functions that the program calls itself are called for these particles; the random
+    state is restored. Sites that have other scores when the same particles run again, because the program is random,
+    are not compared; nor is a program that asks whether it is rehearsed, which does something else then.
 
     :param program: also a guide in its place (`program_of_guide`).
     :param what: program or guide, for the error.
@@ -60,7 +60,7 @@ def check_own_particles(
             return
         middle = {name: _middle(x) for name, x in found.items()}
 
-        def differing(i: int, these: dict[str, Tensor], others: dict[str, Tensor]) -> set[str]:
+        def differing(these: dict[str, Tensor], others: dict[str, Tensor]) -> set[str]:
             common = these.keys() & others.keys() & middle.keys()
             return {name for name in common if not agree(these[name], others[name], among=middle[name])}
 
@@ -70,7 +70,7 @@ def check_own_particles(
                 expected = scores_of(program, run_alone(program, assigned(value)), 1)
             except Exception:  # of one particle, which runs of several do not meet
                 continue
-            if names := differing(i, {name: x[i : i + 1] for name, x in found.items()}, expected):
+            if names := differing({name: x[i : i + 1] for name, x in found.items()}, expected):
                 different[i] = names, expected
         if asked or not different:
             return
@@ -81,7 +81,7 @@ def check_own_particles(
                 again = scores_of(program, together_at(program, every), num_particles)
                 names -= {name for name in names if not agree(again.get(name), found[name], among=middle[name])}
                 for i, (_, expected) in different.items():
-                    names -= differing(i, scores_of(program, run_alone(program, assigned(values[i])), 1), expected)
+                    names -= differing(scores_of(program, run_alone(program, assigned(values[i])), 1), expected)
             except Exception:
                 return
         for i, (others, expected) in different.items():

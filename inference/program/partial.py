@@ -29,8 +29,7 @@ from .handlers import PARTICLES, Assign, Assignment, explained
 from .independence import check_independence
 from .particles import Particles, run_particles, score_sites
 from .program import Program
-from .prompts import prompts_of, same_prompts
-from .sites import sample_sites, site_value
+from .sites import prompts_of, same_prompts, sample_sites, site_value
 
 
 class _Stopped(BaseException):  # which a program's own `except Exception` lets through

@@ -19,8 +19,7 @@ from bayeslm.models.lm import Autoregressive
 
 from .handlers import PARTICLES, Assign, Assignment, explained
 from .program import Program
-from .prompts import of_each, prompts_of, side_by_side
-from .sites import Site, in_prompts, sample_sites, site_value
+from .sites import Site, in_prompts, of_each, prompts_of, sample_sites, side_by_side, site_value
 
 
 def drawn_sites(program: Program) -> list[Site]:

@@ -27,10 +27,11 @@ from torch import Tensor
 
 from bayeslm.inference.program import EvidenceError, Program, to_numpy
 from bayeslm.models.lm import Autoregressive, Decoder, Encoded, log_softmax_at
+from bayeslm.validation import validated
 
+from .constraint_guide import ConstraintGuide
 from .constraints import (
     AllowedTokens,
-    ConstraintGuide,
     Given,
     MaskedTokens,
     TokenConstraint,
@@ -190,6 +191,7 @@ class LearnedRejection(ConstraintGuide):
             known.learn()
 
 
+@validated
 def learned_evidence(log_likelihood: Tensor, log_share: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Return log of Z-hat (prompt,) and its standard error.
 

@@ -102,6 +102,7 @@ class ScheduledAdam(PyroOptim):
         self._clip = math.inf if settings.clip_norm is None else settings.clip_norm * num_prompts
         self._adam: torch.optim.Adam | None = None
         self._names: dict[Tensor, str] = {}  # in Adam's own order
+        self._sharded: set[Tensor] = set()  # those of them that are parts of whole ones
         self.first: dict[str, Tensor] = {}  # copies of the parameters before the first step
         self.steps = 0
         self.gradient_norm = 0.0
@@ -114,7 +115,8 @@ class ScheduledAdam(PyroOptim):
         :raises FloatingPointError: if the gradient is not finite.
         """
         store = pyro.get_param_store()
-        self._add({p: str(store.param_name(p)) for p in set(params) - self._names.keys()})
+        if new := set(params) - self._names.keys():
+            self._add({p: str(store.param_name(p)) for p in new})
         if self._adam is None:
             raise ValueError("the guide has no parameters that require a gradient: there is nothing to train")
         self._add_up()
@@ -132,14 +134,14 @@ class ScheduledAdam(PyroOptim):
         if ranks().size > 1:
             for p in self._names:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            ranks().add_up([p.grad for p in self._names if p.grad is not None and not is_sharded(p)])
+            ranks().add_up([p.grad for p in self._names if p.grad is not None and p not in self._sharded])
 
     def _clipped(self) -> float:
         """Clip the gradient, and return its norm before."""
-        parts = [own_part(p.grad) for p in self._names if p.grad is not None and is_sharded(p)]
+        parts = [own_part(p.grad) for p in self._names if p.grad is not None and p in self._sharded]
         if not parts:
             return float(torch.nn.utils.clip_grad_norm_(self._names, self._clip))
-        rest = [p.grad for p in self._names if p.grad is not None and not is_sharded(p)]
+        rest = [p.grad for p in self._names if p.grad is not None and p not in self._sharded]
         square = ranks().total(torch.nn.utils.get_total_norm(parts).double() ** 2)  # FSDP has added them up
         norm = math.sqrt(float(square) + (float(torch.nn.utils.get_total_norm(rest)) ** 2 if rest else 0.0))
         if self._clip < norm + 1e-6:  # as torch's clip_grad_norm_
@@ -166,9 +168,10 @@ class ScheduledAdam(PyroOptim):
     def _add(self, names: Mapping[Tensor, str]) -> None:
         """Move these too. Params are a set: taken in the order of their names, so that a seed reproduces the run."""
         refuse_sharded((name, p) for p, name in names.items())
+        self._sharded |= {p for p in names if is_sharded(p)}
         groups: dict[tuple[float, bool], list[Tensor]] = {}
         for p in sorted(names, key=names.__getitem__):
-            groups.setdefault((self._rate_of(names[p]), is_sharded(p)), []).append(p)
+            groups.setdefault((self._rate_of(names[p]), p in self._sharded), []).append(p)
             mesh: Any = getattr(p, "device_mesh", None)
             if mesh is not None and mesh.size() != ranks().size:
                 raise RuntimeError(

@@ -1,11 +1,13 @@
 """Distributions over texts, and the networks behind them."""
 
+from .ahead import answering, asking_ahead
 from .autoregressive import Autoregressive
 from .decoding import Decoder, categorical, generate
 from .encoding import Encoded, Prompt
 from .generation import SampledText, sample_texts
 from .language_model import LanguageModel
 from .lockstep import announcing, wait_for_passes
+from .memory import subsample_of, subsamples_of
 from .module_errors import ModuleWithProperties
 from .network import CausalNetwork
 from .remembered import on_host, put_on_host, remembering
@@ -46,6 +48,8 @@ __all__ = [
     "Usage",
     "Weights",
     "announcing",
+    "answering",
+    "asking_ahead",
     "categorical",
     "check_stop",
     "count_usage",
@@ -69,6 +73,8 @@ __all__ = [
     "refuse_sharded",
     "remembering",
     "sample_texts",
+    "subsample_of",
+    "subsamples_of",
     "wait_for_passes",
     "whole_offer",
     "whole_state",

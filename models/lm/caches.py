@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
-__all__ = ["DynamicCache", "SourceCache", "TextCache", "is_shareable"]
+__all__ = ["Cache", "DynamicCache", "FixedLayer", "SourceCache", "TextCache", "is_shareable"]
 
 
 class TextCache(DynamicCache):
@@ -71,6 +71,27 @@ class SourceCache(DynamicCache):
         """Take over the keys and values that a pass of the decoder has grown."""
         crossed, own = grown.cross_attention_cache.layers, grown.self_attention_cache.layers
         self.layers[1:], self.num_crossed = [*crossed, *own], len(crossed)
+
+
+class FixedLayer(StaticLayer):
+    """Keys and values of a fixed number of tokens; the next token is written in its place among them.
+
+    :param keys: (row, head, token, width).
+    :param values: likewise.
+    :param at: the place, a number on their device, so that the host does not know it.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, at: Tensor) -> None:
+        super().__init__(keys.shape[2])
+        self.keys, self.values, self.cumulative_length = keys, values, at
+        self.device, self.dtype, self.is_initialized = keys.device, keys.dtype, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the keys and values of one token, and return those of all."""
+        place, keys, values = self.cumulative_length.reshape(1), self.keys, self.values
+        assert keys is not None
+        assert values is not None
+        return keys.index_copy_(2, place, key_states), values.index_copy_(2, place, value_states)
 
 
 def is_shareable(cache: Any) -> bool:

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from bayeslm.progress import wrote
+from bayeslm.validation import validated
 
+from .compiled import FixedPrefix
 from .encoding import Vocabulary
 from .prefix import Prefix, PromptedNetwork, extend
 
 
+@validated
 class Decoder:
     """Unfinished completions, one a row.
 
@@ -44,7 +47,7 @@ class Decoder:
         self.finished = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
         stops = prompted.vocabulary.stops
         self._states = stops.start(len(hidden)) if stops is not None and states is None else states
-        self._prefix = prefix
+        self._prefix: Prefix | FixedPrefix = prefix
         self._hidden = hidden
         self._pending: Tensor | None = None  # the last tokens, until the network has processed them
         self._logits: Tensor | None = None
@@ -69,8 +72,13 @@ class Decoder:
     def hidden(self) -> Tensor:
         """The network's hidden states (row, width) after the tokens so far."""
         if self._pending is not None:
-            tokens = self._pending[:, None]
-            self._hidden = extend(self.prompted.network, self._prefix, tokens, done=self.t - 1)[:, -1]
+            network, done = self.prompted.network, self.t - 1
+            if network.compiled is not None and isinstance(self._prefix, Prefix):
+                self._prefix = FixedPrefix(network, self._prefix, self._longest - self.t)
+            if isinstance(self._prefix, FixedPrefix):
+                self._hidden = self._prefix.extend(network, self._pending, done)
+            else:
+                self._hidden = extend(network, self._prefix, self._pending[:, None], done)[:, -1]
             self._pending = None
         return self._hidden
 
@@ -82,7 +90,7 @@ class Decoder:
             self._logits = prompted.network.logits(self.hidden, prompted.temperature)
             if prompted.truncation is not None:
                 self._logits = prompted.truncation(self._logits)
-            if self.t == 0 and self._prefix.taken is not None:
+            if self.t == 0 and isinstance(self._prefix, Prefix) and self._prefix.taken is not None:
                 self._logits = only_end(self._logits, self._prefix.taken, prompted.vocabulary)
         return self._logits
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bayeslm.characters import check_characters
+from bayeslm.chats import is_chat
 from bayeslm.validation import Unchecked, show
 
 from .chats import chat_text
@@ -95,7 +96,7 @@ def encode(
     if not isinstance(prompts, list | tuple) or isinstance(next(iter(prompts), None), Mapping):
         refuse_table(prompts)
     is_list = hasattr(prompts, "__len__") and getattr(prompts, "ndim", 1) > 0
-    if not is_list or isinstance(prompts, bytes | type):
+    if not is_list or isinstance(prompts, bytes | type | Set):
         raise TypeError(f"prompts must be a list of prompts, got {show(prompts)}")
     if isinstance(prompts, np.ndarray) and prompts.dtype.kind in "iu":
         prompts = list(prompts)
@@ -113,10 +114,10 @@ def encode(
 
     def batch() -> Encoded:
         found = _padded([row(i) for i in range(len(flat))], shape, vocab_size, room, device)
-        if not any(map(_is_chat, flat)):
+        if not any(map(is_chat, flat)):
             return found
         chats = np.empty(len(flat), dtype=object)
-        chats[:] = [tuple(prompt) if _is_chat(prompt) else None for prompt in flat]
+        chats[:] = [tuple(prompt) if is_chat(prompt) else None for prompt in flat]
         return found._replace(chats=chats.reshape(shape))
 
     of_all = None if None in keys else (*by, vocab_size, room, device, tuple(shape), tuple(keys))
@@ -136,8 +137,7 @@ def _padded(
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     padded = any(len(row) < longest for row in rows)
     return Encoded(
-        ids.reshape(*shape, longest).to(device),
-        mask.reshape(*shape, longest).to(device) if padded else None,
+        ids.reshape(*shape, longest).to(device), mask.reshape(*shape, longest).to(device) if padded else None
     )
 
 
@@ -180,10 +180,6 @@ def _check_length(i: int, length: int, room: int | None) -> None:
         )
 
 
-def _is_chat(prompt: Any) -> bool:
-    return isinstance(prompt, list | tuple) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-
-
 def _one(i: int, prompt: Prompt, tokenizer: Any, bos_token_id: int | None, complete: bool) -> list[int]:
     """Return the token ids of one prompt."""
     if isinstance(prompt, str):
@@ -191,15 +187,17 @@ def _one(i: int, prompt: Prompt, tokenizer: Any, bos_token_id: int | None, compl
             raise TypeError(f"prompts[{i}] is a string, and this LanguageModel has no tokenizer: give token ids")
         check_characters(f"prompts[{i}]", prompt)
         row = list(tokenizer(prompt)["input_ids"]) if complete else _text_ids(prompt, tokenizer)
-    elif _is_chat(prompt):
+    elif is_chat(prompt):
         messages: Any = prompt
         chat = chat_text(f"prompts[{i}]", messages, tokenizer)
         check_characters(f"prompts[{i}]", chat)
         row = list(tokenizer(chat, add_special_tokens=False)["input_ids"])
     else:
         try:
-            ids: Any = prompt
-            row = [operator.index(token) for token in (ids.tolist() if isinstance(ids, Tensor) else ids)]
+            ids: Any = list(prompt.tolist() if isinstance(prompt, Tensor | np.ndarray) else prompt)
+            if isinstance(prompt, bytes | bytearray | Set) or any(isinstance(token, bool) for token in ids):
+                raise TypeError("bytes, sets and flags are no token ids")
+            row = [operator.index(token) for token in ids]
         except TypeError as error:
             raise TypeError(
                 f"prompts[{i}] is {prompt!r:.60}: a prompt is a string, a chat (a list of messages) or a sequence of "

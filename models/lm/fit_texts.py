@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,12 +67,8 @@ def completions_of(
     :param start: the tokens with which the decoder of an encoder-decoder network starts; none of a causal network.
     :raises ValueError: if there are no texts, or one has no token, or tokens that the network has not.
     """
-    if not texts:
-        raise ValueError("texts is empty: give at least one text to fit")
     rows = []
-    for i, text in enumerate(texts):
-        row = completion_ids(f"texts[{i}]", text, tokenizer, start)
-        _check_tokens(i, row, vocabulary)
+    for i, row in _encoded(texts, lambda name, text: completion_ids(name, text, tokenizer, start), vocabulary):
         end = next((t for t, token in enumerate(row) if token in vocabulary.eos_token_ids), None)
         row = [*row, *vocabulary.eos_token_ids[:1]] if end is None else row[: end + 1]
         if not row:
@@ -81,12 +77,20 @@ def completions_of(
     return rows
 
 
-def _check_tokens(i: int, tokens: Sequence[int], vocabulary: Vocabulary) -> None:
-    if tokens and max(tokens) >= vocabulary.size:
-        raise ValueError(
-            f"texts[{i}] has the token id {max(tokens)}, and the network's are 0..{vocabulary.size - 1}: give it its "
-            "own tokenizer"
-        )
+def _encoded(
+    texts: Sequence[str], encode: Callable[[str, str], list[int]], vocabulary: Vocabulary
+) -> Iterator[tuple[int, list[int]]]:
+    """Give the number and the token ids of each text, by a function of its name and itself."""
+    if not texts:
+        raise ValueError("texts is empty: give at least one text to fit")
+    for i, text in enumerate(texts):
+        tokens = encode(f"texts[{i}]", text)
+        if tokens and max(tokens) >= vocabulary.size:
+            raise ValueError(
+                f"texts[{i}] has the token id {max(tokens)}, and the network's are 0..{vocabulary.size - 1}: give it "
+                "its own tokenizer"
+            )
+        yield i, tokens
 
 
 def to_sequences(
@@ -99,15 +103,15 @@ def to_sequences(
 
     :raises ValueError: if there are no texts, or one has no token to predict, or tokens that the network has not.
     """
-    if not texts:
-        raise ValueError("texts is empty: give at least one text to fit")
+
+    def encode(name: str, text: str) -> list[int]:
+        check_characters(name, text)
+        if not (tokens := list(tokenizer(text, add_special_tokens=False)["input_ids"])):
+            raise ValueError(f"{name} is empty")
+        return tokens
+
     sequences = []
-    for i, text in enumerate(texts):
-        check_characters(f"texts[{i}]", text)
-        tokens = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        if not tokens:
-            raise ValueError(f"texts[{i}] is empty")
-        _check_tokens(i, tokens, vocabulary)
+    for i, tokens in _encoded(texts, encode, vocabulary):
         before = [] if bos is None or tokens[0] == bos else [bos]
         after = [] if tokens[-1] in vocabulary.eos_token_ids else vocabulary.eos_token_ids[:1]
         row = [*before, *tokens, *after][:max_tokens]

@@ -18,6 +18,7 @@ from . import adapters, fit_texts, fitting, generation, packing, stop_strings
 from .autoregressive import Autoregressive
 from .devices import own_device
 from .encoding import Prompts, broadcast_where
+from .quantised import refuse_quantised
 from .sampler import Sampler
 from .scopes import differentiating
 from .settings import Settings
@@ -57,8 +58,11 @@ class LanguageModel(TokenModel):
         priors; None: they are not.
     :param sampler: who draws complete texts, of this model and of its policies, see `bayeslm.models.samplers`; None:
         the network here, token by token.
+    :param compile: write tokens by one graph that `torch.compile` captures, in this model and in its policies, see
+        `compiled`: the same numbers up to rounding, after a minute or so that the first token takes.
     :raises TypeError: for a network that reads speech or images, for adapters that are not inside the network's layers,
         for ``decoder_start_ids`` of a network without a decoder of its own, and for a sampler of one with it.
+        And, with ``compile``, for networks that cannot be, with the reason.
     :raises ValueError: if a batch size is < 1, an end is not a token, or no layer can be checkpointed.
     """
 
@@ -81,6 +85,7 @@ class LanguageModel(TokenModel):
         micro_batch_size: Count | None = None,
         gradient_checkpointing: bool = False,
         sampler: Annotated[Sampler | None, Unchecked] = None,
+        compile: bool | None = None,
         **kwargs: Any,
     ) -> LanguageModel:
         """Load a model by hub name or path; ``"smollm2"`` is SmolLM2-135M-Instruct from a package's own file.
@@ -98,6 +103,7 @@ class LanguageModel(TokenModel):
         :param micro_batch_size: see `LanguageModel`.
         :param gradient_checkpointing: see `LanguageModel`.
         :param sampler: see `LanguageModel`; default: that of ``base``.
+        :param compile: see `LanguageModel`; default: as ``base`` is, else False.
         :param kwargs: for ``from_pretrained`` of transformers' ``AutoModelForCausalLM``, or ``AutoModelForSeq2SeqLM``
             where the config says that it is an encoder-decoder network; ``subfolder``, ``revision`` and others that say
             where files are hold for the tokenizer too. Remote code is never run.
@@ -112,6 +118,7 @@ class LanguageModel(TokenModel):
             kept = Settings(base.eos_token_ids, base.pad_token_id, base.compute_dtype, None, start)
             around = loading.Pretrained(base.network, base.tokenizer, base.name if base._is_named else None, kept)
             sampler = base.sampler if sampler is None else sampler
+            compile = base.compiles if compile is None else compile
         network, tokenizer, name, settings = loading.load(name_or_path, base=around, dtype=dtype, **kwargs)
         lm = cls(
             network,
@@ -125,6 +132,7 @@ class LanguageModel(TokenModel):
             gradient_checkpointing=gradient_checkpointing,
             compute_dtype=settings.compute_dtype,
             sampler=sampler,
+            compile=bool(compile),
         )
         lm.provenance = read_notes(Path(name_or_path) / str(kwargs.get("subfolder") or ""))
         lm = lm if base is None else base._sharing(lm)
@@ -174,12 +182,13 @@ class LanguageModel(TokenModel):
         :param lora_alpha: scales the adapters by ``lora_alpha / lora_rank``; default: twice the rank.
         :param lora_layers: the share of the layers that get adapters, the last ones, but one at least. Gradients do not
             go through the layers before them.
-        :raises TypeError: if this model is `packed`.
+        :raises TypeError: if this model is `packed`, or has quantised weights and there is no rank.
         :raises ValueError: if ``lora_rank`` < 1, or no layer takes an adapter.
         """
         packing.refuse_packed(self.network)
         self.current()
         if lora_rank is None:
+            refuse_quantised(self.network, "policy() without a rank, which trains all weights,", "policy(lora_rank=16)")
             network, compute_dtype, exact = adapters.float32_copy(self.network)
             lm = self._with_network(network, None, self.compute_dtype or compute_dtype)
             lm._departed = True
@@ -218,13 +227,15 @@ class LanguageModel(TokenModel):
 
         :param dtype: of the copy's weights, into which they are rounded once. None: that of the weights under the
             adapters; of bfloat16 ones torch.float32 keeps what adding to them would round away.
-        :raises TypeError: if this model is `packed`.
+        :raises TypeError: if this model is `packed`, or has quantised weights.
         :raises ValueError: if ``dtype`` is no floating-point type.
         """
         packing.refuse_packed(self.network)
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point type such as torch.bfloat16, got {dtype}")
         refuse_shards(self.network, "merging the adapters")
+        instead = "from_pretrained(folder of the adapters, base=a model of whole weights).merged() rounds nothing away"
+        refuse_quantised(self.network, "merged()", instead)
         self.current()
         network = adapters.merged(self.network, dtype)
         lm = self._with_network(network, None, self.compute_dtype if dtype is None else None)
@@ -237,32 +248,26 @@ class LanguageModel(TokenModel):
 
         The weights of linear layers in float32 on a CPU are copied into the order in which oneDNN multiplies by them
         (see `packing`); adapters are merged first. All else is shared with this model, which does not change; later
-        changes of its linear layers do not reach the packed one. Where nothing can be packed, as on a GPU, all is
-        shared. A packed model can be neither trained, nor moved, nor saved.
+        changes of its linear layers do not reach the packed one. Where nothing is packed, as on a GPU and with
+        ``compile``, all is shared. A packed model can be neither trained, nor moved, nor saved.
         """
         refuse_shards(self.network, "packing")
         self.current()
         network = adapters.twin(self.network)
-        if self.compute_dtype is None:
+        if self.compute_dtype is None and not self.compiles:
             network = packing.packed(network, checksums=True)
         return self._sharing(self._with_network(network, self.name, self.compute_dtype))
 
     def _with_network(self, network: nn.Module, name: str | None, compute_dtype: torch.dtype | None) -> LanguageModel:
         """Return a copy with another network and the same settings."""
+        same = ("eos_token_ids", "pad_token_id", "batch_size", "micro_batch_size", "gradient_checkpointing")
+        settings: dict[str, Any] = {setting: getattr(self, setting) for setting in same}
+        start = self.decoder_start_ids or None
         lm = LanguageModel(
-            network,
-            self.tokenizer,
-            eos_token_ids=self.eos_token_ids,
-            pad_token_id=self.pad_token_id,
-            decoder_start_ids=self.decoder_start_ids or None,
-            name=name,
-            batch_size=self.batch_size,
-            micro_batch_size=self.micro_batch_size,
-            gradient_checkpointing=self.gradient_checkpointing,
-            compute_dtype=compute_dtype,
+            network, self.tokenizer, name=name, compute_dtype=compute_dtype, decoder_start_ids=start, **settings
         )
         lm._exact, lm._findings = self._exact, self._findings
-        lm.sampler, lm._departed = self.sampler, self._departed
+        lm.sampler, lm._departed, lm._compiled = self.sampler, self._departed, self._compiled
         return lm
 
     @validated
@@ -437,7 +442,6 @@ class LanguageModel(TokenModel):
         :param seed: of the draws; the state of the random numbers is restored after. None: that state is used.
         :raises TypeError: if there is no tokenizer.
         """
-        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-        settings |= {"top_k": top_k, "top_p": top_p, "stop": stop}
-        drawn = generation.sample_texts(self, prompts, num_texts, seed=seed, **settings)
+        settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop": stop}
+        drawn = generation.sample_texts(self, prompts, num_texts, max_new_tokens=max_new_tokens, seed=seed, **settings)
         return [[sampled.text for sampled in of_prompt] for of_prompt in drawn]

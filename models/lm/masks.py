@@ -16,7 +16,11 @@ def causal_mask(mask: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
     at = torch.arange(length, device=mask.device)
     row = at[length - tokens :, None]
     # padding attends to itself: some kernels return NaN for a row that attends to nothing
-    attended = (mask.bool()[:, None, None, :] & (at < row)) | (at == row)
+    return attention_mask((mask.bool()[:, None, None, :] & (at < row)) | (at == row), dtype)
+
+
+def attention_mask(attended: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return which tokens are attended to, of any shape, as a mask of a dtype; see `causal_mask`."""
     if dtype == torch.bool:
         return attended
     return torch.zeros_like(attended, dtype=dtype).masked_fill(~attended, torch.finfo(dtype).min)

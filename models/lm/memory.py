@@ -19,8 +19,10 @@ s bytes a number of the dtype that is computed in, these hold at once, at most,
 beside the weights. Decoding holds the states of one token a row, not those of a whole text. A cache that grows by a
 token holds the keys of one layer twice; drawing from logits holds them five times over (once in float64). Where each
 text is read as a whole (networks without keys and values, gradient checkpointing), all its tokens are new. Blocks of
-logits of scoring (`network`) are bounded by themselves. Mixtures of experts, and layers of other kinds than a Llama's,
-are counted as a Llama's.
+logits of scoring (`network`) are bounded by themselves. Keys and values of a fixed size (`compiled`) do not grow, and
+resampling holds those of one layer twice: the rule is the same. Where CUDA graphs are recorded, P + T is rounded up to
+a multiple of 64, the prompts' own are held beside it, and n is a number of rows for which graphs are recorded. Mixtures
+of experts, and layers of other kinds than a Llama's, are counted as a Llama's.
 
 A pass may hold the `room`: on a CPU 512 MB, so that a seed gives the same numbers everywhere. On a GPU it is what is
 free at the start of the run, less a tenth, rounded down to a power of two: so small changes of what else is on the
@@ -30,11 +32,16 @@ wait with their keys and values while their completions are drawn: they take a q
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from bayeslm.validation import Count, validated
 
 from .configs import size
 from .remembered import recalled, remembered
@@ -42,6 +49,7 @@ from .remembered import recalled, remembered
 ON_CPU = 2**29  # bytes
 FEWEST = 2**28  # bytes, where less is free: a pass may still fit, and nothing smaller would
 LOGITS_BYTES = 5 * 4
+LENGTHS = 64  # tokens, to multiples of which lengths are padded where graphs are recorded
 
 
 @dataclass(frozen=True)
@@ -105,12 +113,14 @@ class Batches:
     :param room: bytes that a pass may hold.
     :param prompt: tokens of a prompt.
     :param new: new tokens.
+    :param records: whether CUDA graphs of a compiled step are recorded.
     """
 
     footprint: Footprint
     room: int
     prompt: int
     new: int
+    records: bool = False
 
     @property
     def prefill(self) -> int:
@@ -118,7 +128,11 @@ class Batches:
 
     @property
     def decoding(self) -> int:
-        return self._fit(3 * self.room // 4, self.footprint.decoding(1, self.prompt + self.new))
+        length = self.prompt + self.new
+        if self.records:
+            length = self.prompt + recorded_length(length)
+        rows = self._fit(3 * self.room // 4, self.footprint.decoding(1, length))
+        return recorded_rows(rows, most=True) if self.records else rows
 
     def scoring(self, whole: bool = False) -> int:
         return self._fit(3 * self.room // 4, self.footprint.scoring(1, self.prompt, self.new, whole=whole))
@@ -129,6 +143,51 @@ class Batches:
 
     def _fit(self, room: int, each: int) -> int:
         return max(1, room // max(each, 1))
+
+
+_subsample: ContextVar[int | None] = ContextVar("bayeslm_subsample", default=None)
+
+
+@contextlib.contextmanager
+def subsamples_of(size: int | None) -> Iterator[None]:
+    """Let programs that ask `subsample_of` take so many of their prompts inside the block; None: their own number."""
+    token = _subsample.set(size)
+    try:
+        yield
+    finally:
+        _subsample.reset(token)
+
+
+@validated
+def subsample_of(size: Count | None, prompts: Count) -> int | None:
+    """Return how many of a program's prompts a run of it takes, for Pyro's plate; None for all.
+
+    It is the program's own number in a training, and as many as fit a pass where draws are taken of all prompts.
+
+    :param size: the program's own number, None for all.
+    :param prompts: the number of prompts.
+    """
+    return None if size is None else _subsample.get() or min(size, prompts)
+
+
+def records(device: torch.device) -> bool:
+    """Return whether compiled steps are recorded on a device, as CUDA graphs, one for each size."""
+    return device.type == "cuda"
+
+
+def recorded_rows(rows: int, *, most: bool = False) -> int:
+    """Return the least number for which a graph is recorded that is at least, or the most that is at most, ``rows``.
+
+    Those are powers of two and the numbers halfway between two of them.
+    """
+    power: int = 2 ** (rows.bit_length() - 1)
+    each = [n for n in (power, 3 * power // 2, 2 * power) if (n <= rows if most else n >= rows)]
+    return max(each) if most else min(each)
+
+
+def recorded_length(length: int) -> int:
+    """Return the least number of tokens for which a graph is recorded that is at least ``length``."""
+    return -(-length // LENGTHS) * LENGTHS
 
 
 def room(device: torch.device) -> int:

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from bayeslm.validation import validated
+
 from . import configs, memory, own_forward, packing
 from .adapters import exact_weights
 from .encoding import positions_of
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+@validated
 class CausalNetwork:
     """The body and the head of a causal network.
 
@@ -55,6 +58,7 @@ class CausalNetwork:
 
     auto_class = "AutoModelForCausalLM"  # by which transformers loads such networks
     start_ids: tuple[int, ...] = ()  # the tokens between a prompt and its completion
+    compiled: Callable[..., Tensor] | None = None  # writes tokens (`compiled`); None: passes as of any text do
 
     def __init__(
         self,
@@ -67,6 +71,8 @@ class CausalNetwork:
         causal: Any = inside_peft() if inside_peft else network
         self.network = causal
         self.compute_dtype = compute_dtype
+        self.vocab_size = configs.vocab_size(causal)  # the width of the logits, maybe more than the tokenizer's tokens
+        self.width = configs.size(causal, "hidden_size")  # of the hidden states, 0 if the network has none
         self._exact = set() if compute_dtype is None else exact_weights(network, causal, exact)
         self.parameters = list(causal.parameters())
         self._changes = Changes(network, causal)
@@ -188,11 +194,6 @@ class CausalNetwork:
         """Whether it has the parameters, the forward passes and the hooks that it had when it was tried."""
         return not self._changes.are_made
 
-    @cached_property
-    def vocab_size(self) -> int:
-        """Width of the logits, which may be more than the tokenizer's tokens."""
-        return configs.vocab_size(self.network)
-
     @property
     def prompt_vocab_size(self) -> int:
         """The number of tokens of prompts."""
@@ -207,16 +208,12 @@ class CausalNetwork:
         """The most tokens that a text can have, None if the network's config does not say."""
         return configs.context_length(self.network)
 
-    @cached_property
-    def width(self) -> int:
-        """Width of the hidden states, 0 if the network has none."""
-        return configs.size(self.network, "hidden_size")
-
     # -- size ------------------------------------------------------------------------------------------------
 
     def batches(self, prompt: int, new: int) -> memory.Batches:
         """Return how many prompts of so many tokens, and how many rows of so many new tokens, a pass takes."""
-        return memory.Batches(self.footprint, memory.room(self.device), prompt, new)
+        records = self.compiled is not None and memory.records(self.device)
+        return memory.Batches(self.footprint, memory.room(self.device), prompt, new, records)
 
     @cached_property
     def footprint(self) -> memory.Footprint:
@@ -282,7 +279,7 @@ class CausalNetwork:
         count_pass(ids.numel())
         if mask is not None and not isinstance(cache, TextCache) and self.mask_dtype is not None:
             mask = causal_mask(mask, ids.shape[-1], self.mask_dtype)
-        module = self._converted(self.body or self.network)
+        module = self.decoding_module
         run = self._computing(checkpointed(module) if gradient_checkpointing else module)
         if isinstance(cache, TextCache):
             whole = one_length_at_a_time(partial(self._states_of_whole, run), cache.append(ids), mask)
@@ -299,6 +296,11 @@ class CausalNetwork:
         positions = positions_of(ids, mask)
         settings = {"use_cache": False, "gradient_checkpointing": gradient_checkpointing}
         return self.hidden(ids, mask, positions, cache, **settings)[0]
+
+    @property
+    def decoding_module(self) -> nn.Module:
+        """What computes hidden states, or logits that stand for them."""
+        return self._converted(self.body or self.network)
 
     @property
     def takes_positions(self) -> bool:
@@ -387,7 +389,7 @@ class CausalNetwork:
         small changes would be lost, and draws would not follow the distribution that is scored.
         """
         large = sum(p.numel() for p in self.parameters) >= packing.MIN_WEIGHTS
-        if self.shards is not None:
+        if self.shards is not None or (self.compiled is not None and self.compute_dtype is None):
             yield self
         elif self.compute_dtype is not None:
             yield self._around(self._converted(self.network))

@@ -153,16 +153,16 @@ def find(network: TriedNetwork, ids: Tensor, expected: Tensor) -> Findings:
             if not found.caches:
                 raise
             continue
-        if found.caches and _difference(scores, wants) <= network.rounding:
+        if found.caches and difference(scores, wants) <= network.rounding:
             return found
     half = ids.shape[-1] // 2
-    if _difference(scores[:, half:], wants[:, half:]) > network.rounding:
+    if difference(scores[:, half:], wants[:, half:]) > network.rounding:
         raise TypeError(
             f"{network.name} cannot be scored as its own forward pass scores: log-probabilities of the tokens "
             f"{ids[0].tolist()} are {_of(scores, ids)} for {_of(wants, ids)}; hand in the network without what changes "
             "its forward pass from outside"
         )
-    if _difference(scores, wants) > 10 * network.rounding:
+    if difference(scores, wants) > 10 * network.rounding:
         raise TypeError(
             f"{network.name} is not causal: log-probabilities of the tokens {ids[0, :half].tolist()} are "
             f"{_of(scores[:, :half], ids)}, and {_of(wants[:, :half], ids)} before {ids[0, half:].tolist()}; "
@@ -182,7 +182,7 @@ def holds_padded(network: TriedNetwork) -> bool:
         found = _scores(network, torch.cat([padded, ids]), torch.cat([mask, torch.ones_like(mask)]))
     except Exception:  # of whatever type, where the network takes no mask
         return False
-    return _difference(found[:1, -real:], alone) <= network.rounding
+    return difference(found[:1, -real:], alone) <= network.rounding
 
 
 def mask_dtype(network: TriedNetwork) -> torch.dtype | None:
@@ -263,7 +263,7 @@ def _scores(network: TriedNetwork, ids: Tensor, mask: Tensor | None) -> Tensor:
     return network.logits(torch.cat(parts, 1), 1.0).log_softmax(-1)
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
+def difference(found: Tensor, expected: Tensor) -> float:
     """Return the largest difference of log-probabilities, as a share of their range."""
     known = expected > LEAST
     if found.shape != expected.shape or not bool(known.any()):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .encoding import Base, Vocabulary
-from .memory import Batches, room
+from .memory import Batches
 from .network import CausalNetwork
 from .truncation import Truncation
 
@@ -120,11 +120,16 @@ def extend(network: CausalNetwork, prefix: Prefix, ids: Tensor, done: int = 0) -
     mask = prefix.mask
     if mask is not None:
         mask = torch.cat([mask, mask.new_ones((rows, done + new))], dim=-1)
-    positions = prefix.lengths[:, None] + steps
-    if network.context_length is not None:  # rows that have ended go on in the batch, and may be past it
-        positions = positions.clamp_max(network.context_length - 1)
-    hidden, prefix.cache = network.hidden(ids, mask, positions, prefix.cache)
+    hidden, prefix.cache = network.hidden(ids, mask, positions_after(network, prefix.lengths, steps), prefix.cache)
     return hidden
+
+
+def positions_after(network: CausalNetwork, lengths: Tensor, steps: Tensor) -> Tensor:
+    """Return the positions (row, new) of new tokens, the ``steps``-th (new,) after prompts of some lengths (row,)."""
+    positions = lengths[:, None] + steps
+    if network.context_length is None:
+        return positions
+    return positions.clamp_max(network.context_length - 1)  # rows that have ended go on, and may be past it
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,8 +166,7 @@ class PromptedNetwork:
     @cached_property
     def batches(self) -> Batches:
         """How many prompts or rows a pass of bounded memory takes, where ``batch_size`` does not say."""
-        network, lengths = self.network, (self.prompt_ids.shape[-1], self.max_new_tokens)
-        return Batches(network.footprint, room(network.device), *lengths)
+        return self.network.batches(self.prompt_ids.shape[-1], self.max_new_tokens)
 
     @property
     def max_prompts(self) -> int:

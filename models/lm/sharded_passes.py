@@ -218,8 +218,7 @@ def _take_part(wanted: Wanted) -> None:
 
 
 def passes_together(
-    agree: Callable[[list[int]], list[list[int]]],
-    uninterrupted: Callable[[], contextlib.AbstractContextManager[None]],
+    agree: Callable[[list[int]], list[list[int]]], uninterrupted: Callable[[], contextlib.AbstractContextManager[None]]
 ) -> Lockstep:
     """Return the passes of the processes of a run, see `Lockstep`."""
     return Lockstep(agree, uninterrupted, count, _take_part)

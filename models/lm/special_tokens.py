@@ -25,10 +25,7 @@ class SpecialTokens(NamedTuple):
 
 
 def find_special_tokens(
-    network: nn.Module,
-    tokenizer: Any,
-    eos: int | Iterable[int] | None = None,
-    start: int | Iterable[int] | None = None,
+    network: nn.Module, tokenizer: Any, eos: int | Iterable[int] | None = None, start: int | Iterable[int] | None = None
 ) -> SpecialTokens:
     """Find the special tokens of a network.
 

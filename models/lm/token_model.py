@@ -16,12 +16,14 @@ from bayeslm.posterior import Posterior
 from bayeslm.validation import Count, Shape, Unchecked, validated
 
 from . import adapters, completions, joining, packing, texts
+from .compiled import CompiledStep, refuse_uncompilable
 from .configs import is_encoder_decoder
 from .encoding import Encoded, Prompt, Prompts, Vocabulary, encode
 from .gradient_checkpointing import checkpointable_layers
 from .module_errors import ModuleWithProperties
 from .network import CausalNetwork
 from .own_forward import Findings
+from .quantised import quantised_layers, refuse_quantised
 from .sampler import Sampler, Weights
 from .sharding import shard, take_in
 from .special_tokens import find_special_tokens
@@ -53,11 +55,13 @@ class TokenModel(ModuleWithProperties):
         gradient_checkpointing: bool = False,
         compute_dtype: torch.dtype | None = None,
         sampler: Annotated[Sampler | None, Unchecked] = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         network = adapters.unwrapped(network)
         adapters.check_supported(network)
         self.compute_dtype = compute_dtype
+        self._compiled = CompiledStep() if compile else None
         self._take_in(network)
         self.network = network.requires_grad_(False)
         self.tokenizer = tokenizer
@@ -83,6 +87,9 @@ class TokenModel(ModuleWithProperties):
         self.bos_token_id: int | None = found.bos
         self.pad_token_id: int = found.pad if pad_token_id is None else pad_token_id
         self._decoder_start_ids = found.start
+        if compile:
+            _ = self.causal  # which refuses it here
+            self._causal = None  # the device may change
 
     # -- properties ------------------------------------------------------------------------------------------
 
@@ -100,6 +107,16 @@ class TokenModel(ModuleWithProperties):
     def has_adapters(self) -> bool:
         """Whether the network is PEFT adapters around weights."""
         return adapters.has_adapters(self.network)
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether weights are stored in few bits."""
+        return bool(quantised_layers(self.network))
+
+    @property
+    def compiles(self) -> bool:
+        """Whether tokens are written by a compiled graph."""
+        return self._compiled is not None
 
     @property
     def has_text(self) -> bool:
@@ -139,7 +156,10 @@ class TokenModel(ModuleWithProperties):
                 self._causal = EncoderDecoderNetwork(self.network, self.decoder_start_ids, *settings)
             else:
                 self._causal = CausalNetwork(self.network, *settings)
+            if self._compiled is not None and self._findings is None:
+                refuse_uncompilable(self._causal)
             self._findings = self._causal.findings
+            self._causal.compiled = self._compiled
         return self._causal
 
     def current(self) -> CausalNetwork:
@@ -174,6 +194,9 @@ class TokenModel(ModuleWithProperties):
         :raises ValueError: if the network has no layers that can be sharded one by one.
         """
         packing.refuse_packed(self.network)
+        refuse_quantised(self.network, "shard()", "shard a network of bfloat16 weights")
+        if self.compiles:
+            raise TypeError("shard() is for a language model without compile=True: leave that out")
         if self.has_adapters:
             raise TypeError("shard() is for a network without adapters: shard it before policy(lora_rank)")
         shard(self.network, checkpointable_layers(self.network))
@@ -182,8 +205,9 @@ class TokenModel(ModuleWithProperties):
 
     def _take_in(self, network: nn.Module) -> None:
         """Refuse a sharded network with which passes cannot be divided."""
-        if take_in(network) and (is_encoder_decoder(network) or self.compute_dtype is not None):
-            what = "of the encoder-decoder kind" if is_encoder_decoder(network) else "with a compute_dtype"
+        if take_in(network) and (is_encoder_decoder(network) or self.compute_dtype is not None or self.compiles):
+            what = "with compile=True" if self.compiles else "with a compute_dtype"
+            what = "of the encoder-decoder kind" if is_encoder_decoder(network) else what
             raise TypeError(f"a sharded network {what} is not supported: hand in the network whole")
 
     @property

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,14 +38,11 @@ class DrawnElsewhere:
     warned: bool = False
 
     def add(self, other: DrawnElsewhere) -> None:
-        self.draws, self.stale, self.tokens = (
-            self.draws + other.draws,
-            self.stale + other.stale,
-            self.tokens + other.tokens,
-        )
+        self.draws, self.stale = self.draws + other.draws, self.stale + other.stale
+        self.tokens += other.tokens
         self.largest, self.total = max(self.largest, other.largest), self.total + other.total
-        self.log_weights = _log_add(self.log_weights, other.log_weights)
-        self.log_squares = _log_add(self.log_squares, other.log_squares)
+        self.log_weights = float(np.logaddexp(self.log_weights, other.log_weights))
+        self.log_squares = float(np.logaddexp(self.log_squares, other.log_squares))
         self.warned |= other.warned
 
     def stats(self) -> dict[str, Any]:
@@ -56,11 +54,6 @@ class DrawnElsewhere:
         return {"sampler_draws": self.draws, "sampler_difference": difference, "sampler_ess": ess} | (
             {"sampler_stale": self.stale} if self.stale else {}
         )
-
-
-def _log_add(a: float, b: float) -> float:
-    high, low = max(a, b), min(a, b)
-    return high if low == -math.inf else high + math.log1p(math.exp(low - high))
 
 
 @dataclass
@@ -103,11 +96,7 @@ class Usage:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the counts that `state_dict` returned."""
-        self.model_calls, self.tokens = state["model_calls"], state["tokens"]
-        self.drawn = DrawnElsewhere(**(state["drawn"] or {}))
-        if state["mismatch"] is not None:
-            largest, total, count = state["mismatch"]
-            self._mismatch = torch.tensor(largest), torch.tensor(total), torch.tensor(int(count))
+        vars(self).update(vars(Usage.total([state])))
 
 
 _active: ContextVar[tuple[Usage, ...]] = ContextVar("bayeslm_usage", default=())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Integral
 from typing import Any
 
@@ -10,11 +10,14 @@ import numpy as np
 from torch import Tensor
 
 from bayeslm.characters import check_characters, texts_in
+from bayeslm.chats import is_chat
+from bayeslm.validation import validated
 
 Flat = tuple[list[Any], list[str], dict[str, Any]]  # prompts, completions, columns
 RESERVED = ("prompts", "completions", "self")  # arguments of every reward
 
 
+@validated
 def check_columns(names: Iterable[str]) -> None:
     """Refuse names of columns by which rewards have other arguments.
 
@@ -24,6 +27,7 @@ def check_columns(names: Iterable[str]) -> None:
         raise ValueError(f"a column is called {taken[0]!r}, as an argument of every reward is: rename it")
 
 
+@validated
 def with_trainer_arguments(
     columns: Mapping[str, Any], completion_ids: np.ndarray, truncated: np.ndarray
 ) -> dict[str, Any]:
@@ -115,6 +119,10 @@ def _objects(values: Any) -> np.ndarray:
     """Return an object array; the elements of other sequences than arrays and tensors become its elements."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().numpy()
+    if isinstance(values, Set):
+        raise TypeError(f"prompts and columns must be lists, got a {type(values).__name__}, which has no order")
+    if isinstance(values, np.ma.MaskedArray):
+        values = np.array(values.tolist(), dtype=object)  # with None where an entry is missing
     if isinstance(values, np.ndarray):
         return values.astype(object)
     return np.fromiter(values, dtype=object, count=len(values))
@@ -152,11 +160,6 @@ def _nested(value: Any) -> np.ndarray:
     if len({row.shape for row in rows}) > 1:
         raise ValueError(f"nested completions are ragged: rows of shapes {sorted({row.shape for row in rows})}")
     return np.stack(rows) if rows else np.empty(0, dtype=object)
-
-
-def is_chat(value: Any) -> bool:
-    """Return whether a prompt or a completion is a list of messages."""
-    return isinstance(value, Sequence) and len(value) > 0 and isinstance(value[0], Mapping)
 
 
 def _text(completion: Any) -> str:

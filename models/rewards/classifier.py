@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from bayeslm.chats import is_chat
 from bayeslm.checksums import verify_model
 from bayeslm.validation import Count, validated
 from bayeslm.weight_files import check_folder
@@ -102,7 +103,7 @@ class Classifier(Reward):
             text = completion
         elif isinstance(prompt, str):
             text = prompt + completion
-        elif len(prompt) and isinstance(prompt[0], dict):
+        elif is_chat(prompt):
             chat = True
             text = self.tokenizer.apply_chat_template(_with_answer(prompt, completion), tokenize=False)
         else:

@@ -29,7 +29,8 @@ import numpy as np
 
 from bayeslm.validation import validated
 
-from .reward import Reward, Scores
+from .reward import Reward
+from .scorer import Scores
 
 BYTES = tuple(bytes([i]) for i in range(256))
 MISSING = "\ufffd"  # what decoders write for bytes that are no character
@@ -210,6 +211,7 @@ class GrammarState:
         return b"" if self._matcher.is_stopped() else bytes(self._matcher.compute_ff_bytes())
 
 
+@validated
 def fewest_tokens(text: bytes, tokens: tuple[bytes, ...]) -> float:
     """Return the least number of tokens that a text which begins with ``text`` takes; inf if none spell it.
 

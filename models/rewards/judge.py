@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from bayeslm.chats import is_chat
 from bayeslm.validation import Count, Finite, Natural, NonNegative, Positive, validated
 
 from .function_checks import short
@@ -249,6 +250,6 @@ def _openai() -> Any:
 
 def _written(prompt: Any) -> str:
     """Return a prompt as a text: a chat as its turns."""
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], Mapping):
+    if is_chat(prompt):
         return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in prompt)
     return str(prompt)

@@ -21,35 +21,35 @@ from bayeslm import Posterior
 from bayeslm.inference import SMC, SVI, ImportanceSampling
 from bayeslm.inference.training import Adam, ReverseKL
 from bayeslm.models import LanguageModel, TiltedLM, rewards
-from bayeslm.models.lm import on_host, remembering
+from bayeslm.models.lm import compiled, on_host, remembering
 
 PROMPTS = ["a b c", "a"]
 SETTINGS: dict[str, Any] = {"seed": 0, "progress": False}
 
 
 @functools.cache
-def language_model(device: torch.device) -> LanguageModel:
+def language_model(device: torch.device, compile: bool = False) -> LanguageModel:
     """Made once a device, and tried by a first run, so that its first use is not counted; found out on the CPU."""
     tokenizer = byte_level()
     network = llama_network(vocab_size=len(tokenizer), num_hidden_layers=1)
-    lm = LanguageModel(network, tokenizer, eos_token_ids=(0,))
+    lm = LanguageModel(network, tokenizer, eos_token_ids=(0,), compile=compile)
     assert lm.causal.shares_prefill(torch.ones(1, 2))
     lm.to(device)._causal = None
     ImportanceSampling(2, **SETTINGS).run(TiltedLM(lm, rewards.Length(), max_new_tokens=2), PROMPTS)
     return lm
 
 
-def run(engine: Any, tokens: int, device: torch.device) -> tuple[Waits, Posterior]:
+def run(engine: Any, tokens: int, device: torch.device, compile: bool = False) -> tuple[Waits, Posterior]:
     reward = rewards.Length() + rewards.get("contains", phrase="a")
-    model = TiltedLM(language_model(device), reward, max_new_tokens=tokens)
+    model = TiltedLM(language_model(device, compile), reward, max_new_tokens=tokens)
     with waits() as found:
         return found, engine.run(model, PROMPTS)
 
 
-def more(few: Any, many: Any, num: int) -> float:
+def more(few: Any, many: Any, num: int, compile: bool = False) -> float:
     """The waits of one run of an engine more than of another, by token or step, of which it has ``num`` more."""
     device = counted_device()
-    before, after = (run(*each, device)[0] for each in (few, many))
+    before, after = (run(*each, device, compile)[0] for each in (few, many))
     print(*(after - before).items(), sep="\n")  # where, if there are too many
     return (after.total() - before.total()) / num
 
@@ -97,6 +97,15 @@ def test_smc_waits_a_few_times_a_token(name, most):
 def test_sampling_waits_every_eighth_token():
     engine = ImportanceSampling(8, **SETTINGS)
     assert more((engine, 2), (engine, 18), 16) <= 0.3
+
+
+def test_steps_of_a_fixed_size_wait_as_rarely(monkeypatch):
+    monkeypatch.setattr(compiled, "_compiled", lambda device: compiled._step)  # graphs of this device cannot be made
+    sampling, smc = ImportanceSampling(8, **SETTINGS), ENGINES["resampled at every token"]
+    assert more((sampling, 2), (sampling, 18), 16, compile=True) <= 0.3
+    assert more((smc, 2), (smc, 10), 8, compile=True) <= 4
+    (_, expected), (_, found) = (run(smc, 8, torch.device("cpu")), run(smc, 8, counted_device(), compile=True))
+    np.testing.assert_array_equal(found.samples["completion"], expected.samples["completion"])
 
 
 OBJECTIVES = {

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from support import oracles
 from support.allocations import peak_bytes
 from support.models import llama_network, table_lm, tiny_llama
 from support.programs import conversation, rewarded, score_table, tilted
@@ -19,8 +22,9 @@ from support.statistics import assert_agrees, assert_evidence, assert_mean, asse
 from bayeslm import diagnostics
 from bayeslm.inference import MCMC, SMC, SVI, AnnealedSMC, EvidenceError, Exact, ImportanceSampling, RejectionSampling
 from bayeslm.inference.program import inspect
+from bayeslm.inference.training import Adam
 from bayeslm.models import LanguageModel, TiltedLM, rewards
-from bayeslm.models.lm import CausalNetwork, autoregressive, prefix
+from bayeslm.models.lm import CausalNetwork, autoregressive, prefix, subsample_of
 from bayeslm.models.rewards import Reward
 
 SETTINGS: dict[str, Any] = {"seed": 0, "progress": False}
@@ -60,6 +64,57 @@ def test_batches_are_full(prompts, particles, size):
 def test_what_fits_one_batch_is_one_run():
     program = inspect(tilted(tiny_llama(), score_table(1, tokens=2)), PROMPTS)
     assert program.particles_a_run == program.max_particles > 100
+
+
+# -- draws of all prompts, of which a run has some ------------------------------------------------------------------
+
+
+def moody(lm: LanguageModel, size: int | None) -> Callable[[list[list[int]]], None]:
+    """A mood of each prompt and a completion; of ``size`` prompts in a training step."""
+
+    def model(prompts: list[list[int]]) -> None:
+        with pyro.plate("prompts", len(prompts), subsample_size=subsample_of(size, len(prompts))) as batch:
+            first = torch.tensor([prompts[i][0] for i in batch])
+            mood = pyro.sample("mood", dist.Bernoulli(torch.full((), 0.4)))
+            x = pyro.sample("completion", lm([prompts[i] for i in batch], max_new_tokens=2))
+            pyro.factor("reward", (x == first[:, None]).sum(-1) * (0.5 + mood))
+
+    return model
+
+
+def test_draws_after_a_training_on_minibatches_fill_the_batches():
+    """40 prompts, 4 a step: 8 draws of each, by two policies and the prior, are 15 batches of 64, not 30 of 32."""
+    prompts = [[1 + i % 3, 1 + i // 3 % 3] for i in range(40)]
+    lm = table_lm(order=2, seed=5, vocab=4)
+    lm.batch_size = 64
+    drawn: list[Any] = []
+    engine = SVI(num_steps=3, num_particles=4, num_samples=8, num_prior_samples=8, optimizer=Adam(0.01), **SETTINGS)
+
+    def train() -> None:
+        drawn.append(engine.run(moody(lm, 4), prompts))
+
+    rows, read = batches(train)
+    assert rows[:3] == [16] * 3
+    assert rows[3:] == [64] * 15
+    assert len(read) == 3 + 15
+    posterior = drawn[0]
+    assert len(posterior.prompts) == 40
+    x, mood = posterior.samples["completion"][0], posterior.samples["mood"][0]
+    first = np.array(prompts)[:, :1]
+    np.testing.assert_allclose(posterior.log_likelihood["reward"][0], (x == first).sum(-1) * (0.5 + mood), rtol=1e-6)
+
+
+@pytest.mark.long
+def test_draws_of_larger_minibatches_are_those_of_all_prompts():
+    prompts = [[1 + i % 3, 1 + i // 3 % 3] for i in range(40)]
+    lm = table_lm(order=2, seed=5, vocab=4)
+    lm.batch_size = 64
+    exact = Exact().run(moody(lm, None), prompts)
+    sampled = [ImportanceSampling(8, seed=seed, progress=False).run(moody(lm, 4), prompts) for seed in range(60)]
+    weights = np.stack([np.exp(found.log_weights[0] - exact.log_evidence) for found in sampled])  # (run, draw, prompt)
+    moods = np.stack([found.samples["mood"][0] for found in sampled])
+    assert_mean(weights.mean(1), 1.0)
+    assert_mean((weights * moods).mean(1), oracles.expectation(exact, exact.samples["mood"]))
 
 
 # -- memory that is bounded whatever particles times prompts are ---------------------------------------------------

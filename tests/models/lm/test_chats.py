@@ -1,7 +1,13 @@
 """Chats: answered or continued, in every form of content; a template's own error is one line."""
 
+from collections import UserList
+from types import MappingProxyType
+
 import pytest
 from support.models import tiny_llama
+
+from bayeslm.chats import has_speakers, is_chat
+from bayeslm.models.rewards import Reward
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' and false %}{% endif %}"
@@ -39,6 +45,38 @@ def texts(template, *chats):
 )
 def test_a_chat_is_answered_or_continued(template, chat, text):
     assert texts(template, chat, "e") == [text, "e"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chat", "speakers"),
+    [
+        ([turn("user", "e")], True, True),
+        ((turn("user", "e"), turn("assistant", "g")), True, True),
+        (UserList([turn("user", "e")]), True, True),
+        ([MappingProxyType(turn("user", "e"))], True, True),
+        ([{"text": "e"}], True, False),  # a row of a column, which no language model reads
+        ([{"role": 1, "content": "e"}], True, False),
+        ([turn("user", "e"), "g"], True, False),
+        (["g", turn("user", "e")], False, False),
+        ([], False, False),
+        ((), False, False),
+        ("e", False, False),
+        ("", False, False),
+        ([2, 3], False, False),
+        ([[turn("user", "e")]], False, False),  # a list of chats
+    ],
+)
+def test_a_chat_is_told_by_one_rule(prompt, chat, speakers):
+    """The prompt that a language model reads as a chat is one to which rewards see an answer as a message."""
+    assert (is_chat(prompt), has_speakers(prompt)) == (chat, speakers)
+    if speakers:
+        assert texts(TEMPLATE, prompt) == texts(TEMPLATE, [dict(message) for message in prompt])
+    if chat:
+        with pytest.raises(TypeError, match="chat template" if speakers else "chat template|a message is"):
+            tiny_llama()([prompt], 2)
+    seen = []
+    Reward(lambda completions, **_: seen.extend(completions) or [0.0] * len(completions))([prompt], ["text"])
+    assert seen == [[turn("assistant", "text")] if chat else "text"]
 
 
 def test_a_template_that_drops_a_message_is_used_as_it_is():

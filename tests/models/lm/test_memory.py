@@ -10,7 +10,7 @@ from support.allocations import peak_bytes
 from support.models import llama_network
 
 from bayeslm.models import LanguageModel
-from bayeslm.models.lm import memory, remembering
+from bayeslm.models.lm import compiled, memory, remembering
 from bayeslm.models.lm.decoding import Decoder, generate
 from bayeslm.models.lm.prefix import prefill
 
@@ -47,6 +47,14 @@ def test_prefill_and_decoding(shape):
         return generate(Decoder(prompted, prompted.prefix(torch.zeros(rows, dtype=torch.long))))
 
     agrees(peak_bytes(decode), lm.causal.footprint.decoding(rows, prompt + new))
+
+
+def test_decoding_by_a_compiled_step(monkeypatch):
+    monkeypatch.setattr(compiled, "_compiled", lambda device: compiled._step)
+    lm, prompt, new, rows = model("deep", compile=True), 48, 16, 24
+    prompted = lm([[1] * prompt], new).prompted
+    found = peak_bytes(lambda: generate(Decoder(prompted, prompted.prefix(torch.zeros(rows, dtype=torch.long)))))
+    agrees(found, lm.causal.footprint.decoding(rows, prompt + new))
 
 
 def test_decoding_with_many_logits():

@@ -442,7 +442,6 @@ class LanguageModel(TokenModel):
         :param seed: of the draws; the state of the random numbers is restored after. None: that state is used.
         :raises TypeError: if there is no tokenizer.
         """
-        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-        settings |= {"top_k": top_k, "top_p": top_p, "stop": stop}
-        drawn = generation.sample_texts(self, prompts, num_texts, seed=seed, **settings)
+        settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop": stop}
+        drawn = generation.sample_texts(self, prompts, num_texts, max_new_tokens=max_new_tokens, seed=seed, **settings)
         return [[sampled.text for sampled in of_prompt] for of_prompt in drawn]

@@ -192,7 +192,7 @@ class PromptedNetwork:
     @contextlib.contextmanager
     def drawing(self, rows: int) -> Iterator[PromptedNetwork]:
         """Give a copy that draws so many completions fast; see `CausalNetwork.drawing`."""
-        if self.prompt_mask is not None:
+        if self.prompt_mask is not None or self.network.compiled is not None:
             _ = self.network.mask_dtype  # tried here once, and not for every copy
         with self.network.drawing(-(-rows // self.max_rows) * (self.max_new_tokens - 1)) as network:
             yield replace(self, network=network)

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from bayeslm.checksums import write_checksums
 from bayeslm.cli import app, resume
 from bayeslm.models import LanguageModel
-from bayeslm.models.lm import read_tensors, write_tensors
+from bayeslm.models.lm import compiled, read_tensors, write_tensors
 from bayeslm.posterior import Posterior
 
 REWARDS = """
@@ -622,6 +622,21 @@ def test_settings_of_a_training(folder):
     assert posterior.stats["held out_elbo"].shape[::2] == (1, 2)
     assert posterior.stats["steps"] == 20  # below the limit from the start: 20 is the window of the estimate
     assert not Path("run/svi/policy/adapter_config.json").exists()
+
+
+@pytest.mark.long
+def test_a_compiled_prior_draws_the_same_texts(folder, monkeypatch):
+    steps: list[torch.device] = []
+    monkeypatch.setattr(compiled, "_compiled", lambda device: steps.append(device) or compiled._step)
+    infer("a", "c d", "--engine", "importance(num_particles=6)", "--out", "plain")
+    assert not steps
+    infer("a", "c d", "--engine", "importance(num_particles=6)", "--compile", "--out", "run")
+    assert len(steps) == 1
+    one, two = (Posterior.load(f"{out}/importance") for out in ("plain", "run"))
+    assert (one.samples["completion"] == two.samples["completion"]).all()
+    assert "compile: true" in Path("run/run.yaml").read_text()
+    infer("a", "c d", "--config", "run/run.yaml", "--out", "again")
+    assert len(steps) == 2
 
 
 def test_help_teaches():

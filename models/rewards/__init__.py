@@ -19,7 +19,8 @@ from .judge import Judge, JudgeUsage
 from .recording import factor, record, reward_name
 from .registry import BUILT_IN, get, load
 from .rehearsal import RememberedScores, rehearsal, remembering_scores, repeating, watching_seed
-from .reward import Reward, RewardError, RewardFunction
+from .reward import Reward
+from .scorer import RewardError, RewardFunction
 from .text_rewards import Sentiment, Similarity, TextReward, Toxicity, sentence_embeddings
 from .unfinished import prefixes
 from .verifiable import Constraint, Contains, Length, Matches

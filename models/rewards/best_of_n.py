@@ -27,7 +27,8 @@ from numpy.typing import ArrayLike
 from bayeslm.validation import Count, validated
 
 from .function_checks import short, with_none
-from .reward import Reward, RewardFunction, Scores
+from .reward import Reward
+from .scorer import RewardFunction, Scores
 
 PRECISION = np.float32  # of rewards on record, in which a text's own reward is to be equal to that of its draw
 

@@ -29,7 +29,8 @@ import numpy as np
 
 from bayeslm.validation import validated
 
-from .reward import Reward, Scores
+from .reward import Reward
+from .scorer import Scores
 
 BYTES = tuple(bytes([i]) for i in range(256))
 MISSING = "\ufffd"  # what decoders write for bytes that are no character

@@ -189,14 +189,8 @@ class Reward(Scorer):
         """
         return Mapped(self, function, upper_bound=upper_bound, lower_bound=lower_bound)
 
-    # -- name ------------------------------------------------------------------------------------------------
-
-    @property
-    def __name__(self) -> str:  # TRL logs rewards by it
-        return name_of(self._function) if self._function else _class(self).lower()
-
     def __repr__(self) -> str:
-        return f"{_class(self)}({name_of(self._function) if self._function else ''})"
+        return f"{type(self).__name__}({name_of(self._function) if self._function else ''})"
 
 
 class PrefixScore(Reward):
@@ -327,7 +321,3 @@ class MappedPrefix(Mapped):
 
 def _affine(reward: Reward) -> Affine:
     return reward if isinstance(reward, Affine) and reward.timeout is None else Affine([(1.0, reward)], 0.0)
-
-
-def _class(reward: Reward) -> str:
-    return str(type(reward).__name__)

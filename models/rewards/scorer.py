@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .broadcasting import Flat, broadcast, take
 from .calling import TimeLimitError, call, copied
-from .function_checks import ABSTAINED, check_scores, place_of, short
+from .function_checks import ABSTAINED, check_scores, name_of, place_of, short
 from .rehearsal import arbitrary_scores, is_rehearsal, is_trial, remember, repeated
 from .unfinished import UnfinishedTexts, suspended
 
@@ -34,8 +34,8 @@ class Scorer:
     _function: RewardFunction | None = None
 
     @property
-    def __name__(self) -> str:
-        raise NotImplementedError
+    def __name__(self) -> str:  # TRL logs rewards by it
+        return name_of(self._function) if self._function else type(self).__name__.lower()
 
     def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Scores:
         """Return one number a completion, from flat lists of equal length (columns too)."""

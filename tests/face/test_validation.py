@@ -176,3 +176,17 @@ def test_functions_methods_and_subclasses():
         Base()
     with pytest.raises(TypeError, match="unexpected keyword argument 'sise'"):
         Settings(sise=3)
+
+
+def test_an_inherited_method_is_named_after_the_class_of_the_object():
+    class Base:
+        @validated
+        def draw(self, size: Count) -> int:
+            return size
+
+    class Derived(Base):
+        pass
+
+    assert Derived().draw(2) == 2
+    with pytest.raises(ValueError, match=r"^Derived\.draw: size must be a positive whole number, got 0"):
+        Derived().draw(0)

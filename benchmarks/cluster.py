@@ -4,7 +4,7 @@
 
 Of each number of processes, for several numbers of particles and prompts: the bytes that one process hands to
 collectives in a step of SVI, sums of gradients and all else, and the same of `ImportanceSampling`, once. The law: the
-mean over 40 runs of Z-hat / Z of importance sampling, which is 1 for any number of particles, less 1, in standard
+mean over runs of Z-hat / Z of importance sampling, which is 1 for any number of particles, less 1, in standard
 errors from how much the runs differ; the largest over prompts. (The standard error that one run states is no measure:
 of 64 draws with these weights it is too small where the large weights are missing, with one process as with many.)
 """
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 PROMPTS = ["a", "b", "c", "d", "a b", "b c", "c d", "d a"]
-RUNS = 40
+DRAWS = 10_240  # of importance sampling, in runs of so many particles
 VOCABULARY, TOKENS = ["<eos>", "a", "b", "c", "d"], 3
 
 
@@ -70,9 +70,10 @@ def work(cases: list[tuple[int, int]], steps: int) -> None:
         )
         with counted_bytes() as sent:
             ImportanceSampling(num_particles=particles, seed=0, progress=False).run(model, asked)
-        draws = [ImportanceSampling(particles, seed=seed, progress=False).run(model, asked) for seed in range(RUNS)]
+        runs = DRAWS // particles
+        draws = [ImportanceSampling(particles, seed=seed, progress=False).run(model, asked) for seed in range(runs)]
         ratios = np.stack([np.exp(each.log_weights - exact).mean((0, 1)) for each in draws])  # (run, prompt)
-        errors = (ratios.mean(0) - 1.0) / (ratios.std(0, ddof=1) / RUNS**0.5)
+        errors = (ratios.mean(0) - 1.0) / (ratios.std(0, ddof=1) / runs**0.5)
         largest = float(np.abs(errors).max())
         found.append([particles, prompts, gradients, total - gradients, sum(sent.values()), largest])
     if os.environ.get("RANK", "0") == "0":

@@ -83,7 +83,7 @@ test-long: install weights  ## run the tests marked long
 test-vllm: install weights $(VLLM)/.installed  ## serve policies by vLLM (installs 3.5 GB into build/) and compare
 	@VLLM_PYTHON="$(CURDIR)/$(VLLM)/bin/python" $(BIN)/pytest -m long tests/test_vllm.py $(ARGS)
 
-fuzz: install  ## random arguments, runs, command lines and damaged folders, 20 minutes (ARGS="-k constructors")
+fuzz: install  ## random arguments, runs, command lines and damaged folders, 20 minutes (ARGS="-k calls")
 	@FUZZ=large OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_fuzz.py $(ARGS)
 
 chaos: install  ## kill runs and damage files at random: ARGS="--trials 100 --seed 0"

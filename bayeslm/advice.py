@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from bayeslm.posterior_draws import PosteriorDraws
+from bayeslm.validation import validated
 
 __all__ = ["ADVICE", "Advice", "in_python", "in_words", "on_command_line"]
 
@@ -63,21 +64,25 @@ ADVICE = {  # by engine; of others by kind
     "particles": Advice("use more particles or chains"),
     "markov": Advice("run longer chains"),
     "exact": Advice("use more draws"),
+    "enumerated": Advice("nothing, an enumeration has no error of sampling"),
     "uncorrected": Advice("use more draws"),
 }
 
 
+@validated
 def in_words(posterior: PosteriorDraws) -> str:
     """Return what to do about a posterior's errors, for any reader."""
     return _of(posterior).words
 
 
+@validated
 def in_python(posterior: PosteriorDraws) -> str:
     """Return what to write next in Python."""
     advice = _of(posterior)
     return ", or ".join(filter(None, [_raised(advice), advice.instead])) or advice.words
 
 
+@validated
 def on_command_line(posterior: PosteriorDraws, name: str) -> str:
     """Return what to write next on the command line.
 

@@ -30,7 +30,7 @@ from numpy.typing import ArrayLike
 from bayeslm.posterior_draws import DiagnosticsWarning, PosteriorDraws
 from bayeslm.weights import Array, Estimate, as_log_weights, chain_log_evidence
 
-from .validation import validated
+from .validation import Positive, validated
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -101,7 +101,7 @@ def certify(runs: PosteriorDraws, conditional: PosteriorDraws, *, level: float =
 
 
 @validated
-def unseen_limit(log_evidence: ArrayLike, stderr: ArrayLike, log_bound: float, prior_draws: float) -> Array:
+def unseen_limit(log_evidence: ArrayLike, stderr: ArrayLike, log_bound: float, prior_draws: Positive) -> Array:
     """Return an upper limit of log Z that counts what no draw has seen: log(Ẑ e^{2 se} + (3/N) e^M).
 
     With N draws of the prior, what they have not seen has a prior probability below 3/N, with 95% confidence (the rule

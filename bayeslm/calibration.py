@@ -28,9 +28,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bayeslm.posterior_draws import PosteriorDraws
+from bayeslm.validation import validated
 from bayeslm.weights import Array
-
-from .validation import validated
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -156,9 +155,9 @@ def _probabilities(predicted: PosteriorDraws | ArrayLike, site: str) -> Array:
         predicted = np.exp(predicted.pointwise[site].astype(float))
     p = np.asarray(predicted, dtype=float)
     if p.ndim != 3 or p.size == 0:
-        raise ValueError(f"probabilities must be (chain, draw, pair) and not empty, got {p.shape}")
+        raise ValueError(f"predicted must be probabilities (chain, draw, pair) and not empty, got {p.shape}")
     if not ((p >= 0) & (p <= 1)).all():
-        raise ValueError("probabilities must be between 0 and 1")
+        raise ValueError("predicted probabilities must be between 0 and 1")
     return p
 
 

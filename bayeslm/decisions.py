@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike
 
 from bayeslm.diagnostics import expectation
 from bayeslm.posterior_draws import PosteriorDraws
-from bayeslm.validation import Count, Unchecked, validated
+from bayeslm.validation import Count, Unchecked, show, validated
 from bayeslm.weights import Array, Estimate
 
 
@@ -201,6 +201,8 @@ def decide(
     :raises ValueError: if ``site`` is needed and missing, or unknown, or has several texts a prompt; if every weight of
         a prompt is zero, or a utility is not a finite number, with the pair.
     """
+    if not hasattr(posterior, "decide"):
+        raise TypeError(f"decide: posterior must be a Posterior, got {show(posterior)}")
     columns = _columns(posterior, _site(posterior, site), utility)
     if isinstance(utility, str):
         if also:

@@ -20,6 +20,7 @@ import numpy as np
 
 from bayeslm.diagnostics import expectation
 from bayeslm.posterior import Posterior
+from bayeslm.validation import validated
 from bayeslm.weights import POOL, Array, Estimate, ess, normalise
 
 KINDS = ("enumerated", "exact", "weighted", "particles")  # of draws that can be weighted anew
@@ -47,6 +48,7 @@ class Tilt:
     """The effective sample size of the tilted draws of the prompt that has fewest; inf for an enumeration."""
 
 
+@validated
 def fit_tilt(
     posterior: Posterior, features: Array, targets: Array, names: Sequence[str], *, min_ess: float = 50.0
 ) -> Tilt:
@@ -96,12 +98,14 @@ def fit_tilt(
     return Tilt(x / scale, stderr / scale, step, size)
 
 
+@validated
 def tilt(posterior: Posterior, log_factor: Array) -> Posterior:
     """Return the posterior with its density multiplied by exp(log_factor), (chain, draw, prompt), as weighted draws."""
     kind = "weighted" if posterior.kind == "exact" else posterior.kind
     return replace(posterior, kind=kind, log_weights=posterior.log_weights + log_factor)
 
 
+@validated
 def moments(posterior: Posterior, features: Array) -> Estimate:
     """Return the means of features (chain, draw, prompt, moment) over draws and prompts, and errors, both (moment,)."""
     each = [expectation(posterior, features[..., j]) for j in range(features.shape[3])]
@@ -109,6 +113,7 @@ def moments(posterior: Posterior, features: Array) -> Estimate:
     return means, np.sqrt((errors**2).sum(axis=1)) / errors.shape[1]
 
 
+@validated
 def check_kind(posterior: Posterior) -> None:
     """Refuse draws that cannot be weighted anew.
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from bayeslm.calibration import Calibration
 from bayeslm.posterior_draws import PosteriorDraws
+from bayeslm.validation import NonEmpty, Within, validated
 from bayeslm.weights import Array
 
 if TYPE_CHECKING:
@@ -23,8 +24,9 @@ PRIOR_COLOUR = "#6E6E6E"
 MAX_PANELS = 12
 
 
+@validated
 def plot_rewards(
-    posteriors: Mapping[str, PosteriorDraws | ArrayLike],
+    posteriors: Annotated[Mapping[str, PosteriorDraws | ArrayLike], NonEmpty],
     *,
     prompts: Sequence[int] | None = None,
     bins: int = 30,
@@ -89,6 +91,7 @@ def plot_rewards(
     return figure
 
 
+@validated
 def plot_training(posterior: PosteriorDraws, figure: Figure | None = None) -> Figure:
     """Plot ELBO, log-likelihood r / β and KL to the prior against the step of an `SVI` run, as means over prompts.
 
@@ -101,7 +104,7 @@ def plot_training(posterior: PosteriorDraws, figure: Figure | None = None) -> Fi
     """
     stats = posterior.stats
     if np.ndim(stats.get("elbo", 0.0)) != 3:
-        raise ValueError(f"{posterior.engine} has no curve stats['elbo'] of shape (chain, step, prompt)")
+        raise ValueError(f"this posterior of {posterior.engine} has no curve stats['elbo'] (chain, step, prompt)")
     panels = {"elbo": "ELBO", "log_likelihood": "log-likelihood r / β", "kl": "KL to the prior"}
     panels = {key: title for key, title in panels.items() if key in stats}
     held_out = [key.removesuffix("_elbo") for key in stats if key.endswith("_elbo")]
@@ -135,7 +138,8 @@ def plot_training(posterior: PosteriorDraws, figure: Figure | None = None) -> Fi
     return figure
 
 
-def plot_reliability(calibrations: Mapping[str, Calibration]) -> Figure:
+@validated
+def plot_reliability(calibrations: Annotated[Mapping[str, Calibration], NonEmpty]) -> Figure:
     """Plot a reliability diagram: the share of pairs whose likelier outcome happened against its mean probability.
 
     Calibrated probabilities are on the diagonal; error bars are two standard errors of the share if they are
@@ -145,8 +149,6 @@ def plot_reliability(calibrations: Mapping[str, Calibration]) -> Figure:
     :raises ImportError: without matplotlib.
     :raises ValueError: if the mapping is empty.
     """
-    if not calibrations:
-        raise ValueError("plot_reliability needs at least one calibration")
     figure, (axis, below) = _subplots(2, 1, figsize=(5.2, 6.0), sharex=True, height_ratios=(3, 1), layout="constrained")
     lowest = min(found.lowest for found in calibrations.values())
     axis.plot((lowest, 1), (lowest, 1), color=PRIOR_COLOUR, linewidth=1)
@@ -163,7 +165,8 @@ def plot_reliability(calibrations: Mapping[str, Calibration]) -> Figure:
     return figure
 
 
-def plot_over_optimisation(panels: Mapping[str, Mapping[str, Mapping[str, ArrayLike]]]) -> Figure:
+@validated
+def plot_over_optimisation(panels: Annotated[Mapping[str, Mapping[str, Mapping[str, ArrayLike]]], NonEmpty]) -> Figure:
     """Plot the true reward (line) and the learned reward (faint) against KL(π ‖ prior).
 
     Curves are means over replicates, with one standard error up and down if there are two or more. KL has a square-root
@@ -174,8 +177,6 @@ def plot_over_optimisation(panels: Mapping[str, Mapping[str, Mapping[str, ArrayL
     :raises ImportError: without matplotlib.
     :raises ValueError: if there is no panel, or the arrays of a curve differ in shape.
     """
-    if not panels:
-        raise ValueError("plot_over_optimisation needs at least one panel")
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     columns = min(len(panels), 2)
     lines = -(-len(panels) // columns)
@@ -184,6 +185,8 @@ def plot_over_optimisation(panels: Mapping[str, Mapping[str, Mapping[str, ArrayL
     )
     for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
         for name, curve in curves.items():
+            if missing := {"kl", "true", "proxy"} - set(curve):
+                raise ValueError(f"panels[{title!r}][{name!r}] has no {', '.join(sorted(missing))}")
             kl, true, proxy = (np.asarray(curve[key], dtype=float) for key in ("kl", "true", "proxy"))
             if kl.ndim != 2 or not kl.shape == true.shape == proxy.shape:
                 shapes = f"{kl.shape}, {true.shape} and {proxy.shape}"
@@ -221,8 +224,13 @@ def plot_over_optimisation(panels: Mapping[str, Mapping[str, Mapping[str, ArrayL
     return figure
 
 
+@validated
 def plot_regret(
-    regrets: Mapping[str, ArrayLike], *, interval: float = 0.9, axis: Any = None, label: str = "episode"
+    regrets: Annotated[Mapping[str, ArrayLike], NonEmpty],
+    *,
+    interval: Annotated[float, Within("(0, 1]")] = 0.9,
+    axis: Any = None,
+    label: str = "episode",
 ) -> Figure:
     """Plot the cumulative regret against the episode: the mean over runs, and the central ``interval`` of runs.
 
@@ -233,10 +241,6 @@ def plot_regret(
     :raises ImportError: without matplotlib.
     :raises ValueError: if the mapping is empty, a shape is wrong or ``interval`` is outside (0, 1].
     """
-    if not regrets:
-        raise ValueError("plot_regret needs the regret of at least one strategy")
-    if not 0 < interval <= 1:
-        raise ValueError(f"interval must be in (0, 1], got {interval}")
     curves = {name: np.asarray(regret, dtype=float) for name, regret in regrets.items()}
     for name, regret in curves.items():
         if regret.ndim != 2 or regret.size == 0:
@@ -260,7 +264,7 @@ def _weighted_rewards(entry: PosteriorDraws | ArrayLike) -> tuple[Array, Array]:
     """Return rewards and their weights, both (chain, draw, prompt); weights sum to 1 for each prompt."""
     rewards = np.asarray(getattr(entry, "measured", entry), dtype=float)
     if rewards.ndim != 3:
-        raise ValueError(f"rewards must be (chain, draw, prompt), not {rewards.shape}")
+        raise ValueError(f"rewards among the posteriors must be (chain, draw, prompt), not {rewards.shape}")
     weights = entry.weights() if hasattr(entry, "weights") else np.array(1.0 / rewards[..., 0].size)
     return rewards, np.broadcast_to(weights, rewards.shape)
 

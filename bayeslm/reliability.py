@@ -28,6 +28,7 @@ import numpy as np
 from bayeslm import advice
 from bayeslm.diagnostics import ess_bulk, rhat
 from bayeslm.posterior_draws import DiagnosticsWarning, PosteriorDraws
+from bayeslm.validation import validated
 from bayeslm.weights import (
     KHAT_LIMIT,
     POOL,
@@ -45,6 +46,7 @@ from bayeslm.weights import (
 __all__ = ["Level", "levels", "problems", "warn"]
 
 ESS_LIMIT = 20.0  # of weighted or exact draws, and the number of roots of particles
+ROUNDING = 0.1  # nats
 MARKOV_ESS_LIMIT = 400.0  # of Markov chains, whose errors need an estimate of their autocorrelation (Vehtari 2021)
 RHAT_LIMIT = 1.05
 DOMINANT = 0.3  # the share of the variance of an estimate that one draw may have; see benchmarks/dominance.py
@@ -66,6 +68,7 @@ class Level(NamedTuple):
     share: float
 
 
+@validated
 def levels(posterior: PosteriorDraws) -> list[list[Level]]:
     """Return the levels of the reward, lowest first, for each prompt (all together if they share a latent).
 
@@ -83,6 +86,7 @@ def levels(posterior: PosteriorDraws) -> list[list[Level]]:
     ]
 
 
+@validated
 def problems(posterior: PosteriorDraws) -> list[list[str]]:
     """Return what is wrong with the errors of a posterior, in sentences, for each prompt.
 
@@ -90,13 +94,16 @@ def problems(posterior: PosteriorDraws) -> list[list[str]]:
     (benchmarks/RESULTS.md has the cases). Of several signs of one fault, as few draws that have most of the weight, the
     first is said. Prompts that share a latent have one list.
     """
+    rounded = _rounded(posterior)
     if posterior.conditional or posterior.kind == "enumerated":
-        return [[] for _ in range(posterior.log_weights.shape[2])]
+        return rounded
     find = _of_weights if posterior.kind in ("weighted", "particles") else _of_equal_draws
     found = list(find(posterior))
-    return [lines + unseen for lines, unseen in zip(found, _unseen(posterior, found), strict=True)]
+    every = zip(rounded, found, _unseen(posterior, found), strict=True)
+    return [first + lines + unseen for first, lines, unseen in every]
 
 
+@validated
 def warn(posterior: PosteriorDraws) -> None:
     """Give one `DiagnosticsWarning` of a posterior's problems, if it has any, to the code that called the engine."""
     found = problems(posterior)
@@ -110,8 +117,24 @@ def warn(posterior: PosteriorDraws) -> None:
         frame, level = sys._getframe(), 1
         while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "bayeslm":
             frame, level = frame.f_back, level + 1
-        text = f"{posterior.engine}: {' '.join(lines[:SHOWN])}{rest}\nNext: {advice.in_python(posterior)}."
+        following = "" if posterior.kind == "enumerated" else f"\nNext: {advice.in_python(posterior)}."
+        text = f"{posterior.engine}: {' '.join(lines[:SHOWN])}{rest}{following}"
         warnings.warn(text, DiagnosticsWarning, stacklevel=level)
+
+
+def _rounded(posterior: PosteriorDraws) -> list[list[str]]:
+    """Return for each prompt a sentence if its highest log-likelihood, which has the weight, has lost digits."""
+    found: list[list[str]] = [[] for _ in range(posterior.log_weights.shape[2])]
+    for name, terms in posterior.log_likelihood.items():
+        top = np.abs(np.where(np.isfinite(terms), terms, -np.inf).max(POOL).astype(terms.dtype))
+        for i, (size, step) in enumerate(zip(top, np.spacing(top), strict=True)):
+            column = found[min(i, len(found) - 1)]
+            if np.isfinite(size) and step > ROUNDING and not column:
+                column.append(
+                    f"The log-likelihood of {name!r} is {size:.3g} nats in size, where {terms.dtype} has steps of "
+                    f"{step:.3g}: subtract a constant from the reward, or torch.set_default_dtype(torch.float64)."
+                )
+    return found
 
 
 def _of_weights(posterior: PosteriorDraws) -> Iterator[list[str]]:
@@ -289,6 +312,7 @@ def _influences(posterior: PosteriorDraws, weights: Array) -> dict[str, Array]:
     return found
 
 
+@validated
 def dominance(posterior: PosteriorDraws) -> dict[str, Array]:
     """Return the largest share that one draw has of the variance of each estimate, (prompt,)."""
     return {name: _dominance(phi, posterior.roots) for name, phi in _influences(posterior, _weights(posterior)).items()}

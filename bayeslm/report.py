@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -23,14 +23,16 @@ from bayeslm.files import write_file
 from bayeslm.posterior_draws import PosteriorDraws
 from bayeslm.processes import is_first
 from bayeslm.summaries import next_steps, remarks
+from bayeslm.validation import NonEmpty, validated
 from bayeslm.version import __version__
 from bayeslm.visible import visible
 
 __all__ = ["render", "write_report"]
 
 
+@validated
 def write_report(
-    posteriors: Mapping[str, PosteriorDraws],
+    posteriors: Annotated[Mapping[str, PosteriorDraws], NonEmpty],
     path: str | Path,
     *,
     title: str | None = None,
@@ -53,12 +55,14 @@ def write_report(
     return target
 
 
+@validated
 def render(
-    posteriors: Mapping[str, PosteriorDraws], *, title: str | None = None, settings: Mapping[str, object] | None = None
+    posteriors: Annotated[Mapping[str, PosteriorDraws], NonEmpty],
+    *,
+    title: str | None = None,
+    settings: Mapping[str, object] | None = None,
 ) -> str:
     """Return the HTML of a report; parameters and errors are those of `write_report`."""
-    if not posteriors:
-        raise ValueError("a report needs at least one posterior")
     first = next(iter(posteriors.values()))
     for name, posterior in posteriors.items():
         if posterior.prompts != first.prompts:

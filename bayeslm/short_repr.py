@@ -1,12 +1,16 @@
-"""Short representations of settings: what differs from the defaults, without whole networks."""
+"""Short representations of settings, those that differ from the defaults, and of the values that errors show."""
 
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 LONGEST = 60  # characters of a setting
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxother = LONGEST
+_shown.maxlevel = 2
 
 
 def call(name: str, settings: Mapping[str, Any]) -> str:
@@ -40,3 +44,13 @@ def _changed(record: Any) -> Iterator[tuple[str, Any]]:
         comparable = isinstance(value, int | float | str | tuple) or dataclasses.is_dataclass(value)
         if field.repr and not (value is default or (comparable and type(value) is type(default) and value == default)):
             yield field.name, value
+
+
+def show(value: Any) -> str:
+    """Return a value on one short line, for errors; with its type, unless that is plain from its look."""
+    try:
+        text = " ".join(_shown.repr(value).split())
+    except Exception:  # an object's own __repr__ may fail
+        return f"a {type(value).__name__}"
+    plain = value is None or isinstance(value, str | int | float | list | tuple | dict | set | bytes | type)
+    return text if plain else f"a {type(value).__name__}: {text:.60}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
 from bayeslm import reliability
 from bayeslm.diagnostics import summary
 from bayeslm.posterior_draws import PosteriorDraws
+from bayeslm.validation import NonEmpty, validated
 
 NAMED = 3  # prompts that one remark names
 
@@ -55,7 +56,8 @@ def _records(posterior: PosteriorDraws, *, weighted: bool) -> tuple[list[dict[st
     return records, over_prompts(records, joint=posterior.log_weights.shape[2] == 1)
 
 
-def over_prompts(records: list[dict[str, Any]], *, joint: bool) -> dict[str, Any]:
+@validated
+def over_prompts(records: Annotated[list[dict[str, Any]], NonEmpty], *, joint: bool) -> dict[str, Any]:
     """Return the summary of all prompts: means, the smallest ESS and number of roots, the largest k̂ and R̂.
 
     If k̂ or R̂ of any prompt is unknown, so is the largest; "khat_reason" says of how many prompts k̂ is.
@@ -82,6 +84,7 @@ def over_prompts(records: list[dict[str, Any]], *, joint: bool) -> dict[str, Any
     return found
 
 
+@validated
 def draws_are_of_policy(posterior: PosteriorDraws) -> bool:
     """Return whether the raw draws are of the trained policy alone, as those of SVI, which says what it has kept.
 
@@ -91,6 +94,7 @@ def draws_are_of_policy(posterior: PosteriorDraws) -> bool:
     return posterior.kind == "weighted" and has_policy and "kept_steps" in posterior.stats
 
 
+@validated
 def remarks(posteriors: Mapping[str, PosteriorDraws]) -> list[str]:
     """Return a sentence for each problem that the diagnostics show; one that several prompts share is said once."""
     lines = []
@@ -119,6 +123,7 @@ def _of_prompts(posterior: PosteriorDraws, labels: list[str]) -> str:
     return f", {', '.join(labels[:NAMED])}{more}"
 
 
+@validated
 def next_steps(posteriors: Mapping[str, PosteriorDraws], advise: Callable[[PosteriorDraws, str], str]) -> list[str]:
     """Return what to do about the problems of each engine that has any.
 

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from .validation import Shape, validated
 
 Array = NDArray[Any]
+PerDraw = Annotated[Array, Shape("chain, draw, prompt")]
 Estimate = tuple[Array, Array]  # (estimate, standard error)
 
 POOL = (0, 1)  # the chain and draw axes
@@ -22,6 +23,7 @@ MIN_TAIL = 10  # draws in the tail, below which ties that are not exact cannot b
 TIE = 1e-4  # log weights closer than this count as equal: the precision of sums of float32 log-probabilities
 NEARLY_EQUAL = 0.01  # nats: a tail whose log weights have a smaller scale than this has weights that are nearly equal
 JACKKNIFE_ESS = 100.0  # below it, errors of independent draws are by the jackknife
+LARGE = 1e6  # nats
 LUMPY = 0.1  # the median of the normalised gaps of a tail over their mean: ln 2 for an exponential one, 0 for levels
 
 
@@ -168,9 +170,13 @@ def normalise(log_weights: ArrayLike) -> Array:
             f"every draw of prompt {', '.join(map(str, dead))} has weight zero (log weight -inf), so none meets the "
             "constraint: use more draws, a better proposal or a softer reward"
         )
-    return lw - total
+    shifted: Array = lw - total
+    if (large := np.abs(total) > LARGE).any():  # whose own rounding would count
+        shifted[..., large] -= _logsumexp(shifted[..., large], axis=POOL)
+    return shifted
 
 
+@validated
 def as_log_weights(log_weights: ArrayLike) -> Array:
     """Return a copy of the log weights as floats.
 
@@ -184,12 +190,13 @@ def as_log_weights(log_weights: ArrayLike) -> Array:
     return lw
 
 
-def num_draws(array: Array) -> int:
+def num_draws(array: Annotated[Array, Shape("chain, draw, ...")]) -> int:
     """Return the number of draws in all chains."""
     return array.shape[0] * array.shape[1]
 
 
-def evidence_influence(log_weights: Array, roots: ArrayLike | None = None) -> Array:
+@validated
+def evidence_influence(log_weights: PerDraw, roots: ArrayLike | None = None) -> Array:
     """Return the influence of each draw on log mean(w) up to a constant, (chain, draw, prompt).
 
     φ = w / mean(w); where the ESS of independent draws is small, that of the jackknife (`jackknife_influence`).
@@ -209,7 +216,8 @@ def has_small_ess(log_weights: Array) -> Array:
     return ess(log_weights) < JACKKNIFE_ESS
 
 
-def jackknife_influence(without: Array) -> Array:
+@validated
+def jackknife_influence(without: PerDraw) -> Array:
     """Return φ_i = (N − 1) (mean(θ_−) − θ_−i), whose variance over N is that of the jackknife, (chain, draw, prompt).
 
     Where few draws have most of the weight, the estimate is far from linear in a draw's share, and the delta method's
@@ -223,8 +231,13 @@ def jackknife_influence(without: Array) -> Array:
         return (num_draws(without) - 1) * (without.mean(axis=POOL) - without)
 
 
+@validated
 def standard_error(
-    estimate: Array, influence: Array, *, size: Array | None = None, roots: ArrayLike | None = None
+    estimate: Array,
+    influence: PerDraw,
+    *,
+    size: Array | None = None,
+    roots: ArrayLike | None = None,
 ) -> Array:
     """Return √(var(φ) / N), the standard error of an estimator with influence φ, (prompt,).
 
@@ -260,7 +273,11 @@ def num_roots(roots: Annotated[ArrayLike, Shape("chain, draw, prompt", whole=Tru
     return by_root(np.zeros(roots.shape), roots)[1].sum(axis=POOL)
 
 
-def by_root(influence: Array, roots: Array) -> tuple[Array, Array]:
+@validated
+def by_root(
+    influence: PerDraw,
+    roots: Annotated[Array, Shape("chain, draw, prompt", whole=True)],
+) -> tuple[Array, Array]:
     """Return Σ φ over the descendants of each root, and whether it has any, both (chain, root, prompt)."""
     chains, size, columns = influence.shape
     chain, _, column = np.ogrid[:chains, :size, :columns]

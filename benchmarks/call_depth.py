@@ -19,8 +19,9 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import pyro
@@ -48,13 +49,13 @@ class Calls:
         self.on = not self.on
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> None:
-        if not self.on or event != "call" or (here := place(frame)) is None:
+        if not self.on or event != "call" or (here := place(frame.f_code)) is None:
             return
         self.entered[here] += 1
         if frame.f_code is self.forward:
             stack, below = [], frame.f_back
             while below is not None and below.f_code not in ENGINES:
-                stack += [": ".join(at)] if (at := place(below)) else []
+                stack += [": ".join(at)] if (at := place(below.f_code)) else []
                 below = below.f_back
             self.deepest = max(self.deepest, stack[::-1], key=len)
 
@@ -66,9 +67,9 @@ class Calls:
 ENGINES = (ImportanceSampling.run.__code__, SVI.run.__code__)
 
 
-def place(frame: FrameType) -> tuple[str, str] | None:
+@cache
+def place(code: CodeType) -> tuple[str, str] | None:
     """The file and the name of a function of the project; None of another's, a comprehension or a module."""
-    code = frame.f_code
     file = Path(code.co_filename)
     room = next((room for room in ROOMS if room in file.parents), None)
     if room is None or (code.co_name.startswith("<") and code.co_name != "<lambda>"):

@@ -90,6 +90,10 @@ def exports(package: str) -> set[str]:
     return set()
 
 
+def _last_name(function: ast.expr) -> str:
+    return getattr(function, "attr", None) or getattr(function, "id", "")
+
+
 def imports(module: str) -> Iterator[Import]:
     """Every import in a module, of the project or not, wherever it stands."""
     package = module if modules()[module].name == "__init__.py" else module.rpartition(".")[0]
@@ -107,7 +111,7 @@ def imports(module: str) -> Iterator[Import]:
             names = tuple(x.name for x in node.names if x.name not in inner)
             if names:
                 yield Import(module, source, names, node.level > 0, node.lineno)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+        elif isinstance(node, ast.Call) and _last_name(node.func) in ("import_module", "__import__"):
             for name in node.args[:1]:
                 if isinstance(name, ast.Constant):  # `import_module("package.module")`
                     yield Import(module, str(name.value), (), False, node.lineno)

@@ -38,7 +38,7 @@ from bayeslm.models import LanguageModel, TiltedLM, rewards
 from bayeslm.posterior import DiagnosticsWarning
 
 SOURCES = ["networkx", "numpy", "scipy.stats", "scipy.signal", "scipy.optimize", "scipy.ndimage", "scipy.linalg"]
-TRAIN, HELD_OUT, DRAWS, STEPS, PARTICLES = 24, 12, 8, 12, 8
+TRAIN, HELD_OUT, DRAWS, STEPS, PARTICLES = 24, 12, 8, 10, 8
 BETA, LONGEST, MOST_WORDS = 0.05, 20, 12
 PER_WORD, PER_COPIED, FREE_RUN = 0.01, 0.05, 3
 

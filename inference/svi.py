@@ -75,7 +75,8 @@ class SVI:
     :param num_particles: completions of each prompt in a step, or as many as the ``objective`` says.
     :param objective: the loss: one of `bayeslm.inference.training`, with its own number of particles, or a Pyro ELBO.
         None chooses by the program and the size of its networks (see `default_objective`): `ReverseKL` on 16 new
-        completions a step; of small networks in a `TrustRegion` `LogVariance` on 64, kept for further steps.
+        completions a step; of small networks in a `TrustRegion` `LogVariance` on lots of 128, or of a fifteenth of the
+        budget's samples, all of which are kept for further steps.
     :param guide: None makes an `AutoPolicy` for each chain. A `LanguageModel`, such as the policy of an earlier
         training, makes one that begins with a copy of it. A class or a `functools.partial` of one is called for each
         chain: ``partial(AutoPolicy, lora_rank=8)`` with the program, Pyro's automatic guides with the model
@@ -172,7 +173,7 @@ class SVI:
             if objective is None:
                 in_region = isinstance(self.optimizer, TrustRegion)
                 objective = default_objective(
-                    program, self.num_particles, owns_guide=self.makes_guides, in_region=in_region
+                    program, self.num_particles, self.budget, owns_guide=self.makes_guides, in_region=in_region
                 )
             self._check_together(program, objective, watch)
             checkpoints = self._checkpoints(program, objective)

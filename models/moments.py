@@ -47,6 +47,7 @@ class Moment:
         return self.reward.__name__
 
 
+@validated
 def moment_target(base: TiltedLM, moments: Sequence[Moment], coefficients: Sequence[float]) -> TiltedLM:
     """Return the base's posterior times exp(coefficients . features), as a program with beta = 1."""
     terms = [] if base.reward is None else [base.reward / base.beta]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor
 
 from bayeslm.inference.program import Particles, Program, Site, ranks
 from bayeslm.models.lm import LanguageModel
+from bayeslm.validation import NonEmpty, validated
 
 from .ensemble import Recycling
 from .moves import Move, Outcome, PriorMove, RandomWalk
 from .suffix_move import SuffixMove
 
 
+@validated
 def latent_moves(
     program: Program,
     *,
@@ -124,6 +127,7 @@ def sweep(
     return state
 
 
+@validated
 def as_draws(state: Particles) -> Particles:
     """Return the chains' state on the CPU, without what a posterior does not keep (log-probabilities of tokens)."""
     return replace(
@@ -141,7 +145,8 @@ def as_draws(state: Particles) -> Particles:
     )
 
 
-def chain_by_chain(states: list[Particles]) -> Particles:
+@validated
+def chain_by_chain(states: Annotated[list[Particles], NonEmpty]) -> Particles:
     """Join the states of all chains, one element a draw, into particles in the order of chains, then of draws."""
     draws, chains = len(states), len(states[0])
     return Particles.concatenate(states)[torch.arange(draws * chains).reshape(draws, chains).T.reshape(-1)]

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from bayeslm.inference.program import Particles, Program, to_numpy
+from bayeslm.validation import validated
 
 
 @dataclass
@@ -82,6 +83,7 @@ def _draw(shares: Tensor) -> Tensor:
     return torch.where(shares.gather(0, index[None])[0] > 0, index, cdf.argmax(0))
 
 
+@validated
 def num_candidates(program: Program, chains: int) -> int:
     """Return the number N of proposals in one batch: by the device and the number of chains, not by a clock.
 

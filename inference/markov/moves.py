@@ -38,6 +38,7 @@ from bayeslm.inference.program import (
     run_particles,
     same_distribution,
 )
+from bayeslm.validation import validated
 
 from .ensemble import choose
 from .tempering import log_target
@@ -187,6 +188,7 @@ class PriorMove(Move):
         return Proposal(new, log_prob - fn.log_prob(new))
 
 
+@validated
 class RandomWalk(Move):
     """Add a normal step to a continuous latent in unconstrained space, all elements together.
 

@@ -33,6 +33,7 @@ from bayeslm.inference.program import (
     to_numpy,
 )
 from bayeslm.models.lm import Autoregressive
+from bayeslm.validation import validated
 
 STARTS = 100  # points that `starting_point` tries
 
@@ -71,6 +72,7 @@ class Unconstrained:
         return torch.stack(each).sum(0)
 
 
+@validated
 class ScoreOnce(Messenger):
     """Score an observed or conditioned completion once, and again only after its value, prompts or network changed.
 
@@ -129,6 +131,7 @@ class Potential:
         return -torch.as_tensor(trace.log_prob_sum() + at.log_det)
 
 
+@validated
 def unconstrained_shapes(program: Program) -> dict[str, torch.Size]:
     """Return the shape of the real numbers z of every latent, by site.
 
@@ -177,6 +180,7 @@ def score_unconstrained(
     return Particles.concatenate(parts), torch.cat(log_dets)
 
 
+@validated
 def starting_point(
     program: Program,
     score_once: ScoreOnce,

@@ -30,12 +30,14 @@ from torch import Tensor
 
 from bayeslm.inference.program import Program
 from bayeslm.models.lm import LanguageModel, redraw
+from bayeslm.validation import validated
 
 from .moves import Move, Outcome, Proposal
 
 GOLDEN = (5**0.5 - 1) / 2
 
 
+@validated
 class SuffixMove(Move):
     """Redraw a completion from a cut, one completion of each posterior at a time.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bayeslm.inference.program import Particles, Program, to_numpy
+from bayeslm.validation import validated
 
 
 def log_target(state: Particles, gamma: Tensor | float) -> Tensor:
@@ -28,6 +29,7 @@ def tempered(log_likelihood: Tensor, gamma: Tensor | float) -> Tensor:
     return torch.where(gamma == 0, 0.0, gamma * log_likelihood)
 
 
+@validated
 class Replicas:
     """Replicas of the chains at K inverse temperatures, in one axis of particles, temperature by temperature.
 

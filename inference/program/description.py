@@ -11,12 +11,14 @@ from typing import Any
 from bayeslm.chats import has_speakers
 from bayeslm.models.lm import LanguageModel
 from bayeslm.models.rewards import Reward
+from bayeslm.validation import validated
 
 from .program import Program
 
 LONGEST = 200  # characters of a setting
 
 
+@validated
 def describe(program: Program) -> dict[str, Any]:
     """Return a ``program``'s name and its settings that can be written down, for the statistics of a run.
 
@@ -68,12 +70,14 @@ def _arguments(program: Program) -> Mapping[str, Any]:
     return bound.arguments
 
 
+@validated
 def prompt_labels(program: Program) -> list[str]:
     """Return the name of each prompt as errors and warnings say it: of chats the user's last turn."""
     texts, turns = prompt_texts(program), chat_turns(program)
     return turns if len(turns) == len(texts) else texts  # a part of a program's prompts has texts of its own
 
 
+@validated
 def prompt_texts(program: Program) -> list[str]:
     """Return the text of each prompt, if a completion site has one text a prompt, else its number."""
     if program.in_chunks:

@@ -18,6 +18,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from bayeslm.models.lm import LanguageModel
+from bayeslm.validation import validated
 
 from .errors import ProgramError
 from .handlers import Assign, Assignment
@@ -100,6 +101,7 @@ def as_proposal(guide: Callable[..., Any], program: Program) -> Callable[..., An
     return normal
 
 
+@validated
 class PolicyGuide:
     """A guide in which one language model takes the place of the program's own.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bayeslm.models.lm import Autoregressive
 from bayeslm.models.rewards import rehearsal
+from bayeslm.validation import validated
 
 from .errors import ProgramError
 from .handlers import Arbitrary, seeded
@@ -50,6 +51,7 @@ ADVICE = (
 )
 
 
+@validated
 def check_independence(program: Program) -> None:
     """Compare the scores of a few particles that run together with those that each has alone; once for each program.
 

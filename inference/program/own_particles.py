@@ -40,10 +40,10 @@ def check_own_particles(
 ) -> None:
     """Compare the scores of some particles of a run with those that each has alone, at the same values.
 
-    No network of a completion runs, and no `Reward` is called: it repeats its scores of the run. Functions that the
-    program calls itself are called for these particles; the random state is restored. Sites that have other scores
-    when the same particles run again, because the program is random, are not compared; nor is a program that asks
-    whether it is rehearsed, which does something else then.
+    No network of a completion runs, and no `Reward` is called: it repeats its scores of the run, so one that normalises
+    over its batch is not found. Functions that the program calls itself are called for these particles; the random
+    state is restored. Sites that have other scores when the same particles run again, because the program is random,
+    are not compared; nor is a program that asks whether it is rehearsed, which does something else then.
 
     :param program: also a guide in its place (`program_of_guide`).
     :param what: program or guide, for the error.

@@ -20,8 +20,8 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from bayeslm.models.lm import Autoregressive
-from bayeslm.models.rewards import rehearsal
-from bayeslm.validation import check_program
+from bayeslm.models.rewards import rehearsal, watching_seed
+from bayeslm.validation import check_program, validated
 
 from .errors import ProgramError
 from .handlers import PROMPTS, Arbitrary, Minibatch, explained, seeded
@@ -280,10 +280,29 @@ def _inspect(
     """Inspect a program; of these prompts, or of the first ones, if its plate of prompts is subsampled."""
     if taken := sorted({"self", "fn"} & kwargs.keys()):  # arguments of Pyro's own wrappers of programs
         raise ProgramError(f"an argument or column is called {taken[0]!r}, which Pyro uses itself: rename it")
+    if torch.get_default_dtype().itemsize < 4:
+        raise ProgramError(
+            f"torch's default dtype is {torch.get_default_dtype()}, in which rewards keep 3 digits: "
+            "torch.set_default_dtype(torch.float32); networks keep the type of their weights"
+        )
     minibatch = Minibatch(prompts)
     # seeded, so that every inspection of a program gives the same
-    with seeded(0), torch.no_grad(), explained(), poutine.block(), rehearsal(calls=True), minibatch, Arbitrary():
+    with (
+        seeded(0),
+        watching_seed() as seeds,
+        torch.no_grad(),
+        explained(),
+        poutine.block(),
+        rehearsal(calls=True),
+        minibatch,
+        Arbitrary(),
+    ):
         trace = prune_subsample_sites(poutine.trace(model).get_trace(*args, **kwargs))
+    if seeds:
+        raise ProgramError(
+            "the program seeds torch's random numbers (pyro.set_rng_seed, torch.manual_seed), so that all its runs "
+            "would draw the same: give the seed to the engine, and a torch.Generator to functions with own numbers"
+        )
     sites: dict[str, Site] = {}
     sizes: dict[int, int] = {}
     for name, node in sample_sites(trace):
@@ -344,6 +363,7 @@ def _warn_of_another_plate(sites: list[Site]) -> None:
                 return
 
 
+@validated
 def inspect_or_reuse(
     program: Program | None, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Program:

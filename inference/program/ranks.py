@@ -31,6 +31,7 @@ from torch import Tensor
 from bayeslm.models.lm import announcing, passes_together, wait_for_passes
 from bayeslm.processes import set_rank
 from bayeslm.progress import quiet
+from bayeslm.validation import validated
 from bayeslm.visible import message_of
 
 LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # set by torchrun and accelerate
@@ -391,6 +392,7 @@ def _unpacked(message: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return json.loads(message[8:start]), load(message[start:]) if len(message) > start else {}
 
 
+@validated
 def seed_of(state: Tensor) -> int:
     """Return a seed that depends on all of a random state."""
     return _hashed(state.numpy().tobytes())
@@ -405,6 +407,7 @@ def _short(text: str | None) -> str:
     return "nothing" if text is None else text if len(text) <= 80 else f"{text[:77]}..."
 
 
+@validated
 def on_first(run: Ranks, function: Callable[[], Message]) -> Message:
     """Call a function on rank 0 alone, whose runs inside are its own, and return its message on every rank."""
     if run.size == 1:
@@ -414,6 +417,7 @@ def on_first(run: Ranks, function: Callable[[], Message]) -> Message:
     return run.first(*message)
 
 
+@validated
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
     """Return a digest of tensors: sums of their bits, computed on their devices, and their names and shapes."""
     sums = [_bits(x).sum(dtype=torch.int64) for x in tensors.values() if x.numel()]

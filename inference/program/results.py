@@ -14,6 +14,7 @@ from bayeslm.bounds import unseen_limit
 from bayeslm.models.lm import LIMIT, Autoregressive, Encoded, LanguageModel
 from bayeslm.models.rewards import Grammar
 from bayeslm.posterior import Posterior
+from bayeslm.validation import validated
 from bayeslm.weights import conditional_log_evidence
 
 from .description import chat_turns, describe, of_all, prompt_labels, prompt_texts
@@ -180,6 +181,7 @@ def _prior_draws(program: Program, particles: Particles | None) -> dict[str, np.
     return {name: to_numpy(value)[None] for name, value in out.items()}
 
 
+@validated
 def check_evidence(log_weights: np.ndarray, program: Program) -> None:
     """Check that each prompt has a draw of positive probability.
 
@@ -205,6 +207,7 @@ def check_evidence(log_weights: np.ndarray, program: Program) -> None:
     )
 
 
+@validated
 def check_grammar(grammar: Grammar, tokens: tuple[bytes, ...] | None, limit: int) -> None:
     """Check that a text of a grammar may fit so many tokens, as far as that is known (`Grammar.least_tokens`).
 
@@ -223,6 +226,7 @@ def check_grammar(grammar: Grammar, tokens: tuple[bytes, ...] | None, limit: int
     )
 
 
+@validated
 def token_bytes(distribution: Autoregressive) -> tuple[bytes, ...] | None:
     """Return the bytes of each token, b"" of those that end a text; None if they depend on a token's neighbours."""
     if not distribution.has_text:

@@ -14,6 +14,7 @@ from pyro.poutine import runtime
 from bayeslm.models.lm import Usage, count_usage, differentiating, drawing_by_samplers, exclusive, remembering
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
+from bayeslm.validation import validated
 from bayeslm.visible import message_of
 
 from .agreement import check_together
@@ -261,6 +262,7 @@ def _tokens(program: Program) -> int | None:
     return (of_run * (program.full_size if program.in_chunks else program.num_prompts) // program.num_prompts) or None
 
 
+@validated
 def of_prompts(program: Program) -> str:
     """Return, for the plan of a run, of how many prompts a step is."""
     if program.full_size == 1:

@@ -369,6 +369,7 @@ class ConstrainedCompletions(TorchDistribution):
         return tokens.clamp(0, self._base.vocabulary.size - 1)  # of ended texts, whose pad need not be a token
 
 
+@validated
 def constraint_of(
     setting: TokenConstraint | Mapping[str, TokenConstraint], program: Program
 ) -> dict[str, TokenConstraint]:

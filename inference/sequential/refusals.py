@@ -27,6 +27,7 @@ from torch import Tensor
 
 from bayeslm.inference.program import EvidenceError, Program, to_numpy
 from bayeslm.models.lm import Autoregressive, Decoder, Encoded, log_softmax_at
+from bayeslm.validation import validated
 
 from .constraints import (
     AllowedTokens,
@@ -190,6 +191,7 @@ class LearnedRejection(ConstraintGuide):
             known.learn()
 
 
+@validated
 def learned_evidence(log_likelihood: Tensor, log_share: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Return log of Z-hat (prompt,) and its standard error.
 

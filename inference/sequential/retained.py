@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bayeslm.inference.program import Particles, Program, ProgramError, prompt_texts, score_values
 from bayeslm.posterior import Posterior
+from bayeslm.validation import validated
 
 _REFUSED = {
     "weighted": "weighted draws have the distribution of a proposal",
@@ -50,6 +51,7 @@ def check_retained(engine: Any) -> None:
         raise ValueError(f"{name}: retained has {draws} draws, fewer than num_chains={engine.num_chains}: draw more")
 
 
+@validated
 def retained_particles(
     program: Program,
     retained: Posterior,
@@ -95,6 +97,7 @@ def retained_particles(
     return particles
 
 
+@validated
 def retained_values(program: Program, retained: Posterior, num_chains: int) -> dict[str, Tensor]:
     """Return the latents (chain, *batch, *event) of one retained draw for each chain, by site.
 
@@ -104,6 +107,7 @@ def retained_values(program: Program, retained: Posterior, num_chains: int) -> d
     return {site.name: values[site.name] for site in program.latents}
 
 
+@validated
 def put_first(retained: Particles, particles: Particles) -> Particles:
     """Replace the first particle of each chain by the chain's retained one.
 

@@ -38,7 +38,7 @@ from bayeslm.models.lm import LanguageModel
 from bayeslm.posterior import Posterior
 from bayeslm.progress import Report, track
 from bayeslm.reliability import FEW_HITS, LARGE_SHARE
-from bayeslm.validation import show
+from bayeslm.validation import show, validated
 from bayeslm.weights import KHAT_LIMIT, Array, Estimate, ess, psis
 
 from .auto_policy import AutoPolicy
@@ -277,6 +277,7 @@ def adapt(
     return some | {"round_ess": np.array([each.ess for each in rounds])}, run.interrupted
 
 
+@validated
 def run_adaptively(
     program: Program,
     plan: Plan,

@@ -240,6 +240,7 @@ class _DamagedError(ValueError):
 # -- the identity of a run -----------------------------------------------------------------------------------
 
 
+@validated
 def describe_run(engine: Any, program: Program, objective: Any) -> dict[str, Any]:
     """Return the identity of a run.
 

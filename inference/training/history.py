@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
+from bayeslm.validation import NonEmpty, validated
 
-def stack_chains(histories: list[dict[str, list[np.ndarray]]]) -> dict[str, Any]:
+
+@validated
+def stack_chains(histories: Annotated[list[dict[str, list[Any]]], NonEmpty]) -> dict[str, Any]:
     """Return lists of chains as arrays (chain, step, ...), NaN after the end of a chain that ended before others.
 
     Entries that name steps, ``..._steps``, are one list, the longest chain's.

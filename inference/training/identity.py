@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from bayeslm.models.lm import digest_of_values, whole_state
+from bayeslm.validation import validated
 
 from .source import assigned_outside, is_own, source_of, values_named
 
@@ -56,6 +57,7 @@ class Identified(Protocol):
         """Return settings by name, which `identify` identifies in turn."""
 
 
+@validated
 def identify(value: Any, *, weights: bool = True, known: Collection[torch.nn.Module] = ()) -> Any:
     """Return the identity of a setting, as JSON.
 

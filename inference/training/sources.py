@@ -43,6 +43,7 @@ Source = Callable[[Program, Callable[..., Any], int, State], tuple[Particles, St
 next state. Each process of a run calls it, and gets all particles: the same ones on each."""
 
 
+@validated
 def of_guide(
     program: Program, guide: Callable[..., Any], num_particles: int, state: State = EMPTY
 ) -> tuple[Particles, State]:
@@ -50,6 +51,7 @@ def of_guide(
     return _new(program, guide, num_particles), state
 
 
+@validated
 def of_prior(
     program: Program, guide: Callable[..., Any], num_particles: int, state: State = EMPTY
 ) -> tuple[Particles, State]:

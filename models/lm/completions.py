@@ -30,7 +30,7 @@ def encode_completions(
     """
     if isinstance(texts, str):
         raise TypeError(f"texts must be a list of texts, got one string: write [{texts[:40]!r}]")
-    if not hasattr(texts, "__len__"):
+    if not hasattr(texts, "__len__") or getattr(texts, "ndim", 1) == 0:
         raise TypeError(f"texts must be a list of texts, got {show(texts)}")
     if tokenizer is None:
         raise TypeError("this LanguageModel has no tokenizer to encode with: observe token ids, padded as it pads them")

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from bayeslm.progress import wrote
+from bayeslm.validation import validated
 
 from .compiled import FixedPrefix
 from .encoding import Vocabulary
 from .prefix import Prefix, PromptedNetwork, extend
 
 
+@validated
 class Decoder:
     """Unfinished completions, one a row.
 

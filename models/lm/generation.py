@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bayeslm.validation import validated
+
 from .encoding import Encoded, Prompts
 from .scopes import forked
 from .texts import MISSING
@@ -29,6 +31,7 @@ class SampledText(NamedTuple):
     ended: bool
 
 
+@validated
 def sample_texts(
     lm: Any,
     prompts: Prompts,

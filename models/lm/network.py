@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from bayeslm.validation import validated
+
 from . import configs, memory, own_forward, packing
 from .adapters import exact_weights
 from .encoding import positions_of
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+@validated
 class CausalNetwork:
     """The body and the head of a causal network.
 

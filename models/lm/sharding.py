@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from bayeslm.validation import validated
+
 from .lockstep import TENSOR, Wanted, announced
 from .module_copies import shallow, with_parameters
 
@@ -52,6 +54,7 @@ def has_shards(network: nn.Module) -> bool:
     return any(is_sharded(p) for p in network.parameters())
 
 
+@validated
 def refuse_sharded(named: Iterable[tuple[str, Tensor]]) -> None:
     """Refuse parameters that are distributed over processes in another way than a network's by ``fully_shard``.
 
@@ -245,6 +248,7 @@ def offering(tensors: Callable[[], Sequence[Tensor]]) -> Iterator[None]:
         _offered.pop()
 
 
+@validated
 def whole_offer(which: int) -> Tensor:
     """Return one of the tensors that `offering` offers, put together."""
     wanted = Wanted(TENSOR, 0, which)

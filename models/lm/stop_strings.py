@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from bayeslm.characters import check_characters
+from bayeslm.validation import validated
 
 from .stops import Stops
 from .texts import token_texts
@@ -16,6 +17,7 @@ from .texts import token_texts
 MOST = 512  # characters of all strings, each of which is a row of the automaton, of the length of the vocabulary
 
 
+@validated
 def check_stop(stop: str | Sequence[str], tokenizer: Any) -> tuple[str, ...]:
     """Return stop strings, each once.
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from bayeslm.validation import show
+
 PROMPT, COMPLETION, TEXT = "prompt", "completion", "text"  # names of columns, as in TRL's data sets
 
 
@@ -42,26 +44,42 @@ def read_table(value: Any) -> tuple[Any, dict[str, list[Any]]]:
 def read_texts(value: Any, prompts: Any = None) -> tuple[Any, Any]:
     """Return texts to be learned, and the prompts that they complete, or None.
 
-    :param value: texts, which are returned unchanged; or a table with a column ``text``, or ``prompt`` and
+    :param value: texts, which are returned as a list; or a table with a column ``text``, or ``prompt`` and
         ``completion``, as in TRL's data sets. Other columns are ignored.
-    :raises TypeError: if there are prompts beside a table, or it is neither texts nor a table.
+    :raises TypeError: if there are prompts beside a table, it is neither texts nor a table, or a text is no string.
     :raises ValueError: if a table has none of these columns, or its columns have different lengths.
     """
     is_rows = isinstance(value, list | tuple) and bool(value) and all(isinstance(row, Mapping) for row in value)
     if not is_rows and not is_table(value):
-        if not isinstance(value, Iterable):
-            raise TypeError(f"texts must be a list of texts, or a table of them, got {value!r:.60}")
-        return value, prompts
+        return _strings(value), prompts
     if prompts is not None:
         raise TypeError("prompts are given twice: as an argument, and by the table of texts, as its column 'prompt'")
-    columns = _columns(value)
+    try:
+        columns = _columns(value)
+    except ValueError as error:
+        raise ValueError(f"the table of texts: {error}") from error
     if COMPLETION in columns and PROMPT in columns:
         if len(columns[PROMPT]) != len(columns[COMPLETION]):
             raise ValueError(f"{len(columns[PROMPT])} prompts have {len(columns[COMPLETION])} completions")
-        return columns[COMPLETION], columns[PROMPT]
+        return _strings(columns[COMPLETION]), columns[PROMPT]
     if TEXT in columns:
-        return columns[TEXT], None
-    raise ValueError(f"the table has the columns {list(columns)}: name them 'prompt' and 'completion', or 'text'")
+        return _strings(columns[TEXT]), None
+    raise ValueError(
+        f"the table of texts has the columns {list(columns)}: name them 'prompt' and 'completion', or 'text'"
+    )
+
+
+def _strings(texts: Any) -> list[str]:
+    """Return texts as a list.
+
+    :raises TypeError: if they are no list, or one is no string.
+    """
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable) or getattr(texts, "ndim", 1) != 1:
+        raise TypeError(f"texts must be a list of texts, or a table of them, got {show(texts)}")
+    found = list(texts)
+    if wrong := [i for i, text in enumerate(found) if not isinstance(text, str)]:
+        raise TypeError(f"texts[{wrong[0]}] must be a string, got {show(found[wrong[0]])}")
+    return found
 
 
 def without_index(column: Any) -> Any:

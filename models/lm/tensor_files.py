@@ -11,15 +11,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bayeslm.validation import validated
 from bayeslm.weight_files import stored_tensors
 
 
+@validated
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors into a file of safetensors, with their digest."""
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     save_file(tensors, path, metadata={"sha256": _digest(tensors)})
 
 
+@validated
 def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """Return the tensors in a file of safetensors by name; by their digest, if the file has one.
 

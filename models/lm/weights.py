@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bayeslm.validation import validated
+
 from .adapters import adapted_modules
 from .sharding import own_part
 
@@ -104,6 +106,7 @@ def _bytes(parts: list[Tensor]) -> bytes:
     return torch.cat(parts).view(torch.uint8).cpu().numpy().tobytes()
 
 
+@validated
 def digest_of_values(named: Iterable[tuple[str, Tensor]]) -> str:
     """Return a digest of the names, shapes and values of whole tensors, in their order."""
     found = blake2b(digest_size=16)

@@ -18,7 +18,7 @@ from .grammar import Grammar, fewest_tokens
 from .judge import Judge, JudgeUsage
 from .recording import factor, record, reward_name
 from .registry import BUILT_IN, get, load
-from .rehearsal import RememberedScores, rehearsal, remembering_scores, repeating
+from .rehearsal import RememberedScores, rehearsal, remembering_scores, repeating, watching_seed
 from .reward import Reward
 from .scorer import RewardError, RewardFunction
 from .text_rewards import Sentiment, Similarity, TextReward, Toxicity, sentence_embeddings
@@ -63,5 +63,6 @@ __all__ = [
     "repeating",
     "reward_name",
     "sentence_embeddings",
+    "watching_seed",
     "with_trainer_arguments",
 ]

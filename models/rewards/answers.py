@@ -21,6 +21,7 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
+@validated
 def normalised_answer(text: str) -> str:
     """Return what of an answer is compared: its words, in lower case, without punctuation and articles."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from bayeslm.characters import check_characters, texts_in
 from bayeslm.chats import is_chat
+from bayeslm.validation import validated
 
 Flat = tuple[list[Any], list[str], dict[str, Any]]  # prompts, completions, columns
 RESERVED = ("prompts", "completions", "self")  # arguments of every reward
 
 
+@validated
 def check_columns(names: Iterable[str]) -> None:
     """Refuse names of columns by which rewards have other arguments.
 
@@ -25,6 +27,7 @@ def check_columns(names: Iterable[str]) -> None:
         raise ValueError(f"a column is called {taken[0]!r}, as an argument of every reward is: rename it")
 
 
+@validated
 def with_trainer_arguments(
     columns: Mapping[str, Any], completion_ids: np.ndarray, truncated: np.ndarray
 ) -> dict[str, Any]:

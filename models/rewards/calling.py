@@ -1,5 +1,9 @@
 """Calls of functions that users write: on copies of their arguments, awaited if asynchronous, within a time limit.
 
+What a function sets for the whole process ends with its call: whether gradients are on, the default type, and the seed
+of torch's random numbers, from which a run would draw the same ones after each call. Numbers that it draws from torch's
+generator count, as ever.
+
 A limit stops a call in one of three ways:
 
 - In the main thread, on POSIX, a timer interrupts the call: it stops Python code, and waiting for a file, a socket, a
@@ -27,6 +31,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from .rehearsal import watching_seed
 
 _ATOMS = frozenset({str, int, float, bool, type(None)})
 LONGEST = 1e9  # seconds, which every system's timers take
@@ -85,13 +91,18 @@ def call(function: Callable[[], Any], timeout: float | None) -> Any:
     :param timeout: the time limit in seconds; None for no limit.
     :raises TimeLimitError: at the limit.
     """
-    if timeout is None:
-        result = function()
-        return _awaited(result, None) if inspect.isawaitable(result) else result
-    start = time.monotonic()
-    in_main = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
-    result = (_interrupted if in_main else _abandoned)(function, timeout)
-    return _awaited(result, timeout - (time.monotonic() - start)) if inspect.isawaitable(result) else result
+    dtype = torch.get_default_dtype()
+    with torch.set_grad_enabled(torch.is_grad_enabled()), watching_seed():
+        try:
+            if timeout is None:
+                result = function()
+                return _awaited(result, None) if inspect.isawaitable(result) else result
+            start = time.monotonic()
+            in_main = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
+            result = (_interrupted if in_main else _abandoned)(function, timeout)
+            return _awaited(result, timeout - (time.monotonic() - start)) if inspect.isawaitable(result) else result
+        finally:
+            torch.set_default_dtype(dtype)
 
 
 def _interrupted(function: Callable[[], Any], timeout: float) -> Any:

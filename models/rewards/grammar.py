@@ -211,6 +211,7 @@ class GrammarState:
         return b"" if self._matcher.is_stopped() else bytes(self._matcher.compute_ff_bytes())
 
 
+@validated
 def fewest_tokens(text: bytes, tokens: tuple[bytes, ...]) -> float:
     """Return the least number of tokens that a text which begins with ``text`` takes; inf if none spell it.
 

@@ -29,7 +29,7 @@ def factor(name: str, r: Any, beta: Any) -> None:
         refuses such an r, with the text that has it.
     """
     r = _as_tensor(name, "r", r)
-    if not isinstance(beta, int | float | Tensor):
+    if not isinstance(beta, int | float):
         beta = _as_tensor(name, "beta", beta).to(r.device)
     if not _is_valid_beta(beta):
         raise ValueError(f"rewards.factor({name!r}, ...): beta must be positive and finite, not {beta}")
@@ -56,9 +56,14 @@ def _as_tensor(name: str, argument: str, value: Any) -> Tensor:
     :raises ValueError: if `torch.as_tensor` makes none of it.
     """
     try:
-        return torch.as_tensor(value)
+        tensor = torch.as_tensor(value)
+        if tensor.is_complex():
+            raise TypeError("complex numbers")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"rewards.factor({name!r}, ...): {argument} must be numbers, not {value!r:.60}") from error
+        raise ValueError(
+            f"rewards.factor({name!r}, ...): {argument} must be real numbers, not {value!r:.50}"
+        ) from error
+    return tensor
 
 
 @validated

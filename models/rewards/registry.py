@@ -34,7 +34,7 @@ def get(name: str, /, **settings: Any) -> Reward:
     :raises ValueError: if there is none of that name, with the nearest one, or settings are missing or unknown.
     """
     if name not in BUILT_IN:
-        raise ValueError(f"no reward is called {name!r}{_nearest(name, BUILT_IN)}; there are {', '.join(BUILT_IN)}")
+        raise ValueError(f"no reward has the name {name!r}{_nearest(name, BUILT_IN)}; there are {', '.join(BUILT_IN)}")
     return _make(BUILT_IN[name], name, settings)
 
 

@@ -1,4 +1,4 @@
-"""Other scores in the place of those of rewards, for runs of a program that try it: arbitrary ones, or earlier ones."""
+"""Runs of a program that try it: other scores in the place of rewards', and whether functions seed random numbers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from contextvars import ContextVar
 from typing import Any
 from zlib import crc32
 
+import torch
+from torch import Tensor
+
 from .broadcasting import Flat
 
+_MARK = torch.tensor(list(b"bayeslm."), dtype=torch.uint8)  # a seed that nobody sets
 _active: ContextVar[str | None] = ContextVar("rehearsal", default=None)
 
 
@@ -125,3 +129,32 @@ def arbitrary_scores(prompts: Sequence[Any], completions: Sequence[str]) -> list
     """Return a number for each completion."""
     pairs = zip(prompts, completions, strict=True)
     return [crc32(repr(pair).encode("utf-8", "surrogatepass")) / 2**32 for pair in pairs]
+
+
+@contextmanager
+def watching_seed() -> Iterator[list[bool]]:
+    """Undo it where the block seeds torch's random numbers; the yielded list is empty where it does not.
+
+    The generator has a seed of ours in the block, and the numbers that it would have: a seed that is the same as before
+    shows too.
+    """
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    before = torch.get_rng_state()
+    found: list[bool] = []
+    torch.set_rng_state(_with_seed(before, _MARK))
+    try:
+        yield found
+    finally:
+        after = torch.get_rng_state()
+        if torch.equal(after[: len(_MARK)], _MARK):
+            torch.set_rng_state(_with_seed(after, before[: len(_MARK)]))
+        else:
+            found.append(True)
+            torch.set_rng_state(before)
+            for i, state in enumerate(cuda):
+                torch.cuda.set_rng_state(state, i)
+
+
+def _with_seed(state: Tensor, seed: Tensor) -> Tensor:
+    """Return the state of torch's generator on the CPU with another seed, which is in its first bytes."""
+    return torch.cat([seed, state[len(seed) :]])

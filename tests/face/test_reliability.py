@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import binom
 from support.models import table_lm
 from support.toys import Gaussian
@@ -250,7 +251,14 @@ def test_advice_names_settings_that_the_engine_has(name: str) -> None:
 
 
 def test_all_other_advice_is_by_kind() -> None:
-    assert ADVICE.keys() - ALL_ENGINES.keys() == {"weighted", "particles", "markov", "exact", "uncorrected"}
+    assert ADVICE.keys() - ALL_ENGINES.keys() == {
+        "weighted",
+        "particles",
+        "markov",
+        "exact",
+        "uncorrected",
+        "enumerated",
+    }
     assert not any(ADVICE[kind].settings for kind in ADVICE.keys() - ALL_ENGINES.keys())
 
 
@@ -332,3 +340,27 @@ def test_khat_is_never_a_bare_nan(name: str) -> None:
     assert "nan" not in repr(found)
     few = weighted(12.0 * (np.arange(60) < 1).reshape(1, 60, 1))
     assert problems(few)[0][0].startswith("k̂ unknown (the")
+
+
+@pytest.mark.parametrize(("offset", "beta"), [(1.7e9, 2.0), (-1e30, 2.0), (1e3, 1e-6)])
+@pytest.mark.parametrize("double", [False, True])
+def test_a_log_likelihood_that_has_lost_its_digits_is_named(offset, beta, double) -> None:
+    """A time stamp as a reward differs by less than float32 can tell; a hard penalty of some draws is no fault."""
+    model = TiltedLM(LM, lambda completions, **columns: [offset + len(x) for x in completions], beta, max_new_tokens=2)
+    torch.set_default_dtype(torch.float64 if double else torch.float32)
+    try:
+        found = inference.Exact(progress=False).run(model, ["a", "b"])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert np.allclose(found.weights().sum((0, 1)), 1.0, atol=1e-6)
+    if double and abs(offset) < 1e10:
+        assert not any(problems(found))
+        return
+    assert all(problems(found))
+    with pytest.warns(DiagnosticsWarning, match=r"subtract a constant from the reward"):
+        warn(found)
+
+
+def test_penalties_of_some_draws_lose_no_digits_that_count() -> None:
+    model = TiltedLM(LM, lambda completions, **columns: [-1e9 * ("a" in x) for x in completions], max_new_tokens=2)
+    assert problems(inference.Exact(progress=False).run(model, ["a"])) == [[]]

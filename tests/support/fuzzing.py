@@ -36,9 +36,11 @@ from bayeslm.models.control import TabularEnvironment, river_swim
 from bayeslm.validation import Unchecked, Within, annotations_of
 
 ROOMS = {
-    "inference": ("control", "preferences", "sequential", "training"),
-    "models": ("control", "preferences", "rewards"),
+    "inference": ("control", "markov", "preferences", "program", "sequential", "training"),
+    "models": ("control", "lm", "preferences", "rewards", "samplers"),
 }
+FACE = ("advice", "bounds", "calibration", "decisions", "diagnostics", "moments", "plots", "reliability", "report")
+FACE += ("summaries", "weights")
 PACKAGES = [*ROOMS, *(f"{floor}.{room}" for floor, rooms in ROOMS.items() for room in rooms)]
 ROOT = Path(__file__).parents[2]
 
@@ -120,18 +122,47 @@ def public_classes() -> dict[str, type]:
 def public_functions() -> dict[str, Callable[..., Any]]:
     """Functions that a user calls, and methods of the objects that a user has most to do with."""
     found: dict[str, Callable[..., Any]] = {}
-    for room in ("diagnostics", "decisions", "models.control", "models.preferences"):
+    for room in (*FACE, *PACKAGES):
         module = importlib.import_module(f"bayeslm.{room}")
         functions = {name: x for name, x in vars(module).items() if inspect.isfunction(x) and name[0] != "_"}
         found |= {f"{room}.{name}": x for name, x in functions.items() if x.__module__ == module.__name__}
         found |= {f"{room}.{name}": getattr(module, name) for name in getattr(module, "__all__", ())}
+    found = {name: x for name, x in found.items() if name.split(".")[-1] not in UNCHECKED | UNCALLED}
     for x in (posterior(), lm(), TabularEnvironment(river_swim(3))):
         names = [name for name in dir(x) if name[0] != "_" and name in vars(type(x))]
         found |= {f"{type(x).__name__}.{name}": getattr(x, name) for name in names if name not in UNCALLED}
     return {name: x for name, x in found.items() if inspect.isroutine(x) and inspect.signature(x).parameters}
 
 
-UNCALLED = {"push_to_hub", "from_pretrained", "outcome"}  # the first two reach for the network
+# Machinery between rooms that does not check its arguments (docs/architecture.md): what runs at each step, token or
+# call of a reward, and, in the second part, what the project's own classes hand to one another.
+UNCHECKED = {
+    *("all_to_numpy", "along", "assign_values", "broadcast", "call", "categorical", "copied", "draw_latents"),
+    *(
+        "gathered",
+        "generate",
+        "in_prompts",
+        "leave_one_out",
+        "log_softmax_at",
+        "num_draws",
+        "on_host",
+        "own_part",
+        "particles_of",
+    ),
+    *("put_on_host", "redraw", "run_particles", "sample_sites", "sampled_terms", "score_sites"),
+    *("score_unconstrained", "score_values", "site_value", "sweep", "tempered", "to_numpy", "traces"),
+    *(
+        "check_retained",
+        "digest_of_values",
+        "draw",
+        "over_prompts",
+        "posterior",
+        "refuse_sharded",
+        "sample_texts",
+        "whole_offer",
+    ),
+}
+UNCALLED = {"outcome", "push_to_hub", "from_pretrained", "sentence_embeddings"}  # the last three load networks
 
 
 @cache
@@ -229,7 +260,8 @@ def our_own(error: BaseException) -> bool:
 def assert_clear(error: Exception, names: Iterator[str] | list[str]) -> None:
     """A TypeError or ValueError of our own that names an argument, or of programs, rewards or files.
 
-    Of a run that had results, what stopped it.
+    A position that there is not is Python's IndexError, which says what it got. Of a run that had results, what stopped
+    it.
     """
     if isinstance(error, RunError):
         assert isinstance(error.__cause__, Exception)
@@ -237,6 +269,7 @@ def assert_clear(error: Exception, names: Iterator[str] | list[str]) -> None:
     domain = type(error).__name__.endswith(("ProgramError", "EvidenceError", "RewardError", "PreferenceError"))
     named = any(re.search(rf"\b{re.escape(name)}\b", str(error)) for name in names)
     kind = isinstance(error, TypeError | ValueError) and (named or domain)
+    kind |= isinstance(error, IndexError) and named and "got" in str(error)
     kind |= isinstance(error, ImportError | OSError) and bool(str(error))
     if not (kind and our_own(error)):
         print("".join(traceback.format_exception(error)[-4:]), file=sys.stderr)

@@ -284,13 +284,13 @@ def test_scores_outside_declared_bounds_are_refused_and_rounding_is_not():
 def test_get():
     assert isinstance(rewards.get("sentiment"), Sentiment)
     assert rewards.get("length", target=3, unit="characters")(["p"], ["abcd"]).item() == -1
-    with pytest.raises(ValueError, match="no reward is called 'sentimant', did you mean 'sentiment'") as caught:
+    with pytest.raises(ValueError, match="no reward has the name 'sentimant', did you mean 'sentiment'") as caught:
         rewards.get("sentimant")
     names = (
         "classifier, constraint, contains, exactmatch, grammar, judge, length, matches, sentiment, similarity, tokenf1"
     )
     assert f"{names}, toxicity" in str(caught.value)
-    with pytest.raises(ValueError, match="no reward is called 'xyzzy'; there are"):
+    with pytest.raises(ValueError, match="no reward has the name 'xyzzy'; there are"):
         rewards.get("xyzzy")
 
 

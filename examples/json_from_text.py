@@ -1,6 +1,6 @@
 """JSON from text: SmolLM2 fills a schema, under a global and a local constraint.
 
-    python examples/json_from_text.py [--particles 12]        (four minutes on one core)
+    python examples/json_from_text.py [--particles 12]        (a minute of one core)
 
 Each text names a person, an age and a city, and the answer is JSON of a schema. The *local* distribution is what most
 tools draw from: each token from those that the grammar allows next, renormalised. The *global* one is the language

@@ -38,7 +38,7 @@ from bayeslm.models import LanguageModel, TiltedLM, rewards
 from bayeslm.posterior import DiagnosticsWarning
 
 SOURCES = ["networkx", "numpy", "scipy.stats", "scipy.signal", "scipy.optimize", "scipy.ndimage", "scipy.linalg"]
-TRAIN, HELD_OUT, DRAWS, STEPS, PARTICLES = 24, 12, 8, 10, 8
+TRAIN, HELD_OUT, DRAWS, STEPS, PARTICLES = 14, 10, 6, 7, 8
 BETA, LONGEST, MOST_WORDS = 0.05, 20, 12
 PER_WORD, PER_COPIED, FREE_RUN = 0.01, 0.05, 3
 
@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) ->
     found["posterior"] = figures(before, before.weights(), held_out)
     found[f"best of {DRAWS}"] = figures(before, best(before), held_out)
 
-    short = rewards.Constraint(lambda text: len(text.split()) <= MOST_WORDS, prefix_closed=True)
+    short = rewards.Grammar(regex=rf"\s*\S+(\s+\S+){{0,{MOST_WORDS - 1}}}")
     smc = SMC(DRAWS, 1, twist=short, seed=0).run(TiltedLM(prior, short, 1.0, max_new_tokens=longest), prompts)
 
     model = TiltedLM(lm, REWARD, BETA, max_new_tokens=longest, subsample_size=2)

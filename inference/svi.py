@@ -75,8 +75,8 @@ class SVI:
     :param num_particles: completions of each prompt in a step, or as many as the ``objective`` says.
     :param objective: the loss: one of `bayeslm.inference.training`, with its own number of particles, or a Pyro ELBO.
         None chooses by the program and the size of its networks (see `default_objective`): `ReverseKL` on 16 new
-        completions a step; of small networks in a `TrustRegion` `LogVariance` on lots of 128, or of a fifteenth of the
-        budget's samples, all of which are kept for further steps.
+        completions a step; of small networks in a `TrustRegion` `LogVariance` on lots of 128, all of which are kept
+        for further steps.
     :param guide: None makes an `AutoPolicy` for each chain. A `LanguageModel`, such as the policy of an earlier
         training, makes one that begins with a copy of it. A class or a `functools.partial` of one is called for each
         chain: ``partial(AutoPolicy, lora_rank=8)`` with the program, Pyro's automatic guides with the model

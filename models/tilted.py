@@ -113,14 +113,18 @@ class TiltedLM:
     ) -> tuple[tuple[Sequence[Prompt]], dict[str, Sequence[Any]]]:
         """Return prompts and columns of what the program is called with, which engines read once a run.
 
+        :raises TypeError: if prompts or a column have no order, as sets, or no length.
         :raises ValueError: if a table has no column "prompt", columns of different lengths, or one that ``columns``
             has too.
         """
         prompts, own = read_table(prompts)
         if twice := own.keys() & columns.keys():
             raise ValueError(f"column {min(twice)!r} is in the table and an argument too: give it once")
-        given = {name: without_index(column) for name, column in columns.items()}
-        return (without_index(prompts),), {**own, **given}
+        given = {name: without_index(f"column {name!r}", column) for name, column in columns.items()}
+        prompts = without_index("prompts", prompts)
+        if not hasattr(prompts, "__len__"):
+            raise TypeError(f"prompts must be a list of prompts, got a {type(prompts).__name__}")
+        return (prompts,), {**own, **given}
 
     def some_prompts(
         self, batch: Tensor, prompts: Sequence[Prompt], /, **columns: Sequence[Any]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from support.models import table_lm
@@ -103,7 +104,13 @@ def test_options_of_a_judge_are_refused_before_a_request(options, says):
         rewards.Judge("m", "{completion}", options=options)
 
 
-@pytest.mark.parametrize("place", ["file/cache", "folder", "a\0b"])
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_what_cannot_be_the_name_of_a_file_is_refused(name):
+    with pytest.raises(ValueError, match="cache must be the name of a file"):
+        rewards.Judge("m", "{completion}", key_variable=None, cache=name)
+
+
+@pytest.mark.parametrize("place", ["file/cache", "folder"])
 def test_a_cache_that_cannot_be_written_is_refused_before_a_request(place, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
@@ -143,6 +150,40 @@ def test_a_text_is_neither_true_nor_a_number():
 def test_the_probability_of_what_is_no_token_ids_is_refused(value):
     with pytest.raises(TypeError, match="value must be a tensor of token ids, whole numbers, got"):
         LM(["a"], 2).log_prob(value)
+
+
+# -- prompts and columns whose entries have no order, or are no text ---------------------------------------------------
+
+UNORDERED = {
+    "column 'answer' must be a list, got a set": lambda: tilted(answer={"b"}),
+    "column 'answer' must be a list, got a table": lambda: tilted(answer=pd.DataFrame({"a": ["b"]})),
+    "prompts must be a list, got a set": lambda: TiltedLM(LM, rewards.Length())({"a", "b"}),
+    "prompts must be a list of prompts, got a generator": lambda: TiltedLM(LM, rewards.Length())(x for x in "ab"),
+    "prompts must be a list of prompts, got": lambda: LM({"a", "b"}),
+    "prompts and columns must be lists, got a frozenset": lambda: rewards.Length()(frozenset("ab"), ["c", "d"]),
+    "prompts.0. is b'.x01', a": lambda: LM([b"\x01"]),
+    "prompts.0. is .True, False.: a": lambda: LM([[True, False]]),
+    "prompts.0. is .1, 2.: a": lambda: LM([{1, 2}]),
+}
+
+
+@pytest.mark.parametrize("says", UNORDERED)
+def test_what_has_no_order_or_is_no_prompt_is_refused(says):
+    """A set's order is another in each process; bytes would be token ids."""
+    with pytest.raises(TypeError, match=says.replace("', a", "': a")):
+        UNORDERED[says]()
+
+
+def test_a_missing_entry_of_a_masked_array_is_none():
+    seen = []
+
+    def reward(completions, answer):
+        seen.extend(answer)
+        return [0.0 for _ in completions]
+
+    masked = np.ma.array([1.0, 5.0], mask=[False, True])
+    ImportanceSampling(num_particles=4, **RUN).run(TiltedLM(LM, reward, max_new_tokens=2), ["a", "b"], answer=masked)
+    assert set(seen) == {1.0, None}
 
 
 # -- a result that has lost a file -----------------------------------------------------------------------------------

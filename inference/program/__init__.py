@@ -6,6 +6,7 @@ from .errors import EvidenceError, ProgramError
 from .guides import PolicyGuide, as_proposal, draw_latents
 from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, RandomStates, seeded
 from .independence import check_independence
+from .messages import Message, digest_of, seed_of
 from .partial import PartialRun
 from .particles import (
     Particles,
@@ -19,7 +20,7 @@ from .particles import (
     traces,
 )
 from .program import STEPS, Program, along, inspect, inspect_or_reuse
-from .ranks import ALONE, Message, RankError, Ranks, alone, digest_of, on_first, ranks, seed_of
+from .ranks import ALONE, RankError, Ranks, alone, on_first, ranks
 from .results import check_evidence, check_grammar, posterior, token_bytes
 from .run import Engine, RunError, SoFar, Stopwatch, draw, keeping, of_prompts, running
 from .sites import Site, in_prompts, sample_sites, site_value

@@ -16,9 +16,10 @@ from bayeslm.models.lm import is_sharded, refuse_sharded
 from bayeslm.posterior import Posterior
 
 from .description import describe
+from .messages import digest_of
 from .particles import to_numpy
 from .program import Program
-from .ranks import Ranks, digest_of
+from .ranks import Ranks
 
 DEEPEST = 4  # settings of settings
 PER_RANK = ("seed", "progress", "checkpoint", "callbacks")  # compared before, or rank 0's alone

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from pyro.infer.autoguide import AutoLaplaceApproximation
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -23,6 +24,23 @@ from bayeslm.validation import validated
 from .errors import ProgramError
 from .handlers import Assign, Assignment
 from .program import Program
+from .sites import in_prompts, sample_sites
+
+
+def check_latents_of_guide(program: Program, trace: Trace) -> None:
+    """Check that a guide has no other latents than the program, and in its plate.
+
+    :param trace: of the guide's run.
+    :raises ProgramError: if it has.
+    """
+    for name, node in sample_sites(trace):
+        if name not in program.sites and not node["infer"].get("is_auxiliary"):
+            raise ProgramError(f"the guide samples {name!r}, which the program does not have")
+        if not program.shared and not in_prompts(node):
+            raise ProgramError(
+                f"the guide samples {name!r} outside the plate 'prompts', and the program's prompts are posteriors "
+                "of their own: put it inside the plate (AutoNormal does), or a latent of the program outside"
+            )
 
 
 class _Drawn(BaseException):  # which a program's own `except Exception` lets through

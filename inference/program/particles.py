@@ -24,12 +24,14 @@ from bayeslm.models.lm import Autoregressive
 from bayeslm.models.rewards import RememberedScores, remembering_scores
 
 from .errors import ProgramError
+from .guides import check_latents_of_guide
 from .handlers import PARTICLES, explained
 from .independence import MISFITS, check_guide, check_independence
 from .own_particles import check_own_guide, check_own_particles
 from .program import Program, along
 from .ranks import ranks
 from .sites import Site, in_prompts, sample_sites, site_value
+from .term_errors import invalid_term
 
 
 @dataclass(frozen=True)
@@ -254,14 +256,7 @@ def traces(
             check_guide(program, guide)
         if is_due:
             check_own_guide(program, guide, guide_trace, num_particles)
-        for name, node in sample_sites(guide_trace):
-            if name not in program.sites and not node["infer"].get("is_auxiliary"):
-                raise ProgramError(f"the guide samples {name!r}, which the program does not have")
-            if not program.shared and not in_prompts(node):
-                raise ProgramError(
-                    f"the guide samples {name!r} outside the plate 'prompts', and the program's prompts are posteriors "
-                    "of their own: put it inside the plate (AutoNormal does), or a latent of the program outside"
-                )
+        check_latents_of_guide(program, guide_trace)
         model = poutine.replay(model, trace=guide_trace)
     remembering: contextlib.AbstractContextManager[RememberedScores | None]
     remembering = remembering_scores() if is_due else contextlib.nullcontext()
@@ -305,21 +300,9 @@ def check_terms(program: Program, trace: Trace, terms: dict[str, Tensor]) -> Non
 
     :raises ProgramError: if one is NaN or +inf, with its text.
     """
-    if not terms or not bool(torch.stack([_invalid(term).any() for term in terms.values()]).any()):
-        return
-    name, term = next((name, term) for name, term in terms.items() if _invalid(term).any())
-    particle, prompt = (int(i) for i in _invalid(term).nonzero()[0])
-    node: Any = trace.nodes[name]
-    raise ProgramError(
-        f"site {name!r} has log-probability {term[particle, prompt].item()} at particle {particle}"
-        + (f", prompt {program.global_index(prompt)}" if program.full_size > 1 and in_prompts(node) else "")
-        + (": a reward must be finite or -inf, and beta positive" if node["is_observed"] else "")
-        + "".join(_texts(program, trace, len(term), particle, prompt))
-    )
-
-
-def _invalid(term: Tensor) -> Tensor:
-    return term.isnan() | (term == torch.inf)
+    wrong = {name: term.isnan() | (term == torch.inf) for name, term in terms.items()}
+    if wrong and bool(torch.stack([where.any() for where in wrong.values()]).any()):
+        raise invalid_term(program, trace, terms, wrong)
 
 
 @contextlib.contextmanager
@@ -339,16 +322,6 @@ def _score_completion(node: Any) -> None:
     node["unscaled_log_prob"] = node["token_log_prob"].sum(-1)
     node["log_prob"] = scale_and_mask(node["unscaled_log_prob"], node["scale"], node["mask"])
     node["log_prob_sum"] = node["log_prob"].sum()
-
-
-def _texts(program: Program, trace: Trace, num_particles: int, particle: int, prompt: int) -> Iterator[str]:
-    """Return the texts of a particle's completions of a prompt, for an error."""
-    for name, node in sample_sites(trace):
-        site = program.sites.get(name)
-        if site is None or not site.is_completion or not node["fn"].has_text:
-            continue
-        texts = node["fn"].decode(site_value(site, node["value"], num_particles)[particle]).reshape(-1)
-        yield f"\n{name}: {texts[prompt if len(texts) > prompt else 0]!r}"
 
 
 def particles_of(

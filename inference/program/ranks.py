@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import os
 import signal
 import threading
@@ -19,13 +18,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import timedelta
-from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load, save
 from torch import Tensor
 
 from bayeslm.models.lm import announcing, passes_together, wait_for_passes
@@ -34,6 +31,8 @@ from bayeslm.progress import quiet
 from bayeslm.validation import validated
 from bayeslm.visible import message_of
 
+from .messages import Message, hashed, packed, unpacked
+
 LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # set by torchrun and accelerate
 TIME_LIMIT = "BAYESLM_TIME_LIMIT"  # the variable with the seconds that a rank waits for the others
 PATIENCE = 1800.0  # seconds, by default
@@ -41,13 +40,6 @@ PATIENCE = 1800.0  # seconds, by default
 
 class RankError(RuntimeError):
     """Another process of the run has failed, has died, or has not answered within the time limit."""
-
-
-class Message(NamedTuple):
-    """What a rank has sent: a value that JSON can hold, and tensors on the CPU."""
-
-    value: Any
-    tensors: dict[str, Tensor]
 
 
 class Ranks:
@@ -69,7 +61,7 @@ class Ranks:
 
     def stream(self, seed: int) -> int:
         """Return this rank's own seed; rank 0 has the seed itself."""
-        return seed if self.rank == 0 else _hashed(f"{seed} of rank {self.rank}".encode())
+        return seed if self.rank == 0 else hashed(f"{seed} of rank {self.rank}".encode())
 
     def rows(self, num: int) -> slice:
         """Return this rank's rows of ``num``, which differ by at most one from rank to rank."""
@@ -115,12 +107,12 @@ class Ranks:
         """Return the message of rank 0, on every rank; the others send none. Ctrl-C does not end the run here."""
         if self._group is None:
             return Message(value, dict(tensors or {}))
-        message = _packed({"value": value}, tensors or {}) if self.is_first else torch.empty(0, dtype=torch.uint8)
+        message = packed({"value": value}, tensors or {}) if self.is_first else torch.empty(0, dtype=torch.uint8)
         size = self.exchange(len(message), may_stop=False)[0].value
         message = message if self.is_first else message.new_empty(size)
         with self._guarded():
             dist.broadcast(message, 0, group=self._group)
-        head, found = _unpacked(message.numpy().tobytes())
+        head, found = unpacked(message.numpy().tobytes())
         return Message(head["value"], found)
 
     def copy_first(self, tensors: Sequence[Tensor]) -> None:
@@ -255,7 +247,7 @@ class Ranks:
 
     def _send(self, head: dict[str, Any], tensors: Mapping[str, Tensor]) -> list[tuple[dict[str, Any], Any]]:
         wait_for_passes()  # passes of sharded networks need all ranks
-        own = _packed(head, tensors)
+        own = packed(head, tensors)
         sizes = [torch.zeros(1, dtype=torch.long) for _ in range(self.size)]
         with self._guarded():
             dist.all_gather(sizes, torch.tensor([len(own)]), group=self._group)
@@ -263,7 +255,7 @@ class Ranks:
             padded = torch.cat([own, own.new_zeros(longest - len(own))])
             found = [torch.empty_like(padded) for _ in sizes]
             dist.all_gather(found, padded, group=self._group)
-        return [_unpacked(x[: int(size)].numpy().tobytes()) for x, size in zip(found, sizes, strict=True)]
+        return [unpacked(x[: int(size)].numpy().tobytes()) for x, size in zip(found, sizes, strict=True)]
 
     @contextlib.contextmanager
     def _guarded(self, *, may_stop: bool = True) -> Iterator[None]:
@@ -380,29 +372,6 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def _packed(head: dict[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
-    text = json.dumps(head).encode()
-    # clones, as tensors that share memory are refused
-    body = save({name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}) if tensors else b""
-    return torch.frombuffer(bytearray(len(text).to_bytes(8, "big") + text + body), dtype=torch.uint8)
-
-
-def _unpacked(message: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    start = 8 + int.from_bytes(message[:8], "big")
-    return json.loads(message[8:start]), load(message[start:]) if len(message) > start else {}
-
-
-@validated
-def seed_of(state: Tensor) -> int:
-    """Return a seed that depends on all of a random state."""
-    return _hashed(state.numpy().tobytes())
-
-
-def _hashed(data: bytes) -> int:
-    """Return a seed, below 2^32, that depends on all of the data."""
-    return int.from_bytes(blake2b(data, digest_size=4).digest(), "big")
-
-
 def _short(text: str | None) -> str:
     return "nothing" if text is None else text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -415,17 +384,3 @@ def on_first(run: Ranks, function: Callable[[], Message]) -> Message:
     with alone():
         message = function() if run.is_first else Message(None, {})
     return run.first(*message)
-
-
-@validated
-def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """Return a digest of tensors: sums of their bits, computed on their devices, and their names and shapes."""
-    sums = [_bits(x).sum(dtype=torch.int64) for x in tensors.values() if x.numel()]
-    numbers = torch.stack([x.cpu() for x in sums]).tolist() if sums else []
-    names = [(name, list(x.shape), str(x.dtype)) for name, x in tensors.items()]
-    return blake2b(json.dumps([names, numbers]).encode(), digest_size=8).hexdigest()
-
-
-def _bits(x: Tensor) -> Tensor:
-    x = x.detach().contiguous()
-    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])

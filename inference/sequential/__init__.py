@@ -1,6 +1,7 @@
 """Sequential Monte Carlo: populations of weighted particles, resampling, retained draws, and twists."""
 
-from .constraints import ConstraintGuide, ConstraintTwist, TokenConstraint, constraint_of
+from .constraint_guide import ConstraintGuide, constraint_of
+from .constraints import ConstraintTwist, TokenConstraint
 from .population import Population, WeightUpdate
 from .power import Power, PowerTwist
 from .refusals import LearnedRejection, learned_evidence

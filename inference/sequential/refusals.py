@@ -29,9 +29,9 @@ from bayeslm.inference.program import EvidenceError, Program, to_numpy
 from bayeslm.models.lm import Autoregressive, Decoder, Encoded, log_softmax_at
 from bayeslm.validation import validated
 
+from .constraint_guide import ConstraintGuide
 from .constraints import (
     AllowedTokens,
-    ConstraintGuide,
     Given,
     MaskedTokens,
     TokenConstraint,

@@ -1,6 +1,7 @@
 """How a guide is trained: objectives, baselines, sources of particles, callbacks, Adam, checkpoints, the loop."""
 
 from .adaptation import Plan, run_adaptively
+from .ahead import Ahead
 from .auto_policy import AutoPolicy
 from .baselines import Baseline, ExponentialAverage, Texts, TokenBaseline, TokenDistribution, leave_one_out
 from .beta_schedules import KLTarget, Tempering
@@ -35,6 +36,7 @@ from .trust_region import TrustRegion
 __all__ = [
     "EMPTY",
     "Adam",
+    "Ahead",
     "AutoPolicy",
     "Baseline",
     "Budget",

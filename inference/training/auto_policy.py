@@ -28,7 +28,7 @@ class AutoPolicy(nn.Module):
 
     :param program: the program, inspected.
     :param lora_rank: of the adapters that are trained; None trains every weight. "auto" gives rank 16 to models that
-        were loaded by name, and trains every weight of the others.
+        were loaded by name or have quantised weights, and trains every weight of the others.
     :param start: a language model of which a copy is trained, in the place of the prior's. If it has adapters, the copy
         of these is trained (`LanguageModel.continued`).
     :param lora_layers: the share of the layers that get adapters, the last ones. Those of a ``start`` stay.
@@ -108,7 +108,7 @@ class AutoPolicy(nn.Module):
 
 def _to_train(lm: LanguageModel, lora_rank: int | Literal["auto"] | None, lora_layers: float) -> LanguageModel:
     if not lm.has_adapters:
-        rank = (16 if lm.name else None) if lora_rank == "auto" else lora_rank
+        rank = (16 if lm.name or lm.is_quantised else None) if lora_rank == "auto" else lora_rank
         return lm.policy(rank, lora_layers=lora_layers)
     if lora_rank != "auto":
         raise ValueError("the policy to begin with has adapters, which keep their rank: leave out lora_rank")

@@ -2,11 +2,11 @@
 
 A new draw takes a pass of the network for each of its tokens, one after the other; a gradient at draws that are there
 takes one for all tokens at once. In a small network a pass takes about as long for one token as for many. So all draws
-are kept, and each lot of new ones, which is a step, is followed by 15 steps on as many of those kept. Where the run's
-number of draws is given, a lot is a fifteenth of them or somewhat less: the noise of a step's gradient is what ends a
-training, and more draws are worth larger lots as well as more of them. On eight enumerable problems (tables, small
-Llamas and their adapters; 1,920 or 11,469 draws) this left a half to a quarter of the KL to the posterior, in the
-median, that was left by lots of 64, each followed by three steps on draws of the last 16 lots.
+are kept, and each lot of new ones, which is a step, is followed by seven steps on as many of those kept; by fifteen,
+where the run's number of draws is given. A lot is then a fifteenth of them or somewhat less: the noise of a step's
+gradient is what ends a training, and more draws are worth larger lots as well as more of them. On eight enumerable
+problems (tables, small Llamas and their adapters; 1,920 or 11,469 draws) this left a half to a quarter of the KL to the
+posterior, in the median, that was left by lots of 64, each followed by three steps on draws of the last 16 lots.
 
 A large network computes for as long as there are tokens. There kept draws save nothing, and led SmolLM2 less far with
 as many draws as new ones did: each step has 16 new ones.
@@ -26,8 +26,9 @@ from .sources import Replay
 
 SMALL = 2**22  # weights, all layers together
 LOT, SMALLEST_LOT, LARGEST_LOT = 128, 64, 1024  # new draws of each prompt
-LOTS, EVERY = 15, 16  # lots in a run, at least, where its draws are counted; steps from a lot to the next
-EVERY_OF_FEW = 4  # steps to the next lot, where its size is given: of 8 draws fifteen steps would learn little more
+LOTS = 15  # in a run, at least, where its draws are counted
+EVERY, EVERY_OF_COUNTED = 8, 16  # steps from a lot to the next; where draws are counted
+EVERY_OF_GIVEN = 4  # where the size of a lot is given: of 8 draws many steps would learn little more
 KEPT = 65536  # draws of each prompt, the newest
 PARTICLES = 16  # in each step of large networks
 
@@ -53,14 +54,15 @@ def default_objective(
         sizes = [sum(p.numel() for p in site.fn.lm.network.parameters()) for site in completions]
         if max(sizes) <= SMALL:
             if num_particles is not None:
-                return LogVariance(num_particles, Replay(KEPT, every=EVERY_OF_FEW))
-            return LogVariance(_lot(budget.samples, program.full_size), Replay(KEPT, every=EVERY))
+                return LogVariance(num_particles, Replay(KEPT, every=EVERY_OF_GIVEN))
+            if budget.samples is None:
+                return LogVariance(LOT, Replay(KEPT, every=EVERY))
+            lot = _lot(budget.samples // program.full_size)
+            return LogVariance(lot, Replay(KEPT, every=EVERY_OF_COUNTED))
     return ReverseKL(num_particles or PARTICLES)
 
 
-def _lot(samples: int | None, prompts: int) -> int:
+def _lot(samples: int) -> int:
     """Return a power of 2: then a training that goes on with somewhat more samples has the same lots."""
-    if samples is None:
-        return LOT
-    share = max(1, samples // prompts // LOTS)
-    return min(LARGEST_LOT, max(SMALLEST_LOT, 2 ** int(math.log2(share))))
+    power: int = 2 ** max(0, int(math.log2(max(1, samples // LOTS))))
+    return min(LARGEST_LOT, max(SMALLEST_LOT, power))

@@ -24,6 +24,7 @@ from torch.nn.functional import logsigmoid, softplus
 from bayeslm.inference.program import Particles, Program, ProgramError, digest_of, ranks
 from bayeslm.validation import Count, Finite, Within, validated
 
+from .ahead import Ahead
 from .baselines import less_others
 from .objective import Estimate, Objective
 from .sources import FromPosterior, Replay, Source, log_q, of_guide, of_prior
@@ -70,7 +71,7 @@ class ParticleObjective(Objective):
         self, program: Program, guide: Callable[..., Any], state: State, inverse_temperature: float
     ) -> Estimate:
         particles, kept = self.source(program, guide, self.num_particles, within("source", state))
-        if not (self.source in (of_guide, of_prior) or isinstance(self.source, FromPosterior | Replay)):
+        if not (self.source in (of_guide, of_prior) or isinstance(self.source, FromPosterior | Replay | Ahead)):
             ranks().check_same("what the source returns", {"log s": digest_of({"log s": particles.log_proposal})})
         if particles.prompts is not None:
             program = program.on(particles.prompts[0])  # which are not this step's where kept particles are used again
@@ -98,7 +99,7 @@ class ParticleObjective(Objective):
 
     def check_state(self, state: State, program: Program, steps: int) -> None:
         super().check_state(state, program, steps)
-        if isinstance(self.source, Replay):
+        if isinstance(self.source, Replay | Ahead):
             self.source.check_state(within("source", state), program, steps)
 
     def of_another_program(self, state: State) -> State:

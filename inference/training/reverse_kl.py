@@ -43,6 +43,7 @@ from bayeslm.inference.program import (
     score_sites,
     traces,
 )
+from bayeslm.models.lm import Autoregressive
 from bayeslm.validation import Count, validated
 
 from .baselines import Baseline, Texts, TokenBaseline, TokenDistribution, leave_one_out
@@ -110,6 +111,7 @@ class ReverseKL(Objective):
         if not _common_first([name in inside for name in drawn]):
             after = total.expand_as(local)
 
+        _refuse_stale(program, sites)
         # log q / s of completions that a sampler drew, of single prompts or, where anything is of all, of all together
         off = {name: log_q[name].detach() - term for name, term in sampled_terms(program, sites, n).items()}
         ratio = sum(off.values(), zero)
@@ -172,6 +174,20 @@ class ReverseKL(Objective):
             term = term.reshape(*term.shape[:2], -1, term.shape[-1]).sum(2, keepdim=True)
             found.append(term.cumsum(-1) - term)
         return found
+
+
+def _refuse_stale(program: Program, nodes: dict[str, Any]) -> None:
+    """Refuse completions that a sampler has drawn by other weights than the policy's present ones.
+
+    :raises ProgramError: if there are any.
+    """
+    for site in program.completions:
+        fn, value = nodes[site.name]["fn"], nodes[site.name]["value"]
+        if isinstance(fn, Autoregressive) and fn.is_stale(value):
+            raise ProgramError(
+                f"ReverseKL needs draws of the present policy, and the sampler drew {site.name!r} by older weights: "
+                "use LogVariance, ForwardKL or FDivergence, which count stale draws with their own density"
+            )
 
 
 def _of_all(texts: Texts) -> Texts:

@@ -1,5 +1,6 @@
 """Distributions over texts, and the networks behind them."""
 
+from .ahead import answering, asking_ahead
 from .autoregressive import Autoregressive
 from .decoding import Decoder, categorical, generate
 from .encoding import Encoded, Prompt
@@ -47,6 +48,8 @@ __all__ = [
     "Usage",
     "Weights",
     "announcing",
+    "answering",
+    "asking_ahead",
     "categorical",
     "check_stop",
     "count_usage",

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from . import sharding
 from .configs import is_encoder_decoder
 from .module_copies import with_parameters
+from .quantised import refuse_unsupported, refuse_without_gradient, tensors_in
 from .sharding import has_shards, is_sharded, own_part
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def check_supported(network: Any) -> None:
             f"{type(base).__name__} {lacks}, and is not supported: prompts are token ids; use an encoder-decoder "
             "network of texts, such as AutoModelForSeq2SeqLM loads, or a causal one"
         )
+    refuse_unsupported(base)
     for name, config in getattr(network, "peft_config", {}).items():
         kind = getattr(config.peft_type, "value", config.peft_type)
         if getattr(config, "alora_invocation_tokens", None):
@@ -86,12 +88,15 @@ def own_parameters(network: Any) -> list[nn.Parameter]:
         return list(network.parameters())
     from peft import get_peft_model_state_dict
 
+    def place(x: Tensor) -> int:
+        return tensors_in(own_part(x))[0].data_ptr()
+
     saved = [
-        own_part(tensor).data_ptr()
+        place(tensor)
         for adapter in network.active_adapters
         for tensor in get_peft_model_state_dict(network, adapter_name=adapter, save_embedding_layers=False).values()
     ]
-    return [p for p in network.parameters() if p.is_floating_point() and own_part(p).data_ptr() in saved]
+    return [p for p in network.parameters() if p.is_floating_point() and place(p) in saved]
 
 
 def without_effect(network: nn.Module) -> list[nn.Parameter]:
@@ -193,6 +198,7 @@ def with_lora(network: nn.Module, rank: int, alpha: int, name: str | None, layer
     """
     if rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {rank}")
+    refuse_without_gradient(network)
     from peft import LoraConfig, get_peft_model
 
     around: Any = twin(network)
@@ -284,6 +290,7 @@ def load_adapters(network: Any, path: Path, config: PeftConfig) -> nn.Module:
 
 def adapters_copy(network: nn.Module) -> nn.Module:
     """Return new modules around the same weights, with a copy of the adapters, in float32, to train."""
+    refuse_without_gradient(network)
     own = {id(p) for p in own_parameters(network)}
     if has_shards(network):
         return _sharded_adapters_copy(network, own)
@@ -309,8 +316,9 @@ def _sharded_adapters_copy(network: nn.Module, own: set[int]) -> nn.Module:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide warnings of PEFT: of an attribute of transformers, and of missing weights, which `load_adapters` refuses."""
+    """Hide warnings of PEFT: of an attribute of transformers, and of what is refused here with an error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass")  # without which nothing can be merged
         yield

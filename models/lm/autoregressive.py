@@ -183,11 +183,11 @@ class Autoregressive(TorchDistribution):
         :param watch: called with the first completion (max_new_tokens,) after each of its tokens, padded.
         """
         shape = Size(sample_shape) + self.batch_shape
-        rows, log_s = self.prompt_rows(shape), None
+        rows, log_s, stale = self.prompt_rows(shape), None, False
         with exclusive(), torch.no_grad():
             if self.is_sampled:
                 assert self.lm.sampler is not None
-                value, scores, log_s = draw_scored(self.lm.sampler, self.lm.weights, self.prompted, rows)
+                value, scores, log_s, stale = draw_scored(self.lm.sampler, self.lm.weights, self.prompted, rows)
             else:
                 value = rows.new_full((len(rows), self.max_new_tokens), self.vocabulary.pad_token_id)
                 scores = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
@@ -200,7 +200,7 @@ class Autoregressive(TorchDistribution):
         self._drawn[:] = [] if value.is_inference() else [kept]
         if log_s is not None:
             self._densities[:] = self._densities or [Densities()]
-            self._densities[0].keep(value, log_s.reshape(value.shape))
+            self._densities[0].keep(value, log_s.reshape(value.shape), stale)
             if watch is not None:
                 watch(value.reshape(-1, self.max_new_tokens)[0])
         return value
@@ -216,6 +216,10 @@ class Autoregressive(TorchDistribution):
         :raises LookupError: if a sampler has drawn for this distribution, and this is none of its values.
         """
         return self._densities[0].of(value) if self._densities else None
+
+    def is_stale(self, value: Tensor) -> bool:
+        """Return whether a sampler has drawn a value by other weights than it was asked for."""
+        return bool(self._densities) and self._densities[0].are_stale(value)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log p(value | prompt), shape of the batch; -inf for a malformed completion."""

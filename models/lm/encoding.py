@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, NamedTuple
 
@@ -96,7 +96,7 @@ def encode(
     if not isinstance(prompts, list | tuple) or isinstance(next(iter(prompts), None), Mapping):
         refuse_table(prompts)
     is_list = hasattr(prompts, "__len__") and getattr(prompts, "ndim", 1) > 0
-    if not is_list or isinstance(prompts, bytes | type):
+    if not is_list or isinstance(prompts, bytes | type | Set):
         raise TypeError(f"prompts must be a list of prompts, got {show(prompts)}")
     if isinstance(prompts, np.ndarray) and prompts.dtype.kind in "iu":
         prompts = list(prompts)
@@ -194,8 +194,10 @@ def _one(i: int, prompt: Prompt, tokenizer: Any, bos_token_id: int | None, compl
         row = list(tokenizer(chat, add_special_tokens=False)["input_ids"])
     else:
         try:
-            ids: Any = prompt
-            row = [operator.index(token) for token in (ids.tolist() if isinstance(ids, Tensor) else ids)]
+            ids: Any = list(prompt.tolist() if isinstance(prompt, Tensor | np.ndarray) else prompt)
+            if isinstance(prompt, bytes | bytearray | Set) or any(isinstance(token, bool) for token in ids):
+                raise TypeError("bytes, sets and flags are no token ids")
+            row = [operator.index(token) for token in ids]
         except TypeError as error:
             raise TypeError(
                 f"prompts[{i}] is {prompt!r:.60}: a prompt is a string, a chat (a list of messages) or a sequence of "

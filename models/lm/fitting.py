@@ -23,6 +23,7 @@ from .adapters import own_parameters, without_effect
 from .fit_checkpoint import FitCheckpoint, FitState, digest_of_pairs
 from .fit_texts import Pair
 from .network import CausalNetwork
+from .quantised import refuse_quantised
 from .scopes import differentiating
 from .scoring import scores_at
 from .token_model import TokenModel
@@ -87,6 +88,8 @@ def fit(
     :param progress: show a progress bar.
     :raises FloatingPointError: if a loss is not finite; the weights are those before that step.
     """
+    if not lm.has_adapters:
+        refuse_quantised(lm.network, "fit", "fit policy(lora_rank=16)")
     free = {id(p) for p in without_effect(lm.network)}
     start = [p for p in lm.network.parameters() if id(p) not in free]
     with _checkpoint_in(checkpoint, settings, [pairs, held_out], start) as kept:

@@ -18,6 +18,7 @@ from . import adapters, fit_texts, fitting, generation, packing, stop_strings
 from .autoregressive import Autoregressive
 from .devices import own_device
 from .encoding import Prompts, broadcast_where
+from .quantised import refuse_quantised
 from .sampler import Sampler
 from .scopes import differentiating
 from .settings import Settings
@@ -181,12 +182,13 @@ class LanguageModel(TokenModel):
         :param lora_alpha: scales the adapters by ``lora_alpha / lora_rank``; default: twice the rank.
         :param lora_layers: the share of the layers that get adapters, the last ones, but one at least. Gradients do not
             go through the layers before them.
-        :raises TypeError: if this model is `packed`.
+        :raises TypeError: if this model is `packed`, or has quantised weights and there is no rank.
         :raises ValueError: if ``lora_rank`` < 1, or no layer takes an adapter.
         """
         packing.refuse_packed(self.network)
         self.current()
         if lora_rank is None:
+            refuse_quantised(self.network, "policy() without a rank, which trains all weights,", "policy(lora_rank=16)")
             network, compute_dtype, exact = adapters.float32_copy(self.network)
             lm = self._with_network(network, None, self.compute_dtype or compute_dtype)
             lm._departed = True
@@ -225,13 +227,15 @@ class LanguageModel(TokenModel):
 
         :param dtype: of the copy's weights, into which they are rounded once. None: that of the weights under the
             adapters; of bfloat16 ones torch.float32 keeps what adding to them would round away.
-        :raises TypeError: if this model is `packed`.
+        :raises TypeError: if this model is `packed`, or has quantised weights.
         :raises ValueError: if ``dtype`` is no floating-point type.
         """
         packing.refuse_packed(self.network)
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point type such as torch.bfloat16, got {dtype}")
         refuse_shards(self.network, "merging the adapters")
+        instead = "from_pretrained(folder of the adapters, base=a model of whole weights).merged() rounds nothing away"
+        refuse_quantised(self.network, "merged()", instead)
         self.current()
         network = adapters.merged(self.network, dtype)
         lm = self._with_network(network, None, self.compute_dtype if dtype is None else None)

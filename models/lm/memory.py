@@ -41,6 +41,8 @@ from typing import Any
 
 import torch
 
+from bayeslm.validation import Count, validated
+
 from .configs import size
 from .remembered import recalled, remembered
 
@@ -156,7 +158,8 @@ def subsamples_of(size: int | None) -> Iterator[None]:
         _subsample.reset(token)
 
 
-def subsample_of(size: int | None, prompts: int) -> int | None:
+@validated
+def subsample_of(size: Count | None, prompts: Count) -> int | None:
     """Return how many of a program's prompts a run of it takes, for Pyro's plate; None for all.
 
     It is the program's own number in a training, and as many as fit a pass where draws are taken of all prompts.

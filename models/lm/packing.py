@@ -69,6 +69,7 @@ def can_pack(module: nn.Module) -> TypeGuard[nn.Linear]:
         and not (module._forward_hooks or module._forward_pre_hooks)  # what they compute would be lost
         and module.weight.device.type == "cpu"
         and module.weight.dtype == torch.float32
+        and type(module.weight) in (Tensor, nn.Parameter)  # not quantised
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )

@@ -52,6 +52,7 @@ class Remembered:
         self.texts = Recent()  # by context and token ids
         self.rooms = Recent(16)  # bytes by device (`memory`)
         self.copies = Recent(4)  # on the CPU, of tensors of another device
+        self.lots: dict[int, Any] = {}  # of draws that an engine was asked for (`ahead`)
         self.idle: list[Tensor] = []  # keys and values that a compiled batch has left (`compiled`)
 
     def of(self, owner: Any) -> int:

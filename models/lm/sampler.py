@@ -23,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from bayeslm import DiagnosticsWarning
 
+from .ahead import asked_ahead
 from .encoding import Encoded
 from .prefix import PromptedNetwork
 from .scoring import token_scores
@@ -97,15 +98,19 @@ class Densities:
     def __init__(self) -> None:
         self._kept = WeakTensorKeyDictionary()
 
-    def keep(self, value: Tensor, log_s: Tensor) -> None:
-        self._kept[value] = (_version(value), log_s)
+    def keep(self, value: Tensor, log_s: Tensor, stale: bool) -> None:
+        self._kept[value] = (_version(value), log_s, stale)
+
+    def are_stale(self, value: Tensor) -> bool:
+        """Return whether an engine has drawn a value by other weights than it was asked for."""
+        return bool(self._kept.get(value, (None, None, False))[2])
 
     def of(self, value: Tensor) -> Tensor:
         """Return log s of each token of a value.
 
         :raises LookupError: if this is none of the engine's values.
         """
-        version, log_s = self._kept.get(value, (None, None))
+        version, log_s, _ = self._kept.get(value, (None, None, False))
         if log_s is None or version != _version(value):
             raise LookupError("the value is not one that the sampler drew: it was changed, or replaced, after")
         found: Tensor = log_s
@@ -143,7 +148,8 @@ def _draw(sampler: Sampler, weights: Weights, prompted: PromptedNetwork, rows: T
         weights,
     )
     try:
-        draws = sampler.draw(request)
+        lot = asked_ahead()
+        draws = sampler.draw(request) if lot is None else lot.answer(sampler, request)
     except SamplerError:
         raise
     except Exception as error:
@@ -178,10 +184,11 @@ def _draw(sampler: Sampler, weights: Weights, prompted: PromptedNetwork, rows: T
 
 def draw_scored(
     sampler: Sampler, weights: Weights, prompted: PromptedNetwork, rows: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, bool]:
     """Draw completions of prompts ``rows`` (row,), and score them by the network here.
 
-    :returns: completions, the network's scores of their tokens, and log s of these, all (row, max_new_tokens).
+    :returns: completions, the network's scores of their tokens, and log s of these, all (row, max_new_tokens); and
+        whether they were drawn by other weights than these.
     :raises ValueError: if the distribution is truncated, which engines do not draw.
     """
     if prompted.truncation is not None:
@@ -199,7 +206,7 @@ def draw_scored(
         value[taken], log_s[taken], stale = _draw(sampler, weights, prompted, some)
     scores = token_scores(prompted, rows, value)
     compare(sampler, scores[taken], log_s[taken], vocabulary.is_live(value[taken]), stale)
-    return value, scores, log_s
+    return value, scores, log_s, stale
 
 
 def _check(sampler: Sampler, drawn: Drawn, size: int, max_new_tokens: int) -> None:

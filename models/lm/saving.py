@@ -26,6 +26,7 @@ from .adapters import has_adapters
 from .bars import late_bars
 from .configs import is_encoder_decoder
 from .loading import location, short_name
+from .quantised import refuse_quantised
 from .settings import NAME, Settings
 from .special_tokens import SpecialTokens, find_special_tokens
 
@@ -47,6 +48,9 @@ def save(lm: Any, network: nn.Module, path: str | os.PathLike[str]) -> None:
     :raises OSError: if the disk refuses; the folder is then as it was.
     :raises ValueError: if several adapters are active, which PEFT saves one by one.
     """
+    if getattr(network, "hf_quantizer", None) is None and not lm.has_adapters:
+        how = "from_pretrained(name, quantization_config=transformers.TorchAoConfig(...)), which notes it"
+        refuse_quantised(network, "save_pretrained of a network whose config does not say how it is quantised", how)
     tokenizer, settings = lm.tokenizer, _settings(lm)
     special = SpecialTokens(lm.eos_token_ids, lm.bos_token_id, lm.pad_token_id, lm.decoder_start_ids)
     notes = training_notes(lm.provenance) if isinstance(lm.provenance, Posterior) else lm.provenance

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -82,9 +82,18 @@ def _strings(texts: Any) -> list[str]:
     return found
 
 
-def without_index(column: Any) -> Any:
-    """Return a column of pandas, whose index need not be the position, as a list; anything else unchanged."""
-    return column.tolist() if hasattr(column, "iloc") else column
+def without_index(name: str, column: Any) -> Any:
+    """Return a column of pandas, whose index need not be the position, as a list; anything else unchanged.
+
+    An array with missing entries (NumPy's masked arrays) is a list with None for them.
+
+    :raises TypeError: if it is a set, which has no order, or a table.
+    """
+    if isinstance(column, Set):
+        raise TypeError(f"{name} must be a list, got a {type(column).__name__}, which has no order")
+    if hasattr(column, "iloc") and getattr(column, "ndim", 1) != 1:
+        raise TypeError(f"{name} must be a list, got a table: give one of its columns")
+    return column.tolist() if hasattr(column, "iloc") or isinstance(column, np.ma.MaskedArray) else column
 
 
 def _names(value: Any) -> list[str] | None:

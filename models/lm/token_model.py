@@ -23,6 +23,7 @@ from .gradient_checkpointing import checkpointable_layers
 from .module_errors import ModuleWithProperties
 from .network import CausalNetwork
 from .own_forward import Findings
+from .quantised import quantised_layers, refuse_quantised
 from .sampler import Sampler, Weights
 from .sharding import shard, take_in
 from .special_tokens import find_special_tokens
@@ -108,6 +109,11 @@ class TokenModel(ModuleWithProperties):
         return adapters.has_adapters(self.network)
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether weights are stored in few bits."""
+        return bool(quantised_layers(self.network))
+
+    @property
     def compiles(self) -> bool:
         """Whether tokens are written by a compiled graph."""
         return self._compiled is not None
@@ -188,6 +194,7 @@ class TokenModel(ModuleWithProperties):
         :raises ValueError: if the network has no layers that can be sharded one by one.
         """
         packing.refuse_packed(self.network)
+        refuse_quantised(self.network, "shard()", "shard a network of bfloat16 weights")
         if self.compiles:
             raise TypeError("shard() is for a language model without compile=True: leave that out")
         if self.has_adapters:

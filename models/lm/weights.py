@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bayeslm.validation import validated
 
 from .adapters import adapted_modules
+from .quantised import tensors_in
 from .sharding import own_part
 
 VALUES = 64  # of each tensor, evenly spaced
@@ -93,7 +94,7 @@ class SharedWeights:
 def values(tensors: Iterable[Tensor]) -> dict[torch.dtype, bytes]:
     """Return a few values of each tensor, by dtype: they are equal for equal tensors on any device."""
     parts: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in map(own_part, tensors):
+    for tensor in (inner for x in tensors for inner in tensors_in(own_part(x))):
         if tensor.numel() and tensor.layout is torch.strided and tensor.device.type != "meta":
             flat = tensor.detach().view(-1) if tensor.is_contiguous() else tensor.detach().flatten()
             parts.setdefault(tensor.dtype, []).append(flat[:: max(1, len(flat) // VALUES)][:VALUES])
@@ -112,7 +113,8 @@ def digest_of_values(named: Iterable[tuple[str, Tensor]]) -> str:
     found = blake2b(digest_size=16)
     for name, x in named:
         found.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
-        found.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        for inner in tensors_in(x.detach()):
+            found.update(inner.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -6,6 +6,7 @@ articles a, an and the, and more than one space; of several references the best 
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
@@ -27,6 +28,17 @@ def normalised_answer(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
+def is_missing(answer: Any) -> bool:
+    """Return whether there is no answer: None, or NaN, which pandas has in its place."""
+    return answer is None or (isinstance(answer, float) and math.isnan(answer))
+
+
+def written(answer: Any) -> tuple[str, ...]:
+    """Return the texts that an answer is: of a whole number that is a float, as in pandas, the whole number too."""
+    whole = isinstance(answer, float) and answer.is_integer()
+    return (str(answer), str(int(answer))) if whole else (str(answer),)
+
+
 class ReferenceReward(Reward):
     """A reward that compares the completion with the references of its prompt; override `compare`."""
 
@@ -43,10 +55,11 @@ class ReferenceReward(Reward):
         scores = []
         for prompt, text, found in zip(prompts, completions, columns[self.column], strict=True):
             references = [found] if isinstance(found, str) or not isinstance(found, Sequence) else found
-            if not references or any(reference is None for reference in references):
+            if not references or any(map(is_missing, references)):
                 self._fail(f"needs references in the column {self.column!r}, and has {found!r:.60}", prompt, text)
             answer = normalised_answer(text)
-            scores.append(max(self.compare(answer, normalised_answer(str(reference))) for reference in references))
+            texts = [normalised_answer(text) for reference in references for text in written(reference)]
+            scores.append(max(self.compare(answer, reference) for reference in texts))
         return scores
 
     prefix = score  # an estimate: of the text so far

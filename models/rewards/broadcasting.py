@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Integral
 from typing import Any
 
@@ -119,6 +119,10 @@ def _objects(values: Any) -> np.ndarray:
     """Return an object array; the elements of other sequences than arrays and tensors become its elements."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().numpy()
+    if isinstance(values, Set):
+        raise TypeError(f"prompts and columns must be lists, got a {type(values).__name__}, which has no order")
+    if isinstance(values, np.ma.MaskedArray):
+        values = np.array(values.tolist(), dtype=object)  # with None where an entry is missing
     if isinstance(values, np.ndarray):
         return values.astype(object)
     return np.fromiter(values, dtype=object, count=len(values))

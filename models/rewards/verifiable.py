@@ -21,6 +21,7 @@ import regex
 
 from bayeslm.validation import NonNegative, validated
 
+from .answers import is_missing, written
 from .calling import TimeLimitError, check_timeout
 from .reward import Reward
 from .scorer import RewardError, Scores
@@ -132,8 +133,15 @@ class Matches(Reward):
             return [float(match is not None) for match in self._search(completions)]
         if self.column not in columns:
             self._fail(f"needs the column {self.column!r}", prompts[0], completions[0])
-        answers = zip(self._search(completions), columns[self.column], strict=True)
-        return [float(found is not None and found.strip() == str(answer).strip()) for found, answer in answers]
+        answers = columns[self.column]
+        if missing := [i for i, answer in enumerate(answers) if is_missing(answer)]:
+            i = missing[0]
+            self._fail(
+                f"needs an answer in the column {self.column!r}, and has {answers[i]}", prompts[i], completions[i]
+            )
+        found = [None if match is None else match.strip() for match in self._search(completions)]
+        right = [{text.strip() for text in written(answer)} for answer in answers]
+        return [float(text in texts) for text, texts in zip(found, right, strict=True)]
 
     prefix = score  # an estimate: a match may still grow or be followed by another
 

@@ -6,7 +6,8 @@ A server for a prior and its LoRA policies is started with
         --logprobs-mode processed_logprobs
 
 Prompts go to it as token ids, and token ids with their log-probabilities come back, so that no text is encoded twice. A
-policy goes as a folder of adapters, under a new name whenever its weights have changed; the one before is unloaded.
+policy goes as a folder of adapters, under a new name whenever its weights have changed; those before are unloaded once
+nothing is drawn by them (with `Ahead(k)` the server needs ``--max-loras`` k + 1).
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Awaitable, Coroutine, Hashable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from bayeslm.models.lm import Drawn, DrawRequest, Draws, SamplerError, Weights
@@ -32,6 +34,7 @@ from bayeslm.validation import Count, Positive, validated
 
 from .versions import DEPARTED, NEEDS_PROCESSED, check_version
 
+T = TypeVar("T")
 LARGEST = 32  # completions of a prompt that one request asks for
 NEUTRAL = {  # whatever the model's own generation config says; and token ids in the place of texts
     "top_k": -1,
@@ -74,6 +77,7 @@ class VLLMServer:
     _base: str | None = field(default=None, init=False, repr=False)
     _processed: bool | None = field(default=None, init=False, repr=False)
     _loaded: tuple[Hashable, str] | None = field(default=None, init=False, repr=False)
+    _drawing: Counter[str] = field(default_factory=Counter, init=False, repr=False)  # by the names of adapters
 
     def __post_init__(self) -> None:
         _openai()
@@ -96,9 +100,25 @@ class VLLMServer:
         :raises SamplerError: if the server cannot be reached, is of a version that is not supported, cannot load an
             adapter, does not return log-probabilities of what it draws, fails, or takes too long.
         """
-        return _run(self._draw(request))
+        return self.prepare(request)()
 
-    async def _draw(self, request: DrawRequest) -> Draws:
+    def prepare(self, request: DrawRequest) -> Callable[[], Draws]:
+        """Load the request's adapter, and return what draws by it, also while that of a later request is loaded.
+
+        :raises SamplerError: see `draw`.
+        """
+        model = _run(self._with_client(lambda client: self._ready(client, request)))
+        self._drawing[model] += 1
+
+        def draw() -> Draws:
+            try:
+                return _run(self._with_client(lambda client: self._all(client, model, request)))
+            finally:
+                self._drawing[model] -= 1
+
+        return draw
+
+    async def _with_client(self, work: Callable[[Any], Coroutine[Any, Any, T]]) -> T:
         key = "none" if self.key_variable is None else os.environ.get(self.key_variable, "")
         if not key:
             raise SamplerError(f"{self.name} needs a key in the environment variable {self.key_variable}")
@@ -107,20 +127,23 @@ class VLLMServer:
         )
         async with client:
             try:
-                if self._base is None:
-                    self._base = await self._check(client)
-                if request.temperature != 1.0 and self._processed is None:
-                    self._processed = await self._is_processed(client, self._base, request)
-                if request.temperature != 1.0 and not self._processed:
-                    raise SamplerError(
-                        f"{self.name} {NEEDS_PROCESSED.format(request.temperature)}: start the server with "
-                        "--logprobs-mode processed_logprobs"
-                    )
-                model = await self._published(client, request.weights)
-                return await self._all(client, model, request)
+                return await work(client)
             except _openai().OpenAIError as error:
                 what = " ".join(str(error).replace(key, "***").split())
                 raise SamplerError(f"{self.name} failed: {type(error).__name__}: {what:.300}") from error
+
+    async def _ready(self, client: Any, request: DrawRequest) -> str:
+        """Check the server, and return the name that it has for the request's weights."""
+        if self._base is None:
+            self._base = await self._check(client)
+        if request.temperature != 1.0 and self._processed is None:
+            self._processed = await self._is_processed(client, self._base, request)
+        if request.temperature != 1.0 and not self._processed:
+            raise SamplerError(
+                f"{self.name} {NEEDS_PROCESSED.format(request.temperature)}: start the server with "
+                "--logprobs-mode processed_logprobs"
+            )
+        return await self._published(client, request.weights)
 
     async def _check(self, client: Any) -> str:
         """Return the network's name, after a look at the version."""
@@ -177,11 +200,12 @@ class VLLMServer:
             ) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)  # the server has read it
-        before, self._loaded = self._loaded, (weights.version, name)
-        if before is not None:
+        self._loaded = (weights.version, name)
+        for old in [each for each, draws in self._drawing.items() if draws == 0 and each != self._base]:
+            del self._drawing[old]
             with contextlib.suppress(_openai().APIStatusError):
-                body = {"lora_name": before[1]}
-                await self._within(client.post("/unload_lora_adapter", cast_to=str, body=body))
+                await self._within(client.post("/unload_lora_adapter", cast_to=str, body={"lora_name": old}))
+        self._drawing[name] = 0
         return name
 
     async def _all(self, client: Any, model: str, request: DrawRequest) -> Draws:
@@ -256,7 +280,7 @@ class VLLMServer:
             ) from None
 
 
-def _run(coroutine: Coroutine[Any, Any, Draws]) -> Draws:
+def _run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Return a coroutine's result; in a thread of its own where an event loop runs, as in a notebook."""
     try:
         asyncio.get_running_loop()

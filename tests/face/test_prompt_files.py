@@ -73,6 +73,8 @@ def nested(levels: int) -> list:
         ("a.csv", "prompt\n42\nNA\nnull\n", ["42", "NA", "null"], {}),
         ("a.csv", "prompt,n\na,1\nb,\nc,-3\n", ["a", "b", "c"], {"n": [1, None, -3]}),
         ("a.csv", "prompt,n\na,1\nb,2e3\n", ["a", "b"], {"n": [1.0, 2000.0]}),
+        ("a.csv", "prompt,n\na,1.50\nb,2.00\n", ["a", "b"], {"n": ["1.50", "2.00"]}),  # answers, as they are written
+        ("a.csv", "prompt,n\na,1.5\nb,2.0\n", ["a", "b"], {"n": [1.5, 2.0]}),
         ("a.csv", "prompt,n\na,True\nb,false\n", ["a", "b"], {"n": [True, False]}),
         ("a.csv", "prompt,n\na,007\nb,12\n", ["a", "b"], {"n": ["007", "12"]}),  # no number is written so
         ("a.csv", "prompt,n\na,nan\nb,1\n", ["a", "b"], {"n": ["nan", "1"]}),
@@ -132,7 +134,8 @@ def test_forms_of_rows(name: str, text: str, prompts: list, columns: dict, tmp_p
         ("a.csv", "prompt\ncafé\n".encode("latin-1"), "line 2 is not UTF-8"),
         ("a.txt", "text".encode("utf-16-le"), "holds NUL characters"),
         ("a.txt", codecs.BOM_UTF16_LE + b"abc", "begins as UTF-16, and is none"),
-        ("a.xlsx", b"PK\x03\x04\xff\xfe", "is not UTF-8"),
+        ("a.xlsx", b"PK\x03\x04\xff\xfe", "is a file of another kind"),
+        ("a.unknown", b"PK\x03\x04\xff\xfe", "is not UTF-8"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_place(name: str, content: bytes, says: str, tmp_path: Path):
@@ -195,3 +198,11 @@ def test_parquet_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(ImportError, match=r'needs pyarrow: pip install "bayeslm\[parquet\]"'):
         read_prompt_file(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("suffix", [".xlsx", ".yaml", ".jsonl.gz", ".PKL"])
+def test_files_of_other_formats_are_no_lines_of_text(suffix, tmp_path):
+    path = tmp_path / f"prompts{suffix}"
+    path.write_text("- a\n- b\n")
+    with pytest.raises(ValueError, match="is a file of another kind: give"):
+        read_prompt_file(path)

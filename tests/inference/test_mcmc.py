@@ -29,7 +29,9 @@ def mcmc(**settings) -> MCMC:
     return MCMC(**(defaults | {"seed": 0, "progress": False} | settings))
 
 
-@pytest.mark.parametrize(("kind", "setting"), [("table", "policy"), ("llama", "tempered")])
+@pytest.mark.parametrize(
+    ("kind", "setting"), [("table", "policy"), pytest.param("llama", "tempered", marks=pytest.mark.long)]
+)
 def test_agrees_with_exact(kind, setting):
     """The expected reward and length, and marginals of the first and third token."""
     lm, model, exact = case(kind, 1.0)
@@ -39,6 +41,7 @@ def test_agrees_with_exact(kind, setting):
     assert_agrees(posterior, exact, FUNCTIONS)
 
 
+@pytest.mark.long
 def test_chains_agree_on_the_reward_within_a_budget():
     """R-hat <= 1.01: 16 chains of 400 sweeps after 100, six temperatures; 19,608 completions a prompt."""
     _, model, exact = case("table", 1.0)

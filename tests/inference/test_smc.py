@@ -34,8 +34,17 @@ def ratios(posterior, log_z):
     return np.exp(posterior.log_weights - log_z).mean(1)
 
 
-@pytest.mark.parametrize(("kind", "seed"), [("table", 1), ("llama", 0)])
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    ("setting", "kind", "seed"),
+    [
+        *((setting, "table", 1) for setting in SETTINGS),
+        *((setting, "llama", 0) for setting in ("partial", "induced, few candidates")),
+        *(
+            pytest.param(setting, "llama", 0, marks=pytest.mark.long)
+            for setting in sorted(SETTINGS.keys() - {"partial", "induced, few candidates"})
+        ),
+    ],
+)
 def test_agrees_with_exact(setting, kind, seed):
     engine = SMC(num_particles=16, num_chains=300, seed=seed, progress=False, **SETTINGS[setting])
     _, model, exact = case(kind, 0.5, seed)

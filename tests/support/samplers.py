@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,6 +53,56 @@ class Perturbed:
         completions = [list(itertools.islice(drawn, count)) for count in request.counts]
         draws = Draws(completions, request.weights.version)
         return draws if self.says is None else self.says(request, draws)
+
+
+@dataclass(eq=False)
+class Elsewhere:
+    """An engine with a copy of the weights of each request, by which it draws in any thread.
+
+    :param lag: it draws by the weights of so many requests before.
+    :param seconds: that a request takes.
+    :param dies_at: the request that fails, counted from 0.
+    """
+
+    lag: int = 0
+    seconds: float | Callable[[int], float] = 0.0
+    dies_at: int | None = None
+    given: list[tuple[Any, torch.nn.Module]] = field(default_factory=list)
+
+    name = "the engine"
+
+    def draw(self, request: DrawRequest) -> Draws:
+        return self.prepare(request)()
+
+    def prepare(self, request: DrawRequest) -> Callable[[], Draws]:
+        number = len(self.given)
+        self.given.append((request.weights.version, copy.deepcopy(request.weights.network)))
+        version, network = self.given[max(0, number - self.lag)]
+
+        def draw() -> Draws:
+            time.sleep(self.seconds(number) if callable(self.seconds) else self.seconds)
+            if number == self.dies_at:
+                raise ConnectionError("nobody answers")
+            generator = torch.Generator().manual_seed(request.seed)
+            asked = zip(request.prompts, request.counts, strict=True)
+            return Draws([self._some(network, prompt, n, request, generator) for prompt, n in asked], version)
+
+        return draw
+
+    @staticmethod
+    @torch.no_grad()
+    def _some(network: Any, prompt: list[int], n: int, request: DrawRequest, generator: torch.Generator) -> list[Drawn]:
+        ids, log_s = torch.tensor([prompt] * n), torch.zeros((n, 0))
+        for _ in range(request.max_new_tokens):
+            logits = network(input_ids=ids).logits[:, -1].float() / request.temperature
+            token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            ids, log_s = torch.cat([ids, token], 1), torch.cat([log_s, logits.log_softmax(-1).gather(1, token)], 1)
+        drawn = []
+        for text, scores in zip(ids[:, len(prompt) :].tolist(), log_s.tolist(), strict=True):
+            ends = [t for t, token in enumerate(text) if token in request.eos_token_ids]
+            length = ends[0] + 1 if ends else len(text)
+            drawn.append(Drawn(text[:length], scores[:length]))
+        return drawn
 
 
 class Enumerating:

@@ -170,7 +170,9 @@ def test_suffix_moves_are_reversible(model, same_cut, proposal, gamma):
         assert not (outcome.accepted & ~outcome.tried).any()
 
 
-@pytest.mark.parametrize("model", [conversation, shared, candidates], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "model", [pytest.param(conversation, marks=pytest.mark.long), shared, candidates], ids=lambda m: m.__name__
+)
 def test_moves_of_every_latent_are_reversible(model):
     """Prompts that depend on latents, several completions, a latent that prompts share, plates; and terms kept."""
     target = Enumerated(model())

@@ -209,7 +209,9 @@ def test_an_engine_refuses_such_an_r_with_its_text() -> None:
 
 def test_what_is_no_number_is_refused_by_the_name_of_its_site() -> None:
     for r, beta, argument in ((["good"], 0.5, "r"), ([None], 0.5, "r"), ([1.0], "half", "beta"), ([1.0], None, "beta")):
-        with pytest.raises(ValueError, match=rf"rewards\.factor\('taste', \.\.\.\): {argument} must be numbers, not"):
+        with pytest.raises(
+            ValueError, match=rf"rewards\.factor\('taste', \.\.\.\): {argument} must be real numbers, not"
+        ):
             rewards.factor("taste", r, beta)
 
 

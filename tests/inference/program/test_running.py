@@ -40,7 +40,7 @@ from bayeslm.inference.program.handlers import explained
 from bayeslm.inference.sequential import TwistLearning
 from bayeslm.inference.training import AutoPolicy, Critic, ReverseKL, StatefulLoss
 from bayeslm.models import LanguageModel, rewards
-from bayeslm.models.lm import exclusive, turns
+from bayeslm.models.lm import exclusive, scopes
 
 QUIET = {"seed": 0, "progress": False}
 SCORES = score_table(2, vocab=4, tokens=3)
@@ -227,7 +227,7 @@ def test_ctrl_c_ends_the_waiting():
 
 
 def test_who_waits_for_long_says_for_whom(monkeypatch):
-    monkeypatch.setattr(turns, "PATIENCE", 0.05)
+    monkeypatch.setattr(scopes, "PATIENCE", 0.05)
     release, held = threading.Event(), threading.Event()
 
     def hold():

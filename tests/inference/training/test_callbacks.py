@@ -63,7 +63,7 @@ def test_a_record_is_of_its_step_and_cannot_be_changed():
             assert (record.figures, record.particles, record.texts()) == ({}, None, [])
             continue
         assert record.figures["elbo"] == pytest.approx(run.stats["elbo"][record.chain, record.step - 1].mean())
-        assert record.particles.values["completion"].shape[:2] == (64, 2)
+        assert record.particles.values["completion"].shape[:2] == (128, 2)
         assert len(record.texts()) == 2
 
 

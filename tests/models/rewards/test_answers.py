@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -29,6 +30,16 @@ def test_answers_by_hand(text: str, references: object, match: float, f1: float)
         assert reward(["q"], [text], references=[references]).item() == pytest.approx(right)
         assert reward.lower_bound <= right <= reward.upper_bound
     assert normalised_answer(" The  A-b. ") == "ab"
+
+
+@pytest.mark.parametrize("reward", [ExactMatch("answer"), TokenF1("answer"), Matches(r"\S+", "answer")])
+def test_an_answer_that_is_a_number_may_be_a_float_and_must_not_be_missing(reward: Any) -> None:
+    """Pandas makes floats of whole numbers where others are missing."""
+    for text, answer, right in (("7", 7.0, 1), ("7.0", 7.0, 1), ("1.5", 1.5, 1), ("7", 7, 1), ("8", 7.0, 0)):
+        assert reward(["q"], [text], answer=[answer]).item() == right
+    for missing in (None, float("nan")):
+        with pytest.raises(RewardError, match="in the column 'answer', and has"):
+            reward(["q", "q"], ["nan", "nan"], answer=["nan", missing])
 
 
 @pytest.mark.parametrize("make", [ExactMatch, TokenF1])

@@ -85,8 +85,8 @@ def sample(
         lm = load_policy(policy, prior, device, dtype, batch_size=batch_size)
         lm.encode_prompts(given, max_new_tokens)  # one that cannot be read is refused before texts are drawn
         show = _write_json if (not sys.stdout.isatty() if as_json is None else as_json) else _show
-        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        settings["stop"] = stop or None
+        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        settings |= {"top_k": top_k, "top_p": top_p, "stop": stop or None}
         for i, one in enumerate(given):
             show(lm, one, num, None if seed is None else _seed_of(seed, i), settings)
 

@@ -35,8 +35,7 @@ class Scorer:
 
     @property
     def __name__(self) -> str:  # TRL logs rewards by it
-        cls: type = type(self)
-        return name_of(self._function) if self._function else cls.__name__.lower()
+        return name_of(self._function) if self._function else str(type(self).__name__).lower()
 
     def score(self, prompts: list[Any], completions: list[str], **columns: Any) -> Scores:
         """Return one number a completion, from flat lists of equal length (columns too)."""

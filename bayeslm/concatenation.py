@@ -101,8 +101,10 @@ def concatenate(posteriors: Sequence[PosteriorDraws]) -> dict[str, Any]:
 def _settings(posterior: PosteriorDraws) -> dict[str, Any]:
     """Return the numbers of a program's description, and its reward; names of models may be folders of one machine."""
     program = posterior.stats.get("program")
-    found = {name: x for name, x in program.items() if isinstance(x, int | float)} if isinstance(program, dict) else {}
-    if isinstance(program, dict) and isinstance(program.get("reward"), str):
+    if not isinstance(program, dict):
+        return {}
+    found: dict[str, Any] = {name: x for name, x in program.items() if isinstance(x, int | float)}
+    if isinstance(program.get("reward"), str):
         found["reward"] = re.sub(r" at 0x[0-9a-f]+", "", program["reward"])
     return found
 

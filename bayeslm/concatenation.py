@@ -38,8 +38,8 @@ def concatenate(posteriors: Sequence[PosteriorDraws]) -> dict[str, Any]:
                 )
     programs = [_settings(posterior) for posterior in posteriors]
     for own in programs:
-        if other := {name for name in own.keys() & programs[0].keys() if own[name] != programs[0][name]}:
-            name = min(other)
+        if different := {name for name in own.keys() & programs[0].keys() if own[name] != programs[0][name]}:
+            name = min(different)
             raise ValueError(
                 f"concatenate: {name} of the program is {programs[0][name]!r:.60} of one run and {own[name]!r:.60} of "
                 "another: only runs of one engine on one program and prompts are one posterior"

@@ -10,9 +10,10 @@ import numpy as np
 from bayeslm import reliability
 from bayeslm.diagnostics import summary
 from bayeslm.posterior_draws import PosteriorDraws
-from bayeslm.validation import NonEmpty, validated
+from bayeslm.validation import NonEmpty, Unchecked, validated
 
 NAMED = 3  # prompts that one remark names
+Name = Annotated[str, Unchecked]  # of an engine, as its caller writes it: half a character is shown as an escape
 
 
 class Row(NamedTuple):
@@ -95,7 +96,7 @@ def draws_are_of_policy(posterior: PosteriorDraws) -> bool:
 
 
 @validated
-def remarks(posteriors: Mapping[str, PosteriorDraws]) -> list[str]:
+def remarks(posteriors: Mapping[Name, PosteriorDraws]) -> list[str]:
     """Return a sentence for each problem that the diagnostics show; one that several prompts share is said once."""
     lines = []
     for name, posterior in posteriors.items():
@@ -124,7 +125,7 @@ def _of_prompts(posterior: PosteriorDraws, labels: list[str]) -> str:
 
 
 @validated
-def next_steps(posteriors: Mapping[str, PosteriorDraws], advise: Callable[[PosteriorDraws, str], str]) -> list[str]:
+def next_steps(posteriors: Mapping[Name, PosteriorDraws], advise: Callable[[PosteriorDraws, str], str]) -> list[str]:
     """Return what to do about the problems of each engine that has any.
 
     :param advise: returns it for a posterior and its name.

@@ -15,8 +15,8 @@ from .console import UsageError, err_console
 from .expressions import CALL, check_names, evaluate, nearest
 from .inputs import read_prompts, trained_policy
 
-OF_TRAINING: tuple[str, ...] = ("Adam", "Budget", "Checkpointing", "Critic", "ExponentialAverage", "FDivergence")
-OF_TRAINING += ("ForwardKL", "FromPosterior", "KLTarget", "LogVariance", "NearPosterior", "Plateau")
+OF_TRAINING: tuple[str, ...] = ("Adam", "Ahead", "Budget", "Checkpointing", "Critic", "ExponentialAverage")
+OF_TRAINING += ("FDivergence", "ForwardKL", "FromPosterior", "KLTarget", "LogVariance", "NearPosterior", "Plateau")
 OF_TRAINING += ("Renyi", "Replay", "ReverseKL", "Tempering", "TensorBoard", "TrustRegion")
 VALUES = ("leave_one_out", "of_guide", "of_prior")  # functions, which are named without a call
 WITHOUT_EFFECT = ("progress", "checkpoint")  # settings on which no result depends

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from bayeslm.characters import check_characters
-from bayeslm.validation import validated
 
 from .stops import Stops
 from .texts import token_texts
@@ -17,16 +16,15 @@ from .texts import token_texts
 MOST = 512  # characters of all strings, each of which is a row of the automaton, of the length of the vocabulary
 
 
-@validated
 def check_stop(stop: str | Sequence[str], tokenizer: Any) -> tuple[str, ...]:
     """Return stop strings, each once.
 
     :raises TypeError: if they are no strings, or there is no tokenizer to read texts with.
     :raises ValueError: if one is empty, has no encoding, or all together have more than `MOST` characters.
     """
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(isinstance(string, str) for string in strings):
+    if not isinstance(stop, Sequence) or not all(isinstance(string, str) for string in stop):
         raise TypeError(f"stop must be a string or several, got {stop!r:.60}")
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in strings:
         raise ValueError("stop holds an empty string, with which every text begins: leave it out")
     for string in strings:

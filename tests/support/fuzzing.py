@@ -129,39 +129,24 @@ def public_functions() -> dict[str, Callable[..., Any]]:
         found |= {f"{room}.{name}": getattr(module, name) for name in getattr(module, "__all__", ())}
     found = {name: x for name, x in found.items() if name.split(".")[-1] not in UNCHECKED | UNCALLED}
     for x in (posterior(), lm(), TabularEnvironment(river_swim(3))):
-        names = [name for name in dir(x) if name[0] != "_" and name in vars(type(x))]
+        own = [vars(cls) for cls in type(x).__mro__ if cls.__module__.startswith("bayeslm")]
+        names = [name for name in dir(x) if name[0] != "_" and any(name in names for names in own)]
         found |= {f"{type(x).__name__}.{name}": getattr(x, name) for name in names if name not in UNCALLED}
     return {name: x for name, x in found.items() if inspect.isroutine(x) and inspect.signature(x).parameters}
 
 
 # Machinery between rooms that does not check its arguments (docs/architecture.md): what runs at each step, token or
 # call of a reward, and, in the second part, what the project's own classes hand to one another.
-UNCHECKED = {
-    *("all_to_numpy", "along", "assign_values", "broadcast", "call", "categorical", "copied", "draw_latents"),
-    *(
-        "gathered",
-        "generate",
-        "in_prompts",
-        "leave_one_out",
-        "log_softmax_at",
-        "num_draws",
-        "on_host",
-        "own_part",
-        "particles_of",
-    ),
-    *("put_on_host", "redraw", "run_particles", "sample_sites", "sampled_terms", "score_sites"),
-    *("score_unconstrained", "score_values", "site_value", "sweep", "tempered", "to_numpy", "traces"),
-    *(
-        "check_retained",
-        "digest_of_values",
-        "draw",
-        "over_prompts",
-        "posterior",
-        "refuse_sharded",
-        "sample_texts",
-        *("learned_evidence", "stack_chains", "whole_offer"),
-    ),
-}
+UNCHECKED = set(
+    """
+    all_to_numpy along assign_values broadcast call categorical copied draw_latents gathered generate in_prompts
+    leave_one_out log_softmax_at num_draws on_host own_part particles_of put_on_host redraw run_particles
+    sample_sites sampled_terms score_sites score_unconstrained score_values site_value sweep tempered to_numpy
+    traces
+    check_retained digest_of_values draw over_prompts posterior refuse_sharded sample_texts learned_evidence
+    stack_chains whole_offer
+    """.split()  # noqa: SIM905
+)
 UNCALLED = {"outcome", "push_to_hub", "from_pretrained", "sentence_embeddings"}  # the last three load networks
 
 

@@ -286,7 +286,7 @@ def test_the_picture_has_the_mean_and_the_interval():
     assert band[:, 1].max() == 2 * regret[2].sum()
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["PSRL", "random"]
     matplotlib.pyplot.close("all")
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="not empty"):
         plot_regret({})
     with pytest.raises(ValueError, match=r"must be \(run, episode\)"):
         plot_regret({"PSRL": [1.0, 2.0]})

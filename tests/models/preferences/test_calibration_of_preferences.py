@@ -120,7 +120,7 @@ def test_a_single_pair_has_no_known_standard_error():
 def test_what_is_refused():
     p = np.full((1, 4, 3), 0.5)
     for bad, outcomes, says in [
-        (p[0], None, r"must be \(chain, draw, pair\)"),
+        (p[0], None, r"must be probabilities \(chain, draw, pair\) and not empty"),
         (p + 0.6, None, "between 0 and 1"),
         (p * np.nan, None, "between 0 and 1"),
         (p, [1, 0], "one for each of 3 pairs"),

@@ -125,7 +125,7 @@ class Population:
         return self.log_weights + self.log_z.repeat_interleave(self.size, 0)
 
     def parts(self, size: int) -> list[Population]:
-        """Return the particles of at most ``size`` prompts each, to be written apart and then `join`ed; or this alone.
+        """Return the particles of at most ``size`` prompts each, to be written apart (see `join`); or this alone.
 
         Prompts that are one posterior are not divided.
         """

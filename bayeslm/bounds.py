@@ -114,7 +114,13 @@ def unseen_limit(log_evidence: ArrayLike, stderr: ArrayLike, log_bound: float, p
     :param log_bound: M, an upper bound of the sum of all log-likelihood terms, r_max / β.
     :param prior_draws: N, the number of draws of the prior; αN for N draws of a mixture that has it with share α.
     """
-    seen = np.add(log_evidence, np.multiply(2.0, stderr))
+    try:
+        seen = np.add(log_evidence, np.multiply(2.0, stderr))
+    except ValueError:
+        shapes = np.shape(log_evidence), np.shape(stderr)
+        raise ValueError(
+            "unseen_limit: log_evidence and stderr must have one shape, got {} and {}".format(*shapes)
+        ) from None
     return np.asarray(np.logaddexp(seen, np.log(3.0 / prior_draws) + log_bound))
 
 

@@ -55,13 +55,16 @@ class FunctionUtility(Utility):
         return np.array([[self._of(candidate, draw) for draw in draws] for candidate in candidates])
 
     def _of(self, candidate: str, draw: str) -> float:
-        found = self.function(candidate, draw)
+        pair = f"the candidate {candidate!r:.60} and the draw {draw!r:.60}"
+        try:
+            found = self.function(candidate, draw)
+        except Exception as error:
+            raise ValueError(f"the utility raised {type(error).__name__}: {error}, for {pair}") from error
         try:
             if isinstance(found, str | bytes):
                 raise TypeError
             return float(found)
         except (TypeError, ValueError):
-            pair = f"the candidate {candidate!r:.60} and the draw {draw!r:.60}"
             raise ValueError(f"a utility must return a number, and returned {found!r:.60} for {pair}") from None
 
 

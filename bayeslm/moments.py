@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from bayeslm.diagnostics import expectation
 from bayeslm.posterior import Posterior
-from bayeslm.validation import validated
+from bayeslm.validation import Shape, validated
 from bayeslm.weights import POOL, Array, Estimate, ess, normalise
 
 KINDS = ("enumerated", "exact", "weighted", "particles")  # of draws that can be weighted anew
@@ -99,15 +101,22 @@ def fit_tilt(
 
 
 @validated
-def tilt(posterior: Posterior, log_factor: Array) -> Posterior:
-    """Return the posterior with its density multiplied by exp(log_factor), (chain, draw, prompt), as weighted draws."""
+def tilt(posterior: Posterior, log_factor: Annotated[ArrayLike, Shape("chain, draw, prompt")]) -> Posterior:
+    """Return the posterior with its density multiplied by exp(log_factor), (chain, draw, prompt), as weighted draws.
+
+    :raises ValueError: if ``log_factor`` is of other draws or prompts.
+    """
+    if np.shape(log_factor) != posterior.log_weights.shape:
+        shapes = posterior.log_weights.shape, np.shape(log_factor)
+        raise ValueError("tilt: log_factor must have the shape {} of the log-weights, got {}".format(*shapes))
     kind = "weighted" if posterior.kind == "exact" else posterior.kind
     return replace(posterior, kind=kind, log_weights=posterior.log_weights + log_factor)
 
 
 @validated
-def moments(posterior: Posterior, features: Array) -> Estimate:
+def moments(posterior: Posterior, features: Annotated[ArrayLike, Shape("chain, draw, prompt, moment")]) -> Estimate:
     """Return the means of features (chain, draw, prompt, moment) over draws and prompts, and errors, both (moment,)."""
+    features = np.asarray(features)
     each = [expectation(posterior, features[..., j]) for j in range(features.shape[3])]
     means, errors = np.array([mean.mean() for mean, _ in each]), np.array([error for _, error in each])
     return means, np.sqrt((errors**2).sum(axis=1)) / errors.shape[1]

@@ -12,7 +12,7 @@ from bayeslm.files import reading
 from bayeslm.posterior_draws import DiagnosticsWarning, PosteriorDraws
 from bayeslm.processes import is_first
 
-from .validation import validated
+from .validation import Count, Seed, validated
 
 if TYPE_CHECKING:
     from bayeslm.decisions import Decision  # what judges posteriors is imported when it is asked for: pandas is slow
@@ -52,7 +52,7 @@ class Posterior(PosteriorDraws):
         return decide(self, utility, num_candidates=num_candidates, also=also, site=site)
 
     @validated
-    def to_arviz(self, num_draws: int | None = None, seed: int = 0) -> Any:
+    def to_arviz(self, num_draws: Count | None = None, seed: Seed = 0) -> Any:
         """Return ArviZ's container of the installed version: `InferenceData` (0.x) or `xarray.DataTree` (1.x).
 
         ArviZ's functions are right on it without arguments. Groups, with dims (chain, draw, ...) and prompts' labels as

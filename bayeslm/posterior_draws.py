@@ -15,7 +15,7 @@ import numpy as np
 from bayeslm.posterior_checks import check_fields
 from bayeslm.weights import Array, normalise, num_draws, smoothed_where_reliable
 
-from .validation import validated
+from .validation import Count, Seed, validated
 
 RESAMPLED = {"enumerated": "exact", "weighted": "uncorrected", "particles": "uncorrected"}  # kind before and after
 LABEL_WIDTH = 60  # the longest label of a prompt in tables and coordinates
@@ -191,7 +191,7 @@ class PosteriorDraws:
         return np.full(self.log_weights.shape, 1.0 / num_draws(self.log_weights))
 
     @validated
-    def resample(self, num_draws: int | None = None, seed: int = 0) -> Self:
+    def resample(self, num_draws: Count | None = None, seed: Seed = 0) -> Self:
         """Return equally weighted draws, by systematic resampling by `weights()` over chains and draws jointly.
 
         Each prompt is resampled on its own, unless prompts share a latent. The order of the draws is kept: copies of a
@@ -247,8 +247,6 @@ class PosteriorDraws:
 
     def _resampled(self, num_draws: int | None, seed: int) -> Self:
         """Resample as `resample` does, but let each draw keep its log weight."""
-        if num_draws is not None and num_draws < 1:
-            raise ValueError(f"num_draws must be at least 1, not {num_draws}")
         if num_draws is None and self.kind not in RESAMPLED:
             return self
         chains, own, columns = self.log_weights.shape

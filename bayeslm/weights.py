@@ -81,7 +81,9 @@ def ess(log_weights: ArrayLike) -> Array:
 
 
 @validated
-def smallest_ess(log_weights: ArrayLike, ess_by_step: ArrayLike | None) -> Array:
+def smallest_ess(
+    log_weights: ArrayLike, ess_by_step: Annotated[ArrayLike, Shape("chain, step, prompt")] | None
+) -> Array:
     """Return the smallest effective sample size of particles along the way, (prompt,).
 
     Resampling makes weights equal again, so that the ESS at the end says little.
@@ -92,7 +94,7 @@ def smallest_ess(log_weights: ArrayLike, ess_by_step: ArrayLike | None) -> Array
     size = ess(log_weights)
     if ess_by_step is None:
         return size
-    return np.asarray(np.minimum(size, np.asarray(ess_by_step).sum(axis=0).min(axis=0, initial=np.inf)))
+    return np.asarray(np.minimum(size, np.asarray(ess_by_step, dtype=float).sum(axis=0).min(axis=0, initial=np.inf)))
 
 
 @validated

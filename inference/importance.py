@@ -26,7 +26,7 @@ from bayeslm.inference.program import (
     running,
 )
 from bayeslm.inference.sequential import ConstraintGuide, TokenConstraint, check_retained, put_first, retained_particles
-from bayeslm.models.lm import LanguageModel
+from bayeslm.models.lm import LanguageModel, Twist
 from bayeslm.posterior import Posterior
 from bayeslm.validation import Count, Seed, validated
 
@@ -127,4 +127,8 @@ class ImportanceSampling:
             return PolicyGuide(program, setting)
         if isinstance(setting, TokenConstraint | Mapping):
             return ConstraintGuide(program, setting)
+        if isinstance(setting, Twist):
+            raise TypeError(
+                "ImportanceSampling: guide must draw texts, got a Twist, which weighs them: use SMC(twist=...)"
+            )
         return setting

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 import pyro
@@ -35,7 +35,14 @@ def factor(name: str, r: Any, beta: Any) -> None:
         raise ValueError(f"rewards.factor({name!r}, ...): beta must be positive and finite, not {beta}")
     if _is_checked_here() and (bad := r[r.isnan() | r.isposinf()]).numel():
         raise ValueError(f"rewards.factor({name!r}, ...): r must be finite or -inf, not {bad[0].item()}")
-    pyro.factor(name, record(name, r) / beta)
+    try:
+        log_factor = record(name, r) / beta
+    except RuntimeError:
+        shapes = tuple(r.shape), tuple(torch.as_tensor(beta).shape)
+        raise ValueError(f"rewards.factor({name!r}, ...): r and beta have shapes that do not fit: {shapes}") from None
+    if _is_checked_here() and log_factor.isnan().any():
+        raise ValueError(f"rewards.factor({name!r}, ...): beta is too small for r, {beta}: r / beta is not a number")
+    pyro.factor(name, log_factor)
 
 
 def _is_checked_here() -> bool:
@@ -47,7 +54,7 @@ def _is_checked_here() -> bool:
 
 
 def _is_valid_beta(beta: float | Tensor) -> bool:
-    return bool(((beta > 0) & beta.isfinite()).all()) if isinstance(beta, Tensor) else 0 < beta < math.inf
+    return bool(((beta > 0) & beta.isfinite()).all()) if isinstance(beta, Tensor) else 0 < beta <= sys.float_info.max
 
 
 def _as_tensor(name: str, argument: str, value: Any) -> Tensor:
@@ -59,7 +66,7 @@ def _as_tensor(name: str, argument: str, value: Any) -> Tensor:
         tensor = torch.as_tensor(value)
         if tensor.is_complex():
             raise TypeError("complex numbers")
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(
             f"rewards.factor({name!r}, ...): {argument} must be real numbers, not {value!r:.50}"
         ) from error

@@ -143,11 +143,12 @@ UNCHECKED = set(
     leave_one_out log_softmax_at num_draws on_host own_part particles_of put_on_host redraw run_particles
     sample_sites sampled_terms score_sites score_unconstrained score_values site_value sweep tempered to_numpy
     traces
-    check_retained digest_of_values draw over_prompts posterior refuse_sharded sample_texts learned_evidence
-    stack_chains whole_offer
+    check_retained digest_of_values draw over_prompts posterior read_table refuse_sharded sample_texts learned_evidence
+    stack_chains whole_offer without_index
     """.split()  # noqa: SIM905
 )
 UNCALLED = {"outcome", "push_to_hub", "from_pretrained", "sentence_embeddings"}  # the last three load networks
+UNCALLED |= {"inspect", "inspect_or_reuse"}  # which call a program, whose errors are its own
 
 
 @cache

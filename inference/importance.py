@@ -63,6 +63,10 @@ class ImportanceSampling:
 
     def __post_init__(self) -> None:
         check_retained(self)
+        if isinstance(self.guide, Twist):
+            raise TypeError(
+                "ImportanceSampling: guide must draw texts, got a Twist, which weighs them: use SMC(twist=...)"
+            )
         if isinstance(self.guide, type):
             raise ValueError(
                 f"ImportanceSampling: guide is the class {self.guide.__name__}, not an instance: make one, and train "
@@ -127,8 +131,4 @@ class ImportanceSampling:
             return PolicyGuide(program, setting)
         if isinstance(setting, TokenConstraint | Mapping):
             return ConstraintGuide(program, setting)
-        if isinstance(setting, Twist):
-            raise TypeError(
-                "ImportanceSampling: guide must draw texts, got a Twist, which weighs them: use SMC(twist=...)"
-            )
         return setting

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from bayeslm.inference.program import inspect, running
+from bayeslm.inference.program import check_draws_texts, inspect, running
 from bayeslm.inference.training import Plan, run_adaptively
 from bayeslm.models.lm import LanguageModel
 from bayeslm.posterior import Posterior
@@ -66,6 +66,9 @@ class AdaptiveImportance:
     num_chains: Count = 1
     seed: Seed | None = None
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        check_draws_texts("AdaptiveImportance", self.guide)
 
     def run(self, model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Posterior:
         """Sample the posterior of ``model(*args, **kwargs)``.

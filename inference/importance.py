@@ -19,6 +19,7 @@ from bayeslm.inference.program import (
     PolicyGuide,
     Program,
     as_proposal,
+    check_draws_texts,
     draw,
     inspect,
     inspect_or_reuse,
@@ -26,7 +27,7 @@ from bayeslm.inference.program import (
     running,
 )
 from bayeslm.inference.sequential import ConstraintGuide, TokenConstraint, check_retained, put_first, retained_particles
-from bayeslm.models.lm import LanguageModel, Twist
+from bayeslm.models.lm import LanguageModel
 from bayeslm.posterior import Posterior
 from bayeslm.validation import Count, Seed, validated
 
@@ -63,10 +64,7 @@ class ImportanceSampling:
 
     def __post_init__(self) -> None:
         check_retained(self)
-        if isinstance(self.guide, Twist):
-            raise TypeError(
-                "ImportanceSampling: guide must draw texts, got a Twist, which weighs them: use SMC(twist=...)"
-            )
+        check_draws_texts("ImportanceSampling", self.guide)
         if isinstance(self.guide, type):
             raise ValueError(
                 f"ImportanceSampling: guide is the class {self.guide.__name__}, not an instance: make one, and train "

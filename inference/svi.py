@@ -25,6 +25,7 @@ from bayeslm.inference.program import (
     SoFar,
     Stopwatch,
     as_proposal,
+    check_draws_texts,
     check_independence,
     describe,
     describe_object,
@@ -114,6 +115,7 @@ class SVI:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        check_draws_texts("SVI", self.guide)
         own = getattr(self.objective, "num_particles", None)
         if None not in (own, self.num_particles) and own != self.num_particles:
             raise ValueError(

@@ -3,7 +3,7 @@
 from .assign import assign_values, same_distribution, score_values
 from .description import describe, describe_object, prompt_labels, prompt_texts
 from .errors import EvidenceError, ProgramError
-from .guides import PolicyGuide, as_proposal, draw_latents
+from .guides import PolicyGuide, as_proposal, check_draws_texts, draw_latents
 from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, RandomStates, seeded
 from .independence import check_independence
 from .messages import Message, digest_of, seed_of
@@ -53,6 +53,7 @@ __all__ = [
     "along",
     "as_proposal",
     "assign_values",
+    "check_draws_texts",
     "check_evidence",
     "check_grammar",
     "check_independence",

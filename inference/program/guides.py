@@ -18,7 +18,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from bayeslm.models.lm import LanguageModel
+from bayeslm.models.lm import LanguageModel, Twist
 from bayeslm.validation import validated
 
 from .errors import ProgramError
@@ -101,6 +101,16 @@ def draw_latents(
 
 def _constant(value: Tensor, fn: Any) -> Assignment:
     return value, None
+
+
+@validated
+def check_draws_texts(engine: str, guide: Any) -> None:
+    """Refuse a twist as a guide.
+
+    :raises TypeError: if it is one.
+    """
+    if isinstance(guide, Twist):
+        raise TypeError(f"{engine}: guide must draw texts, got a Twist, which weighs them: use SMC(twist=...)")
 
 
 def as_proposal(guide: Callable[..., Any], program: Program) -> Callable[..., Any]:

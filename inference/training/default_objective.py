@@ -14,8 +14,6 @@ as many draws as new ones did: each step has 16 new ones.
 
 from __future__ import annotations
 
-import math
-
 from bayeslm.inference.program import Program
 from bayeslm.validation import validated
 
@@ -66,5 +64,5 @@ def default_objective(
 
 def _lot(samples: int) -> int:
     """Return a power of 2: then a training that goes on with somewhat more samples has the same lots."""
-    power: int = 2 ** max(0, int(math.log2(max(1, samples // LOTS))))
-    return min(LARGEST_LOT, max(SMALLEST_LOT, power))
+    share = min(LARGEST_LOT, max(SMALLEST_LOT, samples // LOTS))
+    return 1 << (share.bit_length() - 1)

@@ -99,8 +99,8 @@ class ParticleObjective(Objective):
 
     def check_state(self, state: State, program: Program, steps: int) -> None:
         super().check_state(state, program, steps)
-        if isinstance(self.source, Replay | Ahead):
-            self.source.check_state(within("source", state), program, steps)
+        if (check := getattr(self.source, "check_state", None)) is not None:  # of those that keep a state
+            check(within("source", state), program, steps)
 
     def of_another_program(self, state: State) -> State:
         return {name: value for name, value in state.items() if not name.startswith("source.")}

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from .remembered import remembered
+from .scopes import having
 
 
 class PreparedSampler(Protocol):
@@ -93,21 +94,12 @@ def asking_ahead(key: int) -> Iterator[Lot]:
     """Make the first request of a sampler in the block, which ends there, that of the run's lot ``key``."""
     lots = remembered().lots
     lots[key] = lot = Lot(next(reversed(lots.values()), None))
-    with _within(lot), contextlib.suppress(Asked):
+    with having(_lot, lot), contextlib.suppress(Asked):
         yield lot
 
 
 @contextlib.contextmanager
 def answering(key: int) -> Iterator[None]:
     """Answer the first request of a sampler in the block by the run's lot ``key``; if the run has none, as always."""
-    with _within(remembered().lots.pop(key, None)):
+    with having(_lot, remembered().lots.pop(key, None)):
         yield
-
-
-@contextlib.contextmanager
-def _within(lot: Lot | None) -> Iterator[None]:
-    token = _lot.set(lot)
-    try:
-        yield
-    finally:
-        _lot.reset(token)

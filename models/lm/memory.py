@@ -45,6 +45,7 @@ from bayeslm.validation import Count, validated
 
 from .configs import size
 from .remembered import recalled, remembered
+from .scopes import having
 
 ON_CPU = 2**29  # bytes
 FEWEST = 2**28  # bytes, where less is free: a pass may still fit, and nothing smaller would
@@ -151,11 +152,8 @@ _subsample: ContextVar[int | None] = ContextVar("bayeslm_subsample", default=Non
 @contextlib.contextmanager
 def subsamples_of(size: int | None) -> Iterator[None]:
     """Let programs that ask `subsample_of` take so many of their prompts inside the block; None: their own number."""
-    token = _subsample.set(size)
-    try:
+    with having(_subsample, size):
         yield
-    finally:
-        _subsample.reset(token)
 
 
 @validated

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from .scopes import having
+
 T = TypeVar("T")
 FEWEST = 2**12  # entries that are kept at least
 
@@ -70,11 +72,8 @@ def remembering() -> Iterator[None]:
     if _current.get() is not None:
         yield
         return
-    token = _current.set(Remembered())
-    try:
+    with having(_current, Remembered()):
         yield
-    finally:
-        _current.reset(token)
 
 
 def remembered() -> Remembered:

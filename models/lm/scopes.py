@@ -14,10 +14,22 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import TypeVar
 
 import torch
 
+T = TypeVar("T")
 PATIENCE = 60.0  # seconds after which a thread says for which one it waits
+
+
+@contextlib.contextmanager
+def having(variable: ContextVar[T], value: T) -> Iterator[None]:
+    """Give a variable a value inside the block."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 class _Turn:
@@ -96,11 +108,8 @@ _allowed: ContextVar[bool] = ContextVar("bayeslm_samplers", default=True)
 @contextlib.contextmanager
 def drawing_by_samplers(allowed: bool) -> Iterator[None]:
     """Draw by the language models' samplers inside the block, or always by the library's own decoding."""
-    token = _allowed.set(allowed)
-    try:
+    with having(_allowed, allowed):
         yield
-    finally:
-        _allowed.reset(token)
 
 
 def samplers_allowed() -> bool:

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .scopes import having
+
 
 @dataclass
 class DrawnElsewhere:
@@ -121,11 +123,8 @@ def active_usages() -> tuple[Usage, ...]:
 @contextlib.contextmanager
 def counting(usages: tuple[Usage, ...]) -> Iterator[None]:
     """Count in ``usages`` alone inside the block: a backward pass may run in a thread that has no counters."""
-    token = _active.set(usages)
-    try:
+    with having(_active, usages):
         yield
-    finally:
-        _active.reset(token)
 
 
 def count_pass(tokens: int) -> None:

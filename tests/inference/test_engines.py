@@ -19,9 +19,10 @@ from support.programs import PROMPTS, case, score_table, tilted
 from support.statistics import assert_estimate, assert_evidence
 
 from bayeslm import diagnostics
-from bayeslm.inference import SVI, BestOfN, Exact, ImportanceSampling
+from bayeslm.inference import SVI, AdaptiveImportance, BestOfN, Exact, ImportanceSampling
 from bayeslm.inference.training import Adam
 from bayeslm.models import LanguageModel
+from bayeslm.models.lm import Twist
 
 SMALL = {"vocab": 4, "tokens": 4}
 SHORT = [[1, 2], [3]]
@@ -125,3 +126,10 @@ def test_programs_of_single_values_run_unvectorised():
     engine = ImportanceSampling(num_particles=600, vectorize=False, seed=0, progress=False)
     posterior = engine.run(model)
     assert_evidence(posterior, expected)
+
+
+@pytest.mark.parametrize("engine", [ImportanceSampling, AdaptiveImportance, SVI])
+def test_a_twist_is_no_guide(engine):
+    """It can be called, as a guide can."""
+    with pytest.raises(TypeError, match=rf"{engine.__name__}: guide must draw texts, got a Twist"):
+        engine(guide=Twist(LanguageModel(llama_network()), 3))

@@ -244,7 +244,7 @@ def scores_at(
     def block(h: Tensor, x: Tensor, o: Tensor | None = None) -> Tensor:
         logits = network.logits(h, temperature)
         if truncation is not None:
-            logits = truncation(logits, None if of is None else of[0].logits(o, temperature))
+            logits = truncation(logits, None if of is None or o is None else of[0].logits(o, temperature))
         return log_softmax_at(logits, x)
 
     size = max(1, LOGITS_BLOCK // network.vocab_size)

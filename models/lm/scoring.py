@@ -190,7 +190,11 @@ def _score(prompted: PromptedNetwork, prefix: Prefix | None, prompts: Tensor, va
         return scores, scores.new_zeros((len(values), 0, network.width))
     inputs = ids[:, : longest - 1]
     prefix = None if prefix is None else prefix.fork(prompts)
-    hidden = _hidden(prompted, prefix, prompts, inputs)
+    if prefix is None:  # as `_hidden`, without a call more on the path that most runs take
+        mask = None if prompted.prompt_mask is None else prompted.prompt_mask[prompts]
+        hidden = network.hidden_after(prompted.prompt_ids[prompts], mask, inputs, prompted.gradient_checkpointing)
+    else:
+        hidden = _hidden(prompted, prefix, prompts, inputs)
     at = live.nonzero(as_tuple=True)  # found once, also for the backward pass: the host waits for a device here
     of = None
     if prompted.truncating is not None:

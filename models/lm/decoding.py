@@ -48,7 +48,8 @@ class Decoder:
         stops = prompted.vocabulary.stops
         self._states = stops.start(len(hidden)) if stops is not None and states is None else states
         self._truncating: Decoder | None = None  # the same completions, by the network whose tokens remain
-        if prompted.truncating is not None and prefix.truncating is not None:
+        if prompted.truncating is not None:
+            assert prefix.truncating is not None
             self._truncating = Decoder(prompted.truncating, prefix.truncating, room, states)
         self._prefix: Prefix | FixedPrefix = prefix
         self._hidden = hidden

@@ -45,7 +45,8 @@ def redraw(
         texts = (prompted.prompt_ids[asked], mask[asked])
         truncating = prefix.truncating
         prefix = grown(prompted.network, *texts, prefix, old[rows], kept)
-        if prompted.truncating is not None and truncating is not None:
+        if prompted.truncating is not None:
+            assert truncating is not None
             prefix.truncating = grown(prompted.truncating.network, *texts, truncating, old[rows], kept)
         states = _states(prompted, old[rows], kept)
         for some in torch.arange(len(rows) * len(new), device=rows.device).split(prompted.max_rows):

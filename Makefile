@@ -107,7 +107,7 @@ examples: install weights  ## run every script in examples/, whose pictures go t
 
 bench: install weights  ## run every script in benchmarks/ but the calibration
 	@for script in $(filter-out benchmarks/calibration.py,$(wildcard benchmarks/[!_]*.py)); do \
-		echo "==> $$script"; $(BIN)/python "$$script" $(ARGS); done
+		echo "==> $$script"; OMP_WAIT_POLICY=$${OMP_WAIT_POLICY-passive} $(BIN)/python "$$script" $(ARGS); done
 
 calibrate: install  ## stated errors against enumeration, for hours, resumable: ARGS="--replicates 200 --seconds 7200"
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/calibration.py $(ARGS)

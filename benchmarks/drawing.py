@@ -1,6 +1,9 @@
 """Tokens a second of drawing SmolLM2-135M: its own decoding, transformers' generate_batch, and vLLM's server.
 
-    python benchmarks/drawing.py [--rows 32 256] [--tokens 64] [--repeats 3] [--vllm http://localhost:8000/v1]
+    OMP_WAIT_POLICY=passive python benchmarks/drawing.py [--rows 8 32] [--tokens 32] [--repeats 3]
+        [--vllm http://localhost:8000/v1]
+
+(Beside other work threads that wait actively for one another can keep it from its first row for minutes.)
 
 The server is started beside it, in vLLM's environment (build/vllm/bin is `make test-vllm`'s), with the folder that
 `python -c "from bayeslm.models.lm import loading; print(loading.location('smollm2'))"` prints:
@@ -29,8 +32,8 @@ PROMPT = "My dinner at the restaurant was"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[32, 256])
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rows", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--vllm", help="the server's address")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -50,8 +50,8 @@ class TiltedLM:
     :param beta: the KL coefficient; the smaller it is, the sharper is the posterior.
     :param max_new_tokens: the longest completion.
     :param temperature: divides the prior's logits.
-    :param top_k: of each token the k likeliest remain, renormalised; None: all. A policy is not truncated: where it is
-        trained by its own draws, as by `ReverseKL`, those that the prior cannot draw are refused; by `ForwardKL` not.
+    :param top_k: of each token the k likeliest remain, renormalised; None: all. A policy in the prior's place has, of
+        each token, what remains of the prior, renormalised (`Autoregressive.with_model`).
     :param top_p: of each token the fewest likeliest with this probability remain, renormalised; None: all.
     :param stop: a string, or several, that end a completion as an end token does; they are part of it.
     :param power: alpha, of p as the settings above leave it. ``SMC(twist=Power(alpha))`` is made for it.

@@ -326,7 +326,8 @@ def _finite(x: Tensor) -> Tensor:
     """
     if not x.isfinite().all():
         raise ProgramError(
-            "a reward is -inf (or log p, of a truncated prior): the objective is infinite. Use ForwardKL or a bounded "
+            "a reward is -inf (or log p, of what a guide of your own draws outside a truncated prior, or, in half "
+            "precision, at its edge): the objective is infinite. Use ForwardKL or a bounded "
             'f-divergence ("jensen-shannon", "total-variation"), for hard constraints; or a finite penalty'
         )
     return x

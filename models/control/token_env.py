@@ -152,7 +152,8 @@ class TokenEnv(gymnasium.Env[Observation, np.int64]):
         new = copy.copy(self)
         memo[id(self)] = new
         if self._decoder is not None:
-            memo[id(self._decoder.prompted)] = self._decoder.prompted  # holds the network
+            for prompted in (self._decoder.prompted, self._decoder.prompted.truncating):
+                memo[id(prompted)] = prompted  # holds a network
         new._decoder = copy.deepcopy(self._decoder, memo)
         new._np_random = copy.deepcopy(self._np_random, memo)
         new.action_space = copy.deepcopy(self.action_space, memo)

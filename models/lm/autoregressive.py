@@ -10,6 +10,7 @@ limit is a completion of its own.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -45,6 +46,7 @@ class Autoregressive(TorchDistribution):
     :param max_new_tokens: the longest completion.
     :param temperature: divides the logits; the distribution is that of the tempered network.
     :param truncation: what remains of the distribution of each token; None: all.
+    :param truncated_by: the language model by whose probabilities tokens remain, as a policy's prior; None: ``lm``.
     :param stops: the strings that end a completion as an end token does.
     :param where: bool (*prompts): elsewhere the completion is the text that ends at once, with probability 1, by every
         language model. None: everywhere.
@@ -66,6 +68,7 @@ class Autoregressive(TorchDistribution):
         temperature: Positive = 1.0,
         *,
         truncation: Truncation | None = None,
+        truncated_by: Annotated[TokenModel | None, Unchecked] = None,
         stops: Stops | None = None,
         where: Tensor | None = None,
         base: Base | None = None,
@@ -76,6 +79,7 @@ class Autoregressive(TorchDistribution):
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.truncation = truncation
+        self.truncated_by = truncated_by
         self.stops = stops
         self.where = where
         self.base = base
@@ -91,7 +95,18 @@ class Autoregressive(TorchDistribution):
 
     @property
     def prompted(self) -> PromptedNetwork:
-        """The network and its prompts."""
+        """The network and its prompts.
+
+        :raises TypeError: for a policy in the place of a truncated prior, if one of both is sharded.
+        """
+        other = None
+        if self.truncated_by is not None:
+            other = replace(self.with_model(self.truncated_by).prompted, truncation=None)
+            if self.lm.causal.shards is not None or other.network.shards is not None:
+                raise TypeError(
+                    "a policy in the place of a truncated prior (top_k, top_p) reads every text by two networks, and "
+                    "one of them is sharded by fully_shard: leave out top_k and top_p, or load the networks whole"
+                )
         return PromptedNetwork(
             self.lm.current(),
             self.vocabulary,
@@ -99,6 +114,7 @@ class Autoregressive(TorchDistribution):
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             truncation=self.truncation,
+            truncating=other,
             taken=None if self.where is None else self.where.reshape(-1),
             base=None if self.base is None else self.base._replace(rows=self.base.rows.reshape(-1)),
             batch_size=self.lm.batch_size,
@@ -118,7 +134,8 @@ class Autoregressive(TorchDistribution):
     def with_model(self, lm: TokenModel) -> Autoregressive:
         """Return the completions of the same prompts by another language model, as of a policy in the prior's place.
 
-        It is not truncated: what it proposes can be all that the prior can draw.
+        Where this distribution is truncated it has, of each token, what remains of this one: it draws nothing that this
+        one cannot, and all that it can.
 
         :raises ValueError: if the models' vocabularies differ: in size, EOS or pad token.
         """
@@ -147,13 +164,15 @@ class Autoregressive(TorchDistribution):
 
     def _copy(self, lm: TokenModel, some: tuple[slice, ...]) -> Autoregressive:
         """Return the distribution of some prompts, by an index of their axes, by a language model."""
+        own = self.truncated_by or self.lm
         new = Autoregressive(
             lm,
             self.prompt_ids[some],
             None if self.prompt_mask is None else self.prompt_mask[some],
             self.max_new_tokens,
             self.temperature,
-            truncation=self.truncation if lm is self.lm else None,
+            truncation=self.truncation,
+            truncated_by=None if self.truncation is None or own is lm else own,
             stops=self.stops,
             where=None if self.where is None else self.where[some],
             base=None if self.base is None else self.base._replace(rows=self.base.rows[some]),
@@ -165,6 +184,7 @@ class Autoregressive(TorchDistribution):
     def is_same(self, other: Autoregressive) -> bool:
         """Return whether this is the same distribution: one network, the same settings and prompts."""
         alike = self.lm is other.lm and self.temperature == other.temperature and self.truncation == other.truncation
+        alike &= self.truncated_by is other.truncated_by
         tensors = zip((self.prompt_mask, self.where), (other.prompt_mask, other.where), strict=True)
         return (
             alike
@@ -263,8 +283,11 @@ class Autoregressive(TorchDistribution):
         """
         _, hidden = self.token_log_prob_and_hidden(value)
         logits = self.lm.causal.logits(hidden, self.temperature)
-        if self.truncation is not None:
+        if self.truncation is not None and self.truncated_by is None:
             logits = self.truncation(logits)
+        elif self.truncated_by is not None:
+            left = self.with_model(self.truncated_by).next_token_log_prob(value) > -torch.inf
+            logits = logits.masked_fill(~left, -torch.inf)
         if self.where is not None:
             first = only_end(logits[..., 0, :], self.where.expand(logits.shape[:-2]), self.vocabulary)
             logits = torch.cat([first[..., None, :], logits[..., 1:, :]], -2)
@@ -391,7 +414,8 @@ class Autoregressive(TorchDistribution):
 
     def _versions(self, value: Tensor) -> tuple[Any, ...]:
         """Return the versions of a value and of the weights for which a kept score is valid."""
-        return (value._version, self.lm.causal.version)
+        by = self.truncated_by
+        return (value._version, self.lm.causal.version, None if by is None else by.causal.version)
 
     def _score_of_drawn(self, value: Tensor) -> Tensor | None:
         """Return the token log-probabilities of the last sample, if ``value`` is that and they are still valid."""

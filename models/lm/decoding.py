@@ -47,6 +47,9 @@ class Decoder:
         self.finished = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
         stops = prompted.vocabulary.stops
         self._states = stops.start(len(hidden)) if stops is not None and states is None else states
+        self._truncating: Decoder | None = None  # the same completions, by the network whose tokens remain
+        if prompted.truncating is not None and prefix.truncating is not None:
+            self._truncating = Decoder(prompted.truncating, prefix.truncating, room, states)
         self._prefix: Prefix | FixedPrefix = prefix
         self._hidden = hidden
         self._pending: Tensor | None = None  # the last tokens, until the network has processed them
@@ -89,7 +92,8 @@ class Decoder:
             prompted = self.prompted
             self._logits = prompted.network.logits(self.hidden, prompted.temperature)
             if prompted.truncation is not None:
-                self._logits = prompted.truncation(self._logits)
+                of = None if self._truncating is None else self._truncating.logits
+                self._logits = prompted.truncation(self._logits, of)
             if self.t == 0 and isinstance(self._prefix, Prefix) and self._prefix.taken is not None:
                 self._logits = only_end(self._logits, self._prefix.taken, prompted.vocabulary)
         return self._logits
@@ -114,16 +118,22 @@ class Decoder:
             self.finished = self.finished | (self.t >= self._room)
         self._pending = token  # rows that have ended are processed too; the result is not used
         self._logits = None
+        if self._truncating is not None:
+            self._truncating.append(token, score)
 
     def select(self, rows: Tensor) -> None:
         """Replace row i by row ``rows[i]``."""
         self._index(rows)
         self._prefix.select(rows)
+        if self._truncating is not None:
+            self._truncating.select(rows)
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these."""
         self._index(rows)
         self._prefix.keep(rows)
+        if self._truncating is not None:
+            self._truncating.keep(rows)
 
     def _index(self, rows: Tensor) -> None:
         self.values, self.scores, self.finished = (x[rows] for x in (self.values, self.scores, self.finished))

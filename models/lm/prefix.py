@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -29,7 +29,8 @@ class Prefix:
 
     ``hidden`` (rows, width) predicts the first new token; ``cache`` holds keys and values; ``mask`` (rows, length) is
     None without padding; ``lengths`` (rows,) counts the tokens that are not padding; ``taken`` (rows,) is False where
-    the completion ends at once, None where none does.
+    the completion ends at once, None where none does. ``truncating`` is the same of the network whose tokens
+    remain, see `PromptedNetwork`.
     """
 
     hidden: Tensor
@@ -37,6 +38,7 @@ class Prefix:
     mask: Tensor | None
     lengths: Tensor
     taken: Tensor | None = None
+    truncating: Prefix | None = None
 
     def fork(self, rows: Tensor) -> Prefix:
         """Return the prefix of prompt ``rows[i]`` as row i. The cache is copied, never changed in place."""
@@ -45,7 +47,8 @@ class Prefix:
         cache.batch_select_indices(rows)
         mask = None if self.mask is None else self.mask[rows]
         taken = None if self.taken is None else self.taken[rows]
-        return Prefix(self.hidden[rows], cache, mask, self.lengths[rows], taken)
+        other = None if self.truncating is None else self.truncating.fork(rows)
+        return Prefix(self.hidden[rows], cache, mask, self.lengths[rows], taken, other)
 
     def detached(self) -> tuple[Prefix, list[Tensor], list[Tensor]]:
         """Return a copy with a graph of its own; its leaves, and the tensors of this prefix that they are copies of."""
@@ -107,7 +110,8 @@ def joined(parts: list[Prefix]) -> Prefix:
         return None if each[0] is None else torch.cat(each)
 
     others: dict[str, Any] = {name: together(name) for name in ("hidden", "mask", "lengths", "taken")}
-    return Prefix(cache=cache, **others)
+    truncating = [part.truncating for part in parts if part.truncating is not None]
+    return Prefix(cache=cache, **others, truncating=joined(truncating) if truncating else None)
 
 
 def extend(network: CausalNetwork, prefix: Prefix, ids: Tensor, done: int = 0) -> Tensor:
@@ -143,6 +147,8 @@ class PromptedNetwork:
     :param max_new_tokens: the longest completion.
     :param temperature: divides the logits.
     :param truncation: what remains of the distribution of each token; None: all.
+    :param truncating: the network, of the same prompts, by whose probabilities tokens remain, as the prior's of a
+        policy; None: this one.
     :param taken: False at prompts whose completion ends at once, (prompt,); None where none does.
     :param base: what prompts begin with, its ``rows`` (prompt,); None where nothing is shared.
     :param batch_size: sequences in one forward pass at most; None: as many as bounded memory allows.
@@ -157,6 +163,7 @@ class PromptedNetwork:
     max_new_tokens: int
     temperature: float
     truncation: Truncation | None
+    truncating: PromptedNetwork | None
     taken: Tensor | None
     base: Base | None
     batch_size: int | None
@@ -166,7 +173,13 @@ class PromptedNetwork:
     @cached_property
     def batches(self) -> Batches:
         """How many prompts or rows a pass of bounded memory takes, where ``batch_size`` does not say."""
-        return self.network.batches(self.prompt_ids.shape[-1], self.max_new_tokens)
+        batches = self.network.batches(self.prompt_ids.shape[-1], self.max_new_tokens)
+        return batches if self.truncating is None else replace(batches, room=batches.room // 2)
+
+    @property
+    def version(self) -> Hashable:
+        """A value that changes with the weights that its scores depend on."""
+        return (self.network.version, None if self.truncating is None else self.truncating.version)
 
     @property
     def max_prompts(self) -> int:
@@ -194,8 +207,11 @@ class PromptedNetwork:
         """Give a copy that draws so many completions fast; see `CausalNetwork.drawing`."""
         if self.prompt_mask is not None or self.network.compiled is not None:
             _ = self.network.mask_dtype  # tried here once, and not for every copy
-        with self.network.drawing(-(-rows // self.max_rows) * (self.max_new_tokens - 1)) as network:
-            yield replace(self, network=network)
+        with contextlib.ExitStack() as stack:
+            other = None if self.truncating is None else stack.enter_context(self.truncating.drawing(rows))
+            passes = -(-rows // self.max_rows) * (self.max_new_tokens - 1)
+            network = stack.enter_context(self.network.drawing(passes))
+            yield replace(self, network=network, truncating=other)
 
     def blocks(self, rows: Tensor, size: int) -> Iterator[tuple[Prefix, Tensor, Tensor]]:
         """Prefill ``size`` prompts at a time, each once, however many completions continue it.
@@ -203,11 +219,15 @@ class PromptedNetwork:
         :param rows: the prompt that each completion continues, (row,).
         :returns: of each block the prefix, the indices into ``rows`` of its completions, and their rows in the prefix.
         """
+        others = None if self.truncating is None else self.truncating.blocks(rows, size)
         for first in range(0, len(self.prompt_ids), size):
             block = slice(first, first + size)
             ids, mask = self.prompt_ids[block], None if self.prompt_mask is None else self.prompt_mask[block]
             prefix = self._continued(block, ids, mask) if self._shares_base else prefill(self.network, ids, mask)
             prefix.taken = None if self.taken is None else self.taken[block]
+            if others is not None:
+                with torch.no_grad():
+                    prefix.truncating, _, _ = next(others)
             members = ((rows >= first) & (rows < first + size)).nonzero().squeeze(-1)
             yield prefix, members, rows[members] - first
 
@@ -221,7 +241,7 @@ class PromptedNetwork:
     def prefix(self, rows: Tensor) -> Prefix:
         """Return the prefix of prompts ``rows`` (row,), all in one batch; each prompt is prefilled once."""
         every = torch.arange(len(self.prompt_ids), device=rows.device)
-        size = len(every) if self._shares_base else self.max_prompts  # blocks that continue a base differ in length
+        size = len(every) if self._reads_unevenly else self.max_prompts  # blocks that continue a base differ in length
         with torch.no_grad():
             return joined([prefix for prefix, _, _ in self.blocks(every, size)]).fork(rows)
 
@@ -242,6 +262,11 @@ class PromptedNetwork:
             return False
         padded = torch.ones_like(self.base.ids) if self.base.mask is None else self.base.mask
         return self.network.takes_positions and self.network.pads_tokens and self.network.shares_prefill(padded)
+
+    @property
+    def _reads_unevenly(self) -> bool:
+        """Whether prompts continue what they begin with, in this network or in that whose tokens remain."""
+        return self._shares_base or (self.truncating is not None and self.truncating._reads_unevenly)
 
     def _continued(self, block: slice, ids: Tensor, mask: Tensor | None) -> Prefix:
         """Run a block of prompts through the network, what several of them begin with once."""

@@ -89,7 +89,7 @@ class _Recomputed(torch.autograd.Function):
         ctx: Any, prompted: PromptedNetwork, rows: Tensor, values: Tensor, known: Tensor | None, *trained: Tensor
     ) -> Tensor:
         ctx.save_for_backward(rows, values, known, *trained)
-        ctx.prompted, ctx.weights, ctx.usages = prompted, prompted.network.version, active_usages()
+        ctx.prompted, ctx.weights, ctx.usages = prompted, prompted.version, active_usages()
         return token_scores(prompted, rows, values) if known is None else known.clone()
 
     @staticmethod
@@ -100,7 +100,7 @@ class _Recomputed(torch.autograd.Function):
         :raises RuntimeError: if the weights have changed since they computed the scores.
         """
         prompted: PromptedNetwork = ctx.prompted
-        if ctx.weights != prompted.network.version:
+        if ctx.weights != prompted.version:
             raise RuntimeError(
                 "the language model's weights were changed in place after its completions were scored, and the "
                 "gradient cannot be computed: call backward() before optimizer.step(), or score the completions again"
@@ -189,16 +189,19 @@ def _score(prompted: PromptedNetwork, prefix: Prefix | None, prompts: Tensor, va
         scores = torch.zeros(values.shape, device=values.device).masked_fill(malformed, -torch.inf)
         return scores, scores.new_zeros((len(values), 0, network.width))
     inputs = ids[:, : longest - 1]
-    if prefix is None:
+    prefix = None if prefix is None else prefix.fork(prompts)
+    if prefix is None:  # as `_hidden`, without a call more on the path that most runs take
         mask = None if prompted.prompt_mask is None else prompted.prompt_mask[prompts]
         hidden = network.hidden_after(prompted.prompt_ids[prompts], mask, inputs, prompted.gradient_checkpointing)
     else:
-        prefix = prefix.fork(prompts)
-        hidden = prefix.hidden[:, None]
-        if longest > 1:
-            hidden = torch.cat([hidden, extend(network, prefix, inputs)], dim=1)
+        hidden = _hidden(prompted, prefix, prompts, inputs)
     at = live.nonzero(as_tuple=True)  # found once, also for the backward pass: the host waits for a device here
-    scores = scores_at(network, hidden[at], ids[at], prompted.temperature, prompted.truncation)
+    of = None
+    if prompted.truncating is not None:
+        with torch.no_grad():
+            other = _hidden(prompted.truncating, None if prefix is None else prefix.truncating, prompts, inputs)
+        of = (prompted.truncating.network, other[at])
+    scores = scores_at(network, hidden[at], ids[at], prompted.temperature, prompted.truncation, of)
     scores = scores.new_zeros(values.shape).index_put(at, scores)
     if prompted.taken is not None:
         taken = prompted.taken[prompts] if prefix is None else prefix.taken
@@ -210,28 +213,50 @@ def _score(prompted: PromptedNetwork, prefix: Prefix | None, prompts: Tensor, va
     return scores.masked_fill(malformed, -torch.inf), hidden
 
 
+def _hidden(prompted: PromptedNetwork, prefix: Prefix | None, prompts: Tensor, inputs: Tensor) -> Tensor:
+    """Return hidden states (row, 1 + tokens, width) after prompts and after each of ``inputs`` that continue them.
+
+    :param prefix: the prompts of the rows, one a row, which grows; None: they are read with their completions.
+    :param prompts: the prompt of each row, (row,).
+    :param inputs: (row, tokens).
+    """
+    if prefix is None:
+        mask = None if prompted.prompt_mask is None else prompted.prompt_mask[prompts]
+        ids, checkpointed = prompted.prompt_ids[prompts], prompted.gradient_checkpointing
+        return prompted.network.hidden_after(ids, mask, inputs, checkpointed)
+    if inputs.shape[-1] == 0:
+        return prefix.hidden[:, None]
+    return torch.cat([prefix.hidden[:, None], extend(prompted.network, prefix, inputs)], dim=1)
+
+
 def scores_at(
     network: CausalNetwork,
     hidden: Tensor,
     targets: Tensor,
     temperature: float = 1.0,
     truncation: Truncation | None = None,
+    of: tuple[CausalNetwork, Tensor] | None = None,
 ) -> Tensor:
     """Return log p(target | hidden), (tokens,), for hidden (tokens, width) and targets (tokens,), block by block.
 
     With gradients, if these tokens are more than one block, the logits of a block are not kept, and the backward pass
     computes them again.
+
+    :param of: the network by whose probabilities tokens remain, and its hidden states (tokens, width); None: this one.
     """
 
-    def block(h: Tensor, x: Tensor) -> Tensor:
+    def block(h: Tensor, x: Tensor, o: Tensor | None = None) -> Tensor:
         logits = network.logits(h, temperature)
-        return log_softmax_at(logits if truncation is None else truncation(logits), x)
+        if truncation is not None:
+            logits = truncation(logits, None if of is None or o is None else of[0].logits(o, temperature))
+        return log_softmax_at(logits, x)
 
     size = max(1, LOGITS_BLOCK // network.vocab_size)
-    blocks = zip(hidden.split(size), targets.split(size), strict=True)
+    inputs = (hidden, targets) if of is None else (hidden, targets, of[1])
+    blocks = zip(*[x.split(size) for x in inputs], strict=True)
     if torch.is_grad_enabled() and len(targets) > size:
-        return torch.cat([checkpoint(block, h, x, use_reentrant=False) for h, x in blocks])
-    return torch.cat([block(h, x) for h, x in blocks])
+        return torch.cat([checkpoint(block, *each, use_reentrant=False) for each in blocks])
+    return torch.cat([block(*each) for each in blocks])
 
 
 def log_softmax_at(logits: Tensor, token: Tensor) -> Tensor:

@@ -42,7 +42,11 @@ def redraw(
         rows, kept = chosen[part], cut[chosen[part]]
         asked = prompts[part]
         mask = torch.ones_like(prompted.prompt_ids) if prompted.prompt_mask is None else prompted.prompt_mask
-        prefix = grown(prompted.network, prompted.prompt_ids[asked], mask[asked], prefix, old[rows], kept)
+        texts = (prompted.prompt_ids[asked], mask[asked])
+        truncating = prefix.truncating
+        prefix = grown(prompted.network, *texts, prefix, old[rows], kept)
+        if prompted.truncating is not None and truncating is not None:
+            prefix.truncating = grown(prompted.truncating.network, *texts, truncating, old[rows], kept)
         states = _states(prompted, old[rows], kept)
         for some in torch.arange(len(rows) * len(new), device=rows.device).split(prompted.max_rows):
             copy, row = some // len(rows), some % len(rows)

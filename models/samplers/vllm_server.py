@@ -100,7 +100,11 @@ class VLLMServer:
         :raises SamplerError: if the server cannot be reached, is of a version that is not supported, cannot load an
             adapter, does not return log-probabilities of what it draws, fails, or takes too long.
         """
-        return self.prepare(request)()
+
+        async def at_once(client: Any) -> Draws:
+            return await self._all(client, await self._ready(client, request), request)
+
+        return _run(self._with_client(at_once))
 
     def prepare(self, request: DrawRequest) -> Callable[[], Draws]:
         """Load the request's adapter, and return what draws by it, also while that of a later request is loaded.
@@ -108,15 +112,7 @@ class VLLMServer:
         :raises SamplerError: see `draw`.
         """
         model = _run(self._with_client(lambda client: self._ready(client, request)))
-        self._drawing[model] += 1
-
-        def draw() -> Draws:
-            try:
-                return _run(self._with_client(lambda client: self._all(client, model, request)))
-            finally:
-                self._drawing[model] -= 1
-
-        return draw
+        return lambda: _run(self._with_client(lambda client: self._all(client, model, request)))
 
     async def _with_client(self, work: Callable[[Any], Coroutine[Any, Any, T]]) -> T:
         key = "none" if self.key_variable is None else os.environ.get(self.key_variable, "")
@@ -133,7 +129,7 @@ class VLLMServer:
                 raise SamplerError(f"{self.name} failed: {type(error).__name__}: {what:.300}") from error
 
     async def _ready(self, client: Any, request: DrawRequest) -> str:
-        """Check the server, and return the name that it has for the request's weights."""
+        """Check the server, and return the name that it has for the request's weights, which stay until `_all` ends."""
         if self._base is None:
             self._base = await self._check(client)
         if request.temperature != 1.0 and self._processed is None:
@@ -143,7 +139,9 @@ class VLLMServer:
                 f"{self.name} {NEEDS_PROCESSED.format(request.temperature)}: start the server with "
                 "--logprobs-mode processed_logprobs"
             )
-        return await self._published(client, request.weights)
+        model = await self._published(client, request.weights)
+        self._drawing[model] += 1
+        return model
 
     async def _check(self, client: Any) -> str:
         """Return the network's name, after a look at the version."""
@@ -224,6 +222,8 @@ class VLLMServer:
                         group.create_task(ask(i, part, min(LARGEST, count - first), random.getrandbits(60)))
         except BaseExceptionGroup as errors:  # the first; the others were cancelled
             raise errors.exceptions[0] from None
+        finally:
+            self._drawing[model] -= 1
         return Draws([list(itertools.chain(*parts)) for parts in found], request.weights.version)
 
     async def _some(

@@ -25,6 +25,7 @@ from torch.distributions import kl_divergence
 from bayeslm.inference.program import Particles, Program, in_prompts, ranks, sample_sites
 from bayeslm.models.lm import Autoregressive
 
+from .auto_policy import AutoPolicy
 from .sources import guide_trace
 
 
@@ -39,16 +40,15 @@ class Movement:
     def __init__(self, program: Program, guide: Callable[..., Any], particles: Particles) -> None:
         self._program, self._guide, self._particles = program, guide, particles
         # copies: the parameters of a distribution may be the guide's own, which the step changes in place
-        before = self._distributions().items()
         self._before = {
             name: (node if isinstance(node["fn"], Autoregressive) else node | {"fn": deepcopy(node["fn"])}, scores)
-            for name, (node, scores) in before
+            for name, (node, scores) in self._distributions(self._nodes()).items()
         }
 
     def kl(self) -> float:
         """Return KL(q_old || q) of the guide now, in nats, the mean over particles and prompts."""
         n, total = len(self._particles), torch.zeros(())
-        after = self._distributions()
+        after = self._distributions(self._nodes_after())
         for name, (node, old) in self._before.items():
             kl = _kl(node, old, *after[name])
             total = total + self._program.pooled(self._program.terms(kl, n, in_prompts(node)))
@@ -56,14 +56,32 @@ class Movement:
         return float(ranks().agreed(kl))  # processes must not shorten a step differently
 
     @torch.no_grad()
-    def _distributions(self) -> dict[str, tuple[Any, Tensor]]:
-        """Return each site's node, and its next-token distributions or its log-probability at the particles."""
+    def _nodes(self) -> dict[str, Any]:
+        """Return the nodes of the guide's sites at the particles."""
         trace, _ = guide_trace(self._program, self._guide, self._particles)
-        found = {}
-        for name, node in sample_sites(trace):
-            fn, value = node["fn"], node["value"]
-            found[name] = node, (fn.next_token_log_prob if isinstance(fn, Autoregressive) else fn.log_prob)(value)
-        return found
+        return dict(sample_sites(trace))
+
+    def _nodes_after(self) -> dict[str, Any]:
+        """Return the nodes of the guide as it is now.
+
+        Where it has texts alone, given values lead to distributions that change with their language models, and with
+        nothing else: there the guide need not run again, which in a small network takes as long as a pass.
+        """
+        nodes = {name: node for name, (node, _) in self._before.items()}
+        texts_alone = all(isinstance(node["fn"], Autoregressive) for node in nodes.values())
+        if texts_alone and type(self._guide) is AutoPolicy and not self._program.has_params:
+            return nodes
+        return self._nodes()
+
+    @torch.no_grad()
+    def _distributions(self, nodes: dict[str, Any]) -> dict[str, tuple[Any, Tensor]]:
+        """Return each site's node, and its next-token distributions or its log-probability at the particles."""
+
+        def scores(fn: Any, value: Tensor) -> Tensor:
+            found: Tensor = (fn.next_token_log_prob if isinstance(fn, Autoregressive) else fn.log_prob)(value)
+            return found
+
+        return {name: (node, scores(node["fn"], node["value"])) for name, node in nodes.items()}
 
 
 def _kl(before: Any, old: Tensor, after: Any, new: Tensor) -> Tensor:

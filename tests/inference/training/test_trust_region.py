@@ -109,6 +109,29 @@ def test_the_movement_of_several_sites_is_their_sum():
     np.testing.assert_allclose(together, sum(alone), rtol=1e-4)
 
 
+@pytest.mark.parametrize("made", ["texts alone", "with other latents", "a subclass"])
+def test_a_guide_that_has_texts_alone_runs_once_for_a_step(made, monkeypatch):
+    """Its distributions after a step are those of a second run of the guide; other guides are run again."""
+
+    class Own(AutoPolicy):
+        pass
+
+    model, runs = (topical, []) if made == "with other latents" else (tilted(tiny_llama(0), score_table(0)), [])
+    with seeded(0), pyro.get_param_store().scope():
+        program = inspect(model, SHORT)
+        guide = (Own if made == "a subclass" else AutoPolicy)(program)
+        movement = Movement(program, guide, run_particles(program, guide, 4))
+        nodes = movement._nodes
+        monkeypatch.setattr(movement, "_nodes", lambda: runs.append(1) or nodes())
+        with torch.no_grad():
+            for p in guide.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        kl = movement.kl()
+        assert len(runs) == (made != "texts alone")
+        monkeypatch.setattr(movement, "_nodes_after", nodes)
+        assert kl == movement.kl() > 0.0
+
+
 class Quadratic:
     """A guide whose KL is a quadratic function of its one parameter."""
 

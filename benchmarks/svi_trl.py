@@ -65,6 +65,7 @@ TOKENS = 5
 PROMPT = [1, 2, 3]
 GOAL = 0.03  # nats
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+GRPO_RATE = 3e-3  # of the one training by GRPO
 BUDGETS = [2**k * x for k in (9, 10, 11, 12, 13) for x in (4, 5, 6, 7)] + [2**16, 2**14 * 5, 2**15 * 3]  # to 98304
 
 
@@ -297,7 +298,7 @@ def compare(problem: Problem, theirs: Theirs, folder: Path, seeds: int) -> str:
     others = [[("rloo", batch, rate, beta2) for rate in RATES for beta2 in (0.95, 0.999)] for batch in (64, 256)]
     own = Side("bayeslm", functools.partial(ours, problem), mine, last // 5, seeds)
     trl = Side("TRL", functools.partial(theirs.train, problem, folder), others, last // 3, seeds)
-    grpo = trl.train(last // 3, ("grpo", 64, RATES[3], 0.999), 0)
+    grpo = trl.train(last // 3, ("grpo", 64, GRPO_RATE, 0.999), 0)
     print("| side | settings | samples | seconds | KL to the posterior (median; min to max) |")
     print("|---|---|---|---|---|", flush=True)
     reached, ends = [], []
@@ -307,7 +308,7 @@ def compare(problem: Problem, theirs: Theirs, folder: Path, seeds: int) -> str:
         print(row(f"{side.name}, at the end", side.best, budget, results), flush=True)
         ends.append(statistics.median(result.kl for result in results))
         at_end = budget, statistics.median(result.seconds for result in results)  # TRL's, in the end
-    print(f"\nGRPO after {last // 3} samples, batch 64, learning rate {RATES[3]}: KL {grpo.kl:.3f}", flush=True)
+    print(f"\nGRPO after {last // 3} samples, batch 64, learning rate {GRPO_RATE}: KL {grpo.kl:.3f}", flush=True)
     shares = " | ".join(share(*pair) for pair in zip(*reached, at_end, strict=True))
     return f"| {problem.name} | {shares} | {ends[0]:.4f} | {ends[1]:.4f} |"
 

@@ -283,11 +283,12 @@ class Autoregressive(TorchDistribution):
         """
         _, hidden = self.token_log_prob_and_hidden(value)
         logits = self.lm.causal.logits(hidden, self.temperature)
-        if self.truncation is not None and self.truncated_by is None:
-            logits = self.truncation(logits)
-        elif self.truncated_by is not None:
-            left = self.with_model(self.truncated_by).next_token_log_prob(value) > -torch.inf
-            logits = logits.masked_fill(~left, -torch.inf)
+        if self.truncation is not None:
+            of = None
+            if self.truncated_by is not None:
+                _, hidden = self.with_model(self.truncated_by).token_log_prob_and_hidden(value)
+                of = self.truncated_by.causal.logits(hidden, self.temperature)
+            logits = self.truncation(logits, of)
         if self.where is not None:
             first = only_end(logits[..., 0, :], self.where.expand(logits.shape[:-2]), self.vocabulary)
             logits = torch.cat([first[..., None, :], logits[..., 1:, :]], -2)

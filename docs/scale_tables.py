@@ -132,14 +132,13 @@ class Setting:
         gradient = 3 * self.rows * (PROMPT + NEW) * n * each + 2 * checkpointed * wait  # forward twice, backward
         return prefill + NEW * token, score, gradient
 
-    def bytes_a_step(self) -> tuple[float, float, float]:
-        """Sent by a GPU: sums of adapters' gradients, what is known of the particles, and gathered weights."""
+    def bytes_a_step(self) -> tuple[float, float]:
+        """Sent by a GPU: sums of adapters' gradients, and gathered weights."""
         assert self.batches is not None
         share = 1 - 1 / self.gpus
-        particles = PARTICLES * PROMPTS * (8 * NEW + 40) / self.gpus * (self.gpus - 1)
         passes = NEW * -(-self.rows // self.batches.decoding) + -(-self.rows // self.batches.scoring())
         passes += 2 * -(-self.rows // self.batches.gradient(True))
-        return 2 * share * 4.0 * self.network.adapters(RANK), particles, passes * self.gathered
+        return 2 * share * 4.0 * self.network.adapters(RANK), passes * self.gathered
 
 
 def settings() -> Iterator[Setting]:
@@ -152,14 +151,14 @@ def settings() -> Iterator[Setting]:
 
 
 MEMORY_COLUMNS = "weights, GB | adapters in training, GB | rows drawn | rows scored | rows of a gradient"
-TIME_COLUMNS = "drawing, s | scoring, s | gradient, s | gradients, MB | particles, MB | weights, GB"
+TIME_COLUMNS = "drawing, s | scoring, s | gradient, s | gradients, MB | weights, GB"
 
 
 def tables() -> dict[str, str]:
     """Return the tables of the page by name."""
     first = "| network | GPUs | weights are |"
     memory = [f"{first} {MEMORY_COLUMNS} |", "|---" * 8 + "|"]
-    time = [f"{first} {TIME_COLUMNS} |", "|---" * 9 + "|"]
+    time = [f"{first} {TIME_COLUMNS} |", "|---" * 8 + "|"]
     for x in settings():
         name = f"| {x.network.name} | {x.gpus} | {'sharded' if x.sharded else 'whole'} |"
         held = f" {x.held / 1e9:.1f} | {x.trained / 1e9:.1f} |"
@@ -168,8 +167,8 @@ def tables() -> dict[str, str]:
             continue
         memory.append(f"{name}{held} {sizes.decoding} | {sizes.scoring()} | {sizes.gradient(True)} |")
         seconds = " ".join(f"{each:.0f} |" if each >= 10 else f"{each:.2g} |" for each in x.seconds())
-        gradients, particles, weights = x.bytes_a_step()
-        time.append(f"{name} {seconds} {gradients / 1e6:.0f} | {particles / 1e6:.1f} | {weights / 1e9:,.0f} |")
+        gradients, weights = x.bytes_a_step()
+        time.append(f"{name} {seconds} {gradients / 1e6:.0f} | {weights / 1e9:,.0f} |")
     return {"memory": "\n".join(memory), "time": "\n".join(time)}
 
 

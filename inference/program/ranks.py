@@ -149,6 +149,14 @@ class Ranks:
         every = [message.tensors["x"].to(value.device) for message in self.exchange(None, {"x": value})]
         return torch.stack(every).sum(0)
 
+    def summed(self, rows: Tensor) -> tuple[Tensor, int]:
+        """Return the sum of the rows of all ranks, the same to the bit on all of them, and the number of rows."""
+        if self._group is None:
+            return rows.sum(0), len(rows)
+        every = self.exchange(len(rows), {"x": rows.sum(0)})
+        sums = torch.stack([message.tensors["x"].to(rows.device) for message in every])
+        return sums.sum(0), sum(message.value for message in every)
+
     def joined_array(self, rows: np.ndarray) -> np.ndarray:
         """Return the rows of all ranks, of an array."""
         return rows if self._group is None else self.joined(torch.from_numpy(np.ascontiguousarray(rows))).numpy()

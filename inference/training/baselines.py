@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from bayeslm.inference.program import ranks
 from bayeslm.validation import Within, validated
 
 from .state import EMPTY, State
@@ -22,7 +23,8 @@ Baseline = Callable[[str, Tensor, Tensor | None, State], tuple[Tensor, State]]
 """``baseline(name, f, prompts, state)`` returns the advantage and the next state.
 
 ``name`` is a latent site's, ``f`` (particle, prompt), ``prompts`` (prompt,) the indices of a minibatch's prompts or
-None, and ``state`` what the baseline has remembered of this site.
+None, and ``state`` what the baseline has remembered of this site. Each process of a run calls it with its own
+particles; ``ranks().summed(f)`` is the sum over those of all, and their number. The next state is the same on each.
 """
 
 
@@ -64,7 +66,10 @@ class Texts:
 
 @runtime_checkable
 class TokenBaseline(Protocol):
-    """A baseline for every token; as a `Baseline` it serves the latents that are no sequences."""
+    """A baseline for every token; as a `Baseline` it serves the latents that are no sequences.
+
+    Each process of a run calls it with the particles of all.
+    """
 
     def __call__(self, name: str, f: Tensor, prompts: Tensor | None, state: State) -> tuple[Tensor, State]:
         """Return the advantage (particle, prompt) of a latent that is no sequence, and the next state."""
@@ -82,13 +87,16 @@ def leave_one_out(name: str, f: Tensor, prompts: Tensor | None = None, state: St
     Kool, van Hoof and Welling 2019; RLOO, Ahmadian et al. 2024, arXiv 2402.14740. Also the gradient of the log-variance
     divergence (VarGrad, Richter et al. 2020, arXiv 2010.10436).
     """
-    return less_others(f, f), state
+    return less_others(f, f, *ranks().summed(f)), state
 
 
-def less_others(f: Tensor, own: Tensor) -> Tensor:
-    """Return ``own`` (particle, prompt) less the mean of the other particles' ``f``, 0 if there is no other."""
-    n = len(f)
-    return own if n == 1 else own - (f.sum(0) - f) / (n - 1)
+def less_others(own: Tensor, f: Tensor, total: Tensor, num: int) -> Tensor:
+    """Return ``own`` (particle, prompt) less the mean of the other particles' ``f``, 0 if there is no other.
+
+    :param total: the sum of f, (prompt,).
+    :param num: over how many particles.
+    """
+    return own if num == 1 else own - (total - f) / (num - 1)
 
 
 @validated
@@ -113,7 +121,8 @@ class ExponentialAverage:
         averages = state.get("average", f.new_empty(0))
         averages = pad(averages, (0, max(0, int(rows.max()) + 1 - len(averages))), value=torch.nan)
         rows = rows.to(f.device)
-        own, now = averages[rows], f.mean(0)
+        total, num = ranks().summed(f)
+        own, now = averages[rows], total / num
         before = own.where(~own.isnan(), averages.nanmean().nan_to_num(0.0))
         after = torch.where(own.isnan(), now, self.decay * own + (1.0 - self.decay) * now)
         return f - before, {"average": averages.index_copy(0, rows, after)}

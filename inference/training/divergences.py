@@ -81,12 +81,13 @@ class ParticleObjective(Objective):
         target, log_s = particles.log_joint - left_out, particles.log_proposal - left_out
         cooled = (inverse_temperature - 1.0) * likelihood
         cooled = target + cooled.masked_fill(torch.isneginf(likelihood), 0.0)
-        own = particles if ranks().size == 1 else particles[ranks().rows(len(particles))]
+        rows = ranks().rows(len(particles))
+        own = particles[rows] if ranks().size > 1 else particles
         densities = LogDensities(ranks().joined(log_q(program, guide, own)), cooled, log_s, program.minibatch)
         score = densities.log_q.detach()
         figures = self._figures(particles, LogDensities(score, target, log_s))
-        particles = replace(particles, log_proposal=score + left_out)
-        return Estimate(self.loss(densities).sum(), figures, particles, {**state, **under("source", kept)})
+        own = replace(own, log_proposal=(score + left_out)[rows])
+        return Estimate(self.loss(densities).sum(), figures, own, {**state, **under("source", kept)})
 
     def next_prompts(self, program: Program, state: State) -> tuple[Tensor, State]:
         if isinstance(self.source, Replay) and self.source.repeats(within("source", state)):
@@ -250,7 +251,8 @@ class FDivergence(ParticleObjective):
         weight = (log_q - densities.log_s).exp()
         weight = torch.minimum(weight, weight.mean(0) * n**0.5)
         value = (weight * torch.where(unknown, 0.0, f.f_over_t(log_t))).mean(0)
-        surrogate = (weight * less_others(weight * f_prime, f_prime) * densities.log_q).mean(0)
+        weighted = weight * f_prime
+        surrogate = (weight * less_others(f_prime, weighted, weighted.sum(0), n) * densities.log_q).mean(0)
         return _with_value(value, surrogate)
 
 

@@ -305,8 +305,9 @@ class Training:
         program = self.program.chunks[0] if self.program.in_chunks else self.program
         if self._last is None:
             return Movement(program, self.guide, run_particles(program, self.guide, FEWEST_MEASURED))
-        num = len(self._last.particles) // 4
-        particles = self._last.particles[: min(MOST_MEASURED, max(FEWEST_MEASURED, num))]
+        own = self._last.particles
+        num = min(MOST_MEASURED, max(FEWEST_MEASURED, ranks().size * len(own) // 4))  # of all processes
+        particles = own[: max(1, num // ranks().size)]
         return Movement(self._program_of(particles), self.guide, particles)
 
     def _program_of(self, particles: Particles) -> Program:

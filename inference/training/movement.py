@@ -32,6 +32,8 @@ from .sources import guide_trace
 class Movement:
     """The distributions of a guide at some particles, to compare with those after a step.
 
+    Each process of a run has some of its own particles; the KL is the mean over the processes.
+
     :param program: the program of the particles' prompts.
     :param guide: before the step.
     :param particles: their values; auxiliary ones included.
@@ -52,8 +54,8 @@ class Movement:
         for name, (node, old) in self._before.items():
             kl = _kl(node, old, *after[name])
             total = total + self._program.pooled(self._program.terms(kl, n, in_prompts(node)))
-        kl = total.detach().mean().clamp_min(0.0)  # rounding can make a tiny one negative
-        return float(ranks().agreed(kl))  # processes must not shorten a step differently
+        kl = ranks().total(total.detach().mean()) / ranks().size  # of all: they must not shorten a step differently
+        return float(kl.clamp_min(0.0))  # rounding can make a tiny one negative
 
     @torch.no_grad()
     def _nodes(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from bayeslm.inference.program import Particles, Program, inspect_or_reuse, ranks
+from bayeslm.inference.program import Particles, Program, inspect_or_reuse
 from bayeslm.models.lm import differentiating
 from bayeslm.validation import Count, validated
 
@@ -32,7 +32,7 @@ class Estimate:
         (r / beta and observed terms), ``kl`` (to the prior), ``reward`` where the program records one, and
         ``log_evidence``, the logarithm of the mean weight, where the particles' distribution is known. Of a minibatch
         also ``prompts``, the indices of its prompts.
-    :param particles: of the step, without gradient; log q is the guide's.
+    :param particles: of the step, without gradient, those of this process; log q is the guide's.
     :param state: what the objective remembers, for its next step.
     """
 
@@ -95,7 +95,7 @@ class Objective:
 
     def next_prompts(self, program: Program, state: State) -> tuple[Tensor, State]:
         """Return the indices of the next minibatch's prompts, and the next state."""
-        batch, waiting = map(ranks().agreed, next_minibatch(state.get(EPOCH), program.num_prompts, program.full_size))
+        batch, waiting = next_minibatch(state.get(EPOCH), program.num_prompts, program.full_size)
         return batch, {**state, EPOCH: waiting}
 
     def of_another_program(self, state: State) -> State:

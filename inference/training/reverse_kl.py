@@ -34,7 +34,7 @@ from bayeslm.inference.program import (
     Particles,
     Program,
     ProgramError,
-    gathered,
+    alone,
     in_prompts,
     particles_of,
     ranks,
@@ -70,8 +70,7 @@ class ReverseKL(Objective):
     def estimate(
         self, program: Program, guide: Callable[..., Any], state: State, inverse_temperature: float
     ) -> Estimate:
-        rows = ranks().rows(self.num_particles)  # the particles of this process; baselines compare all
-        n = rows.stop - rows.start
+        n = ranks().share(self.num_particles)  # the particles of this process
         model_trace, guide_trace = traces(program, guide, n)
         assert guide_trace is not None
         by_token = isinstance(self.baseline, TokenBaseline)
@@ -107,8 +106,8 @@ class ReverseKL(Objective):
         # What follows a completion: its own prompt's terms, and factors on all prompts; everything, if a latent
         # of all prompts is drawn after it.
         after = local + sum((t for name, t in log_p.items() if name not in inside | latents), zero)
-        drawn = [name for name, _ in sample_sites(guide_trace)] + left_out
-        if not _common_first([name in inside for name in drawn]):
+        in_order = [name for name, _ in sample_sites(guide_trace)] + left_out
+        if not _common_first([name in inside for name in in_order]):
             after = total.expand_as(local)
 
         _refuse_stale(program, sites)
@@ -126,23 +125,22 @@ class ReverseKL(Objective):
             if sites[name]["fn"].has_rsample:
                 surrogate = surrogate - (weight * term).sum(-1)
                 continue
-            f = ranks().joined((after if name in inside else total).detach())
+            f = (after if name in inside else total).detach()
             own = {key.partition(":")[0]: x for key, x in remembered.items() if key.partition(":")[2] == name}
-            if name in texts and isinstance(self.baseline, TokenBaseline):
-                advantage, own_after = self.baseline.of_tokens(name, f, _of_all(texts[name]), own)
+            advantage, own_after = self._advantage(name, f, texts.get(name), program, own)
+            if name in texts:
                 of_texts = weight[..., None, None] if isinstance(weight, Tensor) else weight
-                surrogate = surrogate + (of_texts * advantage[rows] * tokens[name]).sum((1, 2, 3))
+                surrogate = surrogate + (of_texts * advantage * tokens[name]).sum((1, 2, 3))
             else:
-                advantage, own_after = self.baseline(name, f, program.minibatch, own)
-                surrogate = surrogate + (weight * advantage[rows] * term).sum(-1)
+                surrogate = surrogate + (weight * advantage * term).sum(-1)
             updates |= {f"{key}:{name}": x for key, x in own_after.items()}
         guide_terms = {name: term for name, term in log_q.items() if name not in left_out}
         with torch.no_grad():
-            drawn_here = particles_of(program, model_trace, guide_trace, terms, guide_terms, n)
-            log_s = ranks().joined(drawn_here.log_proposal) if off else None
-            of_guide = sum((program.pooled(x) for x in off.values()), drawn_here.log_proposal)
-            particles = gathered([replace(drawn_here, log_proposal=of_guide)], program.device)
-            figures = _figures(particles, log_s)
+            drawn = particles_of(program, model_trace, guide_trace, terms, guide_terms, n)
+            log_s = drawn.log_proposal if off else None
+            of_guide = sum((program.pooled(x) for x in off.values()), drawn.log_proposal)
+            particles = replace(drawn, log_proposal=of_guide)
+            figures = _of_all_processes(*_figures(particles, log_s), n)
         gain = surrogate.sum() / self.num_particles if ranks().size > 1 else surrogate.mean()
         loss = gain.detach() - gain - figures["elbo"].sum()
         return Estimate(loss, figures, particles, {**state, **under("baseline", updates)})
@@ -155,6 +153,21 @@ class ReverseKL(Objective):
         if (check := getattr(self.baseline, "check_state", None)) is not None:
             for site in {name.partition(":")[2] for name in remembered}:
                 check({key.partition(":")[0]: x for key, x in remembered.items() if key.partition(":")[2] == site})
+
+    def _advantage(
+        self, name: str, f: Tensor, texts: Texts | None, program: Program, state: State
+    ) -> tuple[Tensor, State]:
+        """Return the advantages of this process's particles, and what the baseline remembers of the site."""
+        if not isinstance(self.baseline, TokenBaseline):
+            return self.baseline(name, f, program.minibatch, state)
+        f, texts = ranks().joined(f), None if texts is None else _of_all(texts)
+        rows = ranks().rows(self.num_particles)
+        with alone():  # each process learns the same from the particles of all
+            if texts is None:
+                advantage, state = self.baseline(name, f, program.minibatch, state)
+            else:
+                advantage, state = self.baseline.of_tokens(name, f, texts, state)
+        return advantage[rows], state
 
     def _earned(self, program: Program, model_trace: Trace, inverse_temperature: float, num: int) -> list[Tensor]:
         """Return the sums of earlier steps' terms (particle, prompt, 1, step), of each site in a plate `STEPS`."""
@@ -243,23 +256,39 @@ def _texts(program: Program, model_trace: Trace, guide_trace: Trace) -> tuple[di
     return texts, tokens
 
 
-def _figures(particles: Particles, log_s: Tensor | None) -> dict[str, Tensor]:
-    """Return figures (prompt,) of the target itself, whose inverse temperature is 1.
+def _figures(particles: Particles, log_s: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+    """Return figures (prompt,) of the target itself, whose inverse temperature is 1, and what they count for.
 
     :param log_s: of particles that a sampler drew, the density that they have; None: the guide's.
+    :returns: the figures, and the logarithm of the sum of q / s over the particles, (prompt,).
     """
     ratio, weights = particles.log_weights, particles.log_weights if log_s is None else particles.log_joint - log_s
-    shares = None if log_s is None else (particles.log_proposal - log_s).softmax(0)
+    of_sampler = None if log_s is None else particles.log_proposal - log_s
 
     def mean(x: Tensor) -> Tensor:
-        return x.mean(0) if shares is None else (shares * x).sum(0)
+        return x.mean(0) if of_sampler is None else (of_sampler.softmax(0) * x).sum(0)
 
     elbo, likelihood = mean(ratio), mean(particles.total_log_likelihood)
     figures = {"elbo": elbo, "log_likelihood": likelihood, "kl": likelihood - elbo}
     figures["log_evidence"] = weights.logsumexp(0) - math.log(len(weights))
     if (reward := particles.reward) is not None:
         figures["reward"] = mean(reward.float())
-    return figures
+    if of_sampler is None:
+        return figures, ratio.new_full((1,), math.log(len(ratio)))
+    return figures, of_sampler.logsumexp(0)
+
+
+def _of_all_processes(figures: dict[str, Tensor], log_count: Tensor, num: int) -> dict[str, Tensor]:
+    """Return the figures of the particles of all processes, from those of ``num`` particles of this one."""
+    if ranks().size == 1:
+        return figures
+    messages = ranks().exchange(num, figures | {"log_count": log_count})
+    names = messages[0].tensors
+    each = {name: torch.stack([x.tensors[name].to(log_count.device) for x in messages]) for name in names}
+    shares = each.pop("log_count").softmax(0)  # (process, prompt)
+    log_num = torch.tensor([[x.value] for x in messages], device=log_count.device).log()
+    log_evidence = (each.pop("log_evidence") + log_num).logsumexp(0) - log_num.logsumexp(0)
+    return {name: (shares * x).sum(0) for name, x in each.items()} | {"log_evidence": log_evidence}
 
 
 def _is_partial(node: dict[str, Any]) -> bool:

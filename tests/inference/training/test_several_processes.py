@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pyro
@@ -60,12 +61,17 @@ def exact():
 
 
 def together(objective, problem):
-    """The gradient of a step on this process and all others, (coordinate,), and the completions of the step."""
+    """The gradient of a step of all processes, (coordinate,), the completions of this one, and the figures of all."""
     loss = StatefulLoss(objective)
     with pyro.get_param_store().scope(), running(5, divided=True):
         loss.loss_and_grads(problem.model, problem.guide, PROMPTS)
         ranks().add_up([p.grad for p in problem.parameters])
-    return torch.cat([p.grad.reshape(-1) for p in problem.parameters]).numpy(), loss.last.particles.values["completion"]
+    last = loss.last
+    return (
+        torch.cat([p.grad.reshape(-1) for p in problem.parameters]).numpy(),
+        last.particles.values["completion"],
+        last.figures,
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,10 +86,11 @@ def test_the_gradient_at_given_particles_is_that_of_one_process(make):
         given = run_particles(inspect(problem.model, PROMPTS), problem.guide, 7)
     objective = make(num_particles=7)
     objective.source = lambda program, guide, num, state: (given, state)  # `Renyi` has no setting for it
-    alone, _ = together(objective, Problem(seed=1))
-    for found, x in launch(lambda rank: together(objective, problem), size=3):
+    alone, _, _ = together(objective, Problem(seed=1))
+    results = launch(lambda rank: together(objective, problem), size=3)
+    for found, _, _ in results:
         np.testing.assert_allclose(found, alone, rtol=1e-5, atol=1e-6)
-        np.testing.assert_array_equal(x, given.values["completion"])
+    np.testing.assert_array_equal(torch.cat([x for _, x, _ in results]), given.values["completion"])
 
 
 @pytest.mark.parametrize("kind", ["reverse", "reverse, no baseline yet", "log-variance", "of the prior"])
@@ -95,9 +102,9 @@ def test_the_gradient_at_their_own_draws_is_the_formula_s(kind):
         "of the prior": LogVariance(7, of_prior),
     }[kind]
     problem = Problem(seed=1)
-    (found, x), (same, also_x) = launch(lambda rank: together(objective, problem))
+    (found, x, figures), (same, others, same_figures) = launch(lambda rank: together(objective, problem))
     np.testing.assert_array_equal(found, same)
-    np.testing.assert_array_equal(x, also_x)
+    x = torch.cat([x, others])
     assert x.shape == (7, 2, T)
     log_q = problem.policy(PROMPTS, max_new_tokens=T).log_prob(x)
     log_p = problem.lm(PROMPTS, max_new_tokens=T).log_prob(x)
@@ -109,6 +116,11 @@ def test_the_gradient_at_their_own_draws_is_the_formula_s(kind):
         loss = -(f.detach() * log_q).mean(0) if "baseline" in kind else 0.5 * f.var(0)
     expected = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss.sum(), problem.parameters)])
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    if kind != "of the prior":
+        of_all = {"elbo": f.mean(0), "log_evidence": f.logsumexp(0) - np.log(7), "kl": (log_q - log_p).mean(0)}
+        for name, figure in of_all.items():
+            torch.testing.assert_close(figures[name], figure.detach(), rtol=1e-5, atol=1e-6)
+            assert torch.equal(figures[name], same_figures[name])
 
 
 OBJECTIVES = {
@@ -303,9 +315,16 @@ def test_a_training_resumes_under_another_number_of_processes(size, tmp_path):
     begun = launch(lambda rank: engine(num_steps=6).run(MODEL, SHORT).stats["elbo"])[0]
 
     def resume(rank):
-        drawn = []
-        stats = engine(num_steps=10, callbacks=[lambda record: drawn.append(record.particles)]).run(MODEL, SHORT).stats
-        return stats["elbo"], [x.values["completion"].numpy() for x in drawn if x is not None]
+        drawn, call = [], Replay.__call__
+
+        def noted(self, *args):
+            found = call(self, *args)
+            drawn.append(found[0].values["completion"].numpy())
+            return found
+
+        with mock.patch.object(Replay, "__call__", noted):
+            stats = engine(num_steps=10).run(MODEL, SHORT).stats
+        return stats["elbo"], drawn
 
     results = launch(resume, size=size) if size > 1 else [resume(0)]
     for elbo, _ in results:
@@ -313,6 +332,7 @@ def test_a_training_resumes_under_another_number_of_processes(size, tmp_path):
         np.testing.assert_array_equal(elbo[:, :6], begun)
         np.testing.assert_array_equal(elbo, results[0][0])
     own = [Ranks(rank, size).rows(8) for rank in range(size)]
+    assert len(results[0][1]) == 4
     for x in results[0][1]:
         shares = {x[rows][:2].tobytes() for rows in own}  # of each, as each has two draws at least
         assert len(shares) == size

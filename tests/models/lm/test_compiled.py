@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.models import ARCHITECTURES, WORDS, llama_network, random_network, table_lm, tiny_llama, tiny_seq2seq
 from support.oracles import all_by_hand
-from support.zoo import zoo_network
+from support.zoo import ALL, zoo_network
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
@@ -26,6 +26,7 @@ from bayeslm.models.lm import compiled, memory, redraw, remembering, word_tokeni
 PROMPTS = [[1, 2, 3, 4, 5], [2], [3, 4]]
 # Grouped queries; absolute positions; a window that is shorter than the texts, and capped logits.
 FAMILIES = ("llama", "gpt2", "gemma2")
+SLOW = {"kimi_linear"}  # its reference implementation takes minutes
 
 
 @pytest.fixture
@@ -80,6 +81,29 @@ def test_draws_and_scores_are_those_of_the_forward_pass(family):
         for policy in policies:
             changed(policy, seed)
         assert_alike(*policies, [seed])
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("name", [name for name in ALL if name not in SLOW])
+def test_every_architecture_is_drawn_alike_or_refused(name):
+    network = zoo_network(name)
+    if network is None:
+        pytest.skip("no tiny network of it is built here")
+    try:
+        plain = LanguageModel(network, eos_token_ids=(2,))
+    except (TypeError, ValueError) as error:
+        pytest.skip(f"is refused as a prior: {error}")
+    try:
+        fixed = LanguageModel(network, eos_token_ids=(2,), compile=True)
+    except TypeError as error:
+        if re.search("Leave out compile=True|is not causal", str(error)):
+            return
+        raise
+    for seed in range(2):
+        (expected, a), (found, b) = (drawn(lm, seed) for lm in (plain, fixed))
+        assert torch.equal(found, expected)
+        torch.testing.assert_close(b, a, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("uncompiled")

@@ -17,7 +17,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ def program() -> Any:
 def work(cases: list[tuple[int, int]], steps: int) -> None:
     """Run the cases in this process, one of several; the first one prints what it found."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    from support.counting import counted_bytes
+    from support.counting import counted_bytes, counted_bytes_of_steps
 
     from bayeslm.inference import SVI, Exact, ImportanceSampling
     from bayeslm.inference.training import Adam, ReverseKL
@@ -50,24 +49,18 @@ def work(cases: list[tuple[int, int]], steps: int) -> None:
     for particles, prompts in cases:
         model, asked = program(), PROMPTS[:prompts]
         exact = Exact().run(model, asked).log_evidence
-        lengths: list[Counter[str]] = []
-        for num_steps in (2, 2 + steps):
-            engine = SVI(
-                num_steps=num_steps,
-                objective=ReverseKL(particles),
-                optimizer=Adam(0.05, schedule="constant"),
-                num_samples=particles,
-                num_prior_samples=0,
-                seed=0,
-                progress=False,
-            )
-            with counted_bytes() as sent:
-                engine.run(model, asked)
-            lengths.append(sent)
-        gradients, total = (
-            (count(lengths[1]) - count(lengths[0])) / steps
-            for count in (lambda sent: sent["all_reduce"], lambda sent: sum(sent.values()))
+        engine = SVI(
+            num_steps=steps,
+            objective=ReverseKL(particles),
+            optimizer=Adam(0.05, schedule="constant"),
+            num_samples=particles,
+            num_prior_samples=0,
+            seed=0,
+            progress=False,
         )
+        with counted_bytes_of_steps() as sent:
+            engine.run(model, asked)
+        gradients, rest = sent.pop("all_reduce", 0) / steps, sent.total() / steps
         with counted_bytes() as sent:
             ImportanceSampling(num_particles=particles, seed=0, progress=False).run(model, asked)
         runs = DRAWS // particles
@@ -75,7 +68,7 @@ def work(cases: list[tuple[int, int]], steps: int) -> None:
         ratios = np.stack([np.exp(each.log_weights - exact).mean((0, 1)) for each in draws])  # (run, prompt)
         errors = (ratios.mean(0) - 1.0) / (ratios.std(0, ddof=1) / runs**0.5)
         largest = float(np.abs(errors).max())
-        found.append([particles, prompts, gradients, total - gradients, sum(sent.values()), largest])
+        found.append([particles, prompts, gradients, rest, sent.total(), largest])
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(found))
 

@@ -87,6 +87,7 @@ class Population:
     :param settings: the engine; each chain has ``settings.num_particles`` particles.
     :param chains: the number of chains in this population; None for ``settings.num_chains``, that is for all of them.
     :param group: which particles of a chain are in it, where these are resampled in groups; None for all of them.
+    :param lost: the number of each chain's other particles, where all of these have weight 0.
     :param retained: values of the latents (chain, *batch, *event) by site, which particle 0 of each chain has from the
         beginning to the end: conditional SMC, with multinomial resampling.
     """
@@ -98,6 +99,7 @@ class Population:
         *,
         chains: int | None = None,
         group: range | None = None,
+        lost: int = 0,
         retained: dict[str, Tensor] | None = None,
     ) -> None:
         self.chains = settings.num_chains if chains is None else chains
@@ -113,7 +115,8 @@ class Population:
         scheme = RESAMPLING[settings.resampling]
         self._resample: Callable[[Tensor], Tensor] = conditional_multinomial if retained else scheme
         self._threshold = settings.ess_threshold * self.size
-        self._is_all = self.chains == settings.num_chains and self.size == settings.num_particles
+        self._others_lost = lost
+        self._is_all = self.chains == settings.num_chains and self.size + lost == settings.num_particles
         self._counted: set[str] = set()
         self._identity = torch.arange(self.size, device=device)[None, :, None].expand(self.chains, -1, prompts)
         self._records: list[ResamplingRecord] = []
@@ -283,7 +286,8 @@ class Population:
         label = "" if program.shared else repr(prompt_labels(program)[column])
         prompt = "" if program.shared else f" of prompt {program.global_index(column)} ({label})"
         because = f": {' and '.join(map(repr, causes))} is -inf for the last of them" if causes else ""
-        error = EvidenceError(f"all {len(self.log_weights)} particles{prompt} have weight 0 at {update.step}{because}")
+        total = len(self.log_weights) + self.chains * self._others_lost
+        error = EvidenceError(f"all {total} particles{prompt} have weight 0 at {update.step}{because}")
         if update.texts is not None and update.texts[0].has_text:
             distribution, decoder = update.texts
             rows = torch.arange(len(decoder.values), device=decoder.values.device).reshape(distribution.batch_shape)

@@ -331,7 +331,7 @@ def test_what_is_not_a_number_is_named():
         ({"ess_threshold": 1.5}, "ess_threshold"),
         ({"twist": "reward"}, "twist must be"),
         ({"proposal": "policy"}, "proposal must be"),
-        ({"proposal": "twist"}, "needs a twist"),
+        ({"twist": None, "proposal": "twist"}, "needs a twist"),
         ({"twist": {}, "proposal": "twist"}, "needs a twist"),
         ({"twist": {"completion": "prefx"}}, "twist must be"),
         ({"twist": {"completion": tiny_llama()}}, r"twist\['completion'\] must be"),

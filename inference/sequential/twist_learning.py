@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -177,12 +177,15 @@ class TwistLearning:
         held_out = torch.zeros(len(order), dtype=torch.bool, device=order.device)
         held_out[order[1::4]] = True
         train, test = (_subset(data, chosen) for chosen in (~held_out, held_out))
-        optimizer = torch.optim.AdamW(twist.parameters(), self.learning_rate, weight_decay=self.weight_decay)
+        fused = twist.mean.device.type in ("cpu", "cuda")  # one kernel for all weights
+        optimizer = torch.optim.AdamW(
+            twist.parameters(), self.learning_rate, weight_decay=self.weight_decay, fused=fused
+        )
         losses, test_losses, best = [], [], None
         with torch.enable_grad(), track("the twist", self.num_steps, self.progress) as report:
             for step in range(self.num_steps):
                 twist.train()
-                loss = _over_powers(LOSSES[self.method], twist(train.inputs), train)
+                loss = LOSSES[self.method](twist(train.inputs), train)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -190,7 +193,7 @@ class TwistLearning:
                 if (step + 1) % EVALUATE_EVERY == 0 or step + 1 == self.num_steps:
                     twist.eval()
                     with torch.no_grad():
-                        test_loss = float(_over_powers(contrastive, twist(test.inputs), test))
+                        test_loss = float(contrastive_of_powers(twist(test.inputs), test))
                     test_losses.append(test_loss)
                     if best is None or test_loss <= best[0]:
                         best = (test_loss, step + 1, copy.deepcopy(twist.state_dict()))
@@ -218,19 +221,6 @@ def _subset(data: TwistData, chosen: Tensor) -> TwistData:
     return TwistData(some, data.used[rows], data.log_likelihood[chosen])
 
 
-def _over_powers(loss: Callable[[Tensor, TwistData], Tensor], log_psi: Tensor, data: TwistData) -> Tensor:
-    """Return the sum over powers a of the loss for L^a, divided by a, so that it does not vanish as a approaches 0.
-
-    :param log_psi: the head's estimates, (row, token, power).
-    """
-    return torch.stack(
-        [
-            loss(log_psi[..., j], replace(data, log_likelihood=power * data.log_likelihood)) / power
-            for j, power in enumerate(POWERS)
-        ]
-    ).sum()
-
-
 def _by_prompt(log_psi: Tensor, data: TwistData) -> tuple[Tensor, Tensor]:
     """Return log psi_t and log L, (particle, text, token), both -inf at tokens that are not part of the loss."""
     shape = (*data.log_likelihood.shape, -1)
@@ -244,13 +234,22 @@ def contrastive(log_psi: Tensor, data: TwistData) -> Tensor:
 
     :param log_psi: (row, token).
     """
-    log_psi, log_l = _by_prompt(log_psi, data)
-    alive = log_l.logsumexp(0) > -torch.inf  # a prompt whose draws all have likelihood 0 has no loss
-    if not alive.any():
-        return log_psi.nan_to_num(neginf=0.0).sum() * 0.0
-    log_psi, log_l = log_psi[:, alive], log_l[:, alive]
-    share = log_psi.log_softmax(0)
-    return -(log_l.softmax(0) * share.masked_fill(log_l == -torch.inf, 0.0)).sum(0).mean()
+    return contrastive_of_powers(log_psi[..., None], data, (1.0,))
+
+
+def contrastive_of_powers(log_psi: Tensor, data: TwistData, powers: Sequence[float] = POWERS) -> Tensor:
+    """Return the sum over powers a of the contrastive loss for L^a, divided by a, so that it does not vanish with a.
+
+    :param log_psi: the head's estimates, (row, token, power).
+    """
+    used = data.used.reshape(*data.log_likelihood.shape, -1, 1)  # (particle, text, token, 1)
+    log_l = torch.where(used, data.log_likelihood[..., None, None], -torch.inf)
+    alive = (log_l > -torch.inf).any(0)  # a prompt whose draws all have likelihood 0 has no loss
+    a = torch.tensor(powers, device=log_psi.device)
+    weights = (a * log_l).softmax(0).masked_fill(~alive, 0.0)
+    log_psi = log_psi.reshape(*used.shape[:-1], -1).masked_fill(~used & alive, -torch.inf)
+    share = log_psi.log_softmax(0).masked_fill(weights == 0, 0.0)
+    return -(weights * share / a).sum() / alive.sum().clamp_min(1)
 
 
 def soft_value(log_psi: Tensor, data: TwistData) -> Tensor:
@@ -273,7 +272,20 @@ def soft_value(log_psi: Tensor, data: TwistData) -> Tensor:
     return (log_psi.exp() - target[chosen] * log_psi).mean() if len(log_psi) else log_psi.sum()
 
 
-LOSSES: dict[str, Callable[..., Tensor]] = {"contrastive": contrastive, "soft-value": soft_value}
+def soft_value_of_powers(log_psi: Tensor, data: TwistData) -> Tensor:
+    """Return the same sum of `soft_value`.
+
+    :param log_psi: the head's estimates, (row, token, power).
+    """
+    return torch.stack(
+        [
+            soft_value(log_psi[..., j], replace(data, log_likelihood=power * data.log_likelihood)) / power
+            for j, power in enumerate(POWERS)
+        ]
+    ).sum()
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {"contrastive": contrastive_of_powers, "soft-value": soft_value_of_powers}
 
 
 def confidence(log_psi: Tensor, data: TwistData) -> Tensor:

@@ -93,9 +93,10 @@ class SMC:
     :param twist: the twist that weights unfinished texts. "auto": one that is learned from the first quarter of each
         chain's particles, draws of the prior, for the others; it is then also their proposal, unless ``proposal`` is
         "prior". Where it does not lower the variance of the weights on draws that are held out, it is not used, and
-        all particles are draws of the prior. None is learned from fewer than 64 draws of all chains, for many or long
-        completions (`sequential.first_draws`), where ``proposal`` is a policy, and of programs with factors between
-        completions. None: 1, which makes SMC importance sampling. "prefix": exp of the program's own factors, by the
+        all particles are draws of the prior. None is learned where all chains have fewer than 512 particles, or so many
+        or so long prompts that its draws would have over 32768 tokens, where ``proposal`` is a policy, and of programs
+        with factors before the completion or several completions. None: 1, which makes SMC importance sampling.
+        "prefix": exp of the program's own factors, by the
         ``prefix`` methods of its rewards (`Reward.prefix`). "partial": the same, except that rewards without such a
         method score the text so far as if it were finished. A `Twist` (from `TwistLearning`); a `Power`, for programs
         that raise the language model to one; a `Grammar` or `Constraint`, for programs that have it as a factor; or a

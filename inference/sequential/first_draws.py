@@ -29,7 +29,7 @@ from .population import ResamplingRecord
 from .twist_learning import TwistLearning
 
 SHARE = 4  # the first particles are one of so many
-LEAST, MOST = 64, 1024  # draws to learn from, of all chains
+LEAST, MOST = 128, 1024  # draws to learn from, of all chains
 TOKENS = 2**15  # of all these draws: bounds the memory of their features, and the seconds of learning
 GAIN = 0.05  # nats that a learned twist must save
 
@@ -95,27 +95,26 @@ class FirstDraws(NamedTuple):
 def number_of_first(program: Program, num_particles: int, num_chains: int) -> int:
     """Return how many of a chain's particles are to be draws of the prior; 0 where no twist shall be learned.
 
-    None is, where there are too few or too many tokens to learn from, without completions, where the network is
-    sharded, and where a factor or an observation comes before the last completion: by it SMC without a twist resamples,
-    while the first particles would not be.
+    One is for programs with one text in each posterior, on whose beginnings all that is known comes after it: a factor
+    or an observation before it is what SMC resamples by without a twist, and the first particles would not be; and of
+    several texts each would be valued by the likelihood of all. None is learned from too few draws, nor where they have
+    too many tokens, or the network is sharded.
     """
     texts = program.completions
-    kinds = [(site.kind, site.is_completion) for site in program.sites.values() if site.kind != "deterministic"]
-    last = max((i for i, (_, is_completion) in enumerate(kinds) if is_completion), default=0)
-    if not texts or any(kind == "observed" for kind, _ in kinds[:last]):
+    if len(texts) != 1 or texts[0].fn.batch_shape.numel() != program.weight_prompts:
         return 0
-    if any(is_sharded(weights) for site in texts for weights in site.fn.lm.network.parameters()):
+    names = [name for name, site in program.sites.items() if site.kind == "observed" or site.is_completion]
+    if names[0] != texts[0].name or any(is_sharded(p) for p in texts[0].fn.lm.network.parameters()):
         return 0
-    tokens = sum(site.fn.batch_shape.numel() * site.fn.max_new_tokens for site in texts)
-    most = min(MOST, TOKENS // tokens)
-    number = min(num_particles // SHARE, most // num_chains)
+    tokens = program.weight_prompts * texts[0].fn.max_new_tokens
+    number = min(num_particles // SHARE, min(MOST, TOKENS // tokens) // num_chains)
     return number if number * num_chains >= LEAST else 0
 
 
 def draw_first(program: Program, number: int, num_chains: int, *, progress: bool) -> FirstDraws:
     """Draw the first particles of all chains, and learn a twist of each completion from them.
 
-    :param number: of each chain. From fewer than 64 in all none is learned.
+    :param number: of each chain. From fewer than 128 in all none is learned.
     :param progress: whether to show progress bars.
     """
     begun = time.perf_counter()

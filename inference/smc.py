@@ -21,7 +21,6 @@ separately, but share each forward pass.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -62,6 +61,7 @@ from bayeslm.inference.sequential import (
     check_retained,
     constraint_of,
     draw_first,
+    groups_of,
     number_of_first,
     retained_values,
 )
@@ -178,7 +178,8 @@ class SMC:
             first = self._first_draws(program, len(range(own_chains.start, own_chains.stop)))
             settings = self._with_learned(first.twists)
             lost = first.number if first.are_lost else 0
-            groups, prompts = self._division(program, first.number)
+            others = range(first.number, self.num_particles)
+            groups, prompts = groups_of(program, others, retains=self.retained is not None)
             parts = program.parts(prompts)
             at_once = max(1, parts[0].max_particles // self.num_particles)
             retained = None if self.retained is None else retained_values(program, self.retained, self.num_chains)
@@ -264,25 +265,6 @@ class SMC:
             return replace(self, twist=twists, proposal=self.proposal or "twist")
         is_induced = isinstance(self.proposal, str) and self.proposal == "twist"
         return replace(self, twist=None, proposal=None if is_induced else self.proposal)
-
-    def _division(self, program: Program, first: int) -> tuple[list[range], int]:
-        """Return the groups of a chain's particles, and how many prompts they are of at once, in bounded memory.
-
-        :param first: particles that are in no group.
-        """
-        rows = [(fn.max_rows, fn.batch_shape.numel()) for fn in (site.fn for site in program.completions)]
-        if not rows:
-            return [range(first, self.num_particles)], program.num_prompts
-        each = 1 if program.shared else program.num_prompts  # prompts that are one posterior are resampled together
-        fit = min(most // max(1, number // each) for most, number in rows)
-        number = self.num_particles - first
-        some = torch.arange(number).tensor_split(-(-number // max(1, fit)))
-        sizes = [len(group) for group in some]
-        if self.retained is not None and sizes[-1] < sizes[0]:  # it is in the first, which is any one by its share
-            sizes.insert(0, sizes.pop(int(torch.multinomial(torch.tensor(sizes, dtype=torch.float64), 1))))
-        ends = [first + end for end in itertools.accumulate(sizes)]
-        groups = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-        return groups, max(1, fit // max(sizes))
 
     @torch.no_grad()
     def _run(self, population: Population, prompts: int, report: Callable[..., None]) -> Particles:

@@ -3,7 +3,7 @@
 from .constraint_guide import ConstraintGuide, constraint_of
 from .constraints import ConstraintTwist, TokenConstraint
 from .first_draws import Chains, FirstDraws, draw_first, number_of_first
-from .population import Population, WeightUpdate
+from .population import Population, WeightUpdate, groups_of
 from .power import Power, PowerTwist
 from .refusals import LearnedRejection, learned_evidence
 from .resampling import RESAMPLING, Resampling
@@ -33,6 +33,7 @@ __all__ = [
     "check_retained",
     "constraint_of",
     "draw_first",
+    "groups_of",
     "learned_evidence",
     "number_of_first",
     "put_first",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -311,3 +312,21 @@ class Population:
                 limit = site.fn.max_new_tokens
                 return f"no text of {site.name!r} had ended after {limit} tokens: raise max_new_tokens ({limit})"
         return None
+
+
+def groups_of(program: Program, particles: range, *, retains: bool) -> tuple[list[range], int]:
+    """Return the groups in which a chain's particles are resampled, and of how many prompts, in bounded memory.
+
+    :param retains: whether the first group has a retained particle, which is in any group by its share.
+    """
+    rows = [(fn.max_rows, fn.batch_shape.numel()) for fn in (site.fn for site in program.completions)]
+    if not rows:
+        return [particles], program.num_prompts
+    each = 1 if program.shared else program.num_prompts  # prompts that are one posterior are resampled together
+    fit = min(most // max(1, number // each) for most, number in rows)
+    some = torch.arange(len(particles)).tensor_split(-(-len(particles) // max(1, fit)))
+    sizes = [len(group) for group in some]
+    if retains and sizes[-1] < sizes[0]:
+        sizes.insert(0, sizes.pop(int(torch.multinomial(torch.tensor(sizes, dtype=torch.float64), 1))))
+    ends = list(itertools.accumulate(sizes))
+    return [particles[end - size : end] for size, end in zip(sizes, ends, strict=True)], max(1, fit // max(sizes))

@@ -35,7 +35,7 @@ ADVICE = {  # by engine; of others by kind
         "adaptive",
     ),
     "AdaptiveImportance": Advice(
-        "use more draws", ("num_particles", "num_steps"), "SMC(twist='auto')", "smc(twist='auto')"
+        "use more draws", ("num_particles", "num_steps"), "SMC(num_particles=1024)", "smc(num_particles=1024)"
     ),
     "Auto": Advice("use more draws or more time", ("num_particles", "max_seconds", "target_ess")),
     "SVI": Advice("use more draws or train the policy longer", ("num_samples", "num_steps"), _POLICY, "adaptive"),
@@ -43,8 +43,8 @@ ADVICE = {  # by engine; of others by kind
     "SMC": Advice(
         "use more particles or chains, or a better twist or proposal",
         ("num_particles", "num_chains"),
-        "SMC(twist='auto')",
-        "smc(twist='auto')",
+        _POLICY,
+        "adaptive",
     ),
     "AnnealedSMC": Advice(
         "use more particles or chains, a finer ladder or more sweeps",

@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/particles.py [--runs 12] [--only "beta 0.5"] [--chosen]
 
 The problems of `trust_region.py`: texts of 5 tokens. AnnealedSMC as it is, with four suffixes a move, and with long
-steps of its ladder; importance sampling with as many draws as cost the tokens of the first; SMC with a learned twist,
-and importance sampling with as many draws as its particles and the twist's together.
+steps of its ladder; importance sampling with as many draws as cost the tokens of the first. (SMC is in
+`first_draws.py`.)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from trust_region import PROMPT, problems
 
-from bayeslm.inference import SMC, AnnealedSMC, ImportanceSampling
+from bayeslm.inference import AnnealedSMC, ImportanceSampling
 
 TOKENS_A_DRAW = 4.5  # of the network, for one draw of 5 tokens
 
@@ -41,8 +41,6 @@ def main() -> None:
             "AnnealedSMC, four suffixes": AnnealedSMC(48, num_candidates=4, progress=False),
             "AnnealedSMC, cess=0.5": AnnealedSMC(256, cess=0.5, progress=False),
             "ImportanceSampling": None,
-            'SMC, twist="auto"': SMC(342, num_chains=1, twist="auto", progress=False),
-            "ImportanceSampling, 455 draws": ImportanceSampling(455, progress=False),
         }
         spent = 0.0
         for label, engine in engines.items():

@@ -34,8 +34,8 @@ from bayeslm.models.rewards import factor
 PROMPT = [1, 2]
 
 
-def table(seed: int, spread: float) -> LanguageModel:
-    lm = LanguageModel.tabular(WORDS[:6], order=3, seed=seed)
+def table(seed: int, spread: float, order: int = 3) -> LanguageModel:
+    lm = LanguageModel.tabular(WORDS[:6], order=order, seed=seed)
     with torch.no_grad():
         for weights in lm.network.parameters():
             weights.mul_(spread)

@@ -10,9 +10,9 @@ and at the end exp(r / beta) replaces the twist. E[\hat Z] = Z for any twist and
 precise (Zhao, Brekelmans, Makhzani and Grosse 2024, arXiv 2404.17546; Lew et al. 2023, "SMC steering", arXiv
 2306.03081; with the optimal \psi_t = E_p[exp(r / beta) | x_{1:t}] and the proposal it induces, sampling is exact).
 Without a twist all weights come at the end, and the algorithm is importance sampling (of several completions, those
-with factors between them are resampled there). With ``twist="auto"`` a twist is learned from draws of the prior
-(`TwistLearning`) that are not among the particles. These are drawn after it, independently of those draws, and so
-E[\hat Z] = Z whatever it has learned.
+with factors between them are resampled there). By default a twist is learned from the first particles of the run,
+which are draws of the prior, and is used for the others if it was found to help; all count, and E[\hat Z] = Z whatever
+has been learned (`sequential.first_draws` has the mathematics).
 
 The program may be any Pyro program: latents before a completion are part of a particle and are resampled with it,
 several completions are written one after another, and prompts that are posteriors of their own are resampled
@@ -21,7 +21,6 @@ separately, but share each forward pass.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -45,7 +44,9 @@ from bayeslm.inference.program import (
     running,
 )
 from bayeslm.inference.sequential import (
+    Chains,
     ConstraintTwist,
+    FirstDraws,
     LearnedTwist,
     PolicyTwist,
     Population,
@@ -56,10 +57,12 @@ from bayeslm.inference.sequential import (
     SiteRows,
     SiteTwist,
     TokenConstraint,
-    TwistLearning,
     WeightUpdate,
     check_retained,
     constraint_of,
+    draw_first,
+    groups_of,
+    number_of_first,
     retained_values,
 )
 from bayeslm.models.lm import Autoregressive, Decoder, LanguageModel, Twist, categorical, log_softmax_at
@@ -67,8 +70,6 @@ from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 from bayeslm.validation import Count, Seed, Share, validated
 
-MIN_DRAWS = 64  # of the prior, to learn a twist from
-MIN_GAIN = 0.05  # nats that a learned twist must save
 NAMED = ("prefix", "partial")  # twists
 
 
@@ -89,10 +90,13 @@ class SMC:
         a check that one chain cannot give. As many run at once as bounded memory allows. Where one does not fit, it
         writes the completions of some prompts after those of others. Where the particles of one prompt do not fit, or,
         of prompts that share a latent, those of all, they are resampled in groups, whose estimates of Z are averaged.
-    :param twist: the twist that weights unfinished texts. None: 1, which makes SMC importance sampling. "auto": learned
-        from a third as many draws of the prior as there are particles in all chains, and at most 1024; it is then also
-        the proposal, unless ``proposal`` is set. None is used for fewer than 64 such draws, and where it does not lower
-        the variance of the weights on those that are held out. "prefix": exp of the program's own factors, by the
+    :param twist: the twist that weights unfinished texts. "auto": one that is learned from the first quarter of each
+        chain's particles, draws of the prior, for the others; it is then also their proposal, unless ``proposal`` is
+        "prior". Where it does not lower the variance of the weights on draws that are held out, it is not used, and
+        all particles are draws of the prior. None is learned where all chains have fewer than 512 particles, or so many
+        or so long prompts that its draws would have over 32768 tokens, where ``proposal`` is a policy, and of programs
+        with factors before the completion or several completions. None: 1, which makes SMC importance sampling.
+        "prefix": exp of the program's own factors, by the
         ``prefix`` methods of its rewards (`Reward.prefix`). "partial": the same, except that rewards without such a
         method score the text so far as if it were finished. A `Twist` (from `TwistLearning`); a `Power`, for programs
         that raise the language model to one; a `Grammar` or `Constraint`, for programs that have it as a factor; or a
@@ -124,7 +128,7 @@ class SMC:
         | Mapping[str, str | Twist | Power | TokenConstraint]
         | LanguageModel
         | None
-    ) = None
+    ) = "auto"
     proposal: str | LanguageModel | Callable[..., Any] | None = None
     top_k: Count = 64
     resampling: Resampling = "systematic"
@@ -158,9 +162,8 @@ class SMC:
         ``stats``, where a step is a token: ``ess_by_step`` (chain, step, prompt), the effective sample size before
         resampling; ``resampled`` (chain, step, prompt); ``ancestors`` (chain, step, draw, prompt), the genealogy;
         ``constrained``, whether a constraint is a twist; ``interrupted``, ``seconds``, ``tokens`` and ``model_calls``;
-        with ``twist="auto"`` also ``twist_gain``, the
-        ``gain`` of the twist that was learned for each site (`TwistLearning`), if one was. After Ctrl-C the posterior
-        has the chains that were complete.
+        where a twist was learned, ``twist_gain``, its ``gain`` by site (`TwistLearning`), and ``twist_seconds`` of
+        drawing the first particles and learning. After Ctrl-C the posterior has the chains that were complete.
 
         :raises EvidenceError: if all particles of a prompt get weight 0; the message has the token and the factors,
             and ``survivors`` the texts before it.
@@ -171,14 +174,17 @@ class SMC:
         with running(self.seed, divided=True) as watch:
             program = inspect(model, *args, **kwargs)
             watch.check_together(program, self, num_chains=self.num_chains)
-            groups, prompts = self._division(program)
+            own_chains = ranks().rows(self.num_chains)
+            first = self._first_draws(program, len(range(own_chains.start, own_chains.stop)))
+            settings = self._with_learned(first.twists)
+            lost = first.number if first.are_lost else 0
+            others = range(first.number, self.num_particles)
+            groups, prompts = groups_of(program, others, retains=self.retained is not None)
             parts = program.parts(prompts)
             at_once = max(1, parts[0].max_particles // self.num_particles)
             retained = None if self.retained is None else retained_values(program, self.retained, self.num_chains)
-            settings, gains = self._with_twist(program) if self.twist == "auto" else (self, dict[str, Any]())
             done: list[Island] = []
             length = sum(site.fn.max_new_tokens for site in program.completions)
-            own_chains = ranks().rows(self.num_chains)
             rounds = range(own_chains.start, own_chains.stop, at_once)
             passes = len(rounds) * len(groups) * (1 if program.shared else -(-program.num_prompts // prompts))
 
@@ -190,13 +196,15 @@ class SMC:
                 track("SMC", length * passes, self.progress, plan=plan) as report,
                 keeping(so_far) as run,
             ):
-                for first in rounds:
-                    chains = min(at_once, own_chains.stop - first)
-                    own = retained and {name: value[first : first + chains] for name, value in retained.items()}
+                for start in rounds:
+                    num = min(at_once, own_chains.stop - start)
+                    own = retained and {name: value[start : start + num] for name, value in retained.items()}
                     islands = []
                     for group in groups:
                         populations = [
-                            Population(part, self, chains=chains, group=group, retained=own and _of_part(part, own))
+                            Population(
+                                part, self, chains=num, group=group, lost=lost, retained=own and _of_part(part, own)
+                            )
                             for part in parts
                         ]
                         particles = [settings._run(population, prompts, report) for population in populations]
@@ -205,59 +213,58 @@ class SMC:
                         own = None
                     done += islands
 
-            def joined(of: Callable[[Population], Tensor]) -> Tensor:
-                own = [torch.cat([of(part) for part in island.populations], 1) for island in done]
-                return ranks().joined(torch.cat(own))
+            def of_all(of: Callable[[Population], Tensor]) -> Tensor:
+                return torch.cat([torch.cat([of(part) for part in island.populations], 1) for island in done])
 
-            weights = joined(lambda population: population.total_log_weights)
+            weights = of_all(lambda population: population.total_log_weights)
             of_parts = zip(*[island.populations for island in done], strict=True)
             stats = [Population.stats(part, len(groups)) for part in of_parts]
-            records = {name: np.concatenate([each[name] for each in stats], -1) for name in stats[0]}
+            chains = first.before(
+                Chains(
+                    number=len(weights) // (self.num_particles - first.number),
+                    particles=Particles.concatenate([island.particles for island in done]),
+                    log_weights=weights,
+                    roots=of_all(lambda population: population.roots),
+                    records={name: np.concatenate([each[name] for each in stats], -1) for name in stats[0]},
+                )
+            )
+            weights = ranks().joined(chains.log_weights)
             return posterior(
                 program,
-                gathered([island.particles for island in done], program.device),
+                gathered([chains.particles], program.device),
                 engine="SMC",
                 kind="particles",
                 num_chains=len(weights) // self.num_particles,
                 log_weights=weights,
-                roots=joined(lambda population: population.roots),
+                roots=ranks().joined(chains.roots),
                 conditional=self.retained is not None,
                 stats=watch.stats()
-                | {name: ranks().joined_array(x) for name, x in records.items()}
-                | ranks().first(gains).value
+                | {name: ranks().joined_array(x) for name, x in chains.records.items()}
+                | ranks().first(first.stats()).value
                 | {"interrupted": ranks().any(run.interrupted), "constrained": self._is_constrained},
             )
 
-    def _division(self, program: Program) -> tuple[list[range], int]:
-        """Return the groups of a chain's particles, and how many prompts they are of at once, in bounded memory."""
-        rows = [(fn.max_rows, fn.batch_shape.numel()) for fn in (site.fn for site in program.completions)]
-        if not rows:
-            return [range(self.num_particles)], program.num_prompts
-        each = 1 if program.shared else program.num_prompts  # prompts that are one posterior are resampled together
-        fit = min(most // max(1, number // each) for most, number in rows)
-        some = torch.arange(self.num_particles).tensor_split(-(-self.num_particles // max(1, fit)))
-        sizes = [len(group) for group in some]
-        if self.retained is not None and sizes[-1] < sizes[0]:  # it is in the first, which is any one by its share
-            sizes.insert(0, sizes.pop(int(torch.multinomial(torch.tensor(sizes, dtype=torch.float64), 1))))
-        ends = list(itertools.accumulate(sizes))
-        groups = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-        return groups, max(1, fit // max(sizes))
+    def _first_draws(self, program: Program, num_chains: int) -> FirstDraws:
+        """Return the first particles of so many chains, with the twists that are learned from them, or no particles.
 
-    def _with_twist(self, program: Program) -> tuple[SMC, dict[str, Any]]:
-        """Return the settings with a twist that is learned for each completion, where it pays, and what they gain."""
-        draws = min(1024, self.num_particles * self.num_chains // 3)
-        twists: dict[str, str | Twist] = {}
-        gains: dict[str, float] = {}
-        for site in program.completions if draws >= MIN_DRAWS else []:
-            learning = TwistLearning(num_particles=draws, site=site.name, progress=self.progress)
-            twist = learning.run(program.model, *program.args, **program.kwargs)
-            gains[site.name] = twist.stats["gain"]
-            if gains[site.name] > MIN_GAIN:
-                twists[site.name] = twist
-        proposal = self.proposal or ("twist" if twists else None)
-        if proposal == "twist" and not twists:
-            proposal = None
-        return replace(self, twist=twists or None, proposal=proposal), {"twist_gain": gains}
+        A run that retains draws learns from particles of the prior as well, which are then not among its own.
+        """
+        if self.twist != "auto" or not (self.proposal is None or isinstance(self.proposal, str)):
+            return FirstDraws()
+        number = number_of_first(program, self.num_particles, self.num_chains)
+        if not number:
+            return FirstDraws()
+        first = draw_first(program, number, num_chains, progress=self.progress)
+        return first if self.retained is None else first._replace(number=0)
+
+    def _with_learned(self, twists: dict[str, Twist]) -> SMC:
+        """Return the settings with twists that have been learned in the place of "auto"."""
+        if self.twist != "auto":
+            return self
+        if twists:
+            return replace(self, twist=twists, proposal=self.proposal or "twist")
+        is_induced = isinstance(self.proposal, str) and self.proposal == "twist"
+        return replace(self, twist=None, proposal=None if is_induced else self.proposal)
 
     @torch.no_grad()
     def _run(self, population: Population, prompts: int, report: Callable[..., None]) -> Particles:

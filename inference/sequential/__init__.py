@@ -2,7 +2,8 @@
 
 from .constraint_guide import ConstraintGuide, constraint_of
 from .constraints import ConstraintTwist, TokenConstraint
-from .population import Population, WeightUpdate
+from .first_draws import Chains, FirstDraws, draw_first, number_of_first
+from .population import Population, WeightUpdate, groups_of
 from .power import Power, PowerTwist
 from .refusals import LearnedRejection, learned_evidence
 from .resampling import RESAMPLING, Resampling
@@ -12,8 +13,10 @@ from .twists import LearnedTwist, PolicyTwist, PrefixTwist, SiteRows, SiteTwist
 
 __all__ = [
     "RESAMPLING",
+    "Chains",
     "ConstraintGuide",
     "ConstraintTwist",
+    "FirstDraws",
     "LearnedRejection",
     "LearnedTwist",
     "PolicyTwist",
@@ -29,7 +32,10 @@ __all__ = [
     "WeightUpdate",
     "check_retained",
     "constraint_of",
+    "draw_first",
+    "groups_of",
     "learned_evidence",
+    "number_of_first",
     "put_first",
     "retained_particles",
     "retained_values",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -87,6 +88,7 @@ class Population:
     :param settings: the engine; each chain has ``settings.num_particles`` particles.
     :param chains: the number of chains in this population; None for ``settings.num_chains``, that is for all of them.
     :param group: which particles of a chain are in it, where these are resampled in groups; None for all of them.
+    :param lost: the number of each chain's other particles, where all of these have weight 0.
     :param retained: values of the latents (chain, *batch, *event) by site, which particle 0 of each chain has from the
         beginning to the end: conditional SMC, with multinomial resampling.
     """
@@ -98,6 +100,7 @@ class Population:
         *,
         chains: int | None = None,
         group: range | None = None,
+        lost: int = 0,
         retained: dict[str, Tensor] | None = None,
     ) -> None:
         self.chains = settings.num_chains if chains is None else chains
@@ -113,7 +116,8 @@ class Population:
         scheme = RESAMPLING[settings.resampling]
         self._resample: Callable[[Tensor], Tensor] = conditional_multinomial if retained else scheme
         self._threshold = settings.ess_threshold * self.size
-        self._is_all = self.chains == settings.num_chains and self.size == settings.num_particles
+        self._others_lost = lost
+        self._is_all = self.chains == settings.num_chains and self.size + lost == settings.num_particles
         self._counted: set[str] = set()
         self._identity = torch.arange(self.size, device=device)[None, :, None].expand(self.chains, -1, prompts)
         self._records: list[ResamplingRecord] = []
@@ -283,7 +287,8 @@ class Population:
         label = "" if program.shared else repr(prompt_labels(program)[column])
         prompt = "" if program.shared else f" of prompt {program.global_index(column)} ({label})"
         because = f": {' and '.join(map(repr, causes))} is -inf for the last of them" if causes else ""
-        error = EvidenceError(f"all {len(self.log_weights)} particles{prompt} have weight 0 at {update.step}{because}")
+        total = len(self.log_weights) + self.chains * self._others_lost
+        error = EvidenceError(f"all {total} particles{prompt} have weight 0 at {update.step}{because}")
         if update.texts is not None and update.texts[0].has_text:
             distribution, decoder = update.texts
             rows = torch.arange(len(decoder.values), device=decoder.values.device).reshape(distribution.batch_shape)
@@ -307,3 +312,21 @@ class Population:
                 limit = site.fn.max_new_tokens
                 return f"no text of {site.name!r} had ended after {limit} tokens: raise max_new_tokens ({limit})"
         return None
+
+
+def groups_of(program: Program, particles: range, *, retains: bool) -> tuple[list[range], int]:
+    """Return the groups in which a chain's particles are resampled, and of how many prompts, in bounded memory.
+
+    :param retains: whether the first group has a retained particle, which is in any group by its share.
+    """
+    rows = [(fn.max_rows, fn.batch_shape.numel()) for fn in (site.fn for site in program.completions)]
+    if not rows:
+        return [particles], program.num_prompts
+    each = 1 if program.shared else program.num_prompts  # prompts that are one posterior are resampled together
+    fit = min(most // max(1, number // each) for most, number in rows)
+    some = torch.arange(len(particles)).tensor_split(-(-len(particles) // max(1, fit)))
+    sizes = [len(group) for group in some]
+    if retains and sizes[-1] < sizes[0]:
+        sizes.insert(0, sizes.pop(int(torch.multinomial(torch.tensor(sizes, dtype=torch.float64), 1))))
+    ends = list(itertools.accumulate(sizes))
+    return [particles[end - size : end] for size, end in zip(sizes, ends, strict=True)], max(1, fit // max(sizes))

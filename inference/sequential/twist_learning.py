@@ -27,27 +27,20 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bayeslm.inference.program import (
-    PartialRun,
-    Program,
-    ProgramError,
-    check_evidence,
-    inspect,
-    running,
-)
-from bayeslm.models.lm import POWERS, Autoregressive, Twist, TwistInputs, categorical, generate
+from bayeslm.inference.program import Particles, Program, ProgramError, check_evidence, inspect, running
+from bayeslm.models.lm import POWERS, Twist, TwistInputs
 from bayeslm.progress import track
 from bayeslm.validation import Count, NonNegative, Positive, Seed, Within, validated
 
-from .resampling import systematic
-from .twists import PrefixTwist, SiteRows
+from .prior_draws import PriorDraws, SiteDraws, draw_prior
+from .twists import SiteRows
 
 EVALUATE_EVERY = 10  # steps between evaluations of the held-out loss
 
@@ -64,6 +57,13 @@ class TwistData:
     inputs: TwistInputs
     used: Tensor
     log_likelihood: Tensor
+
+
+class Learner(NamedTuple):
+    """A twist, and the draws from which it is to be learned."""
+
+    twist: Twist
+    data: TwistData
 
 
 @validated
@@ -111,8 +111,10 @@ class TwistLearning:
         with running(self.seed, sampled=True) as watch:
             program = inspect(model, *args, **kwargs)
             name = self._site(program)
-            twist, data = self._draw(program, name)
-            losses = self._fit(twist, data)
+            draws, learners = self.draw(program, [name])
+            check_evidence(draws.total_log_likelihood[None].cpu().numpy(), program)
+            twist = learners[name].twist
+            losses = self.fit(*learners[name])
             twist.stats = watch.stats() | losses | {"method": self.method, "draws": self.num_particles}
             return twist
 
@@ -124,21 +126,39 @@ class TwistLearning:
             raise ProgramError(f"TwistLearning: site must be one of {names}, got {self.site!r}")
         return self.site
 
-    def _draw(self, program: Program, name: str) -> tuple[Twist, TwistData]:
-        """Draw completions of the prior; return them with an untrained twist that standardises their features."""
-        distribution = program.sites[name].fn
-        twist = Twist(distribution.lm, distribution.max_new_tokens, reads_reward=self.reads_reward)
-        parts: list[_PriorDraws] = []
+    def draw(self, program: Program, names: list[str]) -> tuple[Particles, dict[str, Learner]]:
+        """Draw particles of the prior; return them with what the twists of these sites are to be learned from.
+
+        The twists are not trained, but for the standardisation of their features.
+        """
+        fns = {name: program.sites[name].fn for name in names}
+        twists = {name: Twist(fn.lm, fn.max_new_tokens, reads_reward=self.reads_reward) for name, fn in fns.items()}
+        parts: list[PriorDraws] = []
         size = program.max_particles
         with track("draws for the twist", self.num_particles, self.progress) as report, torch.no_grad():
             for done in range(0, self.num_particles, size):
                 n = min(size, self.num_particles - done)
-                part = _draw_prior(program, name, n, self.reads_reward)
-                if not parts:
-                    twist.fit_projection(part.hidden[part.written])
-                parts.append(part._replace(hidden=twist.project(part.hidden)))  # a fifth of the memory, or less
+                part = draw_prior(program, names, n, reads_reward=self.reads_reward)
+                for name, twist in twists.items():
+                    site = part.sites[name]
+                    if not parts:
+                        twist.fit_projection(site.hidden[site.written])
+                    # a fifth of the memory, or less
+                    part.sites[name] = site._replace(hidden=twist.project(site.hidden))
+                parts.append(part)
                 report(n)
-        hidden, tokens, written, ends, so_far, log_l = (torch.cat(x) for x in zip(*parts, strict=True))
+            log_l = torch.cat([part.log_likelihood for part in parts])
+            particles = Particles.concatenate([part.particles for part in parts])
+            return particles, {
+                name: self._learner(program, name, twist, [part.sites[name] for part in parts], log_l)
+                for name, twist in twists.items()
+            }
+
+    def _learner(
+        self, program: Program, name: str, twist: Twist, parts: list[SiteDraws], log_likelihood: Tensor
+    ) -> Learner:
+        """Return an untrained twist with its data; it is told how large rewards so far are, if it reads them."""
+        hidden, tokens, written, ends, so_far = (torch.cat(x) for x in zip(*parts, strict=True))
         used = written
         if self.reads_reward:
             used = written & ~ends & so_far.isfinite()  # elsewhere SMC uses the program's own terms
@@ -146,23 +166,26 @@ class TwistLearning:
                 twist.so_far_scale.copy_(
                     torch.stack([so_far[used].mean(), so_far[used].std(correction=0).clamp_min(1e-6)])
                 )
-        check_evidence(log_l[None].cpu().numpy(), program)
-        log_l = SiteRows(program, name, distribution).spread(log_l).reshape(len(log_l), -1).float()
-        return twist, TwistData(twist.inputs(hidden, tokens, so_far if self.reads_reward else None), used, log_l)
+        log_l = SiteRows(program, name, program.sites[name].fn).spread(log_likelihood)
+        inputs = twist.inputs(hidden, tokens, so_far if self.reads_reward else None)
+        return Learner(twist, TwistData(inputs, used, log_l.reshape(len(log_likelihood), -1).float()))
 
-    def _fit(self, twist: Twist, data: TwistData) -> dict[str, Any]:
+    def fit(self, twist: Twist, data: TwistData) -> dict[str, Any]:
         """Train the twist; return the losses by step and the step of the head that is kept."""
         # every fourth draw in the order of likelihood is held out, so that both parts have likely ones
         order = data.log_likelihood.amax(1).argsort(descending=True)
         held_out = torch.zeros(len(order), dtype=torch.bool, device=order.device)
         held_out[order[1::4]] = True
         train, test = (_subset(data, chosen) for chosen in (~held_out, held_out))
-        optimizer = torch.optim.AdamW(twist.parameters(), self.learning_rate, weight_decay=self.weight_decay)
+        fused = twist.mean.device.type in ("cpu", "cuda")  # one kernel for all weights
+        optimizer = torch.optim.AdamW(
+            twist.parameters(), self.learning_rate, weight_decay=self.weight_decay, fused=fused
+        )
         losses, test_losses, best = [], [], None
         with torch.enable_grad(), track("the twist", self.num_steps, self.progress) as report:
             for step in range(self.num_steps):
                 twist.train()
-                loss = _over_powers(LOSSES[self.method], twist(train.inputs), train)
+                loss = LOSSES[self.method](twist(train.inputs), train)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -170,7 +193,7 @@ class TwistLearning:
                 if (step + 1) % EVALUATE_EVERY == 0 or step + 1 == self.num_steps:
                     twist.eval()
                     with torch.no_grad():
-                        test_loss = float(_over_powers(contrastive, twist(test.inputs), test))
+                        test_loss = float(contrastive_of_powers(twist(test.inputs), test))
                     test_losses.append(test_loss)
                     if best is None or test_loss <= best[0]:
                         best = (test_loss, step + 1, copy.deepcopy(twist.state_dict()))
@@ -186,91 +209,6 @@ class TwistLearning:
         return {"loss": losses, "held_out": test_losses, "kept_step": best[1], "gain": saved}
 
 
-class _PriorDraws(NamedTuple):
-    """Completions of the prior with features of each token, (row, token).
-
-    ``hidden`` (row, token, width) is the hidden state before it, ``tokens`` its id, ``written`` whether there is a
-    token, ``ends`` whether the text ends with it, ``so_far`` the sum of the program's terms of the text up to it (0
-    if the twist does not use them). ``log_likelihood`` (particle, prompt) is that of the complete texts.
-    """
-
-    hidden: Tensor
-    tokens: Tensor
-    written: Tensor
-    ends: Tensor
-    so_far: Tensor
-    log_likelihood: Tensor
-
-
-def _draw_prior(program: Program, name: str, size: int, reads_reward: bool) -> _PriorDraws:
-    """Draw particles from the prior, with the features of the completion of one site.
-
-    :param size: the number of particles.
-    :param reads_reward: whether to evaluate the program's terms of each unfinished text.
-    """
-    partial_run = PartialRun(program, size, retained={}, slots=torch.arange(0, device=program.device))
-    draws: _PriorDraws | None = None
-    weights: Tensor | None = None
-    while not partial_run.complete:
-        site, distribution = partial_run.advance()
-        partial_run.begin(site, distribution)
-        if site == name and distribution.is_sampled and not reads_reward:
-            rows = SiteRows(program, site, distribution)
-            draws, log_weights = _draw_by_sampler(distribution)
-            weights = rows.pooled(log_weights.sum(-1))
-            partial_run.write(site, draws.tokens, draws.so_far)
-            continue
-        decoder = distribution.decoder()
-        if site != name:
-            partial_run.write(site, *generate(decoder))
-            continue
-        rows = SiteRows(program, site, distribution)
-        prefix_twist = PrefixTwist(partial_run, rows, decoder, partial=True) if reads_reward else None
-        shape = (len(decoder.values), distribution.max_new_tokens, decoder.hidden.shape[-1])
-        hidden = decoder.hidden.new_zeros(shape)
-        written, ends = (torch.zeros_like(decoder.values, dtype=torch.bool) for _ in range(2))
-        so_far = torch.zeros_like(decoder.scores)
-        while not decoder.done:
-            t = decoder.t
-            hidden[:, t], written[:, t] = decoder.hidden, ~decoder.finished
-            decoder.append(*categorical(decoder.logits))
-            ends[:, t] = decoder.finished & written[:, t]
-            if prefix_twist is not None:
-                so_far[:, t] = prefix_twist.by_rows()
-        partial_run.write(site, decoder.values, decoder.scores)
-        draws = _PriorDraws(hidden, decoder.values, written, ends, so_far, torch.empty(0))
-    assert draws is not None
-    draws = draws._replace(log_likelihood=partial_run.finish().total_log_likelihood)
-    return draws if weights is None else _resampled(draws, rows, weights)
-
-
-def _draw_by_sampler(distribution: Autoregressive) -> tuple[_PriorDraws, Tensor]:
-    """Draw completions by the language model's sampler; return them, and log p / s (row, token).
-
-    Of these draws ``so_far`` is log p of their tokens.
-    """
-    value = distribution.sample()
-    log_s = distribution.proposal_token_log_prob(value)
-    assert log_s is not None
-    log_p, hidden = distribution.token_log_prob_and_hidden(value)
-    log_p, log_s, tokens = (x.reshape(-1, x.shape[-1]) for x in (log_p, log_s, value))
-    written = distribution.vocabulary.is_live(tokens)
-    ends = written & distribution.vocabulary.is_end(tokens)
-    hidden = hidden.reshape(*tokens.shape, -1)
-    return _PriorDraws(hidden, tokens, written, ends, log_p, torch.empty(0)), log_p - log_s
-
-
-def _resampled(draws: _PriorDraws, rows: SiteRows, log_weights: Tensor) -> _PriorDraws:
-    """Return draws of the prior: those of a sampler, resampled by p / s, (particle, prompt)."""
-    index = systematic(log_weights.T).T
-    likelihood = draws.log_likelihood.gather(0, index.expand(-1, draws.log_likelihood.shape[1]))
-    texts = rows.selected(index)
-    so_far = torch.zeros_like(draws.so_far)
-    return _PriorDraws(
-        draws.hidden[texts], draws.tokens[texts], draws.written[texts], draws.ends[texts], so_far, likelihood
-    )
-
-
 def _subset(data: TwistData, chosen: Tensor) -> TwistData:
     """Return the data of the ``chosen`` particles, a mask (particle,)."""
     rows = chosen.repeat_interleave(len(data.used) // len(chosen))
@@ -281,19 +219,6 @@ def _subset(data: TwistData, chosen: Tensor) -> TwistData:
         so_far=None if inputs.so_far is None else inputs.so_far[rows],
     )
     return TwistData(some, data.used[rows], data.log_likelihood[chosen])
-
-
-def _over_powers(loss: Callable[[Tensor, TwistData], Tensor], log_psi: Tensor, data: TwistData) -> Tensor:
-    """Return the sum over powers a of the loss for L^a, divided by a, so that it does not vanish as a approaches 0.
-
-    :param log_psi: the head's estimates, (row, token, power).
-    """
-    return torch.stack(
-        [
-            loss(log_psi[..., j], replace(data, log_likelihood=power * data.log_likelihood)) / power
-            for j, power in enumerate(POWERS)
-        ]
-    ).sum()
 
 
 def _by_prompt(log_psi: Tensor, data: TwistData) -> tuple[Tensor, Tensor]:
@@ -309,13 +234,22 @@ def contrastive(log_psi: Tensor, data: TwistData) -> Tensor:
 
     :param log_psi: (row, token).
     """
-    log_psi, log_l = _by_prompt(log_psi, data)
-    alive = log_l.logsumexp(0) > -torch.inf  # a prompt whose draws all have likelihood 0 has no loss
-    if not alive.any():
-        return log_psi.nan_to_num(neginf=0.0).sum() * 0.0
-    log_psi, log_l = log_psi[:, alive], log_l[:, alive]
-    share = log_psi.log_softmax(0)
-    return -(log_l.softmax(0) * share.masked_fill(log_l == -torch.inf, 0.0)).sum(0).mean()
+    return contrastive_of_powers(log_psi[..., None], data, (1.0,))
+
+
+def contrastive_of_powers(log_psi: Tensor, data: TwistData, powers: Sequence[float] = POWERS) -> Tensor:
+    """Return the sum over powers a of the contrastive loss for L^a, divided by a, so that it does not vanish with a.
+
+    :param log_psi: the head's estimates, (row, token, power).
+    """
+    used = data.used.reshape(*data.log_likelihood.shape, -1, 1)  # (particle, text, token, 1)
+    log_l = torch.where(used, data.log_likelihood[..., None, None], -torch.inf)
+    alive = (log_l > -torch.inf).any(0)  # a prompt whose draws all have likelihood 0 has no loss
+    a = torch.tensor(powers, device=log_psi.device)
+    weights = (a * log_l).softmax(0).masked_fill(~alive, 0.0)
+    log_psi = log_psi.reshape(*used.shape[:-1], -1).masked_fill(~used & alive, -torch.inf)
+    share = log_psi.log_softmax(0).masked_fill(weights == 0, 0.0)
+    return -(weights * share / a).sum() / alive.sum().clamp_min(1)
 
 
 def soft_value(log_psi: Tensor, data: TwistData) -> Tensor:
@@ -338,7 +272,20 @@ def soft_value(log_psi: Tensor, data: TwistData) -> Tensor:
     return (log_psi.exp() - target[chosen] * log_psi).mean() if len(log_psi) else log_psi.sum()
 
 
-LOSSES: dict[str, Callable[..., Tensor]] = {"contrastive": contrastive, "soft-value": soft_value}
+def soft_value_of_powers(log_psi: Tensor, data: TwistData) -> Tensor:
+    """Return the same sum of `soft_value`.
+
+    :param log_psi: the head's estimates, (row, token, power).
+    """
+    return torch.stack(
+        [
+            soft_value(log_psi[..., j], replace(data, log_likelihood=power * data.log_likelihood)) / power
+            for j, power in enumerate(POWERS)
+        ]
+    ).sum()
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {"contrastive": contrastive_of_powers, "soft-value": soft_value_of_powers}
 
 
 def confidence(log_psi: Tensor, data: TwistData) -> Tensor:

@@ -6,7 +6,9 @@ are kept, and each lot of new ones, which is a step, is followed by seven steps 
 where the run's number of draws is given. A lot is then a fifteenth of them or somewhat less: the noise of a step's
 gradient is what ends a training, and more draws are worth larger lots as well as more of them. On eight enumerable
 problems (tables, small Llamas and their adapters; 1,920 or 11,469 draws) this left a half to a quarter of the KL to the
-posterior, in the median, that was left by lots of 64, each followed by three steps on draws of the last 16 lots.
+posterior, in the median, that was left by lots of 64, each followed by three steps on draws of the last 16 lots. Kept
+draws count as far as the policy could have drawn them (`LogVariance`, ``truncated``): where no policy of the class is
+the posterior, as of tables, the draws of earlier policies would lead to another one.
 
 A large network computes for as long as there are tokens. There kept draws save nothing, and led SmolLM2 less far with
 as many draws as new ones did: each step has 16 new ones.
@@ -54,11 +56,11 @@ def default_objective(
         sizes = [sum(p.numel() for p in site.fn.lm.network.parameters()) for site in completions]
         if max(sizes) <= SMALL:
             if num_particles is not None:
-                return LogVariance(num_particles, Replay(KEPT, every=EVERY_OF_GIVEN))
+                return LogVariance(num_particles, Replay(KEPT, every=EVERY_OF_GIVEN), truncated=True)
             if budget.samples is None:
-                return LogVariance(LOT, Replay(KEPT, every=EVERY))
+                return LogVariance(LOT, Replay(KEPT, every=EVERY), truncated=True)
             lot = _lot(budget.samples // program.full_size)
-            return LogVariance(lot, Replay(KEPT, every=EVERY_OF_COUNTED))
+            return LogVariance(lot, Replay(KEPT, every=EVERY_OF_COUNTED), truncated=True)
     return ReverseKL(num_particles or PARTICLES)
 
 

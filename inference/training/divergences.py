@@ -136,13 +136,37 @@ class LogVariance(ParticleObjective):
     the leave-one-out baseline (VarGrad, Richter et al. 2020, arXiv 2010.10436; trajectory balance with log Z profiled
     out, Malkin et al. 2022, arXiv 2201.13259).
 
+    Where no q is the posterior, its minimum depends on s: kept draws of earlier guides lead to another q than new ones,
+    which lead to the minimum of KL(q || posterior). ``truncated`` particles are weighted by powers of truncated
+    importance weights (Ionides 2008),
+
+        w = min(1, q / s)^a,    a = min(1, V),    V the variance in nats^2 with a = 1
+
+    so that a draw counts as far as q could have drawn it, and none dominates. As q becomes the posterior V vanishes,
+    s no longer matters, and all draws count. For s = q all weights are 1.
+
+    :param truncated: whether particles are weighted so.
     :raises ProgramError: if a particle has a reward of -inf.
     """
 
     least, raises_elbo = 2, True
 
+    def __init__(self, num_particles: Count = 8, source: Source = of_guide, *, truncated: bool = False) -> None:
+        super().__init__(num_particles, source)
+        self.truncated = truncated
+
     def loss(self, densities: LogDensities) -> Tensor:
-        return 0.5 * (_finite(densities.log_target) - densities.log_q).var(0)
+        x = _finite(densities.log_target) - densities.log_q
+        if not self.truncated:
+            return 0.5 * x.var(0)
+        ratio = (densities.log_q.detach() - densities.log_s).clamp_max(0.0)
+        power = _variance(x.detach(), ratio.softmax(0)).clamp_max(1.0)
+        return 0.5 * _variance(x, (power * ratio).softmax(0))
+
+
+def _variance(x: Tensor, shares: Tensor) -> Tensor:
+    """Return the variance (prompt,) of x (particle, prompt) with these shares of the weight; see `Tensor.var`."""
+    return (shares * (x - (shares * x).sum(0)).square()).sum(0) * (len(x) / (len(x) - 1))
 
 
 class ForwardKL(ParticleObjective):

@@ -269,7 +269,7 @@ def test_all_other_advice_is_by_kind() -> None:
         ("MCMC", "markov", r"raise num_samples or warmup, or MCMC\(num_temperatures=4\)", "target_accept"),
         ("Own", "markov", "Next: run longer chains.$", "MCMC|num_"),
         ("AnnealedSMC", "particles", "raise num_particles, num_chains, cess or num_sweeps.", "twist|guide"),
-        ("SMC", "particles", r"SMC\(twist='auto'\)", "ladder"),
+        ("SMC", "particles", r"AdaptiveImportance\(\)", "ladder"),
         ("SVI", "weighted", "raise num_samples or num_steps, or AdaptiveImportance", r"num_particles|SVI\("),
         ("Own", "weighted", "Next: use more draws or a better proposal.$", "num_|SVI"),
     ],

@@ -107,7 +107,7 @@ TEXTS = {
         ],
     ),
 }
-QUICK = ("exact", "importance, policy", "svi", "smc, no twist")  # of the dialogue; all else takes a minute
+QUICK = ("exact", "importance, policy", "svi", "smc, default")  # of the dialogue; all else takes a minute
 
 FUNCTIONS = [reward, *(token_is(t, token) for t in range(4) for token in (0, 1, 2))]
 

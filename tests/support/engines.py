@@ -110,7 +110,7 @@ ENGINES = {
         sized(SMC, "num_particles", 10, num_chains=40, twist="partial", ess_threshold=0.9),
         prior=False,
     ),
-    "smc, no twist": Claims(sized(SMC, "num_particles", 10, num_chains=40), prior=False),
+    "smc, default": Claims(sized(SMC, "num_particles", 10, num_chains=40), prior=False),
     "smc, induced": Claims(
         sized(SMC, "num_particles", 10, num_chains=40, twist="partial", proposal="twist", top_k=3), prior=False
     ),

@@ -195,7 +195,7 @@ def test_marginalised_judges_are_the_marginal_form(judges: int, settings) -> Non
             np.testing.assert_allclose(observed, of_judge / of_judge.sum(), atol=1e-5)
 
 
-@pytest.mark.parametrize("engine", ["importance", "smc", "smc, no twist", "annealed", "mcmc", "svi"])
+@pytest.mark.parametrize("engine", ["importance", "smc", "smc, default", "annealed", "mcmc", "svi"])
 def test_engines_infer_the_completion_and_its_judges(engine: str) -> None:
     model = JudgedLM(LM, learned("mean", 3, typical=TYPICAL), 2, max_new_tokens=TOKENS)
     exact = Exact(num_prior_samples=1).run(model, PROMPTS)

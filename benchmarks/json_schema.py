@@ -167,6 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--particles", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--runs", type=int, default=5, help="of each side, at least 3 (a variance is estimated)")
+    parser.add_argument("--first-seed", type=int, default=0, help="of the runs, whose seeds follow one another")
     parser.add_argument("--tokens", type=int, default=40)
     parser.add_argument("--schema", choices=SCHEMAS, default="person")
     parser.add_argument("--alone", action="store_true", help="bayeslm alone, without genlm-control's environment")
@@ -197,7 +198,7 @@ def main() -> None:
     kept, spread = pairs_of(options.out, of), []
     for particles in options.particles:
         pairs = []
-        for seed in range(options.runs):
+        for seed in range(options.first_seed, options.first_seed + options.runs):
             if (particles, seed) not in kept:
                 own = ours(problem, particles, seed)
                 kept[particles, seed] = [own if peer is None else theirs(peer, particles, seed), own]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +30,18 @@ def reward(completions: list[str], reference: list[str], **columns: object) -> l
     return chrf(completions, reference)
 
 
-def figures(
-    lm: LanguageModel, prompts: Sequence[str], references: Sequence[str], draws: int, **writing: Any
-) -> Figures:
-    """Return figures of each source, in percent: of draws, of decisions among them, and of nearly likeliest texts.
+def translations(lm: LanguageModel, prompts: Sequence[str], draws: int, **writing: Any) -> dict[str, list[list[str]]]:
+    """Return texts of each source: draws, and the decision among them.
 
     :param writing: how texts are drawn, as `LanguageModel.__call__` has it.
     """
     drawn = ImportanceSampling(draws, 1, seed=1).run(TiltedLM(lm, None, **writing), prompts)
-    texts = {
-        "draws": drawn.texts["completion"][0].T.tolist(),  # of each source its draws
-        "decided": [[text] for text in drawn.decide(ChrF()).texts],
-        "likely": lm.generate_texts(prompts, seed=1, **writing | {"temperature": 0.05}),
-    }
+    decided = [[text] for text in drawn.decide(ChrF()).texts]
+    return {"draws": drawn.texts["completion"][0].T.tolist(), "decided": decided}
+
+
+def figures(texts: Mapping[str, Sequence[Sequence[str]]], references: Sequence[str]) -> Figures:
+    """Return figures of each source, in percent: chrF of its texts, and how many are all right."""
     found = {}
     for name, of_sources in texts.items():
         rows = [([text.strip() for text in own], right) for own, right in zip(of_sources, references, strict=True)]

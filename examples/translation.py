@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from _figures import parser, write
 from _tavi import corpus
-from _translations import Figures, baseline, figures, lines_of, picture, reward
+from _translations import Figures, baseline, figures, lines_of, picture, reward, translations
 from transformers import BartConfig, BartForConditionalGeneration
 
 from bayeslm.inference import SVI
@@ -62,9 +62,12 @@ def one_seed(seed: int, quick: bool, folder: Path) -> dict[str, Figures]:
     posterior.policy.save_pretrained(folder / "policy")
 
     sources, references = zip(*held_out, strict=True)
-    models = {"prior": prior, "policy": posterior.policy}
-    found = {name: figures(lm, sources, references, DRAWS, max_new_tokens=LONGEST) for name, lm in models.items()}
-    return {"copies": baseline(sources, references), **found}
+    found = {"copies": baseline(sources, references)}
+    for name, lm in {"prior": prior, "policy": posterior.policy}.items():
+        texts = translations(lm, sources, DRAWS, max_new_tokens=LONGEST)
+        likely = lm.generate_texts(sources, max_new_tokens=LONGEST, temperature=0.05, seed=1)
+        found[name] = figures(texts | {"likely": [[text] for text in likely]}, references)
+    return found
 
 
 def main(arguments: list[str] | None = None) -> list[str]:

@@ -1,6 +1,6 @@
 """Translate by SmolLM2 and a prompt: a dictionary and solved sentences, minimum Bayes risk, and `SVI` to chrF.
 
-    python examples/translation_smollm2.py [--folder runs/translation_smollm2]      (some four minutes of two cores)
+    python examples/translation_smollm2.py [--folder runs/translation_smollm2]      (200 s of two cores)
 
 Nobody has taught SmolLM2-135M-Instruct the made-up language Tavi (`_tavi.py`). The prompt has what a person with a
 dictionary has: the stem of each word, in the order of the sentence, and solved sentences. Where words go, and how they

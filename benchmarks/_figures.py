@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,13 +34,53 @@ def log_variance(values: ArrayLike) -> Estimate:
 
 def variance_ratio(values: Sequence[float], others: Sequence[float]) -> str:
     """The variance of the first over that of the others, with an interval of 95%; of the finite ones alone."""
-    values, others = ([x for x in each if np.isfinite(x)] for each in (values, others))
+    values, others = map(_finite, (values, others))
     if min(len(values), len(others)) < 3:
         return "–"
     (mine, my_error), (theirs, their_error) = log_variance(values), log_variance(others)
     reach = student.ppf(0.975, len(values) + len(others) - 2) * np.hypot(my_error, their_error)
     low, middle, high = np.exp(mine - theirs + np.array([-reach, 0.0, reach]))
     return f"{middle:.2f}; {low:.2f} to {high:.2f}"
+
+
+def log_spread(logs: ArrayLike) -> float:
+    """Variance of the logarithms, of the finite ones alone."""
+    return float(np.var(_finite(logs), ddof=1))
+
+
+def interquartile(logs: ArrayLike) -> float:
+    """Distance of the quartiles of the logarithms, -inf among them; NaN where a quartile is -inf."""
+    low, high = np.quantile(logs, [0.25, 0.75], method="lower")
+    return float(high - low) if np.isfinite(low) else np.nan
+
+
+def relative_variance(logs: ArrayLike) -> float:
+    """Variance of exp(logs), zeros among them, over the square of its mean."""
+    mean, _ = log_mean(logs)
+    return float(np.exp(np.asarray(logs) - mean).var(ddof=1))
+
+
+def ratio(statistic: Callable[[ArrayLike], float], values: Sequence[float], others: Sequence[float]) -> str:
+    """A statistic of the first over that of the others, with the bootstrap's percentiles as an interval of 95%."""
+    rng = np.random.default_rng(0)
+    both = [np.asarray(each) for each in (values, others)]
+    draws = [[statistic(rng.choice(each, len(each))) for _ in range(4000)] for each in both]
+    with np.errstate(all="ignore"):
+        low, high = np.nanquantile(np.divide(*draws), [0.025, 0.975])
+        middle = np.divide(*map(statistic, both))
+    return f"{middle:.2f}; {low:.2f} to {high:.2f}"
+
+
+def spreads(peers: Sequence[float], own: Sequence[float]) -> str:
+    """The cells of a row: how far log Z-hat and Z-hat spread over runs, on both sides, and their ratios.
+
+    :param peers: log Z-hat of each run, -inf where Z-hat is 0.
+    :param own: likewise.
+    """
+    cells = [f"{sum(map(np.isneginf, each))} of {len(each)}" for each in (peers, own)]
+    for statistic in (log_spread, interquartile, relative_variance):
+        cells += [f"{statistic(peers):.2f}, {statistic(own):.2f}: {ratio(statistic, own, peers)}"]
+    return "| " + " | ".join(cells) + " |"
 
 
 def beside(peers: Sequence[Any], own: Sequence[Any]) -> str:
@@ -64,6 +104,10 @@ def beside(peers: Sequence[Any], own: Sequence[Any]) -> str:
 
 def _spread(logs: Sequence[float]) -> str:
     """The standard deviation of log Z in the runs that know it, and how many do not."""
-    finite = [x for x in logs if np.isfinite(x)]
+    finite = _finite(logs)
     sd = f"{np.std(finite, ddof=1):.3f}" if len(finite) > 1 else "–"
     return sd if len(finite) == len(logs) else f"{sd}, and {len(logs) - len(finite)} of {len(logs)} runs with Ẑ = 0"
+
+
+def _finite(values: ArrayLike) -> list[float]:
+    return [x for x in np.asarray(values).tolist() if np.isfinite(x)]

@@ -1,6 +1,6 @@
 """JSON of a schema by SmolLM2-135M, side by side: bayeslm's `SMC` with a `Grammar`, and genlm-control's AWRS, in turn.
 
-    python benchmarks/json_schema.py [--particles 8 16 32] [--runs 5] [--tokens 40] [--schema person]
+    python benchmarks/json_schema.py [--particles 8 16 32] [--runs 5] [--tokens 40] [--schema person] [--out FILE]
 
 The same on both sides: network (float32), torch and transformers (those of constraints.txt), threads, prompt, schema,
 limit, resampling below half the effective sample size, and the target, the model's own distribution of whole texts,
@@ -19,6 +19,11 @@ counts a text that has not ended as one, so that here a factor removes it.
 ``--schema age`` is a smaller problem. ``city`` (one of three names) and ``home`` (that, and a first name by a pattern)
 are those in which genlm-control's prefixes see at once what a text cannot become, so that both know Z well. A text is
 valid where `json` parses it and `jsonschema` validates it; tokens are those of the final texts.
+
+``--out`` appends each pair of runs to a file, and does not run what it holds: the same command with more ``--runs``
+adds to them. A second table says how far log Z-hat (of runs whose Z-hat is above 0; and by its quartiles) and Z-hat
+itself (its variance over its squared mean, zeros among them) spread over runs: genlm-control's, ours, and their ratio
+with an interval of 95% by the bootstrap.
 """
 
 from __future__ import annotations
@@ -29,12 +34,13 @@ import json
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jsonschema
 import numpy as np
 import torch
-from _figures import beside, log_mean
+from _figures import beside, log_mean, spreads
 from _peer import Peer
 from genlm_control import REQUIREMENTS
 
@@ -133,6 +139,20 @@ def valid(problem: Problem, runs: list[Run]) -> str:
     return f"{sum(map(problem.is_valid, texts))} of {len(texts)}"
 
 
+def pairs_of(path: Path | None, options: dict[str, Any]) -> dict[tuple[int, int], list[Run]]:
+    """Return the pairs of runs that a file holds, by particles and seed, theirs first.
+
+    :raises SystemExit: if they are of another problem.
+    """
+    found = {}
+    for line in path.read_text().splitlines() if path is not None and path.exists() else []:
+        kept = json.loads(line)
+        if kept["problem"] != options:
+            sys.exit(f"{path} holds runs of {kept['problem']}, not of {options}")
+        found[kept["particles"], kept["seed"]] = [Run(*run) for run in kept["runs"]]
+    return found
+
+
 def alone(problem: Problem, particles: int, own: list[Run]) -> str:
     speed = statistics.median(run.tokens / run.seconds for run in own)
     logs = [run.log_evidence for run in own]
@@ -147,9 +167,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--particles", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--runs", type=int, default=5, help="of each side, at least 3 (a variance is estimated)")
+    parser.add_argument("--first-seed", type=int, default=0, help="of the runs, whose seeds follow one another")
     parser.add_argument("--tokens", type=int, default=40)
     parser.add_argument("--schema", choices=SCHEMAS, default="person")
     parser.add_argument("--alone", action="store_true", help="bayeslm alone, without genlm-control's environment")
+    parser.add_argument("--out", type=Path, help="a file that runs are kept in")
     options = parser.parse_args()
     if options.runs < 3:
         parser.error("--runs must be at least 3")
@@ -172,11 +194,19 @@ def main() -> None:
         "| sd of log Ẑ, genlm | bayeslm | variance, bayeslm to genlm (95%) | log of mean Ẑ, genlm and bayeslm |"
     )
     print("|---" * 10 + "|")
+    of = {"schema": options.schema, "tokens": options.tokens, "alone": options.alone}
+    kept, spread = pairs_of(options.out, of), []
     for particles in options.particles:
         pairs = []
-        for seed in range(options.runs):
-            own = ours(problem, particles, seed)
-            pairs.append((own if peer is None else theirs(peer, particles, seed), own))
+        for seed in range(options.first_seed, options.first_seed + options.runs):
+            if (particles, seed) not in kept:
+                own = ours(problem, particles, seed)
+                kept[particles, seed] = [own if peer is None else theirs(peer, particles, seed), own]
+                if options.out is not None:
+                    record = {"problem": of, "particles": particles, "seed": seed, "runs": kept[particles, seed]}
+                    with options.out.open("a") as file:
+                        print(json.dumps(record), file=file)
+            pairs.append(kept[particles, seed])
             print(f"{particles} particles, run {seed}: {pairs[-1]}", file=sys.stderr)
         peers, mine = map(list, zip(*pairs, strict=True))
         if peer is None:
@@ -184,6 +214,14 @@ def main() -> None:
         else:
             check_languages(problem, peer, peers, mine)
             print(f"| {particles} | {valid(problem, peers)} | {valid(problem, mine)} {beside(peers, mine)}", flush=True)
+            logs = [[run.log_evidence for run in runs] for runs in (peers, mine)]
+            spread.append(f"| {particles} {spreads(*logs)}")
+    if peer is not None:
+        print(
+            "\n| particles | Ẑ = 0, genlm | bayeslm | variance of log Ẑ, genlm, bayeslm: ratio (95%) "
+            "| distance of the quartiles | relative variance of Ẑ |"
+        )
+        print("|---" * 6 + "|", *spread, sep="\n")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,23 @@ def test_the_reward_of_a_summary(load_example, monkeypatch):
     assert all(30 <= len(article["text"].split()) <= 60 for article in articles)
 
 
+def test_sentences_of_the_prompt_the_training_and_the_held_out_ones_differ(load_example):
+    """And the dictionary has a stem for each word of the translation, which begins with it."""
+    pytest.importorskip("sacrebleu")
+    script = load_example("translation_smollm2")
+    shown, train, held_out = script.sentences((script.SHOWN, script.TRAIN, script.HELD_OUT))
+    every = [english for english, _ in [*shown, *train, *held_out]]
+    assert len(set(every)) == len(every) == script.SHOWN + script.TRAIN + script.HELD_OUT
+    for english, tavi in held_out:
+        stems, words = script.stems(english).split(), tavi.split()
+        assert len(stems) == len(words)
+        assert all(any(word.startswith(stem) for word in words) for stem in stems)
+        assert all(any(word.startswith(stem) for stem in stems) for word in words)
+        solved = script.problem(english, tavi)
+        assert f": {' '.join(stems)}\n" in solved
+        assert solved.startswith(script.problem(english))
+
+
 @pytest.mark.parametrize(
     ("name", "extra"),
     [
@@ -58,6 +75,7 @@ def test_the_reward_of_a_summary(load_example, monkeypatch):
         pytest.param("summaries", None, marks=pytest.mark.long),
         ("reasoning_smollm2", "reasoning_gym"),
         pytest.param("translation", "sacrebleu", marks=pytest.mark.long),
+        pytest.param("translation_smollm2", "sacrebleu", marks=pytest.mark.long),
     ],
 )
 def test_an_application_runs_at_a_small_size(name, extra, load_example, monkeypatch, tmp_path):
@@ -68,7 +86,7 @@ def test_an_application_runs_at_a_small_size(name, extra, load_example, monkeypa
         options += ["--seeds", "2"]
     elif name != "reasoning":
         lm = LanguageModel(llama_network(vocab_size=300), byte_level())
-        if name == "summaries":  # whose prompts are long
+        if name in ("summaries", "translation_smollm2"):  # whose prompts are long
             lm = LanguageModel.tabular(["<eos>", "a", "graph", "is", "nodes", "edges"], order=2)
             lm.tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
         monkeypatch.setattr("bayeslm.models.rewards.sentence_embeddings", embed)

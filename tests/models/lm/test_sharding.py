@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from bayeslm.inference import SVI
 from bayeslm.inference.training import Adam, AutoPolicy, ReverseKL
-from bayeslm.models import LanguageModel
+from bayeslm.models import LanguageModel, TiltedLM
 from bayeslm.models.lm.devices import own_device
 
 TABLE = score_table(0, vocab=8, tokens=2)
@@ -25,6 +25,10 @@ TABLE = score_table(0, vocab=8, tokens=2)
 
 def mesh():
     return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def no_reward(completions, **columns):
+    return [0.0] * len(completions)
 
 
 def attempts_with_networks():
@@ -54,6 +58,14 @@ def attempts_with_networks():
     yield "packing of a network that is sharded", lm.packed
     yield "fitting of a network that is sharded", lambda: lm.fit(["a b"], num_steps=1, progress=False)
     yield "for a network without adapters", lm.policy(2).shard
+    whole, drawn = tiny_llama(), torch.zeros(2, 2, dtype=torch.int64)
+    for prior, policy in [(lm, lm.policy(2)), (lm, whole), (whole, lm)]:
+        cut = prior(SHORT, 2, top_k=3).with_model(policy)
+        yield "reads every text by two networks, and one of them is sharded", cut.sample
+        yield "leave out top_k and top_p, or load the networks whole", partial(cut.log_prob, drawn)
+    training = SVI(num_steps=1, guide=partial(AutoPolicy, lora_rank=2), seed=0, progress=False)
+    model = TiltedLM(lm, no_reward, max_new_tokens=2, top_p=0.9)
+    yield "a policy in the place of a truncated prior", lambda: training.run(model, SHORT)
 
     def alone(record):
         if record.step:
@@ -96,7 +108,7 @@ def test_what_is_not_supported_is_refused():
         return messages
 
     for messages in launch(attempts):
-        assert len(messages) == 13
+        assert len(messages) == 20
         for words, message in messages:
             assert words in message, (words, message)
 

@@ -21,6 +21,7 @@ separately, but share each forward pass.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -71,6 +72,7 @@ from bayeslm.progress import track
 from bayeslm.validation import Count, Seed, Share, validated
 
 NAMED = ("prefix", "partial")  # twists
+FEW = 8  # particles that are resampled together, of which a warning is given
 
 
 class Island(NamedTuple):
@@ -180,6 +182,13 @@ class SMC:
             lost = first.number if first.are_lost else 0
             others = range(first.number, self.num_particles)
             groups, prompts = groups_of(program, others, retains=self.retained is not None)
+            if len(groups) > 1 and len(groups[0]) < FEW and self.ess_threshold > 0:
+                warnings.warn(
+                    f"SMC: one pass holds {len(groups[0])} of the {self.num_particles} particles of a chain, which are "
+                    "resampled in groups of so many: that few gain little by it. Give shorter prompts, fewer new "
+                    "tokens, or a language model with a larger batch_size; or use ImportanceSampling",
+                    stacklevel=2,
+                )
             parts = program.parts(prompts)
             at_once = max(1, parts[0].max_particles // self.num_particles)
             retained = None if self.retained is None else retained_values(program, self.retained, self.num_chains)

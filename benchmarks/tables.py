@@ -16,6 +16,7 @@ import argparse
 import copy
 import statistics
 import time
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -90,6 +91,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="problems with this in their names")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # of the one draw that each training ends with
     print(f"| problem | prior's KL | the best policy's | SVI's minus that, {options.seeds} seeds | seconds |")
     print("|---|---|---|---|---|")
     for name, problem in problems(options.chosen):

@@ -396,3 +396,18 @@ def test_the_gradient_of_the_truncated_variance_is_that_of_its_weights():
     many = gradients(objective, small.model, small.guide, small.parameters, (PROMPTS,), repeats=100)
     assert_unbiased(COPIES * many, expected)
     assert (small.gradient(variance_under_prior(small)) - expected).norm() > 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("size", [0.3, 3.0])
+def test_near_the_posterior_all_draws_count_alike(size):
+    """The power of the weights is the variance, and 1 at most."""
+    x, log_q, log_s = torch.randn(3, 50, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = LogVariance(50, truncated=True).loss(LogDensities(log_q, log_q + size * x, log_s))
+
+    def variance(power):
+        weights = np.minimum(1.0, np.exp((log_q - log_s).numpy())) ** power
+        return float(np.cov(size * x[:, 0], aweights=weights[:, 0], ddof=0)) * 50 / 49
+
+    power = min(1.0, variance(1.0))
+    assert (power == 1.0) == (size == 3.0)
+    assert float(found) == pytest.approx(0.5 * variance(power))

@@ -66,7 +66,7 @@ def one_seed(seed: int, quick: bool, folder: Path) -> dict[str, Figures]:
     for name, lm in {"prior": prior, "policy": posterior.policy}.items():
         texts = translations(lm, sources, DRAWS, max_new_tokens=LONGEST)
         likely = lm.generate_texts(sources, max_new_tokens=LONGEST, temperature=0.05, seed=1)
-        found[name] = figures(texts | {"likely": [[text] for text in likely]}, references)
+        found[name] = figures(texts | {"likely": likely}, references)
     return found
 
 

@@ -1,10 +1,10 @@
 """Two processes of one thread each against one process of two threads: the same runs of SmolLM2-135M, on two cores.
 
-    python benchmarks/two_processes.py importance [--prompts 1] [--pairs 5]
-    python benchmarks/two_processes.py svi [--prompts 1] [--pairs 5] [--steps 6]
+    OMP_WAIT_POLICY=passive python benchmarks/two_processes.py importance [--prompts 1] [--pairs 5]
+    OMP_WAIT_POLICY=passive python benchmarks/two_processes.py svi [--prompts 1] [--pairs 5] [--steps 4]
 
-Completions of 24 tokens, VADER's sentiment as the reward, beta 0.2, float32. `importance` is `ImportanceSampling()`, with
-256 draws of each prompt. `svi` is `SVI()` of so many steps with nothing else set but 16 draws of the policy at the end,
+Completions of 24 tokens, VADER's sentiment as the reward, beta 0.2, float32. `importance` is `ImportanceSampling` with
+64 draws of each prompt. `svi` is `SVI()` of so many steps with nothing else set but 16 draws of the policy at the end,
 which takes 16 completions of each prompt a step and trains adapters of rank 16.
 
 Both sides run the same program, started once: two processes by `torchrun`, and one by `python`. After a run of each
@@ -33,6 +33,7 @@ import numpy as np
 
 PROMPTS = ["My dinner at the restaurant was", "The new phone is", "My first day at school was", "This film"]
 TOKENS, BETA = 24, 0.2
+DRAWS = 64  # of each prompt, of importance sampling
 SIDES = {"one process of 2 threads": (1, 2), "two processes of 1 thread": (2, 1)}  # processes, and threads of each
 PATIENCE = 280.0  # seconds for a run
 
@@ -51,7 +52,7 @@ def work(options: argparse.Namespace) -> None:
         while not asked.exists():
             time.sleep(0.005)
         if options.engine == "importance":
-            engine: Any = ImportanceSampling(seed=number, progress=False)
+            engine: Any = ImportanceSampling(DRAWS, seed=number, progress=False)
         else:
             engine = SVI(options.steps, num_samples=16, num_prior_samples=0, seed=number, progress=False)
         start = time.perf_counter()
@@ -92,9 +93,14 @@ class Side:
             time.sleep(0.005)
         found = [json.loads(path.read_text()) for path in answers]
         assert all(x["threads"] == self.threads and x["processes"] == self.processes for x in found), found
-        return max(x["seconds"] for x in found), found[0]["found"]
+        seconds = max(x["seconds"] for x in found)
+        print(f"run {number}, {self.processes} processes of {self.threads} threads: {seconds:.2f} s", file=sys.stderr)
+        return seconds, found[0]["found"]
 
     def end(self) -> None:
+        """Wait for the end of the processes, which comes after their last run; stop them if that was not done."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(20)
         self._process.terminate()
         self._process.wait()
 
@@ -117,7 +123,7 @@ def main() -> None:
     parser.add_argument("engine", choices=["importance", "svi"])
     parser.add_argument("--prompts", type=int, default=1, choices=range(1, len(PROMPTS) + 1))
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work is not None:
@@ -131,7 +137,7 @@ def main() -> None:
             for i in (0, 1) if pair % 2 == 0 else (1, 0):
                 results[pair, i] = list(sides.values())[i].run(1 + pair)
     seconds = results[..., 0]
-    print(f"| {options.engine}, {options.prompts} prompts | seconds, the median (range) |\n|---|---|")
+    print(f"| {options.engine}, prompts: {options.prompts} | seconds, the median (range) |\n|---|---|")
     for name, each in zip(sides, seconds.T, strict=True):
         print(f"| {name} | {_with_range(each)} |")
     print(f"| the first over the second, paired | {_with_range(seconds[:, 0] / seconds[:, 1])} |")

@@ -1,23 +1,24 @@
 """Two processes of one thread each against one process of two threads: the same runs of SmolLM2-135M, on two cores.
 
-    OMP_WAIT_POLICY=passive python benchmarks/two_processes.py importance [--prompts 1] [--pairs 5]
-    OMP_WAIT_POLICY=passive python benchmarks/two_processes.py svi [--prompts 1] [--pairs 5] [--steps 4]
+    OMP_WAIT_POLICY=passive python benchmarks/two_processes.py importance [--prompts 1] [--pairs 6]
+    OMP_WAIT_POLICY=passive python benchmarks/two_processes.py svi [--prompts 1] [--pairs 6]
 
-Completions of 24 tokens, VADER's sentiment as the reward, beta 0.2, float32. `importance` is `ImportanceSampling` with
-64 draws of each prompt. `svi` is `SVI()` of so many steps with nothing else set but 16 draws of the policy at the end,
-which takes 16 completions of each prompt a step and trains adapters of rank 16.
+Completions of 24 tokens, VADER's sentiment as the reward, beta 0.2, float32. `importance` is runs of importance
+sampling with 64 draws of each prompt. `svi` is steps of `SVI()` with nothing set, which takes 16 completions of each
+prompt a step and trains adapters of rank 16; it is stopped after the steps that are measured.
 
-Both sides run the same program, started once: two processes by `torchrun`, and one by `python`. After a run of each
-that is not timed they take turns, in alternating order, with the same seed in a pair; the side that waits asks for a
-file every 5 ms. The seconds of a run are those of the engine's call, the longer ones of two processes: what is left out
-are imports and the loading of the network, which two processes do at the same time. A ratio is that of a pair: the
-median, and the range. The last line compares what was found: log Z, or the ELBO of all steps.
+Both sides run the same program, started once: two processes by `torchrun`, and one by `python`. After a run or step of
+each that is not timed they take turns, in alternating order; the side that waits asks for a file every 5 ms. Seconds
+are those of the first process, which ends a run or a step with the other. What is left out are imports and the loading
+of the network, which two processes do at the same time. A ratio is that of a pair: the median, and the range. The last
+line compares what was found: log Z, or the ELBO.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -27,7 +28,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -35,35 +35,57 @@ PROMPTS = ["My dinner at the restaurant was", "The new phone is", "My first day 
 TOKENS, BETA = 24, 0.2
 DRAWS = 64  # of each prompt, of importance sampling
 SIDES = {"one process of 2 threads": (1, 2), "two processes of 1 thread": (2, 1)}  # processes, and threads of each
-PATIENCE = 280.0  # seconds for a run
+PATIENCE = 280.0  # seconds for a run or a step
 
 
-def work(options: argparse.Namespace) -> None:
-    """Do the runs that are asked for in a folder, one after another, in this process and its like."""
-    import torch
+class Turns:
+    """The runs or steps that a process does, each when it is asked for by a file in a folder; it answers by another."""
 
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._start, self._number = folder, 0.0, -1
+
+    def next(self) -> int:
+        """Wait until the next run is asked for, and return its number."""
+        self._number += 1
+        while not (self._folder / f"{self._number}").exists():
+            time.sleep(0.005)
+        self._start = time.perf_counter()
+        return self._number
+
+    def done(self, found: float, processes: int) -> None:
+        """Say that the run is done, and what it found."""
+        import torch
+
+        answer = {"seconds": time.perf_counter() - self._start, "found": found, "processes": processes}
+        answer |= {"threads": torch.get_num_threads()}
+        path = self._folder / f"{self._number} done"
+        path.with_suffix(".part").write_text(json.dumps(answer))
+        path.with_suffix(".part").rename(path)
+
+
+def work(engine: str, prompts: list[str], folder: Path) -> None:
+    """Do what is asked for in a folder, in this process and its like, until they are stopped."""
     from bayeslm.inference import SVI, ImportanceSampling
+    from bayeslm.inference.training import StepRecord
     from bayeslm.models import LanguageModel, TiltedLM, rewards
 
     model = TiltedLM(LanguageModel.from_pretrained("smollm2"), rewards.Sentiment(), BETA, max_new_tokens=TOKENS)
-    prompts, rank = PROMPTS[: options.prompts], os.environ.get("RANK", "0")
-    for number in range(1 + options.pairs):
-        asked = options.work / f"{number}"
-        while not asked.exists():
-            time.sleep(0.005)
-        if options.engine == "importance":
-            engine: Any = ImportanceSampling(DRAWS, seed=number, progress=False)
-        else:
-            engine = SVI(options.steps, num_samples=16, num_prior_samples=0, seed=number, progress=False)
-        start = time.perf_counter()
-        posterior = engine.run(model, prompts)
-        seconds = time.perf_counter() - start
-        found = posterior.log_evidence if options.engine == "importance" else posterior.stats["elbo"]
-        answer = {"seconds": seconds, "found": float(np.mean(found)), "threads": torch.get_num_threads()}
-        answer |= {"processes": posterior.stats.get("processes", 1), "version": torch.__version__}
-        done = options.work / f"{number} of {rank}"
-        done.with_suffix(".part").write_text(json.dumps(answer))
-        done.with_suffix(".part").rename(done)
+    rank, turns = os.environ.get("RANK", "0"), Turns(folder)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+
+    def turn(record: StepRecord) -> None:  # of the first process; the other waits for it
+        if record.step > 0:
+            turns.done(record.figures["elbo"], processes)
+        turns.next()
+
+    if engine == "svi":
+        SVI(callbacks=[turn], seed=0, progress=False).run(model, prompts)
+    for number in itertools.count():
+        if rank == "0":
+            turns.next()
+        posterior = ImportanceSampling(DRAWS, seed=number, progress=False).run(model, prompts)
+        if rank == "0":
+            turns.done(float(posterior.log_evidence.mean()), posterior.stats.get("processes", 1))
 
 
 class Side:
@@ -80,27 +102,28 @@ class Side:
             launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
             launcher += ["--master-addr", "127.0.0.1", "--master-port", port]
         variables = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
-        self._process = subprocess.Popen([*launcher, __file__, *arguments, "--work", str(folder)], env=variables)
+        command = [*launcher, __file__, *arguments, "--work", str(folder)]
+        with (folder / "errors").open("w") as errors:
+            self._process = subprocess.Popen(command, env=variables, stderr=errors)
 
     def run(self, number: int) -> tuple[float, float]:
         """Return the seconds of a run, and what it found."""
         (self.folder / f"{number}").touch()
-        answers = [self.folder / f"{number} of {rank}" for rank in range(self.processes)]
-        ends = time.monotonic() + PATIENCE
-        while not all(path.exists() for path in answers):
+        answer, ends = self.folder / f"{number} done", time.monotonic() + PATIENCE
+        while not answer.exists():
             if self._process.poll() is not None or time.monotonic() > ends:
-                raise RuntimeError(f"{self.processes} processes: one has failed, or has not answered in {PATIENCE} s")
+                errors = (self.folder / "errors").read_text()[-3000:]
+                raise RuntimeError(
+                    f"{self.processes} processes: no answer in {PATIENCE} s, or one has failed: {errors}"
+                )
             time.sleep(0.005)
-        found = [json.loads(path.read_text()) for path in answers]
-        assert all(x["threads"] == self.threads and x["processes"] == self.processes for x in found), found
-        seconds = max(x["seconds"] for x in found)
-        print(f"run {number}, {self.processes} processes of {self.threads} threads: {seconds:.2f} s", file=sys.stderr)
-        return seconds, found[0]["found"]
+        found = json.loads(answer.read_text())
+        if (found["processes"], found["threads"]) != (self.processes, self.threads):
+            raise RuntimeError(f"wanted are {self.processes} processes of {self.threads} threads, got {found}")
+        print(f"<!-- {self.processes} of {self.threads} threads: {found['seconds']:.2f} s -->", flush=True)
+        return found["seconds"], found["found"]
 
     def end(self) -> None:
-        """Wait for the end of the processes, which comes after their last run; stop them if that was not done."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(20)
         self._process.terminate()
         self._process.wait()
 
@@ -122,12 +145,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", choices=["importance", "svi"])
     parser.add_argument("--prompts", type=int, default=1, choices=range(1, len(PROMPTS) + 1))
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=6)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work is not None:
-        work(options)
+        work(options.engine, PROMPTS[: options.prompts], options.work)
         return
     with started(sys.argv[1:]) as sides:
         for side in sides.values():  # to warm up, one after the other
@@ -143,7 +165,7 @@ def main() -> None:
     print(f"| the first over the second, paired | {_with_range(seconds[:, 0] / seconds[:, 1])} |")
     means, errors = results[..., 1].mean(0), results[..., 1].std(0, ddof=1) / options.pairs**0.5
     each = " and ".join(f"{mean:.3f} ± {error:.3f}" for mean, error in zip(means, errors, strict=True))
-    print(f"\n{'log Z' if options.engine == 'importance' else 'ELBO'}: {each}, means over {options.pairs} seeds")
+    print(f"\n{'log Z' if options.engine == 'importance' else 'ELBO'}: {each}, means over the pairs")
 
 
 def _with_range(values: np.ndarray) -> str:

@@ -21,7 +21,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections import Counter
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +77,7 @@ class VLLMServer:
     _base: str | None = field(default=None, init=False, repr=False)
     _processed: bool | None = field(default=None, init=False, repr=False)
     _loaded: tuple[Hashable, str] | None = field(default=None, init=False, repr=False)
-    _drawing: Counter[str] = field(default_factory=Counter, init=False, repr=False)  # by the names of adapters
+    _uses: dict[str, set[object]] = field(default_factory=dict, init=False, repr=False)  # by the names of adapters
 
     def __post_init__(self) -> None:
         _openai()
@@ -102,7 +102,11 @@ class VLLMServer:
         """
 
         async def at_once(client: Any) -> Draws:
-            return await self._all(client, await self._ready(client, request), request)
+            use = await self._ready(client, request)
+            try:
+                return await self._all(client, use.model, request)
+            finally:
+                use.end()
 
         return _run(self._with_client(at_once))
 
@@ -111,8 +115,15 @@ class VLLMServer:
 
         :raises SamplerError: see `draw`.
         """
-        model = _run(self._with_client(lambda client: self._ready(client, request)))
-        return lambda: _run(self._with_client(lambda client: self._all(client, model, request)))
+        use = _run(self._with_client(lambda client: self._ready(client, request)))
+
+        def draw() -> Draws:
+            try:
+                return _run(self._with_client(lambda client: self._all(client, use.model, request)))
+            finally:
+                use.end()
+
+        return draw
 
     async def _with_client(self, work: Callable[[Any], Coroutine[Any, Any, T]]) -> T:
         key = "none" if self.key_variable is None else os.environ.get(self.key_variable, "")
@@ -128,8 +139,8 @@ class VLLMServer:
                 what = " ".join(str(error).replace(key, "***").split())
                 raise SamplerError(f"{self.name} failed: {type(error).__name__}: {what:.300}") from error
 
-    async def _ready(self, client: Any, request: DrawRequest) -> str:
-        """Check the server, and return the name that it has for the request's weights, which stay until `_all` ends."""
+    async def _ready(self, client: Any, request: DrawRequest) -> _Use:
+        """Check the server, and return the use of the name that it has for the request's weights."""
         if self._base is None:
             self._base = await self._check(client)
         if request.temperature != 1.0 and self._processed is None:
@@ -139,9 +150,7 @@ class VLLMServer:
                 f"{self.name} {NEEDS_PROCESSED.format(request.temperature)}: start the server with "
                 "--logprobs-mode processed_logprobs"
             )
-        model = await self._published(client, request.weights)
-        self._drawing[model] += 1
-        return model
+        return _Use(await self._published(client, request.weights), self._uses)
 
     async def _check(self, client: Any) -> str:
         """Return the network's name, after a look at the version."""
@@ -199,11 +208,11 @@ class VLLMServer:
         finally:
             shutil.rmtree(folder, ignore_errors=True)  # the server has read it
         self._loaded = (weights.version, name)
-        for old in [each for each, draws in self._drawing.items() if draws == 0 and each != self._base]:
-            del self._drawing[old]
+        for old in [each for each, uses in self._uses.items() if not uses and each != self._base]:
+            del self._uses[old]
             with contextlib.suppress(_openai().APIStatusError):
                 await self._within(client.post("/unload_lora_adapter", cast_to=str, body={"lora_name": old}))
-        self._drawing[name] = 0
+        self._uses[name] = set()
         return name
 
     async def _all(self, client: Any, model: str, request: DrawRequest) -> Draws:
@@ -222,8 +231,6 @@ class VLLMServer:
                         group.create_task(ask(i, part, min(LARGEST, count - first), random.getrandbits(60)))
         except BaseExceptionGroup as errors:  # the first; the others were cancelled
             raise errors.exceptions[0] from None
-        finally:
-            self._drawing[model] -= 1
         return Draws([list(itertools.chain(*parts)) for parts in found], request.weights.version)
 
     async def _some(
@@ -278,6 +285,19 @@ class VLLMServer:
             raise SamplerError(
                 f"{self.name} has not answered after {self.time_limit:g} s: raise time_limit, or lower max_new_tokens"
             ) from None
+
+
+class _Use:
+    """What keeps an adapter loaded: one draw's use of it, which ends by `end`, or when nobody has this object.
+
+    :param model: the name that the server has for the adapter.
+    :param uses: of all adapters, by name.
+    """
+
+    def __init__(self, model: str, uses: dict[str, set[object]]) -> None:
+        self.model, key = model, object()
+        uses.setdefault(model, set()).add(key)
+        self.end = weakref.finalize(self, uses[model].discard, key)
 
 
 def _run(coroutine: Coroutine[Any, Any, T]) -> T:

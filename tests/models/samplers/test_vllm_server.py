@@ -71,6 +71,38 @@ def test_a_policy_reaches_the_server_as_an_adapter_with_a_version(server):
         assert {body["model"] for path, body in server.requests if path == "completions"} == set(loads)
 
 
+def test_an_adapter_whose_draws_fail_at_once_or_never_begin_is_unloaded(server, monkeypatch):
+    """After what is prepared has failed before its first request, and after nobody has it any more."""
+    monkeypatch.setenv("KEY_OF_THE_SERVER", "some")
+
+    class Preparing:
+        def draw(self, request):
+            self.draws = engine.prepare(request)
+            raise SamplerError("it is to be drawn later")
+
+    with serving_vllm(server) as address:
+        engine, sampler = VLLMServer(address, key_variable="KEY_OF_THE_SERVER"), Preparing()
+        policy = tiny_llama(1, sampler=sampler).policy(lora_rank=2)
+
+        def prepare():
+            with torch.no_grad():
+                for p in own_parameters(policy.network):
+                    p.add_(0.3)
+            with pytest.raises(SamplerError, match="later"):
+                policy(PROMPTS, 3).sample((5,))
+            return len(server.networks) - 1  # without the prior's
+
+        assert prepare() == 1
+        assert prepare() == 2  # the first one's draws could still begin
+        with monkeypatch.context() as gone:
+            gone.delenv("KEY_OF_THE_SERVER")
+            with pytest.raises(SamplerError, match="needs a key"):
+                sampler.draws()
+        assert prepare() == 1
+        sampler.draws = None
+        assert prepare() == 1
+
+
 @pytest.mark.long
 def test_a_policy_is_trained_by_a_servers_draws(server):
     with serving_vllm(server) as address:

@@ -2,6 +2,7 @@
 
 from .ahead import answering, asking_ahead
 from .autoregressive import Autoregressive
+from .configs import is_table
 from .decoding import Decoder, categorical, generate
 from .encoding import Encoded, Prompt
 from .generation import SampledText, sample_texts
@@ -61,6 +62,7 @@ __all__ = [
     "generate",
     "in_parts_like",
     "is_sharded",
+    "is_table",
     "log_softmax_at",
     "offering",
     "on_host",

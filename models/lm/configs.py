@@ -6,10 +6,17 @@ from typing import Any
 
 from torch import nn
 
+TABLE = "bayeslm-ngram"  # the kind of network of `LanguageModel.tabular`
+
 
 def is_encoder_decoder(network: Any) -> bool:
     """Return whether a network reads a prompt by an encoder, and writes a completion by a decoder."""
     return bool(getattr(getattr(network, "config", None), "is_encoder_decoder", False))
+
+
+def is_table(network: Any) -> bool:
+    """Return whether a network is a table of the next token by the last ones, as `LanguageModel.tabular` makes it."""
+    return getattr(getattr(network, "config", None), "model_type", None) == TABLE
 
 
 def vocab_size(network: nn.Module) -> int:

@@ -16,13 +16,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .configs import TABLE
 from .scopes import forked
 
 
 class NGramConfig(PreTrainedConfig):
     """The size of a table. ``order`` n: the next token depends on the n - 1 tokens before it."""
 
-    model_type = "bayeslm-ngram"
+    model_type = TABLE
 
     def __init__(self, vocab_size: int = 8, order: int = 2, initializer_range: float = 1.0, **kwargs: Any) -> None:
         self.vocab_size = vocab_size

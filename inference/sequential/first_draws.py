@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bayeslm.inference.program import Particles, Program
 from bayeslm.models.lm import Twist, is_sharded
+from bayeslm.validation import validated
 
 from .population import ResamplingRecord
 from .twist_learning import TwistLearning
@@ -92,6 +93,7 @@ class FirstDraws(NamedTuple):
         )
 
 
+@validated
 def number_of_first(program: Program, num_particles: int, num_chains: int) -> int:
     """Return how many of a chain's particles are to be draws of the prior; 0 where no twist shall be learned.
 
@@ -111,6 +113,7 @@ def number_of_first(program: Program, num_particles: int, num_chains: int) -> in
     return number if number * num_chains >= LEAST else 0
 
 
+@validated
 def draw_first(program: Program, number: int, num_chains: int, *, progress: bool) -> FirstDraws:
     """Draw the first particles of all chains, and learn a twist of each completion from them.
 

@@ -314,6 +314,7 @@ class Population:
         return None
 
 
+@validated
 def groups_of(program: Program, particles: range, *, retains: bool) -> tuple[list[range], int]:
     """Return the groups in which a chain's particles are resampled, and of how many prompts, in bounded memory.
 

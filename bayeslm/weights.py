@@ -249,7 +249,8 @@ def standard_error(
         var = K / (K − 1) Σ_k (S_k − mean(S))² / N²,    k = 1 ... N.
 
     For an expectation this is consistent; for log Z it may be high, by at most the number of resamplings over N (under
-    multinomial resampling; less under the other schemes).
+    multinomial resampling; less under the other schemes). Where the particles of each chain have one root in common, S
+    of these roots alone is compared: then chains are the draws.
     Source: Chan and Lai 2013, arXiv 1312.5114; Lee and Whiteley 2018, arXiv 1509.00394.
 
     :param estimate: (prompt,).
@@ -259,11 +260,14 @@ def standard_error(
     :returns: inf where the error is unknown: for one draw, one root, or an infinite estimate.
     """
     count = clusters = num_draws(influence)
+    is_draw = np.ones(influence.shape, dtype=bool)
     if roots is not None:
         influence, alive = by_root(influence, np.asarray(roots))
         clusters = alive.sum(axis=POOL)
+        is_draw = alive | (clusters > len(alive))  # with a root for each chain, its number of descendants is known
     with np.errstate(invalid="ignore", divide="ignore"):
-        spread = np.sum((influence - influence.mean(axis=POOL)) ** 2, axis=POOL) / count
+        mean = influence.sum(axis=POOL) / is_draw.sum(axis=POOL)
+        spread = np.sum(np.where(is_draw, influence - mean, 0.0) ** 2, axis=POOL) / count
         error = np.sqrt(spread * np.divide(clusters, np.subtract(clusters, 1)) / (count if size is None else size))
     return np.where(np.isfinite(estimate) & np.isfinite(error), error, np.inf)
 

@@ -3,10 +3,11 @@
     python benchmarks/json_schema.py [--particles 8 16 32] [--runs 5] [--tokens 40] [--schema person] [--out FILE]
 
 The same on both sides: network (float32), torch and transformers (those of constraints.txt), threads, prompt, schema,
-limit, resampling below half the effective sample size, and the target, the model's own distribution of whole texts,
-given that they are in the language and end, by a token of the end, within the limit. bayeslm draws from masks of all
-tokens; genlm-control's adaptive weighted rejection sampling checks the tokens that it draws, its documented way for
-schemas. Its environment is that of `genlm_control.py`.
+limit, and the target, the model's own distribution of whole texts, given that they are in the language and end, by a
+token of the end, within the limit. bayeslm has masks of all tokens, and keeps the best texts of one token more, each
+once (`resampling="optimal"`); genlm-control's adaptive weighted rejection sampling checks the tokens that it draws, its
+documented way for schemas, and resamples below half the effective sample size. Its environment is that of
+`genlm_control.py`.
 
 The language is that of genlm-control's `JsonSchema`: keys in any order, and between the parts of a text spaces and at
 most one line break. It also has texts with space after the last brace, which a second potential of genlm-control's side
@@ -112,7 +113,7 @@ def theirs(peer: Peer, particles: int, seed: int) -> Run:
 
 
 def ours(problem: Problem, particles: int, seed: int) -> Run:
-    engine = SMC(particles, 1, twist=problem.grammar, seed=seed, progress=False)
+    engine = SMC(particles, 1, twist=problem.grammar, resampling="optimal", seed=seed, progress=False)
     start = time.perf_counter()
     try:
         posterior = engine.run(problem.model, [problem.prompt])

@@ -24,7 +24,7 @@ from _figures import mean, parser, table, with_error, write
 
 from bayeslm import DiagnosticsWarning, Posterior, diagnostics
 from bayeslm.inference import MCMC, SMC, SVI, BestOfN, ImportanceSampling
-from bayeslm.inference.training import Adam, HeldOut, ReverseKL
+from bayeslm.inference.training import HeldOut
 from bayeslm.models import LanguageModel, TiltedLM, rewards
 from bayeslm.plots import COLOURS, PRIOR_COLOUR
 from bayeslm.reweighting import at_beta
@@ -115,8 +115,7 @@ def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) ->
     steps = 2 if quick else chosen.steps
     svi = SVI(
         steps,
-        objective=ReverseKL(2 if quick else 4),
-        optimizer=Adam(2e-3),
+        num_particles=2 if quick else 4,
         callbacks=[HeldOut({"held_out": partial(model, PROMPTS)}, every=max(1, steps // 3), num_particles=12)],
         num_samples=4,
         num_prior_samples=0,

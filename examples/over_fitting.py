@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from _figures import parser, table, with_error, write
 
 from bayeslm import DiagnosticsWarning
 from bayeslm.inference import SVI, ImportanceSampling, Laplace
-from bayeslm.inference.training import Adam, HeldOut, ReverseKL
+from bayeslm.inference.training import Adam, AutoPolicy, HeldOut, ReverseKL, StepRecord
 from bayeslm.models import LanguageModel, TiltedLM, rewards
 from bayeslm.models.preferences import GaussianRatings, Ratings, UncertainReward
 from bayeslm.plots import COLOURS, PRIOR_COLOUR
@@ -138,17 +138,19 @@ def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) ->
         every=max(1, steps // 6),
         num_particles=draws,
     )
+    last = deque[StepRecord](maxlen=1)  # the posterior is of the best policy
     svi = SVI(
         steps,
         objective=ReverseKL(2 if chosen.quick else 4),
         optimizer=Adam(3e-3, schedule="constant"),
-        callbacks=[held_out],
+        guide=partial(AutoPolicy, lora_rank=4),
+        callbacks=[held_out, last.append],
         num_samples=2,  # the curves say it all
         num_prior_samples=0,
         seed=0,
     )
-    posterior = svi.run(program, lm, proxy, chosen.beta, PROMPTS["training"])
-    stats = posterior.stats
+    stats = svi.run(program, lm, proxy, chosen.beta, PROMPTS["training"]).stats
+    texts = lm.decode(last[0].particles.values["completion"])[0]
     at, found = stats["held_out_steps"], curves(stats)
     stop = int(np.argmax(found["validation"]["gold"][0]))
     lines = [f"{labels} labels; beta {chosen.beta}; {draws} draws of each prompt, ± standard errors over draws", ""]
@@ -161,7 +163,7 @@ def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) ->
     cells["KL to the prior, test prompts"] = [
         f"{round(found['test']['KL'][0][i], 2) + 0.0:.2f}" for i in columns.values()
     ]
-    lines += [*table(cells, ["", *columns]), "", "texts of the end:", *posterior.texts["completion"][0, 0].tolist()]
+    lines += [*table(cells, ["", *columns]), "", "texts of the end:", *texts.tolist()]
     write(chosen.folder, lines, started)
     picture(at, found, stop, chosen.folder / "over-fitting.png")
     return at, found

@@ -28,7 +28,6 @@ from bayeslm import DiagnosticsWarning
 from bayeslm.calibration import calibrate
 from bayeslm.decisions import SameAnswer
 from bayeslm.inference import SVI, ImportanceSampling
-from bayeslm.inference.training import Adam, ReverseKL
 from bayeslm.models import LanguageModel, TiltedLM, rewards
 from bayeslm.plots import COLOURS, PRIOR_COLOUR
 
@@ -174,7 +173,7 @@ def main(arguments: list[str] | None = None, prior: LanguageModel | None = None)
     seen, unseen = ([row for rows in some for row in rows] for some in (countries[:half], countries[half:]))
     prior = prior or LanguageModel.from_pretrained("smollm2")
     model = TiltedLM(prior, exact_match + chosen.price * abstains, BETA, subsample_size=6, **WRITING)
-    svi = SVI(steps, objective=ReverseKL(6), optimizer=Adam(2e-3), num_samples=4, num_prior_samples=0, seed=0)
+    svi = SVI(steps, num_particles=6, num_samples=4, num_prior_samples=0, seed=0)
     policy = svi.run(model, random.Random(0).sample(seen, 8 if chosen.quick else 36)).policy
     rows = random.Random(1).sample(unseen, held_out)
     found = {name: HeldOut(lm, rows, draws) for name, lm in {"prior": prior, "policy": policy}.items()}

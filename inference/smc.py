@@ -6,6 +6,9 @@ For t = 1, ..., T, on N particles, with a twist \psi_t (\psi_0 = 1) and a propos
     w_t = w_{t-1}  p(x_t | x_{1:t-1}) / q(x_t | x_{1:t-1})  \psi_t(x_{1:t}) / \psi_{t-1}(x_{1:t-1})
     where ESS(w) < threshold:  Z <- Z mean(w),  ancestors ~ resampling(w),  w = 1
 
+(or the first line and the last are one: the texts that are longer by a token are chosen among all of them, without a
+repetition, see `sequential.branching`)
+
 and at the end exp(r / beta) replaces the twist. E[\hat Z] = Z for any twist and any proposal; a good twist makes \hat Z
 precise (Zhao, Brekelmans, Makhzani and Grosse 2024, arXiv 2404.17546; Lew et al. 2023, "SMC steering", arXiv
 2306.03081; with the optimal \psi_t = E_p[exp(r / beta) | x_{1:t}] and the proposal it induces, sampling is exact).
@@ -24,7 +27,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -109,7 +112,10 @@ class SMC:
         the twist if that is a `LanguageModel`, and else "prior".
     :param top_k: the number of tokens at which ``proposal="twist"`` evaluates the twist; the others keep their
         probability under the prior.
-    :param resampling: "systematic", "stratified", "residual" or "multinomial".
+    :param resampling: "systematic", "stratified", "residual" or "multinomial"; or "optimal", which keeps, of all texts
+        that are longer by a token, the heaviest ones and a sample of the others, each once, at every token. It is more
+        precise where few texts have most of the mass, as under a `Grammar` or a `Power`. The particles of a chain then
+        count as one draw, and errors are those of chains that differ: they need several, better 20.
     :param ess_threshold: resample where the effective sample size is below this share of the particles; 0 never
         resamples, 1 resamples at every token.
     :param retained: exact draws of the posterior, by `RejectionSampling` or `Exact` on the same program, at least one
@@ -133,7 +139,7 @@ class SMC:
     ) = "auto"
     proposal: str | LanguageModel | Callable[..., Any] | None = None
     top_k: Count = 64
-    resampling: Resampling = "systematic"
+    resampling: Resampling | Literal["optimal"] = "systematic"
     ess_threshold: Share = 0.5
     retained: Posterior | None = None
     seed: Seed | None = None
@@ -141,6 +147,10 @@ class SMC:
 
     def __post_init__(self) -> None:
         check_retained(self)
+        if self.resampling == "optimal" and self.retained is not None:
+            raise ValueError(
+                'SMC: a run with retained draws resamples by its own scheme: leave out resampling="optimal"'
+            )
         if self.twist is not None and not isinstance(self.twist, LanguageModel):
             each = self.twist.values() if isinstance(self.twist, Mapping) else [self.twist]
             for twist in each if self.twist != "auto" else []:
@@ -303,12 +313,35 @@ class SMC:
         proposer = policies.get(id(self._proposer))
         retained = population.retained_rows(name)
         log_psi = torch.zeros_like(population.log_weights)
+        branches = self.resampling == "optimal"
+        if branches:
+            rows.check_one_of_each()
+            if not partial_run.values:
+                population.merge()
+
+        def select(index: Tensor) -> Tensor:
+            """Replace the particles by their ancestors (particle, prompt), and return the indices of their rows."""
+            nonlocal log_psi
+            log_psi = log_psi.gather(0, index)
+            selected = rows.selected(index)
+            for moved in (decoder, *policies.values(), twist):
+                if moved is not None:
+                    moved.select(selected)
+            return selected
+
         while not decoder.done:
             given = None
             if retained is not None:  # clamped, because the pad token of an ended text may be out of the vocabulary
                 tokens = retained.values[:, decoder.t].clamp(0, distribution.vocabulary.size - 1)
                 given = (retained.rows, tokens)
-            token, log_q, log_p = self._next_token(decoder, proposer, twist, given)
+            if branches:
+                every = self._log_q(decoder, proposer, twist)
+                index, token = population.branch(every)
+                token = token.reshape(-1)
+                log_q = every[select(index)].gather(-1, token[:, None])[:, 0]
+                log_p = log_softmax_at(decoder.logits, token)
+            else:
+                token, log_q, log_p = self._next_token(decoder, proposer, twist, given)
             log_ratio = torch.where(decoder.finished, 0.0, log_p - log_q)
             for policy in policies.values():
                 policy.append(token, log_q if policy is proposer else log_softmax_at(policy.logits, token))
@@ -323,15 +356,11 @@ class SMC:
             population.weigh(increment, WeightUpdate(step, parts, factors, (distribution, decoder), explain))
             if decoder.t == length:
                 break  # without resampling by weights that are about to change
-            if (index := population.resample()) is not None:
-                log_psi = log_psi.gather(0, index)
-                selected = rows.selected(index)
-                for moved in (decoder, *policies.values(), twist):
-                    if moved is not None:
-                        moved.select(selected)
+            if not branches and (ancestors := population.resample()) is not None:
+                select(ancestors)
             report()
         left = max(1, length - decoder.t)
-        population.record_without_resampling(left)
+        population.record_without_resampling(length - decoder.t if branches else left)
         report(left)
         population.weigh(
             -log_psi, WeightUpdate(f"the end of {name!r}", {"the twist": log_psi}, {}, (distribution, decoder))
@@ -363,6 +392,19 @@ class SMC:
             token[given[0]] = given[1]
             log_q = log_softmax_at(logits, token)
         return token, log_q, log_q if logits is decoder.logits else log_softmax_at(decoder.logits, token)
+
+    def _log_q(self, decoder: Decoder, proposer: Decoder | None, twist: SiteTwist | ConstraintTwist | None) -> Tensor:
+        """Return log q of the next token, (row, vocabulary); a text that has ended goes on in one way."""
+        if proposer is None and isinstance(twist, ConstraintTwist) and self._proposes(twist):
+            log_q = twist.log_q()
+        else:
+            logits = decoder.logits if proposer is None else proposer.logits
+            if proposer is None and twist is not None and self._proposes(twist):
+                logits = twist.propose(logits, self.top_k)
+            log_q = logits.log_softmax(-1)
+        same = torch.full_like(log_q[:1], -torch.inf)
+        same[:, 0] = 0.0
+        return torch.where(decoder.finished[:, None], same, log_q)
 
     def _proposes(self, twist: SiteTwist | ConstraintTwist) -> bool:
         """Whether a site's twist is the proposal too."""

@@ -136,6 +136,12 @@ class MaskedTokens:
             log_q = log_softmax_at(logits, token)
         return token, log_q.masked_fill(dead, torch.inf)
 
+    def log_q(self) -> Tensor:
+        """Return log q of each token, (row, vocabulary); -inf of all where none is allowed."""
+        logits, mask = self._decoder.logits, self.mask
+        log_q = logits.masked_fill(~mask, -torch.inf)
+        return torch.where(mask.any(-1, keepdim=True), log_q.log_softmax(-1), -torch.inf)
+
     def allows(self, token: Tensor) -> list[bool]:
         allowed: list[bool] = self.mask.gather(-1, token[:, None].to(self.mask.device))[:, 0].tolist()
         if self._decoder.t + 1 < self._decoder.values.shape[-1]:
@@ -287,6 +293,18 @@ class ConstraintTwist:
     def draw(self, given: Given | None) -> tuple[Tensor, Tensor]:
         """Draw the next token, see `AllowedTokens.draw`."""
         return self._allowed.draw(given)
+
+    def log_q(self) -> Tensor:
+        """Return log q of each token, (row, vocabulary).
+
+        :raises ProgramError: if the constraint has no masks.
+        """
+        if not isinstance(self._allowed, MaskedTokens):
+            raise ProgramError(
+                'resampling="optimal" needs the probability of each next token, and this constraint only says whether '
+                "one is allowed: use a Grammar, or another resampling"
+            )
+        return self._allowed.log_q()
 
     def select(self, rows: Tensor) -> None:
         self._allowed.select(rows)

@@ -23,7 +23,8 @@ from bayeslm.inference.program import (
 from bayeslm.models.lm import Autoregressive, Decoder
 from bayeslm.validation import validated
 
-from .resampling import RESAMPLING, Resampling, conditional_multinomial, ess, keep_in_place
+from .branching import keep
+from .resampling import RESAMPLING, conditional_multinomial, ess, keep_in_place, systematic
 
 
 @runtime_checkable
@@ -35,7 +36,7 @@ class ParticleSettings(Protocol):
     @property
     def num_chains(self) -> int: ...
     @property
-    def resampling(self) -> Resampling: ...
+    def resampling(self) -> str: ...
     @property
     def ess_threshold(self) -> float: ...
 
@@ -113,7 +114,7 @@ class Population:
         self.log_z = torch.zeros((self.chains, prompts), device=device)
         own = torch.arange(group.start, group.stop, device=device)
         self.roots = own.repeat(self.chains)[:, None].repeat(1, prompts)
-        scheme = RESAMPLING[settings.resampling]
+        scheme = RESAMPLING.get(settings.resampling, systematic)  # it is not used where particles branch
         self._resample: Callable[[Tensor], Tensor] = conditional_multinomial if retained else scheme
         self._threshold = settings.ess_threshold * self.size
         self._others_lost = lost
@@ -226,6 +227,36 @@ class Population:
         self.roots = self.roots.gather(0, index)
         self.partial_run.select(index)
         return index
+
+    def branch(self, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        """Replace the particles by those of their texts with one token more that are kept (`branching`).
+
+        :param log_q: of the next token, (particle, prompt, token).
+        :returns: the index of each particle's ancestor among all particles, and its token, both (particle, prompt).
+        """
+        weights = self.log_weights.reshape(self.chains, self.size, -1)
+        children = (weights[..., None] + log_q.reshape(*weights.shape, -1)).movedim(2, 1).flatten(2)
+        kept, log_weights = (x.movedim(2, 1) for x in keep(children, self.size))
+        parents = kept // log_q.shape[-1]
+        ancestors = keep_in_place(parents)
+        to, of = ancestors.argsort(dim=1, stable=True), parents.argsort(dim=1, stable=True)
+        token, log_weights = (x.scatter(1, to, x.gather(1, of)) for x in (kept % log_q.shape[-1], log_weights))
+        self._records.append(
+            ResamplingRecord(ess(weights), torch.ones_like(ancestors[:, 0], dtype=torch.bool), ancestors)
+        )
+        first = torch.arange(self.chains, device=ancestors.device)[:, None, None] * self.size
+        index = (ancestors + first).reshape(self.log_weights.shape)
+        self.log_weights, self._next = log_weights.reshape(index.shape), None
+        self.roots = self.roots.gather(0, index)
+        self.partial_run.select(index)
+        return index, token.reshape(index.shape)
+
+    def merge(self) -> None:
+        """Give the weight of all particles of a chain, which are alike, to the first of them."""
+        weights = self.log_weights.reshape(self.chains, self.size, -1)
+        merged = torch.full_like(weights, -torch.inf)
+        merged[:, 0] = weights.logsumexp(1)
+        self.log_weights = merged.reshape(self.log_weights.shape)
 
     def record_without_resampling(self, steps: int) -> None:
         """Record steps at which no chain is resampled."""

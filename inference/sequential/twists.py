@@ -66,6 +66,18 @@ class SiteRows:
         shape = self.distribution.batch_shape
         return self._program.pooled(self._program.terms(x.reshape(shape), shape[0], self.site.in_prompts))
 
+    def check_one_of_each(self) -> None:
+        """Check that each weight (particle, prompt) is that of one completion.
+
+        :raises ProgramError: if it is not.
+        """
+        shape = self.distribution.batch_shape
+        if shape.numel() != shape[0] * self._program.weight_prompts:
+            raise ProgramError(
+                f'site {self.site.name!r} has several completions of each particle, and resampling="optimal" chooses '
+                "among those of one: use another resampling"
+            )
+
     def spread(self, term: Tensor) -> Tensor:
         """Return a term (particle, prompt) at each of its rows, (row,)."""
         batch = self.site.shape[:-1]

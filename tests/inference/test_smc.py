@@ -24,6 +24,9 @@ SETTINGS = {
     "partial, always resampled": {"twist": "partial", "ess_threshold": 1.0, "resampling": "multinomial"},
     "partial, stratified": {"twist": "partial", "resampling": "stratified"},
     "partial, residual": {"twist": "partial", "resampling": "residual"},
+    "optimal": {"twist": None, "resampling": "optimal"},
+    "partial, optimal": {"twist": "partial", "resampling": "optimal"},
+    "induced, optimal": {"twist": "partial", "proposal": "twist", "top_k": 3, "resampling": "optimal"},
     "induced, few candidates": {"twist": "partial", "proposal": "twist", "top_k": 3},
     "induced, all candidates": {"twist": "partial", "proposal": "twist", "top_k": 100},
 }

@@ -45,12 +45,14 @@ def test_the_target_is_the_power_of_whole_texts(alpha, kind, rewarded):
     np.testing.assert_allclose(exact.log_joint[0], log_target, atol=1e-4)
 
 
+@pytest.mark.parametrize("resampling", ["systematic", "optimal"])
 @pytest.mark.parametrize("alpha", [0.5, 2.0, 4.0])
 @pytest.mark.parametrize("kind", MODELS)
-def test_smc_agrees_with_exact(kind, alpha):
+def test_smc_agrees_with_exact(kind, alpha, resampling):
     model = program(kind, alpha, rewarded=True)
     exact = Exact().run(model, PROMPTS)
-    posterior = SMC(num_particles=16, num_chains=200, twist=Power(alpha), seed=0, progress=False).run(model, PROMPTS)
+    engine = SMC(16, 200, twist=Power(alpha), resampling=resampling, seed=0, progress=False)
+    posterior = engine.run(model, PROMPTS)
     # Texts of a mass of 0.2% may not be among the draws, and what they lack is then not in the standard error.
     assert_mean(np.exp(posterior.log_weights - exact.log_evidence).mean(1), 1.0, rounding=3e-3)
     for function in (token_is(0, 3), token_is(2, 2)):

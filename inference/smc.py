@@ -61,6 +61,7 @@ from bayeslm.inference.sequential import (
     SiteRows,
     SiteTwist,
     TokenConstraint,
+    TokenProposal,
     WeightUpdate,
     check_retained,
     constraint_of,
@@ -69,7 +70,7 @@ from bayeslm.inference.sequential import (
     number_of_first,
     retained_values,
 )
-from bayeslm.models.lm import Autoregressive, Decoder, LanguageModel, Twist, categorical, log_softmax_at
+from bayeslm.models.lm import Autoregressive, Decoder, LanguageModel, Twist, log_softmax_at
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 from bayeslm.validation import Count, Seed, Share, validated
@@ -99,11 +100,11 @@ class SMC:
         chain's particles, draws of the prior, for the others; it is then also their proposal, unless ``proposal`` is
         "prior". Where it does not lower the variance of the weights on draws that are held out, it is not used, and
         all particles are draws of the prior. None is learned where all chains have fewer than 512 particles, or so many
-        or so long prompts that its draws would have over 32768 tokens, where ``proposal`` is a policy, and of programs
-        with factors before the completion or several completions. None: 1, which makes SMC importance sampling.
-        "prefix": exp of the program's own factors, by the
-        ``prefix`` methods of its rewards (`Reward.prefix`). "partial": the same, except that rewards without such a
-        method score the text so far as if it were finished. A `Twist` (from `TwistLearning`); a `Power`, for programs
+        or so long prompts that its draws would have over 32768 tokens, where ``proposal`` is a policy, with
+        ``resampling="optimal"``, and of programs with factors before the completion or several completions. None: 1,
+        which makes SMC importance sampling. "prefix": exp of the program's own factors, by the ``prefix`` methods of
+        its rewards (`Reward.prefix`). "partial": the same, except that rewards without such a method score the text so
+        far as if it were finished. A `Twist` (from `TwistLearning`); a `Power`, for programs
         that raise the language model to one; a `Grammar` or `Constraint`, for programs that have it as a factor; or a
         mapping from the names of completion sites to any of these. A `LanguageModel` (trained by `SVI`): its ratio to
         the prior. This, a `Power` and a constraint are then the proposal too, unless ``proposal`` is set.
@@ -268,7 +269,7 @@ class SMC:
 
         A run that retains draws learns from particles of the prior as well, which are then not among its own.
         """
-        if self.twist != "auto" or not (self.proposal is None or isinstance(self.proposal, str)):
+        if self.twist != "auto" or self.resampling == "optimal" or _policy_of(self.proposal) is not None:
             return FirstDraws()
         number = number_of_first(program, self.num_particles, self.num_chains)
         if not number:
@@ -311,6 +312,7 @@ class SMC:
         rows = SiteRows(partial_run.program, name, distribution)
         twist = self._twist(partial_run, name, rows, decoder, policies)
         proposer = policies.get(id(self._proposer))
+        proposal = TokenProposal(decoder, proposer, twist if self._proposes(twist) else None, self.top_k)
         retained = population.retained_rows(name)
         log_psi = torch.zeros_like(population.log_weights)
         branches = self.resampling == "optimal"
@@ -335,13 +337,13 @@ class SMC:
                 tokens = retained.values[:, decoder.t].clamp(0, distribution.vocabulary.size - 1)
                 given = (retained.rows, tokens)
             if branches:
-                every = self._log_q(decoder, proposer, twist)
+                every = proposal.log_q()
                 index, token = population.branch(every)
                 token = token.reshape(-1)
                 log_q = every[select(index)].gather(-1, token[:, None])[:, 0]
                 log_p = log_softmax_at(decoder.logits, token)
             else:
-                token, log_q, log_p = self._next_token(decoder, proposer, twist, given)
+                token, log_q, log_p = proposal.draw(given)
             log_ratio = torch.where(decoder.finished, 0.0, log_p - log_q)
             for policy in policies.values():
                 policy.append(token, log_q if policy is proposer else log_softmax_at(policy.logits, token))
@@ -367,46 +369,7 @@ class SMC:
         )
         partial_run.write(name, decoder.values, decoder.scores)
 
-    def _next_token(
-        self,
-        decoder: Decoder,
-        proposer: Decoder | None,
-        twist: SiteTwist | ConstraintTwist | None,
-        given: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw the next token of each row, and return it with its log q and log p, each (row,).
-
-        :param proposer: the policy that is the proposal, if one is.
-        :param given: rows whose tokens are not drawn, and these tokens.
-        """
-        logits = decoder.logits
-        if proposer is not None:
-            logits = proposer.logits
-        elif twist is not None and self._proposes(twist):
-            if isinstance(twist, ConstraintTwist):
-                token, log_q = twist.draw(given)
-                return token, log_q, log_softmax_at(logits, token)
-            logits = twist.propose(logits, self.top_k)
-        token, log_q = categorical(logits)
-        if given is not None:
-            token[given[0]] = given[1]
-            log_q = log_softmax_at(logits, token)
-        return token, log_q, log_q if logits is decoder.logits else log_softmax_at(decoder.logits, token)
-
-    def _log_q(self, decoder: Decoder, proposer: Decoder | None, twist: SiteTwist | ConstraintTwist | None) -> Tensor:
-        """Return log q of the next token, (row, vocabulary); a text that has ended goes on in one way."""
-        if proposer is None and isinstance(twist, ConstraintTwist) and self._proposes(twist):
-            log_q = twist.log_q()
-        else:
-            logits = decoder.logits if proposer is None else proposer.logits
-            if proposer is None and twist is not None and self._proposes(twist):
-                logits = twist.propose(logits, self.top_k)
-            log_q = logits.log_softmax(-1)
-        same = torch.full_like(log_q[:1], -torch.inf)
-        same[:, 0] = 0.0
-        return torch.where(decoder.finished[:, None], same, log_q)
-
-    def _proposes(self, twist: SiteTwist | ConstraintTwist) -> bool:
+    def _proposes(self, twist: SiteTwist | ConstraintTwist | None) -> bool:
         """Whether a site's twist is the proposal too."""
         return self.proposal == "twist" or (self.proposal is None and isinstance(twist, PowerTwist | ConstraintTwist))
 

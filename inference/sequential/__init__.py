@@ -5,6 +5,7 @@ from .constraints import ConstraintTwist, TokenConstraint
 from .first_draws import Chains, FirstDraws, draw_first, number_of_first
 from .population import Population, WeightUpdate, groups_of
 from .power import Power, PowerTwist
+from .proposals import TokenProposal
 from .refusals import LearnedRejection, learned_evidence
 from .resampling import RESAMPLING, Resampling
 from .retained import check_retained, put_first, retained_particles, retained_values
@@ -28,6 +29,7 @@ __all__ = [
     "SiteRows",
     "SiteTwist",
     "TokenConstraint",
+    "TokenProposal",
     "TwistLearning",
     "WeightUpdate",
     "check_retained",

@@ -1,6 +1,6 @@
 """Over-fitting: a reward learned from few labels, few prompts to train on, and when to stop.
 
-    python examples/over_fitting.py [--steps 18] [--beta 0.02]      (some three minutes on two cores)
+    python examples/over_fitting.py [--steps 24] [--beta 0.02]      (some four minutes on two cores)
 
 The gold reward is a reader who likes praise and dislikes repetition. The reader labels some of SmolLM2's texts, of
 which a linear reward of word counts is inferred: the proxy. `SVI` trains a policy for the proxy on four prompts, with
@@ -124,7 +124,7 @@ def picture(steps: np.ndarray, found: Curves, stop: int, path: Path) -> None:
 
 def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) -> tuple[np.ndarray, Curves]:
     options = parser(__doc__, "over_fitting")
-    options.add_argument("--steps", type=int, default=18, help="of the training")
+    options.add_argument("--steps", type=int, default=24, help="of the training")
     options.add_argument("--beta", type=float, default=0.02, help="the KL coefficient")
     options.add_argument("--labels", type=int, default=96, help="texts that the reader labels")
     chosen = options.parse_args(arguments)
@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) ->
         steps,
         objective=ReverseKL(2 if chosen.quick else 4),
         optimizer=Adam(3e-3, schedule="constant"),
-        guide=partial(AutoPolicy, lora_rank=4),
+        guide=partial(AutoPolicy, lora_rank=4 if lm.name else "auto"),
         callbacks=[held_out, last.append],
         num_samples=2,  # the curves say it all
         num_prior_samples=0,

@@ -1,6 +1,6 @@
 """Question answering: what a small model knows, when it should say "I don't know", and how sure it is.
 
-    python examples/question_answering.py [--price 0.4]      (some two minutes on two cores)
+    python examples/question_answering.py [--price 0.4]      (some four minutes on two cores)
 
 Questions about countries come from the package countryinfo, with references a row: every name that is right. SmolLM2
 answers after two examples. Its probability of an answer is the share of its draws that give it, its answer the one of

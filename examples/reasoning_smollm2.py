@@ -14,6 +14,7 @@ particles, and of the policy that `SVI()` trains on other problems.
 from __future__ import annotations
 
 import re
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -35,8 +36,12 @@ SHOWN = 3  # solved problems in the prompt
 
 def problems(size: int, seed: int = 0) -> tuple[list[dict[str, Any]], Any]:
     """Return different problems, the first of them solved in the column ``prompt``, and the gym that scores answers."""
-    from reasoning_gym import create_dataset  # of an extra, which not everybody has
-
+    try:
+        from reasoning_gym import create_dataset
+    except ModuleNotFoundError as error:
+        if error.name != "reasoning_gym":
+            raise
+        sys.exit('this script needs reasoning-gym, of an extra: pip install "bayeslm[reasoning]"')
     sizes = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
     gym = create_dataset("chain_sum", size=4 * (size + SHOWN), seed=seed, **sizes)
     entries = list({entry["question"]: entry for entry in gym}.values())[: size + SHOWN]

@@ -1,5 +1,6 @@
 """Fixtures of all tests."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -15,6 +16,12 @@ from pyro.distributions import Unit
 from pyro.poutine import runtime
 
 from bayeslm.models import LanguageModel
+
+
+def pytest_collection_finish() -> None:
+    """Take what has been imported out of garbage collection, which would go through all of it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

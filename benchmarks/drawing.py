@@ -5,7 +5,8 @@
 
 (Beside other work threads that wait actively for one another can keep it from its first row for minutes.)
 
-The server is started beside it, in vLLM's environment (build/vllm/bin is `make test-vllm`'s), with the folder that
+The server is started beside it, in vLLM's environment (build/vllm/bin is `make test-vllm`'s), on a CPU with
+VLLM_CPU_KVCACHE_SPACE=1 (GiB), for it wants nearly all memory otherwise, and with the folder that
 `python -c "from bayeslm.models.lm import loading; print(loading.location('smollm2'))"` prints:
 
     python -m vllm.entrypoints.openai.api_server --model FOLDER --dtype float32 --enforce-eager --max-model-len 512

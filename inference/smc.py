@@ -118,7 +118,7 @@ class SMC:
         precise where few texts have most of the mass, as under a `Grammar` or a `Power`. The particles of a chain then
         count as one draw, and errors are those of chains that differ: they need several, better 20.
     :param ess_threshold: resample where the effective sample size is below this share of the particles; 0 never
-        resamples, 1 resamples at every token.
+        resamples, 1 resamples at every token. Optimal resampling has no threshold.
     :param retained: exact draws of the posterior, by `RejectionSampling` or `Exact` on the same program, at least one
         for each chain. Then particle 0 of chain c is the c-th of them from beginning to end (conditional SMC, with
         multinomial resampling), and the chain's log Z is an upper bound in expectation.

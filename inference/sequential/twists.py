@@ -74,8 +74,8 @@ class SiteRows:
         shape = self.distribution.batch_shape
         if shape.numel() != shape[0] * self._program.weight_prompts:
             raise ProgramError(
-                f'site {self.site.name!r} has several completions of each particle, and resampling="optimal" chooses '
-                "among those of one: use another resampling"
+                f"at site {self.site.name!r} a weight is that of several completions together, and "
+                'resampling="optimal" chooses among the continuations of one: use another resampling'
             )
 
     def spread(self, term: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from bayeslm.models.lm import Autoregressive, Decoder
 from bayeslm.validation import validated
 
 from .branching import keep
-from .resampling import RESAMPLING, conditional_multinomial, ess, keep_in_place, systematic
+from .resampling import RESAMPLING, Resampling, conditional_multinomial, ess, keep_in_place, systematic
 
 
 @runtime_checkable
@@ -36,7 +36,7 @@ class ParticleSettings(Protocol):
     @property
     def num_chains(self) -> int: ...
     @property
-    def resampling(self) -> str: ...
+    def resampling(self) -> Resampling | Literal["optimal"]: ...
     @property
     def ess_threshold(self) -> float: ...
 
@@ -114,7 +114,8 @@ class Population:
         self.log_z = torch.zeros((self.chains, prompts), device=device)
         own = torch.arange(group.start, group.stop, device=device)
         self.roots = own.repeat(self.chains)[:, None].repeat(1, prompts)
-        scheme = RESAMPLING.get(settings.resampling, systematic)  # it is not used where particles branch
+        # where particles branch, they are not resampled
+        scheme = systematic if settings.resampling == "optimal" else RESAMPLING[settings.resampling]
         self._resample: Callable[[Tensor], Tensor] = conditional_multinomial if retained else scheme
         self._threshold = settings.ess_threshold * self.size
         self._others_lost = lost

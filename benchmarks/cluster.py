@@ -1,6 +1,6 @@
 """A cluster in one machine: many processes with tiny networks, what they send, and whether results keep their law.
 
-    python benchmarks/cluster.py [--processes 2 4 8 16] [--steps 10]
+    python benchmarks/cluster.py [--processes 2 4 8 16] [--steps 10] [--draws 10240]
 
 Of each number of processes, for several numbers of particles and prompts: the bytes that one process hands to
 collectives in a step of SVI, sums of gradients and all else, and the same of `ImportanceSampling`, once. The law: the
@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 
 PROMPTS = ["a", "b", "c", "d", "a b", "b c", "c d", "d a"]
-DRAWS = 10_240  # of importance sampling, in runs of so many particles
 VOCABULARY, TOKENS = ["<eos>", "a", "b", "c", "d"], 3
 
 
@@ -37,8 +36,11 @@ def program() -> Any:
     return TiltedLM(lm, reward, beta=0.7, max_new_tokens=TOKENS)
 
 
-def work(cases: list[tuple[int, int]], steps: int) -> None:
-    """Run the cases in this process, one of several; the first one prints what it found."""
+def work(cases: list[tuple[int, int]], steps: int, num_draws: int) -> None:
+    """Run the cases in this process, one of several; the first one prints what it found.
+
+    :param num_draws: of importance sampling, in runs of so many particles.
+    """
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from support.counting import counted_bytes, counted_bytes_of_steps
 
@@ -63,7 +65,7 @@ def work(cases: list[tuple[int, int]], steps: int) -> None:
         gradients, rest = sent.pop("all_reduce", 0) / steps, sent.total() / steps
         with counted_bytes() as sent:
             ImportanceSampling(num_particles=particles, seed=0, progress=False).run(model, asked)
-        runs = DRAWS // particles
+        runs = num_draws // particles
         draws = [ImportanceSampling(particles, seed=seed, progress=False).run(model, asked) for seed in range(runs)]
         ratios = np.stack([np.exp(each.log_weights - exact).mean((0, 1)) for each in draws])  # (run, prompt)
         errors = (ratios.mean(0) - 1.0) / (ratios.std(0, ddof=1) / runs**0.5)
@@ -73,14 +75,14 @@ def work(cases: list[tuple[int, int]], steps: int) -> None:
         print(json.dumps(found))
 
 
-def launch(processes: int, cases: list[tuple[int, int]], steps: int) -> list[list[float]]:
+def launch(processes: int, cases: list[tuple[int, int]], options: list[str]) -> list[list[float]]:
     """Return what the first of several processes has found."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     variables = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
     variables |= {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", __file__, "--work", json.dumps(cases), "--steps", str(steps)]
+    command = [sys.executable, "-W", "ignore", __file__, "--work", json.dumps(cases), *options]
     running = [
         subprocess.Popen(command, env=variables | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
         for rank in range(processes)
@@ -96,15 +98,17 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--draws", type=int, default=10_240, help="of importance sampling, for the law")
     parser.add_argument("--work", type=json.loads)
     arguments = parser.parse_args()
     if arguments.work is not None:
-        work(arguments.work, arguments.steps)
+        work(arguments.work, arguments.steps, arguments.draws)
         return
+    options = ["--steps", str(arguments.steps), "--draws", str(arguments.draws)]
     print("| processes | particles | prompts | gradients a step, B | all else a step, B | a draw, B | Z, errors |")
     print("|---|---|---|---|---|---|---|")
     for processes in arguments.processes:
-        for case in launch(processes, [(64, 2), (64, 8), (256, 8)], arguments.steps):
+        for case in launch(processes, [(64, 2), (64, 8), (256, 8)], options):
             particles, prompts, gradients, rest, sent, error = case
             each = f"{sent / (particles * prompts / processes):.0f}"
             figures = f"{processes} | {particles:.0f} | {prompts:.0f} | {gradients:.0f} | {rest:.0f} | {each}"

@@ -17,17 +17,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .resampling import at_points, relative_weights
+
 
 def keep(log_mass: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Keep so many children of each row.
+    """Keep so many children of each chain and prompt.
 
-    :param log_mass: (*, child), unnormalised; at least ``number`` of them, some of which may be -inf.
-    :returns: their indices and their log-weights, both (*, number); -inf where fewer children have mass.
+    :param log_mass: (chain, child, prompt), unnormalised; at least ``number`` of them, some of which may be -inf.
+    :returns: their indices and their log-weights, both (chain, particle, prompt); -inf where fewer children have mass.
     """
-    wide = torch.float32 if log_mass.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    peak = log_mass.amax(-1, keepdim=True).to(wide)
-    peak = torch.where(peak == -torch.inf, 0.0, peak)
-    mass = (log_mass.to(wide) - peak).exp()
+    mass = relative_weights(log_mass)  # (chain, prompt, child)
     top, order = mass.topk(number, -1)
     places = torch.arange(number, device=mass.device)
     left = mass.scatter(-1, order, 0.0).sum(-1, keepdim=True) + top.flip(-1).cumsum(-1).flip(-1)  # of top[k] and less
@@ -37,8 +36,7 @@ def keep(log_mass: Tensor, number: int) -> tuple[Tensor, Tensor]:
     threshold = thresholds.gather(-1, first.clamp_max(number - 1))
     others = mass.scatter(-1, order, torch.where(certain > 0, 0.0, top))
     points = (places - first + torch.rand_like(threshold)).clamp_min(0.0) * threshold
-    picked = torch.searchsorted(others.cumsum(-1), points, right=True).clamp_max(mass.shape[-1] - 1)
-    picked = torch.where(others.gather(-1, picked) > 0, picked, others.argmax(-1, keepdim=True))  # rounding
-    index = torch.where(certain > 0, order, picked)
-    weight = torch.where(certain > 0, top, threshold)
-    return index, (weight.log() + peak).to(log_mass.dtype)
+    index = torch.where((certain > 0).movedim(-1, 1), order.movedim(-1, 1), at_points(others, points))
+    peak = log_mass.amax(1, keepdim=True)
+    log_weight = torch.where(certain > 0, top, threshold).log().movedim(-1, 1)
+    return index, (log_weight + torch.where(peak == -torch.inf, 0.0, peak)).to(log_mass.dtype)

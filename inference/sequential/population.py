@@ -223,11 +223,7 @@ class Population:
         mean = weights.logsumexp(1) - np.log(self.size)
         self.log_z = self.log_z + torch.where(low, mean, 0.0)
         self.log_weights = torch.where(low[:, None], 0.0, weights).reshape(self.log_weights.shape)
-        first = torch.arange(self.chains, device=ancestors.device)[:, None, None] * self.size
-        index = (ancestors + first).reshape(self.log_weights.shape)
-        self.roots = self.roots.gather(0, index)
-        self.partial_run.select(index)
-        return index
+        return self._select(ancestors)
 
     def branch(self, log_q: Tensor) -> tuple[Tensor, Tensor]:
         """Replace the particles by those of their texts with one token more that are kept (`branching`).
@@ -236,8 +232,8 @@ class Population:
         :returns: the index of each particle's ancestor among all particles, and its token, both (particle, prompt).
         """
         weights = self.log_weights.reshape(self.chains, self.size, -1)
-        children = (weights[..., None] + log_q.reshape(*weights.shape, -1)).movedim(2, 1).flatten(2)
-        kept, log_weights = (x.movedim(2, 1) for x in keep(children, self.size))
+        children = (weights[..., None] + log_q.reshape(*weights.shape, -1)).movedim(3, 2).flatten(1, 2)
+        kept, log_weights = keep(children, self.size)
         parents = kept // log_q.shape[-1]
         ancestors = keep_in_place(parents)
         to, of = ancestors.argsort(dim=1, stable=True), parents.argsort(dim=1, stable=True)
@@ -245,12 +241,16 @@ class Population:
         self._records.append(
             ResamplingRecord(ess(weights), torch.ones_like(ancestors[:, 0], dtype=torch.bool), ancestors)
         )
+        self.log_weights, self._next = log_weights.reshape(self.log_weights.shape), None
+        return self._select(ancestors), token.reshape(self.log_weights.shape)
+
+    def _select(self, ancestors: Tensor) -> Tensor:
+        """Replace the particles by ancestors (chain, particle, prompt), and return their indices among all of them."""
         first = torch.arange(self.chains, device=ancestors.device)[:, None, None] * self.size
         index = (ancestors + first).reshape(self.log_weights.shape)
-        self.log_weights, self._next = log_weights.reshape(index.shape), None
         self.roots = self.roots.gather(0, index)
         self.partial_run.select(index)
-        return index, token.reshape(index.shape)
+        return index
 
     def merge(self) -> None:
         """Give the weight of all particles of a chain, which are alike, to the first of them."""

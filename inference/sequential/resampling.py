@@ -30,19 +30,19 @@ from torch import Tensor
 def multinomial(log_weights: Tensor) -> Tensor:
     """Draw ancestors independently."""
     shares = _shares(log_weights)
-    return _at(shares, shares.shape[-1] * torch.rand_like(shares))
+    return at_points(shares, shares.shape[-1] * torch.rand_like(shares))
 
 
 def stratified(log_weights: Tensor) -> Tensor:
     """Draw ancestors by one uniform point in each stratum [k, k + 1)."""
     shares = _shares(log_weights)
-    return _at(shares, _strata(shares) + torch.rand_like(shares))
+    return at_points(shares, _strata(shares) + torch.rand_like(shares))
 
 
 def systematic(log_weights: Tensor) -> Tensor:
     """Draw ancestors by equidistant points with one random offset."""
     shares = _shares(log_weights)
-    return _at(shares, _strata(shares) + torch.rand_like(shares[..., :1]))
+    return at_points(shares, _strata(shares) + torch.rand_like(shares[..., :1]))
 
 
 def residual(log_weights: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def residual(log_weights: Tensor) -> Tensor:
     certain, slots, size = shares.floor(), _strata(shares), shares.shape[-1]
     copies = certain.sum(-1, keepdim=True)
     points = torch.where(slots < copies, slots, copies + (size - copies) * torch.rand_like(shares))
-    return _at(torch.cat([certain, shares - certain], -1), points) % size
+    return at_points(torch.cat([certain, shares - certain], -1), points) % size
 
 
 def conditional_multinomial(log_weights: Tensor) -> Tensor:
@@ -90,12 +90,12 @@ def keep_in_place(ancestors: Tensor) -> Tensor:
 
 def ess(log_weights: Tensor) -> Tensor:
     """Return Kish's effective sample size (sum w)^2 / sum w^2, (chain, prompt); 0 where every weight is 0."""
-    weights = _relative(log_weights)
+    weights = relative_weights(log_weights)
     square = weights.square().sum(-1)
     return weights.sum(-1).square() / square.clamp_min(torch.finfo(square.dtype).tiny)
 
 
-def _relative(log_weights: Tensor) -> Tensor:
+def relative_weights(log_weights: Tensor) -> Tensor:
     """Return weights divided by the largest, (chain, prompt, particle), in float64 except on MPS, which has none."""
     wide = torch.float32 if log_weights.device.type == "mps" else torch.float64
     lw = log_weights.movedim(1, -1).to(wide)
@@ -105,7 +105,7 @@ def _relative(log_weights: Tensor) -> Tensor:
 
 def _shares(log_weights: Tensor) -> Tensor:
     """Return the expected numbers of offspring N W, (chain, prompt, particle)."""
-    weights = _relative(log_weights)
+    weights = relative_weights(log_weights)
     total = weights.sum(-1, keepdim=True)
     weights = torch.where(total > 0, weights, 1.0)
     return weights.shape[-1] * weights / weights.sum(-1, keepdim=True)
@@ -116,7 +116,7 @@ def _strata(shares: Tensor) -> Tensor:
     return torch.arange(shares.shape[-1], dtype=shares.dtype, device=shares.device).expand_as(shares)
 
 
-def _at(mass: Tensor, points: Tensor) -> Tensor:
+def at_points(mass: Tensor, points: Tensor) -> Tensor:
     """Return the particles (chain, particle, prompt) on whose mass (chain, prompt, particle) the points fall."""
     cumulative = mass.cumsum(-1)
     index = torch.searchsorted(cumulative, points.contiguous(), right=True).clamp_max(mass.shape[-1] - 1)

@@ -143,6 +143,17 @@ def test_standard_error_by_root_by_hand() -> None:
     assert diagnostics.num_roots(np.array(roots)[..., None]) == 3
 
 
+def test_chains_of_one_root_each_are_the_draws() -> None:
+    """The error is that of independent estimates, one a chain: the means of w / mean(w), 4 / 3 and 2 / 3."""
+    log_weights, roots = (
+        np.log([[1.0, 2.0, 1.0], [1.0, 0.5, 0.5]])[..., None],
+        np.array([[0, 0, 0], [1, 1, 1]])[..., None],
+    )
+    means = np.exp(log_weights).mean(1)[:, 0]
+    expected = np.std(means / means.mean(), ddof=1) / np.sqrt(2)
+    assert diagnostics.log_evidence(log_weights, roots)[1] == pytest.approx(expected)
+
+
 def test_one_root_serves_all_values_where_prompts_share_a_posterior() -> None:
     rng = np.random.default_rng(0)
     influence, roots = rng.normal(size=(2, 30, 3)), rng.integers(0, 30, (2, 30, 1))

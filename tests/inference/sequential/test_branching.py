@@ -24,7 +24,7 @@ THRESHOLD = 0.3
 @pytest.mark.parametrize("seed", range(3))
 def test_a_child_weighs_its_mass_on_average_with_the_least_variance(seed: int) -> None:
     torch.manual_seed(seed)
-    index, log_weight = keep(MASS.log().expand(RUNS, -1), NUMBER)
+    index, log_weight = (x[..., 0] for x in keep(MASS.log().expand(RUNS, -1)[..., None], NUMBER))
     weights = torch.zeros(RUNS, len(MASS), dtype=torch.float64).scatter(1, index, log_weight.exp())
     assert ((weights > 0).sum(1) == NUMBER).all(), "each is kept once"
     torch.testing.assert_close(weights.sum(1), MASS.sum().expand(RUNS))
@@ -41,7 +41,7 @@ def test_a_child_weighs_its_mass_on_average_with_the_least_variance(seed: int) -
 )
 def test_where_few_children_have_mass_all_are_kept(log_mass: list[float]) -> None:
     given = torch.tensor(log_mass)
-    index, log_weight = keep(given, 3)
+    index, log_weight = (x[0, :, 0] for x in keep(given[None, :, None], 3))
     found = torch.full((6,), -torch.inf).scatter_reduce(0, index, log_weight, "amax")
     torch.testing.assert_close(
         found.exp() if given.max() < 100 else (found - 700).exp(),

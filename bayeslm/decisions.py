@@ -80,12 +80,18 @@ class SameAnswer(Utility):
         self.answer = answer
 
     def table(self, candidates: list[str], draws: list[str]) -> Array:
-        found = [self.answer(text) for text in draws]
-        rows = [[mine is not None and mine == other for other in found] for mine in map(self.answer, candidates)]
+        found = [self.key(text) for text in draws]
+        rows = [[mine is not None and mine == other for other in found] for mine in map(self.key, candidates)]
         return np.array(rows, dtype=float)
 
     def key(self, text: str) -> Hashable:
-        return self.answer(text)
+        try:
+            found = self.answer(text)
+            hash(found)
+        except Exception as error:
+            what = "SameAnswer: the answer of a text must be a string, a number, a tuple or None, and"
+            raise ValueError(f"{what} the function raised {type(error).__name__} ({error}) for {text!r:.60}") from error
+        return found
 
 
 @validated

@@ -111,6 +111,7 @@ class RejectionSampling:
                 "proposals": len(accepted),
                 "wanted": wanted,
                 "interrupted": interrupted,
+                "constrained": self.constraint is not None,
             }
             log_weights = proposals.log_weights.cpu().numpy()[None]
             if draws < wanted:

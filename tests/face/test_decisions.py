@@ -212,6 +212,11 @@ WRONG = {
         {"utility": EmbeddingSimilarity(lambda texts: np.zeros((1, 2)))},
         "embed must return",
     ),
+    "an answer that is a list": (
+        {"utility": SameAnswer(str.split)},
+        "must be a string, a number, a tuple or None, and the function raised TypeError",
+    ),
+    "a class": ({"utility": SameAnswer}, r"that is a class, write SameAnswer\(\.\.\.\)"),
     "a site that is unknown": ({"utility": SameAnswer(), "site": "draft"}, r"site must be one of \['completion'\]"),
     "no candidates": ({"utility": SameAnswer(), "num_candidates": 0}, "num_candidates must be a positive whole number"),
     "an unknown name": ({"utility": "rewards"}, "utility must be"),

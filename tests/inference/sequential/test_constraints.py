@@ -22,6 +22,7 @@ from bayeslm.inference.program import EvidenceError, ProgramError, inspect, run_
 from bayeslm.inference.sequential import LearnedRejection
 from bayeslm.inference.sequential.spelling import Spelling
 from bayeslm.models import LanguageModel, TiltedLM, rewards
+from bayeslm.reliability import problems
 
 pytest.importorskip("llguidance")
 QUIET = {"seed": 0, "progress": False}
@@ -153,6 +154,7 @@ def test_rejection_learns_until_it_refuses_nothing():
     settings = {"num_samples": 100, "batch_size": 32, **QUIET}
     learned = RejectionSampling(constraint=grammar, **settings).run(model, PROMPTS[:1])
     assert learned.rewards["reward"].shape == (1, 100, 1)
+    assert problems(learned) == [[]]  # a constraint leaves one reward, and that is nothing to warn of
     assert learned.stats["proposals"] < 0.01 * 100 / np.exp(exact("json").log_evidence[0])  # of what it takes without
 
 

@@ -132,7 +132,8 @@ def checked(function: Callable[..., Any], checks_of: Callable[[Iterable[str]], d
                 owner = type(args[0]).__name__ + name_of
             error = ValueError if refused.out_of_range else TypeError
             words, value = refused.words or check.words, refused.value if refused.place else value
-            raise error(f"{owner}: {name}{refused.place} must be {words}, got {show(value)}{_hint(words, value)}") from None
+            got = show(value) + _hint(words, value)
+            raise error(f"{owner}: {name}{refused.place} must be {words}, got {got}") from None
         return function(*places, **names)
 
     return call

@@ -26,7 +26,14 @@ from bayeslm.inference.program import (
     posterior,
     running,
 )
-from bayeslm.inference.sequential import ConstraintGuide, TokenConstraint, check_retained, put_first, retained_particles
+from bayeslm.inference.sequential import (
+    ConstraintGuide,
+    TokenConstraint,
+    check_retained,
+    put_first,
+    retained_particles,
+    with_factor,
+)
 from bayeslm.models.lm import LanguageModel
 from bayeslm.posterior import Posterior
 from bayeslm.validation import Count, Seed, validated
@@ -110,18 +117,19 @@ class ImportanceSampling:
                 progress=self.progress,
                 label="importance sampling",
             )
-            return posterior(
+            is_constrained = isinstance(self.guide, TokenConstraint | Mapping)
+            found = posterior(
                 program,
                 particles if retained is None else put_first(retained, particles),
                 engine="ImportanceSampling",
                 kind="weighted",
                 num_chains=self.num_chains,
                 conditional=retained is not None,
-                stats=watch.stats()
-                | {"interrupted": interrupted, "constrained": isinstance(self.guide, TokenConstraint | Mapping)},
+                stats=watch.stats() | {"interrupted": interrupted, "constrained": is_constrained},
                 prior=particles if guide is None else None,
                 from_prior=len(particles) if guide is None else None,
             )
+            return with_factor(found, self.guide) if is_constrained else found
 
     def _guide(self, program: Program, setting: Any) -> Callable[..., Any]:
         """Return the guide: that of a policy or a constraint, or the setting itself."""

@@ -38,7 +38,7 @@ from bayeslm.inference.program import (
     run_particles,
     running,
 )
-from bayeslm.inference.sequential import LearnedRejection, TokenConstraint, learned_evidence
+from bayeslm.inference.sequential import LearnedRejection, TokenConstraint, learned_evidence, with_factor
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 from bayeslm.validation import Count, Seed, validated
@@ -133,7 +133,7 @@ class RejectionSampling:
                 likelihood = proposals.total_log_likelihood
                 log_share = kept.total_log_likelihood - (likelihood.logsumexp(0) - math.log(len(likelihood)))
                 kept = replace(kept, log_proposal=kept.log_proposal + log_share)
-            return posterior(
+            found = posterior(
                 program,
                 kept,
                 engine="RejectionSampling",
@@ -145,6 +145,7 @@ class RejectionSampling:
                 from_prior=len(proposals) if self.constraint is None else None,
                 log_bound=bound,
             )
+            return found if self.constraint is None else with_factor(found, self.constraint)
 
     def _propose(self, program: Program, bound: float, watch: Stopwatch) -> tuple[Particles, torch.Tensor, bool]:
         """Propose until every prompt has its draws or ``max_proposals`` is reached, each process its share of both.

@@ -59,7 +59,8 @@ class TokenModel(ModuleWithProperties):
     ) -> None:
         super().__init__()
         if tokenizer is not None and not hasattr(tokenizer, "decode"):
-            raise TypeError(f"LanguageModel: tokenizer must be a tokenizer of transformers or None, got {show(tokenizer)}")
+            what = "must be a tokenizer of transformers or None"
+            raise TypeError(f"LanguageModel: tokenizer {what}, got {show(tokenizer)}")
         network = adapters.unwrapped(network)
         adapters.check_supported(network)
         self.compute_dtype = compute_dtype

@@ -28,7 +28,8 @@ def check_function(function: Any) -> None:
     if not callable(function):
         raise TypeError(f"a reward function must be callable, got {type(function).__name__}")
     if isinstance(function, type):
-        raise TypeError(f"a reward must be a function or a Reward, got the class {function.__name__}: write {function.__name__}(...)")
+        name = function.__name__
+        raise TypeError(f"a reward must be a function or a Reward, got the class {name}: write {name}(...)")
 
 
 def check_scores(result: Any, count: int, low: float, high: float, fail: Callable[[str, int], NoReturn]) -> np.ndarray:

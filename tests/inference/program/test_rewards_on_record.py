@@ -199,7 +199,8 @@ def test_r_is_finite_or_minus_infinity(bad: float, make: Any, compiled: bool, mo
 
 def test_an_error_names_the_function_that_was_called() -> None:
     for function, rest in ((rewards.factor, [0.5]), (rewards.record, [])):
-        with pytest.raises(ValueError, match=rf"rewards\.{function.__name__}\('taste', \.\.\.\): r must be real numbers"):
+        name = rf"rewards\.{function.__name__}\('taste', \.\.\.\)"
+        with pytest.raises(ValueError, match=f"{name}: r must be real numbers"):
             function("taste", "good", *rest)
 
 

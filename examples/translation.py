@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from _figures import parser, write
+from _figures import count, parser, write
 from _tavi import corpus
 from _translations import Figures, baseline, figures, lines_of, picture, reward, translations
 from transformers import BartConfig, BartForConditionalGeneration
@@ -74,7 +74,9 @@ def one_seed(seed: int, quick: bool, folder: Path) -> dict[str, Figures]:
 
 def main(arguments: list[str] | None = None) -> list[str]:
     options = parser(__doc__, "translation")
-    options.add_argument("--seeds", type=int, default=1, help="of corpus, network and training; errors are over these")
+    options.add_argument(
+        "--seeds", type=count, default=1, help="of corpus, network and training; errors are over these"
+    )
     chosen = options.parse_args(arguments)
     folder, started = chosen.folder, time.perf_counter()
     warnings.simplefilter("ignore", DiagnosticsWarning)  # a few draws, from which a translation is chosen

@@ -86,7 +86,8 @@ class ImportanceSampling:
         ``model_calls``. After Ctrl-C the posterior has the draws until then.
 
         :raises EvidenceError: if no draw of a prompt has positive probability.
-        :raises ProgramError: if the retained draws are not of this program, or the guide cannot have proposed them.
+        :raises ProgramError: if the retained draws are not of this program, or the guide cannot have proposed them; or
+            if the guide is a `Grammar` that is no factor of the program.
         :raises RunError: if an error stops the run after the first batch; it carries the draws.
         """
         with running(self.seed, divided=True, sampled=self.retained is None) as watch:

@@ -83,12 +83,13 @@ class RejectionSampling:
         The draws of a program whose language model has a sampler are weighted ones.
 
         ``stats``: ``acceptance`` (prompt,), the share of accepted proposals; ``proposals``, their number for each
-        prompt; ``wanted``, the number of draws that the settings ask for; ``interrupted``,
-        ``seconds``, ``tokens`` and ``model_calls``. After Ctrl-C the posterior has the draws
+        prompt; ``wanted``, the number of draws that the settings ask for; ``constrained``, whether a constraint is set;
+        ``interrupted``, ``seconds``, ``tokens`` and ``model_calls``. After Ctrl-C the posterior has the draws
         until then, equally many of each prompt and chain.
 
-        :raises ProgramError: if no finite bound is known, or a proposal exceeds it by more than rounding. As a wrong
-            bound makes all accepted draws wrong, there are no results then.
+        :raises ProgramError: if no finite bound is known, or a proposal exceeds it by more than rounding, or the
+            constraint is a `Grammar` that is no factor of the program. As all accepted draws are wrong then, there are
+            no results.
         :raises EvidenceError: if ``max_proposals``, or Ctrl-C, leave a prompt with fewer draws than chains.
         :raises RunError: if another error stops the run after the first batch; it carries all proposals, weighted as by
             `ImportanceSampling`.

@@ -182,7 +182,7 @@ class SMC:
         :raises EvidenceError: if all particles of a prompt get weight 0; the message has the token and the factors,
             and ``survivors`` the texts before it.
         :raises ProgramError: if a weight is NaN or +inf, if particles depend on one another, or if a twist or retained
-            draws are not for this program.
+            draws are not for this program, such as a `Grammar` that is no factor of it.
         :raises RunError: if an error stops the run after the first chains; it carries their particles.
         """
         with running(self.seed, divided=True) as watch:

@@ -87,10 +87,12 @@ class SameAnswer(Utility):
     def key(self, text: str) -> Hashable:
         try:
             found = self.answer(text)
-            hash(found)
         except Exception as error:
-            what = "SameAnswer: the answer of a text must be a string, a number, a tuple or None, and"
-            raise ValueError(f"{what} the function raised {type(error).__name__} ({error}) for {text!r:.60}") from error
+            what = f"SameAnswer: the function raised {type(error).__name__} ({error}) for {text!r:.60}"
+            raise ValueError(f"{what}: return None where a text has no answer") from error
+        if not isinstance(found, Hashable):
+            what = "an answer must be a string, a number, a tuple or None"
+            raise ValueError(f"SameAnswer: {what}, got {found!r:.60} for {text!r:.60}")
         return found
 
 

@@ -214,7 +214,11 @@ WRONG = {
     ),
     "an answer that is a list": (
         {"utility": SameAnswer(str.split)},
-        "must be a string, a number, a tuple or None, and the function raised TypeError",
+        r"an answer must be a string, a number, a tuple or None, got \['",
+    ),
+    "an answer that is not found": (
+        {"utility": SameAnswer(lambda text: text.split()[9])},
+        r"the function raised IndexError \(.*\) for '.*': return None where a text has no answer",
     ),
     "a class": ({"utility": SameAnswer}, r"that is a class, write SameAnswer\(\.\.\.\)"),
     "a site that is unknown": ({"utility": SameAnswer(), "site": "draft"}, r"site must be one of \['completion'\]"),

@@ -96,8 +96,9 @@ class ParticleObjective(Objective):
         densities = LogDensities(log_q(program, guide, particles), cooled, log_s, num, prompts)
         score, loss = densities.log_q.detach(), self.loss(densities)
         figures = self._figures(particles, LogDensities(score, target, log_s, num))
-        seen = {"loss": loss.detach(), "prompts": torch.empty(0) if prompts is None else prompts}
-        ranks().check_same(f"in {type(self).__name__}", {name: digest_of({name: x}) for name, x in seen.items()})
+        if ranks().size > 1:
+            seen = {"loss": loss.detach(), "prompts": torch.empty(0) if prompts is None else prompts}
+            ranks().check_same(f"in {type(self).__name__}", {name: digest_of({name: x}) for name, x in seen.items()})
         particles = replace(particles, log_proposal=score + left_out)
         return Estimate(loss.sum(), figures, particles, {**state, **under("source", kept)})
 
@@ -118,17 +119,15 @@ class ParticleObjective(Objective):
     def of_another_program(self, state: State) -> State:
         return {name: value for name, value in state.items() if not name.startswith("source.")}
 
-    @property
-    def divides(self) -> bool:
-        return hasattr(self.source, "gathered")
-
     def gathered(self, state: State) -> State:
-        source: Any = self.source
-        return {**state, **under("source", source.gathered(within("source", state)))} if self.divides else state
+        if (of_source := getattr(self.source, "gathered", None)) is None:  # only those that keep draws have it
+            return state
+        return {**state, **under("source", of_source(within("source", state)))}
 
     def divided(self, state: State) -> State:
-        source: Any = self.source
-        return {**state, **under("source", source.divided(within("source", state)))} if self.divides else state
+        if (of_source := getattr(self.source, "divided", None)) is None:
+            return state
+        return {**state, **under("source", of_source(within("source", state)))}
 
     def _figures(self, particles: Particles, densities: LogDensities) -> dict[str, Tensor]:
         """Return figures (prompt,) of the target itself, whose inverse temperature is 1."""
@@ -184,7 +183,7 @@ class LogVariance(ParticleObjective):
         x = _finite(densities.log_target) - densities.log_q
         n = densities.num
         if not self.truncated:
-            return 0.5 * _variance(x, torch.full_like(x, 1 / n).detach(), n)
+            return 0.5 * _variance(x, torch.full_like(x, 1 / n), n)
         ratio = (densities.log_q.detach() - densities.log_s).clamp_max(0.0)
         power = _variance(x.detach(), softmax(ratio), n).clamp_max(1.0)
         return 0.5 * _variance(x, softmax(power * ratio), n)

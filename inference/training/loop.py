@@ -418,10 +418,10 @@ class Training:
 
     def _write(self, checkpoints: Checkpoints | None, wanted: bool) -> None:
         """Write a checkpoint, if the first process wants one; it has what all processes remember."""
-        state, objective = self._state, getattr(self.loss, "objective", None)
-        if self._writes and ranks().size > 1 and objective is not None and objective.divides:
+        state = self._state
+        if self._writes:
             wanted = bool(ranks().first(wanted).value)
-            state = objective.gathered(state) if wanted else state
+            state = self.loss.objective.gathered(state) if wanted and isinstance(self.loss, StatefulLoss) else state
         if wanted and checkpoints is not None:
             self.checkpoint = checkpoints.write(self._saved(state))
 

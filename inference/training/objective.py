@@ -102,11 +102,6 @@ class Objective:
         """Return what of a state still holds where the program, or its arguments, are others."""
         return state
 
-    @property
-    def divides(self) -> bool:
-        """Whether each process of a run remembers something of its own."""
-        return False
-
     def gathered(self, state: State) -> State:
         """Return the state with what all processes remember, for a checkpoint; each of them calls this."""
         return state

@@ -12,7 +12,7 @@ import math
 import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -86,6 +86,8 @@ class Shape:
 
 
 ANYTHING = Check("anything", lambda value: value)
+_Parameter: TypeAlias = tuple[str, Check, Any]  # name, check, default
+UNNAMED: _Parameter = ("", ANYTHING, None)
 
 
 def checked(function: Callable[..., Any], checks_of: Callable[[Iterable[str]], dict[str, Check]]) -> Any:
@@ -95,34 +97,44 @@ def checked(function: Callable[..., Any], checks_of: Callable[[Iterable[str]], d
     """
 
     @functools.cache  # at the first call: annotations may name what is defined later
-    def compiled() -> tuple[inspect.Signature, dict[str, Check]]:
+    def compiled() -> tuple[inspect.Signature, list[_Parameter], dict[str, _Parameter]]:
         signature = inspect.signature(function)
-        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        named = [name for name, parameter in signature.parameters.items() if parameter.kind not in variadic]
-        return signature, checks_of(named)
+        every = signature.parameters.values()
+        named = [each for each in every if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+        checks = checks_of([each.name for each in named])
+        parameters = {each.name: (each.name, checks.get(each.name, ANYTHING), each.default) for each in named}
+        by_place = [parameters[each.name] for each in named if each.kind is not each.KEYWORD_ONLY]
+        by_name = {each.name: parameters[each.name] for each in named if each.kind is not each.POSITIONAL_ONLY}
+        return signature, by_place, by_name
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        signature, checks = compiled()
+        signature, by_place, by_name = compiled()
+        places, names = list(args), dict(kwargs)
+        name, value, check = "", None, ANYTHING
         try:
-            bound = signature.bind(*args, **kwargs)
-        except TypeError:
-            return function(*args, **kwargs)  # Python's own error names the argument
-        for name, value in bound.arguments.items():
-            if (check := checks.get(name, ANYTHING)) is ANYTHING or value is signature.parameters[name].default:
-                continue
+            for i, (parameter, value) in enumerate(zip(by_place, args, strict=False)):
+                name, check, default = parameter
+                if check is not ANYTHING and value is not default:
+                    places[i] = check.convert(value)
+            for key, value in kwargs.items():
+                name, check, default = by_name.get(key, UNNAMED)
+                if check is not ANYTHING and value is not default:
+                    names[key] = check.convert(value)
+        except Refused as refused:
             try:
-                bound.arguments[name] = check.convert(value)
-            except Refused as refused:
-                owner = function.__qualname__
-                if "self" in signature.parameters:  # a method is named after the class of the object, not its base
-                    name_of = "" if function.__name__ in ("__init__", "forward") else f".{function.__name__}"
-                    owner = type(args[0]).__name__ + name_of
-                error = ValueError if refused.out_of_range else TypeError
-                words, value = refused.words or check.words, refused.value if refused.place else value
-                hint = f": write [{show(value)}]" if isinstance(value, str) and "a list" in words else ""
-                raise error(f"{owner}: {name}{refused.place} must be {words}, got {show(value)}{hint}") from None
-        return function(*bound.args, **bound.kwargs)
+                signature.bind(*args, **kwargs)
+            except TypeError:
+                return function(*args, **kwargs)  # Python's own error names the argument
+            owner = function.__qualname__
+            if "self" in signature.parameters:  # a method is named after the class of the object, not its base
+                name_of = "" if function.__name__ in ("__init__", "forward") else f".{function.__name__}"
+                owner = type(args[0]).__name__ + name_of
+            error = ValueError if refused.out_of_range else TypeError
+            words, value = refused.words or check.words, refused.value if refused.place else value
+            hint = f": write [{show(value)}]" if isinstance(value, str) and "a list" in words else ""
+            raise error(f"{owner}: {name}{refused.place} must be {words}, got {show(value)}{hint}") from None
+        return function(*places, **names)
 
     return call
 

@@ -15,6 +15,7 @@ import pytest
 from pyro.distributions import Unit
 from pyro.poutine import runtime
 
+from bayeslm.inference.program import set_seed
 from bayeslm.models import LanguageModel
 
 
@@ -28,7 +29,7 @@ def pytest_collection_finish() -> None:
 def _fresh_pyro():
     """The same seed and an empty parameter store for every test, which leaves Pyro as it found it."""
     pyro.clear_param_store()
-    pyro.set_rng_seed(0)
+    set_seed(0)
     pyro.enable_validation()  # `torch.compile` turns it off for the process
     yield
     assert not runtime._PYRO_STACK

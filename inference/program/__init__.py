@@ -4,7 +4,7 @@ from .assign import assign_values, same_distribution, score_values
 from .description import describe, describe_object, prompt_labels, prompt_texts
 from .errors import EvidenceError, ProgramError
 from .guides import PolicyGuide, as_proposal, check_draws_texts, draw_latents
-from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, RandomStates, seeded
+from .handlers import PARTICLES, PROMPTS, Arbitrary, Assign, Assignment, RandomStates, seeded, set_seed
 from .independence import check_independence
 from .messages import Message, digest_of, seed_of
 from .partial import PartialRun
@@ -83,6 +83,7 @@ __all__ = [
     "score_values",
     "seed_of",
     "seeded",
+    "set_seed",
     "site_value",
     "to_numpy",
     "token_bytes",

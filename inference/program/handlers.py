@@ -32,6 +32,7 @@ from pyro.util import set_rng_seed
 from torch import Tensor
 
 from bayeslm.models.lm import Autoregressive, exclusive, subsamples_of
+from bayeslm.validation import Seed, validated
 
 from .errors import ProgramError
 
@@ -231,6 +232,21 @@ class RandomStates:
         return RandomStates(tensors["rng.torch"], cuda, numpy, python)
 
 
+@validated
+def set_seed(seed: Seed) -> None:
+    """Seed torch, NumPy and Python's random, as `pyro.util.set_rng_seed` does.
+
+    Where there is no accelerator, `torch.manual_seed` keeps each call, with its stack, for devices that never come,
+    in memory that grows with every run. There only the CPU's generator is seeded.
+    """
+    if torch.accelerator.is_available():
+        set_rng_seed(seed)
+        return
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  what rewards and Gymnasium's users draw from
+
+
 @contextlib.contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
     """Seed torch, NumPy and Python's random for the block and restore their states after it; None changes nothing.
@@ -242,7 +258,7 @@ def seeded(seed: int | None) -> Iterator[None]:
             yield
             return
         before = RandomStates.now()
-        set_rng_seed(seed)
+        set_seed(seed)
         try:
             yield
         finally:

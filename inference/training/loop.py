@@ -15,7 +15,6 @@ import numpy as np
 import pyro
 import torch
 from pyro import poutine
-from pyro.util import set_rng_seed
 from torch import Tensor
 
 from bayeslm.inference.program import (
@@ -34,6 +33,7 @@ from bayeslm.inference.program import (
     run_particles,
     seed_of,
     seeded,
+    set_seed,
 )
 from bayeslm.models.lm import is_sharded, offering, refuse_sharded, whole_offer
 from bayeslm.progress import announce, track
@@ -486,7 +486,7 @@ class Training:
         self.history = {name: list(x.numpy()) for name, x in within("history", saved.tensors).items()}
         random.restore()
         if not ranks().is_first:  # a stream of its own from here on, however many processes wrote the checkpoint
-            set_rng_seed(ranks().stream(seed_of(saved.tensors["rng.torch"])))
+            set_seed(ranks().stream(seed_of(saved.tensors["rng.torch"])))
         self._resumed = saved.path
         ended = ", its last" if self.done else ""
         announce(f"{self._title}: resumed from step {self.step}{ended}", self._progress)

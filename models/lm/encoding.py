@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, NamedTuple
 
@@ -106,15 +106,19 @@ def encode(
         raise ValueError("prompts is empty: give at least one prompt")
     memory = remembered()
     by = (memory.of(tokenizer), repr(getattr(tokenizer, "chat_template", None)), bos_token_id, complete)
-    keys = [key_of(prompt) for prompt in flat]
+    key_by_id = {name: key_of(prompt) for name, prompt in {id(prompt): prompt for prompt in flat}.items()}
+    keys = [key_by_id[id(prompt)] for prompt in flat]
 
     def row(i: int) -> list[int]:
         key = None if keys[i] is None else (*by, keys[i])
         return recalled(memory.rows, key, lambda: _one(i, flat[i], tokenizer, bos_token_id, complete))
 
     def batch() -> Encoded:
-        found = _padded([row(i) for i in range(len(flat))], shape, vocab_size, room, device)
-        if not any(map(is_chat, flat)):
+        places: dict[Hashable, int] = {}
+        firsts = [places.setdefault(i if key is None else key, i) for i, key in enumerate(keys)]
+        rows = {i: row(i) for i in places.values()}
+        found = _padded(rows, firsts, shape, vocab_size, room, device)
+        if not any(is_chat(flat[i]) for i in rows):
             return found
         chats = np.empty(len(flat), dtype=object)
         chats[:] = [tuple(prompt) if is_chat(prompt) else None for prompt in flat]
@@ -125,19 +129,31 @@ def encode(
 
 
 def _padded(
-    rows: list[list[int]], shape: tuple[int, ...], vocab_size: int, room: int | None, device: torch.device
+    rows: dict[int, list[int]],
+    firsts: list[int],
+    shape: tuple[int, ...],
+    vocab_size: int,
+    room: int | None,
+    device: torch.device,
 ) -> Encoded:
-    """Return rows of token ids as a left-padded batch of prompts; see `encode`."""
-    for i, row in enumerate(rows):
+    """Return rows of token ids as a left-padded batch of prompts; see `encode`.
+
+    :param rows: token ids of prompts that differ, by the index of the first of those that are equal.
+    :param firsts: that index, for each prompt.
+    """
+    for i, row in rows.items():
         if min(row) < 0 or max(row) >= vocab_size:
             raise ValueError(f"prompts[{i}] holds token ids outside 0..{vocab_size - 1}")
         _check_length(i, len(row), room)
-    longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])  # masked, so any id in range will do
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    padded = any(len(row) < longest for row in rows)
+    longest = max(map(len, rows.values()))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows.values()])  # masked: any id in range will do
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows.values()])
+    place = {i: j for j, i in enumerate(rows)}
+    each = torch.tensor([place[i] for i in firsts])
+    padded = any(len(row) < longest for row in rows.values())
     return Encoded(
-        ids.reshape(*shape, longest).to(device), mask.reshape(*shape, longest).to(device) if padded else None
+        ids[each].reshape(*shape, longest).to(device),
+        mask[each].reshape(*shape, longest).to(device) if padded else None,
     )
 
 

@@ -1,6 +1,6 @@
 """A cluster in one machine: many processes with tiny networks, what they send, and whether results keep their law.
 
-    python benchmarks/cluster.py [--processes 2 4 8 16] [--steps 10] [--draws 10240]
+    python benchmarks/cluster.py [--processes 2 4 8 16] [--steps 10] [--draws 10240] [--objective reverse|kept|critic]
 
 Of each number of processes, for several numbers of particles and prompts: the bytes that one process hands to
 collectives in a step of SVI, sums of gradients and all else, and the same of `ImportanceSampling`, once. The law: the
@@ -17,6 +17,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +37,30 @@ def program() -> Any:
     return TiltedLM(lm, reward, beta=0.7, max_new_tokens=TOKENS)
 
 
-def work(cases: list[tuple[int, int]], steps: int, num_draws: int) -> None:
+def work(cases: list[tuple[int, int]], steps: int, num_draws: int, objective: str) -> None:
     """Run the cases in this process, one of several; the first one prints what it found.
 
     :param num_draws: of importance sampling, in runs of so many particles.
+    :param objective: of SVI, by name.
     """
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from support.counting import counted_bytes, counted_bytes_of_steps
 
     from bayeslm.inference import SVI, Exact, ImportanceSampling
-    from bayeslm.inference.training import Adam, ReverseKL
+    from bayeslm.inference.training import Adam, Critic, LogVariance, Replay, ReverseKL
 
+    objectives: dict[str, Callable[[int], Any]] = {
+        "reverse": ReverseKL,
+        "kept": lambda num: LogVariance(num, Replay(8 * num, every=2), truncated=True),
+        "critic": lambda num: ReverseKL(num, Critic()),
+    }
     found = []
     for particles, prompts in cases:
         model, asked = program(), PROMPTS[:prompts]
         exact = Exact().run(model, asked).log_evidence
         engine = SVI(
             num_steps=steps,
-            objective=ReverseKL(particles),
+            objective=objectives[objective](particles),
             optimizer=Adam(0.05, schedule="constant"),
             num_samples=particles,
             num_prior_samples=0,
@@ -99,12 +106,13 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--draws", type=int, default=10_240, help="of importance sampling, for the law")
+    parser.add_argument("--objective", default="reverse", choices=["reverse", "kept", "critic"], help="of SVI")
     parser.add_argument("--work", type=json.loads)
     arguments = parser.parse_args()
     if arguments.work is not None:
-        work(arguments.work, arguments.steps, arguments.draws)
+        work(arguments.work, arguments.steps, arguments.draws, arguments.objective)
         return
-    options = ["--steps", str(arguments.steps), "--draws", str(arguments.draws)]
+    options = ["--steps", str(arguments.steps), "--draws", str(arguments.draws), "--objective", arguments.objective]
     print("| processes | particles | prompts | gradients a step, B | all else a step, B | a draw, B | Z, errors |")
     print("|---|---|---|---|---|---|---|")
     for processes in arguments.processes:

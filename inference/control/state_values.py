@@ -20,7 +20,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from bayeslm.inference.program import ProgramError
+from bayeslm.inference.program import ProgramError, ranks
 from bayeslm.inference.training import EMPTY, State, Texts, leave_one_out
 from bayeslm.validation import Count, Within, validated
 
@@ -69,7 +69,8 @@ class StateValues:
         advantage = torch.zeros_like(to_go)
         surprise = to_go[texts.live] - values[cell]
         advantage[texts.live] = surprise
-        count = torch.zeros_like(visits).index_add_(0, cell, torch.ones_like(surprise))
+        each = torch.stack([torch.ones_like(surprise), surprise])
+        count, surprises = ranks().total(to_go.new_zeros(2, len(values)).index_add_(1, cell, each))
         visits = self.decay * visits + count
-        values = values + torch.zeros_like(values).index_add_(0, cell, surprise) / visits.clamp_min(1.0)
+        values = values + surprises / visits.clamp_min(1.0)
         return advantage, {"table": torch.stack([values, visits])}

@@ -25,7 +25,6 @@ from bayeslm.inference.program import (
     Particles,
     Program,
     ProgramError,
-    gathered,
     ranks,
     run_particles,
     seeded,
@@ -69,7 +68,7 @@ class Ahead:
         due = program if program.minibatch is None else program.on(prompts[0].to(program.minibatch))
         with seeded(ranks().stream(int(seeds[0]))), answering(int(seeds[0])):
             particles = run_particles(due, guide, ranks().share(num_particles))
-        return gathered([particles], program.device), {"seeds": seeds[1:], "prompts": prompts[1:]}
+        return particles, {"seeds": seeds[1:], "prompts": prompts[1:]}
 
     def _ask(self, program: Program, guide: Callable[..., Any], num_particles: int, seed: int) -> None:
         plate = pyro.plate(PARTICLES, ranks().share(num_particles), dim=-1 - program.max_plate_nesting)

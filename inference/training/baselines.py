@@ -68,7 +68,7 @@ class Texts:
 class TokenBaseline(Protocol):
     """A baseline for every token; as a `Baseline` it serves the latents that are no sequences.
 
-    Each process of a run calls it with the particles of all.
+    Each process of a run calls it with its own particles, as it calls a `Baseline`.
     """
 
     def __call__(self, name: str, f: Tensor, prompts: Tensor | None, state: State) -> tuple[Tensor, State]:

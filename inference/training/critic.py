@@ -33,11 +33,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
+from bayeslm.inference.program import ranks
 from bayeslm.validation import Count, Positive, validated
 
 from .baselines import ExponentialAverage, Texts, leave_one_out
 from .resumable import ANY, check_tensor
 from .state import EMPTY, State, under, within
+from .sums import summed
 
 AVERAGE = ExponentialAverage()  # the level, where there is no other particle
 
@@ -70,13 +72,14 @@ class Critic:
 
         :param f: (particle, prompt), or (particle, 1).
         """
-        if not texts.live.any():
+        num, live = map(int, ranks().total(torch.stack([torch.tensor(len(f)), texts.live.sum().cpu()])))
+        if not live:
             return torch.zeros_like(texts.past), state  # no token: there is nothing to credit, nor to learn
-        level, averages = (f, EMPTY) if len(f) > 1 else AVERAGE(name, f, texts.prompts, state)
+        level, averages = (f, EMPTY) if num > 1 else AVERAGE(name, f, texts.prompts, state)
         head = within("head", state) or _new_head(texts, self.width)
         level = level[:, :, None, None]
         with torch.no_grad():
-            now = _advantages(level.expand(texts.past.shape), texts.live)[texts.live].square().mean()
+            now = ranks().total(_square(level.expand(texts.past.shape), texts.live)) / live
             variance = state.get("variance", now)
             scale = variance.sqrt().clamp_min(1e-6)
             past = texts.past / scale
@@ -89,9 +92,10 @@ class Critic:
         with torch.enable_grad():
             for _ in range(self.num_steps):
                 error = level / scale - value_of(head | learned, texts.hidden, past)
-                loss = _advantages(error, texts.live)[texts.live].square().mean()
+                loss = _square(error, texts.live) / live
                 adam.zero_grad()
                 loss.backward()
+                ranks().add_up([p.grad for p in learned.values() if p.grad is not None])
                 adam.step()
         moments = adam.state_dict()["state"]
         return found, {
@@ -154,8 +158,11 @@ def _new_head(texts: Texts, width: int) -> dict[str, Tensor]:
 def _rescaled(head: dict[str, Tensor], texts: Texts, decay: float) -> dict[str, Tensor]:
     """Scale by averages of earlier steps: the states of a policy that learns to live longer move far."""
     rows = texts.hidden[texts.live].float()
-    deviation = rows.std(0, correction=0).clamp_min(1e-3 * float(rows.std(correction=0)) + 1e-12)
-    now = {"mean": rows.mean(0), "deviation": deviation}
+    num = ranks().total(torch.tensor(float(len(rows)))).to(rows.device)
+    mean = ranks().total(rows.sum(0)) / num
+    variance = ranks().total((rows - mean).square().sum(0)) / num
+    of_all = (variance + (mean - mean.mean()).square()).mean().sqrt()
+    now = {"mean": mean, "deviation": variance.sqrt().clamp_min(1e-3 * float(of_all) + 1e-12)}
     return head | {name: head[name].lerp(now[name], 1.0 - decay) for name in BUFFERS}
 
 
@@ -180,9 +187,16 @@ def _load_moments(adam: torch.optim.Adam, saved: dict[str, Tensor]) -> None:
     adam.load_state_dict(adam.state_dict() | {"state": moments})
 
 
+def _square(f: Tensor, live: Tensor) -> Tensor:
+    """Return the sum of the squared advantages of this process's live tokens."""
+    return _advantages(f, live)[live].square().sum()
+
+
 def _advantages(f: Tensor, live: Tensor) -> Tensor:
-    """f (particle, prompt, text, token) less the mean of the other particles' over their live tokens, 0 of none."""
-    if len(f) == 1:
-        return f
-    total, count = ((x * live).sum((2, 3), keepdim=True) for x in (f, torch.ones_like(f)))
-    return f - (total.sum(0) - total) / (count.sum(0) - count).clamp_min(1.0)
+    """f (particle, prompt, text, token) less the mean of the other particles' over their live tokens, 0 of none.
+
+    The other particles are those of all processes.
+    """
+    sums = torch.stack([(x * live).sum((2, 3), keepdim=True) for x in (f, torch.ones_like(f))])
+    total, count = summed(sums.sum(1, keepdim=True)) - sums
+    return f - total / count.clamp_min(1.0)

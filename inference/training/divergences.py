@@ -8,6 +8,9 @@ guide's own unless a `sources.Source` says otherwise; an objective sees of them,
 and returns a loss whose gradient is the estimate. They train the guide alone: particles have no gradient (no pathwise
 one either), nor have the program's own parameters. `ReverseKL` has a file of its own, since it knows more of a program
 than these sums.
+
+Where several processes train one guide each has its own particles, and losses take their sums over those of all
+(`sums`).
 """
 
 from __future__ import annotations
@@ -24,11 +27,11 @@ from torch.nn.functional import logsigmoid, softplus
 from bayeslm.inference.program import Particles, Program, ProgramError, digest_of, ranks
 from bayeslm.validation import Count, Finite, Within, validated
 
-from .ahead import Ahead
 from .baselines import less_others
-from .objective import Estimate, Objective
-from .sources import FromPosterior, Replay, Source, log_q, of_guide, of_prior
+from .objective import Estimate, Objective, of_all_processes
+from .sources import FromPosterior, Replay, Source, log_q, of_guide
 from .state import State, under, within
+from .sums import log_mean_exp, log_totals, softmax, total, with_value
 
 SAME = 1e-3  # nats of a particle, up to which log s counts as log q
 
@@ -36,12 +39,14 @@ SAME = 1e-3  # nats of a particle, up to which log s counts as log q
 class LogDensities(NamedTuple):
     """The log-densities of particles, (particle, prompt): log q with gradient, log p + l, and log s.
 
-    ``prompts`` (prompt,) are the indices of a minibatch's prompts.
+    ``num`` is the number of particles; of several processes, of all of them, while the densities are those of this
+    process's own. ``prompts`` (prompt,) are the indices of a minibatch's prompts.
     """
 
     log_q: Tensor
     log_target: Tensor
     log_s: Tensor
+    num: int
     prompts: Tensor | None = None
 
 
@@ -64,15 +69,21 @@ class ParticleObjective(Objective):
         self.source = source
 
     def loss(self, densities: LogDensities) -> Tensor:
-        """Return the loss (prompt,), whose gradient is the estimate."""
+        """Return the loss (prompt,), whose gradient is the estimate.
+
+        Of several processes: the loss of all particles, with the gradient of this one's own; see `sums`.
+        """
         raise NotImplementedError
 
     def estimate(
         self, program: Program, guide: Callable[..., Any], state: State, inverse_temperature: float
     ) -> Estimate:
         particles, kept = self.source(program, guide, self.num_particles, within("source", state))
-        if not (self.source in (of_guide, of_prior) or isinstance(self.source, FromPosterior | Replay | Ahead)):
-            ranks().check_same("what the source returns", {"log s": digest_of({"log s": particles.log_proposal})})
+        if len(particles) != (own := ranks().share(self.num_particles)):
+            raise ValueError(
+                f"{type(self).__name__}: the source has returned {len(particles)} particles in place of {own}. It "
+                "returns num_particles, or of several processes each its own, ranks().share(num_particles)"
+            )
         if particles.prompts is not None:
             program = program.on(particles.prompts[0])  # which are not this step's where kept particles are used again
         # a latent that the guide leaves to the prior has the prior's density in q too: it cancels
@@ -81,13 +92,15 @@ class ParticleObjective(Objective):
         target, log_s = particles.log_joint - left_out, particles.log_proposal - left_out
         cooled = (inverse_temperature - 1.0) * likelihood
         cooled = target + cooled.masked_fill(torch.isneginf(likelihood), 0.0)
-        rows = ranks().rows(len(particles))
-        own = particles[rows] if ranks().size > 1 else particles
-        densities = LogDensities(ranks().joined(log_q(program, guide, own)), cooled, log_s, program.minibatch)
-        score = densities.log_q.detach()
-        figures = self._figures(particles, LogDensities(score, target, log_s))
-        own = replace(own, log_proposal=(score + left_out)[rows])
-        return Estimate(self.loss(densities).sum(), figures, own, {**state, **under("source", kept)})
+        num, prompts = self.num_particles, program.minibatch
+        densities = LogDensities(log_q(program, guide, particles), cooled, log_s, num, prompts)
+        score, loss = densities.log_q.detach(), self.loss(densities)
+        figures = self._figures(particles, LogDensities(score, target, log_s, num))
+        if ranks().size > 1:
+            seen = {"loss": loss.detach(), "prompts": torch.empty(0) if prompts is None else prompts}
+            ranks().check_same(f"in {type(self).__name__}", {name: digest_of({name: x}) for name, x in seen.items()})
+        particles = replace(particles, log_proposal=score + left_out)
+        return Estimate(loss.sum(), figures, particles, {**state, **under("source", kept)})
 
     def next_prompts(self, program: Program, state: State) -> tuple[Tensor, State]:
         if isinstance(self.source, Replay) and self.source.repeats(within("source", state)):
@@ -106,11 +119,22 @@ class ParticleObjective(Objective):
     def of_another_program(self, state: State) -> State:
         return {name: value for name, value in state.items() if not name.startswith("source.")}
 
+    def gathered(self, state: State) -> State:
+        if (of_source := getattr(self.source, "gathered", None)) is None:  # only those that keep draws have it
+            return state
+        return {**state, **under("source", of_source(within("source", state)))}
+
+    def divided(self, state: State) -> State:
+        if (of_source := getattr(self.source, "divided", None)) is None:
+            return state
+        return {**state, **under("source", of_source(within("source", state)))}
+
     def _figures(self, particles: Particles, densities: LogDensities) -> dict[str, Tensor]:
         """Return figures (prompt,) of the target itself, whose inverse temperature is 1."""
-        log_q, log_target, log_s, _ = densities
+        log_q, log_target, log_s, _, _ = densities
         ratio = log_q - log_s
-        shares = ratio.masked_fill(ratio.isnan(), -torch.inf).softmax(0)  # NaN: see `_log_weight`
+        ratio = ratio.masked_fill(ratio.isnan(), -torch.inf)  # NaN: see `_log_weight`
+        shares = ratio.softmax(0)
 
         def mean(x: Tensor) -> Tensor:
             return torch.where(shares > 0, shares * x, 0.0).sum(0)
@@ -118,12 +142,12 @@ class ParticleObjective(Objective):
         likelihood, elbo = mean(particles.total_log_likelihood), mean(log_target - log_q)
         figures = {"elbo": elbo, "log_likelihood": likelihood, "kl": likelihood - elbo}
         if not isinstance(self.source, FromPosterior):  # whose log s may lack a constant
-            figures["log_evidence"] = _log_mean_exp(log_target - log_s)
+            weights = log_target - log_s
+            figures["log_evidence"] = weights.logsumexp(0) - math.log(len(weights))
         if (reward := particles.reward) is not None and reward.shape == shares.shape:
             figures["reward"] = mean(reward.to(shares))
-        if particles.prompts is not None:
-            figures["prompts"] = particles.prompts[0]
-        return figures
+        figures = of_all_processes(figures, ratio.logsumexp(0), len(ratio))
+        return figures if particles.prompts is None else figures | {"prompts": particles.prompts[0]}
 
 
 class LogVariance(ParticleObjective):
@@ -157,16 +181,21 @@ class LogVariance(ParticleObjective):
 
     def loss(self, densities: LogDensities) -> Tensor:
         x = _finite(densities.log_target) - densities.log_q
+        n = densities.num
         if not self.truncated:
-            return 0.5 * x.var(0)
+            return 0.5 * _variance(x, torch.full_like(x, 1 / n), n)
         ratio = (densities.log_q.detach() - densities.log_s).clamp_max(0.0)
-        power = _variance(x.detach(), ratio.softmax(0)).clamp_max(1.0)
-        return 0.5 * _variance(x, (power * ratio).softmax(0))
+        power = _variance(x.detach(), softmax(ratio), n).clamp_max(1.0)
+        return 0.5 * _variance(x, softmax(power * ratio), n)
 
 
-def _variance(x: Tensor, shares: Tensor) -> Tensor:
-    """Return the variance (prompt,) of x (particle, prompt) with these shares of the weight; see `Tensor.var`."""
-    return (shares * (x - (shares * x).sum(0)).square()).sum(0) * (len(x) / (len(x) - 1))
+def _variance(x: Tensor, shares: Tensor, num: int) -> Tensor:
+    """Return the variance (prompt,) of x (particle, prompt) with these shares of the weight; see `Tensor.var`.
+
+    The mean needs no gradient, as the sum of shares * (x - mean) is 0.
+    """
+    own = shares * (x - total(shares * x)).square() * (num / (num - 1))
+    return with_value(total(own), own.sum(0))
 
 
 class ForwardKL(ParticleObjective):
@@ -185,15 +214,16 @@ class ForwardKL(ParticleObjective):
     least = 2
 
     def loss(self, densities: LogDensities) -> Tensor:
-        weight = _log_weight(densities.log_target, densities.log_s).softmax(0)
+        log_weight, n = _log_weight(densities.log_target, densities.log_s), densities.num
+        weight = softmax(log_weight)
         control: Tensor | float = 0.0
         if self.source is of_guide:  # whose sampler may draw from s: E_s[q / s \nabla log q] = 0 as well
-            control = _log_ratio(densities).exp() / len(weight)
+            control = _log_ratio(densities).exp() / n
         dead = weight.isnan()  # a prompt of which no particle has any weight teaches nothing
         surrogate = -(torch.where(dead, 0.0, weight - control) * densities.log_q).sum(0)
         ratio = (densities.log_target - densities.log_q.detach()).masked_fill(weight == 0, 0.0)
-        value = (weight * ratio).sum(0) - _log_mean_exp(_log_weight(densities.log_target, densities.log_s))
-        return _with_value(torch.where(dead.any(0), 0.0, value), surrogate)
+        value = total(weight * ratio) - log_mean_exp(log_weight, n)
+        return with_value(torch.where(dead.any(0), 0.0, value), surrogate)
 
 
 class Divergence(NamedTuple):
@@ -258,14 +288,14 @@ class FDivergence(ParticleObjective):
 
     def loss(self, densities: LogDensities) -> Tensor:
         f = DIVERGENCES[self.divergence] if isinstance(self.divergence, str) else self.divergence
-        n, log_q = len(densities.log_q), densities.log_q.detach()
+        n, log_q = densities.num, densities.log_q.detach()
         if densities.log_s.isnan().any():
             raise ProgramError(
                 "the density of another engine's draws is not known where their reward is -inf, and an f-divergence "
                 "needs it there: use ForwardKL, or draw from the guide or the prior"
             )
         if self.log_evidence is None:
-            log_z = _log_mean_exp(densities.log_target - densities.log_s)
+            log_z = log_mean_exp(densities.log_target - densities.log_s, n)
         else:
             log_z = torch.as_tensor(self.log_evidence).to(log_q)
             log_z = log_z if densities.prompts is None or log_z.dim() == 0 else log_z[densities.prompts]
@@ -273,11 +303,11 @@ class FDivergence(ParticleObjective):
         unknown = log_z == -torch.inf  # no particle has any weight: nothing is known of the posterior
         f_prime = _finite(torch.where(unknown, 0.0, f.f_prime(log_t)))
         weight = (log_q - densities.log_s).exp()
-        weight = torch.minimum(weight, weight.mean(0) * n**0.5)
-        value = (weight * torch.where(unknown, 0.0, f.f_over_t(log_t))).mean(0)
+        weight = torch.minimum(weight, total(weight) / n * n**0.5)
+        value = total(weight * torch.where(unknown, 0.0, f.f_over_t(log_t))) / n
         weighted = weight * f_prime
-        surrogate = (weight * less_others(f_prime, weighted, weighted.sum(0), n) * densities.log_q).mean(0)
-        return _with_value(value, surrogate)
+        surrogate = (weight * less_others(f_prime, weighted, total(weighted), n) * densities.log_q).sum(0) / n
+        return with_value(value, surrogate)
 
 
 @validated
@@ -305,7 +335,7 @@ class Renyi(ParticleObjective):
         self.order = order
 
     def loss(self, densities: LogDensities) -> Tensor:
-        n, power = len(densities.log_q), 1.0 - self.order
+        n, power = densities.num, 1.0 - self.order
         if bool((ratio := _log_ratio(densities)).any()):
             raise ProgramError(
                 f"Renyi needs particles of the guide itself, and the sampler's log-density of a text differs from the "
@@ -313,16 +343,20 @@ class Renyi(ParticleObjective):
                 "particles, or a language model without a sampler"
             )
         log_w = power * (_finite(densities.log_target) - densities.log_q.detach())
-        bound = _log_mean_exp(log_w)
+        sums = log_totals(log_w)  # (process, prompt)
+        of_all = sums.logsumexp(0)
+        bound = of_all - math.log(n)
         advantage = bound.expand_as(log_w)
         if n > 1:
             nothing = torch.full_like(log_w[:1], -torch.inf)
             before = torch.cat([nothing, log_w[:-1].logcumsumexp(0)])
             after = torch.cat([nothing, log_w[1:].flip(0).logcumsumexp(0)]).flip(0)
-            replaced = torch.logaddexp(torch.logaddexp(before, after), (log_w.sum(0) - log_w) / (n - 1))
+            elsewhere = torch.cat([nothing, sums[: ranks().rank], sums[ranks().rank + 1 :]]).logsumexp(0)
+            others = torch.logaddexp(torch.logaddexp(before, after), elsewhere)
+            replaced = torch.logaddexp(others, (total(log_w) - log_w) / (n - 1))
             advantage = bound - (replaced - math.log(n))
-        surrogate = -((advantage / power - log_w.softmax(0) + 1 / n) * densities.log_q).sum(0)
-        return _with_value(-bound / power, surrogate)
+        surrogate = -((advantage / power - (log_w - of_all).exp() + 1 / n) * densities.log_q).sum(0)
+        return with_value(-bound / power, surrogate)
 
 
 def _log_ratio(densities: LogDensities) -> Tensor:
@@ -334,15 +368,6 @@ def _log_ratio(densities: LogDensities) -> Tensor:
 def _log_weight(log_target: Tensor, log_s: Tensor) -> Tensor:
     """Return log(target / s); -inf where the target is 0, though another engine's log s is not known there (NaN)."""
     return torch.where(torch.isneginf(log_target), log_target, log_target - log_s)
-
-
-def _log_mean_exp(x: Tensor) -> Tensor:
-    return x.logsumexp(0) - math.log(len(x))
-
-
-def _with_value(value: Tensor, surrogate: Tensor) -> Tensor:
-    """Return ``value`` with the gradient of ``surrogate``."""
-    return value.detach() + surrogate - surrogate.detach()
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -113,6 +113,7 @@ class Training:
         self.ended = False  # before its last step, by a callback
         self.interrupted = False
         self.checkpoint: str | None = None  # the path of the last one
+        self._writes = False  # checkpoints, the first process for all
         self._resumed: Path | None = None  # the one that the next step is the first after
         self.lost: Particles | None = None  # those of the step in which a number was not finite
         self._params: Any = {"params": {}, "constraints": {}} if owns_guide else None
@@ -136,7 +137,7 @@ class Training:
                 x.grad = None  # of an interrupted step
             try:
                 with self._ended_by_ctrl_c(), ranks().deferring():
-                    self._begin_together()
+                    self._begin_together(checkpoints)
                     self._call("start", self._record())
                     while not self.done:
                         before = self._shown_of(total)
@@ -146,16 +147,16 @@ class Training:
                         report(self._shown_of(total) - before, values=self._shown(seconds))
                         if record is not None:
                             self.ended = self._call("step", record).is_last and not self.done
-                        if checkpoints is not None and checkpoints.due(self.step) and not self.done:
-                            self.checkpoint = checkpoints.write(self._saved())
+                        if not self.done:
+                            self._write(checkpoints, checkpoints is not None and checkpoints.due(self.step))
                 self.optimizer.warn_if_stuck()
                 with self._ended_by_ctrl_c(), ranks().deferring():
                     self._call("end", self._record())
             except Exception as error:
                 self._explain(error)
                 raise
-            if checkpoints is not None and not self.interrupted:
-                self.checkpoint = checkpoints.write(self._saved())
+            if not self.interrupted:
+                self._write(checkpoints, checkpoints is not None)
             if self._parts():  # which the first process puts together for its checkpoint
                 ranks().exchange(may_stop=False)
 
@@ -272,10 +273,11 @@ class Training:
             ranks().check_same(f"after step {self.step}, the guide", {"its weights": digest_of(weights)})
         return seconds
 
-    def _begin_together(self) -> None:
+    def _begin_together(self, checkpoints: Checkpoints | None) -> None:
         """Give the guide the parameters of the first process, on all processes of the run."""
         if ranks().size == 1:
             return
+        self._writes = bool(ranks().first(checkpoints is not None).value)
         if self.step == 0:
             self._set_up()
         params = _unconstrained()
@@ -296,7 +298,7 @@ class Training:
             if self.optimizer.steps == begun:
                 random.restore()
                 self._state = state
-                saved, used = self._saved(), {"seconds": seconds} | usage.state_dict()
+                saved, used = self._saved(state), {"seconds": seconds} | usage.state_dict()
                 self.checkpoint = checkpoints.write(replace(saved, values=saved.values | {"used": used}))
             raise
 
@@ -414,10 +416,22 @@ class Training:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
-    def _saved(self) -> Saved:
-        """Return all that it takes to resume the chain from here."""
+    def _write(self, checkpoints: Checkpoints | None, wanted: bool) -> None:
+        """Write a checkpoint, if the first process wants one; it has what all processes remember."""
+        state = self._state
+        if self._writes:
+            wanted = bool(ranks().first(wanted).value)
+            state = self.loss.objective.gathered(state) if wanted and isinstance(self.loss, StatefulLoss) else state
+        if wanted and checkpoints is not None:
+            self.checkpoint = checkpoints.write(self._saved(state))
+
+    def _saved(self, state: State) -> Saved:
+        """Return all that it takes to resume the chain from here.
+
+        :param state: what the objective remembers.
+        """
         rng, states = RandomStates.now().saved()
-        tensors = rng | self._moved() | under("objective", self._state) | under("callbacks", self.callbacks.state())
+        tensors = rng | self._moved() | under("objective", state) | under("callbacks", self.callbacks.state())
         tensors |= {f"history.{name}": torch.from_numpy(np.array(values)) for name, values in self.history.items()}
         places = sorted(name for name, x in tensors.items() if is_sharded(x))
         tensors |= {name: whole_offer(i).cpu() for i, name in enumerate(places)}
@@ -467,7 +481,7 @@ class Training:
         self._stopwatch.resume(**saved.values["used"])
         assign(kept, params)
         self.best.restore(saved.tensors, saved.values["best"])
-        self._state = state
+        self._state = self.loss.objective.divided(state) if isinstance(self.loss, StatefulLoss) else state
         self.callbacks.restore(within("callbacks", saved.tensors))
         self.history = {name: list(x.numpy()) for name, x in within("history", saved.tensors).items()}
         random.restore()

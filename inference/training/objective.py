@@ -11,7 +11,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from bayeslm.inference.program import Particles, Program, inspect_or_reuse
+from bayeslm.inference.program import Particles, Program, inspect_or_reuse, ranks
 from bayeslm.models.lm import differentiating
 from bayeslm.validation import Count, validated
 
@@ -49,8 +49,8 @@ class Objective:
     An objective holds settings alone. What it remembers of earlier steps is a `State`, which `step` takes and returns.
     One that remembers nothing is a loss of ``pyro.infer.SVI``; for the others `StatefulLoss` keeps the state.
 
-    Of several processes each differentiates the loss of all particles in its share of them (`rows`): the sum of their
-    gradients is that of one process with all particles.
+    Of several processes each has its share of the particles, and differentiates the loss of all particles in its own:
+    the sum of their gradients is that of one process with all particles.
 
     ``raises_elbo`` says whether its optimum is the highest ELBO of the guide's class.
 
@@ -100,6 +100,14 @@ class Objective:
 
     def of_another_program(self, state: State) -> State:
         """Return what of a state still holds where the program, or its arguments, are others."""
+        return state
+
+    def gathered(self, state: State) -> State:
+        """Return the state with what all processes remember, for a checkpoint; each of them calls this."""
+        return state
+
+    def divided(self, state: State) -> State:
+        """Return this process's part of such a state, however many processes have written it."""
         return state
 
     def check_state(self, state: State, program: Program, steps: int) -> None:
@@ -179,3 +187,24 @@ class StatefulLoss(ELBO):
 
     def _get_trace(self, *args: Any) -> Any:
         raise NotImplementedError(f"{type(self.objective).__name__} runs all particles in one trace")
+
+
+@validated
+def of_all_processes(figures: dict[str, Tensor], log_count: Tensor, num: int) -> dict[str, Tensor]:
+    """Return the figures (prompt,) of the particles of all processes, from those of this one's own.
+
+    :param figures: means, weighted by q / s; and ``log_evidence``, if it is known.
+    :param log_count: the logarithm of the sum of q / s, (prompt,).
+    :param num: of this process's particles.
+    """
+    if ranks().size == 1:
+        return figures
+    messages = ranks().exchange(num, figures | {"log_count": log_count})
+    names = messages[0].tensors
+    each = {name: torch.stack([x.tensors[name].to(log_count.device) for x in messages]) for name in names}
+    shares = each.pop("log_count").softmax(0)  # (process, prompt)
+    found = {}
+    if "log_evidence" in each:
+        log_num = torch.tensor([[x.value] for x in messages], device=log_count.device).log()
+        found["log_evidence"] = (each.pop("log_evidence") + log_num).logsumexp(0) - log_num.logsumexp(0)
+    return {name: torch.where(shares > 0, shares * x, 0.0).sum(0) for name, x in each.items()} | found

@@ -34,7 +34,6 @@ from bayeslm.inference.program import (
     Particles,
     Program,
     ProgramError,
-    alone,
     in_prompts,
     particles_of,
     ranks,
@@ -47,7 +46,7 @@ from bayeslm.models.lm import Autoregressive
 from bayeslm.validation import Count, validated
 
 from .baselines import Baseline, Texts, TokenBaseline, TokenDistribution, leave_one_out
-from .objective import Estimate, Objective
+from .objective import Estimate, Objective, of_all_processes
 from .state import State, under, within
 
 
@@ -140,7 +139,7 @@ class ReverseKL(Objective):
             log_s = drawn.log_proposal if off else None
             of_guide = sum((program.pooled(x) for x in off.values()), drawn.log_proposal)
             particles = replace(drawn, log_proposal=of_guide)
-            figures = _of_all_processes(*_figures(particles, log_s), n)
+            figures = of_all_processes(*_figures(particles, log_s), n)
         gain = surrogate.sum() / self.num_particles if ranks().size > 1 else surrogate.mean()
         loss = gain.detach() - gain - figures["elbo"].sum()
         return Estimate(loss, figures, particles, {**state, **under("baseline", updates)})
@@ -158,16 +157,9 @@ class ReverseKL(Objective):
         self, name: str, f: Tensor, texts: Texts | None, program: Program, state: State
     ) -> tuple[Tensor, State]:
         """Return the advantages of this process's particles, and what the baseline remembers of the site."""
-        if not isinstance(self.baseline, TokenBaseline):
+        if texts is None or not isinstance(self.baseline, TokenBaseline):
             return self.baseline(name, f, program.minibatch, state)
-        f, texts = ranks().joined(f), None if texts is None else _of_all(texts)
-        rows = ranks().rows(self.num_particles)
-        with alone():  # each process learns the same from the particles of all
-            if texts is None:
-                advantage, state = self.baseline(name, f, program.minibatch, state)
-            else:
-                advantage, state = self.baseline.of_tokens(name, f, texts, state)
-        return advantage[rows], state
+        return self.baseline.of_tokens(name, f, texts, state)
 
     def _earned(self, program: Program, model_trace: Trace, inverse_temperature: float, num: int) -> list[Tensor]:
         """Return the sums of earlier steps' terms (particle, prompt, 1, step), of each site in a plate `STEPS`."""
@@ -201,14 +193,6 @@ def _refuse_stale(program: Program, nodes: dict[str, Any]) -> None:
                 f"ReverseKL needs draws of the present policy, and the sampler drew {site.name!r} by older weights: "
                 "use LogVariance, ForwardKL or FDivergence, which count stale draws with their own density"
             )
-
-
-def _of_all(texts: Texts) -> Texts:
-    """Return the texts of all processes of the run."""
-    if ranks().size == 1:
-        return texts
-    each = {name: ranks().joined(getattr(texts, name)) for name in ("hidden", "past", "live", "earned")}
-    return replace(texts, **each)
 
 
 def _with_earned(texts: Texts, earned: list[Tensor]) -> Texts:
@@ -276,19 +260,6 @@ def _figures(particles: Particles, log_s: Tensor | None) -> tuple[dict[str, Tens
     if of_sampler is None:
         return figures, ratio.new_full((1,), math.log(len(ratio)))
     return figures, of_sampler.logsumexp(0)
-
-
-def _of_all_processes(figures: dict[str, Tensor], log_count: Tensor, num: int) -> dict[str, Tensor]:
-    """Return the figures of the particles of all processes, from those of ``num`` particles of this one."""
-    if ranks().size == 1:
-        return figures
-    messages = ranks().exchange(num, figures | {"log_count": log_count})
-    names = messages[0].tensors
-    each = {name: torch.stack([x.tensors[name].to(log_count.device) for x in messages]) for name in names}
-    shares = each.pop("log_count").softmax(0)  # (process, prompt)
-    log_num = torch.tensor([[x.value] for x in messages], device=log_count.device).log()
-    log_evidence = (each.pop("log_evidence") + log_num).logsumexp(0) - log_num.logsumexp(0)
-    return {name: (shares * x).sum(0) for name, x in each.items()} | {"log_evidence": log_evidence}
 
 
 def _is_partial(node: dict[str, Any]) -> bool:

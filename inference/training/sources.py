@@ -25,7 +25,6 @@ from bayeslm.inference.program import (
     Particles,
     Program,
     ProgramError,
-    gathered,
     ranks,
     run_particles,
     sample_sites,
@@ -40,7 +39,7 @@ from .state import EMPTY, State, under, within
 BASE = -7046029254386353131  # of the hash that tells particles apart, modulo 2^64; odd
 Source = Callable[[Program, Callable[..., Any], int, State], tuple[Particles, State]]
 """``source(program, guide, num_particles, state)`` returns so many particles, whose ``log_proposal`` is log s, and the
-next state. Each process of a run calls it, and gets all particles: the same ones on each."""
+next state. Of several processes each returns its own, ``ranks().share(num_particles)`` of them."""
 
 
 @validated
@@ -60,8 +59,8 @@ def of_prior(
 
 
 def _new(program: Program, guide: Callable[..., Any] | None, num_particles: int) -> Particles:
-    """Draw particles, of which each process of the run draws its share."""
-    return gathered([run_particles(program, guide, ranks().share(num_particles))], program.device)
+    """Draw this process's share of particles."""
+    return run_particles(program, guide, ranks().share(num_particles))
 
 
 @validated
@@ -100,8 +99,8 @@ class FromPosterior:
         names = [site.name for site in complete.latents]
         if any(name not in posterior.samples for name in names) or posterior.log_joint.shape[-1] != prompts:
             raise ProgramError("the draws to learn from are of another program, or of other prompts")
-        picked = torch.randint(posterior.log_joint[..., 0].size, (num_particles,), device=program.device)
-        rows = ranks().agreed(picked).cpu().numpy()
+        num = ranks().share(num_particles)
+        rows = torch.randint(posterior.log_joint[..., 0].size, (num,), device=program.device).cpu().numpy()
         batch = None if program.minibatch is None else program.minibatch.cpu().numpy()
 
         def pick(array: np.ndarray, prompt_axis: int | None = 1) -> Tensor:
@@ -115,7 +114,7 @@ class FromPosterior:
             return pick(posterior.samples[name], 1 + dims.index("prompt") if "prompt" in dims else None)
 
         log_likelihood = {name: pick(term).float() for name, term in posterior.log_likelihood.items()}
-        likelihood = sum(log_likelihood.values(), torch.zeros((num_particles, 1), device=program.device))
+        likelihood = sum(log_likelihood.values(), torch.zeros((num, 1), device=program.device))
         log_joint = pick(posterior.log_joint).float()
         particles = Particles(
             values={name: value(name) for name in names},
@@ -124,7 +123,7 @@ class FromPosterior:
             log_proposal=log_joint - pick(posterior.log_weights).float(),
             log_likelihood=log_likelihood,
             rewards={name: pick(r, None if r.shape[2] == 1 else 1).float() for name, r in posterior.rewards.items()},
-            prompts=None if program.minibatch is None else program.minibatch.expand(num_particles, -1),
+            prompts=None if program.minibatch is None else program.minibatch.expand(num, -1),
         )
         return particles, state
 
@@ -139,7 +138,10 @@ class Replay:
     had their turn, in an order that each lot shuffles anew.
     Where prompts are subsampled, a kept minibatch is used again with its draws, picked at random.
 
-    :param capacity: draws that are kept, the newest.
+    Each process of a run keeps the draws that it has made. A checkpoint has those of all, and is resumed by any number
+    of processes; but one that is written because a step has failed or was interrupted has the first process's alone.
+
+    :param capacity: draws that are kept, the newest, in whole lots; of less than a lot, so many of the newest.
     :param every: steps from one lot of new draws to the next.
     :raises ValueError: if a setting is below 1.
     """
@@ -152,19 +154,64 @@ class Replay:
     ) -> tuple[Particles, State]:
         """Return new draws, or kept ones.
 
-        The state holds the buffer as ``kept``, its rows in the order of their ``turns``, and ``step``, the steps done.
+        The state holds the buffer as ``kept``, of each of its draws the ``lot``, which is the step that made it, the
+        rows in the order of their ``turns``, and ``step``, the steps done.
         """
-        steps = {"step": torch.tensor(int(state.get("step", 0)) + 1)}
-        kept = within("kept", state)
+        step = int(state.get("step", 0))
+        kept, lots = within("kept", state), state.get("lot", torch.empty(0, dtype=torch.long)).cpu()
+        done = {"step": torch.tensor(step + 1)}
         if self.repeats(state):
             buffer = Particles.from_tensors(kept)
-            rows, turns = map(ranks().agreed, _next_rows(buffer, state["turns"], num_particles))
-            return buffer[rows], {**under("kept", kept), **steps, "turns": turns}
+            num = ranks().share(num_particles)
+            if buffer.prompts is None:
+                rows, turns = _next_rows(len(buffer), state["turns"].to(buffer.log_prior.device), num)
+            else:
+                rows, turns = _of_a_minibatch(lots, num).to(buffer.log_prior.device), state["turns"]
+            return buffer[rows], {**under("kept", kept), "lot": lots, **done, "turns": turns}
         new = _new(program, guide, num_particles)
         # log-probabilities of tokens would be those of the guide before it moves
         parts = [replace(new, token_log_prob={}, proposal_token_log_prob={}, pointwise={})]
-        buffer = Particles.concatenate([*([Particles.from_tensors(kept)] if kept else []), *parts])[-self.capacity :]
-        return new, {**under("kept", buffer.as_tensors()), **steps, "turns": torch.empty(0, dtype=torch.long)}
+        buffer = Particles.concatenate([*([Particles.from_tensors(kept)] if kept else []), *parts])
+        lots = torch.cat([lots, torch.full((len(new),), step)])
+        newest = self._newest(lots, num_particles)
+        tensors = under("kept", buffer[newest].as_tensors())
+        return new, {**tensors, "lot": lots[newest], **done, "turns": torch.empty(0, dtype=torch.long)}
+
+    def _newest(self, lots: Tensor, num_particles: int) -> slice:
+        """Return the rows of the draws that stay: whole lots, the same ones on each process."""
+        if self.capacity < num_particles:
+            return slice(-max(1, ranks().share(self.capacity)), None)
+        oldest = lots.unique()[-(self.capacity // num_particles) :][0]
+        return slice(int((lots < oldest).sum()), None)
+
+    def gathered(self, state: State) -> State:
+        """Return the state with the draws of all processes, lot by lot."""
+        if ranks().size == 1 or not state:
+            return state
+        names = [name for name in state if name != "step"]
+        sent = ranks().exchange(None, {name: state[name] for name in names}, may_stop=False)
+        every = [message.tensors for message in sent]
+        begins = np.cumsum([0, *(len(each["lot"]) for each in every)])
+        turns = torch.cat([each["turns"].cpu() + int(begin) for each, begin in zip(every, begins, strict=False)])
+        lots, order = torch.cat([each["lot"] for each in every]).sort(stable=True)
+        found = {name: torch.cat([each[name] for each in every])[order] for name in state if name.startswith("kept.")}
+        return {**found, "lot": lots, "step": state["step"], "turns": order.argsort()[turns]}
+
+    def divided(self, state: State) -> State:
+        """Return the state with this process's part of each lot; with all of it, if it has fewer draws than processes.
+
+        (Such lots are those of a checkpoint that one process has written alone.)
+        """
+        run = ranks()
+        if run.size == 1 or not state:
+            return state
+        lots = state["lot"].cpu()
+        parts = [(lots == lot).nonzero().squeeze(-1) for lot in lots.unique()]
+        rows = torch.cat([part[run.rank :: run.size] if len(part) >= run.size else part for part in parts])
+        place = torch.full((len(lots),), -1).scatter_(0, rows, torch.arange(len(rows)))
+        turns = place[state["turns"].cpu()]
+        found = {name: state[name][rows] for name in state if name.startswith("kept.")}
+        return {**found, "lot": lots[rows], "step": state["step"], "turns": turns[turns >= 0]}
 
     def check_state(self, state: State, program: Program, steps: int) -> None:
         """Check a state that is read from a checkpoint; see `Objective.check_state`."""
@@ -178,6 +225,10 @@ class Replay:
         check_tensor("step", state.get("step"), (), whole=True)
         if int(state["step"]) != steps:
             raise ValueError(f"the buffer has {int(state['step'])} steps, and the training {steps}")
+        check_tensor("lot", state.get("lot"), (num,), whole=True)
+        check_indices("lot", state["lot"], steps)
+        if (state["lot"].diff() < 0).any():
+            raise ValueError("lot is not in order")
         check_indices("turns", state.get("turns"), num)
         if len(state["turns"].unique()) < len(state["turns"]):
             raise ValueError("turns holds a draw twice")
@@ -199,21 +250,18 @@ class Replay:
         return "step" in state and int(state["step"]) % self.every != 0
 
 
-def _next_rows(buffer: Particles, turns: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """Return the next rows of the buffer, and the turns after them."""
-    if buffer.prompts is not None:
-        return _of_a_minibatch(buffer.prompts, num), turns
-    device = buffer.log_prior.device
-    turns = turns.to(device)
+def _next_rows(size: int, turns: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """Return the next rows of a buffer of a size, and the turns after them."""
     while len(turns) < num:
-        turns = torch.cat([turns, torch.randperm(len(buffer), device=device)])
+        turns = torch.cat([turns, torch.randperm(size, device=turns.device)])
     return turns[:num], turns[num:]
 
 
-def _of_a_minibatch(prompts: Tensor, num: int) -> Tensor:
-    """Return rows whose ``prompts`` (particle, prompt) are those of one picked at random: all, or the newest."""
-    one = torch.randint(len(prompts), ())
-    together = (prompts == prompts[one]).all(-1).nonzero().squeeze(-1)
+def _of_a_minibatch(lots: Tensor, num: int) -> Tensor:
+    """Return rows of one lot, whose prompts are one minibatch, picked at random: the same lot on all processes."""
+    each = lots.unique()
+    lot = each[ranks().agreed(torch.randint(len(each), ()))]
+    together = (lots == lot).nonzero().squeeze(-1)
     return together.repeat(-(-num // len(together)))[-num:]
 
 

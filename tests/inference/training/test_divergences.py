@@ -340,7 +340,7 @@ def test_weights_of_other_draws_are_truncated():
     """At sqrt(n) times their mean: q / s is (9, 1, 1, 1) / 3 here, and 9 becomes 6."""
     ratio, log_q = torch.tensor([9.0, 1.0, 1.0, 1.0])[:, None] / 3, torch.zeros(4, 1, requires_grad=True)
     log_target = -torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None]
-    scores = LogDensities(log_q, log_target, -ratio.log())
+    scores = LogDensities(log_q, log_target, -ratio.log(), 4)
     loss = FDivergence(Divergence(lambda u: u, lambda u: u + 1.0), 4, log_evidence=0.0).loss(scores).sum()
     loss.backward()
     weight = torch.tensor([6.0, 1.0, 1.0, 1.0]) / 3
@@ -402,7 +402,7 @@ def test_the_gradient_of_the_truncated_variance_is_that_of_its_weights():
 def test_near_the_posterior_all_draws_count_alike(size):
     """The power of the weights is the variance, and 1 at most."""
     x, log_q, log_s = torch.randn(3, 50, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = LogVariance(50, truncated=True).loss(LogDensities(log_q, log_q + size * x, log_s))
+    found = LogVariance(50, truncated=True).loss(LogDensities(log_q, log_q + size * x, log_s, 50))
 
     def variance(power):
         weights = np.minimum(1.0, np.exp((log_q - log_s).numpy())) ** power

@@ -22,6 +22,7 @@ from support.ranks import launch
 
 from bayeslm import Posterior
 from bayeslm.inference import SVI, Exact, ImportanceSampling, RankError, RunError
+from bayeslm.inference.control import StateValues
 from bayeslm.inference.program import Ranks, inspect, ranks, run_particles, running
 from bayeslm.inference.training import (
     Adam,
@@ -39,6 +40,7 @@ from bayeslm.inference.training import (
     Reply,
     ReverseKL,
     StatefulLoss,
+    Texts,
     TrustRegion,
     of_prior,
 )
@@ -76,8 +78,15 @@ def together(objective, problem):
 
 @pytest.mark.parametrize(
     "make",
-    [LogVariance, ForwardKL, FDivergence, partial(FDivergence, "reverse-kl"), Renyi],
-    ids=["log-variance", "forward", "jensen-shannon", "reverse", "renyi"],
+    [
+        LogVariance,
+        partial(LogVariance, truncated=True),
+        ForwardKL,
+        FDivergence,
+        partial(FDivergence, "reverse-kl"),
+        Renyi,
+    ],
+    ids=["log-variance", "truncated", "forward", "jensen-shannon", "reverse", "renyi"],
 )
 def test_the_gradient_at_given_particles_is_that_of_one_process(make):
     """Losses are no sums over particles: a process must know those of the others. 7 are divided unequally."""
@@ -85,7 +94,7 @@ def test_the_gradient_at_given_particles_is_that_of_one_process(make):
     with torch.no_grad():
         given = run_particles(inspect(problem.model, PROMPTS), problem.guide, 7)
     objective = make(num_particles=7)
-    objective.source = lambda program, guide, num, state: (given, state)  # `Renyi` has no setting for it
+    objective.source = lambda program, guide, num, state: (given[ranks().rows(num)], state)  # no setting of `Renyi`
     alone, _, _ = together(objective, Problem(seed=1))
     results = launch(lambda rank: together(objective, problem), size=3)
     for found, _, _ in results:
@@ -217,16 +226,29 @@ def test_weights_that_differ_stop_the_run_with_both_values():
         assert "on rank 0, " in error
 
 
-def test_a_source_that_differs_is_an_error():
+def test_a_source_that_knows_of_no_other_process_is_an_error():
+    """All of them would learn from the same particles, or each from as many as all should have."""
+
     def run(rank):
         def own(program, guide, num, state):
-            torch.manual_seed(rank)
             return run_particles(program, guide, num), state
 
         return FAST(objective=LogVariance(8, own)).run(MODEL, SHORT)
 
     for error in launch(run):
-        assert "what the source returns differs between the processes" in str(error)
+        assert "the source has returned 8 particles in place of 4" in str(error)
+
+
+class OwnMean(LogVariance):
+    """A loss that takes the mean of one process's particles for that of all."""
+
+    def loss(self, densities):
+        return 0.5 * (densities.log_target - densities.log_q).var(0)
+
+
+def test_a_loss_that_knows_of_no_other_process_is_an_error():
+    for error in launch(lambda rank: FAST(objective=OwnMean(8)).run(MODEL, SHORT)):
+        assert "in OwnMean differs between the processes, and must be the same. loss: " in str(error)
 
 
 def test_a_pyro_elbo_and_too_few_particles_are_refused():
@@ -331,11 +353,68 @@ def test_a_training_resumes_under_another_number_of_processes(size, tmp_path):
         assert elbo.shape == (1, 10, 2)
         np.testing.assert_array_equal(elbo[:, :6], begun)
         np.testing.assert_array_equal(elbo, results[0][0])
-    own = [Ranks(rank, size).rows(8) for rank in range(size)]
     assert len(results[0][1]) == 4
-    for x in results[0][1]:
-        shares = {x[rows][:2].tobytes() for rows in own}  # of each, as each has two draws at least
-        assert len(shares) == size
+    for shares in zip(*(drawn for _, drawn in results), strict=True):
+        assert [len(x) for x in shares] == [Ranks(rank, size).share(8) for rank in range(size)]
+        assert len({x[:2].tobytes() for x in shares}) == size  # of each, as each has two draws at least
+
+
+def test_kept_draws_are_divided_anew():
+    """Three processes take what others have kept, all of it and none twice; a lot too small to divide goes to each."""
+    lots = torch.tensor([0] * 2 + [4] * 7 + [8] * 8)
+    turns = torch.randperm(len(lots))[:9]
+    names = torch.arange(len(lots))
+    state = {"kept.log_prior": names[:, None].float(), "lot": lots, "step": torch.tensor(10), "turns": turns}
+
+    def run(rank):
+        with running(0, divided=True):
+            own = Replay().divided(state)
+            return own, Replay().gathered(own)
+
+    results = launch(run, size=3)
+    kept = [own["kept.log_prior"][:, 0].long().tolist() for own, _ in results]
+    assert all(each[:2] == [0, 1] for each in kept)
+    assert sorted(x for each in kept for x in each[2:]) == list(range(2, 17))
+    assert [len(each) for each in kept] == [8, 7, 6]
+    for own, of_all in results:
+        found = own["kept.log_prior"][:, 0].long()
+        np.testing.assert_array_equal(own["lot"], lots[found])
+        mine = [x for x in turns.tolist() if x in found]
+        assert found[own["turns"]].tolist() == mine  # in the same order
+        of_all_names = of_all["kept.log_prior"][:, 0].long()
+        np.testing.assert_array_equal(of_all["lot"], lots[of_all_names])
+        assert (of_all["lot"].diff() >= 0).all()
+        assert set(of_all_names[of_all["turns"]].tolist()) == set(turns.tolist())
+        assert of_all["step"] == 10
+
+
+@pytest.mark.parametrize("baseline", [Critic(num_steps=2), StateValues(3)], ids=["critic", "values"])
+def test_a_baseline_of_tokens_learns_from_the_particles_of_all(baseline):
+    """Advantages and what is learned are those of one process with all seven particles."""
+    shape = (7, 2, 1, 4)
+    state_of = torch.randint(3, shape)
+    hidden = torch.cat([torch.nn.functional.one_hot(state_of, 3), torch.randn(*shape, 2)], -1)
+    live = torch.arange(4) < torch.randint(0, 5, shape[:3])[..., None]
+    f, past = torch.randn(7, 2), torch.randn(shape) * live
+
+    def learn(rank=0, size=1):
+        rows, state, advantages = Ranks(rank, size).rows(7), {}, []
+        with running(0, divided=True):
+            for _ in range(3):
+                texts = Texts(hidden[rows], past[rows], live[rows], torch.zeros_like(past[rows]))
+                advantage, state = baseline.of_tokens("x", f[rows], texts, state)
+                advantages.append(advantage)
+        return torch.stack(advantages), state
+
+    expected, learned = learn()
+    results = launch(lambda rank: learn(rank, 3), size=3)
+    found = torch.cat([advantages for advantages, _ in results], 1)
+    torch.testing.assert_close(found * live, expected * live, rtol=1e-4, atol=1e-5)
+    for _, state in results:
+        assert state.keys() == learned.keys()
+        for name, x in learned.items():
+            torch.testing.assert_close(state[name], x, rtol=1e-4, atol=1e-5)
+            assert torch.equal(state[name], results[0][1][name])
 
 
 @pytest.mark.long

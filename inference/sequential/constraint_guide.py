@@ -119,12 +119,12 @@ def constraint_of(
 
 
 @validated
-def with_factor(posterior: Posterior, setting: TokenConstraint | Mapping[str, Any]) -> Posterior:
+def with_factor(posterior: Posterior, setting: Any) -> Posterior:
     """Return a posterior whose proposal had grammars, after a check that these are factors of its program.
 
     Texts that a grammar refuses must have no weight. Without the factor those have that the limit has cut off.
 
-    :param setting: a constraint, or what each of some sites has, of which other things than grammars do not count.
+    :param setting: an engine's constraint, or a mapping of what some sites have; what is no grammar does not count.
     :raises ProgramError: if a text that is refused has weight, with the text.
     """
     grammars = setting if isinstance(setting, Mapping) else dict.fromkeys(posterior.texts, setting)

@@ -89,8 +89,9 @@ def calibrate(
 ) -> Calibration:
     """Compute accuracy, log score and expected calibration error of predicted probabilities of binary outcomes.
 
-    :param predicted: probabilities P(y_i = 1) of equally weighted draws, (chain, draw, pair); or a posterior with the
-        log-likelihood of each pair, such as `bayeslm.inference.predict` returns for held-out comparisons.
+    :param predicted: probabilities P(y_i = 1) of equally weighted draws, (chain, draw, pair), or one of each pair,
+        (pair,); or a posterior with the log-likelihood of each pair, such as `bayeslm.inference.predict` returns for
+        held-out comparisons.
     :param outcomes: y, 0 or 1, (pair,). None means that all are 1, as for a posterior, whose probabilities are those of
         the outcomes that happened.
     :param site: the posterior's observed site.
@@ -103,8 +104,10 @@ def calibrate(
     """
     p = _probabilities(predicted, site)
     y = np.ones(p.shape[2]) if outcomes is None else np.asarray(outcomes, dtype=float)
-    if y.shape != p.shape[2:] or not np.isin(y, (0, 1)).all():
-        raise ValueError(f"outcomes must be 0 or 1, one for each of {p.shape[2]} pairs, got shape {y.shape}")
+    if y.shape != p.shape[2:]:
+        raise ValueError(f"outcomes must be one for each of {p.shape[2]} pairs, got shape {y.shape}")
+    if (bad := y[~np.isin(y, (0, 1))]).size:
+        raise ValueError(f"outcomes must be 0 or 1, got {bad[0]:g}")
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")
     happened = np.where(y == 1, p, 1 - p)  # the probability of what happened
@@ -154,11 +157,11 @@ def _probabilities(predicted: PosteriorDraws | ArrayLike, site: str) -> Array:
             raise ValueError("the posterior's draws are weighted: use calibrate(posterior.resample())")
         predicted = np.exp(predicted.pointwise[site].astype(float))
     p = np.asarray(predicted, dtype=float)
-    if p.ndim != 3 or p.size == 0:
-        raise ValueError(f"predicted must be probabilities (chain, draw, pair) and not empty, got {p.shape}")
-    if not ((p >= 0) & (p <= 1)).all():
-        raise ValueError("predicted probabilities must be between 0 and 1")
-    return p
+    if p.ndim not in (1, 3) or p.size == 0:
+        raise ValueError(f"predicted must be probabilities (chain, draw, pair) or (pair,), not empty, got {p.shape}")
+    if (bad := p[~((p >= 0) & (p <= 1))]).size:
+        raise ValueError(f"predicted probabilities must be between 0 and 1, got {bad[0]:g}")
+    return p if p.ndim == 3 else p[None, None]
 
 
 def _batch_means(values: Array) -> Array:

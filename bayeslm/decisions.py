@@ -80,12 +80,20 @@ class SameAnswer(Utility):
         self.answer = answer
 
     def table(self, candidates: list[str], draws: list[str]) -> Array:
-        found = [self.answer(text) for text in draws]
-        rows = [[mine is not None and mine == other for other in found] for mine in map(self.answer, candidates)]
+        found = [self.key(text) for text in draws]
+        rows = [[mine is not None and mine == other for other in found] for mine in map(self.key, candidates)]
         return np.array(rows, dtype=float)
 
     def key(self, text: str) -> Hashable:
-        return self.answer(text)
+        try:
+            found = self.answer(text)
+        except Exception as error:
+            what = f"SameAnswer: the function raised {type(error).__name__} ({error}) for {text!r:.60}"
+            raise ValueError(f"{what}: return None where a text has no answer") from error
+        if not isinstance(found, Hashable):
+            what = "an answer must be a string, a number, a tuple or None"
+            raise ValueError(f"SameAnswer: {what}, got {found!r:.60} for {text!r:.60}")
+        return found
 
 
 @validated

@@ -132,11 +132,20 @@ def checked(function: Callable[..., Any], checks_of: Callable[[Iterable[str]], d
                 owner = type(args[0]).__name__ + name_of
             error = ValueError if refused.out_of_range else TypeError
             words, value = refused.words or check.words, refused.value if refused.place else value
-            hint = f": write [{show(value)}]" if isinstance(value, str) and "a list" in words else ""
-            raise error(f"{owner}: {name}{refused.place} must be {words}, got {show(value)}{hint}") from None
+            got = show(value) + _hint(words, value)
+            raise error(f"{owner}: {name}{refused.place} must be {words}, got {got}") from None
         return function(*places, **names)
 
     return call
+
+
+def _hint(words: str, value: Any) -> str:
+    """Return what to write in the place of a value that is no list, or one of this library's classes; or nothing."""
+    if isinstance(value, str) and "a list" in words:
+        return f": write [{show(value)}]"
+    if isinstance(value, type) and value.__module__.partition(".")[0] == "bayeslm":
+        return f": that is a class, write {value.__name__}(...)"
+    return ""
 
 
 def check_program(model: Any) -> None:
@@ -149,7 +158,9 @@ def check_program(model: Any) -> None:
 
 
 def instance_of(cls: type) -> Callable[[Any], Any]:
-    """Return a conversion that passes on instances of a class."""
+    """Return a conversion that passes on instances of a class; of a protocol, not the classes that implement it."""
+    if getattr(cls, "_is_protocol", False):
+        return only(lambda value: isinstance(value, cls) and not isinstance(value, type))
     return only(lambda value: isinstance(value, cls))
 
 

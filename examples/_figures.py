@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +15,41 @@ import numpy as np
 def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
     """Return a parser with the options of all applications; figures go to runs/<name> by default."""
     found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--folder", type=Path, default=Path("runs") / name, help="of tables and pictures")
+    found.add_argument("--folder", type=folder, default=Path("runs") / name, help="of tables and pictures")
     found.add_argument("--quick", action="store_true", help="a few draws and steps: does it run?")
     return found
+
+
+def folder(text: str) -> Path:
+    """Read an option that is a folder, which may not exist yet."""
+    if (path := Path(text)).exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a file: give a folder")
+    return path
+
+
+def count(text: str) -> int:
+    """Read an option that is a positive whole number."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    """Read an option that is a positive number."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text!r}")
+    return number
+
+
+def share(text: str) -> float:
+    """Read an option that is a number between 0 and 1."""
+    if (number := positive(text)) >= 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text!r}")
+    return number
 
 
 def stderr(values: np.ndarray) -> float:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
-from _figures import mean, parser, table, with_error, write
+from _figures import count, mean, parser, positive, table, with_error, write
 
 from bayeslm import DiagnosticsWarning, Posterior, diagnostics
 from bayeslm.inference import MCMC, SMC, SVI, BestOfN, ImportanceSampling
@@ -88,8 +88,8 @@ def picture(paths: dict[str, list[Point]], path: Path) -> None:
 
 def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) -> dict[str, list[Point]]:
     options = parser(__doc__, "generation")
-    options.add_argument("--beta", type=float, default=0.2, help="the KL coefficient of the table")
-    options.add_argument("--steps", type=int, default=9, help="of the training")
+    options.add_argument("--beta", type=positive, default=0.2, help="the KL coefficient of the table")
+    options.add_argument("--steps", type=count, default=9, help="of the training")
     chosen = options.parse_args(arguments)
     beta, quick = chosen.beta, chosen.quick
     warnings.simplefilter("ignore", DiagnosticsWarning)  # runs are short; ESS decides what is shown

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from _figures import mean, parser, table, with_error, write
+from _figures import count, mean, parser, table, with_error, write
 
 from bayeslm import Posterior
 from bayeslm.inference import SMC, ImportanceSampling
@@ -92,7 +92,7 @@ def picture(found: dict[str, list[np.ndarray]], path: Path) -> None:
 
 def main() -> None:
     options = parser(__doc__, "json_from_text")
-    options.add_argument("--particles", type=int, default=12, help="in each of four chains")
+    options.add_argument("--particles", type=count, default=12, help="in each of four chains")
     chosen = options.parse_args()
     particles = 2 if chosen.quick else chosen.particles
     grammar = rewards.Grammar(json_schema=SCHEMA)

@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pyro
 import torch
-from _figures import parser, table, with_error, write
+from _figures import count, parser, positive, table, with_error, write
 
 from bayeslm import DiagnosticsWarning
 from bayeslm.inference import SVI, ImportanceSampling, Laplace
@@ -124,9 +124,9 @@ def picture(steps: np.ndarray, found: Curves, stop: int, path: Path) -> None:
 
 def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) -> tuple[np.ndarray, Curves]:
     options = parser(__doc__, "over_fitting")
-    options.add_argument("--steps", type=int, default=24, help="of the training")
-    options.add_argument("--beta", type=float, default=0.02, help="the KL coefficient")
-    options.add_argument("--labels", type=int, default=96, help="texts that the reader labels")
+    options.add_argument("--steps", type=count, default=24, help="of the training")
+    options.add_argument("--beta", type=positive, default=0.02, help="the KL coefficient")
+    options.add_argument("--labels", type=count, default=96, help="texts that the reader labels")
     chosen = options.parse_args(arguments)
     steps, labels, draws = (2, 24, 2) if chosen.quick else (chosen.steps, chosen.labels, 8)
     warnings.simplefilter("ignore", DiagnosticsWarning)  # beta is too small on purpose

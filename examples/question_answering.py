@@ -22,7 +22,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from _figures import mean, parser, table, with_error, write
+from _figures import count, mean, parser, share, table, with_error, write
 
 from bayeslm import DiagnosticsWarning
 from bayeslm.calibration import calibrate
@@ -150,10 +150,10 @@ def picture(found: dict[str, HeldOut], price: float, path: Path) -> None:
         ]
         right.errorbar(*zip(*shares.values(), strict=True), errors, **style)
         right.plot(*shares.get(price, (np.nan, np.nan)), "*", color=colour, markersize=15)
-    share = "share right"
-    left.set(xlabel="probability of the likeliest answer", ylabel=share, ylim=(-0.05, 1.05))
+    share_right = "share right"
+    left.set(xlabel="probability of the likeliest answer", ylabel=share_right, ylim=(-0.05, 1.05))
     left.set_title("calibration, ± one standard error")
-    right.set(xlabel="share of questions answered", ylabel=f"{share} of those answered", ylim=(0, 1.02))
+    right.set(xlabel="share of questions answered", ylabel=f"{share_right} of those answered", ylim=(0, 1.02))
     right.set_title(f"prices of an abstention from 0 to 0.9; star: {price}")
     right.legend(frameon=False)
     figure.savefig(path, dpi=100)
@@ -161,8 +161,8 @@ def picture(found: dict[str, HeldOut], price: float, path: Path) -> None:
 
 def main(arguments: list[str] | None = None, prior: LanguageModel | None = None) -> dict[str, HeldOut]:
     options = parser(__doc__, "question_answering")
-    options.add_argument("--price", type=float, default=0.4, help="of an abstention, between 0 and 1")
-    options.add_argument("--steps", type=int, default=12, help="of the training")
+    options.add_argument("--price", type=share, default=0.4, help="of an abstention, between 0 and 1")
+    options.add_argument("--steps", type=count, default=12, help="of the training")
     chosen = options.parse_args(arguments)
     steps, held_out, draws = (2, 6, 4) if chosen.quick else (chosen.steps, 48, 12)
     warnings.simplefilter("ignore", DiagnosticsWarning)  # of the few draws of each question of the training

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
-from _figures import mean, over_seeds, parser, stderr, table, write
+from _figures import count, mean, over_seeds, parser, stderr, table, write
 from _sums import BETA, LONGEST, RIGHT, Problem, answer_of, fitted, splits
 
 from bayeslm import Posterior
@@ -159,8 +159,10 @@ def draw_picture(path: Path, runs: list[Run], draws: list[int]) -> None:
 
 def main(arguments: list[str] | None = None) -> list[str]:
     options = parser(__doc__, "reasoning")
-    options.add_argument("--steps", type=int, default=STEPS, help="of the training")
-    options.add_argument("--seeds", type=int, default=1, help="of problems, prior and training; errors are over these")
+    options.add_argument("--steps", type=count, default=STEPS, help="of the training")
+    options.add_argument(
+        "--seeds", type=count, default=1, help="of problems, prior and training; errors are over these"
+    )
     chosen = options.parse_args(arguments)
     quick, started = chosen.quick, time.perf_counter()
     warnings.simplefilter("ignore", DiagnosticsWarning)  # a few draws, from which an answer is chosen

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _figures import mean, parser, stderr, table, write
+from _figures import count, mean, parser, stderr, table, write
 
 from bayeslm.decisions import SameAnswer
 from bayeslm.inference import SMC, SVI, ImportanceSampling
@@ -72,7 +72,7 @@ def draw_picture(path: Path, found: dict[str, tuple[np.ndarray, np.ndarray]]) ->
 
 def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) -> list[str]:
     options = parser(__doc__, "reasoning_smollm2")
-    options.add_argument("--steps", type=int, default=STEPS, help="of the training")
+    options.add_argument("--steps", type=count, default=STEPS, help="of the training")
     chosen = options.parse_args(arguments)
     quick, started = chosen.quick, time.perf_counter()
     warnings.simplefilter("ignore", DiagnosticsWarning)  # a few draws, from which an answer is chosen

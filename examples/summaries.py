@@ -30,7 +30,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 import numpy as np
-from _figures import mean, parser, stderr, table, write
+from _figures import count, mean, parser, stderr, table, write
 
 from bayeslm import Posterior
 from bayeslm.inference import SMC, SVI, ImportanceSampling
@@ -137,7 +137,7 @@ def draw_picture(path: Path, rows: dict[str, dict[str, np.ndarray]]) -> None:
 
 def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) -> list[str]:
     options = parser(__doc__, "summaries")
-    options.add_argument("--steps", type=int, default=STEPS, help="of the training")
+    options.add_argument("--steps", type=count, default=STEPS, help="of the training")
     chosen = options.parse_args(arguments)
     quick, started = chosen.quick, time.perf_counter()
     warnings.simplefilter("ignore", DiagnosticsWarning)  # a few draws are weighted, to be compared with one

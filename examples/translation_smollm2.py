@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from _figures import parser, write
+from _figures import count, parser, write
 from _tavi import corpus, stems
 from _translations import baseline, figures, lines_of, picture, reward, translations
 
@@ -48,7 +48,7 @@ def sentences(sizes: Sequence[int]) -> list[list[tuple[str, str]]]:
 
 def main(arguments: list[str] | None = None, lm: LanguageModel | None = None) -> list[str]:
     options = parser(__doc__, "translation_smollm2")
-    options.add_argument("--steps", type=int, default=STEPS, help="of the training")
+    options.add_argument("--steps", type=count, default=STEPS, help="of the training")
     chosen = options.parse_args(arguments)
     quick, started = chosen.quick, time.perf_counter()
     warnings.simplefilter("ignore", DiagnosticsWarning)  # a few draws, from which a translation is chosen

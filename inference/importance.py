@@ -26,7 +26,14 @@ from bayeslm.inference.program import (
     posterior,
     running,
 )
-from bayeslm.inference.sequential import ConstraintGuide, TokenConstraint, check_retained, put_first, retained_particles
+from bayeslm.inference.sequential import (
+    ConstraintGuide,
+    TokenConstraint,
+    check_retained,
+    put_first,
+    retained_particles,
+    with_factor,
+)
 from bayeslm.models.lm import LanguageModel
 from bayeslm.posterior import Posterior
 from bayeslm.validation import Count, Seed, validated
@@ -79,7 +86,8 @@ class ImportanceSampling:
         ``model_calls``. After Ctrl-C the posterior has the draws until then.
 
         :raises EvidenceError: if no draw of a prompt has positive probability.
-        :raises ProgramError: if the retained draws are not of this program, or the guide cannot have proposed them.
+        :raises ProgramError: if the retained draws are not of this program, or the guide cannot have proposed them; or
+            if the guide is a `Grammar` that is no factor of the program.
         :raises RunError: if an error stops the run after the first batch; it carries the draws.
         """
         with running(self.seed, divided=True, sampled=self.retained is None) as watch:
@@ -110,18 +118,19 @@ class ImportanceSampling:
                 progress=self.progress,
                 label="importance sampling",
             )
-            return posterior(
+            is_constrained = isinstance(self.guide, TokenConstraint | Mapping)
+            found = posterior(
                 program,
                 particles if retained is None else put_first(retained, particles),
                 engine="ImportanceSampling",
                 kind="weighted",
                 num_chains=self.num_chains,
                 conditional=retained is not None,
-                stats=watch.stats()
-                | {"interrupted": interrupted, "constrained": isinstance(self.guide, TokenConstraint | Mapping)},
+                stats=watch.stats() | {"interrupted": interrupted, "constrained": is_constrained},
                 prior=particles if guide is None else None,
                 from_prior=len(particles) if guide is None else None,
             )
+            return with_factor(found, self.guide) if is_constrained else found
 
     def _guide(self, program: Program, setting: Any) -> Callable[..., Any]:
         """Return the guide: that of a policy or a constraint, or the setting itself."""

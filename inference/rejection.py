@@ -38,7 +38,7 @@ from bayeslm.inference.program import (
     run_particles,
     running,
 )
-from bayeslm.inference.sequential import LearnedRejection, TokenConstraint, learned_evidence
+from bayeslm.inference.sequential import LearnedRejection, TokenConstraint, learned_evidence, with_factor
 from bayeslm.posterior import Posterior
 from bayeslm.progress import track
 from bayeslm.validation import Count, Seed, validated
@@ -83,12 +83,13 @@ class RejectionSampling:
         The draws of a program whose language model has a sampler are weighted ones.
 
         ``stats``: ``acceptance`` (prompt,), the share of accepted proposals; ``proposals``, their number for each
-        prompt; ``wanted``, the number of draws that the settings ask for; ``interrupted``,
-        ``seconds``, ``tokens`` and ``model_calls``. After Ctrl-C the posterior has the draws
+        prompt; ``wanted``, the number of draws that the settings ask for; ``constrained``, whether a constraint is set;
+        ``interrupted``, ``seconds``, ``tokens`` and ``model_calls``. After Ctrl-C the posterior has the draws
         until then, equally many of each prompt and chain.
 
-        :raises ProgramError: if no finite bound is known, or a proposal exceeds it by more than rounding. As a wrong
-            bound makes all accepted draws wrong, there are no results then.
+        :raises ProgramError: if no finite bound is known, or a proposal exceeds it by more than rounding, or the
+            constraint is a `Grammar` that is no factor of the program. As all accepted draws are wrong then, there are
+            no results.
         :raises EvidenceError: if ``max_proposals``, or Ctrl-C, leave a prompt with fewer draws than chains.
         :raises RunError: if another error stops the run after the first batch; it carries all proposals, weighted as by
             `ImportanceSampling`.
@@ -111,6 +112,7 @@ class RejectionSampling:
                 "proposals": len(accepted),
                 "wanted": wanted,
                 "interrupted": interrupted,
+                "constrained": self.constraint is not None,
             }
             log_weights = proposals.log_weights.cpu().numpy()[None]
             if draws < wanted:
@@ -132,7 +134,7 @@ class RejectionSampling:
                 likelihood = proposals.total_log_likelihood
                 log_share = kept.total_log_likelihood - (likelihood.logsumexp(0) - math.log(len(likelihood)))
                 kept = replace(kept, log_proposal=kept.log_proposal + log_share)
-            return posterior(
+            found = posterior(
                 program,
                 kept,
                 engine="RejectionSampling",
@@ -144,6 +146,7 @@ class RejectionSampling:
                 from_prior=len(proposals) if self.constraint is None else None,
                 log_bound=bound,
             )
+            return found if self.constraint is None else with_factor(found, self.constraint)
 
     def _propose(self, program: Program, bound: float, watch: Stopwatch) -> tuple[Particles, torch.Tensor, bool]:
         """Propose until every prompt has its draws or ``max_proposals`` is reached, each process its share of both.

@@ -69,6 +69,7 @@ from bayeslm.inference.sequential import (
     groups_of,
     number_of_first,
     retained_values,
+    with_factor,
 )
 from bayeslm.models.lm import Autoregressive, Decoder, LanguageModel, Twist, log_softmax_at
 from bayeslm.posterior import Posterior
@@ -181,7 +182,7 @@ class SMC:
         :raises EvidenceError: if all particles of a prompt get weight 0; the message has the token and the factors,
             and ``survivors`` the texts before it.
         :raises ProgramError: if a weight is NaN or +inf, if particles depend on one another, or if a twist or retained
-            draws are not for this program.
+            draws are not for this program, such as a `Grammar` that is no factor of it.
         :raises RunError: if an error stops the run after the first chains; it carries their particles.
         """
         with running(self.seed, divided=True) as watch:
@@ -249,7 +250,7 @@ class SMC:
                 )
             )
             weights = ranks().joined(chains.log_weights)
-            return posterior(
+            found = posterior(
                 program,
                 gathered([chains.particles], program.device),
                 engine="SMC",
@@ -263,6 +264,7 @@ class SMC:
                 | ranks().first(first.stats()).value
                 | {"interrupted": ranks().any(run.interrupted), "constrained": self._is_constrained},
             )
+            return with_factor(found, self.twist) if self._is_constrained else found
 
     def _first_draws(self, program: Program, num_chains: int) -> FirstDraws:
         """Return the first particles of so many chains, with the twists that are learned from them, or no particles.

@@ -114,8 +114,8 @@ class TiltedLM:
         """Return prompts and columns of what the program is called with, which engines read once a run.
 
         :raises TypeError: if prompts or a column have no order, as sets, or no length.
-        :raises ValueError: if a table has no column "prompt", columns of different lengths, or one that ``columns``
-            has too.
+        :raises ValueError: if there are no prompts, or a table has no column "prompt", columns of different lengths,
+            or one that ``columns`` has too.
         """
         prompts, own = read_table(prompts)
         if twice := own.keys() & columns.keys():
@@ -124,6 +124,8 @@ class TiltedLM:
         prompts = without_index("prompts", prompts)
         if not hasattr(prompts, "__len__"):
             raise TypeError(f"prompts must be a list of prompts, got a {type(prompts).__name__}")
+        if not len(prompts):
+            raise ValueError("prompts is empty: give at least one")
         return (prompts,), {**own, **given}
 
     def some_prompts(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -49,14 +49,16 @@ class Tool:
         """Return the settings on which answers depend, without the answers, by which checkpoints tell runs apart."""
         return {"function": self.function, "failure": self.failure}
 
-    def __call__(self, texts: np.ndarray, where: Tensor | None = None) -> tuple[np.ndarray, Tensor]:
+    @validated
+    def __call__(self, texts: np.ndarray | Sequence[str], where: Tensor | None = None) -> tuple[np.ndarray, Tensor]:
         """Return the answers, None where there is none, and which turns have one, a bool tensor of the same shape.
 
-        :param texts: of the turns, an object array, as `LanguageModel.decode` gives it.
+        :param texts: of the turns, an object array, as `LanguageModel.decode` gives it, or a list.
         :param where: the turns that were taken, bool, in a shape that broadcasts to that of the texts; the tool is not
             called for others. None: all.
         :raises ToolError: if the function fails and there is no ``failure``, or it returns anything but a text or None.
         """
+        texts = np.asarray(texts, dtype=object)
         taken = np.broadcast_to(np.True_ if where is None else where.cpu().numpy(), texts.shape)
         answers = np.empty(texts.shape, dtype=object)
         for index, text in np.ndenumerate(texts):

@@ -20,6 +20,21 @@ def tiny() -> LanguageModel:
     return LanguageModel.tabular(WORDS, order=2, seed=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong", "says"),
+    [
+        ("question_answering", ["--price", "1.5"], "argument --price: must be between 0 and 1, got '1.5'"),
+        ("question_answering", ["--steps", "0"], "argument --steps: must be a positive whole number, got '0'"),
+        ("over_fitting", ["--beta", "-1"], "argument --beta: must be positive and finite, got '-1'"),
+        ("over_fitting", ["--folder", __file__], "is a file: give a folder"),
+    ],
+)
+def test_wrong_options_end_an_application_before_it_begins(name, wrong, says, load_example, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        load_example(name).main(wrong, None)
+    assert says in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("model", ["tiny", pytest.param("smollm2", marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "name", [pytest.param("generation", marks=pytest.mark.long), "question_answering", "over_fitting"]

@@ -1,6 +1,6 @@
 """Sequential Monte Carlo: populations of weighted particles, resampling, retained draws, and twists."""
 
-from .constraint_guide import ConstraintGuide, constraint_of
+from .constraint_guide import ConstraintGuide, constraint_of, with_factor
 from .constraints import ConstraintTwist, TokenConstraint
 from .first_draws import Chains, FirstDraws, draw_first, number_of_first
 from .population import Population, WeightUpdate, groups_of
@@ -41,4 +41,5 @@ __all__ = [
     "put_first",
     "retained_particles",
     "retained_values",
+    "with_factor",
 ]

@@ -6,16 +6,21 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 
 from bayeslm.inference.program import Program, ProgramError, draw_latents
 from bayeslm.models.lm import Autoregressive, Decoder, exclusive, log_softmax_at
+from bayeslm.models.rewards import Grammar
+from bayeslm.posterior import Posterior
 from bayeslm.progress import wrote
 from bayeslm.validation import validated
 
 from .constraints import MaskedTokens, TokenConstraint, TokensOf, allowed_tokens
+
+CHECKED = 200  # texts of a run, those that were cut off first
 
 
 class ConstrainedCompletions(TorchDistribution):
@@ -111,6 +116,33 @@ def constraint_of(
             "{site: constraint}"
         )
     return {names[0]: setting}
+
+
+@validated
+def with_factor(posterior: Posterior, setting: Any) -> Posterior:
+    """Return a posterior whose proposal had grammars, after a check that these are factors of its program.
+
+    Texts that a grammar refuses must have no weight. Without the factor those have that the limit has cut off.
+
+    :param setting: an engine's constraint, or a mapping of what some sites have; what is no grammar does not count.
+    :raises ProgramError: if a text that is refused has weight, with the text.
+    """
+    grammars = setting if isinstance(setting, Mapping) else dict.fromkeys(posterior.texts, setting)
+    for name, grammar in grammars.items():
+        if not isinstance(grammar, Grammar) or name not in posterior.texts:
+            continue
+        texts, cut = posterior.texts[name], posterior.truncated[name]  # (chain, draw, *batch)
+        alive = posterior.log_weights > -np.inf
+        if alive.shape != texts.shape:
+            alive = np.broadcast_to(alive.all(2).reshape(*alive.shape[:2], *[1] * (texts.ndim - 2)), texts.shape)
+        different = list(dict.fromkeys([*texts[alive & cut], *texts[alive & ~cut]]))[:CHECKED]
+        for text, score in zip(different, grammar.score([], different), strict=True):
+            if score is not None and score < 0:
+                raise ProgramError(
+                    f"the grammar is a proposal for {name!r} and no factor of the program: {text!r:.80} has weight, "
+                    "which the grammar refuses. Add the grammar to the program's reward too"
+                )
+    return posterior
 
 
 @validated

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bayeslm.model_card import TrainingNotes
 from bayeslm.posterior import Posterior
-from bayeslm.validation import Count, Shape, Unchecked, validated
+from bayeslm.validation import Count, Shape, Unchecked, show, validated
 
 from . import adapters, completions, joining, packing, texts
 from .compiled import CompiledStep, refuse_uncompilable
@@ -58,6 +58,9 @@ class TokenModel(ModuleWithProperties):
         compile: bool = False,
     ) -> None:
         super().__init__()
+        if tokenizer is not None and not hasattr(tokenizer, "decode"):
+            what = "must be a tokenizer of transformers or None"
+            raise TypeError(f"LanguageModel: tokenizer {what}, got {show(tokenizer)}")
         network = adapters.unwrapped(network)
         adapters.check_supported(network)
         self.compute_dtype = compute_dtype

@@ -21,12 +21,15 @@ _ROUNDING = 1e-6  # how far past a declared bound a score may be, relative to th
 
 
 def check_function(function: Any) -> None:
-    """Refuse a function that cannot be called.
+    """Refuse a function that cannot be called, and a class, whose objects are no scores.
 
-    :raises TypeError: if it is not callable.
+    :raises TypeError: if it is not callable, or a class.
     """
     if not callable(function):
         raise TypeError(f"a reward function must be callable, got {type(function).__name__}")
+    if isinstance(function, type):
+        name = function.__name__
+        raise TypeError(f"a reward must be a function or a Reward, got the class {name}: write {name}(...)")
 
 
 def check_scores(result: Any, count: int, low: float, high: float, fail: Callable[[str, int], NoReturn]) -> np.ndarray:

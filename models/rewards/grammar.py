@@ -241,7 +241,7 @@ def _schema(schema: Mapping[str, Any] | str | None) -> str:
     try:
         return json.dumps(json.loads(schema) if isinstance(schema, str) else dict(schema or {}))
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"Grammar: json_schema is no JSON: {error}") from error
+        raise ValueError(f"Grammar: json_schema is no JSON, got {schema!r:.60}: {error}") from error
 
 
 def _check(matcher: Any) -> None:

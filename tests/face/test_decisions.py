@@ -212,6 +212,15 @@ WRONG = {
         {"utility": EmbeddingSimilarity(lambda texts: np.zeros((1, 2)))},
         "embed must return",
     ),
+    "an answer that is a list": (
+        {"utility": SameAnswer(str.split)},
+        r"an answer must be a string, a number, a tuple or None, got \['",
+    ),
+    "an answer that is not found": (
+        {"utility": SameAnswer(lambda text: text.split()[9])},
+        r"the function raised IndexError \(.*\) for '.*': return None where a text has no answer",
+    ),
+    "a class": ({"utility": SameAnswer}, r"that is a class, write SameAnswer\(\.\.\.\)"),
     "a site that is unknown": ({"utility": SameAnswer(), "site": "draft"}, r"site must be one of \['completion'\]"),
     "no candidates": ({"utility": SameAnswer(), "num_candidates": 0}, "num_candidates must be a positive whole number"),
     "an unknown name": ({"utility": "rewards"}, "utility must be"),

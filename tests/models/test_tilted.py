@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 import pyro
+import pytest
 from support.models import table_lm
 
-from bayeslm.inference import Exact, ImportanceSampling
-from bayeslm.models import Moment, TiltedLM, rewards
+from bayeslm.inference import Exact, ImportanceSampling, match_moments
+from bayeslm.models import LanguageModel, Moment, TiltedLM, rewards
 from bayeslm.models.moments import moment_target
+
+
+def test_wrong_arguments_are_refused_with_what_to_write() -> None:
+    lm = table_lm()
+    with pytest.raises(TypeError, match=r"got the class Sentiment: write Sentiment\(\.\.\.\)"):
+        TiltedLM(lm, rewards.Sentiment)
+    with pytest.raises(ValueError, match="prompts is empty: give at least one"):
+        ImportanceSampling(2, progress=False).run(TiltedLM(lm, rewards.Length()), [])
+    with pytest.raises(TypeError, match=r"engine must be .* that is a class, write ImportanceSampling\(\.\.\.\)"):
+        match_moments(TiltedLM(lm, None), [[1]], [Moment(rewards.Length(), 2.0)], engine=ImportanceSampling)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="tokenizer must be a tokenizer of transformers or None, got 'bart'"):
+        LanguageModel(lm.network, "bart")
 
 
 def test_stop_strings_end_its_completions() -> None:

@@ -28,6 +28,14 @@ def test_each_text_is_asked_once_and_only_where_a_turn_was_taken():
     assert asked == ["1 + 1", "hello", "2 + 2"]
 
 
+def test_a_list_of_texts_is_an_array_of_them():
+    answers, called = Tool(lambda text: text.upper() if text else None)(["a", ""])
+    assert answers.tolist() == ["A", None]
+    assert called.tolist() == [True, False]
+    with pytest.raises(TypeError, match="where must be a Tensor or None, got"):
+        Tool(str.upper)(["a"], [True])
+
+
 def test_a_coroutine_is_awaited():
     async def upper(text):
         return text.upper()

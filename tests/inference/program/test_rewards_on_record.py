@@ -197,6 +197,13 @@ def test_r_is_finite_or_minus_infinity(bad: float, make: Any, compiled: bool, mo
     rewards.factor("taste", make([0.0, -float("inf")]), 0.5)
 
 
+def test_an_error_names_the_function_that_was_called() -> None:
+    for function, rest in ((rewards.factor, [0.5]), (rewards.record, [])):
+        name = rf"rewards\.{function.__name__}\('taste', \.\.\.\)"
+        with pytest.raises(ValueError, match=f"{name}: r must be real numbers"):
+            function("taste", "good", *rest)
+
+
 def test_an_engine_refuses_such_an_r_with_its_text() -> None:
     def model(prompts: list[Any]) -> None:
         with pyro.plate("prompts", len(prompts)):

@@ -22,6 +22,7 @@ from bayeslm.inference.program import EvidenceError, ProgramError, inspect, run_
 from bayeslm.inference.sequential import LearnedRejection
 from bayeslm.inference.sequential.spelling import Spelling
 from bayeslm.models import LanguageModel, TiltedLM, rewards
+from bayeslm.reliability import problems
 
 pytest.importorskip("llguidance")
 QUIET = {"seed": 0, "progress": False}
@@ -148,11 +149,25 @@ def test_each_of_several_completions_has_its_own_constraint():
             engine.run(model, PROMPTS)
 
 
+def test_a_grammar_that_only_proposes_is_refused():
+    """Without the factor, texts that the limit has cut off would have over half of the weight."""
+    lm = LanguageModel.tabular(["<eos>", "was", "good", "food"], seed=0)
+    grammar = rewards.Grammar(regex="was( good)* food")
+    with_factor, without = (TiltedLM(lm, reward, 1.0, max_new_tokens=3) for reward in (grammar, None))
+    engines = SMC(64, twist=grammar, seed=0), ImportanceSampling(64, guide=grammar, seed=0)
+    for engine in (*engines, RejectionSampling(4, constraint=grammar, batch_size=32, seed=0)):
+        engine = replace(engine, progress=False)
+        engine.run(with_factor, ["food"])
+        with pytest.raises(ProgramError, match=r"no factor of the program: '.*' has weight.* Add the grammar to"):
+            engine.run(without, ["food"])
+
+
 def test_rejection_learns_until_it_refuses_nothing():
     model, grammar = program("json"), LANGUAGES["json"].grammar
     settings = {"num_samples": 100, "batch_size": 32, **QUIET}
     learned = RejectionSampling(constraint=grammar, **settings).run(model, PROMPTS[:1])
     assert learned.rewards["reward"].shape == (1, 100, 1)
+    assert problems(learned) == [[]]  # a constraint leaves one reward, and that is nothing to warn of
     assert learned.stats["proposals"] < 0.01 * 100 / np.exp(exact("json").log_evidence[0])  # of what it takes without
 
 

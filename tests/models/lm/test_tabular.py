@@ -61,6 +61,8 @@ def test_vocabularies():
         LanguageModel.tabular(["a", "b"])
     with pytest.raises(ValueError, match="a token twice"):
         LanguageModel.tabular(["<eos>", "a", "a"])
+    with pytest.raises(ValueError, match="vocabulary holds 'a b': a word is not empty, and has no space in it"):
+        LanguageModel.tabular(["<eos>", "a b"])
     lm = LanguageModel.tabular(["x", "STOP"], eos="STOP")
     assert (lm.eos_token_ids, lm.bos_token_id, lm.pad_token_id) == ((1,), 1, 1)
 

@@ -117,14 +117,20 @@ def test_a_single_pair_has_no_known_standard_error():
         assert figure.mcse < np.inf
 
 
+def test_one_probability_a_pair_is_enough():
+    p, right = np.array([0.1, 0.4, 0.8, 0.9]), [0, 1, 1, 1]
+    short, long = (calibrate(x, right, folded=False) for x in (p, p[None, None]))
+    assert (short.ece, short.accuracy) == (long.ece, long.accuracy)
+
+
 def test_what_is_refused():
     p = np.full((1, 4, 3), 0.5)
     for bad, outcomes, says in [
-        (p[0], None, r"must be probabilities \(chain, draw, pair\) and not empty"),
-        (p + 0.6, None, "between 0 and 1"),
+        (p[0], None, r"must be probabilities \(chain, draw, pair\) or \(pair,\), not empty"),
+        (p + 0.6, None, "between 0 and 1, got 1.1"),
         (p * np.nan, None, "between 0 and 1"),
         (p, [1, 0], "one for each of 3 pairs"),
-        (p, [1, 0, 2], "0 or 1"),
+        (p, [1, 0, 2], "0 or 1, got 2"),
         (from_prior(0), None, "has no observed site 'preferred'"),
     ]:
         with pytest.raises(ValueError, match=says):

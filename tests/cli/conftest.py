@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from support.models import tiny_llama
 
+from bayeslm.cli import comparison
+
 
 @pytest.fixture
 def folder(request, tmp_path, monkeypatch) -> Path:
@@ -19,3 +21,10 @@ def folder(request, tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(request, monkeypatch) -> None:
+    """Draw no results for tests without `pictures`: it takes longer than runs as small as theirs."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(comparison, "_save_plots", lambda posteriors, out: [])

@@ -86,7 +86,7 @@ def infer(*arguments: str, code: int = 0) -> str:
     return run("infer", *arguments, *missing, code=code)
 
 
-def test_particles_and_chains(folder):
+def test_particles_and_chains(folder, pictures):
     engines = ["--engine", "exact, smc(num_particles=40, num_chains=4, twist=partial, proposal=twist, top_k=3)"]
     engines += ["--engine", "annealed(num_particles=40)", "--engine", "mcmc(num_samples=20, num_chains=4, warmup=10)"]
     out = infer("a b", "c", *engines, "--out", "run")
@@ -117,7 +117,7 @@ def test_a_twist_is_learned_kept_and_used_again(folder, learning):
     assert "cannot score unfinished texts" in infer("a b", "--engine", "smc(twist=prefix)", code=1)
 
 
-def test_infer_compares_engines_and_show_repeats_it(folder):
+def test_infer_compares_engines_and_show_repeats_it(folder, pictures):
     out = infer(
         "a b", "c", *["--engine", "exact", "--engine", "importance", "--engine", "svi(num_steps=3)", "--out", "run"]
     )
@@ -253,7 +253,7 @@ def test_an_error_in_mid_training_keeps_the_policy(folder):
     assert kept(["a"], max_new_tokens=2).support_size == 57
 
 
-def test_ctrl_c_in_training_ends_it_and_keeps_the_policy(folder):
+def test_ctrl_c_in_training_ends_it_and_keeps_the_policy(folder, pictures):
     """Interrupted in the third step; the posterior's draws are of the policy trained in two steps."""
     Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 4"))
     out = infer(
@@ -290,10 +290,10 @@ def test_training_in_minibatches_at_a_target_of_the_kl(folder):
 
 def test_a_failed_training_resumes_from_its_checkpoint(folder):
     """After a reward that raised once; the policy is that of an uninterrupted run."""
-    settings = "num_steps=60, num_samples=8, objective=LogVariance(8, Replay())"
-    logged = f"svi({settings}, checkpoint='kept', callbacks=[TensorBoard('curves')])"
-    # in step 52: the reward is called at the inspection and at every fourth step
-    Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 15"))
+    settings = "num_steps=16, num_samples=8, objective=LogVariance(8, Replay())"
+    logged = f"svi({settings}, checkpoint=Checkpointing('kept', every=5), callbacks=[TensorBoard('curves')])"
+    # in step 12: the reward is called at the inspection and at every fourth step
+    Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 5"))
     call = ["a", "--reward", "my_rewards:breaks_later", "--engine"]
     assert "the last checkpoint is" in " ".join(infer(*call, logged, "--out", "again", code=1).split())
     infer(*call, logged, "--out", "again")

@@ -51,7 +51,7 @@ def test_the_target_is_the_power_of_whole_texts(alpha, kind, rewarded):
 def test_smc_agrees_with_exact(kind, alpha, resampling):
     model = program(kind, alpha, rewarded=True)
     exact = Exact().run(model, PROMPTS)
-    engine = SMC(16, 200, twist=Power(alpha), resampling=resampling, seed=0, progress=False)
+    engine = SMC(16, 80, twist=Power(alpha), resampling=resampling, seed=0, progress=False)
     posterior = engine.run(model, PROMPTS)
     # Texts of a mass of 0.2% may not be among the draws, and what they lack is then not in the standard error.
     assert_mean(np.exp(posterior.log_weights - exact.log_evidence).mean(1), 1.0, rounding=3e-3)
@@ -73,7 +73,7 @@ def test_twists_of_the_reward_agree_with_exact(alpha, twist):
     model = program("table", alpha, rewarded=True)
     exact = Exact().run(model, PROMPTS)
     found = {"twist": "partial"} if twist == "partial" else {"proposal": "twist", "twist": learned(alpha, twist)}
-    posterior = SMC(num_particles=32, num_chains=100, **found, seed=0, progress=False).run(model, PROMPTS)
+    posterior = SMC(num_particles=32, num_chains=60, **found, seed=0, progress=False).run(model, PROMPTS)
     assert_mean(np.exp(posterior.log_weights - exact.log_evidence).mean(1), 1.0, rounding=3e-3)
     for function in (token_is(0, 3), token_is(2, 2)):
         mean = expectation(exact, function(exact))

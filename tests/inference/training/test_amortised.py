@@ -59,7 +59,7 @@ def test_gradient_is_unbiased_for_all_prompts(make):
     loss = (family.log_q.exp() * (family.log_q - family.log_target)).sum()
     expected = gradient_of(loss, parameters)
     objective = make(family.log_z.detach())
-    estimates = gradients(objective, family.model(40), family.guide(40), parameters, (family.prompts,), repeats=150)
+    estimates = gradients(objective, family.model(40), family.guide(40), parameters, (family.prompts,), repeats=75)
     assert_unbiased(estimates, expected)
 
 
@@ -99,7 +99,7 @@ def test_gradient_of_the_default_guide_with_other_latents_of_each_prompt(objecti
     kl = kl + torch.distributions.kl_divergence(mood, prior)
     parameters = list(guide.parameters())
     expected = gradient_of((kl - ((1 - mood.probs) * local[0] + mood.probs * local[1])).sum(), parameters)
-    assert_unbiased(gradients(objective, model, guide, parameters, (prompts,), repeats=300), expected)
+    assert_unbiased(gradients(objective, model, guide, parameters, (prompts,), repeats=150), expected)
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_learns_the_exact_twist(kind, method, reads_reward):
 @pytest.mark.parametrize("method", METHODS)
 def test_smc_with_a_learned_twist_is_unbiased_and_better(method, reads_reward):
     _, model, exact, twist = learned("llama", method, reads_reward)
-    settings = {"num_particles": 16, "num_chains": 150, "seed": 0, "progress": False}
+    settings = {"num_particles": 16, "num_chains": 80, "seed": 0, "progress": False}
     variances = []
     for engine in (
         ImportanceSampling(**settings),
@@ -305,7 +305,7 @@ def test_one_of_several_completions():
         for name in ("draft", "reply")
     }
     exact = Exact().run(model, prompts)
-    posterior = SMC(num_particles=16, num_chains=300, twist=twists, ess_threshold=0.9, seed=0, progress=False).run(
+    posterior = SMC(num_particles=16, num_chains=150, twist=twists, ess_threshold=0.9, seed=0, progress=False).run(
         model, prompts
     )
     assert_evidence(posterior, exact.log_evidence, unbiased=True)
@@ -327,7 +327,7 @@ def test_hard_constraints(reads_reward):
     exact = Exact().run(model, PROMPTS)
     twist = learn(model, method=METHODS[reads_reward], reads_reward=reads_reward)
     assert all(value.isfinite().all() for value in twist.state_dict().values())
-    settings = {"num_particles": 16, "num_chains": 150, "seed": 0, "progress": False}
+    settings = {"num_particles": 16, "num_chains": 80, "seed": 0, "progress": False}
     posterior = SMC(twist=twist, proposal="twist", **settings).run(model, PROMPTS)
     assert_evidence(posterior, exact.log_evidence, unbiased=True)
 

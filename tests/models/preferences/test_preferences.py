@@ -99,7 +99,7 @@ def test_features_are_computed_once_a_data_set():
     assert posterior.pointwise["preferred"].shape == (1, 10, 4)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_nuts_against_quadrature(seed: int):
     mean, covariance, _ = truth()
     posterior = NUTS(num_samples=75, warmup=60, num_chains=2, seed=seed, progress=False).run(MODEL, DATA)
@@ -118,7 +118,7 @@ GUIDES = {
 
 
 @pytest.mark.parametrize("name", GUIDES)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_guides_against_quadrature(name: str, seed: int):
     """Weighted draws of each guide agree, and so do those of importance sampling with it as the proposal."""
     mean, covariance, log_z = truth()

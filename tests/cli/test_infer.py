@@ -523,8 +523,8 @@ def test_a_read_only_folder_is_one_line_before_the_work(what, folder, monkeypatc
 
 def test_after_ctrl_c_the_repeated_command_resumes(folder):
     """From its checkpoint; the interrupted result stays until the engine has finished."""
-    svi = "svi(objective=ReverseKL(), num_steps=12, num_samples=8{})"
-    Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 8"))
+    svi = "svi(objective=ReverseKL(), num_steps=6, num_samples=8{})"
+    Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 4"))
     call = ["a", "--reward", "my_rewards:interrupts", "--engine"]
     resumed = [*call, svi.format(", checkpoint=Checkpointing('kept', minutes=2)")]
     infer(*resumed, "--out", "run", code=130)
@@ -537,7 +537,7 @@ def test_after_ctrl_c_the_repeated_command_resumes(folder):
     infer(*call, svi.format(""), "--out", "anew")
     again, anew = (Posterior.load(f"{name}/svi") for name in ("run", "anew"))
     assert not again.stats["interrupted"]
-    assert again.stats["steps"] == anew.stats["steps"] == 12
+    assert again.stats["steps"] == anew.stats["steps"] == 6
     assert (again.samples["completion"] == anew.samples["completion"]).all()
 
 
@@ -559,8 +559,8 @@ def test_ctrl_c_in_the_first_draws_after_a_training(folder):
 
 def test_an_interrupted_result_outlives_another_interruption(folder):
     """Of two interrupted results both are kept until a run has finished."""
-    Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls in (6, 12)"))
-    call = ["a", "--engine", "svi(objective=ReverseKL(), num_steps=12, num_samples=8)"]
+    Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls in (4, 8)"))
+    call = ["a", "--engine", "svi(objective=ReverseKL(), num_steps=6, num_samples=8)"]
     call += ["--reward", "my_rewards:interrupts"]
     infer(*call, "--out", "run", code=130)
     infer(*call, "--out", "run", code=130)
@@ -581,8 +581,8 @@ def test_a_learned_twist_is_not_learned_again(folder):
 
 
 def test_a_policy_to_start_from_and_to_propose_with(folder):
-    own = "num_samples=8, optimizer=Adam(0.02)"
-    infer("a", "--engine", f"svi({own}, num_steps=40, guide=AutoPolicy(lora_rank=2))", "--out", "first")
+    own = "num_samples=8, optimizer=Adam(0.04)"
+    infer("a", "--engine", f"svi({own}, num_steps=20, guide=AutoPolicy(lora_rank=2))", "--out", "first")
     policy = "LanguageModel('first/svi/policy')"
     infer("a", "--engine", f"svi({own}, num_steps=5, guide={policy})", "--out", "second")
     first, second = (Posterior.load(f"{name}/svi").stats["elbo"][0, :, 0] for name in ("first", "second"))

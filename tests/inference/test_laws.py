@@ -137,7 +137,7 @@ class TestPosterior:
 
     def test_large_beta_gives_the_prior(self, name):
         model, bound = case(beta=1e6)
-        posterior = run(name, model, bound)
+        posterior = run(name, model, bound, size=2)
         if ENGINES[name].evidence and "policy" not in name:
             np.testing.assert_allclose(posterior.log_evidence, 0.0, atol=2e-3)
         assert_agrees(posterior, exact_of(beta=1e6), FUNCTIONS[:4])
@@ -179,7 +179,7 @@ def test_z_is_unbiased(name):
 class TestTexts:
     def test_same_seed_same_result_and_no_nan(self, name):
         model, bound = case()
-        a, b, c = (run(name, model, bound, seed=seed, size=1) for seed in (5, 5, 6))
+        a, b, c = small(name), *(run(name, model, bound, seed=seed, size=1) for seed in (0, 1))
         np.testing.assert_array_equal(a.samples["completion"], b.samples["completion"])
         np.testing.assert_array_equal(a.log_weights, b.log_weights)
         if not ENGINES[name].exact:

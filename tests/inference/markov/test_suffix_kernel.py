@@ -37,9 +37,9 @@ def test_texts_agree_with_exact(policy):
     model = tilted(table_lm(order=3, seed=2, vocab=4), table, 0.5)
     exact = Exact(num_prior_samples=1).run(model, SHORT[:1])
     proposal = None if policy is None else table_lm(order=2, seed=policy, vocab=4)
-    samples = run(SuffixKernel(model, proposal=proposal), SHORT[:1] * 200)
+    samples = run(SuffixKernel(model, proposal=proposal), SHORT[:1] * 200, samples=20)
     x = samples["completion"]
-    assert x.shape == (40, 200, 4)
+    assert x.shape == (20, 200, 4)
     assert x.dtype == torch.int64
     atoms, weights = torch.as_tensor(exact.samples["completion"][0, :, 0]), exact.weights()[0, :, 0]
     for t in range(4):
@@ -82,7 +82,7 @@ def test_every_kind_of_latent_agrees_with_exact(continuous):
     weights = exact.weights()[0, :, 0]
     topic, says_b = exact.samples["topic"][0, :, 0], (exact.samples["completion"][0, :, 0] == 2).sum(-1)
     replicates = 200 if continuous == "random-walk" else 40
-    samples = run(SuffixKernel(model, continuous=continuous), SHORT[:1] * replicates, samples=40, warmup=40)
+    samples = run(SuffixKernel(model, continuous=continuous), SHORT[:1] * replicates, samples=25, warmup=40)
     assert {name: x.dtype for name, x in samples.items()} == {
         "theta": torch.float32,
         "topic": torch.int64,

@@ -177,17 +177,24 @@ def test_killed_while_it_writes_a_checkpoint(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "chain-0-step-12"]
 
 
+RAISES = {
+    "leave-one-out": lambda: ReverseKL(8),
+    "replay": lambda: LogVariance(8, Replay(every=2)),
+    "average": lambda: ReverseKL(8, ExponentialAverage()),
+    "critic": lambda: ReverseKL(8, Critic()),
+}
+
+
 @pytest.mark.parametrize(
-    "make",
+    ("make", "raised"),
     [
-        lambda: ReverseKL(8),
-        lambda: LogVariance(8, Replay(every=2)),
-        lambda: ReverseKL(8, ExponentialAverage()),
-        lambda: ReverseKL(8, Critic()),
+        *(pytest.param(make, ConnectionError, id=name) for name, make in RAISES.items()),
+        *(
+            pytest.param(make, KeyboardInterrupt, id=f"{name}, Ctrl-C", marks=[pytest.mark.long] * (name != "replay"))
+            for name, make in RAISES.items()
+        ),
     ],
-    ids=["leave-one-out", "replay", "average", "critic"],
 )
-@pytest.mark.parametrize("raised", [ConnectionError, KeyboardInterrupt])
 def test_a_reward_that_raises_in_mid_run_loses_nothing(tmp_path, make, raised):
     """No step: a checkpoint of where it began is written, though the next was far."""
     calls = itertools.count(1)
@@ -500,7 +507,7 @@ OPEN = {"optimizer": Adam(schedule="constant")}  # what a step does, does not de
     [OPEN, OPEN | {"callbacks": [KLTarget(0.5)], "objective": LogVariance(8, Replay(20))}],
     ids=["elbo", "a KL target, replay"],
 )
-@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("killed", [pytest.param(False, marks=pytest.mark.long), True])
 def test_more_steps_are_as_if_there_had_been_as_many_from_the_start(settings, killed, tmp_path):
     settings = SMALL | settings
     whole = SVI(**settings | {"num_steps": 30}).run(MODEL, PROMPTS)

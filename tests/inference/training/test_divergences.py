@@ -278,7 +278,7 @@ def test_latents_of_all_prompts(objective):
         (ForwardKL(64), 120, 0.15),
         pytest.param(FDivergence("jensen-shannon", 64), 300, 0.05, marks=pytest.mark.long),
         (FDivergence("reverse-kl", 64, Replay(every=2)), 120, 0.15),
-        (Renyi(0.5, 4), 180, 0.1),
+        (Renyi(0.5, 4), 300, 0.05),
     ],
     ids=["log-variance", "replay", "prior", "forward KL", "Jensen-Shannon", "reverse KL, replay", "Renyi"],
 )

@@ -226,10 +226,10 @@ def test_fresh_completions_in_a_loop():
 def test_simulated_judges_have_bradley_terry_noise(seed):
     reward = Reward(lambda completions, **_: [0.3 if c[0] == "x" else 0.0 for c in completions])
     judge = SimulatedJudge(reward, temperature=0.4, seed=seed)
-    answers = [judge("p", f"x{i}", f"y{i}") for i in range(1000)]
+    answers = [judge("p", f"x{i}", f"y{i}") for i in range(2000)]
     expected = 1 / (1 + math.exp(-0.3 / 0.4))
-    assert_estimate(np.mean(answers), math.sqrt(expected * (1 - expected) / 1000), expected)
-    assert answers == [judge("p", f"x{i}", f"y{i}") for i in range(1000)]
+    assert_estimate(np.mean(answers), math.sqrt(expected * (1 - expected) / 2000), expected)
+    assert answers == [judge("p", f"x{i}", f"y{i}") for i in range(2000)]
     other = replace(judge, seed=seed + 100)
     assert answers[:100] != [other("p", f"x{i}", f"y{i}") for i in range(100)]
 

@@ -128,7 +128,7 @@ def test_gradient_is_unbiased(name, seed):
     ids=["forward KL", "Jensen-Shannon"],
 )
 def test_self_normalised_gradients_are_biased_by_one_over_n(make, loss, source):
-    """2 particles are visibly wrong; the bias of 4000 is a third of a standard error of 40 groups of them (chi^2 is 9)."""
+    """2 particles are visibly wrong; the bias of 4000 is a third of a standard error of 40 groups (chi^2 is 9)."""
     small = Problem(scale=0.3)
     expected = small.gradient(loss(small))
     torch.manual_seed(0)

@@ -46,8 +46,8 @@ def test_jacobians_are_summed_where_they_are():
 
 def test_conjugate_posteriors():
     """Normal mean, binomial probability and Poisson rate of each prompt: moments, and every term in closed form."""
-    y = torch.tensor([1.2, -0.4]).repeat(16)
-    k, counts = torch.tensor([7.0, 2.0]).repeat(16), torch.tensor([3.0, 0.0]).repeat(16)
+    y = torch.tensor([1.2, -0.4]).repeat(8)
+    k, counts = torch.tensor([7.0, 2.0]).repeat(8), torch.tensor([3.0, 0.0]).repeat(8)
 
     def model(prompts):
         with pyro.plate("prompts", len(prompts)):
@@ -59,10 +59,10 @@ def test_conjugate_posteriors():
             rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
             pyro.sample("counts", dist.Poisson(rate), obs=counts)
 
-    posterior = nuts(num_samples=25, warmup=40, max_tree_depth=4).run(model, [[1]] * 32)
+    posterior = nuts(num_samples=25, warmup=60, max_tree_depth=4).run(model, [[1]] * 16)
     assert (posterior.kind, posterior.engine) == ("markov", "NUTS")
     theta, p, rate = (posterior.samples[name] for name in ("theta", "p", "rate"))
-    assert theta.shape == p.shape == rate.shape == (2, 25, 32)
+    assert theta.shape == p.shape == rate.shape == (2, 25, 16)
     assert_prompt_means(theta, y.numpy() / 2)
     assert_prompt_means((theta - y.numpy() / 2) ** 2, 0.5)
     a, b = 2 + k.numpy(), 3 + 9 - k.numpy()
@@ -91,7 +91,7 @@ def test_conjugate_posteriors():
     assert stats["acceptance"].shape == stats["divergences"].shape == stats["step_size"].shape == (2,)
     assert (np.abs(stats["acceptance"] - 0.8) < 0.15).all()
     assert not stats["interrupted"]
-    assert posterior.prior["theta"].shape == (1, 40, 32)
+    assert posterior.prior["theta"].shape == (1, 25, 16)
     assert {"posterior", "sample_stats", "prior"} <= set(posterior.to_arviz().groups())
 
 

@@ -58,9 +58,9 @@ def interrupts(completions, **kwargs):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
+def folder(saved_model, tmp_path, monkeypatch) -> Path:
     """A working directory with a model and a module of rewards."""
-    tiny_llama(scale=1.0).save_pretrained(tmp_path / "model")
+    shutil.copytree(saved_model, tmp_path / "model")
     (tmp_path / "my_rewards.py").write_text(REWARDS)
     enter(tmp_path, monkeypatch)
     return tmp_path

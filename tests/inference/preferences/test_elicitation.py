@@ -102,7 +102,7 @@ def test_duels_have_the_probabilities_of_their_strategy(strategy):
         others = [k for k in range(3) if k != i]
         second = strategy.probabilities(rewards[:, others])[others.index(j)]
         distribution[i + j - 1] += 0.5 * first[i] * second
-    draws = torch.tensor([Duel(strategy).choose(rewards, pairs, prompts) for _ in range(1500)])
+    draws = torch.tensor([Duel(strategy).choose(rewards, pairs, prompts) for _ in range(800)])
     assert_drawn_from(torch.bincount(draws, minlength=4), distribution.log())
 
 

@@ -166,7 +166,7 @@ def test_stopping_on_a_plateau():
 
 def test_held_out_programs_are_evaluated_without_bias():
     """The last evaluation against enumeration: 4.5 standard errors, false alarm 7e-6 a number."""
-    held_out = HeldOut({"gold": GOLD}, every=10, num_particles=2000)
+    held_out = HeldOut({"gold": GOLD}, every=10, num_particles=800)
     settings = {"num_steps": 25, "optimizer": Adam(0.05), "num_samples": 8, "seed": 0, "progress": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)

@@ -119,14 +119,15 @@ def test_svi_reaches_the_posterior_of_every_prompt(objective, seed):
     if objective == "exact draws":
         objective = ForwardKL(64, FromPosterior(Exact().run(family.model(), prompts)))
     assert (family.kl(family.lm) > 0.1).all()
-    settings = {"num_steps": 200, "optimizer": Adam(0.08), "num_samples": 500}
+    steps, rate = (300, 0.05) if isinstance(objective, ForwardKL) else (200, 0.08)
+    settings = {"num_steps": steps, "optimizer": Adam(rate), "num_samples": 500}
     engine = SVI(objective=objective, seed=seed, progress=False, **settings)
     posterior = engine.run(family.model(2), prompts)
     reached = family.kl(posterior.policy)
     assert (reached < 0.03).all(), reached
     assert (posterior.log_evidence - family.log_z.detach().numpy() < 0.05).all()
     seen = posterior.stats["prompts"]
-    assert seen.shape == posterior.stats["elbo"].shape == (1, 200, 2)
+    assert seen.shape == posterior.stats["elbo"].shape == (1, steps, 2)
     last = posterior.stats["elbo"][0, -50:] - family.log_z.detach().numpy()[seen[0, -50:]]
     assert abs(last.mean()) < 0.1
 

@@ -45,7 +45,8 @@ def test_gradient_is_unbiased(num_particles, when):
     if when != "while it learns":
         small.estimates(objective, repeats=4 if when == "half-way" else 20)
         objective = Frozen(objective)
-    assert_unbiased(small.estimates(objective, repeats=40), small.gradient(small.reverse_kl()))
+    repeats = 64 if when == "half-way" else 40  # whose gradients are noisier
+    assert_unbiased(small.estimates(objective, repeats=repeats), small.gradient(small.reverse_kl()))
 
 
 @pytest.mark.long

@@ -125,7 +125,7 @@ def test_tempering_ends_at_the_posterior():
 def test_a_kl_target_is_held():
     """By enumeration of the policy's own KL to the prior, within a tenth; beta moves there from far away."""
     target = 0.3
-    run = SVI(**FAST, num_steps=200, callbacks=[KLTarget(target)]).run(TWO, PROMPTS)
+    run = SVI(**FAST, num_steps=300, callbacks=[KLTarget(target)]).run(TWO, PROMPTS)
     gamma = float(run.stats["inverse_temperature"][0, -1])
     assert gamma < 0.7  # at beta 1 it would have ended elsewhere
     log_q = log_probs(run.policy)

@@ -34,8 +34,16 @@ ALARM = 1e-6
 # -- suffixes ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
-@pytest.mark.parametrize("batch_size", [None, 7])
+@pytest.mark.parametrize(
+    ("model_type", "batch_size"),
+    [
+        *((model_type, 7) for model_type in ARCHITECTURES),
+        *(
+            pytest.param(model_type, None, marks=[pytest.mark.long] * (i % 3 > 0))
+            for i, model_type in enumerate(ARCHITECTURES)
+        ),
+    ],
+)
 def test_redrawn_suffixes_are_scored_as_the_network_does(model_type, batch_size):
     """Ragged cuts and prompts, windows shorter than them, in one batch or several."""
     extra, _ = ARCHITECTURES[model_type]

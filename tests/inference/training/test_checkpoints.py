@@ -104,7 +104,9 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(name, tmp_path):
     assert_same(SVI(**settings, checkpoint=every_5(tmp_path)).run(model, PROMPTS), whole)  # nothing left to train
 
 
-@pytest.mark.parametrize("name", ["elbo", "replay", "critic", "trust region"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.long) for name in ("elbo", "critic")), "replay", "trust region"]
+)
 def test_checkpoints_by_time_are_written_between_those_by_steps_and_resume_to_the_bit(name, tmp_path, monkeypatch):
     """The clock moves a minute a call, so that checkpoints are due after steps that no number of steps divides."""
     model, settings = RUNS[name]

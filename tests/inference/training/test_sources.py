@@ -115,8 +115,14 @@ def with_flag(dtype):
     return model, guide, list(policy.network.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("collide", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "collide"),
+    [
+        *((dtype, False) for dtype in (torch.bfloat16, torch.float32, torch.float64)),
+        (torch.float32, True),
+        *(pytest.param(dtype, True, marks=pytest.mark.long) for dtype in (torch.bfloat16, torch.float64)),
+    ],
+)
 def test_draws_that_agree_are_scored_once(dtype, collide, monkeypatch):
     """In as many rows as there are different ones; scores and gradients are those of each by itself.
 

@@ -60,8 +60,14 @@ def learned(kind, method, reads_reward):
 
 
 @pytest.mark.parametrize("reads_reward", [False, pytest.param(True, marks=pytest.mark.long)])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", ["table", "llama"])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("table", "contrastive"),
+        pytest.param("table", "soft-value", marks=pytest.mark.long),
+        *(("llama", method) for method in METHODS),
+    ],
+)
 def test_learns_the_exact_twist(kind, method, reads_reward):
     """It is correlated with the enumerated expectation at every step, for each prompt."""
     lm, _, posterior, twist = learned(kind, method, reads_reward)
@@ -83,8 +89,14 @@ def test_learns_the_exact_twist(kind, method, reads_reward):
         state, known = twist.advance(state, steps), exact.advance(known, steps)
 
 
-@pytest.mark.parametrize("reads_reward", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "reads_reward"),
+    [
+        *((method, False) for method in METHODS),
+        pytest.param("contrastive", True, marks=pytest.mark.long),
+        ("soft-value", True),
+    ],
+)
 def test_smc_with_a_learned_twist_is_unbiased_and_better(method, reads_reward):
     _, model, exact, twist = learned("llama", method, reads_reward)
     settings = {"num_particles": 16, "num_chains": 80, "seed": 0, "progress": False}

@@ -59,10 +59,10 @@ def test_conjugate_posteriors():
             rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
             pyro.sample("counts", dist.Poisson(rate), obs=counts)
 
-    posterior = nuts(num_samples=25, warmup=60, max_tree_depth=4).run(model, [[1]] * 16)
+    posterior = nuts(num_samples=40, warmup=60, max_tree_depth=4).run(model, [[1]] * 16)
     assert (posterior.kind, posterior.engine) == ("markov", "NUTS")
     theta, p, rate = (posterior.samples[name] for name in ("theta", "p", "rate"))
-    assert theta.shape == p.shape == rate.shape == (2, 25, 16)
+    assert theta.shape == p.shape == rate.shape == (2, 40, 16)
     assert_prompt_means(theta, y.numpy() / 2)
     assert_prompt_means((theta - y.numpy() / 2) ** 2, 0.5)
     a, b = 2 + k.numpy(), 3 + 9 - k.numpy()
@@ -91,7 +91,7 @@ def test_conjugate_posteriors():
     assert stats["acceptance"].shape == stats["divergences"].shape == stats["step_size"].shape == (2,)
     assert (np.abs(stats["acceptance"] - 0.8) < 0.15).all()
     assert not stats["interrupted"]
-    assert posterior.prior["theta"].shape == (1, 25, 16)
+    assert posterior.prior["theta"].shape == (1, 40, 16)
     assert {"posterior", "sample_stats", "prior"} <= set(posterior.to_arviz().groups())
 
 

@@ -49,7 +49,7 @@ def ratios(posterior, log_z):
     ],
 )
 def test_agrees_with_exact(setting, kind, seed):
-    engine = SMC(num_particles=16, num_chains=120, seed=seed, progress=False, **SETTINGS[setting])
+    engine = SMC(num_particles=16, num_chains=300, seed=seed, progress=False, **SETTINGS[setting])
     _, model, exact = case(kind, 0.5, seed)
     functions = [lambda p: p.rewards["reward"], *(token_is(t, token) for t in (0, 2, 4) for token in (0, 3))]
     assert_agrees(engine.run(model, PROMPTS), exact, functions)

@@ -37,9 +37,9 @@ def test_texts_agree_with_exact(policy):
     model = tilted(table_lm(order=3, seed=2, vocab=4), table, 0.5)
     exact = Exact(num_prior_samples=1).run(model, SHORT[:1])
     proposal = None if policy is None else table_lm(order=2, seed=policy, vocab=4)
-    samples = run(SuffixKernel(model, proposal=proposal), SHORT[:1] * 200, samples=20)
+    samples = run(SuffixKernel(model, proposal=proposal), SHORT[:1] * 200)
     x = samples["completion"]
-    assert x.shape == (20, 200, 4)
+    assert x.shape == (40, 200, 4)
     assert x.dtype == torch.int64
     atoms, weights = torch.as_tensor(exact.samples["completion"][0, :, 0]), exact.weights()[0, :, 0]
     for t in range(4):

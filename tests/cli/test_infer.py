@@ -102,7 +102,10 @@ def test_particles_and_chains(folder, pictures):
     assert "annealed" in run("show", "run")
 
 
-@pytest.mark.parametrize("learning", ["TwistLearning()", "TwistLearning(reads_reward=True)"])
+QUICK = "num_particles=64, num_steps=10"
+
+
+@pytest.mark.parametrize("learning", [f"TwistLearning({QUICK})", f"TwistLearning({QUICK}, reads_reward=True)"])
 def test_a_twist_is_learned_kept_and_used_again(folder, learning):
     def smc(twist: str) -> list[str]:
         return ["a b", "--engine", f"smc(num_particles=20, proposal=twist, top_k=4, twist={twist})"]
@@ -570,10 +573,10 @@ def test_an_interrupted_result_outlives_another_interruption(folder):
 
 
 def test_a_learned_twist_is_not_learned_again(folder):
-    call = ["a", "--engine", "smc(twist=TwistLearning(), num_particles=20)", "--out", "run"]
+    call = ["a", "--engine", f"smc(twist=TwistLearning({QUICK}), num_particles=20)", "--out", "run"]
     infer(*call)
     assert "twist: already in run/smc-twist" in infer(*call, "--engine", "importance")
-    other = "smc(twist=TwistLearning(reads_reward=True), num_particles=20)"
+    other = f"smc(twist=TwistLearning({QUICK}, reads_reward=True), num_particles=20)"
     assert "smc: twist: reads_reward was false" in infer("a", "--engine", other, "--out", "run", code=1)
 
 

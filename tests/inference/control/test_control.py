@@ -325,7 +325,10 @@ def test_the_plan_is_the_policy_of_its_dynamics(dynamics):
     assert (plan - other)[:, :3].abs().max() > 2 * off
 
 
-@pytest.mark.parametrize(("name", "beta", "horizon", "kwargs"), [*SETTINGS[:3], SETTINGS[4]])
+@pytest.mark.parametrize(
+    ("name", "beta", "horizon", "kwargs"),
+    [SETTINGS[0], pytest.param(*SETTINGS[1], marks=pytest.mark.long), SETTINGS[2], SETTINGS[4]],
+)
 def test_planning_is_within_a_hundredth_of_the_soft_optimal_value(name, beta, horizon, kwargs):
     mdp, control = gym_problem(name, beta, horizon, **kwargs)
     smc = ControlledSMC(num_sweeps=6, num_particles=1500, dynamics="fixed", seed=0)

@@ -126,13 +126,13 @@ class TestPosterior:
         assert_agrees(run(name, model, bound, seed=seed), exact_of(seed=seed), FUNCTIONS)
 
     def test_prompts_in_another_order(self, name):
-        swapped = run(name, *case(), SHORT[::-1], seed=1, size=2)
+        swapped = run(name, *case(), SHORT[::-1], seed=1)
         assert_agrees(swapped, exact_of(), FUNCTIONS[:4], order=slice(None, None, -1))
 
     @pytest.mark.parametrize("i", [pytest.param(0, marks=pytest.mark.long), 1])
     def test_a_prompt_alone(self, name, i):
         """Without the longer one beside it, the shorter one is not padded."""
-        alone = run(name, *case(), SHORT[i : i + 1], seed=2 + i, size=2)
+        alone = run(name, *case(), SHORT[i : i + 1], seed=2 + i)
         assert_agrees(alone, exact_of(), FUNCTIONS[:4], order=slice(i, i + 1))
 
     def test_large_beta_gives_the_prior(self, name):

@@ -308,7 +308,7 @@ def test_the_closed_form_of_a_gaussian(name):
     y = torch.tensor([0.4, -1.1])
     bound = float(dist.Normal(0.0, 0.1).log_prob(torch.tensor(0.0)))
     claims = ENGINES[name]
-    posterior = claims.make(0, bound, 8 if claims.texts else 2).run(programs.normal_mean(y, 0.1), ["a", "b"])
+    posterior = claims.make(0, bound, 8 if claims.texts else 3).run(programs.normal_mean(y, 0.1), ["a", "b"])
     theta, mean = posterior.samples["theta"], (100 / 101 * y).numpy()
     log_z = dist.Normal(0.0, 1.01**0.5).log_prob(y).numpy()
     if claims.evidence:

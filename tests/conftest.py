@@ -15,6 +15,7 @@ import pytest
 from pyro.distributions import Unit
 from pyro.poutine import runtime
 
+from bayeslm import model_card
 from bayeslm.inference.program import set_seed
 from bayeslm.models import LanguageModel
 
@@ -35,6 +36,18 @@ def _fresh_pyro():
     assert not runtime._PYRO_STACK
     assert not runtime._DIM_ALLOCATOR._stack
     assert "_validate_args" not in vars(Unit)
+
+
+@pytest.fixture
+def pictures() -> None:
+    """Let a test draw the curves of a policy's model card, and what commands draw of their results."""
+
+
+@pytest.fixture(autouse=True)
+def _no_card_pictures(request, monkeypatch) -> None:
+    """Save policies without the curves: they take longer to draw than trainings as small as these."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(model_card, "_figure", lambda posterior: None)
 
 
 @pytest.fixture(scope="session")

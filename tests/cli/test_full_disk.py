@@ -87,7 +87,9 @@ def test_nothing_can_be_saved(tmp_path: Path, temporary: Path) -> None:
     assert caught.value.__notes__[0].startswith(f"nothing of svi could be saved in {temporary} either")
 
 
-def test_plots_that_cannot_be_written_are_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plots_that_cannot_be_written_are_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], pictures: None
+) -> None:
     (tmp_path / "rewards.png").write_text("before")
     with full_disk(100):
         assert comparison._save_plots({"importance": from_prior(0)}, tmp_path) == ["no plots"]

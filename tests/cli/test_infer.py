@@ -58,9 +58,9 @@ def interrupts(completions, **kwargs):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
+def folder(saved_model, tmp_path, monkeypatch) -> Path:
     """A working directory with a model and a module of rewards."""
-    tiny_llama(scale=1.0).save_pretrained(tmp_path / "model")
+    shutil.copytree(saved_model, tmp_path / "model")
     (tmp_path / "my_rewards.py").write_text(REWARDS)
     enter(tmp_path, monkeypatch)
     return tmp_path
@@ -86,7 +86,7 @@ def infer(*arguments: str, code: int = 0) -> str:
     return run("infer", *arguments, *missing, code=code)
 
 
-def test_particles_and_chains(folder):
+def test_particles_and_chains(folder, pictures):
     engines = ["--engine", "exact, smc(num_particles=40, num_chains=4, twist=partial, proposal=twist, top_k=3)"]
     engines += ["--engine", "annealed(num_particles=40)", "--engine", "mcmc(num_samples=20, num_chains=4, warmup=10)"]
     out = infer("a b", "c", *engines, "--out", "run")
@@ -102,7 +102,10 @@ def test_particles_and_chains(folder):
     assert "annealed" in run("show", "run")
 
 
-@pytest.mark.parametrize("learning", ["TwistLearning()", "TwistLearning(reads_reward=True)"])
+QUICK = "num_particles=64, num_steps=10"
+
+
+@pytest.mark.parametrize("learning", [f"TwistLearning({QUICK})", f"TwistLearning({QUICK}, reads_reward=True)"])
 def test_a_twist_is_learned_kept_and_used_again(folder, learning):
     def smc(twist: str) -> list[str]:
         return ["a b", "--engine", f"smc(num_particles=20, proposal=twist, top_k=4, twist={twist})"]
@@ -117,7 +120,7 @@ def test_a_twist_is_learned_kept_and_used_again(folder, learning):
     assert "cannot score unfinished texts" in infer("a b", "--engine", "smc(twist=prefix)", code=1)
 
 
-def test_infer_compares_engines_and_show_repeats_it(folder):
+def test_infer_compares_engines_and_show_repeats_it(folder, pictures):
     out = infer(
         "a b", "c", *["--engine", "exact", "--engine", "importance", "--engine", "svi(num_steps=3)", "--out", "run"]
     )
@@ -253,7 +256,7 @@ def test_an_error_in_mid_training_keeps_the_policy(folder):
     assert kept(["a"], max_new_tokens=2).support_size == 57
 
 
-def test_ctrl_c_in_training_ends_it_and_keeps_the_policy(folder):
+def test_ctrl_c_in_training_ends_it_and_keeps_the_policy(folder, pictures):
     """Interrupted in the third step; the posterior's draws are of the policy trained in two steps."""
     Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 4"))
     out = infer(
@@ -290,10 +293,10 @@ def test_training_in_minibatches_at_a_target_of_the_kl(folder):
 
 def test_a_failed_training_resumes_from_its_checkpoint(folder):
     """After a reward that raised once; the policy is that of an uninterrupted run."""
-    settings = "num_steps=60, num_samples=8, objective=LogVariance(8, Replay())"
-    logged = f"svi({settings}, checkpoint='kept', callbacks=[TensorBoard('curves')])"
-    # in step 52: the reward is called at the inspection and at every fourth step
-    Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 15"))
+    settings = "num_steps=16, num_samples=8, objective=LogVariance(8, Replay())"
+    logged = f"svi({settings}, checkpoint=Checkpointing('kept', every=5), callbacks=[TensorBoard('curves')])"
+    # in step 12: the reward is called at the inspection and at every fourth step
+    Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 5"))
     call = ["a", "--reward", "my_rewards:breaks_later", "--engine"]
     assert "the last checkpoint is" in " ".join(infer(*call, logged, "--out", "again", code=1).split())
     infer(*call, logged, "--out", "again")
@@ -523,8 +526,8 @@ def test_a_read_only_folder_is_one_line_before_the_work(what, folder, monkeypatc
 
 def test_after_ctrl_c_the_repeated_command_resumes(folder):
     """From its checkpoint; the interrupted result stays until the engine has finished."""
-    svi = "svi(objective=ReverseKL(), num_steps=12, num_samples=8{})"
-    Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 8"))
+    svi = "svi(objective=ReverseKL(), num_steps=6, num_samples=8{})"
+    Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls == 4"))
     call = ["a", "--reward", "my_rewards:interrupts", "--engine"]
     resumed = [*call, svi.format(", checkpoint=Checkpointing('kept', minutes=2)")]
     infer(*resumed, "--out", "run", code=130)
@@ -537,7 +540,7 @@ def test_after_ctrl_c_the_repeated_command_resumes(folder):
     infer(*call, svi.format(""), "--out", "anew")
     again, anew = (Posterior.load(f"{name}/svi") for name in ("run", "anew"))
     assert not again.stats["interrupted"]
-    assert again.stats["steps"] == anew.stats["steps"] == 12
+    assert again.stats["steps"] == anew.stats["steps"] == 6
     assert (again.samples["completion"] == anew.samples["completion"]).all()
 
 
@@ -559,8 +562,8 @@ def test_ctrl_c_in_the_first_draws_after_a_training(folder):
 
 def test_an_interrupted_result_outlives_another_interruption(folder):
     """Of two interrupted results both are kept until a run has finished."""
-    Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls in (6, 12)"))
-    call = ["a", "--engine", "svi(objective=ReverseKL(), num_steps=12, num_samples=8)"]
+    Path("my_rewards.py").write_text(REWARDS.replace("calls > 4", "calls in (4, 8)"))
+    call = ["a", "--engine", "svi(objective=ReverseKL(), num_steps=6, num_samples=8)"]
     call += ["--reward", "my_rewards:interrupts"]
     infer(*call, "--out", "run", code=130)
     infer(*call, "--out", "run", code=130)
@@ -570,10 +573,10 @@ def test_an_interrupted_result_outlives_another_interruption(folder):
 
 
 def test_a_learned_twist_is_not_learned_again(folder):
-    call = ["a", "--engine", "smc(twist=TwistLearning(), num_particles=20)", "--out", "run"]
+    call = ["a", "--engine", f"smc(twist=TwistLearning({QUICK}), num_particles=20)", "--out", "run"]
     infer(*call)
     assert "twist: already in run/smc-twist" in infer(*call, "--engine", "importance")
-    other = "smc(twist=TwistLearning(reads_reward=True), num_particles=20)"
+    other = f"smc(twist=TwistLearning({QUICK}, reads_reward=True), num_particles=20)"
     assert "smc: twist: reads_reward was false" in infer("a", "--engine", other, "--out", "run", code=1)
 
 
@@ -581,8 +584,8 @@ def test_a_learned_twist_is_not_learned_again(folder):
 
 
 def test_a_policy_to_start_from_and_to_propose_with(folder):
-    own = "num_samples=8, optimizer=Adam(0.02)"
-    infer("a", "--engine", f"svi({own}, num_steps=40, guide=AutoPolicy(lora_rank=2))", "--out", "first")
+    own = "num_samples=8, optimizer=Adam(0.04)"
+    infer("a", "--engine", f"svi({own}, num_steps=20, guide=AutoPolicy(lora_rank=2))", "--out", "first")
     policy = "LanguageModel('first/svi/policy')"
     infer("a", "--engine", f"svi({own}, num_steps=5, guide={policy})", "--out", "second")
     first, second = (Posterior.load(f"{name}/svi").stats["elbo"][0, :, 0] for name in ("first", "second"))

@@ -96,15 +96,15 @@ def test_undo_asks_the_same_pair_again(folder):
 def test_resuming_equals_never_having_stopped(folder):
     """Killed after any label, with an incomplete last line: the same file in the end."""
     judge = ["--judge", "judges:letters", "--temperature", "1.0"]
-    label("a b", "c", *judge, "--number", "9", "--out", "whole.jsonl")
-    label("a b", "c", *judge, "--number", "4", "--out", "parts.jsonl")
+    label("a b", "c", *judge, "--number", "6", "--out", "whole.jsonl")
+    label("a b", "c", *judge, "--number", "3", "--out", "parts.jsonl")
     with open("parts.jsonl", "a") as file:
         file.write('{"prompt": "a b", "cho')
-    out = label(*judge, "--number", "9", "--out", "parts.jsonl")
+    out = label(*judge, "--number", "6", "--out", "parts.jsonl")
     assert "removed an incomplete last line" in out
     assert Path("parts.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
-    assert len(rows("whole.jsonl")) == 9
-    label("a b", "c", *judge, "--number", "9", "--out", "other.jsonl", "--seed", "1")
+    assert len(rows("whole.jsonl")) == 6
+    label("a b", "c", *judge, "--number", "6", "--out", "other.jsonl", "--seed", "1")
     assert Path("other.jsonl").read_bytes() != Path("whole.jsonl").read_bytes()
 
 
@@ -127,7 +127,7 @@ def test_a_judge_who_hangs_is_stopped_and_loses_nothing(folder):
 
 def test_it_ends_when_no_pair_is_left(folder):
     torch.manual_seed(0)
-    out = label("a b", "--judge", "judges:letters", "--ask", "random")
+    out = label("a b", "--judge", "judges:letters", "--ask", "random", "--completions", "5")
     assert "no pair is left" in out
     pool = rows("labels.pool.jsonl")
     assert len(rows()) == len(pool) * (len(pool) - 1) // 2
@@ -154,7 +154,7 @@ def test_after_a_restart_skips_lead_to_the_same_questions(folder):
         assert rows(f"parts{kind}.jsonl") == rows(f"whole{kind}.jsonl")
 
 
-@pytest.mark.parametrize("left", [1, 2, 5])
+@pytest.mark.parametrize("left", [1, pytest.param(2, marks=pytest.mark.long), 5])
 def test_an_interrupted_pool_is_drawn_again(folder, left):
     """Killed after any row: the same completions and questions in the end, and not a prompt with one text."""
     judge = ["--judge", "judges:letters", "--number", "3"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -169,10 +170,15 @@ def test_each_array_is_stored_once(tmp_path: Path) -> None:
             assert "rewards.reward" not in tree["bayeslm"]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return from_prior(0).save(tmp_path_factory.mktemp("whole") / "run")
+
+
 @pytest.mark.parametrize("file", ["posterior.json", "texts.json", "posterior.nc"])
 @pytest.mark.parametrize("damage", ["cut", "gone", "one bit"])
-def test_a_damaged_file_is_named(tmp_path: Path, file: str, damage: str) -> None:
-    saved = from_prior(0).save(tmp_path / "run")
+def test_a_damaged_file_is_named(whole: Path, tmp_path: Path, file: str, damage: str) -> None:
+    saved = shutil.copytree(whole, tmp_path / "run")
     content = (saved / file).read_bytes()
     (saved / file).unlink()
     if damage == "cut":

@@ -173,14 +173,13 @@ def test_smc_of_some_prompts_after_others_is_that_of_all():
     """Its estimates, and shapes and labels of all that it records."""
     prompts, bonus = ["a", "b c", "d"], [0.0, 1.0, -0.5]
     exact = Exact().run(program(), prompts, bonus=bonus)
-    engine = SMC(SIZE, 30, twist="partial", ess_threshold=0.8, **SETTINGS)
+    engine = SMC(SIZE, 16, twist="partial", ess_threshold=0.8, **SETTINGS)
     found = engine.run(program(), prompts, bonus=bonus)
     weights = np.exp(diagnostics.chain_log_evidence(found.log_weights))  # (chain, prompt), unbiased
-    error = weights.std(0, ddof=1) / len(weights) ** 0.5
-    assert (np.abs(weights.mean(0) - np.exp(exact.log_evidence)) < 4 * error).all()
+    assert_mean(weights, np.exp(exact.log_evidence))
     assert found.prompts == exact.prompts
-    assert found.stats["ancestors"].shape == (30, 3, SIZE, 3)
-    assert found.stats["resampled"].shape == found.stats["ess_by_step"].shape == (30, 3, 3)
+    assert found.stats["ancestors"].shape == (16, 3, SIZE, 3)
+    assert found.stats["resampled"].shape == found.stats["ess_by_step"].shape == (16, 3, 3)
     rows = [counted(prompts, texts.tolist(), bonus) for texts in found.texts["completion"][0]]
     np.testing.assert_allclose(found.rewards["reward"][0], rows, rtol=1e-6)
     assert SMC(SIZE, 2, retained=exact, **SETTINGS).run(program(), prompts, bonus=bonus).conditional

@@ -135,8 +135,17 @@ def calibrate(name, replicates, seed):
     assert_uniform_ranks(draws_of(posterior, rng), truth, rng)
 
 
-@pytest.mark.parametrize("seed", [0, *LONG])
-@pytest.mark.parametrize("name", those(posterior=True, continuous=True))
+ALIKE = ("smc, default", "annealed, fixed ladder")  # other settings of engines that are there
+
+
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    [
+        pytest.param(name, seed, marks=[pytest.mark.long] * (seed > 0 or name in ALIKE))
+        for name in those(posterior=True, continuous=True)
+        for seed in range(4)
+    ],
+)
 def test_ranks_among_an_engines_draws_are_uniform(name, seed):
     few, many = (60, 150) if name == "nuts" else (120, 900)
     calibrate(name, many if seed else few, seed)

@@ -119,23 +119,25 @@ def test_every_engine_is_on_the_list():
 
 @pytest.mark.parametrize("name", those(texts=True, posterior=True))
 class TestPosterior:
-    @pytest.mark.parametrize("seed", [2, 3])
+    @pytest.mark.parametrize("seed", [2, pytest.param(3, marks=pytest.mark.long)])
     def test_agrees_with_exact(self, name, seed):
         """log Z, the expected reward, and the marginal of every token."""
         model, bound = case(seed=seed)
         assert_agrees(run(name, model, bound, seed=seed), exact_of(seed=seed), FUNCTIONS)
 
-    def test_prompts_in_another_order_or_alone(self, name):
-        model, bound = case()
-        swapped = run(name, model, bound, SHORT[::-1], seed=1)
+    def test_prompts_in_another_order(self, name):
+        swapped = run(name, *case(), SHORT[::-1], seed=1)
         assert_agrees(swapped, exact_of(), FUNCTIONS[:4], order=slice(None, None, -1))
-        for i in range(2):
-            alone = run(name, model, bound, SHORT[i : i + 1], seed=2 + i)
-            assert_agrees(alone, exact_of(), FUNCTIONS[:4], order=slice(i, i + 1))
+
+    @pytest.mark.parametrize("i", [pytest.param(0, marks=pytest.mark.long), 1])
+    def test_a_prompt_alone(self, name, i):
+        """Without the longer one beside it, the shorter one is not padded."""
+        alone = run(name, *case(), SHORT[i : i + 1], seed=2 + i)
+        assert_agrees(alone, exact_of(), FUNCTIONS[:4], order=slice(i, i + 1))
 
     def test_large_beta_gives_the_prior(self, name):
         model, bound = case(beta=1e6)
-        posterior = run(name, model, bound)
+        posterior = run(name, model, bound, size=2)
         if ENGINES[name].evidence and "policy" not in name:
             np.testing.assert_allclose(posterior.log_evidence, 0.0, atol=2e-3)
         assert_agrees(posterior, exact_of(beta=1e6), FUNCTIONS[:4])
@@ -145,7 +147,7 @@ class TestPosterior:
         model, functions = LATENTS[program]
         exact = Exact().run(model, programs.SHORT)
         bound = float(sum(exact.log_likelihood.values()).max())
-        assert_agrees(run(name, model, bound, programs.SHORT, seed=2), exact, functions)
+        assert_agrees(run(name, model, bound, programs.SHORT, seed=2, size=2), exact, functions)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +179,7 @@ def test_z_is_unbiased(name):
 class TestTexts:
     def test_same_seed_same_result_and_no_nan(self, name):
         model, bound = case()
-        a, b, c = (run(name, model, bound, seed=seed, size=1) for seed in (5, 5, 6))
+        a, b, c = small(name), *(run(name, model, bound, seed=seed, size=1) for seed in (0, 1))
         np.testing.assert_array_equal(a.samples["completion"], b.samples["completion"])
         np.testing.assert_array_equal(a.log_weights, b.log_weights)
         if not ENGINES[name].exact:

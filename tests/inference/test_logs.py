@@ -17,7 +17,7 @@ from bayeslm.models.rewards.rehearsal import is_rehearsal
 
 LM = table_lm(order=2, seed=2, vocab=4)
 LM.batch_size = 100
-SLOW = 0.015  # seconds of a reward
+SLOW = 0.008  # seconds of a reward
 
 
 def texts(prompts):

@@ -103,13 +103,13 @@ def test_a_support_that_depends_on_a_latent():
         with pyro.plate("prompts", len(prompts)):
             pyro.sample("s", dist.Uniform(0.0, width))
 
-    posterior = nuts(num_chains=1).run(model, [[1]] * 5)
+    posterior = nuts(num_samples=40, warmup=50, num_chains=1).run(model, [[1]] * 5)
     share = posterior.samples["s"] / posterior.samples["width"][..., None]
     assert ((share > 0) & (share < 1)).all()
     assert_prompt_means(share, 0.5)
     assert_prompt_means(share**2, 1 / 3)
     assert_prompt_means(posterior.samples["width"][..., None], 4.0)
-    assert posterior.log_joint.shape == (1, 60, 1)
+    assert posterior.log_joint.shape == (1, 40, 1)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -134,7 +134,7 @@ def test_an_observed_completion_is_scored_once(frozen):
 def test_an_observed_completion_whose_prompt_depends_on_a_latent():
     """P(theta > 0 | x) = p(x | prompt of theta > 0) / (p(x | that) + p(x | the other)) for theta ~ N(0, 1)."""
     lm = table_lm(order=2, seed=3, vocab=4)
-    tokens = torch.tensor([[2, 0, 0]] * 2)
+    tokens = torch.tensor([[2, 0, 0]] * 8)
 
     def model():
         with pyro.plate("prompts", len(tokens)):
@@ -143,7 +143,7 @@ def test_an_observed_completion_whose_prompt_depends_on_a_latent():
             pyro.sample("completion", Autoregressive(lm, ids, None, 3), obs=tokens)
 
     scores = lm([[1], [3]], 3).log_prob(tokens[:2])
-    posterior = nuts(num_samples=200, warmup=40, num_chains=1, max_tree_depth=3).run(model)
+    posterior = nuts(num_samples=50, warmup=40, num_chains=1, max_tree_depth=3).run(model)
     assert_prompt_means((posterior.samples["theta"] > 0) * 1.0, scores.softmax(0)[0].item())
     up = posterior.samples["theta"] > 0
     np.testing.assert_allclose(posterior.log_likelihood["completion"], np.where(up, scores[0], scores[1]), atol=1e-5)
@@ -157,9 +157,9 @@ def test_every_prompt_starts_where_its_own_posterior_allows():
             theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
             pyro.factor("positive", torch.where(theta > 0, 0.0, -torch.inf))
 
-    posterior = nuts(num_samples=100, warmup=50, num_chains=1).run(model, [[1]] * 40)
+    posterior = nuts(num_samples=40, warmup=40, num_chains=1).run(model, [[1]] * 40)
     assert (posterior.samples["theta"] > 0).all()
-    assert len(np.unique(posterior.samples["theta"][0, :, 0])) > 30
+    assert len(np.unique(posterior.samples["theta"][0, :, 0])) > 12
 
 
 def test_programs_of_single_values_run_unvectorised():

@@ -61,10 +61,10 @@ def test_policies_propose(as_twist):
     lm, model, exact = case("table", 0.5, 0)
     policy = perturbed(lm, seed=1, scale=0.3)
     setting = {"twist": policy} if as_twist else {"twist": "partial", "proposal": policy}
-    posterior = SMC(num_particles=16, num_chains=300, seed=0, progress=False, **setting).run(model, PROMPTS)
+    posterior = SMC(num_particles=16, num_chains=120, seed=0, progress=False, **setting).run(model, PROMPTS)
     assert_agrees(posterior, exact, [token_is(0, 0), token_is(3, 2)])
     if as_twist:
-        sampled = ImportanceSampling(num_particles=4800, guide=policy, seed=0, progress=False).run(model, PROMPTS)
+        sampled = ImportanceSampling(num_particles=1920, guide=policy, seed=0, progress=False).run(model, PROMPTS)
         np.testing.assert_array_equal(sampled.samples["completion"][0, :16], posterior.samples["completion"][0])
         np.testing.assert_allclose(sampled.log_weights[0, :16], posterior.log_weights[0], atol=1e-4)
     else:
@@ -75,7 +75,7 @@ def test_a_policys_ratio_as_twist_of_the_prior():
     """With the prior as proposal the weights move before the end, and particles are resampled."""
     _, model, exact = case("table", 0.5, 0)
     setting = {"twist": table_lm(order=3, seed=7), "proposal": "prior"}
-    posterior = SMC(num_particles=64, num_chains=300, seed=0, progress=False, **setting).run(model, PROMPTS)
+    posterior = SMC(num_particles=64, num_chains=100, seed=0, progress=False, **setting).run(model, PROMPTS)
     assert posterior.stats["resampled"].any()
     assert_agrees(posterior, exact, [token_is(0, 0)])
 

@@ -137,7 +137,7 @@ FUNCTIONS = [programs.token_is(0, 2), programs.token_is(1, 1), lambda p: p.lengt
 @pytest.mark.parametrize("program", REFUSE)
 def test_engines_agree_on_what_is_left_of_a_prior(program, name):
     """Truncated and stopped by tokens, or by a condition on the whole: each engine is right, or refuses by name."""
-    engine, exact = ENGINES[name].make(3, BOUND, 4), Exact().run(program, programs.SHORT)
+    engine, exact = ENGINES[name].make(3, BOUND, 2), Exact().run(program, programs.SHORT)
     if name in REFUSE[program]:
         with pytest.raises((ProgramError, RunError), match="-inf"):
             engine.run(program, programs.SHORT)

@@ -124,7 +124,7 @@ ENGINES = {
         sized(MCMC, "num_samples", 10, num_chains=30, warmup=20, num_temperatures=3), evidence=False, unbiased=False
     ),
     "nuts": Claims(
-        sized(NUTS, "num_samples", 25, num_chains=4, warmup=100), evidence=False, unbiased=False, texts=False
+        sized(NUTS, "num_samples", 25, num_chains=4, warmup=60), evidence=False, unbiased=False, texts=False
     ),
 }
 

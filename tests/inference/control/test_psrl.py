@@ -210,7 +210,7 @@ def test_posterior_sampling_solves_river_swim():
     prior = Worlds.prior(6, 2, reward=(0.0, 1.0, 1.0, 0.01))
     regret = {}
     for strategy in (Thompson(), EpsilonGreedy(0.0), EpsilonGreedy(0.1), Random()):
-        regret[strategy] = PSRL(150, strategy, num_runs=20, seed=0, progress=False).run(task, prior).regret
+        regret[strategy] = PSRL(120, strategy, num_runs=16, seed=0, progress=False).run(task, prior).regret
     total = {strategy: float(each.sum(1).mean()) for strategy, each in regret.items()}
     assert total[Thompson()] < 0.5 * min(total[strategy] for strategy in regret if strategy != Thompson()), total
     assert regret[Thompson()][:, -20:].mean() < 0.05 * task.optimum

@@ -6,6 +6,7 @@ as many must go from i to j as from j to i (Bowker's test of symmetry). Each tes
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -33,8 +34,16 @@ ALARM = 1e-6
 # -- suffixes ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
-@pytest.mark.parametrize("batch_size", [None, 7])
+@pytest.mark.parametrize(
+    ("model_type", "batch_size"),
+    [
+        *((model_type, 7) for model_type in ARCHITECTURES),
+        *(
+            pytest.param(model_type, None, marks=[pytest.mark.long] * (i % 3 > 0))
+            for i, model_type in enumerate(ARCHITECTURES)
+        ),
+    ],
+)
 def test_redrawn_suffixes_are_scored_as_the_network_does(model_type, batch_size):
     """Ragged cuts and prompts, windows shorter than them, in one batch or several."""
     extra, _ = ARCHITECTURES[model_type]
@@ -144,10 +153,16 @@ def by_cut(move, state, gamma=1.0, parts=8):
 POLICY = {"prior": lambda: None, "policy": lambda: table_lm(order=2, seed=9, vocab=4)}
 
 
-@pytest.mark.parametrize("gamma", [1.0, 0.3])
-@pytest.mark.parametrize("proposal", POLICY)
-@pytest.mark.parametrize("same_cut", [False, True])
-@pytest.mark.parametrize("model", [plain, constrained], ids=lambda m: m.__name__)
+def each_and_half_of_all() -> list:
+    """Every two settings of a move come together in the suite; all four do so in the long one."""
+    cases = itertools.product((plain, constrained), (False, True), POLICY, (1.0, 0.3))
+    return [
+        pytest.param(*case, marks=[pytest.mark.long] * (sum(places) % 2))
+        for case, places in zip(cases, itertools.product((0, 1), repeat=4), strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("model", "same_cut", "proposal", "gamma"), each_and_half_of_all())
 def test_suffix_moves_are_reversible(model, same_cut, proposal, gamma):
     target = Enumerated(model(), gamma)
     state = target.draw(10_000)

@@ -82,7 +82,7 @@ def test_every_kind_of_latent_agrees_with_exact(continuous):
     weights = exact.weights()[0, :, 0]
     topic, says_b = exact.samples["topic"][0, :, 0], (exact.samples["completion"][0, :, 0] == 2).sum(-1)
     replicates = 200 if continuous == "random-walk" else 40
-    samples = run(SuffixKernel(model, continuous=continuous), SHORT[:1] * replicates, samples=40, warmup=40)
+    samples = run(SuffixKernel(model, continuous=continuous), SHORT[:1] * replicates, samples=25, warmup=40)
     assert {name: x.dtype for name, x in samples.items()} == {
         "theta": torch.float32,
         "topic": torch.int64,

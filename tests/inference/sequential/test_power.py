@@ -1,5 +1,7 @@
 """Powers of a language model: the program against enumeration, and the twist that is known in closed form."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,14 @@ MODELS = {
     "without an end": lambda: tiny_llama(seed=1, eos_token_ids=(), pad_token_id=0),
 }
 
+IN_SUITE = [  # each network, power and way to resample
+    *(("table", alpha, "systematic") for alpha in (0.5, 2.0, 4.0)),
+    *(("table", alpha, "optimal") for alpha in (0.5, 4.0)),
+    *(("llama", 2.0, resampling) for resampling in ("systematic", "optimal")),
+    *(("without an end", alpha, "systematic") for alpha in (0.5, 4.0)),
+    ("without an end", 2.0, "optimal"),
+]
+
 
 def number_of_as(completions):
     return [float(text.count("a")) for text in completions]
@@ -30,10 +40,14 @@ def program(kind: str, alpha: float, rewarded: bool) -> TiltedLM:
     return TiltedLM(MODELS[kind](), reward, beta=1.0, max_new_tokens=TOKENS, power=alpha)
 
 
-@pytest.mark.parametrize("rewarded", [False, True])
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("alpha", [0.5, 2.0])
-def test_the_target_is_the_power_of_whole_texts(alpha, kind, rewarded):
+@pytest.mark.parametrize(
+    ("kind", "alpha", "rewarded"),
+    [
+        pytest.param(kind, alpha, rewarded, marks=[pytest.mark.long] * ((i + (alpha > 1) + rewarded) % 2))
+        for (i, kind), alpha, rewarded in itertools.product(enumerate(MODELS), (0.5, 2.0), (False, True))
+    ],
+)
+def test_the_target_is_the_power_of_whole_texts(kind, alpha, rewarded):
     model = program(kind, alpha, rewarded)
     distribution = model.prior(PROMPTS, TOKENS)
     x = distribution.enumerate_support()
@@ -45,13 +59,17 @@ def test_the_target_is_the_power_of_whole_texts(alpha, kind, rewarded):
     np.testing.assert_allclose(exact.log_joint[0], log_target, atol=1e-4)
 
 
-@pytest.mark.parametrize("resampling", ["systematic", "optimal"])
-@pytest.mark.parametrize("alpha", [0.5, 2.0, 4.0])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    ("kind", "alpha", "resampling"),
+    [
+        pytest.param(*case, marks=[] if case in IN_SUITE else pytest.mark.long)
+        for case in itertools.product(MODELS, (0.5, 2.0, 4.0), ("systematic", "optimal"))
+    ],
+)
 def test_smc_agrees_with_exact(kind, alpha, resampling):
     model = program(kind, alpha, rewarded=True)
     exact = Exact().run(model, PROMPTS)
-    engine = SMC(16, 200, twist=Power(alpha), resampling=resampling, seed=0, progress=False)
+    engine = SMC(16, 80, twist=Power(alpha), resampling=resampling, seed=0, progress=False)
     posterior = engine.run(model, PROMPTS)
     # Texts of a mass of 0.2% may not be among the draws, and what they lack is then not in the standard error.
     assert_mean(np.exp(posterior.log_weights - exact.log_evidence).mean(1), 1.0, rounding=3e-3)
@@ -73,7 +91,7 @@ def test_twists_of_the_reward_agree_with_exact(alpha, twist):
     model = program("table", alpha, rewarded=True)
     exact = Exact().run(model, PROMPTS)
     found = {"twist": "partial"} if twist == "partial" else {"proposal": "twist", "twist": learned(alpha, twist)}
-    posterior = SMC(num_particles=32, num_chains=100, **found, seed=0, progress=False).run(model, PROMPTS)
+    posterior = SMC(num_particles=32, num_chains=60, **found, seed=0, progress=False).run(model, PROMPTS)
     assert_mean(np.exp(posterior.log_weights - exact.log_evidence).mean(1), 1.0, rounding=3e-3)
     for function in (token_is(0, 3), token_is(2, 2)):
         mean = expectation(exact, function(exact))
@@ -96,8 +114,13 @@ def test_other_engines_agree_with_exact():
         assert_agrees(engine.run(model, PROMPTS), exact, [token_is(0, 3), token_is(2, 2)])
 
 
-@pytest.mark.parametrize("alpha", [0.5, 2.0, 4.0])
-@pytest.mark.parametrize("kind", ["table", "without an end"])
+@pytest.mark.parametrize(
+    ("kind", "alpha"),
+    [
+        pytest.param(*case, marks=[] if case in (("table", 0.5), ("without an end", 4.0)) else pytest.mark.long)
+        for case in itertools.product(("table", "without an end"), (0.5, 2.0, 4.0))
+    ],
+)
 def test_log_z_is_known_far_better_than_by_importance_sampling(kind, alpha):
     """The tokens of the first texts and of the final score are counted too."""
     model = TiltedLM(MODELS[kind](), None, max_new_tokens=24, power=alpha)

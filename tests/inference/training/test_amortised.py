@@ -59,7 +59,7 @@ def test_gradient_is_unbiased_for_all_prompts(make):
     loss = (family.log_q.exp() * (family.log_q - family.log_target)).sum()
     expected = gradient_of(loss, parameters)
     objective = make(family.log_z.detach())
-    estimates = gradients(objective, family.model(40), family.guide(40), parameters, (family.prompts,), repeats=150)
+    estimates = gradients(objective, family.model(40), family.guide(40), parameters, (family.prompts,), repeats=75)
     assert_unbiased(estimates, expected)
 
 
@@ -99,7 +99,7 @@ def test_gradient_of_the_default_guide_with_other_latents_of_each_prompt(objecti
     kl = kl + torch.distributions.kl_divergence(mood, prior)
     parameters = list(guide.parameters())
     expected = gradient_of((kl - ((1 - mood.probs) * local[0] + mood.probs * local[1])).sum(), parameters)
-    assert_unbiased(gradients(objective, model, guide, parameters, (prompts,), repeats=300), expected)
+    assert_unbiased(gradients(objective, model, guide, parameters, (prompts,), repeats=150), expected)
 
 
 @pytest.mark.parametrize(
@@ -119,14 +119,15 @@ def test_svi_reaches_the_posterior_of_every_prompt(objective, seed):
     if objective == "exact draws":
         objective = ForwardKL(64, FromPosterior(Exact().run(family.model(), prompts)))
     assert (family.kl(family.lm) > 0.1).all()
-    settings = {"num_steps": 300, "optimizer": Adam(0.05), "num_samples": 500}
+    steps, rate = (300, 0.05) if isinstance(objective, ForwardKL) else (200, 0.08)
+    settings = {"num_steps": steps, "optimizer": Adam(rate), "num_samples": 500}
     engine = SVI(objective=objective, seed=seed, progress=False, **settings)
     posterior = engine.run(family.model(2), prompts)
     reached = family.kl(posterior.policy)
     assert (reached < 0.03).all(), reached
     assert (posterior.log_evidence - family.log_z.detach().numpy() < 0.05).all()
     seen = posterior.stats["prompts"]
-    assert seen.shape == posterior.stats["elbo"].shape == (1, 300, 2)
+    assert seen.shape == posterior.stats["elbo"].shape == (1, steps, 2)
     last = posterior.stats["elbo"][0, -50:] - family.log_z.detach().numpy()[seen[0, -50:]]
     assert abs(last.mean()) < 0.1
 
@@ -174,7 +175,7 @@ def test_a_policy_serves_prompts_it_was_never_trained_on(kind):
     """
     if kind == "table":
         lm, prompts = table_lm(order=4, vocab=5), [f"{a} {b} {c} d" for a, b, c in itertools.product("abc", repeat=3)]
-        settings, share, word = {"num_steps": 200, "optimizer": Adam(0.05)}, 0.05, 2
+        settings, share, word = {"num_steps": 120, "optimizer": Adam(0.1)}, 0.05, 2
     else:
         lm, prompts = tiny_llama(seed=3, scale=1.0), [" ".join(four) for four in itertools.product("abcd", repeat=4)]
         settings, share, word = (
@@ -234,7 +235,7 @@ def test_draws_are_of_all_prompts_with_columns_observations_and_other_latents_of
     assert found.observed["same"] == exact.observed["same"]
     assert found.samples["completion"].shape == (*found.lengths["completion"].shape, 2) == (1, 2000, 7, 2)
     assert (found.lengths["completion"] >= found.samples["length"]).all()
-    trained = SVI(num_steps=150, optimizer=Adam(0.05), num_samples=500, seed=0, progress=False).run(model, prompts, 3)
+    trained = SVI(num_steps=100, optimizer=Adam(0.08), num_samples=500, seed=0, progress=False).run(model, prompts, 3)
     assert (abs(trained.log_evidence - exact.log_evidence) < 4.5 * trained.log_evidence_stderr + 0.01).all()
     gap = exact.log_evidence - trained.log_weights.mean((0, 1))
     assert (gap < 0.03).all(), gap  # the posterior is of the policy's family

@@ -26,10 +26,15 @@ def steep(seed: int) -> Problem:
 
 
 @pytest.mark.parametrize(
-    "objective", [ReverseKL(2), pytest.param(LogVariance(2, Replay(8)), marks=pytest.mark.long)], ids=["elbo", "replay"]
+    ("objective", "runs"),
+    [
+        (ReverseKL(2), 5),
+        *(pytest.param(each, 10, marks=pytest.mark.long) for each in (ReverseKL(2), LogVariance(2, Replay(8)))),
+    ],
+    ids=["elbo", "elbo, more runs", "replay"],
 )
-def test_no_training_ends_below_its_prior(objective):
-    """Adam at a rate that leads runs away: 20 of 2 problems, against enumeration.
+def test_no_training_ends_below_its_prior(objective, runs):
+    """Adam at a rate that leads runs away, of 2 problems, against enumeration.
 
     Two ELBOs of 256 draws decide, each with a standard error of about 0.1: one that is below by 0.4 is a slip of four.
     """
@@ -37,7 +42,7 @@ def test_no_training_ends_below_its_prior(objective):
     for seed in range(2):
         problem = steep(seed)
         prior = float(kl_to(problem.lm, problem).mean())
-        for run_seed in range(10):
+        for run_seed in range(runs):
             engine = SVI(12, objective=objective, optimizer=Adam(3.0, clip_norm=None), seed=run_seed, **FAR)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -45,7 +50,7 @@ def test_no_training_ends_below_its_prior(objective):
             below.append(float(kl_to(run.policy, problem).mean()) - prior)
             kept += run.stats["kept_steps"]
     assert max(below) < 0.4, (below, kept)
-    assert kept.count(12) <= 15  # others were put back
+    assert kept.count(12) <= 1.5 * runs  # others of these 2 * runs were put back
 
 
 def test_draws_and_policy_are_those_of_the_step_that_is_named():

@@ -6,11 +6,11 @@ import contextlib
 import functools
 import itertools
 import json
+import os
 import re
 import resource
 import shutil
-import subprocess
-import sys
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import pyro
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.chaos import forked
 from support.gradients import policy_guide
 from support.models import table_lm, tiny_llama
 from support.programs import PROMPTS, TOKENS, score_table, tilted
@@ -91,19 +92,21 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(name, tmp_path):
     model, settings = RUNS[name]
     settings = SMALL | settings
     whole = SVI(**settings).run(model, PROMPTS)
-    for step in (7, 11, 2):  # each time the run goes further: from 5, from 10, into a second chain
+    chains = settings.get("num_chains", 1)
+    for step in (7, 11, 2)[: 1 + chains]:  # each time the run goes further: from 5, from 10, into a second chain
         with contextlib.suppress(Killed):
             callbacks = [*settings.get("callbacks", []), killer(step)]
             SVI(**settings | {"callbacks": callbacks, "checkpoint": every_5(tmp_path)}).run(model, PROMPTS)
     torch.manual_seed(1)  # whatever the process did meanwhile
     assert_same(SVI(**settings, checkpoint=every_5(tmp_path)).run(model, PROMPTS), whole)
-    chains = settings.get("num_chains", 1)
     there = sorted(path.name.partition("-step-")[0] for path in tmp_path.iterdir())
     assert there == [".lock", *(f"chain-{i}" for i in range(chains))]
     assert_same(SVI(**settings, checkpoint=every_5(tmp_path)).run(model, PROMPTS), whole)  # nothing left to train
 
 
-@pytest.mark.parametrize("name", ["elbo", "replay", "critic", "trust region"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.long) for name in ("elbo", "critic")), "replay", "trust region"]
+)
 def test_checkpoints_by_time_are_written_between_those_by_steps_and_resume_to_the_bit(name, tmp_path, monkeypatch):
     """The clock moves a minute a call, so that checkpoints are due after steps that no number of steps divides."""
     model, settings = RUNS[name]
@@ -151,52 +154,49 @@ def test_minutes_are_positive(minutes, tmp_path):
         Checkpointing(tmp_path, minutes=minutes)
 
 
-TESTS = str(Path(__file__).parents[2])
-TRAIN = f"""
-import sys
-sys.path.insert(0, {TESTS!r})
-from support.trainings import MODEL, PROMPTS, SMALL, every_5
-from bayeslm.inference import SVI, RunError
-from bayeslm.inference.training import LogVariance, Replay
-"""
-DIE = """
-import os, signal
-from bayeslm.inference.training import checkpoints
-
-write = checkpoints.save_file
-def dies(tensors, path):
-    write(tensors, path)
-    if "step-10" in str(path):
-        with open(path, "r+b") as file:
-            file.truncate(100)
-        os.kill(os.getpid(), signal.SIGKILL)
-checkpoints.save_file = dies
-SVI(**SMALL, objective=LogVariance(8, Replay()), checkpoint=every_5(sys.argv[1])).run(MODEL, PROMPTS)
-"""
-
-
-def test_killed_while_it_writes_a_checkpoint(tmp_path):
+def test_killed_while_it_writes_a_checkpoint(tmp_path, monkeypatch):
     """SIGKILL with half of the second checkpoint written: the first stands, and the run ends the same."""
-    assert subprocess.run([sys.executable, "-c", TRAIN + DIE, tmp_path / "run"]).returncode == -9
+    settings = SMALL | {"objective": LogVariance(8, Replay())}
+    write = checkpoints.save_file
+
+    def dies(tensors, path):
+        write(tensors, path)
+        if "step-10" in str(path):
+            with open(path, "r+b") as file:
+                file.truncate(100)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "save_file", dies)
+        engine = SVI(**settings, checkpoint=every_5(tmp_path / "run"))
+        with pytest.raises(RuntimeError) as error:
+            forked(functools.partial(engine.run, MODEL, PROMPTS))
+    assert "Traceback" not in str(error.value)
     assert kept(tmp_path / "run") == ["chain-0-step-5"]
     assert any(path.name.startswith(".chain-0-step-10") for path in (tmp_path / "run").iterdir())
-    settings = SMALL | {"objective": LogVariance(8, Replay())}
-    again = SVI(**settings, checkpoint=every_5(tmp_path / "run")).run(MODEL, PROMPTS)
+    again = engine.run(MODEL, PROMPTS)
     assert_same(again, SVI(**settings).run(MODEL, PROMPTS))
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "chain-0-step-12"]
 
 
+RAISES = {
+    "leave-one-out": lambda: ReverseKL(8),
+    "replay": lambda: LogVariance(8, Replay(every=2)),
+    "average": lambda: ReverseKL(8, ExponentialAverage()),
+    "critic": lambda: ReverseKL(8, Critic()),
+}
+
+
 @pytest.mark.parametrize(
-    "make",
+    ("make", "raised"),
     [
-        lambda: ReverseKL(8),
-        lambda: LogVariance(8, Replay(every=2)),
-        lambda: ReverseKL(8, ExponentialAverage()),
-        lambda: ReverseKL(8, Critic()),
+        *(pytest.param(make, ConnectionError, id=name) for name, make in RAISES.items()),
+        *(
+            pytest.param(make, KeyboardInterrupt, id=f"{name}, Ctrl-C", marks=[pytest.mark.long] * (name != "replay"))
+            for name, make in RAISES.items()
+        ),
     ],
-    ids=["leave-one-out", "replay", "average", "critic"],
 )
-@pytest.mark.parametrize("raised", [ConnectionError, KeyboardInterrupt])
 def test_a_reward_that_raises_in_mid_run_loses_nothing(tmp_path, make, raised):
     """No step: a checkpoint of where it began is written, though the next was far."""
     calls = itertools.count(1)
@@ -509,7 +509,7 @@ OPEN = {"optimizer": Adam(schedule="constant")}  # what a step does, does not de
     [OPEN, OPEN | {"callbacks": [KLTarget(0.5)], "objective": LogVariance(8, Replay(20))}],
     ids=["elbo", "a KL target, replay"],
 )
-@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("killed", [pytest.param(False, marks=pytest.mark.long), True])
 def test_more_steps_are_as_if_there_had_been_as_many_from_the_start(settings, killed, tmp_path):
     settings = SMALL | settings
     whole = SVI(**settings | {"num_steps": 30}).run(MODEL, PROMPTS)
@@ -544,10 +544,10 @@ def test_one_training_at_a_time_writes_to_a_folder(tmp_path):
     def another(record: StepRecord) -> None:
         if record.step == 8:
             before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-            code = TRAIN + "SVI(**SMALL, checkpoint=every_5(sys.argv[1])).run(MODEL, PROMPTS)"
-            seen = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False)
-            refused.append(seen.stderr.strip().splitlines()[-1])
-            assert seen.returncode == 1
+            same = SVI(**SMALL, checkpoint=every_5(tmp_path))
+            with pytest.raises(RuntimeError) as error:
+                forked(functools.partial(same.run, MODEL, PROMPTS))
+            refused.append(str(error.value).strip().splitlines()[-1])
             assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
     whole = SVI(**SMALL, checkpoint=every_5(tmp_path), callbacks=[another]).run(MODEL, PROMPTS)

@@ -43,11 +43,10 @@ def test_gradient_is_unbiased(num_particles, when):
     small, objective = Problem(scale=1.0), StatefulLoss(ReverseKL(num_particles, quick()))
     torch.manual_seed(0)
     if when != "while it learns":
-        small.estimates(objective, repeats=4 if when == "half-way" else 40)
+        small.estimates(objective, repeats=4 if when == "half-way" else 20)
         objective = Frozen(objective)
-    assert_unbiased(
-        small.estimates(objective, repeats=64 if num_particles == 1 else 40), small.gradient(small.reverse_kl())
-    )
+    repeats = 64 if when == "half-way" else 40  # whose gradients are noisier
+    assert_unbiased(small.estimates(objective, repeats=repeats), small.gradient(small.reverse_kl()))
 
 
 @pytest.mark.long
@@ -126,7 +125,7 @@ def test_a_reply_to_a_draft():
     expected = gradient_of(-COPIES * elbo, parameters)
     torch.manual_seed(0)
     objective = StatefulLoss(ReverseKL(4, quick()))
-    found = gradients(objective, model, guide, parameters, (SHORT * COPIES,))
+    found = gradients(objective, model, guide, parameters, (SHORT * COPIES,), repeats=25)
     assert_unbiased(found, expected)
     assert {key.rpartition(":")[2] for key in objective.state} == {"completion", "reply"}
 

@@ -103,13 +103,17 @@ UNBIASED = {
 }
 
 
-@pytest.mark.parametrize("name", UNBIASED)
+OTHERS = ("alpha 0.5", "Renyi -1")  # other settings of objectives that are there
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in OTHERS)) for name in UNBIASED])
 @pytest.mark.parametrize("seed", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_gradient_is_unbiased(name, seed):
     small = Problem(seed)
     make, loss = UNBIASED[name]
     torch.manual_seed(seed)
-    estimates = small.estimates(make(small.log_z.repeat(COPIES)), repeats=64)
+    objective = make(small.log_z.repeat(COPIES))
+    estimates = small.estimates(objective, repeats=64 if isinstance(objective, Renyi) else 32)  # which is noisier
     assert_unbiased(estimates, small.gradient(loss(small)))
 
 
@@ -127,14 +131,14 @@ def test_gradient_is_unbiased(name, seed):
     ids=["forward KL", "Jensen-Shannon"],
 )
 def test_self_normalised_gradients_are_biased_by_one_over_n(make, loss, source):
-    """2 particles are visibly wrong; the bias of 4000 is half a standard error of 100 groups of them (chi^2 is 9)."""
+    """2 particles are visibly wrong; the bias of 4000 is a third of a standard error of 40 groups (chi^2 is 9)."""
     small = Problem(scale=0.3)
     expected = small.gradient(loss(small))
     torch.manual_seed(0)
-    many = gradients(make(4000, source), small.model, small.guide, small.parameters, (PROMPTS,), repeats=100)
+    many = gradients(make(4000, source), small.model, small.guide, small.parameters, (PROMPTS,), repeats=40)
     assert_unbiased(COPIES * many, expected)
-    few = small.estimates(make(2, source), repeats=50) @ expected
-    assert abs(few.mean() - expected @ expected) > 6 * few.std() / 50**0.5
+    few = small.estimates(make(2, source), repeats=25) @ expected
+    assert abs(few.mean() - expected @ expected) > 6 * few.std() / 25**0.5
 
 
 def test_log_variance_of_own_draws_is_reverse_kl_with_the_leave_one_out_baseline():
@@ -189,7 +193,7 @@ def test_values_of_the_losses():
         assert found == pytest.approx(float(expected.detach().sum()), abs=0.08), type(objective).__name__
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))])
 @pytest.mark.parametrize("name", [name for name, (make, _) in UNBIASED.items() if type(make(0.0)) is FDivergence])
 def test_the_value_of_an_f_divergence_is_unbiased(name, seed):
     """With log Z known, the mean of the estimates is the enumerated divergence."""
@@ -269,24 +273,24 @@ def test_latents_of_all_prompts(objective):
 
 
 @pytest.mark.parametrize(
-    ("objective", "steps"),
+    ("objective", "steps", "rate"),
     [
-        (LogVariance(16), 300),
-        pytest.param(LogVariance(32, Replay(every=4)), 900, marks=pytest.mark.long),  # a quarter have new samples
-        (LogVariance(64, of_prior), 300),
-        (ForwardKL(64), 300),
-        pytest.param(FDivergence("jensen-shannon", 64), 300, marks=pytest.mark.long),
-        (FDivergence("reverse-kl", 64, Replay(every=2)), 300),
-        (Renyi(0.5, 4), 300),
+        (LogVariance(16), 120, 0.15),
+        pytest.param(LogVariance(32, Replay(every=4)), 900, 0.05, marks=pytest.mark.long),  # a quarter have new samples
+        (LogVariance(64, of_prior), 120, 0.15),
+        (ForwardKL(64), 120, 0.15),
+        pytest.param(FDivergence("jensen-shannon", 64), 300, 0.05, marks=pytest.mark.long),
+        (FDivergence("reverse-kl", 64, Replay(every=2)), 120, 0.15),
+        (Renyi(0.5, 4), 300, 0.05),
     ],
     ids=["log-variance", "replay", "prior", "forward KL", "Jensen-Shannon", "reverse KL, replay", "Renyi"],
 )
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
-def test_svi_reaches_the_posterior_by(objective, steps, seed):
+def test_svi_reaches_the_posterior_by(objective, steps, rate, seed):
     """KL(q || pi*) under 0.01 nats by enumeration, from 0.5 to 2; Renyi's own gradient is noisier."""
     small = Problem(seed, order=4)
     assert (kl_to(small.lm, small) > 0.4).all()
-    engine = SVI(objective=objective, num_steps=steps, optimizer=Adam(0.05), num_samples=500, seed=seed, progress=False)
+    engine = SVI(objective=objective, num_steps=steps, optimizer=Adam(rate), num_samples=500, seed=seed, progress=False)
     reached = kl_to(engine.run(small.model, PROMPTS).policy, small)
     assert (reached < (0.05 if isinstance(objective, Renyi) else 0.01)).all()
 
@@ -300,7 +304,7 @@ def test_hard_constraints_are_for_those_that_stay_finite():
             objective(model, guide, [[1]])
     exact = Exact().run(model, [[1]])
     for objective in (ForwardKL(64), FDivergence("jensen-shannon", 64)):
-        engine = SVI(objective=objective, num_steps=120, optimizer=Adam(0.05), num_samples=500, seed=0, progress=False)
+        engine = SVI(objective=objective, num_steps=60, optimizer=Adam(0.1), num_samples=500, seed=0, progress=False)
         posterior = engine.run(model, [[1]])
         share = float((posterior.log_weights > -np.inf).mean())
         passed = float(np.exp(exact.log_evidence[0]))
@@ -388,12 +392,12 @@ def test_what_is_refused():
 
 
 def test_the_gradient_of_the_truncated_variance_is_that_of_its_weights():
-    """Of draws of the prior; of 4000 the bias of normalised weights is small beside the error of 100 groups."""
+    """Of draws of the prior; of 4000 the bias of normalised weights is small beside the error of 40 groups."""
     small = Problem(scale=0.3)
     expected = small.gradient(truncated_variance_under_prior(small))
     torch.manual_seed(0)
     objective = LogVariance(4000, of_prior, truncated=True)
-    many = gradients(objective, small.model, small.guide, small.parameters, (PROMPTS,), repeats=100)
+    many = gradients(objective, small.model, small.guide, small.parameters, (PROMPTS,), repeats=40)
     assert_unbiased(COPIES * many, expected)
     assert (small.gradient(variance_under_prior(small)) - expected).norm() > 0.1 * expected.norm()
 

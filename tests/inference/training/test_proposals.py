@@ -102,7 +102,7 @@ def test_z_is_unbiased_though_a_policy_memorises_its_teachers(own):
     inspected = inspect(rewarded(lm, 1, lambda x: scores[x].sum(-1)), PROMPT)
     guide, log_z = AutoPolicy(inspected), float(Exact().run(inspected.model, PROMPT).log_evidence[0])
     ratios = []
-    for seed in range(200):
+    for seed in range(100):
         draws = ProposalDraws(inspected, guide, 40, own)
         with seeded(seed):
             draws.add(run_particles(inspected, None, 40), None)

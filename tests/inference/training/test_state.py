@@ -78,10 +78,15 @@ def test_two_trainings_interleaved_step_by_step(name):
     assert {k: x for k, x in vars(objective).items() if k != "source"} == before
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+ALIKE = ("posterior", "f-divergence", "Renyi")  # to a run: they remember as little as leave-one-out
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name in ALIKE)) for name in OBJECTIVES]
+)
 def test_a_run_within_a_run(name):
     """Between two steps of one run another is made, with the same objective and callbacks."""
-    settings = SMALL | {"objective": OBJECTIVES[name]}
+    settings = SMALL | {"objective": OBJECTIVES[name], "num_steps": 6}
     callbacks = [KLTarget(0.5), HeldOut({"gold": GOLD}, every=4, num_particles=4), Plateau(3, -9.0)]
     alone, another = (SVI(**settings | {"seed": seed}, callbacks=callbacks).run(MODEL, PROMPTS) for seed in (0, 1))
     inner = []

@@ -234,12 +234,13 @@ RUNS = {
 def test_trainings_stay_in_the_region_and_learn(name):
     """Every step within 1.5 times its target, most of these near it, and an ELBO above the prior's at the end."""
     model, prompts, settings = RUNS[name]
-    posterior = SVI(24, optimizer=TrustRegion(), num_samples=400, seed=0, progress=False, **settings).run(
+    steps = 24 if model is topical else 16  # two latents more
+    posterior = SVI(steps, optimizer=TrustRegion(), num_samples=400, seed=0, progress=False, **settings).run(
         model, prompts
     )
-    target = 0.03 * (1 - np.arange(24) / 24) ** 2
+    target = 0.03 * (1 - np.arange(steps) / steps) ** 2
     moved, rates = posterior.stats["moved"], posterior.stats["learning_rate"]
-    assert moved.shape == rates.shape == (settings.get("num_chains", 1), 24)
+    assert moved.shape == rates.shape == (settings.get("num_chains", 1), steps)
     assert (moved <= 1.5 * target * (1 + 1e-5)).all()
     assert np.median(moved / target) > 0.3
     weights = posterior.log_weights.mean(1)
@@ -248,7 +249,7 @@ def test_trainings_stay_in_the_region_and_learn(name):
     assert (weights.mean(-1) > before.mean() + 4 * error.max()).all()
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_steep_logits_do_not_collapse(seed):
     """A table's rate is found too large for a network whose next token is all but certain."""
     lm, table = tiny_llama(0, scale=6.0), score_table(0, tokens=T, scale=1.0)

@@ -29,7 +29,7 @@ def problem(request):
     return (
         prior,
         model,
-        SVI(num_steps=60, guide=partial(AutoPolicy, lora_rank=rank), **SETTINGS).run(model, PROMPTS).policy,
+        SVI(num_steps=40, guide=partial(AutoPolicy, lora_rank=rank), **SETTINGS).run(model, PROMPTS).policy,
     )
 
 
@@ -45,9 +45,9 @@ def test_it_begins_as_the_policy_and_goes_on(problem):
     x = prior(PROMPTS, TOKENS).sample((50,))
     with torch.no_grad():
         assert torch.equal(begun(PROMPTS, TOKENS).log_prob(x), start(PROMPTS, TOKENS).log_prob(x))
-    cold = SVI(num_steps=20, **SETTINGS).run(model, PROMPTS)
+    cold = SVI(num_steps=8, **SETTINGS).run(model, PROMPTS)
     gently = SETTINGS | {"optimizer": Adam(0.003)}  # at a rate that leads away the first policy would be returned
-    warm = SVI(num_steps=20, guide=start, num_chains=2, **gently).run(model, PROMPTS)
+    warm = SVI(num_steps=8, guide=start, num_chains=2, **gently).run(model, PROMPTS)
     assert (warm.stats["elbo"][:, :5].mean((1, 2)) > cold.stats["elbo"][0, :5].mean() + 0.1).all()
     for p, q in zip(start.parameters(), before, strict=True):
         assert torch.equal(p, q)

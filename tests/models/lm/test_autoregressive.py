@@ -226,7 +226,7 @@ def test_categorical_at_the_edge_of_a_block(monkeypatch, block, ulps):
 # -- batching ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [None, 1, 2, 5])
+@pytest.mark.parametrize("batch_size", [None, 1, pytest.param(2, marks=pytest.mark.long), 5])
 def test_scores_do_not_depend_on_the_batch(lm, batch_size):
     """Nor on other prompts, padding or micro-batches; and the scores of sampling are the network's own."""
     dist = lm(PROMPTS, max_new_tokens=6)

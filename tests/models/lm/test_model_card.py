@@ -146,7 +146,7 @@ def test_an_infinite_figure_is_no_unknown_one(value, shown):
 HOSTILE = ["a | b", "a\n\nb", "`a`", "<!-- end of training -->", "<script>a</script>", "[a](http://b)", "\x1b[2J a"]
 
 
-def test_no_text_breaks_out_of_the_card(tmp_path):
+def test_no_text_breaks_out_of_the_card(tmp_path, pictures):
     program = TiltedLM(table_lm(), rewards.Reward(letters), max_new_tokens=2)
     posterior = trained(program, ["a"] * len(HOSTILE))
     posterior.prompts[:] = HOSTILE
@@ -169,7 +169,7 @@ def policy(tmp_path):
     return trained(TiltedLM(lm, rewards.Reward(letters), max_new_tokens=3), num_samples=16).policy
 
 
-def test_what_is_said_of_a_training_goes_with_the_policy(policy, tmp_path):
+def test_what_is_said_of_a_training_goes_with_the_policy(pictures, policy, tmp_path):
     policy.save_pretrained(tmp_path / "policy")
     notes = read_notes(tmp_path / "policy")
     assert notes.figure.startswith(b"\x89PNG")
@@ -241,7 +241,7 @@ def test_a_relative_folder_is_not_named_as_one_of_the_hub(tmp_path, monkeypatch)
         assert "base_model" not in yaml.safe_load(card(tmp_path).split("---\n")[1])
 
 
-def test_a_card_of_ones_own_stays_and_one_of_ours_is_renewed(policy, tmp_path):
+def test_a_card_of_ones_own_stays_and_one_of_ours_is_renewed(pictures, policy, tmp_path):
     prior = tiny_llama()
     prior.save_pretrained(tmp_path / "model")
     assert "## Training" not in card(tmp_path / "model")
@@ -301,7 +301,7 @@ def test_the_hub_reads_the_front_matter(tmp_path, loading, base):
     assert ("4-bit GGUF" in card(tmp_path)) == (loading.short_name == "smollm2")
 
 
-def test_a_posterior_that_was_loaded_has_a_policy_with_its_card(policy, tmp_path):
+def test_a_posterior_that_was_loaded_has_a_policy_with_its_card(pictures, policy, tmp_path):
     policy.provenance.save(tmp_path / "run")
     loaded = LanguageModel.from_pretrained(Posterior.load(tmp_path / "run").policy_path)
     assert loaded.provenance == read_notes(tmp_path / "run" / "policy")

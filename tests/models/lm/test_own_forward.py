@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import CPTConfig, LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from support.models import PADDED_PROMPTS, llama_network, random_network
-from support.oracles import by_hand
+from support.oracles import all_by_hand, by_hand
 from torch import nn
 from transformers import (
     DogeConfig,
@@ -31,11 +31,11 @@ def assert_scored_as_its_forward(lm, prompts=PROMPTS, tokens=5):
         x = dist.sample((3,))
         cut = torch.arange(3 * len(prompts)).reshape(3, -1) % tokens
         new, scores = redraw(dist, x, cut)
-        for value in (x, x.clone(), new):
-            rows = [torch.stack([by_hand(lm, p, c) for p, c in zip(prompts, row, strict=True)]) for row in value]
-            torch.testing.assert_close(dist.token_log_prob(value), torch.stack(rows), atol=1e-4, rtol=0)
+        of_draws, of_new = (all_by_hand(lm, prompts, value) for value in (x, new))
+        for value, expected in ((x, of_draws), (x.clone(), of_draws), (new, of_new)):
+            torch.testing.assert_close(dist.token_log_prob(value), expected, atol=1e-4, rtol=0)
     after = torch.arange(tokens) >= cut[..., None]
-    torch.testing.assert_close(scores, torch.stack(rows) * after, atol=1e-4, rtol=0)
+    torch.testing.assert_close(scores, of_new * after, atol=1e-4, rtol=0)
     return x
 
 

@@ -9,7 +9,7 @@ from bayeslm.models.lm.network import CausalNetwork
 from bayeslm.models.lm.usage import count_usage
 
 PROMPTS = ["My dinner at the restaurant was", "Yes", "The capital of France is"]
-TOKENS = 8
+TOKENS = 5
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_special_tokens_and_texts(smollm2):
     text = "Hello , world!  Naïve “quotes”, 漢字 🙂\n\ttabs"
     value = smollm2.tokenizer(text, return_tensors="pt")["input_ids"]
     assert smollm2.decode(value).tolist() == [text]
-    with pytest.raises(ValueError, match=r"prompts\[1\] has 9000 tokens, .* room for 8184"):
+    with pytest.raises(ValueError, match=r"prompts\[1\] has 9000 tokens, .* room for 8187"):
         smollm2([[1], [1] * 9000], max_new_tokens=TOKENS)
 
 

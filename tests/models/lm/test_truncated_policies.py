@@ -48,8 +48,8 @@ def test_a_policy_has_what_remains_of_the_prior(rank):
     torch.testing.assert_close(log_q.exp().sum(0), torch.ones(2))
     assert torch.equal(torch.isneginf(log_q), torch.isneginf(prior.log_prob(support)))
     for i, prompt in enumerate(PROMPTS):
-        expected = torch.tensor([by_hand(lm, policy, prompt, row) for row in support[::5, i].tolist()])
-        torch.testing.assert_close(log_q[::5, i].double(), expected.double(), atol=1e-4, rtol=1e-4)
+        expected = torch.tensor([by_hand(lm, policy, prompt, row) for row in support[::11, i].tolist()])
+        torch.testing.assert_close(log_q[::11, i].double(), expected.double(), atol=1e-4, rtol=1e-4)
     torch.manual_seed(0)
     x = dist.sample((2000,))
     torch.testing.assert_close(dist.token_log_prob(x.clone()), dist.token_log_prob(x), atol=1e-5, rtol=1e-5)

@@ -60,8 +60,14 @@ def learned(kind, method, reads_reward):
 
 
 @pytest.mark.parametrize("reads_reward", [False, pytest.param(True, marks=pytest.mark.long)])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", ["table", "llama"])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("table", "contrastive"),
+        pytest.param("table", "soft-value", marks=pytest.mark.long),
+        *(("llama", method) for method in METHODS),
+    ],
+)
 def test_learns_the_exact_twist(kind, method, reads_reward):
     """It is correlated with the enumerated expectation at every step, for each prompt."""
     lm, _, posterior, twist = learned(kind, method, reads_reward)
@@ -83,11 +89,17 @@ def test_learns_the_exact_twist(kind, method, reads_reward):
         state, known = twist.advance(state, steps), exact.advance(known, steps)
 
 
-@pytest.mark.parametrize("reads_reward", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "reads_reward"),
+    [
+        *((method, False) for method in METHODS),
+        pytest.param("contrastive", True, marks=pytest.mark.long),
+        ("soft-value", True),
+    ],
+)
 def test_smc_with_a_learned_twist_is_unbiased_and_better(method, reads_reward):
     _, model, exact, twist = learned("llama", method, reads_reward)
-    settings = {"num_particles": 16, "num_chains": 150, "seed": 0, "progress": False}
+    settings = {"num_particles": 16, "num_chains": 80, "seed": 0, "progress": False}
     variances = []
     for engine in (
         ImportanceSampling(**settings),
@@ -305,7 +317,7 @@ def test_one_of_several_completions():
         for name in ("draft", "reply")
     }
     exact = Exact().run(model, prompts)
-    posterior = SMC(num_particles=16, num_chains=300, twist=twists, ess_threshold=0.9, seed=0, progress=False).run(
+    posterior = SMC(num_particles=16, num_chains=150, twist=twists, ess_threshold=0.9, seed=0, progress=False).run(
         model, prompts
     )
     assert_evidence(posterior, exact.log_evidence, unbiased=True)
@@ -327,7 +339,7 @@ def test_hard_constraints(reads_reward):
     exact = Exact().run(model, PROMPTS)
     twist = learn(model, method=METHODS[reads_reward], reads_reward=reads_reward)
     assert all(value.isfinite().all() for value in twist.state_dict().values())
-    settings = {"num_particles": 16, "num_chains": 150, "seed": 0, "progress": False}
+    settings = {"num_particles": 16, "num_chains": 80, "seed": 0, "progress": False}
     posterior = SMC(twist=twist, proposal="twist", **settings).run(model, PROMPTS)
     assert_evidence(posterior, exact.log_evidence, unbiased=True)
 

@@ -99,7 +99,7 @@ def test_features_are_computed_once_a_data_set():
     assert posterior.pointwise["preferred"].shape == (1, 10, 4)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_nuts_against_quadrature(seed: int):
     mean, covariance, _ = truth()
     posterior = NUTS(num_samples=75, warmup=60, num_chains=2, seed=seed, progress=False).run(MODEL, DATA)
@@ -118,7 +118,7 @@ GUIDES = {
 
 
 @pytest.mark.parametrize("name", GUIDES)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_guides_against_quadrature(name: str, seed: int):
     """Weighted draws of each guide agree, and so do those of importance sampling with it as the proposal."""
     mean, covariance, log_z = truth()
@@ -281,8 +281,8 @@ def test_simulation_based_calibration():
     """96 data sets at once, each with 12 comparisons."""
     weights, data, features = simulate(96, 12, seed=0)
     model = Replications(features, 96)
-    nuts = NUTS(num_samples=93, warmup=70, num_chains=1, max_tree_depth=4, seed=0, progress=False)
-    draws = torch.as_tensor(nuts.run(model, data).samples["weights"])[0, 2::3].squeeze(-2)  # (31, replication, 2)
+    nuts = NUTS(num_samples=62, warmup=60, num_chains=1, max_tree_depth=4, seed=0, progress=False)
+    draws = torch.as_tensor(nuts.run(model, data).samples["weights"])[0, 1::2].squeeze(-2)  # (31, replication, 2)
     assert_calibrated(draws, weights, model.prepare(data))
 
 

@@ -60,7 +60,7 @@ def test_svi_agrees_with_the_closed_form(guide: type, seed: int):
     """The posterior is normal, so that both guides can represent it, and their unweighted draws are exact too."""
     guide = guide(GAUSSIAN)
     svi = SVI(
-        num_steps=400, optimizer=Adam(0.1, clip_norm=None), num_samples=3000, seed=seed, progress=False, guide=guide
+        num_steps=200, optimizer=Adam(0.1, clip_norm=None), num_samples=3000, seed=seed, progress=False, guide=guide
     )
     posterior = svi.run(GAUSSIAN, DATA)
     mean, covariance, log_z = closed_form()

@@ -145,7 +145,7 @@ def test_weighted_draws_of_a_posterior_are_resampled() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_smc_steers_by_an_uncertain_reward(form: str, seed: int) -> None:
     model = TiltedLM(LM, learned(form, seed, typical=TYPICAL), beta=2.0, max_new_tokens=TOKENS)
     exact = Exact(num_prior_samples=1).run(model, PROMPTS)

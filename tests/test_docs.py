@@ -96,7 +96,13 @@ class Logger(SimpleNamespace):
         pass
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page)], ids=name_of)
+LONG = ("training",)  # 25 s
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(x, id=name_of(x), marks=[pytest.mark.long] * (name_of(x) in LONG)) for x in PAGES[1:] if blocks(x)],
+)
 def test_a_page_runs_from_top_to_bottom(page, workplace, monkeypatch):
     loggers = {name: Logger() for name in ("wandb", "trackio")}
     for name, logger in loggers.items():

@@ -27,7 +27,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from bayeslm.validation import validated
+from bayeslm.validation import show, validated
 
 from .reward import Reward
 from .scorer import Scores
@@ -241,7 +241,7 @@ def _schema(schema: Mapping[str, Any] | str | None) -> str:
     try:
         return json.dumps(json.loads(schema) if isinstance(schema, str) else dict(schema or {}))
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"Grammar: json_schema is no JSON, got {schema!r:.60}: {error}") from error
+        raise ValueError(f"Grammar: json_schema is no JSON, got {show(schema)}: {error}") from error
 
 
 def _check(matcher: Any) -> None:

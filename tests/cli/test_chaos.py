@@ -8,6 +8,7 @@ import pytest
 from support.chaos import corruption_campaign, kill_campaign
 
 
+@pytest.mark.long
 def test_corrupted_files_end_in_the_right_result_or_an_error_that_names_one(tmp_path):
     counts = corruption_campaign(32, random.Random(0), tmp_path, ["checkpoints", "posterior", "policy", "journal"])
     assert counts["failures"] == 0

@@ -26,7 +26,16 @@ def exact():
     return Exact().run(MODEL, SHORT)
 
 
-@pytest.mark.parametrize("name", ["importance", "importance, policy", "rejection", "smc", "annealed", "mcmc"])
+ALIKE = ("importance, policy", "annealed")  # to importance and smc
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.long] * (name in ALIKE))
+        for name in ("importance", "importance, policy", "rejection", "smc", "annealed", "mcmc")
+    ],
+)
 def test_four_runs_are_one_that_agrees_with_exact(name, exact, tmp_path):
     runs = [ENGINES[name].make(seed, BOUND, 1).run(MODEL, SHORT) for seed in range(4)]
     together = Posterior.concatenate(runs)

@@ -25,7 +25,7 @@ def annealed(**settings) -> AnnealedSMC:
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        ("table", {"ladder": LADDER}),
+        pytest.param("table", {"ladder": LADDER}, marks=pytest.mark.long),
         ("table", {}),
         ("table", {"ladder": LADDER, "ess_threshold": 1.0, "resampling": "multinomial", "num_particles": 24}),
         ("llama", {"ladder": (0.3, 1.0), "ess_threshold": 0.9}),

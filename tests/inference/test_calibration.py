@@ -135,7 +135,7 @@ def calibrate(name, replicates, seed):
     assert_uniform_ranks(draws_of(posterior, rng), truth, rng)
 
 
-ALIKE = ("smc, default", "annealed, fixed ladder")  # other settings of engines that are there
+ALIKE = ("smc, default", "annealed, fixed ladder", "mcmc, tempered")  # other settings of engines that are there
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,7 @@ def test_svi_trains_a_policy(make, rate):
     assert all(torch.equal(p, w) for p, w in zip(prior.parameters(), weights, strict=True))
 
 
+@pytest.mark.long
 def test_nuts_on_a_continuous_latent(lm):
     """w ~ N(0, 1), reward w · (number of a's), two texts observed, two completions summed out."""
     distribution = lm(PROMPTS, 2)

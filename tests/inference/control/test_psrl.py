@@ -204,6 +204,7 @@ def test_a_state_in_which_an_episode_was_truncated_is_not_terminal(limit):
     )
 
 
+@pytest.mark.long
 def test_posterior_sampling_solves_river_swim():
     """PSRL finds the right bank of RiverSwim; epsilon-greedy and random exploration do not."""
     task = EpisodicTask(TabularEnvironment(river_swim()), 20)

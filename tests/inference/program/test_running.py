@@ -101,7 +101,10 @@ DIFFERENTIATE = {
 OFF = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "set_grad_enabled": torch.set_grad_enabled}
 
 
-@pytest.mark.parametrize("name", DIFFERENTIATE)
+ALIKE = ("svi, adapters", "svi, critic", "nuts in Pyro's MCMC")  # to the others
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.long] * (x in ALIKE)) for x in DIFFERENTIATE])
 def test_what_differentiates_does_so_where_gradients_are_off(name):
     expected = DIFFERENTIATE[name]()
     for off in OFF.values():

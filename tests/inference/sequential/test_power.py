@@ -82,7 +82,8 @@ def test_smc_agrees_with_exact(kind, alpha, resampling):
     ("alpha", "twist"),
     [
         *((alpha, "partial") for alpha in (0.5, 2.0, 4.0)),
-        *((alpha, "learned, of the rewarded power") for alpha in (0.5, 4.0)),
+        (0.5, "learned, of the rewarded power"),
+        pytest.param(4.0, "learned, of the rewarded power", marks=pytest.mark.long),
         (2.0, "learned"),
     ],
 )

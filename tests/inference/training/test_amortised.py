@@ -48,7 +48,7 @@ from bayeslm.models import TiltedLM
         lambda z: ReverseKL(1, ExponentialAverage()),
         lambda z: ReverseKL(1, Critic()),
         lambda z: LogVariance(4),
-        lambda z: FDivergence("reverse-kl", 4, log_evidence=z),
+        pytest.param(lambda z: FDivergence("reverse-kl", 4, log_evidence=z), marks=pytest.mark.long),
         lambda z: Trace_ELBO(16, vectorize_particles=True),
     ],
     ids=["reverse KL", "average", "critic", "log-variance", "f-divergence, log Z known", "stock Trace_ELBO"],
@@ -65,9 +65,10 @@ def test_gradient_is_unbiased_for_all_prompts(make):
 
 @pytest.mark.parametrize(
     "objective",
-    [ReverseKL(8), pytest.param(Trace_ELBO(16, vectorize_particles=True), marks=pytest.mark.long)],
+    [ReverseKL(8), Trace_ELBO(16, vectorize_particles=True)],
     ids=["reverse KL", "stock Trace_ELBO"],
 )
+@pytest.mark.long
 def test_gradient_of_the_default_guide_with_other_latents_of_each_prompt(objective):
     """theta ~ N(0, 1) and mood ~ Bernoulli beside the completion, parameters of their own for each of 30 prompts."""
     lm, prompts = table_lm(order=2, seed=5, vocab=4), PROMPTS * 6
@@ -104,7 +105,11 @@ def test_gradient_of_the_default_guide_with_other_latents_of_each_prompt(objecti
 
 @pytest.mark.parametrize(
     "objective",
-    [ReverseKL(32), LogVariance(32, Replay(capacity=256, every=2)), "exact draws"],
+    [
+        ReverseKL(32),
+        LogVariance(32, Replay(capacity=256, every=2)),
+        pytest.param("exact draws", marks=pytest.mark.long),
+    ],
     ids=["reverse KL", "replay", "exact draws"],
 )
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
@@ -153,7 +158,10 @@ class _OneForAll(ExponentialAverage):
         return advantage.reshape(f.shape), state
 
 
-@pytest.mark.parametrize(("copies", "size", "drawn"), [(1, None, 256), (1, 2, 102), (1, 1, 51), (20, 2, 16)])
+@pytest.mark.parametrize(
+    ("copies", "size", "drawn"),
+    [(1, None, 256), (1, 2, 102), (1, 1, 51), pytest.param(20, 2, 16, marks=pytest.mark.long)],
+)
 def test_draws_after_training_cost_what_those_of_a_minibatch_do(copies, size, drawn):
     """And some draws of very many prompts."""
     family = Family(PROMPTS * copies)

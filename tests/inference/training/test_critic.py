@@ -37,7 +37,7 @@ def quick() -> Critic:
 
 
 @pytest.mark.parametrize("num_particles", [1, pytest.param(4, marks=pytest.mark.long)])
-@pytest.mark.parametrize("when", ["while it learns", "half-way", "after"])
+@pytest.mark.parametrize("when", ["while it learns", pytest.param("half-way", marks=pytest.mark.long), "after"])
 def test_gradient_is_unbiased(num_particles, when):
     """At any time: what it has learned from the steps before does not depend on this one's draws."""
     small, objective = Problem(scale=1.0), StatefulLoss(ReverseKL(num_particles, quick()))
@@ -88,6 +88,7 @@ def test_it_begins_as_leave_one_out():
     assert (found[1][1] - found[0][1]).norm() > 0.01 * found[0][1].norm()
 
 
+@pytest.mark.long
 def test_a_reply_to_a_draft():
     """Two completions, the second's prompt being the first's: each has a critic, and the gradient stays the ELBO's."""
     lm = table_lm(order=3, seed=1, vocab=4)

@@ -277,11 +277,11 @@ def test_latents_of_all_prompts(objective):
     [
         (LogVariance(16), 120, 0.15),
         pytest.param(LogVariance(32, Replay(every=4)), 900, 0.05, marks=pytest.mark.long),  # a quarter have new samples
-        (LogVariance(64, of_prior), 120, 0.15),
+        pytest.param(LogVariance(64, of_prior), 120, 0.15, marks=pytest.mark.long),
         (ForwardKL(64), 120, 0.15),
         pytest.param(FDivergence("jensen-shannon", 64), 300, 0.05, marks=pytest.mark.long),
         (FDivergence("reverse-kl", 64, Replay(every=2)), 120, 0.15),
-        (Renyi(0.5, 4), 300, 0.05),
+        pytest.param(Renyi(0.5, 4), 300, 0.05, marks=pytest.mark.long),
     ],
     ids=["log-variance", "replay", "prior", "forward KL", "Jensen-Shannon", "reverse KL, replay", "Renyi"],
 )

@@ -64,6 +64,7 @@ def test_exponential_average_is_of_the_steps_before():
     torch.testing.assert_close(baseline("another", steps[0][0])[0], steps[0][0])
 
 
+@pytest.mark.long
 def test_baselines_reduce_the_variance():
     small, spread = Problem(), {}
     model = tilted(small.lm, small.table + 3.0, BETA)

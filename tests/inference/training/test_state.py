@@ -43,6 +43,8 @@ OBJECTIVES = {
     "f-divergence": FDivergence("jensen-shannon", 4),
     "Renyi": Renyi(0.5, 4),
 }
+ALIKE = ("posterior", "f-divergence", "Renyi")  # to a run: they remember as little as leave-one-out
+NAMES = [pytest.param(name, marks=[pytest.mark.long] * (name in ALIKE)) for name in OBJECTIVES]
 
 
 def steps(objective, seed: int, num_steps: int = 7):
@@ -60,7 +62,7 @@ def steps(objective, seed: int, num_steps: int = 7):
         yield torch.cat([p.detach().flatten() for p in policy.network.parameters()])
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", NAMES)
 def test_two_trainings_interleaved_step_by_step(name):
     """Over one objective, each is to the bit what it is alone; one of them begins later."""
     objective = OBJECTIVES[name]
@@ -78,12 +80,7 @@ def test_two_trainings_interleaved_step_by_step(name):
     assert {k: x for k, x in vars(objective).items() if k != "source"} == before
 
 
-ALIKE = ("posterior", "f-divergence", "Renyi")  # to a run: they remember as little as leave-one-out
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.long] * (name in ALIKE)) for name in OBJECTIVES]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_run_within_a_run(name):
     """Between two steps of one run another is made, with the same objective and callbacks."""
     settings = SMALL | {"objective": OBJECTIVES[name], "num_steps": 6}
@@ -112,7 +109,7 @@ def test_an_engine_and_its_parts_are_not_changed_by_a_run():
     assert [dict(vars(x)) for x in (objective, objective.baseline, *callbacks)] == before
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", NAMES)
 def test_stock_pyro_trains_with_what_remembers_nothing(name):
     """An objective is a loss; one that remembers something says what to wrap it in."""
     objective, policy = OBJECTIVES[name], perturbed(LM)

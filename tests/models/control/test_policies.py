@@ -120,6 +120,7 @@ def test_the_gradient_is_unbiased(critic, seed):
     assert_unbiased(estimates, expected)
 
 
+@pytest.mark.long
 def test_the_critic_lowers_the_variance():
     """The policy is untrained, and the expected return depends on the state."""
     mdp = small_world(1)
@@ -239,6 +240,7 @@ def test_a_training_resumes(name, tmp_path):
     assert_same(train("broken"), train("whole"))
 
 
+@pytest.mark.long
 def test_acrobot():
     """An environment with three actions and no vectorised version is trained on, and the policy is a proposal."""
     environment = GymEnvironment("Acrobot-v1")

@@ -166,7 +166,8 @@ def assert_closed_form(posterior, belief: Worlds) -> None:
             assert stderr[0] < 0.35 * values[name][..., pair].std(), (name, pair, "too few draws to tell anything")
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(3))
 def test_nuts_agrees_with_the_closed_form(seed):
     prior, steps, belief = problem(seed)
     nuts = NUTS(num_samples=100, warmup=40, num_chains=1, max_tree_depth=4, seed=seed, progress=False)

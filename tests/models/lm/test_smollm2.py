@@ -69,6 +69,7 @@ def test_the_head_is_apart_and_batches_are_bounded(smollm2):
     assert 50 < causal.batches(60, 40).decoding < causal.batches(6, 4).decoding
 
 
+@pytest.mark.long
 def test_lora(smollm2, tmp_path):
     """Begins as the prior, costs the adapters alone in memory and on disk, and finds its base by name."""
     policy = smollm2.policy(lora_rank=4)

@@ -90,7 +90,8 @@ def test_of_an_encoder_decoder_network_too():
     torch.testing.assert_close(dist.token_log_prob(x.clone()), dist.token_log_prob(x), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [0, 1])
 def test_svi_nears_the_posterior_and_its_policy_proposes(seed, tmp_path):
     """KL to `Exact` falls, log Z of IS and SMC with the policy is right, and a saved policy is the same."""
     lm = tiny_llama(seed=1)

@@ -45,7 +45,8 @@ def laplace(task: Any) -> UncertainReward:
     return task.centred(UncertainReward(model, torch.tensor(weights), "mean", seed=task.seed))
 
 
-@pytest.mark.parametrize("way", ["laplace", pytest.param("nuts", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("way", ["laplace", "nuts"])
 def test_pessimistic_and_marginal_forms_keep_the_true_reward(
     example: ModuleType, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:

@@ -99,7 +99,8 @@ def test_features_are_computed_once_a_data_set():
     assert posterior.pointwise["preferred"].shape == (1, 10, 4)
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [0, 1])
 def test_nuts_against_quadrature(seed: int):
     mean, covariance, _ = truth()
     posterior = NUTS(num_samples=75, warmup=60, num_chains=2, seed=seed, progress=False).run(MODEL, DATA)
@@ -277,6 +278,7 @@ def assert_calibrated(draws: Tensor, true: Tensor, differences: Tensor) -> None:
         assert_uniform(ranks, len(draws) + 1, bins=8)
 
 
+@pytest.mark.long
 def test_simulation_based_calibration():
     """96 data sets at once, each with 12 comparisons."""
     weights, data, features = simulate(96, 12, seed=0)

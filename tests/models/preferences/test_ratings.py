@@ -49,12 +49,15 @@ def assert_closed_form(posterior: Posterior) -> None:
     assert_moments(posterior, theta, *closed_form()[:2])
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [0, 1])
 def test_nuts_agrees_with_the_closed_form(seed: int):
     assert_closed_form(NUTS(num_samples=75, warmup=60, num_chains=2, seed=seed, progress=False).run(GAUSSIAN, DATA))
 
 
-@pytest.mark.parametrize("guide", [AutoMultivariateNormal, AutoLaplaceApproximation])
+@pytest.mark.parametrize(
+    "guide", [AutoMultivariateNormal, pytest.param(AutoLaplaceApproximation, marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_svi_agrees_with_the_closed_form(guide: type, seed: int):
     """The posterior is normal, so that both guides can represent it, and their unweighted draws are exact too."""
@@ -134,7 +137,7 @@ def test_probabilities_of_levels(link: str):
         np.testing.assert_allclose(log_p[:, 1].detach(), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("link", CDF)
+@pytest.mark.parametrize("link", [pytest.param(x, marks=[pytest.mark.long] * (x == "logit")) for x in CDF])
 def test_ordinal_against_quadrature(link: str):
     """Quadrature for one weight and three levels, over the weight and the simplex of shares."""
 

@@ -85,7 +85,8 @@ class Ranks:
         """
         if self._group is None:
             return [Message(value, dict(tensors or {}))]
-        heads, found = zip(*self._send({"value": value, "stop": self._stops}, tensors or {}), strict=True)
+        sent = self._send({"value": value, "stop": self._stops}, tensors or {}, may_stop=may_stop)
+        heads, found = zip(*sent, strict=True)
         errors = [f"rank {i} of {self.size}: {head['error']}" for i, head in enumerate(heads) if "error" in head]
         if errors:
             self._is_over = True
@@ -110,7 +111,7 @@ class Ranks:
         message = packed({"value": value}, tensors or {}) if self.is_first else torch.empty(0, dtype=torch.uint8)
         size = self.exchange(len(message), may_stop=False)[0].value
         message = message if self.is_first else message.new_empty(size)
-        with self._guarded():
+        with self._guarded(may_stop=False):
             dist.broadcast(message, 0, group=self._group)
         head, found = unpacked(message.numpy().tobytes())
         return Message(head["value"], found)
@@ -253,11 +254,13 @@ class Ranks:
             dist.all_gather(found, own, group=self._group)
         return [x.tolist() for x in found]
 
-    def _send(self, head: dict[str, Any], tensors: Mapping[str, Tensor]) -> list[tuple[dict[str, Any], Any]]:
+    def _send(
+        self, head: dict[str, Any], tensors: Mapping[str, Tensor], *, may_stop: bool = True
+    ) -> list[tuple[dict[str, Any], Any]]:
         wait_for_passes()  # passes of sharded networks need all ranks
         own = packed(head, tensors)
         sizes = [torch.zeros(1, dtype=torch.long) for _ in range(self.size)]
-        with self._guarded():
+        with self._guarded(may_stop=may_stop):
             dist.all_gather(sizes, torch.tensor([len(own)]), group=self._group)
             longest = max(int(size) for size in sizes)
             padded = torch.cat([own, own.new_zeros(longest - len(own))])

@@ -65,7 +65,8 @@ class Critic:
         self, name: str, f: Tensor, prompts: Tensor | None = None, state: State = EMPTY
     ) -> tuple[Tensor, State]:
         """Return the advantage (particle, prompt) of a latent that is no completion, and the next state."""
-        return (leave_one_out if len(f) > 1 else AVERAGE)(name, f, prompts, state)
+        _, num = ranks().summed(f)
+        return (leave_one_out if num > 1 else AVERAGE)(name, f, prompts, state)
 
     def of_tokens(self, name: str, f: Tensor, texts: Texts, state: State = EMPTY) -> tuple[Tensor, State]:
         """Return the advantages (particle, prompt, text, token) by what was learned before; then learn.

@@ -97,8 +97,7 @@ class ParticleObjective(Objective):
         score, loss = densities.log_q.detach(), self.loss(densities)
         figures = self._figures(particles, LogDensities(score, target, log_s, num))
         if ranks().size > 1:
-            seen = {"loss": loss.detach(), "prompts": torch.empty(0) if prompts is None else prompts}
-            ranks().check_same(f"in {type(self).__name__}", {name: digest_of({name: x}) for name, x in seen.items()})
+            _check_same(type(self).__name__, loss.detach(), prompts)
         particles = replace(particles, log_proposal=score + left_out)
         return Estimate(loss.sum(), figures, particles, {**state, **under("source", kept)})
 
@@ -215,14 +214,15 @@ class ForwardKL(ParticleObjective):
 
     def loss(self, densities: LogDensities) -> Tensor:
         log_weight, n = _log_weight(densities.log_target, densities.log_s), densities.num
-        weight = softmax(log_weight)
+        log_sum = log_totals(log_weight).logsumexp(0)
+        weight = (log_weight - log_sum).exp()
         control: Tensor | float = 0.0
         if self.source is of_guide:  # whose sampler may draw from s: E_s[q / s \nabla log q] = 0 as well
             control = _log_ratio(densities).exp() / n
         dead = weight.isnan()  # a prompt of which no particle has any weight teaches nothing
         surrogate = -(torch.where(dead, 0.0, weight - control) * densities.log_q).sum(0)
         ratio = (densities.log_target - densities.log_q.detach()).masked_fill(weight == 0, 0.0)
-        value = total(weight * ratio) - log_mean_exp(log_weight, n)
+        value = total(weight * ratio) - (log_sum - math.log(n))
         return with_value(torch.where(dead.any(0), 0.0, value), surrogate)
 
 
@@ -357,6 +357,17 @@ class Renyi(ParticleObjective):
             advantage = bound - (replaced - math.log(n))
         surrogate = -((advantage / power - (log_w - of_all).exp() + 1 / n) * densities.log_q).sum(0)
         return with_value(-bound / power, surrogate)
+
+
+def _check_same(objective: str, loss: Tensor, prompts: Tensor | None) -> None:
+    """Check that all processes have the same loss, and the same prompts; one that is not finite has an own error."""
+    tensors = {"loss": loss, "prompts": loss.new_empty(0) if prompts is None else prompts}
+    seen = {name: digest_of({name: x}) for name, x in tensors.items()}
+    every = [message.value for message in ranks().exchange([bool(loss.isfinite().all()), seen])]
+    if all(is_finite for is_finite, _ in every):
+        what = f"in {objective}, whose sums over particles must be those of inference.training.sums, what is found"
+        if any(other != seen for _, other in every):
+            ranks().check_same(what, {**seen, "the loss": f"{loss.tolist()}"})
 
 
 def _log_ratio(densities: LogDensities) -> Tensor:

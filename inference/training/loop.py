@@ -156,7 +156,8 @@ class Training:
                 self._explain(error)
                 raise
             if not self.interrupted:
-                self._write(checkpoints, checkpoints is not None)
+                with ranks().deferring():
+                    self._write(checkpoints, checkpoints is not None)
             if self._parts():  # which the first process puts together for its checkpoint
                 ranks().exchange(may_stop=False)
 

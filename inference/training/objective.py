@@ -103,7 +103,7 @@ class Objective:
         return state
 
     def gathered(self, state: State) -> State:
-        """Return the state with what all processes remember, for a checkpoint; each of them calls this."""
+        """Return, on the first process, the state with what all remember, for a checkpoint; each of them calls this."""
         return state
 
     def divided(self, state: State) -> State:

@@ -180,16 +180,18 @@ class Replay:
     def _newest(self, lots: Tensor, num_particles: int) -> slice:
         """Return the rows of the draws that stay: whole lots, the same ones on each process."""
         if self.capacity < num_particles:
-            return slice(-max(1, ranks().share(self.capacity)), None)
+            return slice(-max(1, min(ranks().share(self.capacity), ranks().share(num_particles))), None)
         oldest = lots.unique()[-(self.capacity // num_particles) :][0]
         return slice(int((lots < oldest).sum()), None)
 
     def gathered(self, state: State) -> State:
-        """Return the state with the draws of all processes, lot by lot."""
+        """Return the state with the draws of all processes, lot by lot; on the first process, which writes it."""
         if ranks().size == 1 or not state:
             return state
         names = [name for name in state if name != "step"]
         sent = ranks().exchange(None, {name: state[name] for name in names}, may_stop=False)
+        if not ranks().is_first:
+            return state
         every = [message.tensors for message in sent]
         begins = np.cumsum([0, *(len(each["lot"]) for each in every)])
         turns = torch.cat([each["turns"].cpu() + int(begin) for each, begin in zip(every, begins, strict=False)])
@@ -198,16 +200,16 @@ class Replay:
         return {**found, "lot": lots, "step": state["step"], "turns": order.argsort()[turns]}
 
     def divided(self, state: State) -> State:
-        """Return the state with this process's part of each lot; with all of it, if it has fewer draws than processes.
+        """Return the state with this process's part of each lot.
 
-        (Such lots are those of a checkpoint that one process has written alone.)
+        Of a lot with fewer draws than processes, as one process has written it alone, some processes get the same draw.
         """
         run = ranks()
         if run.size == 1 or not state:
             return state
         lots = state["lot"].cpu()
         parts = [(lots == lot).nonzero().squeeze(-1) for lot in lots.unique()]
-        rows = torch.cat([part[run.rank :: run.size] if len(part) >= run.size else part for part in parts])
+        rows = torch.cat([part[run.rank % len(part) :: run.size] for part in parts])
         place = torch.full((len(lots),), -1).scatter_(0, rows, torch.arange(len(rows)))
         turns = place[state["turns"].cpu()]
         found = {name: state[name][rows] for name in state if name.startswith("kept.")}
@@ -220,8 +222,8 @@ class Replay:
         kept = within("kept", state)
         check_tensor("kept.log_prior", kept.get("log_prior"), (ANY, ANY), finite=False)
         num = len(kept["log_prior"])
-        if not 1 <= num <= self.capacity:
-            raise ValueError(f"kept has {num} draws, and capacity is {self.capacity}")
+        if num == 0:
+            raise ValueError("kept has no draws")
         check_tensor("step", state.get("step"), (), whole=True)
         if int(state["step"]) != steps:
             raise ValueError(f"the buffer has {int(state['step'])} steps, and the training {steps}")

@@ -36,7 +36,7 @@ from torch.nn.functional import gelu
 from bayeslm.inference.program import ranks
 from bayeslm.validation import Count, Positive, validated
 
-from .baselines import ExponentialAverage, Texts, leave_one_out
+from .baselines import ExponentialAverage, Texts, less_others
 from .resumable import ANY, check_tensor
 from .state import EMPTY, State, under, within
 from .sums import summed
@@ -65,8 +65,8 @@ class Critic:
         self, name: str, f: Tensor, prompts: Tensor | None = None, state: State = EMPTY
     ) -> tuple[Tensor, State]:
         """Return the advantage (particle, prompt) of a latent that is no completion, and the next state."""
-        _, num = ranks().summed(f)
-        return (leave_one_out if num > 1 else AVERAGE)(name, f, prompts, state)
+        total, num = ranks().summed(f)
+        return (less_others(f, f, total, num), state) if num > 1 else AVERAGE(name, f, prompts, state)
 
     def of_tokens(self, name: str, f: Tensor, texts: Texts, state: State = EMPTY) -> tuple[Tensor, State]:
         """Return the advantages (particle, prompt, text, token) by what was learned before; then learn.
@@ -77,7 +77,7 @@ class Critic:
         if not live:
             return torch.zeros_like(texts.past), state  # no token: there is nothing to credit, nor to learn
         level, averages = (f, EMPTY) if num > 1 else AVERAGE(name, f, texts.prompts, state)
-        head = within("head", state) or _new_head(texts, self.width)
+        head = within("head", state) or _new_head(texts, live, self.width)
         level = level[:, :, None, None]
         with torch.no_grad():
             now = ranks().total(_square(level.expand(texts.past.shape), texts.live)) / live
@@ -86,7 +86,7 @@ class Critic:
             past = texts.past / scale
             found = _advantages(level - scale * value_of(head, texts.hidden, past), texts.live)
             variance = 0.9 * variance + 0.1 * now if "variance" in state else now
-            head = _rescaled(head, texts, decay=0.9)
+            head = _rescaled(head, texts, live, decay=0.9)
         learned = {key: head[key].clone().requires_grad_() for key in sorted(head.keys() - set(BUFFERS))}
         adam = torch.optim.Adam(learned.values(), self.learning_rate)
         _load_moments(adam, within("adam", state))
@@ -141,7 +141,7 @@ def _shapes(tokens: int, hidden: int, width: int) -> dict[str, tuple[int, ...]]:
 BUFFERS = ("mean", "deviation")  # of the hidden states; all else in a head is learned
 
 
-def _new_head(texts: Texts, width: int) -> dict[str, Tensor]:
+def _new_head(texts: Texts, live: int, width: int) -> dict[str, Tensor]:
     """Return a head whose value is 0, for texts such as these, by whose hidden states it scales."""
     tokens, hidden_width = texts.hidden.shape[-2:]
     # The same every time: a training that resumes must not draw other random numbers.
@@ -152,16 +152,18 @@ def _new_head(texts: Texts, width: int) -> dict[str, Tensor]:
 
     head = {name: torch.zeros(shape) for name, shape in _shapes(tokens, hidden_width, width).items()}
     head |= {"deviation": torch.ones(hidden_width)} | {name: normal(*head[name].shape) for name in ("earlier", "inner")}
-    return _rescaled({name: value.to(texts.hidden.device) for name, value in head.items()}, texts, decay=0.0)
+    return _rescaled({name: value.to(texts.hidden.device) for name, value in head.items()}, texts, live, decay=0.0)
 
 
 @torch.no_grad()
-def _rescaled(head: dict[str, Tensor], texts: Texts, decay: float) -> dict[str, Tensor]:
-    """Scale by averages of earlier steps: the states of a policy that learns to live longer move far."""
+def _rescaled(head: dict[str, Tensor], texts: Texts, live: int, decay: float) -> dict[str, Tensor]:
+    """Scale by averages of earlier steps: the states of a policy that learns to live longer move far.
+
+    :param live: tokens of the texts of all processes.
+    """
     rows = texts.hidden[texts.live].float()
-    num = ranks().total(torch.tensor(float(len(rows)))).to(rows.device)
-    mean = ranks().total(rows.sum(0)) / num
-    variance = ranks().total((rows - mean).square().sum(0)) / num
+    mean = ranks().total(rows.sum(0)) / live
+    variance = ranks().total((rows - mean).square().sum(0)) / live
     of_all = (variance + (mean - mean.mean()).square()).mean().sqrt()
     now = {"mean": mean, "deviation": variance.sqrt().clamp_min(1e-3 * float(of_all) + 1e-12)}
     return head | {name: head[name].lerp(now[name], 1.0 - decay) for name in BUFFERS}

@@ -364,10 +364,9 @@ def _check_same(objective: str, loss: Tensor, prompts: Tensor | None) -> None:
     tensors = {"loss": loss, "prompts": loss.new_empty(0) if prompts is None else prompts}
     seen = {name: digest_of({name: x}) for name, x in tensors.items()}
     every = [message.value for message in ranks().exchange([bool(loss.isfinite().all()), seen])]
-    if all(is_finite for is_finite, _ in every):
+    if all(is_finite for is_finite, _ in every) and any(other != seen for _, other in every):
         what = f"in {objective}, whose sums over particles must be those of inference.training.sums, what is found"
-        if any(other != seen for _, other in every):
-            ranks().check_same(what, {**seen, "the loss": f"{loss.tolist()}"})
+        ranks().check_same(what, {**seen, "the loss": f"{loss.tolist()}"})
 
 
 def _log_ratio(densities: LogDensities) -> Tensor:

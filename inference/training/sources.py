@@ -196,8 +196,9 @@ class Replay:
         begins = np.cumsum([0, *(len(each["lot"]) for each in every)])
         turns = torch.cat([each["turns"].cpu() + int(begin) for each, begin in zip(every, begins, strict=False)])
         lots, order = torch.cat([each["lot"] for each in every]).sort(stable=True)
-        found = {name: torch.cat([each[name] for each in every])[order] for name in state if name.startswith("kept.")}
-        return {**found, "lot": lots, "step": state["step"], "turns": order.argsort()[turns]}
+        kept = [within("kept", each) for each in every]
+        found = {name: torch.cat([each[name] for each in kept])[order] for name in kept[0]}
+        return {**under("kept", found), "lot": lots, "step": state["step"], "turns": order.argsort()[turns]}
 
     def divided(self, state: State) -> State:
         """Return the state with this process's part of each lot.
@@ -212,8 +213,8 @@ class Replay:
         rows = torch.cat([part[run.rank % len(part) :: run.size] for part in parts])
         place = torch.full((len(lots),), -1).scatter_(0, rows, torch.arange(len(rows)))
         turns = place[state["turns"].cpu()]
-        found = {name: state[name][rows] for name in state if name.startswith("kept.")}
-        return {**found, "lot": lots[rows], "step": state["step"], "turns": turns[turns >= 0]}
+        found = {name: x[rows] for name, x in within("kept", state).items()}
+        return {**under("kept", found), "lot": lots[rows], "step": state["step"], "turns": turns[turns >= 0]}
 
     def check_state(self, state: State, program: Program, steps: int) -> None:
         """Check a state that is read from a checkpoint; see `Objective.check_state`."""
